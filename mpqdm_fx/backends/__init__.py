@@ -1,0 +1,1 @@
+"""Spokes: torch.ao quantized operators, ExecuTorch/XNNPACK programs, packed files."""

@@ -1,0 +1,1 @@
+"""Calibration data: denoising trajectories, recorded inputs, statistics of every weight layer."""

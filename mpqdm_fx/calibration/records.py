@@ -1,0 +1,113 @@
+"""Recorded inputs of a prepared model: bounded in memory, the rest in safetensors shards."""
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils import _pytree as pytree
+
+from mpqdm_fx.errors import CalibrationError
+
+__all__ = ["RecordedInputs"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_MEMORY = 256 * 2**20
+
+
+class RecordedInputs:
+    """Keyword arguments of calls, in call order; iterating yields them again.
+
+    Tensors are kept on the CPU. Once `max_memory` bytes are held, what is in memory moves to one
+    safetensors shard in `directory`, so memory stays below `max_memory` plus one call.
+
+    Args:
+        max_memory: Bytes of tensors held in memory.
+        directory: Folder for shards; by default a temporary one that goes with this object.
+
+    Raises:
+        CalibrationError: `max_memory` is not positive.
+    """
+
+    def __init__(
+        self, *, max_memory: int = DEFAULT_MAX_MEMORY, directory: str | Path | None = None
+    ) -> None:
+        if max_memory <= 0:
+            raise CalibrationError(f"max_memory={max_memory}: give a positive number of bytes")
+        self._max_memory = max_memory
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._directory = Path(directory) if directory is not None else None
+        self._specs: list[pytree.TreeSpec] = []
+        self._held: list[list[torch.Tensor]] = []
+        self._held_bytes = 0
+        self._shards: list[tuple[Path, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    @property
+    def shards(self) -> tuple[Path, ...]:
+        """Files that hold the calls which no longer fit in memory."""
+        return tuple(path for path, _ in self._shards)
+
+    def append(self, inputs: Mapping[str, Any]) -> None:
+        """Keep one call's arguments.
+
+        Args:
+            inputs: Tensors, or dicts, lists and tuples of tensors, by argument name.
+
+        Raises:
+            CalibrationError: A tensor holds NaN or infinity; the argument is named.
+        """
+        for name, value in inputs.items():
+            for tensor in pytree.tree_leaves(value):
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise CalibrationError(
+                        f"calibration call {len(self)}: argument {name!r} "
+                        f"(shape {tuple(tensor.shape)}) holds NaN or infinity; drop this call or "
+                        f"look at what produced it"
+                    )
+        leaves, spec = pytree.tree_flatten(dict(inputs))
+        # Clones: a caller may reuse its buffers, and views would keep whole batches alive.
+        kept = [leaf.detach().cpu().clone() for leaf in leaves]
+        self._specs.append(spec)
+        self._held.append(kept)
+        self._held_bytes += sum(leaf.nbytes for leaf in kept)
+        if self._held_bytes > self._max_memory:
+            self._spill()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        start = 0
+        for path, calls in self._shards:
+            tensors = load_file(path)
+            for index in range(calls):
+                prefix = f"{index}."
+                names = [name for name in tensors if name.startswith(prefix)]
+                leaves = [tensors[f"{prefix}{position}"] for position in range(len(names))]
+                yield self._specs[start + index].unflatten(leaves)
+            start += calls
+        for spec, leaves in zip(self._specs[start:], self._held, strict=True):
+            yield spec.unflatten(leaves)
+
+    def _spill(self) -> None:
+        if self._directory is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="mpqdm_fx_calibration_")
+            self._directory = Path(self._temporary.name)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path = self._directory / f"inputs-{len(self._shards):05d}.safetensors"
+        tensors = {
+            f"{call}.{position}": leaf.contiguous()
+            for call, leaves in enumerate(self._held)
+            for position, leaf in enumerate(leaves)
+        }
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial)
+        partial.rename(path)
+        logger.info("calibration inputs: %d calls moved to %s", len(self._held), path)
+        self._shards.append((path, len(self._held)))
+        self._held = []
+        self._held_bytes = 0

@@ -1,0 +1,195 @@
+"""Settings of a quantization run: frozen, validated, JSON round trip."""
+
+import dataclasses
+import difflib
+import fnmatch
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from mpqdm_fx.errors import ConfigError
+
+__all__ = ["Allocation", "Levels", "MPQConfig", "Override", "Rounding", "check_bits"]
+
+Allocation = Literal["omq", "uniform"]
+Rounding = Literal["nearest"]
+Levels = Literal["uniform", "codebook"]
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "allocation": ("omq", "uniform"),
+    "rounding": ("nearest",),
+    "levels": ("uniform", "codebook"),
+}
+
+
+def check_bits(bits: object, name: str) -> int:
+    """Return `bits` if it is an integer in 1..8.
+
+    Args:
+        bits: Candidate number of bits.
+        name: Setting's name for the message.
+
+    Raises:
+        ConfigError: `bits` is no integer, or outside 1..8.
+    """
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 8:
+        raise ConfigError(
+            f"{name}={bits!r}: bits must be an integer from 1 to 8, since every level is an "
+            f"int8 value; choose one of 1, 2, 3, 4, 5, 6, 7, 8"
+        )
+    return bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """A rule for the layers whose name matches; of several matching rules the later one wins.
+
+    Attributes:
+        pattern: Module name, shell-style glob over it (`"mid_block.*"`), or, after `re:`, a
+            regular expression that is searched in it.
+        weight_bits: Bits of every output channel of the layer (1..8), off the budget.
+        skip: Leave the layer in floating point.
+    """
+
+    pattern: str
+    weight_bits: int | None = None
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise ConfigError("an override needs a non-empty `pattern`")
+        if self.weight_bits is not None:
+            check_bits(self.weight_bits, f"override {self.pattern!r}: weight_bits")
+        if (self.weight_bits is None) == (not self.skip):
+            raise ConfigError(
+                f"override {self.pattern!r}: give exactly one of weight_bits=1..8 and skip=True"
+            )
+        if self.pattern.startswith("re:"):
+            try:
+                re.compile(self.pattern[3:])
+            except re.error as error:
+                raise ConfigError(
+                    f"override {self.pattern!r}: not a regular expression: {error}"
+                ) from None
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule applies to the module called `name`."""
+        if self.pattern.startswith("re:"):
+            return re.search(self.pattern[3:], name) is not None
+        return fnmatch.fnmatchcase(name, self.pattern)
+
+
+def _as_override(entry: object) -> Override:
+    if isinstance(entry, Override):
+        return entry
+    if isinstance(entry, Mapping):
+        unknown = set(entry) - {field.name for field in dataclasses.fields(Override)}
+        if unknown or "pattern" not in entry:
+            raise ConfigError(
+                f"override {dict(entry)!r}: the keys are pattern, weight_bits, skip"
+            )
+        return Override(**entry)
+    raise ConfigError(
+        f"override {entry!r}: give an Override or a mapping with pattern and weight_bits or skip"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MPQConfig:
+    """What to quantize to, and how.
+
+    Attributes:
+        weight_bits: Average bits of a weight over the layers that share the budget, 1..8.
+        activation_bits: Bits of every weight layer's input, 1..8. Programs for phones and
+            torch.ao kernels run 8; other widths are for measuring.
+        allocation: `"omq"` gives the output channels of a layer N-1, N or N+1 bits by the
+            kurtosis of their weights (MPQ-DM, arXiv 2412.11549, section on Outlier-driven Mixed
+            Quantization); `"uniform"` gives all N.
+        rounding: `"nearest"` rounds each weight to its nearest level.
+        levels: `"uniform"` has evenly spaced, balanced levels; `"codebook"` fits 2^b int8 values
+            for each channel of at most 4 bits.
+        overrides: Rules for single layers; later ones win; a rule that matches nothing is an
+            error.
+        seed: Seed of every sampled choice (which activations are kept for statistics).
+        split_skips: Quantize the two halves of a skip concatenation with ranges of their own
+            (Q-Diffusion's split shortcut) where a layer reads the concatenation directly.
+
+    Raises:
+        ConfigError: A value is outside its range.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 8
+    allocation: Allocation = "omq"
+    rounding: Rounding = "nearest"
+    levels: Levels = "uniform"
+    overrides: Sequence[Override | Mapping[str, Any]] = ()
+    seed: int = 0
+    split_skips: bool = True
+
+    def __post_init__(self) -> None:
+        check_bits(self.weight_bits, "weight_bits")
+        check_bits(self.activation_bits, "activation_bits")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                listed = " or ".join(repr(choice) for choice in choices)
+                raise ConfigError(f"{name}={value!r}: choose {listed}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise ConfigError(f"seed={self.seed!r}: give a non-negative integer")
+        object.__setattr__(self, "overrides", tuple(_as_override(e) for e in self.overrides))
+
+    def override_for(self, name: str) -> Override | None:
+        """The rule that holds for the layer called `name`: the last one that matches."""
+        for rule in reversed(self.rules):
+            if rule.matches(name):
+                return rule
+        return None
+
+    @property
+    def rules(self) -> tuple[Override, ...]:
+        """`overrides`, every entry as an `Override`."""
+        return tuple(_as_override(entry) for entry in self.overrides)
+
+    def check_overrides(self, names: Iterable[str]) -> None:
+        """Refuse rules that match none of `names`.
+
+        Raises:
+            ConfigError: A rule matches nothing; the message lists the nearest names.
+        """
+        known = list(names)
+        for rule in self.rules:
+            if not any(rule.matches(name) for name in known):
+                wanted = rule.pattern.removeprefix("re:")
+                near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3) or known[:3]
+                raise ConfigError(
+                    f"override {rule.pattern!r} matches no layer; nearest names: {', '.join(near)}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        return {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "overrides": [dataclasses.asdict(rule) for rule in self.rules],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: A key is unknown, or a value out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown setting {unknown[0]!r}{hint}")
+        return cls(**data)
+
+    def to_json(self) -> str:
+        """JSON text of `to_dict`."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)

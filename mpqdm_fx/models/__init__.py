@@ -1,0 +1,1 @@
+"""The bundled, really trained model and the programs that trained it."""

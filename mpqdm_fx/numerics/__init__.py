@@ -1,0 +1,1 @@
+"""Mathematics of quantization: tensors in, tensors out, and no import but torch."""

@@ -1,0 +1,1 @@
+"""Graph passes: one pass, one file, one class, named by a verb."""

@@ -1,0 +1,293 @@
+"""The decision: how many bits each output channel gets, and what that costs in all."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from mpqdm_fx.config import Levels, check_bits
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.numerics.packing import StorageBits, storage_bits
+
+if TYPE_CHECKING:
+    from torch.ao.quantization import QConfigMapping
+    from torch.fx import GraphModule
+    from torchao.quantization.pt2e.quantizer import Quantizer
+
+__all__ = ["ActivationRange", "BitPlan", "FloatTensor", "LayerActivation", "LayerPlan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationRange:
+    """Affine integers of one activation tensor: `value = scale * (code - zero_point)`.
+
+    Attributes:
+        scale: Positive step size.
+        zero_point: Code of the value 0, within `quant_min..quant_max`.
+        bits: Width; codes run from `-2**(bits-1)` to `2**(bits-1) - 1` in an int8.
+    """
+
+    scale: float
+    zero_point: int
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, "activation bits")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ConfigError(f"activation scale {self.scale!r} is not a positive finite number")
+        if not self.quant_min <= self.zero_point <= self.quant_max:
+            raise ConfigError(
+                f"zero_point {self.zero_point} is outside {self.quant_min}..{self.quant_max}"
+            )
+
+    @property
+    def quant_min(self) -> int:
+        """Smallest code."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def quant_max(self) -> int:
+        """Largest code."""
+        return int(2 ** (self.bits - 1) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerActivation:
+    """Static ranges of what a weight layer reads and of what it writes."""
+
+    input: ActivationRange
+    output: ActivationRange
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `dataclasses.asdict`."""
+        return cls(input=ActivationRange(**data["input"]), output=ActivationRange(**data["output"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatTensor:
+    """A parameter that stays in floating point.
+
+    Attributes:
+        name: Parameter's name in the graph.
+        numel: Elements.
+        bits: Stored bits of an element.
+        is_weight: Whether it is the weight of a convolution, linear or embedding layer; such a
+            tensor counts against `effective_bits`.
+        reason: Why it stays.
+    """
+
+    name: str
+    numel: int
+    bits: int
+    is_weight: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """Bits of one weight layer.
+
+    Attributes:
+        name: Module's fully qualified name in the graph.
+        kind: Class name of the module, for example `Conv2d`.
+        shape: Shape of its weight; axis 0 runs over output channels (rows, for an embedding).
+        bits: Bits of each output channel, `len(bits) == shape[0]`.
+        levels: `"uniform"`, or `"codebook"` for fitted levels in channels of at most 4 bits.
+        reason: Why the layer is off the average budget, or None.
+        fraction: Share of channels that OMQ promoted (and as many demoted).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bits: tuple[int, ...]
+    levels: Levels = "uniform"
+    reason: str | None = None
+    fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.bits) != self.shape[0]:
+            raise ConfigError(
+                f"{self.name}: {len(self.bits)} widths for {self.shape[0]} output channels"
+            )
+        for bits in set(self.bits):
+            check_bits(bits, f"{self.name}: bits")
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of the weight."""
+        return math.prod(self.shape)
+
+    @property
+    def mean_bits(self) -> float:
+        """Average bits of a weight's code; all channels have equally many weights."""
+        return sum(self.bits) / len(self.bits)
+
+    def bits_tensor(self) -> torch.Tensor:
+        """`bits` as an int64 tensor [out_channels]."""
+        return torch.tensor(self.bits, dtype=torch.int64)
+
+    @cached_property
+    def storage(self) -> StorageBits:
+        """Stored bits by kind: codes, scales, tables, widths."""
+        rows = (self.shape[0], self.num_weights // self.shape[0])
+        return storage_bits(rows, self.bits_tensor(), self.levels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitPlan:
+    """Bits of every output channel of a model, and all that stays in floating point.
+
+    Attributes:
+        layers: Quantized layers in graph order.
+        floats: Parameters left in floating point.
+        activation_bits: Bits of every weight layer's input.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    floats: tuple[FloatTensor, ...] = ()
+    activation_bits: int = 8
+    _by_name: Mapping[str, LayerPlan] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_name = {layer.name: layer for layer in self.layers}
+        if len(by_name) != len(self.layers):
+            raise ConfigError("a plan names one layer twice")
+        object.__setattr__(self, "_by_name", by_name)
+
+    def layer(self, name: str) -> LayerPlan:
+        """The plan of the layer called `name`.
+
+        Raises:
+            ConfigError: The plan has no such layer.
+        """
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise ConfigError(f"the plan has no layer {name!r}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all convolution, linear and embedding layers, quantized or not."""
+        floats = sum(t.numel for t in self.floats if t.is_weight)
+        return floats + sum(layer.num_weights for layer in self.layers)
+
+    @property
+    def mean_bits(self) -> float:
+        """Average bits of a code over the layers that share the budget."""
+        budgeted = [layer for layer in self.layers if layer.reason is None]
+        weights = sum(layer.num_weights for layer in budgeted)
+        return sum(la.mean_bits * la.num_weights for la in budgeted) / weights if weights else 0.0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as stored: codes, scales, tables, width tags, float weights."""
+        stored = sum(-(-part // 8) for layer in self.layers for part in layer.storage)
+        return stored + sum(t.numel * t.bits // 8 for t in self.floats if t.is_weight)
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of norms, biases and other parameters that are not weights of layers."""
+        return sum(t.numel * t.bits // 8 for t in self.floats if not t.is_weight)
+
+    @property
+    def effective_bits(self) -> float:
+        """`8 * weight_bytes / num_weights`: every stored bit, over every weight.
+
+        Layers pinned to 8 bits and layers left in float are counted.
+        """
+        return 8 * self.weight_bytes / self.num_weights if self.num_weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        return {
+            "activation_bits": self.activation_bits,
+            "layers": [{**asdict(layer), "bits": _run_lengths(layer.bits)} for layer in self.layers],
+            "floats": [asdict(tensor) for tensor in self.floats],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        layers = tuple(
+            LayerPlan(
+                **{
+                    **entry,
+                    "shape": tuple(entry["shape"]),
+                    "bits": tuple(b for b, count in entry["bits"] for _ in range(count)),
+                }
+            )
+            for entry in data["layers"]
+        )
+        floats = tuple(FloatTensor(**entry) for entry in data["floats"])
+        return cls(layers=layers, floats=floats, activation_bits=data["activation_bits"])
+
+    def to_json(self) -> str:
+        """JSON text of `to_dict`."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+    def to_qconfig_mapping(
+        self,
+        graph: "GraphModule",
+        *,
+        ranges: Mapping[str, LayerActivation] | None = None,
+        engine: str = "onednn",
+    ) -> "QConfigMapping":
+        """Settings for stock `prepare_fx` / `convert_fx` that keep this plan's integers.
+
+        Args:
+            graph: The traced graph after `RoundWeights(plan=self)`; its layers carry the scales.
+            ranges: Activation ranges by layer; without them stock observers calibrate.
+            engine: torch.ao engine: `onednn`, `fbgemm` or `qnnpack`.
+
+        Raises:
+            ConfigError: A planned layer of `graph` is not rounded.
+        """
+        # The door imports its spoke when it is opened: a plan exists without torch.ao.
+        from mpqdm_fx.backends.torch_ao import to_qconfig_mapping
+
+        return to_qconfig_mapping(graph, ranges=ranges, engine=engine)
+
+    def to_quantizer(
+        self, graph: "GraphModule", *, ranges: Mapping[str, LayerActivation] | None = None
+    ) -> "Quantizer":
+        """A torchao `Quantizer` for stock `prepare_pt2e` / `convert_pt2e`.
+
+        Args:
+            graph: The traced graph after `RoundWeights(plan=self)`; export it, prepare the export.
+            ranges: Activation ranges by layer; without them stock observers calibrate.
+
+        Raises:
+            ConfigError: A planned layer of `graph` is not rounded.
+        """
+        from mpqdm_fx.backends.pt2e import to_quantizer
+
+        return to_quantizer(graph, ranges=ranges)
+
+
+def _run_lengths(bits: tuple[int, ...]) -> list[list[int]]:
+    """`(2, 2, 3)` -> `[[2, 2], [3, 1]]`: pairs of value and count, short in JSON."""
+    runs: list[list[int]] = []
+    for value in bits:
+        if runs and runs[-1][0] == value:
+            runs[-1][1] += 1
+        else:
+            runs.append([value, 1])
+    return runs

@@ -1,0 +1,1 @@
+"""Measurements: signal-to-noise ratios, Frechet distance, class accuracy, tables, image grids."""
