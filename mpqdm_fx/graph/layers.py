@@ -1,0 +1,207 @@
+"""Weight layers of a module-level graph: find them, view them as matrices, replace them.
+
+Every algorithm of this package sees a weight layer as `Y = X @ W.T` with `W` [out_channels, K]
+(`weight_rows`) and `X` [P, K] (`sample_rows`): for a convolution a row of `X` is one receptive
+field (im2col), K = in_channels / groups * prod(kernel_size).
+"""
+
+import itertools
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpqdm_fx.errors import DialectError
+from mpqdm_fx.graph.editing import add_module, free_name, replace_module
+
+__all__ = [
+    "EMBEDDINGS",
+    "WEIGHT_LAYERS",
+    "WeightLayer",
+    "add_module",
+    "free_name",
+    "output_positions",
+    "replace_module",
+    "sample_rows",
+    "weight_layers",
+    "weight_rows",
+]
+
+#: Module classes whose weight multiplies an activation: what gets quantized.
+WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+#: Tables of parameters: counted, kept at 8 bits, never multiplied.
+EMBEDDINGS: tuple[type[nn.Module], ...] = (nn.Embedding,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightLayer:
+    """One weight layer of a graph.
+
+    Attributes:
+        name: fully qualified name, the target of its first call in graph order.
+        module: the layer; a convolution, linear or embedding module.
+        nodes: its calls in graph order. More than one for a shared module, and then possibly
+            under other names than `name` (tied layers).
+    """
+
+    name: str
+    module: nn.Module
+    nodes: tuple[fx.Node, ...]
+
+
+def weight_layers(
+    graph_module: fx.GraphModule, *, embeddings: bool = False
+) -> dict[str, WeightLayer]:
+    """Find the weight layers that a graph calls.
+
+    Args:
+        graph_module: a module-level graph.
+        embeddings: find `EMBEDDINGS` too.
+
+    Returns:
+        Fully qualified name to layer, in graph order. A module that sits at several names is one
+        layer under the first of them.
+    """
+    wanted = WEIGHT_LAYERS + (EMBEDDINGS if embeddings else ())
+    calls: dict[int, list[fx.Node]] = {}
+    modules: dict[int, nn.Module] = {}
+    for node in graph_module.graph.nodes:
+        if node.op != "call_module":
+            continue
+        module = graph_module.get_submodule(str(node.target))
+        if isinstance(module, wanted):
+            calls.setdefault(id(module), []).append(node)
+            modules[id(module)] = module
+    layers = (
+        WeightLayer(name=str(nodes[0].target), module=modules[key], nodes=tuple(nodes))
+        for key, nodes in calls.items()
+    )
+    return {layer.name: layer for layer in layers}
+
+
+def weight_rows(module: nn.Module) -> Tensor:
+    """View a layer's weight as a matrix.
+
+    Args:
+        module: a convolution (not transposed), linear or embedding layer.
+
+    Returns:
+        [out_channels, K], detached, sharing storage where it can. K is in_features, or
+        in_channels / groups * prod(kernel_size); an embedding gives [num_embeddings, dim].
+
+    Raises:
+        DialectError: the module is no weight layer.
+    """
+    if not isinstance(module, WEIGHT_LAYERS + EMBEDDINGS):
+        raise DialectError(f"{type(module).__name__} is no weight layer; see WEIGHT_LAYERS")
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().flatten(1)
+
+
+def output_positions(module: nn.Module, x: Tensor) -> int:
+    """Count the rows that `sample_rows` can take from one input.
+
+    Args:
+        module: a convolution or linear layer.
+        x: its input.
+
+    Returns:
+        Batch times output pixels for a convolution, the product of all leading dimensions for a
+        linear layer.
+    """
+    if isinstance(module, nn.Linear):
+        return x.numel() // module.in_features
+    conv = _convolution(module)
+    padded = _padded(conv, x)
+    return padded.shape[0] * prod(_output_size(conv, padded))
+
+
+def sample_rows(
+    module: nn.Module,
+    x: Tensor,
+    *,
+    positions: Tensor | None = None,
+    count: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Take rows of the matrix X that a layer multiplies with its weight: sampled im2col.
+
+    `F.linear(sample_rows(m, x), weight_rows(m), m.bias)` are the layer's outputs at all its
+    positions, channels last.
+
+    Args:
+        module: Conv1d/2d/3d (any groups, stride, dilation, padding, padding_mode) or Linear.
+        x: the layer's input, [N, C, *spatial] or [C, *spatial], or [..., in_features].
+        positions: int64 [P], flat indices into the output positions (batch, then pixels in
+            row-major order), as counted by `output_positions`. Default: all of them.
+        count: instead of `positions`, draw this many different ones (all, if there are fewer).
+        generator: source of the draw, for `count`.
+
+    Returns:
+        [P, K] in the dtype of x. For a convolution with groups > 1: [P, groups, K], where output
+        channel o of W [O, K] multiplies group o // (O // groups).
+
+    Raises:
+        DialectError: the module is no convolution or linear layer.
+        ValueError: both `positions` and `count` are given.
+    """
+    if positions is not None and count is not None:
+        raise ValueError("give either positions or count, not both")
+    if count is not None:
+        total = output_positions(module, x)
+        positions = torch.randperm(total, generator=generator)[:count]
+    if isinstance(module, nn.Linear):
+        rows = x.reshape(-1, module.in_features)
+        return rows if positions is None else rows[positions.to(x.device)]
+    return _convolution_rows(_convolution(module), x, positions)
+
+
+def _convolution(module: nn.Module) -> nn.modules.conv._ConvNd:
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return module
+    raise DialectError(
+        f"{type(module).__name__} has no rows to sample; only Conv1d/2d/3d and Linear do"
+    )
+
+
+def _padded(conv: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
+    """Add the batch axis if it is missing, and the padding."""
+    spatial = len(conv.kernel_size)
+    x = x if x.dim() == spatial + 2 else x.unsqueeze(0)
+    # last axis first, both sides: what F.pad wants; worked out for "same" and "valid" too
+    pads = list(conv._reversed_padding_repeated_twice)
+    if not isinstance(conv.padding, str):
+        pads = [p for p in reversed(conv.padding) for _ in range(2)]
+    if not any(pads):
+        return x
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return nn.functional.pad(x, pads, mode=mode)
+
+
+def _output_size(conv: nn.modules.conv._ConvNd, padded: Tensor) -> list[int]:
+    axes = zip(padded.shape[2:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
+    return [(size - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, dilation in axes]
+
+
+def _convolution_rows(conv: nn.modules.conv._ConvNd, x: Tensor, positions: Tensor | None) -> Tensor:
+    padded = _padded(conv, x)
+    size = _output_size(conv, padded)
+    if positions is None:
+        positions = torch.arange(padded.shape[0] * prod(size))
+    # The index of axis i has shape [P, 1, .., kernel_i, .., 1]; together they broadcast to
+    # [P, *kernel_size] and pick one receptive field per position.
+    ones = [1] * len(size)
+    coordinates = torch.unravel_index(positions.to(x.device), (padded.shape[0], *size))
+    index = [coordinates[0].view(-1, *ones)]
+    axes = zip(coordinates[1:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
+    for axis, (coordinate, k, stride, dilation) in enumerate(axes):
+        taps = torch.arange(k, device=x.device) * dilation
+        field = coordinate[:, None] * stride + taps  # [P, kernel_i]
+        shape = [*itertools.repeat(1, axis), k, *itertools.repeat(1, len(size) - axis - 1)]
+        index.append(field.view(-1, *shape))
+    fields = padded.movedim(1, -1)[tuple(index)]  # [P, *kernel_size, C]
+    rows = fields.movedim(-1, 1).flatten(1)  # [P, C * prod(kernel_size)]
+    return rows if conv.groups == 1 else rows.reshape(len(rows), conv.groups, -1)
