@@ -1,0 +1,279 @@
+"""Raise an exported ATen graph to module level: one ``call_module`` for each leaf ``nn.Module``.
+
+torch.export inlines every module and lifts its parameters to graph inputs, but each node still says in
+``nn_module_stack`` which module call it came from. The nodes whose innermost entry is one call of a
+leaf module *are* that module's forward, so they are replaced by one ``call_module`` at its own
+fully qualified name. Everything else stays ATen, with parameters as ``get_attr`` nodes.
+"""
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from mpqdm_fx.errors import TraceError
+from mpqdm_fx.graph.leaves import evaluation_copy, leaf_class, stock_twin
+
+__all__ = ["raise_leaf_modules"]
+
+# Nodes without a value: they restate at run time what the export assumed, and torch.ao's
+# retrace cannot execute them on proxies. Signature.normalize checks the same facts up front.
+_CHECKS = frozenset(
+    {
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten._assert_async.msg,
+        torch.ops.aten._assert_async.default,
+        torch.ops.aten._assert_scalar.default,
+        torch.ops.aten.sym_constrain_range.default,
+        torch.ops.aten.sym_constrain_range_for_size.default,
+    }
+)
+
+
+def raise_leaf_modules(
+    exported: ExportedProgram,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    training: Mapping[str, bool] | None = None,
+) -> fx.GraphModule:
+    """Rebuild ``exported`` as a module-level graph that shares ``model``'s modules and parameters.
+
+    Rules, in this order:
+      1. assertion and range-constraint nodes are dropped: they have no value;
+      2. the nodes of one call of a leaf module become one ``call_module`` at the module's own name
+         when they read exactly one tensor and yield exactly one; otherwise they stay ATen;
+      3. a parameter, buffer or lifted constant that is used outside leaf modules becomes ``get_attr``;
+      4. casts stay, also those that change nothing at the traced dtype: they are graph content.
+
+    Args:
+        exported: A program exported from ``model`` with exactly the keyword arguments ``inputs``.
+        model: The module the program was exported from.
+        inputs: The keyword arguments of the export, in call order; values are tensors, nested
+            dicts, lists and tuples of tensors, or constants.
+        training: The training flag of each module name before tracing; a dropout or batch norm that
+            was in training mode is replaced by a copy in evaluation mode (parameters shared).
+
+    Returns:
+        The module-level graph; placeholders are the names in ``inputs`` that hold tensors.
+
+    Raises:
+        TraceError: If the model returns something that is not a tensor, tuple, list or dict.
+    """
+    return _Raiser(exported, model, inputs, training or {}).run()
+
+
+class _Raiser:
+    """The state of one rebuild: maps nodes of the exported graph to nodes of the new one."""
+
+    def __init__(
+        self,
+        exported: ExportedProgram,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        training: Mapping[str, bool],
+    ) -> None:
+        self.exported = exported
+        self.model = model
+        self.inputs = inputs
+        self.training = training
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.lifted: dict[fx.Node, tuple[str, torch.Tensor]] = {}
+        self.attributes: dict[str, Any] = {}
+        self.copies: dict[int, nn.Module] = {}
+
+    def run(self) -> fx.GraphModule:
+        self.bind_placeholders()
+        calls = self.module_calls()
+        for node in self.exported.graph.nodes:
+            if node.op == "placeholder" or node.target in _CHECKS:
+                continue
+            if node.op == "output":
+                self.emit_output(node)
+            elif node in calls:
+                call = calls[node]
+                if call is not None:
+                    self.emit_call(node, *call)
+            else:
+                if node.op == "get_attr":
+                    self.attributes[node.target] = _attribute(
+                        self.exported.graph_module, node.target
+                    )
+                self.env[node] = self.graph.node_copy(node, self.value)
+        return self.finish()
+
+    # -- inputs ---------------------------------------------------------------------------------
+
+    def bind_placeholders(self) -> None:
+        """Make one placeholder per tensor argument and remember what the lifted inputs stand for."""
+        placeholders = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
+        user: list[fx.Node] = []
+        for node, spec in zip(
+            placeholders, self.exported.graph_signature.input_specs, strict=True
+        ):
+            if spec.kind is InputKind.USER_INPUT:
+                user.append(node)
+            else:
+                assert spec.target is not None
+                self.lifted[node] = (spec.target, self.lifted_tensor(spec.kind, spec.target))
+        leaves, _ = pytree.tree_flatten_with_path(dict(self.inputs))
+        tensors = [
+            ([_key(entry) for entry in path], node)
+            for (path, value), node in zip(leaves, user, strict=True)
+            if isinstance(value, torch.Tensor)
+        ]
+        # a graph wants all placeholders before the getitem nodes that open containers
+        names = dict.fromkeys(path[0] for path, _ in tensors)
+        roots = {name: self.graph.placeholder(name) for name in names}
+        for (name, *inner), node in tensors:
+            value = roots[name]
+            for key in inner:
+                value = self.graph.call_function(operator.getitem, (value, key))
+            value.meta = dict(node.meta)
+            self.env[node] = value
+
+    def lifted_tensor(self, kind: InputKind, target: str) -> torch.Tensor:
+        if kind is InputKind.PARAMETER:
+            return self.model.get_parameter(target)
+        if kind is InputKind.BUFFER:
+            return self.model.get_buffer(target)
+        constant = self.exported.constants[target]
+        if not isinstance(constant, torch.Tensor):
+            raise TraceError(f"the model holds a custom object {target!r} that is not a tensor")
+        return constant
+
+    def value(self, node: fx.Node) -> fx.Node:
+        """Return the new node for ``node``; a lifted tensor becomes ``get_attr`` at its first use."""
+        if node not in self.env:
+            target, tensor = self.lifted[node]
+            self.attributes[target] = tensor
+            self.env[node] = self.graph.get_attr(target)
+            self.env[node].meta = dict(node.meta)
+        return self.env[node]
+
+    # -- leaf modules -----------------------------------------------------------------------------
+
+    def module_calls(self) -> dict[fx.Node, tuple[str, nn.Module, fx.Node] | None]:
+        """Map each node of a raisable module call to None, its output node to (name, module, input)."""
+        calls: dict[fx.Node, tuple[str, nn.Module, fx.Node] | None] = {}
+        for name, nodes in self.runs():
+            module = self.modules.get(name)
+            if module is None or leaf_class(module) is None:
+                continue
+            call = self.match(name, module, nodes)
+            if call is not None:
+                output, installed, source = call
+                calls.update(dict.fromkeys(nodes))
+                calls[output] = (name, installed, source)
+        return calls
+
+    def runs(self) -> Iterator[tuple[str, list[fx.Node]]]:
+        """Yield (module name, nodes) for every run of neighbours made by one call of one module."""
+        key, name, run = None, "", list[fx.Node]()
+        for node in self.exported.graph.nodes:
+            if node.op != "call_function" or node.target in _CHECKS or not _is_tensor(node):
+                continue
+            stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+            innermost, (path, _) = list(stack.items())[-1]
+            if innermost != key and run:
+                yield name, run
+                run = []
+            key, name = innermost, path.split("@")[0]
+            run.append(node)
+        if run:
+            yield name, run
+
+    def match(
+        self, name: str, module: nn.Module, nodes: list[fx.Node]
+    ) -> tuple[fx.Node, nn.Module, fx.Node] | None:
+        """Return (output node, module to install, input node), or None when ATen must stay."""
+        inside = set(nodes)
+        own = {id(t) for t in (*module.parameters(), *module.buffers())}
+        outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+        sources: list[fx.Node] = []
+        for source in dict.fromkeys(a for n in nodes for a in n.all_input_nodes):
+            if source in inside or not _is_tensor(source):
+                continue  # a symbolic size is a function of the input the module sees
+            if source in self.lifted and id(self.lifted[source][1]) in own:
+                continue
+            sources.append(source)
+        if len(outputs) != 1 or len(sources) != 1:
+            return None
+        twin = stock_twin(module, nodes, sources[0], lambda n: self.lifted.get(n, ("", None))[1])
+        if twin is None:
+            return None
+        if self.training.get(name, False):
+            twin = evaluation_copy(twin)
+        return outputs[0], self.copies.setdefault(id(module), twin), sources[0]
+
+    def emit_call(self, node: fx.Node, name: str, module: nn.Module, source: fx.Node) -> None:
+        self.attributes[name] = module
+        self.env[node] = self.graph.call_module(name, (self.value(source),))
+        self.env[node].meta = dict(node.meta)
+
+    # -- output ---------------------------------------------------------------------------------
+
+    def emit_output(self, node: fx.Node) -> None:
+        spec = self.exported.call_spec.out_spec
+        assert spec is not None
+        flat = [self.value(n) if isinstance(n, fx.Node) else n for n in node.args[0]]  # type: ignore[union-attr]
+        result = pytree.tree_unflatten(flat, spec)
+        if isinstance(result, dict) and type(result) is not dict:
+            result = dict(result)
+        try:
+            output = self.graph.output(result)
+        except (NotImplementedError, RuntimeError) as error:
+            raise TraceError(
+                f"the model returns a {type(result).__name__}, which a graph cannot build; "
+                "let forward return a tensor, tuple, list or dict"
+            ) from error
+        output.meta = dict(node.meta)
+
+    def finish(self) -> fx.GraphModule:
+        root = nn.Module()
+        # modules before tensors: a tensor inside an installed module is already in its place
+        for name, value in sorted(
+            self.attributes.items(), key=lambda kv: isinstance(kv[1], torch.Tensor)
+        ):
+            _install(root, name, value)
+        graph_module = fx.GraphModule(root, self.graph, type(self.model).__name__)
+        # not .eval(): that would reach through to the caller's own modules
+        graph_module.training = False
+        graph_module.graph.eliminate_dead_code()
+        graph_module.graph.lint()
+        graph_module.recompile()
+        return graph_module
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int))
+
+
+def _key(entry: Any) -> Any:
+    """Return the dict key or the index that a pytree path entry stands for."""
+    return entry.key if hasattr(entry, "key") else entry.idx
+
+
+def _attribute(root: nn.Module, name: str) -> Any:
+    return operator.attrgetter(name)(root)
+
+
+def _install(root: nn.Module, name: str, value: Any) -> None:
+    """Put ``value`` at the dotted ``name`` below ``root`` without writing into shared modules."""
+    *path, last = name.split(".")
+    for atom in path:
+        if not hasattr(root, atom):
+            root.add_module(atom, nn.Module())
+        root = getattr(root, atom)
+    if getattr(root, last, None) is value:
+        return
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        root.register_buffer(last, value)
+    else:
+        setattr(root, last, value)

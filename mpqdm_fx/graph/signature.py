@@ -1,0 +1,334 @@
+"""What a traced graph takes: the model's own arguments, which of them are tensors, and their shapes."""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpqdm_fx.errors import TraceError
+
+__all__ = ["InputSpec", "Signature", "bind_inputs", "tensor_leaves"]
+
+_TIMESTEP_NAMES = frozenset({"t", "timestep", "timesteps", "timestep_ratio"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """One tensor input of a traced graph.
+
+    Attributes:
+        name: The argument's name; entries of containers are dotted (``added_cond_kwargs.time_ids``).
+        shape: The shape of the example.
+        dtype: The dtype of the example.
+        batch_axis: 0 if the leading axis is the batch, None if the shape is fixed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    batch_axis: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Signature:
+    """The calling convention of a traced graph.
+
+    The following conditions hold: ``arguments`` are the names of the graph's placeholders in order;
+    every ``inputs[i].name`` starts with one of them; ``arguments`` and the names in ``baked`` are
+    disjoint and both are subsets of ``parameters``.
+
+    Attributes:
+        model_class: Class name of the traced model.
+        output_class: Dotted path of the output dataclass that the model's forward declares, or None.
+            The graph itself returns what the model returns for ``return_dict=False``.
+        parameters: All argument names of the model's forward, in order.
+        arguments: Those that are inputs of the graph, in order.
+        baked: (name, value) of the arguments that are constants of the graph.
+        inputs: One spec per tensor, in placeholder order.
+        batch: The example's batch size.
+        batch_range: (smallest, largest or None) batch size the graph takes; None if it is fixed.
+        note: Why the batch is fixed although a dynamic one was asked for; empty otherwise.
+    """
+
+    model_class: str
+    output_class: str | None = None
+    parameters: tuple[str, ...]
+    arguments: tuple[str, ...]
+    baked: tuple[tuple[str, Any], ...] = ()
+    inputs: tuple[InputSpec, ...]
+    batch: int
+    batch_range: tuple[int, int | None] | None = None
+    note: str = ""
+
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether the graph takes other batch sizes than the example's."""
+        return self.batch_range is not None
+
+    def spec(self, name: str) -> InputSpec:
+        """Return the spec of the tensor input ``name``; raises KeyError if there is none."""
+        for spec in self.inputs:
+            if spec.name == name:
+                return spec
+        raise KeyError(name)
+
+    def normalize(
+        self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Turn a call of the model into the inputs of the graph.
+
+        Python numbers and 0-d tensors become tensors of shape [B]; arguments that are constants of
+        the graph are checked and dropped; ``return_dict`` is ignored (the caller wraps the output).
+
+        Args:
+            args: Positional arguments as the model's forward takes them.
+            kwargs: Keyword arguments as the model's forward takes them.
+
+        Returns:
+            Argument name to tensor or container, in placeholder order: ``gm(**normalized)``.
+
+        Raises:
+            TraceError: If an argument is unknown, missing, of another shape or dtype than traced, or
+                differs from the constant that was traced; names the argument and the fix.
+        """
+        given = _bind(self.model_class, self.parameters, args, kwargs or {})
+        baked = dict(self.baked)
+        for name, value in given.items():
+            if name in self.arguments or name == "return_dict":
+                continue
+            if not _same_constant(value, baked.get(name)):
+                raise TraceError(
+                    f"{self.model_class}: argument {name!r} was traced as the constant "
+                    f"{baked.get(name)!r} and cannot be {_describe(value)} now; "
+                    "trace again with an example input that has it"
+                )
+        missing = [n for n in self.arguments if given.get(n) is None]
+        if missing:
+            raise TraceError(
+                f"{self.model_class}: missing argument(s) {', '.join(missing)}; "
+                f"the graph takes ({', '.join(self.arguments)})"
+            )
+        specs = {spec.name: spec for spec in self.inputs}
+        batch = self._batch_of({n: given[n] for n in self.arguments}, specs)
+        return {n: self._fit(n, given[n], specs, batch) for n in self.arguments}
+
+    def _batch_of(self, given: Mapping[str, Any], specs: Mapping[str, InputSpec]) -> int:
+        batch = self.batch
+        for name, value in tensor_leaves(given):
+            spec = specs.get(name)
+            if spec and spec.batch_axis == 0 and value.ndim == len(spec.shape) and value.ndim > 1:
+                batch = value.shape[0]
+                break
+        low, high = self.batch_range or (self.batch, self.batch)
+        if batch < low or (high is not None and batch > high):
+            allowed = f"{low}" if low == high else f"{low}..{high or 'any'}"
+            raise TraceError(
+                f"{self.model_class}: batch size {batch} is outside the traced range {allowed}; "
+                + (f"{self.note}; " if self.note else "")
+                + "trace again with an example of that batch size"
+            )
+        return batch
+
+    def _fit(self, name: str, value: Any, specs: Mapping[str, InputSpec], batch: int) -> Any:
+        """Return ``value`` as the graph wants it; recurses into containers."""
+        spec = specs.get(name)
+        if spec is None:
+            wanted = [s for s in specs if s.startswith(f"{name}.")]
+            if not wanted:
+                return value  # a constant inside a container
+            if isinstance(value, Mapping):
+                unknown = [k for k in value if not any(_below(w, f"{name}.{k}") for w in wanted)]
+                entries = {k: self._fit(f"{name}.{k}", v, specs, batch) for k, v in value.items()}
+                for key in unknown:
+                    if value[key] is not None:
+                        raise TraceError(f"{self.model_class}: unknown entry {name}.{key}")
+            elif isinstance(value, (list, tuple)):
+                entries = {i: self._fit(f"{name}.{i}", v, specs, batch) for i, v in enumerate(value)}
+            else:
+                raise TraceError(f"{self.model_class}: {name} must be a container of tensors")
+            for name_wanted in wanted:
+                if not any(_below(name_wanted, f"{name}.{key}") for key in entries):
+                    raise TraceError(f"{self.model_class}: missing entry {name_wanted}")
+            return entries if isinstance(value, Mapping) else type(value)(entries.values())
+        return _fit_tensor(self.model_class, value, spec, batch)
+
+
+def bind_inputs(
+    model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any]
+) -> tuple[Signature, dict[str, Any]]:
+    """Bind example inputs to the arguments of ``model.forward``.
+
+    Python numbers and 0-d tensors for arguments that stand for tensors (timesteps, and whatever
+    forward annotates as a tensor) become tensors of shape [B], int64 for integers. Tensors are left
+    as they are. ``return_dict=False`` is added where forward accepts it.
+
+    Args:
+        model: The module to be traced.
+        example_inputs: Keyword arguments, or a tuple or list of positional arguments.
+
+    Returns:
+        The signature with every shape fixed, and the full keyword arguments in forward's order.
+
+    Raises:
+        TraceError: If an argument is unknown or missing, or nothing is a tensor.
+    """
+    model_class = type(model).__name__
+    parameters = _forward_parameters(model)
+    if isinstance(example_inputs, Mapping):
+        given = _bind(model_class, tuple(parameters), (), example_inputs)
+    elif isinstance(example_inputs, (tuple, list)):
+        given = _bind(model_class, tuple(parameters), example_inputs, {})
+    else:
+        raise TraceError(
+            f"{model_class}: example_inputs must be a dict of keyword arguments or a tuple of "
+            f"positional ones, not {_describe(example_inputs)}"
+        )
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if name not in given and parameter.default is inspect.Parameter.empty
+    ]
+    if missing:
+        raise TraceError(
+            f"{model_class}: example inputs lack the argument(s) {', '.join(missing)}; "
+            f"forward takes ({', '.join(parameters)})"
+        )
+    if "return_dict" in parameters:
+        given["return_dict"] = False
+    batch = next((t.shape[0] for _, t in tensor_leaves(given) if t.ndim > 1), 1)
+    call = {
+        name: _number_to_tensor(name, parameters[name], given[name], batch)
+        for name in parameters
+        if name in given
+    }
+    leaves = list(tensor_leaves(call))
+    if not leaves:
+        raise TraceError(f"{model_class}: no example input is a tensor")
+    arguments = tuple(dict.fromkeys(name.split(".")[0] for name, _ in leaves))
+    signature = Signature(
+        model_class=model_class,
+        output_class=_output_class(model),
+        parameters=tuple(parameters),
+        arguments=arguments,
+        baked=tuple((n, v) for n, v in call.items() if n not in arguments),
+        inputs=tuple(InputSpec(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in leaves),
+        batch=batch,
+    )
+    return signature, call
+
+
+def tensor_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (dotted name, tensor) for every tensor in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield prefix, value
+        return
+    if isinstance(value, Mapping):
+        items: Iterator[tuple[Any, Any]] = iter(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = iter(enumerate(value))
+    else:
+        return
+    for key, entry in items:
+        yield from tensor_leaves(entry, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind in kinds
+    }
+
+
+def _bind(
+    model_class: str, parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    if len(args) > len(parameters):
+        raise TraceError(
+            f"{model_class}: {len(args)} positional arguments, "
+            f"but forward takes {len(parameters)}: ({', '.join(parameters)})"
+        )
+    given = dict(zip(parameters, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else f"({', '.join(parameters)})"
+            raise TraceError(f"{model_class}: forward has no argument {name!r}; {hint}")
+        if name in given:
+            raise TraceError(f"{model_class}: argument {name!r} is given twice")
+        given[name] = value
+    return given
+
+
+def _number_to_tensor(name: str, parameter: inspect.Parameter, value: Any, batch: int) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
+        return value
+    is_timestep = name in _TIMESTEP_NAMES
+    if isinstance(value, torch.Tensor):
+        single = value.ndim == 0 or (value.ndim == 1 and value.shape[0] == 1)
+        return value.reshape(1).repeat(batch) if is_timestep and single else value
+    if not is_timestep and "Tensor" not in str(parameter.annotation):
+        return value
+    dtype = torch.int64 if isinstance(value, int) else torch.get_default_dtype()
+    return torch.full((batch,), value, dtype=dtype)
+
+
+def _fit_tensor(model_class: str, value: Any, spec: InputSpec, batch: int) -> torch.Tensor:
+    """Return ``value`` with the shape and dtype of ``spec`` at batch size ``batch``."""
+    shape = (batch, *spec.shape[1:]) if spec.batch_axis == 0 else spec.shape
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number:
+        value = torch.tensor(value)
+    if not isinstance(value, torch.Tensor):
+        raise TraceError(f"{model_class}: {spec.name} must be a tensor, not {_describe(value)}")
+    if len(shape) == 1 and value.numel() == 1:
+        value = value.reshape(1).expand(shape)
+    if tuple(value.shape) != shape:
+        raise TraceError(
+            f"{model_class}: {spec.name} has shape {list(value.shape)}, "
+            f"but the graph was traced for {list(shape)}; trace again with this shape"
+        )
+    if value.dtype != spec.dtype:
+        # timesteps: schedulers mix int64 and float32; a conversion must not lose anything
+        cast = value.to(spec.dtype)
+        if len(shape) != 1 or not torch.equal(cast.to(value.dtype), value):
+            raise TraceError(
+                f"{model_class}: {spec.name} is {value.dtype}, but was traced as {spec.dtype}; "
+                f"convert it, or trace again with a {value.dtype} example"
+            )
+        value = cast
+    return value.contiguous() if is_number else value
+
+
+def _output_class(model: nn.Module) -> str | None:
+    """Return the dotted path of the output dataclass in forward's return annotation, if any."""
+    annotation = inspect.signature(model.forward).return_annotation
+    for candidate in getattr(annotation, "__args__", (annotation,)):
+        if isinstance(candidate, type) and candidate.__module__.startswith(
+            type(model).__module__.split(".")[0]
+        ):
+            return f"{candidate.__module__}.{candidate.__qualname__}"
+    return None
+
+
+def _same_constant(value: Any, baked: Any) -> bool:
+    if value is baked:
+        return True
+    if any(True for _ in tensor_leaves({"": value})):
+        return False
+    return type(value) is type(baked) and bool(value == baked) or (not value and not baked)
+
+
+def _below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {value!r:.60}"
