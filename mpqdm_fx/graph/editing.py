@@ -7,7 +7,7 @@ edit installs a new module object with `replace_module` or `add_module`.
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -23,14 +23,21 @@ __all__ = [
     "insert_call",
     "prune",
     "replace_module",
+    "shallow_clone",
+    "writes_in_place",
 ]
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 # What is true of the anchor's own value or was decided for it alone, and not of a new node near it.
 _NOT_INHERITED = frozenset({"val", "tensor_meta", "example_value", "quantization_annotation"})
 
 
-def _shallow_clone(module: nn.Module) -> nn.Module:
-    """Return a new module object with the same tensors and the same children objects."""
+def shallow_clone(module: _Module) -> _Module:
+    """Return a new module object with the same tensors and the same children objects.
+
+    Setting a parameter, buffer, child or attribute of the clone leaves the original alone.
+    """
     clone = object.__new__(type(module))
     clone.__dict__ = {
         # parameters, buffers, children and hooks live in dicts and sets that would else be shared
@@ -69,7 +76,7 @@ def copy_graph_module(graph_module: fx.GraphModule) -> fx.GraphModule:
         for name, child in module._modules.items():
             fqn = prefix + name
             if child is not None and fqn not in leaves:
-                module._modules[name] = _shallow_clone(child)
+                module._modules[name] = shallow_clone(child)
                 clone_children(module._modules[name], fqn + ".")  # type: ignore[arg-type]
 
     graph = copy.deepcopy(graph_module.graph)
@@ -92,27 +99,35 @@ def eliminate_dead_code(graph_module: fx.GraphModule) -> bool:
     """
     erased = False
     for node in reversed(list(graph_module.graph.nodes)):
-        if node.users or node.is_impure() or _is_inplace_module(graph_module, node):
+        if node.users or node.is_impure() or writes_in_place(graph_module, node):
             continue
         graph_module.graph.erase_node(node)
         erased = True
     return erased
 
 
-def _is_inplace_module(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    module = graph_module.get_submodule(str(node.target))
-    return any(getattr(part, "inplace", False) is True for part in module.modules())
+def writes_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Tell whether a node writes into one of its inputs (`add_`, `nn.ReLU(inplace=True)`)."""
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        return any(getattr(part, "inplace", False) is True for part in module.modules())
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
 
 
 def prune(graph_module: fx.GraphModule) -> None:
     """Drop modules, parameters and buffers that no node refers to, in place.
 
-    Only the containers of `graph_module` are changed, so it must be a copy (`copy_graph_module`).
+    Args:
+        graph_module: the copy to edit. Modules that it may share are cloned before they lose
+            something, so no other GraphModule and no model sees it.
     """
     leaves = _module_targets(graph_module)
     attributes = {str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr"}
+    referenced = leaves | attributes
+    paths = {name[:end] for name in referenced for end, c in enumerate(name) if c == "."}
 
     def visit(module: nn.Module, prefix: str) -> None:
         for registry in (module._parameters, module._buffers):
@@ -122,10 +137,11 @@ def prune(graph_module: fx.GraphModule) -> None:
             fqn = prefix + name
             if fqn in leaves:
                 continue
-            if child is not None:
-                visit(child, fqn + ".")
-            if child is None or not (child._parameters or child._buffers or child._modules):
+            if child is None or fqn not in paths:
                 del module._modules[name]
+            else:
+                module._modules[name] = clone = shallow_clone(child)
+                visit(clone, fqn + ".")
 
     visit(graph_module, "")
 
@@ -186,7 +202,7 @@ def _install(graph_module: fx.GraphModule, fqn: str, module: nn.Module) -> None:
             setattr(parent, name, module)
         else:
             child = parent._modules.get(name)
-            parent._modules[name] = nn.Module() if child is None else _shallow_clone(child)
+            parent._modules[name] = nn.Module() if child is None else shallow_clone(child)
 
 
 def free_name(graph_module: fx.GraphModule, fqn: str) -> str:

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.errors import DialectError
-from mpqdm_fx.graph.editing import add_module, free_name, replace_module
+from mpqdm_fx.graph.editing import add_module, free_name, replace_module, shallow_clone
 
 __all__ = [
     "EMBEDDINGS",
     "WEIGHT_LAYERS",
     "WeightLayer",
     "add_module",
+    "called_module",
     "free_name",
     "output_positions",
+    "rebuild_layer",
     "replace_module",
     "sample_rows",
     "weight_layers",
@@ -33,6 +35,22 @@ WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, n
 
 #: Tables of parameters: counted, kept at 8 bits, never multiplied.
 EMBEDDINGS: tuple[type[nn.Module], ...] = (nn.Embedding,)
+
+
+def called_module(
+    graph_module: fx.GraphModule, node: object, *classes: type[nn.Module]
+) -> nn.Module | None:
+    """Return the module that a node calls, if it calls one of these classes.
+
+    Args:
+        graph_module: the graph's owner.
+        node: a node, or anything that stands as an argument of one.
+        classes: accepted classes; none given means any.
+    """
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    module = graph_module.get_submodule(str(node.target))
+    return module if isinstance(module, classes or nn.Module) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +117,36 @@ def weight_rows(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().flatten(1)
+
+
+def rebuild_layer(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Make a layer like `module` with another weight, of any number of channels.
+
+    Args:
+        module: an ungrouped convolution or a linear layer; it is not changed.
+        weight: [out_channels, in_channels, *kernel_size] or [out_features, in_features]; copied,
+            so that the new layer shares no storage with the old one.
+        bias: [out_channels], copied, or None for a layer without bias.
+
+    Returns:
+        A new module with the same stride, padding, training flag and `requires_grad`.
+    """
+    old = module.weight
+    assert isinstance(old, Tensor)
+    layer = shallow_clone(module)
+    copied = None if bias is None else bias.detach().clone(memory_format=torch.contiguous_format)
+    layer._parameters = {
+        "weight": nn.Parameter(
+            weight.detach().clone(memory_format=torch.contiguous_format), old.requires_grad
+        ),
+        "bias": None if copied is None else nn.Parameter(copied, old.requires_grad),
+    }
+    names = ("out_features", "in_features")
+    if not isinstance(module, nn.Linear):
+        names = ("out_channels", "in_channels")
+    for name, size in zip(names, weight.shape[:2], strict=True):
+        setattr(layer, name, size)
+    return layer
 
 
 def output_positions(module: nn.Module, x: Tensor) -> int:

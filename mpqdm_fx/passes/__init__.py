@@ -1,1 +1,31 @@
 """Graph passes: one pass, one file, one class, named by a verb."""
+
+from mpqdm_fx.graph.base import GraphPass
+from mpqdm_fx.passes.drop_assertions import DropAssertions
+from mpqdm_fx.passes.drop_dropout import DropDropout
+from mpqdm_fx.passes.drop_noop_casts import DropNoopCasts
+from mpqdm_fx.passes.fold_batch_norm import FoldBatchNorm
+from mpqdm_fx.passes.split_geglu import SplitGeglu
+from mpqdm_fx.passes.split_skip_concat import SplitSkipConcat
+
+__all__ = [
+    "NORMALIZE",
+    "DropAssertions",
+    "DropDropout",
+    "DropNoopCasts",
+    "FoldBatchNorm",
+    "SplitGeglu",
+    "SplitSkipConcat",
+]
+
+#: What runs on a traced graph before anything is quantized, in running order. First goes what
+#: only hides patterns (checks are extra users, casts and dropout stand between layers), then
+#: weights are merged, then layers are split.
+NORMALIZE: tuple[GraphPass, ...] = (
+    DropAssertions(),
+    DropNoopCasts(),
+    DropDropout(),
+    FoldBatchNorm(),
+    SplitGeglu(),
+    SplitSkipConcat(),
+)
