@@ -1,0 +1,173 @@
+"""Run a denoiser along a diffusers scheduler: one loop for every scheduler and every kind of model.
+
+The loop is the one of the diffusers pipelines, without the pipeline: scale the noise, and at each
+timestep call the model, combine the two halves of classifier-free guidance (Ho and Salimans 2022,
+equation 6), and let the scheduler step. The scheduler given is copied, so the caller's stays as it
+is.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mpqdm_fx.errors import CalibrationError
+
+Denoiser = Callable[..., Any]
+"""What is called as `model(sample=..., timestep=..., **conditions)`."""
+
+StepCallback = Callable[[int, Tensor, Tensor], None]
+"""Told `(step index, timestep, sample after the step)`."""
+
+
+def denoise(
+    model: Denoiser,
+    scheduler: Any,
+    noise: Tensor,
+    *,
+    num_inference_steps: int,
+    seed: int,
+    conditions: Mapping[str, Any] | None = None,
+    guidance_scale: float | None = None,
+    unconditional: Mapping[str, Any] | None = None,
+    callback: StepCallback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Turn noise into samples with a model and a scheduler.
+
+    Args:
+        model: called with `sample` [B, ...], `timestep` [B] and the conditions as keywords; returns
+            a tensor, a tuple whose first entry is the tensor, or an output with `.sample`. With
+            guidance B is twice the batch of `noise`, the unconditional half first.
+        scheduler: any diffusers scheduler; a copy of it is used.
+        noise: standard normal, float [N, ...], not yet scaled by the scheduler's initial sigma.
+        num_inference_steps: how many steps the schedule has.
+        seed: of the noise that ancestral schedulers add at each step.
+        conditions: further keyword arguments of the model, tensors (or dicts and tuples of them)
+            with the batch N in front.
+        guidance_scale: weight of classifier-free guidance; None runs the conditional half alone.
+        unconditional: the conditions of the unconditional half, the same keywords as `conditions`.
+        callback: called after every step.
+        progress: show a progress bar over the steps.
+
+    Returns:
+        The samples, shape and dtype of `noise`.
+
+    Raises:
+        CalibrationError: guidance without unconditional conditions, conditions that do not match,
+            a number of steps below one, or a model output of another shape than the sample.
+    """
+    if num_inference_steps < 1:
+        raise CalibrationError(f"num_inference_steps is {num_inference_steps}; give at least 1")
+    inputs = dict(conditions or {})
+    guided = guidance_scale is not None
+    if guided:
+        inputs = _pair_conditions(unconditional, inputs)
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    generator = torch.Generator(noise.device).manual_seed(seed)
+    step_arguments = (
+        {"generator": generator}
+        if "generator" in inspect.signature(scheduler.step).parameters
+        else {}
+    )
+    timesteps = model_timesteps(scheduler)
+    sample: Tensor = noise * scheduler.init_noise_sigma
+    steps = tqdm(
+        zip(scheduler.timesteps, timesteps, strict=True),
+        total=len(timesteps),
+        desc="denoise",
+        unit="step",
+        disable=None if progress else True,
+    )
+    with torch.no_grad():
+        for index, (scheduler_timestep, timestep) in enumerate(steps):
+            model_input = torch.cat([sample, sample]) if guided else sample
+            model_input = scheduler.scale_model_input(model_input, scheduler_timestep)
+            output = first_tensor(
+                model(sample=model_input, timestep=timestep.repeat(len(model_input)), **inputs)
+            )
+            output = _drop_learned_variance(output, sample, scheduler)
+            if guidance_scale is not None:
+                plain, conditional = output.chunk(2)
+                output = plain + guidance_scale * (conditional - plain)
+            sample = scheduler.step(
+                output, scheduler_timestep, sample, return_dict=False, **step_arguments
+            )[0]
+            if callback is not None:
+                callback(index, timestep, sample)
+    return sample
+
+
+def model_timesteps(scheduler: Any) -> Tensor:
+    """Return the timesteps of a scheduler, after `set_timesteps`, as the model is to get them.
+
+    Some schedulers (Euler, Heun, ...) keep their timesteps in floating point. Whole numbers become
+    int64, because diffusion models are traced and exported with integer timesteps; a schedule with
+    fractions stays float32.
+
+    Returns:
+        int64 or float32 [steps].
+    """
+    timesteps: Tensor = scheduler.timesteps
+    if timesteps.is_floating_point() and not torch.equal(timesteps, timesteps.round()):
+        return timesteps.float()
+    return timesteps.long()
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the tensor in a model's output: itself, `.sample` of an output object, or entry 0.
+
+    Raises:
+        CalibrationError: there is no tensor to be found.
+    """
+    found = getattr(output, "sample", None) if not isinstance(output, Tensor) else output
+    if found is None and isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise CalibrationError(
+            f"the model returned {type(output).__name__}; expected a tensor, a tuple that starts "
+            "with one, or an output with .sample"
+        )
+    return found
+
+
+def _pair_conditions(
+    unconditional: Mapping[str, Any] | None, conditions: Mapping[str, Any]
+) -> dict[str, Any]:
+    if unconditional is None or set(unconditional) != set(conditions):
+        raise CalibrationError(
+            "guidance needs `unconditional` with the same keywords as `conditions`: "
+            f"got {sorted(unconditional or {})} and {sorted(conditions)}"
+        )
+    return {name: _concatenate(unconditional[name], conditions[name]) for name in conditions}
+
+
+def _concatenate(first: Any, second: Any) -> Any:
+    if isinstance(first, Tensor):
+        return torch.cat([first, second])
+    if isinstance(first, Mapping):
+        return {name: _concatenate(first[name], second[name]) for name in second}
+    if isinstance(first, (tuple, list)):
+        return type(first)(_concatenate(a, b) for a, b in zip(first, second, strict=True))
+    return second  # flags and None have no batch
+
+
+def _drop_learned_variance(output: Tensor, sample: Tensor, scheduler: Any) -> Tensor:
+    """Keep the mean where a model (DiT) also predicts a variance that nobody uses."""
+    channels = sample.shape[1]
+    learned = str(getattr(scheduler.config, "variance_type", "")).startswith("learned")
+    if output.shape[1] == 2 * channels and not learned:
+        output = output[:, :channels]
+    if output.shape[2:] != sample.shape[2:]:
+        raise CalibrationError(
+            f"the model's output has shape {tuple(output.shape)} for a sample of shape "
+            f"{tuple(sample.shape)}; it does not look like a denoiser"
+        )
+    return output
