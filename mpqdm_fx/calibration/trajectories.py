@@ -1,0 +1,313 @@
+"""Calibration data from the model itself: its inputs along its own denoising runs.
+
+A diffusion model sees its own outputs again and again, so it is calibrated on what it meets there,
+not on noised training images: Q-Diffusion (Li et al. 2023, section 4.2) and MPQ-DM sample the
+inputs of the float model over all timesteps. Anything else that yields keyword dicts can be used as
+well.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mpqdm_fx.calibration.sampling import Denoiser, denoise
+from mpqdm_fx.errors import CalibrationError
+
+__all__ = ["Trajectories", "balanced_class_labels", "digits_trajectories"]
+
+Conditions = Mapping[str, Any] | Callable[[int, torch.Generator], Mapping[str, Any]]
+"""Conditions of all trajectories at once, or a function `(count, generator)` that makes them."""
+
+
+class Trajectories:
+    """The inputs a model gets along its own denoising runs, as batches of keyword arguments.
+
+    Iterating yields dicts `{"sample", "timestep", **conditions}`, exactly as the model was called:
+    with guidance both halves of each pair are there. Every trajectory contributes every timestep of
+    the schedule. The runs are made once, at the first iteration, with a progress bar; the same
+    settings give the same batches, however often they are read.
+
+    Args:
+        model: the float denoiser, called as `model(sample=..., timestep=..., **conditions)`.
+        scheduler: a diffusers scheduler; it is copied.
+        sample_shape: shape of one sample without the batch axis; None reads `model.config`.
+        num_trajectories: how many runs from different noise.
+        num_inference_steps: steps in each run.
+        batch_size: rows in a batch (model rows: with guidance a run has two at each timestep). The
+            last batch may be smaller.
+        seed: of the noise, of conditions made by a function, of ancestral noise, and of the order.
+        conditions: further keyword arguments of the model. A mapping holds tensors with
+            `num_trajectories` in front; a function is called once with the number of trajectories
+            and a generator seeded by `seed`.
+        guidance_scale: weight of classifier-free guidance, None for none.
+        unconditional: conditions of the unconditional half, in the same form.
+        shuffle: True mixes trajectories and timesteps, so that each batch holds many noise levels;
+            False keeps the order of the runs, one timestep in a batch.
+        rows_per_timestep: with a number, only so many of the model's rows at each timestep are
+            kept, drawn with `seed` without replacement; None keeps all.
+
+    Raises:
+        CalibrationError: a count below one, conditions of the wrong length, an unknown sample
+            shape, or samples that are not finite.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        scheduler: Any,
+        *,
+        num_trajectories: int,
+        num_inference_steps: int,
+        batch_size: int,
+        seed: int,
+        sample_shape: tuple[int, ...] | None = None,
+        conditions: Conditions | None = None,
+        guidance_scale: float | None = None,
+        unconditional: Conditions | None = None,
+        shuffle: bool = True,
+        rows_per_timestep: int | None = None,
+    ) -> None:
+        counts = {
+            "num_trajectories": num_trajectories,
+            "num_inference_steps": num_inference_steps,
+            "batch_size": batch_size,
+            "rows_per_timestep": 1 if rows_per_timestep is None else rows_per_timestep,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise CalibrationError(f"{name} is {count}; it must be at least 1")
+        self.model = model
+        self.scheduler = scheduler
+        self.num_trajectories = num_trajectories
+        self.num_inference_steps = num_inference_steps
+        self.batch_size = batch_size
+        self.seed = seed
+        self.sample_shape = sample_shape or _sample_shape(model)
+        self.guidance_scale = guidance_scale
+        self.shuffle = shuffle
+        self.rows_per_timestep = rows_per_timestep
+        generator = torch.Generator().manual_seed(seed)
+        self._noise = torch.randn(num_trajectories, *self.sample_shape, generator=generator)
+        self._conditions = _make_conditions(conditions, num_trajectories, generator)
+        self._unconditional = (
+            _make_conditions(unconditional, num_trajectories, generator)
+            if guidance_scale is not None
+            else None
+        )
+        self._batches: list[dict[str, Any]] | None = None
+        self._samples: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._run())
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the batches; the dicts are new each time, their tensors are shared."""
+        for batch in self._run():
+            yield dict(batch)
+
+    @property
+    def final_samples(self) -> Tensor:
+        """What the runs ended with, float [num_trajectories, ...]."""
+        self._run()
+        assert self._samples is not None
+        return self._samples
+
+    def _run(self) -> list[dict[str, Any]]:
+        if self._batches is None:
+            self._samples, calls = self._record()
+            self._batches = self._arrange(calls)
+        return self._batches
+
+    def _record(self) -> tuple[Tensor, list[list[dict[str, Any]]]]:
+        """Run all trajectories; return final samples and, per timestep, the calls made there."""
+        # a dict: second-order schedulers (Heun, ...) call the model more often than they have steps
+        calls: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+        step = 0
+
+        def recording_model(**inputs: Any) -> Any:
+            calls[step].append(inputs)
+            return self.model(**inputs)
+
+        pairs = 1 if self.guidance_scale is None else 2
+        chunk = max(1, self.batch_size // pairs)
+        finals = []
+        with tqdm(
+            total=self.num_trajectories * self.num_inference_steps,
+            desc="trajectories",
+            unit="step",
+            disable=None,
+        ) as bar:
+            for start in range(0, self.num_trajectories, chunk):
+                rows = slice(start, start + chunk)
+                noise = self._noise[rows]
+
+                def advance(index: int, timestep: Tensor, sample: Tensor) -> None:
+                    nonlocal step
+                    step = index + 1
+                    bar.update(len(sample))
+
+                step = 0
+                finals.append(
+                    denoise(
+                        recording_model,
+                        self.scheduler,
+                        noise,
+                        num_inference_steps=self.num_inference_steps,
+                        seed=self.seed + start,
+                        conditions=_take(self._conditions, rows),
+                        guidance_scale=self.guidance_scale,
+                        unconditional=(
+                            None
+                            if self._unconditional is None
+                            else _take(self._unconditional, rows)
+                        ),
+                        callback=advance,
+                    )
+                )
+        samples = torch.cat(finals)
+        if not torch.isfinite(samples).all():
+            raise CalibrationError(
+                "the model's own denoising run gave NaN or infinite samples; check the float model "
+                "and that scheduler and conditions belong to it"
+            )
+        return samples, [calls[index] for index in sorted(calls)]
+
+    def _arrange(self, calls: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.rows_per_timestep is not None:
+            kept = []
+            for at_timestep in calls:
+                merged = _join(at_timestep)
+                rows = torch.randperm(len(merged["sample"]), generator=generator)
+                kept.append([_take(merged, rows[: self.rows_per_timestep])])
+            calls = kept
+        if not self.shuffle:
+            return [
+                _take(call, slice(start, start + self.batch_size))
+                for at_timestep in calls
+                for call in [_join(at_timestep)]
+                for start in range(0, len(call["sample"]), self.batch_size)
+            ]
+        everything = _join([call for at_timestep in calls for call in at_timestep])
+        order = torch.randperm(len(everything["sample"]), generator=generator)
+        return [_take(everything, rows) for rows in torch.split(order, self.batch_size)]
+
+
+def balanced_class_labels(num_classes: int, *, name: str = "class_labels") -> Conditions:
+    """Return conditions that give every class its turn: labels 0, 1, ..., n-1, 0, 1, ...
+
+    Args:
+        num_classes: how many classes the model knows.
+        name: the model's keyword for labels.
+
+    Returns:
+        A function for the `conditions` of `Trajectories`.
+    """
+
+    def labels(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {name: torch.arange(count) % num_classes}
+
+    return labels
+
+
+def digits_trajectories(
+    model: Denoiser,
+    scheduler: Any,
+    *,
+    seed: int,
+    num_trajectories: int = 20,
+    num_inference_steps: int = 20,
+    batch_size: int = 32,
+    rows_per_timestep: int | None = 16,
+) -> Trajectories:
+    """Return the calibration data of the bundled digits model: 16 of 20 runs at each of 20 steps.
+
+    Args:
+        model: the digits UNet.
+        scheduler: its scheduler.
+        seed: of noise and order.
+        num_trajectories: runs; labels take turns.
+        num_inference_steps: steps of each run.
+        batch_size: rows in a batch.
+        rows_per_timestep: rows kept of each timestep, None for all.
+
+    Returns:
+        The trajectories, shuffled; with the defaults 320 rows in 10 batches.
+    """
+    return Trajectories(
+        model,
+        scheduler,
+        num_trajectories=num_trajectories,
+        num_inference_steps=num_inference_steps,
+        batch_size=batch_size,
+        seed=seed,
+        sample_shape=(1, 16, 16),
+        conditions=balanced_class_labels(10),
+        rows_per_timestep=rows_per_timestep,
+    )
+
+
+def _sample_shape(model: Any) -> tuple[int, ...]:
+    config = getattr(model, "config", None)
+    size = getattr(config, "sample_size", None)
+    channels = getattr(config, "in_channels", None)
+    if size is None or channels is None:
+        raise CalibrationError(
+            f"{type(model).__name__} does not say its sample size; give sample_shape=(C, H, W)"
+        )
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    return (channels, *sides)
+
+
+def _make_conditions(
+    conditions: Conditions | None, count: int, generator: torch.Generator
+) -> dict[str, Any]:
+    made = dict(conditions(count, generator) if callable(conditions) else (conditions or {}))
+    for name, tensor in _tensors(made, ""):
+        if tensor.ndim == 0 or len(tensor) != count:
+            raise CalibrationError(
+                f"condition {name} has shape {tuple(tensor.shape)}; its first axis must be the "
+                f"number of trajectories, {count}"
+            )
+    return made
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _tensors(entry, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (tuple, list)):
+        for index, entry in enumerate(value):
+            yield from _tensors(entry, f"{name}.{index}")
+
+
+def _take(value: Any, rows: slice | Tensor) -> Any:
+    """Select rows of every tensor in nested dicts and tuples; flags and None stay."""
+    if isinstance(value, Tensor):
+        return value[rows]
+    if isinstance(value, Mapping):
+        return {key: _take(entry, rows) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_take(entry, rows) for entry in value)
+    return value
+
+
+def _join(values: list[Any]) -> Any:
+    """Concatenate the tensors at equal places of nested dicts and tuples."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(values)
+    if isinstance(first, Mapping):
+        return {key: _join([value[key] for value in values]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return type(first)(_join(list(entries)) for entries in zip(*values, strict=True))
+    return first
