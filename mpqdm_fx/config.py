@@ -87,9 +87,7 @@ def _as_override(entry: object) -> Override:
     if isinstance(entry, Mapping):
         unknown = set(entry) - {field.name for field in dataclasses.fields(Override)}
         if unknown or "pattern" not in entry:
-            raise ConfigError(
-                f"override {dict(entry)!r}: the keys are pattern, weight_bits, skip"
-            )
+            raise ConfigError(f"override {dict(entry)!r}: the keys are pattern, weight_bits, skip")
         return Override(**entry)
     raise ConfigError(
         f"override {entry!r}: give an Override or a mapping with pattern and weight_bits or skip"

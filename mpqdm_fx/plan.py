@@ -210,7 +210,9 @@ class BitPlan:
         """Plain JSON types; `from_dict` is its inverse."""
         return {
             "activation_bits": self.activation_bits,
-            "layers": [{**asdict(layer), "bits": _run_lengths(layer.bits)} for layer in self.layers],
+            "layers": [
+                {**asdict(layer), "bits": _run_lengths(layer.bits)} for layer in self.layers
+            ],
             "floats": [asdict(tensor) for tensor in self.floats],
         }
 

@@ -1,0 +1,217 @@
+"""The verbs: each is one step of the road from a float model to a program for a phone."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import fx, nn
+from tqdm import tqdm
+
+from mpqdm_fx.calibration.allocate import allocate, measure_layers, search_ranges
+from mpqdm_fx.calibration.records import DEFAULT_MAX_MEMORY, RecordedInputs
+from mpqdm_fx.calibration.statistics import collect_statistics
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
+from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.passes.round_weights import RoundWeights
+from mpqdm_fx.quantized import LayerReport, PreparedModel, QuantizationReport, QuantizedModel
+from mpqdm_fx.stages import assemble, normalized
+from mpqdm_fx.versions import versions
+
+__all__ = ["BACKENDS", "Backend", "convert", "lower", "prepare", "quantize"]
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["torch_ao", "xnnpack", "packed"]
+BACKENDS: tuple[Backend, ...] = ("torch_ao", "xnnpack", "packed")
+
+
+def prepare(
+    model: nn.Module,
+    config: MPQConfig,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    max_memory: int = DEFAULT_MAX_MEMORY,
+    directory: str | Path | None = None,
+) -> PreparedModel:
+    """Trace a model and make it record what it is called with.
+
+    Call the result on calibration data, exactly as the model would be called; it returns what the
+    model returns. Then `convert` it.
+
+    Args:
+        model: Float model; it is not changed.
+        config: Settings.
+        example_inputs: Keyword arguments (dict) or positional arguments (tuple) of one call.
+        max_memory: Bytes of recorded inputs held in memory; what is more goes to disk.
+        directory: Folder for what goes to disk; a temporary one by default.
+
+    Returns:
+        The prepared model.
+
+    Raises:
+        TraceError: The model cannot be traced with these inputs.
+        ConfigError: There is nothing to quantize, or an override matches no layer.
+    """
+    graph_module = normalized(model, example_inputs, config)
+    _check_layers(graph_module, config, type(model).__name__)
+    return PreparedModel(
+        graph_module,
+        graph_module.meta["signature"],
+        getattr(model, "config", None),
+        config,
+        RecordedInputs(max_memory=max_memory, directory=directory),
+    ).eval()
+
+
+def convert(prepared: PreparedModel) -> QuantizedModel:
+    """Decide the bits, round the weights, fix the activation ranges.
+
+    Args:
+        prepared: A prepared model that has been called on calibration data.
+
+    Returns:
+        The quantized model. `prepared` can be called and converted again.
+
+    Raises:
+        CalibrationError: No data, or NaN or infinity in data, activations or weights.
+    """
+    start = time.perf_counter()
+    graph_module, settings = prepared.graph_module, prepared.settings
+    statistics = collect_statistics(graph_module, prepared.records, seed=settings.seed)
+    if not statistics:
+        raise CalibrationError("calibration reached no weight layer; check the recorded inputs")
+    ranges = search_ranges(statistics, settings)
+    plan, importance = allocate(graph_module, statistics, ranges, settings)
+    rounded = RoundWeights(plan=plan, importance=importance)(graph_module).graph_module
+    sqnr = measure_layers(graph_module, rounded, statistics, ranges)
+    report = QuantizationReport(
+        layers=tuple(
+            LayerReport(
+                name=layer.name,
+                kind=layer.kind,
+                shape=layer.shape,
+                mean_bits=layer.mean_bits,
+                bytes=sum(-(-part // 8) for part in layer.storage),
+                sqnr_db=sqnr.get(layer.name),
+                fraction=layer.fraction,
+                reason=layer.reason,
+            )
+            for layer in plan.layers
+        ),
+        calibration_calls=len(prepared.records),
+        seconds=time.perf_counter() - start,
+        versions=versions(),
+    )
+    return assemble(
+        rounded,
+        plan=plan,
+        ranges=ranges,
+        settings=settings,
+        report=report,
+        model_config=prepared.config,
+    )
+
+
+def quantize(
+    model: nn.Module,
+    config: MPQConfig,
+    calibration: Iterable[Mapping[str, Any]],
+    *,
+    max_memory: int = DEFAULT_MAX_MEMORY,
+) -> QuantizedModel:
+    """`prepare`, run the calibration data, `convert`.
+
+    Args:
+        model: Float model; it is not changed.
+        config: Settings.
+        calibration: Keyword arguments of each call, for example `Trajectories(...)`.
+        max_memory: Bytes of recorded inputs held in memory; what is more goes to disk.
+
+    Raises:
+        CalibrationError: There is no calibration data, or it holds NaN or infinity.
+        TraceError: The model cannot be traced.
+        ConfigError: There is nothing to quantize, or an override matches no layer.
+    """
+    iterator = iter(calibration)
+    try:
+        first = dict(next(iterator))
+    except StopIteration:
+        raise CalibrationError("`calibration` is empty; give at least one call") from None
+    prepared = prepare(model, config, first, max_memory=max_memory)
+    signature = prepared.signature
+    # Recording alone: `convert` runs the float graph once over everything anyway.
+    prepared.records.append(signature.normalize((), first))
+    for inputs in tqdm(iterator, desc="calibration", unit="call", disable=None):
+        prepared.records.append(signature.normalize((), dict(inputs)))
+    return convert(prepared)
+
+
+def lower(
+    quantized: QuantizedModel,
+    backend: Backend,
+    *,
+    output: str | Path | None = None,
+    batch_size: int = 1,
+    engine: str = "onednn",
+) -> Any:
+    """Turn a quantized model into what a backend runs.
+
+    Args:
+        quantized: Quantized model.
+        backend: `"torch_ao"`: a GraphModule of torch.ao quantized operators. `"xnnpack"`: an
+            ExecuTorch program, written to the file `output` and executed once. `"packed"`: a
+            folder `output` with the weights at their own bits.
+        output: File or folder; required for `"xnnpack"` and `"packed"`.
+        batch_size: Batch that an ExecuTorch program is made for (its shapes are static).
+        engine: torch.ao engine: `"onednn"`, `"fbgemm"` or `"qnnpack"`.
+
+    Returns:
+        A GraphModule, an `XnnpackProgram`, or the folder's path.
+
+    Raises:
+        ConfigError: `backend` is unknown, or `output` is missing.
+        LoweringError: The backend cannot run this model, or runs it with other numbers.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend == "torch_ao":
+        from mpqdm_fx.backends.torch_ao import lower_torch_ao
+
+        inputs = _positional(quantized, example_inputs(quantized.signature))
+        return lower_torch_ao(quantized.rounded, quantized.ranges, inputs, engine=engine)
+    if output is None:
+        raise ConfigError(f"backend={backend!r} writes files: give `output`")
+    if backend == "packed":
+        from mpqdm_fx.storage import save
+
+        return save(quantized, output)
+    from mpqdm_fx.backends.xnnpack import lower_xnnpack
+
+    if quantized.settings.activation_bits != 8:
+        raise LoweringError(
+            f"XNNPACK clamps activations at 8 bits and this model has "
+            f"{quantized.settings.activation_bits}; quantize with activation_bits=8"
+        )
+    example = example_inputs(quantized.signature, batch_size=batch_size)
+    inputs = _positional(quantized, example)
+    return lower_xnnpack(quantized.rounded, quantized.ranges, inputs, Path(output))
+
+
+def _positional(quantized: QuantizedModel, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    nodes = quantized.rounded.graph.find_nodes(op="placeholder")
+    return tuple(inputs[str(node.target)] for node in nodes)
+
+
+def _check_layers(graph_module: fx.GraphModule, config: MPQConfig, model_name: str) -> None:
+    """Refuse a model without weight layers, and overrides that match none."""
+    names: Sequence[str] = list(weight_layers(graph_module, embeddings=True))
+    if not weight_layers(graph_module):
+        raise ConfigError(
+            f"{model_name} has no layer to quantize: no convolution and no linear layer was found "
+            f"in its graph"
+        )
+    config.check_overrides(names)

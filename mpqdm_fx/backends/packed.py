@@ -1,0 +1,181 @@
+"""Weights at their own bits in one safetensors file, and back.
+
+All layers share a handful of long tensors, because a safetensors header entry costs about 90 bytes
+and a small UNet has hundreds of tensors: at two bits those headers would outweigh the scales.
+Where each layer's part begins follows from the layout, which is small enough for the manifest.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.numerics.halves import fits_half
+from mpqdm_fx.numerics.packing import PackedLayer, pack_layer, storage_bits, unpack_layer
+from mpqdm_fx.numerics.packing import unpack_bits as unpack_integers
+from mpqdm_fx.plan import BitPlan, FloatTensor, LayerPlan
+
+__all__ = ["PackedWeights", "read_packed", "write_packed"]
+
+_INTEGER_BITS_OF_WIDTH = 3  # a width 1..8 is stored as width - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedWeights:
+    """What a packed file holds.
+
+    Attributes:
+        plan: The plan, with the width of every channel.
+        codes: int8 codes in the weight's shape, by layer name.
+        scales: float32 scales [out_channels], by layer name.
+        floats: All other parameters and buffers, by name in the graph.
+    """
+
+    plan: BitPlan
+    codes: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+    floats: Mapping[str, Tensor]
+
+
+def write_packed(path: Path, rounded: fx.GraphModule, plan: BitPlan) -> dict[str, Any]:
+    """Write the weights of a rounded graph.
+
+    A float tensor is stored as float16 where that loses nothing, else as it is.
+
+    Args:
+        path: File to write.
+        rounded: Graph after `RoundWeights(plan=plan)`.
+        plan: The plan.
+
+    Returns:
+        The layout, plain JSON types: what `read_packed` needs beside the file.
+    """
+    parts: dict[str, list[Tensor]] = {"codes": [], "widths": [], "tables": [], "scales": []}
+    layers = []
+    skipped = set()
+    for planned in plan.layers:
+        module = rounded.get_submodule(planned.name)
+        rows = module.weight_codes.flatten(1)  # type: ignore[union-attr,operator]
+        packed = pack_layer(rows, planned.bits_tensor(), planned.levels)
+        parts["codes"].append(packed.stream)
+        parts["widths"].append(packed.widths)
+        parts["tables"].append(packed.tables.flatten())
+        parts["scales"].append(module.weight_scale.to(torch.bfloat16))  # type: ignore[union-attr,operator]
+        entry = {**asdict(planned), "shape": list(planned.shape)}
+        entry["bits"] = planned.bits[0] if len(set(planned.bits)) == 1 else "mixed"
+        layers.append(entry)
+        skipped |= {f"{planned.name}.{key}" for key in ("weight", "weight_codes", "weight_scale")}
+    tensors = {key: torch.cat(value) for key, value in parts.items() if value}
+    floats = _write_floats(rounded, skipped, tensors)
+    save_file({key: value.contiguous() for key, value in tensors.items() if value.numel()}, path)
+    return {
+        "layers": layers,
+        "floats": floats,
+        "float_tensors": [asdict(tensor) for tensor in plan.floats],
+        "activation_bits": plan.activation_bits,
+    }
+
+
+def _write_floats(
+    rounded: fx.GraphModule, skipped: set[str], tensors: dict[str, Tensor]
+) -> list[list[Any]]:
+    """Add all remaining tensors to `tensors`, one long tensor a dtype; return their layout."""
+    layout: list[list[Any]] = []
+    by_dtype: dict[str, list[Tensor]] = {}
+    for name, tensor in rounded.state_dict().items():
+        if name in skipped:
+            continue
+        stored = tensor.half() if fits_half(tensor) else tensor
+        key = str(stored.dtype).removeprefix("torch.")
+        by_dtype.setdefault(key, []).append(stored.flatten())
+        layout.append([name, key, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
+    for key, values in by_dtype.items():
+        tensors[f"rest.{key}"] = torch.cat(values)
+    return layout
+
+
+class _Reader:
+    """Takes consecutive slices of the long tensors; too short or left-over data is an error."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.tensors = load_file(path)
+        except FileNotFoundError:
+            raise ArtifactError(f"{path} does not exist") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ArtifactError(f"{path} is corrupted or truncated: {error}") from None
+        self.position = dict.fromkeys(self.tensors, 0)
+
+    def take(self, key: str, count: int) -> Tensor:
+        if count == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        start = self.position.get(key, 0)
+        tensor = self.tensors.get(key)
+        if tensor is None or start + count > tensor.numel():
+            raise ArtifactError(f"{self.path} is truncated: {key!r} ends too early")
+        self.position[key] = start + count
+        return tensor[start : start + count]
+
+    def finish(self) -> None:
+        for key, tensor in self.tensors.items():
+            if self.position[key] != tensor.numel():
+                raise ArtifactError(f"{self.path}: {key!r} is longer than its layout; corrupted")
+
+
+def read_packed(path: Path, layout: Mapping[str, Any]) -> PackedWeights:
+    """Inverse of `write_packed`.
+
+    Args:
+        path: The file.
+        layout: What `write_packed` returned.
+
+    Raises:
+        ArtifactError: The file is missing, truncated or corrupted, or does not fit the layout.
+    """
+    reader = _Reader(path)
+    layers: list[LayerPlan] = []
+    codes: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for entry in layout["layers"]:
+        shape = tuple(entry["shape"])
+        rows = (shape[0], math.prod(shape[1:]))
+        bits, widths = _read_widths(reader, entry["bits"], shape[0])
+        size = storage_bits(rows, bits, entry["levels"])
+        packed = PackedLayer(
+            stream=reader.take("codes", -(-size.codes // 8)),
+            widths=widths,
+            tables=reader.take("tables", size.tables // 8).view(torch.int8),
+        )
+        values, _ = unpack_layer(packed, rows, bits, entry["levels"])
+        codes[entry["name"]] = values.reshape(shape)
+        scales[entry["name"]] = reader.take("scales", shape[0]).float()
+        layers.append(LayerPlan(**{**entry, "shape": shape, "bits": tuple(bits.tolist())}))
+    floats = {
+        name: reader.take(f"rest.{stored}", math.prod(shape))
+        .to(getattr(torch, dtype))
+        .reshape(shape)
+        for name, stored, dtype, shape in layout["floats"]
+    }
+    reader.finish()
+    plan = BitPlan(
+        layers=tuple(layers),
+        floats=tuple(FloatTensor(**entry) for entry in layout["float_tensors"]),
+        activation_bits=layout["activation_bits"],
+    )
+    return PackedWeights(plan=plan, codes=codes, scales=scales, floats=floats)
+
+
+def _read_widths(reader: _Reader, bits: int | str, channels: int) -> tuple[Tensor, Tensor]:
+    """Width of every channel, and the bytes that told it (none if all are equal)."""
+    if isinstance(bits, int):
+        return torch.full((channels,), bits, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
+    packed = reader.take("widths", -(-channels * _INTEGER_BITS_OF_WIDTH // 8))
+    return unpack_integers(packed, _INTEGER_BITS_OF_WIDTH, channels).long() + 1, packed

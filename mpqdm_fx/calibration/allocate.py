@@ -1,0 +1,272 @@
+"""From statistics to decisions: activation ranges, bits of every channel, what stays in float."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from mpqdm_fx.calibration.pinning import pinned_layers
+from mpqdm_fx.calibration.statistics import LayerStatistics
+from mpqdm_fx.config import Levels, MPQConfig
+from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
+from mpqdm_fx.numerics.allocation import PROMOTED_FRACTIONS, choose_fraction, omq_bits
+from mpqdm_fx.numerics.codebook import quantize_codebook
+from mpqdm_fx.numerics.grids import dequantize, quantize_uniform
+from mpqdm_fx.numerics.halves import stored_float_bits
+from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.numerics.outliers import kurtosis, smoothing_factors
+from mpqdm_fx.numerics.ranges import fake_quantize, search_range
+from mpqdm_fx.plan import ActivationRange, BitPlan, FloatTensor, LayerActivation, LayerPlan
+
+__all__ = ["allocate", "float_tensors", "measure_layers", "search_ranges"]
+
+logger = logging.getLogger(__name__)
+
+PINNED_BITS = 8
+OUTPUT_BITS = 8  # a static integer kernel writes int8, whatever width it reads
+
+
+def search_ranges(
+    statistics: Mapping[str, LayerStatistics], settings: MPQConfig
+) -> dict[str, LayerActivation]:
+    """Static range of every weight layer's input and output, by least squared error.
+
+    Args:
+        statistics: Statistics by layer.
+        settings: The run's settings; `activation_bits` holds for the inputs.
+
+    Returns:
+        Ranges by layer. Layers that read the same tensor get the same range.
+    """
+    found: dict[tuple[int, int], ActivationRange] = {}
+
+    def search(tensor: object, bits: int) -> ActivationRange:
+        key = (id(tensor), bits)
+        if key not in found:
+            scale, zero_point = search_range(tensor.samples, tensor.minimum, tensor.maximum, bits)
+            found[key] = ActivationRange(scale=scale, zero_point=zero_point, bits=bits)
+        return found[key]
+
+    return {
+        name: LayerActivation(
+            input=search(seen.input, settings.activation_bits),
+            output=search(seen.output, OUTPUT_BITS),
+        )
+        for name, seen in tqdm(statistics.items(), desc="ranges", unit="layer", disable=None)
+    }
+
+
+def allocate(
+    graph_module: fx.GraphModule,
+    statistics: Mapping[str, LayerStatistics],
+    ranges: Mapping[str, LayerActivation],
+    settings: MPQConfig,
+) -> tuple[BitPlan, dict[str, Tensor]]:
+    """Decide the bits of every channel.
+
+    Args:
+        graph_module: Normalized graph.
+        statistics: Statistics by layer.
+        ranges: Activation ranges by layer.
+        settings: The run's settings.
+
+    Returns:
+        The plan, and by layer the importance of each row entry (its mean square, [K] or [O, K]),
+        which the rounding must use too.
+
+    Raises:
+        CalibrationError: A weight holds NaN or infinity.
+    """
+    layers = weight_layers(graph_module, embeddings=True)
+    pinned = pinned_layers(graph_module)
+    plans: list[LayerPlan] = []
+    importance: dict[str, Tensor] = {}
+    skipped: dict[str, str] = {}
+    for name, layer in tqdm(layers.items(), desc="bits", unit="layer", disable=None):
+        _check_weight(layer)
+        rule = settings.override_for(name)
+        if rule is not None and rule.skip:
+            skipped[name] = f"override {rule.pattern!r}"
+            continue
+        seen = statistics.get(name)
+        if seen is not None:
+            importance[name] = _importance(layer, seen)
+        reason, bits = pinned.get(name), PINNED_BITS
+        if rule is not None and rule.weight_bits is not None:
+            reason, bits = f"override {rule.pattern!r}", rule.weight_bits
+        if reason is not None or seen is None:
+            plans.append(_fixed(layer, bits, reason or "not reached by calibration"))
+        else:
+            plans.append(_decide(layer, seen, ranges[name].input, importance[name], settings))
+    plan = BitPlan(
+        layers=tuple(plans),
+        floats=float_tensors(graph_module, {entry.name for entry in plans}, skipped),
+        activation_bits=settings.activation_bits,
+    )
+    return plan, importance
+
+
+def _check_weight(layer: WeightLayer) -> None:
+    weight = weight_rows(layer.module)
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise CalibrationError(
+            f"{layer.name} ({type(layer.module).__name__}): {bad} of {weight.numel()} weights are "
+            f"NaN or infinite; repair the checkpoint"
+        )
+
+
+def _importance(layer: WeightLayer, seen: LayerStatistics) -> Tensor:
+    moment = seen.second_moment  # [G, K]
+    if len(moment) == 1:
+        return moment[0]
+    channels = weight_rows(layer.module).shape[0]
+    return moment.repeat_interleave(channels // len(moment), dim=0)
+
+
+def _fixed(layer: WeightLayer, bits: int, reason: str) -> LayerPlan:
+    shape = tuple(layer.module.weight.shape)
+    return LayerPlan(
+        name=layer.name,
+        kind=type(layer.module).__name__,
+        shape=shape,
+        bits=(bits,) * shape[0],
+        reason=reason,
+    )
+
+
+def _decide(
+    layer: WeightLayer,
+    seen: LayerStatistics,
+    range_: ActivationRange,
+    importance: Tensor,
+    settings: MPQConfig,
+) -> LayerPlan:
+    """Bits and levels of one layer: OMQ's search over fractions (MPQ-DM), kept layer-local.
+
+    The output error of a mixed layer is the sum of its channels' errors, so three quantized copies
+    (N-1, N, N+1 bits) answer all fractions at once.
+    """
+    weight = weight_rows(layer.module).float()
+    rows = seen.rows
+    quantized_rows = fake_quantize(rows, range_.scale, range_.zero_point, range_.bits)
+    base = settings.weight_bits
+    target = _outputs(rows, weight)
+
+    def errors(bits: int, levels: Levels) -> Tensor:
+        rounded = _round(weight, bits, importance, levels)
+        return (target - _outputs(quantized_rows, rounded)).double().square().mean(dim=0)
+
+    # A codebook must earn its table: it stays where the layer's output error says so.
+    levels: Levels = settings.levels
+    uniform = errors(base, "uniform")
+    at_base = uniform if levels == "uniform" else errors(base, "codebook")
+    if levels == "codebook" and float(at_base.sum()) >= float(uniform.sum()):
+        levels, at_base = "uniform", uniform
+    bits, fraction = torch.full((len(weight),), base), 0.0
+    if settings.allocation == "omq" and 1 < base < 8:
+        by_width = {
+            base - 1: errors(base - 1, levels),
+            base: at_base,
+            base + 1: errors(base + 1, levels),
+        }
+        score = _outlier_score(layer, weight, rows)
+        candidates = [omq_bits(score, base, share) for share in PROMOTED_FRACTIONS]
+        totals = torch.stack([_total(by_width, candidate) for candidate in candidates])
+        best = int(choose_fraction(totals))
+        bits, fraction = candidates[best], PROMOTED_FRACTIONS[best]
+    return LayerPlan(
+        name=layer.name,
+        kind=type(layer.module).__name__,
+        shape=tuple(layer.module.weight.shape),
+        bits=tuple(bits.tolist()),
+        levels=levels,
+        fraction=fraction,
+    )
+
+
+def _total(by_width: Mapping[int, Tensor], bits: Tensor) -> Tensor:
+    stacked = torch.stack([by_width[int(width)] for width in sorted(by_width)])
+    return stacked.gather(0, (bits - min(by_width))[None]).sum()
+
+
+def _outlier_score(layer: WeightLayer, weight: Tensor, rows: Tensor) -> Tensor:
+    """Kurtosis of the smoothed rows; grouped layers are ranked unsmoothed.
+
+    Smoothing scales weights per input channel, which a grouped convolution does not share.
+    """
+    if rows.shape[1] != 1:
+        return kurtosis(weight)
+    channels = layer.module.weight.shape[1]  # type: ignore[union-attr,index]
+    activation_max = rows.abs().amax(dim=(0, 1)).reshape(channels, -1).amax(dim=1)
+    weight_max = weight.abs().amax(dim=0).reshape(channels, -1).amax(dim=1)
+    factors = smoothing_factors(activation_max, weight_max)
+    smoothed = weight.reshape(len(weight), channels, -1) * factors[None, :, None]
+    return kurtosis(smoothed.flatten(1))
+
+
+def _round(weight: Tensor, bits: int, importance: Tensor, levels: Levels) -> Tensor:
+    widths = torch.full((len(weight),), bits)
+    quantize = quantize_codebook if levels == "codebook" else quantize_uniform
+    return dequantize(*quantize(weight, widths, importance))
+
+
+def _outputs(rows: Tensor, weight: Tensor) -> Tensor:
+    """[P, O]: each group's rows [P, G, K] times its channels [O, K]."""
+    groups = rows.shape[1]
+    return torch.einsum(
+        "pgk,gok->pgo", rows, weight.reshape(groups, len(weight) // groups, -1)
+    ).flatten(1)
+
+
+def measure_layers(
+    graph_module: fx.GraphModule,
+    rounded: fx.GraphModule,
+    statistics: Mapping[str, LayerStatistics],
+    ranges: Mapping[str, LayerActivation],
+) -> dict[str, float]:
+    """Output SQNR in dB of each layer on its calibration rows, input and weight quantized."""
+    result = {}
+    for name, layer in weight_layers(graph_module).items():
+        if name not in statistics:
+            continue
+        rows, range_ = statistics[name].rows, ranges[name].input
+        quantized_rows = fake_quantize(rows, range_.scale, range_.zero_point, range_.bits)
+        weight = weight_rows(layer.module).float()
+        test = weight_rows(rounded.get_submodule(name)).float()
+        result[name] = sqnr_db(_outputs(rows, weight), _outputs(quantized_rows, test))
+    return result
+
+
+def float_tensors(
+    graph_module: fx.GraphModule, quantized: set[str], skipped: Mapping[str, str]
+) -> tuple[FloatTensor, ...]:
+    """All parameters and buffers that stay in floating point, with the reason.
+
+    Args:
+        graph_module: Normalized graph.
+        quantized: Names of the quantized layers.
+        skipped: Reason by name of a layer that an override leaves in float.
+    """
+    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
+    entries = []
+    for name, tensor in graph_module.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and owner in quantized:
+            continue
+        module = graph_module.get_submodule(owner)
+        is_weight = leaf == "weight" and isinstance(module, kinds)
+        reason = skipped.get(owner, f"{type(module).__name__} is not quantized")
+        entries.append(
+            FloatTensor(
+                name=name,
+                numel=tensor.numel(),
+                bits=stored_float_bits(tensor),
+                is_weight=is_weight,
+                reason=reason if is_weight else "norm, bias or constant",
+            )
+        )
+    return tuple(entries)

@@ -1,0 +1,81 @@
+"""Which layers stay at 8 bits whatever the budget is, and why.
+
+MPQ-DM and EfficientDM keep the first and the last convolution and the time embedding at 8 bits
+(`mpq-dm`: time_embed.0, time_embed.2, the input and the output convolution); class embeddings are
+as small and feed every block, so they stay with them.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from mpqdm_fx.graph.layers import weight_layers
+
+__all__ = ["pinned_layers"]
+
+_EMBEDDING_PARTS = frozenset(
+    {
+        "add_embedding",
+        "adaln_single",
+        "class_embedding",
+        "label_emb",
+        "time_cond_proj",
+        "time_embed",
+        "time_embedding",
+        "time_text_embed",
+        "timestep_embedder",
+        "timestep_embedding",
+    }
+)
+
+
+def pinned_layers(graph_module: fx.GraphModule) -> dict[str, str]:
+    """Layers that are pinned to 8 bits.
+
+    Args:
+        graph_module: Module-level graph; its first placeholder is the noisy sample.
+
+    Returns:
+        Reason by layer name, for: layers that read the sample before any other weight layer did,
+        layers behind which the output comes without another weight layer, layers of the time and
+        class embeddings, and embedding tables.
+    """
+    layers = weight_layers(graph_module, embeddings=True)
+    calls = {node: name for name, layer in layers.items() for node in layer.nodes}
+    graph = graph_module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    output = next(iter(graph.find_nodes(op="output")))
+    reasons: dict[str, str] = {}
+    for node in _reach(placeholders[:1], calls, forward=True):
+        reasons[calls[node]] = "first layer"
+    for node in _reach([output], calls, forward=False):
+        reasons[calls[node]] = "last layer"
+    for name, layer in layers.items():
+        if _EMBEDDING_PARTS & set(name.split(".")):
+            reasons[name] = "time or class embedding"
+        elif type(layer.module).__name__ == "Embedding":
+            reasons.setdefault(name, "embedding table")
+    return reasons
+
+
+def _reach(start: Iterable[fx.Node], stops: dict[fx.Node, str], *, forward: bool) -> list[fx.Node]:
+    """The first of `stops` on every path from `start`, along or against the edges."""
+    found, seen = [], set()
+    waiting = list(start)
+    while waiting:
+        node = waiting.pop()
+        for other in node.users if forward else node.all_input_nodes:
+            # Sizes (SymInt nodes) reach every reshape; only tensors make a layer first or last.
+            if other in seen or not (other.op == "output" or _is_tensor(other)):
+                continue
+            seen.add(other)
+            if other in stops:
+                found.append(other)
+            else:
+                waiting.append(other)
+    return found
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return not isinstance(node.meta.get("val"), torch.SymInt | int | float | bool)

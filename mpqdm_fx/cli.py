@@ -1,0 +1,211 @@
+"""The command line: `mpqdm-fx quantize | sample | evaluate | trace | inspect`."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mpqdm_fx.errors import ConfigError, MPQError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compile diffusion UNets into extremely low-bit programs for phone CPUs.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="`digits`, a diffusers model folder, or a pipeline folder with --subfolder unet.",
+    ),
+]
+FolderArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder written by `mpqdm-fx quantize`.")
+]
+SubfolderOption = Annotated[
+    str | None, typer.Option(help="Part of a pipeline folder, for example `unet`.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    pattern, _, value = text.rpartition("=")
+    if pattern and value == "float":
+        return {"pattern": pattern, "skip": True}
+    if pattern and value.isdigit():
+        return {"pattern": pattern, "weight_bits": int(value)}
+    raise ConfigError(f"--override {text!r}: write PATTERN=BITS (1 to 8) or PATTERN=float")
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    weights: Annotated[int, typer.Option(help="Average bits of a weight, 1 to 8.")] = 4,
+    activations: Annotated[int, typer.Option(help="Bits of activations, 1 to 8.")] = 8,
+    allocation: Annotated[str, typer.Option(help="omq or uniform.")] = "omq",
+    levels: Annotated[str, typer.Option(help="uniform or codebook.")] = "uniform",
+    backend: Annotated[str, typer.Option(help="xnnpack, torch_ao or packed.")] = "xnnpack",
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("out"),
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="PATTERN=BITS or PATTERN=float for single layers; later ones win."),
+    ] = None,
+    trajectories: Annotated[int, typer.Option(min=1, help="Denoising runs to calibrate on.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 20,
+    samples: Annotated[int, typer.Option(min=0, help="Images in the grid.")] = 16,
+    subfolder: SubfolderOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize MODEL into a folder: packed weights, program, sample grid, numbers."""
+    from mpqdm_fx.api import BACKENDS
+    from mpqdm_fx.config import MPQConfig
+    from mpqdm_fx.models.sources import load_source
+    from mpqdm_fx.report.tables import layer_table, summary_table
+    from mpqdm_fx.workflow import quantize_to_folder
+
+    if backend not in BACKENDS:
+        raise ConfigError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
+    config = MPQConfig(
+        weight_bits=weights,
+        activation_bits=activations,
+        allocation=allocation,  # type: ignore[arg-type]  # MPQConfig refuses other words
+        levels=levels,  # type: ignore[arg-type]
+        overrides=[_parse_override(text) for text in override or ()],
+        seed=seed,
+    )
+    result = quantize_to_folder(
+        load_source(model, subfolder),
+        config,
+        backend=backend,
+        output=output,
+        trajectories=trajectories,
+        steps=steps,
+        samples=samples,
+        subfolder=subfolder,
+    )
+    if as_json:
+        console.print_json(json.dumps(result.summary))
+        return
+    console.print(layer_table(result.quantized.report))
+    console.print(summary_table(result.summary))
+    console.print(f"written to {output}")
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str, typer.Argument(metavar="DIR|MODEL", help="Folder of `quantize`, or a float model.")
+    ],
+    num: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the scheduler.")] = 20,
+    output: Annotated[Path, typer.Option(help="Picture to write (.png).")] = Path("grid.png"),
+    form: Annotated[
+        str, typer.Option("--from", help="What runs: auto, pte, packed or float.")
+    ] = "auto",
+    subfolder: SubfolderOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Draw images with a program, packed weights, or the float model."""
+    from mpqdm_fx.report.images import save_grid
+    from mpqdm_fx.workflow import draw, open_denoiser
+
+    source, denoiser = open_denoiser(model, subfolder, form)
+    images = draw(source, denoiser, num=num, steps=steps, seed=seed)
+    save_grid(images, output, columns=max(1, round(num**0.5)))
+    console.print(f"{num} images written to {output}")
+
+
+@app.command()
+def evaluate(
+    directory: FolderArgument,
+    model: Annotated[
+        str | None, typer.Option(help="The float model, if it is no longer where it was.")
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Samples of the free-running metrics.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the scheduler.")] = 20,
+    seed: SeedOption = 90_000,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a quantized folder against its float model on held-out, paired noise."""
+    from mpqdm_fx.report.tables import metrics_table
+    from mpqdm_fx.workflow import evaluate_folder
+
+    metrics = evaluate_folder(directory, model=model, num=num, steps=steps, seed=seed)
+    if as_json:
+        console.print_json(json.dumps(metrics))
+    else:
+        console.print(metrics_table(metrics))
+
+
+@app.command()
+def trace(
+    model: ModelArgument,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what was found, or why it cannot be traced.")
+    ] = False,
+    subfolder: SubfolderOption = None,
+) -> None:
+    """Trace MODEL to its module-level graph and print it."""
+    from mpqdm_fx.graph.explain import explain as explain_trace
+    from mpqdm_fx.graph.trace import trace as trace_model
+    from mpqdm_fx.models.sources import load_source
+
+    source = load_source(model, subfolder)
+    if explain:
+        report = explain_trace(source.model, source.example_inputs)
+        console.print(str(report), markup=False, highlight=False)
+        if not report.ok:
+            raise typer.Exit(code=1)
+        return
+    console.print(
+        trace_model(source.model, source.example_inputs).graph, markup=False, highlight=False
+    )
+
+
+@app.command()
+def inspect(directory: FolderArgument, as_json: JsonOption = False) -> None:
+    """Show a quantized folder: layer, shape, mean bits, bytes, SQNR."""
+    from mpqdm_fx.quantized import QuantizationReport
+    from mpqdm_fx.report.tables import layer_table, summary_table
+    from mpqdm_fx.storage import read_manifest
+
+    manifest = read_manifest(directory)
+    if as_json:
+        console.print_json(json.dumps(manifest["report"]))
+        return
+    console.print(layer_table(QuantizationReport.from_dict(manifest["report"])))
+    summary = directory / "summary.json"
+    if summary.exists():
+        console.print(summary_table(json.loads(summary.read_text(encoding="utf-8"))))
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every stage.")] = False,
+) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("mpqdm_fx").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def main() -> None:
+    """Run the command line; an error of this package is one line on stderr and exit status 2."""
+    try:
+        app()
+    except MPQError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("stopped; nothing was written")
+        sys.exit(130)

@@ -1,0 +1,119 @@
+"""Call a traced graph like its model: example inputs by shape, outputs by class, JSON round trip."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpqdm_fx.graph.signature import InputSpec, Signature
+
+__all__ = ["example_inputs", "pack_output", "signature_from_dict", "signature_to_dict"]
+
+
+def example_inputs(
+    signature: Signature, *, batch_size: int | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Inputs of the traced shapes with seeded random values.
+
+    Args:
+        signature: Signature of a traced graph.
+        batch_size: Batch, by default the traced example's.
+        seed: Seed of the values. Integers are 0 or 1, which every embedding table has.
+
+    Returns:
+        Argument name to tensor or container, as the graph takes it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs: dict[str, Any] = {}
+    for spec in signature.inputs:
+        name, *path = spec.name.split(".")
+        tensor = _example(spec, batch_size, generator)
+        inputs[name] = _nest(inputs.get(name), path, tensor)
+    return {name: _lists(value) for name, value in inputs.items()}
+
+
+def _example(spec: InputSpec, batch_size: int | None, generator: torch.Generator) -> Tensor:
+    shape = spec.shape
+    if spec.batch_axis == 0 and batch_size is not None:
+        shape = (batch_size, *shape[1:])
+    if spec.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(spec.dtype)
+    return torch.randint(2, shape, generator=generator).to(spec.dtype)
+
+
+def _nest(container: Any, path: list[str], tensor: Tensor) -> Any:
+    if not path:
+        return tensor
+    entries = dict(container or {})
+    entries[path[0]] = _nest(entries.get(path[0]), path[1:], tensor)
+    return entries
+
+
+def _lists(value: Any) -> Any:
+    """Dicts whose keys are 0..n-1 were lists."""
+    if not isinstance(value, dict):
+        return value
+    entries = {key: _lists(entry) for key, entry in value.items()}
+    if list(entries) == [str(index) for index in range(len(entries))]:
+        return list(entries.values())
+    return entries
+
+
+def pack_output(signature: Signature, output: Any) -> Any:
+    """The graph's output in the dataclass that the model's forward returns.
+
+    Args:
+        signature: Signature of the traced graph.
+        output: What the graph returned: what the model returns for `return_dict=False`.
+
+    Returns:
+        An object of the model's output class, or `output` itself where it declares none.
+    """
+    if signature.output_class is None or not isinstance(output, tuple):
+        return output
+    module, _, name = signature.output_class.rpartition(".")
+    return getattr(importlib.import_module(module), name)(*output)
+
+
+def signature_to_dict(signature: Signature) -> dict[str, Any]:
+    """Plain JSON types; `signature_from_dict` is the inverse.
+
+    Args:
+        signature: Its baked arguments must be plain JSON values.
+    """
+    data = asdict(signature)
+    for spec in data["inputs"]:
+        spec["dtype"] = str(spec["dtype"]).removeprefix("torch.")
+    return data
+
+
+def signature_from_dict(data: Mapping[str, Any]) -> Signature:
+    """Inverse of `signature_to_dict`.
+
+    Raises:
+        KeyError, TypeError: `data` is not what `signature_to_dict` wrote.
+    """
+    inputs = tuple(
+        InputSpec(
+            **{
+                **entry,
+                "shape": tuple(entry["shape"]),
+                "dtype": getattr(torch, entry["dtype"]),
+            }
+        )
+        for entry in data["inputs"]
+    )
+    batch_range = data["batch_range"]
+    return Signature(
+        **{
+            **data,
+            "parameters": tuple(data["parameters"]),
+            "arguments": tuple(data["arguments"]),
+            "baked": tuple((name, value) for name, value in data["baked"]),
+            "inputs": inputs,
+            "batch_range": None if batch_range is None else tuple(batch_range),
+        }
+    )

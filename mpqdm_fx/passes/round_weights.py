@@ -1,0 +1,129 @@
+"""Put every planned layer's weight on its grid.
+
+The codes are chosen here and nowhere else: the torch.ao and PT2E doors, the packed file and the
+`.pte` only write down what this pass decided (architecture decision 2: decide, then act).
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpqdm_fx.errors import CalibrationError, DialectError
+from mpqdm_fx.graph.base import GraphPass
+from mpqdm_fx.graph.layers import replace_module, weight_layers, weight_rows
+from mpqdm_fx.numerics.codebook import quantize_codebook
+from mpqdm_fx.numerics.grids import dequantize, quantize_uniform
+from mpqdm_fx.plan import BitPlan, LayerPlan
+
+__all__ = ["RoundWeights", "install_codes"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RoundWeights(GraphPass):
+    """Replace planned layers by copies whose weight lies exactly on the plan's grid.
+
+    1. Each output channel with b bits gets the scale and the 2^b int8 levels that minimise the
+       weighted squared error of its weights, and every weight its nearest level.
+    2. The copy carries `weight_codes` (int8, the weight's shape) and `weight_scale` (float32
+       [out_channels]); `weight == weight_codes * weight_scale` holds exactly.
+    3. A layer whose weight is on the plan's grid already is left alone.
+
+    Attributes:
+        plan: Bits and kind of levels of every layer.
+        importance: Nonnegative weight of each row entry's squared error, by layer: [K], with K
+            the numbers of one output channel. Layers without an entry weigh all alike.
+    """
+
+    plan: BitPlan
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+
+    preserves_function: ClassVar[bool] = False
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Every planned layer is in the graph and has the planned shape.
+
+        Raises:
+            DialectError: One is missing, or has another shape.
+        """
+        layers = weight_layers(graph_module, embeddings=True)
+        for planned in self.plan.layers:
+            if planned.name not in layers:
+                raise DialectError(
+                    f"the plan names {planned.name!r} ({planned.kind}), which this graph does not "
+                    f"have; run the passes on it that the planned graph went through"
+                )
+            shape = tuple(layers[planned.name].module.weight.shape)
+            if shape != planned.shape:
+                raise DialectError(
+                    f"{planned.name}: weight has shape {shape}, the plan expects {planned.shape}"
+                )
+
+    def rewrite(self, graph_module: fx.GraphModule) -> bool:
+        """Install the rounded copies; False if every layer was on its grid."""
+        layers = weight_layers(graph_module, embeddings=True)
+        modified = False
+        for planned in self.plan.layers:
+            module = layers[planned.name].module
+            if _is_rounded(module, planned):
+                continue
+            codes, scale = self._quantize(module, planned)
+            replace_module(graph_module, planned.name, install_codes(module, codes, scale))
+            modified = True
+        return modified
+
+    def _quantize(self, module: nn.Module, planned: LayerPlan) -> tuple[Tensor, Tensor]:
+        rows = weight_rows(module)
+        if not bool(torch.isfinite(rows).all()):
+            raise CalibrationError(
+                f"{planned.name} ({planned.kind}): its weight (shape {planned.shape}) holds NaN "
+                f"or infinity; repair the checkpoint"
+            )
+        quantize = quantize_codebook if planned.levels == "codebook" else quantize_uniform
+        codes, scale = quantize(rows, planned.bits_tensor(), self.importance.get(planned.name))
+        return codes.reshape(planned.shape), scale
+
+
+def install_codes(module: nn.Module, codes: Tensor, scale: Tensor) -> nn.Module:
+    """A copy of `module` whose weight is `codes * scale`, carrying both as buffers.
+
+    Args:
+        module: Convolution, linear or embedding layer; it is not changed.
+        codes: int8, shape of the weight.
+        scale: float32 [out_channels].
+
+    Returns:
+        New module of the same class with buffers `weight_codes` and `weight_scale`.
+    """
+    memo: dict[int, object] = {}
+    if isinstance(module.weight, Tensor):
+        # The copy gets a weight of its own below; copying the old one would double peak memory.
+        memo[id(module.weight)] = module.weight
+    rounded = copy.deepcopy(module, memo)
+    weight = dequantize(codes.flatten(1), scale).reshape(codes.shape)
+    rounded.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
+    rounded.register_buffer("weight_codes", codes)
+    rounded.register_buffer("weight_scale", scale)
+    return rounded
+
+
+def _is_rounded(module: nn.Module, planned: LayerPlan) -> bool:
+    """Whether the module carries codes that the plan allows and a weight that equals them."""
+    codes = getattr(module, "weight_codes", None)
+    scale = getattr(module, "weight_scale", None)
+    if codes is None or scale is None:
+        return False
+    rows = codes.flatten(1)
+    weight = dequantize(rows, scale).reshape(codes.shape)
+    if not torch.equal(weight.to(module.weight.dtype), module.weight.detach()):
+        return False
+    widths = planned.bits_tensor()
+    top = torch.where(widths == 8, 127, 2**widths - 1)
+    if planned.levels == "uniform":
+        odd_where_narrow = ((rows.int() % 2 != 0) | (widths == 8)[:, None]).all()
+        return bool(odd_where_narrow and (rows.int().abs() <= top[:, None]).all())
+    distinct = torch.tensor([row.unique().numel() for row in rows])
+    return bool((distinct <= 2**widths).all())

@@ -1,0 +1,186 @@
+"""The two models that users hold: prepared (records its inputs) and quantized."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpqdm_fx.calibration.records import RecordedInputs
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.graph.calling import pack_output
+from mpqdm_fx.graph.signature import Signature
+from mpqdm_fx.plan import BitPlan, LayerActivation
+
+__all__ = ["LayerReport", "PreparedModel", "QuantizationReport", "QuantizedModel"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What quantization did to one layer.
+
+    Attributes:
+        name: Layer's name.
+        kind: Class name of its module.
+        shape: Shape of its weight.
+        mean_bits: Average bits of a code.
+        bytes: Stored bytes with scales, tables and width tags.
+        sqnr_db: Signal-to-noise ratio of the layer's output in dB on calibration rows, with its
+            input quantized and float predecessors; None for an embedding.
+        fraction: Share of channels that OMQ promoted, and as many demoted.
+        reason: Why the layer is off the budget, or None.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    mean_bits: float
+    bytes: int
+    sqnr_db: float | None
+    fraction: float
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport:
+    """The record of one `convert`.
+
+    Attributes:
+        layers: One entry per quantized layer, in graph order.
+        calibration_calls: Recorded calls that the statistics come from.
+        seconds: Wall time of `convert`.
+        versions: Versions of this package and of torch.
+    """
+
+    layers: tuple[LayerReport, ...]
+    calibration_calls: int
+    seconds: float
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "QuantizationReport":
+        """Inverse of `to_dict`."""
+        layers = tuple(
+            LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["layers"]
+        )
+        return cls(**{**data, "layers": layers})
+
+
+class _TracedModel(nn.Module):
+    """A traced graph behind the calling convention of the model that it was traced from."""
+
+    def __init__(self, graph_module: fx.GraphModule, signature: Signature, config: Any) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self.signature = signature
+        # Pipelines read `unet.config.in_channels` and the like.
+        self.config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the floating-point parameters."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        return_dict = kwargs.pop("return_dict", True)
+        inputs = self.signature.normalize(args, kwargs)
+        output = self.graph_module(**inputs)
+        return inputs, pack_output(self.signature, output) if return_dict else output
+
+
+class PreparedModel(_TracedModel):
+    """The float graph; each call returns what the model returns and records its inputs.
+
+    Attributes:
+        records: The recorded calls.
+        settings: The run's settings.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        signature: Signature,
+        model_config: Any,
+        settings: MPQConfig,
+        records: RecordedInputs,
+    ) -> None:
+        super().__init__(graph_module, signature, model_config)
+        self.settings = settings
+        self.records = records
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the float graph on the model's own arguments and record them.
+
+        Raises:
+            TraceError: The arguments do not fit the traced signature.
+            CalibrationError: An argument holds NaN or infinity.
+        """
+        with torch.no_grad():
+            inputs, output = self._call(args, kwargs)
+        self.records.append(inputs)
+        return output
+
+
+class QuantizedModel(_TracedModel):
+    """The quantized graph, called exactly like the model that it came from.
+
+    Attributes:
+        plan: Bits of every output channel and what they cost.
+        ranges: Static activation ranges by layer name.
+        report: What quantization did, layer by layer.
+        settings: The run's settings.
+        rounded: The graph with rounded weights and float activations; backends start from it.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        rounded: fx.GraphModule,
+        signature: Signature,
+        model_config: Any,
+        *,
+        plan: BitPlan,
+        ranges: Mapping[str, LayerActivation],
+        report: QuantizationReport,
+        settings: MPQConfig,
+    ) -> None:
+        super().__init__(graph_module, signature, model_config)
+        self.plan = plan
+        self.ranges = dict(ranges)
+        self.report = report
+        self.settings = settings
+        # Outside `modules()`: it shares every parameter with `graph_module`.
+        self._rounded = (rounded,)
+
+    @property
+    def rounded(self) -> fx.GraphModule:
+        """Graph with rounded weights and float activations."""
+        return self._rounded[0]
+
+    def codes(self, name: str) -> Tensor:
+        """Integer weight codes of a layer, int8, shape of its weight.
+
+        Raises:
+            ConfigError: The plan has no such layer.
+        """
+        self.plan.layer(name)
+        codes: Tensor = self.rounded.get_submodule(name).weight_codes  # type: ignore[assignment]
+        return codes
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the fake-quantized graph on the model's own arguments.
+
+        Raises:
+            TraceError: The arguments do not fit the traced signature.
+        """
+        return self._call(args, kwargs)[1]

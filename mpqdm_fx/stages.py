@@ -1,0 +1,110 @@
+"""Stages that `convert` and `load` share: the same model goes through the same passes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from mpqdm_fx.backends.packed import PackedWeights
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.graph.base import Pipeline
+from mpqdm_fx.graph.layers import replace_module
+from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.passes import NORMALIZE, SplitSkipConcat
+from mpqdm_fx.passes.quantize_activations import QuantizeActivations
+from mpqdm_fx.passes.round_weights import install_codes
+from mpqdm_fx.plan import BitPlan, LayerActivation
+from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
+
+__all__ = ["assemble", "normalized", "restore"]
+
+
+def normalized(model: nn.Module, example_inputs: Any, settings: MPQConfig) -> fx.GraphModule:
+    """Trace a model and bring it into the form that is quantized.
+
+    Args:
+        model: The float model; it is not changed.
+        example_inputs: Keyword arguments (dict) or positional arguments (tuple) of one call.
+        settings: The run's settings.
+
+    Raises:
+        TraceError: The model cannot be traced.
+    """
+    passes = NORMALIZE.passes
+    if not settings.split_skips:
+        passes = tuple(entry for entry in passes if not isinstance(entry, SplitSkipConcat))
+    return Pipeline(passes=passes)(trace(model, example_inputs)).graph_module
+
+
+def assemble(
+    rounded: fx.GraphModule,
+    *,
+    plan: BitPlan,
+    ranges: Mapping[str, LayerActivation],
+    settings: MPQConfig,
+    report: QuantizationReport,
+    model_config: Any,
+) -> QuantizedModel:
+    """The quantized model of a rounded graph: activations are quantized, nothing else happens."""
+    quantized = QuantizeActivations(ranges=ranges)(rounded).graph_module
+    return QuantizedModel(
+        quantized,
+        rounded,
+        rounded.meta["signature"],
+        model_config,
+        plan=plan,
+        ranges=ranges,
+        report=report,
+        settings=settings,
+    ).eval()
+
+
+def restore(graph_module: fx.GraphModule, weights: PackedWeights) -> fx.GraphModule:
+    """Put saved codes and tensors into a normalized graph of the same architecture.
+
+    Args:
+        graph_module: Result of `normalized` on a model that nobody else holds: tensors are
+            replaced in its modules.
+        weights: What the packed file held.
+
+    Raises:
+        ArtifactError: The graph has other layers or other shapes than the file.
+    """
+    restored = Pipeline(passes=())(graph_module).graph_module
+    for planned in weights.plan.layers:
+        try:
+            module = restored.get_submodule(planned.name)
+        except AttributeError:
+            raise ArtifactError(f"the model has no layer {planned.name!r}") from None
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != planned.shape:
+            raise ArtifactError(
+                f"{planned.name}: the file holds shape {planned.shape}, the model has "
+                f"{tuple(weight.shape) if isinstance(weight, Tensor) else type(module).__name__}"
+            )
+        codes, scale = weights.codes[planned.name], weights.scales[planned.name]
+        replace_module(restored, planned.name, install_codes(module, codes, scale))
+    _install_floats(restored, weights)
+    return restored
+
+
+def _install_floats(graph_module: fx.GraphModule, weights: PackedWeights) -> None:
+    """Give every remaining parameter and buffer its saved value."""
+    owned = {
+        f"{planned.name}.{key}"
+        for planned in weights.plan.layers
+        for key in ("weight", "weight_codes", "weight_scale")
+    }
+    try:
+        # assign: the saved tensors themselves become the parameters, with their dtypes.
+        keys = graph_module.load_state_dict(dict(weights.floats), strict=False, assign=True)
+    except RuntimeError as error:
+        raise ArtifactError(str(error).replace("\n\t", " ")) from None
+    missing = sorted(set(keys.missing_keys) - owned)
+    if missing or keys.unexpected_keys:
+        raise ArtifactError(
+            f"the file and the model have different tensors: missing {missing[:3]}, "
+            f"unexpected {keys.unexpected_keys[:3]}"
+        )
+    graph_module.requires_grad_(False)

@@ -1,0 +1,93 @@
+"""Small models and data for tests: real diffusers classes, a fraction of a second per call."""
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
+
+
+def tiny_unet(seed: int = 0) -> UNet2DModel:
+    """A class-conditional UNet2DModel with attention and skips, 8x8, about 60 K parameters."""
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 24),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        num_class_embeds=10,
+    ).eval()
+
+
+def tiny_condition_unet(seed: int = 0) -> UNet2DConditionModel:
+    """A UNet2DConditionModel with cross-attention and GEGLU, 8x8, about 100 K parameters."""
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 24),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+    ).eval()
+
+
+def unet_calls(calls: int = 4, batch: int = 3, seed: int = 0) -> list[dict[str, Any]]:
+    """Keyword arguments of `tiny_unet`, timesteps spread over the schedule."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "sample": torch.randn(batch, 1, 8, 8, generator=generator),
+            "timestep": torch.randint(1000, (batch,), generator=generator),
+            "class_labels": torch.randint(10, (batch,), generator=generator),
+        }
+        for _ in range(calls)
+    ]
+
+
+def condition_calls(calls: int = 3, batch: int = 2, seed: int = 0) -> list[dict[str, Any]]:
+    """Keyword arguments of `tiny_condition_unet`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "sample": torch.randn(batch, 4, 8, 8, generator=generator),
+            "timestep": torch.randint(1000, (batch,), generator=generator),
+            "encoder_hidden_states": torch.randn(batch, 7, 12, generator=generator),
+        }
+        for _ in range(calls)
+    ]
+
+
+class TinyNet(nn.Module):
+    """conv - norm - silu - conv - linear over channels - conv; H, W and C all differ."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 12)
+        self.act = nn.SiLU()
+        self.body = nn.Conv2d(12, 16, 3, padding=1)
+        self.mix = nn.Linear(16, 12)
+        self.conv_out = nn.Conv2d(12, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        h = self.body(self.act(self.norm(h)))
+        h = self.mix(h.movedim(1, -1)).movedim(-1, 1)
+        return self.conv_out(h)
+
+
+def net_calls(calls: int = 3, batch: int = 2, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Keyword arguments of `TinyNet`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [{"x": torch.randn(batch, 3, 6, 10, generator=generator)} for _ in range(calls)]
