@@ -1,0 +1,320 @@
+"""Uniform level sets inside int8: 2^b levels a channel, each an int8 value times a scale.
+
+Levels are balanced, zero_point is 0: 1 bit {-1, 1}, 2 bits {-3, -1, 1, 3}, up to 7 bits; at 8 bits
+they are -127..127. Balanced levels repair the 1-bit channels of MPQ-DM's affine grid, which have
+no sign (BitsFusion, arXiv 2406.04333, measured the same defect), and run as plain symmetric int8.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.numerics.rows import (
+    SortedRows,
+    check_importance,
+    check_weight,
+    exponents,
+    powers_of_two,
+    row_chunks,
+    unit_importance,
+)
+
+__all__ = [
+    "CODEBOOK_MAX_BITS",
+    "MAX_BITS",
+    "MIN_SCALE",
+    "check_bits",
+    "dequantize",
+    "max_scale",
+    "quantize_uniform",
+    "round_scale",
+    "snap",
+    "uniform_levels",
+]
+
+MAX_BITS = 8
+CODEBOOK_MAX_BITS = 4
+MIN_SCALE = 2.0**-126
+"""The smallest normal bfloat16: the scale of an all-zero row."""
+
+_FLOAT_MAX = torch.finfo(torch.float32).max
+_BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
+_CANDIDATES = {2: 96, 3: 96, 4: 96, 5: 64, 6: 48, 7: 40, 8: 32}
+_KEPT = 3  # best candidates of the coarse search that are refitted
+_REFITS = 3
+_WIDE = 6  # from this width on, more bfloat16 neighbours of a refitted scale are tried
+_DIRECT = 2  # rows shorter than this times their levels are evaluated weight by weight
+
+
+def check_bits(bits: Tensor, channels: int) -> Tensor:
+    """Return ``bits`` as int64 [channels], or say what is wrong with them.
+
+    Raises:
+        ConfigError: Wrong shape, or a width outside 1..8.
+    """
+    if bits.shape != (channels,) or bits.is_floating_point():
+        raise ConfigError(
+            f"bits must be integers of shape ({channels},), one width per output channel, "
+            f"got {bits.dtype} {tuple(bits.shape)}"
+        )
+    widths = bits.detach().to("cpu", torch.int64)
+    wrong = widths[(widths < 1) | (widths > MAX_BITS)]
+    if wrong.numel():
+        raise ConfigError(f"a channel cannot have {int(wrong[0])} bits; use 1 to {MAX_BITS}")
+    return widths
+
+
+def uniform_levels(bits: int) -> Tensor:
+    """Return the level set of ``bits`` bits, ascending.
+
+    Args:
+        bits: 1 to 8.
+
+    Returns:
+        int8 [2^bits]: odd integers ``-(2^b - 1) .. 2^b - 1`` for b <= 7; int8 [255], all integers
+        -127..127, for 8 bits.
+
+    Raises:
+        ConfigError: ``bits`` outside 1..8.
+    """
+    top = _top(bits)
+    return torch.arange(-top, top + 1, 1 if bits == MAX_BITS else 2, dtype=torch.int8)
+
+
+def _top(bits: int) -> int:
+    if not 1 <= bits <= MAX_BITS:
+        raise ConfigError(f"a channel cannot have {bits} bits; use 1 to {MAX_BITS}")
+    return 127 if bits == MAX_BITS else 2**bits - 1
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """Round scales to the nearest positive normal bfloat16 value, kept as float32.
+
+    Sixteen stored bits a scale with float32's range; an int8 code times such a scale is exact in
+    float32 (at most 15 significant bits).
+
+    Args:
+        scale: Any float dtype and shape, not NaN.
+
+    Returns:
+        float32 of the same shape, each in ``MIN_SCALE .. max(bfloat16)``.
+    """
+    rounded = scale.to(torch.float32).to(torch.bfloat16).to(torch.float32)
+    return rounded.clamp(MIN_SCALE, _BFLOAT16_MAX)
+
+
+def max_scale(top: int) -> float:
+    """Return the largest bfloat16 scale whose level ``top`` is still a finite float32."""
+    limit = torch.tensor(_FLOAT_MAX / top, dtype=torch.float64)
+    unit = powers_of_two(exponents(limit) - 8)  # one unit in the last place of a bfloat16
+    return float(torch.floor(limit / unit) * unit)
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 values of codes: ``codes * scale``, exact for bfloat16 scales.
+
+    Args:
+        codes: int8 [O, ...], one output channel per row.
+        scale: float32 [O].
+
+    Returns:
+        float32 of the codes' shape.
+
+    Raises:
+        ConfigError: Not one scale per row of codes.
+    """
+    if scale.shape != codes.shape[:1]:
+        raise ConfigError(
+            f"dequantize: {codes.shape[0]} rows of codes need as many scales, "
+            f"got shape {tuple(scale.shape)}"
+        )
+    return codes.to(torch.float32) * scale.to(torch.float32).view(-1, *[1] * (codes.ndim - 1))
+
+
+def snap(W: Tensor, scale: Tensor, bits: int | Tensor) -> Tensor:
+    """Return the nearest legal codes of weights for given scales.
+
+    ``|w - code * scale| <= scale`` (half a level spacing, ``scale / 2`` at 8 bits) inside the
+    range, to one unit in the last place of ``w / scale``; outside it the outermost level. A weight
+    exactly between two balanced levels takes the upper one.
+
+    Args:
+        W: Finite weight rows [O, K], taken as float32.
+        scale: float32 [O], positive.
+        bits: One width, or int64 [O].
+
+    Returns:
+        int8 codes [O, K].
+
+    Raises:
+        ConfigError: ``bits`` outside 1..8 or of the wrong shape.
+    """
+    widths = torch.full((len(W),), bits) if isinstance(bits, int) else bits
+    widths = check_bits(widths, len(W))
+    ratio = W.detach().to(torch.float32) / scale.to(torch.float32)[:, None]
+    present = sorted(set(widths.tolist()))
+    if len(present) == 1:
+        return _snap_ratio(ratio, present[0])
+    codes = torch.empty(ratio.shape, dtype=torch.int8, device=ratio.device)
+    for width in present:
+        rows = (widths == width).nonzero()[:, 0].to(ratio.device)
+        codes[rows] = _snap_ratio(ratio[rows], width)
+    return codes
+
+
+def _snap_ratio(ratio: Tensor, bits: int) -> Tensor:
+    top = _top(bits)
+    if bits == MAX_BITS:
+        return ratio.round().clamp_(-top, top).to(torch.int8)
+    return ratio.mul(0.5).floor_().mul_(2.0).add_(1.0).clamp_(-top, top).to(torch.int8)
+
+
+def quantize_uniform(
+    W: Tensor, bits: Tensor, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantize weight rows onto balanced uniform levels, each at its own width.
+
+    Per row the scale minimises ``sum_k h_k (w_k - s q_k)^2`` over a grid of shrinks of the row's
+    maximum; the best are refitted by least squares (``s = <w, q>_h / <q, q>_h``, codes snapped
+    anew) and compared at bfloat16 values around them. Invariants:
+
+    - ``codes == snap(W, scale, bits)`` and ``scale == round_scale(scale)``;
+    - a row that already lies on a grid comes back with error 0 (with its own codes and scale if
+      it uses the outermost level);
+    - scaling a row by ``2^k`` scales its scale and leaves its codes, bit for bit, inside the
+      normal bfloat16 range; rows do not influence each other;
+    - a row of zeros gets ``MIN_SCALE``: balanced levels have no zero, and 1e-38 is one in effect.
+
+    Args:
+        W: Weight rows [O, K], any float dtype (taken as float32), finite.
+        bits: int64 [O], 1 to 8 each.
+        importance: Error weights h >= 0, [K] or [O, K]; None for equal ones. Only ratios within a
+            row matter; a row whose important weights are all zero is fitted with equal ones.
+
+    Returns:
+        codes int8 [O, K] and scale float32 [O].
+
+    Raises:
+        ConfigError: Shapes or widths are wrong.
+        CalibrationError: Weights or importance are not finite, or importance is negative.
+    """
+    rows = check_weight(W)
+    widths = check_bits(bits, len(rows))
+    if importance is not None:
+        importance = check_importance(importance, rows.shape)
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+    for width in sorted(set(widths.tolist())):
+        members = (widths == width).nonzero()[:, 0].to(rows.device)
+        span = max(rows.shape[1], _CANDIDATES.get(width, 0) * min(rows.shape[1], 2**width))
+        for part in row_chunks(len(members), span):
+            index = members[part]
+            own = importance if importance is None or importance.ndim == 1 else importance[index]
+            scale[index] = _fit_scale(rows[index], width, own)
+            codes[index] = _snap_ratio(rows[index] / scale[index][:, None], width)
+    return codes, scale
+
+
+def _fit_scale(W: Tensor, bits: int, importance: Tensor | None) -> Tensor:
+    """Return the best scale float32 [n] for rows [n, K] of one width."""
+    magnitude = W.abs()
+    h = unit_importance(importance, magnitude)
+    if h is not None:  # a weight of no importance may be clipped: it must not set the range
+        magnitude = magnitude * (h > 0)
+    top = _top(bits)
+    exponent = exponents(magnitude.amax(dim=1))  # |row| * 2^-exponent lies in [1/2, 1)
+    power = powers_of_two(exponent)
+    unit = (magnitude.to(torch.float64) / power[:, None]).to(torch.float32)
+    best = _search_scale(unit, h, bits)
+    best = torch.where(unit.amax(dim=1) > 0, best * power, 0.0)
+    scale = round_scale(best).clamp(max=max_scale(top))
+    on_grid, found = _grid_scale(W, bits)
+    return torch.where(found, on_grid, scale)
+
+
+def _search_scale(unit: Tensor, h: Tensor | None, bits: int) -> Tensor:
+    """Return the best bfloat16 scale, as float64 [n], for rows of magnitudes in [0, 1)."""
+    if h is None:
+        mean = unit.mean(dim=1, dtype=torch.float64)
+    else:
+        mean = (h * unit).sum(dim=1, dtype=torch.float64) / h.sum(dim=1, dtype=torch.float64)
+    if bits == 1:  # closed form: the weighted mean magnitude, whatever the codes
+        return round_scale(mean).to(torch.float64)
+    levels = uniform_levels(bits).to(unit.device, torch.float64)
+    levels = levels[levels >= 0]
+    errors: Callable[[Tensor], tuple[Tensor, Tensor]]
+    if unit.shape[1] <= _DIRECT * len(levels):
+        errors = partial(_direct_errors, unit, torch.ones_like(unit) if h is None else h, bits)
+    else:
+        errors = partial(_sorted_errors, SortedRows.of(unit, h), levels)
+    # A least-squares scale is at least (weighted mean magnitude) / top: <|w|,|q|> >= m1 sum |q|
+    # because |q| grows with |w|, and <q,q> <= top sum |q|. Above, one octave over the maximum.
+    low = (mean / levels[-1]).clamp_min(1e-300)
+    high = unit.amax(dim=1).to(torch.float64) / levels[(len(levels) - 1) // 2]
+    steps = torch.linspace(0, 1, _CANDIDATES[bits], dtype=torch.float64, device=unit.device)
+    scale = low[:, None] * (high / low).clamp_min(1.0)[:, None] ** steps
+    error, refit = errors(scale)
+    scale = refit.gather(1, error.topk(_KEPT, dim=1, largest=False).indices)
+    for _ in range(_REFITS - 1):
+        _, scale = errors(scale)
+    center = round_scale(scale).to(torch.float64)
+    ulp = powers_of_two(exponents(center) - 8)
+    reach = 8 if bits >= _WIDE else 3  # wide levels: many narrow valleys around a scale
+    offset = torch.arange(-reach, reach + 1, dtype=torch.float64, device=unit.device)
+    around = (center[:, :, None] + ulp[:, :, None] * offset).flatten(1)
+    around = round_scale(around).to(torch.float64)
+    error, _ = errors(around)
+    return around.gather(1, error.argmin(dim=1, keepdim=True))[:, 0]
+
+
+def _direct_errors(unit: Tensor, h: Tensor, bits: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (squared error, least-squares refit) float64 [n, C] of scales, weight by weight."""
+    step, row = scale.to(torch.float32)[:, :, None], unit[:, None, :]  # [n, C, 1], [n, 1, K]
+    q = _snap_ratio(row / step, bits).to(torch.float32)  # [n, C, K]
+    error = (h[:, None, :] * (row - step * q).square()).sum(dim=2)
+    power = (h[:, None, :] * q.square()).sum(dim=2)
+    cross = ((h * unit)[:, None, :] * q).sum(dim=2)
+    refit = cross.to(torch.float64) / power.to(torch.float64).clamp_min(1e-300)
+    return error.to(torch.float64), torch.where(power > 0, refit, scale)
+
+
+def _sorted_errors(rows: SortedRows, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same from running sums, in one look-up per level [L] >= 0 and scale [n, C]."""
+    mass, total = rows.all()
+    threshold = (levels[1:] + levels[:-1]) / 2 * scale[:, :, None]  # [n, C, L - 1]
+    mass_below, total_below = rows.below(threshold)
+    # sum of h |w| q and h q q, level by level: whatever reaches a threshold gains one level
+    gain = levels.diff()
+    cross = ((total[:, None, None] - total_below) * gain).sum(dim=2) + levels[0] * total[:, None]
+    gain = levels.square().diff()
+    power = ((mass[:, None, None] - mass_below) * gain).sum(dim=2)
+    power = power + levels[0].square() * mass[:, None]
+    error = rows.energy[:, None] - scale * (2 * cross - scale * power)
+    return error, torch.where(power > 0, cross / power.clamp_min(1e-300), scale)
+
+
+def _grid_scale(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Find rows that lie on a grid already: (scale float32 [n], found bool [n]).
+
+    The maximum of such a row is a level times a bfloat16 scale, which few rows satisfy; only
+    those are compared element by element, finest scale first.
+    """
+    exact = W.abs().to(torch.float64)
+    maximum = exact.amax(dim=1)
+    levels = uniform_levels(bits).to(W.device, torch.float64)
+    levels = levels[levels > 0].flip(0)
+    scales = round_scale(maximum[:, None] / levels).to(torch.float64)  # [n, L]
+    possible = (scales * levels == maximum[:, None]) & (scales * levels[0] <= _FLOAT_MAX)
+    scale = torch.full_like(maximum, MIN_SCALE)
+    found = maximum == 0
+    for level in range(len(levels)):
+        rows = (possible[:, level] & ~found).nonzero()[:, 0]
+        for columns in (slice(0, 64), slice(None)):  # a few elements refuse most rows
+            part, trial = exact[rows][:, columns], scales[rows, level][:, None]
+            codes = _snap_ratio((part / trial).to(torch.float32), bits).to(torch.float64)
+            rows = rows[(codes * trial == part).all(dim=1)]
+        scale[rows], found[rows] = scales[rows, level], True
+    return scale.to(torch.float32), found
