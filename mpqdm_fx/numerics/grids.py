@@ -31,6 +31,7 @@ __all__ = [
     "max_scale",
     "quantize_uniform",
     "round_scale",
+    "scales_around",
     "snap",
     "uniform_levels",
 ]
@@ -104,6 +105,23 @@ def round_scale(scale: Tensor) -> Tensor:
     """
     rounded = scale.to(torch.float32).to(torch.bfloat16).to(torch.float32)
     return rounded.clamp(MIN_SCALE, _BFLOAT16_MAX)
+
+
+def scales_around(scale: Tensor, first: int, last: int) -> Tensor:
+    """Return the bfloat16 scales next to each scale.
+
+    Args:
+        scale: Positive, any shape and float dtype.
+        first: Place of the first neighbour: 0 is the nearest bfloat16 value, -1 the one below.
+        last: Place of the last neighbour; 128 places are a factor of two.
+
+    Returns:
+        float64 [..., last - first + 1], ascending, none below ``MIN_SCALE``.
+    """
+    pattern = round_scale(scale).to(torch.bfloat16).view(torch.int16).to(torch.int32)
+    places = torch.arange(first, last + 1, dtype=torch.int32, device=scale.device)
+    pattern = (pattern[..., None] + places).clamp(0x0080, 0x7F7F).to(torch.int16)
+    return pattern.view(torch.bfloat16).to(torch.float64)
 
 
 def max_scale(top: int) -> float:
@@ -260,12 +278,8 @@ def _search_scale(unit: Tensor, h: Tensor | None, bits: int) -> Tensor:
     scale = refit.gather(1, error.topk(_KEPT, dim=1, largest=False).indices)
     for _ in range(_REFITS - 1):
         _, scale = errors(scale)
-    center = round_scale(scale).to(torch.float64)
-    ulp = powers_of_two(exponents(center) - 8)
     reach = 8 if bits >= _WIDE else 3  # wide levels: many narrow valleys around a scale
-    offset = torch.arange(-reach, reach + 1, dtype=torch.float64, device=unit.device)
-    around = (center[:, :, None] + ulp[:, :, None] * offset).flatten(1)
-    around = round_scale(around).to(torch.float64)
+    around = scales_around(scale, -reach, reach).flatten(1)
     error, _ = errors(around)
     return around.gather(1, error.argmin(dim=1, keepdim=True))[:, 0]
 

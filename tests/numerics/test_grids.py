@@ -17,6 +17,7 @@ from mpqdm_fx.numerics.grids import (
     max_scale,
     quantize_uniform,
     round_scale,
+    scales_around,
     snap,
     uniform_levels,
 )
@@ -65,6 +66,17 @@ def test_rounded_scales_are_bfloat16_and_the_nearest_ones(value):
     assert scale.item() >= MIN_SCALE
     if value >= MIN_SCALE:
         assert abs(scale.item() - value) <= value * 2**-8
+
+
+@given(st.floats(-30, 30), st.integers(-20, 0), st.integers(0, 140))
+def test_scales_around_are_consecutive_bfloat16_values(log_scale, first, last):
+    scale = torch.tensor([10.0**log_scale])
+    around = scales_around(scale, first, last)[0].float()
+    assert torch.equal(around.bfloat16().float(), around)
+    assert torch.equal(around[-first : 1 - first], round_scale(scale))
+    assert bool((around.bfloat16().view(torch.int16).diff() == 1).all())
+    if last >= 128:
+        assert float(around[128 - first]) == 2 * float(round_scale(scale))
 
 
 @pytest.mark.parametrize("top", [1, 3, 7, 15, 31, 63, 127])
