@@ -47,12 +47,12 @@ class ActivationRange:
     @property
     def quant_min(self) -> int:
         """Smallest code."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def quant_max(self) -> int:
         """Largest code."""
-        return int(2 ** (self.bits - 1) - 1)
+        return (1 << (self.bits - 1)) - 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,8 +174,7 @@ class QuantizedModel(_TracedModel):
             ConfigError: The plan has no such layer.
         """
         self.plan.layer(name)
-        codes: Tensor = self.rounded.get_submodule(name).weight_codes  # type: ignore[assignment]
-        return codes
+        return self.rounded.get_buffer(f"{name}.weight_codes")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the fake-quantized graph on the model's own arguments.

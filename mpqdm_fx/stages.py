@@ -9,6 +9,7 @@ from mpqdm_fx.backends.packed import PackedWeights
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.base import Pipeline
+from mpqdm_fx.graph.editing import copy_graph_module
 from mpqdm_fx.graph.layers import replace_module
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.passes import NORMALIZE, SplitSkipConcat
@@ -31,10 +32,13 @@ def normalized(model: nn.Module, example_inputs: Any, settings: MPQConfig) -> fx
     Raises:
         TraceError: The model cannot be traced.
     """
-    passes = NORMALIZE.passes
+    passes = NORMALIZE
     if not settings.split_skips:
         passes = tuple(entry for entry in passes if not isinstance(entry, SplitSkipConcat))
-    return Pipeline(passes=passes)(trace(model, example_inputs)).graph_module
+    graph_module: fx.GraphModule = Pipeline(passes=passes)(
+        trace(model, example_inputs)
+    ).graph_module
+    return graph_module
 
 
 def assemble(
@@ -71,7 +75,7 @@ def restore(graph_module: fx.GraphModule, weights: PackedWeights) -> fx.GraphMod
     Raises:
         ArtifactError: The graph has other layers or other shapes than the file.
     """
-    restored = Pipeline(passes=())(graph_module).graph_module
+    restored = copy_graph_module(graph_module)
     for planned in weights.plan.layers:
         try:
             module = restored.get_submodule(planned.name)

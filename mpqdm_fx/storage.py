@@ -91,8 +91,9 @@ def write_model(quantized: QuantizedModel, stage: Path) -> None:
     """Write a quantized model's files into an existing folder."""
     layout = write_packed(stage / WEIGHTS, quantized.rounded, quantized.plan)
     files = [WEIGHTS]
-    if quantized.config is not None:
-        text = json.dumps(_plain(quantized.config), indent=2, sort_keys=True, default=str)
+    if _is_diffusers_class(quantized.signature.model_class):
+        config = {**_plain(quantized.config), "_class_name": quantized.signature.model_class}
+        text = json.dumps(config, indent=2, sort_keys=True, default=str)
         (stage / MODEL_CONFIG).write_text(text, encoding="utf-8")
         files.append(MODEL_CONFIG)
     manifest = {
@@ -110,12 +111,12 @@ def write_model(quantized: QuantizedModel, stage: Path) -> None:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """A model's configuration without diffusers' private keys, but with its class name."""
-    return {
-        key: value
-        for key, value in dict(config).items()
-        if not key.startswith("_") or key == "_class_name"
-    }
+    """A model's configuration without diffusers' private keys."""
+    return {key: value for key, value in dict(config).items() if not key.startswith("_")}
+
+
+def _is_diffusers_class(name: str) -> bool:
+    return hasattr(importlib.import_module("diffusers"), name)
 
 
 def _checksum(path: Path) -> dict[str, Any]:
@@ -212,8 +213,7 @@ def _skeleton(root: Path) -> nn.Module:
         )
     config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     name = str(config.get("_class_name"))
-    cls = getattr(importlib.import_module("diffusers"), name, None)
-    if cls is None:
+    if not _is_diffusers_class(name):
         raise ArtifactError(f"the installed diffusers has no class {name!r}; update diffusers")
-    model: nn.Module = cls.from_config(dict(config))
+    model: nn.Module = getattr(importlib.import_module("diffusers"), name).from_config(dict(config))
     return model.eval()

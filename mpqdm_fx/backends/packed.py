@@ -61,13 +61,13 @@ def write_packed(path: Path, rounded: fx.GraphModule, plan: BitPlan) -> dict[str
     layers = []
     skipped = set()
     for planned in plan.layers:
-        module = rounded.get_submodule(planned.name)
-        rows = module.weight_codes.flatten(1)  # type: ignore[union-attr,operator]
-        packed = pack_layer(rows, planned.bits_tensor(), planned.levels)
+        codes = rounded.get_buffer(f"{planned.name}.weight_codes")
+        scale = rounded.get_buffer(f"{planned.name}.weight_scale")
+        packed = pack_layer(codes.flatten(1), planned.bits_tensor(), planned.levels)
         parts["codes"].append(packed.stream)
         parts["widths"].append(packed.widths)
         parts["tables"].append(packed.tables.flatten())
-        parts["scales"].append(module.weight_scale.to(torch.bfloat16))  # type: ignore[union-attr,operator]
+        parts["scales"].append(scale.to(torch.bfloat16))
         entry = {**asdict(planned), "shape": list(planned.shape)}
         entry["bits"] = planned.bits[0] if len(set(planned.bits)) == 1 else "mixed"
         layers.append(entry)
@@ -122,7 +122,8 @@ class _Reader:
         if tensor is None or start + count > tensor.numel():
             raise ArtifactError(f"{self.path} is truncated: {key!r} ends too early")
         self.position[key] = start + count
-        return tensor[start : start + count]
+        part: Tensor = tensor[start : start + count]
+        return part
 
     def finish(self) -> None:
         for key, tensor in self.tensors.items():

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from mpqdm_fx.calibration.pinning import pinned_layers
-from mpqdm_fx.calibration.statistics import LayerStatistics
+from mpqdm_fx.calibration.statistics import LayerStatistics, TensorStatistics
 from mpqdm_fx.config import Levels, MPQConfig
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
@@ -43,7 +43,7 @@ def search_ranges(
     """
     found: dict[tuple[int, int], ActivationRange] = {}
 
-    def search(tensor: object, bits: int) -> ActivationRange:
+    def search(tensor: TensorStatistics, bits: int) -> ActivationRange:
         key = (id(tensor), bits)
         if key not in found:
             scale, zero_point = search_range(tensor.samples, tensor.minimum, tensor.maximum, bits)
@@ -128,7 +128,7 @@ def _importance(layer: WeightLayer, seen: LayerStatistics) -> Tensor:
 
 
 def _fixed(layer: WeightLayer, bits: int, reason: str) -> LayerPlan:
-    shape = tuple(layer.module.weight.shape)
+    shape = tuple(layer.weight.shape)
     return LayerPlan(
         name=layer.name,
         kind=type(layer.module).__name__,
@@ -181,7 +181,7 @@ def _decide(
     return LayerPlan(
         name=layer.name,
         kind=type(layer.module).__name__,
-        shape=tuple(layer.module.weight.shape),
+        shape=tuple(layer.weight.shape),
         bits=tuple(bits.tolist()),
         levels=levels,
         fraction=fraction,
@@ -200,7 +200,7 @@ def _outlier_score(layer: WeightLayer, weight: Tensor, rows: Tensor) -> Tensor:
     """
     if rows.shape[1] != 1:
         return kurtosis(weight)
-    channels = layer.module.weight.shape[1]  # type: ignore[union-attr,index]
+    channels = layer.weight.shape[1]
     activation_max = rows.abs().amax(dim=(0, 1)).reshape(channels, -1).amax(dim=1)
     weight_max = weight.abs().amax(dim=0).reshape(channels, -1).amax(dim=1)
     factors = smoothing_factors(activation_max, weight_max)

@@ -132,7 +132,7 @@ class _Recorder(fx.Interpreter):
     def _observe_rows(self, layer: WeightLayer, value: Tensor) -> None:
         seen = self.statistics[layer.name]
         seen.calls += 1
-        width = layer.module.weight[0].numel()  # type: ignore[union-attr,operator,index]
+        width = layer.weight[0].numel()
         wanted = min(MAX_ROWS, max(64, MAX_ROW_NUMBERS // width))
         share = self.calls * len(layer.nodes)
         rows = sample_rows(

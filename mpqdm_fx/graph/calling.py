@@ -1,4 +1,4 @@
-"""Call a traced graph like its model: example inputs by shape, outputs by class, JSON round trip."""
+"""Call a traced graph like its model: example inputs, output classes, JSON round trip."""
 
 import importlib
 from collections.abc import Mapping

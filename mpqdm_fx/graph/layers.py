@@ -68,6 +68,13 @@ class WeightLayer:
     module: nn.Module
     nodes: tuple[fx.Node, ...]
 
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight, axis 0 over output channels (rows, for an embedding)."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
 
 def weight_layers(
     graph_module: fx.GraphModule, *, embeddings: bool = False

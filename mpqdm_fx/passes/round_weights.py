@@ -56,7 +56,7 @@ class RoundWeights(GraphPass):
                     f"the plan names {planned.name!r} ({planned.kind}), which this graph does not "
                     f"have; run the passes on it that the planned graph went through"
                 )
-            shape = tuple(layers[planned.name].module.weight.shape)
+            shape = tuple(layers[planned.name].weight.shape)
             if shape != planned.shape:
                 raise DialectError(
                     f"{planned.name}: weight has shape {shape}, the plan expects {planned.shape}"
@@ -98,13 +98,12 @@ def install_codes(module: nn.Module, codes: Tensor, scale: Tensor) -> nn.Module:
     Returns:
         New module of the same class with buffers `weight_codes` and `weight_scale`.
     """
-    memo: dict[int, object] = {}
-    if isinstance(module.weight, Tensor):
-        # The copy gets a weight of its own below; copying the old one would double peak memory.
-        memo[id(module.weight)] = module.weight
-    rounded = copy.deepcopy(module, memo)
+    old = module.weight
+    assert isinstance(old, Tensor)
+    # The copy gets a weight of its own below; copying the old one would double peak memory.
+    rounded = copy.deepcopy(module, {id(old): old})
     weight = dequantize(codes.flatten(1), scale).reshape(codes.shape)
-    rounded.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
+    rounded.weight = nn.Parameter(weight.to(old.dtype), requires_grad=False)
     rounded.register_buffer("weight_codes", codes)
     rounded.register_buffer("weight_scale", scale)
     return rounded
@@ -114,11 +113,12 @@ def _is_rounded(module: nn.Module, planned: LayerPlan) -> bool:
     """Whether the module carries codes that the plan allows and a weight that equals them."""
     codes = getattr(module, "weight_codes", None)
     scale = getattr(module, "weight_scale", None)
-    if codes is None or scale is None:
+    weight = module.weight
+    if not (isinstance(codes, Tensor) and isinstance(scale, Tensor) and isinstance(weight, Tensor)):
         return False
     rows = codes.flatten(1)
-    weight = dequantize(rows, scale).reshape(codes.shape)
-    if not torch.equal(weight.to(module.weight.dtype), module.weight.detach()):
+    on_grid = dequantize(rows, scale).reshape(codes.shape).to(weight.dtype)
+    if not torch.equal(on_grid, weight.detach()):
         return False
     widths = planned.bits_tensor()
     top = torch.where(widths == 8, 127, 2**widths - 1)

@@ -57,6 +57,6 @@ def test_recorded_tensors_do_not_follow_the_callers_buffer():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_inputs_are_refused_by_name_and_leave_the_record_as_it_was(bad):
     records = RecordedInputs()
-    with pytest.raises(CalibrationError, match="'sample'.*NaN or infinity"):
+    with pytest.raises(CalibrationError, match=r"'sample'.*NaN or infinity"):
         records.append({"timestep": torch.tensor([1]), "sample": torch.tensor([bad])})
     assert len(records) == 0
