@@ -1,0 +1,31 @@
+"""Hypothesis profiles and one torch thread for every test.
+
+HYPOTHESIS_PROFILE chooses the profile: dev (20 examples, default), ci (100, the same ones every
+time), nightly (1000).
+"""
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+_SLOW_IS_FINE = (HealthCheck.too_slow, HealthCheck.data_too_large)
+
+settings.register_profile(
+    "dev", max_examples=20, deadline=None, suppress_health_check=_SLOW_IS_FINE
+)
+settings.register_profile(
+    "ci",
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=_SLOW_IS_FINE,
+)
+settings.register_profile(
+    "nightly", max_examples=1000, deadline=None, suppress_health_check=_SLOW_IS_FINE
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+# Sums of convolutions depend on the number of threads; bit-equality is claimed at equal numbers.
+torch.set_num_threads(1)
