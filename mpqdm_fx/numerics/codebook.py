@@ -164,29 +164,10 @@ def _distinct(values: Tensor, count: int) -> Tensor:
 def _lloyd(rows: SortedRows, centers: Tensor) -> Tensor:
     """Improve centers [n, C, L] by Lloyd's iteration; return the `_KEPT` best of each row."""
     for _ in range(_LLOYD_STEPS):
-        mass, total = _cells(rows, centers)
+        mass, total = rows.cells(centers)
         centers = torch.where(mass > 0, total / mass.clamp_min(1e-300), centers)
-    best = _error(rows, centers).topk(min(_KEPT, centers.shape[1]), dim=1, largest=False).indices
+    best = rows.error(centers).topk(min(_KEPT, centers.shape[1]), dim=1, largest=False).indices
     return centers.gather(1, best[:, :, None].expand(-1, -1, centers.shape[2]))
-
-
-def _cells(rows: SortedRows, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (sum of h, sum of h * value) of each center's cell, both [n, C, L]."""
-    mass, total = rows.below((centers[:, :, 1:] + centers[:, :, :-1]) / 2)
-    all_mass, all_total = rows.all()
-    shape = (*centers.shape[:2], 1)
-    first, last = mass.new_zeros(shape), all_mass[:, None, None].expand(shape)
-    last_total = all_total[:, None, None].expand(shape)
-    return (
-        torch.cat([first, mass, last], dim=2).diff(dim=2),
-        torch.cat([first, total, last_total], dim=2).diff(dim=2),
-    )
-
-
-def _error(rows: SortedRows, centers: Tensor) -> Tensor:
-    """Return the weighted squared error [n, C] of nearest centers."""
-    mass, total = _cells(rows, centers)
-    return rows.energy[:, None] + (centers * (centers * mass - 2 * total)).sum(dim=2)
 
 
 def _to_int8(rows: SortedRows, centers: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +178,7 @@ def _to_int8(rows: SortedRows, centers: Tensor) -> tuple[Tensor, Tensor]:
     """
     largest = centers.abs().amax(dim=2)  # [n, C]
     scale = scales_around(largest / _TOP, -1, 128)  # [n, C, S]
-    mass, _ = _cells(rows, centers)
+    mass, _ = rows.cells(centers)
     trial = scale[:, :, :, None]
     values = (centers[:, :, None, :] / trial).round_().clamp_(-_TOP, _TOP)
     loss = (mass[:, :, None, :] * (centers[:, :, None, :] - values * trial).square()).sum(dim=3)
@@ -205,12 +186,12 @@ def _to_int8(rows: SortedRows, centers: Tensor) -> tuple[Tensor, Tensor]:
     scale = scale.gather(2, kept)
     values = values.gather(2, kept[:, :, :, None].expand(*kept.shape, centers.shape[2]))
     scale, values = scale.flatten(1), values.flatten(1, 2)  # [n, C S], [n, C S, L]
-    error = _error(rows, values * scale[:, :, None])
+    error = rows.error(values * scale[:, :, None])
     for _ in range(_POLISH):
-        cell_mass, cell_total = _cells(rows, values * scale[:, :, None])
+        cell_mass, cell_total = rows.cells(values * scale[:, :, None])
         mean = cell_total / cell_mass.clamp_min(1e-300) / scale[:, :, None]
         moved = torch.where(cell_mass > 0, mean.round().clamp(-_TOP, _TOP), values)
-        moved_error = _error(rows, moved * scale[:, :, None])
+        moved_error = rows.error(moved * scale[:, :, None])
         better = moved_error < error
         error = torch.where(better, moved_error, error)
         values = torch.where(better[:, :, None], moved, values)

@@ -177,3 +177,30 @@ class SortedRows:
         if self.count is None:
             return torch.full_like(self.energy, self.values.shape[1]), self.total[:, -1]
         return self.count[:, -1], self.total[:, -1]
+
+    def cells(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (``sum of h``, ``sum of h * value``) of the values nearest to each level.
+
+        Args:
+            levels: Candidate level sets, float64 [n, C, L], each ascending.
+
+        Returns:
+            Two float64 tensors [n, C, L].
+        """
+        mass, total = self.below((levels[:, :, 1:] + levels[:, :, :-1]) / 2)
+        all_mass, all_total = self.all()
+        shape = (*levels.shape[:2], 1)
+        first, last = mass.new_zeros(shape), all_mass[:, None, None].expand(shape)
+        last_total = all_total[:, None, None].expand(shape)
+        return (
+            torch.cat([first, mass, last], dim=2).diff(dim=2),
+            torch.cat([first, total, last_total], dim=2).diff(dim=2),
+        )
+
+    def error(self, levels: Tensor) -> Tensor:
+        """Return the weighted squared error [n, C] of rounding to the nearest of levels [n, C, L].
+
+        To about 1e-13 of the row's energy, since it is a difference of sums.
+        """
+        mass, total = self.cells(levels)
+        return self.energy[:, None] + (levels * (levels * mass - 2 * total)).sum(dim=2)
