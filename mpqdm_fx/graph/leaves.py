@@ -2,20 +2,20 @@
 
 A leaf is a stock torch.nn layer (convolution, linear, embedding, norm, activation, dropout). Its
 forward takes one tensor and nothing else, so the ATen nodes of one call, whatever they are, equal
-``module(input)``. A subclass with its own forward gives no such promise (extra arguments, adapters),
-so it is a leaf only when its single node is provably the stock layer's node.
+``module(input)``. A subclass with its own forward gives no such promise (extra arguments,
+adapters), so it is a leaf only when its single node is provably the stock layer's node.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.modules import activation, batchnorm, dropout, instancenorm
 
-__all__ = ["LEAF_CLASSES", "evaluation_copy", "leaf_class", "shallow_copy", "stock_twin"]
+from mpqdm_fx.graph.editing import shallow_clone
 
-_Module = TypeVar("_Module", bound=nn.Module)
+__all__ = ["LEAF_CLASSES", "evaluation_copy", "leaf_class", "stock_twin"]
 
 _ACTIVATIONS = tuple(
     getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention"
@@ -66,15 +66,6 @@ def leaf_class(module: nn.Module) -> type[nn.Module] | None:
     return next((c for c in type(module).__mro__ if c in LEAF_CLASSES), None)
 
 
-def shallow_copy(module: _Module) -> _Module:
-    """Return a new module object of the same class that shares every parameter and buffer."""
-    copy = module.__new__(type(module))
-    copy.__dict__ = module.__dict__.copy()
-    for slot in ("_parameters", "_buffers", "_modules"):
-        copy.__dict__[slot] = module.__dict__[slot].copy()
-    return copy
-
-
 def evaluation_copy(module: nn.Module) -> nn.Module:
     """Return ``module``, or a copy in evaluation mode if its result depends on the mode.
 
@@ -82,9 +73,9 @@ def evaluation_copy(module: nn.Module) -> nn.Module:
     """
     if not isinstance(module, _MODE_DEPENDENT):
         return module
-    copy = shallow_copy(module)
-    copy.training = False
-    return copy
+    clone = shallow_clone(module)
+    clone.training = False
+    return clone
 
 
 def stock_twin(
@@ -111,7 +102,7 @@ def stock_twin(
         return module
     if len(nodes) != 1 or not _is_stock_node(module, nodes[0], source, tensor_of):
         return None
-    twin = shallow_copy(module)
+    twin = shallow_clone(module)
     twin.__class__ = stock
     for name in ("forward", "_conv_forward"):
         twin.__dict__.pop(name, None)
@@ -123,9 +114,7 @@ def stock_twin(
 
 def _is_altered(module: nn.Module) -> bool:
     """Tell whether calling ``module`` does more than its class's forward."""
-    return bool(
-        "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
-    )
+    return bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_stock_node(
@@ -134,7 +123,7 @@ def _is_stock_node(
     source: fx.Node,
     tensor_of: Callable[[fx.Node], torch.Tensor | None],
 ) -> bool:
-    """Tell whether ``node`` is what the stock linear or convolution does with ``module``'s state."""
+    """Tell whether ``node`` is the stock linear or convolution with ``module``'s state."""
 
     def holds(position: int, tensor: torch.Tensor | None) -> bool:
         argument = node.args[position] if len(node.args) > position else None

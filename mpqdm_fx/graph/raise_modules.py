@@ -1,9 +1,9 @@
 """Raise an exported ATen graph to module level: one ``call_module`` for each leaf ``nn.Module``.
 
-torch.export inlines every module and lifts its parameters to graph inputs, but each node still says in
-``nn_module_stack`` which module call it came from. The nodes whose innermost entry is one call of a
-leaf module *are* that module's forward, so they are replaced by one ``call_module`` at its own
-fully qualified name. Everything else stays ATen, with parameters as ``get_attr`` nodes.
+torch.export inlines every module and lifts its parameters to graph inputs, but each node still
+says in ``nn_module_stack`` which module call it came from. The nodes whose innermost entry is one
+call of a leaf module *are* that module's forward, so they are replaced by one ``call_module`` at
+its own fully qualified name. Everything else stays ATen, with parameters as ``get_attr`` nodes.
 """
 
 import operator
@@ -47,7 +47,8 @@ def raise_leaf_modules(
       1. assertion and range-constraint nodes are dropped: they have no value;
       2. the nodes of one call of a leaf module become one ``call_module`` at the module's own name
          when they read exactly one tensor and yield exactly one; otherwise they stay ATen;
-      3. a parameter, buffer or lifted constant that is used outside leaf modules becomes ``get_attr``;
+      3. a parameter, buffer or lifted constant that is used outside leaf modules becomes
+         ``get_attr``;
       4. casts stay, also those that change nothing at the traced dtype: they are graph content.
 
     Args:
@@ -89,6 +90,7 @@ class _Raiser:
         self.copies: dict[int, nn.Module] = {}
 
     def run(self) -> fx.GraphModule:
+        _inline_regions(self.exported.graph_module)
         self.bind_placeholders()
         calls = self.module_calls()
         for node in self.exported.graph.nodes:
@@ -111,12 +113,10 @@ class _Raiser:
     # -- inputs ---------------------------------------------------------------------------------
 
     def bind_placeholders(self) -> None:
-        """Make one placeholder per tensor argument and remember what the lifted inputs stand for."""
+        """Make one placeholder per tensor argument; remember what the lifted inputs stand for."""
         placeholders = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
         user: list[fx.Node] = []
-        for node, spec in zip(
-            placeholders, self.exported.graph_signature.input_specs, strict=True
-        ):
+        for node, spec in zip(placeholders, self.exported.graph_signature.input_specs, strict=True):
             if spec.kind is InputKind.USER_INPUT:
                 user.append(node)
             else:
@@ -149,7 +149,7 @@ class _Raiser:
         return constant
 
     def value(self, node: fx.Node) -> fx.Node:
-        """Return the new node for ``node``; a lifted tensor becomes ``get_attr`` at its first use."""
+        """Return the new node for ``node``; a lifted tensor becomes ``get_attr`` at first use."""
         if node not in self.env:
             target, tensor = self.lifted[node]
             self.attributes[target] = tensor
@@ -160,7 +160,7 @@ class _Raiser:
     # -- leaf modules -----------------------------------------------------------------------------
 
     def module_calls(self) -> dict[fx.Node, tuple[str, nn.Module, fx.Node] | None]:
-        """Map each node of a raisable module call to None, its output node to (name, module, input)."""
+        """Map the nodes of raisable calls to None, their outputs to (name, module, input)."""
         calls: dict[fx.Node, tuple[str, nn.Module, fx.Node] | None] = {}
         for name, nodes in self.runs():
             module = self.modules.get(name)
@@ -249,6 +249,49 @@ class _Raiser:
         graph_module.graph.lint()
         graph_module.recompile()
         return graph_module
+
+
+def _inline_regions(graph_module: fx.GraphModule) -> None:
+    """Inline the regions that switch gradients, or autocast off: neither changes a value.
+
+    torch.export wraps them into submodules that torch.ao's tracers cannot enter.
+    """
+    graph = graph_module.graph
+    while True:
+        region = next((n for n in graph.nodes if _is_plain_region(n)), None)
+        if region is None:
+            break
+        bodies = [_body(graph_module, argument) for argument in region.args]
+        position, body = next((i, b) for i, b in enumerate(bodies) if b is not None)
+        inner = [n for n in body.graph.nodes if n.op == "placeholder"]
+        mapping: dict[fx.Node, Any] = dict(zip(inner, region.args[position + 1 :], strict=True))
+        with graph.inserting_before(region):
+            output: Any = graph.graph_copy(body.graph, mapping)
+        if isinstance(output, fx.Node):
+            region.replace_all_uses_with(output)
+        else:
+            for user in list(region.users):  # getitem nodes that open the region's tuple
+                user.replace_all_uses_with(output[user.args[1]])
+                graph.erase_node(user)
+        graph.erase_node(region)
+    graph.eliminate_dead_code()
+
+
+def _is_plain_region(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+        return True
+    # args: device type, dtype, enabled, cache_enabled, body, *operands
+    return node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2] is False
+
+
+def _body(graph_module: fx.GraphModule, argument: Any) -> fx.GraphModule | None:
+    """Return the submodule that a ``get_attr`` argument holds, if it is one."""
+    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+        return None
+    value = _attribute(graph_module, str(argument.target))
+    return value if isinstance(value, fx.GraphModule) else None
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""What a traced graph takes: the model's own arguments, which of them are tensors, and their shapes."""
+"""What a traced graph takes: the model's own arguments, which are tensors, and their shapes."""
 
 import dataclasses
 import difflib
@@ -21,16 +21,25 @@ class InputSpec:
     """One tensor input of a traced graph.
 
     Attributes:
-        name: The argument's name; entries of containers are dotted (``added_cond_kwargs.time_ids``).
+        name: The argument's name; entries of containers are dotted
+            (``added_cond_kwargs.time_ids``).
         shape: The shape of the example.
         dtype: The dtype of the example.
-        batch_axis: 0 if the leading axis is the batch, None if the shape is fixed.
+        batch_axis: 0 if the leading axis varies with the batch, None if the shape is fixed.
+        batch_multiple: Rows of the leading axis per sample (video models: one prompt per frame).
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     batch_axis: int | None = None
+    batch_multiple: int = 1
+
+    def shape_at(self, batch: int) -> tuple[int, ...]:
+        """Return the shape for a batch of ``batch`` samples."""
+        if self.batch_axis is None:
+            return self.shape
+        return (self.batch_multiple * batch, *self.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,15 +48,16 @@ class Signature:
 
     The following conditions hold: ``arguments`` are the names of the graph's placeholders in order;
     every ``inputs[i].name`` starts with one of them; ``arguments`` and the names in ``baked`` are
-    disjoint and both are subsets of ``parameters``.
+    disjoint; both begin with one of ``parameters``.
 
     Attributes:
         model_class: Class name of the traced model.
-        output_class: Dotted path of the output dataclass that the model's forward declares, or None.
-            The graph itself returns what the model returns for ``return_dict=False``.
+        output_class: Dotted path of the output dataclass that the model's forward declares, or
+            None. The graph itself returns what the model returns for ``return_dict=False``.
         parameters: All argument names of the model's forward, in order.
         arguments: Those that are inputs of the graph, in order.
-        baked: (name, value) of the arguments that are constants of the graph.
+        baked: (name, value) of what is constant in the graph: arguments, and entries of containers
+            that hold tensors too (dotted names).
         inputs: One spec per tensor, in placeholder order.
         batch: The example's batch size.
         batch_range: (smallest, largest or None) batch size the graph takes; None if it is fixed.
@@ -92,20 +102,13 @@ class Signature:
             Argument name to tensor or container, in placeholder order: ``gm(**normalized)``.
 
         Raises:
-            TraceError: If an argument is unknown, missing, of another shape or dtype than traced, or
-                differs from the constant that was traced; names the argument and the fix.
+            TraceError: If an argument is unknown, missing, of another shape or dtype than traced,
+                or differs from the constant that was traced; names the argument and the fix.
         """
         given = _bind(self.model_class, self.parameters, args, kwargs or {})
-        baked = dict(self.baked)
         for name, value in given.items():
-            if name in self.arguments or name == "return_dict":
-                continue
-            if not _same_constant(value, baked.get(name)):
-                raise TraceError(
-                    f"{self.model_class}: argument {name!r} was traced as the constant "
-                    f"{baked.get(name)!r} and cannot be {_describe(value)} now; "
-                    "trace again with an example input that has it"
-                )
+            if name not in self.arguments and name != "return_dict":
+                self._check_constant(name, value)
         missing = [n for n in self.arguments if given.get(n) is None]
         if missing:
             raise TraceError(
@@ -121,7 +124,7 @@ class Signature:
         for name, value in tensor_leaves(given):
             spec = specs.get(name)
             if spec and spec.batch_axis == 0 and value.ndim == len(spec.shape) and value.ndim > 1:
-                batch = value.shape[0]
+                batch = value.shape[0] // spec.batch_multiple
                 break
         low, high = self.batch_range or (self.batch, self.batch)
         if batch < low or (high is not None and batch > high):
@@ -135,26 +138,34 @@ class Signature:
 
     def _fit(self, name: str, value: Any, specs: Mapping[str, InputSpec], batch: int) -> Any:
         """Return ``value`` as the graph wants it; recurses into containers."""
-        spec = specs.get(name)
-        if spec is None:
-            wanted = [s for s in specs if s.startswith(f"{name}.")]
-            if not wanted:
-                return value  # a constant inside a container
-            if isinstance(value, Mapping):
-                unknown = [k for k in value if not any(_below(w, f"{name}.{k}") for w in wanted)]
-                entries = {k: self._fit(f"{name}.{k}", v, specs, batch) for k, v in value.items()}
-                for key in unknown:
-                    if value[key] is not None:
-                        raise TraceError(f"{self.model_class}: unknown entry {name}.{key}")
-            elif isinstance(value, (list, tuple)):
-                entries = {i: self._fit(f"{name}.{i}", v, specs, batch) for i, v in enumerate(value)}
-            else:
-                raise TraceError(f"{self.model_class}: {name} must be a container of tensors")
-            for name_wanted in wanted:
-                if not any(_below(name_wanted, f"{name}.{key}") for key in entries):
-                    raise TraceError(f"{self.model_class}: missing entry {name_wanted}")
-            return entries if isinstance(value, Mapping) else type(value)(entries.values())
-        return _fit_tensor(self.model_class, value, spec, batch)
+        if name in specs:
+            return _fit_tensor(self.model_class, value, specs[name], batch)
+        wanted = [s for s in specs if s.startswith(f"{name}.")]
+        if not wanted:
+            self._check_constant(name, value)
+            return value
+        if isinstance(value, Mapping):
+            fitted: Any = {k: self._fit(f"{name}.{k}", v, specs, batch) for k, v in value.items()}
+            keys = list(value)
+        elif isinstance(value, (list, tuple)):
+            entries = [self._fit(f"{name}.{i}", v, specs, batch) for i, v in enumerate(value)]
+            fitted = entries if isinstance(value, list) else tuple(entries)
+            keys = list(range(len(value)))
+        else:
+            raise TraceError(f"{self.model_class}: {name} must be a container of tensors")
+        for entry in wanted:
+            if not any(_below(entry, f"{name}.{key}") for key in keys):
+                raise TraceError(f"{self.model_class}: {name} lacks the entry {entry}")
+        return fitted
+
+    def _check_constant(self, name: str, value: Any) -> None:
+        """Refuse a value that differs from the constant that the graph was traced with."""
+        traced = dict(self.baked).get(name)
+        if not _same_constant(value, traced):
+            raise TraceError(
+                f"{self.model_class}: {name!r} was traced as the constant {traced!r} and cannot be "
+                f"{_describe(value)} now; trace again with an example input that has it"
+            )
 
 
 def bind_inputs(
@@ -214,7 +225,7 @@ def bind_inputs(
         output_class=_output_class(model),
         parameters=tuple(parameters),
         arguments=arguments,
-        baked=tuple((n, v) for n, v in call.items() if n not in arguments),
+        baked=tuple(_constant_leaves(call)),
         inputs=tuple(InputSpec(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in leaves),
         batch=batch,
     )
@@ -234,6 +245,18 @@ def tensor_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Ten
         return
     for key, entry in items:
         yield from tensor_leaves(entry, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _constant_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of whatever is no tensor and holds none."""
+    if isinstance(value, torch.Tensor):
+        return
+    if prefix and not any(True for _ in tensor_leaves(value)):
+        yield prefix, value
+        return
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for key, entry in items:
+        yield from _constant_leaves(entry, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
@@ -280,14 +303,13 @@ def _number_to_tensor(name: str, parameter: inspect.Parameter, value: Any, batch
 
 def _fit_tensor(model_class: str, value: Any, spec: InputSpec, batch: int) -> torch.Tensor:
     """Return ``value`` with the shape and dtype of ``spec`` at batch size ``batch``."""
-    shape = (batch, *spec.shape[1:]) if spec.batch_axis == 0 else spec.shape
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number:
+    shape = spec.shape_at(batch)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = torch.tensor(value)
     if not isinstance(value, torch.Tensor):
         raise TraceError(f"{model_class}: {spec.name} must be a tensor, not {_describe(value)}")
     if len(shape) == 1 and value.numel() == 1:
-        value = value.reshape(1).expand(shape)
+        value = value.reshape(1).expand(shape).contiguous()
     if tuple(value.shape) != shape:
         raise TraceError(
             f"{model_class}: {spec.name} has shape {list(value.shape)}, "
@@ -295,14 +317,14 @@ def _fit_tensor(model_class: str, value: Any, spec: InputSpec, batch: int) -> to
         )
     if value.dtype != spec.dtype:
         # timesteps: schedulers mix int64 and float32; a conversion must not lose anything
-        cast = value.to(spec.dtype)
+        cast: torch.Tensor = value.to(spec.dtype)
         if len(shape) != 1 or not torch.equal(cast.to(value.dtype), value):
             raise TraceError(
                 f"{model_class}: {spec.name} is {value.dtype}, but was traced as {spec.dtype}; "
                 f"convert it, or trace again with a {value.dtype} example"
             )
-        value = cast
-    return value.contiguous() if is_number else value
+        return cast
+    return torch.as_tensor(value)
 
 
 def _output_class(model: nn.Module) -> str | None:
@@ -319,9 +341,9 @@ def _output_class(model: nn.Module) -> str | None:
 def _same_constant(value: Any, baked: Any) -> bool:
     if value is baked:
         return True
-    if any(True for _ in tensor_leaves({"": value})):
+    if any(True for _ in tensor_leaves(value)):
         return False
-    return type(value) is type(baked) and bool(value == baked) or (not value and not baked)
+    return (type(value) is type(baked) and bool(value == baked)) or (not value and not baked)
 
 
 def _below(name: str, prefix: str) -> bool:

@@ -1,23 +1,31 @@
 """Capture a model as a module-level FX graph, bit-equal to eager execution.
 
 ``torch.fx.symbolic_trace`` traces no diffusers UNet; torch.export (non-strict) traces all of them.
-So: export, then raise every leaf module back to one ``call_module`` (``raise_modules``).
+So: run the model once, export it, and raise every leaf module back to one ``call_module``.
 """
 
 import contextlib
 import dataclasses
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.errors import TraceError
+from mpqdm_fx.graph.batching import (
+    BatchPlan,
+    batch_plans,
+    initial_range,
+    is_specialized,
+    refine_range,
+)
+from mpqdm_fx.graph.diagnose import CaptureError, Refusal, describe_inputs, refuse
 from mpqdm_fx.graph.raise_modules import raise_leaf_modules
-from mpqdm_fx.graph.signature import Signature, bind_inputs, tensor_leaves
+from mpqdm_fx.graph.signature import Signature, bind_inputs
 
 __all__ = ["trace"]
 
@@ -29,108 +37,223 @@ def trace(
     example_inputs: Mapping[str, Any] | Sequence[Any],
     *,
     dynamic_batch: bool = True,
+    verify: bool = True,
 ) -> fx.GraphModule:
     """Trace ``model`` in evaluation mode to a module-level graph that shares its parameters.
 
+    Placeholders are the model's own argument names. Every leaf module (convolution, linear,
+    embedding, norm, activation, dropout) is one ``call_module`` node at its own name, holding the
+    model's own module object; a dropout or batch norm that is in training mode is replaced by a
+    copy in evaluation mode. Everything else is ATen. ``node.meta["val"]`` and ``nn_module_stack``
+    are those of torch.export. Assertions are stripped; casts stay, also those without effect at
+    the traced dtype.
+
     Args:
-        model: Any module that torch.export takes; it is not changed.
+        model: Any module that torch.export takes. It is not changed: training flags, lazily filled
+            caches and the global random state are as before, whatever happens.
         example_inputs: Keyword arguments, or a tuple of positional ones. Integer, float and 0-d
-            timesteps become tensors of shape [B].
+            timesteps become tensors of shape [B]; None, booleans, strings and other numbers become
+            constants of the graph.
         dynamic_batch: Let the leading axis of batched inputs vary. Where the model does not allow
             it, the batch is fixed, a warning is logged, and the signature's ``note`` says why.
+        verify: Compare the graph with the model on the example, bit by bit.
 
     Returns:
-        The graph; ``gm.meta["signature"]`` is its ``Signature``.
+        The graph; ``gm.meta["signature"]`` is its ``Signature``, and
+        ``gm(**signature.normalize(args, kwargs))`` equals ``model(*args, **kwargs)``.
 
     Raises:
-        TraceError: If the inputs do not fit the model or the model cannot be captured.
+        TraceError: If the inputs do not fit the model or the model cannot be captured; names the
+            module path, the model's source line and a suggestion.
     """
     signature, call = bind_inputs(model, example_inputs)
-    with _evaluation_mode(model) as training, torch.no_grad():
+    training = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
+    with _unchanged(model), _evaluation(model), torch.no_grad():
+        expected = _run_eagerly(model, call, signature)
         exported, signature, inputs = _export(model, call, signature, dynamic_batch)
         graph_module = raise_leaf_modules(exported, model, inputs, training)
-    graph_module.meta["signature"] = signature
+        graph_module.meta["signature"] = signature
+        if verify:
+            _verify(model, graph_module, call, expected)
     return graph_module
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[dict[str, bool]]:
-    """Put every module into evaluation mode and restore each flag afterwards, whatever happens."""
-    training = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
-    flags = [(m, m.training) for m in model.modules()]
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Restore every attribute of every module afterwards, whatever happens in between.
+
+    A forward may fill caches (rotary tables); under an export these would be fake tensors, which a
+    later eager call would trip over.
+    """
+    saved = [(module, dict(module.__dict__)) for module in model.modules()]
+    containers = [
+        (value, value.copy())
+        for _, attributes in saved
+        for value in attributes.values()
+        if type(value) in (dict, list, set, OrderedDict)
+    ]
     try:
-        for module, _ in flags:
-            module.training = False
-        yield training
+        yield
     finally:
-        for module, flag in flags:
-            module.training = flag
+        for value, content in containers:
+            if value != content if isinstance(value, set) else _differs(value, content):
+                value.clear()
+                value.extend(content) if isinstance(value, list) else value.update(content)
+        for module, attributes in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+def _differs(value: Any, content: Any) -> bool:
+    """Tell whether two containers hold other objects; tensors have no truth value to compare."""
+    if len(value) != len(content):
+        return True
+    if isinstance(value, list):
+        return any(a is not b for a, b in zip(value, content, strict=True))
+    return any(
+        ka != kb or a is not b
+        for (ka, a), (kb, b) in zip(value.items(), content.items(), strict=True)
+    )
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and keep the global random state to be restored."""
+    for module in model.modules():
+        module.training = False
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def _run_eagerly(model: nn.Module, call: dict[str, Any], signature: Signature) -> Any:
+    """Run the model on the example: it must accept it, and its caches fill with real tensors."""
+    try:
+        return model(**call)
+    except Exception as error:
+        refusal = refuse(model, error, "check the example inputs against the model's configuration")
+        refusal = dataclasses.replace(
+            refusal, reason=f"{refusal.reason} (given {describe_inputs(call)})"
+        )
+        raise CaptureError(signature.model_class, "rejects the example inputs", refusal) from error
 
 
 def _export(
     model: nn.Module, call: dict[str, Any], signature: Signature, dynamic_batch: bool
 ) -> tuple[ExportedProgram, Signature, dict[str, Any]]:
-    batched = _batched_names(signature) if dynamic_batch else frozenset()
-    if batched:
-        size = _export_batch(signature)
-        inputs = {n: _tile(v, n, batched, size) for n, v in call.items()}
-        batch = Dim("batch", min=1, max=63)
-        shapes = {n: _dynamic_shapes(v, n, batched, batch) for n, v in inputs.items()}
-        try:
-            exported = torch.export.export(
-                model, (), inputs, dynamic_shapes=shapes, strict=False
-            )
-        except Exception as error:  # noqa: BLE001
-            note = f"the batch cannot be dynamic: {str(error).strip().splitlines()[0]}"
-            _LOGGER.warning("%s: %s", signature.model_class, note)
-            signature = dataclasses.replace(signature, note=note)
-        else:
-            specs = tuple(
-                dataclasses.replace(s, batch_axis=0 if s.name in batched else None)
-                for s in signature.inputs
-            )
-            return (
-                exported,
-                dataclasses.replace(signature, inputs=specs, batch_range=(1, 63)),
-                inputs,
-            )
-    try:
-        return torch.export.export(model, (), call, strict=False), signature, call
-    except Exception as error:
-        raise TraceError(f"{signature.model_class}: {error}") from error
-
-
-def _batched_names(signature: Signature) -> frozenset[str]:
-    return frozenset(
-        s.name for s in signature.inputs if s.shape and s.shape[0] == signature.batch
-    )
-
-
-def _export_batch(signature: Signature) -> int:
-    """Return a batch size above 1 (export specialises 1) that no other axis has by chance."""
-    taken = {n for s in signature.inputs for n in s.shape}
-    return next(n for n in (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37) if n not in taken)
-
-
-def _tile(value: Any, name: str, batched: frozenset[str], size: int) -> Any:
-    leaves, spec = pytree.tree_flatten(value)
-    names = iter(n for n, _ in tensor_leaves({name: value}))
-    tiled = [
-        v[torch.arange(size) % v.shape[0]]
-        if isinstance(v, torch.Tensor) and next(names) in batched
-        else v
-        for v in leaves
-    ]
-    return pytree.tree_unflatten(tiled, spec)
-
-
-def _dynamic_shapes(value: Any, name: str, batched: frozenset[str], batch: Dim) -> Any:
-    if isinstance(value, torch.Tensor):
-        return {0: batch} if name in batched else None
-    if isinstance(value, Mapping):
-        return {k: _dynamic_shapes(v, f"{name}.{k}", batched, batch) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(
-            _dynamic_shapes(v, f"{name}.{i}", batched, batch) for i, v in enumerate(value)
+    """Export with a free batch if possible, else as the example is."""
+    if dynamic_batch:
+        note = ""
+        for plan in batch_plans(signature):
+            try:
+                exported, batch_range = _export_batched(model, call, plan)
+                if not _contains(batch_range, signature.batch):
+                    # the model branches on a size: be on the example's side of the branch
+                    plan = dataclasses.replace(plan, export_batch=max(2, signature.batch))
+                    exported, batch_range = _export_batched(model, call, plan)
+            except Exception as error:
+                if is_specialized(str(error)):
+                    note = "the model's code ties the batch to the example's size"
+                    break
+                note = note or str(refuse(model, error, suggestion="none")).removesuffix("; none")
+                continue
+            if _contains(batch_range, signature.batch):
+                return exported, _batched(signature, plan, batch_range), plan.tile(call)
+            note = note or f"only sizes {batch_range[0]} to {batch_range[1]} can be traced"
+        signature = dataclasses.replace(
+            signature, note=f"the batch is fixed: {note or 'no input has a batch axis'}"
         )
-    return None
+        _LOGGER.warning("%s: %s", signature.model_class, signature.note)
+    try:
+        with _unchanged(model), _quiet():
+            return torch.export.export(model, (), call, strict=False), signature, call
+    except Exception as error:
+        raise CaptureError(
+            signature.model_class, "cannot be captured", refuse(model, error)
+        ) from error
+
+
+def _contains(batch_range: tuple[int, int | None], batch: int) -> bool:
+    return batch_range[0] <= batch <= (batch_range[1] or batch)
+
+
+def _export_batched(
+    model: nn.Module, call: dict[str, Any], plan: BatchPlan
+) -> tuple[ExportedProgram, tuple[int, int | None]]:
+    """Export with ``plan``, narrowing the range as torch.export demands."""
+    inputs = plan.tile(call)
+    batch_range = initial_range(model)
+    while True:
+        shapes = plan.dynamic_shapes(inputs, batch_range)
+        try:
+            with _unchanged(model), _quiet():
+                exported = torch.export.export(
+                    model, (), inputs, dynamic_shapes=shapes, strict=False
+                )
+            return exported, batch_range
+        except Exception as error:
+            refined = refine_range(str(error), batch_range)
+            if refined is None:
+                raise
+            batch_range = refined
+
+
+def _batched(
+    signature: Signature, plan: BatchPlan, batch_range: tuple[int, int | None]
+) -> Signature:
+    inputs = tuple(
+        dataclasses.replace(spec, batch_axis=0, batch_multiple=plan.multiples[spec.name])
+        if spec.name in plan.multiples
+        else spec
+        for spec in signature.inputs
+    )
+    return dataclasses.replace(signature, inputs=inputs, batch_range=batch_range)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging the traceback of an attempt that is reported as one line anyway."""
+    loggers = [logging.getLogger(n) for n in ("torch._subclasses.fake_tensor", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _verify(
+    model: nn.Module, graph_module: fx.GraphModule, call: dict[str, Any], expected: Any
+) -> None:
+    """Refuse a graph that does not return the very bits of the model."""
+    signature = graph_module.meta["signature"]
+    arguments = {name: call[name] for name in signature.arguments}
+    if same_bits(graph_module(**arguments), expected):
+        return
+    deterministic = same_bits(model(**call), expected)
+    refusal = Refusal(
+        reason="the graph's output differs from the model's",
+        suggestion="please report this model"
+        if deterministic
+        else "the model draws random numbers in evaluation mode; make the noise an input",
+    )
+    raise CaptureError(signature.model_class, "cannot be captured", refusal)
+
+
+def same_bits(result: Any, expected: Any) -> bool:
+    """Tell whether two nested outputs hold equal tensors, NaN in the same places included."""
+    ours, theirs = pytree.tree_leaves(result), pytree.tree_leaves(expected)
+    if len(ours) != len(theirs):
+        return False
+    for a, b in zip(ours, theirs, strict=True):
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            if a is not b and a != b:
+                return False
+        elif (
+            a.dtype != b.dtype
+            or a.shape != b.shape
+            or not torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        ):
+            return False
+    return True

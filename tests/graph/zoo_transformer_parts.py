@@ -1,0 +1,104 @@
+"""Inputs and settings that the transformers of the zoo share."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from zoo_base import Case, Inputs, normal
+
+
+def case(
+    model_class: type[nn.Module],
+    tensors: dict[str, Any],
+    name: str = "",
+    timestep: str = "timestep",
+    **config: Any,
+) -> Case:
+    """Make a case; ``tensors`` maps arguments to shapes without the batch, or to functions."""
+
+    def inputs(batch: int, t: int) -> Inputs:
+        given: Inputs = {}
+        for seed, (argument, value) in enumerate(tensors.items()):
+            if argument == timestep:
+                given[argument] = value(batch, t)
+            elif callable(value):
+                given[argument] = value(batch)
+            elif isinstance(value, tuple):
+                given[argument] = normal(batch, *value, seed=seed)
+            else:
+                given[argument] = value
+        return given
+
+    title = model_class.__name__ + (f"/{name}" if name else "")
+    return Case(name=title, build=lambda: model_class(**config), inputs=inputs)
+
+
+def integer(batch: int, t: int) -> int:
+    return t
+
+
+def integers(batch: int, t: int) -> torch.Tensor:
+    return torch.full((batch,), t)
+
+
+def floats(batch: int, t: int) -> torch.Tensor:
+    return torch.full((batch,), float(t))
+
+
+def fraction(batch: int, t: int) -> torch.Tensor:
+    return torch.full((batch,), t / 1000)
+
+
+def mask(length: int, dtype: torch.dtype = torch.bool) -> Any:
+    return lambda batch: (torch.arange(length) < length - 2).to(dtype).repeat(batch, 1)
+
+
+def grid(*sizes: int, axes: int = 3) -> torch.Tensor:
+    """Position ids [tokens, axes] of a grid, without a batch axis."""
+    points = torch.cartesian_prod(*(torch.arange(s) for s in sizes)).float().reshape(-1, len(sizes))
+    return torch.cat([torch.zeros(len(points), axes - len(sizes)), points], dim=1)
+
+
+def one_grid(*sizes: int, axes: int = 3) -> Any:
+    return lambda batch: grid(*sizes, axes=axes)
+
+
+HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
+
+FLUX: dict[str, Any] = {
+    **HEADS,
+    "patch_size": 1,
+    "in_channels": 8,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "joint_attention_dim": 24,
+    "axes_dims_rope": (4, 4, 8),
+}
+
+FLUX_INPUTS: dict[str, Any] = {
+    "hidden_states": (16, 8),
+    "encoder_hidden_states": (5, 24),
+    "timestep": fraction,
+    "img_ids": one_grid(4, 4),
+    "txt_ids": lambda batch: torch.zeros(5, 3),
+}
+
+SD3: dict[str, Any] = {
+    **HEADS,
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "num_layers": 2,
+    "joint_attention_dim": 24,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 20,
+    "out_channels": 4,
+    "pos_embed_max_size": 8,
+}
+
+SD3_INPUTS: dict[str, Any] = {
+    "hidden_states": (4, 8, 8),
+    "encoder_hidden_states": (5, 24),
+    "pooled_projections": (20,),
+    "timestep": integers,
+}
