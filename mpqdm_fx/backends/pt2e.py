@@ -1,0 +1,259 @@
+"""PT2E: a torchao Quantizer that hands over a plan, and the conversion built on it."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpqdm_fx.backends import ao
+from mpqdm_fx.backends.observers import QUANT_MAX, QUANT_MIN, WeightGrid, weight_grids
+from mpqdm_fx.backends.pt2e_observers import PT2EGridWeightObserver
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.passes.quantize_activations import activation_sites
+from mpqdm_fx.plan import ActivationRange, LayerActivation
+
+__all__ = ["PlanQuantizer", "convert_pt2e_graph", "export_graph", "to_quantizer"]
+
+logger = logging.getLogger(__name__)
+
+_aten = torch.ops.aten
+
+#: aten ops whose `args[0]` is an activation and whose `args[1]` is the layer's weight.
+WEIGHT_OPS = frozenset(
+    {
+        _aten.conv1d.default,
+        _aten.conv1d.padding,
+        _aten.conv2d.default,
+        _aten.conv2d.padding,
+        _aten.conv3d.default,
+        _aten.conv3d.padding,
+        _aten.linear.default,
+    }
+)
+
+
+class PlanQuantizer(ao.Quantizer):  # type: ignore[misc]  # torchao is untyped
+    """Annotates the weight layers of an exported rounded graph, by their module names.
+
+    1. A call of a rounded layer is an aten convolution or linear op whose innermost
+       `nn_module_stack` entry has the layer's name. A layer called twice has two.
+    2. Its weight gets int8 codes per channel with the grid's scales; the weight is checked against
+       the grid, so a weight that was changed after rounding (batch-norm folding) is refused.
+    3. Its input and its output get int8 affine codes per tensor: the fixed range of the value's
+       site (`passes.quantize_activations.activation_sites`), or an observer.
+    4. Nothing else is annotated, and no annotation of another quantizer is changed, so it works
+       inside a `ComposableQuantizer`.
+
+    Args:
+        grids: Weight grids by the names under which layers are called.
+        ranges: Activation ranges under the same names; None lets `activation_observer` calibrate.
+        activation_observer: Constructor of activation observers (a torchao `with_args` wrapper).
+    """
+
+    def __init__(
+        self,
+        grids: Mapping[str, WeightGrid],
+        ranges: Mapping[str, LayerActivation] | None,
+        activation_observer: Callable[..., nn.Module],
+    ) -> None:
+        super().__init__()
+        self.grids = dict(grids)
+        self.ranges = None if ranges is None else dict(ranges)
+        self.activation_observer = activation_observer
+
+    def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        """Write annotations into node meta.
+
+        Raises:
+            ConfigError: A planned layer is not in the graph, or its weight is off its grid.
+        """
+        calls = {node: name for node in model.graph.nodes if (name := self._layer(node))}
+        missing = set(self.grids) - set(calls.values())
+        if missing:
+            raise ConfigError(
+                f"the exported graph has no convolution or linear op of the layer "
+                f"{min(missing)!r}; export the rounded graph itself, with its module names"
+            )
+        calls = {node: name for node, name in calls.items() if not _is_annotated(node)}
+        inputs: dict[fx.Node, dict[fx.Node, Any]] = {node: {} for node in calls}
+        outputs: dict[fx.Node, Any] = {}
+        for node, name in calls.items():
+            weight = cast(fx.Node, node.args[1])
+            self.grids[name].codes(_constant(model, weight))
+            inputs[node][weight] = _weight_spec(self.grids[name])
+        self._annotate_activations(calls, inputs, outputs)
+        for node, specs in inputs.items():
+            node.meta[ao.Q_ANNOTATION_KEY] = ao.QuantizationAnnotation(
+                input_qspec_map=specs, output_qspec=outputs.get(node), _annotated=True
+            )
+        logger.debug("PT2E: annotated %d calls of %d layers", len(calls), len(self.grids))
+        return model
+
+    def validate(self, model: fx.GraphModule) -> None:
+        """Nothing is left to check after `annotate`."""
+
+    def _annotate_activations(
+        self,
+        calls: Mapping[fx.Node, str],
+        inputs: dict[fx.Node, dict[fx.Node, Any]],
+        outputs: dict[fx.Node, Any],
+    ) -> None:
+        if self.ranges is None:
+            for node in calls:
+                spec = _observed_spec(self.activation_observer)
+                inputs[node][cast(fx.Node, node.args[0])] = spec
+                outputs[node] = spec
+            return
+        sites = activation_sites(calls, self.ranges)
+        for site in sites:
+            spec = _fixed_spec(site.range)
+            if site.calls is None:
+                outputs[site.value] = spec
+            readers = site.value.users if site.calls is None else site.calls
+            for call in readers:
+                if call in calls and call.args[0] is site.value:
+                    inputs[call][site.value] = spec
+
+    def _layer(self, node: fx.Node) -> str | None:
+        """Name of the rounded layer that the node is a call of."""
+        if node.op != "call_function" or node.target not in WEIGHT_OPS:
+            return None
+        stack = node.meta.get("nn_module_stack") or {}
+        name = next((entry[0] for entry in reversed(stack.values())), None)
+        return name if name in self.grids else None
+
+
+def to_quantizer(
+    graph: fx.GraphModule,
+    *,
+    ranges: Mapping[str, LayerActivation] | None = None,
+    activation_observer: Callable[..., nn.Module] | None = None,
+) -> PlanQuantizer:
+    """A Quantizer for stock `prepare_pt2e` and `convert_pt2e` that keeps the weights' integers.
+
+    Args:
+        graph: Module-level graph after `RoundWeights`; export it (`torch.export.export(graph,
+            ...).module()`) and prepare the export.
+        ranges: Activation ranges by layer; layers without an entry stay in float. Without
+            `ranges` an observer calibrates all rounded layers.
+        activation_observer: Constructor of that observer. Default: torchao's histogram.
+
+    Raises:
+        ConfigError: No layer of `graph` is rounded, or `ranges` names none of them.
+    """
+    grids = weight_grids(graph)
+    if ranges is not None:
+        if not ranges:
+            raise ConfigError("PT2E got no activation ranges; calibrate first")
+        for name in ranges:
+            if name not in grids:
+                raise ConfigError(
+                    f"ranges name {name!r}, which is no rounded convolution or linear layer of "
+                    f"the graph; apply RoundWeights with a plan that holds it"
+                )
+        grids = {name: grid for name, grid in grids.items() if name in ranges}
+    # Tied layers are called under several names; the export shows each.
+    names = {
+        str(node.target): name
+        for name, layer in weight_layers(graph).items()
+        if name in grids
+        for node in layer.nodes
+    }
+    return PlanQuantizer(
+        {target: grids[name] for target, name in names.items()},
+        None if ranges is None else {target: ranges[name] for target, name in names.items()},
+        activation_observer or ao.PT2EHistogramObserver,
+    )
+
+
+def export_graph(
+    graph: fx.GraphModule, example_inputs: Mapping[str, Any] | Sequence[Any]
+) -> torch.export.ExportedProgram:
+    """Export a module-level graph at the shapes of its example inputs, keeping module names.
+
+    Args:
+        graph: Module-level graph in evaluation mode.
+        example_inputs: Its inputs by argument name, or in order.
+    """
+    args = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
+    with torch.no_grad(), ao.quiet():
+        return torch.export.export(graph, tuple(args), strict=False)
+
+
+def convert_pt2e_graph(
+    rounded: fx.GraphModule,
+    ranges: Mapping[str, LayerActivation],
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+) -> fx.GraphModule:
+    """Convert a rounded graph to int8 weights and q/dq ops, through stock PT2E.
+
+    The weights' integers equal `weight_codes`, and the outputs equal those of
+    `QuantizeActivations(ranges=ranges)` on the same graph bit for bit.
+
+    Args:
+        rounded: Module-level graph after `RoundWeights`; it is not changed.
+        ranges: Activation ranges by layer.
+        example_inputs: Inputs of `rounded`; the result takes these shapes only, in this order.
+
+    Raises:
+        ConfigError: No layer is rounded, or `ranges` names a layer that is not.
+    """
+    quantizer = to_quantizer(rounded, ranges=ranges)
+    exported = export_graph(rounded, example_inputs).module(check_guards=False)
+    with torch.no_grad(), ao.quiet():
+        prepared = ao.prepare_pt2e(exported, quantizer)
+        return cast(fx.GraphModule, ao.convert_pt2e(prepared))
+
+
+def _is_annotated(node: fx.Node) -> bool:
+    annotation = node.meta.get(ao.Q_ANNOTATION_KEY)
+    return annotation is not None and annotation._annotated
+
+
+def _constant(model: fx.GraphModule, node: fx.Node) -> Tensor:
+    """Tensor that a `get_attr` node fetches."""
+    if node.op != "get_attr":
+        raise ConfigError(
+            f"the weight {node.name!r} is computed by {node.target}; rounded layers have "
+            f"constant weights"
+        )
+    value: Any = model
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _weight_spec(grid: WeightGrid) -> Any:
+    return ao.QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=PT2EGridWeightObserver.with_args(grid=grid),
+        quant_min=QUANT_MIN,
+        quant_max=QUANT_MAX,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    )
+
+
+def _observed_spec(observer: Callable[..., nn.Module]) -> Any:
+    return ao.QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=observer,
+        quant_min=-128,
+        quant_max=127,
+        qscheme=torch.per_tensor_affine,
+    )
+
+
+def _fixed_spec(chosen: ActivationRange) -> Any:
+    return ao.FixedQParamsQuantizationSpec(
+        dtype=torch.int8,
+        scale=chosen.scale,
+        zero_point=chosen.zero_point,
+        quant_min=chosen.quant_min,
+        quant_max=chosen.quant_max,
+        qscheme=torch.per_tensor_affine,
+    )
