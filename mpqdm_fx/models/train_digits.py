@@ -23,7 +23,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -34,19 +34,17 @@ from mpqdm_fx.models.assessment import draw_samples, measure_memorisation, sampl
 from mpqdm_fx.models.classifier import DigitsClassifier, accuracy, train_classifier
 from mpqdm_fx.models.dataset import (
     HELD_OUT_RULE,
-    IMAGE_SIZE,
-    NUM_CLASSES,
     DigitsSplit,
     load_digits_split,
     shift_randomly,
 )
+from mpqdm_fx.models.network import TRAIN_TIMESTEPS, build_scheduler, build_unet
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = "checkpoint.pt"
 LOG_NAME = "training_log.json"
 CLASSIFIER_NAME = "classifier.safetensors"
-TRAIN_TIMESTEPS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +54,9 @@ class TrainConfig:
     Attributes:
         seed: of the initial weights and of every draw of the training.
         steps: optimizer steps of the whole run; the learning rate reaches zero there.
+        cosine_steps: length of the cosine that the learning rate follows; with more than `steps`
+            the run ends before the cosine does, by way of the cooldown.
+        cooldown_steps: last steps, over which the learning rate falls linearly to zero.
         batch_size: images in a step.
         learning_rate: its peak, after the warm-up.
         warmup_steps: steps of linear rise.
@@ -69,7 +70,9 @@ class TrainConfig:
     """
 
     seed: int = 0
-    steps: int = 6000
+    steps: int = 4500
+    cosine_steps: int = 6000
+    cooldown_steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 1.5e-3
     warmup_steps: int = 200
@@ -85,32 +88,6 @@ class TrainConfig:
         for name in ("steps", "batch_size", "checkpoint_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-
-
-def build_unet(block_channels: tuple[int, int, int] = (32, 64, 96)) -> UNet2DModel:
-    """Build the untrained denoiser: 1.74 million parameters with the default widths."""
-    return UNet2DModel(
-        sample_size=IMAGE_SIZE,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=block_channels,
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=16,
-        num_class_embeds=NUM_CLASSES,
-    )
-
-
-def build_scheduler() -> DDIMScheduler:
-    """Build the scheduler of the model: squared-cosine betas, 1000 timesteps, noise prediction."""
-    return DDIMScheduler(
-        num_train_timesteps=TRAIN_TIMESTEPS,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="epsilon",
-        clip_sample=True,
-    )
 
 
 class DigitsTrainer:
@@ -145,13 +122,14 @@ class DigitsTrainer:
         self.evaluations: list[dict[str, float]] = []
 
     def learning_rate(self) -> float:
-        """Return the learning rate of the coming step: linear rise, then half a cosine to zero."""
+        """Return the learning rate of the coming step: linear rise, cosine, linear cooldown."""
         config = self.config
         if self.step < config.warmup_steps:
             return config.learning_rate * (self.step + 1) / config.warmup_steps
-        span = max(1, config.steps - config.warmup_steps)
-        progress = (self.step - config.warmup_steps) / span
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        span = max(1, config.cosine_steps - config.warmup_steps)
+        progress = min(1.0, (self.step - config.warmup_steps) / span)
+        cooldown = min(1.0, (config.steps - self.step) / max(1, config.cooldown_steps))
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress)) * cooldown
 
     def train_step(self) -> float:
         """Take one optimizer step on one batch and return its loss (mean squared error)."""
@@ -371,6 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--cosine-steps", type=int, default=defaults.cosine_steps)
+    parser.add_argument("--cooldown-steps", type=int, default=defaults.cooldown_steps)
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--checkpoint-every", type=int, default=defaults.checkpoint_every)

@@ -6,11 +6,14 @@ import torch
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.models.dataset import load_digits_split
+from mpqdm_fx.models.network import build_unet
 from mpqdm_fx.models.package_digits import package_digits
-from mpqdm_fx.models.train_digits import DigitsTrainer, TrainConfig, build_unet, replace_file, train
+from mpqdm_fx.models.train_digits import DigitsTrainer, TrainConfig, replace_file, train
 
 TINY = TrainConfig(
     steps=6,
+    cosine_steps=8,
+    cooldown_steps=2,
     batch_size=4,
     warmup_steps=2,
     checkpoint_every=3,
@@ -77,6 +80,7 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_zero(tmp_path):
     assert rates[0] == TINY.learning_rate / 2
     assert max(rates) == rates[1] == rates[2] == TINY.learning_rate
     assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[5] < 0.5 * rates[4]  # the cooldown of two steps
     assert rates[-1] == 0.0
 
 
