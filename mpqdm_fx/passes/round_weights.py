@@ -7,7 +7,7 @@ The codes are chosen here and nowhere else: the torch.ao and PT2E doors, the pac
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,6 +42,23 @@ class RoundWeights(GraphPass):
     importance: Mapping[str, Tensor] = field(default_factory=dict)
 
     preserves_function: ClassVar[bool] = False
+
+    @classmethod
+    def examples(cls, graph_module: fx.GraphModule) -> tuple[Self, ...]:
+        """Return the pass with mixed widths and both kinds of levels, and with an empty plan."""
+        layers = []
+        for index, layer in enumerate(weight_layers(graph_module, embeddings=True).values()):
+            shape = tuple(layer.weight.shape)
+            layers.append(
+                LayerPlan(
+                    name=layer.name,
+                    kind=type(layer.module).__name__,
+                    shape=shape,
+                    bits=tuple(1 + (index + row) % 8 for row in range(shape[0])),
+                    levels="uniform" if index else "codebook",
+                )
+            )
+        return (cls(plan=BitPlan(layers=tuple(layers))), cls(plan=BitPlan(layers=())))
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Every planned layer is in the graph and has the planned shape.

@@ -36,8 +36,9 @@ def test_every_file_of_the_passes_folder_holds_exactly_one_pass():
 def test_pass_obeys_every_law(pass_class: type[GraphPass], case):
     # one test for all laws: drawing the graph costs more than checking it
     for graph_pass in pass_class.examples(case.graph_module):
+        trial = laws.try_pass(graph_pass, case)
         for law in laws.LAWS:
-            law(graph_pass, case)
+            law(trial)
 
 
 @pytest.mark.parametrize("pass_class", PASSES, ids=_ids)
@@ -51,23 +52,21 @@ def test_result_survives_export(pass_class: type[GraphPass], case):
 @pytest.mark.parametrize("pass_class", PASSES, ids=_ids)
 def test_pass_meets_graphs_that_it_changes(pass_class: type[GraphPass]):
     # else the laws above could all hold because the pass never did anything
-    modified = [
+    assert any(
         graph_pass(case.graph_module).modified
         for case in laws.zoo()
         for graph_pass in pass_class.examples(case.graph_module)
-    ]
-    assert any(modified)
+    )
 
 
 @given(case=graphs())
 def test_normal_pipeline_obeys_the_laws(case):
-    pipeline = Pipeline(passes=NORMALIZE)
+    trial = laws.try_pass(Pipeline(passes=NORMALIZE), case)
     for law in laws.LAWS:
         if law is not laws.same_function:
-            law(pipeline, case)
+            law(trial)
     tolerance = sum(p.tolerance for p in NORMALIZE)
-    after = pipeline(case.graph_module).graph_module
-    assert_same_function(case.graph_module, after, case.inputs, rtol=tolerance)
+    assert_same_function(trial.before, trial.after, case.inputs, rtol=tolerance)
 
 
 @given(case=graphs(max_blocks=3))
@@ -87,7 +86,7 @@ from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.passes import NORMALIZE
 torch.set_num_threads(1)
 h = hashlib.sha256()
-for case in laws.zoo():
+for case in laws.zoo(every=4):
     h.update(laws.digest(Pipeline(passes=NORMALIZE)(case.graph_module).graph_module).encode())
 sys.stdout.write("digest " + h.hexdigest())
 """
@@ -95,7 +94,7 @@ sys.stdout.write("digest " + h.hexdigest())
 
 def test_result_does_not_depend_on_the_hash_seed():
     h = hashlib.sha256()
-    for case in laws.zoo():
+    for case in laws.zoo(every=4):
         result = Pipeline(passes=NORMALIZE)(case.graph_module)
         h.update(digest(result.graph_module).encode())
     here = Path(__file__).parents[1]
@@ -115,7 +114,7 @@ def test_pass_with_required_settings_and_no_examples_is_refused():
         def rewrite(self, graph_module):
             return False
 
-    case = next(laws.zoo())
+    case = laws.zoo(every=4)[0]
     with pytest.raises(NotImplementedError, match="examples"):
         NeedsSettings.examples(case.graph_module)
     with pytest.raises(DialectError, match="wrote into its input"):
