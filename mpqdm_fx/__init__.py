@@ -1,1 +1,48 @@
-"""Compile diffusion UNets into extremely low-bit, mixed-precision programs for phone CPUs."""
+"""Compile diffusion UNets into extremely low-bit, mixed-precision programs for phone CPUs.
+
+The road: `trace`, `prepare`, run calibration data, `convert`, `lower`; or `quantize` in one call.
+"""
+
+from mpqdm_fx.api import convert, lower, prepare, quantize
+from mpqdm_fx.calibration.trajectories import Trajectories
+from mpqdm_fx.config import MPQConfig, Override
+from mpqdm_fx.errors import (
+    ArtifactError,
+    CalibrationError,
+    ConfigError,
+    DialectError,
+    LoweringError,
+    MPQError,
+    TraceError,
+)
+from mpqdm_fx.graph.base import GraphPass, Pipeline
+from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.plan import BitPlan, LayerPlan
+from mpqdm_fx.quantized import PreparedModel, QuantizedModel
+from mpqdm_fx.storage import load, save
+
+__all__ = [
+    "ArtifactError",
+    "BitPlan",
+    "CalibrationError",
+    "ConfigError",
+    "DialectError",
+    "GraphPass",
+    "LayerPlan",
+    "LoweringError",
+    "MPQConfig",
+    "MPQError",
+    "Override",
+    "Pipeline",
+    "PreparedModel",
+    "QuantizedModel",
+    "TraceError",
+    "Trajectories",
+    "convert",
+    "load",
+    "lower",
+    "prepare",
+    "quantize",
+    "save",
+    "trace",
+]

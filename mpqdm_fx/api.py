@@ -1,5 +1,6 @@
 """The verbs: each is one step of the road from a float model to a program for a phone."""
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,7 +65,7 @@ def prepare(
         getattr(model, "config", None),
         config,
         RecordedInputs(max_memory=max_memory, directory=directory),
-    ).eval()
+    )
 
 
 def convert(prepared: PreparedModel) -> QuantizedModel:
@@ -84,7 +85,7 @@ def convert(prepared: PreparedModel) -> QuantizedModel:
     statistics = collect_statistics(graph_module, prepared.records, seed=settings.seed)
     if not statistics:
         raise CalibrationError("calibration reached no weight layer; check the recorded inputs")
-    ranges = search_ranges(statistics, settings)
+    ranges = search_ranges(graph_module, statistics, settings)
     plan, importance = allocate(graph_module, statistics, ranges, settings)
     rounded = RoundWeights(plan=plan, importance=importance)(graph_module).graph_module
     sqnr = measure_layers(graph_module, rounded, statistics, ranges)
@@ -142,11 +143,11 @@ def quantize(
     except StopIteration:
         raise CalibrationError("`calibration` is empty; give at least one call") from None
     prepared = prepare(model, config, first, max_memory=max_memory)
-    signature = prepared.signature
-    # Recording alone: `convert` runs the float graph once over everything anyway.
-    prepared.records.append(signature.normalize((), first))
-    for inputs in tqdm(iterator, desc="calibration", unit="call", disable=None):
-        prepared.records.append(signature.normalize((), dict(inputs)))
+    for inputs in tqdm(
+        itertools.chain([first], iterator), desc="calibration", unit="call", disable=None
+    ):
+        # Recording alone: `convert` runs the float graph once over everything anyway.
+        prepared.record(**inputs)
     return convert(prepared)
 
 

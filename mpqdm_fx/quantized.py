@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.graph.calling import pack_output
+from mpqdm_fx.graph.calling import pack_output, split_batch
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.plan import BitPlan, LayerActivation
 
@@ -80,6 +80,8 @@ class _TracedModel(nn.Module):
         self.signature = signature
         # Pipelines read `unet.config.in_channels` and the like.
         self.config = config
+        # Not `eval()`: the leaf modules may be the caller's own, whose flags are not ours to set.
+        self.training = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,11 +93,24 @@ class _TracedModel(nn.Module):
         """Device of the parameters."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    def _call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[dict[str, Any]], Any]:
+        """Normalized inputs and the output of one call of the model, in parts if it is large."""
         return_dict = kwargs.pop("return_dict", True)
-        inputs = self.signature.normalize(args, kwargs)
-        output = self.graph_module(**inputs)
-        return inputs, pack_output(self.signature, output) if return_dict else output
+        given = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
+        if len(args) > len(self.signature.parameters):
+            self.signature.normalize(args, kwargs)  # says what is wrong
+        parts = [self.signature.normalize((), part) for part in split_batch(self.signature, given)]
+        outputs = [self.graph_module(**part) for part in parts]
+        output = outputs[0] if len(outputs) == 1 else _concatenated(outputs)
+        return parts, pack_output(self.signature, output) if return_dict else output
+
+
+def _concatenated(outputs: list[Any]) -> Any:
+    if isinstance(outputs[0], tuple):
+        return tuple(_concatenated(list(part)) for part in zip(*outputs, strict=True))
+    return torch.cat(outputs)
 
 
 class PreparedModel(_TracedModel):
@@ -126,9 +141,20 @@ class PreparedModel(_TracedModel):
             CalibrationError: An argument holds NaN or infinity.
         """
         with torch.no_grad():
-            inputs, output = self._call(args, kwargs)
-        self.records.append(inputs)
+            parts, output = self._call(args, kwargs)
+        for part in parts:
+            self.records.append(part)
         return output
+
+    def record(self, **kwargs: Any) -> None:
+        """Record a call's keyword arguments without running the graph.
+
+        Raises:
+            TraceError: The arguments do not fit the traced signature.
+            CalibrationError: An argument holds NaN or infinity.
+        """
+        for part in split_batch(self.signature, kwargs):
+            self.records.append(self.signature.normalize((), part))
 
 
 class QuantizedModel(_TracedModel):

@@ -61,7 +61,7 @@ def assemble(
         ranges=ranges,
         report=report,
         settings=settings,
-    ).eval()
+    )
 
 
 def restore(graph_module: fx.GraphModule, weights: PackedWeights) -> fx.GraphModule:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from mpqdm_fx.calibration.pinning import pinned_layers
+from mpqdm_fx.calibration.pinning import FIRST_LAYER, pinned_layers
 from mpqdm_fx.calibration.statistics import LayerStatistics, TensorStatistics
 from mpqdm_fx.config import Levels, MPQConfig
 from mpqdm_fx.errors import CalibrationError
@@ -30,17 +30,25 @@ OUTPUT_BITS = 8  # a static integer kernel writes int8, whatever width it reads
 
 
 def search_ranges(
-    statistics: Mapping[str, LayerStatistics], settings: MPQConfig
+    graph_module: fx.GraphModule, statistics: Mapping[str, LayerStatistics], settings: MPQConfig
 ) -> dict[str, LayerActivation]:
     """Static range of every weight layer's input and output, by least squared error.
 
+    The layers that read the noisy sample get none, so they run in float (with rounded weights):
+    late in a denoising run the noise in the sample is smaller than one step of a static 8-bit
+    range over all timesteps, and rounding the sample erases what the model is asked to predict.
+
     Args:
+        graph_module: Normalized graph.
         statistics: Statistics by layer.
         settings: The run's settings; `activation_bits` holds for the inputs.
 
     Returns:
         Ranges by layer. Layers that read the same tensor get the same range.
     """
+    reads_sample = {
+        name for name, why in pinned_layers(graph_module).items() if why == FIRST_LAYER
+    }
     found: dict[tuple[int, int], ActivationRange] = {}
 
     def search(tensor: TensorStatistics, bits: int) -> ActivationRange:
@@ -56,6 +64,7 @@ def search_ranges(
             output=search(seen.output, OUTPUT_BITS),
         )
         for name, seen in tqdm(statistics.items(), desc="ranges", unit="layer", disable=None)
+        if name not in reads_sample
     }
 
 
@@ -97,7 +106,7 @@ def allocate(
         reason, bits = pinned.get(name), PINNED_BITS
         if rule is not None and rule.weight_bits is not None:
             reason, bits = f"override {rule.pattern!r}", rule.weight_bits
-        if reason is not None or seen is None:
+        if reason is not None or seen is None or name not in ranges:
             plans.append(_fixed(layer, bits, reason or "not reached by calibration"))
         else:
             plans.append(_decide(layer, seen, ranges[name].input, importance[name], settings))
@@ -233,8 +242,10 @@ def measure_layers(
     for name, layer in weight_layers(graph_module).items():
         if name not in statistics:
             continue
-        rows, range_ = statistics[name].rows, ranges[name].input
-        quantized_rows = fake_quantize(rows, range_.scale, range_.zero_point, range_.bits)
+        rows = quantized_rows = statistics[name].rows
+        if name in ranges:
+            range_ = ranges[name].input
+            quantized_rows = fake_quantize(rows, range_.scale, range_.zero_point, range_.bits)
         weight = weight_rows(layer.module).float()
         test = weight_rows(rounded.get_submodule(name)).float()
         result[name] = sqnr_db(_outputs(rows, weight), _outputs(quantized_rows, test))

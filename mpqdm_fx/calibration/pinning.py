@@ -12,7 +12,10 @@ from torch import fx
 
 from mpqdm_fx.graph.layers import weight_layers
 
-__all__ = ["pinned_layers"]
+__all__ = ["FIRST_LAYER", "pinned_layers"]
+
+FIRST_LAYER = "first layer"
+"""Reason of layers that read the noisy sample before any other weight layer did."""
 
 _EMBEDDING_PARTS = frozenset(
     {
@@ -48,12 +51,12 @@ def pinned_layers(graph_module: fx.GraphModule) -> dict[str, str]:
     output = next(iter(graph.find_nodes(op="output")))
     reasons: dict[str, str] = {}
     for node in _reach(placeholders[:1], calls, forward=True):
-        reasons[calls[node]] = "first layer"
+        reasons[calls[node]] = FIRST_LAYER
     for node in _reach([output], calls, forward=False):
         reasons[calls[node]] = "last layer"
     for name, layer in layers.items():
         if _EMBEDDING_PARTS & set(name.split(".")):
-            reasons[name] = "time or class embedding"
+            reasons.setdefault(name, "time or class embedding")
         elif type(layer.module).__name__ == "Embedding":
             reasons.setdefault(name, "embedding table")
     return reasons

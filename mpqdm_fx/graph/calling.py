@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpqdm_fx.graph.signature import InputSpec, Signature
+from mpqdm_fx.graph.signature import InputSpec, Signature, tensor_leaves
 
-__all__ = ["example_inputs", "pack_output", "signature_from_dict", "signature_to_dict"]
+__all__ = [
+    "example_inputs",
+    "pack_output",
+    "signature_from_dict",
+    "signature_to_dict",
+    "split_batch",
+]
 
 
 def example_inputs(
@@ -36,9 +42,7 @@ def example_inputs(
 
 
 def _example(spec: InputSpec, batch_size: int | None, generator: torch.Generator) -> Tensor:
-    shape = spec.shape
-    if spec.batch_axis == 0 and batch_size is not None:
-        shape = (batch_size, *shape[1:])
+    shape = spec.shape if batch_size is None else spec.shape_at(batch_size)
     if spec.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(spec.dtype)
     return torch.randint(2, shape, generator=generator).to(spec.dtype)
@@ -60,6 +64,45 @@ def _lists(value: Any) -> Any:
     if list(entries) == [str(index) for index in range(len(entries))]:
         return list(entries.values())
     return entries
+
+
+def split_batch(signature: Signature, kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Split a call whose batch is larger than the traced range into calls that fit.
+
+    Samples do not see each other in a denoiser, so the outputs of the parts, one after the other,
+    are the output of the whole.
+
+    Args:
+        signature: Signature of a traced graph.
+        kwargs: Keyword arguments of one call.
+
+    Returns:
+        Keyword arguments of each part; `[kwargs]` if the batch fits.
+    """
+    largest = signature.batch_range[1] if signature.batch_range else None
+    specs = {spec.name: spec for spec in signature.inputs if spec.batch_axis == 0}
+    batches = [
+        len(tensor) // specs[name].batch_multiple
+        for name, tensor in tensor_leaves(kwargs)
+        if name in specs and tensor.ndim > 1
+    ]
+    if largest is None or not batches or batches[0] <= largest:
+        return [dict(kwargs)]
+
+    def rows(value: Any, name: str, start: int) -> Any:
+        if isinstance(value, Mapping):
+            return {key: rows(entry, f"{name}.{key}", start) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(rows(e, f"{name}.{i}", start) for i, e in enumerate(value))
+        if name not in specs or not isinstance(value, Tensor) or value.numel() == 1:
+            return value
+        multiple = specs[name].batch_multiple
+        return value[start * multiple : (start + largest) * multiple]
+
+    return [
+        {name: rows(value, name, start) for name, value in kwargs.items()}
+        for start in range(0, batches[0], largest)
+    ]
 
 
 def pack_output(signature: Signature, output: Any) -> Any:

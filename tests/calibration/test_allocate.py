@@ -21,7 +21,7 @@ def unet_graph():
 
 def _decide(graph, statistics, **settings):
     config = MPQConfig(**settings)
-    ranges = search_ranges(statistics, config)
+    ranges = search_ranges(graph, statistics, config)
     plan, importance = allocate(graph, statistics, ranges, config)
     return plan, importance, ranges
 
@@ -48,8 +48,8 @@ def test_statistics_depend_on_the_seed_alone(unet_graph):
 
 
 def test_layers_that_read_one_value_share_one_range(unet_graph):
-    _, statistics = unet_graph
-    ranges = search_ranges(statistics, MPQConfig())
+    graph, statistics = unet_graph
+    ranges = search_ranges(graph, statistics, MPQConfig())
     attention = "mid_block.attentions.0"
     inputs = {ranges[f"{attention}.to_{part}"].input for part in "qkv"}
     assert len(inputs) == 1
@@ -146,8 +146,14 @@ def test_non_finite_weights_are_refused_with_layer_and_count():
     calls[0]["class_labels"].zero_()
     graph = trace(model, calls[0])
     statistics = collect_statistics(graph, calls)
-    with pytest.raises(CalibrationError, match="class_embedding.*2 of 640"):
+    with pytest.raises(CalibrationError, match=r"class_embedding.*2 of 640"):
         _decide(graph, statistics)
+
+
+def test_the_layer_that_reads_the_noisy_sample_keeps_float_activations(unet_graph):
+    graph, statistics = unet_graph
+    ranges = search_ranges(graph, statistics, MPQConfig())
+    assert set(statistics) - set(ranges) == {"conv_in"}
 
 
 def test_no_data_is_refused():

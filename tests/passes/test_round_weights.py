@@ -111,5 +111,5 @@ def test_non_finite_weights_are_refused_by_layer_name():
     with torch.no_grad():
         model.body.weight[0, 0, 0, 0] = float("nan")
     graph = trace(model, {"x": torch.randn(2, 3, 6, 10)})
-    with pytest.raises(CalibrationError, match="body.*NaN"):
+    with pytest.raises(CalibrationError, match=r"body.*NaN"):
         RoundWeights(plan=_plan(graph))(graph)

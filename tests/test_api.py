@@ -1,0 +1,170 @@
+import pytest
+import torch
+from small import (
+    TinyNet,
+    condition_calls,
+    net_calls,
+    tiny_condition_unet,
+    tiny_unet,
+    unet_calls,
+)
+from torch import nn
+
+import mpqdm_fx
+from mpqdm_fx import MPQConfig, convert, lower, prepare, quantize
+from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError, TraceError
+from mpqdm_fx.numerics.metrics import sqnr_db
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_unet()
+
+
+@pytest.fixture(scope="module")
+def quantized(model):
+    return quantize(model, MPQConfig(weight_bits=4), unet_calls())
+
+
+def test_the_quantized_model_is_called_exactly_like_the_model(model, quantized):
+    call = unet_calls(1, seed=3)[0]
+    by_keyword = quantized(**call)
+    assert type(by_keyword) is type(model(**call))
+    by_position = quantized(call["sample"], call["timestep"], call["class_labels"])
+    assert torch.equal(by_keyword.sample, by_position.sample)
+    as_tuple = quantized(**call, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], by_keyword.sample)
+    one_time = quantized(call["sample"], 10, class_labels=call["class_labels"])
+    spelled = quantized(
+        call["sample"], torch.full((3,), 10), class_labels=call["class_labels"]
+    )
+    assert torch.equal(one_time.sample, spelled.sample)
+    assert quantized.config.in_channels == 1
+    assert quantized.dtype == torch.float32
+
+
+def test_a_batch_beyond_the_traced_range_runs_in_parts(model, quantized):
+    call = unet_calls(1, batch=70, seed=4)[0]
+    whole = quantized(**call).sample
+    parts = [
+        quantized(**{name: value[rows] for name, value in call.items()}).sample
+        for rows in (slice(0, 63), slice(63, 70))
+    ]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_prepare_call_convert_equals_quantize(model, quantized):
+    prepared = prepare(model, MPQConfig(weight_bits=4), unet_calls(1)[0])
+    for call in unet_calls():
+        # Not bit-equal: a split skip concatenation sums in another order.
+        assert sqnr_db(model(**call).sample, prepared(**call).sample) > 110
+    assert len(prepared.records) == 4
+    again = convert(prepared)
+    assert again.plan == quantized.plan
+    assert again.ranges == quantized.ranges
+    call = unet_calls(1, seed=8)[0]
+    assert torch.equal(again(**call).sample, quantized(**call).sample)
+
+
+def test_the_callers_model_is_never_changed():
+    model = tiny_unet(seed=1).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    quantize(model, MPQConfig(weight_bits=2), unet_calls())
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_more_bits_give_a_better_model(model):
+    call = unet_calls(1, seed=3)[0]
+    expected = model(**call).sample
+    found = []
+    for bits in (2, 4, 8):
+        test = quantize(model, MPQConfig(weight_bits=bits), unet_calls())
+        found.append(sqnr_db(expected, test(**call).sample))
+    assert found[0] + 6 < found[1] < found[2] - 6
+
+
+def test_a_text_conditioned_unet_goes_the_same_road():
+    model = tiny_condition_unet()
+    quantized = quantize(model, MPQConfig(weight_bits=8), condition_calls())
+    call = condition_calls(1, seed=3)[0]
+    assert sqnr_db(model(**call).sample, quantized(**call).sample) > 18
+    names = {layer.name for layer in quantized.plan.layers}
+    assert any(name.endswith(("_gate", "_value")) for name in names)  # GEGLU was split
+    assert all(layer.sqnr_db is None or layer.sqnr_db > 25 for layer in quantized.report.layers)
+
+
+def test_every_part_of_the_report_is_about_a_planned_layer(quantized):
+    assert [layer.name for layer in quantized.report.layers] == [
+        layer.name for layer in quantized.plan.layers
+    ]
+    for entry, layer in zip(quantized.report.layers, quantized.plan.layers, strict=True):
+        assert entry.bytes * 8 == sum(layer.storage)
+    assert quantized.report.calibration_calls == 4
+
+
+def test_effective_bits_are_close_to_the_average_and_above_it(quantized):
+    plan = quantized.plan
+    pinned = sum(la.num_weights * 8 for la in plan.layers if la.reason)
+    codes = sum(la.num_weights * la.mean_bits for la in plan.layers if la.reason is None)
+    assert codes + pinned < plan.effective_bits * plan.num_weights < 1.1 * (codes + pinned)
+
+
+def test_a_model_without_weight_layers_is_refused():
+    with pytest.raises(ConfigError, match="no layer to quantize"):
+        quantize(nn.Sequential(nn.SiLU()), MPQConfig(), [{"input": torch.randn(2, 3)}])
+
+
+def test_an_override_without_a_layer_is_refused_before_calibration(model):
+    config = MPQConfig(overrides=[{"pattern": "mid_block.resnet.0", "weight_bits": 2}])
+    with pytest.raises(ConfigError, match=r"nearest names: .*mid_block\.resnets\.0"):
+        prepare(model, config, unet_calls(1)[0])
+
+
+def test_inputs_that_the_model_rejects_are_refused_in_one_error(model):
+    call = unet_calls(1)[0]
+    with pytest.raises(TraceError):
+        prepare(model, MPQConfig(), {**call, "sample": torch.randn(2, 5, 8, 8)})
+    with pytest.raises(TraceError, match="class_label"):
+        prepare(model, MPQConfig(), {**call, "class_label": call["class_labels"]})
+
+
+def test_empty_or_broken_calibration_is_refused(model):
+    with pytest.raises(CalibrationError, match="empty"):
+        quantize(model, MPQConfig(), [])
+    bad = unet_calls(2)
+    bad[1]["sample"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match=r"'sample'.*NaN"):
+        quantize(model, MPQConfig(), bad)
+    prepared = prepare(model, MPQConfig(), unet_calls(1)[0])
+    with pytest.raises(CalibrationError, match="no calibration data"):
+        convert(prepared)
+
+
+def test_lower_refuses_what_it_cannot_do(quantized, tmp_path):
+    with pytest.raises(ConfigError, match="choose one of"):
+        lower(quantized, "tensorrt")
+    with pytest.raises(ConfigError, match="output"):
+        lower(quantized, "xnnpack")
+    narrow = quantize(TinyNet(), MPQConfig(activation_bits=6), net_calls())
+    with pytest.raises(LoweringError, match="activation_bits=8"):
+        lower(narrow, "xnnpack", output=tmp_path / "unet.pte")
+    assert not (tmp_path / "unet.pte").exists()
+
+
+@pytest.mark.parametrize("engine", ["onednn", "fbgemm", "qnnpack"])
+def test_torch_ao_runs_the_plans_integers(model, quantized, engine):
+    lowered = lower(quantized, "torch_ao", engine=engine)
+    call = unet_calls(1, batch=2, seed=3)[0]
+    inputs = quantized.signature.normalize((), call)
+    output = lowered(*inputs.values())
+    output = output[0] if isinstance(output, tuple) else output
+    assert sqnr_db(quantized(**call).sample, output) > 25
+
+
+def test_the_public_names_are_there():
+    for name in mpqdm_fx.__all__:
+        assert getattr(mpqdm_fx, name).__doc__

@@ -1,0 +1,135 @@
+import json
+import shutil
+
+import pytest
+import torch
+from small import TinyNet, net_calls, tiny_unet, unet_calls
+
+from mpqdm_fx.api import quantize
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.storage import MANIFEST, WEIGHTS, load, save, staged_directory
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    config = MPQConfig(weight_bits=3, levels="codebook", overrides=[{"pattern": "mid*q", "skip": True}])
+    return quantize(tiny_unet(), config, unet_calls())
+
+
+@pytest.fixture(scope="module")
+def saved(quantized, tmp_path_factory):
+    return save(quantized, tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture
+def copy_of_saved(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def test_loading_gives_the_same_integers_and_bit_equal_outputs(quantized, saved):
+    loaded = load(saved)
+    assert loaded.plan == quantized.plan
+    assert loaded.ranges == quantized.ranges
+    assert loaded.settings == quantized.settings
+    for layer in quantized.plan.layers:
+        assert torch.equal(loaded.codes(layer.name), quantized.codes(layer.name))
+    call = unet_calls(1, seed=5)[0]
+    assert torch.equal(loaded(**call).sample, quantized(**call).sample)
+
+
+def test_the_weights_file_has_the_bytes_that_the_plan_counts(quantized, saved):
+    plan = quantized.plan
+    header = int.from_bytes((saved / WEIGHTS).read_bytes()[:8], "little") + 8
+    assert (saved / WEIGHTS).stat().st_size == header + plan.weight_bytes + plan.float_bytes
+    assert header < 1024
+
+
+def test_saving_twice_replaces_the_folder_whole(quantized, tmp_path):
+    folder = save(quantized, tmp_path / "model")
+    (folder / "left_over").write_text("old")
+    save(quantized, folder)
+    assert not (folder / "left_over").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_is_no_diffusers_class_loads_into_a_skeleton(tmp_path):
+    quantized = quantize(TinyNet(), MPQConfig(), net_calls())
+    folder = save(quantized, tmp_path / "net")
+    with pytest.raises(ArtifactError, match="model="):
+        load(folder)
+    skeleton = TinyNet(seed=7)
+    before = {name: value.clone() for name, value in skeleton.state_dict().items()}
+    call = net_calls(1, seed=3)[0]
+    assert torch.equal(load(folder, model=skeleton)(**call), quantized(**call))
+    assert all(torch.equal(skeleton.state_dict()[name], value) for name, value in before.items())
+    with pytest.raises(ArtifactError, match="does not fit"):
+        load(folder, model=torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)))
+
+
+def test_a_truncated_file_is_refused_by_name(copy_of_saved):
+    data = (copy_of_saved / WEIGHTS).read_bytes()
+    (copy_of_saved / WEIGHTS).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ArtifactError, match=rf"{WEIGHTS} is truncated"):
+        load(copy_of_saved)
+
+
+def test_one_flipped_bit_is_refused(copy_of_saved):
+    data = bytearray((copy_of_saved / WEIGHTS).read_bytes())
+    data[-100] ^= 1
+    (copy_of_saved / WEIGHTS).write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match="checksum"):
+        load(copy_of_saved)
+
+
+def test_a_newer_version_is_refused_with_the_remedy(copy_of_saved):
+    manifest = json.loads((copy_of_saved / MANIFEST).read_text())
+    manifest["version"] += 1
+    (copy_of_saved / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"version 2.*update mpqdm-fx"):
+        load(copy_of_saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}'])
+def test_a_damaged_manifest_is_refused(copy_of_saved, text):
+    (copy_of_saved / MANIFEST).write_text(text)
+    with pytest.raises(ArtifactError, match=MANIFEST):
+        load(copy_of_saved)
+
+
+@pytest.mark.parametrize("key", ["weights", "ranges", "settings", "signature", "report"])
+def test_a_manifest_without_a_part_is_refused(copy_of_saved, key):
+    manifest = json.loads((copy_of_saved / MANIFEST).read_text())
+    del manifest[key]
+    (copy_of_saved / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError):
+        load(copy_of_saved)
+
+
+def test_a_missing_file_or_folder_is_refused(copy_of_saved, tmp_path):
+    with pytest.raises(ArtifactError, match="nowhere"):
+        load(tmp_path / "nowhere")
+    (copy_of_saved / WEIGHTS).unlink()
+    with pytest.raises(ArtifactError, match="missing"):
+        load(copy_of_saved)
+
+
+def test_a_failing_writer_leaves_neither_a_new_folder_nor_a_changed_old_one(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), staged_directory(target) as stage:
+        (stage / "half").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with staged_directory(target) as stage:
+        (stage / MANIFEST).write_text("{}")
+    with pytest.raises(RuntimeError), staged_directory(target) as stage:
+        raise RuntimeError
+    assert (target / MANIFEST).read_text() == "{}"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_with_somebody_elses_files_is_not_replaced(quantized, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match="other files"):
+        save(quantized, tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
