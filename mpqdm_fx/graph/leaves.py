@@ -15,7 +15,7 @@ from torch.nn.modules import activation, batchnorm, dropout, instancenorm
 
 from mpqdm_fx.graph.editing import shallow_clone
 
-__all__ = ["LEAF_CLASSES", "evaluation_copy", "leaf_class", "stock_twin"]
+__all__ = ["LEAF_CLASSES", "evaluation_copy", "leaf_class", "whole_or_stock"]
 
 _ACTIVATIONS = tuple(
     getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention"
@@ -73,16 +73,18 @@ def evaluation_copy(module: nn.Module) -> nn.Module:
     """
     if not isinstance(module, _MODE_DEPENDENT):
         return module
-    clone = shallow_clone(module)
+    clone: nn.Module = shallow_clone(module)
     clone.training = False
     return clone
 
 
-def stock_twin(
+def whole_or_stock(
     module: nn.Module,
     nodes: Sequence[fx.Node],
     source: fx.Node,
     tensor_of: Callable[[fx.Node], torch.Tensor | None],
+    *,
+    whole: bool,
 ) -> nn.Module | None:
     """Return a module whose call on ``source`` is exactly ``nodes``, or None if none is known.
 
@@ -92,13 +94,14 @@ def stock_twin(
 
     Args:
         module: A leaf module (``leaf_class`` is not None).
-        nodes: The ATen nodes of one call of ``module``, without assertions.
+        nodes: ATen nodes of one call of ``module``, without assertions.
         source: The one tensor node that ``nodes`` read besides constants.
         tensor_of: The parameter, buffer or constant that a lifted input node stands for.
+        whole: Whether ``nodes`` are all that the call computes.
     """
     stock = leaf_class(module)
     assert stock is not None
-    if type(module).forward is stock.forward and not _is_altered(module):
+    if whole and type(module).forward is stock.forward and not _is_altered(module):
         return module
     if len(nodes) != 1 or not _is_stock_node(module, nodes[0], source, tensor_of):
         return None
@@ -144,7 +147,7 @@ def _is_stock_node(
             return False
         ones = (1,) * len(module.kernel_size)
         defaults = [ones, (0,) * len(ones), ones, 1]
-        settings = [*node.args[3:], *defaults[len(node.args) - 3 :]]
+        settings = [*node.args[3:], *defaults[max(len(node.args) - 3, 0) :]]
         wanted = [module.stride, module.padding, module.dilation, module.groups]
         return (
             module.padding_mode == "zeros"

@@ -6,6 +6,7 @@ call of a leaf module *are* that module's forward, so they are replaced by one `
 its own fully qualified name. Everything else stays ATen, with parameters as ``get_attr`` nodes.
 """
 
+import collections
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.errors import TraceError
-from mpqdm_fx.graph.leaves import evaluation_copy, leaf_class, stock_twin
+from mpqdm_fx.graph.leaves import evaluation_copy, leaf_class, whole_or_stock
 
 __all__ = ["raise_leaf_modules"]
 
@@ -46,7 +47,8 @@ def raise_leaf_modules(
     Rules, in this order:
       1. assertion and range-constraint nodes are dropped: they have no value;
       2. the nodes of one call of a leaf module become one ``call_module`` at the module's own name
-         when they read exactly one tensor and yield exactly one; otherwise they stay ATen;
+         when they read exactly one tensor and yield exactly one; of a subclass with its own
+         forward only a node that is provably the stock layer's; all else stays ATen;
       3. a parameter, buffer or lifted constant that is used outside leaf modules becomes
          ``get_attr``;
       4. casts stay, also those that change nothing at the traced dtype: they are graph content.
@@ -162,35 +164,40 @@ class _Raiser:
     def module_calls(self) -> dict[fx.Node, tuple[str, nn.Module, fx.Node] | None]:
         """Map the nodes of raisable calls to None, their outputs to (name, module, input)."""
         calls: dict[fx.Node, tuple[str, nn.Module, fx.Node] | None] = {}
-        for name, nodes in self.runs():
+        runs = list(self.runs())
+        parts = collections.Counter(key for key, _, _ in runs)
+        for key, name, nodes in runs:
             module = self.modules.get(name)
             if module is None or leaf_class(module) is None:
                 continue
-            call = self.match(name, module, nodes)
+            call = self.match(name, module, nodes, whole=parts[key] == 1)
             if call is not None:
                 output, installed, source = call
                 calls.update(dict.fromkeys(nodes))
                 calls[output] = (name, installed, source)
         return calls
 
-    def runs(self) -> Iterator[tuple[str, list[fx.Node]]]:
-        """Yield (module name, nodes) for every run of neighbours made by one call of one module."""
-        key, name, run = None, "", list[fx.Node]()
+    def runs(self) -> Iterator[tuple[str, str, list[fx.Node]]]:
+        """Yield (call key, module name, nodes) for the neighbours that one module call made.
+
+        A call that enters another module in between is several runs of the same key.
+        """
+        key, name, run = "", "", list[fx.Node]()
         for node in self.exported.graph.nodes:
             if node.op != "call_function" or node.target in _CHECKS or not _is_tensor(node):
                 continue
             stack = node.meta.get("nn_module_stack") or {"": ("", "")}
             innermost, (path, _) = list(stack.items())[-1]
             if innermost != key and run:
-                yield name, run
+                yield key, name, run
                 run = []
             key, name = innermost, path.split("@")[0]
             run.append(node)
         if run:
-            yield name, run
+            yield key, name, run
 
     def match(
-        self, name: str, module: nn.Module, nodes: list[fx.Node]
+        self, name: str, module: nn.Module, nodes: list[fx.Node], *, whole: bool
     ) -> tuple[fx.Node, nn.Module, fx.Node] | None:
         """Return (output node, module to install, input node), or None when ATen must stay."""
         inside = set(nodes)
@@ -205,12 +212,19 @@ class _Raiser:
             sources.append(source)
         if len(outputs) != 1 or len(sources) != 1:
             return None
-        twin = stock_twin(module, nodes, sources[0], lambda n: self.lifted.get(n, ("", None))[1])
-        if twin is None:
+        installed = whole_or_stock(
+            module,
+            nodes,
+            sources[0],
+            lambda n: self.lifted.get(n, ("", None))[1],
+            whole=whole,
+        )
+        if installed is None:
             return None
         if self.training.get(name, False):
-            twin = evaluation_copy(twin)
-        return outputs[0], self.copies.setdefault(id(module), twin), sources[0]
+            installed = evaluation_copy(installed)
+        # a shared module has one stand-in, so that it stays shared
+        return outputs[0], self.copies.setdefault(id(module), installed), sources[0]
 
     def emit_call(self, node: fx.Node, name: str, module: nn.Module, source: fx.Node) -> None:
         self.attributes[name] = module
@@ -237,11 +251,12 @@ class _Raiser:
 
     def finish(self) -> fx.GraphModule:
         root = nn.Module()
-        # modules before tensors: a tensor inside an installed module is already in its place
-        for name, value in sorted(
-            self.attributes.items(), key=lambda kv: isinstance(kv[1], torch.Tensor)
-        ):
-            _install(root, name, value)
+        # modules before the tensors that are already in their place; parents before children
+        order = sorted(
+            self.attributes, key=lambda n: (torch.is_tensor(self.attributes[n]), n.count("."))
+        )
+        for name in order:
+            _install(root, name, self.attributes[name])
         graph_module = fx.GraphModule(root, self.graph, type(self.model).__name__)
         # not .eval(): that would reach through to the caller's own modules
         graph_module.training = False

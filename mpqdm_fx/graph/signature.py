@@ -139,7 +139,7 @@ class Signature:
     def _fit(self, name: str, value: Any, specs: Mapping[str, InputSpec], batch: int) -> Any:
         """Return ``value`` as the graph wants it; recurses into containers."""
         if name in specs:
-            return _fit_tensor(self.model_class, value, specs[name], batch)
+            return _fit_tensor(self, value, specs[name], batch)
         wanted = [s for s in specs if s.startswith(f"{name}.")]
         if not wanted:
             self._check_constant(name, value)
@@ -301,9 +301,9 @@ def _number_to_tensor(name: str, parameter: inspect.Parameter, value: Any, batch
     return torch.full((batch,), value, dtype=dtype)
 
 
-def _fit_tensor(model_class: str, value: Any, spec: InputSpec, batch: int) -> torch.Tensor:
+def _fit_tensor(signature: Signature, value: Any, spec: InputSpec, batch: int) -> torch.Tensor:
     """Return ``value`` with the shape and dtype of ``spec`` at batch size ``batch``."""
-    shape = spec.shape_at(batch)
+    model_class, shape = signature.model_class, spec.shape_at(batch)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = torch.tensor(value)
     if not isinstance(value, torch.Tensor):
@@ -313,7 +313,9 @@ def _fit_tensor(model_class: str, value: Any, spec: InputSpec, batch: int) -> to
     if tuple(value.shape) != shape:
         raise TraceError(
             f"{model_class}: {spec.name} has shape {list(value.shape)}, "
-            f"but the graph was traced for {list(shape)}; trace again with this shape"
+            f"but the graph was traced for {list(shape)}"
+            + (f" ({signature.note})" if signature.note else "")
+            + "; trace again with this shape"
         )
     if value.dtype != spec.dtype:
         # timesteps: schedulers mix int64 and float32; a conversion must not lose anything

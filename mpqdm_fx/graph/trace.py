@@ -236,7 +236,7 @@ def _verify(
         reason="the graph's output differs from the model's",
         suggestion="please report this model"
         if deterministic
-        else "the model draws random numbers in evaluation mode; make the noise an input",
+        else "the model draws random numbers or keeps state between calls; make them inputs",
     )
     raise CaptureError(signature.model_class, "cannot be captured", refusal)
 

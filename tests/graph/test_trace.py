@@ -1,0 +1,460 @@
+"""What trace makes of small modules: leaves, parameters, regions, and what it leaves untouched."""
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that everyone uses
+from diffusers.models.normalization import FP32LayerNorm, RMSNorm
+from torch import nn
+
+from mpqdm_fx.graph.trace import same_bits, trace
+
+
+def calls(graph_module: torch.fx.GraphModule) -> list[str]:
+    return [str(n.target) for n in graph_module.graph.nodes if n.op == "call_module"]
+
+
+def attributes(graph_module: torch.fx.GraphModule) -> list[str]:
+    return [str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr"]
+
+
+def operators(graph_module: torch.fx.GraphModule) -> list[str]:
+    return [str(n.target) for n in graph_module.graph.nodes if n.op == "call_function"]
+
+
+def assert_equal_to_eager(
+    model: nn.Module, graph_module: torch.fx.GraphModule, *inputs: Any
+) -> None:
+    with torch.no_grad():
+        expected = copy.deepcopy(model).eval()(*inputs)
+        assert same_bits(graph_module(*inputs), expected)
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    """A convolution, a norm, an activation that is used twice, and a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.act = nn.SiLU()
+        self.drop = nn.Dropout(0.5)
+        self.out = nn.Sequential(nn.Conv2d(8, 3, 1))
+        self.gain = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.act(self.norm(self.conv(x)))
+        return self.out(self.drop(self.act(F.silu(y) * self.gain)))
+
+
+def test_leaf_modules_are_called_by_their_own_names_in_order() -> None:
+    model = Block().eval()
+    gm = trace(model, (randn(2, 3, 8, 8),))
+    assert calls(gm) == ["conv", "norm", "act", "act", "drop", "out.0"]
+    assert all(gm.get_submodule(name) is model.get_submodule(name) for name in calls(gm))
+    assert attributes(gm) == ["gain"]
+    assert gm.gain is model.gain
+    assert operators(gm) == ["aten.silu.default", "aten.mul.Tensor"]
+
+
+def test_batch_of_one_still_gives_a_dynamic_batch() -> None:
+    model = Block().eval()
+    gm = trace(model, (randn(1, 3, 8, 8),))
+    assert gm.meta["signature"].batch_range == (1, None)
+    for batch in (1, 2, 5, 70):
+        assert_equal_to_eager(model, gm, randn(batch, 3, 8, 8))
+
+
+def test_nodes_keep_values_and_module_stacks() -> None:
+    gm = trace(Block().eval(), (randn(2, 3, 8, 8),))
+    conv = next(n for n in gm.graph.nodes if n.target == "out.0")
+    assert tuple(conv.meta["val"].shape[1:]) == (3, 8, 8)
+    assert [path for path, _ in conv.meta["nn_module_stack"].values()] == ["", "out", "out.0"]
+
+
+def test_state_dict_keeps_the_names_and_the_parameters() -> None:
+    model = Block().eval()
+    gm = trace(model, (randn(2, 3, 8, 8),))
+    ours, theirs = dict(gm.named_parameters()), dict(model.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name] is theirs[name] for name in ours)
+
+
+def test_a_module_called_twice_has_two_nodes_and_one_object() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x)) + self.first(x)
+
+    model = Twice().eval()
+    gm = trace(model, (randn(2, 4),))
+    assert len(calls(gm)) == 3
+    assert {id(gm.get_submodule(name)) for name in calls(gm)} == {id(model.first)}
+    assert_equal_to_eager(model, gm, randn(3, 4))
+
+
+def test_tied_weights_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(7, 4)
+            self.head = nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(ids)) + F.linear(self.embed(ids), self.embed.weight)
+
+    model = Tied().eval()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    gm = trace(model, (ids,))
+    assert calls(gm) == ["embed", "head", "embed"]
+    assert gm.embed.weight is gm.head.weight is model.embed.weight
+    assert_equal_to_eager(model, gm, ids)
+
+
+def test_layer_applied_to_a_parameter_is_raised() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Parameter(randn(3, 4))
+            self.project = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.project(self.tokens).T
+
+    model = Tokens().eval()
+    gm = trace(model, (randn(2, 4),))
+    assert calls(gm) == ["project"]
+    assert attributes(gm) == ["tokens"]
+    assert_equal_to_eager(model, gm, randn(5, 4))
+
+
+@pytest.mark.parametrize("padding_mode", ["circular", "reflect", "replicate"])
+def test_convolution_that_pads_by_itself_is_one_call(padding_mode: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=padding_mode)).eval()
+    gm = trace(model, (randn(2, 3, 8, 8),))
+    assert calls(gm) == ["0"]
+    assert operators(gm) == []
+    assert_equal_to_eager(model, gm, randn(3, 3, 8, 8))
+
+
+class ScaledLinear(nn.Linear):
+    """A linear with an adapter and keyword arguments that change what it computes."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features, features)
+        self.adapter = nn.Linear(features, features, bias=False)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0, adapt: bool = True) -> torch.Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y + scale * self.adapter(x) if adapt else y
+
+
+@pytest.mark.parametrize("adapt", [True, False])
+def test_subclass_with_its_own_forward_is_never_called_with_other_arguments(adapt: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = ScaledLinear(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x, scale=0.5, adapt=adapt)
+
+    model = Model().eval()
+    gm = trace(model, (randn(2, 4),))
+    assert_equal_to_eager(model, gm, randn(3, 4))
+    # the part that is provably a stock linear is called as one that shares the parameters
+    assert calls(gm) == (["linear", "linear.adapter"] if adapt else ["linear"])
+    assert operators(gm) == (["aten.mul.Tensor", "aten.add.Tensor"] if adapt else [])
+    assert type(gm.linear) is nn.Linear
+    assert gm.linear.weight is model.linear.weight
+    assert type(model.linear) is ScaledLinear
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolution_subclass_is_raised_only_if_it_uses_its_own_settings(bias: bool) -> None:
+    class Conv(nn.Conv2d):
+        def forward(self, x: torch.Tensor, dilate: bool = False) -> torch.Tensor:
+            dilation = 2 if dilate else 1
+            return F.conv2d(x, self.weight, self.bias, self.stride, 1, dilation, self.groups)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain = Conv(4, 4, 3, padding=1, groups=2, bias=bias)
+            self.other = Conv(4, 4, 3, padding=0, bias=bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.other(self.plain(self.plain(x), dilate=True))
+
+    model = Model().eval()
+    gm = trace(model, (randn(2, 4, 8, 8),))
+    assert calls(gm) == ["plain"]
+    assert operators(gm).count("aten.conv2d.default") == 2
+    assert_equal_to_eager(model, gm, randn(3, 4, 8, 8))
+
+
+@pytest.mark.parametrize("norm", [RMSNorm(4, eps=1e-6), FP32LayerNorm(4)])
+def test_norms_of_diffusers_stay_aten(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), norm).eval()
+    gm = trace(model, (randn(2, 4),))
+    assert calls(gm) == ["0"]
+    assert_equal_to_eager(model, gm, randn(3, 4))
+
+
+def test_hooked_leaf_is_not_called_with_its_hook_lost() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    model[1].register_forward_hook(lambda module, args, output: output * 2)
+    gm = trace(model, (randn(2, 4),))
+    assert calls(gm) == ["0"]
+    with torch.no_grad():
+        assert torch.equal(gm(randn(2, 4)), model(randn(2, 4)))
+
+
+def test_parametrized_weight_is_computed_in_the_graph() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))).eval()
+    gm = trace(model, (randn(2, 4),))
+    assert calls(gm) == []
+    with torch.no_grad():
+        assert torch.equal(gm(randn(3, 4)), model(randn(3, 4)))
+
+
+def test_in_place_activation_keeps_its_effect() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.act = nn.SiLU(inplace=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x)
+            self.act(y)
+            return y + self.act(self.linear(x))
+
+    model = Model().eval()
+    gm = trace(model, (randn(2, 4),))
+    assert_equal_to_eager(model, gm, randn(3, 4))
+
+
+def test_lifted_constants_and_buffers_are_attributes() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", randn(3, 4), persistent=False)
+            self.plain = randn(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.table.T + torch.tensor([1.0, 2.0, 3.0]) * self.plain.sum()
+
+    model = Model().eval()
+    gm = trace(model, (randn(2, 4),))
+    assert "table" in attributes(gm)
+    assert gm.table is model.table
+    assert len(attributes(gm)) == 3
+    assert_equal_to_eager(model, gm, randn(3, 4))
+
+
+def test_gradient_and_autocast_regions_are_inlined() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", enabled=False):
+                y = self.linear(x)
+            with torch.enable_grad():
+                z = self.linear(y)
+            with torch.no_grad():
+                return z * 2
+
+    model = Model().eval()
+    gm = trace(model, (randn(2, 4),))
+    assert calls(gm) == ["linear", "linear"]
+    assert operators(gm) == ["aten.mul.Tensor"]
+    assert_equal_to_eager(model, gm, randn(3, 4))
+
+
+def test_outputs_keep_their_structure() -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return {"twice": x * 2, "rest": [x + 1, (x, None)]}
+
+    model = Model()
+    gm = trace(model, (randn(2, 4),))
+    out = gm(randn(3, 4))
+    assert torch.equal(out["twice"], randn(3, 4) * 2)
+    assert out["rest"][1][1] is None
+    assert torch.equal(out["rest"][1][0], randn(3, 4))
+
+
+def test_nested_inputs_are_opened_by_getitem() -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor, extra: dict[str, Any] | None = None) -> torch.Tensor:
+            assert extra is not None
+            return x * extra["scale"] + extra["pair"][1] * extra["factor"]
+
+    model = Model()
+    extra = {"scale": randn(2, 1), "pair": (None, randn(2, 4)), "factor": 3.0}
+    gm = trace(model, {"extra": extra, "x": randn(2, 4)})
+    assert [n.name for n in gm.graph.nodes if n.op == "placeholder"] == ["x", "extra"]
+    assert gm.meta["signature"].batch_range == (1, None)
+    given = {"scale": randn(5, 1), "pair": (None, randn(5, 4)), "factor": 3.0}
+    normalized = gm.meta["signature"].normalize((randn(5, 4),), {"extra": given})
+    assert torch.equal(gm(**normalized), model(randn(5, 4), given))
+
+
+# -- the caller's model ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_flags_survive(fails: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.body(x)
+            return y if not fails or y.sum() > 0 else -y
+
+    model = Model()
+    model.body[0].eval()
+    flags = [m.training for m in model.modules()]
+    if fails:
+        with pytest.raises(Exception, match="Model cannot be captured"):
+            trace(model, (randn(2, 4),))
+    else:
+        gm = trace(model, (randn(2, 4),))
+        assert torch.equal(gm(randn(2, 4)), gm(randn(2, 4)))  # dropout is off
+        assert_equal_to_eager(model, gm, randn(3, 4))
+    assert [m.training for m in model.modules()] == flags
+
+
+def test_batch_norm_in_training_mode_is_traced_with_its_running_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    before = copy.deepcopy(model.state_dict())
+    gm = trace(model, (randn(2, 3, 4, 4),))
+    assert_equal_to_eager(model, gm, randn(3, 3, 4, 4))
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert gm.get_parameter("1.weight") is model[1].weight
+    assert model[1].training
+
+
+def test_lazy_caches_and_random_state_are_left_alone() -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table: torch.Tensor | None = None
+            self.cache: dict[int, torch.Tensor] = {}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.table is None:
+                self.table = torch.linspace(0, 1, 4)
+            if 1 not in self.cache:
+                self.cache[1] = torch.ones(4)
+            torch.rand(1)
+            return x * self.table + self.cache[1]
+
+    model = Lazy()
+    state = torch.get_rng_state()
+    gm = trace(model, (randn(2, 4),))
+    assert model.table is None
+    assert model.cache == {}
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(gm(randn(3, 4)), model(randn(3, 4)))
+
+
+# -- the batch ------------------------------------------------------------
+
+
+def test_inputs_without_a_batch_axis_stay_static() -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return x * scale[:, None, None] + ids.repeat(x.shape[0], 1, 1)
+
+    model = Model()
+    gm = trace(model, (randn(2, 5, 3), randn(5, 3), randn(2)))
+    axes = {s.name: s.batch_axis for s in gm.meta["signature"].inputs}
+    assert axes == {"x": 0, "ids": None, "scale": 0}
+    assert_equal_to_eager(model, gm, randn(4, 5, 3), randn(5, 3), randn(4))
+
+
+def test_axis_that_has_the_batch_size_by_chance_stays_static() -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
+            left, right = pair.unbind(0)
+            return x * left + right
+
+    model = Model()
+    gm = trace(model, (randn(2, 4), randn(2, 4)))
+    assert {s.name: s.batch_axis for s in gm.meta["signature"].inputs} == {"x": 0, "pair": None}
+    assert_equal_to_eager(model, gm, randn(5, 4), randn(2, 4))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_several_rows_per_sample_follow_the_batch(batch: int) -> None:
+    class Model(nn.Module):
+        def forward(self, video: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+            return video.flatten(0, 1) + prompts
+
+    model = Model()
+    gm = trace(model, (randn(batch, 3, 4), randn(3 * batch, 4)))
+    spec = gm.meta["signature"].spec("prompts")
+    assert (spec.batch_axis, spec.batch_multiple) == (0, 3)
+    assert_equal_to_eager(model, gm, randn(5, 3, 4), randn(15, 4))
+    assert gm.meta["signature"].normalize((randn(5, 3, 4), randn(15, 4)))["prompts"].shape[0] == 15
+
+
+@pytest.mark.parametrize("batch", [2, 80])
+def test_branch_on_the_batch_size_bounds_the_range(batch: int) -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.shape[0] < 64 else x * 3
+
+    model = Model()
+    gm = trace(model, (randn(batch, 4),))
+    low, high = gm.meta["signature"].batch_range
+    assert (low, high) == ((1, 63) if batch == 2 else (64, None))
+    assert_equal_to_eager(model, gm, randn(63 if high else 64, 4))
+    with pytest.raises(Exception, match="outside the traced range"):
+        gm.meta["signature"].normalize((randn(64 if high else 63, 4),))
+
+
+def test_fixed_batch_is_announced_and_enforced(caplog: pytest.LogCaptureFixture) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(randn(3, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.table
+
+    model = Model()
+    with caplog.at_level(logging.WARNING):
+        gm = trace(model, (randn(3, 4),))
+    signature = gm.meta["signature"]
+    assert not signature.dynamic_batch
+    assert signature.note in caplog.text
+    assert "the batch is fixed" in signature.note
+    assert_equal_to_eager(model, gm, randn(3, 4))
+    with pytest.raises(Exception, match=r"x has shape \[2, 4\].*the batch is fixed"):
+        signature.normalize((randn(2, 4),))
+
+
+def test_static_batch_on_request_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        gm = trace(Block().eval(), (randn(1, 3, 8, 8),), dynamic_batch=False)
+    assert not gm.meta["signature"].dynamic_batch
+    assert not caplog.records
