@@ -107,6 +107,7 @@ def package_digits(trained: Path, target: Path, *, count: int = 256) -> dict[str
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".digits-") as scratch:
         fresh = Path(scratch) / target.name
         model.half().save_pretrained(fresh / "unet")
+        _forget_origin(fresh / "unet" / "config.json")
         scheduler.save_pretrained(fresh / "scheduler")
         state = {name: tensor.half() for name, tensor in classifier.state_dict().items()}
         save_file(state, fresh / CLASSIFIER_NAME)
@@ -117,6 +118,13 @@ def package_digits(trained: Path, target: Path, *, count: int = 256) -> dict[str
             shutil.move(target, Path(scratch) / "old")
         shutil.move(fresh, target)
     return log
+
+
+def _forget_origin(path: Path) -> None:
+    """Take out of a diffusers config the path that the model was loaded from."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -155,6 +155,8 @@ def test_packaging_stores_half_precision_and_reports_its_cost(finished, tmp_path
         "unet",
     }
     assert list(tmp_path.iterdir()) == [target]
+    for path in target.rglob("*.json"):  # where it was trained is nobody's business
+        assert str(folder) not in path.read_text()
 
 
 def test_packaging_an_unfinished_run_is_an_artifact_error(tmp_path):
