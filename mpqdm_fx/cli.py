@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compile diffusion UNets into extremely low-bit programs for phone CPUs.",
 )
-console = Console()
+# A pipe has no width of its own; 110 columns hold the longest layer names.
+console = Console(width=None if sys.stdout.isatty() else 110)
 errors = Console(stderr=True)
 
 ModelArgument = Annotated[
@@ -118,8 +120,8 @@ def sample(
     seed: SeedOption = 0,
 ) -> None:
     """Draw images with a program, packed weights, or the float model."""
+    from mpqdm_fx.denoisers import draw, open_denoiser
     from mpqdm_fx.report.images import save_grid
-    from mpqdm_fx.workflow import draw, open_denoiser
 
     source, denoiser = open_denoiser(model, subfolder, form)
     images = draw(source, denoiser, num=num, steps=steps, seed=seed)
@@ -197,6 +199,11 @@ def _options(
 ) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("mpqdm_fx").setLevel(logging.INFO if verbose else logging.WARNING)
+    if not verbose:
+        # Deprecations and missing GPU extensions of the libraries underneath: nothing to act on.
+        warnings.simplefilter("ignore")
+        for library in ("torch", "torchao", "diffusers", "executorch"):
+            logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def main() -> None:

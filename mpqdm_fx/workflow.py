@@ -4,21 +4,27 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mpqdm_fx.api import Backend, lower, quantize
-from mpqdm_fx.calibration.sampling import denoise
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.denoisers import (
+    PROGRAM,
+    SOURCE,
+    Denoiser,
+    draw,
+    first_rows,
+    program_denoiser,
+    source_of,
+)
+from mpqdm_fx.memory import peak_memory
 from mpqdm_fx.models.bundled import load_digits_classifier
-from mpqdm_fx.models.sources import Source, diffusers_class, load_source, read_json
+from mpqdm_fx.models.sources import Source
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.images import save_grid
 from mpqdm_fx.report.metrics import (
@@ -27,25 +33,18 @@ from mpqdm_fx.report.metrics import (
     evaluate_denoiser,
     x0_sqnr,
 )
-from mpqdm_fx.storage import MANIFEST, load, read_manifest, staged_directory, write_model
+from mpqdm_fx.storage import load, staged_directory, write_model
 
 __all__ = [
-    "PROGRAM",
     "QuantizeResult",
-    "draw",
     "evaluate_folder",
-    "open_denoiser",
     "quantize_to_folder",
 ]
 
 logger = logging.getLogger(__name__)
 
-PROGRAM = "unet.pte"
-SOURCE = "source.json"
 GRID = "samples.png"
 SUMMARY = "summary.json"
-
-Denoiser = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +117,7 @@ def quantize_to_folder(
         if backend == "xnnpack":
             lowered = lower(quantized, "xnnpack", output=stage / PROGRAM)
             program = lowered.to_dict()
-            runner = _program_denoiser(stage, quantized)
+            runner = program_denoiser(stage / PROGRAM, quantized.signature)
         elif backend == "torch_ao":
             runner = _positional(lower(quantized, "torch_ao"), quantized)
         summary = _summarise(source, quantized, runner, backend, data)
@@ -128,6 +127,11 @@ def quantize_to_folder(
             save_grid(images, stage / GRID, columns=max(1, round(samples**0.5)))
         summary["files"] = {
             path.name: path.stat().st_size for path in sorted(stage.iterdir()) if path.is_file()
+        }
+        form = "pte" if backend == "xnnpack" else "packed"
+        summary["peak_memory_bytes"] = {
+            form: peak_memory(form, str(stage)),
+            "float": peak_memory("float", source.name, subfolder),
         }
         (stage / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
     return QuantizeResult(directory=output, quantized=quantized, summary=summary)
@@ -139,7 +143,7 @@ def _summarise(
     held_out = calibration_of(source, trajectories=4, steps=20, seed=EVALUATION_SEED)
     plan = quantized.plan
     one = next(iter(data))
-    single = {name: _first_row(value) for name, value in one.items()}
+    single = first_rows(one)
     timing = time_per_step({"float": source.model, backend: runner}, single)
     return {
         "backend": backend,
@@ -180,12 +184,6 @@ def time_per_step(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _first_row(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _first_row(entry) for key, entry in value.items()}
-    return value[:1]
-
-
 def _positional(graph_module: Callable[..., Any], quantized: QuantizedModel) -> Denoiser:
     """A lowered graph behind the model's keyword arguments."""
 
@@ -193,138 +191,6 @@ def _positional(graph_module: Callable[..., Any], quantized: QuantizedModel) -> 
         return graph_module(**quantized.signature.normalize((), kwargs))
 
     return call
-
-
-def _program_denoiser(folder: Path, quantized: QuantizedModel) -> Denoiser:
-    """The folder's `.pte` behind the model's keyword arguments, any batch, one row a call."""
-    from mpqdm_fx.backends.xnnpack import XnnpackRunner
-
-    runner = XnnpackRunner(folder / PROGRAM)
-
-    def call(**kwargs: Any) -> tuple[Tensor, ...]:
-        inputs = quantized.signature.normalize((), kwargs)
-        rows = next(iter(inputs.values())).shape[0]
-        outputs = [
-            runner(*[_row(value, index) for value in inputs.values()]) for index in range(rows)
-        ]
-        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
-
-    return call
-
-
-def _row(value: Any, index: int) -> Any:
-    if isinstance(value, dict):
-        return {key: _row(entry, index) for key, entry in value.items()}
-    return value[index : index + 1]
-
-
-def open_denoiser(name: str, subfolder: str | None, form: str) -> tuple[Source, Denoiser]:
-    """What `sample` runs: the float model, a folder's packed weights, or its `.pte`.
-
-    Args:
-        name: A model (see `load_source`) or a folder written by `quantize`.
-        subfolder: Part of a pipeline folder.
-        form: `"auto"` (the `.pte` if there is one), `"pte"`, `"packed"` or `"float"`.
-
-    Raises:
-        ConfigError: The form is unknown.
-        ArtifactError: The folder lacks that form or is damaged.
-    """
-    if form not in ("auto", "pte", "packed", "float"):
-        raise ConfigError(f"--from {form}: choose auto, pte, packed or float")
-    folder = Path(name)
-    if not (folder / MANIFEST).exists():
-        if form in ("pte", "packed"):
-            raise ArtifactError(f"{name} was not written by mpqdm-fx quantize; it has no {form}")
-        source = load_source(name, subfolder)
-        return source, source.model
-    quantized = load(folder)
-    if form == "float":
-        source = source_of(folder)
-        return source, source.model
-    source = _source_from_folder(folder, quantized)
-    if form == "packed" or (form == "auto" and not (folder / PROGRAM).exists()):
-        return source, quantized
-    if not (folder / PROGRAM).exists():
-        raise ArtifactError(f"{folder} has no {PROGRAM}; quantize with --backend xnnpack")
-    return source, _program_denoiser(folder, quantized)
-
-
-def _source_from_folder(folder: Path, quantized: QuantizedModel) -> Source:
-    """Shapes and scheduler as saved: sampling needs no float model."""
-    from mpqdm_fx.graph.calling import example_inputs
-
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    scheduler = diffusers_class(config["_class_name"]).from_pretrained(folder / "scheduler")
-    inputs = example_inputs(quantized.signature)
-    classes = int((quantized.config or {}).get("num_class_embeds") or 0)
-    return Source(
-        name=str(folder),
-        model=quantized,
-        scheduler=scheduler,
-        example_inputs=inputs,
-        sample_shape=tuple(inputs["sample"].shape[1:]),
-        classes=classes,
-    )
-
-
-def source_of(folder: Path, model: str | None = None, subfolder: str | None = None) -> Source:
-    """The float model that a folder was made from.
-
-    Raises:
-        ArtifactError: It cannot be found; give `model`.
-    """
-    read_manifest(folder)
-    origin = read_json(folder / SOURCE)
-    try:
-        return load_source(model or origin["model"], subfolder or origin["subfolder"])
-    except ConfigError as error:
-        raise ArtifactError(
-            f"the float model of {folder} is gone ({error}); give --model"
-        ) from None
-
-
-def draw(
-    source: Source, denoiser: Denoiser, *, num: int, steps: int, seed: int, batch_size: int = 16
-) -> Tensor:
-    """Draw samples from seeded noise.
-
-    Args:
-        source: Shapes, scheduler and conditions.
-        denoiser: What predicts the noise.
-        num: Number of samples.
-        steps: Steps of the scheduler.
-        seed: Seed of the noise and of random conditions.
-        batch_size: Samples in one call.
-
-    Returns:
-        Samples [num, *sample_shape].
-    """
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(num, *source.sample_shape, generator=generator)
-    conditions = source.conditions(num, seed)
-    parts = []
-    with torch.no_grad():
-        for start in range(0, num, batch_size):
-            rows = slice(start, start + batch_size)
-            parts.append(
-                denoise(
-                    denoiser,
-                    source.scheduler,
-                    noise[rows],
-                    num_inference_steps=steps,
-                    seed=seed,
-                    conditions={name: _rows(value, rows) for name, value in conditions.items()},
-                    progress=True,
-                )
-            )
-    return torch.cat(parts)
-
-
-def _rows(value: Any, rows: slice) -> Any:
-    if isinstance(value, dict):
-        return {key: _rows(entry, rows) for key, entry in value.items()}
-    return value[rows]
 
 
 def evaluate_folder(

@@ -13,7 +13,9 @@ from mpqdm_fx.storage import MANIFEST, WEIGHTS, load, save, staged_directory
 
 @pytest.fixture(scope="module")
 def quantized():
-    config = MPQConfig(weight_bits=3, levels="codebook", overrides=[{"pattern": "mid*q", "skip": True}])
+    config = MPQConfig(
+        weight_bits=3, levels="codebook", overrides=[{"pattern": "*to_q", "skip": True}]
+    )
     return quantize(tiny_unet(), config, unet_calls())
 
 

@@ -75,6 +75,7 @@ def write_packed(path: Path, rounded: fx.GraphModule, plan: BitPlan) -> dict[str
     tensors = {key: torch.cat(value) for key, value in parts.items() if value}
     floats = _write_floats(rounded, skipped, tensors)
     save_file({key: value.contiguous() for key, value in tensors.items() if value.numel()}, path)
+    path.chmod(0o644)  # safetensors writes for the owner alone
     return {
         "layers": layers,
         "floats": floats,

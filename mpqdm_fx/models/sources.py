@@ -27,7 +27,7 @@ class Source:
 
     Attributes:
         name: What the user called it.
-        model: The model in evaluation mode.
+        model: The model in evaluation mode, or what is called like it.
         scheduler: A diffusers scheduler.
         example_inputs: Keyword arguments of one call, batch 2.
         sample_shape: Shape of one sample, without the batch axis.
@@ -35,7 +35,7 @@ class Source:
     """
 
     name: str
-    model: nn.Module
+    model: Any
     scheduler: Any
     example_inputs: Mapping[str, Any]
     sample_shape: tuple[int, ...]

@@ -206,7 +206,7 @@ def run_reference(
     num_samples: int = 256,
     num_inference_steps: int = 20,
     rows_per_timestep: int = 12,
-    batch_size: int = 64,
+    batch_size: int = 32,
     seed: int = EVALUATION_SEED,
 ) -> ReferenceRun:
     """Run the float model once: held-out trajectories, and samples with balanced classes.
@@ -309,7 +309,7 @@ def evaluate_denoiser(
     num_classes: int = 10,
     num_samples: int = 256,
     num_inference_steps: int = 20,
-    batch_size: int = 64,
+    batch_size: int = 32,
     seed: int = EVALUATION_SEED,
 ) -> EvaluationResult:
     """Measure a quantized class-conditional denoiser against the float one.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from mpqdm_fx.quantized import QuantizationReport
@@ -12,18 +13,18 @@ __all__ = ["layer_table", "metrics_table", "summary_table"]
 
 def layer_table(report: QuantizationReport) -> Table:
     """One row per quantized layer: shape, mean bits, bytes, SQNR, and why it is pinned."""
-    table = Table(title="layers", header_style="bold")
+    table = Table(title="layers", header_style="bold", box=box.SIMPLE_HEAD)
     for heading in ("layer", "weight"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("bits", "±", "bytes", "SQNR dB"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, no_wrap=True)
+    for heading in ("bits", "mixed", "bytes", "SQNR dB"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("pinned")
     for layer in report.layers:
         table.add_row(
             layer.name,
             "x".join(str(size) for size in layer.shape),
             f"{layer.mean_bits:.2f}",
-            f"{layer.fraction:.0%}" if layer.fraction else "",
+            f"±{layer.fraction:.0%}" if layer.fraction else "",
             f"{layer.bytes:,}",
             "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
             layer.reason or "",
@@ -33,7 +34,7 @@ def layer_table(report: QuantizationReport) -> Table:
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """Bits, bytes, SQNR and milliseconds per step of a quantized folder, against float."""
-    table = Table(title="quantized against float", header_style="bold", show_header=True)
+    table = Table(title="quantized against float", header_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("")
     table.add_column("quantized", justify="right")
     table.add_column("float32", justify="right")
@@ -49,24 +50,30 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("noise SQNR, fake-quantized graph, dB", f"{summary['epsilon_sqnr_db']:.2f}", "")
     backend = summary["backend"]
     table.add_row(f"noise SQNR, {backend}, dB", f"{summary['backend_epsilon_sqnr_db']:.2f}", "")
+    label = f"ms per step, batch 1, {summary['threads']} threads ({backend}; eager float)"
     times = summary["milliseconds_per_step"]
-    table.add_row(
-        f"ms per step, batch 1 ({backend}; eager float, {summary['threads']} threads)",
-        f"{times[backend]:.2f}",
-        f"{times['float']:.2f}",
-    )
+    table.add_row(label, f"{times[backend]:.2f}", f"{times['float']:.2f}")
+    for form, size in summary.get("peak_memory_bytes", {}).items():
+        if form != "float" and size is not None:
+            other = summary["peak_memory_bytes"]["float"]
+            shown = f"{size / 2**20:.1f}", f"{other / 2**20:.1f}"
+            table.add_row(f"peak memory of load and one step, MiB ({form}; eager float)", *shown)
     program = summary.get("program")
     if program:
-        for key, value in program.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                shown = f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
-                table.add_row(f"program: {key.replace('_', ' ')}", shown, "")
+        nodes = f"{program['delegated']} / {program['undelegated']}"
+        table.add_row("program: XNNPACK subgraphs", str(program["subgraphs"]), "")
+        table.add_row("program: nodes delegated / on portable kernels", nodes, "")
+        difference = f"{program['sqnr_db']:.1f}"
+        if program["max_lsb"] is not None:
+            difference += f" ({program['max_lsb']:.0f} LSB)"
+        table.add_row("program against the converted graph, dB", difference, "")
+        table.add_row("program: seconds to lower", f"{program['seconds']:.0f}", "")
     return table
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
     """One row per metric."""
-    table = Table(title="against the float model", header_style="bold")
+    table = Table(title="against the float model", header_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():

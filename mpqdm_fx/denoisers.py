@@ -1,0 +1,176 @@
+"""What predicts the noise: a float model, packed weights, or a program; and drawing with it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpqdm_fx.calibration.sampling import denoise
+from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.graph.calling import example_inputs, signature_from_dict
+from mpqdm_fx.graph.signature import Signature
+from mpqdm_fx.models.sources import Source, diffusers_class, load_source, read_json
+from mpqdm_fx.storage import MANIFEST, MODEL_CONFIG, load, read_manifest
+
+__all__ = [
+    "PROGRAM",
+    "SOURCE",
+    "Denoiser",
+    "draw",
+    "first_rows",
+    "open_denoiser",
+    "program_denoiser",
+    "source_of",
+]
+
+PROGRAM = "unet.pte"
+SOURCE = "source.json"
+
+Denoiser = Callable[..., Any]
+"""Called with the model's keyword arguments."""
+
+
+def first_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The first sample of a batch of keyword arguments, batch 1."""
+    return {name: _row(value, 0) for name, value in inputs.items()}
+
+
+def program_denoiser(path: Path, signature: Signature) -> Denoiser:
+    """A `.pte` behind the model's keyword arguments: any batch, one row a call.
+
+    Args:
+        path: The program.
+        signature: Signature of the graph that it was made of.
+    """
+    from mpqdm_fx.backends.xnnpack_runner import XnnpackRunner
+
+    runner = XnnpackRunner(path)
+
+    def call(**kwargs: Any) -> tuple[Tensor, ...]:
+        inputs = signature.normalize((), kwargs)
+        rows = next(iter(inputs.values())).shape[0]
+        outputs = [
+            runner(*[_row(value, index) for value in inputs.values()]) for index in range(rows)
+        ]
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+    return call
+
+
+def _row(value: Any, index: int) -> Any:
+    if isinstance(value, dict):
+        return {key: _row(entry, index) for key, entry in value.items()}
+    return value[index : index + 1]
+
+
+def open_denoiser(name: str, subfolder: str | None, form: str) -> tuple[Source, Denoiser]:
+    """What `sample` runs: the float model, a folder's packed weights, or its `.pte`.
+
+    A program is run without loading or tracing any model.
+
+    Args:
+        name: A model (see `load_source`) or a folder written by `quantize`.
+        subfolder: Part of a pipeline folder.
+        form: `"auto"` (the `.pte` if there is one), `"pte"`, `"packed"` or `"float"`.
+
+    Raises:
+        ConfigError: The form is unknown.
+        ArtifactError: The folder lacks that form or is damaged.
+    """
+    if form not in ("auto", "pte", "packed", "float"):
+        raise ConfigError(f"--from {form}: choose auto, pte, packed or float")
+    folder = Path(name)
+    if not (folder / MANIFEST).exists():
+        if form in ("pte", "packed"):
+            raise ArtifactError(f"{name} was not written by mpqdm-fx quantize; it has no {form}")
+        source = load_source(name, subfolder)
+        return source, source.model
+    if form == "float":
+        source = source_of(folder)
+        return source, source.model
+    has_program = (folder / PROGRAM).exists()
+    if form == "pte" and not has_program:
+        raise ArtifactError(f"{folder} has no {PROGRAM}; quantize with --backend xnnpack")
+    signature = signature_from_dict(read_manifest(folder)["signature"])
+    if form == "packed" or not has_program:
+        quantized = load(folder)
+        return _saved_source(folder, signature, quantized), quantized
+    denoiser = program_denoiser(folder / PROGRAM, signature)
+    return _saved_source(folder, signature, denoiser), denoiser
+
+
+def _saved_source(folder: Path, signature: Signature, model: Denoiser) -> Source:
+    """Shapes, classes and scheduler as saved: sampling needs no float model."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = diffusers_class(config["_class_name"]).from_pretrained(folder / "scheduler")
+    inputs = example_inputs(signature)
+    described = read_json(folder / MODEL_CONFIG) if (folder / MODEL_CONFIG).exists() else {}
+    return Source(
+        name=str(folder),
+        model=model,
+        scheduler=scheduler,
+        example_inputs=inputs,
+        sample_shape=tuple(inputs["sample"].shape[1:]),
+        classes=int(described.get("num_class_embeds") or 0),
+    )
+
+
+def source_of(folder: Path, model: str | None = None, subfolder: str | None = None) -> Source:
+    """The float model that a folder was made from.
+
+    Raises:
+        ArtifactError: It cannot be found; give `model`.
+    """
+    read_manifest(folder)
+    origin = read_json(folder / SOURCE)
+    try:
+        return load_source(model or origin["model"], subfolder or origin["subfolder"])
+    except ConfigError as error:
+        raise ArtifactError(
+            f"the float model of {folder} is gone ({error}); give --model"
+        ) from None
+
+
+def draw(
+    source: Source, denoiser: Denoiser, *, num: int, steps: int, seed: int, batch_size: int = 16
+) -> Tensor:
+    """Draw samples from seeded noise.
+
+    Args:
+        source: Shapes, scheduler and conditions.
+        denoiser: What predicts the noise.
+        num: Number of samples.
+        steps: Steps of the scheduler.
+        seed: Seed of the noise and of random conditions.
+        batch_size: Samples in one call.
+
+    Returns:
+        Samples [num, *sample_shape].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(num, *source.sample_shape, generator=generator)
+    conditions = source.conditions(num, seed)
+    parts = []
+    with torch.no_grad():
+        for start in range(0, num, batch_size):
+            rows = slice(start, start + batch_size)
+            parts.append(
+                denoise(
+                    denoiser,
+                    source.scheduler,
+                    noise[rows],
+                    num_inference_steps=steps,
+                    seed=seed,
+                    conditions={name: _rows(value, rows) for name, value in conditions.items()},
+                    progress=True,
+                )
+            )
+    return torch.cat(parts)
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    if isinstance(value, dict):
+        return {key: _rows(entry, rows) for key, entry in value.items()}
+    return value[rows]

@@ -1,0 +1,70 @@
+"""Peak memory of one denoising step, measured in a process of its own.
+
+`python -m mpqdm_fx.memory FORM NAME` prints the bytes by which loading NAME and running one step
+raises the peak of a process that has imported everything already.
+"""
+
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from mpqdm_fx.errors import MPQError
+
+__all__ = ["main", "peak_memory"]
+
+
+def peak_memory(form: str, name: str, subfolder: str | None = None) -> int | None:
+    """Measure one form of a model.
+
+    Args:
+        form: `"pte"`, `"packed"` or `"float"`.
+        name: A folder written by `quantize`, or a model's name.
+        subfolder: Part of a pipeline folder.
+
+    Returns:
+        Bytes above the imports; None where the system does not tell (no /proc).
+    """
+    if not Path("/proc/self/status").exists():
+        return None
+    command = [
+        sys.executable,
+        "-m",
+        "mpqdm_fx.memory",
+        form,
+        name,
+        *([subfolder] * bool(subfolder)),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise MPQError(f"measuring the memory of {name} failed: {result.stderr.strip()[-300:]}")
+    return int(result.stdout.split()[-1])
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+def main(arguments: list[str]) -> None:
+    """Load, run one step, print the rise of the peak in bytes."""
+    import torch
+
+    from mpqdm_fx.denoisers import first_rows, open_denoiser
+
+    form, name, *rest = arguments
+    if form == "pte":
+        import executorch.runtime  # noqa: F401 - imported before the measurement begins
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # peak := current
+    before = _status("VmRSS")
+    source, denoiser = open_denoiser(name, rest[0] if rest else None, form)
+    with torch.no_grad():
+        denoiser(**first_rows(source.example_inputs))
+    sys.stdout.write(f"{max(0, _status('VmHWM') - before)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,128 @@
+import json
+
+import pytest
+from small import tiny_unet
+from typer.testing import CliRunner
+
+from mpqdm_fx import cli
+from mpqdm_fx.errors import MPQError
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    from diffusers import DDIMScheduler
+
+    root = tmp_path_factory.mktemp("pipeline")
+    tiny_unet().save_pretrained(root / "unet")
+    DDIMScheduler().save_pretrained(root / "scheduler")
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "DDIMPipeline"}))
+    return root
+
+
+def run(*arguments):
+    """Run the command line as `main` does; return exit status and all that was printed."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if isinstance(result.exception, MPQError):
+        return 2, str(result.exception)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(model_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cli") / "out"
+    options = ["--weights", 3, "--backend", "packed", "--trajectories", 2, "--steps", 3]
+    status, text = run(
+        "quantize", model_folder, "--subfolder", "unet", *options, "--samples", 4,
+        "--override", "mid_block.attentions.*=5", "--output", output,
+    )  # fmt: skip
+    assert status == 0, text
+    assert "effective bits" in text
+    assert "ms per step" in text
+    return output
+
+
+def test_quantize_leaves_packed_weights_config_scheduler_and_a_grid(quantized_folder):
+    names = {path.name for path in quantized_folder.iterdir()}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "mpqdm.json",
+        "samples.png",
+        "scheduler",
+        "source.json",
+        "summary.json",
+    }
+    assert (quantized_folder / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_prints_every_layer(quantized_folder):
+    status, text = run("inspect", quantized_folder, "--json")
+    assert status == 0
+    layers = {layer["name"]: layer for layer in json.loads(text)["layers"]}
+    assert layers["mid_block.attentions.0.to_q"]["mean_bits"] == 5
+    assert layers["mid_block.resnets.0.conv1"]["mean_bits"] == 3
+    assert layers["conv_in"]["reason"] == "first layer"
+    status, text = run("inspect", quantized_folder)
+    assert status == 0
+    assert "SQNR" in text
+
+
+@pytest.mark.parametrize("form", ["packed", "float", "auto"])
+def test_sample_writes_a_picture_that_depends_on_the_seed_alone(quantized_folder, tmp_path, form):
+    pictures = []
+    for seed in (0, 0, 1):
+        picture = tmp_path / "grid.png"
+        options = ["--num", 4, "--steps", 2, "--seed", seed, "--from", form]
+        status, text = run("sample", quantized_folder, *options, "--output", picture)
+        assert status == 0, text
+        pictures.append(picture.read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_evaluate_measures_against_the_float_model(quantized_folder):
+    status, text = run("evaluate", quantized_folder, "--num", 4, "--steps", 2, "--json")
+    assert status == 0
+    assert json.loads(text)["epsilon_sqnr"] > 5
+
+
+def test_trace_explain_says_what_was_found(model_folder):
+    status, text = run("trace", model_folder, "--subfolder", "unet", "--explain")
+    assert status == 0
+    assert "UNet2DModel" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "nowhere"], "neither a bundled model"),
+        (["quantize", "{pipeline}"], "--subfolder unet"),
+        (["quantize", "digits", "--weights", 9], "1 to 8"),
+        (["quantize", "digits", "--allocation", "best"], "'omq' or 'uniform'"),
+        (["quantize", "digits", "--backend", "tflite"], "choose one of"),
+        (["quantize", "digits", "--override", "conv_in"], "PATTERN=BITS"),
+        (["quantize", "digits", "--override", "convin=4"], "nearest names: conv_in"),
+        (["sample", "{pipeline}", "--from", "pte"], "not written by mpqdm-fx"),
+        (["inspect", "{pipeline}"], "mpqdm.json"),
+        (["evaluate", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_gets_one_clear_error_and_nothing_is_written(
+    model_folder, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    status, text = run(*[str(a).replace("{pipeline}", str(model_folder)) for a in arguments])
+    assert status == 2
+    assert message in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_main_prints_one_line_and_exits_with_two(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["mpqdm-fx", "inspect", "nowhere"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert printed.startswith("error: nowhere")
