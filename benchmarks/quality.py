@@ -88,11 +88,11 @@ def measure(seed: int, samples: int, rows: dict[str, Any], output: Path) -> None
 
 def table(rows: dict[str, Any], seeds: list[int]) -> str:
     """Markdown table: mean and spread (largest minus smallest) over the seeds."""
-    lines = [
-        "| setting | allocation | levels | eps-SQNR dB | x0-SQNR dB | FD | accuracy | "
-        "effective bits | bytes | mixed / codebook layers |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    headings = (
+        "setting", "allocation", "levels", "eps-SQNR dB", "x0-SQNR dB", "FD", "accuracy",
+        "effective bits", "bytes", "mixed / codebook layers",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for weights, activations, allocation, levels in cells():
         setting = f"W{weights}A{activations}"
         found = [

@@ -27,14 +27,9 @@ def peak_memory(form: str, name: str, subfolder: str | None = None) -> int | Non
     """
     if not Path("/proc/self/status").exists():
         return None
-    command = [
-        sys.executable,
-        "-m",
-        "mpqdm_fx.memory",
-        form,
-        name,
-        *([subfolder] * bool(subfolder)),
-    ]
+    command = [sys.executable, "-m", "mpqdm_fx.memory", form, name]
+    if subfolder:
+        command.append(subfolder)
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise MPQError(f"measuring the memory of {name} failed: {result.stderr.strip()[-300:]}")

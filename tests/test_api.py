@@ -36,9 +36,7 @@ def test_the_quantized_model_is_called_exactly_like_the_model(model, quantized):
     assert isinstance(as_tuple, tuple)
     assert torch.equal(as_tuple[0], by_keyword.sample)
     one_time = quantized(call["sample"], 10, class_labels=call["class_labels"])
-    spelled = quantized(
-        call["sample"], torch.full((3,), 10), class_labels=call["class_labels"]
-    )
+    spelled = quantized(call["sample"], torch.full((3,), 10), class_labels=call["class_labels"])
     assert torch.equal(one_time.sample, spelled.sample)
     assert quantized.config.in_channels == 1
     assert quantized.dtype == torch.float32

@@ -118,14 +118,19 @@ def test_a_missing_file_or_folder_is_refused(copy_of_saved, tmp_path):
 
 def test_a_failing_writer_leaves_neither_a_new_folder_nor_a_changed_old_one(tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(RuntimeError), staged_directory(target) as stage:
-        (stage / "half").write_text("half")
-        raise RuntimeError
+
+    def write_half() -> None:
+        with staged_directory(target) as stage:
+            (stage / "half").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
     assert list(tmp_path.iterdir()) == []
     with staged_directory(target) as stage:
         (stage / MANIFEST).write_text("{}")
-    with pytest.raises(RuntimeError), staged_directory(target) as stage:
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        write_half()
     assert (target / MANIFEST).read_text() == "{}"
     assert list(tmp_path.iterdir()) == [target]
 

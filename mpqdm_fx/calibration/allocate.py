@@ -46,9 +46,7 @@ def search_ranges(
     Returns:
         Ranges by layer. Layers that read the same tensor get the same range.
     """
-    reads_sample = {
-        name for name, why in pinned_layers(graph_module).items() if why == FIRST_LAYER
-    }
+    reads_sample = {name for name, why in pinned_layers(graph_module).items() if why == FIRST_LAYER}
     found: dict[tuple[int, int], ActivationRange] = {}
 
     def search(tensor: TensorStatistics, bits: int) -> ActivationRange:

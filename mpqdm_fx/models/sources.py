@@ -175,7 +175,7 @@ def example_inputs_for(model: nn.Module, *, batch: int = 2, seed: int = 0) -> di
             f"example inputs for a {kind} cannot be guessed; use the Python interface: "
             f"mpqdm_fx.trace(model, example_inputs)"
         )
-    config = model.config
+    config: Any = model.config
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
