@@ -9,6 +9,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+import typer
+
+from mpqdm_fx.backends.xnnpack_runner import require_executorch
+from mpqdm_fx.denoisers import first_rows, open_denoiser
 from mpqdm_fx.errors import MPQError
 
 __all__ = ["main", "peak_memory"]
@@ -45,20 +50,16 @@ def _status(field: str) -> int:
 
 def main(arguments: list[str]) -> None:
     """Load, run one step, print the rise of the peak in bytes."""
-    import torch
-
-    from mpqdm_fx.denoisers import first_rows, open_denoiser
-
     form, name, *rest = arguments
     if form == "pte":
-        import executorch.runtime  # noqa: F401 - imported before the measurement begins
+        require_executorch()  # its import is not part of the measurement
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # peak := current
     before = _status("VmRSS")
     source, denoiser = open_denoiser(name, rest[0] if rest else None, form)
     with torch.no_grad():
         denoiser(**first_rows(source.example_inputs))
-    sys.stdout.write(f"{max(0, _status('VmHWM') - before)}\n")
+    typer.echo(max(0, _status("VmHWM") - before))
 
 
 if __name__ == "__main__":
