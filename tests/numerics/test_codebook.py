@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from numerics_strategies import importances, make_rows, weight_rows, weights_and_bits
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.numerics import codebook
 from mpqdm_fx.numerics import rows as rows_module
 from mpqdm_fx.numerics.codebook import code_ranks, codebook_tables, quantize_codebook
 from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, dequantize, quantize_uniform
@@ -33,6 +34,16 @@ def test_codebook_is_never_worse_than_uniform_in_the_error_it_is_fitted_to(data)
     fitted = loss(W, *quantize_codebook(W, bits, importance), importance)
     uniform = loss(W, *quantize_uniform(W, bits, importance), importance)
     assert bool((fitted <= uniform * (1 + 1e-12)).all())  # the test sums in another order
+
+
+def test_a_fit_that_fails_falls_back_to_the_uniform_solution(monkeypatch):
+    monkeypatch.setattr(codebook, "_lloyd", lambda rows, centers: centers[:, :2] * 0 + 0.01)
+    W = make_rows(4, 50, "normal", 0)
+    fitted, uniform = (
+        quantize(W, full(W, 2)) for quantize in (quantize_codebook, quantize_uniform)
+    )
+    assert torch.equal(fitted[0], uniform[0])
+    assert torch.equal(fitted[1], uniform[1])
 
 
 @given(st.data())
