@@ -55,8 +55,8 @@ def quantize(
     model: ModelArgument,
     weights: Annotated[int, typer.Option(help="Average bits of a weight, 1 to 8.")] = 4,
     activations: Annotated[int, typer.Option(help="Bits of activations, 1 to 8.")] = 8,
-    allocation: Annotated[str, typer.Option(help="omq or uniform.")] = "omq",
-    levels: Annotated[str, typer.Option(help="uniform or codebook.")] = "uniform",
+    allocation: Annotated[str, typer.Option(help="uniform or omq.")] = "uniform",
+    levels: Annotated[str, typer.Option(help="codebook or uniform.")] = "codebook",
     backend: Annotated[str, typer.Option(help="xnnpack, torch_ao or packed.")] = "xnnpack",
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("out"),
     override: Annotated[

@@ -102,12 +102,13 @@ class MPQConfig:
         weight_bits: Average bits of a weight over the layers that share the budget, 1..8.
         activation_bits: Bits of every weight layer's input, 1..8. Programs for phones and
             torch.ao kernels run 8; other widths are for measuring.
-        allocation: `"omq"` gives the output channels of a layer N-1, N or N+1 bits by the
-            kurtosis of their weights (MPQ-DM, arXiv 2412.11549, section on Outlier-driven Mixed
-            Quantization); `"uniform"` gives all N.
+        allocation: `"uniform"` gives every channel N bits; `"omq"` gives the output channels of a
+            layer N-1, N or N+1 bits by the kurtosis of their weights (MPQ-DM, arXiv 2412.11549,
+            section on Outlier-driven Mixed Quantization). On the bundled model OMQ made no
+            measurable difference (README), so it is not the default.
         rounding: `"nearest"` rounds each weight to its nearest level.
-        levels: `"uniform"` has evenly spaced, balanced levels; `"codebook"` fits 2^b int8 values
-            for each channel of at most 4 bits.
+        levels: `"codebook"` fits 2^b int8 values for each channel of at most 4 bits, in layers
+            whose measured output error it lowers; `"uniform"` has evenly spaced, balanced levels.
         overrides: Rules for single layers; later ones win; a rule that matches nothing is an
             error.
         seed: Seed of every sampled choice (which activations are kept for statistics).
@@ -120,9 +121,9 @@ class MPQConfig:
 
     weight_bits: int = 4
     activation_bits: int = 8
-    allocation: Allocation = "omq"
+    allocation: Allocation = "uniform"
     rounding: Rounding = "nearest"
-    levels: Levels = "uniform"
+    levels: Levels = "codebook"
     overrides: Sequence[Override | Mapping[str, Any]] = ()
     seed: int = 0
     split_skips: bool = True

@@ -59,7 +59,7 @@ def test_layers_that_read_one_value_share_one_range(unet_graph):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_omq_keeps_the_average_exactly_and_promotes_as_many_as_it_demotes(unet_graph, bits):
     graph, statistics = unet_graph
-    plan, _, _ = _decide(graph, statistics, weight_bits=bits)
+    plan, _, _ = _decide(graph, statistics, weight_bits=bits, allocation="omq", levels="uniform")
     assert plan.mean_bits == bits
     assert any(layer.fraction > 0 for layer in plan.layers)
     for layer in plan.layers:
@@ -72,7 +72,9 @@ def test_omq_is_never_worse_than_uniform_bits_on_any_layers_calibration_output(u
     graph, statistics = unet_graph
     result = {}
     for allocation in ("uniform", "omq"):
-        plan, importance, ranges = _decide(graph, statistics, weight_bits=2, allocation=allocation)
+        plan, importance, ranges = _decide(
+            graph, statistics, weight_bits=2, allocation=allocation, levels="uniform"
+        )
         rounded = RoundWeights(plan=plan, importance=importance)(graph).graph_module
         result[allocation] = measure_layers(graph, rounded, statistics, ranges)
     for name, sqnr in result["omq"].items():
@@ -82,7 +84,7 @@ def test_omq_is_never_worse_than_uniform_bits_on_any_layers_calibration_output(u
 @pytest.mark.parametrize("bits", [1, 8])
 def test_at_the_ends_of_the_scale_no_channel_moves(unet_graph, bits):
     graph, statistics = unet_graph
-    plan, _, _ = _decide(graph, statistics, weight_bits=bits)
+    plan, _, _ = _decide(graph, statistics, weight_bits=bits, allocation="omq")
     assert all(len(set(layer.bits)) == 1 for layer in plan.layers)
 
 
