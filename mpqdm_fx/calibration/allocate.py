@@ -1,6 +1,6 @@
 """From statistics to decisions: activation ranges, bits of every channel, what stays in float."""
 
-import logging
+import math
 from collections.abc import Mapping
 
 import torch
@@ -18,14 +18,14 @@ from mpqdm_fx.numerics.grids import dequantize, quantize_uniform
 from mpqdm_fx.numerics.halves import stored_float_bits
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.numerics.outliers import kurtosis, smoothing_factors
+from mpqdm_fx.numerics.packing import storage_bits
 from mpqdm_fx.numerics.ranges import fake_quantize, search_range
 from mpqdm_fx.plan import ActivationRange, BitPlan, FloatTensor, LayerActivation, LayerPlan
 
 __all__ = ["allocate", "float_tensors", "measure_layers", "search_ranges"]
 
-logger = logging.getLogger(__name__)
-
 PINNED_BITS = 8
+DB_PER_BIT = 20 * math.log10(2)  # halving the step quarters the squared error
 OUTPUT_BITS = 8  # a static integer kernel writes int8, whatever width it reads
 
 
@@ -167,12 +167,12 @@ def _decide(
         rounded = _round(weight, bits, importance, levels)
         return (target - _outputs(quantized_rows, rounded)).double().square().mean(dim=0)
 
-    # A codebook must earn its table: it stays where the layer's output error says so.
-    levels: Levels = settings.levels
-    uniform = errors(base, "uniform")
-    at_base = uniform if levels == "uniform" else errors(base, "codebook")
-    if levels == "codebook" and float(at_base.sum()) >= float(uniform.sum()):
-        levels, at_base = "uniform", uniform
+    levels: Levels = "uniform"
+    at_base = errors(base, "uniform")
+    if settings.levels == "codebook":
+        fitted = errors(base, "codebook")
+        if _earns_its_table(layer, base, at_base, fitted):
+            levels, at_base = "codebook", fitted
     bits, fraction = torch.full((len(weight),), base), 0.0
     if settings.allocation == "omq" and 1 < base < 8:
         by_width = {
@@ -193,6 +193,18 @@ def _decide(
         levels=levels,
         fraction=fraction,
     )
+
+
+def _earns_its_table(layer: WeightLayer, bits: int, uniform: Tensor, fitted: Tensor) -> bool:
+    """Whether a codebook lowers the output error by more than its table's bits would.
+
+    One more bit for every weight is worth 6.02 dB; a table of 2^b int8 values spread over a short
+    row costs bits a weight too (16 values over 24 weights: 5.3), and must beat that price.
+    """
+    shape = (layer.weight.shape[0], layer.weight[0].numel())
+    table = storage_bits(shape, torch.full((shape[0],), bits), "codebook").tables
+    gain = float(10 * torch.log10(uniform.sum() / fitted.sum().clamp_min(1e-300)))
+    return gain > DB_PER_BIT * table / layer.weight.numel()
 
 
 def _total(by_width: Mapping[int, Tensor], bits: Tensor) -> Tensor:
