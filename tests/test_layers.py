@@ -1,0 +1,130 @@
+"""The architecture's layers: a file imports only from rows above its own.
+
+"Above" is earlier in `ROWS`. Files of one folder may import each other, except passes, which never
+do. Imports inside functions run later but couple just as much, so each is listed with its reason.
+"""
+
+import pytest
+from source_tree import imports, modules
+
+ROWS: tuple[frozenset[str], ...] = tuple(
+    map(
+        frozenset,
+        [
+            {"errors"},
+            {"numerics", "versions"},
+            {"config"},
+            {"plan"},
+            {"graph"},
+            {"passes", "calibration"},
+            {"quantized"},  # what quantizing returns; backends and reports read it
+            {"distill", "backends", "report", "models"},
+            {"stages"},  # the steps between the verbs, on graphs
+            {"storage"},
+            {"api"},
+            {"denoisers"},  # whatever predicts the noise, behind one calling convention
+            {"memory"},
+            {"workflow"},  # whole jobs of the command line
+            {"cli", "testing", "__init__"},
+        ],
+    )
+)
+
+#: (importer, imported package or module) of imports inside functions, and why they are there.
+LAZY = {
+    ("plan", "backends"): "a door imports its spoke when it is opened: a plan needs no torch.ao",
+    ("graph.qdq", "backends.ao"): "importing torch.ao registers the quantized_decomposed ops, and "
+    "one module holds all torch.ao imports",
+    ("api", "backends"): "executorch and torch.ao are loaded only by those who lower to them",
+    ("api", "storage"): "storage builds on the verbs' results; lower('packed') is saving",
+    ("denoisers", "backends"): "executorch is loaded only where a .pte is run",
+    ("cli", ""): "`mpqdm-fx --help` answers without loading torch",
+}
+
+
+def _short(module: str) -> str:
+    return module.removeprefix("mpqdm_fx").removeprefix(".") or "__init__"
+
+
+def _package(module: str) -> str:
+    return _short(module).partition(".")[0]
+
+
+def _row(module: str) -> int:
+    rows = [index for index, row in enumerate(ROWS) if _package(module) in row]
+    assert rows, f"{module} is in no row of the architecture: give it one in tests/test_layers.py"
+    return rows[0]
+
+
+def _own(lazy: bool):
+    return [i for i in imports() if i.lazy is lazy and i.imported.startswith("mpqdm_fx")]
+
+
+@pytest.mark.parametrize("module", modules())
+def test_every_module_has_a_row(module):
+    _row(module)
+
+
+def test_there_are_imports_to_judge():
+    assert len(_own(lazy=False)) > 50
+    assert len(_own(lazy=True)) > 3
+
+
+def test_imports_come_from_rows_above_or_the_same_folder():
+    wrong = [
+        f"{i.importer}:{i.line} imports {i.imported}"
+        for i in _own(lazy=False)
+        if _row(i.imported) >= _row(i.importer) and _package(i.importer) != _package(i.imported)
+    ]
+    assert not wrong
+
+
+def test_passes_never_import_one_another():
+    wrong = [
+        f"{i.importer}:{i.line} imports {i.imported}"
+        for i in imports()
+        if i.importer.startswith("mpqdm_fx.passes.") and i.imported.startswith("mpqdm_fx.passes")
+    ]
+    assert not wrong
+
+
+def _reason(importer: str, imported: str) -> tuple[str, str] | None:
+    for key in LAZY:
+        if _short(importer) == key[0] and f"{_short(imported)}.".startswith(key[1]):
+            return key
+    return None
+
+
+def test_every_import_inside_a_function_has_its_reason_and_every_reason_its_import():
+    found = {(i.importer, i.imported, i.line): _reason(i.importer, i.imported) for i in _own(True)}
+    unexplained = [f"{who}:{line} {what}" for (who, what, line), key in found.items() if not key]
+    assert not unexplained
+    assert set(LAZY) - set(found.values()) == set(), "reasons without an import"
+
+
+def test_numerics_import_only_torch_and_the_standard_library():
+    allowed = {"torch", "math", "collections", "dataclasses", "typing", "itertools", "functools"}
+    wrong = {
+        (i.importer, i.imported)
+        for i in imports()
+        if _package(i.importer) == "numerics"
+        and i.imported.partition(".")[0] not in allowed
+        and not i.imported.startswith(("mpqdm_fx.numerics", "mpqdm_fx.errors"))
+    }
+    assert not wrong
+
+
+def test_one_module_holds_all_imports_of_torch_ao():
+    holders = {i.importer for i in imports() if i.imported.startswith(("torch.ao", "torchao"))}
+    assert holders == {"mpqdm_fx.backends.ao"}
+
+
+def test_only_backends_import_executorch():
+    holders = {i.importer for i in imports() if i.imported.partition(".")[0] == "executorch"}
+    assert all(_package(holder) == "backends" for holder in holders)
+
+
+def test_hypothesis_stays_in_the_testing_package():
+    holders = {i.importer for i in imports() if i.imported.partition(".")[0] == "hypothesis"}
+    assert holders
+    assert all(_package(holder) == "testing" for holder in holders)
