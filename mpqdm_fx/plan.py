@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
     from torchao.quantization.pt2e.quantizer import Quantizer
 
-__all__ = ["ActivationRange", "BitPlan", "FloatTensor", "LayerActivation", "LayerPlan"]
+__all__ = [
+    "FLOAT_REASON",
+    "ActivationRange",
+    "BitPlan",
+    "FloatTensor",
+    "LayerActivation",
+    "LayerPlan",
+]
+
+
+FLOAT_REASON = "norm, bias or constant"
+"""Why a tensor that is no layer's weight stays in floating point."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ Where each layer's part begins follows from the layout, which is small enough fo
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.numerics.halves import fits_half
 from mpqdm_fx.numerics.packing import PackedLayer, pack_layer, storage_bits, unpack_layer
 from mpqdm_fx.numerics.packing import unpack_bits as unpack_integers
-from mpqdm_fx.plan import BitPlan, FloatTensor, LayerPlan
+from mpqdm_fx.plan import FLOAT_REASON, BitPlan, FloatTensor, LayerPlan
 
 __all__ = ["PackedWeights", "read_packed", "write_packed"]
 
@@ -79,7 +79,7 @@ def write_packed(path: Path, rounded: fx.GraphModule, plan: BitPlan) -> dict[str
     return {
         "layers": layers,
         "floats": floats,
-        "float_tensors": [asdict(tensor) for tensor in plan.floats],
+        "float_weights": {tensor.name: tensor.reason for tensor in plan.floats if tensor.is_weight},
         "activation_bits": plan.activation_bits,
     }
 
@@ -169,10 +169,21 @@ def read_packed(path: Path, layout: Mapping[str, Any]) -> PackedWeights:
     reader.finish()
     plan = BitPlan(
         layers=tuple(layers),
-        floats=tuple(FloatTensor(**entry) for entry in layout["float_tensors"]),
+        floats=tuple(_float_tensor(entry, layout["float_weights"]) for entry in layout["floats"]),
         activation_bits=layout["activation_bits"],
     )
     return PackedWeights(plan=plan, codes=codes, scales=scales, floats=floats)
+
+
+def _float_tensor(entry: Sequence[Any], weights: Mapping[str, str]) -> FloatTensor:
+    name, stored, _, shape = entry
+    return FloatTensor(
+        name=name,
+        numel=math.prod(shape),
+        bits=8 * torch.empty(0, dtype=getattr(torch, stored)).element_size(),
+        is_weight=name in weights,
+        reason=weights.get(name, FLOAT_REASON),
+    )
 
 
 def _read_widths(reader: _Reader, bits: int | str, channels: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,14 @@ from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.numerics.outliers import kurtosis, smoothing_factors
 from mpqdm_fx.numerics.packing import storage_bits
 from mpqdm_fx.numerics.ranges import fake_quantize, search_range
-from mpqdm_fx.plan import ActivationRange, BitPlan, FloatTensor, LayerActivation, LayerPlan
+from mpqdm_fx.plan import (
+    FLOAT_REASON,
+    ActivationRange,
+    BitPlan,
+    FloatTensor,
+    LayerActivation,
+    LayerPlan,
+)
 
 __all__ = ["allocate", "float_tensors", "measure_layers", "search_ranges"]
 
@@ -287,7 +294,7 @@ def float_tensors(
                 numel=tensor.numel(),
                 bits=stored_float_bits(tensor),
                 is_weight=is_weight,
-                reason=reason if is_weight else "norm, bias or constant",
+                reason=reason if is_weight else FLOAT_REASON,
             )
         )
     return tuple(entries)
