@@ -1,0 +1,32 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+SAID = {
+    "quantize_digits": r"3\.\d\d effective bits.*same numbers: True",
+    "write_a_pass": r"modified: True; .*again: modified False.*untouched: True",
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_as_written_and_says_what_it_should(example, tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(example)], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(SAID[example.stem], result.stdout, re.DOTALL), result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_names_every_example_and_its_commands_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for example in EXAMPLES:
+        assert f"examples/{example.name}" in readme
+    commands = re.findall(r"mpqdm-fx ([a-z]+)", readme)
+    assert set(commands) == {"quantize", "sample", "evaluate", "trace", "inspect"}
