@@ -120,12 +120,12 @@ def sample(
     seed: SeedOption = 0,
 ) -> None:
     """Draw images with a program, packed weights, or the float model."""
-    from mpqdm_fx.denoisers import draw, open_denoiser
+    from mpqdm_fx.denoisers import draw, open_denoiser, pictures
     from mpqdm_fx.report.images import save_grid
 
     source, denoiser = open_denoiser(model, subfolder, form)
     images = draw(source, denoiser, num=num, steps=steps, seed=seed)
-    save_grid(images, output, columns=max(1, round(num**0.5)))
+    save_grid(pictures(images), output, columns=max(1, round(num**0.5)))
     console.print(f"{num} images written to {output}")
 
 

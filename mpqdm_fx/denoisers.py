@@ -21,6 +21,7 @@ __all__ = [
     "draw",
     "first_rows",
     "open_denoiser",
+    "pictures",
     "program_denoiser",
     "source_of",
 ]
@@ -174,3 +175,18 @@ def _rows(value: Any, rows: slice) -> Any:
     if isinstance(value, dict):
         return {key: _rows(entry, rows) for key, entry in value.items()}
     return value[rows]
+
+
+def pictures(samples: Tensor) -> Tensor:
+    """Samples as images: what has 1 or 3 channels as it is, of latents the first channel.
+
+    Args:
+        samples: [N, C, H, W].
+
+    Returns:
+        [N, 1 or 3, H, W]; latents are scaled to the range -1..1 over all samples.
+    """
+    if samples.shape[1] in (1, 3):
+        return samples
+    first = samples[:, :1]
+    return first / first.abs().max().clamp_min(1e-6)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mpqdm_fx.api import Backend, lower, quantize
+from mpqdm_fx.backends.xnnpack_runner import require_executorch
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.denoisers import (
@@ -20,6 +21,7 @@ from mpqdm_fx.denoisers import (
     Denoiser,
     draw,
     first_rows,
+    pictures,
     program_denoiser,
     source_of,
 )
@@ -106,6 +108,8 @@ def quantize_to_folder(
     Raises:
         MPQError: One of the steps cannot be done; nothing is left behind.
     """
+    if backend == "xnnpack":
+        require_executorch()  # said now, not after minutes of calibration
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
     quantized = quantize(source.model, config, data)
     with staged_directory(output) as stage:
@@ -125,7 +129,7 @@ def quantize_to_folder(
         summary["program"] = program
         if samples:
             images = draw(source, runner, num=samples, steps=steps, seed=0)
-            save_grid(images, stage / GRID, columns=max(1, round(samples**0.5)))
+            save_grid(pictures(images), stage / GRID, columns=max(1, round(samples**0.5)))
         summary["files"] = {
             path.name: path.stat().st_size for path in sorted(stage.iterdir()) if path.is_file()
         }
