@@ -20,8 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compile diffusion UNets into extremely low-bit programs for phone CPUs.",
 )
-# A pipe has no width of its own; 110 columns hold the longest layer names.
-console = Console(width=None if sys.stdout.isatty() else 110)
+# A pipe has no width of its own; 130 columns hold the longest layer names.
+console = Console(width=None if sys.stdout.isatty() else 130)
 errors = Console(stderr=True)
 
 ModelArgument = Annotated[

@@ -1,10 +1,11 @@
 """What the command line does, as functions: quantize a source to a folder, sample, evaluate."""
 
+import copy
 import json
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def quantize_to_folder(
     if backend == "xnnpack":
         require_executorch()  # said now, not after minutes of calibration
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
-    quantized = quantize(source.model, config, data)
+    quantized = quantize(source.model, config, _in_scheduler_dtype(source, data, steps))
     with staged_directory(output) as stage:
         write_model(quantized, stage)
         source.scheduler.save_pretrained(stage / "scheduler")
@@ -140,6 +141,21 @@ def quantize_to_folder(
         }
         (stage / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
     return QuantizeResult(directory=output, quantized=quantized, summary=summary)
+
+
+def _in_scheduler_dtype(
+    source: Source, data: Iterable[Mapping[str, Any]], steps: int
+) -> Iterator[Mapping[str, Any]]:
+    """Calls with float timesteps if the scheduler makes such.
+
+    Euler and its kin give whole or fractional timesteps, depending on the number of steps; a graph
+    that is traced with float timesteps takes both.
+    """
+    scheduler = copy.deepcopy(source.scheduler)
+    scheduler.set_timesteps(steps)
+    fractional = scheduler.timesteps.is_floating_point()
+    for call in data:
+        yield {**call, "timestep": call["timestep"].float()} if fractional else call
 
 
 def _summarise(

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from mpqdm_fx.backends import ao
+from mpqdm_fx.backends.fit_channels import fit_channels
 from mpqdm_fx.backends.observers import GridWeightObserver, UnresolvedRangeObserver, weight_grids
 from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
@@ -113,7 +114,8 @@ def lower_torch_ao(
     """Lower a rounded graph to torch.ao's int8 convolutions and linear layers.
 
     Stock `prepare_fx` and `convert_fx`, with the ranges set between the two. The result is called
-    like `graph`. Its weights are packed for `engine` and run on it whatever
+    like `graph`. Its integers are the graph's `weight_codes` (but for degenerate channels on fbgemm
+    and qnnpack, see `fit_channels`). They are packed for `engine` and run on it whatever
     `torch.backends.quantized.engine` says; a `copy.deepcopy` of it packs anew for that setting.
 
     Args:
@@ -127,6 +129,9 @@ def lower_torch_ao(
         ConfigError: No layer is rounded, or `ranges` names a layer that is not.
         LoweringError: A range is not 8 bits wide, or the engine is missing or lacks a kernel.
     """
+    check_ranges(ranges, weight_grids(graph), "torch.ao")
+    if engine != "onednn":  # onednn adds the bias in float
+        graph = fit_channels(graph, ranges)
     mapping = to_qconfig_mapping(graph, engine=engine, ranges=ranges)
     layers = weight_layers(graph)
     for name in ranges:

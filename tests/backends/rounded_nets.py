@@ -118,3 +118,61 @@ def rounded(
     inputs = net.inputs()
     graph = round_to_grid(trace(net.eval(), inputs), bits)
     return graph, measured_ranges(graph, inputs), inputs
+
+
+class SharedOutput(nn.Module):
+    """Smallest net whose dequantized conv output is read by an int8 sum and by a float product."""
+
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv3 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x)
+        # XNNPACK has no round: the product is in another part of the program than the convolutions
+        return torch.round(self.conv3(h + self.conv2(h)) * 16) * h
+
+    @staticmethod
+    def inputs(batch: int = 2) -> dict[str, Tensor]:
+        return {"x": torch.randn(batch, 16, 16, 24, generator=torch.Generator().manual_seed(3))}
+
+
+class MovedOutput(nn.Module):
+    """An int8 value that is moved, then quantized with other parameters for the next layer."""
+
+    def __init__(self, move: str) -> None:
+        super().__init__()
+        self.move = move
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 3, padding=1)
+        channels = {"cat": 16, "permute": 8, "view": 60}.get(move, 8)
+        layer = nn.Linear if move in ("permute", "view") else nn.Conv2d
+        self.after = layer(channels, 5, *(() if layer is nn.Linear else (1,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        moved = {
+            "cat": lambda: torch.cat([a, self.b(x)], dim=1),
+            "slice": lambda: a[:, :, 1:, :],
+            "relu": lambda: torch.relu(a),
+            "permute": lambda: a.permute(0, 2, 3, 1),
+            "view": lambda: a.flatten(2),
+        }
+        return self.after(moved[self.move]())
+
+    @staticmethod
+    def inputs(batch: int = 2) -> dict[str, Tensor]:
+        return {"x": torch.randn(batch, 3, 6, 10, generator=torch.Generator().manual_seed(4))}
+
+
+def widen_inputs(
+    ranges: dict[str, LayerActivation], names: tuple[str, ...]
+) -> dict[str, LayerActivation]:
+    """The same ranges with wider inputs of some layers, so that no two scales agree by chance."""
+    result = dict(ranges)
+    for name in names:
+        old = ranges[name].input
+        wide = ActivationRange(scale=1.3 * old.scale, zero_point=old.zero_point)
+        result[name] = LayerActivation(input=wide, output=ranges[name].output)
+    return result

@@ -1,0 +1,371 @@
+"""ExecuTorch with XNNPACK: a rounded graph becomes a `.pte` for phone CPUs, executed once.
+
+The road: decompose what XNNPACK does not know -> stock PT2E conversion -> two remedies for what
+its partitioner does to shared and moved int8 values -> `to_edge_transform_and_lower` -> file ->
+one execution, compared with the converted graph. Lowering that succeeds proves nothing in this
+backend; only running the file does.
+"""
+
+import contextlib
+import gc
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from mpqdm_fx.backends.fit_channels import fit_channels
+from mpqdm_fx.backends.observers import weight_grids
+from mpqdm_fx.backends.pt2e import convert_pt2e_graph, export_graph
+from mpqdm_fx.backends.torch_ao import check_ranges
+from mpqdm_fx.backends.xnnpack_runner import (
+    TensorSpec,
+    XnnpackRunner,
+    flat_inputs,
+    require_executorch,
+    sorted_entries,
+)
+from mpqdm_fx.errors import LoweringError
+from mpqdm_fx.graph.base import Pipeline
+from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.qdq import is_dequantize, qdq_parameters
+from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.passes.decompose_attention import DecomposeAttention
+from mpqdm_fx.passes.requantize_copies import RequantizeCopies
+from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
+from mpqdm_fx.plan import LayerActivation
+
+__all__ = ["XnnpackProgram", "XnnpackRunner", "lower_xnnpack", "lower_xnnpack_float"]
+
+logger = logging.getLogger(__name__)
+
+#: On the module-level graph, before conversion: what XNNPACK does not know becomes what it knows.
+DECOMPOSE = Pipeline(passes=(DecomposeAttention(),))
+
+#: On the converted graph, before lowering: int8 values that its partitioner would mishandle.
+REMEDIES = Pipeline(passes=(UnshareDequantize(), RequantizeCopies()))
+
+# An integer kernel rounds a tie, or a sum in another order, to the neighbouring code. Every later
+# rounding spreads such a step, so after a few layers the program's rounding errors are another draw
+# of the same noise: two draws differ by 3 dB more than each from the truth. 6 dB leaves as much
+# again; a wrong layout or scale costs tens of dB.
+MARGIN_DB = 6.0
+# Where activations are in float, only the order of sums differs.
+FLOAT_SQNR_DB = 60.0
+
+_STAGES = ("decompose", "convert", "export", "lower", "serialise", "execute")
+
+
+@dataclass(frozen=True, kw_only=True)
+class XnnpackProgram:
+    """A written and executed `.pte`.
+
+    Attributes:
+        path: The file.
+        bytes: Its size.
+        subgraphs: XNNPACK delegates in it.
+        delegated: Nodes inside them.
+        undelegated: Nodes that portable kernels run.
+        refusals: Kinds and numbers of those nodes.
+        inputs: What the program takes, in order.
+        outputs: What it returns, in order.
+        output_scale: Step of the first output's integers; None where it is float.
+        sqnr_db: Program against the converted graph on the example inputs.
+        max_lsb: Largest difference between the two in steps of the output; None where it is float.
+        reference_sqnr_db: Converted graph against the rounded graph with float activations; None
+            for a float program.
+        seconds: Wall time of the lowering.
+    """
+
+    path: Path
+    bytes: int
+    subgraphs: int
+    delegated: int
+    undelegated: int
+    refusals: Mapping[str, int]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    output_scale: float | None
+    sqnr_db: float
+    max_lsb: float | None
+    reference_sqnr_db: float | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the path is left to its file name."""
+        return {**asdict(self), "path": self.path.name, "refusals": dict(self.refusals)}
+
+
+def lower_xnnpack(
+    rounded: fx.GraphModule,
+    ranges: Mapping[str, LayerActivation],
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    path: str | Path,
+) -> XnnpackProgram:
+    """Lower a rounded graph to a static int8 `.pte`, write it and execute it once.
+
+    Convolutions and linear layers with a range run as int8 with int8 weights per channel; all else
+    runs in float. Shapes are those of the example inputs.
+
+    Args:
+        rounded: Module-level graph after `RoundWeights`; it is not changed.
+        ranges: Input and output range by layer name, 8 bits. Layers without an entry, and Conv3d,
+            stay in float with their rounded weights.
+        example_inputs: Inputs of `rounded`, by name or in order; also what the program is tried on.
+        path: File to write. It appears only if the program ran with the right numbers.
+
+    Returns:
+        What was written and measured.
+
+    Raises:
+        ConfigError: No layer is rounded, or `ranges` names a layer that is not.
+        LoweringError: ExecuTorch is missing or failed, a range is not 8 bits wide, or the program
+            computes other numbers than the converted graph.
+    """
+    require_executorch()
+    check_ranges(ranges, weight_grids(rounded), "XNNPACK")
+    ranges = _supported(rounded, ranges)
+    inputs = _positional(example_inputs)
+    with _Stages() as stage, torch.no_grad():
+        stage("decompose")
+        plain = fit_channels(DECOMPOSE(rounded).graph_module, ranges)
+        stage("convert")
+        converted = REMEDIES(convert_pt2e_graph(plain, ranges, inputs)).graph_module
+        expected = _leaves(converted(*inputs))
+        reference = sqnr_db(_joined(_leaves(rounded(*inputs))), _joined(expected))
+        names = _argument_names(rounded)
+        return _write(converted, inputs, names, Path(path), expected, stage, reference)
+
+
+def lower_xnnpack_float(
+    graph: fx.GraphModule,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    path: str | Path,
+) -> XnnpackProgram:
+    """Lower a float graph to an fp32 `.pte`, write it and execute it once: the baseline.
+
+    Args:
+        graph: Module-level graph; it is not changed.
+        example_inputs: Inputs of `graph`, by name or in order.
+        path: File to write. It appears only if the program ran with the right numbers.
+
+    Raises:
+        LoweringError: ExecuTorch is missing or failed, or the program computes other numbers.
+    """
+    require_executorch()
+    inputs = _positional(example_inputs)
+    with _Stages() as stage, torch.no_grad():
+        stage("decompose")
+        plain = DECOMPOSE(graph).graph_module
+        expected, names = _leaves(graph(*inputs)), _argument_names(graph)
+        return _write(plain, inputs, names, Path(path), expected, stage, None)
+
+
+def _write(
+    graph: fx.GraphModule,
+    inputs: tuple[Any, ...],
+    names: Sequence[str],
+    path: Path,
+    expected: list[Tensor],
+    stage: "_Stages",
+    reference: float | None,
+) -> XnnpackProgram:
+    """Lower, write beside `path`, execute, compare, and only then rename."""
+    stage("export")
+    exported = export_graph(graph, inputs)
+    stage("lower")
+    edge = _lower(exported)
+    stage("serialise")
+    program = edge.to_executorch()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            program.write_to_file(file)
+        stage("execute")
+        found = list(XnnpackRunner(part)(*inputs))
+        scale = _output_scale(graph)
+        sqnr = sqnr_db(_joined(expected), _joined(found))
+        lsb = None if scale is None else float((found[0] - expected[0]).abs().max()) / scale
+        _check(path, sqnr, lsb, reference)
+        size = part.stat().st_size
+        part.chmod(0o644)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    info = _delegation(edge)
+    result = XnnpackProgram(
+        path=path,
+        bytes=size,
+        inputs=tuple(_spec(name, value) for name, value in flat_inputs(inputs, names)),
+        outputs=tuple(_spec(str(i), value) for i, value in enumerate(expected)),
+        output_scale=scale,
+        sqnr_db=sqnr,
+        max_lsb=lsb,
+        reference_sqnr_db=reference,
+        seconds=stage.seconds,
+        **info,
+    )
+    logger.info(
+        "%s: %d bytes, %d delegates, %d nodes delegated and %d not, %.1f dB against the graph",
+        path, size, result.subgraphs, result.delegated, result.undelegated, sqnr,
+    )  # fmt: skip
+    return result
+
+
+def _check(path: Path, sqnr: float, lsb: float | None, reference: float | None) -> None:
+    bound = FLOAT_SQNR_DB if reference is None else min(reference - MARGIN_DB, FLOAT_SQNR_DB)
+    close = lsb is not None and lsb <= 1.0 + 1e-3
+    if sqnr >= bound or close:
+        return
+    step = "" if lsb is None else f" (up to {lsb:.0f} steps of its integers)"
+    raise LoweringError(
+        f"{path.name}: the program ran, but its output differs from the graph it was made of: "
+        f"{sqnr:.1f} dB{step}, expected at least {bound:.1f} dB; nothing was written. This is a "
+        f"bug of the backend or of its remedies: please report the model"
+    )
+
+
+def _lower(exported: torch.export.ExportedProgram) -> Any:
+    """Partition for XNNPACK and preprocess every delegate."""
+    with _root_logger_kept():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    # The converted graph holds q/dq ops, which the validity check does not know; all tensors are
+    # contiguous, so there are no dimension orders to keep track of.
+    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    try:
+        with _rare_collections():
+            return to_edge_transform_and_lower(
+                exported, partitioner=[XnnpackPartitioner()], compile_config=config
+            )
+    except Exception as error:
+        message = str(error).strip().splitlines() or [""]
+        raise LoweringError(
+            f"ExecuTorch cannot lower this graph: {type(error).__name__}: {message[0]}"
+        ) from error
+
+
+def _delegation(edge: Any) -> dict[str, Any]:
+    from executorch.devtools.backend_debug import get_delegation_info
+
+    info = get_delegation_info(edge.exported_program().graph_module)
+    refused = {
+        name: entry.non_delegated
+        for name, entry in sorted(info.delegation_by_operator.items())
+        if entry.non_delegated and name not in ("getitem", "alloc")
+    }
+    return {
+        "subgraphs": info.num_delegated_subgraphs,
+        "delegated": info.num_delegated_nodes,
+        "undelegated": sum(refused.values()),
+        "refusals": refused,
+    }
+
+
+def _supported(
+    rounded: fx.GraphModule, ranges: Mapping[str, LayerActivation]
+) -> dict[str, LayerActivation]:
+    """Ranges of the layers that XNNPACK has int8 kernels for."""
+    layers = weight_layers(rounded)
+    kept = {
+        name: activation
+        for name, activation in ranges.items()
+        if not isinstance(layers[name].module, torch.nn.Conv3d)
+    }
+    for name in ranges.keys() - kept.keys():
+        logger.warning("%s: XNNPACK has no Conv3d; the layer runs in float", name)
+    if not kept:
+        raise LoweringError("every quantized layer is a Conv3d, which XNNPACK does not have")
+    return kept
+
+
+def _positional(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
+    values = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
+    return tuple(sorted_entries(value) for value in values)
+
+
+def _argument_names(graph: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().flatten().float() for t in tensors])
+
+
+def _spec(name: str, value: Tensor) -> TensorSpec:
+    shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    return TensorSpec(name=name, shape=shape, dtype=dtype)
+
+
+def _output_scale(graph: fx.GraphModule) -> float | None:
+    """Step of the first output, if it comes from integers."""
+    (output,) = graph.graph.find_nodes(op="output")
+    first = output.all_input_nodes[0]
+    return float(qdq_parameters(first)[0]) if is_dequantize(first) else None
+
+
+class _Stages:
+    """Progress over the stages of a lowering: a bar, and one line each in the log."""
+
+    def __enter__(self) -> Self:
+        self._start = time.perf_counter()
+        self._bar = tqdm(total=len(_STAGES), desc="XNNPACK", unit="stage", disable=None)
+        return self
+
+    def __call__(self, name: str) -> None:
+        """Enter a stage; stages that were left out count as done."""
+        self._bar.n = _STAGES.index(name)
+        self._bar.set_postfix_str(name)
+        logger.info("XNNPACK: %s (%.0f s)", name, self.seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far."""
+        return time.perf_counter() - self._start
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._bar.update(len(_STAGES) - self._bar.n)
+        self._bar.close()
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let the garbage collector run a hundred times less often.
+
+    Lowering makes millions of small objects that mostly die by their reference count; searching
+    them for cycles took a fifth of its time.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@contextlib.contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """Undo `logging.basicConfig`, which ExecuTorch's partitioner calls when it is imported."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)

@@ -1,0 +1,165 @@
+"""Run a `.pte` through ExecuTorch's runtime, from Python."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
+
+__all__ = ["TensorSpec", "XnnpackRunner", "flat_inputs", "require_executorch", "sorted_entries"]
+
+# c10::ScalarType, as the runtime reports it.
+_DTYPES = {
+    0: torch.uint8,
+    1: torch.int8,
+    2: torch.int16,
+    3: torch.int32,
+    4: torch.int64,
+    5: torch.float16,
+    6: torch.float32,
+    7: torch.float64,
+    11: torch.bool,
+    15: torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Shape and dtype of one input or output of a program.
+
+    Attributes:
+        name: Argument's name (entries of containers are dotted), or a number.
+        shape: Static shape.
+        dtype: Name of the dtype, for example `float32`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def require_executorch() -> None:
+    """Check that the optional dependency is there.
+
+    Raises:
+        LoweringError: It is not; says how to install it.
+    """
+    try:
+        import executorch.runtime  # noqa: F401 - tried, not used
+    except ImportError as error:
+        raise LoweringError(
+            'the XNNPACK backend needs ExecuTorch: pip install "mpqdm-fx[executorch]"'
+        ) from error
+
+
+def flat_inputs(values: Sequence[Any], names: Sequence[str] | None = None) -> list[tuple[str, Any]]:
+    """Tensors of positional inputs in the order in which a program takes them, with their names.
+
+    Entries of dictionaries are sorted by key, so that the order does not depend on how a
+    dictionary was made.
+
+    Args:
+        values: Tensors or numpy arrays, or (nested) dictionaries, tuples and lists of them.
+        names: Name of each value; default: its number.
+
+    Returns:
+        Pairs of a name, with dots before the keys of containers, and a tensor or array.
+    """
+    result = []
+    for name, value in zip(names or map(str, range(len(values))), values, strict=True):
+        leaves, _ = pytree.tree_flatten_with_path(sorted_entries(value))
+        for path, leaf in leaves:
+            keys = [str(getattr(k, "key", getattr(k, "idx", k))) for k in path]
+            result.append((".".join([name, *keys]), leaf))
+    return result
+
+
+def sorted_entries(value: Any) -> Any:
+    """The same nested containers with dictionaries in order of their keys."""
+    if isinstance(value, dict):
+        return {key: sorted_entries(value[key]) for key in sorted(value)}
+    if isinstance(value, (list, tuple)):
+        return type(value)(sorted_entries(entry) for entry in value)
+    return value
+
+
+class XnnpackRunner:
+    """A loaded `.pte`, callable.
+
+    Args:
+        path: File written by `lower_xnnpack` or `lower_xnnpack_float`.
+
+    Raises:
+        LoweringError: ExecuTorch is not installed.
+        ArtifactError: The file is missing, damaged, or cannot be loaded by this runtime.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        require_executorch()
+        from executorch.runtime import Runtime, Verification
+
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ArtifactError(f"{self.path} does not exist")
+        try:
+            program = Runtime.get().load_program(
+                self.path, verification=Verification.InternalConsistency
+            )
+            method = program.load_method("forward")
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{self.path} cannot be loaded by ExecuTorch: {error}; it is damaged, or made by "
+                f"another version"
+            ) from error
+        if method is None:
+            raise ArtifactError(f"{self.path} holds no method `forward`")
+        # The program owns the memory of the method.
+        self._program, self._method = program, method
+        meta = method.metadata
+        self._inputs = [meta.input_tensor_meta(i) for i in range(meta.num_inputs())]
+        self._dtypes = [_DTYPES[tensor.dtype()] for tensor in self._inputs]
+
+    @property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Static shape of each input, in order."""
+        return tuple(tuple(meta.sizes()) for meta in self._inputs)
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """Run the program once.
+
+        Args:
+            *inputs: Tensors or numpy arrays in the order of the model's arguments, cast to the
+                program's dtypes; containers of them are taken apart.
+
+        Returns:
+            The outputs, in order.
+
+        Raises:
+            ConfigError: The number of inputs or a shape is not what the program takes.
+            LoweringError: The runtime failed.
+        """
+        leaves = flat_inputs(inputs)
+        if len(leaves) != len(self._inputs):
+            raise ConfigError(
+                f"{self.path.name} takes {len(self._inputs)} tensors of shapes "
+                f"{list(self.input_shapes)}, got {len(leaves)}"
+            )
+        tensors = []
+        for position, ((_, value), shape) in enumerate(zip(leaves, self.input_shapes, strict=True)):
+            tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            if tuple(tensor.shape) != shape:
+                raise ConfigError(
+                    f"input {position} of {self.path.name} has shape {tuple(tensor.shape)}, the "
+                    f"program was made for {shape}; lower it again with that batch size"
+                )
+            tensors.append(tensor.detach().to(self._dtypes[position]).contiguous())
+        try:
+            return tuple(self._method.execute(tensors))
+        except RuntimeError as error:
+            raise LoweringError(f"{self.path.name} failed at run time: {error}") from error
