@@ -3,7 +3,7 @@
     python benchmarks/trace_table.py [PATTERN]
 
 Each row: tiny random instance of one class, compared at several timesteps and two batch sizes with
-one torch thread. PATTERN is a regular expression on the row's name.
+one torch thread; seconds are processor time of the trace, verification included. PATTERN is a regular expression on the row's name.
 """
 
 import re
@@ -22,8 +22,8 @@ from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.trace import same_bits, trace
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "graph"))
-from model_zoo import ALL  # noqa: E402 - lives with the tests, which are not a package
-from zoo_base import Case  # noqa: E402
+from model_zoo import ALL
+from zoo_base import Case
 
 TIMESTEPS = (1, 10, 250, 999)
 
@@ -47,12 +47,12 @@ def compare(model: nn.Module, graph_module: fx.GraphModule, case: Case) -> tuple
 def row(case: Case) -> tuple[str, str]:
     """Trace one model; return its row of the table and its remark (empty if there is none)."""
     model = case.model()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         graph_module = trace(model, case.inputs(2, 7))
     except TraceError as error:
         return f"| {case.name} | refused | | | | | |", str(error)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     signature = graph_module.meta["signature"]
     first, second, unequal = compare(model, graph_module, case)
     batches = f"{first}, {second}" if signature.dynamic_batch else f"{first}"
@@ -78,7 +78,7 @@ def main() -> None:
         if remark:
             remarks.append(f"- {case.name}: {remark}")
     print(f"Timesteps {', '.join(map(str, TIMESTEPS))}; one thread; torch {torch.__version__}.\n")
-    print("| model | bit-equal | batches run | batch range | weight layers | nodes | trace s |")
+    print("| model | bit-equal | batches run | batch range | weight layers | nodes | CPU s |")
     print("|---|---|---|---|---|---|---|")
     print("\n".join(lines))
     if remarks:

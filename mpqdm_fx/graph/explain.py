@@ -13,7 +13,7 @@ from mpqdm_fx.graph.diagnose import CaptureError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.trace import trace
 
-__all__ = ["TraceReport", "explain"]
+__all__ = ["TraceReport", "count_kinds", "explain"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

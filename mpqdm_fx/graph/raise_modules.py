@@ -147,7 +147,10 @@ class _Raiser:
             return self.model.get_buffer(target)
         constant = self.exported.constants[target]
         if not isinstance(constant, torch.Tensor):
-            raise TraceError(f"the model holds a custom object {target!r} that is not a tensor")
+            raise TraceError(
+                f"{type(self.model).__name__} holds an object {target!r} that is not a tensor; "
+                "keep it out of forward"
+            )
         return constant
 
     def value(self, node: fx.Node) -> fx.Node:
@@ -244,7 +247,8 @@ class _Raiser:
             output = self.graph.output(result)
         except (NotImplementedError, RuntimeError) as error:
             raise TraceError(
-                f"the model returns a {type(result).__name__}, which a graph cannot build; "
+                f"{type(self.model).__name__} returns a {type(result).__name__}, "
+                "which a graph cannot build; "
                 "let forward return a tensor, tuple, list or dict"
             ) from error
         output.meta = dict(node.meta)

@@ -27,7 +27,7 @@ from mpqdm_fx.graph.diagnose import CaptureError, Refusal, describe_inputs, refu
 from mpqdm_fx.graph.raise_modules import raise_leaf_modules
 from mpqdm_fx.graph.signature import Signature, bind_inputs
 
-__all__ = ["trace"]
+__all__ = ["same_bits", "trace"]
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -6,13 +6,14 @@ Every parameter is random and none is zero, so that equal outputs mean equal com
 from zoo_base import Case
 from zoo_more_transformers import MORE_TRANSFORMERS
 from zoo_more_unets import OTHER_UNETS
+from zoo_rare_transformers import RARE_TRANSFORMERS
 from zoo_transformers import TRANSFORMERS
 from zoo_unets import UNETS_1D, UNETS_2D, UNETS_2D_CONDITION
 
 __all__ = ["ALL", "UNETS", "by_name"]
 
 UNETS = (*UNETS_1D, *UNETS_2D, *UNETS_2D_CONDITION, *OTHER_UNETS)
-ALL = (*UNETS, *TRANSFORMERS, *MORE_TRANSFORMERS)
+ALL = (*UNETS, *TRANSFORMERS, *MORE_TRANSFORMERS, *RARE_TRANSFORMERS)
 
 
 def by_name(name: str) -> Case:
