@@ -52,7 +52,9 @@ def load_digits_unet() -> UNet2DModel:
     Raises:
         ArtifactError: the files are missing.
     """
-    model = UNet2DModel.from_pretrained(digits_folder() / "unet", torch_dtype=torch.float32)
+    model = UNet2DModel.from_pretrained(
+        digits_folder() / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
     loaded: UNet2DModel = model.eval()
     return loaded
 

@@ -129,7 +129,9 @@ def load_source(model: str, subfolder: str | None = None) -> Source:
     if not isinstance(class_name, str):
         raise ArtifactError(f"{folder / 'config.json'} has no _class_name: not a diffusers model")
     try:
-        loaded = diffusers_class(class_name).from_pretrained(folder, local_files_only=True)
+        loaded = diffusers_class(class_name).from_pretrained(
+            folder, local_files_only=True, low_cpu_mem_usage=False
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ArtifactError(f"{folder}: diffusers could not load it: {first}") from None
