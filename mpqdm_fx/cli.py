@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -202,6 +203,7 @@ def _options(
     if not verbose:
         # Deprecations and missing GPU extensions of the libraries underneath: nothing to act on.
         warnings.simplefilter("ignore")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it sets its logger when imported
         for library in ("torch", "torchao", "diffusers", "executorch"):
             logging.getLogger(library).setLevel(logging.ERROR)
 
