@@ -3,7 +3,8 @@
     python benchmarks/trace_table.py [PATTERN]
 
 Each row: tiny random instance of one class, compared at several timesteps and two batch sizes with
-one torch thread; seconds are processor time of the trace, verification included. PATTERN is a regular expression on the row's name.
+one torch thread; seconds are processor time of the trace, verification included. PATTERN is a
+regular expression on the row's name.
 """
 
 import re

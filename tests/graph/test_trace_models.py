@@ -26,6 +26,7 @@ FIXED_BATCH = {
     "ChromaTransformer2DModel",
     "LuminaNextDiT2DModel",
     "MochiTransformer3DModel",
+    "TransformerTemporalModel",
     "ZImageTransformer2DModel",
 }
 
