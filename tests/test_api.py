@@ -109,7 +109,7 @@ def test_effective_bits_are_close_to_the_average_and_above_it(quantized):
     pinned = sum(la.num_weights * 8 for la in plan.layers if la.reason)
     codes = sum(la.num_weights * la.mean_bits for la in plan.layers if la.reason is None)
     overhead = plan.effective_bits * plan.num_weights / (codes + pinned)
-    assert 1.02 < overhead < 1.5  # short rows: scales and tables weigh
+    assert 1.02 < overhead < 1.8  # short rows: scales and tables weigh
 
 
 def test_a_model_without_weight_layers_is_refused():
