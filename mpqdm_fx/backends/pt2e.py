@@ -15,7 +15,7 @@ from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.passes.quantize_activations import activation_sites
 from mpqdm_fx.plan import ActivationRange, LayerActivation
 
-__all__ = ["PlanQuantizer", "convert_pt2e_graph", "export_graph", "to_quantizer"]
+__all__ = ["WEIGHT_OPS", "PlanQuantizer", "convert_pt2e_graph", "export_graph", "to_quantizer"]
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -136,16 +137,12 @@ def lower_torch_ao(
     layers = weight_layers(graph)
     for name in ranges:
         _check_kernel(name, layers[name].module, engine)
-    others = [
-        str(node.target)
-        for node in graph.graph.nodes
-        if node.op == "call_module" and str(node.target) not in mapping.module_name_qconfigs
-    ]
-    custom = ao.PrepareCustomConfig().set_non_traceable_module_names(others)
+    quantized = mapping.module_name_qconfigs.keys()
+    custom = ao.PrepareCustomConfig().set_non_traceable_module_classes([_Opaque])
     values = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
     with ao.quiet(), ao.quantized_engine(engine):
         prepared = ao.prepare_fx(
-            _with_own_leaves(graph),
+            _for_prepare(graph, quantized),
             mapping,
             tuple(values),
             prepare_custom_config=custom,
@@ -153,6 +150,9 @@ def lower_torch_ao(
         )
         set_ranges(prepared, ranges)
         lowered = ao.convert_fx(prepared, backend_config=_backend_config())
+    for name, module in list(lowered.named_modules(remove_duplicate=False)):
+        if isinstance(module, _Opaque):
+            lowered.set_submodule(name, module.hidden[0])
     for name in ranges:
         kind = type(lowered.get_submodule(name))
         if not kind.__module__.startswith("torch.ao.nn.quantized"):
@@ -229,13 +229,30 @@ def _fixed_observer(chosen: ActivationRange) -> nn.Module:
     )
 
 
-def _with_own_leaves(graph: fx.GraphModule) -> fx.GraphModule:
-    """Copy a graph so that torch.ao, which writes `qconfig` into leaves, writes into clones."""
+class _Opaque(nn.Module):
+    """Hides a float module's class from torch.ao.
+
+    It would run ReLU, pooling and the like on the int8 values around them and drop the quantize
+    node behind them, and so compute other numbers than the fake-quantized graph.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        # outside `_modules`: torch.ao replaces children by their class
+        self.hidden = (module,)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.hidden[0](*args, **kwargs)
+
+
+def _for_prepare(graph: fx.GraphModule, quantized: AbstractSet[str]) -> fx.GraphModule:
+    """Copy a graph so that torch.ao writes its `qconfig` into clones and sees no float module."""
     result = copy_graph_module(graph)
     for name in dict.fromkeys(str(n.target) for n in graph.graph.find_nodes(op="call_module")):
         module = result.get_submodule(name)
         if module is graph.get_submodule(name):  # not replaced yet under another of its names
-            replace_module(result, name, shallow_clone(module))
+            clone = shallow_clone(module) if name in quantized else _Opaque(module)
+            replace_module(result, name, clone)
     return result.eval()
 
 

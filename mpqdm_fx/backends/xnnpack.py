@@ -33,12 +33,14 @@ from mpqdm_fx.backends.xnnpack_runner import (
     require_executorch,
     sorted_entries,
 )
-from mpqdm_fx.errors import LoweringError
+from mpqdm_fx.errors import ArtifactError, LoweringError
 from mpqdm_fx.graph.base import Pipeline
+from mpqdm_fx.graph.editing import replace_module, shallow_clone
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.qdq import is_dequantize, qdq_parameters
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.passes.decompose_attention import DecomposeAttention
+from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.passes.requantize_copies import RequantizeCopies
 from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
 from mpqdm_fx.plan import LayerActivation
@@ -51,7 +53,7 @@ logger = logging.getLogger(__name__)
 DECOMPOSE = Pipeline(passes=(DecomposeAttention(),))
 
 #: On the converted graph, before lowering: int8 values that its partitioner would mishandle.
-REMEDIES = Pipeline(passes=(UnshareDequantize(), RequantizeCopies()))
+REMEDIES = Pipeline(passes=(DropNoopSlices(), UnshareDequantize(), RequantizeCopies()))
 
 # An integer kernel rounds a tie, or a sum in another order, to the neighbouring code. Every later
 # rounding spreads such a step, so after a few layers the program's rounding errors are another draw
@@ -164,7 +166,7 @@ def lower_xnnpack_float(
     inputs = _positional(example_inputs)
     with _Stages() as stage, torch.no_grad():
         stage("decompose")
-        plain = DECOMPOSE(graph).graph_module
+        plain = _without_codes(DECOMPOSE(graph).graph_module)
         expected, names = _leaves(graph(*inputs)), _argument_names(graph)
         return _write(plain, inputs, names, Path(path), expected, stage, None)
 
@@ -192,7 +194,7 @@ def _write(
         with os.fdopen(handle, "wb") as file:
             program.write_to_file(file)
         stage("execute")
-        found = list(XnnpackRunner(part)(*inputs))
+        found = _execute(part, path.name, inputs)
         scale = _output_scale(graph)
         sqnr = sqnr_db(_joined(expected), _joined(found))
         lsb = None if scale is None else float((found[0] - expected[0]).abs().max()) / scale
@@ -220,6 +222,17 @@ def _write(
         path, size, result.subgraphs, result.delegated, result.undelegated, sqnr,
     )  # fmt: skip
     return result
+
+
+def _execute(part: Path, name: str, inputs: tuple[Any, ...]) -> list[Tensor]:
+    try:
+        return list(XnnpackRunner(part)(*inputs))
+    except (ArtifactError, LoweringError) as error:
+        raise LoweringError(
+            f"{name}: ExecuTorch lowered the graph, but its own runtime refuses the program "
+            f"({error.__cause__ or error}); nothing was written. This is a bug of the backend or "
+            f"of its remedies: please report the model"
+        ) from error
 
 
 def _check(path: Path, sqnr: float, lsb: float | None, reference: float | None) -> None:
@@ -288,6 +301,16 @@ def _supported(
     if not kept:
         raise LoweringError("every quantized layer is a Conv3d, which XNNPACK does not have")
     return kept
+
+
+def _without_codes(graph: fx.GraphModule) -> fx.GraphModule:
+    """Drop the integers of rounded layers from a private copy: a float program would ship them."""
+    for name, layer in weight_layers(graph, embeddings=True).items():
+        if "weight_codes" in layer.module._buffers:
+            clone = shallow_clone(layer.module)
+            del clone._buffers["weight_codes"], clone._buffers["weight_scale"]
+            replace_module(graph, name, clone)
+    return graph
 
 
 def _positional(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:

@@ -1,0 +1,88 @@
+"""Channels whose bias or scale would not fit an integer kernel get a coarser scale, others none."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from mpqdm_fx.backends.fit_channels import fit_channels
+from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.passes.round_weights import install_codes
+from mpqdm_fx.plan import ActivationRange, LayerActivation
+
+RANGES = {
+    "0": LayerActivation(
+        input=ActivationRange(scale=0.02, zero_point=3),
+        output=ActivationRange(scale=0.05, zero_point=-9),
+    )
+}
+
+
+def linear(scales: torch.Tensor, bias: torch.Tensor | None, seed: int = 0):
+    """A rounded linear layer with these scales, as a graph."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-127, 128, (len(scales), 7), generator=generator, dtype=torch.int8)
+    layer = nn.Linear(7, len(scales), bias=bias is not None)
+    if bias is not None:
+        layer.bias.data = bias
+    model = nn.Sequential(install_codes(layer, codes, scales.to(torch.bfloat16).float())).eval()
+    return trace(model, {"input": torch.randn(3, 7)})
+
+
+def test_ordinary_layer_is_returned_as_it_is():
+    graph = linear(torch.full((4,), 0.01), torch.ones(4))
+    assert fit_channels(graph, RANGES) is graph
+
+
+def test_layer_without_a_range_is_left_alone():
+    graph = linear(torch.full((4,), 1e-38), torch.ones(4))
+    assert fit_channels(graph, {}) is graph
+
+
+def test_only_the_degenerate_channel_changes_and_the_input_graph_does_not():
+    graph = linear(torch.tensor([0.01, 1e-38, 0.02]), torch.ones(3))
+    before = graph.get_submodule("0").weight_codes.clone()
+    old, new = graph.get_submodule("0"), fit_channels(graph, RANGES).get_submodule("0")
+    assert torch.equal(old.weight_codes, before)
+    assert torch.equal(new.weight_codes[[0, 2]], old.weight_codes[[0, 2]])
+    assert torch.equal(new.weight_scale[[0, 2]], old.weight_scale[[0, 2]])
+    assert not new.weight_codes[1].any(), "weights of 1e-36 are zero beside a bias of 1"
+    assert torch.equal(new.bias, old.bias)
+
+
+@given(
+    exponent=st.integers(-120, 0),
+    bias=st.sampled_from([None, 0.0, 1e-6, 0.5, 100.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_result_fits_the_kernel_and_moves_the_output_less_than_it_can_show(exponent, bias, seed):
+    activation = RANGES["0"]
+    graph = linear(
+        torch.tensor([0.01, 2.0**exponent]),
+        None if bias is None else torch.tensor([0.1, bias]),
+        seed,
+    )
+    fitted = fit_channels(graph, RANGES)
+    layer = fitted.get_submodule("0")
+    step = layer.weight_scale.double() * activation.input.scale
+    assert torch.all(step * 2.0**30 >= activation.output.scale * (1 - 1e-9))
+    if bias is not None:
+        assert torch.all(layer.bias.double().abs() <= step * 2.0**30 * (1 + 1e-9))
+    assert torch.equal(layer.weight, layer.weight_codes * layer.weight_scale[:, None])
+    # inputs that the range can hold
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-128, 128, (16, 7), generator=generator) * activation.input.scale
+    with torch.no_grad():
+        moved = (fitted(x) - graph(x)).abs().max()
+    shown = max(abs(bias or 0.0), activation.output.scale)
+    assert moved <= 7 * 128 * 2.0**-30 * shown + 1e-6 * shown
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_balanced_codes_of_a_dead_channel_become_zero(bits):
+    graph = linear(torch.tensor([2.0**-126]), torch.tensor([0.3]))
+    layer = graph.get_submodule("0")
+    layer.weight_codes.copy_(torch.full_like(layer.weight_codes, 2**bits - 1))
+    fitted = fit_channels(graph, RANGES).get_submodule("0")
+    assert not fitted.weight_codes.any()
