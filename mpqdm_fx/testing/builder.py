@@ -28,6 +28,7 @@ class GraphBuilder:
         self._inputs = inputs
         self._generator = generator
         self._modules: dict[str, nn.Module] = {}
+        self._calls: dict[str, int] = {}
         self._scope = ""
         self.image = self._graph.placeholder("sample")
         self.timestep = self._graph.placeholder("timestep")
@@ -91,7 +92,10 @@ class GraphBuilder:
         stack = {"": ("", "RandomUNet"), self._scope: (self._scope, "Block")}
         if isinstance(target, str):
             node = self._graph.call_module(target, args, kwargs)
-            stack[target] = (target, type(self._modules[target]).__name__)
+            # the export tells repeated calls apart by a number behind the key
+            calls = self._calls[target] = self._calls.get(target, -1) + 1
+            key = f"{target}@{calls}" if calls else target
+            stack[key] = (target, type(self._modules[target]).__name__)
         else:
             node = self._graph.call_function(target, args, kwargs)
         node.meta["nn_module_stack"] = stack
