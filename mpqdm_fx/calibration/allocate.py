@@ -1,6 +1,8 @@
 """From statistics to decisions: activation ranges, bits of every channel, what stays in float."""
 
+import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,11 +13,10 @@ from mpqdm_fx.calibration.statistics import LayerStatistics, TensorStatistics
 from mpqdm_fx.config import Levels, MPQConfig
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
-from mpqdm_fx.numerics.allocation import PROMOTED_FRACTIONS, choose_fraction, omq_bits
+from mpqdm_fx.numerics.allocation import PROMOTED_FRACTIONS, omq_search, output_errors
 from mpqdm_fx.numerics.codebook import quantize_codebook
 from mpqdm_fx.numerics.grids import dequantize, quantize_uniform
 from mpqdm_fx.numerics.halves import stored_float_bits
-from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.numerics.outliers import kurtosis, smoothing_factors
 from mpqdm_fx.numerics.packing import storage_bits
 from mpqdm_fx.numerics.ranges import fake_quantize, search_range
@@ -31,6 +32,7 @@ from mpqdm_fx.plan import (
 __all__ = ["allocate", "float_tensors", "measure_layers", "search_ranges"]
 
 PINNED_BITS = 8
+_QUANTIZE = {"uniform": quantize_uniform, "codebook": quantize_codebook}
 MAX_TABLE_SHARE = 1.0  # of the bits of a layer's codes, for its codebook tables
 OUTPUT_BITS = 8  # a static integer kernel writes int8, whatever width it reads
 
@@ -158,51 +160,38 @@ def _decide(
     importance: Tensor,
     settings: MPQConfig,
 ) -> LayerPlan:
-    """Bits and levels of one layer: OMQ's search over fractions (MPQ-DM), kept layer-local.
-
-    The output error of a mixed layer is the sum of its channels' errors, so three quantized copies
-    (N-1, N, N+1 bits) answer all fractions at once.
-    """
+    """Bits and levels of one layer, by its own output error on the sampled rows."""
     weight = weight_rows(layer.module).float()
     rows = seen.rows
     quantized_rows = fake_quantize(rows, range_.scale, range_.zero_point, range_.bits)
-    base = settings.weight_bits
-    target = _outputs(rows, weight)
-
-    def errors(bits: int, levels: Levels) -> Tensor:
-        rounded = _round(weight, bits, importance, levels)
-        return (target - _outputs(quantized_rows, rounded)).double().square().mean(dim=0)
-
     levels: Levels = "uniform"
-    at_base = errors(base, "uniform")
-    if settings.levels == "codebook":
-        fitted = errors(base, "codebook")
-        if _earns_its_table(layer, base, at_base, fitted):
-            levels, at_base = "codebook", fitted
-    bits, fraction = torch.full((len(weight),), base), 0.0
-    if settings.allocation == "omq" and 1 < base < 8:
-        by_width = {
-            base - 1: errors(base - 1, levels),
-            base: at_base,
-            base + 1: errors(base + 1, levels),
-        }
-        score = _outlier_score(layer, weight, rows)
-        candidates = [omq_bits(score, base, share) for share in PROMOTED_FRACTIONS]
-        totals = torch.stack([_total(by_width, candidate) for candidate in candidates])
-        best = int(choose_fraction(totals))
-        bits, fraction = candidates[best], PROMOTED_FRACTIONS[best]
+    if settings.levels == "codebook" and _codebook_helps(
+        layer, importance, rows, quantized_rows, settings.weight_bits
+    ):
+        levels = "codebook"
+    choice = omq_search(
+        weight,
+        rows,
+        quantized_rows,
+        _outlier_score(layer, weight, rows),
+        settings.weight_bits,
+        partial(_QUANTIZE[levels], importance=importance),
+        fractions=PROMOTED_FRACTIONS if settings.allocation == "omq" else (0.0,),
+    )
     return LayerPlan(
         name=layer.name,
         kind=type(layer.module).__name__,
         shape=tuple(layer.weight.shape),
-        bits=tuple(bits.tolist()),
+        bits=tuple(choice.bits.tolist()),
         levels=levels,
-        fraction=fraction,
+        fraction=choice.fraction,
     )
 
 
-def _earns_its_table(layer: WeightLayer, bits: int, uniform: Tensor, fitted: Tensor) -> bool:
-    """Whether a codebook lowers the layer's output error, with a table that short rows can bear.
+def _codebook_helps(
+    layer: WeightLayer, importance: Tensor, rows: Tensor, quantized_rows: Tensor, bits: int
+) -> bool:
+    """Whether a codebook lowers the layer's output error, with a table that its rows can bear.
 
     A table of 2^b int8 values is paid per channel: 0.15 bits a weight for 4 bits over 864 weights,
     5.3 over 24. Layers whose table would take more bits than their codes stay uniform. (Stricter
@@ -210,14 +199,18 @@ def _earns_its_table(layer: WeightLayer, bits: int, uniform: Tensor, fitted: Ten
     6.02 dB per bit of table cost as much; the short rows of attention and of the shortcuts weigh
     little in bytes and much in quality.)
     """
-    shape = (layer.weight.shape[0], layer.weight[0].numel())
-    storage = storage_bits(shape, torch.full((shape[0],), bits), "codebook")
-    return storage.tables <= MAX_TABLE_SHARE * storage.codes and bool(fitted.sum() < uniform.sum())
-
-
-def _total(by_width: Mapping[int, Tensor], bits: Tensor) -> Tensor:
-    stacked = torch.stack([by_width[int(width)] for width in sorted(by_width)])
-    return stacked.gather(0, (bits - min(by_width))[None]).sum()
+    weight = weight_rows(layer.module).float()
+    widths = torch.full((len(weight),), bits)
+    storage = storage_bits((len(weight), weight.shape[1]), widths, "codebook")
+    if storage.tables > MAX_TABLE_SHARE * storage.codes:
+        return False
+    uniform, fitted = (
+        output_errors(
+            weight, dequantize(*quantize(weight, widths, importance)), rows, quantized_rows
+        ).sum()
+        for quantize in (quantize_uniform, quantize_codebook)
+    )
+    return bool(fitted < uniform)
 
 
 def _outlier_score(layer: WeightLayer, weight: Tensor, rows: Tensor) -> Tensor:
@@ -233,20 +226,6 @@ def _outlier_score(layer: WeightLayer, weight: Tensor, rows: Tensor) -> Tensor:
     factors = smoothing_factors(activation_max, weight_max)
     smoothed = weight.reshape(len(weight), channels, -1) * factors[None, :, None]
     return kurtosis(smoothed.flatten(1))
-
-
-def _round(weight: Tensor, bits: int, importance: Tensor, levels: Levels) -> Tensor:
-    widths = torch.full((len(weight),), bits)
-    quantize = quantize_codebook if levels == "codebook" else quantize_uniform
-    return dequantize(*quantize(weight, widths, importance))
-
-
-def _outputs(rows: Tensor, weight: Tensor) -> Tensor:
-    """[P, O]: each group's rows [P, G, K] times its channels [O, K]."""
-    groups = rows.shape[1]
-    return torch.einsum(
-        "pgk,gok->pgo", rows, weight.reshape(groups, len(weight) // groups, -1)
-    ).flatten(1)
 
 
 def measure_layers(
@@ -266,7 +245,9 @@ def measure_layers(
             quantized_rows = fake_quantize(rows, range_.scale, range_.zero_point, range_.bits)
         weight = weight_rows(layer.module).float()
         test = weight_rows(rounded.get_submodule(name)).float()
-        result[name] = sqnr_db(_outputs(rows, weight), _outputs(quantized_rows, test))
+        noise = float(output_errors(weight, test, rows, quantized_rows).sum())
+        signal = float(output_errors(weight, torch.zeros_like(weight), rows, rows).sum())
+        result[name] = 10 * math.log10(signal / noise) if noise and signal else math.inf
     return result
 
 
