@@ -43,7 +43,7 @@ MIN_SCALE = 2.0**-126
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 _BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
-_CANDIDATES = {2: 96, 3: 96, 4: 96, 5: 64, 6: 48, 7: 40, 8: 32}
+_HALVINGS = {2: 6, 3: 6, 4: 6, 5: 6, 6: 6, 7: 5, 8: 5}  # of the searched interval of scales
 _KEPT = 3  # best candidates of the coarse search that are refitted
 _REFITS = 3
 _WIDE = 6  # from this width on, more bfloat16 neighbours of a refitted scale are tried
@@ -227,7 +227,7 @@ def quantize_uniform(
     scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     for width in sorted(set(widths.tolist())):
         members = (widths == width).nonzero()[:, 0].to(rows.device)
-        span = max(rows.shape[1], _CANDIDATES.get(width, 0) * min(rows.shape[1], 2**width))
+        span = max(rows.shape[1], 2 ** _HALVINGS.get(width, 0) * min(rows.shape[1], 2**width))
         for part in row_chunks(len(members), span):
             index = members[part]
             own = importance if importance is None or importance.ndim == 1 else importance[index]
@@ -270,10 +270,13 @@ def _search_scale(unit: Tensor, h: Tensor | None, bits: int) -> Tensor:
         errors = partial(_sorted_errors, SortedRows.of(unit, h), levels)
     # A least-squares scale is at least (weighted mean magnitude) / top: <|w|,|q|> >= m1 sum |q|
     # because |q| grows with |w|, and <q,q> <= top sum |q|. Above, one octave over the maximum.
-    low = (mean / levels[-1]).clamp_min(1e-300)
+    low = (mean / levels[-1]).clamp_min(1e-100)
     high = unit.amax(dim=1).to(torch.float64) / levels[(len(levels) - 1) // 2]
-    steps = torch.linspace(0, 1, _CANDIDATES[bits], dtype=torch.float64, device=unit.device)
-    scale = low[:, None] * (high / low).clamp_min(1.0)[:, None] ** steps
+    scale = torch.stack([low, torch.maximum(low, high)], dim=1)
+    for _ in range(_HALVINGS[bits]):  # geometric; sqrt rounds alike in every row, pow does not
+        middle = (scale[:, 1:] * scale[:, :-1]).sqrt()
+        between = torch.stack([scale[:, :-1], middle], dim=2).flatten(1)
+        scale = torch.cat([between, scale[:, -1:]], dim=1)
     error, refit = errors(scale)
     scale = refit.gather(1, error.topk(_KEPT, dim=1, largest=False).indices)
     for _ in range(_REFITS - 1):

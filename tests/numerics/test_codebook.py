@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numerics_strategies import importances, make_rows, weight_rows, weights_and_bits
 
@@ -120,6 +120,7 @@ def test_rows_of_few_int8_values_are_kept_exactly(bits, rows, columns, seed):
 
 @settings(max_examples=15)
 @given(st.integers(0, 2**16), st.integers(4, 9))
+@example(7510, 8)  # Lloyd's iteration alone stops 11 % above the optimum
 def test_two_levels_reach_the_best_split_of_a_short_row(seed, columns):
     # Brute force: every split of the sorted row into two cells, each at its mean.
     W = make_rows(3, columns, "normal", seed)

@@ -9,6 +9,7 @@ from numerics_strategies import make_rows
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers the operators
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.numerics import ranges
 from mpqdm_fx.numerics.ranges import affine_qparams, fake_quantize, search_range
 
 BITS = st.integers(1, 8)
@@ -101,6 +102,11 @@ def test_the_search_is_never_worse_than_the_whole_range(x, bits, steps):
     assert loss(x, found, bits) <= loss(x, affine_qparams(low, high, bits), bits)
     assert limits(bits)[0] <= found[1] <= limits(bits)[1]
     assert found[0] == float(torch.tensor(found[0], dtype=torch.float32))
+
+
+def test_a_search_that_fails_falls_back_to_the_whole_range(monkeypatch):
+    monkeypatch.setattr(ranges, "_best_shrink", lambda *_: (0.02, 0.02))
+    assert search_range(torch.linspace(-1, 2, 50), -1.0, 2.0, 8) == affine_qparams(-1.0, 2.0, 8)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
