@@ -1,9 +1,10 @@
-"""Keep degenerate output channels inside what integer kernels can hold.
+"""Bring weights and biases to what integer kernels can hold.
 
 An int8 kernel adds the bias as an int32 in steps of `input_scale * weight_scale`, and multiplies
 the sum by `input_scale * weight_scale / output_scale`. A channel whose weights are all zero, or
 tiny beside its bias, has a weight scale near zero: the bias overflows, or the multiplier
 underflows, and the channel comes out wrong (fbgemm, XNNPACK) or the kernel refuses it (qnnpack).
+In every other channel the bias is rounded to a whole number of steps.
 """
 
 import logging
@@ -12,12 +13,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.graph.editing import copy_graph_module, replace_module
+from mpqdm_fx.graph.editing import (
+    add_module,
+    copy_graph_module,
+    free_name,
+    insert_call,
+    replace_module,
+    shallow_clone,
+)
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.passes.quantize_activations import activation_sites
 from mpqdm_fx.passes.round_weights import install_codes
-from mpqdm_fx.plan import LayerActivation
+from mpqdm_fx.plan import ActivationRange, LayerActivation
 
-__all__ = ["fit_channels"]
+__all__ = ["fit_channels", "round_biases", "split_calls"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,31 +50,117 @@ def fit_channels(rounded: fx.GraphModule, ranges: Mapping[str, LayerActivation])
         `rounded` itself if no channel is degenerate, else a copy with new layers.
     """
     result = rounded
-    for name, layer in weight_layers(rounded).items():
-        if name not in ranges:
-            continue
-        shift = _shifts(layer.module, ranges[name])
+    layers = weight_layers(rounded)
+    for name, inputs in _inputs(rounded, ranges).items():
+        module = layers[name].module
+        smallest = min(chosen.scale for chosen in inputs)
+        shift = _shifts(module, smallest, ranges[name].output.scale)
         if not bool(shift.any()):
             continue
         if result is rounded:
             result = copy_graph_module(rounded)
-        codes, scale = _tensor(layer.module, "weight_codes"), _tensor(layer.module, "weight_scale")
+        codes, scale = _tensor(module, "weight_codes"), _tensor(module, "weight_scale")
         factor = torch.exp2(shift)
         coarse = (codes.flatten(1).double() / factor[:, None]).round().to(torch.int8)
         scale = (scale.double() * factor).float()
-        replace_module(result, name, install_codes(layer.module, coarse.view_as(codes), scale))
+        replace_module(result, name, install_codes(module, coarse.view_as(codes), scale))
         logger.info("%s: %d degenerate channels got a coarser scale", name, int((shift > 0).sum()))
     return result
 
 
-def _shifts(module: nn.Module, activation: LayerActivation) -> Tensor:
-    """K of each output channel, float64 [out_channels]; 0 for all that are in order."""
+def round_biases(rounded: fx.GraphModule, ranges: Mapping[str, LayerActivation]) -> fx.GraphModule:
+    """Round every bias to whole steps of `input_scale * weight_scale`, as integer kernels do.
+
+    A graph with such biases is computed by them exactly, but for ties and the order of sums in its
+    float parts; so a program can be checked against it closely.
+
+    Args:
+        rounded: Module-level graph after `fit_channels`; it is not changed.
+        ranges: Activation ranges by layer. A layer whose calls read several scales keeps its bias,
+            which cannot be whole in all of them (`split_calls` leaves no such layer).
+
+    Returns:
+        A copy with new layers.
+    """
+    result = copy_graph_module(rounded)
+    layers = weight_layers(rounded)
+    for name, inputs in _inputs(rounded, ranges).items():
+        module = layers[name].module
+        bias = module.bias
+        if not isinstance(bias, Tensor) or len({chosen.scale for chosen in inputs}) > 1:
+            continue
+        step = inputs[0].scale * _tensor(module, "weight_scale").double()
+        clone = shallow_clone(module)
+        whole = (bias.detach().double() / step).round() * step
+        clone.bias = nn.Parameter(whole.to(bias.dtype), requires_grad=False)
+        replace_module(result, name, clone)
+    return result
+
+
+def split_calls(
+    rounded: fx.GraphModule, ranges: Mapping[str, LayerActivation]
+) -> tuple[fx.GraphModule, dict[str, LayerActivation]]:
+    """Give a layer of its own to every call that reads another scale.
+
+    The bias in integers depends on the scale of the input. ExecuTorch (1.4.1) stores the bias of a
+    layer once, in the integers of its first call, and adds those to the others too: wrong numbers.
+
+    Args:
+        rounded: Module-level graph after `RoundWeights`; it is not changed.
+        ranges: Activation ranges by layer.
+
+    Returns:
+        `rounded` itself, or a copy in which further calls are of new layers that share the weight;
+        and the ranges with those of the new layers.
+    """
+    result, extended = rounded, dict(ranges)
+    layers = weight_layers(rounded)
+    for name, inputs in _inputs(rounded, ranges).items():
+        if layers[name].module.bias is None or len({chosen.scale for chosen in inputs}) == 1:
+            continue
+        if result is rounded:
+            result = copy_graph_module(rounded)
+        targets = {inputs[0].scale: name}
+        for node, chosen in zip(layers[name].nodes, inputs, strict=True):
+            if chosen.scale not in targets:
+                clone = shallow_clone(layers[name].module)
+                clone.bias = nn.Parameter(_tensor(clone, "bias").detach().clone())
+                targets[chosen.scale] = free_name(result, f"{name}_call")
+                add_module(result, targets[chosen.scale], clone)
+                extended[targets[chosen.scale]] = ranges[name]
+            if targets[chosen.scale] != name:
+                old = next(n for n in result.graph.nodes if n.name == node.name)
+                new = insert_call(result, targets[chosen.scale], old.args, anchor=old)
+                old.replace_all_uses_with(new)
+                result.graph.erase_node(old)
+    result.recompile()
+    return result, extended
+
+
+def _inputs(
+    graph: fx.GraphModule, ranges: Mapping[str, LayerActivation]
+) -> dict[str, list[ActivationRange]]:
+    """Range that each call of each layer really reads: its own, or that of the output it reads."""
+    calls = {n: name for name, layer in weight_layers(graph).items() for n in layer.nodes}
+    ordered = {node: calls[node] for node in graph.graph.nodes if node in calls}
+    read: dict[fx.Node, ActivationRange] = {}
+    for site in activation_sites(ordered, ranges):  # the narrower site of a value comes later
+        for call in site.value.users if site.calls is None else site.calls:
+            read[call] = site.range
+    found: dict[str, list[ActivationRange]] = {}
+    for call, name in ordered.items():
+        if name in ranges:
+            found.setdefault(name, []).append(read[call])
+    return found
+
+
+def _shifts(module: nn.Module, input_scale: float, output_scale: float) -> Tensor:
+    """Exponent k of each output channel, float64 [out_channels]; 0 for all that are in order."""
     scale = _tensor(module, "weight_scale").double()
-    bias = getattr(module, "bias", None)
-    largest = torch.full_like(scale, activation.output.scale)
-    if isinstance(bias, Tensor):
-        largest = torch.maximum(largest, bias.detach().double().abs())
-    needed = largest / (_STEPS * activation.input.scale)
+    largest = torch.full_like(scale, output_scale)
+    if isinstance(module.bias, Tensor):
+        largest = torch.maximum(largest, module.bias.detach().double().abs())
+    needed = largest / (_STEPS * input_scale)
     return torch.log2(needed / scale).ceil().clamp(min=0)
 
 

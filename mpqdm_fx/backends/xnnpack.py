@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from mpqdm_fx.backends.fit_channels import fit_channels
+from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_calls
 from mpqdm_fx.backends.observers import weight_grids
 from mpqdm_fx.backends.pt2e import convert_pt2e_graph, export_graph
 from mpqdm_fx.backends.torch_ao import check_ranges
@@ -55,10 +55,11 @@ DECOMPOSE = Pipeline(passes=(DecomposeAttention(),))
 #: On the converted graph, before lowering: int8 values that its partitioner would mishandle.
 REMEDIES = Pipeline(passes=(DropNoopSlices(), UnshareDequantize(), RequantizeCopies()))
 
-# An integer kernel rounds a tie, or a sum in another order, to the neighbouring code. Every later
-# rounding spreads such a step, so after a few layers the program's rounding errors are another draw
-# of the same noise: two draws differ by 3 dB more than each from the truth. 6 dB leaves as much
-# again; a wrong layout or scale costs tens of dB.
+# The graph has the program's int32 biases, so integers agree bit for bit but where a float op
+# before them (a norm, a softmax) sums in another order and a value next to a tie falls elsewhere.
+# Every later rounding spreads such a step, and in the end the program's rounding errors are another
+# draw of the same noise: two draws differ by 3 dB more than each from the truth. 6 dB leaves as
+# much again; a wrong layout or scale costs tens of dB.
 MARGIN_DB = 6.0
 # Where activations are in float, only the order of sums differs.
 FLOAT_SQNR_DB = 60.0
@@ -119,8 +120,8 @@ def lower_xnnpack(
 
     Args:
         rounded: Module-level graph after `RoundWeights`; it is not changed.
-        ranges: Input and output range by layer name, 8 bits. Layers without an entry, and Conv3d,
-            stay in float with their rounded weights.
+        ranges: Input and output range by layer name, 8 bits. Layers without an entry stay in
+            float with their rounded weights.
         example_inputs: Inputs of `rounded`, by name or in order; also what the program is tried on.
         path: File to write. It appears only if the program ran with the right numbers.
 
@@ -129,16 +130,17 @@ def lower_xnnpack(
 
     Raises:
         ConfigError: No layer is rounded, or `ranges` names a layer that is not.
-        LoweringError: ExecuTorch is missing or failed, a range is not 8 bits wide, or the program
-            computes other numbers than the converted graph.
+        LoweringError: ExecuTorch is missing or failed, a range is not 8 bits wide, the graph has a
+            Conv3d, or the program computes other numbers than the converted graph.
     """
     require_executorch()
     check_ranges(ranges, weight_grids(rounded), "XNNPACK")
-    ranges = _supported(rounded, ranges)
+    _refuse_conv3d(rounded)
     inputs = _positional(example_inputs)
     with _Stages() as stage, torch.no_grad():
         stage("decompose")
-        plain = fit_channels(DECOMPOSE(rounded).graph_module, ranges)
+        plain, ranges = split_calls(DECOMPOSE(rounded).graph_module, ranges)
+        plain = round_biases(fit_channels(plain, ranges), ranges)
         stage("convert")
         converted = REMEDIES(convert_pt2e_graph(plain, ranges, inputs)).graph_module
         expected = _leaves(converted(*inputs))
@@ -163,6 +165,7 @@ def lower_xnnpack_float(
         LoweringError: ExecuTorch is missing or failed, or the program computes other numbers.
     """
     require_executorch()
+    _refuse_conv3d(graph)
     inputs = _positional(example_inputs)
     with _Stages() as stage, torch.no_grad():
         stage("decompose")
@@ -286,21 +289,13 @@ def _delegation(edge: Any) -> dict[str, Any]:
     }
 
 
-def _supported(
-    rounded: fx.GraphModule, ranges: Mapping[str, LayerActivation]
-) -> dict[str, LayerActivation]:
-    """Ranges of the layers that XNNPACK has int8 kernels for."""
-    layers = weight_layers(rounded)
-    kept = {
-        name: activation
-        for name, activation in ranges.items()
-        if not isinstance(layers[name].module, torch.nn.Conv3d)
-    }
-    for name in ranges.keys() - kept.keys():
-        logger.warning("%s: XNNPACK has no Conv3d; the layer runs in float", name)
-    if not kept:
-        raise LoweringError("every quantized layer is a Conv3d, which XNNPACK does not have")
-    return kept
+def _refuse_conv3d(graph: fx.GraphModule) -> None:
+    for name, layer in weight_layers(graph).items():
+        if isinstance(layer.module, torch.nn.Conv3d):
+            raise LoweringError(
+                f"{name}: neither XNNPACK nor ExecuTorch's portable kernels have a Conv3d; use the "
+                f"torch_ao backend, or a model without volumetric convolutions"
+            )
 
 
 def _without_codes(graph: fx.GraphModule) -> fx.GraphModule:

@@ -1,6 +1,7 @@
 """The blocks that random graphs are made of; used by `testing.graphs`."""
 
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -223,6 +224,16 @@ def assertion(b: GraphBuilder, block: Block) -> None:
         b.call(_aten._assert_tensor_metadata.default, b.image, dtype=torch.float32)
 
 
+def crop(b: GraphBuilder, block: Block) -> None:
+    """Emit `x[:, :, 1:]` as the export does: one slice per axis, most of which take everything."""
+    channels, height, width = b.shape
+    cut = 1 if block.variant % 2 == 0 and height > 2 else 0
+    x = b.image
+    for axis, start in enumerate((0, 0, cut)):
+        x = b.call(_aten.slice.Tensor, x, axis, start, sys.maxsize)
+    b.set_image(x, channels, (height - cut, width))
+
+
 def batch_norm(b: GraphBuilder, block: Block) -> None:
     """Emit a convolution and a batch norm; variant 1 without affine parameters."""
     conv(b, block)
@@ -281,6 +292,7 @@ EMITTERS: Mapping[str, Callable[[GraphBuilder, Block], None]] = {
         dropout,
         cast,
         assertion,
+        crop,
         dead,
     )
 }

@@ -4,10 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rounded_nets import Attention, Residual, rounded, widen_inputs
 from torch import nn
 
-from mpqdm_fx.backends.fit_channels import fit_channels
+from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_calls
+from mpqdm_fx.backends.torch_ao import lower_torch_ao
 from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.round_weights import install_codes
 from mpqdm_fx.plan import ActivationRange, LayerActivation
 
@@ -86,3 +89,70 @@ def test_balanced_codes_of_a_dead_channel_become_zero(bits):
     layer.weight_codes.copy_(torch.full_like(layer.weight_codes, 2**bits - 1))
     fitted = fit_channels(graph, RANGES).get_submodule("0")
     assert not fitted.weight_codes.any()
+
+
+def test_rounded_biases_are_whole_steps_and_the_nearest_ones():
+    graph, ranges, _ = rounded(Residual(), bits=2)
+    result = round_biases(graph, ranges)
+    names = ("conv_in", "conv1", "down")
+    for name in names:
+        old, new = graph.get_submodule(name), result.get_submodule(name)
+        step = float(torch.tensor(ranges[name].input.scale)) * old.weight_scale.double()
+        steps = new.bias.double() / step
+        assert torch.allclose(steps, steps.round(), atol=1e-3)
+        assert torch.all((new.bias - old.bias).abs() <= step / 2 * (1 + 1e-5))
+        assert new.weight is old.weight
+    assert not torch.equal(graph.get_submodule("down").bias, result.get_submodule("down").bias)
+
+
+def test_bias_behind_a_direct_neighbour_uses_the_scale_that_is_really_read():
+    # `shortcut` reads the int8 output of `down`, not its own input range
+    graph, ranges, _ = rounded(Residual(), bits=2)
+    ranges = widen_inputs(ranges, ("shortcut",))
+    layer = round_biases(graph, ranges).get_submodule("shortcut")
+    step = float(torch.tensor(ranges["down"].output.scale)) * layer.weight_scale.double()
+    steps = layer.bias.double() / step
+    assert torch.allclose(steps, steps.round(), atol=1e-3)
+
+
+def test_rounding_biases_twice_changes_nothing_more():
+    graph, ranges, _ = rounded(Residual(), bits=2)
+    once = round_biases(graph, ranges)
+    twice = round_biases(once, ranges)
+    for name in ranges:
+        one, two = once.get_submodule(name).bias, twice.get_submodule(name).bias
+        assert one is two is None or torch.equal(one, two)
+
+
+@pytest.mark.parametrize("bits", [8, 3, 1])
+def test_with_rounded_biases_qnnpack_is_bit_equal_to_the_fake_quantized_graph(bits):
+    graph, ranges, inputs = rounded(Residual(), bits)
+    graph = round_biases(graph, ranges)
+    with torch.no_grad():
+        expected = QuantizeActivations(ranges=ranges)(graph).graph_module(**inputs)
+        found = lower_torch_ao(graph, ranges, inputs, "qnnpack")(**inputs)
+    assert torch.equal(found, expected)
+
+
+def test_calls_on_different_scales_get_layers_of_their_own():
+    graph, ranges, inputs = rounded(Attention())  # to_out(to_out(a)): reads its own output
+    result, extended = split_calls(graph, ranges)
+    assert set(extended) - set(ranges) == {"to_out_call"}
+    one, two = result.get_submodule("to_out"), result.get_submodule("to_out_call")
+    assert one.weight is two.weight
+    assert one.bias is not two.bias
+    assert torch.equal(one.bias, two.bias)
+    with torch.no_grad():
+        before = QuantizeActivations(ranges=ranges)(graph).graph_module(**inputs)
+        after = QuantizeActivations(ranges=extended)(result).graph_module(**inputs)
+    assert torch.equal(before, after)
+    again, same = split_calls(result, extended)
+    assert again is result
+    assert same == extended
+
+
+def test_calls_on_one_scale_stay_one_layer():
+    graph, ranges, _ = rounded(Residual())
+    result, extended = split_calls(graph, ranges)
+    assert result is graph
+    assert extended == ranges

@@ -1,8 +1,10 @@
 """The XNNPACK door: a `.pte` that ran with the right numbers, or a clear refusal and no file."""
 
 import builtins
+import gc
 import json
 import logging
+import math
 import sys
 
 import numpy as np
@@ -21,6 +23,7 @@ from rounded_nets import (
 from torch import nn
 
 from mpqdm_fx.backends import xnnpack
+from mpqdm_fx.backends.fit_channels import round_biases
 from mpqdm_fx.backends.xnnpack import XnnpackRunner, lower_xnnpack, lower_xnnpack_float
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
 from mpqdm_fx.graph.base import Pipeline
@@ -39,17 +42,23 @@ def residual(tmp_path_factory):
     return graph, ranges, inputs, lower_xnnpack(graph, ranges, inputs, path)
 
 
-def test_program_is_within_one_step_of_the_fake_quantized_graph(residual):
-    graph, ranges, inputs, program = residual
+def fake_quantized(graph, ranges, inputs):
+    """Outputs of the fake-quantized graph with the int32 biases of integer kernels."""
+    whole = QuantizeActivations(ranges=ranges)(round_biases(graph, ranges)).graph_module
     with torch.no_grad():
-        expected = QuantizeActivations(ranges=ranges)(graph).graph_module(**inputs)
+        return whole(**inputs)
+
+
+def test_program_is_bit_equal_to_the_fake_quantized_graph_with_whole_biases(residual):
+    graph, ranges, inputs, program = residual
     (found,) = XnnpackRunner(program.path)(inputs["x"])
+    assert torch.equal(found, fake_quantized(graph, ranges, inputs))
     assert program.output_scale == pytest.approx(ranges["conv_out"].output.scale)
-    assert (found - expected).abs().max() <= 1.001 * program.output_scale
+    assert (program.sqnr_db, program.max_lsb) == (math.inf, 0.0)
 
 
 def test_report_describes_the_file(residual):
-    _, ranges, inputs, program = residual
+    inputs, program = residual[2:]
     assert program.bytes == program.path.stat().st_size
     assert [(s.name, s.shape, s.dtype) for s in program.inputs] == [
         ("x", tuple(inputs["x"].shape), "float32")
@@ -63,8 +72,7 @@ def test_report_describes_the_file(residual):
     assert program.undelegated == sum(program.refusals.values()) == 2
     assert program.subgraphs == 3
     assert program.delegated > 5 * 4
-    assert program.max_lsb <= 1.001
-    assert program.sqnr_db > program.reference_sqnr_db
+    assert program.reference_sqnr_db > 20
     assert json.loads(json.dumps(program.to_dict()))["path"] == "net.pte"
 
 
@@ -116,7 +124,26 @@ def test_attention_is_delegated_in_plain_ops(tmp_path):
     graph, ranges, inputs = rounded(Attention())
     program = lower_xnnpack(graph, ranges, inputs, tmp_path / "attention.pte")
     assert set(program.refusals) <= {"aten_select_copy_int", "aten_unsqueeze_copy_default"}
-    assert program.sqnr_db > program.reference_sqnr_db
+    # softmax is XNNPACK's own; one code may fall to the other side of a tie
+    assert program.sqnr_db > program.reference_sqnr_db + 10
+
+
+def test_layer_called_on_two_scales_adds_the_right_bias_each_time(tmp_path):
+    # ExecuTorch stores a bias once, in the integers of its first call
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.mix(30 * torch.sigmoid(self.mix(x)))
+
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(4, 6)}
+    graph = round_to_grid(trace(Twice().eval(), inputs))
+    ranges = measured_ranges(graph, inputs)
+    program = lower_xnnpack(graph, ranges, inputs, tmp_path / "net.pte")
+    assert program.max_lsb <= 1.001
 
 
 def lower_with(passes, net, path, widen=()):
@@ -133,7 +160,7 @@ def test_value_read_as_int8_and_as_float_needs_the_remedy(tmp_path):
         lower_with((), SharedOutput(), path)
     assert not list(tmp_path.iterdir())
     program = lower_with(xnnpack.REMEDIES.passes, SharedOutput(), path)
-    assert program.sqnr_db > program.reference_sqnr_db
+    assert program.sqnr_db > program.reference_sqnr_db + 10
     assert program.subgraphs == 2
 
 
@@ -164,35 +191,32 @@ def test_channel_of_zero_weights_keeps_its_bias(tmp_path):
     graph = round_to_grid(trace(model, inputs), bits=3)
     ranges = measured_ranges(graph, inputs)
     program = lower_xnnpack(graph, ranges, inputs, tmp_path / "net.pte")
-    with torch.no_grad():
-        expected = QuantizeActivations(ranges=ranges)(graph).graph_module(**inputs)
     (found,) = XnnpackRunner(program.path)(*inputs.values())
-    assert (found - expected).abs().max() <= 1.001 * ranges["1"].output.scale
+    assert torch.equal(found, fake_quantized(graph, ranges, inputs))
+    assert found.abs().max() > 0
 
 
 class Conditions(nn.Module):
-    """Takes a dictionary and a Conv1d, and has a Conv3d that XNNPACK does not know."""
+    """Takes a dictionary; has a Conv1d."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.line, self.volume = nn.Conv1d(3, 4, 3, padding=1), nn.Conv3d(1, 1, 1)
-        self.mix = nn.Linear(6, 5)
+        self.line, self.mix = nn.Conv1d(3, 4, 3, padding=1), nn.Linear(6, 5)
 
     def forward(self, x, conditions):
         y = self.mix(conditions["text"]) + conditions["ids"]
-        return self.volume(self.line(x)[:, None, :, :, None]).flatten(1) * y.sum(), y
+        return self.line(x).flatten(1) * y.sum(), y
 
 
-def test_dictionaries_are_taken_in_any_order_and_conv3d_stays_in_float(tmp_path, caplog):
+def test_conv1d_is_int8_and_dictionaries_are_taken_in_any_order(tmp_path):
     torch.manual_seed(0)
     text, ids, x = torch.randn(2, 6), torch.randn(2, 5), torch.randn(2, 3, 7)
     inputs = {"x": x, "conditions": {"text": text, "ids": ids}}
     graph = round_to_grid(trace(Conditions().eval(), inputs))
     ranges = measured_ranges(graph, inputs)
-    assert set(ranges) == {"line", "volume", "mix"}
-    with caplog.at_level(logging.WARNING):
-        program = lower_xnnpack(graph, ranges, inputs, tmp_path / "net.pte")
-    assert "volume: XNNPACK has no Conv3d" in caplog.text
+    assert set(ranges) == {"line", "mix"}
+    program = lower_xnnpack(graph, ranges, inputs, tmp_path / "net.pte")
+    assert "aten_convolution_default" not in program.refusals
     assert [spec.name for spec in program.inputs] == ["x", "conditions.ids", "conditions.text"]
     runner = XnnpackRunner(program.path)
     one = runner(x, {"text": text, "ids": ids})
@@ -202,6 +226,14 @@ def test_dictionaries_are_taken_in_any_order_and_conv3d_stays_in_float(tmp_path,
         exact = graph(**inputs)
     for a, b in zip(one, exact, strict=True):
         assert (a - b).abs().max() < 0.05 * b.abs().max()
+
+
+def test_conv3d_is_refused_before_anything_is_lowered(tmp_path):
+    inputs = {"input": torch.randn(1, 2, 3, 4, 5)}
+    graph = round_to_grid(trace(nn.Sequential(nn.Conv3d(2, 3, 1)).eval(), inputs))
+    with pytest.raises(LoweringError, match=r"^0: .*Conv3d.*torch_ao"):
+        lower_xnnpack(graph, measured_ranges(graph, inputs), inputs, tmp_path / "net.pte")
+    assert not list(tmp_path.iterdir())
 
 
 def test_existing_file_survives_a_lowering_that_fails(tmp_path):
@@ -245,11 +277,8 @@ def test_missing_extra_is_one_clear_error(tmp_path, monkeypatch, residual):
     assert not list(tmp_path.iterdir())
 
 
-def test_lowering_leaves_the_root_logger_and_the_collector_as_they_were(residual):
+def test_lowering_leaves_the_root_logger_and_the_collector_as_they_were():
     # ExecuTorch calls logging.basicConfig when it is imported; pytest's own handlers are there
-    import gc
-
-    graph, ranges, inputs, program = residual
     root, threshold = list(logging.getLogger().handlers), gc.get_threshold()
     with pytest.raises(LoweringError, match="ExecuTorch cannot lower"):
         xnnpack._lower(None)

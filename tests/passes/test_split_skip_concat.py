@@ -47,7 +47,7 @@ def test_convolution_called_twice_over_concats_keeps_one_pair_of_parts():
     assert [len(layers[f"blocks.1.conv_part{i}"].nodes) for i in (0, 1)] == [2, 2]
 
 
-def test_parts_copy_theirweight_shapes():
+def test_parts_copy_their_weights():
     case = one_block("skip_concat")
     result = SplitSkipConcat()(case.graph_module)
     old = case.graph_module.get_submodule("blocks.1.conv").weight
