@@ -14,15 +14,19 @@ from torch import nn
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.signature import tensor_leaves
 
-__all__ = ["CaptureError", "Refusal", "refuse"]
+__all__ = ["CaptureError", "Refusal", "depends_on_data", "describe_inputs", "refuse"]
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parent)
 
+_DATA_DEPENDENT = (
+    r"GuardOnDataDependent|data-dependent|unhashable type: non-nested SymInt|_local_scalar_"
+)
+
 # (pattern in the error's type and text, what the user can do about it); first match wins
 _SUGGESTIONS = (
     (
-        r"GuardOnDataDependent|data-dependent|unhashable type: non-nested SymInt|_local_scalar_",
+        _DATA_DEPENDENT,
         "the model branches on a tensor's value; pass a constant or use torch.where",
     ),
     (
@@ -100,6 +104,11 @@ def refuse(model: nn.Module, error: BaseException, suggestion: str = "") -> Refu
     if not suggestion:
         suggestion = next((s for p, s in _SUGGESTIONS if re.search(p, text)), _DEFAULT_SUGGESTION)
     return Refusal(reason=reason[:500], path=path, line=line, code=code, suggestion=suggestion)
+
+
+def depends_on_data(error: BaseException) -> bool:
+    """Tell whether an export failed on a tensor's value, which no choice of batch can help."""
+    return re.search(_DATA_DEPENDENT, f"{type(error).__name__} {error}") is not None
 
 
 def describe_inputs(call: Mapping[str, Any]) -> str:

@@ -23,7 +23,13 @@ from mpqdm_fx.graph.batching import (
     is_specialized,
     refine_range,
 )
-from mpqdm_fx.graph.diagnose import CaptureError, Refusal, describe_inputs, refuse
+from mpqdm_fx.graph.diagnose import (
+    CaptureError,
+    Refusal,
+    depends_on_data,
+    describe_inputs,
+    refuse,
+)
 from mpqdm_fx.graph.raise_modules import raise_leaf_modules
 from mpqdm_fx.graph.signature import Signature, bind_inputs
 
@@ -155,6 +161,8 @@ def _export(
                     note = "the model's code ties the batch to the example's size"
                     break
                 note = note or str(refuse(model, error, suggestion="none")).removesuffix("; none")
+                if depends_on_data(error):
+                    break
                 continue
             if _contains(batch_range, signature.batch):
                 return exported, _batched(signature, plan, batch_range), plan.tile(call)
@@ -162,14 +170,16 @@ def _export(
         signature = dataclasses.replace(
             signature, note=f"the batch is fixed: {note or 'no input has a batch axis'}"
         )
-        _LOGGER.warning("%s: %s", signature.model_class, signature.note)
     try:
         with _unchanged(model), _quiet():
-            return torch.export.export(model, (), call, strict=False), signature, call
+            exported = torch.export.export(model, (), call, strict=False)
     except Exception as error:
         raise CaptureError(
             signature.model_class, "cannot be captured", refuse(model, error)
         ) from error
+    if signature.note:
+        _LOGGER.warning("%s: %s", signature.model_class, signature.note)
+    return exported, signature, call
 
 
 def _contains(batch_range: tuple[int, int | None], batch: int) -> bool:
