@@ -1,21 +1,33 @@
 """Graph passes: one pass, one file, one class, named by a verb."""
 
 from mpqdm_fx.graph.base import GraphPass
+from mpqdm_fx.passes.decompose_attention import DecomposeAttention
 from mpqdm_fx.passes.drop_assertions import DropAssertions
 from mpqdm_fx.passes.drop_dropout import DropDropout
 from mpqdm_fx.passes.drop_noop_casts import DropNoopCasts
+from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.passes.fold_batch_norm import FoldBatchNorm
+from mpqdm_fx.passes.quantize_activations import QuantizeActivations
+from mpqdm_fx.passes.requantize_copies import RequantizeCopies
+from mpqdm_fx.passes.round_weights import RoundWeights
 from mpqdm_fx.passes.split_geglu import SplitGeglu
 from mpqdm_fx.passes.split_skip_concat import SplitSkipConcat
+from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
 
 __all__ = [
     "NORMALIZE",
+    "DecomposeAttention",
     "DropAssertions",
     "DropDropout",
     "DropNoopCasts",
+    "DropNoopSlices",
     "FoldBatchNorm",
+    "QuantizeActivations",
+    "RequantizeCopies",
+    "RoundWeights",
     "SplitGeglu",
     "SplitSkipConcat",
+    "UnshareDequantize",
 ]
 
 #: What runs on a traced graph before anything is quantized, in running order. First goes what

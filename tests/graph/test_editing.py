@@ -130,6 +130,33 @@ def test_pruning_keeps_a_parameter_that_is_read_as_a_tensor():
     assert set(root.state_dict()) == {"conv.weight", "conv.bias"}
 
 
+def test_pruning_spares_a_shared_layer_of_which_one_tensor_is_still_read():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_module("conv", (x,))
+    graph.output((y, graph.get_attr("conv.weight")))
+    root = nn.Module()
+    root.conv = nn.Conv2d(3, 4, 1)
+    graph_module = copy_graph_module(fx.GraphModule(root, graph))
+    call = next(n for n in graph_module.graph.nodes if n.op == "call_module")
+    call.replace_all_uses_with(call.args[0])
+    graph_module.graph.erase_node(call)
+    prune(graph_module)
+    assert set(graph_module.state_dict()) == {"conv.weight"}
+    assert root.conv.bias is not None
+
+
+def test_containers_of_a_copy_are_its_own(case):
+    graph_module = copy_graph_module(case.graph_module)
+    before = digest(case.graph_module)
+    container = graph_module.get_submodule("blocks.0")
+    assert container is not case.graph_module.get_submodule("blocks.0")
+    container.conv = nn.Identity()
+    container.register_buffer("extra", torch.ones(1))
+    del graph_module.get_submodule("blocks").__dict__["_modules"]["1"]
+    assert digest(case.graph_module) == before
+
+
 def test_dead_code_elimination_keeps_writes_in_place():
     class InPlace(nn.Module):
         def __init__(self):

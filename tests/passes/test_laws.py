@@ -10,6 +10,7 @@ import laws
 import pytest
 from hypothesis import given, settings
 
+import mpqdm_fx.passes
 from mpqdm_fx.errors import DialectError
 from mpqdm_fx.graph.base import GraphPass, Pipeline
 from mpqdm_fx.passes import NORMALIZE
@@ -26,8 +27,13 @@ def test_discovery_finds_every_pass_of_the_normal_pipeline():
     assert {type(p) for p in NORMALIZE} <= set(PASSES)
 
 
+def test_every_pass_can_be_imported_from_the_folder():
+    missing = [c.__name__ for c in PASSES if getattr(mpqdm_fx.passes, c.__name__, None) is not c]
+    assert not missing
+
+
 def test_every_file_of_the_passes_folder_holds_exactly_one_pass():
-    files = sorted(p.stem for p in Path(laws.mpqdm_fx.passes.__path__[0]).glob("[!_]*.py"))
+    files = sorted(p.stem for p in Path(mpqdm_fx.passes.__path__[0]).glob("[!_]*.py"))
     assert files == sorted(cls.__module__.rpartition(".")[2] for cls in PASSES)
 
 
