@@ -1,0 +1,210 @@
+"""Second moments of a layer's input rows, as a matrix or as the rows themselves.
+
+Everything that layer-wise quantization needs of its calibration data is H = X^T X / N, and H only
+ever stands in `H v`, `(H + ridge I)^-1 v` and conditional means. With N rows of K numbers all of
+them cost O(K^3) from the matrix (primal form), or O(N^2 K) from the rows (dual form: the push-through
+identity `(X^T X + c I)^-1 X^T = X^T (X X^T + c I)^-1`). Both are exact; the wide layers of a large
+UNet (K = 23,040) have few rows and are cheap only in the dual form.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from mpqdm_fx.errors import CalibrationError, ConfigError
+
+__all__ = ["DUAL_ROWS", "Gram", "GramForm", "cholesky", "kept_rows"]
+
+logger = logging.getLogger(__name__)
+
+GramForm = Literal["primal", "dual"]
+
+DUAL_ROWS = 2048
+"""Most rows that the dual form takes: a factor of 2048 x 2048 for every block of columns."""
+
+_DOUBLE_WIDTH = 4096  # wider factors are float32, as in GPTQ; their ridge is at least 1e-3
+_CHUNK = 1024  # rows per float32 product; the sum over chunks is float64
+_TRIES = 6
+
+
+def kept_rows(width: int, available: int, max_rows: int) -> int:
+    """How many rows a layer's statistics should use.
+
+    Args:
+        width: Numbers in a row, K.
+        available: Rows that the calibration data has.
+        max_rows: The most rows wanted.
+
+    Returns:
+        `max_rows` where they fill a matrix (K <= rows), else at most `DUAL_ROWS`.
+    """
+    wanted = min(available, max_rows)
+    return wanted if width <= wanted else min(wanted, DUAL_ROWS)
+
+
+def cholesky(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """Lower Cholesky factor of `matrix + ridge * I`, with a larger ridge where that fails.
+
+    Args:
+        matrix: Symmetric, positive semidefinite up to rounding, [n, n]; it is not changed.
+        ridge: First ridge, positive.
+
+    Returns:
+        The factor and the ridge it was found with.
+
+    Raises:
+        CalibrationError: No factor after five tenfold ridges (NaN, or not semidefinite).
+    """
+    used = ridge
+    for _ in range(_TRIES):
+        damped = matrix.clone()
+        damped.diagonal().add_(used)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
+            if used != ridge:
+                logger.warning("singular second moments: ridge raised %.3g -> %.3g", ridge, used)
+            return factor, used
+        used *= 10
+    raise CalibrationError(
+        f"second moments of shape {tuple(matrix.shape)} have no Cholesky factor up to a ridge of "
+        f"{used:.3g}; the calibration data is degenerate or holds NaN"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gram:
+    """Centred second moments of rows.
+
+    Attributes:
+        count: Rows N.
+        mean: Mean row that was subtracted, float64 [K]; zeros if the rows are not centred.
+        diagonal: Mean square of each entry after centring, float64 [K].
+        matrix: H, float64 or float32 [K, K], in the primal form.
+        rows: Centred rows, float32 [N, K], in the dual form.
+    """
+
+    count: int
+    mean: Tensor
+    diagonal: Tensor
+    matrix: Tensor | None
+    rows: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Tensor, *, center: bool, form: GramForm | None = None) -> Self:
+        """Accumulate the moments.
+
+        Args:
+            rows: [N, K], any float dtype.
+            center: Subtract the mean row: for layers with a bias, which takes up the mean.
+            form: `"primal"` or `"dual"`; by default the cheaper one.
+
+        Raises:
+            ConfigError: No rows.
+            CalibrationError: The rows hold NaN or infinity.
+        """
+        if rows.ndim != 2 or not rows.numel():
+            raise ConfigError(f"statistics need rows [N, K], got shape {tuple(rows.shape)}")
+        count, width = rows.shape
+        mean = rows.mean(dim=0, dtype=torch.float64)
+        if not bool(torch.isfinite(mean).all()):
+            raise CalibrationError("calibration rows hold NaN or infinity")
+        if not center:
+            mean = torch.zeros_like(mean)
+        centred = (rows.to(torch.float64) - mean).to(torch.float32) if center else rows.float()
+        diagonal = _mean_square(centred)
+        if (form or ("primal" if width <= count else "dual")) == "dual":
+            return cls(count=count, mean=mean, diagonal=diagonal, matrix=None, rows=centred)
+        matrix = _second_moments(centred)
+        return cls(count=count, mean=mean, diagonal=diagonal, matrix=matrix, rows=None)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row, K."""
+        return len(self.diagonal)
+
+    @property
+    def mean_diagonal(self) -> float:
+        """Average of the diagonal: the unit of damping."""
+        return float(self.diagonal.mean())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of factors."""
+        width = self.width if self.rows is None else self.count
+        return torch.float64 if width <= _DOUBLE_WIDTH else torch.float32
+
+    def ridge(self, damping: float) -> float:
+        """`damping` times the average diagonal, positive even for rows of zeros."""
+        return damping * self.mean_diagonal or damping
+
+    def multiply(self, left: Tensor) -> Tensor:
+        """`left @ H`, float64 [O, K], for `left` [O, K]."""
+        if self.matrix is not None:
+            return (left.to(self.matrix.dtype) @ self.matrix).to(torch.float64)
+        assert self.rows is not None
+        return ((left.float() @ self.rows.T) @ self.rows).to(torch.float64) / self.count
+
+    def quadratic(self, left: Tensor) -> Tensor:
+        """`diag(left H left^T)`: mean squared output of each row, float64 [O], for [O, K]."""
+        if self.rows is not None:
+            return _mean_square(self.rows @ left.float().T)
+        return (self.multiply(left) * left.to(torch.float64)).sum(dim=1).clamp_min(0)
+
+    def regress(self, rows: Tensor, targets: Tensor, damping: float) -> Tensor:
+        """Ridge regression of targets on the rows.
+
+        `argmin_B mean |targets - rows B^T|^2 + ridge |B|^2`, which for targets `(X - X_hat) W^T`
+        is QEP's correction `W C (H + ridge I)^-1` (arXiv 2504.09629, proposition 5.1).
+
+        Args:
+            rows: The rows that these moments were accumulated from, [N, K].
+            targets: [N, O].
+            damping: Ridge in units of the average diagonal.
+
+        Returns:
+            B, float32 [O, K]. With centred moments the targets' mean is left to the bias.
+
+        Raises:
+            CalibrationError: The moments are degenerate.
+        """
+        wanted = targets.to(torch.float64)
+        if bool(self.mean.any()):
+            wanted = wanted - wanted.mean(dim=0)
+        if self.rows is not None:
+            kernel = _second_moments(self.rows.T.contiguous()) * (self.width / self.count)
+            factor, _ = cholesky(kernel.to(self.dtype), self.ridge(damping))
+            weights = torch.cholesky_solve(wanted.to(self.dtype), factor)
+            return (weights.T.float() @ self.rows) / self.count
+        assert self.matrix is not None
+        factor, _ = cholesky(self.matrix.to(self.dtype), self.ridge(damping))
+        cross = _cross(rows, self.mean, wanted)
+        return torch.cholesky_solve(cross.to(self.dtype), factor).T.float()
+
+
+def _mean_square(rows: Tensor) -> Tensor:
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for part in rows.split(_CHUNK):
+        total += part.square().sum(dim=0)
+    return total / len(rows)
+
+
+def _second_moments(rows: Tensor) -> Tensor:
+    """X^T X / N: float32 products of chunks of rows, summed in the factor's precision."""
+    width = rows.shape[1]
+    dtype = torch.float64 if width <= _DOUBLE_WIDTH else torch.float32
+    total = torch.zeros(width, width, dtype=dtype, device=rows.device)
+    for part in rows.split(_CHUNK):
+        total += part.T @ part
+    return total.div_(len(rows))
+
+
+def _cross(rows: Tensor, mean: Tensor, targets: Tensor) -> Tensor:
+    """Centred rows^T targets / N, float64 [K, O]."""
+    total = torch.zeros(rows.shape[1], targets.shape[1], dtype=torch.float64, device=rows.device)
+    shift = mean.float()
+    for part, wanted in zip(rows.split(_CHUNK), targets.split(_CHUNK), strict=True):
+        total += (part - shift).T @ wanted.float()
+    return total / len(rows)

@@ -1,0 +1,110 @@
+"""The level sets of a layer's rows, and the nearest level of a value: what every rounding uses."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mpqdm_fx.numerics.codebook import LevelKind, codebook_tables, quantize_codebook
+from mpqdm_fx.numerics.grids import (
+    CODEBOOK_MAX_BITS,
+    MAX_BITS,
+    check_bits,
+    quantize_uniform,
+    round_scale,
+)
+
+__all__ = ["RowLevels"]
+
+_TABLE = 2**CODEBOOK_MAX_BITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLevels:
+    """2^b int8 levels times a scale for each row.
+
+    Attributes:
+        bits: Width of each row, int64 [O].
+        scale: Positive bfloat16 values, float32 [O].
+        tables: Levels of the rows that have fitted ones, float32 [O, 16], ascending, the largest
+            repeated; rows of uniform levels hold zeros. None if no row has a table.
+    """
+
+    bits: Tensor
+    scale: Tensor
+    tables: Tensor | None
+
+    @classmethod
+    def fit(
+        cls, W: Tensor, bits: Tensor, kind: LevelKind, importance: Tensor | None = None
+    ) -> Self:
+        """Fit level sets to weights by weighted squared error.
+
+        Args:
+            W: Weight rows [O, K].
+            bits: int64 [O], 1 to 8.
+            kind: `"uniform"`, or `"codebook"` for fitted levels in rows of at most 4 bits.
+            importance: Error weights [K] or [O, K].
+
+        Raises:
+            ConfigError: Shapes or widths are wrong.
+            CalibrationError: Weights or importance are not finite.
+        """
+        widths = check_bits(bits, len(W))
+        if kind == "uniform" or not bool((widths <= CODEBOOK_MAX_BITS).any()):
+            return cls(bits=widths, scale=quantize_uniform(W, widths, importance)[1], tables=None)
+        codes, scale = quantize_codebook(W, widths, importance)
+        return cls(bits=widths, scale=scale, tables=_tables_of(codes, widths))
+
+    @property
+    def fitted(self) -> Tensor:
+        """Which rows have a table, bool [O]."""
+        if self.tables is None:
+            return torch.zeros(len(self.bits), dtype=torch.bool)
+        return self.bits <= CODEBOOK_MAX_BITS
+
+    def with_scale(self, scale: Tensor) -> Self:
+        """The same levels with other scales, rounded to bfloat16."""
+        return replace(self, scale=round_scale(scale))
+
+    def snap(self, values: Tensor) -> Tensor:
+        """The nearest level of each value.
+
+        Args:
+            values: [O, n], in units of the weights, float32 or float64.
+
+        Returns:
+            Codes, integers in the values' dtype [O, n]; `codes * scale[:, None]` are the rounded values.
+        """
+        ratio = values / self.scale[:, None].to(values)
+        codes = self._snap_uniform(ratio)
+        if self.tables is None:
+            return codes
+        rows = self.fitted.nonzero()[:, 0].to(values.device)
+        tables = self.tables.to(ratio)[rows]
+        middle = (tables[:, 1:] + tables[:, :-1]) / 2
+        index = torch.searchsorted(middle, ratio[rows].contiguous())
+        codes[rows] = tables.gather(1, index)
+        return codes
+
+    def _snap_uniform(self, ratio: Tensor) -> Tensor:
+        widths = self.bits.to(ratio.device)[:, None]
+        top = torch.where(widths == MAX_BITS, 127, 2**widths - 1).to(ratio.dtype)
+        balanced = ratio.mul(0.5).floor_().mul_(2).add_(1)
+        wide = widths == MAX_BITS
+        if bool(wide.any()):
+            balanced = torch.where(wide, ratio.round(), balanced)
+        return balanced.clamp_(-top, top)
+
+
+def _tables_of(codes: Tensor, bits: Tensor) -> Tensor:
+    """Tables [O, 16] from the levels that codes use."""
+    tables = torch.zeros(len(codes), _TABLE)
+    for width in sorted({b for b in bits.tolist() if b <= CODEBOOK_MAX_BITS}):
+        rows = (bits == width).nonzero()[:, 0]
+        found = codebook_tables(codes[rows], bits[rows]).float().reshape(len(rows), -1)
+        tables[rows] = torch.cat(
+            [found, found[:, -1:].expand(-1, _TABLE - found.shape[1])], dim=1
+        )
+    return tables
