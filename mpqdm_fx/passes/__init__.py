@@ -1,6 +1,7 @@
 """Graph passes: one pass, one file, one class, named by a verb."""
 
 from mpqdm_fx.graph.base import GraphPass
+from mpqdm_fx.passes.carry_error_lane import CarryErrorLane
 from mpqdm_fx.passes.decompose_attention import DecomposeAttention
 from mpqdm_fx.passes.drop_assertions import DropAssertions
 from mpqdm_fx.passes.drop_dropout import DropDropout
@@ -16,6 +17,7 @@ from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
 
 __all__ = [
     "NORMALIZE",
+    "CarryErrorLane",
     "DecomposeAttention",
     "DropAssertions",
     "DropDropout",
