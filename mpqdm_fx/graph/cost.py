@@ -1,0 +1,223 @@
+"""What executing a graph node by node costs: multiply-adds, bytes of values, peak memory.
+
+All of it is read from `node.meta["val"]`, so a whole run can be estimated before it starts.
+"""
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from mpqdm_fx.graph.layers import WEIGHT_LAYERS, called_module
+from mpqdm_fx.graph.liveness import readers
+
+__all__ = ["Sizes", "bind_sizes", "node_cost", "tensor_bytes", "value_bytes", "walk_memory"]
+
+#: Values of the symbols in a graph's symbolic shapes, in practice the batch size.
+Sizes = Mapping[sympy.Symbol, int]
+
+_aten = torch.ops.aten
+_MATRIX_PRODUCTS = (
+    _aten.mm.default,
+    _aten.bmm.default,
+    _aten.matmul.default,
+    _aten.addmm.default,
+    _aten.baddbmm.default,
+    _aten.linear.default,
+)
+_ATTENTION = (_aten.scaled_dot_product_attention.default,)
+
+
+def bind_sizes(graph_module: fx.GraphModule, call: Mapping[str, Any]) -> dict[sympy.Symbol, int]:
+    """Work out the symbols of a graph's shapes from one call's arguments.
+
+    Args:
+        graph_module: a traced graph.
+        call: tensors, or containers of tensors, by placeholder name.
+
+    Returns:
+        Symbol to size; empty for a graph of fixed shapes.
+    """
+    sizes: dict[sympy.Symbol, int] = {}
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        if node.target in call:
+            for want, got in _matched(node, call[str(node.target)]):
+                _solve(sizes, want, got)
+    return sizes
+
+
+def _matched(node: fx.Node, value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield (symbolic size, size) of a placeholder's tensors; containers are read by getitem."""
+    if "val" in node.meta:
+        wanted, given = pytree.tree_leaves(node.meta["val"]), pytree.tree_leaves(value)
+        for a, b in zip(wanted, given, strict=False):
+            if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+                yield from zip(a.shape, b.shape, strict=False)
+        return
+    for user in node.users:
+        if user.target is operator.getitem:
+            yield from _matched(user, value[user.args[1]])
+
+
+def _solve(sizes: dict[sympy.Symbol, int], want: Any, got: int) -> None:
+    if isinstance(want, int):
+        return
+    unknown = want.node.expr.free_symbols - sizes.keys()
+    if len(unknown) == 1:
+        (symbol,) = unknown
+        for solution in sympy.solve(want.node.expr.subs(sizes) - got, symbol):
+            sizes[symbol] = int(solution)
+
+
+def _number(size: Any, sizes: Sizes) -> int:
+    """Return a size as a number: what `sizes` say, else what the graph was traced with, else 1."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    if expression.free_symbols <= sizes.keys():
+        return int(expression.subs(sizes))
+    hint = getattr(size.node, "hint", None)
+    return 1 if hint is None else int(hint)
+
+
+def _shape(value: Any, sizes: Sizes) -> list[int]:
+    return [_number(size, sizes) for size in value.shape]
+
+
+def _shape_of(argument: Any, sizes: Sizes) -> list[int] | None:
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+    return _shape(value, sizes) if isinstance(value, torch.Tensor) else None
+
+
+def node_cost(graph_module: fx.GraphModule, node: fx.Node, sizes: Sizes | None = None) -> int:
+    """Estimate the work of executing a node once.
+
+    Args:
+        graph_module: the graph's owner.
+        node: a node with `meta["val"]`.
+        sizes: see `bind_sizes`; by default those that the graph was traced with.
+
+    Returns:
+        Multiply-adds of a convolution, linear layer, matrix product or attention; the number of
+        output elements of what else computes; at least 1.
+    """
+    known = sizes or {}
+    if node.op in ("placeholder", "get_attr", "output"):
+        return 1
+    count = sum(
+        prod(_shape(leaf, known))
+        for leaf in pytree.tree_leaves(node.meta.get("val"))
+        if isinstance(leaf, torch.Tensor)
+    )
+    layer = called_module(graph_module, node, *WEIGHT_LAYERS)
+    if layer is not None:
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        return max(1, count * weight[0].numel())
+    if node.target in _MATRIX_PRODUCTS:
+        left = node.args[1] if node.target in _BIAS_FIRST else node.args[0]
+        shape = _shape_of(left, known)
+        return max(1, count * (shape[-1] if shape else 1))
+    if node.target in _ATTENTION:
+        query, key = (_shape_of(argument, known) for argument in node.args[:2])
+        if query and key:  # scores, then their product with the values
+            return max(1, prod(query) * key[-2] + count * key[-2])
+    schema = getattr(node.target, "_schema", None)
+    is_view = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    return 1 if is_view or node.target is operator.getitem else max(1, count)
+
+
+_BIAS_FIRST = (_aten.addmm.default, _aten.baddbmm.default)
+
+
+def tensor_bytes(value: Any) -> int:
+    """Count the bytes of the tensors in a nested value; a view counts as much as a copy."""
+    leaves = pytree.tree_leaves(value)
+    return sum(t.numel() * t.element_size() for t in leaves if isinstance(t, torch.Tensor))
+
+
+def value_bytes(node: fx.Node, sizes: Sizes | None = None, *, half: bool = False) -> int:
+    """Count the bytes of the tensors that a node returns for one call.
+
+    Args:
+        node: a node; without `meta["val"]` it counts as 0.
+        sizes: see `bind_sizes`.
+        half: count float32 as 2 bytes, as it is held in half precision.
+    """
+    total = 0
+    for leaf in pytree.tree_leaves(node.meta.get("val")):
+        if isinstance(leaf, torch.Tensor):
+            size = 2 if half and leaf.dtype == torch.float32 else leaf.element_size()
+            total += prod(_shape(leaf, sizes or {})) * size
+    return total
+
+
+def walk_memory(
+    graph_module: fx.GraphModule, calls: Sequence[Mapping[str, Any]], *, half: bool = False
+) -> tuple[int, int]:
+    """Predict the memory of a `graph.walk.Walk` over these calls, without executing anything.
+
+    Args:
+        graph_module: the graph.
+        calls: tensors by placeholder name, one mapping per call.
+        half: as of `Walk`.
+
+    Returns:
+        The most bytes of values that are held at once, all calls together, if memory is not
+        limited; and the smallest limit that can hold, one call's inputs and outputs of a node.
+    """
+    sizes = [bind_sizes(graph_module, call) for call in calls]
+    known: dict[tuple[tuple[Any, int], ...], int] = {}
+    kinds = [known.setdefault(tuple(s.items()), index) for index, s in enumerate(sizes)]
+
+    def bytes_of(node: fx.Node) -> list[int]:
+        if node.op == "placeholder":
+            return [_placeholder_bytes(node, call, half) for call in calls]
+        each = {k: value_bytes(node, sizes[k], half=half) for k in set(kinds)}
+        return [each[k] for k in kinds]
+
+    alive: dict[fx.Node, list[int]] = {}
+    done: set[fx.Node] = set()
+    held = peak = smallest = 0
+    for node in graph_module.graph.nodes:
+        done.add(node)
+        if node.op == "get_attr":
+            continue
+        inputs = [alive[source] for source in node.all_input_nodes if source in alive]
+        output = [0] * len(calls) if node.op == "output" else bytes_of(node)
+        alive[node] = output
+        ending = [
+            n for n in (*node.all_input_nodes, node) if n in alive and _over(graph_module, n, done)
+        ]
+        # what only a twin kept alive is read by nobody now
+        ending += [
+            n for n in alive if n not in ending and n is not node and _over(graph_module, n, done)
+        ]
+        for index, produced in enumerate(output):
+            held += produced
+            peak = max(peak, held)
+            smallest = max(smallest, produced + sum(each[index] for each in inputs))
+            held -= sum(alive[n][index] for n in ending)
+        for n in ending:
+            del alive[n]
+    return peak, smallest
+
+
+def _over(graph_module: fx.GraphModule, node: fx.Node, done: set[fx.Node]) -> bool:
+    return all(reader in done for reader in readers(graph_module, node))
+
+
+def _placeholder_bytes(node: fx.Node, call: Mapping[str, Any], half: bool) -> int:
+    value = call.get(str(node.target))
+    if not half:
+        return tensor_bytes(value)
+    return sum(
+        leaf.numel() * (2 if leaf.dtype == torch.float32 else leaf.element_size())
+        for leaf in pytree.tree_leaves(value)
+        if isinstance(leaf, torch.Tensor)
+    )
