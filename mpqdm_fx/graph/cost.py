@@ -4,7 +4,7 @@ All of it is read from `node.meta["val"]`, so a whole run can be estimated befor
 """
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -16,7 +16,16 @@ from torch.utils import _pytree as pytree
 from mpqdm_fx.graph.layers import WEIGHT_LAYERS, called_module
 from mpqdm_fx.graph.liveness import readers
 
-__all__ = ["Sizes", "bind_sizes", "node_cost", "tensor_bytes", "value_bytes", "walk_memory"]
+__all__ = [
+    "Sizes",
+    "bind_calls",
+    "bind_sizes",
+    "node_cost",
+    "per_call",
+    "tensor_bytes",
+    "value_bytes",
+    "walk_memory",
+]
 
 #: Values of the symbols in a graph's symbolic shapes, in practice the batch size.
 Sizes = Mapping[sympy.Symbol, int]
@@ -51,6 +60,25 @@ def bind_sizes(graph_module: fx.GraphModule, call: Mapping[str, Any]) -> dict[sy
     return sizes
 
 
+def bind_calls(graph_module: fx.GraphModule, calls: Iterable[Mapping[str, Any]]) -> list[Sizes]:
+    """Work out the symbols for each call; calls of the same shapes share one object."""
+    known: dict[object, Sizes] = {}
+    bound = []
+    for call in calls:
+        leaves = pytree.tree_leaves([call[name] for name in sorted(call)])
+        shapes = tuple(leaf.shape if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
+        if shapes not in known:
+            known[shapes] = bind_sizes(graph_module, call)
+        bound.append(known[shapes])
+    return bound
+
+
+def per_call(sizes: Sequence[Sizes], measure: Callable[[Sizes], int]) -> list[int]:
+    """Measure once for each object among `sizes`; return the result for each call."""
+    each = {key: measure(known) for key, known in {id(known): known for known in sizes}.items()}
+    return [each[id(known)] for known in sizes]
+
+
 def _matched(node: fx.Node, value: Any) -> Iterator[tuple[Any, Any]]:
     """Yield (symbolic size, size) of a placeholder's tensors; containers are read by getitem."""
     if "val" in node.meta:
@@ -67,10 +95,13 @@ def _matched(node: fx.Node, value: Any) -> Iterator[tuple[Any, Any]]:
 def _solve(sizes: dict[sympy.Symbol, int], want: Any, got: int) -> None:
     if isinstance(want, int):
         return
-    unknown = want.node.expr.free_symbols - sizes.keys()
-    if len(unknown) == 1:
+    expression = want.node.expr
+    unknown = expression.free_symbols - sizes.keys()
+    if expression.is_Symbol:
+        sizes[expression] = got
+    elif len(unknown) == 1:  # a multiple of the batch
         (symbol,) = unknown
-        for solution in sympy.solve(want.node.expr.subs(sizes) - got, symbol):
+        for solution in sympy.solve(expression.subs(sizes) - got, symbol):
             sizes[symbol] = int(solution)
 
 
@@ -171,15 +202,12 @@ def walk_memory(
         The most bytes of values that are held at once, all calls together, if memory is not
         limited; and the smallest limit that can hold, one call's inputs and outputs of a node.
     """
-    sizes = [bind_sizes(graph_module, call) for call in calls]
-    known: dict[tuple[tuple[Any, int], ...], int] = {}
-    kinds = [known.setdefault(tuple(s.items()), index) for index, s in enumerate(sizes)]
+    sizes = bind_calls(graph_module, calls)
 
     def bytes_of(node: fx.Node) -> list[int]:
         if node.op == "placeholder":
             return [_placeholder_bytes(node, call, half) for call in calls]
-        each = {k: value_bytes(node, sizes[k], half=half) for k in set(kinds)}
-        return [each[k] for k in kinds]
+        return per_call(sizes, lambda known: value_bytes(node, known, half=half))
 
     alive: dict[fx.Node, list[int]] = {}
     done: set[fx.Node] = set()

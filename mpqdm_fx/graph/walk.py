@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from mpqdm_fx.errors import CalibrationError, DialectError
-from mpqdm_fx.graph.cost import Sizes, bind_sizes, node_cost, value_bytes, walk_memory
+from mpqdm_fx.graph.cost import Sizes, bind_calls, node_cost, per_call, value_bytes, walk_memory
 from mpqdm_fx.graph.editing import writes_in_place
 from mpqdm_fx.graph.lanes import float_of, is_lane, twin_of
 from mpqdm_fx.graph.liveness import readers
@@ -89,8 +89,9 @@ class Walk:
         self._store = ValueStore(
             limit=max_memory, half=half, directory=directory, victim=self._farthest
         )
-        self._sizes: list[Sizes] = [bind_sizes(graph_module, call) for call in calls]
+        self._sizes = bind_calls(graph_module, calls)
         self._positions: dict[fx.Node, int] = {}
+        self._later: dict[fx.Node, tuple[bool, int]] = {}
         self._done: set[fx.Node] = set()
         self._attributes: dict[fx.Node, Any] = {}
         self._next: fx.Node | None = next(iter(graph_module.graph.nodes))
@@ -206,7 +207,10 @@ class Walk:
             value = _attribute(self._graph_module, str(node.target))
             self._attributes[node] = self._moved(value)
         self._done.add(node)
+        self._later.clear()
         ending = self._ending(node)
+        sizes = per_call(self._sizes, lambda known: value_bytes(node, known, half=self._half))
+        costs = None if self._bar.disable else per_call(self._sizes, self._cost_of(node))
         for call, arguments in enumerate(self._calls):
             self._call = call
             if node.op == "placeholder":
@@ -214,32 +218,37 @@ class Walk:
                 value = arguments[name] if name in arguments else node.args[0]
                 self._store.put((node, call), self._moved(value))
             elif node.op != "get_attr":
-                self._execute_call(node, call)
+                self._execute_call(node, call, sizes[call])
             for finished in ending:
                 if finished in self._store:
                     self._store.free((finished, call))
-            if self._bar.total is not None:
-                self._bar.update(node_cost(self._graph_module, node, self._sizes[call]))
+            if costs is not None:
+                self._bar.update(costs[call])
         for finished in self._ending(node, everywhere=True):
             self._attributes.pop(finished, None)
             if finished in self._store:  # its readers were edited away
                 for call in range(len(self._calls)):
                     self._store.free((finished, call))
 
-    def _execute_call(self, node: fx.Node, call: int) -> None:
+    def _execute_call(self, node: fx.Node, call: int, size: int) -> None:
         keys = frozenset((n, call) for n in node.all_input_nodes if n in self._store)
         self._store.load(keys)
 
         def value_of(source: fx.Node) -> Any:
             if source in self._attributes:
                 return self._attributes[source]
+            if source not in self._store:
+                raise CalibrationError(
+                    f"node {node.name} reads {source.name}, which has no value: it was freed "
+                    "before the arguments were edited, or inserted behind the walk"
+                )
             return self._store.peek((source, call))
 
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
         if node.op == "output":
             self.outputs.append(args[0])
             return
-        self._store.reserve(value_bytes(node, self._sizes[call], half=self._half), keys)
+        self._store.reserve(size, keys)
         self._store.put((node, call), self._compute(node, args, kwargs), pinned=keys)
         self.executions += 1
 
@@ -278,19 +287,29 @@ class Walk:
         self, in_memory: dict[fx.Node, dict[int, None]], pinned: frozenset[Key]
     ) -> Key | None:
         """Choose the value whose next use is farthest: by node, then by call."""
-        best: tuple[int, int] = (-1, -1)
-        victim: Key | None = None
-        for node, calls in in_memory.items():
+        later = sorted(in_memory, key=self._next_use, reverse=True)
+        for node in later:
+            reads_now, _ = self._later[node]
+            # the node being executed reads these soon: at the calls that are still to come
+            past = (c for c in in_memory[node] if not reads_now or c <= self._call)
+            call = max((c for c in past if (node, c) not in pinned), default=None)
+            if call is not None:
+                return node, call
+        soon = [(max(in_memory[node]), index) for index, node in enumerate(later)]
+        call, index = max(soon, default=(-1, -1))
+        return (later[index], call) if call > self._call else None
+
+    def _next_use(self, node: fx.Node) -> int:
+        """Return the position of the first reader behind the node being executed.
+
+        It is noted together with whether the node being executed is a reader too.
+        """
+        if node not in self._later:
+            now = self._position(self._pending)
             ahead = [self._position(r) for r in readers(self._graph_module, node)]
-            for call in calls:
-                if (node, call) in pinned:
-                    continue
-                # at this call and before, the node being executed is a reader of the past
-                now = self._position(self._pending) + (call <= self._call)
-                use = (min((p for p in ahead if p >= now), default=now), call)
-                if use > best:
-                    best, victim = use, (node, call)
-        return victim
+            after = min((p for p in ahead if p > now), default=now)
+            self._later[node] = (now in ahead, after)
+        return self._later[node][1]
 
     def _position(self, node: fx.Node | None) -> int:
         assert node is not None
@@ -299,17 +318,14 @@ class Walk:
             self._positions = {n: index for index, n in enumerate(nodes)}
         return self._positions[node]
 
+    def _cost_of(self, node: fx.Node) -> Callable[[Sizes], int]:
+        return lambda sizes: node_cost(self._graph_module, node, sizes)
+
     def _progress(self, label: str | None) -> "tqdm[Any]":
         if label is None:
             return tqdm(disable=True)
-        known: dict[tuple[Any, ...], int] = {}
-        total = 0
-        for sizes in self._sizes:
-            key = tuple(sizes.items())
-            if key not in known:
-                nodes = self._graph_module.graph.nodes
-                known[key] = sum(node_cost(self._graph_module, n, sizes) for n in nodes)
-            total += known[key]
+        nodes = self._graph_module.graph.nodes
+        total = sum(sum(per_call(self._sizes, self._cost_of(node))) for node in nodes)
         return tqdm(total=total, desc=label, unit="MAC", unit_scale=True, disable=None)
 
 
