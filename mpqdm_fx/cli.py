@@ -58,6 +58,9 @@ def quantize(
     activations: Annotated[int, typer.Option(help="Bits of activations, 1 to 8.")] = 8,
     allocation: Annotated[str, typer.Option(help="uniform or omq.")] = "uniform",
     levels: Annotated[str, typer.Option(help="codebook or uniform.")] = "codebook",
+    activation_mode: Annotated[
+        str, typer.Option(help="static, timestep (ranges by noise level) or dynamic.")
+    ] = "static",
     backend: Annotated[str, typer.Option(help="xnnpack, torch_ao or packed.")] = "xnnpack",
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("out"),
     override: Annotated[
@@ -85,6 +88,7 @@ def quantize(
         activation_bits=activations,
         allocation=allocation,  # type: ignore[arg-type]  # MPQConfig refuses other words
         levels=levels,  # type: ignore[arg-type]
+        activation_mode=activation_mode,  # type: ignore[arg-type]
         overrides=[_parse_override(text) for text in override or ()],
         seed=seed,
     )

@@ -11,16 +11,30 @@ from typing import Any, Literal, Self
 
 from mpqdm_fx.errors import ConfigError
 
-__all__ = ["Allocation", "Levels", "MPQConfig", "Override", "Rounding", "check_bits"]
+__all__ = [
+    "MAX_TIMESTEP_GROUPS",
+    "ActivationMode",
+    "Allocation",
+    "Levels",
+    "MPQConfig",
+    "Override",
+    "Rounding",
+    "check_bits",
+]
 
-Allocation = Literal["omq", "uniform"]
-Rounding = Literal["nearest"]
+Allocation = Literal["measured", "omq", "uniform"]
+Rounding = Literal["nearest", "gptq"]
 Levels = Literal["uniform", "codebook"]
+ActivationMode = Literal["static", "timestep", "dynamic", "float"]
+
+MAX_TIMESTEP_GROUPS = 64
+"""Most groups of noise levels; each has a table entry for every quantized value."""
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
-    "allocation": ("omq", "uniform"),
-    "rounding": ("nearest",),
+    "allocation": ("measured", "omq", "uniform"),
+    "rounding": ("nearest", "gptq"),
     "levels": ("uniform", "codebook"),
+    "activation_mode": ("static", "timestep", "dynamic", "float"),
 }
 
 
@@ -40,6 +54,11 @@ def check_bits(bits: object, name: str) -> int:
             f"int8 value; choose one of 1, 2, 3, 4, 5, 6, 7, 8"
         )
     return bits
+
+
+def _check_integer(value: object, name: str, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"{name}={value!r}: give an integer from {low} to {high}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +125,21 @@ class MPQConfig:
             layer N-1, N or N+1 bits by the kurtosis of their weights (MPQ-DM, arXiv 2412.11549,
             section on Outlier-driven Mixed Quantization). On the bundled model OMQ made no
             measurable difference (README), so it is not the default.
-        rounding: `"nearest"` rounds each weight to its nearest level.
+        rounding: `"gptq"` rounds column by column with error feedback (arXiv 2210.17323);
+            `"nearest"` rounds each weight to its nearest level.
+        refinements: Rounds of coordinate descent and scale refits after GPTQ, 0..64.
+        propagation: Strength of quantization error propagation (QEP, arXiv 2504.09629, equation
+            6): 0 for none, up to 1; `"auto"` chooses strength and ridge of each layer on held-out
+            calibration calls; 0.5 is the paper's mode.
+        residuals: With `propagation="auto"`, let a layer whose output is added to another value
+            make up for that value's error too (LoaQ, arXiv 2509.06297).
+        bias_correction: Refit every bias to the mean error of its layer.
+        effective_bits: With `allocation="measured"`, stored bits over all weights: codes, scales,
+            tables, tags, layers left in float. Default: what `allocation="uniform"` takes at
+            `weight_bits`, its layers of 8 bits included.
+        weight_bytes: The same budget in bytes; give one of the two.
+        align: Channels that share a width, with `allocation="measured"`.
+        max_rows: Input rows (positions) that a layer's statistics use at most.
         levels: `"codebook"` fits 2^b int8 values for each channel of at most 4 bits, in layers
             whose measured output error it lowers; `"uniform"` has evenly spaced, balanced levels.
         overrides: Rules for single layers; later ones win; a rule that matches nothing is an
@@ -114,6 +147,11 @@ class MPQConfig:
         seed: Seed of every sampled choice (which activations are kept for statistics).
         split_skips: Quantize the two halves of a skip concatenation with ranges of their own
             (Q-Diffusion's split shortcut) where a layer reads the concatenation directly.
+        activation_mode: `"static"`: one range per tensor, what phones and torch.ao run;
+            `"timestep"`: one per group of noise levels, told apart by the model's `timestep`
+            argument; `"dynamic"`: computed at run time, per sample for convolutions and per row
+            for linear layers; `"float"`: weights alone are quantized.
+        timestep_groups: Groups of noise levels, 1..64, for `activation_mode="timestep"`.
 
     Raises:
         ConfigError: A value is outside its range.
@@ -122,11 +160,21 @@ class MPQConfig:
     weight_bits: int = 4
     activation_bits: int = 8
     allocation: Allocation = "uniform"
-    rounding: Rounding = "nearest"
+    rounding: Rounding = "gptq"
+    refinements: int = 4
+    propagation: float | Literal["auto"] = "auto"
+    residuals: bool = True
+    bias_correction: bool = True
+    effective_bits: float | None = None
+    weight_bytes: int | None = None
+    align: int = 1
+    max_rows: int = 8192
     levels: Levels = "codebook"
     overrides: Sequence[Override | Mapping[str, Any]] = ()
     seed: int = 0
     split_skips: bool = True
+    activation_mode: ActivationMode = "static"
+    timestep_groups: int = 5
 
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, "weight_bits")
@@ -138,7 +186,36 @@ class MPQConfig:
                 raise ConfigError(f"{name}={value!r}: choose {listed}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r}: give a non-negative integer")
+        groups = self.timestep_groups
+        whole = isinstance(groups, int) and not isinstance(groups, bool)
+        if not whole or not 1 <= groups <= MAX_TIMESTEP_GROUPS:
+            raise ConfigError(
+                f"timestep_groups={groups!r}: give an integer from 1 to {MAX_TIMESTEP_GROUPS}"
+            )
+        self._check_strength()
+        self._check_budget()
+        for name, low, high in (("refinements", 0, 64), ("max_rows", 1, 2**20), ("align", 1, 4096)):
+            _check_integer(getattr(self, name), name, low, high)
         object.__setattr__(self, "overrides", tuple(_as_override(e) for e in self.overrides))
+
+    def _check_strength(self) -> None:
+        strength = self.propagation
+        number = isinstance(strength, int | float) and not isinstance(strength, bool)
+        if strength != "auto" and not (number and 0 <= float(strength) <= 1):
+            raise ConfigError(f"propagation={strength!r}: give 'auto' or a number from 0 to 1")
+
+    def _check_budget(self) -> None:
+        given = [n for n in ("effective_bits", "weight_bytes") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ConfigError("give effective_bits or weight_bytes, not both")
+        if given and self.allocation != "measured":
+            raise ConfigError(
+                f"{given[0]} is a budget for allocation='measured', not for {self.allocation!r}"
+            )
+        for name in given:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise ConfigError(f"{name}={value!r}: give a positive number")
 
     def override_for(self, name: str) -> Override | None:
         """The rule that holds for the layer called `name`: the last one that matches."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from mpqdm_fx.activations import Activation, ActivationRange, LayerActivation
 from mpqdm_fx.config import Levels, check_bits
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.numerics.packing import StorageBits, storage_bits
@@ -30,53 +31,6 @@ __all__ = [
 
 FLOAT_REASON = "norm, bias or constant"
 """Why a tensor that is no layer's weight stays in floating point."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActivationRange:
-    """Affine integers of one activation tensor: `value = scale * (code - zero_point)`.
-
-    Attributes:
-        scale: Positive step size.
-        zero_point: Code of the value 0, within `quant_min..quant_max`.
-        bits: Width; codes run from `-2**(bits-1)` to `2**(bits-1) - 1` in an int8.
-    """
-
-    scale: float
-    zero_point: int
-    bits: int = 8
-
-    def __post_init__(self) -> None:
-        check_bits(self.bits, "activation bits")
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ConfigError(f"activation scale {self.scale!r} is not a positive finite number")
-        if not self.quant_min <= self.zero_point <= self.quant_max:
-            raise ConfigError(
-                f"zero_point {self.zero_point} is outside {self.quant_min}..{self.quant_max}"
-            )
-
-    @property
-    def quant_min(self) -> int:
-        """Smallest code."""
-        return -(1 << (self.bits - 1))
-
-    @property
-    def quant_max(self) -> int:
-        """Largest code."""
-        return (1 << (self.bits - 1)) - 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerActivation:
-    """Static ranges of what a weight layer reads and of what it writes."""
-
-    input: ActivationRange
-    output: ActivationRange
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `dataclasses.asdict`."""
-        return cls(input=ActivationRange(**data["input"]), output=ActivationRange(**data["output"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +214,7 @@ class BitPlan:
         self,
         graph: "GraphModule",
         *,
-        ranges: Mapping[str, LayerActivation] | None = None,
+        ranges: Mapping[str, Activation] | None = None,
         engine: str = "onednn",
     ) -> "QConfigMapping":
         """Settings for stock `prepare_fx` / `convert_fx` that keep this plan's integers.
@@ -279,7 +233,7 @@ class BitPlan:
         return to_qconfig_mapping(graph, ranges=ranges, engine=engine)
 
     def to_quantizer(
-        self, graph: "GraphModule", *, ranges: Mapping[str, LayerActivation] | None = None
+        self, graph: "GraphModule", *, ranges: Mapping[str, Activation] | None = None
     ) -> "Quantizer":
         """A torchao `Quantizer` for stock `prepare_pt2e` / `convert_pt2e`.
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mpqdm_fx.activations import Activation, NoiseLevels
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.calling import pack_output, split_batch
 from mpqdm_fx.graph.signature import Signature
-from mpqdm_fx.plan import BitPlan, LayerActivation
+from mpqdm_fx.plan import BitPlan
 
 __all__ = ["LayerReport", "PreparedModel", "QuantizationReport", "QuantizedModel"]
 
@@ -162,7 +163,9 @@ class QuantizedModel(_TracedModel):
 
     Attributes:
         plan: Bits of every output channel and what they cost.
-        ranges: Static activation ranges by layer name.
+        ranges: How each layer's activations are quantized, by layer name.
+        noise_levels: What the groups of ranges by noise level are; None if there are no such
+            ranges.
         report: What quantization did, layer by layer.
         settings: The run's settings.
         rounded: The graph with rounded weights and float activations; backends start from it.
@@ -176,13 +179,15 @@ class QuantizedModel(_TracedModel):
         model_config: Any,
         *,
         plan: BitPlan,
-        ranges: Mapping[str, LayerActivation],
+        ranges: Mapping[str, Activation],
         report: QuantizationReport,
         settings: MPQConfig,
+        noise_levels: NoiseLevels | None = None,
     ) -> None:
         super().__init__(graph_module, signature, model_config)
         self.plan = plan
         self.ranges = dict(ranges)
+        self.noise_levels = noise_levels
         self.report = report
         self.settings = settings
         # Outside `modules()`: it shares every parameter with `graph_module`.

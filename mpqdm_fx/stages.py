@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from mpqdm_fx.activations import Activation, NoiseLevels
 from mpqdm_fx.backends.packed import PackedWeights
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError
@@ -15,7 +16,7 @@ from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.passes import NORMALIZE, SplitSkipConcat
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.round_weights import install_codes
-from mpqdm_fx.plan import BitPlan, LayerActivation
+from mpqdm_fx.plan import BitPlan
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 
 __all__ = ["assemble", "normalized", "restore"]
@@ -45,13 +46,15 @@ def assemble(
     rounded: fx.GraphModule,
     *,
     plan: BitPlan,
-    ranges: Mapping[str, LayerActivation],
+    ranges: Mapping[str, Activation],
     settings: MPQConfig,
     report: QuantizationReport,
     model_config: Any,
+    noise_levels: NoiseLevels | None = None,
 ) -> QuantizedModel:
     """The quantized model of a rounded graph: activations are quantized, nothing else happens."""
-    quantized = QuantizeActivations(ranges=ranges)(rounded).graph_module
+    quantize = QuantizeActivations(ranges=ranges, noise_levels=noise_levels)
+    quantized = quantize(rounded).graph_module
     return QuantizedModel(
         quantized,
         rounded,
@@ -61,6 +64,7 @@ def assemble(
         ranges=ranges,
         report=report,
         settings=settings,
+        noise_levels=noise_levels,
     )
 
 

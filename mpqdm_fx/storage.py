@@ -9,17 +9,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from mpqdm_fx.activations import NoiseLevels, activation_from_dict, activation_to_dict
 from mpqdm_fx.backends.packed import read_packed, write_packed
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, MPQError
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, signature_to_dict
-from mpqdm_fx.plan import LayerActivation
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized, restore
 from mpqdm_fx.versions import FORMAT, FORMAT_VERSION, versions
@@ -96,6 +95,7 @@ def write_model(quantized: QuantizedModel, stage: Path) -> None:
         text = json.dumps(config, indent=2, sort_keys=True, default=str)
         (stage / MODEL_CONFIG).write_text(text, encoding="utf-8")
         files.append(MODEL_CONFIG)
+    levels = quantized.noise_levels
     manifest = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -103,7 +103,8 @@ def write_model(quantized: QuantizedModel, stage: Path) -> None:
         "signature": signature_to_dict(quantized.signature),
         "settings": quantized.settings.to_dict(),
         "weights": layout,
-        "ranges": {name: asdict(entry) for name, entry in quantized.ranges.items()},
+        "ranges": {name: activation_to_dict(a) for name, a in quantized.ranges.items()},
+        "noise_levels": None if levels is None else list(levels.boundaries),
         "report": quantized.report.to_dict(),
         "files": {name: _checksum(stage / name) for name in files},
     }
@@ -179,9 +180,9 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
     try:
         signature = signature_from_dict(manifest["signature"])
         settings = MPQConfig.from_dict(manifest["settings"])
-        ranges = {
-            name: LayerActivation.from_dict(entry) for name, entry in manifest["ranges"].items()
-        }
+        ranges = {name: activation_from_dict(entry) for name, entry in manifest["ranges"].items()}
+        boundaries = manifest.get("noise_levels")  # format version 1 has none
+        levels = None if boundaries is None else NoiseLevels(boundaries=tuple(boundaries))
         weights = read_packed(root / WEIGHTS, manifest["weights"])
         report = QuantizationReport.from_dict(manifest["report"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -200,6 +201,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
         settings=settings,
         report=report,
         model_config=getattr(skeleton, "config", None),
+        noise_levels=levels,
     )
 
 

@@ -14,6 +14,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"errors"},
             {"numerics", "versions"},
             {"config"},
+            {"activations"},
             {"plan"},
             {"graph"},
             {"passes", "calibration"},

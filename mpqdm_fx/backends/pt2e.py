@@ -7,13 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from mpqdm_fx.activations import Activation, ActivationRange, LayerActivation, static_ranges
 from mpqdm_fx.backends import ao
 from mpqdm_fx.backends.observers import QUANT_MAX, QUANT_MIN, WeightGrid, weight_grids
 from mpqdm_fx.backends.pt2e_observers import PT2EGridWeightObserver
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.passes.quantize_activations import activation_sites
-from mpqdm_fx.plan import ActivationRange, LayerActivation
 
 __all__ = ["WEIGHT_OPS", "PlanQuantizer", "convert_pt2e_graph", "export_graph", "to_quantizer"]
 
@@ -129,7 +129,7 @@ class PlanQuantizer(ao.Quantizer):  # type: ignore[misc]  # torchao is untyped
 def to_quantizer(
     graph: fx.GraphModule,
     *,
-    ranges: Mapping[str, LayerActivation] | None = None,
+    ranges: Mapping[str, Activation] | None = None,
     activation_observer: Callable[..., nn.Module] | None = None,
 ) -> PlanQuantizer:
     """A Quantizer for stock `prepare_pt2e` and `convert_pt2e` that keeps the weights' integers.
@@ -143,8 +143,10 @@ def to_quantizer(
 
     Raises:
         ConfigError: No layer of `graph` is rounded, or `ranges` names none of them.
+        LoweringError: A range is not static.
     """
     grids = weight_grids(graph)
+    static = None if ranges is None else static_ranges(ranges, "PT2E")
     if ranges is not None:
         if not ranges:
             raise ConfigError("PT2E got no activation ranges; calibrate first")
@@ -164,7 +166,7 @@ def to_quantizer(
     }
     return PlanQuantizer(
         {target: grids[name] for target, name in names.items()},
-        None if ranges is None else {target: ranges[name] for target, name in names.items()},
+        None if static is None else {target: static[name] for target, name in names.items()},
         activation_observer or ao.PT2EHistogramObserver,
     )
 

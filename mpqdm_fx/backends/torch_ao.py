@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from mpqdm_fx.activations import Activation, ActivationRange, LayerActivation, static_ranges
 from mpqdm_fx.backends import ao
 from mpqdm_fx.backends.fit_channels import fit_channels
 from mpqdm_fx.backends.observers import GridWeightObserver, UnresolvedRangeObserver, weight_grids
 from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.plan import ActivationRange, LayerActivation
 
 __all__ = ["ENGINES", "check_ranges", "lower_torch_ao", "set_ranges", "to_qconfig_mapping"]
 
@@ -31,7 +31,7 @@ def to_qconfig_mapping(
     graph: fx.GraphModule,
     *,
     engine: str = "onednn",
-    ranges: Mapping[str, LayerActivation] | None = None,
+    ranges: Mapping[str, Activation] | None = None,
     activation_observer: Callable[[], nn.Module] | None = None,
 ) -> ao.QConfigMapping:
     """Settings for stock `prepare_fx` and `convert_fx` that keep the weights' integers.
@@ -50,13 +50,13 @@ def to_qconfig_mapping(
 
     Raises:
         ConfigError: No layer of `graph` is rounded, or `ranges` names none of them.
-        LoweringError: torch was built without the engine.
+        LoweringError: torch was built without the engine, or a range is not static and 8 bits wide.
     """
     _check_engine(engine)
     grids = weight_grids(graph)
     layers = weight_layers(graph)
     if ranges is not None:
-        check_ranges(ranges, grids, "torch.ao")
+        ranges = check_ranges(ranges, grids, "torch.ao")
         grids = {name: grid for name, grid in grids.items() if name in ranges}
     mapping = ao.QConfigMapping()
     for name, grid in grids.items():
@@ -73,7 +73,7 @@ def to_qconfig_mapping(
     return mapping
 
 
-def set_ranges(prepared: fx.GraphModule, ranges: Mapping[str, LayerActivation]) -> None:
+def set_ranges(prepared: fx.GraphModule, ranges: Mapping[str, Activation]) -> None:
     """Put fixed ranges into a graph prepared with `to_qconfig_mapping(..., ranges=ranges)`.
 
     An observer behind a weight layer gets that layer's output range, any other one the input range
@@ -85,7 +85,9 @@ def set_ranges(prepared: fx.GraphModule, ranges: Mapping[str, LayerActivation]) 
 
     Raises:
         ConfigError: An observer belongs to no layer of `ranges`.
+        LoweringError: A range is not static.
     """
+    static = static_ranges(ranges, "torch.ao")
     calls = {n: name for name, la in weight_layers(prepared).items() for n in la.nodes}
     for node in prepared.graph.nodes:
         if node.op != "call_module":
@@ -94,10 +96,10 @@ def set_ranges(prepared: fx.GraphModule, ranges: Mapping[str, LayerActivation]) 
             continue
         source = node.args[0]
         readers = [calls[user] for user in node.users if user in calls]
-        if calls.get(source) in ranges:
-            chosen = ranges[calls[source]].output
-        elif readers and readers[0] in ranges:
-            chosen = ranges[readers[0]].input
+        if calls.get(source) in static:
+            chosen = static[calls[source]].output
+        elif readers and readers[0] in static:
+            chosen = static[readers[0]].input
         else:
             raise ConfigError(
                 f"the observer {node.target} of {source} belongs to no layer that has ranges; give "
@@ -108,7 +110,7 @@ def set_ranges(prepared: fx.GraphModule, ranges: Mapping[str, LayerActivation]) 
 
 def lower_torch_ao(
     graph: fx.GraphModule,
-    ranges: Mapping[str, LayerActivation],
+    ranges: Mapping[str, Activation],
     example_inputs: Mapping[str, Any] | Sequence[Any],
     engine: str = "onednn",
 ) -> fx.GraphModule:
@@ -128,12 +130,13 @@ def lower_torch_ao(
 
     Raises:
         ConfigError: No layer is rounded, or `ranges` names a layer that is not.
-        LoweringError: A range is not 8 bits wide, or the engine is missing or lacks a kernel.
+        LoweringError: A range is not static and 8 bits wide, or the engine is missing or lacks a
+            kernel.
     """
-    check_ranges(ranges, weight_grids(graph), "torch.ao")
+    static = check_ranges(ranges, weight_grids(graph), "torch.ao")
     if engine != "onednn":  # onednn adds the bias in float
-        graph = fit_channels(graph, ranges)
-    mapping = to_qconfig_mapping(graph, engine=engine, ranges=ranges)
+        graph = fit_channels(graph, static)
+    mapping = to_qconfig_mapping(graph, engine=engine, ranges=static)
     layers = weight_layers(graph)
     for name in ranges:
         _check_kernel(name, layers[name].module, engine)
@@ -148,7 +151,7 @@ def lower_torch_ao(
             prepare_custom_config=custom,
             backend_config=_backend_config(),
         )
-        set_ranges(prepared, ranges)
+        set_ranges(prepared, static)
         lowered = ao.convert_fx(prepared, backend_config=_backend_config())
     for name, module in list(lowered.named_modules(remove_duplicate=False)):
         if isinstance(module, _Opaque):
@@ -164,22 +167,26 @@ def lower_torch_ao(
 
 
 def check_ranges(
-    ranges: Mapping[str, LayerActivation], rounded: Mapping[str, object], backend: str
-) -> None:
-    """Check that ranges name rounded layers and that int8 kernels can hold them.
+    ranges: Mapping[str, Activation], rounded: Mapping[str, object], backend: str
+) -> dict[str, LayerActivation]:
+    """Check that ranges name rounded layers and that static int8 kernels can hold them.
 
     Args:
         ranges: Ranges by layer name.
         rounded: Rounded layers by name.
         backend: Its name, for the message.
 
+    Returns:
+        The ranges.
+
     Raises:
         ConfigError: A name is no rounded layer, or `ranges` is empty.
-        LoweringError: A range is not 8 bits wide.
+        LoweringError: A range is not static, or not 8 bits wide.
     """
     if not ranges:
         raise ConfigError(f"{backend} got no activation ranges; calibrate first")
-    for name, activation in ranges.items():
+    static = static_ranges(ranges, backend)
+    for name, activation in static.items():
         if name not in rounded:
             raise ConfigError(
                 f"ranges name {name!r}, which is no rounded convolution or linear layer of the "
@@ -192,6 +199,7 @@ def check_ranges(
                     f"at the int8 range only; quantize with activation_bits=8, or evaluate "
                     f"narrower activations with the fake-quantized graph"
                 )
+    return static
 
 
 def _check_engine(engine: str) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_calls
 from mpqdm_fx.backends.observers import weight_grids
 from mpqdm_fx.backends.pt2e import convert_pt2e_graph, export_graph
@@ -43,7 +44,6 @@ from mpqdm_fx.passes.decompose_attention import DecomposeAttention
 from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.passes.requantize_copies import RequantizeCopies
 from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
-from mpqdm_fx.plan import LayerActivation
 
 __all__ = ["XnnpackProgram", "XnnpackRunner", "lower_xnnpack", "lower_xnnpack_float"]
 
@@ -109,7 +109,7 @@ class XnnpackProgram:
 
 def lower_xnnpack(
     rounded: fx.GraphModule,
-    ranges: Mapping[str, LayerActivation],
+    ranges: Mapping[str, Activation],
     example_inputs: Mapping[str, Any] | Sequence[Any],
     path: str | Path,
 ) -> XnnpackProgram:
@@ -130,19 +130,19 @@ def lower_xnnpack(
 
     Raises:
         ConfigError: No layer is rounded, or `ranges` names a layer that is not.
-        LoweringError: ExecuTorch is missing or failed, a range is not 8 bits wide, the graph has a
-            Conv3d, or the program computes other numbers than the converted graph.
+        LoweringError: ExecuTorch is missing or failed, a range is not static and 8 bits wide, the
+            graph has a Conv3d, or the program computes other numbers than the converted graph.
     """
     require_executorch()
-    check_ranges(ranges, weight_grids(rounded), "XNNPACK")
+    static = check_ranges(ranges, weight_grids(rounded), "XNNPACK")
     _refuse_conv3d(rounded)
     inputs = _positional(example_inputs)
     with _Stages() as stage, torch.no_grad():
         stage("decompose")
-        plain, ranges = split_calls(DECOMPOSE(rounded).graph_module, ranges)
-        plain = round_biases(fit_channels(plain, ranges), ranges)
+        plain, static = split_calls(DECOMPOSE(rounded).graph_module, static)
+        plain = round_biases(fit_channels(plain, static), static)
         stage("convert")
-        converted = REMEDIES(convert_pt2e_graph(plain, ranges, inputs)).graph_module
+        converted = REMEDIES(convert_pt2e_graph(plain, static, inputs)).graph_module
         expected = _leaves(converted(*inputs))
         reference = sqnr_db(_joined(_leaves(rounded(*inputs))), _joined(expected))
         names = _argument_names(rounded)

@@ -1,8 +1,19 @@
-"""Leaf modules that quantize and dequantize an activation at run time."""
+"""Leaf modules that quantize and dequantize an activation at run time.
 
-from torch import nn
+A static range needs no module: it is a pair of `quantized_decomposed` ops (`graph.qdq`).
+"""
 
-__all__ = ["ActivationQuantizer"]
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mpqdm_fx.activations import ActivationRange, NoiseLevels
+from mpqdm_fx.config import check_bits
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.numerics.dynamic import fake_quantize_dynamic
+
+__all__ = ["ActivationQuantizer", "DynamicQuantizer", "NoiseLevelGroups", "NoiseLevelQuantizer"]
 
 
 class ActivationQuantizer(nn.Module):
@@ -11,3 +22,127 @@ class ActivationQuantizer(nn.Module):
     In a graph with two lanes they exist in the quantized lane alone; the float lane passes `x`
     through.
     """
+
+
+class DynamicQuantizer(ActivationQuantizer):
+    """Rounds to integers whose range is that of the very tensor, as XNNPACK's qd8 kernels do.
+
+    Args:
+        bits: Width of the codes; XNNPACK's are 8 bits wide.
+        axes: Number of trailing axes that share one range: 1 for a linear layer (one range per
+            row), 1 + spatial axes for a convolution (one per sample).
+
+    Raises:
+        ConfigError: `bits` is outside 1..8, or `axes` below 1.
+    """
+
+    def __init__(self, bits: int = 8, axes: int = 1) -> None:
+        super().__init__()
+        self.bits = check_bits(bits, "activation bits")
+        if axes < 1:
+            raise ConfigError(f"axes={axes}: a range is shared along at least one axis")
+        self.axes = axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round x, float [..., C] or [..., C, *spatial]; see `numerics.dynamic`."""
+        return fake_quantize_dynamic(x, self.bits, self.axes)
+
+    def extra_repr(self) -> str:
+        """Settings, for print."""
+        return f"bits={self.bits}, axes={self.axes}"
+
+
+class NoiseLevelGroups(nn.Module):
+    """Tells which group of noise levels each sample is in; see `activations.NoiseLevels`.
+
+    Args:
+        boundaries: Timesteps between the groups, ascending.
+
+    Raises:
+        ConfigError: The boundaries are not finite and ascending.
+    """
+
+    boundaries: Tensor
+
+    def __init__(self, boundaries: Sequence[float]) -> None:
+        super().__init__()
+        levels = NoiseLevels(boundaries=tuple(boundaries))
+        # float64 holds every int64 timestep in use and every float32 one
+        self.register_buffer("boundaries", torch.tensor(levels.boundaries, dtype=torch.float64))
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """Map timesteps, [B] or a single number (0-d), any dtype, to groups, int64 [B] or [1]."""
+        values = timestep.reshape(-1).to(self.boundaries.dtype)
+        return torch.bucketize(values, self.boundaries, right=True)
+
+    def extra_repr(self) -> str:
+        """Boundaries, for print."""
+        return ", ".join(f"{value:g}" for value in self.boundaries.tolist())
+
+
+class NoiseLevelQuantizer(ActivationQuantizer):
+    """Rounds each sample to integers whose fixed range is that of its group of noise levels.
+
+    With equal ranges in all groups it computes what a static q/dq pair computes, bit for bit.
+
+    Args:
+        scales: Step size of each group [G], positive.
+        zero_points: Code of the value 0 in each group [G].
+        bits: Width of the codes.
+
+    Raises:
+        ConfigError: A range is impossible, or the numbers of scales and zero points differ.
+    """
+
+    scales: Tensor
+    zero_points: Tensor
+    inverses: Tensor
+
+    def __init__(self, scales: Sequence[float], zero_points: Sequence[int], bits: int = 8) -> None:
+        super().__init__()
+        if len(scales) != len(zero_points) or not len(scales):
+            raise ConfigError(
+                f"{len(scales)} scales and {len(zero_points)} zero points; give one of each for "
+                f"every group of noise levels"
+            )
+        for scale, zero_point in zip(scales, zero_points, strict=True):
+            ActivationRange(scale=scale, zero_point=zero_point, bits=bits)
+        self.bits = bits
+        exact = torch.tensor(scales, dtype=torch.float32)
+        self.register_buffer("scales", exact)
+        # the q/dq ops divide in double precision, then multiply in single
+        self.register_buffer("inverses", (1.0 / exact.double()).float())
+        self.register_buffer("zero_points", torch.tensor(zero_points, dtype=torch.int64))
+
+    @property
+    def ranges(self) -> tuple[ActivationRange, ...]:
+        """Range of each group."""
+        pairs = zip(self.scales.tolist(), self.zero_points.tolist(), strict=True)
+        return tuple(ActivationRange(scale=s, zero_point=int(z), bits=self.bits) for s, z in pairs)
+
+    def forward(self, x: Tensor, group: Tensor) -> Tensor:
+        """Round each sample of x with its group's range.
+
+        Args:
+            x: Float [n * B, ...], computed in float32. Where frames or heads are folded into the
+                first axis, a sample's n rows follow one another.
+            group: int64 [B], or [1] for all samples alike.
+
+        Returns:
+            Shape and dtype of x.
+        """
+        # Only the parameters are reshaped: x keeps its memory layout, on which later sums depend.
+        repeats = x.shape[0] // group.shape[0]
+        trailing = [1] * (x.dim() - 1)
+
+        def for_rows(table: Tensor) -> Tensor:
+            return table[group][:, None].expand(-1, repeats).reshape(-1, *trailing)
+
+        zero_point = for_rows(self.zero_points)
+        low, high = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+        codes = torch.round(x.to(torch.float32) * for_rows(self.inverses)) + zero_point
+        return ((codes.clamp(low, high) - zero_point) * for_rows(self.scales)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Settings, for print."""
+        return f"bits={self.bits}, groups={len(self.scales)}"

@@ -11,9 +11,10 @@ from torch import nn
 
 from mpqdm_fx.errors import TraceError
 
-__all__ = ["InputSpec", "Signature", "bind_inputs", "tensor_leaves"]
+__all__ = ["TIMESTEP_NAMES", "InputSpec", "Signature", "bind_inputs", "tensor_leaves"]
 
-_TIMESTEP_NAMES = frozenset({"t", "timestep", "timesteps", "timestep_ratio"})
+TIMESTEP_NAMES = frozenset({"t", "timestep", "timesteps", "timestep_ratio"})
+"""What diffusers models call the argument that tells them the noise level."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,7 +292,7 @@ def _bind(
 def _number_to_tensor(name: str, parameter: inspect.Parameter, value: Any, batch: int) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
         return value
-    is_timestep = name in _TIMESTEP_NAMES
+    is_timestep = name in TIMESTEP_NAMES
     if isinstance(value, torch.Tensor):
         single = value.ndim == 0 or (value.ndim == 1 and value.shape[0] == 1)
         return value.reshape(1).repeat(batch) if is_timestep and single else value

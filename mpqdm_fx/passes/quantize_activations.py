@@ -1,9 +1,10 @@
-"""Insert static per-tensor q/dq pairs at the inputs and outputs of weight layers.
+"""Quantize what weight layers read and write: fixed ranges, ranges by noise level, or dynamic ones.
 
 Static int8 kernels (torch.ao's and XNNPACK's alike) read integers and write integers: a layer's
 input and its output both have a fixed scale and zero point. Which value gets which pair is decided
 in `activation_sites`, once for this pass, for torch.ao and for PT2E; so all doors round the same
-values at the same places.
+values at the same places. Ranges by noise level sit at the same places. Dynamic kernels round what
+a layer reads and write floats.
 """
 
 import dataclasses
@@ -14,11 +15,27 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import fx
 
-from mpqdm_fx.errors import DialectError
+from mpqdm_fx.activations import (
+    Activation,
+    ActivationRange,
+    DynamicActivation,
+    LayerActivation,
+    NoiseLevels,
+    Side,
+    TimestepActivation,
+)
+from mpqdm_fx.errors import ConfigError, DialectError
 from mpqdm_fx.graph.base import GraphPass
-from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.layers import called_module, weight_layers
 from mpqdm_fx.graph.qdq import insert_pair, is_dequantize, is_quantize
-from mpqdm_fx.plan import ActivationRange, LayerActivation
+from mpqdm_fx.graph.quantizer_sites import (
+    find_timestep,
+    follows_batch,
+    insert_groups,
+    insert_quantizer,
+    row_axes,
+)
+from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelQuantizer
 
 __all__ = ["ActivationSite", "QuantizeActivations", "activation_sites", "is_quantized_call"]
 
@@ -38,6 +55,11 @@ class ActivationSite:
     range: ActivationRange
     calls: tuple[fx.Node, ...] | None
     layer: str
+
+    @property
+    def side(self) -> Side:
+        """Whether the range is that of the layer's input or of its output."""
+        return "output" if self.calls is None else "input"
 
 
 def activation_sites(
@@ -107,38 +129,76 @@ def _in_graph_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeActivations(GraphPass):
-    """Insert `quantized_decomposed` quantize/dequantize pairs around weight layers.
+    """Insert quantizers around weight layers.
 
-    1. The values are those of `activation_sites`.
-    2. An input-side pair serves the weight-layer calls of its value; all other users keep the
-       float value. An output-side pair replaces all uses of the output.
-    3. Codes are int8, within the `bits` of the range: `-2**(bits-1)..2**(bits-1)-1`.
-    4. A graph whose named layers all have their pairs already is left alone.
+    1. Layers with a `LayerActivation` get `quantized_decomposed` quantize/dequantize pairs at the
+       values of `activation_sites`. An input-side pair serves the weight-layer calls of its value;
+       all other users keep the float value. An output-side pair replaces all uses of the output.
+       Codes are int8, within the `bits` of the range: `-2**(bits-1)..2**(bits-1)-1`.
+    2. Layers with a `TimestepActivation` get a `NoiseLevelQuantizer` at those same values. One
+       `NoiseLevelGroups` node reads the timesteps for all of them. A value that does not follow
+       the batch (a constant) cannot depend on the timestep: it gets a pair, with the first group's
+       range.
+    3. Layers with a `DynamicActivation` read a `DynamicQuantizer`; their outputs stay float. Calls
+       of one width and granularity that read one value share it: a range per sample for
+       convolutions, per row for linear layers.
+    4. A graph whose named layers all have quantizers already, of whatever mode, is left alone.
+
+    `graph.quantizer_sites` finds the quantizers again and sets their ranges.
 
     Attributes:
-        ranges: Input and output range by weight-layer name. Layers without an entry stay in float.
+        ranges: Activation by weight-layer name. Layers without an entry stay in float.
+        noise_levels: What the groups of every `TimestepActivation` are.
     """
 
-    ranges: Mapping[str, LayerActivation]
+    ranges: Mapping[str, Activation]
+    noise_levels: NoiseLevels | None = None
 
     preserves_function: ClassVar[bool] = False
 
-    @classmethod
-    def examples(cls, graph_module: fx.GraphModule) -> tuple[Self, ...]:
-        """Return the pass at 8 and 4 bits on every weight layer, and on none."""
-        layers = weight_layers(graph_module)
-
-        def ranges(bits: int) -> dict[str, LayerActivation]:
-            one = ActivationRange(scale=8.0 / 2**bits, zero_point=0, bits=bits)
-            return {name: LayerActivation(input=one, output=one) for name in layers}
-
-        return (cls(ranges=ranges(8)), cls(ranges=ranges(4)), cls(ranges={}))
-
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        """Every layer with a range is a weight layer of the graph, and all or none have pairs.
+    def __post_init__(self) -> None:
+        """Refuse ranges by noise level that do not fit the noise levels.
 
         Raises:
-            DialectError: One is not, or some layers have pairs and others none.
+            ConfigError: There are none, or a layer has another number of groups.
+        """
+        for name, activation in self.ranges.items():
+            if not isinstance(activation, TimestepActivation):
+                continue
+            if self.noise_levels is None:
+                raise ConfigError(
+                    f"{name}: it has ranges by noise level; give the pass `noise_levels` too"
+                )
+            if len(activation.groups) != self.noise_levels.count:
+                raise ConfigError(
+                    f"{name}: it has ranges for {len(activation.groups)} groups of noise levels, "
+                    f"and `noise_levels` has {self.noise_levels.count} groups"
+                )
+
+    @classmethod
+    def examples(cls, graph_module: fx.GraphModule) -> tuple[Self, ...]:
+        """Return every mode on all weight layers, none, and all modes side by side."""
+        layers = weight_layers(graph_module)
+
+        def static(bits: int, zero_point: int = 0) -> LayerActivation:
+            one = ActivationRange(scale=8.0 / 2**bits, zero_point=zero_point, bits=bits)
+            return LayerActivation(input=one, output=one)
+
+        kinds: list[Activation] = [static(8), static(4), DynamicActivation(bits=8)]
+        levels = None
+        if find_timestep(graph_module) is not None:
+            levels = NoiseLevels(boundaries=(2.5, 6.0))
+            kinds.append(TimestepActivation(groups=(static(8), static(8, 3), static(8, -5))))
+        mixed = {name: kinds[index % len(kinds)] for index, name in enumerate(layers)}
+        same = [cls(ranges=dict.fromkeys(layers, kind), noise_levels=levels) for kind in kinds]
+        return (*same, cls(ranges={}), cls(ranges=mixed, noise_levels=levels))
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Every layer with a range is a weight layer of the graph, and all or none are quantized.
+
+        Raises:
+            DialectError: One is not, or some layers have quantizers and others none; or ranges by
+                noise level are asked of a graph that is told no timesteps.
         """
         layers = weight_layers(graph_module)
         for name in self.ranges:
@@ -147,8 +207,14 @@ class QuantizeActivations(GraphPass):
                     f"ranges name {name!r}, which is no convolution or linear layer of this graph; "
                     f"collect ranges on the graph that is quantized"
                 )
-
-        done = [is_quantized_call(node) for node in self._calls(graph_module)]
+        by_level = any(isinstance(a, TimestepActivation) for a in self.ranges.values())
+        if by_level and find_timestep(graph_module) is None:
+            arguments = [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]
+            raise DialectError(
+                f"ranges by noise level need an argument `timestep` of shape [batch], and this "
+                f"graph takes ({', '.join(arguments)}); use activation_mode='static' or 'dynamic'"
+            )
+        done = [is_quantized_call(graph_module, call) for call in self._calls(graph_module)]
         if any(done) and not all(done):
             raise DialectError(
                 "some of the named layers already read and write quantized values; quantize the "
@@ -156,20 +222,61 @@ class QuantizeActivations(GraphPass):
             )
 
     def rewrite(self, graph_module: fx.GraphModule) -> bool:
-        """Insert the pairs; False if nothing was to be inserted."""
+        """Insert the quantizers; False if nothing was to be inserted."""
         calls = self._calls(graph_module)
-        if all(is_quantized_call(node) for node in calls):
+        if all(is_quantized_call(graph_module, call) for call in calls):
             return False
+        self._insert_fixed(graph_module, calls)
+        self._insert_dynamic(graph_module, calls)
+        return True
+
+    def _insert_fixed(self, graph_module: fx.GraphModule, calls: Mapping[fx.Node, str]) -> None:
+        """Insert static pairs and quantizers by noise level."""
+        # Where they sit depends on the widths alone, which are the same in all groups.
+        widths = {
+            name: activation.groups[0] if isinstance(activation, TimestepActivation) else activation
+            for name, activation in self.ranges.items()
+            if not isinstance(activation, DynamicActivation)
+        }
         latest: dict[fx.Node, fx.Node] = {}
-        for site in activation_sites(calls, self.ranges):
+        groups: fx.Node | None = None
+        for site in activation_sites(calls, widths):
             source = latest.get(site.value, site.value)
             users = [u for u in source.users if site.calls is None or u in site.calls]
-            restored = insert_pair(graph_module, source, _parameters(site.range))
+            activation = self.ranges[site.layer]
+            if isinstance(activation, TimestepActivation) and follows_batch(graph_module, source):
+                if groups is None:
+                    assert self.noise_levels is not None
+                    groups = insert_groups(graph_module, self.noise_levels)
+                ranges = activation.ranges(site.side)
+                module = NoiseLevelQuantizer(
+                    [chosen.scale for chosen in ranges],
+                    [chosen.zero_point for chosen in ranges],
+                    site.range.bits,
+                )
+                name = f"{site.layer}.{site.side}"
+                restored = insert_quantizer(graph_module, module, source, name, groups)
+            else:
+                restored = insert_pair(graph_module, source, _parameters(site.range))
             for user in users:
                 user.replace_input_with(source, restored)
             if site.calls is None:
                 latest[site.value] = restored
-        return True
+
+    def _insert_dynamic(self, graph_module: fx.GraphModule, calls: Mapping[fx.Node, str]) -> None:
+        shared: dict[tuple[fx.Node, int, int], fx.Node] = {}
+        for call, name in calls.items():
+            activation = self.ranges[name]
+            if not isinstance(activation, DynamicActivation):
+                continue
+            source = call.args[0]
+            assert isinstance(source, fx.Node)
+            axes = row_axes(graph_module.get_submodule(str(call.target)))
+            key = (source, activation.bits, axes)
+            if key not in shared:
+                module = DynamicQuantizer(activation.bits, axes)
+                shared[key] = insert_quantizer(graph_module, module, source, f"{name}.input")
+            call.update_arg(0, shared[key])
 
     def _calls(self, graph_module: fx.GraphModule) -> dict[fx.Node, str]:
         """Calls of the named layers, in graph order."""
@@ -178,15 +285,25 @@ class QuantizeActivations(GraphPass):
         return {node: names[node] for node in graph_module.graph.nodes if node in names}
 
 
-def is_quantized_call(call: fx.Node) -> bool:
-    """Whether a weight-layer call reads a dequantized value and only quantized ones are read of it.
+def is_quantized_call(graph_module: fx.GraphModule, call: fx.Node) -> bool:
+    """Whether a weight-layer call is quantized, in whatever mode.
+
+    It reads a dynamic quantizer; or it reads a fixed range and only quantizers read its output.
 
     Args:
+        graph_module: The call's graph.
         call: A call with its input as `args[0]`.
     """
+
+    def by_level(node: object) -> bool:
+        return called_module(graph_module, node, NoiseLevelQuantizer) is not None
+
     source = call.args[0]
     assert isinstance(source, fx.Node)
-    return is_dequantize(source) and all(is_quantize(user) for user in call.users)
+    if called_module(graph_module, source, DynamicQuantizer) is not None:
+        return True
+    reads = is_dequantize(source) or by_level(source)
+    return reads and all(is_quantize(user) or by_level(user) for user in call.users)
 
 
 def _parameters(chosen: ActivationRange) -> tuple[Any, ...]:

@@ -1,0 +1,323 @@
+"""Find the activation quantizers of a graph, set their ranges, and read all ranges back.
+
+A quantizer is a node: the quantize node of a q/dq pair (static), or a call of a module of
+`graph.quantizers`. `passes.quantize_activations` puts them in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from mpqdm_fx.activations import (
+    Activation,
+    ActivationRange,
+    DynamicActivation,
+    LayerActivation,
+    NoiseLevels,
+    Side,
+    TimestepActivation,
+)
+from mpqdm_fx.errors import DialectError
+from mpqdm_fx.graph.editing import add_module, free_name, infer_val, inherit_meta, replace_module
+from mpqdm_fx.graph.layers import WEIGHT_LAYERS, called_module
+from mpqdm_fx.graph.qdq import is_dequantize, is_quantize, qdq_parameters
+from mpqdm_fx.graph.quantizers import (
+    ActivationQuantizer,
+    DynamicQuantizer,
+    NoiseLevelGroups,
+    NoiseLevelQuantizer,
+)
+from mpqdm_fx.graph.signature import TIMESTEP_NAMES
+
+__all__ = [
+    "QuantizerSite",
+    "find_timestep",
+    "follows_batch",
+    "insert_groups",
+    "insert_quantizer",
+    "quantizer_sites",
+    "read_activations",
+    "row_axes",
+    "set_groups",
+    "set_pair",
+]
+
+_FOLDER = "activation_quantizers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerSite:
+    """One activation quantizer of a graph.
+
+    Attributes:
+        node: The quantize node of a pair, or the call of a quantizer module.
+        kind: `"static"`, `"timestep"` or `"dynamic"`. A dynamic quantizer has no range to set.
+        value: Node that it reads: the value that is quantized.
+        result: Node that has the quantized value: the dequantize node of a pair, else `node`.
+        bits: Width of its codes.
+        writer: Target of the weight-layer call whose output the value is, or None.
+        readers: Targets of the weight-layer calls that read the result as their input.
+    """
+
+    node: fx.Node
+    kind: Literal["static", "timestep", "dynamic"]
+    value: fx.Node
+    result: fx.Node
+    bits: int
+    writer: str | None
+    readers: tuple[str, ...]
+
+    @property
+    def key(self) -> tuple[str, Side]:
+        """Whose range it is: (layer, side).
+
+        Sites with one key share one range: those of a layer that is called several times.
+        """
+        if self.writer is not None and self.kind != "dynamic":
+            return self.writer, "output"
+        return self.readers[0], "input"
+
+
+def quantizer_sites(graph_module: fx.GraphModule) -> dict[fx.Node, QuantizerSite]:
+    """Find the activation quantizers of a module-level graph, in graph order.
+
+    Returns:
+        Quantizer node to site. Quantizers around nothing (no weight layer writes their value or
+        reads their result) are left out: they belong to somebody else.
+    """
+    found = (_site(graph_module, node) for node in graph_module.graph.nodes)
+    return {site.node: site for site in found if site is not None and (site.writer or site.readers)}
+
+
+def _site(graph_module: fx.GraphModule, node: fx.Node) -> QuantizerSite | None:
+    result, kind, bits = node, "static", 0
+    if is_quantize(node):
+        restored = [user for user in node.users if is_dequantize(user)]
+        if not restored:
+            return None
+        result = restored[0]
+        low, high = qdq_parameters(node)[2:4]
+        bits = (high - low + 1).bit_length() - 1
+    else:
+        module = called_module(graph_module, node, NoiseLevelQuantizer, DynamicQuantizer)
+        if module is None:
+            return None
+        kind = "timestep" if isinstance(module, NoiseLevelQuantizer) else "dynamic"
+        bits = int(module.bits)  # type: ignore[arg-type]
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    readers = [user for user in result.users if _is_layer_call(graph_module, user)]
+    return QuantizerSite(
+        node=node,
+        kind=kind,  # type: ignore[arg-type]
+        value=value,
+        result=result,
+        bits=bits,
+        writer=str(value.target) if _is_layer_call(graph_module, value) else None,
+        readers=tuple(dict.fromkeys(str(r.target) for r in readers if r.args[0] is result)),
+    )
+
+
+def _is_layer_call(graph_module: fx.GraphModule, node: object) -> bool:
+    return called_module(graph_module, node, *WEIGHT_LAYERS) is not None
+
+
+def set_pair(quantize: fx.Node, scale: float, zero_point: int) -> None:
+    """Give a static pair another range, in place; its width stays.
+
+    Args:
+        quantize: The quantize node of the pair.
+        scale: Step size; stored as float32, as every backend does.
+        zero_point: Code of the value 0.
+
+    Raises:
+        DialectError: The node does not quantize.
+        ConfigError: The range is impossible.
+    """
+    if not is_quantize(quantize):
+        raise DialectError(
+            f"{quantize.name} ({quantize.target}) is no quantize node of a q/dq pair"
+        )
+    low, high = qdq_parameters(quantize)[2:4]
+    exact = float(torch.tensor(scale, dtype=torch.float32))
+    ActivationRange(scale=exact, zero_point=zero_point, bits=(high - low + 1).bit_length() - 1)
+    for node in (quantize, *(user for user in quantize.users if is_dequantize(user))):
+        node.update_arg(1, exact)
+        node.update_arg(2, zero_point)
+
+
+def set_groups(
+    graph_module: fx.GraphModule, node: fx.Node, ranges: Sequence[ActivationRange]
+) -> None:
+    """Give a quantizer by noise level other ranges: a new module takes the old one's place.
+
+    Args:
+        graph_module: The node's graph, edited in place.
+        node: A call of a `NoiseLevelQuantizer`.
+        ranges: Range of each group, of the width of the quantizer.
+
+    Raises:
+        DialectError: The node calls no such module, or the number of groups or the width differs.
+    """
+    module = called_module(graph_module, node, NoiseLevelQuantizer)
+    if not isinstance(module, NoiseLevelQuantizer):
+        raise DialectError(f"{node.name} ({node.target}) is no quantizer by noise level")
+    if len(ranges) != len(module.scales) or {r.bits for r in ranges} != {module.bits}:
+        raise DialectError(
+            f"{node.target}: it has {len(module.scales)} groups of {module.bits} bits, and the new "
+            f"ranges are {len(ranges)} of {sorted({r.bits for r in ranges})} bits"
+        )
+    new = NoiseLevelQuantizer(
+        [chosen.scale for chosen in ranges], [chosen.zero_point for chosen in ranges], module.bits
+    )
+    replace_module(graph_module, str(node.target), new)
+
+
+def read_activations(graph_module: fx.GraphModule) -> dict[str, Activation]:
+    """Read the activation of every quantized layer back from a graph.
+
+    `QuantizeActivations` with what this returns quantizes the float graph to the same numbers. A
+    range that a layer names but that its graph does not use (of three projections with one input,
+    two have their own to no effect) comes back as the one that is in use.
+
+    Args:
+        graph_module: A graph after `QuantizeActivations`, possibly with other ranges set since.
+
+    Returns:
+        Activation by layer, in graph order, under the target of the layer's first quantized call.
+    """
+    found: dict[int, tuple[str, Activation]] = {}
+    for node in graph_module.graph.nodes:
+        module = called_module(graph_module, node, *WEIGHT_LAYERS)
+        if module is None or id(module) in found:
+            continue
+        activation = _activation_of(graph_module, node)
+        if activation is not None:
+            found[id(module)] = (str(node.target), activation)
+    return dict(found.values())
+
+
+def _activation_of(graph_module: fx.GraphModule, call: fx.Node) -> Activation | None:
+    dynamic = called_module(graph_module, call.args[0], DynamicQuantizer)
+    if isinstance(dynamic, DynamicQuantizer):
+        return DynamicActivation(bits=dynamic.bits)
+    read = _ranges(graph_module, call.args[0])
+    written = next(filter(None, (_ranges(graph_module, user) for user in call.users)), None)
+    if read is None or written is None:
+        return None
+    count = max(len(read), len(written))
+    pairs = zip(_repeated(read, count), _repeated(written, count), strict=True)
+    groups = tuple(LayerActivation(input=i, output=o) for i, o in pairs)
+    return groups[0] if count == 1 else TimestepActivation(groups=groups)
+
+
+def _ranges(graph_module: fx.GraphModule, node: object) -> tuple[ActivationRange, ...] | None:
+    """Ranges of a fixed quantizer: one, or one for each group."""
+    module = called_module(graph_module, node, NoiseLevelQuantizer)
+    if isinstance(module, NoiseLevelQuantizer):
+        return module.ranges
+    if isinstance(node, fx.Node) and (is_quantize(node) or is_dequantize(node)):
+        scale, zero_point, low, high = qdq_parameters(node)[:4]
+        bits = (high - low + 1).bit_length() - 1
+        return (ActivationRange(scale=scale, zero_point=zero_point, bits=bits),)
+    return None
+
+
+def _repeated(ranges: tuple[ActivationRange, ...], count: int) -> tuple[ActivationRange, ...]:
+    return ranges if len(ranges) == count else ranges * count
+
+
+def find_timestep(graph_module: fx.GraphModule) -> fx.Node | None:
+    """The placeholder that tells the model each sample's noise level, of shape [B] or 0-d."""
+    placeholders: list[fx.Node] = graph_module.graph.find_nodes(op="placeholder")
+    for node in placeholders:
+        value = node.meta.get("val")
+        if node.target in TIMESTEP_NAMES and (value is None or value.dim() <= 1):
+            return node
+    return None
+
+
+def follows_batch(graph_module: fx.GraphModule, value: fx.Node) -> bool:
+    """Whether a value's first axis is a whole multiple of the batch that the timesteps have.
+
+    Values without shape information are taken to.
+    """
+    timestep = find_timestep(graph_module)
+    told = None if timestep is None else timestep.meta.get("val")
+    seen = value.meta.get("val")
+    if not isinstance(told, torch.Tensor) or not isinstance(seen, torch.Tensor):
+        return True
+    batch, first = (shape[0] if shape else 1 for shape in (told.shape, seen.shape))
+    return bool(statically_known_true(first % batch == 0))
+
+
+def row_axes(module: nn.Module) -> int:
+    """Number of trailing axes of a layer's input that share one dynamic range.
+
+    Args:
+        module: A convolution (a range per sample) or a linear layer (a range per row).
+    """
+    return 1 if isinstance(module, nn.Linear) else 1 + len(module.kernel_size)  # type: ignore[arg-type]
+
+
+def insert_groups(graph_module: fx.GraphModule, levels: NoiseLevels) -> fx.Node:
+    """Insert the node that maps timesteps to groups, behind the placeholders.
+
+    Args:
+        graph_module: Private copy to edit, in place, with a timestep (`find_timestep`).
+        levels: The groups.
+
+    Raises:
+        DialectError: The graph takes no timestep.
+    """
+    timestep = find_timestep(graph_module)
+    if timestep is None:
+        raise DialectError("the graph takes no `timestep`, so noise levels cannot be told apart")
+    return _insert(graph_module, NoiseLevelGroups(levels.boundaries), "noise_level", (timestep,))
+
+
+def insert_quantizer(
+    graph_module: fx.GraphModule,
+    module: ActivationQuantizer,
+    value: fx.Node,
+    name: str,
+    *extra: fx.Node,
+) -> fx.Node:
+    """Insert the call of a quantizer module behind a value, without redirecting its users.
+
+    Args:
+        graph_module: Private copy to edit, in place.
+        module: The quantizer.
+        value: What it reads; the new node inherits its provenance.
+        name: Readable name, for example a layer's with the side; made free and flat.
+        extra: Further arguments; they precede `value`'s users.
+
+    Returns:
+        The new node.
+    """
+    return _insert(graph_module, module, name.replace(".", "_"), (value, *extra))
+
+
+def _insert(
+    graph_module: fx.GraphModule, module: nn.Module, name: str, args: tuple[fx.Node, ...]
+) -> fx.Node:
+    graph = graph_module.graph
+    target = free_name(graph_module, f"{_FOLDER}.{name}")
+    add_module(graph_module, target, module)
+    after = max(args, key=list(graph.nodes).index)
+    if after.op == "placeholder":  # placeholders stay together
+        after = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(after):
+        node = graph.call_module(target, args)
+    inherit_meta(node, args[0])
+    stack = list((node.meta.get("nn_module_stack") or {}).items())
+    if stack:
+        # A module's own entry ends where another module begins; an op's is its surroundings.
+        outer = stack[:-1] if args[0].op == "call_module" else stack
+        node.meta["nn_module_stack"] = {**dict(outer), target: (target, type(module).__name__)}
+    infer_val(graph_module, node)
+    return node
