@@ -265,8 +265,10 @@ def placeholder_activations(
         groups: Groups of noise levels, for the mode `"timestep"`.
 
     Returns:
-        Activation by layer, every scale 1 and every zero point 0.
+        Activation by layer, every scale 1 and every zero point 0; nothing in the mode `"float"`.
     """
+    if mode == "float":
+        return {}
     if mode == "dynamic":
         return {name: DynamicActivation(bits=bits) for name in names}
     unknown = LayerActivation(

@@ -1,0 +1,115 @@
+"""Fixed activation ranges of a value that was seen over many calls, by least squared error."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mpqdm_fx.activations import ActivationRange
+from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.numerics.ranges import search_range
+
+__all__ = ["search_by_noise_level", "search_static"]
+
+logger = logging.getLogger(__name__)
+
+# Settles a histogram's tails; a search over so many values takes about 0.1 s.
+MAX_VALUES = 2**17
+
+
+@dataclass
+class _Sample:
+    """Ends of all values seen, and a random sample of them in which every call has its share."""
+
+    generator: torch.Generator
+    limit: int
+    minimum: float = float("inf")
+    maximum: float = float("-inf")
+    seen: int = 0
+    kept: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def add(self, value: Tensor) -> None:
+        flat = value.detach().reshape(-1)
+        if not flat.numel():
+            return
+        low, high = (float(end) for end in torch.aminmax(flat))
+        if not (low > float("-inf") and high < float("inf")):  # catches NaN too
+            raise CalibrationError(
+                f"NaN or infinity in an activation of shape {tuple(value.shape)}; check the "
+                f"calibration data and the weights of the layers before it"
+            )
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        total = self.seen + flat.numel()
+        if total > self.limit:
+            share = round(self.limit * flat.numel() / total)
+            chosen = torch.randint(flat.numel(), (share,), generator=self.generator)
+            flat = flat[chosen.to(flat.device)]
+            old = torch.randperm(len(self.kept), generator=self.generator)
+            self.kept = self.kept[old[: self.limit - share]]
+        self.kept = torch.cat([self.kept, flat.float().cpu()])
+        self.seen = total
+
+    def search(self, bits: int) -> ActivationRange:
+        scale, zero_point = search_range(self.kept, self.minimum, self.maximum, bits)
+        return ActivationRange(scale=scale, zero_point=zero_point, bits=bits)
+
+
+def search_static(values: Iterable[Tensor], bits: int, seed: int) -> ActivationRange:
+    """Find one range for all calls.
+
+    Args:
+        values: What the value was at each call, any shapes, float.
+        bits: Width of the codes, 1 to 8.
+        seed: Seed of the bounded sample (2^17 numbers) that the error is measured on. The ends of
+            the range are searched from the smallest and largest value of all.
+
+    Raises:
+        CalibrationError: There are no values, or NaN or infinity among them.
+        ConfigError: `bits` is outside 1..8.
+    """
+    sample = _Sample(torch.Generator().manual_seed(seed), MAX_VALUES)
+    for value in values:
+        sample.add(value)
+    if not sample.seen:
+        raise CalibrationError("an activation range needs at least one call with values")
+    return sample.search(bits)
+
+
+def search_by_noise_level(
+    values: Iterable[Tensor], groups: Iterable[Tensor], bits: int, count: int, seed: int
+) -> tuple[ActivationRange, ...]:
+    """Find one range for each group of noise levels.
+
+    Args:
+        values: What the value was at each call, float [n * B, ...], the n rows of a sample
+            following one another.
+        groups: Group of each sample of each call, int64 [B], or [1] for all samples of the call.
+        bits: Width of the codes, 1 to 8.
+        count: Number of groups.
+        seed: Seed of the bounded samples, one for each group.
+
+    Returns:
+        Ranges of groups 0 to `count - 1`. A group without samples takes that of the nearest group
+        that has some (the lower one of two), which is logged.
+
+    Raises:
+        CalibrationError: There are no values, or NaN or infinity among them.
+        ConfigError: `bits` is outside 1..8, or a group is outside 0..count - 1.
+    """
+    samples = [_Sample(torch.Generator().manual_seed(seed), MAX_VALUES) for _ in range(count)]
+    for value, group in zip(values, groups, strict=True):
+        rows = group.repeat_interleave(value.shape[0] // len(group))
+        for index in torch.unique(group).tolist():
+            if not 0 <= index < count:
+                raise ConfigError(f"a sample is in group {index} of {count} noise levels")
+            samples[index].add(value[rows == index])
+    found = {index: sample.search(bits) for index, sample in enumerate(samples) if sample.seen}
+    if not found:
+        raise CalibrationError("an activation range needs at least one call with values")
+    missing = [index for index in range(count) if index not in found]
+    if missing:
+        logger.info("groups %s of %d noise levels have no samples", missing, count)
+    nearest = [min(found, key=lambda known: abs(known - index)) for index in range(count)]
+    return tuple(found[index] for index in nearest)
