@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.numerics.codebook import LevelKind
-from mpqdm_fx.numerics.curves import LayerCurves, Option
+from mpqdm_fx.numerics.curves import LayerCurves, Option, Point
 from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, MAX_BITS
 from mpqdm_fx.numerics.packing import storage_bits
 
@@ -160,33 +160,34 @@ def allocate_budget(
     return [chosen[index] for index in range(len(layers))]
 
 
-def _bisect(
-    curves: Sequence[LayerCurves], budget: int
-) -> tuple[list[Option], list[Option]]:
+def _bisect(curves: Sequence[LayerCurves], budget: int) -> tuple[list[Option], list[Option]]:
     """Return the options of the lowest price that fits, and of the float just below it."""
 
     def price_of(pattern: int) -> float:
         # The bit patterns of positive floats are ordered as they are: 63 halvings find neighbours.
         return float(torch.tensor(pattern, dtype=torch.int64).view(torch.float64))
 
-    def options(pattern: int) -> list[Option]:
+    def points(pattern: int) -> list[Point]:
         price = price_of(pattern)
         return [curve.at_price(price) for curve in curves]
 
+    def options(found: list[Point]) -> list[Option]:
+        return [curve.option(point) for curve, point in zip(curves, found, strict=True)]
+
     low = 0
-    too_large = options(low)
-    if sum(option.size for option in too_large) <= budget:
-        return too_large, too_large
+    too_large = points(low)
+    if sum(point.size for point in too_large) <= budget:
+        return options(too_large), options(too_large)
     high = int(torch.tensor(math.inf, dtype=torch.float64).view(torch.int64))
-    fitting = options(high)
+    fitting = points(high)
     while high - low > 1:
         middle = (low + high) // 2
-        found = options(middle)
-        if sum(option.size for option in found) <= budget:
+        found = points(middle)
+        if sum(point.size for point in found) <= budget:
             high, fitting = middle, found
         else:
             low, too_large = middle, found
-    return fitting, too_large
+    return options(fitting), options(too_large)
 
 
 def _spend(
@@ -195,21 +196,22 @@ def _spend(
     """Spend what is left of the budget on the steps that lower the cost most per bit."""
     current = list(start)
     rest = budget - sum(option.size for option in current)
-    waiting: list[tuple[float, int, Option]] = []
+    moved = True
+    while moved:  # a step may free bits, and then layers that had no step that fits have one
+        moved = False
+        waiting: list[tuple[float, int, Option]] = []
 
-    def offer(index: int) -> None:
-        found = curves[index].best_step(current[index], beyond[index], rest)
-        if found is not None:
-            density, option = found
-            heapq.heappush(waiting, (-density, index, option))
+        def offer(index: int, rest: int, waiting: list[tuple[float, int, Option]]) -> None:
+            found = curves[index].best_step(current[index], beyond[index], rest)
+            if found is not None:
+                heapq.heappush(waiting, (-found[0], index, found[1]))
 
-    for index in range(len(curves)):
-        offer(index)
-    while waiting:
-        _, index, option = heapq.heappop(waiting)
-        growth = option.size - current[index].size
-        if growth <= rest:
-            current[index] = option
-            rest -= growth
-        offer(index)
+        for index in range(len(curves)):
+            offer(index, rest, waiting)
+        while waiting:
+            _, index, option = heapq.heappop(waiting)
+            growth = option.size - current[index].size
+            if growth <= rest:
+                current[index], rest, moved = option, rest - growth, True
+            offer(index, rest, waiting)
     return current

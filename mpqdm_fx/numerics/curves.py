@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from mpqdm_fx.numerics.codebook import LevelKind
 from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, MAX_BITS
 from mpqdm_fx.numerics.packing import SCALE_BITS, WIDTH_BITS
 
-__all__ = ["LayerCurves", "Option"]
+__all__ = ["LayerCurves", "Option", "Point"]
 
 _WIDTHS = torch.arange(1, MAX_BITS + 1)
 
@@ -34,6 +35,14 @@ class Option:
     widths: Tensor = field(compare=False)
 
 
+class Point(NamedTuple):
+    """An option by its place: which equal width, or so many steps on the curve of a kind."""
+
+    size: int
+    place: int
+    levels: LevelKind | None = None
+
+
 class _Kind:
     """The curve of one kind of levels: steps of blocks along their lower hulls, best first."""
 
@@ -48,6 +57,7 @@ class _Kind:
         self.first, self.block, self.column, self.density = _hull_steps(
             self.code_bits + self.table_bits, costs
         )
+        self.falling = -self.density
         start = torch.arange(len(costs)), self.first
         old = self._previous_columns()
         change = (self.block, self.column), (self.block, old)
@@ -169,25 +179,33 @@ class LayerCurves:
         bits[self.order] = option.widths[self.block_of]
         return bits
 
-    def at_price(self, price: float) -> Option:
-        """Return the assignment of least ``cost + price * size``; of equal ones the smallest."""
-        best: Option | None = None
-        least = math.inf
-        for option in self.equal:
-            best, least = _better(best, least, option, price)
+    def at_price(self, price: float) -> Point:
+        """Return the point of least ``cost + price * size``; of equal ones the smallest.
+
+        A point on a curve counts width tags even where its widths happen to be equal; that
+        assignment is among the equal ones, without tags.
+        """
+        least, best = math.inf, Point(size=0, place=0)
+        for place, option in enumerate(self.equal):
+            value = _value(option.cost, price, option.size)
+            if value < least or (value == least and option.size < best.size):
+                least, best = value, Point(size=option.size, place=place)
         for kind in self.kinds.values():
             # Only steps that save strictly more than the price: the smaller of equal ones.
-            steps = int(torch.searchsorted(-kind.density, torch.tensor(-price).double()))
-            size, cost = self._mixed_size(kind, steps), float(kind.cost[steps])
-            if best is None or (_value(cost, price, size), size) < (least, best.size):
-                best = self._on_curve(kind, steps)
-                least = _value(best.cost, price, best.size)
-        assert best is not None
+            steps = int(torch.searchsorted(kind.falling, -price))
+            size = self._mixed_size(kind, steps)
+            value = _value(float(kind.cost[steps]), price, size)
+            if value < least or (value == least and size < best.size):
+                least, best = value, Point(size=size, levels=kind.levels, place=steps)
         return best
 
-    def best_step(
-        self, current: Option, beyond: Option, rest: int
-    ) -> tuple[float, Option] | None:
+    def option(self, point: Point) -> Option:
+        """Return the assignment of a point."""
+        if point.levels is None:
+            return self.equal[point.place]
+        return self._on_curve(self.kinds[point.levels], point.place)
+
+    def best_step(self, current: Option, beyond: Option, rest: int) -> tuple[float, Option] | None:
         """Return the step that lowers the cost most per bit and grows by at most ``rest`` bits.
 
         Args:
@@ -247,7 +265,7 @@ class LayerCurves:
     def _advance(self, kind: _Kind, current: Option, rest: int) -> Option:
         """The next steps on the curve that save equally much per bit, as many as fit."""
         start = current.steps
-        tied = torch.searchsorted(-kind.density, -kind.density[start], right=True)
+        tied = torch.searchsorted(kind.falling, kind.falling[start], right=True)
         sizes = kind.codes + kind.tables
         room = sizes[start] + rest + self.tag_bits
         steps = int(torch.searchsorted(sizes[start + 1 : int(tied) + 1], room, right=True))
@@ -286,14 +304,3 @@ def _noise(cost: float) -> float:
 
 def _value(cost: float, price: float, size: int) -> float:
     return float(size) if math.isinf(price) else cost + price * size
-
-
-def _better(
-    best: Option | None, least: float, option: Option, price: float
-) -> tuple[Option, float]:
-    value = _value(option.cost, price, option.size)
-    if best is None or (value, option.size) < (least, best.size):
-        return option, value
-    return best, least
-
-
