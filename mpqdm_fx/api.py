@@ -1,5 +1,6 @@
 """The verbs: each is one step of the road from a float model to a program for a phone."""
 
+import contextlib
 import itertools
 import logging
 import time
@@ -10,16 +11,14 @@ from typing import Any, Literal
 from torch import fx, nn
 from tqdm import tqdm
 
-from mpqdm_fx.calibration.allocate import allocate, measure_layers, search_ranges
 from mpqdm_fx.calibration.records import DEFAULT_MAX_MEMORY, RecordedInputs
-from mpqdm_fx.calibration.statistics import collect_statistics
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.passes.round_weights import RoundWeights
-from mpqdm_fx.quantized import LayerReport, PreparedModel, QuantizationReport, QuantizedModel
+from mpqdm_fx.quantized import PreparedModel, QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized
+from mpqdm_fx.sweep.quantize import quantize_graph
 from mpqdm_fx.versions import versions
 
 __all__ = ["BACKENDS", "Backend", "convert", "lower", "prepare", "quantize"]
@@ -68,50 +67,55 @@ def prepare(
     )
 
 
-def convert(prepared: PreparedModel) -> QuantizedModel:
-    """Decide the bits, round the weights, fix the activation ranges.
+def convert(
+    prepared: PreparedModel,
+    *,
+    directory: str | Path | None = None,
+    resume: bool = False,
+    max_memory: int | None = None,
+    half: bool = False,
+) -> QuantizedModel:
+    """Decide the bits; correct and round the weights layer by layer; fix the activation ranges.
+
+    Under torchrun each process takes its share of the recorded calls; all return the same model.
 
     Args:
         prepared: A prepared model that has been called on calibration data.
+        directory: Folder for solved layers: a run that was killed goes on there.
+        resume: Go on with what the folder holds; the result has the same bits.
+        max_memory: Bytes of activations held in memory; the rest goes to disk.
+        half: Hold activations as float16 between layers.
 
     Returns:
         The quantized model. `prepared` can be called and converted again.
 
     Raises:
-        CalibrationError: No data, or NaN or infinity in data, activations or weights.
+        CalibrationError: No data, NaN or infinity in data, activations or weights, or a memory
+            limit that is too small.
+        ConfigError: The budget cannot be met, or the folder holds another run.
     """
     start = time.perf_counter()
-    graph_module, settings = prepared.graph_module, prepared.settings
-    statistics = collect_statistics(graph_module, prepared.records, seed=settings.seed)
-    if not statistics:
-        raise CalibrationError("calibration reached no weight layer; check the recorded inputs")
-    ranges = search_ranges(graph_module, statistics, settings)
-    plan, importance = allocate(graph_module, statistics, ranges, settings)
-    rounded = RoundWeights(plan=plan, importance=importance)(graph_module).graph_module
-    sqnr = measure_layers(graph_module, rounded, statistics, ranges)
+    result = quantize_graph(
+        prepared.graph_module,
+        prepared.records,
+        prepared.settings,
+        directory=directory,
+        resume=resume,
+        max_memory=max_memory,
+        half=half,
+    )
     report = QuantizationReport(
-        layers=tuple(
-            LayerReport(
-                name=layer.name,
-                kind=layer.kind,
-                shape=layer.shape,
-                mean_bits=layer.mean_bits,
-                bytes=sum(-(-part // 8) for part in layer.storage),
-                sqnr_db=sqnr.get(layer.name),
-                fraction=layer.fraction,
-                reason=layer.reason,
-            )
-            for layer in plan.layers
-        ),
+        layers=result.layers,
         calibration_calls=len(prepared.records),
         seconds=time.perf_counter() - start,
         versions=versions(),
     )
     return assemble(
-        rounded,
-        plan=plan,
-        ranges=ranges,
-        settings=settings,
+        result.rounded,
+        plan=result.plan,
+        ranges=result.activations,
+        noise_levels=result.noise_levels,
+        settings=prepared.settings,
         report=report,
         model_config=prepared.config,
     )
@@ -123,14 +127,19 @@ def quantize(
     calibration: Iterable[Mapping[str, Any]],
     *,
     max_memory: int = DEFAULT_MAX_MEMORY,
+    directory: str | Path | None = None,
+    resume: bool = False,
 ) -> QuantizedModel:
     """`prepare`, run the calibration data, `convert`.
 
     Args:
         model: Float model; it is not changed.
         config: Settings.
-        calibration: Keyword arguments of each call, for example `Trajectories(...)`.
+        calibration: Keyword arguments of each call, for example `Trajectories(...)`. Its
+            `held_out_calls`, where it has them, judge corrections; else its last quarter does.
         max_memory: Bytes of recorded inputs held in memory; what is more goes to disk.
+        directory: Folder for solved layers: a run that was killed goes on there.
+        resume: Go on with what the folder holds.
 
     Raises:
         CalibrationError: There is no calibration data, or it holds NaN or infinity.
@@ -143,12 +152,13 @@ def quantize(
     except StopIteration:
         raise CalibrationError("`calibration` is empty; give at least one call") from None
     prepared = prepare(model, config, first, max_memory=max_memory)
-    for inputs in tqdm(
-        itertools.chain([first], iterator), desc="calibration", unit="call", disable=None
-    ):
+    held_out = getattr(calibration, "held_out_calls", ())
+    every = itertools.chain([first], iterator)
+    for index, inputs in enumerate(tqdm(every, desc="calibration", unit="call", disable=None)):
         # Recording alone: `convert` runs the float graph once over everything anyway.
-        prepared.record(**inputs)
-    return convert(prepared)
+        with prepared.held_out() if index in held_out else contextlib.nullcontext():
+            prepared.record(**inputs)
+    return convert(prepared, directory=directory, resume=resume)
 
 
 def lower(

@@ -1,6 +1,7 @@
 """The two models that users hold: prepared (records its inputs) and quantized."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,8 +28,13 @@ class LayerReport:
         shape: Shape of its weight.
         mean_bits: Average bits of a code.
         bytes: Stored bytes with scales, tables and width tags.
-        sqnr_db: Signal-to-noise ratio of the layer's output in dB on calibration rows, with its
-            input quantized and float predecessors; None for an embedding.
+        sqnr_db: Signal-to-noise ratio of the layer's output in dB against the float model, on
+            held-out rows, behind the layers that were quantized before; None for an embedding.
+        base_sqnr_db: The same if the layer did not make up for the error that reaches it.
+        alpha: Strength of that correction; `beta` the same for the residual's error.
+        beta: See `alpha`.
+        damping: Ridge of the correction in units of the average second moment.
+        rows: Input rows that the layer was fitted to.
         fraction: Share of channels that OMQ promoted, and as many demoted.
         reason: Why the layer is off the budget, or None.
     """
@@ -41,6 +47,11 @@ class LayerReport:
     sqnr_db: float | None
     fraction: float
     reason: str | None
+    base_sqnr_db: float | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+    damping: float = 0.0
+    rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +144,7 @@ class PreparedModel(_TracedModel):
         super().__init__(graph_module, signature, model_config)
         self.settings = settings
         self.records = records
+        self._holding_out = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the float graph on the model's own arguments and record them.
@@ -144,8 +156,21 @@ class PreparedModel(_TracedModel):
         with torch.no_grad():
             parts, output = self._call(args, kwargs)
         for part in parts:
-            self.records.append(part)
+            self.records.append(part, held_out=self._holding_out)
         return output
+
+    @contextlib.contextmanager
+    def held_out(self) -> Iterator[None]:
+        """Mark the calls made inside as held out: they judge corrections and fit none.
+
+        Give whole images or denoising runs, never parts of one. Without any, the last quarter of
+        the calls is held out.
+        """
+        self._holding_out = True
+        try:
+            yield
+        finally:
+            self._holding_out = False
 
     def record(self, **kwargs: Any) -> None:
         """Record a call's keyword arguments without running the graph.
@@ -155,7 +180,7 @@ class PreparedModel(_TracedModel):
             CalibrationError: An argument holds NaN or infinity.
         """
         for part in split_batch(self.signature, kwargs):
-            self.records.append(self.signature.normalize((), part))
+            self.records.append(self.signature.normalize((), part), held_out=self._holding_out)
 
 
 class QuantizedModel(_TracedModel):

@@ -5,7 +5,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ def calibration_of(
         seed=seed,
         sample_shape=source.sample_shape,
         conditions=source.conditions(trajectories, seed),
+        held_out=trajectories // 4,
     )
 
 
@@ -112,7 +113,7 @@ def quantize_to_folder(
     if backend == "xnnpack":
         require_executorch()  # said now, not after minutes of calibration
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
-    quantized = quantize(source.model, config, _in_scheduler_dtype(source, data, steps))
+    quantized = quantize(source.model, config, _InSchedulerDtype(source, data, steps))
     with staged_directory(output) as stage:
         write_model(quantized, stage)
         source.scheduler.save_pretrained(stage / "scheduler")
@@ -143,19 +144,27 @@ def quantize_to_folder(
     return QuantizeResult(directory=output, quantized=quantized, summary=summary)
 
 
-def _in_scheduler_dtype(
-    source: Source, data: Iterable[Mapping[str, Any]], steps: int
-) -> Iterator[Mapping[str, Any]]:
+class _InSchedulerDtype:
     """Calls with float timesteps if the scheduler makes such.
 
     Euler and its kin give whole or fractional timesteps, depending on the number of steps; a graph
     that is traced with float timesteps takes both.
     """
-    scheduler = copy.deepcopy(source.scheduler)
-    scheduler.set_timesteps(steps)
-    fractional = scheduler.timesteps.is_floating_point()
-    for call in data:
-        yield {**call, "timestep": call["timestep"].float()} if fractional else call
+
+    def __init__(self, source: Source, data: Trajectories, steps: int) -> None:
+        scheduler = copy.deepcopy(source.scheduler)
+        scheduler.set_timesteps(steps)
+        self._fractional = scheduler.timesteps.is_floating_point()
+        self._data = data
+
+    @property
+    def held_out_calls(self) -> range:
+        return self._data.held_out_calls
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for call in self._data:
+            fractional = {"timestep": call["timestep"].float()} if self._fractional else {}
+            yield {**call, **fractional}
 
 
 def _summarise(

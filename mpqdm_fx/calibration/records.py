@@ -44,6 +44,7 @@ class RecordedInputs:
         self._specs: list[pytree.TreeSpec] = []
         self._held: list[list[torch.Tensor]] = []
         self._held_bytes = 0
+        self._held_out: list[int] = []
         self._shards: list[tuple[Path, int]] = []
 
     def __len__(self) -> int:
@@ -54,11 +55,24 @@ class RecordedInputs:
         """Files that hold the calls which no longer fit in memory."""
         return tuple(path for path, _ in self._shards)
 
-    def append(self, inputs: Mapping[str, Any]) -> None:
+    @property
+    def held_out(self) -> tuple[int, ...]:
+        """Indices of the calls that corrections are judged by and not fitted to.
+
+        Those recorded as such; if there are none, the last quarter: calls come image by image, so
+        they belong to other images. A single call is not held out.
+        """
+        if self._held_out:
+            return tuple(self._held_out)
+        count = len(self)
+        return tuple(range(count - max(1, count // 4), count)) if count > 1 else ()
+
+    def append(self, inputs: Mapping[str, Any], *, held_out: bool = False) -> None:
         """Keep one call's arguments.
 
         Args:
             inputs: Tensors, or dicts, lists and tuples of tensors, by argument name.
+            held_out: Judge corrections by this call instead of fitting them to it.
 
         Raises:
             CalibrationError: A tensor holds NaN or infinity; the argument is named.
@@ -74,6 +88,8 @@ class RecordedInputs:
         leaves, spec = pytree.tree_flatten(dict(inputs))
         # Clones: a caller may reuse its buffers, and views would keep whole batches alive.
         kept = [leaf.detach().cpu().clone() for leaf in leaves]
+        if held_out:
+            self._held_out.append(len(self))
         self._specs.append(spec)
         self._held.append(kept)
         self._held_bytes += sum(leaf.nbytes for leaf in kept)

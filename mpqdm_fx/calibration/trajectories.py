@@ -25,6 +25,9 @@ Conditions = Mapping[str, Any] | Callable[[int, torch.Generator], Mapping[str, A
 """Conditions of all trajectories at once, or a function `(count, generator)` that makes them."""
 
 
+_RUN = "__run"  # which run a recorded row belongs to, until the rows are in batches
+
+
 class Trajectories:
     """The inputs a model gets along its own denoising runs, as batches of keyword arguments.
 
@@ -49,6 +52,8 @@ class Trajectories:
         unconditional: conditions of the unconditional half, in the same form.
         shuffle: True mixes trajectories and timesteps, so that each batch holds many noise levels;
             False keeps the order of the runs, one timestep in a batch.
+        held_out: so many of the runs, the last ones, fill batches of their own at the end; see
+            `held_out_calls`.
         rows_per_timestep: with a number, only so many of the model's rows at each timestep are
             kept, drawn with `seed` without replacement; None keeps all.
 
@@ -72,7 +77,12 @@ class Trajectories:
         unconditional: Conditions | None = None,
         shuffle: bool = True,
         rows_per_timestep: int | None = None,
+        held_out: int = 0,
     ) -> None:
+        if not 0 <= held_out < max(1, num_trajectories):
+            raise CalibrationError(
+                f"held_out is {held_out}; it must leave some of the {num_trajectories} runs"
+            )
         counts = {
             "num_trajectories": num_trajectories,
             "num_inference_steps": num_inference_steps,
@@ -92,6 +102,7 @@ class Trajectories:
         self.guidance_scale = guidance_scale
         self.shuffle = shuffle
         self.rows_per_timestep = rows_per_timestep
+        self.held_out = held_out
         generator = torch.Generator().manual_seed(seed)
         self._noise = torch.randn(num_trajectories, *self.sample_shape, generator=generator)
         self._conditions = _make_conditions(conditions, num_trajectories, generator)
@@ -101,6 +112,7 @@ class Trajectories:
             else None
         )
         self._batches: list[dict[str, Any]] | None = None
+        self._held_out_batches = 0
         self._samples: Tensor | None = None
 
     def __len__(self) -> int:
@@ -111,6 +123,11 @@ class Trajectories:
         """Yield the batches; the dicts are new each time, their tensors are shared."""
         for batch in self._run():
             yield dict(batch)
+
+    @property
+    def held_out_calls(self) -> range:
+        """Indices of the batches that hold rows of the held-out runs alone."""
+        return range(len(self) - self._held_out_batches, len(self))
 
     @property
     def final_samples(self) -> Tensor:
@@ -132,7 +149,7 @@ class Trajectories:
         step = 0
 
         def recording_model(**inputs: Any) -> Any:
-            calls[step].append(inputs)
+            calls[step].append({**inputs, _RUN: runs})
             return self.model(**inputs)
 
         pairs = 1 if self.guidance_scale is None else 2
@@ -147,6 +164,7 @@ class Trajectories:
             for start in range(0, self.num_trajectories, chunk):
                 rows = slice(start, start + chunk)
                 noise = self._noise[rows]
+                runs = torch.arange(start, start + len(noise)).repeat(pairs)
 
                 def advance(index: int, timestep: Tensor, sample: Tensor) -> None:
                     nonlocal step
@@ -188,16 +206,26 @@ class Trajectories:
                 rows = torch.randperm(len(merged["sample"]), generator=generator)
                 kept.append([_take(merged, rows[: self.rows_per_timestep])])
             calls = kept
-        if not self.shuffle:
-            return [
-                _take(call, slice(start, start + self.batch_size))
-                for at_timestep in calls
-                for call in [_join(at_timestep)]
-                for start in range(0, len(call["sample"]), self.batch_size)
+        timesteps = [_join(at_timestep) for at_timestep in calls]
+        first_held_out = self.num_trajectories - self.held_out
+        batches = []
+        for held_out in (False, True):
+            parts = [
+                _take(part, ((part[_RUN] >= first_held_out) == held_out).nonzero()[:, 0])
+                for part in timesteps
             ]
-        everything = _join([call for at_timestep in calls for call in at_timestep])
-        order = torch.randperm(len(everything["sample"]), generator=generator)
-        return [_take(everything, rows) for rows in torch.split(order, self.batch_size)]
+            if self.shuffle:
+                everything = _join(parts)
+                order = torch.randperm(len(everything["sample"]), generator=generator)
+                parts = [_take(everything, order)]
+            before = len(batches)
+            for part in parts:
+                del part[_RUN]
+                for rows in torch.arange(len(part["sample"])).split(self.batch_size):
+                    if len(rows):
+                        batches.append(_take(part, rows))
+            self._held_out_batches = len(batches) - before
+        return batches
 
 
 def balanced_class_labels(num_classes: int, *, name: str = "class_labels") -> Conditions:

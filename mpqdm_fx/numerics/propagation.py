@@ -1,0 +1,240 @@
+"""Quantization error propagation: a layer's weights make up for the error that reaches its input.
+
+QEP (arXiv 2504.09629): with inputs X in the float model and X_hat in the model whose earlier layers
+are quantized, the target `|X W^T - X_hat Q^T|^2` has the relaxed optimum
+`W* = W + alpha W C (H + ridge I)^-1`, C = (X - X_hat)^T X_hat, H = X_hat^T X_hat (equations 3 and 6,
+proposition 5.1); Q is any rounding of W* under H. Here C is never formed: the correction is the
+ridge regression of `D = (X - X_hat) W^T` on X_hat, which is cheaper and also takes targets that are
+no function of the input, such as the error of a residual that the output is added to
+(LoaQ, arXiv 2509.06297).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mpqdm_fx.numerics.gram import Gram
+
+__all__ = ["Correction", "LayerRows", "choose_correction", "fixed_correction", "output_error"]
+
+DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+"""Candidates of the ridge in units of H's average diagonal, for the automatic strength."""
+
+PAPER_DAMPING = 1.0
+"""The ridge of the paper's released code, for a strength that is given."""
+
+TRUST = 0.3  # |correction of a row| / |row| at most
+RANGE_GROWTH = 1.25  # of a row of at most 4 bits: a wider range is a coarser grid
+_NARROW = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRows:
+    """What one layer read in both lanes, at the same positions of the same calls.
+
+    Attributes:
+        inputs: Rows X_hat of the quantized lane, float32 [N, K].
+        shift: X - X_hat, float32 [N, K]; None where both lanes are the same value.
+        residual: Float minus quantized lane of what the output is added to, float32 [N, O]; None
+            where there is none or it has no error.
+    """
+
+    inputs: Tensor
+    shift: Tensor | None
+    residual: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def group(self, index: int, channels: int) -> Self:
+        """Rows [N, G, K] of a grouped layer, for one group: [N, K] and its output channels."""
+        own = slice(index * channels, (index + 1) * channels)
+        return replace(
+            self,
+            inputs=self.inputs[:, index],
+            shift=None if self.shift is None else self.shift[:, index],
+            residual=None if self.residual is None else self.residual[:, own],
+        )
+
+    def targets(self, W: Tensor) -> list[Tensor]:
+        """What the output should gain over `X_hat W^T`, by source: [N, O] float64 each."""
+        found = []
+        if self.shift is not None:
+            found.append((self.shift @ W.float().T).to(torch.float64))
+        if self.residual is not None:
+            found.append(self.residual.to(torch.float64))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """A correction of a layer's weights and how it was chosen.
+
+    Attributes:
+        weight: What is added to W, float32 [O, K]; None for nothing.
+        alpha: Strength for the input's error, 0 to 1.
+        beta: Strength for the residual's error, 0 to 1.
+        damping: Ridge in units of H's average diagonal.
+        explained: Share of the mismatch on validation rows that the unrounded correction removes.
+    """
+
+    weight: Tensor | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+    damping: float = 0.0
+    explained: float = 0.0
+
+
+def fixed_correction(
+    W: Tensor, rows: LayerRows, gram: Gram, alpha: float, *, damping: float = PAPER_DAMPING
+) -> Correction:
+    """The correction of a given strength: the paper's mode (equation 6).
+
+    Args:
+        W: Float weight rows [O, K].
+        rows: Rows of the layer.
+        gram: Moments of `rows.inputs`.
+        alpha: Propagation strength, 0 to 1.
+        damping: Ridge in units of H's average diagonal.
+
+    Raises:
+        CalibrationError: The moments are degenerate.
+    """
+    if rows.shift is None or alpha == 0:
+        return Correction()
+    target = (rows.shift @ W.float().T).to(torch.float64)
+    weight = alpha * gram.regress(rows.inputs, target, damping)
+    return Correction(weight=weight, alpha=alpha, damping=damping)
+
+
+def choose_correction(
+    W: Tensor,
+    train: LayerRows,
+    gram: Gram,
+    validation: LayerRows,
+    *,
+    bits: Tensor | None = None,
+    dampings: Sequence[float] = DAMPINGS,
+) -> Correction:
+    """Choose (alpha, damping[, beta]) in closed form on held-out rows.
+
+    For each damping the regressions of the sources on the training rows are combined by the
+    strengths in 0..1 that minimise the validation error, a quadratic of one or two numbers; the
+    damping of least validation error wins. Rows of the result are scaled down to the trust region
+    and, at 4 bits or less, to a bounded growth of the row's range.
+
+    Args:
+        W: Float weight rows [O, K].
+        train: Rows that the regression sees; `gram` are the moments of its inputs.
+        gram: Moments of the training inputs.
+        validation: Rows of other trajectories.
+        bits: Width of each row, int64 [O]; None leaves the range unguarded.
+        dampings: Candidates.
+
+    Returns:
+        The correction; without weight if nothing helps on the validation rows.
+
+    Raises:
+        CalibrationError: The moments are degenerate.
+    """
+    sources = train.targets(W)
+    if not sources or not len(validation):
+        return Correction()
+    wanted = [
+        target - source.mean(dim=0) * bool(gram.mean.any())
+        for target, source in zip(validation.targets(W), sources, strict=True)
+    ]
+    total = torch.stack(wanted).sum(dim=0)
+    energy = float(total.square().sum())
+    centred = validation.inputs - gram.mean.float()
+    best, best_gain, chosen = Correction(), 0.0, []
+    for damping in dampings:
+        weights = [gram.regress(train.inputs, source, damping) for source in sources]
+        outputs = [(centred @ weight.T).to(torch.float64) for weight in weights]
+        strengths, gain = _best_strengths(total, outputs)
+        if gain > best_gain:
+            best_gain, chosen = gain, weights
+            alpha, beta = _by_source(strengths, train)
+            best = Correction(alpha=alpha, beta=beta, damping=damping, explained=gain / energy)
+            mixed = sum(s * w for s, w in zip(strengths, weights, strict=True))
+    if not chosen:
+        return best
+    assert isinstance(mixed, Tensor)
+    return replace(best, weight=_limit(W, mixed, bits))
+
+
+def _by_source(strengths: list[float], rows: LayerRows) -> tuple[float, float]:
+    alpha = strengths[0] if rows.shift is not None else 0.0
+    return alpha, strengths[-1] if rows.residual is not None else 0.0
+
+
+def _best_strengths(total: Tensor, outputs: list[Tensor]) -> tuple[list[float], float]:
+    """Strengths in [0, 1] of one or two outputs that best explain `total`, and the gain."""
+    p = torch.tensor([float((total * output).sum()) for output in outputs])
+    q = torch.tensor([[float((a * b).sum()) for b in outputs] for a in outputs])
+    p, q = p.double(), q.double()
+
+    def gain(s: Tensor) -> float:
+        return float(2 * s @ p - s @ q @ s)
+
+    candidates = []
+    if len(outputs) == 1:
+        candidates.append(torch.stack([_ratio(p[0], q[0, 0])]))
+    else:
+        free, info = torch.linalg.solve_ex(q, p)
+        if int(info) == 0 and bool(((free >= 0) & (free <= 1)).all()):
+            candidates.append(free)
+        for own in (0, 1):
+            for other in (0.0, 1.0):  # the optimum on each side of the square
+                s = torch.full((2,), other, dtype=torch.float64)
+                s[own] = _ratio(p[own] - other * q[own, 1 - own], q[own, own])
+                candidates.append(s)
+    best = max(candidates, key=gain)
+    value = gain(best)
+    return best.tolist(), value if math.isfinite(value) else 0.0
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    if float(denominator) <= 0:
+        return torch.zeros((), dtype=torch.float64)
+    return (numerator / denominator).clamp(0, 1).double()
+
+
+def _limit(W: Tensor, weight: Tensor, bits: Tensor | None) -> Tensor:
+    """Scale rows of a correction down to the trust region and the bounded range."""
+    norm = W.float().norm(dim=1)
+    factor = (TRUST * norm / weight.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)
+    if bits is not None:
+        reach = W.float().abs().amax(dim=1)
+        room = (RANGE_GROWTH - 1) * reach / weight.abs().amax(dim=1).clamp_min(1e-30)
+        grown = (W.float() + factor[:, None] * weight).abs().amax(dim=1) > RANGE_GROWTH * reach
+        narrow = (bits.to(W.device) <= _NARROW) & grown
+        factor = torch.where(narrow, torch.minimum(factor, room), factor)
+    return factor[:, None] * weight
+
+
+def output_error(W: Tensor, Q: Tensor, rows: LayerRows, mean: Tensor, means: list[Tensor]) -> Tensor:
+    """Mean squared error of each output channel against the float lane, after the bias refit.
+
+    `|X W^T + R - (X_hat Q^T + R_hat + bias)|^2 / N`, with the bias that is exact on the training
+    rows: their means are subtracted.
+
+    Args:
+        W: Float weight rows [O, K].
+        Q: Rounded rows [O, K].
+        rows: Rows to measure on.
+        mean: Mean training row that the bias takes up, [K]; zeros for a layer without bias.
+        means: Mean of each training target, [O] each; zeros for a layer without bias.
+
+    Returns:
+        float64 [O].
+    """
+    difference = (W.float() - Q.float()).T
+    error = ((rows.inputs - mean.float()) @ difference).to(torch.float64)
+    for target, centre in zip(rows.targets(W), means, strict=True):
+        error += target - centre
+    return error.square().mean(dim=0)

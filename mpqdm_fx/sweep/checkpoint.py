@@ -1,0 +1,142 @@
+"""Solved layers on disk: a sweep that was killed goes on where it stopped, with the same bits."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.plan import BitPlan
+from mpqdm_fx.sweep.solve import LayerSolution
+
+__all__ = ["Checkpoint"]
+
+_HEADER = "sweep.json"
+_NUMBERS = ("alpha", "beta", "damping", "mismatch", "base_error", "error", "rows", "seconds")
+
+
+class Checkpoint:
+    """A folder with one file per solved layer.
+
+    Args:
+        directory: The folder; made if it is not there.
+        identity: What the run is: settings, model, calibration data, versions; plain JSON types.
+        resume: Go on with what is there. Otherwise a folder with solved layers is refused.
+
+    Raises:
+        ConfigError: The folder holds another run (the difference is named), or a run and `resume`
+            is False.
+        ArtifactError: The folder is damaged.
+    """
+
+    def __init__(
+        self, directory: str | Path, identity: Mapping[str, Any], *, resume: bool = False
+    ) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        header = self.directory / _HEADER
+        text = json.dumps(identity, indent=1, sort_keys=True)
+        if header.exists():
+            self._compare(header, json.loads(text), resume)
+        else:
+            _write_text(header, text)
+
+    def _compare(self, header: Path, wanted: Mapping[str, Any], resume: bool) -> None:
+        try:
+            found = json.loads(header.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ArtifactError(
+                f"{header} is damaged: {error}; delete the folder to start anew"
+            ) from None
+        different = _differences(found, wanted)
+        if different:
+            raise ConfigError(
+                f"{self.directory} holds a run with other settings: {'; '.join(different)}; use "
+                f"the settings it was started with, or another folder"
+            )
+        if not resume and any(self.directory.glob("layer-*.safetensors")):
+            raise ConfigError(
+                f"{self.directory} holds a run that was not finished; resume it, or delete it"
+            )
+
+    def load(self, name: str) -> LayerSolution | None:
+        """The solution of a layer, or None if it was not solved yet.
+
+        Raises:
+            ArtifactError: Its file is damaged.
+        """
+        path = self._path(name)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads(file.metadata()["solution"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            plan = BitPlan.from_dict(meta["plan"]).layers[0]
+            numbers = {key: meta[key] for key in _NUMBERS}
+            codes, scale = tensors["codes"], tensors["scale"]
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ArtifactError(
+                f"{path} is damaged: {error}; delete this file and resume"
+            ) from None
+        return LayerSolution(
+            plan=plan, codes=codes, scale=scale, bias=tensors.get("bias"), **numbers
+        )
+
+    def save(self, solution: LayerSolution) -> None:
+        """Write a layer's solution: to a temporary file first, so that no half of it is ever seen.
+
+        Args:
+            solution: The solved layer.
+        """
+        tensors = {"codes": solution.codes.contiguous(), "scale": solution.scale.contiguous()}
+        if solution.bias is not None:
+            tensors["bias"] = solution.bias.detach().cpu().contiguous()
+        meta = {key: getattr(solution, key) for key in _NUMBERS}
+        meta["plan"] = BitPlan(layers=(solution.plan,)).to_dict()
+        path = self._path(solution.plan.name)
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"solution": json.dumps(meta)})
+        partial.rename(path)
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"layer-{re.sub(r'[^A-Za-z0-9_.]', '_', name)}.safetensors"
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
+
+
+def _differences(found: Any, wanted: Any, where: str = "") -> list[str]:
+    """What differs between two JSON values, as `path: found, now wanted`."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return [
+            line
+            for key in sorted({*found, *wanted})
+            for line in _differences(
+                found.get(key), wanted.get(key), f"{where}.{key}" if where else key
+            )
+        ]
+    if found == wanted:
+        return []
+    return [f"{where} was {found!r}, is {wanted!r}"]
+
+
+def tensor_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A short hash of named tensors."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+

@@ -1,0 +1,252 @@
+"""What a layer reads in both lanes: rows at the same positions of the same calls."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpqdm_fx.graph.lanes import float_of, is_quantizer, twin_of
+from mpqdm_fx.graph.layers import output_positions, sample_rows
+from mpqdm_fx.graph.walk import Walk
+from mpqdm_fx.numerics.gram import kept_rows
+from mpqdm_fx.numerics.propagation import LayerRows
+from mpqdm_fx.sweep.shards import Shards
+
+__all__ = ["CallRows", "collect_rows", "join_rows", "residual_of", "rows_key"]
+
+_VIEWS = frozenset(
+    {
+        torch.ops.aten.view.default,
+        torch.ops.aten.reshape.default,
+        torch.ops.aten._unsafe_view.default,
+        torch.ops.aten.transpose.int,
+        torch.ops.aten.permute.default,
+        torch.ops.aten.unsqueeze.default,
+        torch.ops.aten.squeeze.dim,
+        torch.ops.aten.flatten.using_ints,
+        torch.ops.aten.contiguous.default,
+    }
+)
+_ADDS = frozenset({torch.ops.aten.add.Tensor})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallRows:
+    """Rows of one call: quantized-lane inputs, the shift to the float lane, the residual's error.
+
+    Attributes:
+        inputs: float32 [P, K] or [P, G, K].
+        shift: X - X_hat, same shape, or None.
+        positions: int64 [P], flat output positions the rows belong to.
+    """
+
+    inputs: Tensor
+    shift: Tensor | None
+    positions: Tensor
+
+
+def rows_key(graph_module: fx.GraphModule, node: fx.Node, module: nn.Module) -> object:
+    """Equal for calls whose rows are equal: one input, one receptive field.
+
+    Two nodes count as one input if they apply the same function without tensors (an activation)
+    to one value, so that `time_emb_proj(silu(emb))` of all blocks share their statistics.
+    """
+    geometry = "linear"
+    if not isinstance(module, nn.Linear):
+        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        geometry = str([getattr(module, name) for name in names])
+    return (_value_key(graph_module, node), geometry)
+
+
+def _value_key(graph_module: fx.GraphModule, node: object) -> object:
+    if not isinstance(node, fx.Node):
+        return repr(node)
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        if not any(True for _ in (*module.parameters(), *module.buffers())):
+            own: object = (type(module).__name__, module.extra_repr())
+        else:
+            return node.name
+    elif is_quantizer(graph_module, node):
+        own = (str(node.target), repr(node.args[1:]))
+    else:
+        return node.name
+    return (own, tuple(_value_key(graph_module, source) for source in node.all_input_nodes))
+
+
+def collect_rows(
+    graph_module: fx.GraphModule,
+    walk: Walk,
+    module: nn.Module,
+    twin: fx.Node,
+    *,
+    max_rows: int,
+    seed: int,
+    shards: Shards,
+) -> list[CallRows]:
+    """Sample the rows that a weight layer reads, in both lanes, from every call.
+
+    Args:
+        graph_module: Graph with two lanes.
+        walk: Its walk, about to execute `twin`.
+        module: The layer.
+        twin: The layer's call in the quantized lane.
+        max_rows: Rows over all calls of all processes.
+        seed: Of the positions; they depend on the call's index and the layer's input alone.
+        shards: Which calls are here; rows of the others are fetched.
+
+    Returns:
+        One entry per call, in global order.
+    """
+    lane_input = twin.args[0]
+    assert isinstance(lane_input, fx.Node)
+    float_input = float_of(graph_module, lane_input) or lane_input
+    width = _row_width(module)
+    first = next(iter(walk.values(lane_input)))
+    available = shards.total * output_positions(module, first)
+    count = -(-kept_rows(width, available, max_rows) // shards.total)
+    key = int.from_bytes(hashlib.sha256(float_input.name.encode()).digest()[:6], "big")
+    own = []
+    lanes = zip(walk.values(lane_input), _float_values(walk, float_input, lane_input), strict=True)
+    for index, (x_hat, x) in zip(shards.indices, lanes, strict=True):
+        generator = torch.Generator().manual_seed((seed << 40) ^ key ^ (index << 20))
+        total = output_positions(module, x_hat)
+        positions = torch.randperm(total, generator=generator)[:count].sort().values
+        inputs = sample_rows(module, x_hat, positions=positions).float()
+        shift = None
+        if x is not None:
+            # The difference first, in the lanes' precision: X and X_hat are close.
+            shift = sample_rows(module, x, positions=positions).float() - inputs
+        own.append(CallRows(inputs=inputs, shift=shift, positions=positions))
+    return shards.gather(own)
+
+
+def _float_values(walk: Walk, node: fx.Node, lane: fx.Node) -> Iterable[Any]:
+    return (None for _ in walk.values(lane)) if node is lane else walk.values(node)
+
+
+def _row_width(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return math.prod(weight.shape[1:])
+
+
+def join_rows(
+    calls: Sequence[CallRows], residuals: Sequence[Tensor] | None, wanted: Iterable[int]
+) -> LayerRows:
+    """Rows of some of the calls as one matrix.
+
+    Args:
+        calls: From `collect_rows`.
+        residuals: The residual's error at the rows of each call [P, O], or None.
+        wanted: Indices of the calls.
+    """
+    indices = list(wanted)
+    chosen = [calls[index] for index in indices]
+    if not chosen:
+        empty = calls[0]
+        return LayerRows(
+            inputs=empty.inputs[:0],
+            shift=None if empty.shift is None else empty.shift[:0],
+            residual=None if residuals is None else residuals[0][:0],
+        )
+    shifts = [call.shift for call in chosen if call.shift is not None]
+    return LayerRows(
+        inputs=torch.cat([call.inputs for call in chosen]),
+        shift=torch.cat(shifts) if shifts else None,
+        residual=None if residuals is None else torch.cat([residuals[i] for i in indices]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Writer:
+    """A layer whose output, seen through views, is added to a value that is known already."""
+
+    views: tuple[fx.Node, ...]
+    other: fx.Node
+
+
+def residual_of(
+    graph_module: fx.GraphModule,
+    walk: Walk,
+    call: fx.Node,
+    calls: Sequence[CallRows],
+    shards: Shards,
+) -> list[Tensor] | None:
+    """Error of the value that a layer's output is added to, at the sampled rows.
+
+    Args:
+        graph_module: Graph with two lanes.
+        walk: Its walk, about to execute the twin of `call`.
+        call: The layer's call in the float lane; it has been executed.
+        calls: The sampled rows of all calls.
+        shards: Which calls are here.
+
+    Returns:
+        Float minus quantized lane, float32 [P, O] per call; None if the output is no summand, or
+        the other summand is not known yet, is no tensor of its shape, or has no error.
+    """
+    found = _writer(graph_module, call)
+    if found is None:
+        return None
+    twin = twin_of(graph_module, found.other)
+    sizes = {source for view in found.views for source in view.all_input_nodes[1:]}
+    if twin is None or not {found.other, twin, *sizes} <= set(walk.alive):
+        return None
+    linear = isinstance(graph_module.get_submodule(str(call.target)), nn.Linear)
+    own = []
+    values = zip(walk.values(call), walk.values(found.other), walk.values(twin), strict=True)
+    arguments = _arguments(walk, found.views)
+    for index, (y, r, r_hat), environment in zip(shards.indices, values, arguments, strict=True):
+        at = torch.arange(y.numel()).reshape(y.shape)
+        for view in found.views:
+            args = fx.node.map_arg(view.args[1:], lambda node, env=environment: env[node])
+            at = view.target(at, *args, **view.kwargs)  # type: ignore[operator]
+        if at.shape != r.shape:
+            return None
+        error = torch.empty(y.numel(), dtype=torch.float32)
+        error[at.flatten()] = (r.float() - r_hat.float()).flatten()
+        error = error.reshape(y.shape)
+        error = error if linear else error.movedim(1, -1)
+        own.append(error.reshape(-1, error.shape[-1])[calls[index].positions])
+    return shards.gather(own)
+
+
+def _arguments(walk: Walk, views: Sequence[fx.Node]) -> Iterator[Mapping[fx.Node, Any]]:
+    sizes = list({source: None for view in views for source in view.all_input_nodes[1:]})
+    if not sizes:
+        while True:
+            yield {}
+    yield from (
+        dict(zip(sizes, values, strict=True))
+        for values in zip(*(walk.values(size) for size in sizes), strict=True)
+    )
+
+
+def _writer(graph_module: fx.GraphModule, call: fx.Node) -> _Writer | None:
+    """Follow a float-lane call through views to an addition."""
+    views: list[fx.Node] = []
+    node = call
+    while True:
+        users = [user for user in node.users if not _reads_shape(user)]
+        users = [user for user in users if float_of(graph_module, user) is user]
+        if len(users) != 1:
+            return None
+        (user,) = users
+        if user.target in _ADDS and user.kwargs.get("alpha", 1) == 1:
+            others = [arg for arg in user.args[:2] if arg is not node]
+            if len(others) == 1 and isinstance(others[0], fx.Node):
+                return _Writer(views=tuple(views), other=others[0])
+            return None
+        if user.target not in _VIEWS or user.args[0] is not node:
+            return None
+        views.append(user)
+        node = user
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    return node.target in (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)

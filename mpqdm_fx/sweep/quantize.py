@@ -1,0 +1,163 @@
+"""Quantize a whole graph: decide under the budget, sweep, write down the result."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from mpqdm_fx.activations import Activation, NoiseLevels
+from mpqdm_fx.calibration.allocate import Limits, float_tensors, layer_limits
+from mpqdm_fx.calibration.records import RecordedInputs
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.graph.editing import copy_graph_module
+from mpqdm_fx.graph.layers import replace_module, weight_layers
+from mpqdm_fx.plan import BitPlan, LayerPlan
+from mpqdm_fx.quantized import LayerReport
+from mpqdm_fx.sweep.checkpoint import Checkpoint
+from mpqdm_fx.sweep.identity import run_identity
+from mpqdm_fx.sweep.shards import Shards
+from mpqdm_fx.sweep.solve import LayerSolution
+from mpqdm_fx.sweep.sweep import Sweep, install_solution
+
+__all__ = ["GraphQuantization", "quantize_graph"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphQuantization:
+    """What quantizing a graph gave.
+
+    Attributes:
+        rounded: Graph with rounded weights and refitted biases; activations are float.
+        plan: Bits of every channel, and what stayed in float.
+        activations: How each layer's activations are quantized.
+        noise_levels: Groups of noise levels, for ranges by noise level.
+        layers: One report per layer, in running order.
+    """
+
+    rounded: fx.GraphModule
+    plan: BitPlan
+    activations: Mapping[str, Activation]
+    noise_levels: NoiseLevels | None
+    layers: tuple[LayerReport, ...]
+
+
+def quantize_graph(
+    graph_module: fx.GraphModule,
+    records: RecordedInputs,
+    settings: MPQConfig,
+    *,
+    directory: str | Path | None = None,
+    resume: bool = False,
+    max_memory: int | None = None,
+    half: bool = False,
+) -> GraphQuantization:
+    """Quantize a normalized float graph.
+
+    Args:
+        graph_module: Normalized graph; it is not changed.
+        records: Calibration calls.
+        settings: The run's settings.
+        directory: Folder for solved layers and sensitivities, so that a killed run can go on.
+        resume: Go on with what the folder holds.
+        max_memory: Bytes of activations held in memory; the rest goes to disk.
+        half: Hold activations as float16.
+
+    Raises:
+        CalibrationError: No data, values that are not finite, or too little memory.
+        ConfigError: A budget or a folder that cannot be used.
+    """
+    if len(records) == 0:
+        raise CalibrationError(
+            "no calibration data: call the prepared model on at least one input before convert"
+        )
+    if not weight_layers(graph_module):
+        raise CalibrationError("calibration reached no weight layer; check the recorded inputs")
+    calls = list(records)
+    shards = Shards.of(len(calls))
+    own = [calls[index] for index in shards.indices]
+    limits = layer_limits(graph_module, settings)
+    checkpoint = None
+    if directory is not None:
+        identity = run_identity(graph_module, calls, records.held_out, settings)
+        checkpoint = Checkpoint(directory, identity, resume=resume)
+    sweep = Sweep(
+        graph_module,
+        own,
+        settings,
+        limits=limits,
+        plans=_plans(graph_module, own, settings, limits, checkpoint, shards),
+        validation=records.held_out,
+        shards=shards,
+        checkpoint=checkpoint,
+        max_memory=max_memory,
+        half=half,
+        progress="quantize",
+    )
+    sweep.run()
+    return _result(graph_module, sweep, limits)
+
+
+def _plans(
+    graph_module: fx.GraphModule,
+    calls: Sequence[Mapping[str, Any]],
+    settings: MPQConfig,
+    limits: Limits,
+    checkpoint: Checkpoint | None,
+    shards: Shards,
+) -> dict[str, LayerPlan] | None:
+    if settings.allocation != "measured":
+        return None
+    from mpqdm_fx.sweep.measured import measured_plans
+
+    return measured_plans(graph_module, calls, settings, limits, checkpoint, shards)
+
+
+def _result(graph_module: fx.GraphModule, sweep: Sweep, limits: Limits) -> GraphQuantization:
+    rounded = copy_graph_module(graph_module)
+    for name, solution in sweep.solutions.items():
+        module = install_solution(rounded.get_submodule(name), solution)
+        replace_module(rounded, name, module)
+    order = [name for name in weight_layers(graph_module, embeddings=True)]
+    plan = BitPlan(
+        layers=tuple(sweep.solutions[name].plan for name in order if name in sweep.solutions),
+        floats=float_tensors(graph_module, set(sweep.solutions), limits.skipped),
+        activation_bits=sweep.settings.activation_bits,
+    )
+    return GraphQuantization(
+        rounded=rounded,
+        plan=plan,
+        activations=sweep.activations,
+        noise_levels=sweep.noise_levels,
+        layers=tuple(_report(sweep.solutions[layer.name]) for layer in plan.layers),
+    )
+
+
+def _report(solution: LayerSolution) -> LayerReport:
+    plan = solution.plan
+    measured = solution.rows > 0
+    return LayerReport(
+        name=plan.name,
+        kind=plan.kind,
+        shape=plan.shape,
+        mean_bits=plan.mean_bits,
+        bytes=sum(-(-part // 8) for part in plan.storage),
+        sqnr_db=_decibels(solution.error) if measured else None,
+        base_sqnr_db=_decibels(solution.base_error) if measured else None,
+        alpha=solution.alpha,
+        beta=solution.beta,
+        damping=solution.damping,
+        rows=solution.rows,
+        fraction=plan.fraction,
+        reason=plan.reason,
+    )
+
+
+def _decibels(error: float) -> float:
+    return -10 * math.log10(error) if error > 0 else math.inf

@@ -1,0 +1,71 @@
+"""Calibration calls spread over processes: who has which, and how what they saw comes together.
+
+Process r of n holds the calls r, r + n, r + 2n, ... What each call contributes is gathered in the
+calls' own order, so every process computes on the very numbers that one process alone would.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import distributed
+
+__all__ = ["Shards"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """The calls of one process among those of all.
+
+    Attributes:
+        rank: This process.
+        world: Number of processes.
+        total: Calls of all of them.
+    """
+
+    rank: int
+    world: int
+    total: int
+
+    @classmethod
+    def of(cls, total: int) -> Self:
+        """The share of the running process; everything, unless torch.distributed is initialised."""
+        if distributed.is_available() and distributed.is_initialized():
+            return cls(
+                rank=distributed.get_rank(), world=distributed.get_world_size(), total=total
+            )
+        return cls(rank=0, world=1, total=total)
+
+    @property
+    def indices(self) -> range:
+        """Global indices of this process's calls."""
+        return range(self.rank, self.total, self.world)
+
+    def gather(self, own: Sequence[_T]) -> list[_T]:
+        """What all processes have for their calls, in the order of the calls.
+
+        Args:
+            own: One entry for each of `indices`.
+        """
+        if self.world == 1:
+            return list(own)
+        parts: list[Any] = [None] * self.world
+        distributed.all_gather_object(parts, list(own))
+        return [parts[index % self.world][index // self.world] for index in range(self.total)]
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            distributed.barrier()
+
+    def same(self, value: torch.Tensor) -> torch.Tensor:
+        """Process 0's value, so that all go on with the same bits."""
+        if self.world == 1:
+            return value
+        box: list[Any] = [value]
+        distributed.broadcast_object_list(box, src=0)
+        result: torch.Tensor = box[0]
+        return result

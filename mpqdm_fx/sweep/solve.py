@@ -1,0 +1,242 @@
+"""One layer: correct its weights for the error that reaches it, round them, refit its bias."""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.graph.layers import weight_rows
+from mpqdm_fx.numerics.gptq import gptq
+from mpqdm_fx.numerics.gram import Gram
+from mpqdm_fx.numerics.halves import fits_half
+from mpqdm_fx.numerics.levels import RowLevels
+from mpqdm_fx.numerics.propagation import (
+    Correction,
+    LayerRows,
+    choose_correction,
+    fixed_correction,
+    output_error,
+)
+from mpqdm_fx.numerics.refine import refine
+from mpqdm_fx.plan import LayerPlan
+
+__all__ = ["LayerData", "LayerSolution", "round_table", "solve_layer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerData:
+    """Rows of one layer in both lanes, [N, G, K] for grouped layers.
+
+    Attributes:
+        train: Rows that corrections and roundings are fitted to.
+        validation: Rows of held-out calls; may be empty.
+    """
+
+    train: LayerRows
+    validation: LayerRows
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSolution:
+    """What the sweep installs for one layer, and how it came about.
+
+    Attributes:
+        plan: Bits and levels.
+        codes: int8, the weight's shape.
+        scale: float32 [O], bfloat16 values.
+        bias: New bias [O], or None for a layer without one (or without correction).
+        alpha: Propagation strength for the input's error.
+        beta: Strength for the residual's error.
+        damping: Ridge of the correction in units of the average diagonal.
+        mismatch: Energy of the target's error that reaches the layer over the output's energy.
+        base_error: Validation error of the layer without correction, over the output's energy.
+        error: Validation error of what was installed, over the output's energy.
+        rows: Rows it was fitted to.
+        seconds: Wall time.
+    """
+
+    plan: LayerPlan
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    alpha: float = 0.0
+    beta: float = 0.0
+    damping: float = 0.0
+    mismatch: float = 0.0
+    base_error: float = 0.0
+    error: float = 0.0
+    rows: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    codes: Tensor
+    levels: RowLevels
+    correction: Correction
+    error: Tensor  # [O], on the rows that choose
+
+    @property
+    def weight(self) -> Tensor:
+        return self.codes.float() * self.levels.scale[:, None].to(self.codes.device)
+
+
+def solve_layer(
+    module: nn.Module, plan: LayerPlan, data: LayerData, settings: MPQConfig
+) -> LayerSolution:
+    """Correct and round one convolution or linear layer.
+
+    With `propagation="auto"` the layer is rounded twice, with and without the correction that
+    the held-out rows chose, and the one of least validation error is kept: no layer is worse than
+    its base there.
+
+    Args:
+        module: The float layer; it is not changed.
+        plan: Bits and levels of its channels.
+        data: Its rows in both lanes.
+        settings: Rounding, propagation, refinement.
+
+    Raises:
+        CalibrationError: The rows hold NaN or infinity, or their moments have no factor.
+    """
+    start = time.perf_counter()
+    rows = weight_rows(module).float()
+    bias = module.bias
+    centred = isinstance(bias, Tensor) and settings.bias_correction
+    grouped = data.train.inputs.dim() == 3
+    groups = data.train.inputs.shape[1] if grouped else 1
+    channels = len(rows) // groups
+    found, shifts, sums = [], [], torch.zeros(4, dtype=torch.float64)
+    for index in range(groups):
+        own = slice(index * channels, (index + 1) * channels)
+        part = data
+        if grouped:
+            part = LayerData(
+                train=data.train.group(index, channels),
+                validation=data.validation.group(index, channels),
+            )
+        one, shift, energies = _solve_rows(
+            rows[own], replace(plan, bits=plan.bits[own], shape=(channels, *plan.shape[1:])),
+            part, settings, centred=centred,
+        )  # fmt: skip
+        found.append(one)
+        shifts.append(shift)
+        sums += energies
+    codes = torch.cat([one.codes for one in found]).reshape(plan.shape)
+    new_bias = None
+    if centred:
+        assert isinstance(bias, Tensor)
+        new_bias = _stored(bias.detach() + torch.cat(shifts).to(bias), bias)
+    signal, mismatch, base, error = sums.tolist()
+    signal = signal or 1.0
+    first = found[0].correction
+    return LayerSolution(
+        plan=plan,
+        codes=codes.cpu(),
+        scale=torch.cat([one.levels.scale for one in found]).cpu(),
+        bias=new_bias,
+        alpha=first.alpha,
+        beta=first.beta,
+        damping=first.damping,
+        mismatch=mismatch / signal,
+        base_error=base / signal,
+        error=error / signal,
+        rows=len(data.train),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _stored(bias: Tensor, old: Tensor) -> Tensor:
+    """A bias as precise as the one it replaces: half precision stays half precision on disk."""
+    if old.dtype == torch.float32 and fits_half(old.detach()):
+        half = bias.half().float()
+        return half if bool(torch.isfinite(half).all()) else bias
+    return bias
+
+
+def _solve_rows(
+    W: Tensor, plan: LayerPlan, data: LayerData, settings: MPQConfig, *, centred: bool
+) -> tuple[_Candidate, Tensor, Tensor]:
+    """The rounding of one group, its bias shift [O], and (signal, mismatch, base, error)."""
+    train = data.train
+    gram = Gram.of(train.inputs, center=centred)
+    targets = train.targets(W)
+    means = [target.mean(dim=0) * centred for target in targets]
+    judge = data.validation if len(data.validation) else train
+    base: _Candidate | None = None
+    options = _corrections(W, plan, data, gram, settings)
+    candidates = []
+    for correction in options:
+        codes, levels = _round(W, correction, plan, gram, settings)
+        Q = codes.float() * levels.scale[:, None].to(W.device)
+        error = output_error(W, Q, judge, gram.mean, means)
+        candidates.append(
+            _Candidate(codes=codes, levels=levels, correction=correction, error=error)
+        )
+    base = candidates[0]
+    best = min(candidates, key=lambda one: float(one.error.sum()))
+    shift = torch.stack(means).sum(dim=0) if means else W.new_zeros(len(W), dtype=torch.float64)
+    shift = shift + (W - best.weight).to(torch.float64) @ gram.mean
+    signal = _signal(W, judge, gram)
+    mismatch = sum(
+        float((t - m).square().mean(dim=0).sum())
+        for t, m in zip(judge.targets(W), means, strict=True)
+    )
+    energies = [signal, mismatch, float(base.error.sum()), float(best.error.sum())]
+    if not all(map(torch.isfinite, torch.tensor(energies))):
+        raise CalibrationError(
+            f"{plan.name} ({plan.kind}, weight {plan.shape}): its statistics are not finite; check "
+            f"the calibration data and the layers before it"
+        )
+    return best, shift, torch.tensor(energies, dtype=torch.float64)
+
+
+def _signal(W: Tensor, rows: LayerRows, gram: Gram) -> float:
+    outputs = (rows.inputs - gram.mean.float()) @ W.T
+    return float(outputs.square().mean(dim=0, dtype=torch.float64).sum())
+
+
+def _corrections(
+    W: Tensor, plan: LayerPlan, data: LayerData, gram: Gram, settings: MPQConfig
+) -> list[Correction]:
+    """What to try; with the automatic strength, no correction comes first."""
+    none = Correction()
+    if settings.propagation == "auto":
+        chosen = choose_correction(
+            W, data.train, gram, data.validation, bits=plan.bits_tensor()
+        )
+        return [none] if chosen.weight is None else [none, chosen]
+    assert isinstance(settings.propagation, float | int)
+    return [fixed_correction(W, data.train, gram, float(settings.propagation))]
+
+
+def _round(
+    W: Tensor, correction: Correction, plan: LayerPlan, gram: Gram, settings: MPQConfig
+) -> tuple[Tensor, RowLevels]:
+    target = W if correction.weight is None else W + correction.weight
+    return round_table(target, plan, gram, settings)
+
+
+def round_table(
+    target: Tensor, plan: LayerPlan, gram: Gram, settings: MPQConfig
+) -> tuple[Tensor, RowLevels]:
+    """Fit levels to target rows and round them as the settings say.
+
+    Args:
+        target: float32 [O, K].
+        plan: Bits and levels.
+        gram: Moments of the rows' inputs.
+        settings: `rounding` and `refinements`.
+
+    Returns:
+        int8 codes [O, K] and the levels.
+    """
+    importance = gram.diagonal.float()
+    levels = RowLevels.fit(target, plan.bits_tensor(), plan.levels, importance)
+    if settings.rounding == "nearest":
+        return levels.snap(target).to(torch.int8), levels
+    codes = gptq(target, levels, gram)
+    return refine(target, codes, levels, gram, passes=settings.refinements)

@@ -1,0 +1,311 @@
+"""The sweep: one walk over a graph with two lanes that quantizes each layer where it meets it.
+
+At a quantizer it finds the range of what the quantized lane holds there. At a weight layer it has
+the layer's input in both lanes: it decides the bits (or takes them from a plan), corrects the
+weights for the error that reaches the layer, rounds them, refits the bias and installs the rounded
+layer in the quantized lane, so that everything behind sees it. Each node runs once per lane and
+call, however deep the model is.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpqdm_fx.activations import (
+    Activation,
+    NoiseLevels,
+    placeholder_activations,
+)
+from mpqdm_fx.calibration.allocate import Limits, check_weight, decide_layer, fixed_plan
+from mpqdm_fx.calibration.pinning import FIRST_LAYER, pinned_layers
+from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.graph.lanes import error_lane_name, install_in_lane
+from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
+from mpqdm_fx.graph.quantizer_sites import (
+    QuantizerSite,
+    find_timestep,
+    quantizer_sites,
+    read_activations,
+    set_groups,
+    set_pair,
+)
+from mpqdm_fx.graph.walk import Walk
+from mpqdm_fx.numerics.levels import RowLevels
+from mpqdm_fx.passes.carry_error_lane import CarryErrorLane
+from mpqdm_fx.passes.quantize_activations import QuantizeActivations
+from mpqdm_fx.passes.round_weights import install_codes
+from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.sweep.checkpoint import Checkpoint
+from mpqdm_fx.sweep.collect import CallRows, collect_rows, join_rows, residual_of, rows_key
+from mpqdm_fx.sweep.shards import Shards
+from mpqdm_fx.sweep.solve import LayerData, LayerSolution, solve_layer
+
+__all__ = ["Sweep", "install_solution", "two_lanes"]
+
+logger = logging.getLogger(__name__)
+
+_CACHED = 64 * 2**20  # bytes of rows kept for layers that read the same value later
+_DECISION_ROWS = 2048
+
+
+def _timestep(graph_module: fx.GraphModule, call: Mapping[str, Any]) -> Tensor | None:
+    node = find_timestep(graph_module)
+    return None if node is None else call[str(node.target)]
+
+
+def two_lanes(
+    graph_module: fx.GraphModule, timesteps: Sequence[Tensor | None], settings: MPQConfig
+) -> tuple[fx.GraphModule, NoiseLevels | None]:
+    """The graph that the sweep walks: quantizers with unknown ranges, and the error's lane.
+
+    Args:
+        graph_module: Normalized graph.
+        timesteps: Timesteps of the calibration calls, which part the noise levels.
+        settings: The run's settings.
+
+    Returns:
+        Graph of two lanes, before anything is rounded, and the groups of noise levels.
+
+    Raises:
+        CalibrationError: Ranges by noise level, and the model takes no timestep.
+    """
+    levels = None
+    mode = settings.activation_mode
+    if mode == "timestep":
+        seen = [timestep for timestep in timesteps if timestep is not None]
+        if not seen:
+            raise CalibrationError(
+                "activation_mode='timestep' needs a model that takes a `timestep`; use 'static' or "
+                "'dynamic'"
+            )
+        flat = torch.cat([timestep.reshape(-1).double() for timestep in seen])
+        levels = NoiseLevels.of(flat, settings.timestep_groups)
+    quantized: fx.GraphModule = graph_module
+    if mode != "float":
+        reads_sample = {n for n, why in pinned_layers(graph_module).items() if why == FIRST_LAYER}
+        ranges = placeholder_activations(
+            [name for name in weight_layers(graph_module) if name not in reads_sample],
+            mode,
+            bits=settings.activation_bits,
+            groups=levels.count if levels else 1,
+        )
+        quantized = QuantizeActivations(ranges=ranges, noise_levels=levels)(graph_module).graph_module
+    return CarryErrorLane()(quantized).graph_module, levels
+
+
+def install_solution(module: nn.Module, solution: LayerSolution) -> nn.Module:
+    """A copy of a layer with the codes and the bias of a solution."""
+    rounded = install_codes(module, solution.codes, solution.scale)
+    if solution.bias is not None:
+        old = module.bias
+        assert isinstance(old, Tensor)
+        rounded.bias = nn.Parameter(solution.bias.to(old), requires_grad=False)
+    return rounded
+
+
+@dataclass
+class _Pending:
+    """A layer that waits for its first call in the quantized lane."""
+
+    layer: WeightLayer
+    call: fx.Node
+
+
+class Sweep:
+    """Quantizes the layers of a graph in running order; an iterator over the nodes of two lanes.
+
+    Looping runs it: each node is yielded before it is executed, with everything before it done.
+    Stop anywhere, print `graph_module`, read `delta(node)`, and go on with another loop.
+
+    Args:
+        graph_module: Normalized float graph; it is not changed.
+        calls: Calibration calls of this process, in order (see `Shards`).
+        settings: The run's settings.
+        limits: Layers off the budget.
+        plans: Bits by layer, where they are decided already (`allocation="measured"`).
+        validation: Global indices of the calls that are held out to choose strengths.
+        shards: Calls of this process among all; by default all are here.
+        checkpoint: Where solved layers are kept, or None.
+        max_memory: Bytes of activations held in memory.
+        half: Hold activations as float16.
+
+    Attributes:
+        graph_module: The graph of two lanes; the quantized lane's layers sit under `error_lane.`.
+        solutions: Solved layers by name, in running order.
+        noise_levels: Groups of noise levels, or None.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        calls: Sequence[Mapping[str, Any]],
+        settings: MPQConfig,
+        *,
+        limits: Limits,
+        plans: Mapping[str, LayerPlan] | None = None,
+        validation: Sequence[int] = (),
+        shards: Shards | None = None,
+        checkpoint: Checkpoint | None = None,
+        max_memory: int | None = None,
+        half: bool = False,
+        progress: str | None = None,
+    ) -> None:
+        self.settings = settings
+        self.solutions: dict[str, LayerSolution] = {}
+        self._limits = limits
+        self._plans = plans
+        self._shards = shards or Shards(rank=0, world=1, total=len(calls))
+        self._validation = frozenset(validation)
+        self._checkpoint = checkpoint
+        timesteps = self._shards.gather([_timestep(graph_module, call) for call in calls])
+        self.graph_module, self.noise_levels = two_lanes(graph_module, timesteps, settings)
+        self.walk = Walk(
+            self.graph_module, calls, max_memory=max_memory, half=half, progress=progress
+        )
+        self._sites = quantizer_sites(self.graph_module)
+        self._ranges: dict[object, Any] = {}
+        self._rows: dict[object, list[CallRows]] = {}
+        self._waiting: dict[fx.Node, _Pending] = {}
+        nodes = {node.name: node for node in self.graph_module.graph.nodes}
+        for name, layer in weight_layers(graph_module, embeddings=True).items():
+            if name not in limits.skipped:
+                check_weight(layer)
+                call = nodes[layer.nodes[0].name]
+                twin = nodes[call.meta["twin_node"]]
+                self._waiting[twin] = _Pending(layer, call)
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        """Return the sweep itself: a second loop goes on where the first one stopped."""
+        return self
+
+    def __next__(self) -> fx.Node:
+        """Execute the node that was yielded last, prepare the next one and yield it."""
+        node = next(self.walk)
+        if node in self._sites:
+            self._set_range(self._sites[node])
+        if node in self._waiting:
+            self._solve(node, self._waiting.pop(node))
+        return node
+
+    def run(self) -> None:
+        """Go on to the end."""
+        for _ in self:
+            pass
+
+    def delta(self, node: fx.Node) -> float:
+        """Relative error of a value in the quantized lane; see `Walk.delta`."""
+        return self.walk.delta(node)
+
+    @property
+    def activations(self) -> dict[str, Activation]:
+        """Activation by layer, once the sweep is over."""
+        prefix = error_lane_name("")
+        found = read_activations(self.graph_module)
+        return {name.removeprefix(prefix): activation for name, activation in found.items()}
+
+    def _set_range(self, site: QuantizerSite) -> None:
+        """Find the range of what the quantized lane holds at a quantizer."""
+        if site.kind == "dynamic":
+            return
+        key = (site.key, site.bits)
+        if key not in self._ranges:
+            values = self._shards.gather([v.detach() for v in self.walk.values(site.value)])
+            seed = self.settings.seed
+            if site.kind == "static":
+                self._ranges[key] = search_static(values, site.bits, seed)
+            else:
+                assert self.noise_levels is not None
+                group = site.node.args[1]
+                assert isinstance(group, fx.Node)
+                groups = self._shards.gather(list(self.walk.values(group)))
+                self._ranges[key] = search_by_noise_level(
+                    values, groups, site.bits, self.noise_levels.count, seed
+                )
+        found = self._ranges[key]
+        if site.kind == "static":
+            set_pair(site.node, found.scale, found.zero_point)
+        else:
+            set_groups(self.graph_module, site.node, found)
+
+    def _solve(self, twin: fx.Node, pending: _Pending) -> None:
+        """Quantize one layer and install it in the quantized lane."""
+        name = pending.layer.name
+        solution = self._checkpoint.load(name) if self._checkpoint else None
+        if solution is None:
+            solution = self._solution(twin, pending)
+            if self._checkpoint and self._shards.rank == 0:
+                self._checkpoint.save(solution)
+        self.solutions[name] = solution
+        module = self.graph_module.get_submodule(str(twin.target))
+        install_in_lane(self.graph_module, name, install_solution(module, solution))
+
+    def _solution(self, twin: fx.Node, pending: _Pending) -> LayerSolution:
+        layer = pending.layer
+        if isinstance(layer.module, nn.Embedding):
+            return _round_table(layer, self._fixed(layer) or fixed_plan(layer, 8, "embedding table"))
+        data = self._data(twin, pending)
+        plan = self._fixed(layer)
+        if plan is None:
+            some = data.train.inputs[:_DECISION_ROWS]
+            exact = some if data.train.shift is None else some + data.train.shift[:_DECISION_ROWS]
+            plan = decide_layer(layer, exact, some, self.settings)
+        try:
+            return solve_layer(layer.module, plan, data, self.settings)
+        except CalibrationError as error:
+            raise CalibrationError(f"{layer.name} ({plan.kind}, {plan.shape}): {error}") from error
+
+    def _fixed(self, layer: WeightLayer) -> LayerPlan | None:
+        if self._plans is not None and layer.name in self._plans:
+            return self._plans[layer.name]
+        if layer.name in self._limits.fixed:
+            return fixed_plan(layer, *self._limits.fixed[layer.name])
+        return None
+
+    def _data(self, twin: fx.Node, pending: _Pending) -> LayerData:
+        """Rows of the layer, shared by the layers that read the same value."""
+        key = rows_key(self.graph_module, twin.args[0], pending.layer.module)  # type: ignore[arg-type]
+        calls = self._rows.get(key)
+        if calls is None:
+            calls = collect_rows(
+                self.graph_module,
+                self.walk,
+                pending.layer.module,
+                twin,
+                max_rows=self.settings.max_rows,
+                seed=self.settings.seed,
+                shards=self._shards,
+            )
+            self._remember(key, calls)
+        residuals = None
+        if self.settings.propagation == "auto" and self.settings.residuals:
+            residuals = residual_of(
+                self.graph_module, self.walk, pending.call, calls, self._shards
+            )
+        train = [i for i in range(self._shards.total) if i not in self._validation]
+        return LayerData(
+            train=join_rows(calls, residuals, train),
+            validation=join_rows(calls, residuals, sorted(self._validation)),
+        )
+
+    def _remember(self, key: object, calls: list[CallRows]) -> None:
+        self._rows[key] = calls
+        sizes = {k: sum(c.inputs.nbytes * 2 for c in rows) for k, rows in self._rows.items()}
+        for old in list(self._rows)[:-1]:  # the newest always stays: to_k follows to_q
+            if sum(sizes.values()) <= _CACHED:
+                break
+            sizes.pop(old)
+            self._rows.pop(old)
+
+
+def _round_table(layer: WeightLayer, plan: LayerPlan) -> LayerSolution:
+    """An embedding table has no input rows to weigh its columns: nearest levels."""
+    rows = weight_rows(layer.module).float()
+    levels = RowLevels.fit(rows, plan.bits_tensor(), plan.levels)
+    codes = levels.snap(rows).to(torch.int8).reshape(plan.shape)
+    return LayerSolution(plan=plan, codes=codes, scale=levels.scale, bias=None)
