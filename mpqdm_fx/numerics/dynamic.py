@@ -34,7 +34,9 @@ def dynamic_qparams(minimum: Tensor, maximum: Tensor, bits: int) -> tuple[Tensor
         raise ConfigError(f"activations cannot have {bits} bits; use 1 to {MAX_BITS}")
     quant_min, quant_max = -float(1 << (bits - 1)), float((1 << (bits - 1)) - 1)
     low, high = minimum.clamp_max(0.0), maximum.clamp_min(0.0)
-    inverse = (quant_max - quant_min) / (high - low)
+    width = high - low
+    # a number over a tensor would be its reciprocal times the number: rounded twice
+    inverse = torch.full_like(width, quant_max - quant_min) / width
     # An empty range would divide by zero, and one of a few denormal numbers overflows.
     inverse = torch.where(torch.isinf(inverse), torch.ones_like(inverse), inverse)
     low, high = low * inverse, high * inverse

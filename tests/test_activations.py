@@ -1,0 +1,153 @@
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpqdm_fx.activations import (
+    ActivationRange,
+    DynamicActivation,
+    LayerActivation,
+    NoiseLevels,
+    TimestepActivation,
+    activation_from_dict,
+    activation_to_dict,
+    placeholder_activations,
+    static_ranges,
+)
+from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
+
+
+def ranges(bits):
+    scale = st.floats(2.0**-20, 2.0**20, width=32)
+    zero_point = st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return st.builds(ActivationRange, scale=scale, zero_point=zero_point, bits=st.just(bits))
+
+
+def layers(bits=8, output_bits=8):
+    return st.builds(LayerActivation, input=ranges(bits), output=ranges(output_bits))
+
+
+activations = st.integers(1, 8).flatmap(
+    lambda bits: st.one_of(
+        layers(bits),
+        st.builds(DynamicActivation, bits=st.just(bits)),
+        st.builds(
+            TimestepActivation, groups=st.lists(layers(bits), min_size=1, max_size=4).map(tuple)
+        ),
+    )
+)
+timesteps = st.one_of(
+    st.lists(st.integers(0, 999), min_size=1, max_size=60),
+    st.lists(st.floats(0, 1000, width=32), min_size=1, max_size=60),
+)
+
+
+@given(activations)
+def test_json_round_trip_gives_an_equal_activation_of_the_same_kind(activation):
+    data = json.loads(json.dumps(activation_to_dict(activation)))
+    assert activation_from_dict(data) == activation
+
+
+@given(timesteps, st.integers(1, 8))
+def test_groups_are_as_many_as_asked_or_as_distinct_values(values, groups):
+    levels = NoiseLevels.of(torch.tensor(values), groups)
+    assert levels.count == min(groups, len(set(values)))
+    assert levels == NoiseLevels.of(values[::-1], groups), "the order of the samples counts"
+    # every group has calibrated samples
+    assert levels.group_of(torch.tensor(values)).unique().tolist() == [*range(levels.count)]
+
+
+@given(timesteps, st.integers(2, 6))
+def test_boundaries_lie_halfway_between_calibrated_neighbours(values, groups):
+    known = sorted({float(torch.tensor(value)) for value in values})
+    halfway = {(a + b) / 2 for a, b in itertools.pairwise(known)}
+    assert set(NoiseLevels.of(torch.tensor(values), groups).boundaries) <= halfway
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=12, max_size=60, unique=True), st.integers(2, 6))
+def test_distinct_timesteps_are_split_evenly(values, groups):
+    levels = NoiseLevels.of(torch.tensor(values), groups)
+    sizes = levels.group_of(torch.tensor(values)).bincount(minlength=groups)
+    assert int(sizes.max() - sizes.min()) <= 1
+
+
+@given(timesteps, st.integers(1, 6), st.floats(-100, 1100, width=32))
+def test_a_timestep_belongs_to_the_group_between_its_boundaries(values, groups, other):
+    levels = NoiseLevels.of(torch.tensor(values), groups)
+    (group,) = levels.group_of(torch.tensor(other)).tolist()
+    assert group == sum(boundary <= other for boundary in levels.boundaries)
+
+
+def test_groups_do_not_depend_on_the_number_of_steps_or_on_the_dtype():
+    levels = NoiseLevels.of(torch.arange(0, 1000, 50), 4)
+    fine = torch.arange(0, 1000, 20)
+    assert torch.equal(levels.group_of(fine), levels.group_of(fine.float()))
+    coarse_groups = levels.group_of(torch.tensor([0, 240, 260, 990]))
+    assert coarse_groups.tolist() == [0, 1, 1, 3]
+    assert levels.group_of(fine).bincount().tolist() == [12, 12, 13, 13]
+
+
+def test_too_few_distinct_timesteps_are_logged(caplog):
+    assert NoiseLevels.of([10, 10, 500], 5).boundaries == (255.0,)
+    assert "2 distinct timesteps" in caplog.text
+
+
+@pytest.mark.parametrize("values", [[], [float("nan")], [1.0, float("inf")]])
+def test_noise_levels_of_nothing_or_of_nan_are_refused(values):
+    with pytest.raises(CalibrationError, match="finite calibrated timesteps"):
+        NoiseLevels.of(values, 3)
+
+
+@pytest.mark.parametrize("groups", [0, 65])
+def test_an_impossible_number_of_groups_is_refused(groups):
+    with pytest.raises(ConfigError, match="1 to 64"):
+        NoiseLevels.of([1.0, 2.0], groups)
+
+
+@pytest.mark.parametrize("boundaries", [(2.0, 1.0), (1.0, 1.0), (float("nan"),), (float("inf"),)])
+def test_boundaries_that_do_not_ascend_are_refused(boundaries):
+    with pytest.raises(ConfigError, match="ascending"):
+        NoiseLevels(boundaries=boundaries)
+
+
+@given(layers(8), layers(6))
+def test_groups_of_different_widths_are_refused(wide, narrow):
+    with pytest.raises(ConfigError, match="widths"):
+        TimestepActivation(groups=(wide, narrow))
+    with pytest.raises(ConfigError, match="0 groups"):
+        TimestepActivation(groups=())
+
+
+@given(activations.filter(lambda a: not isinstance(a, LayerActivation)))
+def test_a_static_backend_refuses_other_kinds_and_names_what_runs(activation):
+    with pytest.raises(LoweringError, match=r'conv: .*activation_mode="static"'):
+        static_ranges({"conv": activation}, "XNNPACK")
+
+
+@given(layers())
+def test_a_static_backend_takes_static_ranges_as_they_are(activation):
+    assert static_ranges({"conv": activation}, "XNNPACK") == {"conv": activation}
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("static", LayerActivation), ("timestep", TimestepActivation), ("dynamic", DynamicActivation)],
+)
+def test_placeholders_have_the_kind_and_the_widths_of_the_mode(mode, kind):
+    found = placeholder_activations(["a", "b"], mode, bits=6, groups=3)
+    assert list(found) == ["a", "b"]
+    assert all(type(activation) is kind for activation in found.values())
+    one = found["a"]
+    if isinstance(one, DynamicActivation):
+        assert one.bits == 6
+        return
+    groups = one.groups if isinstance(one, TimestepActivation) else (one,)
+    assert {(group.input.bits, group.output.bits) for group in groups} == {(6, 8)}
+    assert len(groups) == (3 if mode == "timestep" else 1)
+
+
+def test_float_activations_need_no_placeholders():
+    assert placeholder_activations(["a"], "float", bits=8) == {}
