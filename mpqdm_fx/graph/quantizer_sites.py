@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mpqdm_fx.activations import (
@@ -319,5 +320,10 @@ def _insert(
         # A module's own entry ends where another module begins; an op's is its surroundings.
         outer = stack[:-1] if args[0].op == "call_module" else stack
         node.meta["nn_module_stack"] = {**dict(outer), target: (target, type(module).__name__)}
-    infer_val(graph_module, node)
+    value = args[0].meta.get("val")
+    if isinstance(module, ActivationQuantizer) and isinstance(value, FakeTensor):
+        with value.fake_mode:  # known by contract, and running it on symbolic shapes is slow
+            node.meta["val"] = torch.empty_like(value)
+    else:
+        infer_val(graph_module, node)
     return node
