@@ -17,8 +17,9 @@ from torch import nn
 from mpqdm_fx.activations import NoiseLevels, activation_from_dict, activation_to_dict
 from mpqdm_fx.backends.packed import read_packed, write_packed
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.errors import ArtifactError, MPQError
+from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, signature_to_dict
+from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized, restore
 from mpqdm_fx.versions import FORMAT, FORMAT_VERSION, versions
@@ -183,9 +184,10 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
         ranges = {name: activation_from_dict(entry) for name, entry in manifest["ranges"].items()}
         boundaries = manifest.get("noise_levels")  # format version 1 has none
         levels = None if boundaries is None else NoiseLevels(boundaries=tuple(boundaries))
+        QuantizeActivations(ranges=ranges, noise_levels=levels)  # refuses what does not fit
         weights = read_packed(root / WEIGHTS, manifest["weights"])
         report = QuantizationReport.from_dict(manifest["report"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise ArtifactError(f"{root / MANIFEST} is damaged: {error!r}") from None
     # A copy, since the saved tensors are put into its modules.
     skeleton = copy.deepcopy(model).eval() if model is not None else _skeleton(root)

@@ -15,6 +15,8 @@ configs = st.builds(
     levels=st.sampled_from(["uniform", "codebook"]),
     seed=st.integers(0, 2**31),
     split_skips=st.booleans(),
+    activation_mode=st.sampled_from(["static", "timestep", "dynamic", "float"]),
+    timestep_groups=st.integers(1, 64),
     overrides=st.lists(
         st.one_of(
             st.builds(Override, pattern=st.just("mid.*"), weight_bits=st.integers(1, 8)),
@@ -34,6 +36,12 @@ def test_json_round_trip_gives_an_equal_config(config):
 def test_bits_outside_one_to_eight_are_refused_with_the_range(bits):
     with pytest.raises(ConfigError, match="1 to 8"):
         MPQConfig(weight_bits=bits)
+
+
+@pytest.mark.parametrize("groups", [0, 65, 2.0, True, "5", None])
+def test_an_impossible_number_of_noise_levels_is_refused_with_the_range(groups):
+    with pytest.raises(ConfigError, match=r"timestep_groups=.*1 to 64"):
+        MPQConfig(timestep_groups=groups)
 
 
 @pytest.mark.parametrize(

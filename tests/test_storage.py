@@ -9,6 +9,7 @@ from mpqdm_fx.api import quantize
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.storage import MANIFEST, WEIGHTS, load, save, staged_directory
+from mpqdm_fx.versions import FORMAT_VERSION
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_a_newer_version_is_refused_with_the_remedy(copy_of_saved):
     manifest = json.loads((copy_of_saved / MANIFEST).read_text())
     manifest["version"] += 1
     (copy_of_saved / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match=r"version 2.*update mpqdm-fx"):
+    with pytest.raises(ArtifactError, match=rf"version {FORMAT_VERSION + 1}.*update mpqdm-fx"):
         load(copy_of_saved)
 
 

@@ -1,0 +1,124 @@
+"""Activations of every kind survive saving and loading, and only what can run them takes them."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from small import TinyNet, net_calls, tiny_unet, unet_calls
+
+from mpqdm_fx.activations import (
+    DynamicActivation,
+    LayerActivation,
+    NoiseLevels,
+    TimestepActivation,
+    placeholder_activations,
+)
+from mpqdm_fx.api import lower, quantize
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import ArtifactError, CalibrationError, LoweringError
+from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.stages import assemble
+from mpqdm_fx.storage import MANIFEST, load, save
+
+KINDS = {"timestep": TimestepActivation, "dynamic": DynamicActivation, "static": LayerActivation}
+SETTINGS = MPQConfig(
+    allocation="uniform",
+    rounding="nearest",
+    propagation=0,
+    activation_mode="timestep",
+    timestep_groups=2,
+)
+CALLS = unet_calls(2)
+
+
+@pytest.fixture(scope="module")
+def by_level():
+    return quantize(tiny_unet(), SETTINGS, CALLS)
+
+
+def in_mode(model: QuantizedModel, mode: str) -> QuantizedModel:
+    """The same weights with activations of another kind, in some range."""
+    return assemble(
+        model.rounded,
+        plan=model.plan,
+        ranges=placeholder_activations(model.ranges, mode, bits=8),
+        settings=model.settings,
+        report=model.report,
+        model_config=model.config,
+    )
+
+
+@pytest.fixture(scope="module")
+def static(by_level):
+    return in_mode(by_level, "static")
+
+
+@pytest.fixture(scope="module", params=["timestep", "dynamic"])
+def quantized(request, by_level):
+    return by_level if request.param == "timestep" else in_mode(by_level, request.param)
+
+
+def test_loading_gives_equal_activations_and_bit_equal_outputs(quantized, static, tmp_path):
+    loaded = load(save(quantized, tmp_path / "model"))
+    assert loaded.ranges == quantized.ranges
+    assert {type(activation) for activation in loaded.ranges.values()} <= set(KINDS.values())
+    assert loaded.noise_levels == quantized.noise_levels
+    call = unet_calls(1, seed=5)[0]
+    got = loaded(**call).sample
+    assert torch.equal(got, quantized(**call).sample)
+    assert not torch.equal(got, static(**call).sample)
+
+
+@pytest.mark.parametrize("backend", ["torch_ao", "xnnpack"])
+def test_static_backends_refuse_other_modes_and_say_what_runs(quantized, backend, tmp_path):
+    with pytest.raises(LoweringError, match='activation_mode="static"'):
+        lower(quantized, backend, output=tmp_path / "model.pte")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_doors_refuse_other_modes_too(quantized):
+    for door in (quantized.plan.to_qconfig_mapping, quantized.plan.to_quantizer):
+        with pytest.raises(LoweringError, match='activation_mode="static"'):
+            door(quantized.rounded, ranges=quantized.ranges)
+
+
+def test_packed_takes_every_mode(quantized, tmp_path):
+    folder = lower(quantized, "packed", output=tmp_path / "model")
+    assert load(folder).ranges == quantized.ranges
+
+
+def test_a_folder_of_format_version_one_loads(static, tmp_path):
+    folder = save(static, tmp_path / "model")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["noise_levels"]
+    manifest["version"] = 1
+    manifest["ranges"] = {name: asdict(entry) for name, entry in static.ranges.items()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    loaded = load(folder)
+    assert loaded.ranges == static.ranges
+    assert loaded.noise_levels is None
+
+
+@pytest.mark.parametrize("levels", [5, "soon", {"a": 1}, [3.0, 2.0], [1.0, 2.0, 3.0], None])
+def test_damaged_noise_levels_are_refused(by_level, tmp_path, levels):
+    folder = save(by_level, tmp_path / "model")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["noise_levels"] = levels
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=MANIFEST):
+        load(folder)
+
+
+def test_quantize_takes_the_mode_from_the_settings(by_level):
+    assert {type(activation) for activation in by_level.ranges.values()} == {TimestepActivation}
+    timesteps = torch.cat([call["timestep"] for call in CALLS])
+    assert by_level.noise_levels == NoiseLevels.of(timesteps, 2)
+    quantized = quantize(TinyNet(), replace(SETTINGS, activation_mode="dynamic"), net_calls())
+    assert {type(activation) for activation in quantized.ranges.values()} == {DynamicActivation}
+    assert quantized.noise_levels is None
+
+
+def test_a_model_without_a_timestep_refuses_noise_levels():
+    with pytest.raises(CalibrationError, match="'static' or 'dynamic'"):
+        quantize(TinyNet(), SETTINGS, net_calls())
