@@ -219,13 +219,7 @@ def walk_memory(
         inputs = [alive[source] for source in node.all_input_nodes if source in alive]
         output = [0] * len(calls) if node.op == "output" else bytes_of(node)
         alive[node] = output
-        ending = [
-            n for n in (*node.all_input_nodes, node) if n in alive and _over(graph_module, n, done)
-        ]
-        # what only a twin kept alive is read by nobody now
-        ending += [
-            n for n in alive if n not in ending and n is not node and _over(graph_module, n, done)
-        ]
+        ending = [n for n in alive if _over(graph_module, n, done)]
         for index, produced in enumerate(output):
             held += produced
             peak = max(peak, held)

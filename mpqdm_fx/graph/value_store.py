@@ -22,17 +22,25 @@ logger = logging.getLogger(__name__)
 Key = tuple[fx.Node, int]
 
 
+_ALIGNMENT = 64  # bytes; where torch's allocators start a tensor, and the widest vector register
+
+
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How a tensor lies in memory. Kernels may add up in another order for another layout."""
+    """How a tensor lies in memory. Kernels may add up in another order for another layout.
+
+    `start` is the first element's place behind a boundary of 64 bytes, in elements.
+    """
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
+    start: int
     device: torch.device
 
     @staticmethod
     def of(tensor: Tensor) -> "_Layout":
-        return _Layout(tuple(tensor.shape), tensor.stride(), tensor.device)
+        start = tensor.data_ptr() % _ALIGNMENT // tensor.element_size()
+        return _Layout(tuple(tensor.shape), tensor.stride(), start, tensor.device)
 
     @property
     def repeated(self) -> tuple[int, ...]:
@@ -48,9 +56,10 @@ class _Layout:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Return the tensor as it was."""
-        laid_out = torch.empty_strided(
-            tuple(packed.shape), self.stride, dtype=packed.dtype, device=self.device
-        )
+        shape = tuple(packed.shape)
+        extent = max(1, 1 + sum((n - 1) * step for n, step in zip(shape, self.stride, strict=True)))
+        memory = torch.empty(self.start + extent, dtype=packed.dtype, device=self.device)
+        laid_out = memory.as_strided(shape, self.stride, self.start)
         return laid_out.copy_(packed).expand(self.size)
 
 

@@ -224,11 +224,8 @@ class Walk:
                     self._store.free((finished, call))
             if costs is not None:
                 self._bar.update(costs[call])
-        for finished in self._ending(node, everywhere=True):
+        for finished in ending:
             self._attributes.pop(finished, None)
-            if finished in self._store:  # its readers were edited away
-                for call in range(len(self._calls)):
-                    self._store.free((finished, call))
 
     def _execute_call(self, node: fx.Node, call: int, size: int) -> None:
         keys = frozenset((n, call) for n in node.all_input_nodes if n in self._store)
@@ -277,10 +274,9 @@ class Walk:
             return value
         return pytree.tree_map_only(Tensor, lambda t: t.to(self._device), value)
 
-    def _ending(self, node: fx.Node, *, everywhere: bool = False) -> list[fx.Node]:
-        """Values that nobody needs once `node` is executed: its inputs, itself, or any."""
-        candidates = self.alive if everywhere else (*node.all_input_nodes, node)
-        graph_module, done = self._graph_module, self._done
+    def _ending(self, node: fx.Node) -> list[fx.Node]:
+        """Values that nobody needs once `node` is executed, that of the node itself included."""
+        graph_module, done, candidates = self._graph_module, self._done, {*self.alive, node}
         return [n for n in candidates if all(r in done for r in readers(graph_module, n))]
 
     def _farthest(

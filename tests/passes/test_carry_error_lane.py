@@ -1,6 +1,7 @@
 """Two lanes in one graph: bit-equal until a layer is replaced, and then only the second moves."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ from mpqdm_fx.graph.trace import same_bits, trace
 from mpqdm_fx.passes import CarryErrorLane, QuantizeActivations
 from mpqdm_fx.plan import ActivationRange, LayerActivation
 from mpqdm_fx.testing import digest, graphs
+
+
+@functools.cache
+def traced_unet(make, calls):
+    return trace(make(), calls()[0])
 
 
 def with_pairs(graph_module):
@@ -87,7 +93,7 @@ def toy():
     ("make", "calls"), [(tiny_unet, unet_calls), (tiny_condition_unet, condition_calls)]
 )
 def test_lanes_of_a_unet_are_bit_equal_to_the_graphs_they_came_from(make, calls, quantized):
-    graph = trace(make(), calls()[0])
+    graph = traced_unet(make, calls)
     source = with_pairs(graph) if quantized else graph
     lanes = carry(source)
     for inputs in calls():
