@@ -39,7 +39,7 @@ def gptq(
         W: Target rows, float32 [O, K].
         levels: Level set of each row, of any widths.
         gram: Second moments of the rows' inputs.
-        damping: Ridge in units of the average diagonal of H.
+        damping: Ridge in units of the average diagonal of H, positive.
         act_order: Round the columns of largest energy first.
         block_size: Columns whose feedback is applied at once; changes nothing but speed.
 
@@ -68,14 +68,18 @@ def gptq(
 
 
 def rounding_gain(gram: Gram, *, damping: float = GPTQ_DAMPING) -> float:
-    """Share of the error of plain rounding that error feedback leaves: `tr(D) / tr(H + ridge)`.
+    """Share of the error of nearest rounding that error feedback leaves: `tr(D) / tr(H + ridge I)`.
 
-    Rounding errors of unit variance cost tr(H) without feedback and tr(D) with it, whatever the
-    weights are; so this ratio turns the error of nearest rounding into that of `gptq`.
+    Independent errors of unit variance cost the trace of H + ridge I without feedback and tr(D)
+    with it, whatever the weights are; so this ratio turns the damped error of nearest rounding into
+    that of `gptq` in its default order, where few weights lie outside their levels' range.
 
     Args:
         gram: Second moments of the rows' inputs.
-        damping: Ridge in units of the average diagonal of H.
+        damping: Ridge in units of the average diagonal of H, positive.
+
+    Returns:
+        Above 0, at most 1; 1 for inputs that are not correlated.
 
     Raises:
         CalibrationError: The moments have no factor.
@@ -107,7 +111,8 @@ class _Feedback(Protocol):
     """What the rounding of earlier blocks asks of a block, and how its own columns are coupled.
 
     The shift is the block's conditional minimum given the errors before it, all later columns free;
-    inside the block, errors count from there.
+    inside the block, errors count from there. `block` is called for one block after the other, each
+    followed by its `commit`; `pivots` instead of them, on a fresh object.
     """
 
     def block(self, columns: slice) -> tuple[Tensor, Tensor]:
@@ -166,7 +171,7 @@ class _DualFeedback:
     With R = E X^T (the output error so far, [O, N]), c = N * ridge, and for a block B followed by
     the columns T: `M_S = X_S X_S^T + c I` over the columns S, N x N. Then the shift of the block is
     `R M_{B+T}^-1 X_B`, and its columns are coupled by `c (I + X_B^T M_T^-1 X_B)`, the Schur
-    complement of T (push-through identity).
+    complement of T in N (H + ridge I) (push-through identity). Here all of it is divided by N.
     """
 
     def __init__(self, gram: Gram, order: Tensor, damping: float, rows: int) -> None:
@@ -182,9 +187,9 @@ class _DualFeedback:
 
     def _kernel(self, columns: slice) -> Tensor:
         total = torch.zeros(self._count, self._count, dtype=self._dtype, device=self._x.device)
-        for part in self._x[:, columns].split(1024, dim=1):
-            part = part.to(self._dtype)
-            total += part @ part.T
+        for part in torch.split(self._x[:, columns], 1024, dim=1):
+            wide = part.to(self._dtype)
+            total += wide @ wide.T
         return total / self._count
 
     def block(self, columns: slice) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,9 @@
 
 Everything that layer-wise quantization needs of its calibration data is H = X^T X / N, and H only
 ever stands in `H v`, `(H + ridge I)^-1 v` and conditional means. With N rows of K numbers all of
-them cost O(K^3) from the matrix (primal form), or O(N^2 K) from the rows (dual form: the push-through
-identity `(X^T X + c I)^-1 X^T = X^T (X X^T + c I)^-1`). Both are exact; the wide layers of a large
-UNet (K = 23,040) have few rows and are cheap only in the dual form.
+them cost O(K^3) from the matrix (primal form), or O(N^2 K) from the rows (dual form: the
+push-through identity `(X^T X + c I)^-1 X^T = X^T (X X^T + c I)^-1`). Both are exact; the wide
+layers of a large UNet (K = 23,040) have few rows and are cheap only in the dual form.
 """
 
 import logging
@@ -27,7 +27,7 @@ DUAL_ROWS = 2048
 
 _DOUBLE_WIDTH = 4096  # wider factors are float32, as in GPTQ; their ridge is at least 1e-3
 _CHUNK = 1024  # rows per float32 product; the sum over chunks is float64
-_TRIES = 6
+_TRIES = 6  # ridges, each ten times the one before
 
 
 def kept_rows(width: int, available: int, max_rows: int) -> int:
@@ -39,7 +39,8 @@ def kept_rows(width: int, available: int, max_rows: int) -> int:
         max_rows: The most rows wanted.
 
     Returns:
-        `max_rows` where they fill a matrix (K <= rows), else at most `DUAL_ROWS`.
+        As many as are wanted and available if they are at least K (primal form), else at most
+        `DUAL_ROWS` of them (dual form).
     """
     wanted = min(available, max_rows)
     return wanted if width <= wanted else min(wanted, DUAL_ROWS)
@@ -58,8 +59,8 @@ def cholesky(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
     Raises:
         CalibrationError: No factor after five tenfold ridges (NaN, or not semidefinite).
     """
-    used = ridge
-    for _ in range(_TRIES):
+    for attempt in range(_TRIES):
+        used = ridge * 10**attempt
         damped = matrix.clone()
         damped.diagonal().add_(used)
         factor, info = torch.linalg.cholesky_ex(damped)
@@ -67,7 +68,6 @@ def cholesky(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
             if used != ridge:
                 logger.warning("singular second moments: ridge raised %.3g -> %.3g", ridge, used)
             return factor, used
-        used *= 10
     raise CalibrationError(
         f"second moments of shape {tuple(matrix.shape)} have no Cholesky factor up to a ridge of "
         f"{used:.3g}; the calibration data is degenerate or holds NaN"
@@ -76,17 +76,19 @@ def cholesky(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Gram:
-    """Centred second moments of rows.
+    """Second moments of rows, centred or not.
 
     Attributes:
         count: Rows N.
+        centred: Whether the mean row was subtracted: for a layer whose bias takes it up.
         mean: Mean row that was subtracted, float64 [K]; zeros if the rows are not centred.
         diagonal: Mean square of each entry after centring, float64 [K].
-        matrix: H, float64 or float32 [K, K], in the primal form.
-        rows: Centred rows, float32 [N, K], in the dual form.
+        matrix: H, float64 [K, K] (float32 if K is large), in the primal form; else None.
+        rows: Rows less the mean, float32 [N, K], in the dual form; else None.
     """
 
     count: int
+    centred: bool
     mean: Tensor
     diagonal: Tensor
     matrix: Tensor | None
@@ -99,10 +101,10 @@ class Gram:
         Args:
             rows: [N, K], any float dtype.
             center: Subtract the mean row: for layers with a bias, which takes up the mean.
-            form: `"primal"` or `"dual"`; by default the cheaper one.
+            form: `"primal"` or `"dual"`; by default dual where there are fewer rows than K.
 
         Raises:
-            ConfigError: No rows.
+            ConfigError: No rows, or no matrix.
             CalibrationError: The rows hold NaN or infinity.
         """
         if rows.ndim != 2 or not rows.numel():
@@ -113,12 +115,16 @@ class Gram:
             raise CalibrationError("calibration rows hold NaN or infinity")
         if not center:
             mean = torch.zeros_like(mean)
-        centred = (rows.to(torch.float64) - mean).to(torch.float32) if center else rows.float()
-        diagonal = _mean_square(centred)
-        if (form or ("primal" if width <= count else "dual")) == "dual":
-            return cls(count=count, mean=mean, diagonal=diagonal, matrix=None, rows=centred)
-        matrix = _second_moments(centred)
-        return cls(count=count, mean=mean, diagonal=diagonal, matrix=matrix, rows=None)
+        shifted = (rows.to(torch.float64) - mean).to(torch.float32) if center else rows.float()
+        dual = (form or ("primal" if width <= count else "dual")) == "dual"
+        return cls(
+            count=count,
+            centred=center,
+            mean=mean,
+            diagonal=_mean_square(shifted),
+            matrix=None if dual else _second_moments(shifted),
+            rows=shifted if dual else None,
+        )
 
     @property
     def width(self) -> int:
@@ -132,16 +138,15 @@ class Gram:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of factors."""
-        width = self.width if self.rows is None else self.count
-        return torch.float64 if width <= _DOUBLE_WIDTH else torch.float32
+        """Precision of factors: float64, or float32 where the factor is large."""
+        return _factor_dtype(self.width if self.rows is None else self.count)
 
     def ridge(self, damping: float) -> float:
         """`damping` times the average diagonal, positive even for rows of zeros."""
         return damping * self.mean_diagonal or damping
 
     def multiply(self, left: Tensor) -> Tensor:
-        """`left @ H`, float64 [O, K], for `left` [O, K]."""
+        """`left @ H` without ridge, float64 [O, K], for `left` [O, K]."""
         if self.matrix is not None:
             return (left.to(self.matrix.dtype) @ self.matrix).to(torch.float64)
         assert self.rows is not None
@@ -160,9 +165,10 @@ class Gram:
         is QEP's correction `W C (H + ridge I)^-1` (arXiv 2504.09629, proposition 5.1).
 
         Args:
-            rows: The rows that these moments were accumulated from, [N, K].
-            targets: [N, O].
-            damping: Ridge in units of the average diagonal.
+            rows: The rows that these moments were accumulated from, [N, K], not centred. (The dual
+                form holds them already.)
+            targets: [N, O], not centred.
+            damping: Ridge in units of the average diagonal, positive.
 
         Returns:
             B, float32 [O, K]. With centred moments the targets' mean is left to the bias.
@@ -171,9 +177,10 @@ class Gram:
             CalibrationError: The moments are degenerate.
         """
         wanted = targets.to(torch.float64)
-        if bool(self.mean.any()):
+        if self.centred:
             wanted = wanted - wanted.mean(dim=0)
         if self.rows is not None:
+            # X X^T / N: its chunks are columns of X
             kernel = _second_moments(self.rows.T.contiguous()) * (self.width / self.count)
             factor, _ = cholesky(kernel.to(self.dtype), self.ridge(damping))
             weights = torch.cholesky_solve(wanted.to(self.dtype), factor)
@@ -184,9 +191,13 @@ class Gram:
         return torch.cholesky_solve(cross.to(self.dtype), factor).T.float()
 
 
+def _factor_dtype(size: int) -> torch.dtype:
+    return torch.float64 if size <= _DOUBLE_WIDTH else torch.float32
+
+
 def _mean_square(rows: Tensor) -> Tensor:
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for part in rows.split(_CHUNK):
+    for part in torch.split(rows, _CHUNK):
         total += part.square().sum(dim=0)
     return total / len(rows)
 
@@ -194,9 +205,8 @@ def _mean_square(rows: Tensor) -> Tensor:
 def _second_moments(rows: Tensor) -> Tensor:
     """X^T X / N: float32 products of chunks of rows, summed in the factor's precision."""
     width = rows.shape[1]
-    dtype = torch.float64 if width <= _DOUBLE_WIDTH else torch.float32
-    total = torch.zeros(width, width, dtype=dtype, device=rows.device)
-    for part in rows.split(_CHUNK):
+    total = torch.zeros(width, width, dtype=_factor_dtype(width), device=rows.device)
+    for part in torch.split(rows, _CHUNK):
         total += part.T @ part
     return total.div_(len(rows))
 
@@ -205,6 +215,7 @@ def _cross(rows: Tensor, mean: Tensor, targets: Tensor) -> Tensor:
     """Centred rows^T targets / N, float64 [K, O]."""
     total = torch.zeros(rows.shape[1], targets.shape[1], dtype=torch.float64, device=rows.device)
     shift = mean.float()
-    for part, wanted in zip(rows.split(_CHUNK), targets.split(_CHUNK), strict=True):
-        total += (part - shift).T @ wanted.float()
+    parts = zip(torch.split(rows, _CHUNK), torch.split(targets, _CHUNK), strict=True)
+    for part, wanted in parts:
+        total += (part.float() - shift).T @ wanted.float()
     return total / len(rows)

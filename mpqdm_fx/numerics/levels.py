@@ -27,8 +27,9 @@ class RowLevels:
     Attributes:
         bits: Width of each row, int64 [O].
         scale: Positive bfloat16 values, float32 [O].
-        tables: Levels of the rows that have fitted ones, float32 [O, 16], ascending, the largest
-            repeated; rows of uniform levels hold zeros. None if no row has a table.
+        tables: Integer levels of the rows of at most 4 bits, float32 [O, 16], ascending, the
+            largest repeated; wider rows, whose levels are uniform, hold zeros. None if all rows
+            have uniform levels.
     """
 
     bits: Tensor
@@ -75,7 +76,8 @@ class RowLevels:
             values: [O, n], in units of the weights, float32 or float64.
 
         Returns:
-            Codes, integers in the values' dtype [O, n]; `codes * scale[:, None]` are the rounded values.
+            Codes, integers in the values' dtype [O, n]; the rounded values are
+            `codes * scale[:, None]`. Halfway between two levels of equal distance either may come.
         """
         ratio = values / self.scale[:, None].to(values)
         codes = self._snap_uniform(ratio)
@@ -99,12 +101,10 @@ class RowLevels:
 
 
 def _tables_of(codes: Tensor, bits: Tensor) -> Tensor:
-    """Tables [O, 16] from the levels that codes use."""
-    tables = torch.zeros(len(codes), _TABLE)
+    """Tables [O, 16] from the levels that codes use; codes of wider rows are not looked at."""
+    tables = torch.zeros(len(codes), _TABLE, device=codes.device)
     for width in sorted({b for b in bits.tolist() if b <= CODEBOOK_MAX_BITS}):
         rows = (bits == width).nonzero()[:, 0]
-        found = codebook_tables(codes[rows], bits[rows]).float().reshape(len(rows), -1)
-        tables[rows] = torch.cat(
-            [found, found[:, -1:].expand(-1, _TABLE - found.shape[1])], dim=1
-        )
+        found = codebook_tables(codes[rows], bits[rows]).float()
+        tables[rows] = torch.cat([found, found[:, -1:].expand(-1, _TABLE - 2**width)], dim=1)
     return tables

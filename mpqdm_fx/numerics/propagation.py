@@ -2,11 +2,11 @@
 
 QEP (arXiv 2504.09629): with inputs X in the float model and X_hat in the model whose earlier layers
 are quantized, the target `|X W^T - X_hat Q^T|^2` has the relaxed optimum
-`W* = W + alpha W C (H + ridge I)^-1`, C = (X - X_hat)^T X_hat, H = X_hat^T X_hat (equations 3 and 6,
-proposition 5.1); Q is any rounding of W* under H. Here C is never formed: the correction is the
-ridge regression of `D = (X - X_hat) W^T` on X_hat, which is cheaper and also takes targets that are
-no function of the input, such as the error of a residual that the output is added to
-(LoaQ, arXiv 2509.06297).
+`W* = W + alpha W C (H + ridge I)^-1`, C = (X - X_hat)^T X_hat, H = X_hat^T X_hat (equations 3 and
+6, proposition 5.1); Q is any rounding of W* under H. Here C is never formed: the correction is the
+ridge regression of `(X - X_hat) W^T` on X_hat, which is cheaper and also takes targets that are no
+function of the input, such as the error of a residual that the output is added to (LoaQ,
+arXiv 2509.06297).
 """
 
 import math
@@ -19,7 +19,15 @@ from torch import Tensor
 
 from mpqdm_fx.numerics.gram import Gram
 
-__all__ = ["Correction", "LayerRows", "choose_correction", "fixed_correction", "output_error"]
+__all__ = [
+    "DAMPINGS",
+    "PAPER_DAMPING",
+    "Correction",
+    "LayerRows",
+    "choose_correction",
+    "fixed_correction",
+    "output_error",
+]
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 """Candidates of the ridge in units of H's average diagonal, for the automatic strength."""
@@ -27,8 +35,8 @@ DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 PAPER_DAMPING = 1.0
 """The ridge of the paper's released code, for a strength that is given."""
 
-TRUST = 0.3  # |correction of a row| / |row| at most
-RANGE_GROWTH = 1.25  # of a row of at most 4 bits: a wider range is a coarser grid
+_TRUST = 0.3  # |correction of a row| / |row| at most
+_RANGE_GROWTH = 1.25  # of a row of at most 4 bits: a wider range is a coarser grid
 _NARROW = 4
 
 
@@ -51,7 +59,15 @@ class LayerRows:
         return len(self.inputs)
 
     def group(self, index: int, channels: int) -> Self:
-        """Rows [N, G, K] of a grouped layer, for one group: [N, K] and its output channels."""
+        """One group of a grouped layer, whose inputs and shift are [N, G, K].
+
+        Args:
+            index: The group.
+            channels: Output channels of a group.
+
+        Returns:
+            Inputs and shift [N, K], and the residual of the group's own channels.
+        """
         own = slice(index * channels, (index + 1) * channels)
         return replace(
             self,
@@ -61,7 +77,14 @@ class LayerRows:
         )
 
     def targets(self, W: Tensor) -> list[Tensor]:
-        """What the output should gain over `X_hat W^T`, by source: [N, O] float64 each."""
+        """What the output should gain over `X_hat W^T`, by source: the shift, then the residual.
+
+        Args:
+            W: Float weight rows [O, K].
+
+        Returns:
+            float64 [N, O] for each source that there is.
+        """
         found = []
         if self.shift is not None:
             found.append((self.shift @ W.float().T).to(torch.float64))
@@ -79,7 +102,8 @@ class Correction:
         alpha: Strength for the input's error, 0 to 1.
         beta: Strength for the residual's error, 0 to 1.
         damping: Ridge in units of H's average diagonal.
-        explained: Share of the mismatch on validation rows that the unrounded correction removes.
+        explained: Share of the mismatch on validation rows that the correction removes, before its
+            rows are limited and anything is rounded; 0 for a given strength.
     """
 
     weight: Tensor | None = None
@@ -100,6 +124,9 @@ def fixed_correction(
         gram: Moments of `rows.inputs`.
         alpha: Propagation strength, 0 to 1.
         damping: Ridge in units of H's average diagonal.
+
+    Returns:
+        The correction; without weight if the lanes are the same value or the strength is 0.
 
     Raises:
         CalibrationError: The moments are degenerate.
@@ -145,38 +172,33 @@ def choose_correction(
     if not sources or not len(validation):
         return Correction()
     wanted = [
-        target - source.mean(dim=0) * bool(gram.mean.any())
+        target - source.mean(dim=0) * gram.centred  # the bias takes up the training mean
         for target, source in zip(validation.targets(W), sources, strict=True)
     ]
     total = torch.stack(wanted).sum(dim=0)
     energy = float(total.square().sum())
     centred = validation.inputs - gram.mean.float()
-    best, best_gain, chosen = Correction(), 0.0, []
+    best, best_gain = Correction(), 0.0
     for damping in dampings:
         weights = [gram.regress(train.inputs, source, damping) for source in sources]
         outputs = [(centred @ weight.T).to(torch.float64) for weight in weights]
         strengths, gain = _best_strengths(total, outputs)
         if gain > best_gain:
-            best_gain, chosen = gain, weights
-            alpha, beta = _by_source(strengths, train)
-            best = Correction(alpha=alpha, beta=beta, damping=damping, explained=gain / energy)
-            mixed = sum(s * w for s, w in zip(strengths, weights, strict=True))
-    if not chosen:
-        return best
-    assert isinstance(mixed, Tensor)
-    return replace(best, weight=_limit(W, mixed, bits))
-
-
-def _by_source(strengths: list[float], rows: LayerRows) -> tuple[float, float]:
-    alpha = strengths[0] if rows.shift is not None else 0.0
-    return alpha, strengths[-1] if rows.residual is not None else 0.0
+            best_gain = gain
+            best = Correction(
+                weight=torch.stack([s * w for s, w in zip(strengths, weights, strict=True)]).sum(0),
+                alpha=0.0 if train.shift is None else strengths[0],
+                beta=0.0 if train.residual is None else strengths[-1],
+                damping=damping,
+                explained=gain / energy,
+            )
+    return best if best.weight is None else replace(best, weight=_limit(W, best.weight, bits))
 
 
 def _best_strengths(total: Tensor, outputs: list[Tensor]) -> tuple[list[float], float]:
     """Strengths in [0, 1] of one or two outputs that best explain `total`, and the gain."""
-    p = torch.tensor([float((total * output).sum()) for output in outputs])
-    q = torch.tensor([[float((a * b).sum()) for b in outputs] for a in outputs])
-    p, q = p.double(), q.double()
+    flat = torch.stack(outputs).flatten(1)
+    p, q = (flat @ total.flatten()).cpu(), (flat @ flat.T).cpu()
 
     def gain(s: Tensor) -> float:
         return float(2 * s @ p - s @ q @ s)
@@ -189,7 +211,7 @@ def _best_strengths(total: Tensor, outputs: list[Tensor]) -> tuple[list[float], 
         if int(info) == 0 and bool(((free >= 0) & (free <= 1)).all()):
             candidates.append(free)
         for own in (0, 1):
-            for other in (0.0, 1.0):  # the optimum on each side of the square
+            for other in (0.0, 1.0):  # the optimum on each side of the square, corners included
                 s = torch.full((2,), other, dtype=torch.float64)
                 s[own] = _ratio(p[own] - other * q[own, 1 - own], q[own, own])
                 candidates.append(s)
@@ -201,23 +223,24 @@ def _best_strengths(total: Tensor, outputs: list[Tensor]) -> tuple[list[float], 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     if float(denominator) <= 0:
         return torch.zeros((), dtype=torch.float64)
-    return (numerator / denominator).clamp(0, 1).double()
+    return (numerator / denominator).clamp(0, 1)
 
 
 def _limit(W: Tensor, weight: Tensor, bits: Tensor | None) -> Tensor:
     """Scale rows of a correction down to the trust region and the bounded range."""
-    norm = W.float().norm(dim=1)
-    factor = (TRUST * norm / weight.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)
+    norm, reach = W.float().norm(dim=1), W.float().abs().amax(dim=1)
+    factor: Tensor = (_TRUST * norm / weight.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)
     if bits is not None:
-        reach = W.float().abs().amax(dim=1)
-        room = (RANGE_GROWTH - 1) * reach / weight.abs().amax(dim=1).clamp_min(1e-30)
-        grown = (W.float() + factor[:, None] * weight).abs().amax(dim=1) > RANGE_GROWTH * reach
+        room = (_RANGE_GROWTH - 1) * reach / weight.abs().amax(dim=1).clamp_min(1e-30)
+        grown = (W.float() + factor[:, None] * weight).abs().amax(dim=1) > _RANGE_GROWTH * reach
         narrow = (bits.to(W.device) <= _NARROW) & grown
         factor = torch.where(narrow, torch.minimum(factor, room), factor)
     return factor[:, None] * weight
 
 
-def output_error(W: Tensor, Q: Tensor, rows: LayerRows, mean: Tensor, means: list[Tensor]) -> Tensor:
+def output_error(
+    W: Tensor, Q: Tensor, rows: LayerRows, mean: Tensor, means: Sequence[Tensor]
+) -> Tensor:
     """Mean squared error of each output channel against the float lane, after the bias refit.
 
     `|X W^T + R - (X_hat Q^T + R_hat + bias)|^2 / N`, with the bias that is exact on the training
@@ -228,7 +251,8 @@ def output_error(W: Tensor, Q: Tensor, rows: LayerRows, mean: Tensor, means: lis
         Q: Rounded rows [O, K].
         rows: Rows to measure on.
         mean: Mean training row that the bias takes up, [K]; zeros for a layer without bias.
-        means: Mean of each training target, [O] each; zeros for a layer without bias.
+        means: Mean of each of the training rows' `targets`, [O] each; zeros for a layer without
+            bias.
 
     Returns:
         float64 [O].

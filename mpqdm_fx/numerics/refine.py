@@ -19,6 +19,7 @@ from mpqdm_fx.numerics.levels import RowLevels
 __all__ = ["refine"]
 
 _BLOCK = 128
+_TOP = 127
 
 
 def refine(
@@ -34,11 +35,11 @@ def refine(
 
     Args:
         W: Target rows, float32 [O, K].
-        codes: int8 [O, K], on the levels' rows.
+        codes: int8 [O, K], each one of its row's levels.
         levels: Level sets; codebook tables stay, scales may move.
         gram: Second moments of the rows' inputs.
         passes: Rounds over all columns; 0 returns what came in.
-        damping: Ridge in units of the average diagonal of H, as for `gptq`.
+        damping: Ridge in units of the average diagonal of H, as for `gptq`, positive.
 
     Returns:
         Codes and levels; no row's damped error is above what it was.
@@ -77,9 +78,8 @@ def _refit_scale(
     cross = (moved * W.to(torch.float64)).sum(dim=1)
     power = (moved * q.to(torch.float64)).sum(dim=1)
     scale = (cross / power.clamp_min(1e-300)).to(levels.scale.device)
-    top = codes.abs().amax(dim=1).clamp_min(1).to(levels.scale.device)
-    limit = torch.tensor([max_scale(int(value)) for value in top.tolist()])
-    usable = torch.isfinite(scale) & (scale > MIN_SCALE) & (scale < limit)
+    # `max_scale`: any int8 level that the descent may move to stays a finite float32.
+    usable = torch.isfinite(scale) & (scale > MIN_SCALE) & (scale < max_scale(_TOP))
     return levels.with_scale(torch.where(usable, scale.float(), levels.scale))
 
 
