@@ -1,19 +1,21 @@
-"""The quality table on the bundled model: settings x allocation x levels, paired seeds.
+"""The quality table on the bundled model: settings x methods, paired seeds.
 
-    python benchmarks/quality.py --seeds 3 --output quality.json
+    python benchmarks/quality.py --seeds 0 1 2 --output quality.json --resume
 
 Every cell is quantized from calibration trajectories of its seed and measured on held-out
-trajectories and paired noise, the same for all cells of a seed. `--resume` skips cells that the
-output file already has.
+trajectories and paired noise, the same for all cells of a seed. `--resume` skips the cells that the
+output file already has; `--settings` and `--methods` choose some. Budgets: all methods of a setting
+have the stored bits that uniform bits take with uniform levels, except that codebook tables come on
+top where a method has them without a measured allocation.
 """
 
 import argparse
 import dataclasses
-import itertools
 import json
 import logging
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +28,47 @@ from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.report.metrics import EVALUATION_SEED, evaluate_against, run_reference
 from mpqdm_fx.workflow import calibration_of
 
-SETTINGS = ((8, 8), (4, 8), (3, 6), (2, 6))
-ALLOCATIONS = ("uniform", "omq")
-LEVELS = ("uniform", "codebook")
+SETTINGS = ("W8A8", "W4A8", "W3A8", "W3A6", "W2A6", "W4A4", "W2A4", "W4", "W3", "W2")
 METRICS = ("epsilon_sqnr", "x0_sqnr", "frechet_distance", "accuracy")
 
+_PLAIN = {
+    "allocation": "uniform", "levels": "uniform", "refinements": 0, "propagation": 0.0,
+    "bias_correction": False,
+}  # fmt: skip
+_AUTO = {**_PLAIN, "propagation": "auto", "bias_correction": True}
+_FULL = {**_AUTO, "refinements": 4, "allocation": "measured", "levels": "codebook"}
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "rtn": {**_PLAIN, "rounding": "nearest"},
+    "gptq": _PLAIN,
+    "rtn+qep.5": {**_PLAIN, "rounding": "nearest", "propagation": 0.5, "bias_correction": True},
+    "gptq+qep.5": {**_AUTO, "propagation": 0.5},
+    "gptq+qep.auto": _AUTO,
+    "auto+residuals": {**_AUTO, "residuals": True},
+    "auto+omq": {**_AUTO, "allocation": "omq"},
+    "auto+refine": {**_AUTO, "refinements": 4},
+    "auto+refine+codebook": {**_AUTO, "refinements": 4, "levels": "codebook"},
+    "auto+refine+measured": {**_FULL, "levels": "uniform"},
+    "full": _FULL,
+    "full+timestep": {**_FULL, "activation_mode": "timestep"},
+    "full+dynamic": {**_FULL, "activation_mode": "dynamic"},
+}
 
-def cells() -> list[tuple[int, int, str, str]]:
-    """All rows of the table; at 8 bits a codebook and a mix do not exist."""
-    return [
-        (weights, activations, allocation, levels)
-        for (weights, activations), allocation, levels in itertools.product(
-            SETTINGS, ALLOCATIONS, LEVELS
-        )
-        if weights < 8 or (allocation, levels) == ("uniform", "uniform")
-    ]
+
+def config_of(setting: str, method: str, seed: int) -> MPQConfig | None:
+    """Settings of a cell; None where the cell does not exist."""
+    weights, _, activations = setting[1:].partition("A")
+    options = dict(METHODS[method])
+    if not activations:
+        if "activation_mode" in options:
+            return None
+        options["activation_mode"] = "float"
+    return MPQConfig(
+        weight_bits=int(weights), activation_bits=int(activations or 8), seed=seed, **options
+    )
 
 
-def measure(seed: int, samples: int, rows: dict[str, Any], output: Path) -> None:
-    """Quantize and measure every cell of one seed; write after each."""
+def measure(seed: int, settings: list[str], methods: list[str], samples: int, output: Path) -> None:
+    """Quantize and measure every cell of one seed that is missing; write after each."""
     source = load_source("digits")
     classifier = load_digits_classifier()
     calibration = calibration_of(source, trajectories=16, steps=20, seed=seed)
@@ -56,87 +80,101 @@ def measure(seed: int, samples: int, rows: dict[str, Any], output: Path) -> None
         seed=EVALUATION_SEED + 100 * seed,
     )
     prepared = prepare(source.model, MPQConfig(), next(iter(calibration)))
-    for inputs in calibration:
-        prepared.record(**inputs)
-    for weights, activations, allocation, levels in tqdm(cells(), desc=f"seed {seed}"):
-        key = f"W{weights}A{activations} {allocation} {levels} {seed}"
-        if key in rows:
+    for index, inputs in enumerate(calibration):
+        if index in calibration.held_out_calls:
+            with prepared.held_out():
+                prepared.record(**inputs)
+        else:
+            prepared.record(**inputs)
+    cells = [(s, m) for s in settings for m in methods]
+    for setting, method in tqdm(cells, desc=f"seed {seed}"):
+        rows = read(output)
+        key = f"{setting} {method} {seed}"
+        config = config_of(setting, method, seed)
+        if key in rows or config is None:
             continue
         start = time.perf_counter()
-        prepared.settings = MPQConfig(
-            weight_bits=weights,
-            activation_bits=activations,
-            allocation=allocation,
-            levels=levels,
-            seed=seed,
-        )
+        prepared.settings = config
         quantized = convert(prepared)
+        seconds = time.perf_counter() - start
         result = evaluate_against(reference, quantized, source.scheduler, classifier)
-        chosen = [layer for layer in quantized.plan.layers if layer.reason is None]
+        rows = read(output)
         rows[key] = {
             **dataclasses.asdict(result),
             "effective_bits": quantized.plan.effective_bits,
             "weight_bytes": quantized.plan.weight_bytes,
             "float_bytes": quantized.plan.float_bytes,
-            "mixed_layers": sum(layer.fraction > 0 for layer in chosen),
-            "codebook_layers": sum(layer.levels == "codebook" for layer in chosen),
-            "layers": len(chosen),
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
         }
-        output.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        partial = output.with_suffix(".partial")
+        partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        partial.rename(output)
 
 
-def table(rows: dict[str, Any], seeds: list[int]) -> str:
+def read(output: Path) -> dict[str, Any]:
+    """Rows that the output file has."""
+    if not output.exists():
+        return {}
+    rows: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    return rows
+
+
+def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
     """Markdown table: mean and spread (largest minus smallest) over the seeds."""
     headings = (
-        "setting", "allocation", "levels", "eps-SQNR dB", "x0-SQNR dB", "FD", "accuracy",
-        "effective bits", "bytes", "mixed / codebook layers",
+        "setting", "method", "eps-SQNR dB", "x0-SQNR dB", "FD", "accuracy", "effective bits",
+        "eps-MSE against gptq", "seeds",
     )  # fmt: skip
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    for weights, activations, allocation, levels in cells():
-        setting = f"W{weights}A{activations}"
-        found = [
-            rows[key]
-            for seed in seeds
-            if (key := f"{setting} {allocation} {levels} {seed}") in rows
-        ]
-        if not found:
-            continue
-        columns = []
-        for metric in METRICS:
-            values = [row[metric] for row in found]
-            digits = 3 if metric == "accuracy" else 2
-            spread = max(values) - min(values)
-            columns.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
-        bits = statistics.mean(row["effective_bits"] for row in found)
-        size = statistics.mean(row["weight_bytes"] + row["float_bytes"] for row in found)
-        mixed = statistics.mean(row["mixed_layers"] for row in found)
-        fitted = statistics.mean(row["codebook_layers"] for row in found)
-        lines.append(
-            f"| {setting} | {allocation} | {levels} | {' | '.join(columns)} | {bits:.3f} | "
-            f"{size:,.0f} | {mixed:.0f} / {fitted:.0f} of {found[0]['layers']} |"
-        )
-    float_accuracy = statistics.mean(row["reference_accuracy"] for row in rows.values())
-    lines.append(f"\nFloat model: accuracy {float_accuracy:.3f}; {len(seeds)} seeds.")
+    for setting in SETTINGS:
+        for method in METHODS:
+            keys = {seed: f"{setting} {method} {seed}" for seed in seeds}
+            found = {seed: rows[key] for seed, key in keys.items() if key in rows}
+            if not found:
+                continue
+            columns = []
+            for metric in METRICS:
+                values = [row[metric] for row in found.values()]
+                digits = 3 if metric == "accuracy" else 2
+                spread = max(values) - min(values)
+                columns.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
+            bits = statistics.mean(row["effective_bits"] for row in found.values())
+            ratios = [
+                10 ** ((rows[base]["epsilon_sqnr"] - row["epsilon_sqnr"]) / 10)
+                for seed, row in found.items()
+                if (base := f"{setting} gptq {seed}") in rows
+            ]
+            change = f"{100 * (statistics.mean(ratios) - 1):+.0f} %" if ratios else ""
+            lines.append(
+                f"| {setting} | {method} | {' | '.join(columns)} | {bits:.3f} | {change} "
+                f"| {len(found)} |"
+            )
+    accuracy = statistics.mean(row["reference_accuracy"] for row in rows.values())
+    lines.append(f"\nFloat model: accuracy {accuracy:.3f}.")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure the seeds that are asked for and print the table of all that are there."""
+    """Measure what is asked for and print the table of all that is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--output", type=Path, default=Path("quality.json"))
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--table-only", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
-    rows: dict[str, Any] = {}
-    if arguments.resume and arguments.output.exists():
-        rows = json.loads(arguments.output.read_text(encoding="utf-8"))
-    for seed in arguments.seeds:
-        measure(seed, arguments.samples, rows, arguments.output)
-    print(table(rows, arguments.seeds))
+    if arguments.output.exists() and not (arguments.resume or arguments.table_only):
+        parser.error(f"{arguments.output} exists: give --resume, or another file")
+    if not arguments.table_only:
+        for seed in arguments.seeds:
+            measure(
+                seed, arguments.settings, arguments.methods, arguments.samples, arguments.output
+            )
+    print(table(read(arguments.output), arguments.seeds))
 
 
 if __name__ == "__main__":

@@ -129,6 +129,7 @@ def quantize(
     max_memory: int = DEFAULT_MAX_MEMORY,
     directory: str | Path | None = None,
     resume: bool = False,
+    max_activations: int | None = None,
 ) -> QuantizedModel:
     """`prepare`, run the calibration data, `convert`.
 
@@ -140,6 +141,7 @@ def quantize(
         max_memory: Bytes of recorded inputs held in memory; what is more goes to disk.
         directory: Folder for solved layers: a run that was killed goes on there.
         resume: Go on with what the folder holds.
+        max_activations: Bytes of activations held in memory while layers are solved.
 
     Raises:
         CalibrationError: There is no calibration data, or it holds NaN or infinity.
@@ -158,7 +160,7 @@ def quantize(
         # Recording alone: `convert` runs the float graph once over everything anyway.
         with prepared.held_out() if index in held_out else contextlib.nullcontext():
             prepared.record(**inputs)
-    return convert(prepared, directory=directory, resume=resume)
+    return convert(prepared, directory=directory, resume=resume, max_memory=max_activations)
 
 
 def lower(

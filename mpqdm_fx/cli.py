@@ -1,4 +1,4 @@
-"""The command line: `mpqdm-fx quantize | sample | evaluate | trace | inspect`."""
+"""The command line: `mpqdm-fx quantize | plan | sample | evaluate | trace | inspect`."""
 
 import json
 import logging
@@ -6,11 +6,13 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from mpqdm_fx import cli_options as opt
+from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError, MPQError
 
 __all__ = ["app", "main"]
@@ -24,6 +26,7 @@ app = typer.Typer(
 # A pipe has no width of its own; 130 columns hold the longest layer names.
 console = Console(width=None if sys.stdout.isatty() else 130)
 errors = Console(stderr=True)
+_DEFAULT = MPQConfig()
 
 ModelArgument = Annotated[
     str,
@@ -42,54 +45,53 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def _parse_override(text: str) -> dict[str, Any]:
-    pattern, _, value = text.rpartition("=")
-    if pattern and value == "float":
-        return {"pattern": pattern, "skip": True}
-    if pattern and value.isdigit():
-        return {"pattern": pattern, "weight_bits": int(value)}
-    raise ConfigError(f"--override {text!r}: write PATTERN=BITS (1 to 8) or PATTERN=float")
-
-
 @app.command()
 def quantize(
     model: ModelArgument,
-    weights: Annotated[int, typer.Option(help="Average bits of a weight, 1 to 8.")] = 4,
-    activations: Annotated[int, typer.Option(help="Bits of activations, 1 to 8.")] = 8,
-    allocation: Annotated[str, typer.Option(help="uniform or omq.")] = "uniform",
-    levels: Annotated[str, typer.Option(help="codebook or uniform.")] = "codebook",
-    activation_mode: Annotated[
-        str, typer.Option(help="static, timestep (ranges by noise level) or dynamic.")
-    ] = "static",
+    weights: opt.WeightsOption = 4,
+    activations: opt.ActivationsOption = 8,
+    allocation: opt.AllocationOption = _DEFAULT.allocation,
+    effective_bits: opt.EffectiveOption = None,
+    weight_bytes: opt.BytesOption = None,
+    levels: opt.LevelsOption = _DEFAULT.levels,
+    rounding: opt.RoundingOption = _DEFAULT.rounding,
+    refinements: opt.RefinementsOption = _DEFAULT.refinements,
+    propagation: opt.PropagationOption = str(_DEFAULT.propagation),
+    activation_mode: opt.ActivationModeOption = _DEFAULT.activation_mode,
     backend: Annotated[str, typer.Option(help="xnnpack, torch_ao or packed.")] = "xnnpack",
-    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("out"),
-    override: Annotated[
-        list[str] | None,
-        typer.Option(help="PATTERN=BITS or PATTERN=float for single layers; later ones win."),
-    ] = None,
-    trajectories: Annotated[int, typer.Option(min=1, help="Denoising runs to calibrate on.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 20,
+    output: opt.OutputOption = Path("out"),
+    override: opt.OverrideOption = None,
+    trajectories: opt.TrajectoriesOption = 16,
+    steps: opt.StepsOption = 20,
     samples: Annotated[int, typer.Option(min=0, help="Images in the grid.")] = 16,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was killed.")
+    ] = False,
+    max_memory: opt.MemoryOption = None,
     subfolder: SubfolderOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize MODEL into a folder: packed weights, program, sample grid, numbers."""
     from mpqdm_fx.api import BACKENDS
-    from mpqdm_fx.config import MPQConfig
     from mpqdm_fx.models.sources import load_source
     from mpqdm_fx.report.tables import layer_table, summary_table
     from mpqdm_fx.workflow import quantize_to_folder
 
     if backend not in BACKENDS:
         raise ConfigError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
-    config = MPQConfig(
+    config = opt.settings_of(
         weight_bits=weights,
         activation_bits=activations,
-        allocation=allocation,  # type: ignore[arg-type]  # MPQConfig refuses other words
-        levels=levels,  # type: ignore[arg-type]
-        activation_mode=activation_mode,  # type: ignore[arg-type]
-        overrides=[_parse_override(text) for text in override or ()],
+        allocation=allocation,
+        effective_bits=effective_bits,
+        weight_bytes=weight_bytes,
+        levels=levels,
+        rounding=rounding,
+        refinements=refinements,
+        propagation=propagation,
+        activation_mode=activation_mode,
+        override=override,
         seed=seed,
     )
     result = quantize_to_folder(
@@ -101,6 +103,8 @@ def quantize(
         steps=steps,
         samples=samples,
         subfolder=subfolder,
+        resume=resume,
+        max_memory=opt.memory_of(max_memory),
     )
     if as_json:
         console.print_json(json.dumps(result.summary))
@@ -108,6 +112,53 @@ def quantize(
     console.print(layer_table(result.quantized.report))
     console.print(summary_table(result.summary))
     console.print(f"written to {output}")
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    weights: opt.WeightsOption = 4,
+    activations: opt.ActivationsOption = 8,
+    allocation: opt.AllocationOption = _DEFAULT.allocation,
+    levels: opt.LevelsOption = _DEFAULT.levels,
+    rounding: opt.RoundingOption = _DEFAULT.rounding,
+    refinements: opt.RefinementsOption = _DEFAULT.refinements,
+    propagation: opt.PropagationOption = str(_DEFAULT.propagation),
+    activation_mode: opt.ActivationModeOption = _DEFAULT.activation_mode,
+    override: opt.OverrideOption = None,
+    calls: Annotated[int, typer.Option(min=1, help="Calibration calls.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a call.")] = 16,
+    max_memory: opt.MemoryOption = None,
+    subfolder: SubfolderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what quantizing MODEL will take: time, memory, disk."""
+    from mpqdm_fx.models.sources import load_source
+    from mpqdm_fx.report.tables import estimate_table
+    from mpqdm_fx.workflow import estimate_source
+
+    config = opt.settings_of(
+        weight_bits=weights,
+        activation_bits=activations,
+        allocation=allocation,
+        levels=levels,
+        rounding=rounding,
+        refinements=refinements,
+        propagation=propagation,
+        activation_mode=activation_mode,
+        override=override,
+    )
+    found = estimate_source(
+        load_source(model, subfolder),
+        config,
+        calls=calls,
+        batch_size=batch_size,
+        max_memory=opt.memory_of(max_memory),
+    )
+    if as_json:
+        console.print_json(json.dumps(found.to_dict()))
+    else:
+        console.print(estimate_table(found.to_dict()))
 
 
 @app.command()
@@ -220,5 +271,5 @@ def main() -> None:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        errors.print("stopped; nothing was written")
+        errors.print("stopped; no result was written; `quantize` goes on with --resume")
         sys.exit(130)

@@ -163,7 +163,7 @@ class MPQConfig:
     rounding: Rounding = "gptq"
     refinements: int = 4
     propagation: float | Literal["auto"] = "auto"
-    residuals: bool = True
+    residuals: bool = False
     bias_correction: bool = True
     effective_bits: float | None = None
     weight_bytes: int | None = None

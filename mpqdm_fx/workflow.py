@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,8 @@ from mpqdm_fx.denoisers import (
     program_denoiser,
     source_of,
 )
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.memory import peak_memory
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.sources import Source
@@ -37,10 +40,13 @@ from mpqdm_fx.report.metrics import (
     evaluate_denoiser,
     x0_sqnr,
 )
+from mpqdm_fx.stages import normalized
 from mpqdm_fx.storage import load, staged_directory, write_model
+from mpqdm_fx.sweep.estimate import Estimate, estimate
 
 __all__ = [
     "QuantizeResult",
+    "estimate_source",
     "evaluate_folder",
     "quantize_to_folder",
 ]
@@ -93,6 +99,8 @@ def quantize_to_folder(
     steps: int = 20,
     samples: int = 16,
     subfolder: str | None = None,
+    resume: bool = False,
+    max_memory: int | None = None,
 ) -> QuantizeResult:
     """Quantize a source and write everything that belongs to it into one folder.
 
@@ -106,14 +114,31 @@ def quantize_to_folder(
         steps: Steps of each.
         samples: Images in the grid, drawn by what the backend runs.
         subfolder: Part of a pipeline folder that the source came from.
+        resume: Go on with the solved layers of a run that was killed. They lie beside `output`,
+            in a folder of that name and `.checkpoint`, until the run is through.
+        max_memory: Bytes of activations held in memory; the rest goes to disk.
 
     Raises:
-        MPQError: One of the steps cannot be done; nothing is left behind.
+        MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
+    # said now, not after minutes of calibration
+    if backend != "packed" and config.activation_mode != "static":
+        raise ConfigError(
+            f"activation_mode={config.activation_mode!r} runs as a packed model only, and "
+            f'{backend} takes "static"; choose backend="packed" or activation_mode="static"'
+        )
     if backend == "xnnpack":
-        require_executorch()  # said now, not after minutes of calibration
+        require_executorch()
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
-    quantized = quantize(source.model, config, _InSchedulerDtype(source, data, steps))
+    solved = output.with_name(f"{output.name}.checkpoint")
+    quantized = quantize(
+        source.model,
+        config,
+        _InSchedulerDtype(source, data, steps),
+        directory=solved,
+        resume=resume,
+        max_activations=max_memory,
+    )
     with staged_directory(output) as stage:
         write_model(quantized, stage)
         source.scheduler.save_pretrained(stage / "scheduler")
@@ -141,6 +166,7 @@ def quantize_to_folder(
             "float": peak_memory("float", source.name, subfolder),
         }
         (stage / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    shutil.rmtree(solved)
     return QuantizeResult(directory=output, quantized=quantized, summary=summary)
 
 
@@ -165,6 +191,31 @@ class _InSchedulerDtype:
         for call in self._data:
             fractional = {"timestep": call["timestep"].float()} if self._fractional else {}
             yield {**call, **fractional}
+
+
+def estimate_source(
+    source: Source,
+    config: MPQConfig,
+    *,
+    calls: int,
+    batch_size: int,
+    max_memory: int | None = None,
+) -> Estimate:
+    """What quantizing a source would take on this machine.
+
+    Args:
+        source: Model and scheduler.
+        config: Settings.
+        calls: Calibration calls.
+        batch_size: Samples in each.
+        max_memory: Bytes of activations held in memory.
+
+    Raises:
+        TraceError: The model cannot be traced.
+    """
+    graph_module = normalized(source.model, source.example_inputs, config)
+    inputs = example_inputs(graph_module.meta["signature"], batch_size=batch_size)
+    return estimate(graph_module, [inputs] * calls, config, max_memory=max_memory)
 
 
 def _summarise(

@@ -19,13 +19,14 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"graph"},
             {"passes", "calibration"},
             {"quantized"},  # what quantizing returns; backends and reports read it
-            {"distill", "backends", "report", "models"},
+            {"distill", "backends", "report", "models", "sweep"},
             {"stages"},  # the steps between the verbs, on graphs
             {"storage"},
             {"api"},
             {"denoisers"},  # whatever predicts the noise, behind one calling convention
             {"memory"},
             {"workflow"},  # whole jobs of the command line
+            {"cli_options"},
             {"cli", "testing", "__init__"},
         ],
     )

@@ -221,9 +221,8 @@ class Trajectories:
             before = len(batches)
             for part in parts:
                 del part[_RUN]
-                for rows in torch.arange(len(part["sample"])).split(self.batch_size):
-                    if len(rows):
-                        batches.append(_take(part, rows))
+                rows = torch.arange(len(part["sample"])).split(self.batch_size)
+                batches.extend(_take(part, chosen) for chosen in rows if len(chosen))
             self._held_out_batches = len(batches) - before
         return batches
 

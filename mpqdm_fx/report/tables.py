@@ -1,22 +1,26 @@
 """Tables for the terminal."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from mpqdm_fx.quantized import QuantizationReport
+from mpqdm_fx.quantized import LayerReport, QuantizationReport
 
-__all__ = ["layer_table", "metrics_table", "summary_table"]
+__all__ = ["estimate_table", "layer_table", "metrics_table", "summary_table"]
 
 
 def layer_table(report: QuantizationReport) -> Table:
-    """One row per quantized layer: shape, mean bits, bytes, SQNR, and why it is pinned."""
+    """One row per quantized layer: shape, mean bits, bytes, SQNR, and why it is pinned.
+
+    `gain` is what error propagation brought on held-out rows, in dB, at the strength `alpha`.
+    """
     table = Table(title="layers", header_style="bold", box=box.SIMPLE_HEAD)
     for heading in ("layer", "weight"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("bits", "mixed", "bytes", "SQNR dB"):
+    for heading in ("bits", "mixed", "bytes", "SQNR dB", "gain", "alpha"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("pinned")
     for layer in report.layers:
@@ -24,12 +28,27 @@ def layer_table(report: QuantizationReport) -> Table:
             layer.name,
             "x".join(str(size) for size in layer.shape),
             f"{layer.mean_bits:.2f}",
-            f"±{layer.fraction:.0%}" if layer.fraction else "",
+            _mixed(layer),
             f"{layer.bytes:,}",
             "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
+            _gain(layer),
+            f"{layer.alpha:.2f}" if layer.alpha else "",
             layer.reason or "",
         )
     return table
+
+
+def _mixed(layer: LayerReport) -> str:
+    if layer.fraction:
+        return f"±{layer.fraction:.0%}"
+    return "" if layer.mean_bits == int(layer.mean_bits) else "mixed"
+
+
+def _gain(layer: LayerReport) -> str:
+    if layer.sqnr_db is None or layer.base_sqnr_db is None:
+        return ""
+    gain = layer.sqnr_db - layer.base_sqnr_db
+    return f"{gain:+.1f}" if math.isfinite(gain) and abs(gain) >= 0.05 else ""
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
@@ -69,6 +88,37 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         table.add_row("program against the converted graph, dB", difference, "")
         table.add_row("program: seconds to lower", f"{program['seconds']:.0f}", "")
     return table
+
+
+def estimate_table(found: Mapping[str, float]) -> Table:
+    """Time, memory and disk that a run is expected to take."""
+    table = Table(title="expected", header_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_row("weight layers", f"{found['layers']:,}")
+    table.add_row("weights", f"{found['weights']:,}")
+    table.add_row("calibration calls", f"{found['calls']:,}")
+    for name, label in (
+        ("forward_seconds", "  both lanes forward"),
+        ("solve_seconds", "  corrections and roundings"),
+        ("sensitivity_seconds", "  sensitivities"),
+        ("seconds", "time in all"),
+    ):
+        table.add_row(label, _duration(found[name]))
+    for name, label in (
+        ("activation_bytes", "  activations of all calls"),
+        ("smallest_limit", "  smallest --max-memory that can do"),
+        ("peak_bytes", "peak memory"),
+        ("disk_bytes", "disk while it runs"),
+    ):
+        table.add_row(label, f"{found[name] / 2**20:,.0f} MiB")
+    return table
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,7 +200,7 @@ def residual_of(
     linear = isinstance(graph_module.get_submodule(str(call.target)), nn.Linear)
     own = []
     values = zip(walk.values(call), walk.values(found.other), walk.values(twin), strict=True)
-    arguments = _arguments(walk, found.views)
+    arguments = _arguments(walk, sorted(sizes, key=str), len(shards.indices))
     for index, (y, r, r_hat), environment in zip(shards.indices, values, arguments, strict=True):
         at = torch.arange(y.numel()).reshape(y.shape)
         for view in found.views:
@@ -216,15 +216,13 @@ def residual_of(
     return shards.gather(own)
 
 
-def _arguments(walk: Walk, views: Sequence[fx.Node]) -> Iterator[Mapping[fx.Node, Any]]:
-    sizes = list({source: None for view in views for source in view.all_input_nodes[1:]})
-    if not sizes:
-        while True:
-            yield {}
-    yield from (
-        dict(zip(sizes, values, strict=True))
-        for values in zip(*(walk.values(size) for size in sizes), strict=True)
-    )
+def _arguments(walk: Walk, sizes: Sequence[fx.Node], count: int) -> list[dict[fx.Node, Any]]:
+    """The values of sizes at each of `count` calls."""
+    columns = [list(walk.values(size)) for size in sizes]
+    return [
+        {size: column[call] for size, column in zip(sizes, columns, strict=True)}
+        for call in range(count)
+    ]
 
 
 def _writer(graph_module: fx.GraphModule, call: fx.Node) -> _Writer | None:

@@ -124,7 +124,7 @@ def _result(graph_module: fx.GraphModule, sweep: Sweep, limits: Limits) -> Graph
     for name, solution in sweep.solutions.items():
         module = install_solution(rounded.get_submodule(name), solution)
         replace_module(rounded, name, module)
-    order = [name for name in weight_layers(graph_module, embeddings=True)]
+    order = list(weight_layers(graph_module, embeddings=True))
     plan = BitPlan(
         layers=tuple(sweep.solutions[name].plan for name in order if name in sweep.solutions),
         floats=float_tensors(graph_module, set(sweep.solutions), limits.skipped),

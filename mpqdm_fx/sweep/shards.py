@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-import torch
 from torch import distributed
 
 __all__ = ["Shards"]
@@ -34,9 +33,7 @@ class Shards:
     def of(cls, total: int) -> Self:
         """The share of the running process; everything, unless torch.distributed is initialised."""
         if distributed.is_available() and distributed.is_initialized():
-            return cls(
-                rank=distributed.get_rank(), world=distributed.get_world_size(), total=total
-            )
+            return cls(rank=distributed.get_rank(), world=distributed.get_world_size(), total=total)
         return cls(rank=0, world=1, total=total)
 
     @property
@@ -56,16 +53,11 @@ class Shards:
         distributed.all_gather_object(parts, list(own))
         return [parts[index % self.world][index // self.world] for index in range(self.total)]
 
+    def fetch(self, own: Sequence[_T]) -> list[_T]:
+        """All calls, for what cannot be shared out: the same as `gather`, under a telling name."""
+        return self.gather(own)
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world > 1:
             distributed.barrier()
-
-    def same(self, value: torch.Tensor) -> torch.Tensor:
-        """Process 0's value, so that all go on with the same bits."""
-        if self.world == 1:
-            return value
-        box: list[Any] = [value]
-        distributed.broadcast_object_list(box, src=0)
-        result: torch.Tensor = box[0]
-        return result

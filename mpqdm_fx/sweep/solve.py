@@ -205,9 +205,7 @@ def _corrections(
     """What to try; with the automatic strength, no correction comes first."""
     none = Correction()
     if settings.propagation == "auto":
-        chosen = choose_correction(
-            W, data.train, gram, data.validation, bits=plan.bits_tensor()
-        )
+        chosen = choose_correction(W, data.train, gram, data.validation, bits=plan.bits_tensor())
         return [none] if chosen.weight is None else [none, chosen]
     assert isinstance(settings.propagation, float | int)
     return [fixed_correction(W, data.train, gram, float(settings.propagation))]

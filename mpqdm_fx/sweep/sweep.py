@@ -95,7 +95,9 @@ def two_lanes(
             bits=settings.activation_bits,
             groups=levels.count if levels else 1,
         )
-        quantized = QuantizeActivations(ranges=ranges, noise_levels=levels)(graph_module).graph_module
+        quantized = QuantizeActivations(ranges=ranges, noise_levels=levels)(
+            graph_module
+        ).graph_module
     return CarryErrorLane()(quantized).graph_module, levels
 
 
@@ -248,7 +250,9 @@ class Sweep:
     def _solution(self, twin: fx.Node, pending: _Pending) -> LayerSolution:
         layer = pending.layer
         if isinstance(layer.module, nn.Embedding):
-            return _round_table(layer, self._fixed(layer) or fixed_plan(layer, 8, "embedding table"))
+            return _round_table(
+                layer, self._fixed(layer) or fixed_plan(layer, 8, "embedding table")
+            )
         data = self._data(twin, pending)
         plan = self._fixed(layer)
         if plan is None:
@@ -284,9 +288,7 @@ class Sweep:
             self._remember(key, calls)
         residuals = None
         if self.settings.propagation == "auto" and self.settings.residuals:
-            residuals = residual_of(
-                self.graph_module, self.walk, pending.call, calls, self._shards
-            )
+            residuals = residual_of(self.graph_module, self.walk, pending.call, calls, self._shards)
         train = [i for i in range(self._shards.total) if i not in self._validation]
         return LayerData(
             train=join_rows(calls, residuals, train),

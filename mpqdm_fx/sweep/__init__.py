@@ -1,0 +1,1 @@
+"""One walk over two lanes that quantizes every layer where it meets it."""

@@ -1,0 +1,134 @@
+"""Bits by measured cost: what rounding a channel does to the model's output, under a budget."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpqdm_fx.calibration.allocate import Limits, float_tensors
+from mpqdm_fx.calibration.pinning import pinned_layers
+from mpqdm_fx.calibration.sensitivity import measure_sensitivity
+from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.numerics.budget import LayerCosts, allocate_budget
+from mpqdm_fx.numerics.packing import storage_bits
+from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.sweep.checkpoint import Checkpoint
+from mpqdm_fx.sweep.shards import Shards
+
+__all__ = ["budget_bits", "measured_plans", "solve_budget"]
+
+TABLE = "sensitivity.safetensors"
+
+
+def measured_plans(
+    graph_module: fx.GraphModule,
+    calls: Sequence[Mapping[str, Any]],
+    settings: MPQConfig,
+    limits: Limits,
+    checkpoint: Checkpoint | None,
+    shards: Shards,
+) -> dict[str, LayerPlan]:
+    """Measure (or load) the sensitivities and solve for the settings' budget.
+
+    Args:
+        graph_module: Normalized float graph.
+        calls: Calibration calls of this process.
+        settings: The run's settings.
+        limits: Layers off the budget's choice; their bits count against it.
+        checkpoint: Where the table is kept.
+        shards: Which calls are here.
+
+    Raises:
+        ConfigError: The budget is below what the smallest widths take.
+        CalibrationError: Gradients or rows are not finite.
+    """
+    path = checkpoint.directory / TABLE if checkpoint else None
+    if path is not None and path.exists():
+        table = SensitivityTable.load(path)
+    else:
+        table = measure_sensitivity(graph_module, shards.fetch(calls), seed=settings.seed)
+        if path is not None and shards.rank == 0:
+            table.save(path)
+    shards.barrier()
+    return solve_budget(graph_module, table, settings, limits)
+
+
+def solve_budget(
+    graph_module: fx.GraphModule, table: SensitivityTable, settings: MPQConfig, limits: Limits
+) -> dict[str, LayerPlan]:
+    """Bits of every channel under the settings' budget; a matter of seconds.
+
+    Args:
+        graph_module: Normalized float graph.
+        table: What each channel costs at each width.
+        settings: Budget, levels, alignment.
+        limits: Layers with fixed bits, and those left in float.
+
+    Raises:
+        ConfigError: The budget is below what the smallest widths take, or the table is of another
+            model.
+    """
+    layers = weight_layers(graph_module, embeddings=True)
+    costs: list[LayerCosts] = []
+    for cost in table.costs():
+        if cost.name in limits.skipped:
+            continue
+        if cost.name not in layers or layers[cost.name].weight.shape[0] != cost.channels:
+            raise ConfigError(
+                f"the sensitivity table has a layer {cost.name!r} of {cost.channels} channels, "
+                f"which this model does not have; measure this model's own table"
+            )
+        if cost.name in limits.fixed:
+            cost = dataclasses.replace(cost, fixed=limits.fixed[cost.name][0])
+        if settings.levels == "uniform":
+            cost = dataclasses.replace(cost, codebook=None)
+        costs.append(cost)
+    choices = allocate_budget(
+        costs, budget_bits(graph_module, settings, limits), align=settings.align
+    )
+    return {
+        cost.name: LayerPlan(
+            name=cost.name,
+            kind=type(layers[cost.name].module).__name__,
+            shape=tuple(layers[cost.name].weight.shape),
+            bits=tuple(choice.bits.tolist()),
+            levels=choice.levels,
+            reason=limits.fixed[cost.name][1] if cost.name in limits.fixed else None,
+        )
+        for cost, choice in zip(costs, choices, strict=True)
+    }
+
+
+def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limits) -> int:
+    """Stored bits that the quantized layers may take in all.
+
+    Args:
+        graph_module: Normalized float graph.
+        settings: `weight_bytes`, `effective_bits`, or `weight_bits`: then what uniform bits take,
+            with uniform levels and the layers that the paper's recipe keeps at 8 bits.
+        limits: Layers left in float; they count against a budget that is given.
+    """
+    layers = weight_layers(graph_module, embeddings=True)
+    kept = {name: layer for name, layer in layers.items() if name not in limits.skipped}
+    floats = float_tensors(graph_module, set(kept), limits.skipped)
+    in_float = sum(tensor.numel * tensor.bits for tensor in floats if tensor.is_weight)
+    if settings.weight_bytes is not None:
+        return 8 * settings.weight_bytes - in_float
+    if settings.effective_bits is not None:
+        weights = sum(layer.weight.numel() for layer in layers.values())
+        return int(settings.effective_bits * weights) - in_float
+    pinned = pinned_layers(graph_module)
+    total = 0
+    for name, layer in kept.items():
+        channels = layer.weight.shape[0]
+        bits = 8 if name in pinned else settings.weight_bits
+        if name in limits.fixed:
+            bits = limits.fixed[name][0]
+        shape = (channels, layer.weight.numel() // channels)
+        total += storage_bits(shape, torch.full((channels,), bits), "uniform").total
+    return total
