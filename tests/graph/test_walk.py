@@ -334,3 +334,49 @@ def test_parameters_and_gradients_are_left_alone():
     for node in Walk(graph, calls):
         assert torch.is_grad_enabled(), f"at {node}: the caller's code runs in the caller's mode"
     assert all(p.grad is None for p in graph.parameters())
+
+
+def test_progress_is_the_cost_of_what_is_executed(monkeypatch):
+    class Bar:
+        disable = False
+
+        def __init__(self, total, desc, **_):
+            self.total, self.label, self.steps, self.closed = total, desc, [], False
+            bars.append(self)
+
+        def update(self, amount):
+            self.steps.append(amount)
+
+        def close(self):
+            self.closed = True
+
+    bars = []
+    monkeypatch.setattr("mpqdm_fx.graph.walk.tqdm", Bar)
+    graph, _, calls = traced("net")
+    walk = Walk(graph, calls, progress="sweep")
+    (bar,) = bars
+    for node in walk:
+        if node.target == "body":
+            assert not bar.closed
+            before = len(bar.steps)
+        if node.target == "mix":
+            # 16 channels of 3x3x12 at 60 pixels, for two samples; the last call has one
+            each = 16 * 108 * 60
+            assert each * 2 in bar.steps[before:]
+            assert each in bar.steps[before:]
+    assert sum(bar.steps) == bar.total
+    assert bar.closed
+    assert bar.label == "sweep"
+
+
+def test_a_device_is_where_values_and_constants_are():
+    # no other device here: "meta" computes shapes only, and takes no tensor of the CPU
+    graph, lanes, calls = traced("condition")
+    walk = Walk(lanes, calls, device="meta")
+    for node in walk:
+        for source in node.all_input_nodes:
+            leaves = torch.utils._pytree.tree_leaves(list(walk.values(source)))
+            assert {t.device.type for t in leaves if isinstance(t, torch.Tensor)} <= {"meta"}
+    with torch.no_grad():
+        assert walk.outputs[0][1][0].shape == graph(**calls[0])[0].shape
+    assert all(p.device.type == "cpu" for p in lanes.parameters())
