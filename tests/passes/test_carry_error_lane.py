@@ -21,8 +21,8 @@ from mpqdm_fx.graph.lanes import (
     is_quantizer,
     twin_of,
 )
-from mpqdm_fx.graph.layers import replace_module, weight_layers
-from mpqdm_fx.graph.quantizers import ActivationQuantizer
+from mpqdm_fx.graph.layers import called_module, replace_module, weight_layers
+from mpqdm_fx.graph.quantizers import ActivationQuantizer, DynamicQuantizer, NoiseLevelQuantizer
 from mpqdm_fx.graph.trace import same_bits, trace
 from mpqdm_fx.passes import CarryErrorLane, QuantizeActivations
 from mpqdm_fx.plan import ActivationRange, LayerActivation
@@ -101,6 +101,20 @@ def test_lanes_of_a_unet_are_bit_equal_to_the_graphs_they_came_from(make, calls,
         assert same_bits(exact, run(graph, inputs))
         assert same_bits(noisy, run(source, inputs))
     assert same_bits(exact, noisy) is not quantized
+
+
+def test_lanes_are_bit_equal_for_every_mode_of_activations():
+    graph, inputs = traced_unet(tiny_unet, unet_calls), unet_calls(calls=1)[0]
+    modules = set()
+    for graph_pass in QuantizeActivations.examples(graph):
+        source = graph_pass(graph).graph_module
+        lanes = carry(source)
+        exact, noisy = run(lanes, inputs)
+        assert same_bits(exact, run(graph, inputs))
+        assert same_bits(noisy, run(source, inputs))
+        called = (called_module(lanes, n, ActivationQuantizer) for n in lanes.graph.nodes)
+        modules |= {type(module) for module in called if module is not None}
+    assert modules == {DynamicQuantizer, NoiseLevelQuantizer}
 
 
 @given(case=graphs(max_blocks=4), quantized=st.booleans())
