@@ -208,7 +208,7 @@ class Trajectories:
             calls = kept
         timesteps = [_join(at_timestep) for at_timestep in calls]
         first_held_out = self.num_trajectories - self.held_out
-        batches = []
+        batches: list[dict[str, Any]] = []
         for held_out in (False, True):
             parts = [
                 _take(part, ((part[_RUN] >= first_held_out) == held_out).nonzero()[:, 0])
@@ -221,7 +221,7 @@ class Trajectories:
             before = len(batches)
             for part in parts:
                 del part[_RUN]
-                rows = torch.arange(len(part["sample"])).split(self.batch_size)
+                rows = torch.split(torch.arange(len(part["sample"])), self.batch_size)
                 batches.extend(_take(part, chosen) for chosen in rows if len(chosen))
             self._held_out_batches = len(batches) - before
         return batches

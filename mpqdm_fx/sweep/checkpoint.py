@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -127,14 +126,3 @@ def _differences(found: Any, wanted: Any, where: str = "") -> list[str]:
     if found == wanted:
         return []
     return [f"{where} was {found!r}, is {wanted!r}"]
-
-
-def tensor_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """A short hash of named tensors."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

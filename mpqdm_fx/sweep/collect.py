@@ -204,7 +204,7 @@ def residual_of(
     for index, (y, r, r_hat), environment in zip(shards.indices, values, arguments, strict=True):
         at = torch.arange(y.numel()).reshape(y.shape)
         for view in found.views:
-            args = fx.node.map_arg(view.args[1:], lambda node, env=environment: env[node])
+            args: Any = fx.node.map_arg(view.args[1:], environment.__getitem__)
             at = view.target(at, *args, **view.kwargs)  # type: ignore[operator]
         if at.shape != r.shape:
             return None

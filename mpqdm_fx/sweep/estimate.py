@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from mpqdm_fx.calibration.allocate import layer_limits
 from mpqdm_fx.config import MPQConfig
@@ -127,21 +127,21 @@ def _layer_work(layer: WeightLayer, positions: int, settings: MPQConfig) -> tupl
     """Multiply-adds, columns that are rounded, and bytes at the peak of one layer's solution."""
     channels = layer.weight.shape[0]
     width = layer.weight.numel() // channels
-    groups = 1 if isinstance(layer.module, nn.Linear) else layer.module.groups  # type: ignore[union-attr]
+    groups = int(getattr(layer.module, "groups", 1))
     rows = max(1, kept_rows(width, positions, settings.max_rows))
     rounds = 1 + settings.refinements if settings.rounding == "gptq" else 0
     solves = len(DAMPINGS) if settings.propagation == "auto" else 1
     side = min(width, rows)
     if width <= rows:
-        moments = rows * width**2 + (1 + solves) * side**3 / 3
+        moments = rows * width**2 + (1 + solves) * side**3 // 3
         per_rounding = channels // groups * width**2
         size = 4 * 8 * width**2
     else:
         blocks = math.ceil(width / 128)
-        moments = rows**2 * width * (1 + solves) + solves * side**3 / 3
-        per_rounding = channels // groups * width * rows * 2 + blocks * side**3 / 3
+        moments = rows**2 * width * (1 + solves) + solves * side**3 // 3
+        per_rounding = channels // groups * width * rows * 2 + blocks * side**3 // 3
         size = 3 * 8 * rows**2 + 3 * 8 * rows * width
-    work = groups * (moments + _candidates(settings) * max(1, rounds) * per_rounding)
+    work: float = groups * (moments + _candidates(settings) * max(1, rounds) * per_rounding)
     work += 3 * rows * width * channels * solves
     columns = groups * width * rounds * _candidates(settings)
     return work, columns, size + 3 * 4 * rows * width * groups + 6 * 8 * channels * width

@@ -24,7 +24,7 @@ from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerSolution
 from mpqdm_fx.sweep.sweep import Sweep, install_solution
 
-__all__ = ["GraphQuantization", "quantize_graph"]
+__all__ = ["GraphQuantization", "finish", "quantize_graph", "start_sweep"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,37 @@ def quantize_graph(
     max_memory: int | None = None,
     half: bool = False,
 ) -> GraphQuantization:
-    """Quantize a normalized float graph.
+    """Quantize a normalized float graph: `start_sweep`, then `finish`.
+
+    Args: see `start_sweep`.
+
+    Raises:
+        CalibrationError: No data, values that are not finite, or too little memory.
+        ConfigError: A budget or a folder that cannot be used.
+    """
+    sweep = start_sweep(
+        graph_module,
+        records,
+        settings,
+        directory=directory,
+        resume=resume,
+        max_memory=max_memory,
+        half=half,
+    )
+    return finish(sweep)
+
+
+def start_sweep(
+    graph_module: fx.GraphModule,
+    records: RecordedInputs,
+    settings: MPQConfig,
+    *,
+    directory: str | Path | None = None,
+    resume: bool = False,
+    max_memory: int | None = None,
+    half: bool = False,
+) -> Sweep:
+    """Decide the bits that are decided beforehand, and set up the sweep.
 
     Args:
         graph_module: Normalized graph; it is not changed.
@@ -87,7 +117,7 @@ def quantize_graph(
     if directory is not None:
         identity = run_identity(graph_module, calls, records.held_out, settings)
         checkpoint = Checkpoint(directory, identity, resume=resume)
-    sweep = Sweep(
+    return Sweep(
         graph_module,
         own,
         settings,
@@ -100,26 +130,16 @@ def quantize_graph(
         half=half,
         progress="quantize",
     )
+
+
+def finish(sweep: Sweep) -> GraphQuantization:
+    """Run a sweep to its end and write down the result.
+
+    Args:
+        sweep: From `start_sweep`, at any node.
+    """
     sweep.run()
-    return _result(graph_module, sweep, limits)
-
-
-def _plans(
-    graph_module: fx.GraphModule,
-    calls: Sequence[Mapping[str, Any]],
-    settings: MPQConfig,
-    limits: Limits,
-    checkpoint: Checkpoint | None,
-    shards: Shards,
-) -> dict[str, LayerPlan] | None:
-    if settings.allocation != "measured":
-        return None
-    from mpqdm_fx.sweep.measured import measured_plans
-
-    return measured_plans(graph_module, calls, settings, limits, checkpoint, shards)
-
-
-def _result(graph_module: fx.GraphModule, sweep: Sweep, limits: Limits) -> GraphQuantization:
+    graph_module, limits = sweep.source, sweep.limits
     rounded = copy_graph_module(graph_module)
     for name, solution in sweep.solutions.items():
         module = install_solution(rounded.get_submodule(name), solution)
@@ -137,6 +157,21 @@ def _result(graph_module: fx.GraphModule, sweep: Sweep, limits: Limits) -> Graph
         noise_levels=sweep.noise_levels,
         layers=tuple(_report(sweep.solutions[layer.name]) for layer in plan.layers),
     )
+
+
+def _plans(
+    graph_module: fx.GraphModule,
+    calls: Sequence[Mapping[str, Any]],
+    settings: MPQConfig,
+    limits: Limits,
+    checkpoint: Checkpoint | None,
+    shards: Shards,
+) -> dict[str, LayerPlan] | None:
+    if settings.allocation != "measured":
+        return None
+    from mpqdm_fx.sweep.measured import measured_plans
+
+    return measured_plans(graph_module, calls, settings, limits, checkpoint, shards)
 
 
 def _report(solution: LayerSolution) -> LayerReport:

@@ -8,7 +8,7 @@ call, however deep the model is.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,10 @@ def _timestep(graph_module: fx.GraphModule, call: Mapping[str, Any]) -> Tensor |
 
 
 def two_lanes(
-    graph_module: fx.GraphModule, timesteps: Sequence[Tensor | None], settings: MPQConfig
+    graph_module: fx.GraphModule,
+    timesteps: Sequence[Tensor | None],
+    settings: MPQConfig,
+    skipped: Collection[str] = (),
 ) -> tuple[fx.GraphModule, NoiseLevels | None]:
     """The graph that the sweep walks: quantizers with unknown ranges, and the error's lane.
 
@@ -68,6 +71,7 @@ def two_lanes(
         graph_module: Normalized graph.
         timesteps: Timesteps of the calibration calls, which part the noise levels.
         settings: The run's settings.
+        skipped: Layers that stay in float, activations included.
 
     Returns:
         Graph of two lanes, before anything is rounded, and the groups of noise levels.
@@ -88,9 +92,12 @@ def two_lanes(
         levels = NoiseLevels.of(flat, settings.timestep_groups)
     quantized: fx.GraphModule = graph_module
     if mode != "float":
-        reads_sample = {n for n, why in pinned_layers(graph_module).items() if why == FIRST_LAYER}
+        # Late in a run the noise that is left in the sample is smaller than one step of a range
+        # over all timesteps: rounding the sample erases what the model is asked to predict.
+        in_float = {n for n, why in pinned_layers(graph_module).items() if why == FIRST_LAYER}
+        in_float.update(skipped)
         ranges = placeholder_activations(
-            [name for name in weight_layers(graph_module) if name not in reads_sample],
+            [name for name in weight_layers(graph_module) if name not in in_float],
             mode,
             bits=settings.activation_bits,
             groups=levels.count if levels else 1,
@@ -138,6 +145,8 @@ class Sweep:
         half: Hold activations as float16.
 
     Attributes:
+        source: The float graph.
+        limits: Layers off the budget.
         graph_module: The graph of two lanes; the quantized lane's layers sit under `error_lane.`.
         solutions: Solved layers by name, in running order.
         noise_levels: Groups of noise levels, or None.
@@ -158,15 +167,18 @@ class Sweep:
         half: bool = False,
         progress: str | None = None,
     ) -> None:
+        self.source = graph_module
         self.settings = settings
         self.solutions: dict[str, LayerSolution] = {}
-        self._limits = limits
+        self.limits = limits
         self._plans = plans
         self._shards = shards or Shards(rank=0, world=1, total=len(calls))
         self._validation = frozenset(validation)
         self._checkpoint = checkpoint
         timesteps = self._shards.gather([_timestep(graph_module, call) for call in calls])
-        self.graph_module, self.noise_levels = two_lanes(graph_module, timesteps, settings)
+        self.graph_module, self.noise_levels = two_lanes(
+            graph_module, timesteps, settings, limits.skipped
+        )
         self.walk = Walk(
             self.graph_module, calls, max_memory=max_memory, half=half, progress=progress
         )
@@ -267,8 +279,8 @@ class Sweep:
     def _fixed(self, layer: WeightLayer) -> LayerPlan | None:
         if self._plans is not None and layer.name in self._plans:
             return self._plans[layer.name]
-        if layer.name in self._limits.fixed:
-            return fixed_plan(layer, *self._limits.fixed[layer.name])
+        if layer.name in self.limits.fixed:
+            return fixed_plan(layer, *self.limits.fixed[layer.name])
         return None
 
     def _data(self, twin: fx.Node, pending: _Pending) -> LayerData:

@@ -1,0 +1,210 @@
+"""The sweep against its definition: rerun the model for every layer, solve, install, go on."""
+
+from typing import Any
+
+import pytest
+import torch
+from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
+from sweeps import quantized, recorded, settings_of, traced
+from torch import fx
+
+from mpqdm_fx.calibration.allocate import fixed_plan, layer_limits
+from mpqdm_fx.graph.editing import copy_graph_module
+from mpqdm_fx.graph.lanes import float_of, is_lane, twin_of
+from mpqdm_fx.graph.layers import replace_module, sample_rows, weight_layers
+from mpqdm_fx.numerics.propagation import LayerRows
+from mpqdm_fx.passes.quantize_activations import QuantizeActivations
+from mpqdm_fx.sweep.collect import collect_rows
+from mpqdm_fx.sweep.quantize import finish, start_sweep
+from mpqdm_fx.sweep.shards import Shards
+from mpqdm_fx.sweep.solve import LayerData, solve_layer
+from mpqdm_fx.sweep.sweep import Sweep, install_solution
+
+MODELS = {"unet": (tiny_unet, unet_calls), "condition": (tiny_condition_unet, condition_calls)}
+
+
+class _Inputs(fx.Interpreter):
+    """Runs a graph and keeps what one node reads."""
+
+    def __init__(self, graph_module: fx.GraphModule, name: str) -> None:
+        super().__init__(graph_module)
+        self.name = name
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name == self.name:
+            self.found = self.env[n.args[0]]
+        return super().run_node(n)
+
+
+def _read(graph_module, layer, call):
+    interpreter = _Inputs(graph_module, layer.nodes[0].name)
+    names = [n.target for n in graph_module.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        interpreter.run(*[call[name] for name in names])
+    return interpreter.found
+
+
+def _brute_force(graph_module, calls, settings, held_out, positions):
+    """Solve layer after layer; both models run from the start for each."""
+    rounded = copy_graph_module(graph_module)
+    for name, layer in weight_layers(graph_module, embeddings=False).items():
+        parts = []
+        for index, call in enumerate(calls):
+            exact = _read(graph_module, layer, call)
+            noisy = _read(rounded, layer, call)
+            at = positions[name][index]
+            x = sample_rows(layer.module, exact, positions=at)
+            x_hat = sample_rows(layer.module, noisy, positions=at)
+            parts.append((x_hat, x - x_hat))
+
+        def rows(indices, parts=parts):
+            return LayerRows(
+                inputs=torch.cat([parts[i][0] for i in indices]),
+                shift=torch.cat([parts[i][1] for i in indices]),
+            )
+
+        train = [i for i in range(len(calls)) if i not in held_out]
+        plan = fixed_plan(layer, settings.weight_bits, "all alike")
+        data = LayerData(train=rows(train), validation=rows(held_out))
+        solution = solve_layer(layer.module, plan, data, settings)
+        replace_module(rounded, name, install_solution(layer.module, solution))
+    return rounded
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_one_sweep_equals_rerunning_the_model_for_every_layer(kind, monkeypatch):
+    model, make_calls = MODELS[kind]
+    graph_module, calls = traced(model(), make_calls())
+    names = weight_layers(graph_module)
+    rules = [{"pattern": name, "weight_bits": 3} for name in names]
+    tables = set(weight_layers(graph_module, embeddings=True)) - set(names)
+    rules += [{"pattern": name, "skip": True} for name in tables]
+    settings = settings_of(weight_bits=3, activation_mode="float", overrides=rules, max_rows=96)
+    positions: dict[str, list[torch.Tensor]] = {}
+
+    def keeping(graph, walk, module, twin, **options):
+        found = collect_rows(graph, walk, module, twin, **options)
+        positions[str(float_of(graph, twin).target)] = [call.positions for call in found]
+        return found
+
+    monkeypatch.setattr("mpqdm_fx.sweep.sweep.collect_rows", keeping)
+    monkeypatch.setattr("mpqdm_fx.sweep.sweep._CACHED", 0)
+    sweep = start_sweep(graph_module, recorded(calls), settings)
+    # every layer by itself: otherwise positions of shared rows are kept under one name only
+    monkeypatch.setattr(sweep, "_remember", lambda key, rows: None)
+    result = finish(sweep)
+    expected = _brute_force(
+        graph_module, calls, settings, list(recorded(calls).held_out), positions
+    )
+    for name, layer in weight_layers(result.rounded).items():
+        other = expected.get_submodule(name)
+        assert torch.equal(layer.module.weight_codes, other.weight_codes), name
+        torch.testing.assert_close(layer.module.weight, other.weight)
+        if layer.module.bias is not None:
+            torch.testing.assert_close(layer.module.bias, other.bias)
+
+
+@pytest.mark.parametrize("mode", ["static", "timestep", "dynamic", "float"])
+def test_the_quantized_graph_computes_what_the_quantized_lane_did(mode):
+    graph_module, calls = traced(tiny_unet(), unet_calls())
+    sweep = start_sweep(
+        graph_module, recorded(calls), settings_of(activation_mode=mode, propagation=0.5)
+    )
+    result = finish(sweep)
+    quantized_graph = result.rounded
+    if mode != "float":
+        quantized_graph = QuantizeActivations(
+            ranges=result.activations, noise_levels=result.noise_levels
+        )(result.rounded).graph_module
+    with torch.no_grad():
+        for call, (exact, noisy) in zip(calls, sweep.walk.outputs, strict=True):
+            assert torch.equal(exact[0], graph_module(**call)[0])
+            assert torch.equal(noisy[0], quantized_graph(**call)[0])
+            assert not torch.equal(exact[0], noisy[0])
+
+
+def test_every_node_runs_once_per_lane_and_call():
+    graph_module, calls = traced(tiny_unet(), unet_calls())
+    settings = settings_of(activation_mode="float")
+    sweep = start_sweep(graph_module, recorded(calls), settings)
+    finish(sweep)
+    computing = [n for n in graph_module.graph.nodes if n.op.startswith("call")]
+    lanes = [n for n in sweep.graph_module.graph.nodes if n.op.startswith("call")]
+    shared = [n for n in lanes if not is_lane(n) and twin_of(sweep.graph_module, n) is None]
+    assert len(lanes) == 2 * len(computing) - len(shared)
+    assert sweep.walk.executions == len(lanes) * len(calls)
+    assert len(shared) < len(computing) / 4  # the time embedding's sines, sizes
+
+
+def test_a_sweep_can_be_stopped_looked_at_and_gone_on_with():
+    graph_module, calls = traced(tiny_unet(), unet_calls())
+    whole = quantized(graph_module, calls)
+    sweep = start_sweep(graph_module, recorded(calls), settings_of())
+    seen = []
+    for node in sweep:
+        if node.name == "mid_block_resnets_0_conv1_hat":
+            seen = [sweep.delta(node.args[0])]
+            break
+    assert "mid_block.resnets.0.conv1" in sweep.solutions  # it is solved before it is executed
+    assert "mid_block.resnets.0.conv2" not in sweep.solutions
+    assert 0 < seen[0] < 1
+    result = finish(sweep)
+    for name, layer in weight_layers(whole.rounded).items():
+        other = result.rounded.get_submodule(name)
+        assert torch.equal(layer.module.weight_codes, other.weight_codes)
+
+
+def test_layers_whose_input_has_no_error_are_not_corrected():
+    graph_module, calls = traced(tiny_condition_unet(), condition_calls())
+    result = quantized(graph_module, calls, propagation="auto", activation_mode="float")
+    strengths = {layer.name: layer.alpha for layer in result.layers}
+    exact = [n for n in strengths if n.endswith(("attn2.to_k", "attn2.to_v"))]
+    assert exact
+    for name in ("conv_in", "time_embedding.linear_1", *exact):
+        assert strengths[name] == 0
+    assert max(strengths.values()) > 0
+
+
+def test_no_layer_is_worse_than_its_base_on_held_out_calls():
+    graph_module, calls = traced(tiny_unet(), unet_calls(6))
+    result = quantized(graph_module, calls, weight_bits=2, propagation="auto")
+    gains = [
+        layer.sqnr_db - layer.base_sqnr_db for layer in result.layers if layer.sqnr_db is not None
+    ]
+    assert min(gains) >= 0
+    assert max(gains) > 0
+
+
+def test_a_skipped_layer_stays_in_float_with_its_activations():
+    graph_module, calls = traced(tiny_unet(), unet_calls(2))
+    rule = {"pattern": "mid_block.resnets.0.conv1", "skip": True}
+    result = quantized(graph_module, calls, overrides=[rule])
+    layer = result.rounded.get_submodule(rule["pattern"])
+    assert layer is graph_module.get_submodule(rule["pattern"])
+    assert rule["pattern"] not in result.activations
+
+
+def test_the_float_graph_is_left_as_it_was():
+    graph_module, calls = traced(tiny_unet(), unet_calls(2))
+    before = {name: tensor.clone() for name, tensor in graph_module.state_dict().items()}
+    code = graph_module.code
+    quantized(graph_module, calls)
+    assert graph_module.code == code
+    after = graph_module.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_shards_part_the_calls_and_gather_keeps_their_order():
+    shards = [Shards(rank=rank, world=3, total=8) for rank in range(3)]
+    assert sorted(i for s in shards for i in s.indices) == list(range(8))
+    assert Shards.of(5).indices == range(5)
+    assert Shards.of(5).gather(list("abcde")) == list("abcde")
+
+
+def test_the_sweep_needs_every_layer_of_its_plan():
+    graph_module, calls = traced(tiny_unet(), unet_calls(1))
+    settings = settings_of()
+    sweep = Sweep(graph_module, calls, settings, limits=layer_limits(graph_module, settings))
+    sweep.run()
+    assert set(sweep.solutions) == set(weight_layers(graph_module, embeddings=True))
