@@ -183,8 +183,10 @@ class Gram:
             # X X^T / N: its chunks are columns of X
             kernel = _second_moments(self.rows.T.contiguous()) * (self.width / self.count)
             factor, _ = cholesky(kernel.to(self.dtype), self.ridge(damping))
-            weights = torch.cholesky_solve(wanted.to(self.dtype), factor)
-            return (weights.T.float() @ self.rows) / self.count
+            weights = torch.cholesky_solve(wanted.to(self.dtype), factor).T / self.count
+            # Not in float32: what no row explains is 1 / ridge times larger here, and cancels.
+            parts = torch.split(self.rows, _CHUNK, dim=1)
+            return torch.cat([(weights @ part.to(weights)).float() for part in parts], dim=1)
         assert self.matrix is not None
         factor, _ = cholesky(self.matrix.to(self.dtype), self.ridge(damping))
         cross = _cross(rows, self.mean, wanted)
