@@ -1,6 +1,5 @@
 """Bits by measured cost: what rounding a channel does to the model's output, under a budget."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +11,8 @@ from mpqdm_fx.calibration.pinning import pinned_layers
 from mpqdm_fx.calibration.sensitivity import measure_sensitivity
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.numerics.budget import LayerCosts, allocate_budget
+from mpqdm_fx.numerics.budget import allocate_budget
 from mpqdm_fx.numerics.packing import storage_bits
 from mpqdm_fx.plan import LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
@@ -37,25 +35,27 @@ def measured_plans(
 
     Args:
         graph_module: Normalized float graph.
-        calls: Calibration calls of this process.
+        calls: All calibration calls.
         settings: The run's settings.
         limits: Layers off the budget's choice; their bits count against it.
         checkpoint: Where the table is kept.
-        shards: Which calls are here.
+        shards: The processes; the first one measures.
 
     Raises:
         ConfigError: The budget is below what the smallest widths take.
         CalibrationError: Gradients or rows are not finite.
     """
     path = checkpoint.directory / TABLE if checkpoint else None
-    if path is not None and path.exists():
-        table = SensitivityTable.load(path)
-    else:
-        table = measure_sensitivity(graph_module, shards.fetch(calls), seed=settings.seed)
-        if path is not None and shards.rank == 0:
+
+    def make() -> SensitivityTable:
+        if path is not None and path.exists():
+            return SensitivityTable.load(path)
+        table = measure_sensitivity(graph_module, calls, seed=settings.seed)
+        if path is not None:
             table.save(path)
-    shards.barrier()
-    return solve_budget(graph_module, table, settings, limits)
+        return table
+
+    return solve_budget(graph_module, shards.once(make), settings, limits)
 
 
 def solve_budget(
@@ -70,24 +70,13 @@ def solve_budget(
         limits: Layers with fixed bits, and those left in float.
 
     Raises:
-        ConfigError: The budget is below what the smallest widths take, or the table is of another
-            model.
+        ConfigError: The budget is below what the smallest widths take.
+        ArtifactError: The table is of another model.
     """
+    table.check(graph_module)
     layers = weight_layers(graph_module, embeddings=True)
-    costs: list[LayerCosts] = []
-    for cost in table.costs():
-        if cost.name in limits.skipped:
-            continue
-        if cost.name not in layers or layers[cost.name].weight.shape[0] != cost.channels:
-            raise ConfigError(
-                f"the sensitivity table has a layer {cost.name!r} of {cost.channels} channels, "
-                f"which this model does not have; measure this model's own table"
-            )
-        if cost.name in limits.fixed:
-            cost = dataclasses.replace(cost, fixed=limits.fixed[cost.name][0])
-        if settings.levels == "uniform":
-            cost = dataclasses.replace(cost, codebook=None)
-        costs.append(cost)
+    fixed = {name: bits for name, (bits, _) in limits.fixed.items()}
+    costs = table.costs(settings.levels, fixed=fixed, skip=limits.skipped)
     choices = allocate_budget(
         costs, budget_bits(graph_module, settings, limits), align=settings.align
     )

@@ -20,6 +20,7 @@ from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.quantized import LayerReport
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.identity import run_identity
+from mpqdm_fx.sweep.measured import measured_plans
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerSolution
 from mpqdm_fx.sweep.sweep import Sweep, install_solution
@@ -122,7 +123,7 @@ def start_sweep(
         own,
         settings,
         limits=limits,
-        plans=_plans(graph_module, own, settings, limits, checkpoint, shards),
+        plans=_plans(graph_module, calls, settings, limits, checkpoint, shards),
         validation=records.held_out,
         shards=shards,
         checkpoint=checkpoint,
@@ -169,8 +170,6 @@ def _plans(
 ) -> dict[str, LayerPlan] | None:
     if settings.allocation != "measured":
         return None
-    from mpqdm_fx.sweep.measured import measured_plans
-
     return measured_plans(graph_module, calls, settings, limits, checkpoint, shards)
 
 

@@ -4,7 +4,7 @@ Process r of n holds the calls r, r + n, r + 2n, ... What each call contributes 
 calls' own order, so every process computes on the very numbers that one process alone would.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -53,11 +53,11 @@ class Shards:
         distributed.all_gather_object(parts, list(own))
         return [parts[index % self.world][index // self.world] for index in range(self.total)]
 
-    def fetch(self, own: Sequence[_T]) -> list[_T]:
-        """All calls, for what cannot be shared out: the same as `gather`, under a telling name."""
-        return self.gather(own)
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.world > 1:
-            distributed.barrier()
+    def once(self, make: Callable[[], _T]) -> _T:
+        """What process 0 makes, for all of them."""
+        if self.world == 1:
+            return make()
+        box: list[Any] = [make() if self.rank == 0 else None]
+        distributed.broadcast_object_list(box, src=0)
+        result: _T = box[0]
+        return result
