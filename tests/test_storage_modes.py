@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from small import TinyNet, net_calls, tiny_unet, unet_calls
+from small import TinyNet, net_calls
 
 from mpqdm_fx.activations import (
     DynamicActivation,
@@ -26,15 +26,35 @@ SETTINGS = MPQConfig(
     allocation="uniform",
     rounding="nearest",
     propagation=0,
+    refinements=0,
+    levels="uniform",
+    bias_correction=False,
     activation_mode="timestep",
     timestep_groups=2,
 )
-CALLS = unet_calls(2)
+
+
+class TimedNet(TinyNet):
+    """A `TinyNet` that is told a timestep."""
+
+    def forward(self, x, timestep):
+        return super().forward(x * torch.cos(timestep / 300).view(-1, 1, 1, 1))
+
+
+def timed_calls(calls: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {**call, "timestep": torch.randint(1000, (2,), generator=generator)}
+        for call in net_calls(calls, seed=seed)
+    ]
+
+
+CALLS = timed_calls(3)
 
 
 @pytest.fixture(scope="module")
 def by_level():
-    return quantize(tiny_unet(), SETTINGS, CALLS)
+    return quantize(TimedNet(), SETTINGS, CALLS)
 
 
 def in_mode(model: QuantizedModel, mode: str) -> QuantizedModel:
@@ -60,14 +80,14 @@ def quantized(request, by_level):
 
 
 def test_loading_gives_equal_activations_and_bit_equal_outputs(quantized, static, tmp_path):
-    loaded = load(save(quantized, tmp_path / "model"))
+    loaded = load(save(quantized, tmp_path / "model"), model=TimedNet(seed=7))
     assert loaded.ranges == quantized.ranges
     assert {type(activation) for activation in loaded.ranges.values()} <= set(KINDS.values())
     assert loaded.noise_levels == quantized.noise_levels
-    call = unet_calls(1, seed=5)[0]
-    got = loaded(**call).sample
-    assert torch.equal(got, quantized(**call).sample)
-    assert not torch.equal(got, static(**call).sample)
+    call = timed_calls(1, seed=5)[0]
+    got = loaded(**call)
+    assert torch.equal(got, quantized(**call))
+    assert not torch.equal(got, static(**call))
 
 
 @pytest.mark.parametrize("backend", ["torch_ao", "xnnpack"])
@@ -85,7 +105,7 @@ def test_the_doors_refuse_other_modes_too(quantized):
 
 def test_packed_takes_every_mode(quantized, tmp_path):
     folder = lower(quantized, "packed", output=tmp_path / "model")
-    assert load(folder).ranges == quantized.ranges
+    assert load(folder, model=TimedNet()).ranges == quantized.ranges
 
 
 def test_a_folder_of_format_version_one_loads(static, tmp_path):
@@ -95,7 +115,7 @@ def test_a_folder_of_format_version_one_loads(static, tmp_path):
     manifest["version"] = 1
     manifest["ranges"] = {name: asdict(entry) for name, entry in static.ranges.items()}
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    loaded = load(folder)
+    loaded = load(folder, model=TimedNet())
     assert loaded.ranges == static.ranges
     assert loaded.noise_levels is None
 
@@ -107,7 +127,7 @@ def test_damaged_noise_levels_are_refused(by_level, tmp_path, levels):
     manifest["noise_levels"] = levels
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match=MANIFEST):
-        load(folder)
+        load(folder, model=TimedNet())
 
 
 def test_quantize_takes_the_mode_from_the_settings(by_level):
