@@ -1,8 +1,14 @@
 """How large the rounding error of each channel's output is at each width, by bounded work.
 
-The error is measured on input rows and not from the diagonal of their second moments: inputs are
-strongly correlated (neighbouring pixels, positive activations), and a table from the diagonal alone
-cost 1 dB at 2 bits and 2 dB at 3 bits on the bundled model.
+Two parts. Nearest rounding is measured channel by channel on input rows, not from the diagonal of
+their second moments: inputs are strongly correlated (neighbouring pixels, positive activations).
+What GPTQ's error feedback leaves of it is measured on a few channels of the layer, on rows that the
+feedback did not see: a tenth of the error or all of it, by the rows' spectrum, by how many rows
+there are for how many weights, and by width, because at 1 bit most weights sit at an outermost
+level and cannot make up for others.
+
+On the bundled model, weights at 2.4 / 3.4 / 4.4 effective bits rounded by GPTQ: 33.7 / 40.4 / 49.0
+dB from the diagonal, 34.8 / 42.5 / 50.2 dB from rows, 35.8 / 43.6 / 50.3 dB with the feedback.
 """
 
 from collections.abc import Callable
@@ -12,7 +18,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mpqdm_fx.numerics.codebook import quantize_codebook
+from mpqdm_fx.numerics.codebook import LevelKind, quantize_codebook
+from mpqdm_fx.numerics.gptq import gptq
+from mpqdm_fx.numerics.gram import Gram
 from mpqdm_fx.numerics.grids import (
     CODEBOOK_MAX_BITS,
     MAX_BITS,
@@ -21,14 +29,17 @@ from mpqdm_fx.numerics.grids import (
     round_scale,
     snap,
 )
+from mpqdm_fx.numerics.levels import RowLevels
 
-__all__ = ["MAX_NUMBERS", "ChannelInputs", "channel_errors"]
+__all__ = ["MAX_NUMBERS", "ChannelInputs", "channel_errors", "feedback_gains"]
 
 MAX_NUMBERS = 2**18
 """Largest layer, in weights, whose every channel is fitted at every width."""
 
 _SAMPLE = 2**15  # weights of a larger layer that are fitted
 _CHUNK = 2**22  # weights rounded at once
+_FEEDBACK_CHANNELS = 16
+_MAX_GAIN = 2.0  # feedback from few rows may do harm; more than this is an accident of few channels
 
 _Quantize = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -47,21 +58,23 @@ class ChannelInputs:
     energy: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, channels: int, *, center: bool) -> Self:
+    def of(cls, fit: Tensor, held_out: Tensor, channels: int, *, center: bool) -> Self:
         """Prepare sampled rows.
 
         Args:
-            rows: [P, K] or [P, G, K].
+            fit: Rows that give the energies and the mean, [P, K] or [P, G, K].
+            held_out: Rows that errors are measured on, in the same form.
             channels: Output channels O.
             center: Subtract the mean row, since a bias makes up for what rounding does to it.
         """
-        rows = rows.float()
-        if center and len(rows) > 1:
-            rows = rows - rows.mean(dim=0)
-        energy = rows.double().square().mean(dim=0)
-        if rows.dim() == 3:
+        fit, held_out = fit.float(), held_out.float()
+        if center:
+            mean = fit.double().mean(dim=0)
+            fit, held_out = fit - mean.float(), held_out - mean.float()
+        energy = fit.double().square().mean(dim=0)
+        if fit.dim() == 3:
             energy = energy.repeat_interleave(channels // len(energy), dim=0)
-        return cls(rows=rows, energy=energy)
+        return cls(rows=held_out, energy=energy)
 
     def error(self, difference: Tensor, first: int, channels: int) -> Tensor:
         """Mean squared output of some channels with these weights.
@@ -148,6 +161,62 @@ def _error_at(W: Tensor, inputs: ChannelInputs, scale: Tensor, bits: int) -> Ten
         rows, own = W[first : first + step], scale[first : first + step]
         errors.append(inputs.error(rows - dequantize(snap(rows, own, bits), own), first, len(W)))
     return torch.cat(errors)
+
+
+def feedback_gains(
+    W: Tensor,
+    fit: Tensor,
+    held_out: Tensor,
+    *,
+    center: bool,
+    codebooks: bool = True,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """Share of the error of nearest rounding that GPTQ leaves, at each width.
+
+    A few channels are rounded at all widths in one run, since rows do not meet in it; the errors of
+    both roundings are measured on rows that the feedback did not see.
+
+    Args:
+        W: Weight rows, float [O, K].
+        fit: Input rows for the feedback, [N, K] or [N, G, K]; of a grouped layer, the first group
+            stands for all.
+        held_out: Rows for the measurement, in the same form.
+        center: Whether a bias makes up for the mean.
+        codebooks: Measure fitted levels too.
+        seed: Of the sampled channels.
+
+    Returns:
+        float64 [8] for uniform levels, and float64 [4] for fitted levels or None.
+
+    Raises:
+        CalibrationError: Rows are not finite.
+    """
+    channels = len(W)
+    if fit.dim() == 3:
+        channels //= fit.shape[1]
+        fit, held_out = fit[:, 0], held_out[:, 0]
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randperm(channels, generator=generator)[:_FEEDBACK_CHANNELS]
+    rows = W.detach()[picked].float()
+    gram = Gram.of(fit, center=center)
+    tests = held_out.float() - gram.mean.float()
+    importance = gram.diagonal.float()
+
+    def gains(kind: LevelKind, largest: int) -> Tensor:
+        stacked = rows.repeat(largest, 1)
+        bits = torch.arange(1, largest + 1).repeat_interleave(len(rows))
+        levels = RowLevels.fit(stacked, bits, kind, importance)
+        nearest = levels.snap(stacked)
+        fed_back = gptq(stacked, levels, gram)
+        errors = [
+            (tests @ (stacked - codes.float() * levels.scale[:, None]).T).double().square().sum(0)
+            for codes in (fed_back, nearest)
+        ]
+        after, before = (error.view(largest, -1).sum(dim=1) for error in errors)
+        return torch.where(before > 0, after / before.clamp_min(1e-300), 1.0).clamp(0, _MAX_GAIN)
+
+    return gains("uniform", MAX_BITS), gains("codebook", CODEBOOK_MAX_BITS) if codebooks else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,15 @@ __all__ = ["LayerSensitivity", "SensitivityTable", "model_fingerprint"]
 
 _FORMAT = "mpqdm-fx sensitivities"
 _VERSION = 1
-_COLUMNS = {"sensitivity": None, "uniform": MAX_BITS, "codebook": CODEBOOK_MAX_BITS}
+
+#: Shape of each tensor of an entry: "O" stands for the layer's channels.
+_SHAPES: Mapping[str, tuple[str | int, ...]] = {
+    "sensitivity": ("O",),
+    "uniform": ("O", MAX_BITS),
+    "codebook": ("O", CODEBOOK_MAX_BITS),
+    "uniform_gain": (MAX_BITS,),
+    "codebook_gain": (CODEBOOK_MAX_BITS,),
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,27 +50,34 @@ class LayerSensitivity:
         shape: Shape of its weight; axis 0 runs over channels O (rows, for an embedding table).
         sensitivity: Squared error of the model's output per squared error of the channel's output,
             summed over the positions of one sample, mean over samples; float64 [O].
-        uniform: Mean squared error of the channel's output with uniform levels at 1..8 bits,
-            float64 [O, 8].
+        uniform: Mean squared error of the channel's output with uniform levels at 1..8 bits, its
+            weights rounded to nearest, float64 [O, 8].
         codebook: The same with fitted levels at 1..4 bits, float64 [O, 4], or None.
+        uniform_gain: Share of the layer's error that GPTQ's feedback leaves at each width,
+            float64 [8].
+        codebook_gain: The same with fitted levels, float64 [4], or None.
     """
 
     name: str
     shape: tuple[int, ...]
     sensitivity: Tensor
     uniform: Tensor
+    uniform_gain: Tensor
     codebook: Tensor | None = None
+    codebook_gain: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for key, columns in _COLUMNS.items():
+        if (self.codebook is None) != (self.codebook_gain is None):
+            raise ConfigError(f"{self.name}: codebook and codebook_gain belong together")
+        for key, symbols in _SHAPES.items():
             values = getattr(self, key)
-            if values is None and key == "codebook":
+            if values is None and key.startswith("codebook"):
                 continue
-            wanted = self.shape[:1] if columns is None else (self.shape[0], columns)
+            wanted = tuple(self.shape[0] if size == "O" else size for size in symbols)
             if values.shape != wanted or values.dtype != torch.float64:
                 raise ConfigError(
                     f"{self.name}: {key} is {values.dtype} {tuple(values.shape)}, a weight of "
-                    f"shape {self.shape} needs float64 {tuple(wanted)}"
+                    f"shape {self.shape} needs float64 {wanted}"
                 )
             if not bool((torch.isfinite(values) & (values >= 0)).all()):
                 raise ConfigError(f"{self.name}: {key} holds negative, NaN or infinite values")
@@ -72,16 +87,28 @@ class LayerSensitivity:
         """Weights of one channel."""
         return math.prod(self.shape[1:])
 
-    def costs(self, levels: LevelKind, fixed: int | None = None) -> LayerCosts:
-        """Expected squared error of the model's output from each channel at each width."""
+    def costs(
+        self, levels: LevelKind, *, fixed: int | None = None, feedback: bool = True
+    ) -> LayerCosts:
+        """Expected squared error of the model's output from each channel at each width.
+
+        Args:
+            levels: `"codebook"` gives the costs of fitted levels too.
+            fixed: Width that is decided already.
+            feedback: Whether weights will be rounded with GPTQ's feedback, or to nearest.
+        """
+
+        def cost(errors: Tensor, gain: Tensor) -> Tensor:
+            return self.sensitivity[:, None] * (errors * gain if feedback else errors)
+
         codebook = None
-        if levels == "codebook" and self.codebook is not None:
-            codebook = self.sensitivity[:, None] * self.codebook
+        if levels == "codebook" and self.codebook is not None and self.codebook_gain is not None:
+            codebook = cost(self.codebook, self.codebook_gain)
         return LayerCosts(
             name=self.name,
             channels=self.shape[0],
             width=self.width,
-            uniform=self.sensitivity[:, None] * self.uniform,
+            uniform=cost(self.uniform, self.uniform_gain),
             codebook=codebook,
             fixed=fixed,
         )
@@ -126,6 +153,7 @@ class SensitivityTable:
         *,
         fixed: Mapping[str, int] | None = None,
         skip: Collection[str] = (),
+        feedback: bool = True,
     ) -> list[LayerCosts]:
         """Costs for `allocate_budget`, in graph order.
 
@@ -133,6 +161,7 @@ class SensitivityTable:
             levels: `"codebook"` lets each layer choose between fitted and uniform levels.
             fixed: Width of layers that are decided already; their bits count.
             skip: Layers that stay in floating point; they are left out.
+            feedback: Whether weights will be rounded with GPTQ's feedback, or to nearest.
 
         Raises:
             ConfigError: `fixed` or `skip` names a layer that the table does not have.
@@ -141,7 +170,7 @@ class SensitivityTable:
         for name in (*pinned, *skip):
             self.layer(name)
         return [
-            layer.costs(levels, pinned.get(layer.name))
+            layer.costs(levels, fixed=pinned.get(layer.name), feedback=feedback)
             for layer in self.layers
             if layer.name not in skip
         ]
@@ -172,7 +201,7 @@ class SensitivityTable:
         target = Path(path)
         tensors = {}
         for index, layer in enumerate(self.layers):
-            for key in _COLUMNS:
+            for key in _SHAPES:
                 values = getattr(layer, key)
                 if values is not None:
                     tensors[f"{index}.{key}"] = values.contiguous()
@@ -231,11 +260,13 @@ class SensitivityTable:
     def _of_header(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         layers = tuple(
             LayerSensitivity(
-                name=name,
+                name=str(name),
                 shape=tuple(shape),
                 sensitivity=tensors[f"{index}.sensitivity"],
                 uniform=tensors[f"{index}.uniform"],
+                uniform_gain=tensors[f"{index}.uniform_gain"],
                 codebook=tensors.get(f"{index}.codebook"),
+                codebook_gain=tensors.get(f"{index}.codebook_gain"),
             )
             for index, (name, shape) in enumerate(header["layers"])
         )

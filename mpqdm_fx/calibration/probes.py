@@ -1,0 +1,221 @@
+"""Squared Jacobian of the model's output, by random directions: what an error at a channel does.
+
+With y_i the output of channel i at all its positions p and J the Jacobian of the model's output f,
+independent errors e_ip change the output by
+
+    E |df|^2 = sum_i s_i E e_i^2,    s_i = sum_p |J_ip|^2 = E_v sum_p (d<v, f> / d y_ip)^2
+
+for random v with E v v^T = I (Hutchinson 1989). One backward pass gives all layers' terms for a v.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.graph.calling import split_batch
+from mpqdm_fx.graph.cost import bind_sizes, value_bytes
+from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
+from mpqdm_fx.graph.layers import EMBEDDINGS, WeightLayer, weight_layers, weight_rows
+from mpqdm_fx.graph.signature import Signature, tensor_leaves
+
+__all__ = ["output_energies"]
+
+_MEMORY = 2**30  # bytes of activations kept for one backward pass; one sample may need more
+
+
+def output_energies(
+    graph_module: fx.GraphModule,
+    calls: Sequence[Mapping[str, Any]],
+    *,
+    probes: int = 2,
+    samples: int = 128,
+    seed: int = 0,
+    weights: Sequence[Tensor] | None = None,
+) -> tuple[dict[str, Tensor], int]:
+    """Measure every weight layer of a float graph.
+
+    Args:
+        graph_module: Normalized float graph.
+        calls: Calibration calls: tensors by placeholder name. Samples are taken evenly from all.
+        probes: Random directions of the output, each one backward pass per sample.
+        samples: How many samples to probe; all, if there are fewer.
+        seed: Of the directions.
+        weights: Importance of each sample, one tensor [B] per call. Default: all alike.
+
+    Returns:
+        By layer, s [O] as above, mean over samples, float64; of an embedding table [O, K], since
+        each number of it is an output of its own. And the number of samples.
+
+    Raises:
+        CalibrationError: The weights do not fit the calls, the output does not depend on any weight
+            layer, or a gradient is not finite.
+    """
+    if weights is not None and len(weights) != len(calls):
+        raise CalibrationError(f"{len(weights)} tensors of weights for {len(calls)} calls")
+    probe = _Probe(_without_gradients(graph_module), seed)
+    parts = _parts(graph_module, calls, weights, samples)
+    for inputs, importance in tqdm(parts, desc="sensitivities", unit="part", disable=None):
+        probe.measure(inputs, probes, importance)
+    if not probe.weight > 0:
+        raise CalibrationError("the weights of all probed samples are zero")
+    for name, energy in probe.energy.items():
+        if not bool(torch.isfinite(energy).all()):
+            raise CalibrationError(
+                f"{name}: the model's output has no finite gradient here; check the calibration "
+                "data"
+            )
+    return {name: energy / probe.weight for name, energy in probe.energy.items()}, probe.samples
+
+
+class _Probe(fx.Interpreter):
+    """Runs the graph with gradients of activations alone, and sums what it sees."""
+
+    def __init__(self, graph_module: fx.GraphModule, seed: int) -> None:
+        super().__init__(graph_module)
+        layers = weight_layers(graph_module, embeddings=True)
+        self.layer_of = {node: layer for layer in layers.values() for node in layer.nodes}
+        self.energy: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            shape = weight_rows(layer.module).shape
+            sums = shape if isinstance(layer.module, EMBEDDINGS) else shape[:1]
+            self.energy[name] = torch.zeros(sums, dtype=torch.float64)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.watched: list[tuple[WeightLayer, Tensor, Tensor | None]] = []
+        self.samples = 0
+        self.weight = 0.0
+
+    def measure(self, inputs: Mapping[str, Any], probes: int, importance: Tensor) -> None:
+        """Add one part of a call: tensors by placeholder name, importance [B]."""
+        names = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
+        self.watched = []
+        with torch.enable_grad():
+            output = self.run(*[inputs[name] for name in names])
+            leaves = [
+                leaf
+                for leaf in pytree.tree_leaves(output)
+                if isinstance(leaf, Tensor) and leaf.requires_grad
+            ]
+            if not leaves:
+                raise CalibrationError("the graph's output does not depend on any weight layer")
+            for index in range(probes):
+                self._backward(leaves, importance, probes, retain=index < probes - 1)
+        self.watched = []
+        self.samples += len(importance)
+        self.weight += float(importance.sum())
+
+    def _backward(
+        self, leaves: list[Tensor], importance: Tensor, probes: int, *, retain: bool
+    ) -> None:
+        signs = []
+        for leaf in leaves:
+            draw = torch.randint(2, leaf.shape, generator=self.generator) * 2 - 1
+            # The root of a sample's importance: squared, it weighs that sample's energies.
+            root = importance.sqrt().repeat_interleave(max(1, len(leaf) // len(importance)))
+            signs.append((draw * root.view(-1, *[1] * (leaf.dim() - 1))).to(leaf))
+        gradients = torch.autograd.grad(
+            leaves,
+            [written for _, written, _ in self.watched],
+            signs,
+            retain_graph=retain,
+            allow_unused=True,
+        )
+        for (layer, _, index), gradient in zip(self.watched, gradients, strict=True):
+            if gradient is None:  # written, but not on the way to the output
+                continue
+            energy = self.energy[layer.name]
+            squared = gradient.detach().double().square().cpu()
+            if index is not None:
+                rows = squared.reshape(-1, squared.shape[-1])
+                energy.index_add_(0, index.flatten().cpu(), rows / probes)
+                continue
+            axis = -1 if isinstance(layer.module, nn.Linear) else squared.dim() - _spatial(layer)
+            energy += squared.movedim(axis, -1).flatten(0, -2).sum(dim=0) / probes
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Execute a node; watch what weight layers write."""
+        result = super().run_node(n)
+        layer = self.layer_of.get(n)
+        if layer is None:
+            return result
+        if not result.requires_grad:
+            result = result.detach().requires_grad_()
+        if isinstance(layer.module, EMBEDDINGS):
+            source = n.args[0] if n.args else n.kwargs["input"]
+            self.watched.append((layer, result, self.env[source]))  # type: ignore[index]
+            return result
+        self.watched.append((layer, result, None))
+        return result
+
+
+def _spatial(layer: WeightLayer) -> int:
+    """Places from the channel axis of a convolution's output to its end."""
+    return layer.weight.dim() - 1
+
+
+def _without_gradients(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose parameters take no gradient: only activations do, which saves their inputs."""
+    copied = copy_graph_module(graph_module)
+    clones: dict[nn.Module, nn.Module] = {}
+    for target in {str(node.target) for node in copied.graph.nodes if node.op == "call_module"}:
+        module = copied.get_submodule(target)
+        if module not in clones:  # a module may sit at several names
+            clones[module] = clone = shallow_clone(module)
+            clone._parameters = {
+                name: None if p is None else nn.Parameter(p.detach(), requires_grad=False)
+                for name, p in module._parameters.items()
+            }
+        replace_module(copied, target, clones[module])
+    return copied
+
+
+def _parts(
+    graph_module: fx.GraphModule,
+    calls: Sequence[Mapping[str, Any]],
+    weights: Sequence[Tensor] | None,
+    samples: int,
+) -> list[tuple[dict[str, Any], Tensor]]:
+    """Split calls into parts of few samples and take evenly as many as are wanted."""
+    signature: Signature = graph_module.meta["signature"]
+    parts: list[tuple[dict[str, Any], Tensor]] = []
+    for index, call in enumerate(calls):
+        size = max(1, min(samples, _MEMORY // max(1, _sample_bytes(graph_module, call))))
+        pieces = [dict(call)]
+        if signature.batch_range is not None:
+            low, high = signature.batch_range
+            size = max(low, size if high is None else min(size, high))
+            narrow = dataclasses.replace(signature, batch_range=(low, size))
+            pieces = split_batch(narrow, call)
+        counts = [_samples(signature, piece) for piece in pieces]
+        importance = torch.ones(sum(counts)) if weights is None else weights[index].float().cpu()
+        if importance.shape != (sum(counts),) or not bool((importance >= 0).all()):
+            raise CalibrationError(
+                f"weights of call {index} have shape {tuple(importance.shape)}; give one number "
+                f"that is not negative for each of its {sum(counts)} samples"
+            )
+        parts += zip(pieces, torch.split(importance, counts), strict=True)
+    mean = sum(len(importance) for _, importance in parts) / len(parts)
+    wanted = min(len(parts), max(1, math.ceil(samples / mean)))
+    return [parts[(2 * place + 1) * len(parts) // (2 * wanted)] for place in range(wanted)]
+
+
+def _samples(signature: Signature, call: Mapping[str, Any]) -> int:
+    """Batch size of a call."""
+    specs = {spec.name: spec for spec in signature.inputs if spec.batch_axis == 0}
+    for name, tensor in tensor_leaves(call):
+        if name in specs and tensor.ndim > 1:
+            return len(tensor) // specs[name].batch_multiple
+    return signature.batch
+
+
+def _sample_bytes(graph_module: fx.GraphModule, call: Mapping[str, Any]) -> int:
+    """Bytes of all activations of one sample."""
+    sizes = bind_sizes(graph_module, call)
+    total = sum(value_bytes(node, sizes) for node in graph_module.graph.nodes)
+    return total // _samples(graph_module.meta["signature"], call)
