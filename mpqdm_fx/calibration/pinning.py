@@ -12,10 +12,13 @@ from torch import fx
 
 from mpqdm_fx.graph.layers import weight_layers
 
-__all__ = ["FIRST_LAYER", "pinned_layers"]
+__all__ = ["FIRST_LAYER", "LAST_LAYER", "pinned_layers"]
 
 FIRST_LAYER = "first layer"
 """Reason of layers that read the noisy sample before any other weight layer did."""
+
+LAST_LAYER = "last layer"
+"""Reason of layers behind which the output comes without another weight layer."""
 
 _EMBEDDING_PARTS = frozenset(
     {
@@ -53,7 +56,7 @@ def pinned_layers(graph_module: fx.GraphModule) -> dict[str, str]:
     for node in _reach(placeholders[:1], calls, forward=True):
         reasons[calls[node]] = FIRST_LAYER
     for node in _reach([output], calls, forward=False):
-        reasons[calls[node]] = "last layer"
+        reasons[calls[node]] = LAST_LAYER
     for name, layer in layers.items():
         if _EMBEDDING_PARTS & set(name.split(".")):
             reasons.setdefault(name, "time or class embedding")

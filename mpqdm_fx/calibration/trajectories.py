@@ -221,8 +221,9 @@ class Trajectories:
             before = len(batches)
             for part in parts:
                 del part[_RUN]
-                rows = torch.split(torch.arange(len(part["sample"])), self.batch_size)
-                batches.extend(_take(part, chosen) for chosen in rows if len(chosen))
+                every = torch.arange(len(part["sample"]))
+                for rows in torch.split(every, self.batch_size):
+                    batches += [_take(part, rows)] if len(rows) else []
             self._held_out_batches = len(batches) - before
         return batches
 

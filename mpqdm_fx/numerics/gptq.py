@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.numerics.gram import Gram, cholesky
-from mpqdm_fx.numerics.levels import RowLevels
+from mpqdm_fx.numerics.levels import ColumnSnapper, RowLevels
+from mpqdm_fx.numerics.threads import one_thread
 
 __all__ = ["GPTQ_DAMPING", "gptq", "rounding_gain"]
 
@@ -53,15 +54,16 @@ def gptq(
     if act_order:
         order = torch.argsort(gram.diagonal, descending=True, stable=True)
     # In float64 where the factor is: a code that flips in the last digit moves all after it.
+    # In units of each row's scale, in which all rows have integer levels.
     target = W.to(gram.dtype)[:, order]
-    scale = levels.scale.to(target)
+    target = target / levels.scale.to(target)[:, None]
     codes = torch.empty_like(target)
     feedback = _feedback(gram, order, damping, len(W))
+    snapper = levels.snapper(target)
     for block in _blocks(gram.width, block_size):
         upper, shift = feedback.block(block)
-        wanted = target[:, block] + shift
-        codes[:, block] = _round_block(wanted, levels, upper)
-        feedback.commit(block, target[:, block] - codes[:, block] * scale[:, None])
+        codes[:, block] = _round_block(target[:, block] + shift, snapper, upper)
+        feedback.commit(block, target[:, block] - codes[:, block])
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result.to(torch.int8)
@@ -94,17 +96,19 @@ def _blocks(width: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, width))
 
 
-def _round_block(wanted: Tensor, levels: RowLevels, upper: Tensor) -> Tensor:
+def _round_block(wanted: Tensor, snapper: ColumnSnapper, upper: Tensor) -> Tensor:
     """Codes of one block [O, b]; `upper` is its unit upper factor [b, b]."""
-    codes = torch.empty_like(wanted)
-    errors = torch.zeros_like(wanted)
-    scale = levels.scale.to(wanted)
-    for column in range(wanted.shape[1]):
-        value = wanted[:, column] + errors[:, :column] @ upper[:column, column]
-        code = levels.snap(value[:, None])[:, 0]
-        codes[:, column] = code
-        errors[:, column] = wanted[:, column] - code * scale
-    return codes
+    columns = wanted.T.contiguous()  # a column is a row here: contiguous
+    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
+    couplings = upper.T.contiguous()
+    with one_thread():
+        for index in range(len(columns)):
+            value = columns[index]
+            if index:
+                value = torch.addmv(value, errors[:index].T, couplings[index, :index])
+            codes[index] = snapper(value)
+            torch.sub(columns[index], codes[index], out=errors[index])
+    return codes.T
 
 
 class _Feedback(Protocol):

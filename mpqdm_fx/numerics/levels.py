@@ -15,7 +15,7 @@ from mpqdm_fx.numerics.grids import (
     round_scale,
 )
 
-__all__ = ["RowLevels"]
+__all__ = ["ColumnSnapper", "RowLevels"]
 
 _TABLE = 2**CODEBOOK_MAX_BITS
 
@@ -90,6 +90,14 @@ class RowLevels:
         codes[rows] = tables.gather(1, index)
         return codes
 
+    def snapper(self, like: Tensor) -> "ColumnSnapper":
+        """`snap` for one column after the other, prepared once.
+
+        Args:
+            like: Gives dtype and device of the columns.
+        """
+        return ColumnSnapper(self, like)
+
     def _snap_uniform(self, ratio: Tensor) -> Tensor:
         widths = self.bits.to(ratio.device)[:, None]
         top = torch.where(widths == MAX_BITS, 127, 2**widths - 1).to(ratio.dtype)
@@ -98,6 +106,46 @@ class RowLevels:
         if bool(wide.any()):
             balanced = torch.where(wide, ratio.round(), balanced)
         return balanced.clamp_(-top, top)
+
+
+class ColumnSnapper:
+    """The nearest level of single columns in units of the rows' scales: few small kernels.
+
+    Rounding with error feedback meets one column at a time, and most of its time is the overhead of
+    these calls.
+    """
+
+    def __init__(self, levels: RowLevels, like: Tensor) -> None:
+        bits = levels.bits.to(like.device)
+        top = torch.where(bits == MAX_BITS, 127, 2**bits - 1).to(like)
+        self._top, self._bottom = top, -top
+        wide = bits == MAX_BITS
+        self._wide = wide if bool(wide.any()) else None
+        self._rows = self._tables = self._middle = None
+        if levels.tables is not None:
+            rows = levels.fitted.to(like.device).nonzero()[:, 0]
+            tables = levels.tables.to(like)[rows]
+            self._tables = tables
+            self._middle = ((tables[:, 1:] + tables[:, :-1]) / 2).contiguous()
+            self._rows = None if len(rows) == len(bits) else rows
+
+    def __call__(self, ratio: Tensor) -> Tensor:
+        """Codes of one column [O], in the dtype that `like` had."""
+        if self._tables is not None and self._rows is None:
+            return self._fitted(ratio)
+        codes = ratio.mul(0.5).floor_().mul_(2).add_(1)
+        if self._wide is not None:
+            codes = torch.where(self._wide, ratio.round(), codes)
+        codes = torch.minimum(torch.maximum(codes, self._bottom), self._top)
+        if self._rows is not None:
+            codes[self._rows] = self._fitted(ratio[self._rows])
+        return codes
+
+    def _fitted(self, ratio: Tensor) -> Tensor:
+        assert self._tables is not None
+        assert self._middle is not None
+        index = torch.searchsorted(self._middle, ratio[:, None])
+        return self._tables.gather(1, index)[:, 0]
 
 
 def _tables_of(codes: Tensor, bits: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from mpqdm_fx.numerics.gptq import GPTQ_DAMPING
 from mpqdm_fx.numerics.gram import Gram
 from mpqdm_fx.numerics.grids import MIN_SCALE, max_scale
-from mpqdm_fx.numerics.levels import RowLevels
+from mpqdm_fx.numerics.levels import ColumnSnapper, RowLevels
+from mpqdm_fx.numerics.threads import one_thread
 
 __all__ = ["refine"]
 
@@ -85,28 +86,46 @@ def _refit_scale(
 
 def _descend(W: Tensor, codes: Tensor, levels: RowLevels, gram: Gram, damping: float) -> Tensor:
     """One round of coordinate descent: each weight to the level nearest to its conditional best."""
+    # In units of each row's scale, in which all rows have integer levels.
     target = W.to(gram.dtype)
-    scale = levels.scale.to(target)
+    target = target / levels.scale.to(target)[:, None]
     result = codes.to(gram.dtype)
     ridge = gram.ridge(damping)
-    errors = target - result * scale[:, None]
+    errors = target - result
     state = _Gradient(gram, errors)
+    snapper = levels.snapper(target)
     for start in range(0, gram.width, _BLOCK):
         columns = slice(start, min(start + _BLOCK, gram.width))
         own = state.moments(columns)
         own.diagonal().add_(ridge)
         gradient = state.gradient(columns) + ridge * errors[:, columns]
-        before = errors[:, columns].clone()
-        for column in range(columns.stop - columns.start):
-            at = columns.start + column
-            wanted = result[:, at] * scale + gradient[:, column] / own[column, column]
-            code = levels.snap(wanted[:, None])[:, 0]
-            change = (result[:, at] - code) * scale
-            gradient += change[:, None] * own[column]
-            result[:, at] = code
-            errors[:, at] += change
-        state.commit(columns, errors[:, columns] - before)
+        changes = _descend_block(result[:, columns], gradient, own, snapper)
+        result[:, columns] -= changes
+        errors[:, columns] += changes
+        state.commit(columns, changes)
     return result.to(torch.int8)
+
+
+def _descend_block(codes: Tensor, gradient: Tensor, own: Tensor, snapper: ColumnSnapper) -> Tensor:
+    """What one block's codes [O, b] give up: old minus new, column after column.
+
+    Args:
+        codes: Codes before.
+        gradient: `E (H + ridge I)` at the block's columns, [O, b].
+        own: `H + ridge I` among them, [b, b].
+        snapper: The rows' levels.
+    """
+    before, slopes = codes.T.contiguous(), gradient.T.contiguous()  # a column is a row here
+    step = 1 / own.diagonal()
+    changes = torch.empty_like(before)
+    with one_thread():
+        for index in range(len(before)):
+            slope = slopes[index]
+            if index:
+                slope = torch.addmv(slope, changes[:index].T, own[index, :index])
+            wanted = torch.addcmul(before[index], slope, step[index])
+            torch.sub(before[index], snapper(wanted), out=changes[index])
+    return changes.T
 
 
 class _Gradient:

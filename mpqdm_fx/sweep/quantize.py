@@ -15,6 +15,7 @@ from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.editing import copy_graph_module
+from mpqdm_fx.graph.lanes import error_lane_name
 from mpqdm_fx.graph.layers import replace_module, weight_layers
 from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.quantized import LayerReport
@@ -23,7 +24,7 @@ from mpqdm_fx.sweep.identity import run_identity
 from mpqdm_fx.sweep.measured import measured_plans
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerSolution
-from mpqdm_fx.sweep.sweep import Sweep, install_solution
+from mpqdm_fx.sweep.sweep import Sweep
 
 __all__ = ["GraphQuantization", "finish", "quantize_graph", "start_sweep"]
 
@@ -142,8 +143,9 @@ def finish(sweep: Sweep) -> GraphQuantization:
     sweep.run()
     graph_module, limits = sweep.source, sweep.limits
     rounded = copy_graph_module(graph_module)
-    for name, solution in sweep.solutions.items():
-        module = install_solution(rounded.get_submodule(name), solution)
+    for name in sweep.solutions:
+        # The very modules of the quantized lane: a large model is not held three times.
+        module = sweep.graph_module.get_submodule(error_lane_name(name))
         replace_module(rounded, name, module)
     order = list(weight_layers(graph_module, embeddings=True))
     plan = BitPlan(

@@ -23,7 +23,7 @@ from mpqdm_fx.numerics.propagation import (
 from mpqdm_fx.numerics.refine import refine
 from mpqdm_fx.plan import LayerPlan
 
-__all__ = ["LayerData", "LayerSolution", "round_table", "solve_layer"]
+__all__ = ["LayerData", "LayerSolution", "solve_layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class _Candidate:
 
     @property
     def weight(self) -> Tensor:
-        return self.codes.float() * self.levels.scale[:, None].to(self.codes.device)
+        return _dequantized(self.codes, self.levels)
 
 
 def solve_layer(
@@ -90,8 +90,8 @@ def solve_layer(
     """Correct and round one convolution or linear layer.
 
     With `propagation="auto"` the layer is rounded twice, with and without the correction that
-    the held-out rows chose, and the one of least validation error is kept: no layer is worse than
-    its base there.
+    the held-out rows chose, and the one of least validation error is kept; so is its refinement
+    only if it lowers that error. No layer is worse than its base there.
 
     Args:
         module: The float layer; it is not changed.
@@ -166,18 +166,17 @@ def _solve_rows(
     targets = train.targets(W)
     means = [target.mean(dim=0) * centred for target in targets]
     judge = data.validation if len(data.validation) else train
-    base: _Candidate | None = None
     options = _corrections(W, plan, data, gram, settings)
     candidates = []
     for correction in options:
         codes, levels = _round(W, correction, plan, gram, settings)
-        Q = codes.float() * levels.scale[:, None].to(W.device)
-        error = output_error(W, Q, judge, gram.mean, means)
+        error = output_error(W, _dequantized(codes, levels), judge, gram.mean, means)
         candidates.append(
             _Candidate(codes=codes, levels=levels, correction=correction, error=error)
         )
     base = candidates[0]
     best = min(candidates, key=lambda one: float(one.error.sum()))
+    best = _refined(best, W, gram, judge, means, settings)
     shift = torch.stack(means).sum(dim=0) if means else W.new_zeros(len(W), dtype=torch.float64)
     shift = shift + (W - best.weight).to(torch.float64) @ gram.mean
     signal = _signal(W, judge, gram)
@@ -192,6 +191,29 @@ def _solve_rows(
             f"the calibration data and the layers before it"
         )
     return best, shift, torch.tensor(energies, dtype=torch.float64)
+
+
+def _refined(
+    found: _Candidate,
+    W: Tensor,
+    gram: Gram,
+    judge: LayerRows,
+    means: list[Tensor],
+    settings: MPQConfig,
+) -> _Candidate:
+    """The chosen rounding refined, unless that does not help on the rows that judge."""
+    if settings.rounding != "gptq" or not settings.refinements:
+        return found
+    target = W if found.correction.weight is None else W + found.correction.weight
+    codes, levels = refine(target, found.codes, found.levels, gram, passes=settings.refinements)
+    error = output_error(W, _dequantized(codes, levels), judge, gram.mean, means)
+    if float(error.sum()) > float(found.error.sum()):
+        return found
+    return replace(found, codes=codes, levels=levels, error=error)
+
+
+def _dequantized(codes: Tensor, levels: RowLevels) -> Tensor:
+    return codes.float() * levels.scale[:, None].to(codes.device)
 
 
 def _signal(W: Tensor, rows: LayerRows, gram: Gram) -> float:
@@ -214,27 +236,10 @@ def _corrections(
 def _round(
     W: Tensor, correction: Correction, plan: LayerPlan, gram: Gram, settings: MPQConfig
 ) -> tuple[Tensor, RowLevels]:
+    """Fit levels to the corrected rows and round them as the settings say."""
     target = W if correction.weight is None else W + correction.weight
-    return round_table(target, plan, gram, settings)
-
-
-def round_table(
-    target: Tensor, plan: LayerPlan, gram: Gram, settings: MPQConfig
-) -> tuple[Tensor, RowLevels]:
-    """Fit levels to target rows and round them as the settings say.
-
-    Args:
-        target: float32 [O, K].
-        plan: Bits and levels.
-        gram: Moments of the rows' inputs.
-        settings: `rounding` and `refinements`.
-
-    Returns:
-        int8 codes [O, K] and the levels.
-    """
     importance = gram.diagonal.float()
     levels = RowLevels.fit(target, plan.bits_tensor(), plan.levels, importance)
     if settings.rounding == "nearest":
         return levels.snap(target).to(torch.int8), levels
-    codes = gptq(target, levels, gram)
-    return refine(target, codes, levels, gram, passes=settings.refinements)
+    return gptq(target, levels, gram), levels

@@ -21,9 +21,9 @@ from mpqdm_fx.activations import (
     placeholder_activations,
 )
 from mpqdm_fx.calibration.allocate import Limits, check_weight, decide_layer, fixed_plan
-from mpqdm_fx.calibration.pinning import FIRST_LAYER, pinned_layers
+from mpqdm_fx.calibration.pinning import FIRST_LAYER, LAST_LAYER, pinned_layers
 from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.config import ActivationMode, MPQConfig
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.lanes import error_lane_name, install_in_lane
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
@@ -92,10 +92,7 @@ def two_lanes(
         levels = NoiseLevels.of(flat, settings.timestep_groups)
     quantized: fx.GraphModule = graph_module
     if mode != "float":
-        # Late in a run the noise that is left in the sample is smaller than one step of a range
-        # over all timesteps: rounding the sample erases what the model is asked to predict.
-        in_float = {n for n, why in pinned_layers(graph_module).items() if why == FIRST_LAYER}
-        in_float.update(skipped)
+        in_float = {*ends_in_float(graph_module, mode), *skipped}
         ranges = placeholder_activations(
             [name for name in weight_layers(graph_module) if name not in in_float],
             mode,
@@ -106,6 +103,21 @@ def two_lanes(
             graph_module
         ).graph_module
     return CarryErrorLane()(quantized).graph_module, levels
+
+
+def ends_in_float(graph_module: fx.GraphModule, mode: ActivationMode) -> set[str]:
+    """Layers whose activations stay in float: those that read the sample or write the noise.
+
+    Late in a run the noise that is left in the sample is smaller than one step of a range over all
+    timesteps: rounding the sample erases what the model is asked to predict. And the output has to
+    be as exact as all of the model is; a dynamic quantizer leaves it alone.
+
+    Args:
+        graph_module: Normalized graph.
+        mode: How activations are quantized.
+    """
+    ends = {FIRST_LAYER} if mode == "dynamic" else {FIRST_LAYER, LAST_LAYER}
+    return {name for name, why in pinned_layers(graph_module).items() if why in ends}
 
 
 def install_solution(module: nn.Module, solution: LayerSolution) -> nn.Module:

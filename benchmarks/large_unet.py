@@ -1,0 +1,108 @@
+"""Quantize a UNet of Stable Diffusion 1.5's size on a small machine; time and peak memory.
+
+    python benchmarks/large_unet.py --weights 4 --directory run_w4
+    python benchmarks/large_unet.py --weights 4 --directory run_w4 --resume    # after a kill
+
+860 M parameters, 64x64 latents, seeded random weights (no hub is needed), 8 calibration inputs at
+8 timesteps, the whole recipe. Random weights say nothing about quality; the output error is printed
+to show that the result computes. Numbers go to `<directory>/result.json`.
+"""
+
+import argparse
+import json
+import logging
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from mpqdm_fx import MPQConfig, convert, prepare
+from mpqdm_fx.numerics.metrics import sqnr_db
+
+CALLS = 8
+
+
+def model(scale: int) -> UNet2DConditionModel:
+    """Stable Diffusion 1.5's UNet, or one `scale` times narrower."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=64,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=2,
+        block_out_channels=tuple(width // scale for width in (320, 640, 1280, 1280)),
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        norm_num_groups=32 if scale == 1 else 8,
+    ).eval()
+
+
+def calls() -> list[dict[str, Any]]:
+    """Seeded inputs at timesteps spread over the schedule."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "sample": torch.randn(1, 4, 64, 64, generator=generator),
+            "timestep": torch.tensor([1 + 999 * index // (CALLS - 1)]),
+            "encoder_hidden_states": torch.randn(1, 77, 768, generator=generator),
+        }
+        for index in range(CALLS)
+    ]
+
+
+def peak_gib() -> float:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    """Quantize, measure, write the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=int, default=4)
+    parser.add_argument("--activations", type=int, default=8)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--narrower", type=int, default=1, help="divide all widths, to try it out")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    torch.set_num_threads(arguments.threads)
+    start = time.perf_counter()
+    unet = model(arguments.narrower)
+    data = calls()
+    settings = MPQConfig(
+        weight_bits=arguments.weights,
+        activation_bits=arguments.activations,
+        allocation="measured",
+    )
+    prepared = prepare(unet, settings, data[0])
+    for call in data:
+        prepared.record(**call)
+    print(f"traced: {time.perf_counter() - start:.0f} s, peak {peak_gib():.1f} GiB", flush=True)
+    quantized = convert(prepared, directory=arguments.directory, resume=arguments.resume)
+    seconds, peak = time.perf_counter() - start, peak_gib()
+    with torch.no_grad():
+        expected, found = unet(**data[-1]).sample, quantized(**data[-1]).sample
+    layers = quantized.plan.layers
+    result = {
+        "parameters": sum(p.numel() for p in unet.parameters()),
+        "layers": len(layers),
+        "layers_in_float": sum(tensor.is_weight for tensor in quantized.plan.floats),
+        "effective_bits": quantized.plan.effective_bits,
+        "seconds": seconds,
+        "peak_gib": peak,
+        "resumed": arguments.resume,
+        "threads": arguments.threads,
+        "output_sqnr_db": sqnr_db(expected, found),
+    }
+    (arguments.directory / "result.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
