@@ -3,7 +3,7 @@
 The road: `trace`, `prepare`, run calibration data, `convert`, `lower`; or `quantize` in one call.
 """
 
-from mpqdm_fx.api import convert, lower, prepare, quantize
+from mpqdm_fx.api import convert, lower, open_sweep, prepare, quantize
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.config import MPQConfig, Override
 from mpqdm_fx.errors import (
@@ -41,6 +41,7 @@ __all__ = [
     "convert",
     "load",
     "lower",
+    "open_sweep",
     "prepare",
     "quantize",
     "save",

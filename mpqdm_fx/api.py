@@ -18,10 +18,11 @@ from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.quantized import PreparedModel, QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized
-from mpqdm_fx.sweep.quantize import quantize_graph
+from mpqdm_fx.sweep.quantize import finish, start_sweep
+from mpqdm_fx.sweep.sweep import Sweep
 from mpqdm_fx.versions import versions
 
-__all__ = ["BACKENDS", "Backend", "convert", "lower", "prepare", "quantize"]
+__all__ = ["BACKENDS", "Backend", "convert", "lower", "open_sweep", "prepare", "quantize"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ def convert(
     resume: bool = False,
     max_memory: int | None = None,
     half: bool = False,
+    device: str | None = None,
+    sweep: Sweep | None = None,
 ) -> QuantizedModel:
     """Decide the bits; correct and round the weights layer by layer; fix the activation ranges.
 
@@ -85,6 +88,9 @@ def convert(
         resume: Go on with what the folder holds; the result has the same bits.
         max_memory: Bytes of activations held in memory; the rest goes to disk.
         half: Hold activations as float16 between layers.
+        device: Where to compute, for example `"cuda"`; by default where the model is.
+        sweep: A sweep of this prepared model (`open_sweep`) to go on with; the settings above are
+            those it was opened with.
 
     Returns:
         The quantized model. `prepared` can be called and converted again.
@@ -95,15 +101,16 @@ def convert(
         ConfigError: The budget cannot be met, or the folder holds another run.
     """
     start = time.perf_counter()
-    result = quantize_graph(
-        prepared.graph_module,
-        prepared.records,
-        prepared.settings,
-        directory=directory,
-        resume=resume,
-        max_memory=max_memory,
-        half=half,
-    )
+    if sweep is None:
+        sweep = open_sweep(
+            prepared,
+            directory=directory,
+            resume=resume,
+            max_memory=max_memory,
+            half=half,
+            device=device,
+        )
+    result = finish(sweep)
     report = QuantizationReport(
         layers=result.layers,
         calibration_calls=len(prepared.records),
@@ -121,6 +128,45 @@ def convert(
     )
 
 
+def open_sweep(
+    prepared: PreparedModel,
+    *,
+    directory: str | Path | None = None,
+    resume: bool = False,
+    max_memory: int | None = None,
+    half: bool = False,
+    device: str | None = None,
+) -> Sweep:
+    """Set up what `convert` runs, to walk through it by hand.
+
+    The sweep is an iterator over the nodes of a graph with two lanes, float and quantized:
+
+        sweep = open_sweep(prepared)
+        for node in sweep:                      # before each node is executed
+            if node.name == "mid_block_resnets_0_conv1_hat":
+                break
+        print(sweep.graph_module.graph)         # the lanes
+        print(sweep.delta(node.args[0]))        # relative error that reaches this layer
+        quantized = convert(prepared, sweep=sweep)
+
+    Args: as of `convert`.
+
+    Raises:
+        CalibrationError: No data, or a memory limit that is too small.
+        ConfigError: The budget cannot be met, or the folder holds another run.
+    """
+    return start_sweep(
+        prepared.graph_module,
+        prepared.records,
+        prepared.settings,
+        directory=directory,
+        resume=resume,
+        max_memory=max_memory,
+        half=half,
+        device=device,
+    )
+
+
 def quantize(
     model: nn.Module,
     config: MPQConfig,
@@ -130,6 +176,7 @@ def quantize(
     directory: str | Path | None = None,
     resume: bool = False,
     max_activations: int | None = None,
+    device: str | None = None,
 ) -> QuantizedModel:
     """`prepare`, run the calibration data, `convert`.
 
@@ -142,6 +189,7 @@ def quantize(
         directory: Folder for solved layers: a run that was killed goes on there.
         resume: Go on with what the folder holds.
         max_activations: Bytes of activations held in memory while layers are solved.
+        device: Where to compute, for example `"cuda"`; by default where the model is.
 
     Raises:
         CalibrationError: There is no calibration data, or it holds NaN or infinity.
@@ -160,7 +208,9 @@ def quantize(
         # Recording alone: `convert` runs the float graph once over everything anyway.
         with prepared.held_out() if index in held_out else contextlib.nullcontext():
             prepared.record(**inputs)
-    return convert(prepared, directory=directory, resume=resume, max_memory=max_activations)
+    return convert(
+        prepared, directory=directory, resume=resume, max_memory=max_activations, device=device
+    )
 
 
 def lower(

@@ -68,6 +68,7 @@ def quantize(
         bool, typer.Option("--resume", help="Go on with a run that was killed.")
     ] = False,
     max_memory: opt.MemoryOption = None,
+    device: Annotated[str | None, typer.Option(help="Where to solve, for example cuda.")] = None,
     subfolder: SubfolderOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -75,6 +76,7 @@ def quantize(
     """Quantize MODEL into a folder: packed weights, program, sample grid, numbers."""
     from mpqdm_fx.api import BACKENDS
     from mpqdm_fx.models.sources import load_source
+    from mpqdm_fx.processes import joined
     from mpqdm_fx.report.tables import layer_table, summary_table
     from mpqdm_fx.workflow import quantize_to_folder
 
@@ -94,18 +96,22 @@ def quantize(
         override=override,
         seed=seed,
     )
-    result = quantize_to_folder(
-        load_source(model, subfolder),
-        config,
-        backend=backend,
-        output=output,
-        trajectories=trajectories,
-        steps=steps,
-        samples=samples,
-        subfolder=subfolder,
-        resume=resume,
-        max_memory=opt.memory_of(max_memory),
-    )
+    with joined():
+        result = quantize_to_folder(
+            load_source(model, subfolder),
+            config,
+            backend=backend,
+            output=output,
+            trajectories=trajectories,
+            steps=steps,
+            samples=samples,
+            subfolder=subfolder,
+            resume=resume,
+            max_memory=opt.memory_of(max_memory),
+            device=device,
+        )
+    if result is None:
+        return
     if as_json:
         console.print_json(json.dumps(result.summary))
         return

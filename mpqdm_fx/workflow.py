@@ -32,6 +32,7 @@ from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.memory import peak_memory
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.sources import Source
+from mpqdm_fx.processes import is_first
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.images import save_grid
 from mpqdm_fx.report.metrics import (
@@ -101,7 +102,8 @@ def quantize_to_folder(
     subfolder: str | None = None,
     resume: bool = False,
     max_memory: int | None = None,
-) -> QuantizeResult:
+    device: str | None = None,
+) -> QuantizeResult | None:
     """Quantize a source and write everything that belongs to it into one folder.
 
     Args:
@@ -117,6 +119,10 @@ def quantize_to_folder(
         resume: Go on with the solved layers of a run that was killed. They lie beside `output`,
             in a folder of that name and `.checkpoint`, until the run is through.
         max_memory: Bytes of activations held in memory; the rest goes to disk.
+        device: Where to calibrate and to solve, for example `"cuda"`.
+
+    Returns:
+        What was made; None in the other processes of a run with several, which write nothing.
 
     Raises:
         MPQError: One of the steps cannot be done; no half of a result is left behind.
@@ -138,7 +144,10 @@ def quantize_to_folder(
         directory=solved,
         resume=resume,
         max_activations=max_memory,
+        device=device,
     )
+    if not is_first():
+        return None
     with staged_directory(output) as stage:
         write_model(quantized, stage)
         source.scheduler.save_pretrained(stage / "scheduler")

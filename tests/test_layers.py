@@ -26,10 +26,11 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"storage"},
             {"api"},
             {"denoisers"},  # whatever predicts the noise, behind one calling convention
-            {"memory"},
+            {"memory", "processes"},
             {"workflow"},  # whole jobs of the command line
             {"cli_options"},
             {"cli", "testing", "__init__"},
+            {"__main__"},
         ],
     )
 )

@@ -110,9 +110,9 @@ def channel_errors(
 ) -> tuple[Tensor, Tensor | None]:
     """Mean squared error of each channel's output, its weights rounded to nearest.
 
-    Layers of more than ``max_numbers`` weights are rounded with scales that follow from a few
-    fitted channels (their median in units of the channel's energy), and fitted levels lower their
-    errors by as much as those of these channels.
+    Layers of more than ``max_numbers`` weights are rounded with scales that follow, like those of a
+    few fitted channels, from each channel's energy (narrow widths clip) and its largest weight
+    (wide ones do not); and fitted levels lower their errors by as much as those of these channels.
 
     Args:
         W: Weight rows, float [O, K].
@@ -219,14 +219,23 @@ def feedback_gains(
     return gains("uniform", MAX_BITS), gains("codebook", CODEBOOK_MAX_BITS) if codebooks else None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _FewChannels:
-    """A few channels of a large layer, fitted; and the root mean square of all channels."""
+    """A few channels of a large layer, fitted; and two measures of scale of all channels.
+
+    Attributes:
+        rows: Weights of the few, [n, K].
+        energy: Mean squares of their inputs, [K] or [n, K].
+        picked: Which channels they are, int64 [n].
+        log_rms: Logarithm of the root mean square of each channel's weights, weighted like that.
+        log_max: Logarithm of its largest weight.
+    """
 
     rows: Tensor
     energy: Tensor
-    own: Tensor
-    all: Tensor
+    picked: Tensor
+    log_rms: Tensor
+    log_max: Tensor
 
     @classmethod
     def of(cls, W: Tensor, energy: Tensor, seed: int) -> Self:
@@ -236,14 +245,25 @@ class _FewChannels:
         h = energy.float()
         weighted = W.square() @ h if h.dim() == 1 else (W.square() * h).sum(dim=1)
         rms = (weighted / h.sum(dim=-1).clamp_min(1e-30)).sqrt()
-        return cls(W[picked], h if h.dim() == 1 else h[picked], rms[picked], rms)
+        return cls(
+            rows=W[picked],
+            energy=h if h.dim() == 1 else h[picked],
+            picked=picked,
+            log_rms=rms.clamp_min(1e-30).log(),
+            log_max=W.abs().amax(dim=1).clamp_min(1e-30).log(),
+        )
 
     def scales(self, bits: int) -> Tensor:
-        """Scales of all channels, float32 [O]."""
+        """Scales of all channels, float32 [O]: a power law in both measures, fitted to the few."""
         _, scale = quantize_uniform(self.rows, torch.full((len(self.rows),), bits), self.energy)
-        known = self.own > 0
-        ratio = (scale[known] / self.own[known]).median() if bool(known.any()) else 1.0
-        return round_scale(self.all * ratio)
+        spread = self.log_rms - self.log_max
+        known = spread[self.picked]
+        wanted = scale.log() - self.log_max[self.picked]
+        deviation = known - known.mean()
+        share = (deviation * wanted).sum() / deviation.square().sum().clamp_min(1e-12)
+        share = share.clamp(0, 1)
+        offset = (wanted - share * known).median()
+        return round_scale((self.log_max + share * spread + offset).exp())
 
     def codebook_share(self, bits: int) -> float:
         """Error of fitted levels over that of uniform ones."""

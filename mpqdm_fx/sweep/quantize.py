@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from mpqdm_fx.activations import Activation, NoiseLevels
@@ -59,6 +60,7 @@ def quantize_graph(
     resume: bool = False,
     max_memory: int | None = None,
     half: bool = False,
+    device: torch.device | str | None = None,
 ) -> GraphQuantization:
     """Quantize a normalized float graph: `start_sweep`, then `finish`.
 
@@ -76,6 +78,7 @@ def quantize_graph(
         resume=resume,
         max_memory=max_memory,
         half=half,
+        device=device,
     )
     return finish(sweep)
 
@@ -89,6 +92,7 @@ def start_sweep(
     resume: bool = False,
     max_memory: int | None = None,
     half: bool = False,
+    device: torch.device | str | None = None,
 ) -> Sweep:
     """Decide the bits that are decided beforehand, and set up the sweep.
 
@@ -100,6 +104,7 @@ def start_sweep(
         resume: Go on with what the folder holds.
         max_memory: Bytes of activations held in memory; the rest goes to disk.
         half: Hold activations as float16.
+        device: Where to compute; by default where the model is.
 
     Raises:
         CalibrationError: No data, values that are not finite, or too little memory.
@@ -115,10 +120,16 @@ def start_sweep(
     shards = Shards.of(len(calls))
     own = [calls[index] for index in shards.indices]
     limits = layer_limits(graph_module, settings)
+    if settings.propagation == "auto" and not records.held_out:
+        logger.warning(
+            "propagation='auto' chooses strengths on held-out calls, and there is only one call: "
+            "errors are not propagated; record more calls, or give a strength such as 0.5"
+        )
     checkpoint = None
     if directory is not None:
         identity = run_identity(graph_module, calls, records.held_out, settings)
-        checkpoint = Checkpoint(directory, identity, resume=resume)
+        if shards.rank == 0:
+            checkpoint = Checkpoint(directory, identity, resume=resume)
     return Sweep(
         graph_module,
         own,
@@ -130,7 +141,8 @@ def start_sweep(
         checkpoint=checkpoint,
         max_memory=max_memory,
         half=half,
-        progress="quantize",
+        progress="quantize" if shards.rank == 0 else None,
+        device=device,
     )
 
 
@@ -141,6 +153,7 @@ def finish(sweep: Sweep) -> GraphQuantization:
         sweep: From `start_sweep`, at any node.
     """
     sweep.run()
+    _tell_short(sweep)
     graph_module, limits = sweep.source, sweep.limits
     rounded = copy_graph_module(graph_module)
     for name in sweep.solutions:
@@ -160,6 +173,26 @@ def finish(sweep: Sweep) -> GraphQuantization:
         noise_levels=sweep.noise_levels,
         layers=tuple(_report(sweep.solutions[layer.name]) for layer in plan.layers),
     )
+
+
+def _tell_short(sweep: Sweep) -> None:
+    """Say which layers had fewer rows than numbers in a row, and what was done."""
+    short = [
+        one
+        for one in sweep.solutions.values()
+        if 0 < one.rows < one.plan.num_weights // one.plan.shape[0]
+    ]
+    if short:
+        worst = min(short, key=lambda one: one.rows / (one.plan.num_weights / one.plan.shape[0]))
+        logger.info(
+            "%d layers had fewer calibration rows than inputs (%s: %d rows of %d numbers); their "
+            "second moments are damped and corrections are chosen on held-out calls; more calls "
+            "would help",
+            len(short),
+            worst.plan.name,
+            worst.rows,
+            worst.plan.num_weights // worst.plan.shape[0],
+        )
 
 
 def _plans(

@@ -1,5 +1,6 @@
 """One layer: correct its weights for the error that reaches it, round them, refit its bias."""
 
+import logging
 import time
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,8 @@ from mpqdm_fx.numerics.propagation import (
 )
 from mpqdm_fx.numerics.refine import refine
 from mpqdm_fx.plan import LayerPlan
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["LayerData", "LayerSolution", "solve_layer"]
 
@@ -103,7 +106,7 @@ def solve_layer(
         CalibrationError: The rows hold NaN or infinity, or their moments have no factor.
     """
     start = time.perf_counter()
-    rows = weight_rows(module).float()
+    rows = weight_rows(module).float().to(data.train.inputs.device)
     bias = module.bias
     centred = isinstance(bias, Tensor) and settings.bias_correction
     grouped = data.train.inputs.dim() == 3
@@ -129,7 +132,7 @@ def solve_layer(
     new_bias = None
     if centred:
         assert isinstance(bias, Tensor)
-        new_bias = _stored(bias.detach() + torch.cat(shifts).to(bias), bias)
+        new_bias = _stored(bias.detach() + torch.cat(shifts).to(bias), bias.detach())
     signal, mismatch, base, error = sums.tolist()
     signal = signal or 1.0
     first = found[0].correction
@@ -187,8 +190,7 @@ def _solve_rows(
     energies = [signal, mismatch, float(base.error.sum()), float(best.error.sum())]
     if not all(map(torch.isfinite, torch.tensor(energies))):
         raise CalibrationError(
-            f"{plan.name} ({plan.kind}, weight {plan.shape}): its statistics are not finite; check "
-            f"the calibration data and the layers before it"
+            "its statistics are not finite; check the calibration data and the layers before it"
         )
     return best, shift, torch.tensor(energies, dtype=torch.float64)
 
@@ -227,7 +229,13 @@ def _corrections(
     """What to try; with the automatic strength, no correction comes first."""
     none = Correction()
     if settings.propagation == "auto":
-        chosen = choose_correction(W, data.train, gram, data.validation, bits=plan.bits_tensor())
+        try:
+            chosen = choose_correction(
+                W, data.train, gram, data.validation, bits=plan.bits_tensor()
+            )
+        except CalibrationError as error:
+            logger.warning("%s: no correction, since %s", plan.name, error)
+            return [none]
         return [none] if chosen.weight is None else [none, chosen]
     assert isinstance(settings.propagation, float | int)
     return [fixed_correction(W, data.train, gram, float(settings.propagation))]

@@ -155,6 +155,8 @@ class Sweep:
         checkpoint: Where solved layers are kept, or None.
         max_memory: Bytes of activations held in memory.
         half: Hold activations as float16.
+        progress: Label of a progress bar; None for none.
+        device: Where activations and solutions are computed; by default where the model is.
 
     Attributes:
         source: The float graph.
@@ -178,6 +180,7 @@ class Sweep:
         max_memory: int | None = None,
         half: bool = False,
         progress: str | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.source = graph_module
         self.settings = settings
@@ -192,7 +195,12 @@ class Sweep:
             graph_module, timesteps, settings, limits.skipped
         )
         self.walk = Walk(
-            self.graph_module, calls, max_memory=max_memory, half=half, progress=progress
+            self.graph_module,
+            calls,
+            max_memory=max_memory,
+            half=half,
+            progress=progress,
+            device=device,
         )
         self._sites = quantizer_sites(self.graph_module)
         self._ranges: dict[object, Any] = {}
@@ -241,32 +249,37 @@ class Sweep:
             return
         key = (site.key, site.bits)
         if key not in self._ranges:
-            values = self._shards.gather([v.detach() for v in self.walk.values(site.value)])
-            seed = self.settings.seed
-            if site.kind == "static":
-                self._ranges[key] = search_static(values, site.bits, seed)
-            else:
-                assert self.noise_levels is not None
-                group = site.node.args[1]
-                assert isinstance(group, fx.Node)
-                groups = self._shards.gather(list(self.walk.values(group)))
-                self._ranges[key] = search_by_noise_level(
-                    values, groups, site.bits, self.noise_levels.count, seed
-                )
+            try:
+                self._ranges[key] = self._search_range(site)
+            except CalibrationError as error:
+                layer, side = site.key
+                name = layer.removeprefix(error_lane_name(""))
+                raise CalibrationError(f"{name}, {side}: {error}") from error
         found = self._ranges[key]
         if site.kind == "static":
             set_pair(site.node, found.scale, found.zero_point)
         else:
             set_groups(self.graph_module, site.node, found)
 
+    def _search_range(self, site: QuantizerSite) -> Any:
+        values = self._shards.gather(list(self.walk.values(site.value)))
+        seed = self.settings.seed
+        if site.kind == "static":
+            return search_static(values, site.bits, seed)
+        assert self.noise_levels is not None
+        group = site.node.args[1]
+        assert isinstance(group, fx.Node)
+        groups = self._shards.gather(list(self.walk.values(group)))
+        return search_by_noise_level(values, groups, site.bits, self.noise_levels.count, seed)
+
     def _solve(self, twin: fx.Node, pending: _Pending) -> None:
         """Quantize one layer and install it in the quantized lane."""
-        name = pending.layer.name
-        solution = self._checkpoint.load(name) if self._checkpoint else None
+        name, kept = pending.layer.name, self._checkpoint
+        solution = self._shards.once(lambda: kept.load(name) if kept else None)
         if solution is None:
             solution = self._solution(twin, pending)
-            if self._checkpoint and self._shards.rank == 0:
-                self._checkpoint.save(solution)
+            if kept and self._shards.rank == 0:
+                kept.save(solution)
         self.solutions[name] = solution
         module = self.graph_module.get_submodule(str(twin.target))
         install_in_lane(self.graph_module, name, install_solution(module, solution))
@@ -278,15 +291,21 @@ class Sweep:
                 layer, self._fixed(layer) or fixed_plan(layer, 8, "embedding table")
             )
         data = self._data(twin, pending)
-        plan = self._fixed(layer)
-        if plan is None:
-            some = data.train.inputs[:_DECISION_ROWS]
-            exact = some if data.train.shift is None else some + data.train.shift[:_DECISION_ROWS]
-            plan = decide_layer(layer, exact, some, self.settings)
+        return self._shards.once(lambda: self._solve_with(layer, data))
+
+    def _solve_with(self, layer: WeightLayer, data: LayerData) -> LayerSolution:
         try:
+            plan = self._fixed(layer)
+            if plan is None:
+                some = data.train.inputs[:_DECISION_ROWS]
+                exact = some
+                if data.train.shift is not None:
+                    exact = some + data.train.shift[:_DECISION_ROWS]
+                plan = decide_layer(layer, exact, some, self.settings)
             return solve_layer(layer.module, plan, data, self.settings)
         except CalibrationError as error:
-            raise CalibrationError(f"{layer.name} ({plan.kind}, {plan.shape}): {error}") from error
+            kind, shape = type(layer.module).__name__, tuple(layer.weight.shape)
+            raise CalibrationError(f"{layer.name} ({kind}, weight {shape}): {error}") from error
 
     def _fixed(self, layer: WeightLayer) -> LayerPlan | None:
         if self._plans is not None and layer.name in self._plans:

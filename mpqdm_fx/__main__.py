@@ -1,0 +1,5 @@
+"""`python -m mpqdm_fx`: the command line, also for torchrun."""
+
+from mpqdm_fx.cli import main
+
+main()
