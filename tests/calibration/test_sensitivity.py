@@ -1,0 +1,246 @@
+"""The sensitivity table: what it predicts, what it costs to allocate by it, and its file."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import TinyNet, net_calls, tiny_unet, unet_calls
+
+from mpqdm_fx.calibration.sensitivity import measure_sensitivity
+from mpqdm_fx.calibration.sensitivity_table import SensitivityTable, model_fingerprint
+from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
+from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.numerics.budget import LayerChoice, allocate_budget, total_bits, total_cost
+from mpqdm_fx.passes.round_weights import RoundWeights
+from mpqdm_fx.plan import BitPlan, LayerPlan
+
+
+@pytest.fixture(scope="module")
+def net():
+    calls = net_calls(calls=4, batch=4)
+    graph = trace(TinyNet(), calls[0])
+    return graph, calls, measure_sensitivity(graph, calls, probes=8)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    calls = unet_calls(calls=6)
+    graph = trace(tiny_unet(), calls[0])
+    return graph, calls, measure_sensitivity(graph, calls)
+
+
+def _output_error(graph, calls, choices):
+    """Mean squared change of the output per sample, all its elements, weights alone rounded."""
+    layers = weight_layers(graph, embeddings=True)
+    plan = BitPlan(
+        layers=tuple(
+            LayerPlan(
+                name=name,
+                kind=type(layers[name].module).__name__,
+                shape=tuple(layers[name].weight.shape),
+                bits=tuple(choice.bits.tolist()),
+                levels=choice.levels,
+            )
+            for name, choice in choices.items()
+        )
+    )
+    rounded = RoundWeights(plan=plan)(graph).graph_module
+    error = samples = 0
+    with torch.no_grad():
+        for call in calls:
+            pairs = zip(_tuple(graph(**call)), _tuple(rounded(**call)), strict=True)
+            error += sum(float((a - b).double().square().sum()) for a, b in pairs)
+            samples += len(next(iter(call.values())))
+    return error / samples
+
+
+def _tuple(output):
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _same_width(table, bits, levels="uniform"):
+    return {
+        layer.name: LayerChoice(bits=torch.full((layer.shape[0],), bits), levels=levels)
+        for layer in table.layers
+    }
+
+
+@pytest.mark.parametrize("name", ["conv_in", "body", "mix", "conv_out"])
+def test_a_layers_cost_predicts_the_output_error_of_rounding_it(net, name):
+    graph, calls, table = net
+    choice = _same_width(table, 5)[name]
+    predicted = total_cost([table.layer(name).costs("uniform", feedback=False)], [choice])
+    measured = _output_error(graph, calls, {name: choice})
+    # One draw of a layer's rounding errors, whose mean is left in the output here.
+    assert 0.4 < measured / predicted < 2.5
+
+
+def test_every_layer_is_in_the_table_and_has_finite_costs(unet):
+    graph, _, table = unet
+    layers = weight_layers(graph, embeddings=True)
+    assert [layer.name for layer in table.layers] == list(layers)
+    for layer in table.layers:
+        assert layer.shape == tuple(layers[layer.name].weight.shape)
+        assert float(layer.sensitivity.min()) >= 0
+        assert float(layer.uniform[:, 7].sum()) < float(layer.uniform[:, 1].sum())
+
+
+def test_rows_of_an_embedding_that_no_call_used_count_as_the_average(unet):
+    _, calls, table = unet
+    used = torch.cat([call["class_labels"] for call in calls]).unique()
+    unused = [row for row in range(10) if row not in used.tolist()]
+    assert unused
+    sensitivity = table.layer("class_embedding").sensitivity
+    assert float(sensitivity.min()) > 0
+    for row in unused:
+        torch.testing.assert_close(sensitivity[row], sensitivity[used].mean())
+
+
+def test_measured_bits_are_better_than_equal_bits_of_the_same_size(unet):
+    graph, calls, table = unet
+    equal = _same_width(table, 4)
+    costs = table.costs("uniform", feedback=False)
+    budget = total_bits(costs, list(equal.values()))
+    choices = allocate_budget(costs, budget)
+    measured = dict(zip(equal, choices, strict=True))
+    assert total_bits(costs, choices) <= budget
+    assert _output_error(graph, calls, measured) < 0.5 * _output_error(graph, calls, equal)
+
+
+def test_the_table_depends_on_the_seed_alone(net):
+    graph, calls, _ = net
+    first, again, other = (measure_sensitivity(graph, calls, seed=seed) for seed in (0, 0, 1))
+    for a, b in zip(first.layers, again.layers, strict=True):
+        assert torch.equal(a.sensitivity, b.sensitivity)
+        assert torch.equal(a.uniform, b.uniform)
+        assert torch.equal(a.codebook_gain, b.codebook_gain)
+    assert not torch.equal(first.layers[0].sensitivity, other.layers[0].sensitivity)
+
+
+def test_few_calls_are_enough(net):
+    graph, calls, _ = net
+    table = measure_sensitivity(graph, [{"x": calls[0]["x"][:1]}], codebooks=False)
+    assert table.samples == 1
+    assert table.layers[0].codebook is None
+    assert table.costs()[0].codebook is None
+
+
+def test_costs_are_sensitivity_times_what_rounding_leaves(net):
+    _, _, table = net
+    layer = table.layer("body")
+    fed_back, nearest = (
+        table.costs("codebook", fixed={"mix": 8}, skip=["conv_in"], feedback=feedback)
+        for feedback in (True, False)
+    )
+    assert [cost.name for cost in nearest] == ["body", "mix", "conv_out"]
+    assert [cost.fixed for cost in nearest] == [None, 8, None]
+    torch.testing.assert_close(nearest[0].uniform, layer.sensitivity[:, None] * layer.uniform)
+    torch.testing.assert_close(fed_back[0].uniform, nearest[0].uniform * layer.uniform_gain)
+    torch.testing.assert_close(fed_back[0].codebook, nearest[0].codebook * layer.codebook_gain)
+    with pytest.raises(ConfigError, match="no layer 'bodi'"):
+        table.costs(skip=["bodi"])
+
+
+def test_bad_data_is_refused_with_the_layer(net):
+    graph, calls, _ = net
+    with pytest.raises(CalibrationError, match="at least one call"):
+        measure_sensitivity(graph, [])
+    with pytest.raises(CalibrationError, match="probes=0"):
+        measure_sensitivity(graph, calls, probes=0)
+    broken = trace(TinyNet(), calls[0])
+    with torch.no_grad():
+        broken.get_submodule("mix").weight[0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match="mix: its weight holds NaN"):
+        measure_sensitivity(broken, calls)
+
+
+def test_saving_and_loading_gives_the_same_table(net, tmp_path):
+    graph, _, table = net
+    path = table.save(tmp_path / "new" / "table.safetensors")
+    loaded = SensitivityTable.load(path)
+    loaded.check(graph)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    for key in ("fingerprint", "seed", "probes", "samples"):
+        assert getattr(loaded, key) == getattr(table, key)
+    for a, b in zip(table.layers, loaded.layers, strict=True):
+        for field in dataclasses.fields(a):
+            want, got = getattr(a, field.name), getattr(b, field.name)
+            assert torch.equal(want, got) if isinstance(want, torch.Tensor) else want == got
+
+
+def test_a_table_of_another_model_is_refused(net):
+    _, calls, table = net
+    other = trace(TinyNet(seed=1), calls[0])
+    assert model_fingerprint(other) != table.fingerprint
+    with pytest.raises(ArtifactError, match="measured on another model"):
+        table.check(other)
+
+
+def test_a_failed_save_leaves_the_old_file_alone(net, tmp_path, monkeypatch):
+    _, _, table = net
+    path = table.save(tmp_path / "table.safetensors")
+    before = path.read_bytes()
+
+    def full(*_args, **_settings):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("mpqdm_fx.calibration.sensitivity_table.save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        table.save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_damaged_and_foreign_files_are_refused(net, tmp_path):
+    _, _, table = net
+    path = table.save(tmp_path / "table.safetensors")
+    whole = path.read_bytes()
+    with pytest.raises(ArtifactError, match="does not exist"):
+        SensitivityTable.load(tmp_path / "missing")
+    for size in (0, 5, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ArtifactError, match="damaged"):
+            SensitivityTable.load(path)
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(ArtifactError, match="no sensitivity table"):
+        SensitivityTable.load(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'\\"version\\": 1', b'\\"version\\": 9', "format version 9"),
+        (b'\\"probes\\": 8', b'\\"probez\\": 8', "damaged"),
+        (b"mpqdm-fx sensitivities", b"mpqdm-fx sensibilities"[:22], "no sensitivity table"),
+    ],
+)
+def test_a_changed_header_is_refused(net, tmp_path, old, new, message):
+    path = net[2].save(tmp_path / "table.safetensors")
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new))
+    with pytest.raises(ArtifactError, match=message):
+        SensitivityTable.load(path)
+
+
+def test_tensors_of_other_shapes_or_values_are_refused(net, tmp_path):
+    from safetensors import safe_open
+
+    path = net[2].save(tmp_path / "table.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    whole = load_file(path)
+    for change in (
+        {"0.uniform": whole["0.uniform"][:, :7].contiguous()},
+        {"0.uniform": whole["0.uniform"].float()},
+        {"1.sensitivity": -whole["1.sensitivity"]},
+    ):
+        save_file({**whole, **change}, path, metadata=metadata)
+        with pytest.raises(ArtifactError, match="damaged"):
+            SensitivityTable.load(path)
+    del whole["0.uniform"]
+    save_file(whole, path, metadata=metadata)
+    with pytest.raises(ArtifactError, match="damaged"):
+        SensitivityTable.load(path)
