@@ -1,0 +1,45 @@
+"""Two processes give what one gives."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+SCRIPT = """
+import sys
+sys.path[:0] = {paths!r}
+import torch
+torch.set_num_threads(1)
+from small import tiny_unet, unet_calls
+from sweeps import quantized, traced
+from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.processes import is_first, joined
+
+with joined():
+    graph, calls = traced(tiny_unet(), unet_calls(5))
+    result = quantized(graph, calls, allocation="measured", activation_mode={mode!r})
+    if is_first():
+        layers = weight_layers(result.rounded, embeddings=True)
+        torch.save(
+            {{name: (la.module.weight_codes, la.module.weight) for name, la in layers.items()}},
+            sys.argv[1],
+        )
+"""
+
+
+def test_two_processes_quantize_to_the_same_weights_as_one(tmp_path):
+    here = Path(__file__).parent
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(paths=[str(here), str(here.parent)], mode="static"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    for command, name in (([sys.executable], "one.pt"), ([*torchrun, "--standalone"], "two.pt")):
+        done = subprocess.run(
+            [*command, str(script), str(tmp_path / name)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    assert set(one) == set(two)
+    for name, (codes, weight) in one.items():
+        assert torch.equal(codes, two[name][0]), name
+        assert torch.equal(weight, two[name][1]), name

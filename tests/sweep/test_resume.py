@@ -1,0 +1,113 @@
+"""A sweep that was stopped goes on with the same bits; another run's folder is refused."""
+
+import json
+
+import pytest
+import torch
+from small import tiny_unet, unet_calls
+from sweeps import recorded, settings_of, traced
+
+from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
+from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.sweep.quantize import finish, quantize_graph, start_sweep
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return traced(tiny_unet(), unet_calls())
+
+
+def _same(first, second):
+    for name, layer in weight_layers(first.rounded, embeddings=True).items():
+        other = second.rounded.get_submodule(name)
+        assert torch.equal(layer.module.weight_codes, other.weight_codes), name
+        assert torch.equal(layer.module.weight_scale, other.weight_scale), name
+        if getattr(layer.module, "bias", None) is not None:
+            assert torch.equal(layer.module.bias, other.bias), name
+    assert first.activations == second.activations
+    assert first.plan == second.plan
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "measured"])
+def test_a_run_that_was_killed_resumes_to_the_same_bits(unet, tmp_path, allocation):
+    graph, calls = unet
+    settings = settings_of(allocation=allocation)
+    whole = quantize_graph(graph, recorded(calls), settings)
+    sweep = start_sweep(graph, recorded(calls), settings, directory=tmp_path)
+    for _ in sweep:
+        if len(sweep.solutions) == 9:
+            break
+    sweep.walk.close()  # what a kill leaves: nine layers' files
+    assert len(list(tmp_path.glob("layer-*.safetensors"))) == 9
+    again = start_sweep(graph, recorded(calls), settings, directory=tmp_path, resume=True)
+    solved = []
+    original = again._solve_with
+    again._solve_with = lambda layer, data: solved.append(layer.name) or original(layer, data)
+    result = finish(again)
+    _same(whole, result)
+    assert not set(solved) & set(sweep.solutions)  # not one of the nine was solved again
+    assert [layer.sqnr_db for layer in whole.layers] == [layer.sqnr_db for layer in result.layers]
+
+
+def test_resuming_with_other_settings_is_refused_and_the_difference_is_named(unet, tmp_path):
+    graph, calls = unet
+    start_sweep(graph, recorded(calls), settings_of(weight_bits=4), directory=tmp_path)
+    with pytest.raises(ConfigError, match=r"settings\.weight_bits was 4, is 3"):
+        start_sweep(
+            graph, recorded(calls), settings_of(weight_bits=3), directory=tmp_path, resume=True
+        )
+    with pytest.raises(ConfigError, match="calibration was"):
+        start_sweep(
+            graph, recorded(calls[:2]), settings_of(weight_bits=4), directory=tmp_path, resume=True
+        )
+
+
+def test_an_unfinished_run_is_not_overwritten(unet, tmp_path):
+    graph, calls = unet
+    sweep = start_sweep(graph, recorded(calls), settings_of(), directory=tmp_path)
+    while not sweep.solutions:
+        next(sweep)
+    with pytest.raises(ConfigError, match="not finished; resume it, or delete it"):
+        start_sweep(graph, recorded(calls), settings_of(), directory=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["layer", "header"])
+def test_damaged_files_are_refused_by_name(unet, tmp_path, damage):
+    graph, calls = unet
+    sweep = start_sweep(graph, recorded(calls), settings_of(), directory=tmp_path)
+    while not sweep.solutions:
+        next(sweep)
+    if damage == "layer":
+        path = next(tmp_path.glob("layer-*.safetensors"))
+        path.write_bytes(path.read_bytes()[:40])
+    else:
+        path = tmp_path / "sweep.json"
+        path.write_text(path.read_text()[:20])
+    with pytest.raises(ArtifactError, match=path.name):
+        quantize_graph(graph, recorded(calls), settings_of(), directory=tmp_path, resume=True)
+
+
+def test_the_header_says_what_the_run_is(unet, tmp_path):
+    graph, calls = unet
+    start_sweep(graph, recorded(calls), settings_of(seed=5), directory=tmp_path)
+    header = json.loads((tmp_path / "sweep.json").read_text())
+    assert header["settings"]["seed"] == 5
+    assert header["held_out"] == [3]
+    assert set(header) == {"settings", "model", "calibration", "held_out", "versions"}
+
+
+def test_spilled_activations_change_nothing(unet):
+    graph, calls = unet
+    settings = settings_of(propagation=0.5)
+    free = quantize_graph(graph, recorded(calls), settings)
+    sweep = start_sweep(graph, recorded(calls), settings, max_memory=70_000)
+    tight = finish(sweep)
+    assert sweep.walk.spilled > 0
+    assert sweep.walk.peak_bytes <= 70_000
+    _same(free, tight)
+
+
+def test_a_memory_limit_that_cannot_hold_is_refused_with_the_smallest_that_can(unet):
+    graph, calls = unet
+    with pytest.raises(CalibrationError, match=r"smallest limit that can is (\d+) bytes"):
+        start_sweep(graph, recorded(calls), settings_of(), max_memory=1000)
