@@ -42,6 +42,7 @@ from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, MAX_BITS
 __all__ = ["measure_sensitivity"]
 
 _TEST_ROWS = 512  # rows that errors are measured on
+_WIDE_ROWS = 1024  # rows of a layer that has fewer rows than columns: the work grows with the cube
 
 
 def measure_sensitivity(
@@ -141,8 +142,10 @@ def _rows(
     rows: list[Tensor] = []
     for value in walk.values(source):
         if not count:
-            available = calls * output_positions(layer.module, value)
-            count = -(-kept_rows(layer.weight[0].numel(), available, max_rows) // calls)
+            width = layer.weight[0].numel()
+            wanted = kept_rows(width, calls * output_positions(layer.module, value), max_rows)
+            wanted = wanted if width <= wanted else min(wanted, _WIDE_ROWS)
+            count = -(-wanted // calls)
         sampled = sample_rows(layer.module, value, count=count, generator=generator)
         if not bool(torch.isfinite(sampled).all()):
             raise CalibrationError(f"{layer.name}: it reads NaN or infinity")

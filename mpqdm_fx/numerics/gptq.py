@@ -32,7 +32,7 @@ def gptq(
     *,
     damping: float = GPTQ_DAMPING,
     act_order: bool = True,
-    block_size: int = _BLOCK,
+    block_size: int | None = None,
 ) -> Tensor:
     """Round weight rows onto their levels with error feedback.
 
@@ -42,7 +42,8 @@ def gptq(
         gram: Second moments of the rows' inputs.
         damping: Ridge in units of the average diagonal of H, positive.
         act_order: Round the columns of largest energy first.
-        block_size: Columns whose feedback is applied at once; changes nothing but speed.
+        block_size: Columns whose feedback is applied at once; changes nothing but speed. By
+            default 128, and more in the dual form, which factors once a block.
 
     Returns:
         int8 codes [O, K].
@@ -60,7 +61,7 @@ def gptq(
     codes = torch.empty_like(target)
     feedback = _feedback(gram, order, damping, len(W))
     snapper = levels.snapper(target)
-    for block in _blocks(gram.width, block_size):
+    for block in _blocks(gram.width, block_size or _block_of(gram)):
         upper, shift = feedback.block(block)
         codes[:, block] = _round_block(target[:, block] + shift, snapper, upper)
         feedback.commit(block, target[:, block] - codes[:, block])
@@ -89,6 +90,10 @@ def rounding_gain(gram: Gram, *, damping: float = GPTQ_DAMPING) -> float:
     order = torch.argsort(gram.diagonal, descending=True, stable=True)
     total = float(gram.diagonal.sum()) + gram.width * gram.ridge(damping)
     return _feedback(gram, order, damping, 0).pivots() / total
+
+
+def _block_of(gram: Gram) -> int:
+    return _BLOCK if gram.rows is None else max(_BLOCK, gram.count // 4)
 
 
 def _blocks(width: int, size: int) -> Iterator[slice]:
@@ -216,6 +221,6 @@ class _DualFeedback:
 
     def pivots(self) -> float:
         total = 0.0
-        for columns in _blocks(self._x.shape[1], _BLOCK):
+        for columns in _blocks(self._x.shape[1], max(_BLOCK, self._count // 4)):
             total += float(self._coupling(columns)[1].sum())
         return total

@@ -1,5 +1,6 @@
 """The level sets of a layer's rows, and the nearest level of a value: what every rounding uses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -13,6 +14,7 @@ from mpqdm_fx.numerics.grids import (
     check_bits,
     quantize_uniform,
     round_scale,
+    uniform_levels,
 )
 
 __all__ = ["ColumnSnapper", "RowLevels"]
@@ -57,6 +59,33 @@ class RowLevels:
             return cls(bits=widths, scale=quantize_uniform(W, widths, importance)[1], tables=None)
         codes, scale = quantize_codebook(W, widths, importance)
         return cls(bits=widths, scale=scale, tables=_tables_of(codes, widths))
+
+    @classmethod
+    def stack(cls, parts: Sequence["RowLevels"]) -> Self:
+        """The level sets of several matrices, for rows that are rounded together.
+
+        Args:
+            parts: At least one.
+        """
+        tables = None
+        if any(part.tables is not None for part in parts):
+            # Rows of uniform levels get theirs as a table: what counts is that all have one.
+            tables = torch.cat([part._as_tables() for part in parts])
+        return cls(
+            bits=torch.cat([part.bits for part in parts]),
+            scale=torch.cat([part.scale for part in parts]),
+            tables=tables,
+        )
+
+    def _as_tables(self) -> Tensor:
+        if self.tables is not None:
+            return self.tables
+        tables = self.scale.new_zeros(len(self.bits), _TABLE)
+        for width in sorted({b for b in self.bits.tolist() if b <= CODEBOOK_MAX_BITS}):
+            own = uniform_levels(width).to(tables)
+            filled = torch.cat([own, own[-1:].expand(_TABLE - len(own))])
+            tables[(self.bits == width).nonzero()[:, 0].to(tables.device)] = filled
+        return tables
 
     @property
     def fitted(self) -> Tensor:

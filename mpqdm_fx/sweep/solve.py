@@ -169,10 +169,11 @@ def _solve_rows(
     targets = train.targets(W)
     means = [target.mean(dim=0) * centred for target in targets]
     judge = data.validation if len(data.validation) else train
-    options = _corrections(W, plan, data, gram, settings)
     candidates = []
-    for correction in options:
-        codes, levels = _round(W, correction, plan, gram, settings)
+    options = _corrections(W, plan, data, gram, settings)
+    for correction, (codes, levels) in zip(
+        options, _round(W, options, plan, gram, settings), strict=True
+    ):
         error = output_error(W, _dequantized(codes, levels), judge, gram.mean, means)
         candidates.append(
             _Candidate(codes=codes, levels=levels, correction=correction, error=error)
@@ -242,12 +243,21 @@ def _corrections(
 
 
 def _round(
-    W: Tensor, correction: Correction, plan: LayerPlan, gram: Gram, settings: MPQConfig
-) -> tuple[Tensor, RowLevels]:
-    """Fit levels to the corrected rows and round them as the settings say."""
-    target = W if correction.weight is None else W + correction.weight
-    importance = gram.diagonal.float()
-    levels = RowLevels.fit(target, plan.bits_tensor(), plan.levels, importance)
+    W: Tensor,
+    corrections: list[Correction],
+    plan: LayerPlan,
+    gram: Gram,
+    settings: MPQConfig,
+) -> list[tuple[Tensor, RowLevels]]:
+    """Fit levels to the rows under each correction and round them, all in one run."""
+    targets = [W if one.weight is None else W + one.weight for one in corrections]
+    bits, importance = plan.bits_tensor(), gram.diagonal.float()
+    levels = [RowLevels.fit(target, bits, plan.levels, importance) for target in targets]
     if settings.rounding == "nearest":
-        return levels.snap(target).to(torch.int8), levels
-    return gptq(target, levels, gram), levels
+        codes = [
+            own.snap(target).to(torch.int8) for own, target in zip(levels, targets, strict=True)
+        ]
+    else:
+        together = gptq(torch.cat(targets), RowLevels.stack(levels), gram)
+        codes = list(torch.split(together, len(W)))
+    return list(zip(codes, levels, strict=True))
