@@ -76,6 +76,7 @@ def convert(
     max_memory: int | None = None,
     half: bool = False,
     device: str | None = None,
+    sensitivity: str | Path | None = None,
     sweep: Sweep | None = None,
 ) -> QuantizedModel:
     """Decide the bits; correct and round the weights layer by layer; fix the activation ranges.
@@ -89,6 +90,8 @@ def convert(
         max_memory: Bytes of activations held in memory; the rest goes to disk.
         half: Hold activations as float16 between layers.
         device: Where to compute, for example `"cuda"`; by default where the model is.
+        sensitivity: File of the sensitivities, for `allocation="measured"`: read if it is there,
+            else written. Another budget then takes seconds to solve.
         sweep: A sweep of this prepared model (`open_sweep`) to go on with; the settings above are
             those it was opened with.
 
@@ -109,6 +112,7 @@ def convert(
             max_memory=max_memory,
             half=half,
             device=device,
+            sensitivity=sensitivity,
         )
     result = finish(sweep)
     report = QuantizationReport(
@@ -136,6 +140,7 @@ def open_sweep(
     max_memory: int | None = None,
     half: bool = False,
     device: str | None = None,
+    sensitivity: str | Path | None = None,
 ) -> Sweep:
     """Set up what `convert` runs, to walk through it by hand.
 
@@ -164,6 +169,7 @@ def open_sweep(
         max_memory=max_memory,
         half=half,
         device=device,
+        sensitivity=sensitivity,
     )
 
 
@@ -177,6 +183,7 @@ def quantize(
     resume: bool = False,
     max_activations: int | None = None,
     device: str | None = None,
+    sensitivity: str | Path | None = None,
 ) -> QuantizedModel:
     """`prepare`, run the calibration data, `convert`.
 
@@ -190,6 +197,7 @@ def quantize(
         resume: Go on with what the folder holds.
         max_activations: Bytes of activations held in memory while layers are solved.
         device: Where to compute, for example `"cuda"`; by default where the model is.
+        sensitivity: File of the sensitivities; see `convert`.
 
     Raises:
         CalibrationError: There is no calibration data, or it holds NaN or infinity.

@@ -69,6 +69,7 @@ def quantize(
     ] = False,
     max_memory: opt.MemoryOption = None,
     device: Annotated[str | None, typer.Option(help="Where to solve, for example cuda.")] = None,
+    sensitivity: opt.SensitivityOption = None,
     subfolder: SubfolderOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -109,6 +110,7 @@ def quantize(
             resume=resume,
             max_memory=opt.memory_of(max_memory),
             device=device,
+            sensitivity=sensitivity,
         )
     if result is None:
         return

@@ -20,6 +20,7 @@ __all__ = [
     "PropagationOption",
     "RefinementsOption",
     "RoundingOption",
+    "SensitivityOption",
     "StepsOption",
     "TrajectoriesOption",
     "WeightsOption",
@@ -57,6 +58,11 @@ MemoryOption = Annotated[
     typer.Option(help="Most memory for activations, for example 4GiB; the rest goes to disk."),
 ]
 OutputOption = Annotated[Path, typer.Option(help="Folder to write.")]
+
+SensitivityOption = Annotated[
+    Path | None,
+    typer.Option(help="File that keeps what `measured` measures, for runs with other budgets."),
+]
 
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 

@@ -121,10 +121,11 @@ class MPQConfig:
         weight_bits: Average bits of a weight over the layers that share the budget, 1..8.
         activation_bits: Bits of every weight layer's input, 1..8. Programs for phones and
             torch.ao kernels run 8; other widths are for measuring.
-        allocation: `"uniform"` gives every channel N bits; `"omq"` gives the output channels of a
-            layer N-1, N or N+1 bits by the kurtosis of their weights (MPQ-DM, arXiv 2412.11549,
-            section on Outlier-driven Mixed Quantization). On the bundled model OMQ made no
-            measurable difference (README), so it is not the default.
+        allocation: `"measured"` shares one budget of stored bits among all channels of all layers
+            by what each channel's rounding does to the model's output; `"uniform"` gives every
+            channel N bits; `"omq"` gives the output channels of a layer N-1, N or N+1 bits by the
+            kurtosis of their weights (MPQ-DM, arXiv 2412.11549, section on Outlier-driven Mixed
+            Quantization). The last two keep first, last, time and class layers at 8 bits.
         rounding: `"gptq"` rounds column by column with error feedback (arXiv 2210.17323);
             `"nearest"` rounds each weight to its nearest level.
         refinements: Rounds of coordinate descent and scale refits after GPTQ, 0..64.
@@ -159,7 +160,7 @@ class MPQConfig:
 
     weight_bits: int = 4
     activation_bits: int = 8
-    allocation: Allocation = "uniform"
+    allocation: Allocation = "measured"
     rounding: Rounding = "gptq"
     refinements: int = 4
     propagation: float | Literal["auto"] = "auto"

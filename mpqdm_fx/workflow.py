@@ -103,6 +103,7 @@ def quantize_to_folder(
     resume: bool = False,
     max_memory: int | None = None,
     device: str | None = None,
+    sensitivity: Path | None = None,
 ) -> QuantizeResult | None:
     """Quantize a source and write everything that belongs to it into one folder.
 
@@ -120,6 +121,7 @@ def quantize_to_folder(
             in a folder of that name and `.checkpoint`, until the run is through.
         max_memory: Bytes of activations held in memory; the rest goes to disk.
         device: Where to calibrate and to solve, for example `"cuda"`.
+        sensitivity: File that keeps the sensitivities for runs with other budgets.
 
     Returns:
         What was made; None in the other processes of a run with several, which write nothing.
@@ -145,6 +147,7 @@ def quantize_to_folder(
         resume=resume,
         max_activations=max_memory,
         device=device,
+        sensitivity=sensitivity,
     )
     if not is_first():
         return None

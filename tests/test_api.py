@@ -80,7 +80,7 @@ def test_more_bits_give_a_better_model(model):
     expected = model(**call).sample
     found = []
     for bits in (2, 4, 8):
-        test = quantize(model, MPQConfig(weight_bits=bits), unet_calls())
+        test = quantize(model, MPQConfig(weight_bits=bits, activation_mode="float"), unet_calls())
         found.append(sqnr_db(expected, test(**call).sample))
     assert found[0] + 6 < found[1] < found[2] - 6
 
@@ -92,7 +92,8 @@ def test_a_text_conditioned_unet_goes_the_same_road():
     assert sqnr_db(model(**call).sample, quantized(**call).sample) > 18
     names = {layer.name for layer in quantized.plan.layers}
     assert any(name.endswith(("_gate", "_value")) for name in names)  # GEGLU was split
-    assert all(layer.sqnr_db is None or layer.sqnr_db > 25 for layer in quantized.report.layers)
+    for layer in quantized.report.layers:
+        assert layer.sqnr_db is None or layer.sqnr_db >= layer.base_sqnr_db
 
 
 def test_every_part_of_the_report_is_about_a_planned_layer(quantized):

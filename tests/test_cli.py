@@ -33,6 +33,7 @@ def run(*arguments):
 def quantized_folder(model_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("cli") / "out"
     options = ["--weights", 3, "--backend", "packed", "--trajectories", 2, "--steps", 3]
+    options += ["--allocation", "uniform", "--refinements", 0]
     status, text = run(
         "quantize", model_folder, "--subfolder", "unet", *options, "--samples", 4,
         "--override", "mid_block.attentions.*=5", "--output", output,

@@ -1,6 +1,7 @@
 """Bits by measured cost: what rounding a channel does to the model's output, under a budget."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def measured_plans(
     limits: Limits,
     checkpoint: Checkpoint | None,
     shards: Shards,
+    path: Path | None = None,
 ) -> dict[str, LayerPlan]:
     """Measure (or load) the sensitivities and solve for the settings' budget.
 
@@ -38,14 +40,17 @@ def measured_plans(
         calls: All calibration calls.
         settings: The run's settings.
         limits: Layers off the budget's choice; their bits count against it.
-        checkpoint: Where the table is kept.
+        checkpoint: Where the table is kept for a run that goes on.
         shards: The processes; the first one measures.
+        path: File that keeps the table for other budgets; read if it is there.
 
     Raises:
         ConfigError: The budget is below what the smallest widths take.
         CalibrationError: Gradients or rows are not finite.
+        ArtifactError: The file is damaged, or of another model.
     """
-    path = checkpoint.directory / TABLE if checkpoint else None
+    if path is None and checkpoint is not None:
+        path = checkpoint.directory / TABLE
 
     def make() -> SensitivityTable:
         if path is not None and path.exists():

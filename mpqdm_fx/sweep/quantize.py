@@ -93,6 +93,7 @@ def start_sweep(
     max_memory: int | None = None,
     half: bool = False,
     device: torch.device | str | None = None,
+    sensitivity: str | Path | None = None,
 ) -> Sweep:
     """Decide the bits that are decided beforehand, and set up the sweep.
 
@@ -105,6 +106,8 @@ def start_sweep(
         max_memory: Bytes of activations held in memory; the rest goes to disk.
         half: Hold activations as float16.
         device: Where to compute; by default where the model is.
+        sensitivity: File of the sensitivities, for `allocation="measured"`: read if it is there,
+            else written. Another budget then takes seconds to solve.
 
     Raises:
         CalibrationError: No data, values that are not finite, or too little memory.
@@ -135,7 +138,7 @@ def start_sweep(
         own,
         settings,
         limits=limits,
-        plans=_plans(graph_module, calls, settings, limits, checkpoint, shards),
+        plans=_plans(graph_module, calls, settings, limits, checkpoint, shards, sensitivity),
         validation=records.held_out,
         shards=shards,
         checkpoint=checkpoint,
@@ -202,10 +205,12 @@ def _plans(
     limits: Limits,
     checkpoint: Checkpoint | None,
     shards: Shards,
+    sensitivity: str | Path | None,
 ) -> dict[str, LayerPlan] | None:
     if settings.allocation != "measured":
         return None
-    return measured_plans(graph_module, calls, settings, limits, checkpoint, shards)
+    path = None if sensitivity is None else Path(sensitivity)
+    return measured_plans(graph_module, calls, settings, limits, checkpoint, shards, path)
 
 
 def _report(solution: LayerSolution) -> LayerReport:

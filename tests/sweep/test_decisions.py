@@ -70,12 +70,13 @@ def test_codebooks_are_kept_where_their_table_is_short(unet):
         assert layer.storage.tables <= layer.storage.codes
 
 
-def test_the_layer_that_reads_the_noisy_sample_keeps_float_activations(unet):
-    result = quantized(*unet)
-    assert {layer.name for layer in result.plan.layers} - set(result.activations) == {
-        "conv_in",
-        "class_embedding",
-    }
+@pytest.mark.parametrize(
+    ("mode", "kept"), [("static", {"conv_in", "conv_out"}), ("dynamic", {"conv_in"})]
+)
+def test_the_ends_of_the_model_keep_float_activations(unet, mode, kept):
+    result = quantized(*unet, activation_mode=mode, rounding="nearest", propagation=0)
+    planned = {layer.name for layer in result.plan.layers}
+    assert planned - set(result.activations) == {*kept, "class_embedding"}
 
 
 def test_non_finite_weights_are_refused_with_layer_and_count():
