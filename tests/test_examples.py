@@ -29,4 +29,4 @@ def test_the_readme_names_every_example_and_its_commands_exist():
     for example in EXAMPLES:
         assert f"examples/{example.name}" in readme
     commands = re.findall(r"mpqdm-fx ([a-z]+)", readme)
-    assert set(commands) == {"quantize", "sample", "evaluate", "trace", "inspect"}
+    assert set(commands) == {"quantize", "plan", "sample", "evaluate", "trace", "inspect"}

@@ -21,6 +21,8 @@ from mpqdm_fx.sweep.shards import Shards
 
 __all__ = ["budget_bits", "measured_plans", "solve_budget"]
 
+_MAX_ROWS = 4096
+
 TABLE = "sensitivity.safetensors"
 
 
@@ -31,7 +33,10 @@ def measured_plans(
     limits: Limits,
     checkpoint: Checkpoint | None,
     shards: Shards,
+    *,
     path: Path | None = None,
+    max_memory: int | None = None,
+    half: bool = False,
 ) -> dict[str, LayerPlan]:
     """Measure (or load) the sensitivities and solve for the settings' budget.
 
@@ -43,6 +48,8 @@ def measured_plans(
         checkpoint: Where the table is kept for a run that goes on.
         shards: The processes; the first one measures.
         path: File that keeps the table for other budgets; read if it is there.
+        max_memory: Bytes of activations held in memory.
+        half: Hold activations as float16.
 
     Raises:
         ConfigError: The budget is below what the smallest widths take.
@@ -55,7 +62,14 @@ def measured_plans(
     def make() -> SensitivityTable:
         if path is not None and path.exists():
             return SensitivityTable.load(path)
-        table = measure_sensitivity(graph_module, calls, seed=settings.seed)
+        table = measure_sensitivity(
+            graph_module,
+            calls,
+            seed=settings.seed,
+            max_rows=min(settings.max_rows, _MAX_ROWS),
+            max_memory=max_memory,
+            half=half,
+        )
         if path is not None:
             table.save(path)
         return table
@@ -81,7 +95,12 @@ def solve_budget(
     table.check(graph_module)
     layers = weight_layers(graph_module, embeddings=True)
     fixed = {name: bits for name, (bits, _) in limits.fixed.items()}
-    costs = table.costs(settings.levels, fixed=fixed, skip=limits.skipped)
+    costs = table.costs(
+        settings.levels,
+        fixed=fixed,
+        skip=limits.skipped,
+        feedback=settings.rounding != "nearest",
+    )
     choices = allocate_budget(
         costs, budget_bits(graph_module, settings, limits), align=settings.align
     )

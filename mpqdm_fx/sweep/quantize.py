@@ -2,23 +2,22 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import fx
 
 from mpqdm_fx.activations import Activation, NoiseLevels
-from mpqdm_fx.calibration.allocate import Limits, float_tensors, layer_limits
+from mpqdm_fx.calibration.allocate import float_tensors, layer_limits
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.editing import copy_graph_module
 from mpqdm_fx.graph.lanes import error_lane_name
 from mpqdm_fx.graph.layers import replace_module, weight_layers
-from mpqdm_fx.plan import BitPlan, LayerPlan
+from mpqdm_fx.plan import BitPlan
 from mpqdm_fx.quantized import LayerReport
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.identity import run_identity
@@ -133,12 +132,25 @@ def start_sweep(
         identity = run_identity(graph_module, calls, records.held_out, settings)
         if shards.rank == 0:
             checkpoint = Checkpoint(directory, identity, resume=resume)
+    plans = None
+    if settings.allocation == "measured":
+        plans = measured_plans(
+            graph_module,
+            calls,
+            settings,
+            limits,
+            checkpoint,
+            shards,
+            path=None if sensitivity is None else Path(sensitivity),
+            max_memory=max_memory,
+            half=half,
+        )
     return Sweep(
         graph_module,
         own,
         settings,
         limits=limits,
-        plans=_plans(graph_module, calls, settings, limits, checkpoint, shards, sensitivity),
+        plans=plans,
         validation=records.held_out,
         shards=shards,
         checkpoint=checkpoint,
@@ -196,21 +208,6 @@ def _tell_short(sweep: Sweep) -> None:
             worst.rows,
             worst.plan.num_weights // worst.plan.shape[0],
         )
-
-
-def _plans(
-    graph_module: fx.GraphModule,
-    calls: Sequence[Mapping[str, Any]],
-    settings: MPQConfig,
-    limits: Limits,
-    checkpoint: Checkpoint | None,
-    shards: Shards,
-    sensitivity: str | Path | None,
-) -> dict[str, LayerPlan] | None:
-    if settings.allocation != "measured":
-        return None
-    path = None if sensitivity is None else Path(sensitivity)
-    return measured_plans(graph_module, calls, settings, limits, checkpoint, shards, path)
 
 
 def _report(solution: LayerSolution) -> LayerReport:
