@@ -13,13 +13,15 @@ from mpqdm_fx.calibration.allocate import layer_limits
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.cost import bind_sizes, node_cost, walk_memory
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
+from mpqdm_fx.graph.quantizer_sites import quantizer_sites
 from mpqdm_fx.numerics.gram import kept_rows
 from mpqdm_fx.numerics.propagation import DAMPINGS
 from mpqdm_fx.sweep.sweep import two_lanes
 
 __all__ = ["Estimate", "estimate"]
 
-_COLUMN = 2.5e-4  # seconds of interpreter and small kernels for one column of one rounding
+_COLUMN = 6e-5  # seconds of interpreter and small kernels for one column of one rounding
+_RANGE = 0.05  # seconds to search the range of one activation
 _SEARCH = 60  # passes over the weights that fitting one level set takes, in units of 1e9 numbers/s
 _BACKWARD = 2  # times the work of a forward run
 _PROBES = 2
@@ -92,18 +94,20 @@ def estimate(
     layers = {
         name: layer for name, layer in weight_layers(graph_module).items() if name not in skipped
     }
-    seconds, largest = 0.0, 0
+    seconds, gains, largest = 0.0, 0.0, 0
     for layer in layers.values():
         positions = macs[layer.nodes[0]] // max(1, layer.weight.numel()) * len(calls)
         work, columns, size = _layer_work(layer, positions, settings)
         seconds += work / flops + columns * _COLUMN
+        gains += work / flops / 4 + columns * _COLUMN / 4  # a few channels, at all widths
         seconds += layer.weight.numel() * _SEARCH / bandwidth * _candidates(settings)
         largest = max(largest, size)
+    seconds += len(quantizer_sites(lanes)) * _RANGE * _ranges(settings)
     weights = sum(layer.weight.numel() for layer in layers.values())
     sensitivity = 0.0
     if settings.allocation == "measured":
         sensitivity = forward * (0.5 + _PROBES * (1 + _BACKWARD) / 2)
-        sensitivity += 8 * weights * _SEARCH / bandwidth
+        sensitivity += 8 * weights * _SEARCH / bandwidth + gains
     parameters = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())
     return Estimate(
         layers=len(layers),
@@ -119,6 +123,11 @@ def estimate(
     )
 
 
+def _ranges(settings: MPQConfig) -> int:
+    counts = {"static": 1, "timestep": settings.timestep_groups}
+    return counts.get(settings.activation_mode, 0)
+
+
 def _candidates(settings: MPQConfig) -> int:
     return 2 if settings.propagation == "auto" else 1
 
@@ -129,7 +138,8 @@ def _layer_work(layer: WeightLayer, positions: int, settings: MPQConfig) -> tupl
     width = layer.weight.numel() // channels
     groups = int(getattr(layer.module, "groups", 1))
     rows = max(1, kept_rows(width, positions, settings.max_rows))
-    rounds = 1 + settings.refinements if settings.rounding == "gptq" else 0
+    rounds = _candidates(settings)
+    rounds += settings.refinements if settings.rounding == "gptq" else 0
     solves = len(DAMPINGS) if settings.propagation == "auto" else 1
     side = min(width, rows)
     if width <= rows:
@@ -137,13 +147,13 @@ def _layer_work(layer: WeightLayer, positions: int, settings: MPQConfig) -> tupl
         per_rounding = channels // groups * width**2
         size = 4 * 8 * width**2
     else:
-        blocks = math.ceil(width / 128)
+        blocks = math.ceil(width / max(128, rows // 4))
         moments = rows**2 * width * (1 + solves) + solves * side**3 // 3
         per_rounding = channels // groups * width * rows * 2 + blocks * side**3 // 3
         size = 3 * 8 * rows**2 + 3 * 8 * rows * width
-    work: float = groups * (moments + _candidates(settings) * max(1, rounds) * per_rounding)
+    work: float = groups * (moments + rounds * per_rounding)
     work += 3 * rows * width * channels * solves
-    columns = groups * width * rounds * _candidates(settings)
+    columns = groups * width * rounds if settings.rounding == "gptq" else 0
     return work, columns, size + 3 * 4 * rows * width * groups + 6 * 8 * channels * width
 
 

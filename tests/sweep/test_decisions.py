@@ -1,10 +1,16 @@
 import pytest
 import torch
 from small import tiny_unet, unet_calls
-from sweeps import quantized, traced
+from sweeps import quantized as quantized_fully
+from sweeps import traced
 
 from mpqdm_fx.calibration.pinning import pinned_layers
 from mpqdm_fx.errors import CalibrationError
+
+
+def quantized(graph, calls, **settings):
+    """Decisions do not depend on how weights are rounded; nearest is quick."""
+    return quantized_fully(graph, calls, **{"rounding": "nearest", "propagation": 0, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +80,7 @@ def test_codebooks_are_kept_where_their_table_is_short(unet):
     ("mode", "kept"), [("static", {"conv_in", "conv_out"}), ("dynamic", {"conv_in"})]
 )
 def test_the_ends_of_the_model_keep_float_activations(unet, mode, kept):
-    result = quantized(*unet, activation_mode=mode, rounding="nearest", propagation=0)
+    result = quantized(*unet, activation_mode=mode)
     planned = {layer.name for layer in result.plan.layers}
     assert planned - set(result.activations) == {*kept, "class_embedding"}
 

@@ -1,0 +1,64 @@
+import dataclasses
+
+import pytest
+from small import TinyNet, net_calls
+from sweeps import recorded, settings_of, traced
+
+from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.sweep.estimate import estimate
+from mpqdm_fx.sweep.quantize import finish, start_sweep
+
+
+@pytest.fixture(scope="module")
+def net():
+    return traced(TinyNet(), net_calls())
+
+
+def test_activations_take_what_was_foretold(net):
+    graph, calls = net
+    settings = settings_of(rounding="nearest", propagation=0)
+    found = estimate(graph, calls, settings)
+    sweep = start_sweep(graph, recorded(calls), settings)
+    finish(sweep)
+    assert found.activation_bytes == sweep.walk.peak_bytes
+    assert found.smallest_limit <= found.activation_bytes <= found.peak_bytes
+
+
+def test_the_smallest_limit_is_the_one_that_the_sweep_names(net):
+    graph, calls = net
+    settings = settings_of()
+    limit = estimate(graph, calls, settings).smallest_limit
+    start_sweep(graph, recorded(calls), settings, max_memory=limit)
+    with pytest.raises(CalibrationError, match=f"smallest limit that can is {limit} bytes"):
+        start_sweep(graph, recorded(calls), settings, max_memory=limit - 1)
+
+
+def test_a_limit_moves_bytes_from_memory_to_disk(net):
+    graph, calls = net
+    settings = settings_of()
+    free = estimate(graph, calls, settings)
+    tight = estimate(graph, calls, settings, max_memory=free.activation_bytes // 2)
+    assert tight.activation_bytes == free.activation_bytes // 2
+    moved = free.activation_bytes - tight.activation_bytes
+    assert tight.disk_bytes - free.disk_bytes == moved
+    assert free.peak_bytes - tight.peak_bytes == moved
+
+
+def test_more_work_is_expected_to_take_longer(net):
+    graph, calls = net
+    fewer, more = (
+        estimate(graph, calls, settings_of(refinements=n, max_rows=2048)) for n in (0, 40)
+    )
+    assert more.solve_seconds > fewer.solve_seconds
+    assert fewer.sensitivity_seconds == 0
+    measured = estimate(graph, calls, settings_of(allocation="measured"))
+    assert measured.sensitivity_seconds > 0
+    assert measured.seconds == pytest.approx(
+        measured.forward_seconds + measured.solve_seconds + measured.sensitivity_seconds
+    )
+
+
+def test_estimates_go_to_json(net):
+    graph, calls = net
+    found = estimate(graph, calls, settings_of())
+    assert found.to_dict() == {**dataclasses.asdict(found), "seconds": found.seconds}

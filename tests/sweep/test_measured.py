@@ -1,0 +1,96 @@
+"""Measured allocation in the run: the budget holds to the byte, files are reused, rules count."""
+
+import pytest
+from small import TinyNet, net_calls
+from sweeps import quantized, recorded, settings_of, traced
+
+from mpqdm_fx.calibration.allocate import layer_limits
+from mpqdm_fx.calibration.sensitivity import measure_sensitivity
+from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.plan import BitPlan
+from mpqdm_fx.sweep.measured import solve_budget
+from mpqdm_fx.sweep.quantize import start_sweep
+
+
+@pytest.fixture(scope="module")
+def net():
+    return traced(TinyNet(), net_calls())
+
+
+@pytest.fixture(scope="module")
+def table(net):
+    graph, calls = net
+    return measure_sensitivity(graph, calls, probes=1, max_rows=256)
+
+
+def _plan(net, table, **settings):
+    config = settings_of(allocation="measured", **settings)
+    plans = solve_budget(net[0], table, config, layer_limits(net[0], config))
+    return BitPlan(layers=tuple(plans.values()))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_the_default_budget_is_what_uniform_bits_take(net, table, bits):
+    uniform = quantized(
+        *net, weight_bits=bits, levels="uniform", rounding="nearest", propagation=0
+    ).plan
+    measured = _plan(net, table, weight_bits=bits)
+    assert measured.weight_bytes <= uniform.weight_bytes
+    assert measured.weight_bytes > 0.97 * uniform.weight_bytes
+
+
+def test_a_budget_in_bits_or_bytes_is_kept(net, table):
+    in_bits = _plan(net, table, effective_bits=3.5)
+    assert 3.4 < in_bits.effective_bits <= 3.5
+    in_bytes = _plan(net, table, weight_bytes=2_000)
+    assert 1_950 < in_bytes.weight_bytes <= 2_000
+
+
+def test_no_layer_is_forced_to_eight_bits(net, table):
+    plan = _plan(net, table, effective_bits=2.5)
+    assert all(layer.reason is None for layer in plan.layers)
+    assert plan.layer("conv_in").mean_bits < 8
+
+
+def test_overrides_count_against_the_budget(net, table):
+    rules = [{"pattern": "body", "weight_bits": 3}, {"pattern": "mix", "skip": True}]
+    free, ruled = (_plan(net, table, effective_bits=6.0, overrides=o) for o in ((), rules))
+    assert set(ruled.layer("body").bits) == {3}
+    assert "mix" not in ruled
+    in_float = 4 * net[0].get_submodule("mix").weight.numel()
+    assert ruled.weight_bytes + in_float <= free.weight_bytes + 8  # the float layer took its part
+    assert ruled.weight_bytes + in_float > 0.9 * free.weight_bytes
+
+
+def test_channels_share_widths_in_blocks_of_the_alignment(net, table):
+    plan = _plan(net, table, effective_bits=3.5, align=8)
+    for layer in plan.layers:
+        counts = [layer.bits.count(b) for b in set(layer.bits)]
+        assert sum(count % 8 != 0 for count in counts) <= (layer.shape[0] % 8 != 0)
+
+
+def test_a_budget_below_the_smallest_widths_is_refused_with_the_smallest(net, table):
+    with pytest.raises(ConfigError, match="smallest"):
+        _plan(net, table, weight_bytes=100)
+
+
+def test_the_table_is_written_once_and_read_for_another_budget(net, tmp_path, monkeypatch):
+    graph, calls = net
+    path = tmp_path / "table.safetensors"
+    config = settings_of(allocation="measured", effective_bits=3.0)
+    start_sweep(graph, recorded(calls), config, sensitivity=path)
+    assert path.exists()
+
+    def refuse(*args, **options):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("mpqdm_fx.sweep.measured.measure_sensitivity", refuse)
+    other = settings_of(allocation="measured", effective_bits=4.0)
+    start_sweep(graph, recorded(calls), other, sensitivity=path)
+
+
+def test_a_table_of_another_model_is_refused(net, table, tmp_path):
+    path = table.save(tmp_path / "table.safetensors")
+    graph, calls = traced(TinyNet(seed=1), net_calls())
+    with pytest.raises(ArtifactError, match="another model"):
+        start_sweep(graph, recorded(calls), settings_of(allocation="measured"), sensitivity=path)
