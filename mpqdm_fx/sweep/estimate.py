@@ -129,7 +129,7 @@ def _ranges(settings: MPQConfig) -> int:
 
 
 def _candidates(settings: MPQConfig) -> int:
-    return 2 if settings.propagation == "auto" else 1
+    return 3 if settings.propagation == "auto" else 1
 
 
 def _layer_work(layer: WeightLayer, positions: int, settings: MPQConfig) -> tuple[float, int, int]:
