@@ -46,8 +46,10 @@ def heavy_cost(graph_module, inputs):
     return sum(
         node_cost(graph_module, node, sizes)
         for node in graph_module.graph.nodes
-        if (node.op == "call_module"
-        and isinstance(graph_module.get_submodule(node.target), nn.Conv2d | nn.Linear))
+        if (
+            node.op == "call_module"
+            and isinstance(graph_module.get_submodule(node.target), nn.Conv2d | nn.Linear)
+        )
         or (node.op == "call_function" and any(word in str(node.target) for word in heavy))
     )
 
