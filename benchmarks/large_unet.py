@@ -21,6 +21,7 @@ from diffusers import UNet2DConditionModel
 
 from mpqdm_fx import MPQConfig, convert, prepare
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.sweep.estimate import estimate
 
 CALLS = 8
 
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--activations", type=int, default=8)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--sensitivity", type=Path, help="file that another width can use again")
     parser.add_argument("--narrower", type=int, default=1, help="divide all widths, to try it out")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -83,8 +85,15 @@ def main() -> None:
     prepared = prepare(unet, settings, data[0])
     for call in data:
         prepared.record(**call)
+    plan = estimate(prepared.graph_module, list(prepared.records), settings)
+    print(f"expected: {json.dumps(plan.to_dict(), indent=1)}", flush=True)
     print(f"traced: {time.perf_counter() - start:.0f} s, peak {peak_gib():.1f} GiB", flush=True)
-    quantized = convert(prepared, directory=arguments.directory, resume=arguments.resume)
+    quantized = convert(
+        prepared,
+        directory=arguments.directory,
+        resume=arguments.resume,
+        sensitivity=arguments.sensitivity,
+    )
     seconds, peak = time.perf_counter() - start, peak_gib()
     with torch.no_grad():
         expected, found = unet(**data[-1]).sample, quantized(**data[-1]).sample
@@ -94,7 +103,9 @@ def main() -> None:
         "layers": len(layers),
         "layers_in_float": sum(tensor.is_weight for tensor in quantized.plan.floats),
         "effective_bits": quantized.plan.effective_bits,
+        "expected_seconds": plan.seconds,
         "seconds": seconds,
+        "expected_peak_gib": plan.peak_bytes / 2**30,
         "peak_gib": peak,
         "resumed": arguments.resume,
         "threads": arguments.threads,

@@ -217,7 +217,12 @@ def quantize(
         with prepared.held_out() if index in held_out else contextlib.nullcontext():
             prepared.record(**inputs)
     return convert(
-        prepared, directory=directory, resume=resume, max_memory=max_activations, device=device
+        prepared,
+        directory=directory,
+        resume=resume,
+        max_memory=max_activations,
+        device=device,
+        sensitivity=sensitivity,
     )
 
 

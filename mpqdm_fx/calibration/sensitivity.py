@@ -21,12 +21,9 @@ from mpqdm_fx.calibration.rounding_errors import (
     channel_errors,
     feedback_gains,
 )
-from mpqdm_fx.calibration.sensitivity_table import (
-    LayerSensitivity,
-    SensitivityTable,
-    model_fingerprint,
-)
+from mpqdm_fx.calibration.sensitivity_table import LayerSensitivity, SensitivityTable
 from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.layers import (
     EMBEDDINGS,
     WeightLayer,
@@ -121,7 +118,7 @@ def measure_sensitivity(
             entries[found.name] = measure.layer(found, energies[found.name], fit, held_out)
     return SensitivityTable(
         layers=tuple(entries[name] for name in layers),
-        fingerprint=model_fingerprint(graph_module),
+        fingerprint=graph_fingerprint(graph_module),
         seed=seed,
         probes=probes,
         samples=probed,

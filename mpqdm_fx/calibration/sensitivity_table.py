@@ -5,7 +5,6 @@ does to the model's output, and how large that error is at each width. Their pro
 that `numerics.budget.allocate_budget` shares a budget by.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -21,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.numerics.budget import LayerCosts
 from mpqdm_fx.numerics.codebook import LevelKind
 from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, MAX_BITS
 
-__all__ = ["LayerSensitivity", "SensitivityTable", "model_fingerprint"]
+__all__ = ["LayerSensitivity", "SensitivityTable"]
 
 _FORMAT = "mpqdm-fx sensitivities"
 _VERSION = 1
@@ -120,7 +119,7 @@ class SensitivityTable:
 
     Attributes:
         layers: One entry per layer, embedding tables included.
-        fingerprint: `model_fingerprint` of the graph that was measured.
+        fingerprint: `graph_fingerprint` of the graph that was measured.
         seed: Seed of the probes and of the sampled rows.
         probes: Random directions of the output per sample.
         samples: Samples that were probed.
@@ -181,7 +180,7 @@ class SensitivityTable:
         Raises:
             ArtifactError: The graph has other layers or other weights.
         """
-        if model_fingerprint(graph_module) != self.fingerprint:
+        if graph_fingerprint(graph_module) != self.fingerprint:
             raise ArtifactError(
                 "the sensitivity table was measured on another model (or on the same one prepared "
                 "with other settings): its layers or weights differ; measure it again"
@@ -277,13 +276,3 @@ class SensitivityTable:
             probes=int(header["probes"]),
             samples=int(header["samples"]),
         )
-
-
-def model_fingerprint(graph_module: fx.GraphModule) -> str:
-    """Hash of all weight layers of a graph: names, shapes, dtypes and bits of their weights."""
-    digest = hashlib.sha256()
-    for name, layer in weight_layers(graph_module, embeddings=True).items():
-        weight = layer.weight.detach().cpu().contiguous()
-        digest.update(json.dumps([name, list(weight.shape), str(weight.dtype)]).encode())
-        digest.update(weight.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

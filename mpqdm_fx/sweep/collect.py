@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from mpqdm_fx.graph.lanes import float_of, is_quantizer, twin_of
 from mpqdm_fx.graph.layers import output_positions, sample_rows
+from mpqdm_fx.graph.quantizers import DynamicQuantizer
 from mpqdm_fx.graph.walk import Walk
 from mpqdm_fx.numerics.gram import kept_rows
 from mpqdm_fx.numerics.propagation import LayerRows
@@ -67,15 +68,23 @@ def _value_key(graph_module: fx.GraphModule, node: object) -> object:
         return repr(node)
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
-        if not any(True for _ in (*module.parameters(), *module.buffers())):
-            own: object = (type(module).__name__, module.extra_repr())
-        else:
+        if not _is_function(module):
             return node.name
+        own: object = (type(module).__name__, module.extra_repr())
     elif is_quantizer(graph_module, node):
         own = (str(node.target), repr(node.args[1:]))
     else:
         return node.name
     return (own, tuple(_value_key(graph_module, source) for source in node.all_input_nodes))
+
+
+def _is_function(module: nn.Module) -> bool:
+    """Whether its type and `extra_repr` say all: PyTorch's own without tensors, or our quantizer.
+
+    Somebody else's module may hold what its `extra_repr` does not tell.
+    """
+    known = type(module).__module__.startswith("torch.nn.") or isinstance(module, DynamicQuantizer)
+    return known and not any(True for _ in (*module.parameters(), *module.buffers()))
 
 
 def collect_rows(

@@ -26,7 +26,7 @@ from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerSolution
 from mpqdm_fx.sweep.sweep import Sweep
 
-__all__ = ["GraphQuantization", "finish", "quantize_graph", "start_sweep"]
+__all__ = ["GraphQuantization", "finish", "start_sweep"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,38 +48,6 @@ class GraphQuantization:
     activations: Mapping[str, Activation]
     noise_levels: NoiseLevels | None
     layers: tuple[LayerReport, ...]
-
-
-def quantize_graph(
-    graph_module: fx.GraphModule,
-    records: RecordedInputs,
-    settings: MPQConfig,
-    *,
-    directory: str | Path | None = None,
-    resume: bool = False,
-    max_memory: int | None = None,
-    half: bool = False,
-    device: torch.device | str | None = None,
-) -> GraphQuantization:
-    """Quantize a normalized float graph: `start_sweep`, then `finish`.
-
-    Args: see `start_sweep`.
-
-    Raises:
-        CalibrationError: No data, values that are not finite, or too little memory.
-        ConfigError: A budget or a folder that cannot be used.
-    """
-    sweep = start_sweep(
-        graph_module,
-        records,
-        settings,
-        directory=directory,
-        resume=resume,
-        max_memory=max_memory,
-        half=half,
-        device=device,
-    )
-    return finish(sweep)
 
 
 def start_sweep(
@@ -128,10 +96,9 @@ def start_sweep(
             "errors are not propagated; record more calls, or give a strength such as 0.5"
         )
     checkpoint = None
-    if directory is not None:
+    if directory is not None and shards.rank == 0:
         identity = run_identity(graph_module, calls, records.held_out, settings)
-        if shards.rank == 0:
-            checkpoint = Checkpoint(directory, identity, resume=resume)
+        checkpoint = Checkpoint(directory, identity, resume=resume)
     plans = None
     if settings.allocation == "measured":
         plans = measured_plans(

@@ -10,6 +10,8 @@ from typing import Any, Self, TypeVar
 
 from torch import distributed
 
+from mpqdm_fx.errors import CalibrationError
+
 __all__ = ["Shards"]
 
 _T = TypeVar("_T")
@@ -31,9 +33,19 @@ class Shards:
 
     @classmethod
     def of(cls, total: int) -> Self:
-        """The share of the running process; everything, unless torch.distributed is initialised."""
+        """The share of the running process; everything, unless torch.distributed is initialised.
+
+        Raises:
+            CalibrationError: There are more processes than calls.
+        """
         if distributed.is_available() and distributed.is_initialized():
-            return cls(rank=distributed.get_rank(), world=distributed.get_world_size(), total=total)
+            world = distributed.get_world_size()
+            if total < world:
+                raise CalibrationError(
+                    f"{total} calibration calls cannot be shared out to {world} processes; record "
+                    f"more calls, or start at most {total} processes"
+                )
+            return cls(rank=distributed.get_rank(), world=world, total=total)
         return cls(rank=0, world=1, total=total)
 
     @property

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from small import TinyNet, net_calls, tiny_unet, unet_calls
 
 from mpqdm_fx.calibration.sensitivity import measure_sensitivity
-from mpqdm_fx.calibration.sensitivity_table import SensitivityTable, model_fingerprint
+from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
+from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.numerics.budget import LayerChoice, allocate_budget, total_bits, total_cost
@@ -173,7 +174,7 @@ def test_saving_and_loading_gives_the_same_table(net, tmp_path):
 def test_a_table_of_another_model_is_refused(net):
     _, calls, table = net
     other = trace(TinyNet(seed=1), calls[0])
-    assert model_fingerprint(other) != table.fingerprint
+    assert graph_fingerprint(other) != table.fingerprint
     with pytest.raises(ArtifactError, match="measured on another model"):
         table.check(other)
 

@@ -7,7 +7,7 @@ from torch import fx
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.trace import trace
-from mpqdm_fx.sweep.quantize import GraphQuantization, quantize_graph
+from mpqdm_fx.sweep.quantize import GraphQuantization, finish, start_sweep
 
 
 def traced(model: Any, calls: list[dict[str, Any]]) -> tuple[fx.GraphModule, list[dict[str, Any]]]:
@@ -34,4 +34,4 @@ def quantized(
     graph_module: fx.GraphModule, calls: list[dict[str, Any]], **settings: Any
 ) -> GraphQuantization:
     """Quantize a traced graph."""
-    return quantize_graph(graph_module, recorded(calls), settings_of(**settings))
+    return finish(start_sweep(graph_module, recorded(calls), settings_of(**settings)))

@@ -9,7 +9,7 @@ from sweeps import recorded, settings_of, traced
 
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.sweep.quantize import finish, quantize_graph, start_sweep
+from mpqdm_fx.sweep.quantize import finish, start_sweep
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def _same(first, second):
 def test_a_run_that_was_killed_resumes_to_the_same_bits(unet, tmp_path, allocation):
     graph, calls = unet
     settings = settings_of(allocation=allocation)
-    whole = quantize_graph(graph, recorded(calls), settings)
+    whole = finish(start_sweep(graph, recorded(calls), settings))
     sweep = start_sweep(graph, recorded(calls), settings, directory=tmp_path)
     for _ in sweep:
         if len(sweep.solutions) == 9:
@@ -83,8 +83,13 @@ def test_damaged_files_are_refused_by_name(unet, tmp_path, damage):
     else:
         path = tmp_path / "sweep.json"
         path.write_text(path.read_text()[:20])
+
+    def resume():
+        records = recorded(calls)
+        finish(start_sweep(graph, records, settings_of(), directory=tmp_path, resume=True))
+
     with pytest.raises(ArtifactError, match=path.name):
-        quantize_graph(graph, recorded(calls), settings_of(), directory=tmp_path, resume=True)
+        resume()
 
 
 def test_the_header_says_what_the_run_is(unet, tmp_path):
@@ -99,7 +104,7 @@ def test_the_header_says_what_the_run_is(unet, tmp_path):
 def test_spilled_activations_change_nothing(unet):
     graph, calls = unet
     settings = settings_of(propagation=0.5)
-    free = quantize_graph(graph, recorded(calls), settings)
+    free = finish(start_sweep(graph, recorded(calls), settings))
     sweep = start_sweep(graph, recorded(calls), settings, max_memory=70_000)
     tight = finish(sweep)
     assert sweep.walk.spilled > 0
