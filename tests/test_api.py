@@ -168,3 +168,13 @@ def test_torch_ao_runs_the_plans_integers(model, quantized, engine):
 def test_the_public_names_are_there():
     for name in mpqdm_fx.__all__:
         assert getattr(mpqdm_fx, name).__doc__
+
+
+def test_sensitivities_are_kept_for_another_budget(monkeypatch, tmp_path):
+    path = tmp_path / "sensitivity.safetensors"
+    calls = net_calls()
+    first = quantize(TinyNet(), MPQConfig(effective_bits=5.0), calls, sensitivity=path)
+    assert path.exists()
+    monkeypatch.setattr("mpqdm_fx.sweep.measured.measure_sensitivity", None)  # not called again
+    second = quantize(TinyNet(), MPQConfig(effective_bits=4.0), calls, sensitivity=path)
+    assert second.plan.effective_bits <= 4.0 < first.plan.effective_bits <= 5.0

@@ -50,6 +50,7 @@ class Walk:
         device: where to compute; modules whose tensors lie elsewhere are called with copies.
             Default: everything stays where it is.
         progress: label of a progress bar, weighted by `cost.node_cost`; None for no bar.
+        before: multiply-adds that the caller spends on a node before it is executed; for the bar.
 
     Attributes:
         executions: nodes executed so far, counted once per call; placeholders, attributes and the
@@ -72,6 +73,7 @@ class Walk:
         directory: Path | None = None,
         device: torch.device | str | None = None,
         progress: str | None = None,
+        before: Mapping[fx.Node, int] | None = None,
     ) -> None:
         _check(graph_module, calls)
         if max_memory is not None:
@@ -100,6 +102,7 @@ class Walk:
         self._call = 0
         self.executions = 0
         self.outputs: list[Any] = []
+        self._before = before or {}
         self._bar = self._progress(progress)
 
     def __iter__(self) -> Self:
@@ -208,6 +211,7 @@ class Walk:
             self._attributes[node] = self._moved(value)
         self._done.add(node)
         self._later.clear()
+        self._bar.update(self._before.get(node, 0))
         ending = self._ending(node)
         sizes = per_call(self._sizes, lambda known: value_bytes(node, known, half=self._half))
         costs = None if self._bar.disable else per_call(self._sizes, self._cost_of(node))
@@ -322,7 +326,9 @@ class Walk:
             return tqdm(disable=True)
         nodes = self._graph_module.graph.nodes
         total = sum(sum(per_call(self._sizes, self._cost_of(node))) for node in nodes)
-        return tqdm(total=total, desc=label, unit="MAC", unit_scale=True, disable=None)
+        total += sum(self._before.values())
+        # No smoothing: the costs of neighbouring nodes are too different for a recent rate.
+        return tqdm(total=total, desc=label, unit="MAC", unit_scale=True, smoothing=0, disable=None)
 
 
 def _check(graph_module: fx.GraphModule, calls: Sequence[Mapping[str, Any]]) -> None:

@@ -12,17 +12,16 @@ from torch import fx
 from mpqdm_fx.calibration.allocate import layer_limits
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.cost import bind_sizes, node_cost, walk_memory
-from mpqdm_fx.graph.layers import WeightLayer, weight_layers
+from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.quantizer_sites import quantizer_sites
-from mpqdm_fx.numerics.gram import kept_rows
-from mpqdm_fx.numerics.propagation import DAMPINGS
 from mpqdm_fx.sweep.sweep import two_lanes
+from mpqdm_fx.sweep.work import layer_work
 
 __all__ = ["Estimate", "estimate"]
 
 _COLUMN = 6e-5  # seconds of interpreter and small kernels for one column of one rounding
 _RANGE = 0.05  # seconds to search the range of one activation
-_SEARCH = 60  # passes over the weights that fitting one level set takes, in units of 1e9 numbers/s
+_ERRORS = 8 * 60  # times that measuring rounding errors at all widths goes over a layer's weights
 _BACKWARD = 2  # times the work of a forward run
 _PROBES = 2
 
@@ -84,30 +83,30 @@ def estimate(
     """
     flops, bandwidth = _speed()
     timesteps = [call.get("timestep") for call in calls]
-    lanes, _ = two_lanes(graph_module, timesteps, settings)
+    skipped = layer_limits(graph_module, settings).skipped
+    lanes, _ = two_lanes(graph_module, timesteps, settings, skipped)
     sizes = bind_sizes(graph_module, calls[0])
     macs = {node: node_cost(graph_module, node, sizes) for node in graph_module.graph.nodes}
     forward = 2 * sum(macs.values()) * len(calls) / flops
     peak, smallest = walk_memory(lanes, calls, half=half)
     held = peak if max_memory is None else min(peak, max_memory)
-    skipped = layer_limits(graph_module, settings).skipped
     layers = {
         name: layer for name, layer in weight_layers(graph_module).items() if name not in skipped
     }
     seconds, gains, largest = 0.0, 0.0, 0
     for layer in layers.values():
         positions = macs[layer.nodes[0]] // max(1, layer.weight.numel()) * len(calls)
-        work, columns, size = _layer_work(layer, positions, settings)
-        seconds += work / flops + columns * _COLUMN
-        gains += work / flops / 4 + columns * _COLUMN / 4  # a few channels, at all widths
-        seconds += layer.weight.numel() * _SEARCH / bandwidth * _candidates(settings)
-        largest = max(largest, size)
+        work = layer_work(layer, positions, settings)
+        rounding = work.products / flops + work.columns * _COLUMN
+        seconds += rounding + work.numbers / bandwidth
+        gains += rounding / 4  # a few channels, at all widths
+        largest = max(largest, work.bytes)
     seconds += len(quantizer_sites(lanes)) * _RANGE * _ranges(settings)
     weights = sum(layer.weight.numel() for layer in layers.values())
     sensitivity = 0.0
     if settings.allocation == "measured":
         sensitivity = forward * (0.5 + _PROBES * (1 + _BACKWARD) / 2)
-        sensitivity += 8 * weights * _SEARCH / bandwidth + gains
+        sensitivity += weights * _ERRORS / bandwidth + gains
     parameters = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())
     return Estimate(
         layers=len(layers),
@@ -126,35 +125,6 @@ def estimate(
 def _ranges(settings: MPQConfig) -> int:
     counts = {"static": 1, "timestep": settings.timestep_groups}
     return counts.get(settings.activation_mode, 0)
-
-
-def _candidates(settings: MPQConfig) -> int:
-    return 3 if settings.propagation == "auto" else 1
-
-
-def _layer_work(layer: WeightLayer, positions: int, settings: MPQConfig) -> tuple[float, int, int]:
-    """Multiply-adds, columns that are rounded, and bytes at the peak of one layer's solution."""
-    channels = layer.weight.shape[0]
-    width = layer.weight.numel() // channels
-    groups = int(getattr(layer.module, "groups", 1))
-    rows = max(1, kept_rows(width, positions, settings.max_rows))
-    rounds = _candidates(settings)
-    rounds += settings.refinements if settings.rounding == "gptq" else 0
-    solves = len(DAMPINGS) if settings.propagation == "auto" else 1
-    side = min(width, rows)
-    if width <= rows:
-        moments = rows * width**2 + (1 + solves) * side**3 // 3
-        per_rounding = channels // groups * width**2
-        size = 4 * 8 * width**2
-    else:
-        blocks = math.ceil(width / max(128, rows // 4))
-        moments = rows**2 * width * (1 + solves) + solves * side**3 // 3
-        per_rounding = channels // groups * width * rows * 2 + blocks * side**3 // 3
-        size = 3 * 8 * rows**2 + 3 * 8 * rows * width
-    work: float = groups * (moments + rounds * per_rounding)
-    work += 3 * rows * width * channels * solves
-    columns = groups * width * rounds if settings.rounding == "gptq" else 0
-    return work, columns, size + 3 * 4 * rows * width * groups + 6 * 8 * channels * width
 
 
 def _speed() -> tuple[float, float]:

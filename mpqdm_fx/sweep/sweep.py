@@ -25,6 +25,7 @@ from mpqdm_fx.calibration.pinning import FIRST_LAYER, LAST_LAYER, pinned_layers
 from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
 from mpqdm_fx.config import ActivationMode, MPQConfig
 from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.graph.cost import bind_sizes, node_cost
 from mpqdm_fx.graph.lanes import error_lane_name, install_in_lane
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
 from mpqdm_fx.graph.quantizer_sites import (
@@ -45,6 +46,7 @@ from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.collect import CallRows, collect_rows, join_rows, residual_of, rows_key
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerData, LayerSolution, solve_layer
+from mpqdm_fx.sweep.work import layer_work
 
 __all__ = ["Sweep", "install_solution", "two_lanes"]
 
@@ -194,25 +196,19 @@ class Sweep:
         self.graph_module, self.noise_levels = two_lanes(
             graph_module, timesteps, settings, limits.skipped
         )
+        self._sites = quantizer_sites(self.graph_module)
+        self._ranges: dict[object, Any] = {}
+        self._rows: dict[object, list[CallRows]] = {}
+        self._waiting = self._pending_layers()
         self.walk = Walk(
             self.graph_module,
             calls,
             max_memory=max_memory,
             half=half,
             progress=progress,
+            before=self._work(calls[0]) if progress else None,
             device=device,
         )
-        self._sites = quantizer_sites(self.graph_module)
-        self._ranges: dict[object, Any] = {}
-        self._rows: dict[object, list[CallRows]] = {}
-        self._waiting: dict[fx.Node, _Pending] = {}
-        nodes = {node.name: node for node in self.graph_module.graph.nodes}
-        for name, layer in weight_layers(graph_module, embeddings=True).items():
-            if name not in limits.skipped:
-                check_weight(layer)
-                call = nodes[layer.nodes[0].name]
-                twin = nodes[call.meta["twin_node"]]
-                self._waiting[twin] = _Pending(layer, call)
 
     def __iter__(self) -> Iterator[fx.Node]:
         """Return the sweep itself: a second loop goes on where the first one stopped."""
@@ -242,6 +238,28 @@ class Sweep:
         prefix = error_lane_name("")
         found = read_activations(self.graph_module)
         return {name.removeprefix(prefix): activation for name, activation in found.items()}
+
+    def _pending_layers(self) -> dict[fx.Node, _Pending]:
+        """What is to be solved, by the node of the quantized lane before which it is."""
+        found = {}
+        nodes = {node.name: node for node in self.graph_module.graph.nodes}
+        for name, layer in weight_layers(self.source, embeddings=True).items():
+            if name not in self.limits.skipped:
+                check_weight(layer)
+                call = nodes[layer.nodes[0].name]
+                found[nodes[call.meta["twin_node"]]] = _Pending(layer, call)
+        return found
+
+    def _work(self, call: Mapping[str, Any]) -> dict[fx.Node, int]:
+        """Multiply-adds of solving each layer, for the progress bar."""
+        sizes = bind_sizes(self.source, call)
+        work = {}
+        for twin, pending in self._waiting.items():
+            layer = pending.layer
+            macs = node_cost(self.source, layer.nodes[0], sizes) * self._shards.total
+            positions = macs // max(1, layer.weight.numel())
+            work[twin] = layer_work(layer, positions, self.settings).weight
+        return work
 
     def _set_range(self, site: QuantizerSite) -> None:
         """Find the range of what the quantized lane holds at a quantizer."""

@@ -353,7 +353,8 @@ def test_progress_is_the_cost_of_what_is_executed(monkeypatch):
     bars = []
     monkeypatch.setattr("mpqdm_fx.graph.walk.tqdm", Bar)
     graph, _, calls = traced("net")
-    walk = Walk(graph, calls, progress="sweep")
+    mix = next(node for node in graph.graph.nodes if node.target == "mix")
+    walk = Walk(graph, calls, progress="sweep", before={mix: 12_345})
     (bar,) = bars
     for node in walk:
         if node.target == "body":
@@ -364,6 +365,8 @@ def test_progress_is_the_cost_of_what_is_executed(monkeypatch):
             each = 16 * 108 * 60
             assert each * 2 in bar.steps[before:]
             assert each in bar.steps[before:]
+            assert bar.steps.count(12_345) == 0
+    assert bar.steps.count(12_345) == 1  # the caller's work on that node
     assert sum(bar.steps) == bar.total
     assert bar.closed
     assert bar.label == "sweep"

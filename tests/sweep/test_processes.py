@@ -4,7 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.sweep.shards import Shards
 
 SCRIPT = """
 import sys
@@ -43,3 +47,12 @@ def test_two_processes_quantize_to_the_same_weights_as_one(tmp_path):
     for name, (codes, weight) in one.items():
         assert torch.equal(codes, two[name][0]), name
         assert torch.equal(weight, two[name][1]), name
+
+
+def test_more_processes_than_calls_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    assert list(Shards.of(5).indices) == [1]
+    with pytest.raises(CalibrationError, match="start at most 3 processes"):
+        Shards.of(3)

@@ -202,7 +202,7 @@ def test_shards_part_the_calls_and_gather_keeps_their_order():
     assert Shards.of(5).gather(list("abcde")) == list("abcde")
 
 
-def test_the_sweep_needs_every_layer_of_its_plan():
+def test_a_sweep_without_a_plan_decides_and_solves_every_layer():
     graph_module, calls = traced(tiny_unet(), unet_calls(1))
     settings = settings_of()
     sweep = Sweep(graph_module, calls, settings, limits=layer_limits(graph_module, settings))
