@@ -17,7 +17,15 @@ from mpqdm_fx.numerics.gram import kept_rows
 from mpqdm_fx.numerics.propagation import LayerRows
 from mpqdm_fx.sweep.shards import Shards
 
-__all__ = ["CallRows", "collect_rows", "join_rows", "residual_of", "rows_key"]
+__all__ = [
+    "CallRows",
+    "collect_rows",
+    "join_rows",
+    "residual_of",
+    "row_positions",
+    "rows_key",
+    "rows_of_each_call",
+]
 
 _VIEWS = frozenset(
     {
@@ -114,17 +122,12 @@ def collect_rows(
     lane_input = twin.args[0]
     assert isinstance(lane_input, fx.Node)
     float_input = float_of(graph_module, lane_input) or lane_input
-    width = _row_width(module)
-    first = next(iter(walk.values(lane_input)))
-    available = shards.total * output_positions(module, first)
-    count = -(-kept_rows(width, available, max_rows) // shards.total)
-    key = int.from_bytes(hashlib.sha256(float_input.name.encode()).digest()[:6], "big")
+    count = 0
     own = []
     lanes = zip(walk.values(lane_input), _float_values(walk, float_input, lane_input), strict=True)
     for index, (x_hat, x) in zip(shards.indices, lanes, strict=True):
-        generator = torch.Generator().manual_seed((seed << 40) ^ key ^ (index << 20))
-        total = output_positions(module, x_hat)
-        positions = torch.randperm(total, generator=generator)[:count].sort().values
+        count = count or rows_of_each_call(module, x_hat, shards.total, max_rows)
+        positions = row_positions(module, x_hat, count, (seed, float_input.name, index))
         inputs = sample_rows(module, x_hat, positions=positions).float()
         shift = None
         if x is not None:
@@ -132,6 +135,28 @@ def collect_rows(
             shift = sample_rows(module, x, positions=positions).float() - inputs
         own.append(CallRows(inputs=inputs, shift=shift, positions=positions))
     return shards.gather(own)
+
+
+def rows_of_each_call(module: nn.Module, x: Tensor, calls: int, max_rows: int) -> int:
+    """How many rows a layer takes from each call, given what it reads at the first one."""
+    available = calls * output_positions(module, x)
+    return -(-kept_rows(_row_width(module), available, max_rows) // calls)
+
+
+def row_positions(module: nn.Module, x: Tensor, count: int, key: tuple[int, str, int]) -> Tensor:
+    """Flat output positions of a layer whose rows are taken, ascending int64.
+
+    Args:
+        module: The layer.
+        x: What it reads at one call.
+        count: The most rows.
+        key: Seed, name of the float node that is read, index of the call; nothing else matters.
+    """
+    seed, name, index = key
+    hashed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+    generator = torch.Generator().manual_seed((seed << 40) ^ hashed ^ (index << 20))
+    total = output_positions(module, x)
+    return torch.randperm(total, generator=generator)[:count].sort().values
 
 
 def _float_values(walk: Walk, node: fx.Node, lane: fx.Node) -> Iterable[Any]:

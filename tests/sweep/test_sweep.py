@@ -1,107 +1,57 @@
 """The sweep against its definition: rerun the model for every layer, solve, install, go on."""
 
-from typing import Any
-
 import pytest
 import torch
 from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
 from sweeps import quantized, recorded, settings_of, traced
-from torch import fx
 
-from mpqdm_fx.calibration.allocate import fixed_plan, layer_limits
-from mpqdm_fx.graph.editing import copy_graph_module
-from mpqdm_fx.graph.lanes import float_of, is_lane, twin_of
-from mpqdm_fx.graph.layers import replace_module, sample_rows, weight_layers
-from mpqdm_fx.numerics.propagation import LayerRows
+from mpqdm_fx.calibration.allocate import layer_limits
+from mpqdm_fx.graph.lanes import is_lane, twin_of
+from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.models.bundled import load_digits_unet
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
-from mpqdm_fx.sweep.collect import collect_rows
 from mpqdm_fx.sweep.quantize import finish, start_sweep
 from mpqdm_fx.sweep.shards import Shards
-from mpqdm_fx.sweep.solve import LayerData, solve_layer
-from mpqdm_fx.sweep.sweep import Sweep, install_solution
+from mpqdm_fx.sweep.sweep import Sweep
+from mpqdm_fx.testing.rerun import rerun_for_every_layer
 
 MODELS = {"unet": (tiny_unet, unet_calls), "condition": (tiny_condition_unet, condition_calls)}
 
 
-class _Inputs(fx.Interpreter):
-    """Runs a graph and keeps what one node reads."""
-
-    def __init__(self, graph_module: fx.GraphModule, name: str) -> None:
-        super().__init__(graph_module)
-        self.name = name
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.name == self.name:
-            self.found = self.env[n.args[0]]
-        return super().run_node(n)
-
-
-def _read(graph_module, layer, call):
-    interpreter = _Inputs(graph_module, layer.nodes[0].name)
-    names = [n.target for n in graph_module.graph.find_nodes(op="placeholder")]
-    with torch.no_grad():
-        interpreter.run(*[call[name] for name in names])
-    return interpreter.found
-
-
-def _brute_force(graph_module, calls, settings, held_out, positions):
-    """Solve layer after layer; both models run from the start for each."""
-    rounded = copy_graph_module(graph_module)
-    for name, layer in weight_layers(graph_module, embeddings=False).items():
-        parts = []
-        for index, call in enumerate(calls):
-            exact = _read(graph_module, layer, call)
-            noisy = _read(rounded, layer, call)
-            at = positions[name][index]
-            x = sample_rows(layer.module, exact, positions=at)
-            x_hat = sample_rows(layer.module, noisy, positions=at)
-            parts.append((x_hat, x - x_hat))
-
-        def rows(indices, parts=parts):
-            return LayerRows(
-                inputs=torch.cat([parts[i][0] for i in indices]),
-                shift=torch.cat([parts[i][1] for i in indices]),
-            )
-
-        train = [i for i in range(len(calls)) if i not in held_out]
-        plan = fixed_plan(layer, settings.weight_bits, "all alike")
-        data = LayerData(train=rows(train), validation=rows(held_out))
-        solution = solve_layer(layer.module, plan, data, settings)
-        replace_module(rounded, name, install_solution(layer.module, solution))
-    return rounded
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_one_sweep_equals_rerunning_the_model_for_every_layer(kind, monkeypatch):
-    model, make_calls = MODELS[kind]
-    graph_module, calls = traced(model(), make_calls())
+def _by_settings(graph_module, **settings):
+    """Settings that the brute force takes: uniform bits, float activations, tables in float."""
     names = weight_layers(graph_module)
     rules = [{"pattern": name, "weight_bits": 3} for name in names]
     tables = set(weight_layers(graph_module, embeddings=True)) - set(names)
     rules += [{"pattern": name, "skip": True} for name in tables]
-    settings = settings_of(weight_bits=3, activation_mode="float", overrides=rules, max_rows=96)
-    positions: dict[str, list[torch.Tensor]] = {}
+    return settings_of(weight_bits=3, activation_mode="float", overrides=rules, **settings)
 
-    def keeping(graph, walk, module, twin, **options):
-        found = collect_rows(graph, walk, module, twin, **options)
-        positions[str(float_of(graph, twin).target)] = [call.positions for call in found]
-        return found
 
-    monkeypatch.setattr("mpqdm_fx.sweep.sweep.collect_rows", keeping)
-    monkeypatch.setattr("mpqdm_fx.sweep.sweep._CACHED", 0)
-    sweep = start_sweep(graph_module, recorded(calls), settings)
-    # every layer by itself: otherwise positions of shared rows are kept under one name only
-    monkeypatch.setattr(sweep, "_remember", lambda key, rows: None)
-    result = finish(sweep)
-    expected = _brute_force(
-        graph_module, calls, settings, list(recorded(calls).held_out), positions
-    )
+def _assert_one_sweep_is_the_rerun(graph_module, calls, settings):
+    records = recorded(calls)
+    result = finish(start_sweep(graph_module, records, settings))
+    expected = rerun_for_every_layer(graph_module, calls, settings, records.held_out)
     for name, layer in weight_layers(result.rounded).items():
         other = expected.get_submodule(name)
         assert torch.equal(layer.module.weight_codes, other.weight_codes), name
         torch.testing.assert_close(layer.module.weight, other.weight)
         if layer.module.bias is not None:
             torch.testing.assert_close(layer.module.bias, other.bias)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_one_sweep_equals_rerunning_the_model_for_every_layer(kind):
+    model, make_calls = MODELS[kind]
+    graph_module, calls = traced(model(), make_calls())
+    _assert_one_sweep_is_the_rerun(graph_module, calls, _by_settings(graph_module, max_rows=96))
+
+
+@pytest.mark.matrix
+def test_one_sweep_equals_rerunning_the_bundled_model_for_every_layer():
+    torch.manual_seed(0)
+    calls = [{**call, "sample": torch.randn(4, 1, 16, 16)} for call in unet_calls(4, batch=4)]
+    graph_module, calls = traced(load_digits_unet(), calls)
+    _assert_one_sweep_is_the_rerun(graph_module, calls, _by_settings(graph_module, max_rows=512))
 
 
 @pytest.mark.parametrize("mode", ["static", "timestep", "dynamic", "float"])

@@ -1,0 +1,93 @@
+"""What a sweep computes, by its definition: run the model anew for every layer.
+
+The work grows with the square of the depth. It is here to check the sweep and to time it against.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpqdm_fx.calibration.allocate import fixed_plan
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.graph.editing import copy_graph_module, replace_module
+from mpqdm_fx.graph.layers import WeightLayer, sample_rows, weight_layers
+from mpqdm_fx.numerics.propagation import LayerRows
+from mpqdm_fx.sweep.collect import row_positions, rows_of_each_call
+from mpqdm_fx.sweep.solve import LayerData, solve_layer
+from mpqdm_fx.sweep.sweep import install_solution
+
+__all__ = ["rerun_for_every_layer"]
+
+
+class _Inputs(fx.Interpreter):
+    """Runs a graph and keeps what one node reads."""
+
+    def __init__(self, graph_module: fx.GraphModule, name: str) -> None:
+        super().__init__(graph_module)
+        self.name = name
+        self.found: Tensor | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name == self.name:
+            source = n.args[0]
+            assert isinstance(source, fx.Node)
+            self.found = self.env[source]
+        return super().run_node(n)
+
+
+def _read(graph_module: fx.GraphModule, layer: WeightLayer, call: Mapping[str, Any]) -> Tensor:
+    interpreter = _Inputs(graph_module, layer.nodes[0].name)
+    names = [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        interpreter.run(*[call[name] for name in names])
+    assert interpreter.found is not None
+    return interpreter.found
+
+
+def rerun_for_every_layer(
+    graph_module: fx.GraphModule,
+    calls: Sequence[Mapping[str, Any]],
+    settings: MPQConfig,
+    held_out: Collection[int],
+) -> fx.GraphModule:
+    """Solve one layer after the other; the float and the rounded model run from the start for each.
+
+    Args:
+        graph_module: Normalized float graph; it is not changed. Embedding tables stay in float.
+        calls: Calibration calls.
+        settings: Uniform bits and float activations.
+        held_out: Indices of the calls that judge corrections.
+
+    Returns:
+        The rounded graph.
+    """
+    rounded = copy_graph_module(graph_module)
+    for name, layer in weight_layers(graph_module).items():
+        parts: list[tuple[Tensor, Tensor]] = []
+        source = layer.nodes[0].args[0]
+        count = 0
+        for index, call in enumerate(calls):
+            exact, noisy = (_read(graph, layer, call) for graph in (graph_module, rounded))
+            count = count or rows_of_each_call(layer.module, noisy, len(calls), settings.max_rows)
+            key = (settings.seed, str(source), index)
+            positions = row_positions(layer.module, noisy, count, key)
+            x, x_hat = (
+                sample_rows(layer.module, value, positions=positions).float()
+                for value in (exact, noisy)
+            )
+            parts.append((x_hat, x - x_hat))
+        data = LayerData(
+            train=_rows([part for index, part in enumerate(parts) if index not in held_out]),
+            validation=_rows([parts[index] for index in sorted(held_out)]),
+        )
+        plan = fixed_plan(layer, settings.weight_bits, "all alike")
+        solution = solve_layer(layer.module, plan, data, settings)
+        replace_module(rounded, name, install_solution(layer.module, solution))
+    return rounded
+
+
+def _rows(parts: Sequence[tuple[Tensor, Tensor]]) -> LayerRows:
+    inputs, shifts = zip(*parts, strict=True)
+    return LayerRows(inputs=torch.cat(inputs), shift=torch.cat(shifts))
