@@ -265,7 +265,7 @@ def lower(
         from mpqdm_fx.storage import save
 
         return save(quantized, output)
-    from mpqdm_fx.backends.xnnpack import lower_xnnpack
+    from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack
 
     if quantized.settings.activation_bits != 8:
         raise LoweringError(

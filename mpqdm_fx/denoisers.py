@@ -45,7 +45,7 @@ def program_denoiser(path: Path, signature: Signature) -> Denoiser:
         path: The program.
         signature: Signature of the graph that it was made of.
     """
-    from mpqdm_fx.backends.xnnpack_runner import XnnpackRunner
+    from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 
     runner = XnnpackRunner(path)
 

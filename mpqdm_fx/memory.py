@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import typer
 
-from mpqdm_fx.backends.xnnpack_runner import require_executorch
+from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.denoisers import first_rows, open_denoiser
 from mpqdm_fx.errors import MPQError
 

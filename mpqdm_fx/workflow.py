@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mpqdm_fx.api import Backend, lower, quantize
-from mpqdm_fx.backends.xnnpack_runner import require_executorch
+from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.denoisers import (

@@ -24,7 +24,8 @@ from torch import nn
 
 from mpqdm_fx.backends import xnnpack
 from mpqdm_fx.backends.fit_channels import round_biases
-from mpqdm_fx.backends.xnnpack import XnnpackRunner, lower_xnnpack, lower_xnnpack_float
+from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
+from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.graph.trace import trace

@@ -7,7 +7,7 @@ from rounded_nets import measured_ranges, round_to_grid
 
 from mpqdm_fx.backends.fit_channels import round_biases
 from mpqdm_fx.backends.torch_ao import ENGINES, lower_torch_ao
-from mpqdm_fx.backends.xnnpack import lower_xnnpack
+from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.trace import trace

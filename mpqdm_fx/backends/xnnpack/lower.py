@@ -6,54 +6,41 @@ one execution, compared with the converted graph. Lowering that succeeds proves 
 backend; only running the file does.
 """
 
-import contextlib
-import gc
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from mpqdm_fx.activations import Activation
-from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_calls
 from mpqdm_fx.backends.observers import weight_grids
-from mpqdm_fx.backends.pt2e import convert_pt2e_graph, export_graph
+from mpqdm_fx.backends.pt2e import export_graph
 from mpqdm_fx.backends.torch_ao import check_ranges
-from mpqdm_fx.backends.xnnpack_runner import (
+from mpqdm_fx.backends.xnnpack.convert import DECOMPOSE, converted_graph, decomposed
+from mpqdm_fx.backends.xnnpack.edge import delegation, to_edge
+from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
+from mpqdm_fx.backends.xnnpack.runner import (
     TensorSpec,
     XnnpackRunner,
     flat_inputs,
     require_executorch,
     sorted_entries,
 )
+from mpqdm_fx.backends.xnnpack.stages import Stages
 from mpqdm_fx.errors import ArtifactError, LoweringError
-from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.graph.editing import replace_module, shallow_clone
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.qdq import is_dequantize, qdq_parameters
 from mpqdm_fx.numerics.metrics import sqnr_db
-from mpqdm_fx.passes.decompose_attention import DecomposeAttention
-from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
-from mpqdm_fx.passes.requantize_copies import RequantizeCopies
-from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
 
-__all__ = ["XnnpackProgram", "XnnpackRunner", "lower_xnnpack", "lower_xnnpack_float"]
+__all__ = ["lower_xnnpack", "lower_xnnpack_float"]
 
 logger = logging.getLogger(__name__)
-
-#: On the module-level graph, before conversion: what XNNPACK does not know becomes what it knows.
-DECOMPOSE = Pipeline(passes=(DecomposeAttention(),))
-
-#: On the converted graph, before lowering: int8 values that its partitioner would mishandle.
-REMEDIES = Pipeline(passes=(DropNoopSlices(), UnshareDequantize(), RequantizeCopies()))
 
 # The graph has the program's int32 biases, so integers agree bit for bit but where a float op
 # before them (a norm, a softmax) sums in another order and a value next to a tie falls elsewhere.
@@ -63,48 +50,6 @@ REMEDIES = Pipeline(passes=(DropNoopSlices(), UnshareDequantize(), RequantizeCop
 MARGIN_DB = 6.0
 # Where activations are in float, only the order of sums differs.
 FLOAT_SQNR_DB = 60.0
-
-_STAGES = ("decompose", "convert", "export", "lower", "serialise", "execute")
-
-
-@dataclass(frozen=True, kw_only=True)
-class XnnpackProgram:
-    """A written and executed `.pte`.
-
-    Attributes:
-        path: The file.
-        bytes: Its size.
-        subgraphs: XNNPACK delegates in it.
-        delegated: Nodes inside them.
-        undelegated: Nodes that portable kernels run.
-        refusals: Kinds and numbers of those nodes.
-        inputs: What the program takes, in order.
-        outputs: What it returns, in order.
-        output_scale: Step of the first output's integers; None where it is float.
-        sqnr_db: Program against the converted graph on the example inputs.
-        max_lsb: Largest difference between the two in steps of the output; None where it is float.
-        reference_sqnr_db: Converted graph against the rounded graph with float activations; None
-            for a float program.
-        seconds: Wall time of the lowering.
-    """
-
-    path: Path
-    bytes: int
-    subgraphs: int
-    delegated: int
-    undelegated: int
-    refusals: Mapping[str, int]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    output_scale: float | None
-    sqnr_db: float
-    max_lsb: float | None
-    reference_sqnr_db: float | None
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; the path is left to its file name."""
-        return {**asdict(self), "path": self.path.name, "refusals": dict(self.refusals)}
 
 
 def lower_xnnpack(
@@ -137,12 +82,11 @@ def lower_xnnpack(
     static = check_ranges(ranges, weight_grids(rounded), "XNNPACK")
     _refuse_conv3d(rounded)
     inputs = _positional(example_inputs)
-    with _Stages() as stage, torch.no_grad():
+    with Stages() as stage, torch.no_grad():
         stage("decompose")
-        plain, static = split_calls(DECOMPOSE(rounded).graph_module, static)
-        plain = round_biases(fit_channels(plain, static), static)
+        plain, static = decomposed(rounded, static)
         stage("convert")
-        converted = REMEDIES(convert_pt2e_graph(plain, static, inputs)).graph_module
+        converted = converted_graph(plain, static, inputs)
         expected = _leaves(converted(*inputs))
         reference = sqnr_db(_joined(_leaves(rounded(*inputs))), _joined(expected))
         names = _argument_names(rounded)
@@ -167,7 +111,7 @@ def lower_xnnpack_float(
     require_executorch()
     _refuse_conv3d(graph)
     inputs = _positional(example_inputs)
-    with _Stages() as stage, torch.no_grad():
+    with Stages() as stage, torch.no_grad():
         stage("decompose")
         plain = _without_codes(DECOMPOSE(graph).graph_module)
         expected, names = _leaves(graph(*inputs)), _argument_names(graph)
@@ -180,14 +124,14 @@ def _write(
     names: Sequence[str],
     path: Path,
     expected: list[Tensor],
-    stage: "_Stages",
+    stage: Stages,
     reference: float | None,
 ) -> XnnpackProgram:
     """Lower, write beside `path`, execute, compare, and only then rename."""
     stage("export")
     exported = export_graph(graph, inputs)
     stage("lower")
-    edge = _lower(exported)
+    edge = to_edge(exported)
     stage("serialise")
     program = edge.to_executorch()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +151,7 @@ def _write(
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    info = _delegation(edge)
+    info = delegation(edge)
     result = XnnpackProgram(
         path=path,
         bytes=size,
@@ -249,44 +193,6 @@ def _check(path: Path, sqnr: float, lsb: float | None, reference: float | None) 
         f"{sqnr:.1f} dB{step}, expected at least {bound:.1f} dB; nothing was written. This is a "
         f"bug of the backend or of its remedies: please report the model"
     )
-
-
-def _lower(exported: torch.export.ExportedProgram) -> Any:
-    """Partition for XNNPACK and preprocess every delegate."""
-    with _root_logger_kept():
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-
-    # The converted graph holds q/dq ops, which the validity check does not know; all tensors are
-    # contiguous, so there are no dimension orders to keep track of.
-    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
-    try:
-        with _rare_collections():
-            return to_edge_transform_and_lower(
-                exported, partitioner=[XnnpackPartitioner()], compile_config=config
-            )
-    except Exception as error:
-        message = str(error).strip().splitlines() or [""]
-        raise LoweringError(
-            f"ExecuTorch cannot lower this graph: {type(error).__name__}: {message[0]}"
-        ) from error
-
-
-def _delegation(edge: Any) -> dict[str, Any]:
-    from executorch.devtools.backend_debug import get_delegation_info
-
-    info = get_delegation_info(edge.exported_program().graph_module)
-    refused = {
-        name: entry.non_delegated
-        for name, entry in sorted(info.delegation_by_operator.items())
-        if entry.non_delegated and name not in ("getitem", "alloc")
-    }
-    return {
-        "subgraphs": info.num_delegated_subgraphs,
-        "delegated": info.num_delegated_nodes,
-        "undelegated": sum(refused.values()),
-        "refusals": refused,
-    }
 
 
 def _refuse_conv3d(graph: fx.GraphModule) -> None:
@@ -335,55 +241,3 @@ def _output_scale(graph: fx.GraphModule) -> float | None:
     (output,) = graph.graph.find_nodes(op="output")
     first = output.all_input_nodes[0]
     return float(qdq_parameters(first)[0]) if is_dequantize(first) else None
-
-
-class _Stages:
-    """Progress over the stages of a lowering: a bar, and one line each in the log."""
-
-    def __enter__(self) -> Self:
-        self._start = time.perf_counter()
-        self._bar = tqdm(total=len(_STAGES), desc="XNNPACK", unit="stage", disable=None)
-        return self
-
-    def __call__(self, name: str) -> None:
-        """Enter a stage; stages that were left out count as done."""
-        self._bar.n = _STAGES.index(name)
-        self._bar.set_postfix_str(name)
-        logger.info("XNNPACK: %s (%.0f s)", name, self.seconds)
-
-    @property
-    def seconds(self) -> float:
-        """Wall time so far."""
-        return time.perf_counter() - self._start
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self._bar.update(len(_STAGES) - self._bar.n)
-        self._bar.close()
-
-
-@contextlib.contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Let the garbage collector run a hundred times less often.
-
-    Lowering makes millions of small objects that mostly die by their reference count; searching
-    them for cycles took a fifth of its time.
-    """
-    before = gc.get_threshold()
-    gc.set_threshold(100_000, 50, 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-
-
-@contextlib.contextmanager
-def _root_logger_kept() -> Iterator[None]:
-    """Undo `logging.basicConfig`, which ExecuTorch's partitioner calls when it is imported."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)

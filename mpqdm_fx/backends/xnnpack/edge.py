@@ -1,0 +1,79 @@
+"""ExecuTorch's own part: partition for XNNPACK, and tell what was delegated."""
+
+import contextlib
+import gc
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from mpqdm_fx.errors import LoweringError
+
+__all__ = ["delegation", "to_edge"]
+
+
+def to_edge(exported: torch.export.ExportedProgram) -> Any:
+    """Partition for XNNPACK and preprocess every delegate."""
+    with _root_logger_kept():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    # The converted graph holds q/dq ops, which the validity check does not know; all tensors are
+    # contiguous, so there are no dimension orders to keep track of.
+    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    try:
+        with _rare_collections():
+            return to_edge_transform_and_lower(
+                exported, partitioner=[XnnpackPartitioner()], compile_config=config
+            )
+    except Exception as error:
+        message = str(error).strip().splitlines() or [""]
+        raise LoweringError(
+            f"ExecuTorch cannot lower this graph: {type(error).__name__}: {message[0]}"
+        ) from error
+
+
+def delegation(edge: Any) -> dict[str, Any]:
+    """Delegates and nodes of a partitioned program, by the names of `XnnpackProgram`'s fields."""
+    from executorch.devtools.backend_debug import get_delegation_info
+
+    info = get_delegation_info(edge.exported_program().graph_module)
+    refused = {
+        name: entry.non_delegated
+        for name, entry in sorted(info.delegation_by_operator.items())
+        if entry.non_delegated and name not in ("getitem", "alloc")
+    }
+    return {
+        "subgraphs": info.num_delegated_subgraphs,
+        "delegated": info.num_delegated_nodes,
+        "undelegated": sum(refused.values()),
+        "refusals": refused,
+    }
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let the garbage collector run a hundred times less often.
+
+    Lowering makes millions of small objects that mostly die by their reference count; searching
+    them for cycles took a fifth of its time.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@contextlib.contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """Undo `logging.basicConfig`, which ExecuTorch's partitioner calls when it is imported."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)

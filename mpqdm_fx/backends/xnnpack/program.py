@@ -1,0 +1,50 @@
+"""What a lowering wrote and measured."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpqdm_fx.backends.xnnpack.runner import TensorSpec
+
+__all__ = ["XnnpackProgram"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class XnnpackProgram:
+    """A written and executed `.pte`.
+
+    Attributes:
+        path: The file.
+        bytes: Its size.
+        subgraphs: XNNPACK delegates in it.
+        delegated: Nodes inside them.
+        undelegated: Nodes that portable kernels run.
+        refusals: Kinds and numbers of those nodes.
+        inputs: What the program takes, in order.
+        outputs: What it returns, in order.
+        output_scale: Step of the first output's integers; None where it is float.
+        sqnr_db: Program against the converted graph on the example inputs.
+        max_lsb: Largest difference between the two in steps of the output; None where it is float.
+        reference_sqnr_db: Converted graph against the rounded graph with float activations; None
+            for a float program.
+        seconds: Wall time of the lowering.
+    """
+
+    path: Path
+    bytes: int
+    subgraphs: int
+    delegated: int
+    undelegated: int
+    refusals: Mapping[str, int]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    output_scale: float | None
+    sqnr_db: float
+    max_lsb: float | None
+    reference_sqnr_db: float | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the path is left to its file name."""
+        return {**asdict(self), "path": self.path.name, "refusals": dict(self.refusals)}
