@@ -22,8 +22,9 @@ from rounded_nets import (
 )
 from torch import nn
 
-from mpqdm_fx.backends import xnnpack
 from mpqdm_fx.backends.fit_channels import round_biases
+from mpqdm_fx.backends.xnnpack import convert
+from mpqdm_fx.backends.xnnpack.edge import to_edge
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
@@ -151,7 +152,7 @@ def lower_with(passes, net, path, widen=()):
     """Lower with these remedies only."""
     graph, ranges, inputs = rounded(net)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(xnnpack, "REMEDIES", Pipeline(passes=passes))
+        patch.setattr(convert, "REMEDIES", Pipeline(passes=passes))
         return lower_xnnpack(graph, widen_inputs(ranges, widen), inputs, path)
 
 
@@ -160,7 +161,7 @@ def test_value_read_as_int8_and_as_float_needs_the_remedy(tmp_path):
     with pytest.raises(LoweringError, match="refuses the program"):
         lower_with((), SharedOutput(), path)
     assert not list(tmp_path.iterdir())
-    program = lower_with(xnnpack.REMEDIES.passes, SharedOutput(), path)
+    program = lower_with(convert.REMEDIES.passes, SharedOutput(), path)
     assert program.sqnr_db > program.reference_sqnr_db + 10
     assert program.subgraphs == 2
 
@@ -179,7 +180,7 @@ def test_moved_int8_value_needs_the_remedies(move, tmp_path):
     path = tmp_path / "net.pte"
     with pytest.raises(LoweringError, match="refuses the program"):
         lower_with((), MovedOutput(move), path, ("after",))
-    program = lower_with(xnnpack.REMEDIES.passes, MovedOutput(move), path, ("after",))
+    program = lower_with(convert.REMEDIES.passes, MovedOutput(move), path, ("after",))
     assert program.max_lsb <= 1.001
 
 
@@ -282,6 +283,6 @@ def test_lowering_leaves_the_root_logger_and_the_collector_as_they_were():
     # ExecuTorch calls logging.basicConfig when it is imported; pytest's own handlers are there
     root, threshold = list(logging.getLogger().handlers), gc.get_threshold()
     with pytest.raises(LoweringError, match="ExecuTorch cannot lower"):
-        xnnpack._lower(None)
+        to_edge(None)
     assert list(logging.getLogger().handlers) == root
     assert gc.get_threshold() == threshold
