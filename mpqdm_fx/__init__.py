@@ -17,6 +17,7 @@ from mpqdm_fx.errors import (
 )
 from mpqdm_fx.graph.base import GraphPass, Pipeline
 from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.pipelines.export import export_pipeline
 from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.quantized import PreparedModel, QuantizedModel
 from mpqdm_fx.storage import load, save
@@ -39,6 +40,7 @@ __all__ = [
     "TraceError",
     "Trajectories",
     "convert",
+    "export_pipeline",
     "load",
     "lower",
     "open_sweep",

@@ -1,4 +1,4 @@
-"""The command line: `mpqdm-fx quantize | plan | sample | evaluate | trace | inspect`."""
+"""The command line: `mpqdm-fx quantize | export | plan | sample | evaluate | trace | inspect`."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from mpqdm_fx import cli_options as opt
+from mpqdm_fx.cli_export import export
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError, MPQError
 
@@ -120,6 +121,9 @@ def quantize(
     console.print(layer_table(result.quantized.report))
     console.print(summary_table(result.summary))
     console.print(f"written to {output}")
+
+
+app.command()(export)
 
 
 @app.command()
@@ -279,5 +283,5 @@ def main() -> None:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        errors.print("stopped; no result was written; `quantize` goes on with --resume")
+        errors.print("stopped; no result was written; `quantize` and `export` go on with --resume")
         sys.exit(130)

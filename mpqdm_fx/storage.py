@@ -24,7 +24,15 @@ from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized, restore
 from mpqdm_fx.versions import FORMAT, FORMAT_VERSION, versions
 
-__all__ = ["MANIFEST", "WEIGHTS", "load", "read_manifest", "save", "staged_directory"]
+__all__ = [
+    "MANIFEST",
+    "WEIGHTS",
+    "check_target",
+    "load",
+    "read_manifest",
+    "save",
+    "staged_directory",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +41,12 @@ WEIGHTS = "model.safetensors"
 MODEL_CONFIG = "config.json"
 
 
-@contextmanager
-def staged_directory(output: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place if the block ends well.
+def check_target(output: str | Path, manifest: str = MANIFEST) -> Path:
+    """Check that a folder can be written or replaced.
 
     Args:
-        output: The folder to appear. An older one of the same name is replaced whole.
+        output: The folder.
+        manifest: File by which a folder that this package wrote is known.
 
     Raises:
         ArtifactError: `output` is a file, or holds something that this package did not write.
@@ -46,10 +54,25 @@ def staged_directory(output: str | Path) -> Iterator[Path]:
     target = Path(output)
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"{target} is a file; give a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).exists():
+    if target.is_dir() and any(target.iterdir()) and not (target / manifest).exists():
         raise ArtifactError(
-            f"{target} exists and holds other files ({MANIFEST} is missing); give a new folder"
+            f"{target} exists and holds other files ({manifest} is missing); give a new folder"
         )
+    return target
+
+
+@contextmanager
+def staged_directory(output: str | Path, manifest: str = MANIFEST) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its place if the block ends well.
+
+    Args:
+        output: The folder to appear. An older one of the same name is replaced whole.
+        manifest: File by which such an older one is known.
+
+    Raises:
+        ArtifactError: `output` is a file, or holds something that this package did not write.
+    """
+    target = check_target(output, manifest)
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     stage.chmod(0o755)

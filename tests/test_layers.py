@@ -27,8 +27,10 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"api"},
             {"denoisers"},  # whatever predicts the noise, behind one calling convention
             {"memory", "processes"},
+            {"pipelines"},  # several models, quantized and lowered one after the other
             {"workflow"},  # whole jobs of the command line
             {"cli_options"},
+            {"cli_export"},
             {"cli", "testing", "__init__"},
             {"__main__"},
         ],
@@ -44,6 +46,7 @@ LAZY = {
     ("api", "storage"): "storage builds on the verbs' results; lower('packed') is saving",
     ("denoisers", "backends"): "executorch is loaded only where a .pte is run",
     ("cli", ""): "`mpqdm-fx --help` answers without loading torch",
+    ("cli_export", ""): "the same",
 }
 
 
@@ -126,7 +129,14 @@ def test_one_module_holds_all_imports_of_torch_ao():
 
 def test_only_backends_import_executorch():
     holders = {i.importer for i in imports() if i.imported.partition(".")[0] == "executorch"}
-    assert all(_package(holder) == "backends" for holder in holders)
+    runner = "mpqdm_fx.pipelines.runner"  # runs where this package is not installed
+    assert all(_package(holder) == "backends" or holder == runner for holder in holders)
+
+
+def test_the_runner_of_exported_folders_imports_nothing_of_the_package():
+    own = [i.imported for i in imports() if i.importer == "mpqdm_fx.pipelines.runner"]
+    assert own
+    assert not [name for name in own if name.startswith("mpqdm_fx")]
 
 
 def test_hypothesis_stays_in_the_testing_package():

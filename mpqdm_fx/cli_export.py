@@ -1,0 +1,118 @@
+"""The command `mpqdm-fx export`: a pipeline folder becomes programs and a runner."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mpqdm_fx import cli_options as opt
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import ConfigError
+
+__all__ = ["export"]
+
+_DEFAULT = MPQConfig()
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A diffusers pipeline folder (model_index.json).")
+    ],
+    output: opt.OutputOption = Path("exported"),
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="HEIGHTxWIDTH in pixels that gets programs; repeat it for more."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts to calibrate on, one a line.")
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option(help="Guidance scale to calibrate at, and the runner's default.")
+    ] = 7.5,
+    steps: opt.StepsOption = 20,
+    trajectories: opt.TrajectoriesOption = 16,
+    in_float: Annotated[bool, typer.Option("--float", help="Export without quantizing.")] = False,
+    weights: opt.WeightsOption = 8,
+    activations: opt.ActivationsOption = 8,
+    allocation: opt.AllocationOption = _DEFAULT.allocation,
+    effective_bits: opt.EffectiveOption = None,
+    weight_bytes: opt.BytesOption = None,
+    levels: opt.LevelsOption = _DEFAULT.levels,
+    rounding: opt.RoundingOption = _DEFAULT.rounding,
+    refinements: opt.RefinementsOption = _DEFAULT.refinements,
+    propagation: opt.PropagationOption = str(_DEFAULT.propagation),
+    activation_mode: opt.ActivationModeOption = _DEFAULT.activation_mode,
+    override: opt.OverrideOption = None,
+    minimum_sqnr: Annotated[
+        float, typer.Option(help="Text encoder or VAE below this many dB stay in float.")
+    ] = 30.0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was killed.")
+    ] = False,
+    max_memory: opt.MemoryOption = None,
+    device: Annotated[str | None, typer.Option(help="Where to solve, for example cuda.")] = None,
+    sensitivity: opt.SensitivityOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Export a pipeline MODEL: text encoder, denoiser, VAE as .pte, and run.py that draws."""
+    from mpqdm_fx.pipelines.export import export_pipeline
+    from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
+
+    config = opt.settings_of(
+        weight_bits=weights,
+        activation_bits=activations,
+        allocation=allocation,
+        effective_bits=effective_bits,
+        weight_bytes=weight_bytes,
+        levels=levels,
+        rounding=rounding,
+        refinements=refinements,
+        propagation=propagation,
+        activation_mode=activation_mode,
+        override=override,
+        seed=seed,
+    )
+    result = export_pipeline(
+        model,
+        None if in_float else config,
+        output,
+        sizes=[_size_of(text) for text in size] if size else None,
+        prompts=DEFAULT_PROMPTS if prompts is None else read_prompts(prompts),
+        steps=steps,
+        guidance=guidance,
+        trajectories=trajectories,
+        minimum_sqnr_db=minimum_sqnr,
+        resume=resume,
+        max_memory=opt.memory_of(max_memory),
+        device=device,
+        sensitivity=sensitivity,
+    )
+    console = Console()
+    if as_json:
+        console.print_json(json.dumps(result.manifest))
+        return
+    table = Table("program", "precision", "bytes", "SQNR dB", "subgraphs")
+    for method in result.manifest["methods"]:
+        part = result.manifest["parts"][method["part"]]
+        found = part["quantized_sqnr_db"] if part["precision"] != "float" else None
+        table.add_row(
+            method["file"],
+            part["precision"],
+            f"{result.manifest['files'][method['file']]['bytes']:,}",
+            "" if found is None else f"{float(found):.1f}",
+            str(method["subgraphs"]),
+        )
+    console.print(table)
+    console.print(f"written to {output}; draw with: python {output / 'run.py'}", soft_wrap=True)
+
+
+def _size_of(text: str) -> tuple[int, int]:
+    """Height and width of a text like `512x768`."""
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdigit() and width.isdigit()):
+        raise ConfigError(f"--size {text!r}: write HEIGHTxWIDTH, for example 512x512")
+    return int(height), int(width)

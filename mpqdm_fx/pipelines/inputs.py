@@ -1,0 +1,223 @@
+"""What each part of a pipeline is called with: example inputs and calibration data.
+
+The denoiser is calibrated on the float pipeline's own denoising runs, with its scheduler, prompts
+and guidance; the decoder on what these runs end with; the text encoders on the prompts.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mpqdm_fx.calibration.trajectories import Trajectories
+from mpqdm_fx.pipelines.layout import Layout, Size
+from mpqdm_fx.pipelines.runner import guidance_embedding, time_ids
+
+__all__ = ["DenoiserCalls", "PipelineInputs"]
+
+Call = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineInputs:
+    """Calibration data of a pipeline's parts, made when it is asked for.
+
+    Attributes:
+        layout: The pipeline.
+        size: Image size to calibrate at.
+        prompts: Prompts; runs take turns with them.
+        steps: Steps of each run.
+        guidance: Guidance scale of the runs, as the pipeline takes it.
+        trajectories: Runs.
+        batch_size: Rows in a call.
+        seed: Seed of noise and order.
+    """
+
+    layout: Layout
+    size: Size
+    prompts: Sequence[str]
+    steps: int
+    guidance: float
+    trajectories: int
+    batch_size: int
+    seed: int
+
+    @cached_property
+    def runs(self) -> Trajectories:
+        """The float pipeline's denoising runs."""
+        layout = self.layout
+        guided = self.guidance > 1 and layout.settings["time_cond_proj_dim"] is None
+        prompts = list(itertools.islice(itertools.cycle(self.prompts), self.trajectories))
+        conditions = self._conditions(prompts if layout.kind != "unconditional" else [])
+        plain, negative = conditions
+        return Trajectories(
+            layout.unet if layout.kind != "inpainting" else _joining(layout.unet),
+            layout.pipeline.scheduler,
+            num_trajectories=self.trajectories,
+            num_inference_steps=self.steps,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            sample_shape=layout.latent_shape(self.size),
+            conditions=plain,
+            guidance_scale=self.guidance if guided and plain else None,
+            unconditional=negative if guided and plain else None,
+            held_out=self.trajectories // 4,
+        )
+
+    def _conditions(self, prompts: list[str]) -> tuple[Call, Call]:
+        """What the denoiser gets beside latents and timestep, with and without the prompts."""
+        layout, count = self.layout, len(prompts)
+        if not prompts:
+            return {}, {}
+        with torch.no_grad():
+            # one prompt at a time, as programs do; the pipeline's own rules for both halves
+            rows = [
+                layout.pipeline.encode_prompt(
+                    prompt=prompt,
+                    device="cpu",
+                    num_images_per_prompt=1,
+                    do_classifier_free_guidance=True,
+                )
+                for prompt in prompts
+            ]
+        states, negative_states, *pooled = (torch.cat(column) for column in zip(*rows, strict=True))
+        plain: Call = {"encoder_hidden_states": states}
+        negative: Call = {"encoder_hidden_states": negative_states}
+        if pooled:
+            times = time_ids(*self.size).repeat(count, 1)
+            plain["added_cond_kwargs"] = {"text_embeds": pooled[0], "time_ids": times}
+            negative["added_cond_kwargs"] = {"text_embeds": pooled[1], "time_ids": times}
+        width = layout.settings["time_cond_proj_dim"]
+        if width is not None:
+            embedding = guidance_embedding(self.guidance, width).repeat(count, 1)
+            plain["timestep_cond"] = negative["timestep_cond"] = embedding
+        if layout.kind == "inpainting":
+            masked = self._masked_latents(count)
+            plain, negative = {**plain, **masked}, {**negative, **masked}
+        return plain, negative
+
+    @cached_property
+    def _pictures(self) -> tuple[Tensor, Tensor]:
+        """Smooth random images in -1..1 with random rectangles taken out, and the masks."""
+        generator = torch.Generator().manual_seed(self.seed)
+        coarse = torch.randn(self.trajectories, 3, 4, 4, generator=generator)
+        images = functional.interpolate(coarse, size=self.size, mode="bicubic").clamp(-1, 1)
+        masks = torch.zeros(self.trajectories, 1, *self.size)
+        for mask in masks:
+            ends = torch.rand(2, 2, generator=generator).sort(dim=1).values
+            (top, bottom), (left, right) = (
+                (int(low * side), int(high * side) + 1)
+                for (low, high), side in zip(ends.tolist(), self.size, strict=True)
+            )
+            mask[:, top:bottom, left:right] = 1.0
+        return images * (masks < 0.5), masks
+
+    def _masked_latents(self, count: int) -> Call:
+        images, masks = (rows[:count] for rows in self._pictures)
+        encoder = self.layout.parts["vae_encoder"].module
+        with torch.no_grad():
+            latents = torch.cat([encoder(image[None])[0] for image in images])
+        small = functional.interpolate(masks, size=latents.shape[-2:])
+        return {"mask": small, "masked_image_latents": latents}
+
+    def calls(self, part: str) -> list[Call]:
+        """Calibration calls of every part but the denoiser, in batches.
+
+        Args:
+            part: The part's name.
+        """
+        if part.startswith("text_encoder"):
+            rows = self.token_ids(part, ["", *self.prompts])
+            return [{"input_ids": ids} for ids in torch.split(rows, self.batch_size)]
+        if part == "vae_encoder":
+            return [{"image": image[None]} for image in self._pictures[0]]
+        return [{"latents": latents[None]} for latents in self.runs.final_samples]
+
+    def token_ids(self, part: str, prompts: Sequence[str]) -> Tensor:
+        """Token numbers of prompts, int64 [N, L], as the pipeline makes them."""
+        tokenizer = self.layout.tokenizers[part.replace("text_encoder", "tokenizer")]
+        ids: Tensor = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return ids
+
+    def example(self, part: str, size: Size) -> Call:
+        """Inputs of one call with batch 1, made without any run.
+
+        Args:
+            part: The part's name.
+            size: Image size.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        latents = torch.randn(1, *self.layout.latent_shape(size), generator=generator)
+        if part.startswith("text_encoder"):
+            return {"input_ids": self.token_ids(part, self.prompts[:1])}
+        if part == "vae_encoder":
+            return {"image": torch.randn(1, 3, *size, generator=generator).clamp(-1, 1)}
+        if part == "vae_decoder":
+            return {"latents": latents}
+        first = {**self._example_conditions, "timestep": torch.full((1,), 500.0)}
+        if self.layout.kind == "inpainting":
+            mask = torch.ones(1, 1, *latents.shape[-2:])
+            return {"sample": torch.cat([latents, mask, latents], dim=1), **first}
+        if "added_cond_kwargs" in first:
+            embeds = first["added_cond_kwargs"]["text_embeds"]
+            first["added_cond_kwargs"] = {"text_embeds": embeds, "time_ids": time_ids(*size)}
+        return {"sample": latents, **first}
+
+    @cached_property
+    def _example_conditions(self) -> Call:
+        prompts = list(self.prompts[:1]) if self.layout.kind != "unconditional" else []
+        plain, _ = self._conditions(prompts)
+        return {k: v for k, v in plain.items() if k not in ("mask", "masked_image_latents")}
+
+
+class DenoiserCalls:
+    """Recorded calls as the denoiser's program gets them.
+
+    Timesteps are float: every scheduler's fit, whole or fractional. Inpainting's three inputs are
+    one tensor.
+
+    Args:
+        runs: The float pipeline's runs.
+    """
+
+    def __init__(self, runs: Trajectories) -> None:
+        self._runs = runs
+
+    @property
+    def held_out_calls(self) -> range:
+        """Indices of the calls that hold rows of the held-out runs alone."""
+        return self._runs.held_out_calls
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        """Yield keyword arguments of the UNet."""
+        for call in self._runs:
+            sample = _joined(call.pop("sample"), call)
+            yield {**call, "sample": sample, "timestep": call["timestep"].float()}
+
+
+def _joined(sample: Tensor, call: Call) -> Tensor:
+    """Latents, mask and masked image as one tensor; takes the last two out of the call."""
+    if "mask" not in call:
+        return sample
+    return torch.cat([sample, call.pop("mask"), call.pop("masked_image_latents")], dim=1)
+
+
+def _joining(unet: Any) -> Any:
+    """An inpainting UNet that is called with latents, mask and masked image apart."""
+
+    def call(**inputs: Any) -> Any:
+        sample = _joined(inputs.pop("sample"), inputs)
+        return unet(sample=sample, **inputs)
+
+    return call

@@ -1,0 +1,256 @@
+"""Which pipelines can be exported, how one is loaded, and what its parts are."""
+
+import copy
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.models.sources import read_json
+from mpqdm_fx.pipelines.adapters import refuse_adapters
+from mpqdm_fx.pipelines.parts import (
+    ImageDecoder,
+    ImageEncoder,
+    Part,
+    PenultimateStates,
+    TextEncoder,
+)
+
+__all__ = ["SUPPORTED", "Kind", "Layout", "Size", "layout_of", "open_pipeline"]
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["text_to_image", "inpainting", "unconditional"]
+Size = tuple[int, int]
+"""Height and width of an image in pixels."""
+
+SUPPORTED: dict[str, Kind] = {
+    "StableDiffusionPipeline": "text_to_image",
+    "StableDiffusionXLPipeline": "text_to_image",
+    "StableDiffusionInpaintPipeline": "inpainting",
+    "DDPMPipeline": "unconditional",
+    "DDIMPipeline": "unconditional",
+    "LDMPipeline": "unconditional",
+}
+
+# Components that a program has no use for; they need not be in the folder either.
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+_INPAINTING_CHANNELS = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A pipeline as its parts and the numbers that hold them together.
+
+    Attributes:
+        pipeline: The diffusers pipeline, or a copy of it in float32 and evaluation mode.
+        class_name: Its class.
+        kind: What it takes.
+        parts: In the order in which they run.
+        tokenizers: By the name of their folder.
+        latent_channels: Channels of what the scheduler steps on.
+        scale: Pixels of an image for one of the latents, per side.
+        default_size: Size that the denoiser was trained for.
+        settings: What the runner must know of the models: guidance embedding, zeroed negative
+            prompts, prediction type.
+    """
+
+    pipeline: Any
+    class_name: str
+    kind: Kind
+    parts: Mapping[str, Part]
+    tokenizers: Mapping[str, Any]
+    latent_channels: int
+    scale: int
+    default_size: Size
+    settings: Mapping[str, Any]
+
+    @property
+    def unet(self) -> Any:
+        """The denoiser."""
+        return self.parts["denoiser"].module
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """Shape of the latents of one image: channels, height, width."""
+        return (self.latent_channels, size[0] // self.scale, size[1] // self.scale)
+
+    def check_sizes(self, sizes: Sequence[Size] | None) -> tuple[Size, ...]:
+        """The sizes to export, by default the one that the denoiser was trained for.
+
+        Raises:
+            ConfigError: A size is no multiple of the decoder's scale, or given twice.
+        """
+        chosen = tuple((int(h), int(w)) for h, w in sizes or (self.default_size,))
+        for height, width in chosen:
+            if min(height, width) < 1 or height % self.scale or width % self.scale:
+                raise ConfigError(
+                    f"size {height}x{width}: height and width must be multiples of {self.scale}, "
+                    f"the scale of the pipeline's decoder"
+                )
+        if len(set(chosen)) < len(chosen):
+            raise ConfigError(f"sizes {list(chosen)}: each size once")
+        return chosen
+
+
+def open_pipeline(source: Any) -> Any:
+    """Load a pipeline from its folder; a pipeline object is returned as it is.
+
+    Args:
+        source: Folder written by `save_pretrained`, or a pipeline.
+
+    Raises:
+        ConfigError: There is no such folder, or its class is not supported.
+        ArtifactError: The folder lacks a component or is damaged.
+    """
+    if not isinstance(source, (str, Path)):
+        _check_class(type(source).__name__)
+        return source
+    root = Path(source)
+    if not (root / "model_index.json").is_file():
+        raise ConfigError(
+            f"{root} is no pipeline folder: model_index.json is missing; give a folder written by "
+            f"save_pretrained of a diffusers pipeline"
+        )
+    index = read_json(root / "model_index.json")
+    name = str(index.get("_class_name"))
+    _check_class(name)
+    unused = {part: None for part in _UNUSED if part in index}
+    for part, entry in index.items():
+        named = isinstance(entry, list) and entry[0] is not None and part not in unused
+        if named and not (root / part).is_dir():
+            raise ArtifactError(
+                f"{root} is not whole: model_index.json names {part!r} ({entry[1]}), and its "
+                f"folder is missing"
+            )
+    loader = getattr(importlib.import_module("diffusers"), name)
+    try:
+        return loader.from_pretrained(
+            root,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            torch_dtype=torch.float32,
+            **unused,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ArtifactError(f"{root}: diffusers could not load it: {first}") from None
+
+
+def _check_class(name: str) -> None:
+    if name not in SUPPORTED:
+        raise ConfigError(
+            f"{name} cannot be exported; supported are {', '.join(SUPPORTED)}. The denoiser alone "
+            f"of another pipeline can be quantized: mpqdm_fx.quantize"
+        )
+
+
+def layout_of(pipeline: Any) -> Layout:
+    """Take a pipeline apart.
+
+    Args:
+        pipeline: A supported pipeline; it is not changed.
+
+    Raises:
+        ConfigError: A component is missing or of a kind that is not supported, or carries an
+            adapter; says what to do.
+    """
+    name = type(pipeline).__name__
+    _check_class(name)
+    refuse_adapters(dict(pipeline.components))
+    kind = SUPPORTED[name]
+    needed = ["unet", "scheduler"]
+    needed += ["text_encoder", "tokenizer", "vae"] if kind != "unconditional" else []
+    needed += ["text_encoder_2", "tokenizer_2"] if name == "StableDiffusionXLPipeline" else []
+    needed += ["vqvae"] if name == "LDMPipeline" else []
+    for component in needed:
+        if getattr(pipeline, component, None) is None:
+            raise ConfigError(f"the {name} has no {component}; load it with one")
+    if getattr(pipeline, "safety_checker", None) is not None:
+        logger.warning("the safety checker is not exported: check the images where they are shown")
+    unet = _ready(pipeline.unet)
+    channels = int(unet.config.in_channels)
+    if kind == "inpainting" and channels != _INPAINTING_CHANNELS:
+        raise ConfigError(
+            f"the UNet of this StableDiffusionInpaintPipeline takes {channels} channels; only "
+            f"inpainting models with {_INPAINTING_CHANNELS} (latents, mask, masked image) are "
+            f"supported"
+        )
+    vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    parts = [*_text_parts(pipeline), _part("denoiser", unet, ("noise_pred",))]
+    if vae is not None:
+        vae = _ready(vae)
+        parts.append(_part("vae_decoder", ImageDecoder(vae), ("image",)))
+    if kind == "inpainting":
+        parts.insert(0, _part("vae_encoder", ImageEncoder(vae), ("mean", "std")))
+    side = unet.config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    return Layout(
+        pipeline=pipeline,
+        class_name=name,
+        kind=kind,
+        parts={part.name: part for part in parts},
+        tokenizers={
+            key: getattr(pipeline, key)
+            for key in ("tokenizer", "tokenizer_2")
+            if getattr(pipeline, key, None) is not None
+        },
+        latent_channels=channels if kind != "inpainting" else (channels - 1) // 2,
+        scale=scale,
+        default_size=(height * scale, width * scale),
+        settings={
+            "time_cond_proj_dim": unet.config.get("time_cond_proj_dim"),
+            "time_ids": name == "StableDiffusionXLPipeline",
+            "force_zeros_for_empty_prompt": bool(
+                pipeline.config.get("force_zeros_for_empty_prompt", False)
+            ),
+            "prediction_type": pipeline.scheduler.config.get("prediction_type", "epsilon"),
+        },
+    )
+
+
+def _text_parts(pipeline: Any) -> list[Part]:
+    encoders = [
+        (key, _ready(getattr(pipeline, key)))
+        for key in ("text_encoder", "text_encoder_2")
+        if getattr(pipeline, key, None) is not None
+    ]
+    for key, encoder in encoders:
+        if getattr(encoder.config, "use_attention_mask", False):
+            raise ConfigError(f"{key} wants an attention mask, which programs do not take")
+    if type(pipeline).__name__ != "StableDiffusionXLPipeline":
+        return [
+            Part(name=key, module=TextEncoder(encoder).eval(), outputs=(_STATES,), sized=False)
+            for key, encoder in encoders
+        ]
+    return [
+        Part(
+            name=key,
+            module=PenultimateStates(encoder, pooled=pooled).eval(),
+            outputs=(_STATES, "text_embeds") if pooled else (_STATES,),
+            sized=False,
+        )
+        for (key, encoder), pooled in zip(encoders, (False, True), strict=True)
+    ]
+
+
+_STATES = "encoder_hidden_states"
+
+
+def _part(name: str, module: nn.Module, outputs: tuple[str, ...]) -> Part:
+    # `eval` reaches models that are in evaluation mode already (`_ready`)
+    return Part(name=name, module=module.eval(), outputs=outputs, sized=True)
+
+
+def _ready(module: nn.Module) -> Any:
+    """The module if it computes in float32 and evaluation mode, else such a copy."""
+    floating = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if floating <= {torch.float32} and not any(m.training for m in module.modules()):
+        return module
+    return copy.deepcopy(module).float().eval()

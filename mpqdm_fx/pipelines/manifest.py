@@ -1,0 +1,111 @@
+"""What an exported folder says about itself: `pipeline.json`."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpqdm_fx.pipelines.layout import Layout, Size
+from mpqdm_fx.pipelines.runner import MANIFEST
+from mpqdm_fx.versions import versions
+
+__all__ = ["MANIFEST", "VERSION", "method_entry", "write_manifest"]
+
+FORMAT = "mpqdm_fx.pipeline"
+VERSION = 1
+
+
+def method_entry(
+    part: str, size: Size | None, file: str, outputs: Sequence[str], program: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One entry point of the folder.
+
+    Args:
+        part: The part that it runs.
+        size: Image size that it is made for; None if any.
+        file: File name of the program.
+        outputs: Names of what it returns.
+        program: `XnnpackProgram.to_dict()`.
+    """
+    results = [
+        {**spec, "name": name} for name, spec in zip(outputs, program["outputs"], strict=True)
+    ]
+    return {
+        "part": part,
+        "size": None if size is None else list(size),
+        "file": file,
+        "method": "forward",
+        "inputs": list(program["inputs"]),
+        "outputs": results,
+        "subgraphs": program["subgraphs"],
+        "undelegated": program["undelegated"],
+        "program_sqnr_db": program["sqnr_db"],
+    }
+
+
+def write_manifest(
+    stage: Path,
+    layout: Layout,
+    *,
+    sizes: Sequence[Size],
+    defaults: Mapping[str, Any],
+    methods: Sequence[Mapping[str, Any]],
+    parts: Mapping[str, Mapping[str, Any]],
+    quantization: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Write `pipeline.json` into a folder whose other files are all there.
+
+    Args:
+        stage: The folder.
+        layout: The pipeline.
+        sizes: Image sizes; the first is the default.
+        defaults: Steps and guidance.
+        methods: Entries of `method_entry`.
+        parts: Precision, bits and signal-to-noise ratio of each part.
+        quantization: Settings of the denoiser, or None if it is float.
+
+    Returns:
+        The manifest.
+    """
+    files = sorted(path for path in stage.rglob("*") if path.is_file())
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "versions": versions(),
+        "pipeline": layout.class_name,
+        "kind": layout.kind,
+        "sizes": [list(size) for size in sizes],
+        "latents": {"channels": layout.latent_channels, "scale": layout.scale},
+        "defaults": dict(defaults),
+        "settings": dict(layout.settings),
+        "methods": list(methods),
+        "parts": {name: dict(part) for name, part in parts.items()},
+        "quantization": quantization,
+        "files": {
+            path.relative_to(stage).as_posix(): {
+                "bytes": path.stat().st_size,
+                "sha256": _sha256(path),
+            }
+            for path in files
+        },
+    }
+    plain: dict[str, Any] = _plain(manifest)
+    text = json.dumps(plain, indent=1, allow_nan=False)
+    (stage / MANIFEST).write_text(text, encoding="utf-8")
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: the ratio of equal tensors becomes the string "inf"."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,129 @@
+"""The parts of a pipeline, each a module with plain tensors in and out.
+
+What a pipeline does around its networks and what never changes (which hidden state is taken, the
+scaling of latents) goes into the part, so that a program needs no configuration to be called. The
+denoiser is the pipeline's UNet itself: layer names in settings and reports are the model's own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "ImageDecoder",
+    "ImageEncoder",
+    "Part",
+    "PenultimateStates",
+    "TextEncoder",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One network of a pipeline.
+
+    Attributes:
+        name: `text_encoder`, `text_encoder_2`, `denoiser`, `vae_decoder` or `vae_encoder`.
+        module: Called with tensors by name; returns a tensor or a tuple of tensors.
+        outputs: Names of what it returns, in order.
+        sized: Its shapes depend on the image size: one program per size.
+    """
+
+    name: str
+    module: nn.Module
+    outputs: tuple[str, ...]
+    sized: bool
+
+
+class TextEncoder(nn.Module):
+    """Token numbers to the last hidden state, as Stable Diffusion 1 and 2 are conditioned.
+
+    Args:
+        encoder: A `CLIPTextModel` or another encoder whose first output is that state.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Encode token numbers, int64 [B, L], to float [B, L, D]."""
+        states: Tensor = self.encoder(input_ids=input_ids)[0]
+        return states
+
+
+class PenultimateStates(nn.Module):
+    """Token numbers to the last but one hidden state, as Stable Diffusion XL is conditioned.
+
+    Args:
+        encoder: One of the pipeline's two encoders.
+        pooled: Whether it also gives `text_embeds`: the second encoder does.
+    """
+
+    def __init__(self, encoder: nn.Module, *, pooled: bool) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.pooled = pooled
+
+    def forward(self, input_ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Encode token numbers, int64 [B, L], to float [B, L, D], and [B, P] where pooled."""
+        output = self.encoder(input_ids=input_ids, output_hidden_states=True)
+        states: Tensor = output.hidden_states[-2]
+        return (states, output[0]) if self.pooled else states
+
+
+class ImageDecoder(nn.Module):
+    """Latents as the scheduler leaves them to an image in -1..1.
+
+    Args:
+        vae: `AutoencoderKL`, `AutoencoderTiny` or `VQModel`. Its `latents_mean` and `latents_std`
+            are used if it has both, as StableDiffusionXLPipeline does; `shift_factor` is not, as
+            none of the supported pipelines reads it.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        config = vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        self.scale = float(config.get("scaling_factor") or 1.0)
+        self.mean: Tensor | None
+        self.std: Tensor | None
+        given = mean is not None and std is not None
+        self.register_buffer("mean", _channels(mean) if given else None)
+        self.register_buffer("std", _channels(std) if given else None)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Decode latents [B, C, h, w] to images [B, channels, H, W]."""
+        if self.mean is not None and self.std is not None:
+            latents = latents * self.std / self.scale + self.mean
+        else:
+            latents = latents / self.scale
+        image: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return image
+
+
+class ImageEncoder(nn.Module):
+    """An image to mean and standard deviation of its latents, both in the scheduler's scale.
+
+    The program is deterministic; the runner draws `mean + std * noise` with its own generator.
+
+    Args:
+        vae: `AutoencoderKL`.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scale = float(vae.config.scaling_factor)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images in -1..1 [B, 3, H, W] to mean and deviation, both [B, C, h, w]."""
+        posterior = self.vae.encode(image).latent_dist
+        return posterior.mean * self.scale, posterior.std * self.scale
+
+
+def _channels(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)

@@ -1,0 +1,89 @@
+"""The folder beside an export in which finished programs wait for the rest."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpqdm_fx.errors import ArtifactError, ConfigError
+
+__all__ = ["WorkFolder"]
+
+_HEADER = "export.json"
+
+
+class WorkFolder:
+    """Finished programs of an export, and solved layers of the part that is being quantized.
+
+    Args:
+        directory: The folder; made if it is not there.
+        identity: What the run is: models, settings, sizes, versions; plain JSON types.
+        resume: Go on with what is there. Otherwise a folder with an unfinished run is refused.
+
+    Raises:
+        ConfigError: The folder holds another run (the difference is named), or a run and `resume`
+            is False.
+        ArtifactError: The folder is damaged, or none of an export.
+    """
+
+    def __init__(self, directory: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+        self.directory = directory
+        header = directory / _HEADER
+        wanted = json.loads(json.dumps(identity))
+        if directory.exists() and not header.is_file():
+            raise ArtifactError(f"{directory} is in the way and no export's; move or delete it")
+        if header.is_file():
+            try:
+                found = json.loads(header.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ArtifactError(
+                    f"{header} is damaged: {error}; delete the folder to start anew"
+                ) from None
+            different = [key for key in wanted if found.get(key) != wanted[key]]
+            if different:
+                raise ConfigError(
+                    f"{directory} holds an unfinished export with other {', '.join(different)}; "
+                    f"use what it was started with, or delete it"
+                )
+            if not resume:
+                raise ConfigError(
+                    f"{directory} holds an export that was not finished; resume it, or delete it"
+                )
+            return
+        directory.mkdir(parents=True)
+        _write(header, wanted)
+
+    def path(self, program: str) -> Path:
+        """Where a program's file goes."""
+        return self.directory / f"{program}.pte"
+
+    def finished(self, program: str) -> dict[str, Any] | None:
+        """The record of a finished program, or None if it was not finished."""
+        record = self.path(program).with_suffix(".json")
+        if not record.is_file() or not self.path(program).is_file():
+            return None
+        found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        return found
+
+    def finish(self, program: str, record: Mapping[str, Any]) -> None:
+        """Keep the record of a program whose file is written."""
+        _write(self.path(program).with_suffix(".json"), record)
+
+    def place(self, name: str, folder: Path) -> None:
+        """Put a file into another folder too, without a second copy where the disk can do that."""
+        try:
+            os.link(self.directory / name, folder / name)
+        except OSError:
+            shutil.copyfile(self.directory / name, folder / name)
+
+    def remove(self) -> None:
+        """Delete the folder: the export is through."""
+        shutil.rmtree(self.directory)
+
+
+def _write(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    partial.rename(path)

@@ -1,0 +1,209 @@
+"""The runner draws what the diffusers pipeline draws, with the parts themselves as programs."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_pipelines
+import torch
+from eager_programs import eager_export
+from PIL import Image
+
+from mpqdm_fx.pipelines.runner import PipelineRunner, RunnerError, guidance_embedding
+
+# The same floating-point operations but for the halves of guidance in two calls instead of a batch.
+TOLERANCE = 2e-5
+
+
+def diffusers_image(pipeline, *arguments, seed=0, **options):
+    """What the pipeline draws, float [H, W, C] in 0..1."""
+    generator = torch.Generator().manual_seed(seed)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(*arguments, generator=generator, output_type="np", **options).images
+    return images[0]
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sd")
+    pipeline = tiny_pipelines.stable_diffusion(root, kl=True)
+    with pytest.MonkeyPatch.context() as patch:
+        _, runner = eager_export(
+            pipeline, root / "out", patch, sizes=[(16, 16), (24, 16)], steps=3, guidance=5.0
+        )
+    return pipeline, runner
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_images_equal_the_pipelines_for_schedulers_steps_and_guidance(
+    stable_diffusion, scheduler, steps, guidance
+):
+    pipeline, runner = stable_diffusion
+    own = pipeline.scheduler
+    try:
+        pipeline.scheduler = runner.scheduler(scheduler)
+        expected = diffusers_image(
+            pipeline, "a cat", num_inference_steps=steps, guidance_scale=guidance, seed=3
+        )
+    finally:
+        pipeline.scheduler = own
+    found = runner.sample("a cat", steps=steps, guidance=guidance, seed=3, scheduler=scheduler)
+    assert found.shape == (16, 16, 3)
+    assert np.abs(found - expected).max() <= TOLERANCE
+
+
+def test_negative_prompts_and_other_sizes_are_the_pipelines(stable_diffusion):
+    pipeline, runner = stable_diffusion
+    options = {"height": 24, "width": 16}
+    expected = diffusers_image(
+        pipeline,
+        "a cat",
+        negative_prompt="dog",
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        **options,
+    )
+    found = runner.sample("a cat", negative="dog", **options)
+    assert found.shape == (24, 16, 3)
+    assert np.abs(found - expected).max() <= TOLERANCE
+    assert np.abs(found - runner.sample("a cat", **options)).max() > 100 * TOLERANCE
+
+
+def test_defaults_are_those_of_the_export_and_bytes_are_rounded_floats(stable_diffusion):
+    _, runner = stable_diffusion
+    floats = runner.sample("a cat", steps=3, guidance=5.0, height=16, width=16, seed=0)
+    image = runner("a cat")
+    assert image.dtype == np.uint8
+    assert np.array_equal(image, (floats * 255).round().astype(np.uint8))
+
+
+def test_without_guidance_the_denoiser_runs_once_a_step(stable_diffusion):
+    _, runner = stable_diffusion
+    calls = []
+    handle = runner.models["denoiser-16x16.pte"].register_forward_hook(lambda *_: calls.append(1))
+    try:
+        runner("a cat", steps=4, guidance=1.0)
+        assert len(calls) == 4
+        runner("a cat", steps=4, guidance=2.0)
+        assert len(calls) == 12
+    finally:
+        handle.remove()
+
+
+def test_steps_are_told_to_the_callback_and_schedulers_can_be_objects(stable_diffusion):
+    pipeline, runner = stable_diffusion
+    told = []
+    runner("a cat", steps=2, callback=lambda *step: told.append(step), scheduler=pipeline.scheduler)
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_models_that_predict_velocity_need_nothing_but_their_scheduler(tmp_path, monkeypatch):
+    pipeline = tiny_pipelines.stable_diffusion(tmp_path, prediction_type="v_prediction")
+    result, runner = eager_export(pipeline, tmp_path / "out", monkeypatch, guidance=3.0, steps=3)
+    expected = diffusers_image(pipeline, "a dog", num_inference_steps=3, guidance_scale=3.0)
+    assert np.abs(runner.sample("a dog") - expected).max() <= TOLERANCE
+    assert result.manifest["settings"]["prediction_type"] == "v_prediction"
+
+
+def test_distilled_guidance_is_an_input_and_one_call(tmp_path, monkeypatch):
+    pipeline = tiny_pipelines.stable_diffusion(tmp_path, time_cond_proj_dim=32)
+    _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch)
+    expected = diffusers_image(pipeline, "a dog", num_inference_steps=4, guidance_scale=8.5)
+    found = runner.sample("a dog", steps=4, guidance=8.5, scheduler="DDIMScheduler")
+    assert np.abs(found - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("width", [32, 33])
+def test_the_guidance_embedding_is_diffusers(width, tmp_path):
+    pipeline = tiny_pipelines.stable_diffusion(tmp_path)
+    expected = pipeline.get_guidance_scale_embedding(torch.tensor([6.5]), width)
+    assert torch.allclose(guidance_embedding(7.5, width), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("negative", [None, "", "dog"])
+def test_xl_has_both_encoders_added_conditions_and_zeroed_negatives(
+    tmp_path, monkeypatch, negative
+):
+    pipeline = tiny_pipelines.stable_diffusion_xl(tmp_path)
+    _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch, sizes=[(16, 24)])
+    expected = diffusers_image(
+        pipeline, "a cat", negative_prompt=negative, num_inference_steps=3, guidance_scale=5.0,
+        height=16, width=24,
+    )  # fmt: skip
+    found = runner.sample("a cat", negative=negative, steps=3, guidance=5.0)
+    assert found.shape == (16, 24, 3)
+    assert np.abs(found - expected).max() <= TOLERANCE
+
+
+def test_inpainting_paints_where_the_mask_says_from_the_masked_image(tmp_path, monkeypatch):
+    pipeline = tiny_pipelines.inpainting(tmp_path)
+    _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch)
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[3:9, 5:14] = 255
+    expected = diffusers_image(
+        pipeline, "a cat", image=Image.fromarray(image), mask_image=Image.fromarray(mask),
+        num_inference_steps=3, guidance_scale=4.0, height=16, width=16, seed=2,
+    )  # fmt: skip
+    found = runner.sample("a cat", image=image, mask=mask, steps=3, guidance=4.0, seed=2)
+    assert np.abs(found - expected).max() <= TOLERANCE
+    with pytest.raises(RunnerError, match="needs image and mask"):
+        runner("a cat", image=image)
+    with pytest.raises(RunnerError, match="mask has shape"):
+        runner("a cat", image=image, mask=mask[:8])
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim", "latent_diffusion"])
+def test_unconditional_pipelines_take_no_prompt(tmp_path, monkeypatch, kind):
+    pipeline = getattr(tiny_pipelines, kind)(tmp_path)
+    _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch, steps=3)
+    expected = diffusers_image(pipeline, num_inference_steps=3, seed=1)
+    found = runner.sample(seed=1)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= TOLERANCE
+    with pytest.raises(RunnerError, match="takes no prompt"):
+        runner("a cat")
+
+
+def test_what_cannot_be_drawn_is_refused(stable_diffusion):
+    _, runner = stable_diffusion
+    for options, message in [
+        ({"height": 32}, "no program for 32x16 pixels.*16x16, 24x16"),
+        ({"steps": 0}, "at least 1"),
+        ({"scheduler": "NoSuchScheduler"}, "no scheduler 'NoSuchScheduler'"),
+        ({"mask": np.zeros((16, 16))}, "takes no image and mask"),
+    ]:
+        with pytest.raises(RunnerError, match=message):
+            runner("a cat", **options)
+    with pytest.raises(RunnerError, match="needs a prompt"):
+        runner()
+
+
+def test_damaged_folders_are_refused(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    eager_export(tiny_pipelines.stable_diffusion(tmp_path), output, monkeypatch)
+    program = output / "text_encoder.pte"
+    content = program.read_bytes()
+    program.write_bytes(content[:-1] + b"?")
+    PipelineRunner(output)
+    with pytest.raises(RunnerError, match="checksum"):
+        PipelineRunner(output, verify=True)
+    program.write_bytes(content[:-1])
+    with pytest.raises(RunnerError, match="bytes"):
+        PipelineRunner(output)
+    program.write_bytes(content)
+    manifest = json.loads((output / "pipeline.json").read_text())
+    (output / "tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.raises(RunnerError, match=r"tokenizer_config.json is missing"):
+        PipelineRunner(output)
+    (output / "pipeline.json").write_text(json.dumps({**manifest, "version": 99}))
+    with pytest.raises(RunnerError, match="newer"):
+        PipelineRunner(output)
+    (output / "pipeline.json").write_text("{")
+    with pytest.raises(RunnerError, match="damaged"):
+        PipelineRunner(output)
+    with pytest.raises(RunnerError, match="not written by mpqdm-fx export"):
+        PipelineRunner(tmp_path)
