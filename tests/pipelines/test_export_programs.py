@@ -1,0 +1,193 @@
+"""One command makes programs whose images are those of the pipeline with the quantized parts."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_pipelines
+import torch
+from PIL import Image
+from test_runner_loop import diffusers_image
+from typer.testing import CliRunner
+
+import mpqdm_fx.pipelines.export as export_module
+from mpqdm_fx import cli
+from mpqdm_fx.backends.observers import weight_grids
+from mpqdm_fx.backends.torch_ao import check_ranges
+from mpqdm_fx.backends.xnnpack.convert import converted_graph, decomposed
+from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.pipelines.runner import PipelineRunner
+
+pytestmark = pytest.mark.xnnpack
+
+# Programs and converted graphs agree but for single int8 steps next to ties, which guidance and the
+# loop magnify.
+TOLERANCE_DB = 40.0
+
+OPTIONS = {
+    "activation-mode": "static",
+    "allocation": "uniform",
+    "levels": "uniform",
+    "rounding": "nearest",
+    "refinements": 0,
+    "propagation": 0,
+    "steps": 3,
+    "guidance": 3,
+    "trajectories": 4,
+    "minimum-sqnr": 40,
+}
+
+
+class Converted(torch.nn.Module):
+    """A quantized part as the graph that was lowered: int8 weights, int32 biases, q/dq ops."""
+
+    def __init__(self, quantized):
+        super().__init__()
+        self.quantized = [quantized]
+        self.config, self.dtype, self.device = quantized.config, quantized.dtype, quantized.device
+        static = check_ranges(quantized.ranges, weight_grids(quantized.rounded), "XNNPACK")
+        plain, static = decomposed(quantized.rounded, static)
+        example = example_inputs(quantized.signature, batch_size=1)
+        self.graph = converted_graph(plain, static, self.ordered(example))
+
+    def ordered(self, call):
+        (quantized,) = self.quantized
+        given = quantized.signature.normalize((), call)
+        nodes = quantized.rounded.graph.find_nodes(op="placeholder")
+        return tuple(given[str(node.target)] for node in nodes)
+
+    def forward(self, **call):
+        output = self.graph(*self.ordered(call))
+        return output[0] if isinstance(output, tuple) else output
+
+
+class ConvertedUNet(Converted):
+    """In a pipeline: batches of guidance one by one, timesteps as floats, as the programs run."""
+
+    def forward(self, sample, timestep, encoder_hidden_states, **_):
+        rows = [
+            super(ConvertedUNet, self).forward(
+                sample=sample[i : i + 1],
+                timestep=timestep.float().reshape(1),
+                encoder_hidden_states=encoder_hidden_states[i : i + 1],
+            )
+            for i in range(len(sample))
+        ]
+        return (torch.cat(rows),)
+
+
+def converted_image(pipeline, quantized, *prompt, **options):
+    """What the pipeline draws with the converted denoiser and decoder."""
+    own = pipeline.unet
+    try:
+        pipeline.unet = ConvertedUNet(quantized["denoiser"])
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(options.pop("seed", 0))
+        latents = pipeline(*prompt, generator=generator, output_type="latent", **options).images
+    finally:
+        pipeline.unet = own
+    with torch.no_grad():
+        image = Converted(quantized["vae_decoder"])(latents=latents)
+    return (image / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+
+
+def decibels(expected, found):
+    return sqnr_db(torch.from_numpy(expected), torch.from_numpy(found))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    root = tmp_path_factory.mktemp("exported")
+    pipeline = tiny_pipelines.stable_diffusion(root)
+    pipeline.save_pretrained(root / "sd")
+    made = []
+    real = export_module.export_pipeline
+
+    def kept(*arguments, **options):
+        made.append(real(*arguments, **options))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_module, "export_pipeline", kept)
+        (root / "prompts.txt").write_text("a cat\n\na dog\nthree pears on a table\na map\n")
+        words = ["export", root / "sd", "--output", root / "out", "--json"]
+        words += ["--prompts", root / "prompts.txt"]
+        words += [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
+        run = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout) == made[0].manifest
+    return pipeline, made[0]
+
+
+def test_the_folder_is_whole_and_nothing_else_is_left(exported):
+    _, result = exported
+    names = {path.name for path in result.directory.iterdir()}
+    assert names == {
+        "denoiser-16x16.pte",
+        "pipeline.json",
+        "run.py",
+        "scheduler",
+        "text_encoder.pte",
+        "tokenizer",
+        "vae_decoder-16x16.pte",
+    }
+    assert not list(result.directory.parent.glob(".out-*"))
+    assert not (result.directory.parent / "out.checkpoint").exists()
+    PipelineRunner(result.directory, verify=True)
+
+
+def test_parts_below_the_bound_stay_in_float_and_the_manifest_says_so(exported):
+    _, result = exported
+    parts = result.manifest["parts"]
+    assert set(result.quantized) == {name for name in parts if parts[name]["precision"] == "int8"}
+    assert parts["denoiser"]["precision"] == "int8"
+    for name in ("text_encoder", "vae_decoder"):
+        good = parts[name]["quantized_sqnr_db"] >= 40
+        assert parts[name]["precision"] == ("int8" if good else "float")
+    assert parts["text_encoder"]["precision"] == "float"
+    assert parts["vae_decoder"]["precision"] == "int8"
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize(("steps", "guidance"), [(2, 4.0), (5, 1.0)])
+def test_images_are_those_of_the_pipeline_with_the_quantized_parts(
+    exported, scheduler, steps, guidance
+):
+    pipeline, result = exported
+    runner = PipelineRunner(result.directory)
+    numbers = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": 5}
+    own = pipeline.scheduler
+    try:
+        pipeline.scheduler = runner.scheduler(scheduler)
+        plain = diffusers_image(pipeline, "a cat", negative_prompt="dog", **numbers)
+        numbers["negative_prompt"] = "dog"
+        expected = converted_image(pipeline, result.quantized, "a cat", **numbers)
+    finally:
+        pipeline.scheduler = own
+    found = runner.sample(
+        "a cat", negative="dog", steps=steps, guidance=guidance, seed=5, scheduler=scheduler
+    )
+    assert decibels(expected, found) >= TOLERANCE_DB
+    assert 15 < decibels(plain, found) < decibels(expected, found)
+
+
+def test_the_copied_runner_draws_without_the_package(exported, tmp_path):
+    _, result = exported
+    words = ["run.py", "a cat", "--negative", "dog", "--seed", "7", "--steps", "2"]
+    words += ["--guidance", "2", "--height", "16", "--width", "16", "--output"]
+    # an import of the package would fail: a file of its name stands in its way
+    (tmp_path / "mpqdm_fx.py").write_text("raise ImportError('the package is not here')")
+    run = subprocess.run(
+        [sys.executable, *words, str(tmp_path / "cat.png")],
+        cwd=result.directory, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    image = np.asarray(Image.open(tmp_path / "cat.png"))
+    runner = PipelineRunner(result.directory)
+    expected = runner("a cat", negative="dog", seed=7, steps=2, guidance=2.0)
+    assert np.array_equal(image, expected)

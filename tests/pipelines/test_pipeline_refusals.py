@@ -1,0 +1,175 @@
+"""What cannot be exported is refused before any work, with what to do."""
+
+import json
+import shutil
+
+import pytest
+import tiny_pipelines
+import torch
+from eager_programs import eager_export
+from typer.testing import CliRunner
+
+from mpqdm_fx import ArtifactError, ConfigError, MPQConfig, cli, export_pipeline
+from mpqdm_fx.errors import MPQError
+from mpqdm_fx.pipelines.adapters import adapter_layers, refuse_adapters
+from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    return tiny_pipelines.stable_diffusion(tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path, pipeline):
+    pipeline.save_pretrained(tmp_path / "sd")
+    return tmp_path / "sd"
+
+
+def lora_config():
+    from peft import LoraConfig
+
+    return LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+
+
+def refused(error, message, source, output, **options):
+    with pytest.raises(error, match=message):
+        export_pipeline(source, None, output, **options)
+    assert not output.exists()
+    assert not output.with_name(f"{output.name}.checkpoint").exists()
+
+
+def test_a_lora_that_is_not_fused_is_refused_with_both_ways_out(pipeline, tmp_path):
+    pipeline.unet.add_adapter(lora_config(), adapter_name="style")
+    assert set(adapter_layers(pipeline.unet)) == {
+        name for name, _ in pipeline.unet.named_modules() if name.endswith(("to_q", "to_k"))
+    }
+    refused(
+        ConfigError, r"unet: \d+ layers carry a LoRA \(style\).*fuse_lora", pipeline, tmp_path / "o"
+    )
+
+
+def test_a_lora_in_the_text_encoder_is_found_too(pipeline, tmp_path):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    pipeline.text_encoder.add_adapter(config)
+    refused(ConfigError, "text_encoder: 1 layers carry a LoRA", pipeline, tmp_path / "o")
+
+
+def test_a_fused_lora_must_be_unloaded_and_is_then_part_of_the_weights(
+    pipeline, tmp_path, monkeypatch
+):
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    before = pipeline.unet.get_submodule(name).weight.clone()
+    pipeline.unet.add_adapter(lora_config())
+    pipeline.unet.fuse_lora()
+    refused(ConfigError, "It is fused.*unload_lora_weights", pipeline, tmp_path / "o")
+    pipeline.unload_lora_weights()
+    refuse_adapters(pipeline.components)
+    assert not torch.equal(pipeline.unet.get_submodule(name).weight, before)
+    eager_export(pipeline, tmp_path / "out", monkeypatch)
+
+
+def test_other_pipelines_are_refused_by_name(folder, tmp_path):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "FluxPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    refused(
+        ConfigError, "FluxPipeline cannot be exported; supported are Stable", folder, tmp_path / "o"
+    )
+    other = object.__new__(StableDiffusionImg2ImgPipeline)
+    refused(ConfigError, "StableDiffusionImg2ImgPipeline cannot", other, tmp_path / "o")
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "vae", "unet", "scheduler"])
+def test_folders_that_lack_a_component_are_refused(folder, tmp_path, part):
+    shutil.rmtree(folder / part)
+    refused(ArtifactError, f"names {part!r}.*missing", folder, tmp_path / "o")
+
+
+def test_folders_with_damaged_weights_are_refused(folder, tmp_path):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused(ArtifactError, "could not load", folder, tmp_path / "o")
+
+
+def test_what_is_no_pipeline_folder_is_refused(tmp_path):
+    refused(ConfigError, "model_index.json is missing", tmp_path / "none", tmp_path / "o")
+
+
+def test_pipelines_without_a_needed_component_are_refused(pipeline, tmp_path):
+    pipeline.tokenizer = None
+    refused(ConfigError, "has no tokenizer", pipeline, tmp_path / "o")
+
+
+def test_inpainting_models_of_four_channels_are_refused(tmp_path):
+    pipeline = tiny_pipelines.inpainting(tmp_path, channels=4)
+    refused(ConfigError, "takes 4 channels", pipeline, tmp_path / "o")
+
+
+def test_image_adapters_and_attention_masks_are_refused(pipeline, tmp_path):
+    pipeline.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    refused(ConfigError, "IP-Adapter.*unload_ip_adapter", pipeline, tmp_path / "o")
+    pipeline.unet.register_to_config(encoder_hid_dim_type=None)
+    pipeline.text_encoder.config.use_attention_mask = True
+    refused(ConfigError, "attention mask", pipeline, tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sizes": [(16, 17)]}, "16x17: height and width must be multiples of 2"),
+        ({"sizes": [(16, 16), (16, 16)]}, "each size once"),
+        ({"prompts": []}, "at least one prompt"),
+        ({"prompts": "a cat"}, "sequence"),
+    ],
+)
+def test_sizes_and_prompts_are_checked(pipeline, tmp_path, options, message):
+    refused(ConfigError, message, pipeline, tmp_path / "o", **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation_mode": "timestep"}, "packed model only"),
+        ({"activation_bits": 6}, "8-bit activations"),
+    ],
+)
+def test_settings_that_no_program_runs_are_refused(pipeline, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        export_pipeline(pipeline, MPQConfig(**settings), tmp_path / "o")
+
+
+def test_a_folder_with_other_files_is_not_overwritten(pipeline, tmp_path):
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "letter.txt").write_text("dear")
+    with pytest.raises(ArtifactError, match=r"pipeline.json is missing"):
+        export_pipeline(pipeline, None, tmp_path / "o")
+    assert (tmp_path / "o" / "letter.txt").read_text() == "dear"
+
+
+def test_the_command_line_refuses_sizes_and_prompt_files_it_cannot_read(folder, tmp_path):
+    for words, message in [
+        (["--size", "512"], "HEIGHTxWIDTH"),
+        (["--prompts", str(tmp_path / "none.txt")], "none.txt"),
+    ]:
+        result = CliRunner().invoke(cli.app, ["export", str(folder), *words])
+        assert isinstance(result.exception, MPQError)
+        assert message in str(result.exception)
+
+
+def test_prompt_files_hold_one_prompt_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n\n  a dog \n")
+    assert read_prompts(path) == ("a cat", "a dog")
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="empty"):
+        read_prompts(path)
+
+
+def test_there_are_32_different_default_prompts():
+    assert len(set(DEFAULT_PROMPTS)) == 32
+    assert all(prompt == prompt.strip() for prompt in DEFAULT_PROMPTS)
