@@ -1,0 +1,62 @@
+"""Every kind of pipeline as real programs: quantized, lowered, drawn."""
+
+import numpy as np
+import pytest
+import tiny_pipelines
+from test_export_programs import decibels
+from test_runner_loop import diffusers_image
+
+from mpqdm_fx import export_pipeline
+from mpqdm_fx.pipelines.runner import PipelineRunner
+
+pytestmark = [pytest.mark.matrix, pytest.mark.xnnpack]
+
+
+def pixels(runner):
+    """Inputs of the runner and of the pipeline that are neither prompt nor numbers."""
+    if runner.manifest["kind"] != "inpainting":
+        return {}, {}
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[3:9, 5:14] = 255
+    given = {"image": Image.fromarray(image), "mask_image": Image.fromarray(mask)}
+    return {"image": image, "mask": mask}, {**given, "height": 16, "width": 16}
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize(
+    "kind", ["stable_diffusion_xl", "inpainting", "ddpm", "ddim", "latent_diffusion"]
+)
+def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, quantized):
+    pipeline = getattr(tiny_pipelines, kind)(tmp_path)
+    config = tiny_pipelines.cheap_settings() if quantized else None
+    export_pipeline(pipeline, config, tmp_path / "out", steps=3, guidance=3.0, trajectories=4)
+    runner = PipelineRunner(tmp_path / "out", verify=True)
+    prompt = [] if runner.manifest["kind"] == "unconditional" else ["a cat"]
+    guided = {"guidance_scale": 3.0} if prompt else {}
+    own, theirs = pixels(runner)
+    expected = diffusers_image(pipeline, *prompt, num_inference_steps=3, **guided, **theirs)
+    found = runner.sample(*prompt, **own)
+    if quantized:
+        assert decibels(expected, found) > 12
+    else:
+        assert np.abs(found - expected).max() < 1e-3
+
+
+def test_two_sizes_share_the_integers_and_draw_at_both(tmp_path):
+    pipeline = tiny_pipelines.stable_diffusion(tmp_path, time_cond_proj_dim=32)
+    result = export_pipeline(
+        pipeline, tiny_pipelines.cheap_settings(), tmp_path / "out",
+        sizes=[(16, 16), (24, 16)], steps=2, guidance=3.0, trajectories=4,
+    )  # fmt: skip
+    runner = PipelineRunner(tmp_path / "out")
+    for height, width in runner.sizes:
+        expected = diffusers_image(
+            pipeline, "a cat", num_inference_steps=2, guidance_scale=3.0, height=height, width=width
+        )
+        found = runner.sample("a cat", height=height, width=width)
+        assert decibels(expected, found) > 12
+    assert set(result.manifest["parts"]) == {"text_encoder", "denoiser", "vae_decoder"}
