@@ -10,7 +10,7 @@ from mpqdm_fx.backends.packed import PackedWeights
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.base import Pipeline
-from mpqdm_fx.graph.editing import copy_graph_module
+from mpqdm_fx.graph.editing import copy_graph_module, prune
 from mpqdm_fx.graph.layers import replace_module
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.passes import NORMALIZE, SplitSkipConcat
@@ -39,7 +39,17 @@ def normalized(model: nn.Module, example_inputs: Any, settings: MPQConfig) -> fx
     graph_module: fx.GraphModule = Pipeline(passes=passes)(
         trace(model, example_inputs)
     ).graph_module
+    # What the model computes and drops (the last layer of an encoder whose last but one state is
+    # taken) is no layer to quantize: passes behind would remove it and leave its range behind. By
+    # default torch.fx keeps a dead attention, which could draw random numbers for its dropout.
+    if graph_module.graph.eliminate_dead_code(is_impure_node=_has_effect):
+        prune(graph_module)
+        graph_module.recompile()
     return graph_module
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return node.is_impure(impure_random=False)
 
 
 def assemble(

@@ -85,7 +85,9 @@ class PipelineInputs:
                 )
                 for prompt in prompts
             ]
-        states, negative_states, *pooled = (torch.cat(column) for column in zip(*rows, strict=True))
+        states, negative_states, *pooled = (
+            torch.cat(column).float() for column in zip(*rows, strict=True)
+        )
         plain: Call = {"encoder_hidden_states": states}
         negative: Call = {"encoder_hidden_states": negative_states}
         if pooled:

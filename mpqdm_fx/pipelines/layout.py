@@ -42,6 +42,7 @@ SUPPORTED: dict[str, Kind] = {
 # Components that a program has no use for; they need not be in the folder either.
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 _INPAINTING_CHANNELS = 9
+_USUAL_SIDE = 64  # of latents, where a model does not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Layout:
     Attributes:
         pipeline: The diffusers pipeline, or a copy of it in float32 and evaluation mode.
         class_name: Its class.
-        kind: What it takes.
+        kind: What it draws from.
         parts: In the order in which they run.
         tokenizers: By the name of their folder.
         latent_channels: Channels of what the scheduler steps on.
@@ -120,6 +121,8 @@ def open_pipeline(source: Any) -> Any:
     index = read_json(root / "model_index.json")
     name = str(index.get("_class_name"))
     _check_class(name)
+    if (index.get("safety_checker") or [None])[0] is not None:
+        _say_unchecked()
     unused = {part: None for part in _UNUSED if part in index}
     for part, entry in index.items():
         named = isinstance(entry, list) and entry[0] is not None and part not in unused
@@ -134,7 +137,7 @@ def open_pipeline(source: Any) -> Any:
             root,
             local_files_only=True,
             low_cpu_mem_usage=False,
-            torch_dtype=torch.float32,
+            dtype=torch.float32,
             **unused,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -148,6 +151,10 @@ def _check_class(name: str) -> None:
             f"{name} cannot be exported; supported are {', '.join(SUPPORTED)}. The denoiser alone "
             f"of another pipeline can be quantized: mpqdm_fx.quantize"
         )
+
+
+def _say_unchecked() -> None:
+    logger.warning("the safety checker is not exported: check the images where they are shown")
 
 
 def layout_of(pipeline: Any) -> Layout:
@@ -171,8 +178,14 @@ def layout_of(pipeline: Any) -> Layout:
     for component in needed:
         if getattr(pipeline, component, None) is None:
             raise ConfigError(f"the {name} has no {component}; load it with one")
+    for key, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and any(p.is_cuda for p in component.parameters()):
+            raise ConfigError(
+                f'{key} is on a GPU: call pipeline.to("cpu"); with device="cuda" the layers are '
+                f"solved there"
+            )
     if getattr(pipeline, "safety_checker", None) is not None:
-        logger.warning("the safety checker is not exported: check the images where they are shown")
+        _say_unchecked()
     unet = _ready(pipeline.unet)
     channels = int(unet.config.in_channels)
     if kind == "inpainting" and channels != _INPAINTING_CHANNELS:
@@ -189,7 +202,7 @@ def layout_of(pipeline: Any) -> Layout:
         parts.append(_part("vae_decoder", ImageDecoder(vae), ("image",)))
     if kind == "inpainting":
         parts.insert(0, _part("vae_encoder", ImageEncoder(vae), ("mean", "std")))
-    side = unet.config.sample_size
+    side = unet.config.sample_size or _USUAL_SIDE
     height, width = (side, side) if isinstance(side, int) else side
     return Layout(
         pipeline=pipeline,

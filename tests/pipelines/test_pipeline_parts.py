@@ -48,6 +48,15 @@ def test_encoders_give_the_pipelines_embeddings_and_trace_bit_equal(tmp_path, ki
         torch.testing.assert_close(pooled[0], expected[2])
 
 
+def test_layers_behind_the_state_that_is_taken_are_not_quantized(tmp_path):
+    part = layout_of(tiny_pipelines.stable_diffusion_xl(tmp_path)).parts["text_encoder"]
+    calls = [{"input_ids": torch.randint(50, (4, tiny_pipelines.LENGTH))} for _ in range(4)]
+    found = quantize_part(part, calls, MPQConfig(), bound=0.0).quantized
+    assert any("layers.0." in name for name in found.ranges)
+    assert not any("layers.1." in name for name in found.ranges)
+    assert not any("layers.1." in layer.name for layer in found.plan.layers)
+
+
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
