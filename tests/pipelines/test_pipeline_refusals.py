@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from mpqdm_fx import ArtifactError, ConfigError, MPQConfig, cli, export_pipeline
 from mpqdm_fx.errors import MPQError
 from mpqdm_fx.pipelines.adapters import adapter_layers, refuse_adapters
+from mpqdm_fx.pipelines.layout import open_pipeline
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
 
 
@@ -173,3 +174,11 @@ def test_prompt_files_hold_one_prompt_a_line(tmp_path):
 def test_there_are_32_different_default_prompts():
     assert len(set(DEFAULT_PROMPTS)) == 32
     assert all(prompt == prompt.strip() for prompt in DEFAULT_PROMPTS)
+
+
+def test_a_safety_checker_is_left_out_and_that_is_said(folder, caplog):
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert open_pipeline(folder).safety_checker is None
+    assert "safety checker is not exported" in caplog.text
