@@ -8,7 +8,7 @@ which in its terms are all with one input channel per group (also a plain one on
 import logging
 from collections.abc import Mapping
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import (
     Activation,
@@ -20,7 +20,7 @@ from mpqdm_fx.activations import (
 from mpqdm_fx.backends.observers import weight_grids
 from mpqdm_fx.backends.torch_ao import check_ranges
 from mpqdm_fx.errors import ConfigError, LoweringError
-from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 
 __all__ = ["dynamic_refusal", "runnable_activations", "split_activations"]
 
@@ -69,7 +69,7 @@ def runnable_activations(
                 f"{name}: its dynamic activation has {activation.bits} bits, but {_BACKEND} chooses "
                 f"ranges of 8 bits only; quantize with activation_bits=8"
             )
-        reason = dynamic_refusal(layers[name].module)
+        reason = dynamic_refusal(layers[name])
         if reason is not None:
             floats[name] = reason
     runnable = {name: a for name, a in (static | dynamic).items() if name not in floats}
@@ -96,16 +96,32 @@ def split_activations(
     return static, dynamic
 
 
-def dynamic_refusal(module: nn.Module) -> str | None:
+def dynamic_refusal(layer: WeightLayer) -> str | None:
     """Why XNNPACK has no dynamic int8 kernel for a weight layer; None if it has one."""
+    module = layer.module
     if isinstance(module, nn.Linear):
         return None
     kind = type(module).__name__
+    no_kernel = f"{_BACKEND} has no dynamic int8 kernel for"
     if not isinstance(module, nn.Conv2d):
-        return f"{_BACKEND} has no dynamic int8 kernel for {kind}, only for Conv2d and Linear"
+        return f"{no_kernel} {kind}, only for Conv2d and Linear"
     if module.in_channels == module.groups:
         return (
-            f"{_BACKEND} has no dynamic int8 kernel for a depthwise {kind} ({module.in_channels} "
-            f"input channels in {module.groups} groups: one channel each)"
+            f"{no_kernel} a depthwise {kind} ({module.in_channels} input channels in "
+            f"{module.groups} groups: one channel each)"
         )
+    if module.padding == "same" and any(size % 2 == 0 for size in _spans(module)):
+        return f"{no_kernel} a {kind} that pads its sides differently (padding='same')"
+    if any(_rank(node) == 3 for node in layer.nodes):
+        return f"{no_kernel} a {kind} on an input without a batch axis"
     return None
+
+
+def _spans(conv: nn.Conv2d) -> list[int]:
+    """Pixels that the kernel reaches over, by axis."""
+    return [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+
+
+def _rank(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else None

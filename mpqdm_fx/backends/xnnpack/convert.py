@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import fx
 
-from mpqdm_fx.activations import KernelActivation
+from mpqdm_fx.activations import Activation, KernelActivation
 from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_calls
 from mpqdm_fx.backends.pt2e import convert_pt2e_graph
-from mpqdm_fx.backends.xnnpack.activations import split_activations
+from mpqdm_fx.backends.xnnpack.activations import runnable_activations, split_activations
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.passes.decompose_attention import DecomposeAttention
 from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
@@ -37,8 +37,8 @@ REMEDIES = Pipeline(
 
 
 def decomposed(
-    rounded: fx.GraphModule, ranges: Mapping[str, KernelActivation]
-) -> tuple[fx.GraphModule, dict[str, KernelActivation]]:
+    rounded: fx.GraphModule, ranges: Mapping[str, Activation]
+) -> tuple[fx.GraphModule, dict[str, KernelActivation], dict[str, str]]:
     """Write the graph in ops that XNNPACK knows, with weights and biases that its kernels can hold.
 
     Static kernels add biases in integers; dynamic ones add them in float, so dynamic layers keep
@@ -46,14 +46,20 @@ def decomposed(
 
     Args:
         rounded: Module-level graph after rounding; it is not changed.
-        ranges: Activation of each int8 layer.
+        ranges: Activation by layer.
 
     Returns:
-        The graph, and the activations with those of layers that were split.
+        The graph; the activations of its int8 layers, with those of layers that were split; and the
+        layers that stay in float for want of a kernel, with the reason.
+
+    Raises:
+        ConfigError, LoweringError: see `runnable_activations`.
     """
-    static, dynamic = split_activations(ranges)
-    plain, static = split_calls(DECOMPOSE(rounded).graph_module, static)
-    return round_biases(fit_channels(plain, static), static), {**static, **dynamic}
+    written = DECOMPOSE(rounded).graph_module
+    runnable, floats = runnable_activations(written, ranges)
+    static, dynamic = split_activations(runnable)
+    plain, static = split_calls(written, static)
+    return round_biases(fit_channels(plain, static), static), {**static, **dynamic}, floats
 
 
 def quantized_graph(

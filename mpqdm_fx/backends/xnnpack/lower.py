@@ -18,14 +18,13 @@ from torch import Tensor, fx
 
 from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.pt2e import export_graph
-from mpqdm_fx.backends.xnnpack.activations import runnable_activations
 from mpqdm_fx.backends.xnnpack.convert import (
     DECOMPOSE,
     converted_graph,
     decomposed,
     quantized_graph,
 )
-from mpqdm_fx.backends.xnnpack.edge import delegation, to_edge
+from mpqdm_fx.backends.xnnpack.edge import delegation, to_edge, to_program
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.backends.xnnpack.reference import Reference
 from mpqdm_fx.backends.xnnpack.runner import (
@@ -77,12 +76,11 @@ def lower_xnnpack(
             other numbers than the fake-quantized graph.
     """
     require_executorch()
-    runnable, floats = runnable_activations(rounded, ranges)
     _refuse_conv3d(rounded)
     inputs = _positional(example_inputs)
     with Stages() as stage, torch.no_grad():
         stage("decompose")
-        plain, runnable = decomposed(rounded, runnable)
+        plain, runnable, floats = decomposed(rounded, ranges)
         quantized = quantized_graph(plain, runnable)
         expected = Reference.of_quantized(rounded, quantized, inputs)
         stage("convert")
@@ -131,7 +129,7 @@ def _write(
     stage("lower")
     edge = to_edge(exported)
     stage("serialise")
-    program = edge.to_executorch()
+    program = to_program(edge)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     part = Path(name)
