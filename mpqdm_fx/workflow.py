@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mpqdm_fx.api import Backend, lower, quantize
+from mpqdm_fx.api import BACKENDS, MODES, Backend, lower, quantize
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.config import MPQConfig
@@ -130,10 +130,12 @@ def quantize_to_folder(
         MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
     # said now, not after minutes of calibration
-    if backend != "packed" and config.activation_mode != "static":
+    if config.activation_mode not in MODES[backend]:
+        modes = " or ".join(f'"{mode}"' for mode in MODES[backend])
+        doors = " or ".join(f'"{b}"' for b in BACKENDS if config.activation_mode in MODES[b])
         raise ConfigError(
-            f"activation_mode={config.activation_mode!r} runs as a packed model only, and "
-            f'{backend} takes "static"; choose backend="packed" or activation_mode="static"'
+            f"{backend} does not run activation_mode={config.activation_mode!r}; choose "
+            f"activation_mode={modes} or backend={doors}"
         )
     if backend == "xnnpack":
         require_executorch()

@@ -10,7 +10,7 @@ import torch
 
 from mpqdm_fx.errors import LoweringError
 
-__all__ = ["delegation", "to_edge"]
+__all__ = ["delegation", "to_edge", "to_program"]
 
 
 def to_edge(exported: torch.export.ExportedProgram) -> Any:
@@ -19,9 +19,9 @@ def to_edge(exported: torch.export.ExportedProgram) -> Any:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    # The converted graph holds q/dq ops, which the validity check does not know; all tensors are
-    # contiguous, so there are no dimension orders to keep track of.
-    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    # The converted graph holds q/dq ops, which the validity check does not know. The partitioner
+    # knows layout copies in their dimension-order form only, so that must not be skipped.
+    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=False)
     try:
         with _rare_collections():
             return to_edge_transform_and_lower(
@@ -31,6 +31,19 @@ def to_edge(exported: torch.export.ExportedProgram) -> Any:
         message = str(error).strip().splitlines() or [""]
         raise LoweringError(
             f"ExecuTorch cannot lower this graph: {type(error).__name__}: {message[0]}"
+        ) from error
+
+
+def to_program(edge: Any) -> Any:
+    """Plan memory and serialise."""
+    try:
+        return edge.to_executorch()
+    except Exception as error:
+        left = [name for name in delegation(edge)["refusals"] if "quantize" in name]
+        told = f"; not delegated: {', '.join(left)}" if left else ""
+        raise LoweringError(
+            f"ExecuTorch cannot serialise this graph: {type(error).__name__}: "
+            f"{(str(error).strip().splitlines() or [''])[0]}{told}"
         ) from error
 
 
