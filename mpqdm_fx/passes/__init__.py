@@ -8,12 +8,14 @@ from mpqdm_fx.passes.drop_dropout import DropDropout
 from mpqdm_fx.passes.drop_noop_casts import DropNoopCasts
 from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.passes.fold_batch_norm import FoldBatchNorm
+from mpqdm_fx.passes.pin_layouts import PinLayouts
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.requantize_copies import RequantizeCopies
 from mpqdm_fx.passes.round_weights import RoundWeights
 from mpqdm_fx.passes.split_geglu import SplitGeglu
 from mpqdm_fx.passes.split_skip_concat import SplitSkipConcat
 from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
+from mpqdm_fx.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
 
 __all__ = [
     "NORMALIZE",
@@ -24,12 +26,14 @@ __all__ = [
     "DropNoopCasts",
     "DropNoopSlices",
     "FoldBatchNorm",
+    "PinLayouts",
     "QuantizeActivations",
     "RequantizeCopies",
     "RoundWeights",
     "SplitGeglu",
     "SplitSkipConcat",
     "UnshareDequantize",
+    "UnshareDynamicQuantizers",
 ]
 
 #: What runs on a traced graph before anything is quantized, in running order. First goes what

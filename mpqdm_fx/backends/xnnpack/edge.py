@@ -21,7 +21,7 @@ def to_edge(exported: torch.export.ExportedProgram) -> Any:
 
     # The converted graph holds q/dq ops, which the validity check does not know; all tensors are
     # contiguous, so there are no dimension orders to keep track of.
-    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=False)
     try:
         with _rare_collections():
             return to_edge_transform_and_lower(

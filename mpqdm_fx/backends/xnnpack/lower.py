@@ -1,8 +1,8 @@
 """ExecuTorch with XNNPACK: a rounded graph becomes a `.pte` for phone CPUs, executed once.
 
-The road: decompose what XNNPACK does not know -> stock PT2E conversion -> two remedies for what
-its partitioner does to shared and moved int8 values -> `to_edge_transform_and_lower` -> file ->
-one execution, compared with the converted graph. Lowering that succeeds proves nothing in this
+The road: decompose what XNNPACK does not know -> stock PT2E conversion -> remedies for what its
+partitioner and its channels-last pass do to such graphs -> `to_edge_transform_and_lower` -> file ->
+one execution, compared with the fake-quantized graph. Lowering that succeeds proves nothing in this
 backend; only running the file does.
 """
 
@@ -15,15 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from mpqdm_fx.activations import Activation
-from mpqdm_fx.backends.observers import weight_grids
 from mpqdm_fx.backends.pt2e import export_graph
-from mpqdm_fx.backends.torch_ao import check_ranges
-from mpqdm_fx.backends.xnnpack.convert import DECOMPOSE, converted_graph, decomposed
+from mpqdm_fx.backends.xnnpack.activations import runnable_activations
+from mpqdm_fx.backends.xnnpack.convert import (
+    DECOMPOSE,
+    converted_graph,
+    decomposed,
+    quantized_graph,
+)
 from mpqdm_fx.backends.xnnpack.edge import delegation, to_edge
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
+from mpqdm_fx.backends.xnnpack.reference import Reference
 from mpqdm_fx.backends.xnnpack.runner import (
     TensorSpec,
     XnnpackRunner,
@@ -36,20 +40,10 @@ from mpqdm_fx.errors import ArtifactError, LoweringError
 from mpqdm_fx.graph.editing import replace_module, shallow_clone
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.qdq import is_dequantize, qdq_parameters
-from mpqdm_fx.numerics.metrics import sqnr_db
 
 __all__ = ["lower_xnnpack", "lower_xnnpack_float"]
 
 logger = logging.getLogger(__name__)
-
-# The graph has the program's int32 biases, so integers agree bit for bit but where a float op
-# before them (a norm, a softmax) sums in another order and a value next to a tie falls elsewhere.
-# Every later rounding spreads such a step, and in the end the program's rounding errors are another
-# draw of the same noise: two draws differ by 3 dB more than each from the truth. 6 dB leaves as
-# much again; a wrong layout or scale costs tens of dB.
-MARGIN_DB = 6.0
-# Where activations are in float, only the order of sums differs.
-FLOAT_SQNR_DB = 60.0
 
 
 def lower_xnnpack(
@@ -58,15 +52,18 @@ def lower_xnnpack(
     example_inputs: Mapping[str, Any] | Sequence[Any],
     path: str | Path,
 ) -> XnnpackProgram:
-    """Lower a rounded graph to a static int8 `.pte`, write it and execute it once.
+    """Lower a rounded graph to an int8 `.pte`, write it and execute it once.
 
-    Convolutions and linear layers with a range run as int8 with int8 weights per channel; all else
-    runs in float. Shapes are those of the example inputs.
+    Convolutions and linear layers with an activation run as int8 with int8 weights per channel: on
+    a fixed range (static), or on one that is chosen at run time per row of a linear layer and per
+    sample of a convolution (dynamic). Both kinds may stand side by side. All else runs in float.
+    Shapes are those of the example inputs.
 
     Args:
         rounded: Module-level graph after `RoundWeights`; it is not changed.
-        ranges: Input and output range by layer name, 8 bits. Layers without an entry stay in
-            float with their rounded weights.
+        ranges: Activation by layer name, static or dynamic, 8 bits. Layers without an entry stay
+            in float with their rounded weights; so do, with a warning, dynamic layers that XNNPACK
+            has no dynamic kernel for (Conv1d, depthwise convolutions).
         example_inputs: Inputs of `rounded`, by name or in order; also what the program is tried on.
         path: File to write. It appears only if the program ran with the right numbers.
 
@@ -75,22 +72,23 @@ def lower_xnnpack(
 
     Raises:
         ConfigError: No layer is rounded, or `ranges` names a layer that is not.
-        LoweringError: ExecuTorch is missing or failed, a range is not static and 8 bits wide, the
-            graph has a Conv3d, or the program computes other numbers than the converted graph.
+        LoweringError: ExecuTorch is missing or failed, an activation is by noise level or not 8
+            bits wide, the graph has a Conv3d, no layer would run as int8, or the program computes
+            other numbers than the fake-quantized graph.
     """
     require_executorch()
-    static = check_ranges(ranges, weight_grids(rounded), "XNNPACK")
+    runnable, floats = runnable_activations(rounded, ranges)
     _refuse_conv3d(rounded)
     inputs = _positional(example_inputs)
     with Stages() as stage, torch.no_grad():
         stage("decompose")
-        plain, static = decomposed(rounded, static)
+        plain, runnable = decomposed(rounded, runnable)
+        quantized = quantized_graph(plain, runnable)
+        expected = Reference.of_quantized(rounded, quantized, inputs)
         stage("convert")
-        converted = converted_graph(plain, static, inputs)
-        expected = _leaves(converted(*inputs))
-        reference = sqnr_db(_joined(_leaves(rounded(*inputs))), _joined(expected))
+        converted = converted_graph(plain, runnable, inputs)
         names = _argument_names(rounded)
-        return _write(converted, inputs, names, Path(path), expected, stage, reference)
+        return _write(converted, inputs, names, Path(path), expected, stage, floats)
 
 
 def lower_xnnpack_float(
@@ -114,8 +112,8 @@ def lower_xnnpack_float(
     with Stages() as stage, torch.no_grad():
         stage("decompose")
         plain = _without_codes(DECOMPOSE(graph).graph_module)
-        expected, names = _leaves(graph(*inputs)), _argument_names(graph)
-        return _write(plain, inputs, names, Path(path), expected, stage, None)
+        expected, names = Reference.of_float(graph, inputs), _argument_names(graph)
+        return _write(plain, inputs, names, Path(path), expected, stage, {})
 
 
 def _write(
@@ -123,9 +121,9 @@ def _write(
     inputs: tuple[Any, ...],
     names: Sequence[str],
     path: Path,
-    expected: list[Tensor],
+    expected: Reference,
     stage: Stages,
-    reference: float | None,
+    floats: Mapping[str, str],
 ) -> XnnpackProgram:
     """Lower, write beside `path`, execute, compare, and only then rename."""
     stage("export")
@@ -143,9 +141,7 @@ def _write(
         stage("execute")
         found = _execute(part, path.name, inputs)
         scale = _output_scale(graph)
-        sqnr = sqnr_db(_joined(expected), _joined(found))
-        lsb = None if scale is None else float((found[0] - expected[0]).abs().max()) / scale
-        _check(path, sqnr, lsb, reference)
+        sqnr, lsb = expected.check(path, found, scale)
         size = part.stat().st_size
         part.chmod(0o644)
         part.replace(path)
@@ -156,11 +152,12 @@ def _write(
         path=path,
         bytes=size,
         inputs=tuple(_spec(name, value) for name, value in flat_inputs(inputs, names)),
-        outputs=tuple(_spec(str(i), value) for i, value in enumerate(expected)),
+        outputs=tuple(_spec(str(i), value) for i, value in enumerate(expected.outputs)),
         output_scale=scale,
         sqnr_db=sqnr,
         max_lsb=lsb,
-        reference_sqnr_db=reference,
+        reference_sqnr_db=expected.quality_db,
+        float_layers=floats,
         seconds=stage.seconds,
         **info,
     )
@@ -180,19 +177,6 @@ def _execute(part: Path, name: str, inputs: tuple[Any, ...]) -> list[Tensor]:
             f"({error.__cause__ or error}); nothing was written. This is a bug of the backend or "
             f"of its remedies: please report the model"
         ) from error
-
-
-def _check(path: Path, sqnr: float, lsb: float | None, reference: float | None) -> None:
-    bound = FLOAT_SQNR_DB if reference is None else min(reference - MARGIN_DB, FLOAT_SQNR_DB)
-    close = lsb is not None and lsb <= 1.0 + 1e-3
-    if sqnr >= bound or close:
-        return
-    step = "" if lsb is None else f" (up to {lsb:.0f} steps of its integers)"
-    raise LoweringError(
-        f"{path.name}: the program ran, but its output differs from the graph it was made of: "
-        f"{sqnr:.1f} dB{step}, expected at least {bound:.1f} dB; nothing was written. This is a "
-        f"bug of the backend or of its remedies: please report the model"
-    )
 
 
 def _refuse_conv3d(graph: fx.GraphModule) -> None:
@@ -221,14 +205,6 @@ def _positional(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[Any,
 
 def _argument_names(graph: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]
-
-
-def _leaves(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().flatten().float() for t in tensors])
 
 
 def _spec(name: str, value: Tensor) -> TensorSpec:
