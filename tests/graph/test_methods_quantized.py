@@ -63,7 +63,7 @@ def test_methods_of_a_quantized_unet_give_its_bits_and_keep_its_quantizers_whole
         assert_whole_quantizers(method)
     of_whole = set(quantizer_sites(whole).values())
     sites = {n: quantizer_sites(method) for n, method in methods.items()}
-    hoisted = [name for name in weight_layers(methods["encode_prompt"])]
+    hoisted = list(weight_layers(methods["encode_prompt"]))
     assert all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in hoisted)
     assert sum(map(len, sites.values())) == len(of_whole)
     for site in sites["encode_prompt"].values():

@@ -13,8 +13,14 @@ from mpqdm_fx.errors import LoweringError
 __all__ = ["delegation", "to_edge"]
 
 
-def to_edge(exported: torch.export.ExportedProgram) -> Any:
-    """Partition for XNNPACK and preprocess every delegate."""
+def to_edge(
+    exported: torch.export.ExportedProgram | dict[str, torch.export.ExportedProgram],
+) -> Any:
+    """Partition for XNNPACK and preprocess every delegate.
+
+    Args:
+        exported: A program, which becomes the method `forward`, or programs by method.
+    """
     with _root_logger_kept():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
@@ -34,11 +40,11 @@ def to_edge(exported: torch.export.ExportedProgram) -> Any:
         ) from error
 
 
-def delegation(edge: Any) -> dict[str, Any]:
-    """Delegates and nodes of a partitioned program, by the names of `XnnpackProgram`'s fields."""
+def delegation(edge: Any, method: str = "forward") -> dict[str, Any]:
+    """Delegates and nodes of a partitioned method, by the names of `XnnpackProgram`'s fields."""
     from executorch.devtools.backend_debug import get_delegation_info
 
-    info = get_delegation_info(edge.exported_program().graph_module)
+    info = get_delegation_info(edge.exported_program(method).graph_module)
     refused = {
         name: entry.non_delegated
         for name, entry in sorted(info.delegation_by_operator.items())
