@@ -13,8 +13,14 @@ from mpqdm_fx.errors import LoweringError
 __all__ = ["delegation", "to_edge", "to_program"]
 
 
-def to_edge(exported: torch.export.ExportedProgram) -> Any:
-    """Partition for XNNPACK and preprocess every delegate."""
+def to_edge(
+    exported: torch.export.ExportedProgram | dict[str, torch.export.ExportedProgram],
+) -> Any:
+    """Partition for XNNPACK and preprocess every delegate.
+
+    Args:
+        exported: A program, which becomes the method `forward`, or programs by method.
+    """
     with _root_logger_kept():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
@@ -39,7 +45,8 @@ def to_program(edge: Any) -> Any:
     try:
         return edge.to_executorch()
     except Exception as error:
-        left = [name for name in delegation(edge)["refusals"] if "quantize" in name]
+        refused = {name for method in edge.methods for name in delegation(edge, method)["refusals"]}
+        left = sorted(name for name in refused if "quantize" in name)
         told = f"; not delegated: {', '.join(left)}" if left else ""
         raise LoweringError(
             f"ExecuTorch cannot serialise this graph: {type(error).__name__}: "
@@ -47,11 +54,11 @@ def to_program(edge: Any) -> Any:
         ) from error
 
 
-def delegation(edge: Any) -> dict[str, Any]:
-    """Delegates and nodes of a partitioned program, by the names of `XnnpackProgram`'s fields."""
+def delegation(edge: Any, method: str = "forward") -> dict[str, Any]:
+    """Delegates and nodes of a partitioned method, by the names of `XnnpackProgram`'s fields."""
     from executorch.devtools.backend_debug import get_delegation_info
 
-    info = get_delegation_info(edge.exported_program().graph_module)
+    info = get_delegation_info(edge.exported_program(method).graph_module)
     refused = {
         name: entry.non_delegated
         for name, entry in sorted(info.delegation_by_operator.items())

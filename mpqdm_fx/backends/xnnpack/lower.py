@@ -7,14 +7,13 @@ backend; only running the file does.
 """
 
 import logging
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.pt2e import export_graph
@@ -25,6 +24,7 @@ from mpqdm_fx.backends.xnnpack.convert import (
     quantized_graph,
 )
 from mpqdm_fx.backends.xnnpack.edge import delegation, to_edge, to_program
+from mpqdm_fx.backends.xnnpack.files import written
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.backends.xnnpack.reference import Reference
 from mpqdm_fx.backends.xnnpack.runner import (
@@ -40,7 +40,17 @@ from mpqdm_fx.graph.editing import replace_module, shallow_clone
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.qdq import is_dequantize, qdq_parameters
 
-__all__ = ["lower_xnnpack", "lower_xnnpack_float"]
+__all__ = [
+    "argument_names",
+    "execute",
+    "lower_xnnpack",
+    "lower_xnnpack_float",
+    "output_scale",
+    "positional",
+    "refuse_conv3d",
+    "tensor_spec",
+    "without_codes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +86,8 @@ def lower_xnnpack(
             other numbers than the fake-quantized graph.
     """
     require_executorch()
-    _refuse_conv3d(rounded)
-    inputs = _positional(example_inputs)
+    refuse_conv3d(rounded)
+    inputs = positional(example_inputs)
     with Stages() as stage, torch.no_grad():
         stage("decompose")
         plain, runnable, floats = decomposed(rounded, ranges)
@@ -85,7 +95,7 @@ def lower_xnnpack(
         expected = Reference.of_quantized(rounded, quantized, inputs)
         stage("convert")
         converted = converted_graph(plain, runnable, inputs)
-        names = _argument_names(rounded)
+        names = argument_names(rounded)
         return _write(converted, inputs, names, Path(path), expected, stage, floats)
 
 
@@ -105,12 +115,12 @@ def lower_xnnpack_float(
         LoweringError: ExecuTorch is missing or failed, or the program computes other numbers.
     """
     require_executorch()
-    _refuse_conv3d(graph)
-    inputs = _positional(example_inputs)
+    refuse_conv3d(graph)
+    inputs = positional(example_inputs)
     with Stages() as stage, torch.no_grad():
         stage("decompose")
-        plain = _without_codes(DECOMPOSE(graph).graph_module)
-        expected, names = Reference.of_float(graph, inputs), _argument_names(graph)
+        plain = without_codes(DECOMPOSE(graph).graph_module)
+        expected, names = Reference.of_float(graph, inputs), argument_names(graph)
         return _write(plain, inputs, names, Path(path), expected, stage, {})
 
 
@@ -130,27 +140,18 @@ def _write(
     edge = to_edge(exported)
     stage("serialise")
     program = to_program(edge)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            program.write_to_file(file)
+    with written(program, path) as part:
         stage("execute")
-        found = _execute(part, path.name, inputs)
-        scale = _output_scale(graph)
+        found = execute(part, path.name, inputs)
+        scale = output_scale(graph)
         sqnr, lsb = expected.check(path, found, scale)
         size = part.stat().st_size
-        part.chmod(0o644)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     info = delegation(edge)
     result = XnnpackProgram(
         path=path,
         bytes=size,
-        inputs=tuple(_spec(name, value) for name, value in flat_inputs(inputs, names)),
-        outputs=tuple(_spec(str(i), value) for i, value in enumerate(expected.outputs)),
+        inputs=tuple(tensor_spec(name, value) for name, value in flat_inputs(inputs, names)),
+        outputs=tuple(tensor_spec(str(i), value) for i, value in enumerate(expected.outputs)),
         output_scale=scale,
         sqnr_db=sqnr,
         max_lsb=lsb,
@@ -166,9 +167,22 @@ def _write(
     return result
 
 
-def _execute(part: Path, name: str, inputs: tuple[Any, ...]) -> list[Tensor]:
+def execute(
+    path: Path, name: str, inputs: tuple[Any, ...], method: str = "forward"
+) -> list[Tensor]:
+    """Try a program that was lowered just now.
+
+    Args:
+        path: The file, under its temporary name.
+        name: The name that it is to have.
+        inputs: Inputs of the method, in order.
+        method: Which method to run.
+
+    Raises:
+        LoweringError: The runtime refuses the program.
+    """
     try:
-        return list(XnnpackRunner(part)(*inputs))
+        return list(XnnpackRunner(path, method)(*inputs))
     except (ArtifactError, LoweringError) as error:
         raise LoweringError(
             f"{name}: ExecuTorch lowered the graph, but its own runtime refuses the program "
@@ -177,7 +191,8 @@ def _execute(part: Path, name: str, inputs: tuple[Any, ...]) -> list[Tensor]:
         ) from error
 
 
-def _refuse_conv3d(graph: fx.GraphModule) -> None:
+def refuse_conv3d(graph: fx.GraphModule) -> None:
+    """Refuse a graph that has a Conv3d; raises LoweringError naming the layer."""
     for name, layer in weight_layers(graph).items():
         if isinstance(layer.module, torch.nn.Conv3d):
             raise LoweringError(
@@ -186,7 +201,7 @@ def _refuse_conv3d(graph: fx.GraphModule) -> None:
             )
 
 
-def _without_codes(graph: fx.GraphModule) -> fx.GraphModule:
+def without_codes(graph: fx.GraphModule) -> fx.GraphModule:
     """Drop the integers of rounded layers from a private copy: a float program would ship them."""
     for name, layer in weight_layers(graph, embeddings=True).items():
         if "weight_codes" in layer.module._buffers:
@@ -196,21 +211,30 @@ def _without_codes(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
-def _positional(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
+def positional(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
+    """Inputs in order, contiguous, with dictionaries sorted: as the runner hands them over.
+
+    A program is made for the strides of its examples, silently: a transposed view among them would
+    give a program that reads all later inputs in the wrong order.
+    """
     values = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
-    return tuple(sorted_entries(value) for value in values)
+    ordered = tuple(sorted_entries(value) for value in values)
+    dense: tuple[Any, ...] = pytree.tree_map_only(Tensor, Tensor.contiguous, ordered)
+    return dense
 
 
-def _argument_names(graph: fx.GraphModule) -> list[str]:
+def argument_names(graph: fx.GraphModule) -> list[str]:
+    """Names of a graph's inputs, in order."""
     return [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]
 
 
-def _spec(name: str, value: Tensor) -> TensorSpec:
+def tensor_spec(name: str, value: Tensor) -> TensorSpec:
+    """Describe a tensor."""
     shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
     return TensorSpec(name=name, shape=shape, dtype=dtype)
 
 
-def _output_scale(graph: fx.GraphModule) -> float | None:
+def output_scale(graph: fx.GraphModule) -> float | None:
     """Step of the first output, if it comes from integers."""
     (output,) = graph.graph.find_nodes(op="output")
     first = output.all_input_nodes[0]
