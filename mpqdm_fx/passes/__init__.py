@@ -3,11 +3,15 @@
 from mpqdm_fx.graph.base import GraphPass
 from mpqdm_fx.passes.carry_error_lane import CarryErrorLane
 from mpqdm_fx.passes.decompose_attention import DecomposeAttention
+from mpqdm_fx.passes.decompose_group_norm import DecomposeGroupNorm
+from mpqdm_fx.passes.decompose_layer_norm import DecomposeLayerNorm
+from mpqdm_fx.passes.decompose_upsample import DecomposeUpsample
 from mpqdm_fx.passes.drop_assertions import DropAssertions
 from mpqdm_fx.passes.drop_dropout import DropDropout
 from mpqdm_fx.passes.drop_noop_casts import DropNoopCasts
 from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.passes.fold_batch_norm import FoldBatchNorm
+from mpqdm_fx.passes.normalize_padding import NormalizePadding
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.requantize_copies import RequantizeCopies
 from mpqdm_fx.passes.round_weights import RoundWeights
@@ -19,11 +23,15 @@ __all__ = [
     "NORMALIZE",
     "CarryErrorLane",
     "DecomposeAttention",
+    "DecomposeGroupNorm",
+    "DecomposeLayerNorm",
+    "DecomposeUpsample",
     "DropAssertions",
     "DropDropout",
     "DropNoopCasts",
     "DropNoopSlices",
     "FoldBatchNorm",
+    "NormalizePadding",
     "QuantizeActivations",
     "RequantizeCopies",
     "RoundWeights",

@@ -10,14 +10,26 @@ from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_cal
 from mpqdm_fx.backends.pt2e import convert_pt2e_graph
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.passes.decompose_attention import DecomposeAttention
+from mpqdm_fx.passes.decompose_group_norm import DecomposeGroupNorm
+from mpqdm_fx.passes.decompose_layer_norm import DecomposeLayerNorm
+from mpqdm_fx.passes.decompose_upsample import DecomposeUpsample
 from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
+from mpqdm_fx.passes.normalize_padding import NormalizePadding
 from mpqdm_fx.passes.requantize_copies import RequantizeCopies
 from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
 
 __all__ = ["DECOMPOSE", "REMEDIES", "converted_graph", "decomposed"]
 
 #: On the module-level graph, before conversion: what XNNPACK does not know becomes what it knows.
-DECOMPOSE = Pipeline(passes=(DecomposeAttention(),))
+DECOMPOSE = Pipeline(
+    passes=(
+        NormalizePadding(),
+        DecomposeAttention(),
+        DecomposeGroupNorm(),
+        DecomposeLayerNorm(),
+        DecomposeUpsample(),
+    )
+)
 
 #: On the converted graph, before lowering: int8 values that its partitioner would mishandle.
 REMEDIES = Pipeline(passes=(DropNoopSlices(), UnshareDequantize(), RequantizeCopies()))
