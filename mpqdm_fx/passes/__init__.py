@@ -2,6 +2,7 @@
 
 from mpqdm_fx.graph.base import GraphPass
 from mpqdm_fx.passes.carry_error_lane import CarryErrorLane
+from mpqdm_fx.passes.cast_early import CastEarly
 from mpqdm_fx.passes.decompose_attention import DecomposeAttention
 from mpqdm_fx.passes.decompose_group_norm import DecomposeGroupNorm
 from mpqdm_fx.passes.decompose_layer_norm import DecomposeLayerNorm
@@ -10,10 +11,13 @@ from mpqdm_fx.passes.drop_assertions import DropAssertions
 from mpqdm_fx.passes.drop_dropout import DropDropout
 from mpqdm_fx.passes.drop_noop_casts import DropNoopCasts
 from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
+from mpqdm_fx.passes.drop_unit_factors import DropUnitFactors
 from mpqdm_fx.passes.fold_batch_norm import FoldBatchNorm
+from mpqdm_fx.passes.fold_constants import FoldConstants
 from mpqdm_fx.passes.normalize_padding import NormalizePadding
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.requantize_copies import RequantizeCopies
+from mpqdm_fx.passes.reshape_unit_axes import ReshapeUnitAxes
 from mpqdm_fx.passes.round_weights import RoundWeights
 from mpqdm_fx.passes.split_geglu import SplitGeglu
 from mpqdm_fx.passes.split_skip_concat import SplitSkipConcat
@@ -22,6 +26,7 @@ from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
 __all__ = [
     "NORMALIZE",
     "CarryErrorLane",
+    "CastEarly",
     "DecomposeAttention",
     "DecomposeGroupNorm",
     "DecomposeLayerNorm",
@@ -30,10 +35,13 @@ __all__ = [
     "DropDropout",
     "DropNoopCasts",
     "DropNoopSlices",
+    "DropUnitFactors",
     "FoldBatchNorm",
+    "FoldConstants",
     "NormalizePadding",
     "QuantizeActivations",
     "RequantizeCopies",
+    "ReshapeUnitAxes",
     "RoundWeights",
     "SplitGeglu",
     "SplitSkipConcat",

@@ -270,14 +270,23 @@ def dead(b: GraphBuilder, block: Block) -> None:
 
 
 def time_embedding(b: GraphBuilder, block: Block) -> None:
-    """Emit a timestep embedding added to the image: sinusoids, or a table in variant 1."""
+    """Emit a timestep embedding added to the image: sinusoids, or a table in variant 1.
+
+    Variant 2 moves the timestep before it is cast, variant 3 multiplies it with ones.
+    """
     channels = b.shape[0]
     if block.variant == 1:
         table = nn.Embedding(10, channels, device="meta")
         embedding = b.call(b.module("embedding", table), b.timestep)
     else:
-        t = b.call(_aten.to.dtype, b.timestep, torch.float32)
-        t = b.call(_aten.unsqueeze.default, t, 1)
+        t = b.timestep
+        if block.variant == 3:
+            t = b.call(
+                _aten.mul.Tensor, t, b.call(_aten.ones.default, [b.batch], dtype=torch.int64)
+            )
+        moves = [(_aten.to.dtype, torch.float32), (_aten.unsqueeze.default, 1)]
+        for op, argument in reversed(moves) if block.variant == 2 else moves:
+            t = b.call(op, t, argument)
         halves = [b.call(_aten.sin.default, t), b.call(_aten.cos.default, t)]
         waves = b.call(_aten.cat.default, halves, -1)
         embedding = b.call(_linear(b, "linear_1", 2, channels, block.bias), waves)
