@@ -10,18 +10,41 @@ from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_cal
 from mpqdm_fx.backends.pt2e import convert_pt2e_graph
 from mpqdm_fx.backends.xnnpack.activations import runnable_activations, split_activations
 from mpqdm_fx.graph.base import Pipeline
+from mpqdm_fx.passes.cast_early import CastEarly
 from mpqdm_fx.passes.decompose_attention import DecomposeAttention
+from mpqdm_fx.passes.decompose_group_norm import DecomposeGroupNorm
+from mpqdm_fx.passes.decompose_layer_norm import DecomposeLayerNorm
+from mpqdm_fx.passes.decompose_upsample import DecomposeUpsample
 from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
+from mpqdm_fx.passes.drop_unit_factors import DropUnitFactors
+from mpqdm_fx.passes.fold_constants import FoldConstants
+from mpqdm_fx.passes.normalize_padding import NormalizePadding
 from mpqdm_fx.passes.pin_layouts import PinLayouts
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.requantize_copies import RequantizeCopies
+from mpqdm_fx.passes.reshape_unit_axes import ReshapeUnitAxes
 from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
 from mpqdm_fx.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
 
 __all__ = ["DECOMPOSE", "REMEDIES", "converted_graph", "decomposed", "quantized_graph"]
 
 #: On the module-level graph, before conversion: what XNNPACK does not know becomes what it knows.
-DECOMPOSE = Pipeline(passes=(DecomposeAttention(),))
+#: First goes what computes nothing: a factor of one hides that a chain is constant. Then single
+#: ops are written out; they meet no others' results but for attention, whose pieces stay. What
+#: moves axes comes last, because earlier passes leave such moves behind.
+DECOMPOSE = Pipeline(
+    passes=(
+        DropUnitFactors(),
+        FoldConstants(),
+        NormalizePadding(),
+        DecomposeAttention(),
+        DecomposeGroupNorm(),
+        DecomposeLayerNorm(),
+        DecomposeUpsample(),
+        CastEarly(),
+        ReshapeUnitAxes(),
+    )
+)
 
 #: On the converted graph, before lowering: int8 values that its partitioner would mishandle, and
 #: layouts that its channels-last pass would change far from where it should.
