@@ -49,7 +49,7 @@ def conv(channels=16, out=5, kernel=3, **settings):
     return nn.Conv2d(channels, out, kernel, padding=kernel // 2, **settings)
 
 
-# Batch 2; channels, height and width all different, but for the last, where stock is silently wrong.
+# Batch 2; channels, height and width differ, but for the last, where stock is silently wrong.
 RESHAPED = Net((2, 4, 4, 96), lambda s, x: s.a(x.reshape(2, 16, 8, 12)), a=conv())
 RANK_3 = Net((2, 16, 96), lambda s, x: s.a(x.reshape(2, 16, 8, 12)), a=conv())
 SHARED = Net((2, 16, 8, 12), lambda s, x: (s.a(x), s.b(x)), a=conv(), b=nn.Linear(12, 7))
@@ -282,7 +282,7 @@ def test_dynamic_layer_called_twice_runs_twice_on_its_own_ranges(tmp_path):
 
 def test_empty_and_constant_samples_are_right(tmp_path):
     # the range of zeros is empty; of a constant, one-sided
-    graph, ranges, inputs = rounded(RESHAPED)
+    graph, _, inputs = rounded(RESHAPED)
     inputs["x"][0], inputs["x"][1] = 0.0, 3.0
     program = lower_xnnpack(graph, {"a": DYNAMIC}, inputs, tmp_path / "net.pte")
     assert program.sqnr_db > EXACT_DB

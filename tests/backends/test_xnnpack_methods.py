@@ -6,8 +6,7 @@ from rounded_nets import measured_ranges, round_to_grid
 from torch import nn
 
 from mpqdm_fx.activations import DynamicActivation
-from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack_float
-from mpqdm_fx.backends.xnnpack.methods import lower_methods
+from mpqdm_fx.backends.xnnpack.lower import lower_methods, lower_xnnpack_float
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
 from mpqdm_fx.graph.methods import split_methods

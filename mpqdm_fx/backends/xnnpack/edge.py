@@ -10,18 +10,20 @@ import torch
 
 from mpqdm_fx.errors import LoweringError
 
-__all__ = ["delegation", "to_edge", "to_program"]
+__all__ = ["delegation", "root_logger_kept", "to_edge", "to_program"]
 
 
 def to_edge(
     exported: torch.export.ExportedProgram | dict[str, torch.export.ExportedProgram],
+    partitioner: Any = None,
 ) -> Any:
     """Partition for XNNPACK and preprocess every delegate.
 
     Args:
         exported: A program, which becomes the method `forward`, or programs by method.
+        partitioner: Another partitioner than XNNPACK's own.
     """
-    with _root_logger_kept():
+    with root_logger_kept():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
@@ -31,7 +33,7 @@ def to_edge(
     try:
         with _rare_collections():
             return to_edge_transform_and_lower(
-                exported, partitioner=[XnnpackPartitioner()], compile_config=config
+                exported, partitioner=[partitioner or XnnpackPartitioner()], compile_config=config
             )
     except Exception as error:
         message = str(error).strip().splitlines() or [""]
@@ -88,7 +90,7 @@ def _rare_collections() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _root_logger_kept() -> Iterator[None]:
+def root_logger_kept() -> Iterator[None]:
     """Undo `logging.basicConfig`, which ExecuTorch's partitioner calls when it is imported."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level

@@ -1,4 +1,4 @@
-"""ExecuTorch with XNNPACK: a rounded graph becomes a `.pte` for phone CPUs, executed once.
+"""ExecuTorch with XNNPACK: rounded graphs become a `.pte` for phone CPUs, executed once.
 
 The road: decompose what XNNPACK does not know -> stock PT2E conversion -> remedies for what its
 partitioner and its channels-last pass do to such graphs -> `to_edge_transform_and_lower` -> file ->
@@ -13,46 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.pt2e import export_graph
-from mpqdm_fx.backends.xnnpack.convert import (
-    DECOMPOSE,
-    converted_graph,
-    decomposed,
-    quantized_graph,
-)
+from mpqdm_fx.backends.xnnpack.doctor import refuse_fragments
 from mpqdm_fx.backends.xnnpack.edge import delegation, to_edge, to_program
 from mpqdm_fx.backends.xnnpack.files import written
+from mpqdm_fx.backends.xnnpack.method import Method, argument_names
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
-from mpqdm_fx.backends.xnnpack.reference import Reference
-from mpqdm_fx.backends.xnnpack.runner import (
-    TensorSpec,
-    XnnpackRunner,
-    flat_inputs,
-    require_executorch,
-    sorted_entries,
-)
+from mpqdm_fx.backends.xnnpack.runner import TensorSpec, XnnpackRunner, require_executorch
 from mpqdm_fx.backends.xnnpack.stages import Stages
-from mpqdm_fx.errors import ArtifactError, LoweringError
-from mpqdm_fx.graph.editing import replace_module, shallow_clone
+from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.graph.qdq import is_dequantize, qdq_parameters
 
-__all__ = [
-    "argument_names",
-    "execute",
-    "lower_xnnpack",
-    "lower_xnnpack_float",
-    "output_scale",
-    "positional",
-    "refuse_conv3d",
-    "tensor_spec",
-    "without_codes",
-]
+__all__ = ["lower_methods", "lower_xnnpack", "lower_xnnpack_float"]
 
 logger = logging.getLogger(__name__)
+
+_FORWARD = "forward"
 
 
 def lower_xnnpack(
@@ -60,6 +38,8 @@ def lower_xnnpack(
     ranges: Mapping[str, Activation],
     example_inputs: Mapping[str, Any] | Sequence[Any],
     path: str | Path,
+    *,
+    max_delegates: int | None = None,
 ) -> XnnpackProgram:
     """Lower a rounded graph to an int8 `.pte`, write it and execute it once.
 
@@ -75,6 +55,7 @@ def lower_xnnpack(
             has no dynamic kernel for (Conv1d, depthwise convolutions).
         example_inputs: Inputs of `rounded`, by name or in order; also what the program is tried on.
         path: File to write. It appears only if the program ran with the right numbers.
+        max_delegates: Refuse a program of more subgraphs; None takes any number.
 
     Returns:
         What was written and measured.
@@ -82,27 +63,23 @@ def lower_xnnpack(
     Raises:
         ConfigError: No layer is rounded, or `ranges` names a layer that is not.
         LoweringError: ExecuTorch is missing or failed, an activation is by noise level or not 8
-            bits wide, the graph has a Conv3d, no layer would run as int8, or the program computes
-            other numbers than the fake-quantized graph.
+            bits wide, the graph has a Conv3d, no layer would run as int8, the program would have
+            too many delegates (all that stays out is named), or it computes other numbers than the
+            fake-quantized graph.
     """
     require_executorch()
-    refuse_conv3d(rounded)
-    inputs = positional(example_inputs)
     with Stages() as stage, torch.no_grad():
         stage("decompose")
-        plain, runnable, floats = decomposed(rounded, ranges)
-        quantized = quantized_graph(plain, runnable)
-        expected = Reference.of_quantized(rounded, quantized, inputs)
-        stage("convert")
-        converted = converted_graph(plain, runnable, inputs)
-        names = argument_names(rounded)
-        return _write(converted, inputs, names, Path(path), expected, stage, floats)
+        methods = {_FORWARD: Method(rounded, example_inputs, ranges)}
+        return _lower(methods, Path(path), stage, max_delegates)[_FORWARD]
 
 
 def lower_xnnpack_float(
     graph: fx.GraphModule,
     example_inputs: Mapping[str, Any] | Sequence[Any],
     path: str | Path,
+    *,
+    max_delegates: int | None = None,
 ) -> XnnpackProgram:
     """Lower a float graph to an fp32 `.pte`, write it and execute it once: the baseline.
 
@@ -110,132 +87,142 @@ def lower_xnnpack_float(
         graph: Module-level graph; it is not changed.
         example_inputs: Inputs of `graph`, by name or in order.
         path: File to write. It appears only if the program ran with the right numbers.
+        max_delegates: Refuse a program of more subgraphs; None takes any number.
 
     Raises:
-        LoweringError: ExecuTorch is missing or failed, or the program computes other numbers.
+        LoweringError: ExecuTorch is missing or failed, the program would have too many delegates,
+            or it computes other numbers.
     """
     require_executorch()
-    refuse_conv3d(graph)
-    inputs = positional(example_inputs)
     with Stages() as stage, torch.no_grad():
         stage("decompose")
-        plain = without_codes(DECOMPOSE(graph).graph_module)
-        expected, names = Reference.of_float(graph, inputs), argument_names(graph)
-        return _write(plain, inputs, names, Path(path), expected, stage, {})
+        methods = {_FORWARD: Method(graph, example_inputs)}
+        return _lower(methods, Path(path), stage, max_delegates)[_FORWARD]
 
 
-def _write(
-    graph: fx.GraphModule,
-    inputs: tuple[Any, ...],
-    names: Sequence[str],
-    path: Path,
-    expected: Reference,
-    stage: Stages,
-    floats: Mapping[str, str],
-) -> XnnpackProgram:
+def lower_methods(
+    graphs: Mapping[str, fx.GraphModule],
+    example_inputs: Mapping[str, Mapping[str, Any]],
+    path: str | Path,
+    *,
+    ranges: Mapping[str, Activation] | None = None,
+    max_delegates: int | None = None,
+) -> dict[str, XnnpackProgram]:
+    """Lower several graphs to one `.pte`, write it and execute every method once.
+
+    The graphs come from `graph.methods.split_methods`, or are one network traced for several sizes.
+    Weights are stored by their content: what two methods share is in the file once. Layers with an
+    activation in `ranges` run as int8, as in `lower_xnnpack`; a method without any runs in float.
+    `XnnpackRunner(path, method)` runs one of them.
+
+    Args:
+        graphs: Module-level graphs by method, in running order; they are not changed.
+        example_inputs: Inputs of each method by its name. What an earlier method returns under the
+            name of an argument may be left out; it is then taken from there.
+        path: File to write. It appears only if all methods ran with the right numbers.
+        ranges: Activation by layer name; None for a float program. A layer's name stands for that
+            layer in every method.
+        max_delegates: Refuse a method of more subgraphs; None takes any number.
+
+    Returns:
+        What was written and measured, by method. All have the one path; `bytes` is the whole
+        file's size, and `seconds` the time of the whole lowering. Outputs have the names under
+        which a method returns them.
+
+    Raises:
+        ConfigError: There are no methods, an argument has no example, `ranges` names a layer that
+            no method has or that is not rounded.
+        LoweringError: As of `lower_xnnpack`.
+    """
+    require_executorch()
+    _check_names(graphs, ranges or {})
+    values: dict[str, Any] = {}
+    methods: dict[str, Method] = {}
+    with Stages() as stage, torch.no_grad():
+        for name, graph in graphs.items():
+            stage("decompose")
+            inputs = _inputs(name, graph, {**values, **example_inputs.get(name, {})})
+            layers = weight_layers(graph)
+            own = {layer: chosen for layer, chosen in (ranges or {}).items() if layer in layers}
+            methods[name] = Method(graph, inputs, own or None)
+            values.update(methods[name].named_outputs)
+        return _lower(methods, Path(path), stage, max_delegates)
+
+
+def _lower(
+    methods: Mapping[str, Method], path: Path, stage: Stages, max_delegates: int | None
+) -> dict[str, XnnpackProgram]:
     """Lower, write beside `path`, execute, compare, and only then rename."""
     stage("export")
-    exported = export_graph(graph, inputs)
+    exported = {name: export_graph(m.lowered, m.inputs) for name, m in methods.items()}
+    if max_delegates is not None:
+        for name, program in exported.items():
+            refuse_fragments(name, program, max_delegates)
     stage("lower")
     edge = to_edge(exported)
     stage("serialise")
-    program = to_program(edge)
-    with written(program, path) as part:
+    measured = {}
+    with written(to_program(edge), path) as part:
         stage("execute")
-        found = execute(part, path.name, inputs)
-        scale = output_scale(graph)
-        sqnr, lsb = expected.check(path, found, scale)
+        for name, method in methods.items():
+            found = _execute(part, path.name, name, method)
+            measured[name] = method.expected.check(path, found, method.output_scale)
         size = part.stat().st_size
-    info = delegation(edge)
-    result = XnnpackProgram(
-        path=path,
-        bytes=size,
-        inputs=tuple(tensor_spec(name, value) for name, value in flat_inputs(inputs, names)),
-        outputs=tuple(tensor_spec(str(i), value) for i, value in enumerate(expected.outputs)),
-        output_scale=scale,
-        sqnr_db=sqnr,
-        max_lsb=lsb,
-        reference_sqnr_db=expected.quality_db,
-        float_layers=floats,
-        seconds=stage.seconds,
-        **info,
-    )
-    logger.info(
-        "%s: %d bytes, %d delegates, %d nodes delegated and %d not, %.1f dB against the graph",
-        path, size, result.subgraphs, result.delegated, result.undelegated, sqnr,
-    )  # fmt: skip
+    result = {}
+    for name, method in methods.items():
+        sqnr, steps = measured[name]
+        result[name] = XnnpackProgram(
+            path=path,
+            bytes=size,
+            inputs=tuple(_spec(*entry) for entry in method.named_inputs),
+            outputs=tuple(_spec(*entry) for entry in method.named_outputs.items()),
+            output_scale=method.output_scale,
+            sqnr_db=sqnr,
+            max_lsb=steps,
+            reference_sqnr_db=method.expected.quality_db,
+            float_layers=method.floats,
+            seconds=stage.seconds,
+            **delegation(edge, name),
+        )
+        logger.info(
+            "%s, method %s: %d bytes, %d delegates, %d nodes delegated and %d not, %.1f dB against "
+            "the graph", path, name, size, result[name].subgraphs, result[name].delegated,
+            result[name].undelegated, sqnr,
+        )  # fmt: skip
     return result
 
 
-def execute(
-    path: Path, name: str, inputs: tuple[Any, ...], method: str = "forward"
-) -> list[Tensor]:
-    """Try a program that was lowered just now.
-
-    Args:
-        path: The file, under its temporary name.
-        name: The name that it is to have.
-        inputs: Inputs of the method, in order.
-        method: Which method to run.
-
-    Raises:
-        LoweringError: The runtime refuses the program.
-    """
+def _execute(part: Path, file: str, name: str, method: Method) -> list[Tensor]:
     try:
-        return list(XnnpackRunner(path, method)(*inputs))
+        return list(XnnpackRunner(part, name)(*method.inputs))
     except (ArtifactError, LoweringError) as error:
+        told = file if name == _FORWARD else f"{file}, method {name!r}"
         raise LoweringError(
-            f"{name}: ExecuTorch lowered the graph, but its own runtime refuses the program "
+            f"{told}: ExecuTorch lowered the graph, but its own runtime refuses the program "
             f"({error.__cause__ or error}); nothing was written. This is a bug of the backend or "
             f"of its remedies: please report the model"
         ) from error
 
 
-def refuse_conv3d(graph: fx.GraphModule) -> None:
-    """Refuse a graph that has a Conv3d; raises LoweringError naming the layer."""
-    for name, layer in weight_layers(graph).items():
-        if isinstance(layer.module, torch.nn.Conv3d):
-            raise LoweringError(
-                f"{name}: neither XNNPACK nor ExecuTorch's portable kernels have a Conv3d; use the "
-                f"torch_ao backend, or a model without volumetric convolutions"
-            )
+def _check_names(graphs: Mapping[str, fx.GraphModule], ranges: Mapping[str, Activation]) -> None:
+    if not graphs:
+        raise ConfigError("there are no methods to lower")
+    known = {name for graph in graphs.values() for name in weight_layers(graph)}
+    for name in ranges:
+        if name not in known:
+            raise ConfigError(f"ranges name {name!r}, which is a layer of no method")
 
 
-def without_codes(graph: fx.GraphModule) -> fx.GraphModule:
-    """Drop the integers of rounded layers from a private copy: a float program would ship them."""
-    for name, layer in weight_layers(graph, embeddings=True).items():
-        if "weight_codes" in layer.module._buffers:
-            clone = shallow_clone(layer.module)
-            del clone._buffers["weight_codes"], clone._buffers["weight_scale"]
-            replace_module(graph, name, clone)
-    return graph
+def _inputs(name: str, graph: fx.GraphModule, given: Mapping[str, Any]) -> dict[str, Any]:
+    missing = [argument for argument in argument_names(graph) if argument not in given]
+    if missing:
+        raise ConfigError(
+            f"method {name!r} takes {', '.join(missing)}, for which there is neither an example "
+            "nor an earlier method that returns it; give examples by method"
+        )
+    return {argument: given[argument] for argument in argument_names(graph)}
 
 
-def positional(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
-    """Inputs in order, contiguous, with dictionaries sorted: as the runner hands them over.
-
-    A program is made for the strides of its examples, silently: a transposed view among them would
-    give a program that reads all later inputs in the wrong order.
-    """
-    values = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
-    ordered = tuple(sorted_entries(value) for value in values)
-    dense: tuple[Any, ...] = pytree.tree_map_only(Tensor, Tensor.contiguous, ordered)
-    return dense
-
-
-def argument_names(graph: fx.GraphModule) -> list[str]:
-    """Names of a graph's inputs, in order."""
-    return [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]
-
-
-def tensor_spec(name: str, value: Tensor) -> TensorSpec:
-    """Describe a tensor."""
+def _spec(name: str, value: Tensor) -> TensorSpec:
     shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
     return TensorSpec(name=name, shape=shape, dtype=dtype)
-
-
-def output_scale(graph: fx.GraphModule) -> float | None:
-    """Step of the first output, if it comes from integers."""
-    (output,) = graph.graph.find_nodes(op="output")
-    first = output.all_input_nodes[0]
-    return float(qdq_parameters(first)[0]) if is_dequantize(first) else None
