@@ -240,6 +240,7 @@ def lower(
     output: str | Path | None = None,
     batch_size: int = 1,
     engine: str = "onednn",
+    max_delegates: int | None = None,
 ) -> Any:
     """Turn a quantized model into what a backend runs.
 
@@ -252,6 +253,8 @@ def lower(
         output: File or folder; required for `"xnnpack"` and `"packed"`.
         batch_size: Batch that an ExecuTorch program is made for (its shapes are static).
         engine: torch.ao engine: `"onednn"`, `"fbgemm"` or `"qnnpack"`.
+        max_delegates: Refuse an ExecuTorch program of more XNNPACK subgraphs, with a list of all
+            that stays out of them.
 
     Returns:
         A GraphModule, an `XnnpackProgram`, or the folder's path.
@@ -282,7 +285,9 @@ def lower(
         )
     example = example_inputs(quantized.signature, batch_size=batch_size)
     inputs = _positional(quantized, example)
-    return lower_xnnpack(quantized.rounded, quantized.ranges, inputs, Path(output))
+    return lower_xnnpack(
+        quantized.rounded, quantized.ranges, inputs, Path(output), max_delegates=max_delegates
+    )
 
 
 def _positional(quantized: QuantizedModel, inputs: Mapping[str, Any]) -> tuple[Any, ...]:

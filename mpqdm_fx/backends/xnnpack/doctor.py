@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -83,6 +83,10 @@ class Diagnosis:
         """How often each operator stays out."""
         return Counter(node.op for node in self.outside)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
     def __str__(self) -> str:
         lines = [f"{self.delegates} delegates of {self.delegated} nodes; {len(self.outside)} out"]
         return "\n".join([*lines, *(f"  {node}" for node in self.outside)])
@@ -131,9 +135,14 @@ def refuse_fragments(name: str, exported: torch.export.ExportedProgram, max_dele
 
 
 def _diagnosis(exported: torch.export.ExportedProgram) -> Diagnosis:
+    partitioner = _watching_partitioner()
     with _reasons() as reasons:
-        partitioner = _watching_partitioner()
-        to_edge(exported, partitioner)
+        try:
+            to_edge(exported, partitioner)
+        except LoweringError:
+            # What it was to delegate was kept from being decomposed, and now nobody takes it.
+            if partitioner.delegates is None:
+                raise
     outside = tuple(
         _outside(node, reasons.get(node.name), partitioner.known) for node in partitioner.outside
     )
@@ -148,6 +157,8 @@ def _watching_partitioner() -> Any:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
     class Watching(XnnpackPartitioner):  # type: ignore[misc]  # executorch is untyped
+        delegates: int | None = None
+
         def generate_partitions(self, ep: Any) -> list[Any]:
             partitions = super().generate_partitions(ep)
             taken = {node for partition in partitions for node in partition.nodes}
