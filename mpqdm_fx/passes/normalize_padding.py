@@ -1,8 +1,9 @@
 """Give convolutions their padding in numbers.
 
-`padding="same"` exports as `conv2d.padding`, which the partitioner meets as a pad and a convolution
-of its own making or not at all, depending on the kernel. A module with numbers is what every
-backend, and whoever counts a layer's positions, reads.
+`padding="same"` exports as `conv2d.padding`, an op of its own which decompositions turn into a
+convolution, with a pad before it where the two sides differ. An integer kernel's input would then
+be that pad, which no quantizer has seen. With numbers in the module, and the pad in the graph, the
+convolution is the same op everywhere; XNNPACK delegates both.
 """
 
 from dataclasses import dataclass
