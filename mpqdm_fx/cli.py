@@ -258,7 +258,7 @@ def doctor(
     if as_json:
         console.print_json(json.dumps(found.to_dict()))
     else:
-        console.print(str(found), markup=False, highlight=False)
+        console.print(str(found), markup=False, highlight=False, soft_wrap=True)
     if max_delegates is not None and found.delegates > max_delegates:
         raise typer.Exit(code=1)
 

@@ -101,7 +101,7 @@ def traced(kind):
 
 
 #: What stays outside the delegate: XNNPACK knows no integers, so a timestep is cast outside.
-OUTSIDE = {Image: {}, Tokens: {}, Time: {"aten__to_copy_default": 1}}
+OUTSIDE = {Image: {}, Tokens: {}, Time: {"dim_order_ops__to_dim_order_copy_default": 1}}
 
 
 @pytest.mark.parametrize("kind", OUTSIDE)
