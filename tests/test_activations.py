@@ -14,8 +14,8 @@ from mpqdm_fx.activations import (
     TimestepActivation,
     activation_from_dict,
     activation_to_dict,
-    placeholder_activations,
     kernel_activations,
+    placeholder_activations,
     static_ranges,
 )
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError

@@ -103,7 +103,10 @@ def test_trace_explain_says_what_was_found(model_folder):
         (["quantize", "digits", "--allocation", "best"], "'omq' or 'uniform'"),
         (["quantize", "digits", "--backend", "tflite"], "choose one of"),
         (["quantize", "digits", "--activation-mode", "late"], "'static' or 'timestep'"),
-        (["quantize", "digits", "--activation-mode", "timestep"], 'activation_mode="static" or "dynamic"'),
+        (
+            ["quantize", "digits", "--activation-mode", "timestep"],
+            'activation_mode="static" or "dynamic"',
+        ),
         (["quantize", "digits", "--activation-mode", "timestep"], 'backend="packed"'),
         (
             ["quantize", "digits", "--activation-mode", "dynamic", "--backend", "torch_ao"],

@@ -103,9 +103,7 @@ def insert_dynamic_chain(
             after = graph.find_nodes(op="placeholder")[-1]
     limits = (-128, 127)
     with graph.inserting_after(after):
-        choose = graph.call_function(
-            ops.choose_qparams.tensor, (value, *limits, EPS, torch.int8)
-        )
+        choose = graph.call_function(ops.choose_qparams.tensor, (value, *limits, EPS, torch.int8))
     with graph.inserting_after(choose):
         scale = graph.call_function(operator.getitem, (choose, 0))
     with graph.inserting_after(scale):

@@ -229,7 +229,9 @@ def test_layer_without_a_dynamic_kernel_stays_in_float_and_is_reported(name, tmp
 
 
 def test_convolution_without_a_batch_axis_stays_in_float():
-    graph, ranges, _ = rounded(Net((16, 8, 12), lambda s, x: s.b(s.a(x)), a=conv(), b=nn.Linear(12, 7)))
+    graph, ranges, _ = rounded(
+        Net((16, 8, 12), lambda s, x: s.b(s.a(x)), a=conv(), b=nn.Linear(12, 7))
+    )
     _, runnable, floats = convert.decomposed(graph, dict.fromkeys(ranges, DYNAMIC))
     assert (set(runnable), set(floats)) == ({"b"}, {"a"})
     assert "without a batch axis" in floats["a"]
