@@ -66,8 +66,8 @@ def runnable_activations(
             )
         if activation.bits != 8:
             raise LoweringError(
-                f"{name}: its dynamic activation has {activation.bits} bits, but {_BACKEND} chooses "
-                f"ranges of 8 bits only; quantize with activation_bits=8"
+                f"{name}: its dynamic activation has {activation.bits} bits, but {_BACKEND} has 8 "
+                f"only; quantize with activation_bits=8"
             )
         reason = dynamic_refusal(layers[name])
         if reason is not None:

@@ -3,10 +3,10 @@
 The reference is the graph in float with fake-quantized activations. Its integers and the program's
 are the same, but for values next to a tie between two codes: float parts (norms, softmax, sums of
 convolutions) are summed in another order there, by about one unit in the last place, and now and
-then a value falls to the other side. In a shallow graph such steps are rare and small. In a deep one
-every later rounding spreads them, until the program's rounding errors are another draw of the same
-noise; two draws differ by 3 dB more than each from the truth. How far a given graph is on that way
-is found by running it once more with every float value nudged by that unit.
+then a value falls to the other side. In a shallow graph such steps are rare and small. In a deep
+one every later rounding spreads them, until the program's rounding errors are another draw of the
+same noise; two draws differ by 3 dB more than each from the truth. How far a given graph is on that
+way is found by running it once more with every float value nudged by that unit.
 """
 
 import math
