@@ -59,8 +59,8 @@ class PlanQuantizer(ao.Quantizer):  # type: ignore[misc]  # torchao is untyped
 
     Args:
         grids: Weight grids by the names under which layers are called.
-        ranges: Activations under the same names, static or dynamic; None lets
-            `activation_observer` calibrate.
+        ranges: Activations under the same names, static or dynamic; None lets `activation_observer`
+            calibrate.
         activation_observer: Constructor of activation observers (a torchao `with_args` wrapper).
     """
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from rounded_nets import Attention, Residual, SharedOutput, round_to_grid, rounded
+from rounded_nets import Attention, Residual, SharedOutput, rounded
 from torch import nn
 from torch.nn import functional
 
@@ -49,7 +49,8 @@ def conv(channels=16, out=5, kernel=3, **settings):
     return nn.Conv2d(channels, out, kernel, padding=kernel // 2, **settings)
 
 
-# Batch 2; channels, height and width differ, but for the last, where stock is silently wrong.
+# Batch 2; channels, height and width all different, but for the last, where stock is silently
+# wrong.
 RESHAPED = Net((2, 4, 4, 96), lambda s, x: s.a(x.reshape(2, 16, 8, 12)), a=conv())
 RANK_3 = Net((2, 16, 96), lambda s, x: s.a(x.reshape(2, 16, 8, 12)), a=conv())
 SHARED = Net((2, 16, 8, 12), lambda s, x: (s.a(x), s.b(x)), a=conv(), b=nn.Linear(12, 7))
@@ -207,7 +208,6 @@ def test_weight_off_its_grid_is_refused(tmp_path):
 WITHOUT_KERNEL = {
     "depthwise": (conv(16, 16, groups=16), "depthwise Conv2d .16 input channels"),
     "one channel": (conv(1, 16), "depthwise Conv2d .1 input channels in 1 groups"),
-    "uneven padding": (nn.Conv2d(16, 16, 4, padding="same"), "pads its sides differently"),
     "line": (nn.Conv1d(16, 16, 3), "for Conv1d, only for Conv2d and Linear"),
 }
 
@@ -289,10 +289,3 @@ def test_empty_and_constant_samples_are_right(tmp_path):
     (found,) = XnnpackRunner(program.path)(inputs["x"])
     assert torch.equal(found[0], found[0, :, :1, :1].expand_as(found[0]))
     assert math.isfinite(float(found.abs().max()))
-
-
-def test_rounded_net_of_another_module_order_is_the_same(tmp_path):
-    graph = round_to_grid(trace(SHARED.eval(), SHARED.inputs()))
-    kinds = {"b": DYNAMIC, "a": DYNAMIC}
-    program = lower_xnnpack(graph, kinds, SHARED.inputs(), tmp_path / "net.pte")
-    assert program.sqnr_db > EXACT_DB

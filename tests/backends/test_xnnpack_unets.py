@@ -99,7 +99,10 @@ def test_program_equals_the_fake_quantized_graph(case, tmp_path):
     with torch.no_grad():
         assert sqnr_db(graph(**inputs)[0], found) > program.reference_sqnr_db - 1
     # integers are outside XNNPACK: the timestep's cast, and the look-up of a class
-    assert set(program.refusals) <= {"dim_order_ops__to_dim_order_copy_default", "aten_embedding_default"}
+    assert set(program.refusals) <= {
+        "dim_order_ops__to_dim_order_copy_default",
+        "aten_embedding_default",
+    }
     assert program.subgraphs == 1
 
 

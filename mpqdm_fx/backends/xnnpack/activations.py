@@ -66,8 +66,8 @@ def runnable_activations(
             )
         if activation.bits != 8:
             raise LoweringError(
-                f"{name}: its dynamic activation has {activation.bits} bits, but {_BACKEND} "
-                f"chooses ranges of 8 bits only; quantize with activation_bits=8"
+                f"{name}: its dynamic activation has {activation.bits} bits, but {_BACKEND} has 8 "
+                f"only; quantize with activation_bits=8"
             )
         reason = dynamic_refusal(layers[name])
         if reason is not None:
@@ -110,16 +110,9 @@ def dynamic_refusal(layer: WeightLayer) -> str | None:
             f"{no_kernel} a depthwise {kind} ({module.in_channels} input channels in "
             f"{module.groups} groups: one channel each)"
         )
-    if module.padding == "same" and any(size % 2 == 0 for size in _spans(module)):
-        return f"{no_kernel} a {kind} that pads its sides differently (padding='same')"
     if any(_rank(node) == 3 for node in layer.nodes):
         return f"{no_kernel} a {kind} on an input without a batch axis"
     return None
-
-
-def _spans(conv: nn.Conv2d) -> list[int]:
-    """Pixels that the kernel reaches over, by axis."""
-    return [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
 
 
 def _rank(node: fx.Node) -> int | None:
