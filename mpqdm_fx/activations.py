@@ -31,12 +31,14 @@ __all__ = [
     "Activation",
     "ActivationRange",
     "DynamicActivation",
+    "KernelActivation",
     "LayerActivation",
     "NoiseLevels",
     "Side",
     "TimestepActivation",
     "activation_from_dict",
     "activation_to_dict",
+    "kernel_activations",
     "placeholder_activations",
     "static_ranges",
 ]
@@ -141,6 +143,9 @@ class DynamicActivation:
 
 Activation = LayerActivation | TimestepActivation | DynamicActivation
 """How one layer's activations are quantized."""
+
+KernelActivation = LayerActivation | DynamicActivation
+"""What integer kernels run: one fixed range, or one that is chosen at run time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,11 +298,37 @@ def static_ranges(ranges: Mapping[str, Activation], backend: str) -> dict[str, L
     found: dict[str, LayerActivation] = {}
     for name, activation in ranges.items():
         if not isinstance(activation, LayerActivation):
-            kind = "at run time" if isinstance(activation, DynamicActivation) else "by noise level"
+            kind, door = "by noise level", ""
+            if isinstance(activation, DynamicActivation):
+                kind, door = "at run time", 'lower to backend="xnnpack", which runs them, '
             raise LoweringError(
                 f"{name}: its activations are quantized {kind}, but {backend} runs static ranges "
-                f'only; quantize with activation_mode="static", or keep the model in packed form '
-                f'(backend="packed")'
+                f'only; quantize with activation_mode="static", {door}or keep the model in packed '
+                f'form (backend="packed")'
+            )
+        found[name] = activation
+    return found
+
+
+def kernel_activations(
+    ranges: Mapping[str, Activation], backend: str
+) -> dict[str, KernelActivation]:
+    """The same activations, for a backend that knows static and dynamic ones.
+
+    Args:
+        ranges: Activation by layer.
+        backend: The backend's name, for the message.
+
+    Raises:
+        LoweringError: A layer has ranges by noise level; names the layer and what runs.
+    """
+    found: dict[str, KernelActivation] = {}
+    for name, activation in ranges.items():
+        if isinstance(activation, TimestepActivation):
+            raise LoweringError(
+                f"{name}: its activations are quantized by noise level, but {backend} runs fixed "
+                f'ranges and ranges chosen at run time; quantize with activation_mode="static" or '
+                f'"dynamic", or keep the model in packed form (backend="packed")'
             )
         found[name] = activation
     return found

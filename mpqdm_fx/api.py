@@ -12,7 +12,7 @@ from torch import fx, nn
 from tqdm import tqdm
 
 from mpqdm_fx.calibration.records import DEFAULT_MAX_MEMORY, RecordedInputs
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.config import ActivationMode, MPQConfig
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
@@ -22,12 +22,19 @@ from mpqdm_fx.sweep.quantize import finish, start_sweep
 from mpqdm_fx.sweep.sweep import Sweep
 from mpqdm_fx.versions import versions
 
-__all__ = ["BACKENDS", "Backend", "convert", "lower", "open_sweep", "prepare", "quantize"]
+__all__ = ["BACKENDS", "MODES", "Backend", "convert", "lower", "open_sweep", "prepare", "quantize"]
 
 logger = logging.getLogger(__name__)
 
 Backend = Literal["torch_ao", "xnnpack", "packed"]
 BACKENDS: tuple[Backend, ...] = ("torch_ao", "xnnpack", "packed")
+
+MODES: Mapping[Backend, tuple[ActivationMode, ...]] = {
+    "torch_ao": ("static",),
+    "xnnpack": ("static", "dynamic"),
+    "packed": ("static", "timestep", "dynamic", "float"),
+}
+"""Activation modes that each backend runs. Layers of the modes named may be mixed in one model."""
 
 
 def prepare(
@@ -233,17 +240,21 @@ def lower(
     output: str | Path | None = None,
     batch_size: int = 1,
     engine: str = "onednn",
+    max_delegates: int | None = None,
 ) -> Any:
     """Turn a quantized model into what a backend runs.
 
     Args:
         quantized: Quantized model.
         backend: `"torch_ao"`: a GraphModule of torch.ao quantized operators. `"xnnpack"`: an
-            ExecuTorch program, written to the file `output` and executed once. `"packed"`: a
-            folder `output` with the weights at their own bits.
+            ExecuTorch program, written to the file `output` and executed once; its activations
+            are static or dynamic, layer by layer as the model has them. `"packed"`: a folder
+            `output` with the weights at their own bits.
         output: File or folder; required for `"xnnpack"` and `"packed"`.
         batch_size: Batch that an ExecuTorch program is made for (its shapes are static).
         engine: torch.ao engine: `"onednn"`, `"fbgemm"` or `"qnnpack"`.
+        max_delegates: Refuse an ExecuTorch program of more XNNPACK subgraphs, with a list of all
+            that stays out of them.
 
     Returns:
         A GraphModule, an `XnnpackProgram`, or the folder's path.
@@ -274,7 +285,9 @@ def lower(
         )
     example = example_inputs(quantized.signature, batch_size=batch_size)
     inputs = _positional(quantized, example)
-    return lower_xnnpack(quantized.rounded, quantized.ranges, inputs, Path(output))
+    return lower_xnnpack(
+        quantized.rounded, quantized.ranges, inputs, Path(output), max_delegates=max_delegates
+    )
 
 
 def _positional(quantized: QuantizedModel, inputs: Mapping[str, Any]) -> tuple[Any, ...]:

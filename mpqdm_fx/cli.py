@@ -1,4 +1,4 @@
-"""The command line: `mpqdm-fx quantize | export | plan | sample | evaluate | trace | inspect`."""
+"""The command line: `mpqdm-fx quantize | export | plan | sample | evaluate | trace | doctor | ...`."""
 
 import json
 import logging
@@ -242,6 +242,29 @@ def trace(
     console.print(
         trace_model(source.model, source.example_inputs).graph, markup=False, highlight=False
     )
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str, typer.Argument(metavar="DIR|MODEL", help="Folder of `quantize`, or a float model.")
+    ],
+    max_delegates: Annotated[
+        int | None, typer.Option(min=1, help="Exit with status 1 if there would be more.")
+    ] = None,
+    subfolder: SubfolderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how many delegates XNNPACK would take MODEL in, and why what stays out does."""
+    from mpqdm_fx.workflow import diagnose_model
+
+    found = diagnose_model(model, subfolder)
+    if as_json:
+        console.print_json(json.dumps(found.to_dict()))
+    else:
+        console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    if max_delegates is not None and found.delegates > max_delegates:
+        raise typer.Exit(code=1)
 
 
 @app.command()

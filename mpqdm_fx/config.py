@@ -148,10 +148,11 @@ class MPQConfig:
         seed: Seed of every sampled choice (which activations are kept for statistics).
         split_skips: Quantize the two halves of a skip concatenation with ranges of their own
             (Q-Diffusion's split shortcut) where a layer reads the concatenation directly.
-        activation_mode: `"static"`: one range per tensor, what phones and torch.ao run;
+        activation_mode: `"static"`: one range per tensor, what XNNPACK and torch.ao run;
             `"timestep"`: one per group of noise levels, told apart by the model's `timestep`
-            argument; `"dynamic"`: computed at run time, per sample for convolutions and per row
-            for linear layers; `"float"`: weights alone are quantized.
+            argument; `"dynamic"`: computed at run time, per sample for convolutions, per row for
+            linear layers and per pixel for 1x1 convolutions, what XNNPACK runs too; `"float"`:
+            weights alone are quantized.
         timestep_groups: Groups of noise levels, 1..64, for `activation_mode="timestep"`.
 
     Raises:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from mpqdm_fx.api import Backend, lower, quantize
+from mpqdm_fx.api import BACKENDS, MODES, Backend, lower, quantize
+from mpqdm_fx.backends.xnnpack.doctor import Diagnosis, diagnose
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.config import MPQConfig
@@ -31,7 +32,7 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.memory import peak_memory
 from mpqdm_fx.models.bundled import load_digits_classifier
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.sources import Source, load_source
 from mpqdm_fx.processes import is_first
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.images import save_grid
@@ -42,11 +43,12 @@ from mpqdm_fx.report.metrics import (
     x0_sqnr,
 )
 from mpqdm_fx.stages import normalized
-from mpqdm_fx.storage import load, staged_directory, write_model
+from mpqdm_fx.storage import MANIFEST, load, staged_directory, write_model
 from mpqdm_fx.sweep.estimate import Estimate, estimate
 
 __all__ = [
     "QuantizeResult",
+    "diagnose_model",
     "estimate_source",
     "evaluate_folder",
     "quantize_to_folder",
@@ -130,10 +132,12 @@ def quantize_to_folder(
         MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
     # said now, not after minutes of calibration
-    if backend != "packed" and config.activation_mode != "static":
+    if config.activation_mode not in MODES[backend]:
+        modes = " or ".join(f'"{mode}"' for mode in MODES[backend])
+        doors = " or ".join(f'"{b}"' for b in BACKENDS if config.activation_mode in MODES[b])
         raise ConfigError(
-            f"activation_mode={config.activation_mode!r} runs as a packed model only, and "
-            f'{backend} takes "static"; choose backend="packed" or activation_mode="static"'
+            f"{backend} does not run activation_mode={config.activation_mode!r}; choose "
+            f"activation_mode={modes} or backend={doors}"
         )
     if backend == "xnnpack":
         require_executorch()
@@ -228,6 +232,26 @@ def estimate_source(
     graph_module = normalized(source.model, source.example_inputs, config)
     inputs = example_inputs(graph_module.meta["signature"], batch_size=batch_size)
     return estimate(graph_module, [inputs] * calls, config, max_memory=max_memory)
+
+
+def diagnose_model(name: str, subfolder: str | None = None) -> Diagnosis:
+    """What XNNPACK would take of a model, at batch 1.
+
+    Args:
+        name: A float model (see `load_source`), or a folder written by `quantize`.
+        subfolder: Part of a pipeline folder.
+
+    Raises:
+        LoweringError: ExecuTorch is missing, or an activation mode does not run.
+    """
+    if (Path(name) / MANIFEST).exists():
+        quantized = load(Path(name))
+        inputs = example_inputs(quantized.signature, batch_size=1)
+        return diagnose(quantized.rounded, inputs, quantized.ranges or None)
+    source = load_source(name, subfolder)
+    graph_module = normalized(source.model, source.example_inputs, MPQConfig())
+    inputs = example_inputs(graph_module.meta["signature"], batch_size=1)
+    return diagnose(graph_module, inputs)
 
 
 def _summarise(

@@ -20,6 +20,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 import mpqdm_fx.passes
 from mpqdm_fx.graph.base import GraphPass, PassResult
+from mpqdm_fx.graph.dynamic_chain import insert_dynamic_chain
 from mpqdm_fx.graph.editing import copy_graph_module, eliminate_dead_code
 from mpqdm_fx.graph.lanes import has_lanes
 from mpqdm_fx.graph.layers import weight_layers
@@ -57,10 +58,15 @@ def _is_pass_of(module_name: str, value: object) -> bool:
 def zoo(every: int = 1) -> tuple[RandomGraph, ...]:
     """Return graphs with each kind and variant of block: every pass meets what it is for.
 
-    Each comes twice, plain and with quantized activations. `every` thins them out.
+    Each comes three times: plain, with quantized activations, and with chains that quantize at run
+    time. `every` thins them out.
     """
     plain = list(_plain_zoo(every))
-    return (*plain, *map(with_quantized_activations, plain))
+    return (
+        *plain,
+        *map(with_quantized_activations, plain),
+        *map(with_dynamic_chains, plain),
+    )
 
 
 def _plain_zoo(every: int) -> Iterator[RandomGraph]:
@@ -83,10 +89,31 @@ def with_quantized_activations(case: RandomGraph) -> RandomGraph:
     return replace(case, graph_module=result.graph_module)
 
 
+def with_dynamic_chains(case: RandomGraph) -> RandomGraph:
+    """Return the case with quantizer chains in its graph."""
+    return replace(case, graph_module=chained(case.graph_module))
+
+
+def chained(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return the graph with quantizer chains as PT2E writes them: one per value, for all layers."""
+    graph_module = copy_graph_module(graph_module)
+    chains: dict[fx.Node, fx.Node] = {}
+    for layer in weight_layers(graph_module).values():
+        for call in layer.nodes:
+            value = call.args[0]
+            assert isinstance(value, fx.Node)
+            if value not in chains:
+                chains[value] = insert_dynamic_chain(graph_module, value).dequantize
+            call.update_arg(0, chains[value])
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
 def cases(max_blocks: int) -> st.SearchStrategy[RandomGraph]:
-    """Draw graphs as tracing leaves them, or with quantized activations."""
+    """Draw graphs as tracing leaves them, or with quantized activations of both kinds."""
     plain = graphs(max_blocks=max_blocks)
-    return st.one_of(plain, plain.map(with_quantized_activations))
+    return st.one_of(plain, plain.map(with_quantized_activations), plain.map(with_dynamic_chains))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from mpqdm_fx.activations import (
     TimestepActivation,
     activation_from_dict,
     activation_to_dict,
+    kernel_activations,
     placeholder_activations,
     static_ranges,
 )
@@ -125,6 +126,16 @@ def test_groups_of_different_widths_are_refused(wide, narrow):
 def test_a_static_backend_refuses_other_kinds_and_names_what_runs(activation):
     with pytest.raises(LoweringError, match=r'conv: .*activation_mode="static"'):
         static_ranges({"conv": activation}, "XNNPACK")
+
+
+@given(activations)
+def test_a_backend_with_dynamic_kernels_refuses_ranges_by_noise_level_alone(activation):
+    if not isinstance(activation, TimestepActivation):
+        assert kernel_activations({"conv": activation}, "XNNPACK") == {"conv": activation}
+        return
+    message = r'conv: .*activation_mode="static" or "dynamic".*backend="packed"'
+    with pytest.raises(LoweringError, match=message):
+        kernel_activations({"conv": activation}, "XNNPACK")
 
 
 @given(layers())

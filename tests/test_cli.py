@@ -103,7 +103,15 @@ def test_trace_explain_says_what_was_found(model_folder):
         (["quantize", "digits", "--allocation", "best"], "'omq' or 'uniform'"),
         (["quantize", "digits", "--backend", "tflite"], "choose one of"),
         (["quantize", "digits", "--activation-mode", "late"], "'static' or 'timestep'"),
-        (["quantize", "digits", "--activation-mode", "dynamic"], "packed model only"),
+        (
+            ["quantize", "digits", "--activation-mode", "timestep"],
+            'activation_mode="static" or "dynamic"',
+        ),
+        (["quantize", "digits", "--activation-mode", "timestep"], 'backend="packed"'),
+        (
+            ["quantize", "digits", "--activation-mode", "dynamic", "--backend", "torch_ao"],
+            'backend="xnnpack" or "packed"',
+        ),
         (["quantize", "digits", "--override", "conv_in"], "PATTERN=BITS"),
         (["quantize", "digits", "--override", "convin=4"], "nearest names: conv_in"),
         (["sample", "{pipeline}", "--from", "pte"], "not written by mpqdm-fx"),

@@ -8,6 +8,7 @@ import torch
 from small import TinyNet, net_calls
 
 from mpqdm_fx.activations import (
+    ActivationRange,
     DynamicActivation,
     LayerActivation,
     NoiseLevels,
@@ -90,17 +91,38 @@ def test_loading_gives_equal_activations_and_bit_equal_outputs(quantized, static
     assert not torch.equal(got, static(**call))
 
 
-@pytest.mark.parametrize("backend", ["torch_ao", "xnnpack"])
-def test_static_backends_refuse_other_modes_and_say_what_runs(quantized, backend, tmp_path):
+def test_static_backend_refuses_other_modes_and_says_what_runs(quantized, tmp_path):
     with pytest.raises(LoweringError, match='activation_mode="static"'):
-        lower(quantized, backend, output=tmp_path / "model.pte")
+        lower(quantized, "torch_ao")
+    with pytest.raises(LoweringError, match='activation_mode="static"'):
+        quantized.plan.to_qconfig_mapping(quantized.rounded, ranges=quantized.ranges)
+
+
+def test_xnnpack_and_pt2e_refuse_ranges_by_noise_level(by_level, tmp_path):
+    with pytest.raises(LoweringError, match='activation_mode="static" or "dynamic"'):
+        lower(by_level, "xnnpack", output=tmp_path / "model.pte")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(LoweringError, match='activation_mode="static" or "dynamic"'):
+        by_level.plan.to_quantizer(by_level.rounded, ranges=by_level.ranges)
 
 
-def test_the_doors_refuse_other_modes_too(quantized):
-    for door in (quantized.plan.to_qconfig_mapping, quantized.plan.to_quantizer):
-        with pytest.raises(LoweringError, match='activation_mode="static"'):
-            door(quantized.rounded, ranges=quantized.ranges)
+@pytest.mark.xnnpack
+def test_xnnpack_runs_a_quantized_model_with_dynamic_and_with_mixed_activations(
+    by_level, static, tmp_path
+):
+    quantized = in_mode(by_level, "dynamic")
+    one = next(iter(quantized.ranges))
+    # a static range that was measured nowhere: wide, so that the program has numbers to compare
+    wide = ActivationRange(scale=0.05, zero_point=0)
+    mixed = {**quantized.ranges, one: LayerActivation(input=wide, output=wide)}
+    for name, ranges in {"dynamic": quantized.ranges, "mixed": mixed}.items():
+        model = assemble(
+            by_level.rounded, plan=by_level.plan, ranges=ranges, settings=by_level.settings,
+            report=by_level.report, model_config=by_level.config,
+        )  # fmt: skip
+        program = lower(model, "xnnpack", output=tmp_path / f"{name}.pte", batch_size=2)
+        assert program.sqnr_db > program.reference_sqnr_db + 10, name
+        assert program.inputs[0].shape[0] == 2
 
 
 def test_packed_takes_every_mode(quantized, tmp_path):

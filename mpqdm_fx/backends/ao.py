@@ -52,6 +52,7 @@ _LAZY: dict[str, tuple[str, str]] = {
     "ComposableQuantizer": (f"{_PT2E}.quantizer", "ComposableQuantizer"),
     "FixedQParamsQuantizationSpec": (f"{_PT2E}.quantizer", "FixedQParamsQuantizationSpec"),
     "PT2EHistogramObserver": (f"{_PT2E}.observer", "HistogramObserver"),
+    "PT2EDynamicObserver": (f"{_PT2E}.observer", "PlaceholderObserver"),
     "PT2EObserverBase": (f"{_PT2E}.observer", "ObserverBase"),
     "Q_ANNOTATION_KEY": (f"{_PT2E}.quantizer.quantizer", "Q_ANNOTATION_KEY"),
     "QuantizationAnnotation": (f"{_PT2E}.quantizer", "QuantizationAnnotation"),

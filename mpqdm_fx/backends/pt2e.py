@@ -7,11 +7,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.activations import Activation, ActivationRange, LayerActivation, static_ranges
+from mpqdm_fx.activations import (
+    Activation,
+    ActivationRange,
+    DynamicActivation,
+    KernelActivation,
+    LayerActivation,
+    kernel_activations,
+)
 from mpqdm_fx.backends import ao
 from mpqdm_fx.backends.observers import QUANT_MAX, QUANT_MIN, WeightGrid, weight_grids
 from mpqdm_fx.backends.pt2e_observers import PT2EGridWeightObserver
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.dynamic_chain import EPS
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.passes.quantize_activations import activation_sites
 
@@ -44,19 +52,22 @@ class PlanQuantizer(ao.Quantizer):  # type: ignore[misc]  # torchao is untyped
        the grid, so a weight that was changed after rounding (batch-norm folding) is refused.
     3. Its input and its output get int8 affine codes per tensor: the fixed range of the value's
        site (`passes.quantize_activations.activation_sites`), or an observer.
-    4. Nothing else is annotated, and no annotation of another quantizer is changed, so it works
+    4. The input of a layer with a `DynamicActivation` gets int8 affine codes per tensor whose range
+       is chosen at run time, by the spec of ExecuTorch's XNNPACK quantizer; its output stays float.
+    5. Nothing else is annotated, and no annotation of another quantizer is changed, so it works
        inside a `ComposableQuantizer`.
 
     Args:
         grids: Weight grids by the names under which layers are called.
-        ranges: Activation ranges under the same names; None lets `activation_observer` calibrate.
+        ranges: Activations under the same names, static or dynamic; None lets `activation_observer`
+            calibrate.
         activation_observer: Constructor of activation observers (a torchao `with_args` wrapper).
     """
 
     def __init__(
         self,
         grids: Mapping[str, WeightGrid],
-        ranges: Mapping[str, LayerActivation] | None,
+        ranges: Mapping[str, KernelActivation] | None,
         activation_observer: Callable[..., nn.Module],
     ) -> None:
         super().__init__()
@@ -107,15 +118,20 @@ class PlanQuantizer(ao.Quantizer):  # type: ignore[misc]  # torchao is untyped
                 inputs[node][cast(fx.Node, node.args[0])] = spec
                 outputs[node] = spec
             return
-        sites = activation_sites(calls, self.ranges)
+        fixed = {n: a for n, a in self.ranges.items() if isinstance(a, LayerActivation)}
+        sites = activation_sites(calls, fixed)
         for site in sites:
             spec = _fixed_spec(site.range)
             if site.calls is None:
                 outputs[site.value] = spec
             readers = site.value.users if site.calls is None else site.calls
             for call in readers:
-                if call in calls and call.args[0] is site.value:
+                if calls.get(call) in fixed and call.args[0] is site.value:
                     inputs[call][site.value] = spec
+        for call, name in calls.items():
+            activation = self.ranges.get(name)
+            if isinstance(activation, DynamicActivation):
+                inputs[call][cast(fx.Node, call.args[0])] = _dynamic_spec(activation)
 
     def _layer(self, node: fx.Node) -> str | None:
         """Name of the rounded layer that the node is a call of."""
@@ -143,10 +159,10 @@ def to_quantizer(
 
     Raises:
         ConfigError: No layer of `graph` is rounded, or `ranges` names none of them.
-        LoweringError: A range is not static.
+        LoweringError: An activation is neither static nor dynamic.
     """
     grids = weight_grids(graph)
-    static = None if ranges is None else static_ranges(ranges, "PT2E")
+    kinds = None if ranges is None else kernel_activations(ranges, "PT2E")
     if ranges is not None:
         if not ranges:
             raise ConfigError("PT2E got no activation ranges; calibrate first")
@@ -166,7 +182,7 @@ def to_quantizer(
     }
     return PlanQuantizer(
         {target: grids[name] for target, name in names.items()},
-        None if static is None else {target: static[name] for target, name in names.items()},
+        None if kinds is None else {target: kinds[name] for target, name in names.items()},
         activation_observer or ao.PT2EHistogramObserver,
     )
 
@@ -187,17 +203,19 @@ def export_graph(
 
 def convert_pt2e_graph(
     rounded: fx.GraphModule,
-    ranges: Mapping[str, LayerActivation],
+    ranges: Mapping[str, KernelActivation],
     example_inputs: Mapping[str, Any] | Sequence[Any],
 ) -> fx.GraphModule:
     """Convert a rounded graph to int8 weights and q/dq ops, through stock PT2E.
 
-    The weights' integers equal `weight_codes`, and the outputs equal those of
-    `QuantizeActivations(ranges=ranges)` on the same graph bit for bit.
+    The weights' integers equal `weight_codes`. With static ranges the outputs equal those of
+    `QuantizeActivations(ranges=ranges)` on the same graph bit for bit. With dynamic ones they do
+    not: PT2E writes one range per tensor, where backends that run the pattern (and
+    `QuantizeActivations`) have one per row or per sample.
 
     Args:
         rounded: Module-level graph after `RoundWeights`; it is not changed.
-        ranges: Activation ranges by layer.
+        ranges: Activation by layer, static or dynamic.
         example_inputs: Inputs of `rounded`; the result takes these shapes only, in this order.
 
     Raises:
@@ -258,4 +276,15 @@ def _fixed_spec(chosen: ActivationRange) -> Any:
         quant_min=chosen.quant_min,
         quant_max=chosen.quant_max,
         qscheme=torch.per_tensor_affine,
+    )
+
+
+def _dynamic_spec(chosen: DynamicActivation) -> Any:
+    return ao.QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=ao.PT2EDynamicObserver.with_args(eps=EPS),
+        quant_min=-(1 << (chosen.bits - 1)),
+        quant_max=(1 << (chosen.bits - 1)) - 1,
+        qscheme=torch.per_tensor_affine,
+        is_dynamic=True,
     )

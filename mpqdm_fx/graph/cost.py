@@ -20,8 +20,10 @@ __all__ = [
     "Sizes",
     "bind_calls",
     "bind_sizes",
+    "multiply_adds",
     "node_cost",
     "per_call",
+    "shape_at",
     "tensor_bytes",
     "value_bytes",
     "walk_memory",
@@ -116,13 +118,19 @@ def _number(size: Any, sizes: Sizes) -> int:
     return 1 if hint is None else int(hint)
 
 
-def _shape(value: Any, sizes: Sizes) -> list[int]:
-    return [_number(size, sizes) for size in value.shape]
+def shape_at(value: torch.Tensor, sizes: Sizes) -> tuple[int, ...]:
+    """Return the shape of a fake tensor as numbers.
+
+    Args:
+        value: `node.meta["val"]` of a node.
+        sizes: see `bind_sizes`; a symbol that they lack is what the graph was traced with.
+    """
+    return tuple(_number(size, sizes) for size in value.shape)
 
 
-def _shape_of(argument: Any, sizes: Sizes) -> list[int] | None:
+def _shape_of(argument: Any, sizes: Sizes) -> tuple[int, ...] | None:
     value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
-    return _shape(value, sizes) if isinstance(value, torch.Tensor) else None
+    return shape_at(value, sizes) if isinstance(value, torch.Tensor) else None
 
 
 def node_cost(graph_module: fx.GraphModule, node: fx.Node, sizes: Sizes | None = None) -> int:
@@ -140,27 +148,55 @@ def node_cost(graph_module: fx.GraphModule, node: fx.Node, sizes: Sizes | None =
     known = sizes or {}
     if node.op in ("placeholder", "get_attr", "output"):
         return 1
-    count = sum(
-        prod(_shape(leaf, known))
+    products = _products(graph_module, node, known)
+    if products is not None:
+        return max(1, products)
+    schema = getattr(node.target, "_schema", None)
+    is_view = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    if is_view or node.target is operator.getitem:
+        return 1
+    return max(1, _elements(node, known))
+
+
+def multiply_adds(graph_module: fx.GraphModule, sizes: Sizes | None = None) -> int:
+    """Count the multiply-adds of one call of a graph: what a step costs.
+
+    Convolutions, linear layers, matrix products and attention count; what works element by element
+    does not, and neither do biases.
+
+    Args:
+        graph_module: a graph whose nodes have `meta["val"]`.
+        sizes: see `bind_sizes`; by default those that the graph was traced with.
+    """
+    known = sizes or {}
+    counts = (_products(graph_module, node, known) for node in graph_module.graph.nodes)
+    return sum(count for count in counts if count is not None)
+
+
+def _elements(node: fx.Node, sizes: Sizes) -> int:
+    return sum(
+        prod(shape_at(leaf, sizes))
         for leaf in pytree.tree_leaves(node.meta.get("val"))
         if isinstance(leaf, torch.Tensor)
     )
+
+
+def _products(graph_module: fx.GraphModule, node: fx.Node, sizes: Sizes) -> int | None:
+    """Multiply-adds of a node; None if it is neither weight layer, matrix product nor attention."""
     layer = called_module(graph_module, node, *WEIGHT_LAYERS)
     if layer is not None:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        return max(1, count * weight[0].numel())
+        return _elements(node, sizes) * weight[0].numel()
     if node.target in _MATRIX_PRODUCTS:
         left = node.args[1] if node.target in _BIAS_FIRST else node.args[0]
-        shape = _shape_of(left, known)
-        return max(1, count * (shape[-1] if shape else 1))
+        shape = _shape_of(left, sizes)
+        return _elements(node, sizes) * (shape[-1] if shape else 1)
     if node.target in _ATTENTION:
-        query, key = (_shape_of(argument, known) for argument in node.args[:2])
+        query, key = (_shape_of(argument, sizes) for argument in node.args[:2])
         if query and key:  # scores, then their product with the values
-            return max(1, prod(query) * key[-2] + count * key[-2])
-    schema = getattr(node.target, "_schema", None)
-    is_view = schema is not None and any(r.alias_info is not None for r in schema.returns)
-    return 1 if is_view or node.target is operator.getitem else max(1, count)
+            return prod(query) * key[-2] + _elements(node, sizes) * key[-2]
+    return None
 
 
 _BIAS_FIRST = (_aten.addmm.default, _aten.baddbmm.default)
@@ -184,7 +220,7 @@ def value_bytes(node: fx.Node, sizes: Sizes | None = None, *, half: bool = False
     for leaf in pytree.tree_leaves(node.meta.get("val")):
         if isinstance(leaf, torch.Tensor):
             size = 2 if half and leaf.dtype == torch.float32 else leaf.element_size()
-            total += prod(_shape(leaf, sizes or {})) * size
+            total += prod(shape_at(leaf, sizes or {})) * size
     return total
 
 

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 __all__ = [
     "add_module",
+    "add_tensor",
     "copy_graph_module",
     "eliminate_dead_code",
     "free_name",
@@ -195,11 +196,37 @@ def add_module(graph_module: fx.GraphModule, fqn: str, module: nn.Module) -> Non
     _install(graph_module, fqn, module)
 
 
-def _install(graph_module: fx.GraphModule, fqn: str, module: nn.Module) -> None:
+def add_tensor(
+    graph_module: fx.GraphModule, fqn: str, tensor: torch.Tensor, *, anchor: fx.Node
+) -> fx.Node:
+    """Register `tensor` as a buffer and fetch it just before `anchor`.
+
+    Args:
+        graph_module: the copy to edit, in place.
+        fqn: name of the buffer; it gets a number if it is taken, as do later ones at this name.
+        tensor: kept as it is, not copied.
+        anchor: the node whose provenance the new one takes over.
+
+    Returns:
+        The `get_attr` node, with a value if `anchor`'s inputs have fake ones.
+    """
+    name = free_name(graph_module, fqn)
+    _install(graph_module, name, nn.Buffer(tensor))
+    with graph_module.graph.inserting_before(anchor):
+        node = graph_module.graph.get_attr(name)
+    inherit_meta(node, anchor)
+    values = [v for n in anchor.all_input_nodes for v in _leaves(n.meta.get("val"))]
+    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    if mode is not None:
+        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def _install(graph_module: fx.GraphModule, fqn: str, value: nn.Module | torch.Tensor) -> None:
     depth = fqn.count(".")
     for index, (parent, name) in enumerate(_containers(graph_module, fqn)):
         if index == depth:
-            setattr(parent, name, module)
+            setattr(parent, name, value)
         else:
             child = parent._modules.get(name)
             parent._modules[name] = nn.Module() if child is None else shallow_clone(child)

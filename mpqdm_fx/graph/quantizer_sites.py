@@ -256,13 +256,31 @@ def follows_batch(graph_module: fx.GraphModule, value: fx.Node) -> bool:
     return bool(statically_known_true(first % batch == 0))
 
 
-def row_axes(module: nn.Module) -> int:
-    """Number of trailing axes of a layer's input that share one dynamic range.
+def row_axes(module: nn.Module) -> int | tuple[int, ...]:
+    """Axes of a layer's input that share one dynamic range, as XNNPACK's kernels have it.
+
+    1. A linear layer has a range per row, a convolution one per sample.
+    2. A Conv2d that is a linear layer over the pixels (kernel 1x1, stride 1, no padding, one group)
+       is run as one, and has a range per pixel.
 
     Args:
-        module: A convolution (a range per sample) or a linear layer (a range per row).
+        module: A convolution or a linear layer.
+
+    Returns:
+        The number of trailing axes, or the axes counted from the end; for `DynamicQuantizer`.
     """
-    return 1 if isinstance(module, nn.Linear) else 1 + len(module.kernel_size)  # type: ignore[arg-type]
+    if isinstance(module, nn.Linear):
+        return 1
+    if isinstance(module, nn.Conv2d) and _is_pointwise(module):
+        return (-3,)
+    return 1 + len(module.kernel_size)  # type: ignore[arg-type]
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    # "same" pads nothing around a kernel of one pixel
+    padded = not isinstance(conv.padding, str) and any(conv.padding)
+    single = {*conv.kernel_size, *conv.stride, conv.groups} == {1}
+    return single and not padded
 
 
 def insert_groups(graph_module: fx.GraphModule, levels: NoiseLevels) -> fx.Node:

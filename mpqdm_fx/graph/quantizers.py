@@ -29,18 +29,22 @@ class DynamicQuantizer(ActivationQuantizer):
 
     Args:
         bits: Width of the codes; XNNPACK's are 8 bits wide.
-        axes: Number of trailing axes that share one range: 1 for a linear layer (one range per
-            row), 1 + spatial axes for a convolution (one per sample).
+        axes: The axes along which values share one range, counted from the end, or the number of
+            trailing ones: 1 for a linear layer (one range per row), 1 + spatial axes for a
+            convolution (one per sample), (-3,) for one that XNNPACK runs as a linear layer over
+            the pixels. See `graph.quantizer_sites.row_axes`.
 
     Raises:
-        ConfigError: `bits` is outside 1..8, or `axes` below 1.
+        ConfigError: `bits` is outside 1..8, or `axes` name no axes.
     """
 
-    def __init__(self, bits: int = 8, axes: int = 1) -> None:
+    def __init__(self, bits: int = 8, axes: int | tuple[int, ...] = 1) -> None:
         super().__init__()
         self.bits = check_bits(bits, "activation bits")
-        if axes < 1:
-            raise ConfigError(f"axes={axes}: a range is shared along at least one axis")
+        if (axes < 1) if isinstance(axes, int) else (not axes or max(axes) >= 0):
+            raise ConfigError(
+                f"axes={axes}: a range is shared along at least one axis, counted from the end"
+            )
         self.axes = axes
 
     def forward(self, x: Tensor) -> Tensor:

@@ -45,14 +45,15 @@ def dynamic_qparams(minimum: Tensor, maximum: Tensor, bits: int) -> tuple[Tensor
     return inverse, zero_point.clamp(quant_min, quant_max).round()
 
 
-def fake_quantize_dynamic(x: Tensor, bits: int, axes: int) -> Tensor:
-    """Quantize and dequantize with a range of its own for every slice of the leading axes.
+def fake_quantize_dynamic(x: Tensor, bits: int, axes: int | tuple[int, ...]) -> Tensor:
+    """Quantize and dequantize with a range of its own for every slice along some axes.
 
     Args:
-        x: Any float dtype (computed in float32), at least `axes` axes.
+        x: Any float dtype (computed in float32), with at least these axes.
         bits: 1 to 8.
-        axes: Number of trailing axes that share one range: 1 for the rows of a linear layer,
-            1 + spatial axes for the samples of a convolution.
+        axes: The axes along which values share one range, or the number of trailing ones: 1 for the
+            rows of a linear layer, 1 + spatial axes for the samples of a convolution, (-3,) for
+            the pixels of [..., C, H, W].
 
     Returns:
         Shape and dtype of x.
@@ -61,8 +62,8 @@ def fake_quantize_dynamic(x: Tensor, bits: int, axes: int) -> Tensor:
         ConfigError: `bits` is outside 1..8.
     """
     values = x.to(torch.float32)
-    trailing = tuple(range(-axes, 0))
-    minimum, maximum = values.amin(trailing, keepdim=True), values.amax(trailing, keepdim=True)
+    shared = tuple(range(-axes, 0)) if isinstance(axes, int) else axes
+    minimum, maximum = values.amin(shared, keepdim=True), values.amax(shared, keepdim=True)
     inverse, zero_point = dynamic_qparams(minimum, maximum, bits)
     # Clamped before rounding, as the kernels do; both bounds are whole, so the order is the same.
     quant_min, quant_max = -float(1 << (bits - 1)), float((1 << (bits - 1)) - 1)

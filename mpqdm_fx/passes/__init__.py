@@ -2,34 +2,54 @@
 
 from mpqdm_fx.graph.base import GraphPass
 from mpqdm_fx.passes.carry_error_lane import CarryErrorLane
+from mpqdm_fx.passes.cast_early import CastEarly
 from mpqdm_fx.passes.decompose_attention import DecomposeAttention
+from mpqdm_fx.passes.decompose_group_norm import DecomposeGroupNorm
+from mpqdm_fx.passes.decompose_layer_norm import DecomposeLayerNorm
+from mpqdm_fx.passes.decompose_upsample import DecomposeUpsample
 from mpqdm_fx.passes.drop_assertions import DropAssertions
 from mpqdm_fx.passes.drop_dropout import DropDropout
 from mpqdm_fx.passes.drop_noop_casts import DropNoopCasts
 from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
+from mpqdm_fx.passes.drop_unit_factors import DropUnitFactors
 from mpqdm_fx.passes.fold_batch_norm import FoldBatchNorm
+from mpqdm_fx.passes.fold_constants import FoldConstants
+from mpqdm_fx.passes.normalize_padding import NormalizePadding
+from mpqdm_fx.passes.pin_layouts import PinLayouts
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.requantize_copies import RequantizeCopies
+from mpqdm_fx.passes.reshape_unit_axes import ReshapeUnitAxes
 from mpqdm_fx.passes.round_weights import RoundWeights
 from mpqdm_fx.passes.split_geglu import SplitGeglu
 from mpqdm_fx.passes.split_skip_concat import SplitSkipConcat
 from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
+from mpqdm_fx.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
 
 __all__ = [
     "NORMALIZE",
     "CarryErrorLane",
+    "CastEarly",
     "DecomposeAttention",
+    "DecomposeGroupNorm",
+    "DecomposeLayerNorm",
+    "DecomposeUpsample",
     "DropAssertions",
     "DropDropout",
     "DropNoopCasts",
     "DropNoopSlices",
+    "DropUnitFactors",
     "FoldBatchNorm",
+    "FoldConstants",
+    "NormalizePadding",
+    "PinLayouts",
     "QuantizeActivations",
     "RequantizeCopies",
+    "ReshapeUnitAxes",
     "RoundWeights",
     "SplitGeglu",
     "SplitSkipConcat",
     "UnshareDequantize",
+    "UnshareDynamicQuantizers",
 ]
 
 #: What runs on a traced graph before anything is quantized, in running order. First goes what

@@ -141,7 +141,7 @@ class QuantizeActivations(GraphPass):
        range.
     3. Layers with a `DynamicActivation` read a `DynamicQuantizer`; their outputs stay float. Calls
        of one width and granularity that read one value share it: a range per sample for
-       convolutions, per row for linear layers.
+       convolutions, per row for linear layers, per pixel for 1x1 convolutions (`row_axes`).
     4. A graph whose named layers all have quantizers already, of whatever mode, is left alone.
 
     `graph.quantizer_sites` finds the quantizers again and sets their ranges.
@@ -264,7 +264,7 @@ class QuantizeActivations(GraphPass):
                 latest[site.value] = restored
 
     def _insert_dynamic(self, graph_module: fx.GraphModule, calls: Mapping[fx.Node, str]) -> None:
-        shared: dict[tuple[fx.Node, int, int], fx.Node] = {}
+        shared: dict[tuple[fx.Node, int, int | tuple[int, ...]], fx.Node] = {}
         for call, name in calls.items():
             activation = self.ranges[name]
             if not isinstance(activation, DynamicActivation):

@@ -39,12 +39,15 @@ class Block:
 
 
 def _conv2d(b: GraphBuilder, name: str, inputs: int, block: Block, **settings: int) -> str:
-    options = {"padding": block.kernel // 2, **settings}
+    options = dict(settings)
     channels = options.pop("channels", block.channels)
+    # one variant says the same number in words
+    same = block.variant == 2 and options.get("stride", 1) == 1
     conv = nn.Conv2d(
         inputs,
         channels,
         block.kernel,
+        padding="same" if same else block.kernel // 2,
         bias=block.bias,
         padding_mode="circular" if block.variant == 3 and block.kernel == 3 else "zeros",
         device="meta",
@@ -83,9 +86,10 @@ def conv(b: GraphBuilder, block: Block) -> None:
 
 
 def norm_act(b: GraphBuilder, block: Block) -> None:
-    """Emit a group norm and SiLU: a module, or aten in variant 1."""
+    """Emit a group norm and SiLU: a module, or aten in variant 1; no parameters in variant 2."""
     channels = b.shape[0]
-    norm = b.module("norm", nn.GroupNorm(2, channels, device="meta"))
+    affine = block.variant != 2
+    norm = b.module("norm", nn.GroupNorm(2, channels, affine=affine, device="meta"))
     x = b.call(norm, b.image)
     b.set_image(b.call(_aten.silu.default, x) if block.variant == 1 else _silu(b, x), channels)
 
@@ -122,13 +126,22 @@ def skip_concat(b: GraphBuilder, block: Block) -> None:
 
 
 def upsample(b: GraphBuilder, block: Block) -> None:
-    """Emit a nearest 2x upsampling; a large image is sampled down instead."""
+    """Emit a nearest upsampling; a large image is sampled down instead.
+
+    By 2, or by 1 and 3 in variant 1; given as a size in variants 2 and 3.
+    """
     channels, height, width = b.shape
     if height * width > 100:
         conv(b, Block(kind="conv", channels=channels, kernel=3, stride=2))
         return
-    out = b.call(_aten.upsample_nearest2d.vec, b.image, None, [2.0, 2.0])
-    b.set_image(out, channels, (2 * height, 2 * width))
+    factors = (1, 3) if block.variant == 1 else (2, 2)
+    size = [height * factors[0], width * factors[1]]
+    if block.variant < 2:
+        scales = [float(f) for f in factors]
+        out = b.call(_aten.upsample_nearest2d.vec, b.image, None, scales)
+    else:
+        out = b.call(_aten.upsample_nearest2d.vec, b.image, size, None)
+    b.set_image(out, channels, (size[0], size[1]))
 
 
 def linear(b: GraphBuilder, block: Block) -> None:
@@ -257,14 +270,23 @@ def dead(b: GraphBuilder, block: Block) -> None:
 
 
 def time_embedding(b: GraphBuilder, block: Block) -> None:
-    """Emit a timestep embedding added to the image: sinusoids, or a table in variant 1."""
+    """Emit a timestep embedding added to the image: sinusoids, or a table in variant 1.
+
+    Variant 2 moves the timestep before it is cast, variant 3 multiplies it with ones.
+    """
     channels = b.shape[0]
     if block.variant == 1:
         table = nn.Embedding(10, channels, device="meta")
         embedding = b.call(b.module("embedding", table), b.timestep)
     else:
-        t = b.call(_aten.to.dtype, b.timestep, torch.float32)
-        t = b.call(_aten.unsqueeze.default, t, 1)
+        t = b.timestep
+        if block.variant == 3:
+            t = b.call(
+                _aten.mul.Tensor, t, b.call(_aten.ones.default, [b.batch], dtype=torch.int64)
+            )
+        moves = [(_aten.to.dtype, torch.float32), (_aten.unsqueeze.default, 1)]
+        for op, argument in reversed(moves) if block.variant == 2 else moves:
+            t = b.call(op, t, argument)
         halves = [b.call(_aten.sin.default, t), b.call(_aten.cos.default, t)]
         waves = b.call(_aten.cat.default, halves, -1)
         embedding = b.call(_linear(b, "linear_1", 2, channels, block.bias), waves)

@@ -50,8 +50,12 @@ def inputs(*shape: int) -> torch.Tensor:
     [
         (nn.Linear(64, 32, bias=False), inputs(16, 64)),
         (nn.Conv2d(8, 16, 3, padding=1, bias=False), inputs(4, 8, 6, 10)),
+        (nn.Conv2d(8, 16, 1, bias=False), inputs(4, 8, 6, 10)),
+        (nn.Conv2d(8, 16, 1, stride=2, bias=False), inputs(4, 8, 6, 10)),
+        (nn.Conv2d(8, 16, 1, padding=1, bias=False), inputs(4, 8, 6, 10)),
+        (nn.Conv2d(8, 16, 1, groups=2, bias=False), inputs(4, 8, 6, 10)),
     ],
-    ids=["linear rows", "convolution samples"],
+    ids=["linear rows", "convolution samples", "pixels", "stride", "padding", "groups"],
 )
 def test_dynamic_quantizer_is_the_runtimes(model, x):
     got, weight = run_on_xnnpack(model.eval(), x)
@@ -59,7 +63,8 @@ def test_dynamic_quantizer_is_the_runtimes(model, x):
     if isinstance(model, nn.Linear):
         want = nn.functional.linear(rounded, weight)
     else:
-        want = nn.functional.conv2d(rounded, weight, padding=1)
+        settings = (None, model.stride, model.padding, model.dilation, model.groups)
+        want = nn.functional.conv2d(rounded, weight, *settings)
     # one different code would show as 1e-3 of its row; float32 sums differ by 1e-7
     largest = want.flatten(1).abs().amax(1)
     error = (got.double() - want).flatten(1).abs().amax(1)

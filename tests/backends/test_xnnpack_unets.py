@@ -8,9 +8,11 @@ from rounded_nets import measured_ranges, round_to_grid
 from mpqdm_fx.backends.fit_channels import round_biases
 from mpqdm_fx.backends.torch_ao import ENGINES, lower_torch_ao
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack
+from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.passes import NORMALIZE
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 
@@ -89,11 +91,19 @@ def test_program_equals_the_fake_quantized_graph(case, tmp_path):
     assert set(ranges) == set(weight_layers(graph))
     program = lower_xnnpack(graph, ranges, inputs, tmp_path / "unet.pte")
     assert program.reference_sqnr_db > 15
-    # Norms and softmax are summed by other code; where a code falls to the other side of a tie,
-    # the layers behind spread it. Measured: bit-equal.
-    assert program.sqnr_db > program.reference_sqnr_db + 10
-    assert "aten_convolution_default" not in program.refusals
-    assert "aten_linear_default" not in program.refusals
+    # XNNPACK sums norms and softmax in another order; where a code falls to the other side of a
+    # tie, the layers behind spread it, up to another draw of the same rounding noise (3 dB more).
+    assert program.sqnr_db > program.reference_sqnr_db - 3.5
+    # but it is no worse a draw: what counts is the distance from the graph without rounding noise
+    (found,) = XnnpackRunner(program.path)(*inputs.values())
+    with torch.no_grad():
+        assert sqnr_db(graph(**inputs)[0], found) > program.reference_sqnr_db - 1
+    # integers are outside XNNPACK: the timestep's cast, and the look-up of a class
+    assert set(program.refusals) <= {
+        "dim_order_ops__to_dim_order_copy_default",
+        "aten_embedding_default",
+    }
+    assert program.subgraphs == 1
 
 
 @pytest.mark.parametrize("engine", ENGINES)

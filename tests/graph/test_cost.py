@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mpqdm_fx.graph.cost import (
     bind_calls,
     bind_sizes,
+    multiply_adds,
     node_cost,
     per_call,
     tensor_bytes,
@@ -40,18 +41,8 @@ class Products(nn.Module):
         return torch.bmm(scores, h), mixed, torch.addmm(h[0], scores[0], h[0])
 
 
-def heavy_cost(graph_module, inputs):
-    sizes = bind_sizes(graph_module, inputs)
-    heavy = ("conv", "linear", "matmul", "bmm", "addmm", "attention")
-    return sum(
-        node_cost(graph_module, node, sizes)
-        for node in graph_module.graph.nodes
-        if (
-            node.op == "call_module"
-            and isinstance(graph_module.get_submodule(node.target), nn.Conv2d | nn.Linear)
-        )
-        or (node.op == "call_function" and any(word in str(node.target) for word in heavy))
-    )
+def counted(graph_module, inputs):
+    return multiply_adds(graph_module, bind_sizes(graph_module, inputs))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -59,7 +50,7 @@ def test_multiply_adds_are_those_that_torch_counts(batch):
     torch.manual_seed(0)
     graph_module = trace(Products().eval(), {"x": torch.randn(2, 4, 6, 8)})
     inputs = {"x": torch.randn(batch, 4, 6, 8)}
-    assert heavy_cost(graph_module, inputs) == counted_by_torch(graph_module, inputs)
+    assert counted(graph_module, inputs) == counted_by_torch(graph_module, inputs)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +59,7 @@ def test_multiply_adds_are_those_that_torch_counts(batch):
 def test_multiply_adds_of_a_unet_are_those_that_torch_counts(make, calls):
     (inputs,) = calls(calls=1)
     graph_module = trace(make(), inputs)
-    assert heavy_cost(graph_module, inputs) == counted_by_torch(graph_module, inputs)
+    assert counted(graph_module, inputs) == counted_by_torch(graph_module, inputs)
 
 
 def test_every_node_costs_something_and_more_at_a_larger_batch():

@@ -177,11 +177,18 @@ def test_an_unused_range_is_read_back_as_the_one_in_use(graph):
     [
         (nn.Linear(2, 2), 1),
         (nn.Conv1d(2, 2, 1), 2),
-        (nn.Conv2d(2, 2, 1), 3),
+        (nn.Conv2d(2, 2, 3), 3),
+        (nn.Conv2d(2, 2, 1), (-3,)),
+        (nn.Conv2d(2, 2, 1, padding="same"), (-3,)),
+        (nn.Conv2d(2, 2, 1, dilation=2), (-3,)),
+        (nn.Conv2d(2, 2, 1, stride=2), 3),
+        (nn.Conv2d(2, 2, 1, padding=1), 3),
+        (nn.Conv2d(2, 2, 1, groups=2), 3),
+        (nn.Conv2d(2, 2, (1, 3)), 3),
         (nn.Conv3d(2, 2, 1), 4),
     ],
 )
-def test_a_dynamic_range_spans_a_row_or_a_sample(module, axes):
+def test_a_dynamic_range_spans_a_row_a_pixel_or_a_sample(module, axes):
     assert row_axes(module) == axes
 
 

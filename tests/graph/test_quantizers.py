@@ -100,7 +100,7 @@ def test_noise_level_modules_export_with_a_dynamic_batch_bit_for_bit():
             assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("axes", [1, 2, (-2,)])
 def test_dynamic_quantizer_exports_with_a_dynamic_batch_bit_for_bit(axes):
     model, batch = DynamicQuantizer(8, axes), torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(
@@ -118,6 +118,8 @@ def test_dynamic_quantizer_exports_with_a_dynamic_batch_bit_for_bit(axes):
         lambda: NoiseLevelQuantizer([0.1], [8], 4),
         lambda: DynamicQuantizer(9),
         lambda: DynamicQuantizer(8, 0),
+        lambda: DynamicQuantizer(8, ()),
+        lambda: DynamicQuantizer(8, (1,)),
         lambda: NoiseLevelGroups((2.0, 1.0)),
     ],
 )

@@ -15,8 +15,6 @@ from typer.testing import CliRunner
 
 import mpqdm_fx.pipelines.export as export_module
 from mpqdm_fx import cli
-from mpqdm_fx.backends.observers import weight_grids
-from mpqdm_fx.backends.torch_ao import check_ranges
 from mpqdm_fx.backends.xnnpack.convert import converted_graph, decomposed
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.numerics.metrics import sqnr_db
@@ -49,10 +47,9 @@ class Converted(torch.nn.Module):
         super().__init__()
         self.quantized = [quantized]
         self.config, self.dtype, self.device = quantized.config, quantized.dtype, quantized.device
-        static = check_ranges(quantized.ranges, weight_grids(quantized.rounded), "XNNPACK")
-        plain, static = decomposed(quantized.rounded, static)
+        plain, runnable, _ = decomposed(quantized.rounded, quantized.ranges)
         example = example_inputs(quantized.signature, batch_size=1)
-        self.graph = converted_graph(plain, static, self.ordered(example))
+        self.graph = converted_graph(plain, runnable, self.ordered(example))
 
     def ordered(self, call):
         (quantized,) = self.quantized

@@ -10,22 +10,30 @@ import torch
 
 from mpqdm_fx.errors import LoweringError
 
-__all__ = ["delegation", "to_edge"]
+__all__ = ["delegation", "root_logger_kept", "to_edge", "to_program"]
 
 
-def to_edge(exported: torch.export.ExportedProgram) -> Any:
-    """Partition for XNNPACK and preprocess every delegate."""
-    with _root_logger_kept():
+def to_edge(
+    exported: torch.export.ExportedProgram | dict[str, torch.export.ExportedProgram],
+    partitioner: Any = None,
+) -> Any:
+    """Partition for XNNPACK and preprocess every delegate.
+
+    Args:
+        exported: A program, which becomes the method `forward`, or programs by method.
+        partitioner: Another partitioner than XNNPACK's own.
+    """
+    with root_logger_kept():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    # The converted graph holds q/dq ops, which the validity check does not know; all tensors are
-    # contiguous, so there are no dimension orders to keep track of.
-    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    # The converted graph holds q/dq ops, which the validity check does not know. The partitioner
+    # knows layout copies in their dimension-order form only, so that must not be skipped.
+    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=False)
     try:
         with _rare_collections():
             return to_edge_transform_and_lower(
-                exported, partitioner=[XnnpackPartitioner()], compile_config=config
+                exported, partitioner=[partitioner or XnnpackPartitioner()], compile_config=config
             )
     except Exception as error:
         message = str(error).strip().splitlines() or [""]
@@ -34,11 +42,25 @@ def to_edge(exported: torch.export.ExportedProgram) -> Any:
         ) from error
 
 
-def delegation(edge: Any) -> dict[str, Any]:
-    """Delegates and nodes of a partitioned program, by the names of `XnnpackProgram`'s fields."""
+def to_program(edge: Any) -> Any:
+    """Plan memory and serialise."""
+    try:
+        return edge.to_executorch()
+    except Exception as error:
+        refused = {name for method in edge.methods for name in delegation(edge, method)["refusals"]}
+        left = sorted(name for name in refused if "quantize" in name)
+        told = f"; not delegated: {', '.join(left)}" if left else ""
+        raise LoweringError(
+            f"ExecuTorch cannot serialise this graph: {type(error).__name__}: "
+            f"{(str(error).strip().splitlines() or [''])[0]}{told}"
+        ) from error
+
+
+def delegation(edge: Any, method: str = "forward") -> dict[str, Any]:
+    """Delegates and nodes of a partitioned method, by the names of `XnnpackProgram`'s fields."""
     from executorch.devtools.backend_debug import get_delegation_info
 
-    info = get_delegation_info(edge.exported_program().graph_module)
+    info = get_delegation_info(edge.exported_program(method).graph_module)
     refused = {
         name: entry.non_delegated
         for name, entry in sorted(info.delegation_by_operator.items())
@@ -68,7 +90,7 @@ def _rare_collections() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _root_logger_kept() -> Iterator[None]:
+def root_logger_kept() -> Iterator[None]:
     """Undo `logging.basicConfig`, which ExecuTorch's partitioner calls when it is imported."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level

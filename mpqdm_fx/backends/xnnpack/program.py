@@ -24,10 +24,13 @@ class XnnpackProgram:
         inputs: What the program takes, in order.
         outputs: What it returns, in order.
         output_scale: Step of the first output's integers; None where it is float.
-        sqnr_db: Program against the converted graph on the example inputs.
+        sqnr_db: Program against the fake-quantized graph (or the float graph it was made of) on
+            the example inputs.
         max_lsb: Largest difference between the two in steps of the output; None where it is float.
-        reference_sqnr_db: Converted graph against the rounded graph with float activations; None
-            for a float program.
+        reference_sqnr_db: Fake-quantized graph against the rounded graph with float activations;
+            None for a float program.
+        float_layers: Layers whose activations were to be chosen at run time but for which XNNPACK
+            has no such kernel, with the reason; they run in float with their rounded weights.
         seconds: Wall time of the lowering.
     """
 
@@ -43,8 +46,10 @@ class XnnpackProgram:
     sqnr_db: float
     max_lsb: float | None
     reference_sqnr_db: float | None
+    float_layers: Mapping[str, str]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the path is left to its file name."""
-        return {**asdict(self), "path": self.path.name, "refusals": dict(self.refusals)}
+        plain = {"refusals": dict(self.refusals), "float_layers": dict(self.float_layers)}
+        return {**asdict(self), "path": self.path.name, **plain}

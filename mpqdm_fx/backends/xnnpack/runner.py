@@ -93,14 +93,15 @@ class XnnpackRunner:
     """A loaded `.pte`, callable.
 
     Args:
-        path: File written by `lower_xnnpack` or `lower_xnnpack_float`.
+        path: File written by `lower_xnnpack`, `lower_xnnpack_float` or `lower_methods`.
+        method: Which method of it to run.
 
     Raises:
         LoweringError: ExecuTorch is not installed.
         ArtifactError: The file is missing, damaged, or cannot be loaded by this runtime.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, method: str = "forward") -> None:
         require_executorch()
         from executorch.runtime import Runtime, Verification
 
@@ -111,17 +112,18 @@ class XnnpackRunner:
             program = Runtime.get().load_program(
                 self.path, verification=Verification.InternalConsistency
             )
-            method = program.load_method("forward")
+            loaded = program.load_method(method) if method in program.method_names else None
         except RuntimeError as error:
             raise ArtifactError(
                 f"{self.path} cannot be loaded by ExecuTorch: {error}; it is damaged, or made by "
                 f"another version"
             ) from error
-        if method is None:
-            raise ArtifactError(f"{self.path} holds no method `forward`")
+        if loaded is None:
+            names = ", ".join(sorted(program.method_names))
+            raise ArtifactError(f"{self.path} holds no method `{method}`; it has {names}")
         # The program owns the memory of the method.
-        self._program, self._method = program, method
-        meta = method.metadata
+        self._program, self._method = program, loaded
+        meta = loaded.metadata
         self._inputs = [meta.input_tensor_meta(i) for i in range(meta.num_inputs())]
         self._dtypes = [_DTYPES[tensor.dtype()] for tensor in self._inputs]
 

@@ -1,0 +1,202 @@
+"""Step time of a mid-size UNet on XNNPACK: ours beside stock ExecuTorch, eager and compiled.
+
+    pip install -e ".[bench]"
+    python benchmarks/phone.py --directory phone          # programs are kept there and used again
+
+27 M parameters (128, 256, 256), attention at 16x16 and 8x8, 32x32 pixels, batch 1, random weights:
+speed, sizes and delegates, no quality. All forms run in one process on the same threads,
+interleaved; medians and ratios to the first form. Numbers go to `<directory>/result.json`.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from mpqdm_fx import MPQConfig, QuantizedModel, quantize
+from mpqdm_fx.backends.xnnpack.edge import delegation, to_edge, to_program
+from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
+from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
+from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.numerics.metrics import sqnr_db
+
+Inputs = Mapping[str, Tensor]
+
+
+def model() -> UNet2DModel:
+    """The network, seeded."""
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(128, 256, 256),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=64,
+    ).eval()
+
+
+def inputs(seed: int = 0) -> dict[str, Tensor]:
+    """One call, batch 1."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randn(1, 3, 32, 32, generator=generator)
+    return {"sample": sample, "timestep": torch.tensor([100 + 97 * seed % 900])}
+
+
+def stock_float(unet: UNet2DModel, path: Path) -> dict[str, Any]:
+    """ExecuTorch as its documentation has it: export, partition, save."""
+    return _stock(torch.export.export(_Plain(unet), tuple(inputs().values())), path)
+
+
+def stock_int8(unet: UNet2DModel, path: Path) -> dict[str, Any]:
+    """ExecuTorch's own quantizer, all operators that it knows, static int8."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    config = get_symmetric_quantization_config(is_per_channel=True)
+    quantizer = XNNPACKQuantizer().set_global(config)
+    exported = torch.export.export(_Plain(unet), tuple(inputs().values())).module()
+    prepared = prepare_pt2e(exported, quantizer)
+    for seed in range(4):
+        prepared(*inputs(seed).values())
+    return _stock(torch.export.export(convert_pt2e(prepared), tuple(inputs().values())), path)
+
+
+def ours_float(unet: UNet2DModel, path: Path) -> dict[str, Any]:
+    """This package, float."""
+    return lower_xnnpack_float(trace(unet, inputs(), dynamic_batch=False), inputs(), path).to_dict()
+
+
+def ours(bits: int, mode: str) -> Callable[[UNet2DModel, Path], dict[str, Any]]:
+    """This package, `bits` a weight on average, static or dynamic int8 activations."""
+
+    def make(unet: UNet2DModel, path: Path) -> dict[str, Any]:
+        settings = MPQConfig(
+            weight_bits=bits,
+            activation_mode=mode,  # type: ignore[arg-type]
+            allocation="uniform" if bits == 8 else "measured",
+            levels="uniform",
+            rounding="nearest",
+            propagation=0.0,
+        )
+        calls = [inputs(seed) for seed in range(4)]
+        quantized: QuantizedModel = quantize(unet, settings, calls)
+        return lower_xnnpack(quantized.rounded, quantized.ranges, inputs(), path).to_dict()
+
+    return make
+
+
+FORMS: Mapping[str, Callable[[UNet2DModel, Path], dict[str, Any]]] = {
+    "stock fp32": stock_float,
+    "stock int8": stock_int8,
+    "ours fp32": ours_float,
+    "ours W8A8 static": ours(8, "static"),
+    "ours W8A8 dynamic": ours(8, "dynamic"),
+    "ours W4A8 static": ours(4, "static"),
+}
+
+
+class _Plain(torch.nn.Module):
+    """The network with a tuple for its output, which export wants."""
+
+    def __init__(self, unet: UNet2DModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        result: Tensor = self.unet(sample, timestep, return_dict=False)[0]
+        return result
+
+
+def _stock(exported: torch.export.ExportedProgram, path: Path) -> dict[str, Any]:
+    edge = to_edge(exported)
+    with path.open("wb") as file:
+        to_program(edge).write_to_file(file)
+    return {**delegation(edge), "bytes": path.stat().st_size}
+
+
+def build(unet: UNet2DModel, directory: Path, form: str) -> dict[str, Any]:
+    """Make a program, or take the one that is there."""
+    path = directory / f"{form.replace(' ', '_')}.pte"
+    facts = path.with_suffix(".json")
+    if not facts.exists():
+        start = time.perf_counter()
+        made = FORMS[form](unet, path)
+        made["seconds"] = time.perf_counter() - start
+        facts.write_text(json.dumps(made, indent=1, default=str), encoding="utf-8")
+    found: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
+    return {**found, "path": str(path)}
+
+
+def times(forms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each form, interleaved."""
+    taken: dict[str, list[float]] = {name: [] for name in forms}
+    for index in range(rounds + 2):
+        for name, run in forms.items():
+            start = time.perf_counter()
+            run()
+            if index >= 2:
+                taken[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def main() -> None:
+    """Build what is missing, time everything, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, default=Path("phone"))
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)
+    torch.set_num_threads(arguments.threads)
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    unet, call = model(), inputs(9)
+    facts = {form: build(unet, arguments.directory, form) for form in arguments.forms}
+
+    from executorch.extension.pybindings import portable_lib
+
+    portable_lib._unsafe_reset_threadpool(arguments.threads)
+    runners = {form: XnnpackRunner(facts[form]["path"]) for form in arguments.forms}
+    runs: dict[str, Callable[[], Any]] = {
+        form: (lambda runner=runner: runner(*call.values())) for form, runner in runners.items()
+    }
+    with torch.no_grad():
+        expected = unet(**call).sample
+        runs["eager fp32"] = lambda: unet(**call)
+        if arguments.compiled:
+            compiled = torch.compile(unet)
+            runs["compiled fp32"] = lambda: compiled(**call)
+        measured = times(runs, arguments.rounds)
+    first = next(iter(measured))
+    print("| form | ms | ratio | delegates | outside | bytes | SQNR dB | build s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for form, value in measured.items():
+        row = facts.get(form, {})
+        found = runners[form](*call.values())[0] if form in runners else None
+        sqnr = "" if found is None else f"{sqnr_db(expected, found):.1f}"
+        print(
+            f"| {form} | {value:.1f} | {value / measured[first]:.2f} | {row.get('subgraphs', '')} "
+            f"| {row.get('undelegated', '')} | {row.get('bytes', '')} | {sqnr} "
+            f"| {row.get('seconds', 0):.0f} |"
+        )
+    result = {"milliseconds": measured, "facts": facts, "threads": arguments.threads}
+    (arguments.directory / "result.json").write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

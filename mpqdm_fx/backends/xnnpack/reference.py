@@ -1,0 +1,139 @@
+"""What a program has to compute, and how closely.
+
+The reference is the graph in float with fake-quantized activations. Its integers and the program's
+are the same, but for values next to a tie between two codes: float parts (norms, softmax, sums of
+convolutions) are summed in another order there, by about one unit in the last place, and now and
+then a value falls to the other side. In a shallow graph such steps are rare and small. In a deep
+one every later rounding spreads them, until the program's rounding errors are another draw of the
+same noise; two draws differ by 3 dB more than each from the truth. How far a given graph is on that
+way is found by running it once more with every float value nudged by that unit.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from mpqdm_fx.errors import LoweringError
+from mpqdm_fx.numerics.metrics import sqnr_db
+
+__all__ = ["Reference"]
+
+# What is always good enough; between float graphs only the order of sums differs.
+CLOSE_DB = 60.0
+# A draw of the same rounding noise is 3 dB from the reference's own quality; as much again is
+# left. A wrong layout or scale costs tens of dB.
+MARGIN_DB = 6.0
+# Where the graph does not spread nudges, the program has to be nearer to it than another rounding
+# of the same kind would be (a range per tensor instead of per sample, say): those differ by the
+# quality less 3 dB at best.
+STEADY_DB = 3.0
+# Relative size of a nudge: what sums of float32 in another order differ by.
+NUDGE = 2e-7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Expected outputs, and how far a program may be from them.
+
+    Attributes:
+        outputs: Tensors that the graph returns, in order.
+        bound_db: Least SQNR of a program against them.
+        quality_db: The outputs against those with float activations; None for a float graph.
+    """
+
+    outputs: tuple[Tensor, ...]
+    bound_db: float
+    quality_db: float | None
+
+    @classmethod
+    def of_float(cls, graph: fx.GraphModule, inputs: Sequence[Any]) -> Self:
+        """The reference of a float program.
+
+        Args:
+            graph: Float graph.
+            inputs: Its inputs, in order.
+        """
+        return cls(outputs=_leaves(graph(*inputs)), bound_db=CLOSE_DB, quality_db=None)
+
+    @classmethod
+    def of_quantized(
+        cls, rounded: fx.GraphModule, quantized: fx.GraphModule, inputs: Sequence[Any]
+    ) -> Self:
+        """The reference of an int8 program.
+
+        Args:
+            rounded: The graph with float activations.
+            quantized: The same with quantized ones.
+            inputs: Inputs of both, in order.
+        """
+        outputs = _leaves(quantized(*inputs))
+        quality = _sqnr(_leaves(rounded(*inputs)), outputs)
+        stability = _sqnr(outputs, _leaves(_Nudged(quantized).run(*inputs)))
+        steady = min(stability - MARGIN_DB, quality + STEADY_DB)
+        bound = min(CLOSE_DB, max(quality - MARGIN_DB, steady))
+        return cls(outputs=outputs, bound_db=bound, quality_db=quality)
+
+    def check(
+        self, path: Path, found: Sequence[Tensor], scale: float | None
+    ) -> tuple[float, float | None]:
+        """Compare a program's outputs.
+
+        Args:
+            path: Where the program is to be written, for the message.
+            found: What it returned.
+            scale: Step of the first output's integers; None where it is float.
+
+        Returns:
+            SQNR in dB, and the largest difference of the first output in steps (None without).
+
+        Raises:
+            LoweringError: The outputs are further away than `bound_db`, and integers by more than
+                one step.
+        """
+        sqnr, steps = _sqnr(self.outputs, found), None
+        if scale is not None:
+            steps = float((found[0] - self.outputs[0]).abs().max()) / scale
+            if len(found) == 1 and steps <= 1.0 + 1e-3:
+                return sqnr, steps
+        if sqnr >= self.bound_db:
+            return sqnr, steps
+        told = "" if steps is None else f" (up to {steps:.0f} steps of its integers)"
+        raise LoweringError(
+            f"{path.name}: the program ran, but its output differs from the graph it was made of: "
+            f"{sqnr:.1f} dB{told}, expected at least {self.bound_db:.1f} dB; nothing was written. "
+            f"This is a bug of the backend or of its remedies: please report the model"
+        )
+
+
+class _Nudged(fx.Interpreter):
+    """Runs a graph with every float value off by the rounding error of one sum."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "get_attr" or not isinstance(result, Tensor) or not result.is_floating_point():
+            return result
+        noise = torch.randn(result.shape, generator=self._generator)
+        return result * (1 + NUDGE * noise.to(result.dtype))
+
+
+def _leaves(value: Any) -> tuple[Tensor, ...]:
+    return tuple(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _sqnr(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    result = sqnr_db(_joined(expected), _joined(found))
+    return -math.inf if math.isnan(result) else result
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().flatten().float() for t in tensors])
