@@ -1,4 +1,4 @@
-"""The command line: `mpqdm-fx quantize | export | plan | sample | evaluate | trace | doctor | ...`."""
+"""The command line: quantize, export, plan, sample, evaluate, trace, doctor, inspect."""
 
 import json
 import logging
