@@ -29,4 +29,5 @@ def test_the_readme_names_every_example_and_its_commands_exist():
     for example in EXAMPLES:
         assert f"examples/{example.name}" in readme
     commands = re.findall(r"mpqdm-fx ([a-z]+)", readme)
-    assert set(commands) == {"quantize", "plan", "sample", "evaluate", "trace", "inspect"}
+    found = {"quantize", "export", "plan", "sample", "evaluate", "trace", "doctor", "inspect"}
+    assert set(commands) == found
