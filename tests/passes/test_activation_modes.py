@@ -149,7 +149,7 @@ def test_a_convolution_and_a_linear_layer_on_one_value_get_ranges_of_their_own()
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.linear = nn.Conv2d(2, 2, 1), nn.Linear(4, 4)
+            self.conv, self.linear = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(4, 4)
 
         def forward(self, x):
             x = x * 2
