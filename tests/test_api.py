@@ -68,26 +68,28 @@ def test_prepare_call_convert_equals_quantize(model, quantized):
 def test_the_callers_model_is_never_changed():
     model = tiny_unet(seed=1).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    quantize(model, MPQConfig(weight_bits=2), unet_calls())
+    quantize(model, MPQConfig(weight_bits=2, refinements=1), unet_calls(2))
     assert model.training
     assert all(module.training for module in model.modules())
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
-def test_more_bits_give_a_better_model(model):
+def test_more_bits_give_a_better_model(model, tmp_path):
     call = unet_calls(1, seed=3)[0]
     expected = model(**call).sample
     found = []
     for bits in (2, 4, 8):
-        test = quantize(model, MPQConfig(weight_bits=bits, activation_mode="float"), unet_calls())
+        config = MPQConfig(weight_bits=bits, activation_mode="float", refinements=1)
+        test = quantize(model, config, unet_calls(), sensitivity=tmp_path / "sensitivity")
         found.append(sqnr_db(expected, test(**call).sample))
     assert found[0] + 6 < found[1] < found[2] - 6
 
 
 def test_a_text_conditioned_unet_goes_the_same_road():
     model = tiny_condition_unet()
-    quantized = quantize(model, MPQConfig(weight_bits=8), condition_calls())
+    config = MPQConfig(weight_bits=8, allocation="uniform", refinements=1)
+    quantized = quantize(model, config, condition_calls())
     call = condition_calls(1, seed=3)[0]
     assert sqnr_db(model(**call).sample, quantized(**call).sample) > 18
     names = {layer.name for layer in quantized.plan.layers}

@@ -40,6 +40,7 @@ def eager_writer(models: dict[str, Any]):
             sqnr_db=100.0,
             max_lsb=None,
             reference_sqnr_db=None,
+            float_layers={},
             seconds=0.0,
         )
 

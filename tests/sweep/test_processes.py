@@ -21,7 +21,7 @@ from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.processes import is_first, joined
 
 with joined():
-    graph, calls = traced(tiny_unet(), unet_calls(5))
+    graph, calls = traced(tiny_unet(), unet_calls(3))
     result = quantized(graph, calls, allocation="measured", activation_mode={mode!r})
     if is_first():
         layers = weight_layers(result.rounded, embeddings=True)
