@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from mpqdm_fx.graph.base import GraphPass
 from mpqdm_fx.graph.editing import insert_call
+from mpqdm_fx.graph.norms import sizes
 
 __all__ = ["ReshapeUnitAxes"]
 
@@ -38,16 +39,12 @@ class ReshapeUnitAxes(GraphPass):
             if not _is_covered(node):
                 continue
             x = _sliced(graph_module, node) if node.target is _aten.select.int else node.args[0]
-            args = (x, _sizes(node))
+            args = (x, sizes(node))
             result = insert_call(graph_module, _aten.reshape.default, args, anchor=node)
             node.replace_all_uses_with(result)
             graph_module.graph.erase_node(node)
             modified = True
         return modified
-
-
-def _sizes(node: fx.Node) -> list[int]:
-    return [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
 
 
 def _is_covered(node: fx.Node) -> bool:
@@ -60,11 +57,11 @@ def _is_covered(node: fx.Node) -> bool:
         return False
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
         return False
-    sizes = _sizes(node)
-    if sizes.count(-1) > 1 or 0 in sizes:
+    found = sizes(node)
+    if found.count(-1) > 1 or 0 in found:
         return False
     # a reshape must not fix a size that the op leaves open, nor leave one open that it fixes
-    same = sizes.count(-1) == _sizes(source).count(-1)
+    same = found.count(-1) == sizes(source).count(-1)
     return same and (node.target in _UNITS or isinstance(node.args[2], int))
 
 

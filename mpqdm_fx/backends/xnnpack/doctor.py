@@ -26,14 +26,9 @@ __all__ = ["Diagnosis", "OutsideNode", "diagnose", "refuse_fragments"]
 
 _PARTITION_LOGGER = "executorch.backends.xnnpack.partition"
 
-#: What to do about an operator, where something can be done.
+#: What to do about an operator, where something is known.
 _ADVICE: Mapping[str, str] = {
-    "aten.native_group_norm.default": "apply DecomposeGroupNorm",
-    "aten.native_layer_norm.default": "apply DecomposeLayerNorm",
-    "aten.upsample_nearest2d.vec": "apply DecomposeUpsample",
-    "aten.upsample_bilinear2d.vec": "XNNPACK takes it only for known sizes and factor 2",
-    "aten.embedding.default": "look the row up before the program, or leave it: it runs once",
-    "aten.convolution.default": "3-D convolutions have no kernel; use the torch_ao backend",
+    "aten.embedding.default": "it runs once a step, for one row",
 }
 
 
