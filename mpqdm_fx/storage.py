@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mpqdm_fx.activations import NoiseLevels, activation_from_dict, activation_t
 from mpqdm_fx.backends.packed import read_packed, write_packed
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
+from mpqdm_fx.files import read_json
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, signature_to_dict
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
@@ -161,11 +162,8 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{root} is not a folder")
     if not path.exists():
         raise ArtifactError(f"{root} has no {MANIFEST}: it was not written by mpqdm-fx quantize")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{path} is corrupted or truncated: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a manifest of this package")
     version = manifest.get("version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -238,9 +236,9 @@ def _skeleton(root: Path) -> nn.Module:
             f"{root} holds no diffusers model: call load(directory, model=...) with a model of "
             f"the architecture that was quantized"
         )
-    config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     name = str(config.get("_class_name"))
     if not _is_diffusers_class(name):
         raise ArtifactError(f"the installed diffusers has no class {name!r}; update diffusers")
-    model: nn.Module = getattr(importlib.import_module("diffusers"), name).from_config(dict(config))
+    model: nn.Module = getattr(importlib.import_module("diffusers"), name).from_config(config)
     return model.eval()

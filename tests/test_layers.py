@@ -14,7 +14,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         [
             {"errors"},
-            {"numerics", "versions"},
+            {"numerics", "versions", "files"},
             {"config"},
             {"activations"},
             {"plan"},
@@ -44,6 +44,7 @@ LAZY = {
     "one module holds all torch.ao imports",
     ("api", "backends"): "executorch and torch.ao are loaded only by those who lower to them",
     ("api", "storage"): "storage builds on the verbs' results; lower('packed') is saving",
+    ("pipelines.programs", "backends"): "the same: `import mpqdm_fx` brings export_pipeline",
     ("denoisers", "backends"): "executorch is loaded only where a .pte is run",
     ("cli", ""): "`mpqdm-fx --help` answers without loading torch",
     ("cli_export", ""): "the same",

@@ -1,7 +1,6 @@
 """From a name on the command line to a model, its scheduler and the inputs it can be run on."""
 
 import importlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.files import read_json
 from mpqdm_fx.models import bundled
 
-__all__ = ["Source", "example_inputs_for", "load_source", "read_json"]
+__all__ = ["Source", "diffusers_class", "example_inputs_for", "load_source"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,23 +68,6 @@ def _random_like(value: Any, count: int, generator: torch.Generator) -> Any:
         return {key: _random_like(entry, count, generator) for key, entry in value.items()}
     shape = (count, *value.shape[1:])
     return torch.randn(shape, generator=generator).to(value.dtype)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        ArtifactError: The file is missing, not JSON, or no object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{path} is not valid JSON ({error}); it is damaged") from None
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path} holds no JSON object")
-    return data
 
 
 def diffusers_class(name: str) -> Any:

@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.api import quantize
-from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.layers import replace_module, weight_layers
@@ -123,6 +122,9 @@ def write_program(
     Raises:
         LoweringError: The backend cannot run the part.
     """
+    # importing the package must not load torchao
+    from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
+
     if quantized is None:
         graph = normalized(part.module, dict(inputs), MPQConfig())
         return lower_xnnpack_float(graph, _ordered(graph, inputs), path)
