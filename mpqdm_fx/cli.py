@@ -58,7 +58,7 @@ def quantize(
     rounding: opt.RoundingOption = _DEFAULT.rounding,
     refinements: opt.RefinementsOption = _DEFAULT.refinements,
     propagation: opt.PropagationOption = str(_DEFAULT.propagation),
-    activation_mode: opt.ActivationModeOption = _DEFAULT.activation_mode,
+    activation_mode: opt.ActivationModeOption = "auto",
     backend: Annotated[str, typer.Option(help="xnnpack, torch_ao or packed.")] = "xnnpack",
     output: opt.OutputOption = Path("out"),
     override: opt.OverrideOption = None,
@@ -94,7 +94,9 @@ def quantize(
         rounding=rounding,
         refinements=refinements,
         propagation=propagation,
-        activation_mode=activation_mode,
+        activation_mode=opt.activation_mode_of(
+            activation_mode, backend=backend, activations=activations
+        ),
         override=override,
         seed=seed,
     )
@@ -136,7 +138,7 @@ def plan(
     rounding: opt.RoundingOption = _DEFAULT.rounding,
     refinements: opt.RefinementsOption = _DEFAULT.refinements,
     propagation: opt.PropagationOption = str(_DEFAULT.propagation),
-    activation_mode: opt.ActivationModeOption = _DEFAULT.activation_mode,
+    activation_mode: opt.ActivationModeOption = "auto",
     override: opt.OverrideOption = None,
     calls: Annotated[int, typer.Option(min=1, help="Calibration calls.")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a call.")] = 16,
@@ -157,7 +159,9 @@ def plan(
         rounding=rounding,
         refinements=refinements,
         propagation=propagation,
-        activation_mode=activation_mode,
+        activation_mode=opt.activation_mode_of(
+            activation_mode, backend="xnnpack", activations=activations
+        ),
         override=override,
     )
     found = estimate_source(
