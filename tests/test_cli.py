@@ -50,6 +50,8 @@ def test_quantize_leaves_packed_weights_config_scheduler_and_a_grid(quantized_fo
         "config.json",
         "model.safetensors",
         "mpqdm.json",
+        "parity.json",
+        "parity.safetensors",
         "samples.png",
         "scheduler",
         "source.json",

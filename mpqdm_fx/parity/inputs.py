@@ -73,9 +73,7 @@ def random_calls(signature: Signature) -> list[Call]:
     return calls
 
 
-def write_calls(
-    path: Path, calls: Sequence[Call], outputs: Sequence[Sequence[Tensor]]
-) -> None:
+def write_calls(path: Path, calls: Sequence[Call], outputs: Sequence[Sequence[Tensor]]) -> None:
     """Write inputs and the float model's outputs.
 
     Args:

@@ -46,6 +46,20 @@ class Site(NamedTuple):
     op: str
     index: int
 
+    @property
+    def key(self) -> str:
+        """The site as one string."""
+        return f"{self.module}@{self.call} {self.op} {self.index}"
+
+    @classmethod
+    def from_key(cls, key: str) -> "Site":
+        """Inverse of `key`; raises ValueError if it is none."""
+        place, op, index = key.rsplit(" ", 2)
+        module, at, call = place.rpartition("@")
+        if not at:
+            raise ValueError(f"{key!r} names no site")
+        return cls(module, int(call), op, int(index))
+
     def __str__(self) -> str:
         call = f" (call {self.call + 1})" if self.call else ""
         return f"{self.module or 'the model'}{call}"

@@ -135,16 +135,12 @@ class Thresholds:
                     "against": rung.against,
                     "float_db": rung.float_db,
                     "previous_db": rung.previous_db,
-                    "nodes": [[*site, wanted] for site, wanted in rung.nodes.items()],
+                    "nodes": {site.key: wanted for site, wanted in rung.nodes.items()},
                 }
                 for name, rung in self.rungs.items()
             },
         }
-        # a node a line: a threshold can be read and raised by hand
-        text = json.dumps(data, indent=1)
-        for lines in ("[\n     ", ",\n     ", "\n    ]"):
-            text = text.replace(lines, lines.replace("\n", "").replace("     ", " ").strip(" ") or "")
-        path.write_text(text, encoding="utf-8")
+        path.write_text(json.dumps(data, indent=1), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> "Thresholds":
@@ -169,8 +165,7 @@ class Thresholds:
                     float_db=float(rung["float_db"]),
                     previous_db=float(rung["previous_db"]),
                     nodes={
-                        Site(str(module), int(call), str(op), int(index)): float(wanted)
-                        for module, call, op, index, wanted in rung["nodes"]
+                        Site.from_key(key): float(wanted) for key, wanted in rung["nodes"].items()
                     },
                 )
                 for name, rung in data["rungs"].items()

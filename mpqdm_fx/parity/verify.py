@@ -1,6 +1,5 @@
 """Check a quantized folder rung by rung against what it was measured to be."""
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,8 +7,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from mpqdm_fx.activations import DynamicActivation
 from mpqdm_fx.denoisers import PROGRAM, SOURCE, source_of
-from mpqdm_fx.errors import ArtifactError, LoweringError
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.files import checksum
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity.inputs import INPUTS, Call, random_calls, read_calls, source_calls, write_calls
@@ -67,6 +68,7 @@ def verify(
     if not store and (folder / THRESHOLDS).exists():
         thresholds = Thresholds.read(folder / THRESHOLDS)
         _check_files(folder, thresholds)
+    runner = _runner(folder / PROGRAM) if (folder / PROGRAM).exists() else None
     module = model if isinstance(model, nn.Module) else None
     quantized = load(folder, module)
     source = None
@@ -87,13 +89,8 @@ def verify(
             if source is not None
             else random_calls(quantized.signature)
         )
-    graphs = None
-    program = folder / PROGRAM
-    if program.exists():
-        graphs = _program_graphs(quantized)
-    measured = _measure(
-        quantized, calls, floats, outputs, program if graphs else None, graphs, stability=store
-    )
+    graphs = None if runner is None else _program_graphs(quantized)
+    measured = _measure(quantized, calls, floats, outputs, runner, graphs, stability=store)
     if store:
         thresholds = _store(measured, calls, folder)
     return measured.ladder if thresholds is None else thresholds.judge(measured.ladder)
@@ -114,8 +111,8 @@ def store_parity(
         The ladder.
     """
     calls = source_calls(source, quantized.signature)
-    program = None if graphs is None else folder / PROGRAM
-    measured = _measure(quantized, calls, source.model, [], program, graphs, stability=True)
+    runner = None if graphs is None else _runner(folder / PROGRAM)
+    measured = _measure(quantized, calls, source.model, [], runner, graphs, stability=True)
     return _store(measured, calls, folder).judge(measured.ladder)
 
 
@@ -124,7 +121,7 @@ def _measure(
     calls: Sequence[Call],
     model: nn.Module | None,
     outputs: Sequence[Any],
-    program: Path | None,
+    runner: Any,
     graphs: Any,
     *,
     stability: bool,
@@ -142,20 +139,22 @@ def _measure(
         graph = normalized(model, example_inputs(signature), quantized.settings)
         forms.append(Form(name="float", graph=graph))
     forms.append(Form(name="quantized", graph=_graph(quantized)))
-    if program is None:
+    if runner is None:
         notes.append(f"there is no {PROGRAM}: the ladder ends with the fake-quantized graph")
     else:
-        forms += _program_forms(program, graphs, quantized)
+        forms += _program_forms(runner, graphs, quantized)
         notes.append("the runtime shows no values inside the program: of it, outputs are compared")
     inputs = [[call[name] for name in names] for call in calls]
     return measure(forms, inputs, notes=notes, stability=stability)
 
 
-def _program_forms(program: Path, graphs: Any, quantized: QuantizedModel) -> list[Form]:
-    from mpqdm_fx.activations import DynamicActivation
+def _runner(program: Path) -> Any:
     from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 
-    runner = XnnpackRunner(program)
+    return XnnpackRunner(program)
+
+
+def _program_forms(runner: Any, graphs: Any, quantized: QuantizedModel) -> list[Form]:
     dynamic = any(isinstance(a, DynamicActivation) for a in quantized.ranges.values())
     return [
         Form(name="decomposed", graph=graphs.decomposed),
@@ -193,14 +192,9 @@ def _source(folder: Path, model: str | None) -> Source:
 def _store(measured: Measured, calls: Sequence[Call], folder: Path) -> Thresholds:
     write_calls(folder / INPUTS, calls, measured.outputs["float"])
     names = [INPUTS, *(PROGRAM for rung in measured.ladder.rungs if rung.name == "pte")]
-    thresholds = Thresholds.of(measured, {name: _checksum(folder / name) for name in names})
+    thresholds = Thresholds.of(measured, {name: checksum(folder / name) for name in names})
     thresholds.write(folder / THRESHOLDS)
     return thresholds
-
-
-def _checksum(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _check_files(folder: Path, thresholds: Thresholds) -> None:
@@ -216,7 +210,7 @@ def _check_files(folder: Path, thresholds: Thresholds) -> None:
 
 
 def _compare(path: Path, expected: Mapping[str, Any]) -> None:
-    if _checksum(path) != dict(expected):
+    if checksum(path) != dict(expected):
         raise ArtifactError(
             f"{path} is not the file that thresholds were stored for: it is damaged, or was "
             f"replaced; store thresholds anew if that was meant"
