@@ -26,7 +26,7 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Check float -> quantized -> converted -> edge -> .pte, layer by layer; exit 1 if one is short."""
+    """Compare float, quantized, converted, edge and .pte layer by layer; exit 1 if one is short."""
     from mpqdm_fx.parity.tables import rung_table, worst_table
     from mpqdm_fx.parity.verify import verify as verify_folder
 

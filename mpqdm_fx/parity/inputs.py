@@ -45,7 +45,7 @@ def source_calls(source: Source, signature: Signature) -> list[Call]:
         shuffle=False,
     )
     dtypes = {spec.name: spec.dtype for spec in signature.inputs}
-    calls = []
+    calls: list[Call] = []
     for call in data:
         cast = _map(call, lambda name, tensor: tensor.to(dtypes.get(name, tensor.dtype)))
         calls.append(signature.normalize((), cast))

@@ -26,8 +26,28 @@ _NAMES: Mapping[str, str] = {
 
 # They compute nothing: their value is that of another node.
 _MOVES = frozenset(
-    "view reshape permute transpose t clone expand squeeze unsqueeze slice select flatten "
-    "unflatten contiguous alias detach _to _clone_dim_order _to_dim_order unsafe_view".split()
+    {
+        "_clone_dim_order",
+        "_to",
+        "_to_dim_order",
+        "alias",
+        "clone",
+        "contiguous",
+        "detach",
+        "expand",
+        "flatten",
+        "permute",
+        "reshape",
+        "select",
+        "slice",
+        "squeeze",
+        "t",
+        "transpose",
+        "unflatten",
+        "unsafe_view",
+        "unsqueeze",
+        "view",
+    }
 )
 
 
@@ -38,27 +58,27 @@ class Site(NamedTuple):
         module: Path of the innermost module; "" for the model itself.
         call: Which call of that module, counted from 0.
         op: Operator's name without namespace, overload and dialect (`convolution`, `add`).
-        index: Which of the operators of that name in that call, counted from 0.
+        nth: Which of the operators of that name in that call, counted from 0.
     """
 
     module: str
     call: int
     op: str
-    index: int
+    nth: int
 
     @property
     def key(self) -> str:
         """The site as one string."""
-        return f"{self.module}@{self.call} {self.op} {self.index}"
+        return f"{self.module}@{self.call} {self.op} {self.nth}"
 
     @classmethod
     def from_key(cls, key: str) -> "Site":
         """Inverse of `key`; raises ValueError if it is none."""
-        place, op, index = key.rsplit(" ", 2)
+        place, op, nth = key.rsplit(" ", 2)
         module, at, call = place.rpartition("@")
         if not at:
             raise ValueError(f"{key!r} names no site")
-        return cls(module, int(call), op, int(index))
+        return cls(module, int(call), op, int(nth))
 
     def __str__(self) -> str:
         call = f" (call {self.call + 1})" if self.call else ""
@@ -144,7 +164,7 @@ def _operator(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
     schema: Any = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return None
-    namespace, _, name = schema.name.partition("::")
+    namespace, _, name = str(schema.name).partition("::")
     if namespace == "quantized_decomposed":
         return None
     name = name.removesuffix("_copy")

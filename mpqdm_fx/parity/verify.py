@@ -40,8 +40,9 @@ def verify(
     with `decomposed`, because the two between name one range per tensor where the kernels have one
     per row.
 
-    The inputs, the float model's outputs and the thresholds lie in the folder (`parity.safetensors`,
-    `parity.json`). Without thresholds everything is measured and nothing is judged.
+    The inputs, the float model's outputs and the thresholds lie in the folder
+    (`parity.safetensors`, `parity.json`). Without thresholds everything is measured and nothing is
+    judged.
 
     Args:
         directory: Folder written by `quantize_to_folder` (`mpqdm-fx quantize`) or `save`.

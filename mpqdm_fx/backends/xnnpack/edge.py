@@ -4,7 +4,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
@@ -61,7 +61,7 @@ def edge_graph(exported: torch.export.ExportedProgram) -> fx.GraphModule:
 
     def keep(program: torch.export.ExportedProgram) -> None:
         found.append(runnable(program))
-        raise _Enough
+        raise _EnoughError
 
     try:
         to_edge(exported, watch=keep)
@@ -71,13 +71,13 @@ def edge_graph(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     return found[0]
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Ends a lowering whose edge program is all that is wanted."""
 
 
 def runnable(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """A graph that computes an edge program in Python; weights are shared."""
-    return cast(fx.GraphModule, program.module(check_guards=False))
+    return program.module(check_guards=False)
 
 
 def _watching_pass(watch: Callable[[torch.export.ExportedProgram], None]) -> Any:
