@@ -18,13 +18,18 @@ class NodeParity:
         site: Which value.
         shape: Its shape.
         sqnr_db: How close the two are, over all calls; inf if they are equal bit for bit.
-        wanted_db: Least that is wanted; None if nothing was stored.
+        own_db: How close they would be if all values before were those of the other rung: what is
+            lost here, and not before.
+        wanted_db: Least `sqnr_db`; None if nothing was stored.
+        wanted_own_db: Least `own_db`; the same.
     """
 
     site: Site
     shape: tuple[int, ...]
     sqnr_db: float
+    own_db: float
     wanted_db: float | None = None
+    wanted_own_db: float | None = None
 
     @property
     def is_layer(self) -> bool:
@@ -34,7 +39,12 @@ class NodeParity:
     @property
     def short(self) -> bool:
         """Whether it is further away than is wanted."""
-        return _short(self.sqnr_db, self.wanted_db)
+        return _short(self.sqnr_db, self.wanted_db) or self.short_alone
+
+    @property
+    def short_alone(self) -> bool:
+        """Whether it is further away than is wanted even on the other rung's values."""
+        return _short(self.own_db, self.wanted_own_db)
 
     def __str__(self) -> str:
         return f"{self.site}: {self.site.op} {list(self.shape)}"
@@ -71,8 +81,9 @@ class Rung:
 
     @property
     def divergence(self) -> NodeParity | None:
-        """The first node that falls short."""
-        return next((node for node in self.nodes if node.short), None)
+        """The first node that falls short by itself; if none does, the first that does at all."""
+        short = [node for node in self.nodes if node.short]
+        return next((node for node in short if node.short_alone), next(iter(short), None))
 
     @property
     def short(self) -> bool:
@@ -139,20 +150,24 @@ class Ladder:
         """The first node of the first rung that falls short, or that rung's output."""
         for rung in self.rungs:
             node = rung.divergence
-            if node is not None and node.wanted_db is not None and rung.against is not None:
+            if node is not None and rung.against is not None:
+                found, wanted = node.sqnr_db, node.wanted_db
+                if node.short_alone:
+                    found, wanted = node.own_db, node.wanted_own_db
+                assert wanted is not None
                 return Divergence(
-                    rung=rung.name, against=rung.against, node=node, sqnr_db=node.sqnr_db,
-                    wanted_db=node.wanted_db,
-                )  # fmt: skip
-            for against, found, wanted in (
+                    rung=rung.name, against=rung.against, node=node, sqnr_db=found, wanted_db=wanted
+                )
+            for against, output_db, least in (
                 (rung.against, rung.previous_db, rung.wanted_db),
                 ("float", rung.float_db, rung.wanted_float_db),
             ):
-                if against is not None and found is not None and _short(found, wanted):
-                    assert wanted is not None
+                if against is not None and output_db is not None and _short(output_db, least):
+                    assert least is not None
                     return Divergence(
-                        rung=rung.name, against=against, node=None, sqnr_db=found, wanted_db=wanted
-                    )
+                        rung=rung.name, against=against, node=None, sqnr_db=output_db,
+                        wanted_db=least,
+                    )  # fmt: skip
         return None
 
     def rung(self, name: str) -> Rung:
@@ -187,6 +202,8 @@ class Ladder:
                             "shape": list(node.shape),
                             "sqnr_db": _plain(node.sqnr_db),
                             "wanted_db": node.wanted_db,
+                            "own_db": _plain(node.own_db),
+                            "wanted_own_db": node.wanted_own_db,
                             "short": node.short,
                         }
                         for node in rung.nodes

@@ -1,6 +1,7 @@
 """Run several forms of one model on the same inputs and compare them value by value."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,11 +50,13 @@ class Measured:
         ladder: The ladder.
         stability: By rung and site, SQNR that nudging every value by the rounding error of sums
             leaves; under the site None for the outputs. Empty unless asked for.
+        own_stability: The same where all values before are as they were.
         outputs: By rung, the outputs of every call.
     """
 
     ladder: Ladder
     stability: Mapping[str, Mapping[Site | None, float]]
+    own_stability: Mapping[str, Mapping[Site, float]]
     outputs: Mapping[str, Sequence[Sequence[Tensor]]]
 
 
@@ -82,9 +85,11 @@ class _Pair:
     form: Form
     before: Form
     matches: dict[Site, tuple[fx.Node, fx.Node]]
-    nodes: dict[Site, _Powers] = field(default_factory=dict)
+    nodes: dict[Site, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
+    own: dict[Site, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
     shapes: dict[Site, tuple[int, ...]] = field(default_factory=dict)
-    nudged: dict[Site | None, _Powers] = field(default_factory=dict)
+    nudged: dict[Site | None, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
+    own_nudged: dict[Site, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
     output: _Powers = field(default_factory=_Powers)
     quality: _Powers = field(default_factory=_Powers)
 
@@ -127,7 +132,7 @@ def measure(
                 outputs[form.name].append(found)
                 for pair in pairs:
                     if pair.form is form:
-                        _compare(pair, values, outputs)
+                        _compare(pair, inputs, values, outputs)
                     if pair.before is form and stability:
                         _nudge(pair, inputs, values[form.name], found)
                 ahead = forms[forms.index(form) + 1 :]
@@ -137,9 +142,9 @@ def measure(
     rungs += [_rung(pair) for pair in pairs]
     return Measured(
         ladder=Ladder(rungs=tuple(rungs), calls=len(calls), notes=tuple(notes)),
-        stability={
-            pair.form.name: {site: powers.db for site, powers in pair.nudged.items()}
-            for pair in pairs
+        stability={p.form.name: {s: powers.db for s, powers in p.nudged.items()} for p in pairs},
+        own_stability={
+            p.form.name: {s: powers.db for s, powers in p.own_nudged.items()} for p in pairs
         },
         outputs=outputs,
     )
@@ -152,15 +157,19 @@ def _matches(before: Form, after: Form) -> dict[Site, tuple[fx.Node, fx.Node]]:
 
 
 class _Keep(fx.Interpreter):
-    """Keeps the values of some nodes."""
+    """Keeps the values of some nodes, and goes on with other values where there are such."""
 
     wanted: set[fx.Node]
+    instead: Mapping[fx.Node, Tensor]
     values: dict[fx.Node, Tensor]
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n in self.wanted and isinstance(result, Tensor):
             self.values[n] = result
+        if n in self.instead and self.instead[n].shape == result.shape:
+            # in the memory layout that the nodes behind expect
+            return torch.empty_like(result).copy_(self.instead[n])
         return result
 
 
@@ -178,24 +187,32 @@ def _run(
 
 
 def _interpret(
-    interpreter: _Keep, inputs: Sequence[Any], wanted: set[fx.Node]
+    interpreter: _Keep,
+    inputs: Sequence[Any],
+    wanted: set[fx.Node],
+    instead: Mapping[fx.Node, Tensor] | None = None,
 ) -> tuple[dict[fx.Node, Tensor], tuple[Tensor, ...]]:
-    interpreter.wanted, interpreter.values = wanted, {}
+    interpreter.wanted, interpreter.instead, interpreter.values = wanted, instead or {}, {}
     outputs = pytree.tree_leaves(interpreter.run(*inputs))
     return interpreter.values, tuple(leaf for leaf in outputs if isinstance(leaf, Tensor))
 
 
 def _compare(
     pair: _Pair,
+    inputs: Sequence[Any],
     values: Mapping[str, Mapping[fx.Node, Tensor]],
     outputs: Mapping[str, Sequence[Sequence[Tensor]]],
 ) -> None:
     """Add one call to the sums of a pair."""
     before, after = values[pair.before.name], values[pair.form.name]
-    for site, (left, right) in pair.matches.items():
-        if before[left].shape == after[right].shape:
-            pair.nodes.setdefault(site, _Powers()).add(before[left], after[right])
-            pair.shapes[site] = tuple(after[right].shape)
+    if pair.matches and pair.form.graph is not None:
+        theirs = {right: before[left] for left, right in pair.matches.values()}
+        alone, _ = _interpret(_Keep(pair.form.graph), inputs, set(theirs), theirs)
+        for site, (left, right) in pair.matches.items():
+            if before[left].shape == after[right].shape:
+                pair.nodes[site].add(before[left], after[right])
+                pair.own[site].add(before[left], alone[right])
+                pair.shapes[site] = tuple(after[right].shape)
     first = next(iter(outputs.values()))[-1]
     found = outputs[pair.form.name][-1]
     for sums, reference in ((pair.output, outputs[pair.before.name][-1]), (pair.quality, first)):
@@ -212,18 +229,24 @@ def _nudge(
     """Add what nudges do to the earlier form of a pair."""
     if pair.before.graph is None:
         return
+    same = {left: values[left] for left, _ in pair.matches.values()}
     for seed in _NUDGES:
-        nudged = _KeepNudged(pair.before.graph, seed=seed, size=_NUDGE)
-        found, results = _interpret(nudged, inputs, {left for left, _ in pair.matches.values()})
+        found, results = _interpret(
+            _KeepNudged(pair.before.graph, seed=seed, size=_NUDGE), inputs, set(same)
+        )
+        alone, _ = _interpret(
+            _KeepNudged(pair.before.graph, seed=seed, size=_NUDGE), inputs, set(same), same
+        )
         for site, (left, _) in pair.matches.items():
-            pair.nudged.setdefault(site, _Powers()).add(values[left], found[left])
+            pair.nudged[site].add(values[left], found[left])
+            pair.own_nudged[site].add(values[left], alone[left])
         for expected, tensor in zip(outputs, results, strict=True):
-            pair.nudged.setdefault(None, _Powers()).add(expected, tensor)
+            pair.nudged[None].add(expected, tensor)
 
 
 def _rung(pair: _Pair) -> Rung:
     nodes = tuple(
-        NodeParity(site=site, shape=pair.shapes[site], sqnr_db=powers.db)
+        NodeParity(site=site, shape=pair.shapes[site], sqnr_db=powers.db, own_db=pair.own[site].db)
         for site, powers in pair.nodes.items()
     )
     graph = None if pair.form.graph is None else pair.before.graph

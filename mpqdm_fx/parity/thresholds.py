@@ -35,12 +35,14 @@ class RungThresholds:
         float_db: Of its outputs against the float model's.
         previous_db: Of its outputs against those of `against`.
         nodes: Of its values against those of `against`.
+        own: The same where all values before are those of `against`.
     """
 
     against: str
     float_db: float
     previous_db: float
     nodes: Mapping[Site, float]
+    own: Mapping[Site, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class Thresholds:
         """
         rungs = {}
         for rung in measured.ladder.rungs[1:]:
-            steady = measured.stability[rung.name]
+            steady, own = measured.stability[rung.name], measured.own_stability[rung.name]
             assert rung.against is not None
             assert rung.previous_db is not None
             rungs[rung.name] = RungThresholds(
@@ -79,6 +81,10 @@ class Thresholds:
                 previous_db=_wanted(rung.previous_db, steady.get(None, math.inf)),
                 nodes={
                     node.site: _wanted(node.sqnr_db, steady.get(node.site, math.inf))
+                    for node in rung.nodes
+                },
+                own={
+                    node.site: _wanted(node.own_db, own.get(node.site, math.inf))
                     for node in rung.nodes
                 },
             )
@@ -112,7 +118,12 @@ class Thresholds:
         if wanted is None or wanted.against != rung.against:
             return rung
         nodes = tuple(
-            dataclasses.replace(node, wanted_db=wanted.nodes.get(node.site)) for node in rung.nodes
+            dataclasses.replace(
+                node,
+                wanted_db=wanted.nodes.get(node.site),
+                wanted_own_db=wanted.own.get(node.site),
+            )
+            for node in rung.nodes
         )
         return dataclasses.replace(
             rung, nodes=nodes, wanted_float_db=wanted.float_db, wanted_db=wanted.previous_db
@@ -136,6 +147,7 @@ class Thresholds:
                     "float_db": rung.float_db,
                     "previous_db": rung.previous_db,
                     "nodes": {site.key: wanted for site, wanted in rung.nodes.items()},
+                    "own": {site.key: wanted for site, wanted in rung.own.items()},
                 }
                 for name, rung in self.rungs.items()
             },
@@ -164,15 +176,18 @@ class Thresholds:
                     against=str(rung["against"]),
                     float_db=float(rung["float_db"]),
                     previous_db=float(rung["previous_db"]),
-                    nodes={
-                        Site.from_key(key): float(wanted) for key, wanted in rung["nodes"].items()
-                    },
+                    nodes=_sites(rung["nodes"]),
+                    own=_sites(rung["own"]),
                 )
                 for name, rung in data["rungs"].items()
             }
             return cls(rungs=rungs, files=dict(data["files"]), versions=dict(data["versions"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{path} is damaged: {error!r}") from None
+
+
+def _sites(wanted: Mapping[str, Any]) -> dict[Site, float]:
+    return {Site.from_key(key): float(value) for key, value in wanted.items()}
 
 
 def _wanted(found: float, steady: float) -> float:
