@@ -44,10 +44,10 @@ def verify(
         console.print(worst_table(ladder))
         for note in ladder.notes:
             console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    if store:
-        console.print(f"thresholds stored in {directory}", soft_wrap=True)
-        return
     errors = Console(stderr=True)
+    if store:
+        errors.print(f"thresholds stored in {directory}", soft_wrap=True)
+        return
     if ladder.passed is None:
         errors.print(
             f"{directory} holds no thresholds, so nothing was judged; store these numbers with "

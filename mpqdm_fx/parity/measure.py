@@ -117,9 +117,7 @@ def measure(
     ]
     outputs: dict[str, list[Sequence[Tensor]]] = {form.name: [] for form in forms}
     with torch.no_grad():
-        for number, inputs in enumerate(
-            tqdm(calls, desc="verify", unit="call", disable=None if len(forms) > 2 else True)
-        ):
+        for number, inputs in enumerate(tqdm(calls, desc="verify", unit="call", disable=None)):
             values: dict[str, dict[fx.Node, Tensor]] = {}
             for form in forms:
                 wanted = {

@@ -112,8 +112,8 @@ def matching_sites(
 
     1. The k-th operator of a name in a module's call is that of the other graph, if both have
        equally many of them there.
-    2. What a module returns last is compared although one graph calls the module and the other has
-       its pieces.
+    2. What is left of a module's call is compared where both end with it: one graph may call the
+       module, the other have its pieces.
 
     Values of other shapes are not compared.
 
@@ -121,15 +121,20 @@ def matching_sites(
         before: The one graph.
         after: The other graph; its running order and its operators' names are kept.
     """
-    known = sites(before)
-    counts = [Counter((s.module, s.call, s.op) for s in side) for side in (known, sites(after))]
+    known, found = sites(before), sites(after)
+    here, there = (Counter((s.module, s.call, s.op) for s in side) for side in (known, found))
+    partners = {
+        site: known[site]
+        for site in found
+        if here[site.module, site.call, site.op] == there[site.module, site.call, site.op]
+    }
     last = {place: nodes[-1][0] for place, nodes in _places(before).items()}
     ends = {nodes[-1][0]: place for place, nodes in _places(after).items()}
+    taken = set(partners.values())
     result = {}
-    for site, node in sites(after).items():
-        group = (site.module, site.call, site.op)
-        partner = known.get(site) if counts[0][group] == counts[1][group] else None
-        if partner is None and node in ends:
+    for site, node in found.items():
+        partner = partners.get(site)
+        if partner is None and node in ends and last.get(ends[node]) not in taken:
             partner = last.get(ends[node])
         if partner is not None and _rank(partner) == _rank(node):
             result[site] = (partner, node)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from mpqdm_fx.activations import DynamicActivation
+from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner, sorted_entries
 from mpqdm_fx.denoisers import PROGRAM, SOURCE, source_of
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.files import checksum
@@ -69,7 +70,7 @@ def verify(
     if not store and (folder / THRESHOLDS).exists():
         thresholds = Thresholds.read(folder / THRESHOLDS)
         _check_files(folder, thresholds)
-    runner = _runner(folder / PROGRAM) if (folder / PROGRAM).exists() else None
+    runner = XnnpackRunner(folder / PROGRAM) if (folder / PROGRAM).exists() else None
     module = model if isinstance(model, nn.Module) else None
     quantized = load(folder, module)
     source = None
@@ -112,7 +113,7 @@ def store_parity(
         The ladder.
     """
     calls = source_calls(source, quantized.signature)
-    runner = None if graphs is None else _runner(folder / PROGRAM)
+    runner = None if graphs is None else XnnpackRunner(folder / PROGRAM)
     measured = _measure(quantized, calls, source.model, [], runner, graphs, stability=True)
     return _store(measured, calls, folder).judge(measured.ladder)
 
@@ -145,14 +146,8 @@ def _measure(
     else:
         forms += _program_forms(runner, graphs, quantized)
         notes.append("the runtime shows no values inside the program: of it, outputs are compared")
-    inputs = [[call[name] for name in names] for call in calls]
+    inputs = [[sorted_entries(call[name]) for name in names] for call in calls]
     return measure(forms, inputs, notes=notes, stability=stability)
-
-
-def _runner(program: Path) -> Any:
-    from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
-
-    return XnnpackRunner(program)
 
 
 def _program_forms(runner: Any, graphs: Any, quantized: QuantizedModel) -> list[Form]:
@@ -206,7 +201,8 @@ def _check_files(folder: Path, thresholds: Thresholds) -> None:
         _compare(path, expected)
     if (folder / PROGRAM).exists() and PROGRAM not in thresholds.files:
         raise ArtifactError(
-            f"{folder / THRESHOLDS} was stored before there was a {PROGRAM}; store thresholds anew"
+            f"{folder / THRESHOLDS} was stored before there was a {PROGRAM}; store thresholds anew "
+            f"(--store)"
         )
 
 
@@ -214,5 +210,5 @@ def _compare(path: Path, expected: Mapping[str, Any]) -> None:
     if checksum(path) != dict(expected):
         raise ArtifactError(
             f"{path} is not the file that thresholds were stored for: it is damaged, or was "
-            f"replaced; store thresholds anew if that was meant"
+            f"replaced; store thresholds anew (--store) if that was meant"
         )

@@ -78,3 +78,14 @@ def test_a_key_is_the_site(module, call, op, nth):
 def test_what_is_no_key_is_refused(key):
     with pytest.raises(ValueError, match=r".+"):
         Site.from_key(key)
+
+
+def test_an_end_that_has_its_like_elsewhere_is_not_compared_with_another_value():
+    class Scaled(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2.0
+
+    inputs = {"x": torch.randn(2, 5)}
+    found = matching_sites(trace(Twice(), inputs), trace(Scaled(), inputs))
+    assert Site("", 0, "add", 1) in found
+    assert not any(site.op == "mul" for site in found)

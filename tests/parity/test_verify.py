@@ -211,7 +211,9 @@ def test_the_graphs_on_the_road_to_a_program_are_those_that_verify_makes(lowered
 def test_a_program_that_computes_other_numbers_fails_with_its_rung_named(lowered, monkeypatch):
     folder, _, observed = lowered
     runner = XnnpackRunner(folder / "unet.pte")
-    monkeypatch.setattr("mpqdm_fx.parity.verify._runner", lambda _: lambda x: [runner(x)[0] * 1.01])
+    monkeypatch.setattr(
+        "mpqdm_fx.parity.verify.XnnpackRunner", lambda _: lambda x: [runner(x)[0] * 1.01]
+    )
     monkeypatch.setattr("mpqdm_fx.parity.verify._program_graphs", lambda _: observed)
     first = verify(folder, model=TinyNet()).first_divergence
     assert (first.rung, first.against, first.node) == ("pte", "edge", None)
