@@ -89,6 +89,7 @@ def write_calls(path: Path, calls: Sequence[Call], outputs: Sequence[Sequence[Te
             tensors.setdefault(f"out.{index}", []).append(tensor)
     stacked = {name: torch.stack(parts).contiguous() for name, parts in tensors.items()}
     save_file(stacked, path)
+    path.chmod(0o644)
 
 
 def read_calls(path: Path, signature: Signature) -> tuple[list[Call], list[tuple[Tensor, ...]]]:

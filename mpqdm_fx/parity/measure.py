@@ -138,8 +138,14 @@ def measure(
                 values = {name: kept for name, kept in values.items() if name in needed}
     rungs = [Rung(name=forms[0].name, against=None, float_db=math.inf, previous_db=None)]
     rungs += [_rung(pair) for pair in pairs]
+    lost = [
+        f"rung `{rung.name}` has no value to compare of {len(rung.unmatched)} layers: "
+        f"{', '.join(rung.unmatched)}"
+        for rung in rungs
+        if rung.unmatched
+    ]
     return Measured(
-        ladder=Ladder(rungs=tuple(rungs), calls=len(calls), notes=tuple(notes)),
+        ladder=Ladder(rungs=tuple(rungs), calls=len(calls), notes=(*notes, *lost)),
         stability={p.form.name: {s: powers.db for s, powers in p.nudged.items()} for p in pairs},
         own_stability={
             p.form.name: {s: powers.db for s, powers in p.own_nudged.items()} for p in pairs
@@ -165,10 +171,9 @@ class _Keep(fx.Interpreter):
         result = super().run_node(n)
         if n in self.wanted and isinstance(result, Tensor):
             self.values[n] = result
-        if n in self.instead and self.instead[n].shape == result.shape:
-            # in the memory layout that the nodes behind expect
-            return torch.empty_like(result).copy_(self.instead[n])
-        return result
+        other = _as_shaped(self.instead[n], result) if n in self.instead else None
+        # in the memory layout that the nodes behind expect
+        return result if other is None else torch.empty_like(result).copy_(other)
 
 
 class _KeepNudged(_Keep, Nudged):
@@ -207,15 +212,24 @@ def _compare(
         theirs = {right: before[left] for left, right in pair.matches.values()}
         alone, _ = _interpret(_Keep(pair.form.graph), inputs, set(theirs), theirs)
         for site, (left, right) in pair.matches.items():
-            if before[left].shape == after[right].shape:
-                pair.nodes[site].add(before[left], after[right])
-                pair.own[site].add(before[left], alone[right])
+            reference = _as_shaped(before[left], after[right])
+            if reference is not None:
+                pair.nodes[site].add(reference, after[right])
+                pair.own[site].add(reference, alone[right])
                 pair.shapes[site] = tuple(after[right].shape)
     first = next(iter(outputs.values()))[-1]
     found = outputs[pair.form.name][-1]
     for sums, reference in ((pair.output, outputs[pair.before.name][-1]), (pair.quality, first)):
         for expected, tensor in zip(reference, found, strict=True):
             sums.add(expected, tensor)
+
+
+def _as_shaped(value: Tensor, like: Tensor) -> Tensor | None:
+    """A value in the shape of another; None if that is more than leading axes made one."""
+    if value.shape == like.shape:
+        return value
+    rows = like.dim() and value.dim() and value.shape[-1] == like.shape[-1]
+    return value.reshape(like.shape) if rows and value.numel() == like.numel() else None
 
 
 def _nudge(

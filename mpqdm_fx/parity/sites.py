@@ -115,8 +115,6 @@ def matching_sites(
     2. What is left of a module's call is compared where both end with it: one graph may call the
        module, the other have its pieces.
 
-    Values of other shapes are not compared.
-
     Args:
         before: The one graph.
         after: The other graph; its running order and its operators' names are kept.
@@ -134,9 +132,11 @@ def matching_sites(
     result = {}
     for site, node in found.items():
         partner = partners.get(site)
-        if partner is None and node in ends and last.get(ends[node]) not in taken:
-            partner = last.get(ends[node])
-        if partner is not None and _rank(partner) == _rank(node):
+        if partner is None and node in ends:
+            end = last.get(ends[node])
+            if end is not None and end not in taken and _rank(end) == _rank(node):
+                partner = end
+        if partner is not None:
             result[site] = (partner, node)
     return result
 

@@ -147,7 +147,8 @@ class Thresholds:
                     "float_db": rung.float_db,
                     "previous_db": rung.previous_db,
                     "nodes": {site.key: wanted for site, wanted in rung.nodes.items()},
-                    "own": {site.key: wanted for site, wanted in rung.own.items()},
+                    # of the many others the value is known
+                    "own": {s.key: wanted for s, wanted in rung.own.items() if wanted != CLOSE_DB},
                 }
                 for name, rung in self.rungs.items()
             },
@@ -177,7 +178,7 @@ class Thresholds:
                     float_db=float(rung["float_db"]),
                     previous_db=float(rung["previous_db"]),
                     nodes=_sites(rung["nodes"]),
-                    own=_sites(rung["own"]),
+                    own=dict.fromkeys(_sites(rung["nodes"]), CLOSE_DB) | _sites(rung["own"]),
                 )
                 for name, rung in data["rungs"].items()
             }
