@@ -219,8 +219,8 @@ def _compare(
                 pair.shapes[site] = tuple(after[right].shape)
     first = next(iter(outputs.values()))[-1]
     found = outputs[pair.form.name][-1]
-    for sums, reference in ((pair.output, outputs[pair.before.name][-1]), (pair.quality, first)):
-        for expected, tensor in zip(reference, found, strict=True):
+    for sums, wanted in ((pair.output, outputs[pair.before.name][-1]), (pair.quality, first)):
+        for expected, tensor in zip(wanted, found, strict=True):
             sums.add(expected, tensor)
 
 
