@@ -17,6 +17,7 @@ from mpqdm_fx.errors import (
 )
 from mpqdm_fx.graph.base import GraphPass, Pipeline
 from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.parity.verify import verify
 from mpqdm_fx.pipelines.export import export_pipeline
 from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.quantized import PreparedModel, QuantizedModel
@@ -48,4 +49,5 @@ __all__ = [
     "quantize",
     "save",
     "trace",
+    "verify",
 ]

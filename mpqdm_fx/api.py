@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -241,6 +241,7 @@ def lower(
     batch_size: int = 1,
     engine: str = "onednn",
     max_delegates: int | None = None,
+    observe: Callable[[Any], None] | None = None,
 ) -> Any:
     """Turn a quantized model into what a backend runs.
 
@@ -255,6 +256,8 @@ def lower(
         engine: torch.ao engine: `"onednn"`, `"fbgemm"` or `"qnnpack"`.
         max_delegates: Refuse an ExecuTorch program of more XNNPACK subgraphs, with a list of all
             that stays out of them.
+        observe: Called with the graphs that an ExecuTorch program was made of
+            (`backends.xnnpack.road.ProgramGraphs`).
 
     Returns:
         A GraphModule, an `XnnpackProgram`, or the folder's path.
@@ -286,7 +289,12 @@ def lower(
     example = example_inputs(quantized.signature, batch_size=batch_size)
     inputs = _positional(quantized, example)
     return lower_xnnpack(
-        quantized.rounded, quantized.ranges, inputs, Path(output), max_delegates=max_delegates
+        quantized.rounded,
+        quantized.ranges,
+        inputs,
+        Path(output),
+        max_delegates=max_delegates,
+        observe=observe,
     )
 
 

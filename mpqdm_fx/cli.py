@@ -1,4 +1,4 @@
-"""The command line: quantize, export, plan, sample, evaluate, trace, doctor, inspect."""
+"""The command line: quantize, export, plan, sample, evaluate, verify, trace, doctor, inspect."""
 
 import json
 import logging
@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mpqdm_fx import cli_options as opt
 from mpqdm_fx.cli_export import export
+from mpqdm_fx.cli_verify import verify
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError, MPQError
 
@@ -221,6 +222,9 @@ def evaluate(
         console.print_json(json.dumps(metrics))
     else:
         console.print(metrics_table(metrics))
+
+
+app.command()(verify)
 
 
 @app.command()

@@ -1,12 +1,13 @@
-"""Read the small files beside the weights."""
+"""Read the small files beside the weights, and tell whether a file is still the same."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.errors import ArtifactError
 
-__all__ = ["read_json"]
+__all__ = ["checksum", "read_json"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -24,3 +25,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ArtifactError(f"{path} holds no JSON object")
     return data
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """A file's size (`bytes`) and SHA-256 (`sha256`, hexadecimal)."""
+    data = path.read_bytes()
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -1,7 +1,6 @@
 """Save and load a quantized model: safetensors, JSON, no pickle; nothing is left half-written."""
 
 import copy
-import hashlib
 import importlib
 import json
 import logging
@@ -18,7 +17,7 @@ from mpqdm_fx.activations import NoiseLevels, activation_from_dict, activation_t
 from mpqdm_fx.backends.packed import read_packed, write_packed
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
-from mpqdm_fx.files import read_json
+from mpqdm_fx.files import checksum, read_json
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, signature_to_dict
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
@@ -131,7 +130,7 @@ def write_model(quantized: QuantizedModel, stage: Path) -> None:
         "ranges": {name: activation_to_dict(a) for name, a in quantized.ranges.items()},
         "noise_levels": None if levels is None else list(levels.boundaries),
         "report": quantized.report.to_dict(),
-        "files": {name: _checksum(stage / name) for name in files},
+        "files": {name: checksum(stage / name) for name in files},
     }
     (stage / MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")), encoding="utf-8")
 
@@ -143,11 +142,6 @@ def _plain(config: Any) -> dict[str, Any]:
 
 def _is_diffusers_class(name: str) -> bool:
     return hasattr(importlib.import_module("diffusers"), name)
-
-
-def _checksum(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -175,7 +169,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         file = root / name
         if not file.exists():
             raise ArtifactError(f"{file} is missing")
-        found = _checksum(file)
+        found = checksum(file)
         if found["bytes"] != expected["bytes"]:
             raise ArtifactError(
                 f"{file} is truncated or damaged: {found['bytes']} bytes, {expected['bytes']} "

@@ -33,6 +33,7 @@ from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.memory import peak_memory
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.sources import Source, load_source
+from mpqdm_fx.parity.verify import store_parity
 from mpqdm_fx.processes import is_first
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.images import save_grid
@@ -167,12 +168,15 @@ def quantize_to_folder(
         (stage / SOURCE).write_text(json.dumps(origin), encoding="utf-8")
         runner: Denoiser = quantized
         program: dict[str, Any] | None = None
+        graphs: list[Any] = []
         if backend == "xnnpack":
-            lowered = lower(quantized, "xnnpack", output=stage / PROGRAM)
+            lowered = lower(quantized, "xnnpack", output=stage / PROGRAM, observe=graphs.append)
             program = lowered.to_dict()
             runner = program_denoiser(stage / PROGRAM, quantized.signature)
         elif backend == "torch_ao":
             runner = _positional(lower(quantized, "torch_ao"), quantized)
+        store_parity(quantized, source, stage, graphs[0] if graphs else None)
+        graphs.clear()
         summary = _summarise(source, quantized, runner, backend, data)
         summary["program"] = program
         if samples:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from small import tiny_unet
@@ -51,6 +52,8 @@ def test_quantize_leaves_packed_weights_config_scheduler_and_a_grid(quantized_fo
         "config.json",
         "model.safetensors",
         "mpqdm.json",
+        "parity.json",
+        "parity.safetensors",
         "samples.png",
         "scheduler",
         "source.json",
@@ -89,6 +92,40 @@ def test_evaluate_measures_against_the_float_model(quantized_folder):
     assert json.loads(text)["epsilon_sqnr"] > 5
 
 
+def test_verify_passes_on_what_quantize_wrote_and_keeps_all_numbers(quantized_folder, tmp_path):
+    kept = tmp_path / "new" / "verify.json"
+    status, text = run("verify", quantized_folder, "--output", kept)
+    assert status == 0, text
+    assert "mid_block.attentions.0.to_q" in kept.read_text()
+    found = json.loads(kept.read_text())
+    assert found["passed"] is True
+    assert [rung["name"] for rung in found["rungs"]] == ["float", "quantized"]
+    for part in ("quantized", "lowest layers", "alone", "note: there is no unet.pte"):
+        assert part in text
+
+
+def test_verify_exits_with_one_where_a_layer_falls_short(quantized_folder, tmp_path):
+    folder = shutil.copytree(quantized_folder, tmp_path / "out")
+    thresholds = json.loads((folder / "parity.json").read_text())
+    thresholds["rungs"]["quantized"]["nodes"]["mid_block.resnets.0.conv1@0 convolution 0"] = 91.5
+    (folder / "parity.json").write_text(json.dumps(thresholds))
+    status, text = run("verify", folder)
+    assert status == 1
+    named = "rung `quantized` falls short: mid_block.resnets.0.conv1: convolution [1, 24, 4, 4]"
+    assert named in text
+    assert "wanted are 91.5 dB" in text
+    status, text = run("verify", folder, "--store", "--json")
+    assert (status, "thresholds stored" in text, '"passed": true' in text) == (0, True, True)
+
+
+def test_verify_without_thresholds_says_so_and_exits_with_one(quantized_folder, tmp_path):
+    folder = shutil.copytree(quantized_folder, tmp_path / "out")
+    (folder / "parity.json").unlink()
+    status, text = run("verify", folder)
+    assert (status, "holds no thresholds" in text, "--store" in text) == (1, True, True)
+    assert not (folder / "parity.json").exists()
+
+
 def test_trace_explain_says_what_was_found(model_folder):
     status, text = run("trace", model_folder, "--subfolder", "unet", "--explain")
     assert status == 0
@@ -119,6 +156,8 @@ def test_trace_explain_says_what_was_found(model_folder):
         (["sample", "{pipeline}", "--from", "pte"], "not written by mpqdm-fx"),
         (["inspect", "{pipeline}"], "mpqdm.json"),
         (["evaluate", "nowhere"], "nowhere"),
+        (["verify", "nowhere"], "nowhere is not a folder"),
+        (["verify", "{pipeline}"], "mpqdm.json"),
     ],
 )
 def test_bad_input_gets_one_clear_error_and_nothing_is_written(

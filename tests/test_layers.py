@@ -27,10 +27,11 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"api"},
             {"denoisers"},  # whatever predicts the noise, behind one calling convention
             {"memory", "processes"},
+            {"parity"},  # one quantized model in all its forms
             {"pipelines"},  # several models, quantized and lowered one after the other
             {"workflow"},  # whole jobs of the command line
             {"cli_options"},
-            {"cli_export"},
+            {"cli_export", "cli_verify"},
             {"cli", "testing", "__init__"},
             {"__main__"},
         ],
@@ -45,9 +46,11 @@ LAZY = {
     ("api", "backends"): "executorch and torch.ao are loaded only by those who lower to them",
     ("api", "storage"): "storage builds on the verbs' results; lower('packed') is saving",
     ("pipelines.programs", "backends"): "the same: `import mpqdm_fx` brings export_pipeline",
+    ("parity.verify", "backends"): "the same, and `import mpqdm_fx` brings verify",
     ("denoisers", "backends"): "executorch is loaded only where a .pte is run",
     ("cli", ""): "`mpqdm-fx --help` answers without loading torch",
     ("cli_export", ""): "the same",
+    ("cli_verify", ""): "the same",
 }
 
 

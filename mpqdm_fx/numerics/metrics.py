@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mpqdm_fx.errors import ConfigError
 
-__all__ = ["sqnr_db"]
+__all__ = ["power_sums", "ratio_db", "sqnr_db"]
 
 
 def sqnr_db(reference: Tensor, test: Tensor) -> float:
@@ -31,11 +31,29 @@ def sqnr_db(reference: Tensor, test: Tensor) -> float:
             f"sqnr_db: reference has shape {tuple(reference.shape)} but test has "
             f"{tuple(test.shape)}; compare tensors of one shape"
         )
+    return ratio_db(*power_sums(reference, test))
+
+
+def power_sums(reference: Tensor, test: Tensor) -> tuple[float, float]:
+    """Sums of squares of a tensor and of another one's difference from it, in float64.
+
+    Args:
+        reference: Any shape and real dtype.
+        test: The same shape.
+
+    Returns:
+        ``sum reference^2`` and ``sum (reference - test)^2``; sums of parts add up to those of the
+        whole.
+    """
     signal = reference.detach().to(torch.float64)
-    noise_power = float((signal - test.detach().to(torch.float64)).square().sum())
+    noise = signal - test.detach().to(torch.float64)
+    return float(signal.square().sum()), float(noise.square().sum())
+
+
+def ratio_db(signal_power: float, noise_power: float) -> float:
+    """Ratio of two sums of `power_sums` in decibels; `inf`, `-inf` and `nan` as of `sqnr_db`."""
     if noise_power == 0.0:
         return math.inf
-    signal_power = float(signal.square().sum())
     if signal_power == 0.0:
         return math.nan if math.isnan(noise_power) else -math.inf
     return 10.0 * (math.log10(signal_power) - math.log10(noise_power))

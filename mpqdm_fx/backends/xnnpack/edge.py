@@ -3,25 +3,28 @@
 import contextlib
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import fx
 
 from mpqdm_fx.errors import LoweringError
 
-__all__ = ["delegation", "root_logger_kept", "to_edge", "to_program"]
+__all__ = ["delegation", "edge_graph", "root_logger_kept", "runnable", "to_edge", "to_program"]
 
 
 def to_edge(
     exported: torch.export.ExportedProgram | dict[str, torch.export.ExportedProgram],
     partitioner: Any = None,
+    watch: Callable[[torch.export.ExportedProgram], None] | None = None,
 ) -> Any:
     """Partition for XNNPACK and preprocess every delegate.
 
     Args:
         exported: A program, which becomes the method `forward`, or programs by method.
         partitioner: Another partitioner than XNNPACK's own.
+        watch: Called with the edge program of each method before it is partitioned.
     """
     with root_logger_kept():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -33,13 +36,59 @@ def to_edge(
     try:
         with _rare_collections():
             return to_edge_transform_and_lower(
-                exported, partitioner=[partitioner or XnnpackPartitioner()], compile_config=config
+                exported,
+                transform_passes=None if watch is None else [_watching_pass(watch)],
+                partitioner=[partitioner or XnnpackPartitioner()],
+                compile_config=config,
             )
     except Exception as error:
         message = str(error).strip().splitlines() or [""]
         raise LoweringError(
             f"ExecuTorch cannot lower this graph: {type(error).__name__}: {message[0]}"
         ) from error
+
+
+def edge_graph(exported: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The graph that XNNPACK's partitioner is given, in edge operators; it runs in Python.
+
+    Args:
+        exported: A program; it is not lowered further.
+
+    Raises:
+        LoweringError: ExecuTorch failed on it.
+    """
+    found: list[fx.GraphModule] = []
+
+    def keep(program: torch.export.ExportedProgram) -> None:
+        found.append(runnable(program))
+        raise _EnoughError
+
+    try:
+        to_edge(exported, watch=keep)
+    except LoweringError:
+        if not found:
+            raise
+    return found[0]
+
+
+class _EnoughError(Exception):
+    """Ends a lowering whose edge program is all that is wanted."""
+
+
+def runnable(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """A graph that computes an edge program in Python; weights are shared."""
+    return program.module(check_guards=False)
+
+
+def _watching_pass(watch: Callable[[torch.export.ExportedProgram], None]) -> Any:
+    from executorch.exir.pass_base import ExportedProgramPassBase, ExportedProgramPassResult
+
+    class Watch(ExportedProgramPassBase):  # type: ignore[misc]  # executorch is untyped
+        def call(self, exported_program: Any) -> Any:
+            watch(exported_program)
+            return ExportedProgramPassResult(exported_program, False)
+
+    return Watch()
 
 
 def to_program(edge: Any) -> Any:

@@ -7,7 +7,7 @@ backend; only running the file does.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch import Tensor, fx
 from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.pt2e import export_graph
 from mpqdm_fx.backends.xnnpack.doctor import refuse_fragments
-from mpqdm_fx.backends.xnnpack.edge import delegation, to_edge, to_program
+from mpqdm_fx.backends.xnnpack.edge import delegation, runnable, to_edge, to_program
 from mpqdm_fx.backends.xnnpack.files import written
 from mpqdm_fx.backends.xnnpack.method import Method, argument_names
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
+from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 from mpqdm_fx.backends.xnnpack.runner import TensorSpec, XnnpackRunner, require_executorch
 from mpqdm_fx.backends.xnnpack.stages import Stages
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
@@ -40,6 +41,7 @@ def lower_xnnpack(
     path: str | Path,
     *,
     max_delegates: int | None = None,
+    observe: Callable[[ProgramGraphs], None] | None = None,
 ) -> XnnpackProgram:
     """Lower a rounded graph to an int8 `.pte`, write it and execute it once.
 
@@ -56,6 +58,7 @@ def lower_xnnpack(
         example_inputs: Inputs of `rounded`, by name or in order; also what the program is tried on.
         path: File to write. It appears only if the program ran with the right numbers.
         max_delegates: Refuse a program of more subgraphs; None takes any number.
+        observe: Called, once the file is written, with the graphs that it was made of.
 
     Returns:
         What was written and measured.
@@ -70,8 +73,17 @@ def lower_xnnpack(
     require_executorch()
     with Stages() as stage, torch.no_grad():
         stage("decompose")
-        methods = {_FORWARD: Method(rounded, example_inputs, ranges)}
-        return _lower(methods, Path(path), stage, max_delegates)[_FORWARD]
+        method = Method(rounded, example_inputs, ranges)
+        edges: list[fx.GraphModule] | None = None if observe is None else []
+        result = _lower({_FORWARD: method}, Path(path), stage, max_delegates, edges)[_FORWARD]
+    if observe is not None and edges and method.quantized is not None:
+        observe(
+            ProgramGraphs(
+                decomposed=method.quantized, converted=method.lowered, edge=edges[0],
+                inputs=method.inputs,
+            )
+        )  # fmt: skip
+    return result
 
 
 def lower_xnnpack_float(
@@ -150,16 +162,24 @@ def lower_methods(
 
 
 def _lower(
-    methods: Mapping[str, Method], path: Path, stage: Stages, max_delegates: int | None
+    methods: Mapping[str, Method],
+    path: Path,
+    stage: Stages,
+    max_delegates: int | None,
+    edges: list[fx.GraphModule] | None = None,
 ) -> dict[str, XnnpackProgram]:
-    """Lower, write beside `path`, execute, compare, and only then rename."""
+    """Lower, write beside `path`, execute, compare, and only then rename.
+
+    `edges` receives the edge graphs.
+    """
     stage("export")
     exported = {name: export_graph(m.lowered, m.inputs) for name, m in methods.items()}
     if max_delegates is not None:
         for name, program in exported.items():
             refuse_fragments(name, program, max_delegates)
     stage("lower")
-    edge = to_edge(exported)
+    watch = None if edges is None else lambda program: edges.append(runnable(program))
+    edge = to_edge(exported, watch=watch)
     stage("serialise")
     measured = {}
     with written(to_program(edge), path) as part:

@@ -34,6 +34,7 @@ class Method:
 
     Attributes:
         inputs: The inputs in order, contiguous.
+        quantized: What the program is to compute, in float; None for a float program.
         lowered: What is exported: ops that XNNPACK knows, with int8 weights and q/dq ops.
         expected: What the program has to compute.
         floats: Layers that stay in float for want of a kernel, with the reason.
@@ -52,13 +53,14 @@ class Method:
         _refuse_conv3d(graph)
         self.graph, self.inputs = graph, positional(example_inputs)
         self.floats: dict[str, str] = {}
+        self.quantized: fx.GraphModule | None = None
         if ranges is None:
             self.lowered = _without_codes(DECOMPOSE(graph).graph_module)
             self.expected = Reference.of_float(graph, self.inputs)
             return
         plain, runnable, self.floats = decomposed(graph, ranges)
-        quantized = quantized_graph(plain, runnable)
-        self.expected = Reference.of_quantized(graph, quantized, self.inputs)
+        self.quantized = quantized_graph(plain, runnable)
+        self.expected = Reference.of_quantized(graph, self.quantized, self.inputs)
         self.lowered = converted_graph(plain, runnable, self.inputs)
 
     @property

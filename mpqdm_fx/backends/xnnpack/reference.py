@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from mpqdm_fx.errors import LoweringError
 from mpqdm_fx.numerics.metrics import sqnr_db
 
-__all__ = ["Reference"]
+__all__ = ["CLOSE_DB", "MARGIN_DB", "NUDGE", "Nudged", "Reference"]
 
 # What is always good enough; between float graphs only the order of sums differs.
 CLOSE_DB = 60.0
@@ -74,7 +74,7 @@ class Reference:
         """
         outputs = _leaves(quantized(*inputs))
         quality = _sqnr(_leaves(rounded(*inputs)), outputs)
-        stability = _sqnr(outputs, _leaves(_Nudged(quantized).run(*inputs)))
+        stability = _sqnr(outputs, _leaves(Nudged(quantized).run(*inputs)))
         steady = min(stability - MARGIN_DB, quality + STEADY_DB)
         bound = min(CLOSE_DB, max(quality - MARGIN_DB, steady))
         return cls(outputs=outputs, bound_db=bound, quality_db=quality)
@@ -111,19 +111,27 @@ class Reference:
         )
 
 
-class _Nudged(fx.Interpreter):
-    """Runs a graph with every float value off by the rounding error of one sum."""
+class Nudged(fx.Interpreter):
+    """Runs a graph with every float value off by the rounding error of one sum.
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    Args:
+        graph_module: The graph.
+        seed: Seed of the errors.
+        size: Their relative size (standard deviation).
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, *, seed: int = 0, size: float = NUDGE) -> None:
         super().__init__(graph_module)
-        self._generator = torch.Generator().manual_seed(0)
+        self._size = size
+        self._generator = torch.Generator().manual_seed(seed)
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run one node and nudge what it gives."""
         result = super().run_node(n)
         if n.op == "get_attr" or not isinstance(result, Tensor) or not result.is_floating_point():
             return result
         noise = torch.randn(result.shape, generator=self._generator)
-        return result * (1 + NUDGE * noise.to(result.dtype))
+        return result * (1 + self._size * noise.to(result.dtype))
 
 
 def _leaves(value: Any) -> tuple[Tensor, ...]:

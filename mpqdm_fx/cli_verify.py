@@ -1,0 +1,62 @@
+"""The command `mpqdm-fx verify`: every form of a quantized folder against the one before."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+__all__ = ["verify"]
+
+
+def verify(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder written by `mpqdm-fx quantize`.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="The float model, if it is no longer where it was.")
+    ] = None,
+    store: Annotated[
+        bool, typer.Option("--store", help="Store what is measured now as thresholds.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="File for all numbers, for example verify.json.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Compare float, quantized, converted, edge and .pte layer by layer; exit 1 if one is short."""
+    from mpqdm_fx.parity.tables import rung_table, worst_table
+    from mpqdm_fx.parity.verify import verify as verify_folder
+
+    ladder = verify_folder(directory, model=model, store=store)
+    text = json.dumps(ladder.to_dict(), indent=1)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+    # A pipe has no width of its own; 130 columns hold the longest layer names.
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    if as_json:
+        console.print_json(text)
+    else:
+        console.print(rung_table(ladder))
+        console.print(worst_table(ladder))
+        for note in ladder.notes:
+            console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    errors = Console(stderr=True)
+    if store:
+        errors.print(f"thresholds stored in {directory}", soft_wrap=True)
+        return
+    if ladder.passed is None:
+        errors.print(
+            f"{directory} holds no thresholds, so nothing was judged; store these numbers with "
+            f"`mpqdm-fx verify {directory} --store`", markup=False, soft_wrap=True,
+        )  # fmt: skip
+        raise typer.Exit(code=1)
+    if not ladder.passed:
+        errors.print(
+            f"error: {directory}: {ladder.first_divergence}", style="red", markup=False,
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        raise typer.Exit(code=1)

@@ -1,0 +1,1 @@
+"""The same numbers at every rung: float model, quantized graphs, edge program, `.pte`."""

@@ -1,0 +1,134 @@
+"""The inputs that all rungs are run on: a few timesteps, drawn once, kept beside the weights."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mpqdm_fx.calibration.trajectories import Trajectories
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.graph.signature import TIMESTEP_NAMES, Signature, tensor_leaves
+from mpqdm_fx.models.sources import Source
+
+__all__ = ["INPUTS", "random_calls", "read_calls", "source_calls", "write_calls"]
+
+INPUTS = "parity.safetensors"
+
+_COUNT = 4
+_SEED = 70_000  # neither calibration's nor evaluation's
+_LAST_TIMESTEP = 999
+
+Call = Mapping[str, Any]
+
+
+def source_calls(source: Source, signature: Signature) -> list[Call]:
+    """What a float model is called with on its way from noise, at a few timesteps.
+
+    Args:
+        source: The float model with its scheduler.
+        signature: Signature of its graph.
+    """
+    data = Trajectories(
+        source.model,
+        source.scheduler,
+        num_trajectories=1,
+        num_inference_steps=_COUNT,
+        batch_size=1,
+        seed=_SEED,
+        sample_shape=source.sample_shape,
+        conditions=source.conditions(1, _SEED),
+        shuffle=False,
+    )
+    dtypes = {spec.name: spec.dtype for spec in signature.inputs}
+    calls: list[Call] = []
+    for call in data:
+        cast = _map(call, lambda name, tensor: tensor.to(dtypes.get(name, tensor.dtype)))
+        calls.append(signature.normalize((), cast))
+    return calls
+
+
+def random_calls(signature: Signature) -> list[Call]:
+    """Seeded random inputs at timesteps from the first to the last of a usual schedule.
+
+    Args:
+        signature: Signature of a graph.
+    """
+    calls = []
+    for number in range(_COUNT):
+        step = _LAST_TIMESTEP * (_COUNT - 1 - number) // (_COUNT - 1)
+        drawn = example_inputs(signature, batch_size=1, seed=_SEED + number)
+        calls.append(
+            _map(
+                drawn,
+                lambda name, value, step=step: (
+                    torch.full_like(value, step) if name in TIMESTEP_NAMES else value
+                ),
+            )
+        )
+    return calls
+
+
+def write_calls(path: Path, calls: Sequence[Call], outputs: Sequence[Sequence[Tensor]]) -> None:
+    """Write inputs and the float model's outputs.
+
+    Args:
+        path: File.
+        calls: Inputs of each call.
+        outputs: Float outputs of each call.
+    """
+    tensors: dict[str, list[Tensor]] = {}
+    for call, results in zip(calls, outputs, strict=True):
+        for name, tensor in tensor_leaves(call):
+            tensors.setdefault(f"in.{name}", []).append(tensor)
+        for index, tensor in enumerate(results):
+            tensors.setdefault(f"out.{index}", []).append(tensor)
+    stacked = {name: torch.stack(parts).contiguous() for name, parts in tensors.items()}
+    save_file(stacked, path)
+    path.chmod(0o644)
+
+
+def read_calls(path: Path, signature: Signature) -> tuple[list[Call], list[tuple[Tensor, ...]]]:
+    """Read what `write_calls` wrote.
+
+    Args:
+        path: File.
+        signature: Signature of the graph that takes the inputs.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, or of another model.
+    """
+    if not path.exists():
+        raise ArtifactError(f"{path} is missing")
+    try:
+        tensors = load_file(path)
+        count = len(next(iter(tensors.values())))
+        results = [name for name in tensors if name.startswith("out.")]
+        calls = [
+            _map(
+                example_inputs(signature, batch_size=1),
+                lambda name, _, number=number: tensors[f"in.{name}"][number],
+            )
+            for number in range(count)
+        ]
+        outputs = [
+            tuple(tensors[f"out.{index}"][number] for index in range(len(results)))
+            for number in range(count)
+        ]
+    except (SafetensorError, KeyError, IndexError, StopIteration) as error:
+        raise ArtifactError(f"{path} is damaged or of another model: {error!r}") from None
+    return calls, outputs
+
+
+def _map(value: Any, change: Any, name: str = "") -> Any:
+    """Nested containers with every tensor changed; entries' names are dotted."""
+    prefix = f"{name}." if name else ""
+    if isinstance(value, Mapping):
+        return {key: _map(entry, change, f"{prefix}{key}") for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_map(e, change, f"{prefix}{i}") for i, e in enumerate(value))
+    return change(name, value) if isinstance(value, Tensor) else value

@@ -1,0 +1,276 @@
+"""Run several forms of one model on the same inputs and compare them value by value."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from mpqdm_fx.backends.xnnpack.reference import NUDGE, Nudged
+from mpqdm_fx.numerics.metrics import power_sums, ratio_db
+from mpqdm_fx.parity.ladder import Ladder, NodeParity, Rung
+from mpqdm_fx.parity.sites import WEIGHT_OPS, Site, matching_sites, sites
+
+__all__ = ["Form", "Measured", "measure"]
+
+# Nudges of several times the rounding error of a sum, and two of them: a value next to a tie falls
+# to the other side on another processor, and what that does to every layer behind is wanted here.
+_NUDGES = (0, 1)
+_NUDGE = 8 * NUDGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One form of the model.
+
+    Attributes:
+        name: Rung's name.
+        graph: Graph that takes the inputs in order; None if only outputs are known.
+        run: Called with a call's number and its inputs in order, gives the outputs; None with a
+            graph.
+        against: Earlier form that it is compared with; None for the one before.
+    """
+
+    name: str
+    graph: fx.GraphModule | None = None
+    run: Callable[[int, Sequence[Any]], Sequence[Tensor]] | None = None
+    against: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A ladder without thresholds, and what thresholds are made of.
+
+    Attributes:
+        ladder: The ladder.
+        stability: By rung and site, SQNR that nudging every value by the rounding error of sums
+            leaves; under the site None for the outputs. Empty unless asked for.
+        own_stability: The same where all values before are as they were.
+        outputs: By rung, the outputs of every call.
+    """
+
+    ladder: Ladder
+    stability: Mapping[str, Mapping[Site | None, float]]
+    own_stability: Mapping[str, Mapping[Site, float]]
+    outputs: Mapping[str, Sequence[Sequence[Tensor]]]
+
+
+@dataclass
+class _Powers:
+    """Sums of squares of a reference and of the difference from it."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, reference: Tensor, test: Tensor) -> None:
+        signal, noise = power_sums(reference, test)
+        self.signal += signal
+        self.noise += noise
+
+    @property
+    def db(self) -> float:
+        found = ratio_db(self.signal, self.noise)
+        return -math.inf if math.isnan(found) else found
+
+
+@dataclass
+class _Pair:
+    """A form, what it is compared with, and the sums so far."""
+
+    form: Form
+    before: Form
+    matches: dict[Site, tuple[fx.Node, fx.Node]]
+    nodes: dict[Site, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
+    own: dict[Site, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
+    shapes: dict[Site, tuple[int, ...]] = field(default_factory=dict)
+    nudged: dict[Site | None, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
+    own_nudged: dict[Site, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
+    output: _Powers = field(default_factory=_Powers)
+    quality: _Powers = field(default_factory=_Powers)
+
+
+def measure(
+    forms: Sequence[Form],
+    calls: Sequence[Sequence[Any]],
+    *,
+    notes: Sequence[str] = (),
+    stability: bool = False,
+) -> Measured:
+    """Compare each form with the one before, on all calls.
+
+    Args:
+        forms: The float model first.
+        calls: Inputs in order, of each call.
+        notes: Sentences for the ladder.
+        stability: Also find how far rounding errors alone carry each value.
+    """
+    by_name = {form.name: form for form in forms}
+    pairs = [
+        _Pair(form=form, before=before, matches=_matches(before, form))
+        for index, form in enumerate(forms[1:])
+        for before in (by_name[form.against] if form.against else forms[index],)
+    ]
+    outputs: dict[str, list[Sequence[Tensor]]] = {form.name: [] for form in forms}
+    with torch.no_grad():
+        for number, inputs in enumerate(tqdm(calls, desc="verify", unit="call", disable=None)):
+            values: dict[str, dict[fx.Node, Tensor]] = {}
+            for form in forms:
+                wanted = {
+                    pair.matches[site][pair.form is form]
+                    for pair in pairs
+                    if form in (pair.form, pair.before)
+                    for site in pair.matches
+                }
+                values[form.name], found = _run(form, number, inputs, wanted)
+                outputs[form.name].append(found)
+                for pair in pairs:
+                    if pair.form is form:
+                        _compare(pair, inputs, values, outputs)
+                    if pair.before is form and stability:
+                        _nudge(pair, inputs, values[form.name], found)
+                ahead = forms[forms.index(form) + 1 :]
+                needed = {pair.before.name for pair in pairs if pair.form in ahead}
+                values = {name: kept for name, kept in values.items() if name in needed}
+    rungs = [Rung(name=forms[0].name, against=None, float_db=math.inf, previous_db=None)]
+    rungs += [_rung(pair) for pair in pairs]
+    lost = [
+        f"rung `{rung.name}` has no value to compare of {len(rung.unmatched)} layers: "
+        f"{', '.join(rung.unmatched)}"
+        for rung in rungs
+        if rung.unmatched
+    ]
+    return Measured(
+        ladder=Ladder(rungs=tuple(rungs), calls=len(calls), notes=(*notes, *lost)),
+        stability={p.form.name: {s: powers.db for s, powers in p.nudged.items()} for p in pairs},
+        own_stability={
+            p.form.name: {s: powers.db for s, powers in p.own_nudged.items()} for p in pairs
+        },
+        outputs=outputs,
+    )
+
+
+def _matches(before: Form, after: Form) -> dict[Site, tuple[fx.Node, fx.Node]]:
+    if before.graph is None or after.graph is None:
+        return {}
+    return matching_sites(before.graph, after.graph)
+
+
+class _Keep(fx.Interpreter):
+    """Keeps the values of some nodes, and goes on with other values where there are such."""
+
+    wanted: set[fx.Node]
+    instead: Mapping[fx.Node, Tensor]
+    values: dict[fx.Node, Tensor]
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.wanted and isinstance(result, Tensor):
+            self.values[n] = result
+        other = _as_shaped(self.instead[n], result) if n in self.instead else None
+        # in the memory layout that the nodes behind expect
+        return result if other is None else torch.empty_like(result).copy_(other)
+
+
+class _KeepNudged(_Keep, Nudged):
+    """The same in a graph whose values are nudged."""
+
+
+def _run(
+    form: Form, number: int, inputs: Sequence[Any], wanted: set[fx.Node]
+) -> tuple[dict[fx.Node, Tensor], tuple[Tensor, ...]]:
+    if form.graph is None:
+        assert form.run is not None
+        return {}, tuple(form.run(number, inputs))
+    return _interpret(_Keep(form.graph), inputs, wanted)
+
+
+def _interpret(
+    interpreter: _Keep,
+    inputs: Sequence[Any],
+    wanted: set[fx.Node],
+    instead: Mapping[fx.Node, Tensor] | None = None,
+) -> tuple[dict[fx.Node, Tensor], tuple[Tensor, ...]]:
+    interpreter.wanted, interpreter.instead, interpreter.values = wanted, instead or {}, {}
+    outputs = pytree.tree_leaves(interpreter.run(*inputs))
+    return interpreter.values, tuple(leaf for leaf in outputs if isinstance(leaf, Tensor))
+
+
+def _compare(
+    pair: _Pair,
+    inputs: Sequence[Any],
+    values: Mapping[str, Mapping[fx.Node, Tensor]],
+    outputs: Mapping[str, Sequence[Sequence[Tensor]]],
+) -> None:
+    """Add one call to the sums of a pair."""
+    before, after = values[pair.before.name], values[pair.form.name]
+    if pair.matches and pair.form.graph is not None:
+        theirs = {right: before[left] for left, right in pair.matches.values()}
+        alone, _ = _interpret(_Keep(pair.form.graph), inputs, set(theirs), theirs)
+        for site, (left, right) in pair.matches.items():
+            reference = _as_shaped(before[left], after[right])
+            if reference is not None:
+                pair.nodes[site].add(reference, after[right])
+                pair.own[site].add(reference, alone[right])
+                pair.shapes[site] = tuple(after[right].shape)
+    first = next(iter(outputs.values()))[-1]
+    found = outputs[pair.form.name][-1]
+    for sums, wanted in ((pair.output, outputs[pair.before.name][-1]), (pair.quality, first)):
+        for expected, tensor in zip(wanted, found, strict=True):
+            sums.add(expected, tensor)
+
+
+def _as_shaped(value: Tensor, like: Tensor) -> Tensor | None:
+    """A value in the shape of another; None if that is more than leading axes made one."""
+    if value.shape == like.shape:
+        return value
+    rows = like.dim() and value.dim() and value.shape[-1] == like.shape[-1]
+    return value.reshape(like.shape) if rows and value.numel() == like.numel() else None
+
+
+def _nudge(
+    pair: _Pair,
+    inputs: Sequence[Any],
+    values: Mapping[fx.Node, Tensor],
+    outputs: Sequence[Tensor],
+) -> None:
+    """Add what nudges do to the earlier form of a pair."""
+    if pair.before.graph is None:
+        return
+    same = {left: values[left] for left, _ in pair.matches.values()}
+    for seed in _NUDGES:
+        found, results = _interpret(
+            _KeepNudged(pair.before.graph, seed=seed, size=_NUDGE), inputs, set(same)
+        )
+        alone, _ = _interpret(
+            _KeepNudged(pair.before.graph, seed=seed, size=_NUDGE), inputs, set(same), same
+        )
+        for site, (left, _) in pair.matches.items():
+            pair.nudged[site].add(values[left], found[left])
+            pair.own_nudged[site].add(values[left], alone[left])
+        for expected, tensor in zip(outputs, results, strict=True):
+            pair.nudged[None].add(expected, tensor)
+
+
+def _rung(pair: _Pair) -> Rung:
+    nodes = tuple(
+        NodeParity(site=site, shape=pair.shapes[site], sqnr_db=powers.db, own_db=pair.own[site].db)
+        for site, powers in pair.nodes.items()
+    )
+    graph = None if pair.form.graph is None else pair.before.graph
+    layers = {} if graph is None else sites(graph)
+    known = {left for site, (left, _) in pair.matches.items() if site in pair.nodes}
+    return Rung(
+        name=pair.form.name,
+        against=pair.before.name,
+        float_db=pair.quality.db,
+        previous_db=pair.output.db,
+        nodes=nodes,
+        unmatched=tuple(
+            str(site) for site, n in layers.items() if site.op in WEIGHT_OPS and n not in known
+        ),
+    )

@@ -1,0 +1,214 @@
+"""Check a quantized folder rung by rung against what it was measured to be."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from mpqdm_fx.activations import DynamicActivation
+from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner, sorted_entries
+from mpqdm_fx.denoisers import PROGRAM, SOURCE, source_of
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.files import checksum
+from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.models.sources import Source
+from mpqdm_fx.parity.inputs import INPUTS, Call, random_calls, read_calls, source_calls, write_calls
+from mpqdm_fx.parity.ladder import Ladder
+from mpqdm_fx.parity.measure import Form, Measured, measure
+from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
+from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.stages import normalized
+from mpqdm_fx.storage import load, read_manifest
+
+__all__ = ["store_parity", "verify"]
+
+logger = logging.getLogger(__name__)
+
+_PIPELINE = "pipeline.json"
+
+
+def verify(
+    directory: str | Path, *, model: nn.Module | str | None = None, store: bool = False
+) -> Ladder:
+    """Run all forms of a quantized model on the same inputs and compare them value by value.
+
+    The rungs are the float model, the fake-quantized graph, and, if the folder has a `.pte`: that
+    graph in XNNPACK's operators with biases in whole steps (`decomposed`), the int8 graph
+    (`converted`), ExecuTorch's edge program (`edge`), and the program itself, of which only outputs
+    can be seen. Each is compared with the one before; the program of a model with dynamic ranges
+    with `decomposed`, because the two between name one range per tensor where the kernels have one
+    per row.
+
+    The inputs, the float model's outputs and the thresholds lie in the folder
+    (`parity.safetensors`, `parity.json`). Without thresholds everything is measured and nothing is
+    judged.
+
+    Args:
+        directory: Folder written by `quantize_to_folder` (`mpqdm-fx quantize`) or `save`.
+        model: The float model, or its name or folder if it is no longer where it was. A model that
+            is no diffusers model has to be given.
+        store: Measure anew and store the result as thresholds, in place of older ones.
+
+    Returns:
+        What was measured; `passed` tells whether it is what is wanted.
+
+    Raises:
+        ArtifactError: The folder, or a file in it, is missing, damaged, of a newer version, or not
+            the one that thresholds were stored for; with `store`, also if there is no float model.
+        LoweringError: There is a program and ExecuTorch is missing or fails.
+    """
+    folder = Path(directory)
+    if (folder / _PIPELINE).exists():
+        raise ArtifactError(
+            f"{folder} is an exported pipeline, which keeps its programs alone; verify takes a "
+            f"folder written by mpqdm-fx quantize"
+        )
+    read_manifest(folder)
+    thresholds = None
+    if not store and (folder / THRESHOLDS).exists():
+        thresholds = Thresholds.read(folder / THRESHOLDS)
+        _check_files(folder, thresholds)
+    runner = XnnpackRunner(folder / PROGRAM) if (folder / PROGRAM).exists() else None
+    module = model if isinstance(model, nn.Module) else None
+    quantized = load(folder, module)
+    source = None
+    if module is None:
+        try:
+            source = _source(folder, model if isinstance(model, str) else None)
+        except ArtifactError as error:
+            if store or thresholds is None:
+                raise
+            logger.warning("%s", error)
+    floats = source.model if source is not None else module
+    if thresholds is not None:
+        calls, outputs = read_calls(folder / INPUTS, quantized.signature)
+    else:
+        outputs = []
+        calls = (
+            source_calls(source, quantized.signature)
+            if source is not None
+            else random_calls(quantized.signature)
+        )
+    graphs = None if runner is None else _program_graphs(quantized)
+    measured = _measure(quantized, calls, floats, outputs, runner, graphs, stability=store)
+    if store:
+        thresholds = _store(measured, calls, folder)
+    return measured.ladder if thresholds is None else thresholds.judge(measured.ladder)
+
+
+def store_parity(
+    quantized: QuantizedModel, source: Source, folder: Path, graphs: Any = None
+) -> Ladder:
+    """Measure a model that was just quantized, and store inputs and thresholds.
+
+    Args:
+        quantized: The model.
+        source: Its float model.
+        folder: Folder that holds its files.
+        graphs: `ProgramGraphs` of the program in the folder; None if there is none.
+
+    Returns:
+        The ladder.
+    """
+    calls = source_calls(source, quantized.signature)
+    runner = None if graphs is None else XnnpackRunner(folder / PROGRAM)
+    measured = _measure(quantized, calls, source.model, [], runner, graphs, stability=True)
+    return _store(measured, calls, folder).judge(measured.ladder)
+
+
+def _measure(
+    quantized: QuantizedModel,
+    calls: Sequence[Call],
+    model: nn.Module | None,
+    outputs: Sequence[Any],
+    runner: Any,
+    graphs: Any,
+    *,
+    stability: bool,
+) -> Measured:
+    signature, notes = quantized.signature, []
+    names = [str(node.target) for node in quantized.rounded.graph.find_nodes(op="placeholder")]
+    forms = []
+    if model is None:
+        notes.append(
+            "the float model is not there: its stored outputs stand for it, and the layers of the "
+            "fake-quantized graph are compared with nothing"
+        )
+        forms.append(Form(name="float", run=lambda number, _: outputs[number]))
+    else:
+        graph = normalized(model, example_inputs(signature), quantized.settings)
+        forms.append(Form(name="float", graph=graph))
+    forms.append(Form(name="quantized", graph=_graph(quantized)))
+    if runner is None:
+        notes.append(f"there is no {PROGRAM}: the ladder ends with the fake-quantized graph")
+    else:
+        forms += _program_forms(runner, graphs, quantized)
+        notes.append("the runtime shows no values inside the program: of it, outputs are compared")
+    inputs = [[sorted_entries(call[name]) for name in names] for call in calls]
+    return measure(forms, inputs, notes=notes, stability=stability)
+
+
+def _program_forms(runner: Any, graphs: Any, quantized: QuantizedModel) -> list[Form]:
+    dynamic = any(isinstance(a, DynamicActivation) for a in quantized.ranges.values())
+    return [
+        Form(name="decomposed", graph=graphs.decomposed),
+        Form(name="converted", graph=graphs.converted),
+        Form(name="edge", graph=graphs.edge),
+        Form(
+            name="pte",
+            run=lambda _, inputs: runner(*inputs),
+            against="decomposed" if dynamic else None,
+        ),
+    ]
+
+
+def _program_graphs(quantized: QuantizedModel) -> Any:
+    from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
+
+    example = example_inputs(quantized.signature, batch_size=1)
+    nodes = quantized.rounded.graph.find_nodes(op="placeholder")
+    inputs = tuple(example[str(node.target)] for node in nodes)
+    return ProgramGraphs.of(quantized.rounded, quantized.ranges, inputs)
+
+
+def _graph(quantized: QuantizedModel) -> fx.GraphModule:
+    graph = quantized.graph_module
+    assert isinstance(graph, fx.GraphModule)
+    return graph
+
+
+def _source(folder: Path, model: str | None) -> Source:
+    if model is None and not (folder / SOURCE).exists():
+        raise ArtifactError(f"{folder} does not say what float model it came from; give `model`")
+    return source_of(folder, model)
+
+
+def _store(measured: Measured, calls: Sequence[Call], folder: Path) -> Thresholds:
+    write_calls(folder / INPUTS, calls, measured.outputs["float"])
+    names = [INPUTS, *(PROGRAM for rung in measured.ladder.rungs if rung.name == "pte")]
+    thresholds = Thresholds.of(measured, {name: checksum(folder / name) for name in names})
+    thresholds.write(folder / THRESHOLDS)
+    return thresholds
+
+
+def _check_files(folder: Path, thresholds: Thresholds) -> None:
+    for name, expected in thresholds.files.items():
+        path = folder / name
+        if not path.exists():
+            raise ArtifactError(f"{path} is missing, for which thresholds are stored")
+        _compare(path, expected)
+    if (folder / PROGRAM).exists() and PROGRAM not in thresholds.files:
+        raise ArtifactError(
+            f"{folder / THRESHOLDS} was stored before there was a {PROGRAM}; store thresholds anew "
+            f"(--store)"
+        )
+
+
+def _compare(path: Path, expected: Mapping[str, Any]) -> None:
+    if checksum(path) != dict(expected):
+        raise ArtifactError(
+            f"{path} is not the file that thresholds were stored for: it is damaged, or was "
+            f"replaced; store thresholds anew (--store) if that was meant"
+        )

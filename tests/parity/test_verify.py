@@ -1,0 +1,231 @@
+"""`verify` on folders: what is right passes, what is not is named, what is no folder is refused."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from parity_folders import double_a_scale, edit, folder_of_net
+from small import TinyNet
+
+from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
+from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.parity.inputs import INPUTS, random_calls, read_calls, write_calls
+from mpqdm_fx.parity.sites import sites
+from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
+from mpqdm_fx.parity.verify import verify
+from mpqdm_fx.storage import MANIFEST, load
+
+RUNGS = ["float", "quantized", "decomposed", "converted", "edge", "pte"]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A folder without a program, with thresholds, and the ladder that they were stored from."""
+    folder = folder_of_net(tmp_path_factory.mktemp("parity") / "net", program=False)
+    return folder, verify(folder, model=TinyNet(), store=True)
+
+
+@pytest.fixture
+def copied(stored, tmp_path):
+    return shutil.copytree(stored[0], tmp_path / "net")
+
+
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory):
+    """A folder with a program, the ladder of its thresholds, and what the lowering showed."""
+    observed = []
+    path = tmp_path_factory.mktemp("parity") / "net"
+    folder = folder_of_net(path, program=True, observe=observed.append)
+    return folder, verify(folder, model=TinyNet(), store=True), observed[0]
+
+
+def test_an_unchanged_folder_passes_with_the_same_numbers(stored):
+    folder, first = stored
+    again = verify(folder, model=TinyNet())
+    assert again.passed
+    assert again.to_dict() == first.to_dict()
+    assert [rung.name for rung in again.rungs] == RUNGS[:2]
+    assert len(again.rung("quantized").layers) == 4
+    assert any("there is no unet.pte" in note for note in again.notes)
+    assert again.stored_versions["torch"]
+
+
+def test_without_thresholds_nothing_is_judged_and_nothing_written(copied):
+    (copied / THRESHOLDS).unlink()
+    before = sorted(path.name for path in copied.iterdir())
+    ladder = verify(copied, model=TinyNet())
+    assert ladder.passed is None
+    assert ladder.first_divergence is None
+    assert sorted(path.name for path in copied.iterdir()) == before
+
+
+@pytest.mark.parametrize("layer", ["conv_in", "body", "mix", "conv_out"])
+def test_a_changed_scale_in_the_packed_file_is_found_and_its_layer_named(copied, layer):
+    double_a_scale(copied, layer)
+    ladder = verify(copied, model=TinyNet())
+    assert ladder.passed is False
+    assert ladder.first_divergence.rung == "quantized"
+    assert ladder.first_divergence.node.site.module == layer
+
+
+def test_a_raised_threshold_of_a_layer_fails_with_rung_layer_and_decibels(copied):
+    def change(data):
+        data["rungs"]["quantized"]["nodes"]["mix@0 linear 0"] = 88.5
+
+    edit(copied / THRESHOLDS, change)
+    first = verify(copied, model=TinyNet()).first_divergence
+    assert (first.rung, first.node.site.module, first.wanted_db) == ("quantized", "mix", 88.5)
+    for part in ("rung `quantized`", "mix: linear [1, 6, 10, 12]", "against `float`", "88.5 dB"):
+        assert part in str(first)
+
+
+def test_a_raised_threshold_of_an_output_fails_with_the_rung_named(copied):
+    edit(copied / THRESHOLDS, lambda data: data["rungs"]["quantized"].update(previous_db=77.0))
+    first = verify(copied, model=TinyNet()).first_divergence
+    assert (first.rung, first.node, first.wanted_db) == ("quantized", None, 77.0)
+    assert "its output" in str(first)
+
+
+def test_storing_anew_takes_what_is_there_as_right(copied):
+    double_a_scale(copied, "mix")
+    assert verify(copied, model=TinyNet(), store=True).passed
+    assert verify(copied, model=TinyNet()).passed
+
+
+def test_without_the_float_model_its_stored_outputs_stand_for_it(stored, copied, monkeypatch):
+    monkeypatch.setattr("mpqdm_fx.parity.verify.load", lambda *_: load(copied, TinyNet()))
+    ladder = verify(copied)
+    assert ladder.passed
+    assert ladder.rung("quantized").nodes == ()
+    assert ladder.rung("quantized").float_db == pytest.approx(stored[1].rung("quantized").float_db)
+    assert any("float model is not there" in note for note in ladder.notes)
+
+
+def _remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def _truncate(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-7])
+
+
+def _newer(folder):
+    edit(folder / THRESHOLDS, lambda data: data.update(version=99))
+
+
+def _foreign(folder):
+    edit(folder / THRESHOLDS, lambda data: data.update(format="other"))
+
+
+def _no_site(folder):
+    edit(folder / THRESHOLDS, lambda data: data["rungs"]["quantized"].update(nodes={"mix": 3}))
+
+
+def _program(folder):
+    (folder / "unet.pte").write_bytes(b"no program")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "is not a folder"),
+        (_remove(MANIFEST), "was not written by mpqdm-fx quantize"),
+        (_remove(INPUTS), "parity.safetensors is missing"),
+        (_truncate(INPUTS), "not the file that thresholds were stored for"),
+        (_truncate(THRESHOLDS), "corrupted or truncated"),
+        (_newer, "format version 99"),
+        (_foreign, "no thresholds of this package"),
+        (_no_site, "is damaged"),
+        (_program, "before there was a unet.pte"),
+        (lambda folder: (folder / "pipeline.json").write_text("{}"), "an exported pipeline"),
+    ],
+)
+def test_bad_input_is_one_clear_error(copied, damage, message):
+    damage(copied)
+    with pytest.raises(ArtifactError, match=message):
+        verify(copied, model=TinyNet())
+
+
+def test_storing_needs_the_float_model(copied, monkeypatch):
+    monkeypatch.setattr("mpqdm_fx.parity.verify.load", lambda *_: load(copied, TinyNet()))
+    with pytest.raises(ArtifactError, match="give `model`"):
+        verify(copied, store=True)
+
+
+def test_thresholds_are_what_is_read_back(stored, tmp_path):
+    thresholds = Thresholds.read(stored[0] / THRESHOLDS)
+    thresholds.write(tmp_path / "again.json")
+    assert Thresholds.read(tmp_path / "again.json") == thresholds
+    assert (tmp_path / "again.json").read_text() == (stored[0] / THRESHOLDS).read_text()
+
+
+def test_inputs_are_what_is_read_back_and_run_through_the_timesteps(tmp_path, stored):
+    signature = load(stored[0], TinyNet()).signature
+    calls = random_calls(signature)
+    outputs = [(torch.randn(1, 3),) for _ in calls]
+    write_calls(tmp_path / "calls.safetensors", calls, outputs)
+    found, results = read_calls(tmp_path / "calls.safetensors", signature)
+    assert len(found) == len(calls) == 4
+    for mine, theirs in zip(calls, found, strict=True):
+        assert torch.equal(mine["x"], theirs["x"])
+    assert all(torch.equal(a, b) for (a,), (b,) in zip(outputs, results, strict=True))
+
+
+@pytest.mark.xnnpack
+def test_all_rungs_of_a_program_are_measured_and_pass(lowered):
+    folder, first, _ = lowered
+    assert [rung.name for rung in first.rungs] == RUNGS
+    assert first.passed
+    for name in RUNGS[1:-1]:
+        assert {n.site.module for n in first.rung(name).layers} == {
+            "conv_in", "body", "mix", "conv_out",
+        }  # fmt: skip
+        assert first.rung(name).unmatched == ()
+    # the same integers, up to the order of sums in what stays float
+    assert first.rung("converted").previous_db == math.inf
+    assert min(node.own_db for node in first.rung("edge").nodes) > 100
+    assert first.rung("pte").previous_db > 60
+    again = verify(folder, model=TinyNet())
+    assert again.passed
+    assert json.loads(json.dumps(again.to_dict(), allow_nan=False))["passed"] is True
+
+
+@pytest.mark.xnnpack
+def test_the_graphs_on_the_road_to_a_program_are_those_that_verify_makes(lowered):
+    folder, _, observed = lowered
+    model = load(folder, TinyNet())
+    made = ProgramGraphs.of(model.rounded, model.ranges, observed.inputs)
+    calls, _ = read_calls(folder / INPUTS, model.signature)
+    for name in ("decomposed", "converted", "edge"):
+        mine, theirs = getattr(observed, name), getattr(made, name)
+        assert list(sites(mine)) == list(sites(theirs))
+        for call in calls:
+            with torch.no_grad():
+                assert torch.equal(mine(call["x"]), theirs(call["x"]))
+
+
+@pytest.mark.xnnpack
+def test_a_program_that_computes_other_numbers_fails_with_its_rung_named(lowered, monkeypatch):
+    folder, _, observed = lowered
+    runner = XnnpackRunner(folder / "unet.pte")
+    monkeypatch.setattr(
+        "mpqdm_fx.parity.verify.XnnpackRunner", lambda _: lambda x: [runner(x)[0] * 1.01]
+    )
+    monkeypatch.setattr("mpqdm_fx.parity.verify._program_graphs", lambda _: observed)
+    first = verify(folder, model=TinyNet()).first_divergence
+    assert (first.rung, first.against, first.node) == ("pte", "edge", None)
+    assert first.sqnr_db == pytest.approx(40, abs=0.5)
+
+
+@pytest.mark.xnnpack
+def test_another_program_than_the_stored_one_is_refused(lowered, tmp_path):
+    folder = shutil.copytree(lowered[0], tmp_path / "net")
+    (folder / "unet.pte").write_bytes((folder / "unet.pte").read_bytes() + b"\0")
+    with pytest.raises(ArtifactError, match=r"unet\.pte is not the file"):
+        verify(folder, model=TinyNet())
+    (folder / "unet.pte").unlink()
+    with pytest.raises(ArtifactError, match=r"unet\.pte is missing"):
+        verify(folder, model=TinyNet())
