@@ -1,6 +1,6 @@
 """From a rounded graph to one that ExecuTorch's XNNPACK partitioner handles right."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -102,7 +102,10 @@ def quantized_graph(
 
 
 def converted_graph(
-    plain: fx.GraphModule, ranges: Mapping[str, KernelActivation], inputs: Sequence[Any]
+    plain: fx.GraphModule,
+    ranges: Mapping[str, KernelActivation],
+    inputs: Sequence[Any],
+    four_bit: Collection[str] = (),
 ) -> fx.GraphModule:
     """Convert to int8 weights and q/dq ops, and see to what the partitioner would mishandle.
 
@@ -110,6 +113,8 @@ def converted_graph(
         plain: From `decomposed`.
         ranges: From `decomposed`.
         inputs: Example inputs in order; the result takes their shapes only.
+        four_bit: Layers whose weights are stored at four bits (`four_bit_layers`).
     """
-    result: fx.GraphModule = REMEDIES(convert_pt2e_graph(plain, ranges, inputs)).graph_module
+    converted = convert_pt2e_graph(plain, ranges, inputs, four_bit=four_bit)
+    result: fx.GraphModule = REMEDIES(converted).graph_module
     return result

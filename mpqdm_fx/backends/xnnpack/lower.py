@@ -182,6 +182,8 @@ def _lower(
             reference_sqnr_db=method.expected.quality_db,
             float_layers=method.floats,
             seconds=stage.seconds,
+            four_bit_layers=method.four_bit,
+            eight_bit_layers=method.eight_bit,
             **delegation(edge, name),
         )
         logger.info(

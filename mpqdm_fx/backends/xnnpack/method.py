@@ -14,6 +14,7 @@ from mpqdm_fx.backends.xnnpack.convert import (
     decomposed,
     quantized_graph,
 )
+from mpqdm_fx.backends.xnnpack.four_bit import four_bit_layers
 from mpqdm_fx.backends.xnnpack.reference import Reference
 from mpqdm_fx.backends.xnnpack.runner import flat_inputs, sorted_entries
 from mpqdm_fx.errors import LoweringError
@@ -37,6 +38,8 @@ class Method:
         lowered: What is exported: ops that XNNPACK knows, with int8 weights and q/dq ops.
         expected: What the program has to compute.
         floats: Layers that stay in float for want of a kernel, with the reason.
+        four_bit: Layers whose weights are stored at four bits.
+        eight_bit: Layers of at most 16 levels that are stored at eight bits, with the reason.
 
     Raises:
         ConfigError: `ranges` names a layer that is not rounded.
@@ -52,6 +55,8 @@ class Method:
         _refuse_conv3d(graph)
         self.graph, self.inputs = graph, positional(example_inputs)
         self.floats: dict[str, str] = {}
+        self.four_bit: tuple[str, ...] = ()
+        self.eight_bit: dict[str, str] = {}
         if ranges is None:
             self.lowered = _without_codes(DECOMPOSE(graph).graph_module)
             self.expected = Reference.of_float(graph, self.inputs)
@@ -59,7 +64,8 @@ class Method:
         plain, runnable, self.floats = decomposed(graph, ranges)
         quantized = quantized_graph(plain, runnable)
         self.expected = Reference.of_quantized(graph, quantized, self.inputs)
-        self.lowered = converted_graph(plain, runnable, self.inputs)
+        self.four_bit, self.eight_bit = four_bit_layers(plain, runnable)
+        self.lowered = converted_graph(plain, runnable, self.inputs, self.four_bit)
 
     @property
     def named_inputs(self) -> list[tuple[str, Tensor]]:

@@ -1,0 +1,80 @@
+"""Which layers XNNPACK stores at four bits a weight, and what prevents it for the others.
+
+It knows one form: linear layers with one scale per channel, zero point 0 and codes within -8..7,
+told by exactly that range. Codes are the same integers as at eight bits, and so are the results.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpqdm_fx.activations import DynamicActivation, KernelActivation
+from mpqdm_fx.graph.layers import WeightLayer, weight_layers
+
+__all__ = ["FOUR_BIT_LEVELS", "fits_four_bits", "four_bit_layers"]
+
+#: Most levels of a channel that four bits can tell apart.
+FOUR_BIT_LEVELS = 16
+_ROWS = 256  # whose codes are counted at once
+
+
+def four_bit_layers(
+    graph: fx.GraphModule, ranges: Mapping[str, KernelActivation]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Sort the layers of few levels into those that are stored at four bits and all others.
+
+    Args:
+        graph: Rounded graph, ready for conversion.
+        ranges: Activations of its int8 layers.
+
+    Returns:
+        Layers stored at four bits; and layers that are not although no channel has more than 16
+        levels, or some have not, with the reason for each.
+    """
+    taken, refused = [], {}
+    for name, layer in weight_layers(graph).items():
+        if name not in ranges:
+            continue
+        codes = layer.module.weight_codes
+        assert isinstance(codes, Tensor)
+        reason = _refusal(layer, codes, ranges[name])
+        if reason is None:
+            taken.append(name)
+        elif bool((few := _few_levels(codes)).any()):
+            wide = int((~few).sum())
+            refused[name] = (
+                f"{wide} of {len(few)} channels have more than 16 levels" if (wide) else reason
+            )
+    return tuple(taken), refused
+
+
+def fits_four_bits(codes: Tensor) -> bool:
+    """Whether all codes are within -8..7."""
+    return bool(codes.min() >= -8) and bool(codes.max() <= 7)
+
+
+def _refusal(layer: WeightLayer, codes: Tensor, activation: KernelActivation) -> str | None:
+    """Why a layer is not stored at four bits."""
+    module = layer.module
+    if not isinstance(module, nn.Linear):
+        sizes = "x".join(map(str, codes.shape[2:]))
+        return f"XNNPACK stores only linear layers at four bits, not a {sizes} convolution"
+    if not isinstance(activation, DynamicActivation):
+        return 'its activations are static; quantize with activation_mode="dynamic"'
+    if module.in_features % 2:
+        return f"it has an odd number of inputs, {module.in_features}"
+    if not fits_four_bits(codes):
+        low, high = int(codes.min()), int(codes.max())
+        return f'its codes {low}..{high} leave -8..7; quantize with levels="int4"'
+    return None
+
+
+def _few_levels(codes: Tensor) -> Tensor:
+    """Which channels use at most 16 codes, bool [out_channels]."""
+    few = []
+    for rows in codes.flatten(1).split(_ROWS):
+        present = torch.zeros(len(rows), 256, dtype=torch.bool)
+        present.scatter_(1, rows.long() + 128, True)
+        few.append(present.sum(dim=1) <= FOUR_BIT_LEVELS)
+    return torch.cat(few)
