@@ -14,6 +14,7 @@ from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.passes.drop_unit_factors import DropUnitFactors
 from mpqdm_fx.passes.fold_batch_norm import FoldBatchNorm
 from mpqdm_fx.passes.fold_constants import FoldConstants
+from mpqdm_fx.passes.linearize_pointwise import LinearizePointwise
 from mpqdm_fx.passes.normalize_padding import NormalizePadding
 from mpqdm_fx.passes.pin_layouts import PinLayouts
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
@@ -40,6 +41,7 @@ __all__ = [
     "DropUnitFactors",
     "FoldBatchNorm",
     "FoldConstants",
+    "LinearizePointwise",
     "NormalizePadding",
     "PinLayouts",
     "QuantizeActivations",
