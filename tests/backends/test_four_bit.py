@@ -89,3 +89,40 @@ def test_uniform_channels_of_up_to_three_bits_fit(bits):
     taken, refused = four_bit_layers(graph, dict.fromkeys(ranges, DYNAMIC))
     assert taken == ("a", "b", "c")
     assert not refused
+
+
+class Projections(nn.Module):
+    """1x1 convolutions around a linear layer, and one that no permutation surrounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shortcut = nn.Conv2d(6, 6, 1)
+        self.proj_in, self.proj_out = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 6, 1)
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.proj_in(x)
+        h = self.inner(h.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 8))
+        h = h.reshape(x.shape[0], *x.shape[2:], 8).permute(0, 3, 1, 2).contiguous()
+        return self.proj_out(h) + self.shortcut(x)
+
+    @staticmethod
+    def inputs():
+        return {"x": torch.randn(2, 6, 3, 5, generator=torch.Generator().manual_seed(1))}
+
+
+def test_pointwise_convolutions_of_four_bits_run_as_linear_layers(tmp_path):
+    graph, ranges, inputs = rounded(Projections(), bits=3)
+    program, _ = lowered(graph, ranges, inputs, tmp_path / "net.pte")
+    assert set(program.four_bit_layers) == set(ranges)
+    assert not program.eight_bit_layers
+    assert program.subgraphs == 1
+    assert program.undelegated == 0
+
+
+def test_pointwise_convolutions_of_more_bits_stay_convolutions(tmp_path):
+    graph, ranges, inputs = rounded(Projections(), bits=4)
+    program, _ = lowered(graph, ranges, inputs, tmp_path / "net.pte")
+    assert not program.four_bit_layers
+    assert 'levels="int4"' in program.eight_bit_layers["shortcut"]
+    assert "leave -8..7" in program.eight_bit_layers["inner"]

@@ -9,6 +9,7 @@ from mpqdm_fx.activations import Activation, KernelActivation
 from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_calls
 from mpqdm_fx.backends.pt2e import convert_pt2e_graph
 from mpqdm_fx.backends.xnnpack.activations import runnable_activations, split_activations
+from mpqdm_fx.backends.xnnpack.four_bit import four_bit_convolutions
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.passes.cast_early import CastEarly
 from mpqdm_fx.passes.decompose_attention import DecomposeAttention
@@ -18,6 +19,7 @@ from mpqdm_fx.passes.decompose_upsample import DecomposeUpsample
 from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.passes.drop_unit_factors import DropUnitFactors
 from mpqdm_fx.passes.fold_constants import FoldConstants
+from mpqdm_fx.passes.linearize_pointwise import LinearizePointwise
 from mpqdm_fx.passes.normalize_padding import NormalizePadding
 from mpqdm_fx.passes.pin_layouts import PinLayouts
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
@@ -80,6 +82,8 @@ def decomposed(
     """
     written = DECOMPOSE(rounded).graph_module
     runnable, floats = runnable_activations(written, ranges)
+    pointwise = four_bit_convolutions(written, runnable)
+    written = LinearizePointwise(layers=pointwise)(written).graph_module
     static, dynamic = split_activations(runnable)
     plain, static = split_calls(written, static)
     return round_biases(fit_channels(plain, static), static), {**static, **dynamic}, floats

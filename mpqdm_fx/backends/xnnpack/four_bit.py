@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import DynamicActivation, KernelActivation
-from mpqdm_fx.graph.layers import WeightLayer, weight_layers
+from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers
 
-__all__ = ["FOUR_BIT_LEVELS", "fits_four_bits", "four_bit_layers"]
+__all__ = ["FOUR_BIT_LEVELS", "fits_four_bits", "four_bit_convolutions", "four_bit_layers"]
 
 #: Most levels of a channel that four bits can tell apart.
 FOUR_BIT_LEVELS = 16
@@ -36,8 +36,7 @@ def four_bit_layers(
     for name, layer in weight_layers(graph).items():
         if name not in ranges:
             continue
-        codes = layer.module.weight_codes
-        assert isinstance(codes, Tensor)
+        codes = _codes(layer)
         reason = _refusal(layer, codes, ranges[name])
         if reason is None:
             taken.append(name)
@@ -49,24 +48,52 @@ def four_bit_layers(
     return tuple(taken), refused
 
 
+def four_bit_convolutions(
+    graph: fx.GraphModule, ranges: Mapping[str, KernelActivation]
+) -> frozenset[str]:
+    """1x1 convolutions that would be stored at four bits if they were linear layers.
+
+    Args:
+        graph: Rounded graph.
+        ranges: Activations of its int8 layers.
+    """
+    return frozenset(
+        name
+        for name, layer in weight_layers(graph).items()
+        if isinstance(ranges.get(name), DynamicActivation)
+        and isinstance(layer.module, nn.Conv2d)
+        and is_pointwise(layer.module)
+        and layer.module.in_channels % 2 == 0
+        and fits_four_bits(_codes(layer))
+    )
+
+
 def fits_four_bits(codes: Tensor) -> bool:
     """Whether all codes are within -8..7."""
     return bool(codes.min() >= -8) and bool(codes.max() <= 7)
 
 
+def _codes(layer: WeightLayer) -> Tensor:
+    codes = layer.module.weight_codes
+    assert isinstance(codes, Tensor)
+    return codes
+
+
 def _refusal(layer: WeightLayer, codes: Tensor, activation: KernelActivation) -> str | None:
     """Why a layer is not stored at four bits."""
     module = layer.module
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) and not is_pointwise(module):
         sizes = "x".join(map(str, codes.shape[2:]))
         return f"XNNPACK stores only linear layers at four bits, not a {sizes} convolution"
     if not isinstance(activation, DynamicActivation):
         return 'its activations are static; quantize with activation_mode="dynamic"'
-    if module.in_features % 2:
-        return f"it has an odd number of inputs, {module.in_features}"
+    if codes.shape[1] % 2:
+        return f"it has an odd number of inputs, {codes.shape[1]}"
     if not fits_four_bits(codes):
         low, high = int(codes.min()), int(codes.max())
         return f'its codes {low}..{high} leave -8..7; quantize with levels="int4"'
+    if not isinstance(module, nn.Linear):
+        return "it is a 1x1 convolution of several calls that cannot become a linear layer"
     return None
 
 
