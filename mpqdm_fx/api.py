@@ -241,6 +241,7 @@ def lower(
     batch_size: int = 1,
     engine: str = "onednn",
     max_delegates: int | None = None,
+    external_weights: bool = False,
 ) -> Any:
     """Turn a quantized model into what a backend runs.
 
@@ -255,6 +256,8 @@ def lower(
         engine: torch.ao engine: `"onednn"`, `"fbgemm"` or `"qnnpack"`.
         max_delegates: Refuse an ExecuTorch program of more XNNPACK subgraphs, with a list of all
             that stays out of them.
+        external_weights: Write an ExecuTorch program's weights to a file of their own,
+            `<stem>.ptd`, beside `output`.
 
     Returns:
         A GraphModule, an `XnnpackProgram`, or the folder's path.
@@ -286,7 +289,12 @@ def lower(
     example = example_inputs(quantized.signature, batch_size=batch_size)
     inputs = _positional(quantized, example)
     return lower_xnnpack(
-        quantized.rounded, quantized.ranges, inputs, Path(output), max_delegates=max_delegates
+        quantized.rounded,
+        quantized.ranges,
+        inputs,
+        Path(output),
+        max_delegates=max_delegates,
+        external_weights=external_weights,
     )
 
 

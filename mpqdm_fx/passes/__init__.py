@@ -22,6 +22,7 @@ from mpqdm_fx.passes.requantize_copies import RequantizeCopies
 from mpqdm_fx.passes.reshape_unit_axes import ReshapeUnitAxes
 from mpqdm_fx.passes.round_weights import RoundWeights
 from mpqdm_fx.passes.split_geglu import SplitGeglu
+from mpqdm_fx.passes.split_mixed_rows import SplitMixedRows
 from mpqdm_fx.passes.split_skip_concat import SplitSkipConcat
 from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
 from mpqdm_fx.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
@@ -49,6 +50,7 @@ __all__ = [
     "ReshapeUnitAxes",
     "RoundWeights",
     "SplitGeglu",
+    "SplitMixedRows",
     "SplitSkipConcat",
     "UnshareDequantize",
     "UnshareDynamicQuantizers",

@@ -17,11 +17,16 @@ from torch import Tensor, fx
 from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.pt2e import export_graph
 from mpqdm_fx.backends.xnnpack.doctor import refuse_fragments
-from mpqdm_fx.backends.xnnpack.edge import delegation, to_edge, to_program
+from mpqdm_fx.backends.xnnpack.edge import delegation, move_weights_out, to_edge, to_program
 from mpqdm_fx.backends.xnnpack.files import written
 from mpqdm_fx.backends.xnnpack.method import Method, argument_names
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
-from mpqdm_fx.backends.xnnpack.runner import TensorSpec, XnnpackRunner, require_executorch
+from mpqdm_fx.backends.xnnpack.runner import (
+    TensorSpec,
+    XnnpackRunner,
+    require_executorch,
+    weights_path,
+)
 from mpqdm_fx.backends.xnnpack.stages import Stages
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
 from mpqdm_fx.graph.layers import weight_layers
@@ -40,6 +45,7 @@ def lower_xnnpack(
     path: str | Path,
     *,
     max_delegates: int | None = None,
+    external_weights: bool = False,
 ) -> XnnpackProgram:
     """Lower a rounded graph to an int8 `.pte`, write it and execute it once.
 
@@ -56,6 +62,7 @@ def lower_xnnpack(
         example_inputs: Inputs of `rounded`, by name or in order; also what the program is tried on.
         path: File to write. It appears only if the program ran with the right numbers.
         max_delegates: Refuse a program of more subgraphs; None takes any number.
+        external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
 
     Returns:
         What was written and measured.
@@ -71,7 +78,7 @@ def lower_xnnpack(
     with Stages() as stage, torch.no_grad():
         stage("decompose")
         methods = {_FORWARD: Method(rounded, example_inputs, ranges)}
-        return _lower(methods, Path(path), stage, max_delegates)[_FORWARD]
+        return _lower(methods, Path(path), stage, max_delegates, external_weights)[_FORWARD]
 
 
 def lower_xnnpack_float(
@@ -80,6 +87,7 @@ def lower_xnnpack_float(
     path: str | Path,
     *,
     max_delegates: int | None = None,
+    external_weights: bool = False,
 ) -> XnnpackProgram:
     """Lower a float graph to an fp32 `.pte`, write it and execute it once: the baseline.
 
@@ -88,6 +96,7 @@ def lower_xnnpack_float(
         example_inputs: Inputs of `graph`, by name or in order.
         path: File to write. It appears only if the program ran with the right numbers.
         max_delegates: Refuse a program of more subgraphs; None takes any number.
+        external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
 
     Raises:
         LoweringError: ExecuTorch is missing or failed, the program would have too many delegates,
@@ -97,7 +106,7 @@ def lower_xnnpack_float(
     with Stages() as stage, torch.no_grad():
         stage("decompose")
         methods = {_FORWARD: Method(graph, example_inputs)}
-        return _lower(methods, Path(path), stage, max_delegates)[_FORWARD]
+        return _lower(methods, Path(path), stage, max_delegates, external_weights)[_FORWARD]
 
 
 def lower_methods(
@@ -107,6 +116,7 @@ def lower_methods(
     *,
     ranges: Mapping[str, Activation] | None = None,
     max_delegates: int | None = None,
+    external_weights: bool = False,
 ) -> dict[str, XnnpackProgram]:
     """Lower several graphs to one `.pte`, write it and execute every method once.
 
@@ -123,6 +133,7 @@ def lower_methods(
         ranges: Activation by layer name; None for a float program. A layer's name stands for that
             layer in every method.
         max_delegates: Refuse a method of more subgraphs; None takes any number.
+        external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
 
     Returns:
         What was written and measured, by method. All have the one path; `bytes` is the whole
@@ -146,11 +157,15 @@ def lower_methods(
             own = {layer: chosen for layer, chosen in (ranges or {}).items() if layer in layers}
             methods[name] = Method(graph, inputs, own or None)
             values.update(methods[name].named_outputs)
-        return _lower(methods, Path(path), stage, max_delegates)
+        return _lower(methods, Path(path), stage, max_delegates, external_weights)
 
 
 def _lower(
-    methods: Mapping[str, Method], path: Path, stage: Stages, max_delegates: int | None
+    methods: Mapping[str, Method],
+    path: Path,
+    stage: Stages,
+    max_delegates: int | None,
+    external_weights: bool,
 ) -> dict[str, XnnpackProgram]:
     """Lower, write beside `path`, execute, compare, and only then rename."""
     stage("export")
@@ -158,22 +173,29 @@ def _lower(
     if max_delegates is not None:
         for name, program in exported.items():
             refuse_fragments(name, program, max_delegates)
+    weights = weights_path(path) if external_weights else None
+    if weights is not None:
+        for program in exported.values():
+            move_weights_out(program)
     stage("lower")
     edge = to_edge(exported)
     stage("serialise")
     measured = {}
-    with written(to_program(edge), path) as part:
+    program = to_program(edge, external_weights=external_weights)
+    with written(program, path, weights) as parts:
         stage("execute")
         for name, method in methods.items():
-            found = _execute(part, path.name, name, method)
+            found = _execute(parts, path.name, name, method)
             measured[name] = method.expected.check(path, found, method.output_scale)
-        size = part.stat().st_size
+        sizes = [part.stat().st_size for part in parts]
     result = {}
     for name, method in methods.items():
         sqnr, steps = measured[name]
         result[name] = XnnpackProgram(
             path=path,
-            bytes=size,
+            bytes=sizes[0],
+            weights_path=weights,
+            weights_bytes=sum(sizes[1:]),
             inputs=tuple(_spec(*entry) for entry in method.named_inputs),
             outputs=tuple(_spec(*entry) for entry in method.named_outputs.items()),
             output_scale=method.output_scale,
@@ -188,15 +210,16 @@ def _lower(
         )
         logger.info(
             "%s, method %s: %d bytes, %d delegates, %d nodes delegated and %d not, %.1f dB against "
-            "the graph", path, name, size, result[name].subgraphs, result[name].delegated,
+            "the graph", path, name, sum(sizes), result[name].subgraphs, result[name].delegated,
             result[name].undelegated, sqnr,
         )  # fmt: skip
     return result
 
 
-def _execute(part: Path, file: str, name: str, method: Method) -> list[Tensor]:
+def _execute(parts: Sequence[Path], file: str, name: str, method: Method) -> list[Tensor]:
     try:
-        return list(XnnpackRunner(part, name)(*method.inputs))
+        weights = parts[1] if len(parts) > 1 else None
+        return list(XnnpackRunner(parts[0], name, weights=weights)(*method.inputs))
     except (ArtifactError, LoweringError) as error:
         told = file if name == _FORWARD else f"{file}, method {name!r}"
         raise LoweringError(

@@ -35,6 +35,8 @@ class XnnpackProgram:
         four_bit_layers: Linear layers whose weights are stored at four bits.
         eight_bit_layers: Layers of at most 16 levels a channel whose weights are stored at eight
             bits all the same, with the reason.
+        weights_path: File of the weights, where they are in one of their own.
+        weights_bytes: Size of that file; 0 without.
     """
 
     path: Path
@@ -53,9 +55,12 @@ class XnnpackProgram:
     seconds: float
     four_bit_layers: tuple[str, ...] = ()
     eight_bit_layers: Mapping[str, str] = field(default_factory=dict)
+    weights_path: Path | None = None
+    weights_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the path is left to its file name."""
         names = ("refusals", "float_layers", "eight_bit_layers")
         plain = {name: dict(getattr(self, name)) for name in names}
-        return {**asdict(self), "path": self.path.name, **plain}
+        weights = None if self.weights_path is None else self.weights_path.name
+        return {**asdict(self), "path": self.path.name, "weights_path": weights, **plain}
