@@ -242,6 +242,7 @@ def lower(
     engine: str = "onednn",
     max_delegates: int | None = None,
     external_weights: bool = False,
+    split_mixed: bool = False,
 ) -> Any:
     """Turn a quantized model into what a backend runs.
 
@@ -258,6 +259,8 @@ def lower(
             that stays out of them.
         external_weights: Write an ExecuTorch program's weights to a file of their own,
             `<stem>.ptd`, beside `output`.
+        split_mixed: In an ExecuTorch program, split linear layers of which only some channels fit
+            four bits: fewer bytes, more time.
 
     Returns:
         A GraphModule, an `XnnpackProgram`, or the folder's path.
@@ -295,6 +298,7 @@ def lower(
         Path(output),
         max_delegates=max_delegates,
         external_weights=external_weights,
+        split_mixed=split_mixed,
     )
 
 

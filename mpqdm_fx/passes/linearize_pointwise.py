@@ -5,7 +5,7 @@ XNNPACK stores the weights of linear layers at four bits, those of convolutions 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -76,7 +76,9 @@ def _linear(conv: nn.Module) -> nn.Linear:
     old = conv.weight
     linear = nn.Linear(conv.in_channels, conv.out_channels, bias=False, device="meta")
     linear.weight = nn.Parameter(old.detach().flatten(1), requires_grad=old.requires_grad)
-    linear.bias = conv.bias
+    bias = conv.bias
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
     linear.train(conv.training)
     for name, buffer in conv._buffers.items():
         assert buffer is not None
@@ -113,5 +115,5 @@ def _before_copies(node: fx.Node) -> fx.Node:
 def _is_permutation(node: fx.Node, axes: list[int]) -> bool:
     if node.target is not _aten.permute.default or node.kwargs:
         return False
-    order = node.args[1]
-    return isinstance(order, list | tuple) and [axis % 4 for axis in order] == axes  # type: ignore[operator, union-attr]
+    order: Any = node.args[1]
+    return isinstance(order, list | tuple) and [axis % 4 for axis in order] == axes

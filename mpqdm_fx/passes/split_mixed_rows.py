@@ -40,15 +40,16 @@ class SplitMixedRows(GraphPass):
     3. A layer is left alone if its calls differ, if it has buffers other than integers and scales,
        or if four bits in place of eight would save fewer than `least_bytes`.
 
-    The parts of `<name>` are `<name>_rows`, `<name>_rows_1`, ...
+    The parts of `<name>` are `<name>_rows`, `<name>_rows_1`, ...; a layer that is only sorted keeps
+    its name.
 
     Attributes:
         widths: Stored width of each output channel, 4 or 8, by layer name.
-        least_bytes: What an operator more has to save.
+        least_bytes: What a split has to save; an operator takes about 1024 itself.
     """
 
     widths: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    least_bytes: int = 1024
+    least_bytes: int = 2048
 
     # Sums over channels run in another order; a later quantizer may take the neighbouring code.
     tolerance: ClassVar[float] = 1e-2
@@ -142,6 +143,9 @@ def _split(
     graph_module: fx.GraphModule, layer: WeightLayer, order: Sequence[int], widths: Sequence[int]
 ) -> None:
     """Replace a layer's calls by those of one layer for each run of equal widths."""
+    if len(set(widths)) == 1:
+        replace_module(graph_module, layer.name, _rows(layer.module, order))
+        return
     parts, start = [], 0
     for _, run in groupby(widths):
         rows = list(order[start : (start := start + len(list(run)))])

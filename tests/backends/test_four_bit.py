@@ -126,3 +126,22 @@ def test_pointwise_convolutions_of_more_bits_stay_convolutions(tmp_path):
     assert not program.four_bit_layers
     assert 'levels="int4"' in program.eight_bit_layers["shortcut"]
     assert "leave -8..7" in program.eight_bit_layers["inner"]
+
+
+def test_layers_of_mixed_widths_can_be_split_to_the_same_bits(tmp_path):
+    graph, ranges, inputs = rounded(Mlp(), bits=8)
+    wide = graph.a.weight_codes.clone()
+    narrow = with_codes(graph, "a", -8, 7).a.weight_codes
+    codes = torch.where((torch.arange(96) % 3 == 0)[:, None], wide, narrow)
+    graph = copy_graph_module(graph)
+    replace_module(graph, "a", install_codes(graph.a, codes, graph.a.weight_scale))
+    graph = with_codes(graph, "b", -8, 7)
+    dynamic = dict.fromkeys(ranges, DYNAMIC)
+    whole, want = lowered(graph, ranges, inputs, tmp_path / "whole.pte")
+    assert whole.four_bit_layers == ("b",)
+    assert whole.eight_bit_layers == {"a": "32 of 96 channels have more than 16 levels"}
+    split = lower_xnnpack(graph, dynamic, inputs, tmp_path / "split.pte", split_mixed=True)
+    assert split.four_bit_layers == ("a_rows", "b")
+    assert (split.subgraphs, split.undelegated) == (1, 0)
+    assert whole.bytes - split.bytes >= 64 * 64 // 2 - 1024  # which the operator more takes
+    assert torch.equal(XnnpackRunner(split.path)(*inputs.values())[0], want)

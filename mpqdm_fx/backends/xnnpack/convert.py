@@ -9,7 +9,7 @@ from mpqdm_fx.activations import Activation, KernelActivation
 from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_calls
 from mpqdm_fx.backends.pt2e import convert_pt2e_graph
 from mpqdm_fx.backends.xnnpack.activations import runnable_activations, split_activations
-from mpqdm_fx.backends.xnnpack.four_bit import four_bit_convolutions
+from mpqdm_fx.backends.xnnpack.four_bit import four_bit_convolutions, split_mixed_layers
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.passes.cast_early import CastEarly
 from mpqdm_fx.passes.decompose_attention import DecomposeAttention
@@ -62,7 +62,7 @@ REMEDIES = Pipeline(
 
 
 def decomposed(
-    rounded: fx.GraphModule, ranges: Mapping[str, Activation]
+    rounded: fx.GraphModule, ranges: Mapping[str, Activation], *, split_mixed: bool = False
 ) -> tuple[fx.GraphModule, dict[str, KernelActivation], dict[str, str]]:
     """Write the graph in ops that XNNPACK knows, with weights and biases that its kernels can hold.
 
@@ -72,6 +72,7 @@ def decomposed(
     Args:
         rounded: Module-level graph after rounding; it is not changed.
         ranges: Activation by layer.
+        split_mixed: Split linear layers of which only some channels fit four bits.
 
     Returns:
         The graph; the activations of its int8 layers, with those of layers that were split; and the
@@ -84,6 +85,8 @@ def decomposed(
     runnable, floats = runnable_activations(written, ranges)
     pointwise = four_bit_convolutions(written, runnable)
     written = LinearizePointwise(layers=pointwise)(written).graph_module
+    if split_mixed:
+        written, runnable = split_mixed_layers(written, runnable)
     static, dynamic = split_activations(runnable)
     plain, static = split_calls(written, static)
     return round_biases(fit_channels(plain, static), static), {**static, **dynamic}, floats

@@ -4,6 +4,7 @@ It knows one form: linear layers with one scale per channel, zero point 0 and co
 told by exactly that range. Codes are the same integers as at eight bits, and so are the results.
 """
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import DynamicActivation, KernelActivation
 from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers
+from mpqdm_fx.passes.split_mixed_rows import SplitMixedRows
 
 __all__ = ["FOUR_BIT_LEVELS", "fits_four_bits", "four_bit_convolutions", "four_bit_layers"]
 
 #: Most levels of a channel that four bits can tell apart.
 FOUR_BIT_LEVELS = 16
+_LOWEST, _HIGHEST = -8, 7
 _ROWS = 256  # whose codes are counted at once
 
 
@@ -68,9 +71,37 @@ def four_bit_convolutions(
     )
 
 
+def split_mixed_layers(
+    graph: fx.GraphModule, ranges: Mapping[str, KernelActivation]
+) -> tuple[fx.GraphModule, dict[str, KernelActivation]]:
+    """Split linear layers of which only some channels fit four bits, where `SplitMixedRows` can.
+
+    Args:
+        graph: Rounded graph; it is not changed.
+        ranges: Activations of its int8 layers.
+
+    Returns:
+        The graph, and the activations with those of the parts.
+    """
+    widths = {}
+    for name, layer in weight_layers(graph).items():
+        dynamic = isinstance(ranges.get(name), DynamicActivation)
+        if dynamic and isinstance(layer.module, nn.Linear) and layer.module.in_features % 2 == 0:
+            codes = _codes(layer)
+            fits = (codes.amin(dim=1) >= _LOWEST) & (codes.amax(dim=1) <= _HIGHEST)
+            widths[name] = torch.where(fits, 4, 8).tolist()
+    result: fx.GraphModule = SplitMixedRows(widths=widths)(graph).graph_module
+    chosen = {}
+    for name in weight_layers(result):
+        whole = name if name in ranges else re.sub(r"_rows(_\d+)?$", "", name)
+        if whole in ranges:
+            chosen[name] = ranges[whole]
+    return result, chosen
+
+
 def fits_four_bits(codes: Tensor) -> bool:
     """Whether all codes are within -8..7."""
-    return bool(codes.min() >= -8) and bool(codes.max() <= 7)
+    return bool(codes.min() >= _LOWEST) and bool(codes.max() <= _HIGHEST)
 
 
 def _codes(layer: WeightLayer) -> Tensor:
@@ -100,7 +131,8 @@ def _refusal(layer: WeightLayer, codes: Tensor, activation: KernelActivation) ->
 def _few_levels(codes: Tensor) -> Tensor:
     """Which channels use at most 16 codes, bool [out_channels]."""
     few = []
-    for rows in codes.flatten(1).split(_ROWS):
+    for start in range(0, len(codes), _ROWS):
+        rows = codes[start : start + _ROWS].flatten(1)
         present = torch.zeros(len(rows), 256, dtype=torch.bool)
         present.scatter_(1, rows.long() + 128, True)
         few.append(present.sum(dim=1) <= FOUR_BIT_LEVELS)

@@ -46,6 +46,7 @@ def lower_xnnpack(
     *,
     max_delegates: int | None = None,
     external_weights: bool = False,
+    split_mixed: bool = False,
 ) -> XnnpackProgram:
     """Lower a rounded graph to an int8 `.pte`, write it and execute it once.
 
@@ -63,6 +64,8 @@ def lower_xnnpack(
         path: File to write. It appears only if the program ran with the right numbers.
         max_delegates: Refuse a program of more subgraphs; None takes any number.
         external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
+        split_mixed: Split linear layers of which only some channels fit four bits: fewer bytes, but
+            more operators and time (`SplitMixedRows`).
 
     Returns:
         What was written and measured.
@@ -77,7 +80,7 @@ def lower_xnnpack(
     require_executorch()
     with Stages() as stage, torch.no_grad():
         stage("decompose")
-        methods = {_FORWARD: Method(rounded, example_inputs, ranges)}
+        methods = {_FORWARD: Method(rounded, example_inputs, ranges, split_mixed=split_mixed)}
         return _lower(methods, Path(path), stage, max_delegates, external_weights)[_FORWARD]
 
 

@@ -32,6 +32,7 @@ class Method:
         graph: Module-level graph; it is not changed.
         example_inputs: Its inputs, by name or in order.
         ranges: Activation by layer name, for int8; None for float.
+        split_mixed: Split linear layers of which only some channels fit four bits.
 
     Attributes:
         inputs: The inputs in order, contiguous.
@@ -51,6 +52,8 @@ class Method:
         graph: fx.GraphModule,
         example_inputs: Mapping[str, Any] | Sequence[Any],
         ranges: Mapping[str, Activation] | None = None,
+        *,
+        split_mixed: bool = False,
     ) -> None:
         _refuse_conv3d(graph)
         self.graph, self.inputs = graph, positional(example_inputs)
@@ -61,7 +64,7 @@ class Method:
             self.lowered = _without_codes(DECOMPOSE(graph).graph_module)
             self.expected = Reference.of_float(graph, self.inputs)
             return
-        plain, runnable, self.floats = decomposed(graph, ranges)
+        plain, runnable, self.floats = decomposed(graph, ranges, split_mixed=split_mixed)
         quantized = quantized_graph(plain, runnable)
         self.expected = Reference.of_quantized(graph, quantized, self.inputs)
         self.four_bit, self.eight_bit = four_bit_layers(plain, runnable)

@@ -126,15 +126,16 @@ class XnnpackRunner:
             raise ArtifactError(f"{self.path} does not exist")
         data = _weights_of(self.path) if weights is None else Path(weights)
         try:
-            names, self._execute, meta = _load(_plain(self.path), method, _plain(data))
+            names, execute, meta = _load(_plain(self.path), method, _plain(data))
         except RuntimeError as error:
             raise ArtifactError(
                 f"{self.path} cannot be loaded by ExecuTorch: {error}; it is damaged, or made by "
                 f"another version"
             ) from error
-        if self._execute is None:
+        if execute is None:
             listed = ", ".join(sorted(names))
             raise ArtifactError(f"{self.path} holds no method `{method}`; it has {listed}")
+        self._execute = execute
         self._inputs = [meta.input_tensor_meta(i) for i in range(meta.num_inputs())]
         self._dtypes = [_DTYPES[tensor.dtype()] for tensor in self._inputs]
 
