@@ -242,7 +242,7 @@ def lower(
     engine: str = "onednn",
     max_delegates: int | None = None,
     external_weights: bool = False,
-    split_mixed: bool = False,
+    four_bit: Literal["never", "whole", "split"] = "whole",
 ) -> Any:
     """Turn a quantized model into what a backend runs.
 
@@ -259,8 +259,10 @@ def lower(
             that stays out of them.
         external_weights: Write an ExecuTorch program's weights to a file of their own,
             `<stem>.ptd`, beside `output`.
-        split_mixed: In an ExecuTorch program, split linear layers of which only some channels fit
-            four bits: fewer bytes, more time.
+        four_bit: Which weights an ExecuTorch program stores at four bits: none, those of linear
+            layers and 1x1 convolutions that fit as a whole (`levels="int4"` sees to that, at up
+            to four bits), or also the channels that fit in layers of mixed widths: fewer bytes,
+            more time.
 
     Returns:
         A GraphModule, an `XnnpackProgram`, or the folder's path.
@@ -298,7 +300,7 @@ def lower(
         Path(output),
         max_delegates=max_delegates,
         external_weights=external_weights,
-        split_mixed=split_mixed,
+        four_bit=four_bit,
     )
 
 

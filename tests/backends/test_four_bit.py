@@ -9,6 +9,7 @@ from mpqdm_fx.activations import DynamicActivation
 from mpqdm_fx.backends.xnnpack.four_bit import four_bit_layers
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
+from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
 from mpqdm_fx.passes.round_weights import install_codes
 
@@ -42,8 +43,9 @@ def with_codes(graph, name, low, high):
     return graph
 
 
-def lowered(graph, ranges, inputs, path):
-    program = lower_xnnpack(graph, dict.fromkeys(ranges, DYNAMIC), inputs, path)
+def lowered(graph, ranges, inputs, path, **settings):
+    dynamic = dict.fromkeys(ranges, DYNAMIC)
+    program = lower_xnnpack(graph, dynamic, inputs, path, **settings)
     return program, XnnpackRunner(path)(*inputs.values())[0]
 
 
@@ -54,9 +56,7 @@ def test_four_bits_halve_the_file_and_leave_every_bit_of_the_result(tmp_path):
     assert four.four_bit_layers == ("a", "b")
     assert four.subgraphs == 1
     assert four.undelegated == 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mpqdm_fx.backends.xnnpack.method.four_bit_layers", lambda *_: ((), {}))
-        eight, same = lowered(graph, ranges, inputs, tmp_path / "eight.pte")
+    eight, same = lowered(graph, ranges, inputs, tmp_path / "eight.pte", four_bit="never")
     assert eight.four_bit_layers == ()
     weights = 64 * 96 + 96 * 48
     assert abs(eight.bytes - four.bytes - weights // 2) <= 64  # alignment
@@ -136,12 +136,17 @@ def test_layers_of_mixed_widths_can_be_split_to_the_same_bits(tmp_path):
     graph = copy_graph_module(graph)
     replace_module(graph, "a", install_codes(graph.a, codes, graph.a.weight_scale))
     graph = with_codes(graph, "b", -8, 7)
-    dynamic = dict.fromkeys(ranges, DYNAMIC)
     whole, want = lowered(graph, ranges, inputs, tmp_path / "whole.pte")
     assert whole.four_bit_layers == ("b",)
     assert whole.eight_bit_layers == {"a": "32 of 96 channels have more than 16 levels"}
-    split = lower_xnnpack(graph, dynamic, inputs, tmp_path / "split.pte", split_mixed=True)
+    split, same = lowered(graph, ranges, inputs, tmp_path / "split.pte", four_bit="split")
     assert split.four_bit_layers == ("a_rows", "b")
     assert (split.subgraphs, split.undelegated) == (1, 0)
     assert whole.bytes - split.bytes >= 64 * 64 // 2 - 1024  # which the operator more takes
-    assert torch.equal(XnnpackRunner(split.path)(*inputs.values())[0], want)
+    assert torch.equal(same, want)
+
+
+def test_an_unknown_word_is_refused(tmp_path):
+    graph, ranges, inputs = rounded(Mlp())
+    with pytest.raises(ConfigError, match="'never', 'whole', 'split'"):
+        lower_xnnpack(graph, ranges, inputs, tmp_path / "net.pte", four_bit="always")

@@ -9,7 +9,7 @@ from mpqdm_fx.activations import Activation, KernelActivation
 from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_calls
 from mpqdm_fx.backends.pt2e import convert_pt2e_graph
 from mpqdm_fx.backends.xnnpack.activations import runnable_activations, split_activations
-from mpqdm_fx.backends.xnnpack.four_bit import four_bit_convolutions, split_mixed_layers
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit, four_bit_convolutions, split_mixed_layers
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.passes.cast_early import CastEarly
 from mpqdm_fx.passes.decompose_attention import DecomposeAttention
@@ -62,7 +62,7 @@ REMEDIES = Pipeline(
 
 
 def decomposed(
-    rounded: fx.GraphModule, ranges: Mapping[str, Activation], *, split_mixed: bool = False
+    rounded: fx.GraphModule, ranges: Mapping[str, Activation], *, four_bit: FourBit = "whole"
 ) -> tuple[fx.GraphModule, dict[str, KernelActivation], dict[str, str]]:
     """Write the graph in ops that XNNPACK knows, with weights and biases that its kernels can hold.
 
@@ -72,7 +72,7 @@ def decomposed(
     Args:
         rounded: Module-level graph after rounding; it is not changed.
         ranges: Activation by layer.
-        split_mixed: Split linear layers of which only some channels fit four bits.
+        four_bit: Which weights are stored at four bits.
 
     Returns:
         The graph; the activations of its int8 layers, with those of layers that were split; and the
@@ -83,9 +83,10 @@ def decomposed(
     """
     written = DECOMPOSE(rounded).graph_module
     runnable, floats = runnable_activations(written, ranges)
-    pointwise = four_bit_convolutions(written, runnable)
-    written = LinearizePointwise(layers=pointwise)(written).graph_module
-    if split_mixed:
+    if four_bit != "never":
+        pointwise = four_bit_convolutions(written, runnable)
+        written = LinearizePointwise(layers=pointwise)(written).graph_module
+    if four_bit == "split":
         written, runnable = split_mixed_layers(written, runnable)
     static, dynamic = split_activations(runnable)
     plain, static = split_calls(written, static)

@@ -6,15 +6,29 @@ told by exactly that range. Codes are the same integers as at eight bits, and so
 
 import re
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import DynamicActivation, KernelActivation
+from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers
 from mpqdm_fx.passes.split_mixed_rows import SplitMixedRows
 
-__all__ = ["FOUR_BIT_LEVELS", "fits_four_bits", "four_bit_convolutions", "four_bit_layers"]
+__all__ = [
+    "FOUR_BIT_LEVELS",
+    "FourBit",
+    "check_four_bit",
+    "fits_four_bits",
+    "four_bit_convolutions",
+    "four_bit_layers",
+    "split_mixed_layers",
+]
+
+FourBit = Literal["never", "whole", "split"]
+"""Which weights are stored at four bits: none, those of layers that fit as a whole, or also those
+of layers of which only some channels fit, split from the others."""
 
 #: Most levels of a channel that four bits can tell apart.
 FOUR_BIT_LEVELS = 16
@@ -97,6 +111,17 @@ def split_mixed_layers(
         if whole in ranges:
             chosen[name] = ranges[whole]
     return result, chosen
+
+
+def check_four_bit(four_bit: FourBit) -> None:
+    """Refuse a setting that is none.
+
+    Raises:
+        ConfigError: It is not one of the words of `FourBit`.
+    """
+    if four_bit not in get_args(FourBit):
+        words = ", ".join(map(repr, get_args(FourBit)))
+        raise ConfigError(f"four_bit={four_bit!r}: choose one of {words}")
 
 
 def fits_four_bits(codes: Tensor) -> bool:

@@ -19,6 +19,7 @@ from mpqdm_fx.backends.pt2e import export_graph
 from mpqdm_fx.backends.xnnpack.doctor import refuse_fragments
 from mpqdm_fx.backends.xnnpack.edge import delegation, move_weights_out, to_edge, to_program
 from mpqdm_fx.backends.xnnpack.files import written
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.method import Method, argument_names
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.backends.xnnpack.runner import (
@@ -46,7 +47,7 @@ def lower_xnnpack(
     *,
     max_delegates: int | None = None,
     external_weights: bool = False,
-    split_mixed: bool = False,
+    four_bit: FourBit = "whole",
 ) -> XnnpackProgram:
     """Lower a rounded graph to an int8 `.pte`, write it and execute it once.
 
@@ -64,8 +65,10 @@ def lower_xnnpack(
         path: File to write. It appears only if the program ran with the right numbers.
         max_delegates: Refuse a program of more subgraphs; None takes any number.
         external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
-        split_mixed: Split linear layers of which only some channels fit four bits: fewer bytes, but
-            more operators and time (`SplitMixedRows`).
+        four_bit: Which weights are stored at four bits: `"never"` any; `"whole"`: those of linear
+            layers and 1x1 convolutions with dynamic activations whose codes are all within -8..7;
+            `"split"`: also those of layers of which only some channels are, cut from the others by
+            `SplitMixedRows`, for fewer bytes but more time.
 
     Returns:
         What was written and measured.
@@ -77,10 +80,11 @@ def lower_xnnpack(
             too many delegates (all that stays out is named), or it computes other numbers than the
             fake-quantized graph.
     """
+    check_four_bit(four_bit)
     require_executorch()
     with Stages() as stage, torch.no_grad():
         stage("decompose")
-        methods = {_FORWARD: Method(rounded, example_inputs, ranges, split_mixed=split_mixed)}
+        methods = {_FORWARD: Method(rounded, example_inputs, ranges, four_bit=four_bit)}
         return _lower(methods, Path(path), stage, max_delegates, external_weights)[_FORWARD]
 
 

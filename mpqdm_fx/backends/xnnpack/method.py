@@ -14,7 +14,7 @@ from mpqdm_fx.backends.xnnpack.convert import (
     decomposed,
     quantized_graph,
 )
-from mpqdm_fx.backends.xnnpack.four_bit import four_bit_layers
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit, four_bit_layers
 from mpqdm_fx.backends.xnnpack.reference import Reference
 from mpqdm_fx.backends.xnnpack.runner import flat_inputs, sorted_entries
 from mpqdm_fx.errors import LoweringError
@@ -32,7 +32,7 @@ class Method:
         graph: Module-level graph; it is not changed.
         example_inputs: Its inputs, by name or in order.
         ranges: Activation by layer name, for int8; None for float.
-        split_mixed: Split linear layers of which only some channels fit four bits.
+        four_bit: Which weights are stored at four bits.
 
     Attributes:
         inputs: The inputs in order, contiguous.
@@ -53,7 +53,7 @@ class Method:
         example_inputs: Mapping[str, Any] | Sequence[Any],
         ranges: Mapping[str, Activation] | None = None,
         *,
-        split_mixed: bool = False,
+        four_bit: FourBit = "whole",
     ) -> None:
         _refuse_conv3d(graph)
         self.graph, self.inputs = graph, positional(example_inputs)
@@ -64,10 +64,11 @@ class Method:
             self.lowered = _without_codes(DECOMPOSE(graph).graph_module)
             self.expected = Reference.of_float(graph, self.inputs)
             return
-        plain, runnable, self.floats = decomposed(graph, ranges, split_mixed=split_mixed)
+        plain, runnable, self.floats = decomposed(graph, ranges, four_bit=four_bit)
         quantized = quantized_graph(plain, runnable)
         self.expected = Reference.of_quantized(graph, quantized, self.inputs)
-        self.four_bit, self.eight_bit = four_bit_layers(plain, runnable)
+        if four_bit != "never":
+            self.four_bit, self.eight_bit = four_bit_layers(plain, runnable)
         self.lowered = converted_graph(plain, runnable, self.inputs, self.four_bit)
 
     @property
