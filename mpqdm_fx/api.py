@@ -242,6 +242,8 @@ def lower(
     engine: str = "onednn",
     max_delegates: int | None = None,
     observe: Callable[[Any], None] | None = None,
+    external_weights: bool = False,
+    four_bit: Literal["never", "whole", "split"] = "whole",
 ) -> Any:
     """Turn a quantized model into what a backend runs.
 
@@ -258,6 +260,12 @@ def lower(
             that stays out of them.
         observe: Called with the graphs that an ExecuTorch program was made of
             (`backends.xnnpack.road.ProgramGraphs`).
+        external_weights: Write an ExecuTorch program's weights to a file of their own,
+            `<stem>.ptd`, beside `output`.
+        four_bit: Which weights an ExecuTorch program stores at four bits: none, those of linear
+            layers and 1x1 convolutions that fit as a whole (`levels="int4"` sees to that, at up
+            to four bits), or also the channels that fit in layers of mixed widths: fewer bytes,
+            more time.
 
     Returns:
         A GraphModule, an `XnnpackProgram`, or the folder's path.
@@ -295,6 +303,8 @@ def lower(
         Path(output),
         max_delegates=max_delegates,
         observe=observe,
+        external_weights=external_weights,
+        four_bit=four_bit,
     )
 
 

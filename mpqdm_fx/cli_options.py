@@ -38,7 +38,7 @@ EffectiveOption = Annotated[
 BytesOption = Annotated[
     int | None, typer.Option("--weight-bytes", help="The same budget in bytes.")
 ]
-LevelsOption = Annotated[str, typer.Option(help="codebook or uniform.")]
+LevelsOption = Annotated[str, typer.Option(help="codebook, uniform or int4.")]
 RoundingOption = Annotated[str, typer.Option(help="gptq or nearest.")]
 RefinementsOption = Annotated[int, typer.Option(help="Rounds of coordinate descent after GPTQ.")]
 PropagationOption = Annotated[

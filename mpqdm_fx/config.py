@@ -24,7 +24,7 @@ __all__ = [
 
 Allocation = Literal["measured", "omq", "uniform"]
 Rounding = Literal["nearest", "gptq"]
-Levels = Literal["uniform", "codebook"]
+Levels = Literal["uniform", "codebook", "int4"]
 ActivationMode = Literal["static", "timestep", "dynamic", "float"]
 
 MAX_TIMESTEP_GROUPS = 64
@@ -33,7 +33,7 @@ MAX_TIMESTEP_GROUPS = 64
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "allocation": ("measured", "omq", "uniform"),
     "rounding": ("nearest", "gptq"),
-    "levels": ("uniform", "codebook"),
+    "levels": ("uniform", "codebook", "int4"),
     "activation_mode": ("static", "timestep", "dynamic", "float"),
 }
 
@@ -142,7 +142,9 @@ class MPQConfig:
         align: Channels that share a width, with `allocation="measured"`.
         max_rows: Input rows (positions) that a layer's statistics use at most.
         levels: `"codebook"` fits 2^b int8 values for each channel of at most 4 bits, in layers
-            whose measured output error it lowers; `"uniform"` has evenly spaced, balanced levels.
+            whose measured output error it lowers; `"uniform"` has evenly spaced, balanced levels;
+            `"int4"` has those too, but -8..7 in 4-bit channels of linear layers and 1x1
+            convolutions, which XNNPACK stores at four bits a weight.
         overrides: Rules for single layers; later ones win; a rule that matches nothing is an
             error.
         seed: Seed of every sampled choice (which activations are kept for statistics).

@@ -62,7 +62,8 @@ class LayerPlan:
         kind: Class name of the module, for example `Conv2d`.
         shape: Shape of its weight; axis 0 runs over output channels (rows, for an embedding).
         bits: Bits of each output channel, `len(bits) == shape[0]`.
-        levels: `"uniform"`, or `"codebook"` for fitted levels in channels of at most 4 bits.
+        levels: `"uniform"`, `"codebook"` for fitted levels in channels of at most 4 bits, or
+            `"int4"` for -8..7 in channels of 4 bits.
         reason: Why the layer is off the average budget, or None.
         fraction: Share of channels that OMQ promoted (and as many demoted).
     """

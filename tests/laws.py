@@ -77,6 +77,8 @@ def _plain_zoo(every: int) -> Iterator[RandomGraph]:
             block = Block(kind=kind, variant=variant, channels=8)
             before = (Block(kind="conv", channels=8, stride=2), Block(kind="conv", groups=2))
             yield build_graph(GraphSpec(blocks=(*before, block), seed=variant))
+    pointwise = Block(kind="conv", channels=8, kernel=1)
+    yield build_graph(GraphSpec(blocks=(Block(kind="conv", channels=8), pointwise)))
 
 
 def with_quantized_activations(case: RandomGraph) -> RandomGraph:

@@ -28,10 +28,22 @@ class WeightGrid:
     Attributes:
         layer: Fully qualified name of the layer.
         scale: float32 [out_channels], positive.
+        four_bit: Whether the codes are to be within -8..7, which XNNPACK stores at four bits.
     """
 
     layer: str
     scale: Tensor
+    four_bit: bool = False
+
+    @property
+    def quant_min(self) -> int:
+        """Smallest code."""
+        return -8 if self.four_bit else QUANT_MIN
+
+    @property
+    def quant_max(self) -> int:
+        """Largest code."""
+        return 7 if self.four_bit else QUANT_MAX
 
     def codes(self, weight: Tensor) -> Tensor:
         """Integer codes of a weight that lies on this grid.
@@ -40,7 +52,7 @@ class WeightGrid:
             weight: [out_channels, ...] in any floating dtype.
 
         Returns:
-            int8, the weight's shape, within -127..127.
+            int8, the weight's shape, within quant_min..quant_max.
 
         Raises:
             ConfigError: The weight is off the grid; names the layer and the channel.
@@ -54,7 +66,7 @@ class WeightGrid:
         # codes * scale is exact in float32, and so is the division that undoes it.
         codes = (rows.float() / self.scale[:, None]).round()
         restored = (codes * self.scale[:, None]).to(weight.dtype)
-        fits = (restored == rows) & (codes >= QUANT_MIN) & (codes <= QUANT_MAX)
+        fits = (restored == rows) & (codes >= self.quant_min) & (codes <= self.quant_max)
         if not bool(fits.all()):
             channel = int((~fits).any(dim=1).nonzero()[0])
             raise ConfigError(

@@ -1,7 +1,8 @@
 """PT2E: a torchao Quantizer that hands over a plan, and the conversion built on it."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from mpqdm_fx.activations import (
     kernel_activations,
 )
 from mpqdm_fx.backends import ao
-from mpqdm_fx.backends.observers import QUANT_MAX, QUANT_MIN, WeightGrid, weight_grids
+from mpqdm_fx.backends.observers import WeightGrid, weight_grids
 from mpqdm_fx.backends.pt2e_observers import PT2EGridWeightObserver
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.dynamic_chain import EPS
@@ -147,6 +148,7 @@ def to_quantizer(
     *,
     ranges: Mapping[str, Activation] | None = None,
     activation_observer: Callable[..., nn.Module] | None = None,
+    four_bit: Collection[str] = (),
 ) -> PlanQuantizer:
     """A Quantizer for stock `prepare_pt2e` and `convert_pt2e` that keeps the weights' integers.
 
@@ -156,6 +158,8 @@ def to_quantizer(
         ranges: Activation ranges by layer; layers without an entry stay in float. Without
             `ranges` an observer calibrates all rounded layers.
         activation_observer: Constructor of that observer. Default: torchao's histogram.
+        four_bit: Linear layers whose codes are all within -8..7 and get that range, by which
+            ExecuTorch knows weights that XNNPACK can store at four bits.
 
     Raises:
         ConfigError: No layer of `graph` is rounded, or `ranges` names none of them.
@@ -173,6 +177,7 @@ def to_quantizer(
                     f"the graph; apply RoundWeights with a plan that holds it"
                 )
         grids = {name: grid for name, grid in grids.items() if name in ranges}
+    grids = {name: replace(grid, four_bit=name in four_bit) for name, grid in grids.items()}
     # Tied layers are called under several names; the export shows each.
     names = {
         str(node.target): name
@@ -205,6 +210,8 @@ def convert_pt2e_graph(
     rounded: fx.GraphModule,
     ranges: Mapping[str, KernelActivation],
     example_inputs: Mapping[str, Any] | Sequence[Any],
+    *,
+    four_bit: Collection[str] = (),
 ) -> fx.GraphModule:
     """Convert a rounded graph to int8 weights and q/dq ops, through stock PT2E.
 
@@ -217,11 +224,12 @@ def convert_pt2e_graph(
         rounded: Module-level graph after `RoundWeights`; it is not changed.
         ranges: Activation by layer, static or dynamic.
         example_inputs: Inputs of `rounded`; the result takes these shapes only, in this order.
+        four_bit: See `to_quantizer`.
 
     Raises:
         ConfigError: No layer is rounded, or `ranges` names a layer that is not.
     """
-    quantizer = to_quantizer(rounded, ranges=ranges)
+    quantizer = to_quantizer(rounded, ranges=ranges, four_bit=four_bit)
     exported = export_graph(rounded, example_inputs).module(check_guards=False)
     with torch.no_grad(), ao.quiet():
         prepared = ao.prepare_pt2e(exported, quantizer)
@@ -251,8 +259,8 @@ def _weight_spec(grid: WeightGrid) -> Any:
     return ao.QuantizationSpec(
         dtype=torch.int8,
         observer_or_fake_quant_ctr=PT2EGridWeightObserver.with_args(grid=grid),
-        quant_min=QUANT_MIN,
-        quant_max=QUANT_MAX,
+        quant_min=grid.quant_min,
+        quant_max=grid.quant_max,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.backends import ao
-from mpqdm_fx.backends.observers import QUANT_MAX, QUANT_MIN, WeightGrid
+from mpqdm_fx.backends.observers import WeightGrid
 
 __all__ = ["PT2EGridWeightObserver"]
 
@@ -22,11 +22,11 @@ class PT2EGridWeightObserver(ao.PT2EObserverBase):  # type: ignore[misc]  # torc
 
     ch_axis = 0
     qscheme = torch.per_channel_symmetric
-    quant_min, quant_max = QUANT_MIN, QUANT_MAX
 
     def __init__(self, grid: WeightGrid, dtype: torch.dtype = torch.int8, **kwargs: Any) -> None:
         super().__init__(dtype=dtype)
         self.grid = grid
+        self.quant_min, self.quant_max = grid.quant_min, grid.quant_max
 
     def forward(self, x: Tensor) -> Tensor:
         """Check that `x` lies on the grid and return it.

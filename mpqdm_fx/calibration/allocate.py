@@ -10,19 +10,28 @@ from torch import Tensor, fx, nn
 from mpqdm_fx.calibration.pinning import pinned_layers
 from mpqdm_fx.config import Levels, MPQConfig
 from mpqdm_fx.errors import CalibrationError
-from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
+from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers, weight_rows
 from mpqdm_fx.numerics.allocation import PROMOTED_FRACTIONS, omq_search, output_errors
 from mpqdm_fx.numerics.codebook import quantize_codebook
 from mpqdm_fx.numerics.grids import dequantize, quantize_uniform
 from mpqdm_fx.numerics.halves import stored_float_bits
+from mpqdm_fx.numerics.int4 import quantize_int4
 from mpqdm_fx.numerics.outliers import kurtosis, smoothing_factors
 from mpqdm_fx.numerics.packing import storage_bits
 from mpqdm_fx.plan import FLOAT_REASON, FloatTensor, LayerPlan
 
-__all__ = ["Limits", "check_weight", "decide_layer", "fixed_plan", "float_tensors", "layer_limits"]
+__all__ = [
+    "Limits",
+    "check_weight",
+    "decide_layer",
+    "even_levels",
+    "fixed_plan",
+    "float_tensors",
+    "layer_limits",
+]
 
 PINNED_BITS = 8
-_QUANTIZE = {"uniform": quantize_uniform, "codebook": quantize_codebook}
+_QUANTIZE = {"uniform": quantize_uniform, "codebook": quantize_codebook, "int4": quantize_int4}
 MAX_TABLE_SHARE = 1.0  # of the bits of a layer's codes, for its codebook tables
 
 
@@ -78,7 +87,7 @@ def check_weight(layer: WeightLayer) -> None:
         )
 
 
-def fixed_plan(layer: WeightLayer, bits: int, reason: str) -> LayerPlan:
+def fixed_plan(layer: WeightLayer, bits: int, reason: str, levels: Levels = "uniform") -> LayerPlan:
     """A plan of equal bits for a layer that is off the budget."""
     shape = tuple(layer.weight.shape)
     return LayerPlan(
@@ -86,8 +95,14 @@ def fixed_plan(layer: WeightLayer, bits: int, reason: str) -> LayerPlan:
         kind=type(layer.module).__name__,
         shape=shape,
         bits=(bits,) * shape[0],
+        levels=levels,
         reason=reason,
     )
+
+
+def even_levels(layer: WeightLayer, settings: MPQConfig) -> Levels:
+    """`"int4"` for linear layers and 1x1 convolutions if the settings say so, else `"uniform"`."""
+    return "int4" if settings.levels == "int4" and is_pointwise(layer.module) else "uniform"
 
 
 def decide_layer(
@@ -103,7 +118,7 @@ def decide_layer(
     """
     weight = weight_rows(layer.module).float()
     importance = _importance(len(weight), quantized_rows)
-    levels: Levels = "uniform"
+    levels = even_levels(layer, settings)
     if settings.levels == "codebook" and _codebook_helps(
         weight, importance, rows, quantized_rows, settings.weight_bits
     ):

@@ -22,6 +22,7 @@ __all__ = [
     "add_module",
     "called_module",
     "free_name",
+    "is_pointwise",
     "output_positions",
     "rebuild_layer",
     "replace_module",
@@ -104,6 +105,21 @@ def weight_layers(
         for key, nodes in calls.items()
     )
     return {layer.name: layer for layer in layers}
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a layer applies one matrix to each row or pixel.
+
+    Args:
+        module: any module.
+
+    Returns:
+        True for a linear layer and for an ungrouped 1x1 Conv2d of stride 1 without padding.
+    """
+    if not isinstance(module, nn.Conv2d):
+        return isinstance(module, nn.Linear)
+    ones = (module.kernel_size, module.stride) == ((1, 1), (1, 1))
+    return ones and module.groups == 1 and module.padding in ((0, 0), "valid", "same")
 
 
 def weight_rows(module: nn.Module) -> Tensor:

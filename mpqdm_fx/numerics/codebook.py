@@ -32,7 +32,7 @@ from mpqdm_fx.numerics.rows import (
 
 __all__ = ["LevelKind", "code_ranks", "codebook_tables", "quantize_codebook"]
 
-LevelKind = Literal["uniform", "codebook"]
+LevelKind = Literal["uniform", "codebook", "int4"]
 
 _LLOYD_STEPS = 40
 _KEPT = 2  # Lloyd solutions whose values are moved to int8

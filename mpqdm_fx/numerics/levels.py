@@ -16,6 +16,7 @@ from mpqdm_fx.numerics.grids import (
     round_scale,
     uniform_levels,
 )
+from mpqdm_fx.numerics.int4 import INT4_BITS, int4_levels, quantize_int4
 
 __all__ = ["ColumnSnapper", "RowLevels"]
 
@@ -47,7 +48,8 @@ class RowLevels:
         Args:
             W: Weight rows [O, K].
             bits: int64 [O], 1 to 8.
-            kind: `"uniform"`, or `"codebook"` for fitted levels in rows of at most 4 bits.
+            kind: `"uniform"`, `"codebook"` for fitted levels in rows of at most 4 bits, or
+                `"int4"` for the integers -8..7 in rows of 4 bits.
             importance: Error weights [K] or [O, K].
 
         Raises:
@@ -57,6 +59,15 @@ class RowLevels:
         widths = check_bits(bits, len(W))
         if kind == "uniform" or not bool((widths <= CODEBOOK_MAX_BITS).any()):
             return cls(bits=widths, scale=quantize_uniform(W, widths, importance)[1], tables=None)
+        if kind == "int4":
+            four = widths == INT4_BITS
+            scale = quantize_int4(W, widths, importance)[1]
+            plain = cls(bits=widths, scale=scale, tables=None)
+            if not bool(four.any()):
+                return plain
+            tables = plain._as_tables()
+            tables[four.to(tables.device)] = int4_levels().to(tables)
+            return replace(plain, tables=tables)
         codes, scale = quantize_codebook(W, widths, importance)
         return cls(bits=widths, scale=scale, tables=_tables_of(codes, widths))
 

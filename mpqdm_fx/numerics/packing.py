@@ -14,6 +14,7 @@ from torch import Tensor
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.numerics.codebook import LevelKind, code_ranks, codebook_tables
 from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, MAX_BITS, check_bits
+from mpqdm_fx.numerics.int4 import INT4_BITS, snap_int4
 
 __all__ = [
     "SCALE_BITS",
@@ -78,7 +79,7 @@ def storage_bits(shape: tuple[int, int], bits: Tensor, levels: LevelKind) -> Sto
     Args:
         shape: (channels, weights a channel).
         bits: int64 [O], 1 to 8 each.
-        levels: ``"uniform"`` or ``"codebook"``.
+        levels: ``"uniform"``, ``"codebook"`` or ``"int4"``.
 
     Returns:
         Bits by kind.
@@ -243,6 +244,8 @@ def unpack_layer(
         position += size
         if levels == "codebook" and width <= CODEBOOK_MAX_BITS:
             codes[members] = tables[members].gather(1, index.to(torch.int64))
+        elif levels == "int4" and width == INT4_BITS:
+            codes[members] = (index.to(torch.int16) - 8).to(torch.int8)
         elif width == MAX_BITS:
             if bool((index == 255).any()):
                 raise ArtifactError("codes: 8-bit index 255 is no level; the file is corrupted")
@@ -258,6 +261,14 @@ def _level_index(codes: Tensor, width: int, levels: LevelKind, channels: Tensor)
         return code_ranks(codes, torch.full((len(codes),), width))
     top = 127 if width == MAX_BITS else 2**width - 1
     wide = codes.to(torch.int16)
+    if levels == "int4" and width == INT4_BITS:
+        outside = (snap_int4(codes.float()) != codes).any(dim=1)
+        if bool(outside.any()):
+            raise ConfigError(
+                f"codes of channel {int(channels[outside][0])} are not within -8..7; quantize "
+                "with quantize_int4"
+            )
+        return (wide + 8).to(torch.uint8)
     legal = wide.abs() <= top
     if width < MAX_BITS:
         legal &= wide.bitwise_and(1) == 1

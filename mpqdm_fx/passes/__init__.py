@@ -14,6 +14,7 @@ from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.passes.drop_unit_factors import DropUnitFactors
 from mpqdm_fx.passes.fold_batch_norm import FoldBatchNorm
 from mpqdm_fx.passes.fold_constants import FoldConstants
+from mpqdm_fx.passes.linearize_pointwise import LinearizePointwise
 from mpqdm_fx.passes.normalize_padding import NormalizePadding
 from mpqdm_fx.passes.pin_layouts import PinLayouts
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
@@ -21,6 +22,7 @@ from mpqdm_fx.passes.requantize_copies import RequantizeCopies
 from mpqdm_fx.passes.reshape_unit_axes import ReshapeUnitAxes
 from mpqdm_fx.passes.round_weights import RoundWeights
 from mpqdm_fx.passes.split_geglu import SplitGeglu
+from mpqdm_fx.passes.split_mixed_rows import SplitMixedRows
 from mpqdm_fx.passes.split_skip_concat import SplitSkipConcat
 from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
 from mpqdm_fx.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
@@ -40,6 +42,7 @@ __all__ = [
     "DropUnitFactors",
     "FoldBatchNorm",
     "FoldConstants",
+    "LinearizePointwise",
     "NormalizePadding",
     "PinLayouts",
     "QuantizeActivations",
@@ -47,6 +50,7 @@ __all__ = [
     "ReshapeUnitAxes",
     "RoundWeights",
     "SplitGeglu",
+    "SplitMixedRows",
     "SplitSkipConcat",
     "UnshareDequantize",
     "UnshareDynamicQuantizers",

@@ -16,10 +16,13 @@ from mpqdm_fx.errors import CalibrationError, DialectError
 from mpqdm_fx.graph.base import GraphPass
 from mpqdm_fx.graph.layers import replace_module, weight_layers, weight_rows
 from mpqdm_fx.numerics.codebook import quantize_codebook
+from mpqdm_fx.numerics.int4 import INT4_BITS, quantize_int4
 from mpqdm_fx.numerics.grids import dequantize, quantize_uniform
 from mpqdm_fx.plan import BitPlan, LayerPlan
 
 __all__ = ["RoundWeights", "install_codes"]
+
+_QUANTIZE = {"uniform": quantize_uniform, "codebook": quantize_codebook, "int4": quantize_int4}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -99,8 +102,7 @@ class RoundWeights(GraphPass):
                 f"{planned.name} ({planned.kind}): its weight (shape {planned.shape}) holds NaN "
                 f"or infinity; repair the checkpoint"
             )
-        quantize = quantize_codebook if planned.levels == "codebook" else quantize_uniform
-        codes, scale = quantize(rows, planned.bits_tensor(), self.importance.get(planned.name))
+        codes, scale = _QUANTIZE[planned.levels](rows, planned.bits_tensor(), self.importance.get(planned.name))
         return codes.reshape(planned.shape), scale
 
 
@@ -139,8 +141,12 @@ def _is_rounded(module: nn.Module, planned: LayerPlan) -> bool:
         return False
     widths = planned.bits_tensor()
     top = torch.where(widths == 8, 127, 2**widths - 1)
-    if planned.levels == "uniform":
-        odd_where_narrow = ((rows.int() % 2 != 0) | (widths == 8)[:, None]).all()
-        return bool(odd_where_narrow and (rows.int().abs() <= top[:, None]).all())
+    if planned.levels != "codebook":
+        balanced = (rows.int() % 2 != 0) | (widths == 8)[:, None]
+        legal = balanced & (rows.int().abs() <= top[:, None])
+        if planned.levels == "int4":
+            fits = (rows >= -8) & (rows <= 7)
+            legal = torch.where((widths == INT4_BITS)[:, None], fits, legal)
+        return bool(legal.all())
     distinct = torch.tensor([row.unique().numel() for row in rows])
     return bool((distinct <= 2**widths).all())

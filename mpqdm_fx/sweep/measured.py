@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpqdm_fx.calibration.allocate import Limits, float_tensors
+from mpqdm_fx.calibration.allocate import Limits, even_levels, float_tensors
 from mpqdm_fx.calibration.pinning import pinned_layers
 from mpqdm_fx.calibration.sensitivity import measure_sensitivity
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
-from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.config import Levels, MPQConfig
+from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.numerics.budget import allocate_budget
 from mpqdm_fx.numerics.packing import storage_bits
 from mpqdm_fx.plan import LayerPlan
@@ -110,11 +110,15 @@ def solve_budget(
             kind=type(layers[cost.name].module).__name__,
             shape=tuple(layers[cost.name].weight.shape),
             bits=tuple(choice.bits.tolist()),
-            levels=choice.levels,
+            levels=_levels(layers[cost.name], choice.levels, settings),
             reason=limits.fixed[cost.name][1] if cost.name in limits.fixed else None,
         )
         for cost, choice in zip(costs, choices, strict=True)
     }
+
+
+def _levels(layer: WeightLayer, chosen: Levels, settings: MPQConfig) -> Levels:
+    return even_levels(layer, settings) if chosen == "uniform" else chosen
 
 
 def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limits) -> int:

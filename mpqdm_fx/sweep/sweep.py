@@ -20,7 +20,13 @@ from mpqdm_fx.activations import (
     NoiseLevels,
     placeholder_activations,
 )
-from mpqdm_fx.calibration.allocate import Limits, check_weight, decide_layer, fixed_plan
+from mpqdm_fx.calibration.allocate import (
+    Limits,
+    check_weight,
+    decide_layer,
+    even_levels,
+    fixed_plan,
+)
 from mpqdm_fx.calibration.pinning import FIRST_LAYER, LAST_LAYER, pinned_layers
 from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
 from mpqdm_fx.config import ActivationMode, MPQConfig
@@ -329,7 +335,8 @@ class Sweep:
         if self._plans is not None and layer.name in self._plans:
             return self._plans[layer.name]
         if layer.name in self.limits.fixed:
-            return fixed_plan(layer, *self.limits.fixed[layer.name])
+            levels = even_levels(layer, self.settings)
+            return fixed_plan(layer, *self.limits.fixed[layer.name], levels)
         return None
 
     def _data(self, twin: fx.Node, pending: _Pending) -> LayerData:

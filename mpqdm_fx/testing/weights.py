@@ -133,7 +133,7 @@ def bit_plans(
                 kind=type(layer.module).__name__,
                 shape=tuple(weight.shape),
                 bits=tuple(bits.tolist()),
-                levels=draw(st.sampled_from(["uniform", "codebook"])),
+                levels=draw(st.sampled_from(["uniform", "codebook", "int4"])),
             )
         )
     return BitPlan(layers=tuple(plans))

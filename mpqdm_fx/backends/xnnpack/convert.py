@@ -1,6 +1,6 @@
 """From a rounded graph to one that ExecuTorch's XNNPACK partitioner handles right."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -9,6 +9,7 @@ from mpqdm_fx.activations import Activation, KernelActivation
 from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_calls
 from mpqdm_fx.backends.pt2e import convert_pt2e_graph
 from mpqdm_fx.backends.xnnpack.activations import runnable_activations, split_activations
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit, four_bit_convolutions, split_mixed_layers
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.passes.cast_early import CastEarly
 from mpqdm_fx.passes.decompose_attention import DecomposeAttention
@@ -18,6 +19,7 @@ from mpqdm_fx.passes.decompose_upsample import DecomposeUpsample
 from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.passes.drop_unit_factors import DropUnitFactors
 from mpqdm_fx.passes.fold_constants import FoldConstants
+from mpqdm_fx.passes.linearize_pointwise import LinearizePointwise
 from mpqdm_fx.passes.normalize_padding import NormalizePadding
 from mpqdm_fx.passes.pin_layouts import PinLayouts
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
@@ -60,7 +62,7 @@ REMEDIES = Pipeline(
 
 
 def decomposed(
-    rounded: fx.GraphModule, ranges: Mapping[str, Activation]
+    rounded: fx.GraphModule, ranges: Mapping[str, Activation], *, four_bit: FourBit = "whole"
 ) -> tuple[fx.GraphModule, dict[str, KernelActivation], dict[str, str]]:
     """Write the graph in ops that XNNPACK knows, with weights and biases that its kernels can hold.
 
@@ -70,6 +72,7 @@ def decomposed(
     Args:
         rounded: Module-level graph after rounding; it is not changed.
         ranges: Activation by layer.
+        four_bit: Which weights are stored at four bits.
 
     Returns:
         The graph; the activations of its int8 layers, with those of layers that were split; and the
@@ -80,6 +83,11 @@ def decomposed(
     """
     written = DECOMPOSE(rounded).graph_module
     runnable, floats = runnable_activations(written, ranges)
+    if four_bit != "never":
+        pointwise = four_bit_convolutions(written, runnable)
+        written = LinearizePointwise(layers=pointwise)(written).graph_module
+    if four_bit == "split":
+        written, runnable = split_mixed_layers(written, runnable)
     static, dynamic = split_activations(runnable)
     plain, static = split_calls(written, static)
     return round_biases(fit_channels(plain, static), static), {**static, **dynamic}, floats
@@ -102,7 +110,10 @@ def quantized_graph(
 
 
 def converted_graph(
-    plain: fx.GraphModule, ranges: Mapping[str, KernelActivation], inputs: Sequence[Any]
+    plain: fx.GraphModule,
+    ranges: Mapping[str, KernelActivation],
+    inputs: Sequence[Any],
+    four_bit: Collection[str] = (),
 ) -> fx.GraphModule:
     """Convert to int8 weights and q/dq ops, and see to what the partitioner would mishandle.
 
@@ -110,6 +121,8 @@ def converted_graph(
         plain: From `decomposed`.
         ranges: From `decomposed`.
         inputs: Example inputs in order; the result takes their shapes only.
+        four_bit: Layers whose weights are stored at four bits (`four_bit_layers`).
     """
-    result: fx.GraphModule = REMEDIES(convert_pt2e_graph(plain, ranges, inputs)).graph_module
+    converted = convert_pt2e_graph(plain, ranges, inputs, four_bit=four_bit)
+    result: fx.GraphModule = REMEDIES(converted).graph_module
     return result

@@ -11,7 +11,17 @@ from torch import fx
 
 from mpqdm_fx.errors import LoweringError
 
-__all__ = ["delegation", "edge_graph", "root_logger_kept", "runnable", "to_edge", "to_program"]
+__all__ = [
+    "delegation",
+    "edge_graph",
+    "move_weights_out",
+    "root_logger_kept",
+    "runnable",
+    "to_edge",
+    "to_program",
+]
+
+_EXTERNAL = "weights"  # tag of constants that go into a file of their own, and its stem
 
 
 def to_edge(
@@ -91,10 +101,25 @@ def _watching_pass(watch: Callable[[torch.export.ExportedProgram], None]) -> Any
     return Watch()
 
 
-def to_program(edge: Any) -> Any:
-    """Plan memory and serialise."""
+def move_weights_out(exported: torch.export.ExportedProgram) -> None:
+    """Mark all constants of a program, in place, to be written to a data file of their own.
+
+    ExecuTorch's own pass for this marks an unlifted graph before it is exported again; there the
+    marks of frozen int8 weights are lost (1.4.1).
+    """
+    inputs = set(exported.graph_signature.user_inputs)
+    for node in exported.graph.find_nodes(op="placeholder"):
+        if node.name not in inputs:
+            node.meta["custom"] = {"delegate_constant_tag": _EXTERNAL}
+
+
+def to_program(edge: Any, *, external_weights: bool = False) -> Any:
+    """Plan memory and serialise; with `external_weights` after `move_weights_out`."""
+    from executorch.exir import ExecutorchBackendConfig
+
+    constants = (lambda node: _EXTERNAL) if external_weights else False
     try:
-        return edge.to_executorch()
+        return edge.to_executorch(ExecutorchBackendConfig(external_constants=constants))
     except Exception as error:
         refused = {name for method in edge.methods for name in delegation(edge, method)["refusals"]}
         left = sorted(name for name in refused if "quantize" in name)

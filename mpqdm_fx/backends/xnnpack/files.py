@@ -1,4 +1,4 @@
-"""Write a `.pte` so that it appears only when it was found to be right."""
+"""Write files so that they appear only when they were found to be right."""
 
 import contextlib
 import os
@@ -7,28 +7,54 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["written"]
+__all__ = ["replacing", "written"]
 
 
 @contextlib.contextmanager
-def written(program: Any, path: Path) -> Iterator[Path]:
-    """Write a program beside `path`; rename it when the block is through, else remove it.
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty file beside `path` that takes its place when the block is through, else goes.
 
     Args:
-        program: ExecuTorch's program manager.
         path: Where the file is to be; its folder is made.
 
     Yields:
-        The file under its temporary name, to be tried.
+        The file under its temporary name, to be filled.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
     part = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            program.write_to_file(file)
         yield part
         part.chmod(0o644)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written(program: Any, path: Path, weights: Path | None = None) -> Iterator[tuple[Path, ...]]:
+    """Write a program beside `path`; rename it when the block is through, else remove it.
+
+    Args:
+        program: ExecuTorch's program manager.
+        path: Where the file is to be; its folder is made.
+        weights: Where its weights are to be, if they are in a file of their own.
+
+    Yields:
+        The file under its temporary name, to be tried; then that of the weights, if there are any.
+    """
+    with contextlib.ExitStack() as stack:
+        # Left in reverse order: no program appears before its weights.
+        part = stack.enter_context(replacing(path))
+        with part.open("wb") as file:
+            program.write_to_file(file)
+        if weights is None:
+            yield (part,)
+            return
+        data = stack.enter_context(replacing(weights))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=weights.parent))
+        program.write_tensor_data_to_file(folder)
+        (found,) = Path(folder).iterdir()
+        found.replace(data)
+        yield part, data

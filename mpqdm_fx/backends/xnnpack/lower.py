@@ -17,12 +17,24 @@ from torch import Tensor, fx
 from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.pt2e import export_graph
 from mpqdm_fx.backends.xnnpack.doctor import refuse_fragments
-from mpqdm_fx.backends.xnnpack.edge import delegation, runnable, to_edge, to_program
+from mpqdm_fx.backends.xnnpack.edge import (
+    delegation,
+    move_weights_out,
+    runnable,
+    to_edge,
+    to_program,
+)
 from mpqdm_fx.backends.xnnpack.files import written
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.method import Method, argument_names
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
-from mpqdm_fx.backends.xnnpack.runner import TensorSpec, XnnpackRunner, require_executorch
+from mpqdm_fx.backends.xnnpack.runner import (
+    TensorSpec,
+    XnnpackRunner,
+    require_executorch,
+    weights_path,
+)
 from mpqdm_fx.backends.xnnpack.stages import Stages
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
 from mpqdm_fx.graph.layers import weight_layers
@@ -42,6 +54,8 @@ def lower_xnnpack(
     *,
     max_delegates: int | None = None,
     observe: Callable[[ProgramGraphs], None] | None = None,
+    external_weights: bool = False,
+    four_bit: FourBit = "whole",
 ) -> XnnpackProgram:
     """Lower a rounded graph to an int8 `.pte`, write it and execute it once.
 
@@ -59,6 +73,11 @@ def lower_xnnpack(
         path: File to write. It appears only if the program ran with the right numbers.
         max_delegates: Refuse a program of more subgraphs; None takes any number.
         observe: Called, once the file is written, with the graphs that it was made of.
+        external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
+        four_bit: Which weights are stored at four bits: `"never"` any; `"whole"`: those of linear
+            layers and 1x1 convolutions with dynamic activations whose codes are all within -8..7;
+            `"split"`: also those of layers of which only some channels are, cut from the others by
+            `SplitMixedRows`, for fewer bytes but more time.
 
     Returns:
         What was written and measured.
@@ -70,12 +89,15 @@ def lower_xnnpack(
             too many delegates (all that stays out is named), or it computes other numbers than the
             fake-quantized graph.
     """
+    check_four_bit(four_bit)
     require_executorch()
     with Stages() as stage, torch.no_grad():
         stage("decompose")
-        method = Method(rounded, example_inputs, ranges)
+        method = Method(rounded, example_inputs, ranges, four_bit=four_bit)
         edges: list[fx.GraphModule] | None = None if observe is None else []
-        result = _lower({_FORWARD: method}, Path(path), stage, max_delegates, edges)[_FORWARD]
+        result = _lower(
+            {_FORWARD: method}, Path(path), stage, max_delegates, external_weights, edges
+        )[_FORWARD]
     if observe is not None and edges and method.quantized is not None:
         observe(
             ProgramGraphs(
@@ -92,6 +114,7 @@ def lower_xnnpack_float(
     path: str | Path,
     *,
     max_delegates: int | None = None,
+    external_weights: bool = False,
 ) -> XnnpackProgram:
     """Lower a float graph to an fp32 `.pte`, write it and execute it once: the baseline.
 
@@ -100,6 +123,7 @@ def lower_xnnpack_float(
         example_inputs: Inputs of `graph`, by name or in order.
         path: File to write. It appears only if the program ran with the right numbers.
         max_delegates: Refuse a program of more subgraphs; None takes any number.
+        external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
 
     Raises:
         LoweringError: ExecuTorch is missing or failed, the program would have too many delegates,
@@ -109,7 +133,7 @@ def lower_xnnpack_float(
     with Stages() as stage, torch.no_grad():
         stage("decompose")
         methods = {_FORWARD: Method(graph, example_inputs)}
-        return _lower(methods, Path(path), stage, max_delegates)[_FORWARD]
+        return _lower(methods, Path(path), stage, max_delegates, external_weights)[_FORWARD]
 
 
 def lower_methods(
@@ -119,6 +143,7 @@ def lower_methods(
     *,
     ranges: Mapping[str, Activation] | None = None,
     max_delegates: int | None = None,
+    external_weights: bool = False,
 ) -> dict[str, XnnpackProgram]:
     """Lower several graphs to one `.pte`, write it and execute every method once.
 
@@ -135,6 +160,7 @@ def lower_methods(
         ranges: Activation by layer name; None for a float program. A layer's name stands for that
             layer in every method.
         max_delegates: Refuse a method of more subgraphs; None takes any number.
+        external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
 
     Returns:
         What was written and measured, by method. All have the one path; `bytes` is the whole
@@ -158,7 +184,7 @@ def lower_methods(
             own = {layer: chosen for layer, chosen in (ranges or {}).items() if layer in layers}
             methods[name] = Method(graph, inputs, own or None)
             values.update(methods[name].named_outputs)
-        return _lower(methods, Path(path), stage, max_delegates)
+        return _lower(methods, Path(path), stage, max_delegates, external_weights)
 
 
 def _lower(
@@ -166,6 +192,7 @@ def _lower(
     path: Path,
     stage: Stages,
     max_delegates: int | None,
+    external_weights: bool,
     edges: list[fx.GraphModule] | None = None,
 ) -> dict[str, XnnpackProgram]:
     """Lower, write beside `path`, execute, compare, and only then rename.
@@ -177,23 +204,30 @@ def _lower(
     if max_delegates is not None:
         for name, program in exported.items():
             refuse_fragments(name, program, max_delegates)
+    weights = weights_path(path) if external_weights else None
+    if weights is not None:
+        for program in exported.values():
+            move_weights_out(program)
     stage("lower")
     watch = None if edges is None else lambda program: edges.append(runnable(program))
     edge = to_edge(exported, watch=watch)
     stage("serialise")
     measured = {}
-    with written(to_program(edge), path) as part:
+    program = to_program(edge, external_weights=external_weights)
+    with written(program, path, weights) as parts:
         stage("execute")
         for name, method in methods.items():
-            found = _execute(part, path.name, name, method)
+            found = _execute(parts, path.name, name, method)
             measured[name] = method.expected.check(path, found, method.output_scale)
-        size = part.stat().st_size
+        sizes = [part.stat().st_size for part in parts]
     result = {}
     for name, method in methods.items():
         sqnr, steps = measured[name]
         result[name] = XnnpackProgram(
             path=path,
-            bytes=size,
+            bytes=sizes[0],
+            weights_path=weights,
+            weights_bytes=sum(sizes[1:]),
             inputs=tuple(_spec(*entry) for entry in method.named_inputs),
             outputs=tuple(_spec(*entry) for entry in method.named_outputs.items()),
             output_scale=method.output_scale,
@@ -202,19 +236,22 @@ def _lower(
             reference_sqnr_db=method.expected.quality_db,
             float_layers=method.floats,
             seconds=stage.seconds,
+            four_bit_layers=method.four_bit,
+            eight_bit_layers=method.eight_bit,
             **delegation(edge, name),
         )
         logger.info(
             "%s, method %s: %d bytes, %d delegates, %d nodes delegated and %d not, %.1f dB against "
-            "the graph", path, name, size, result[name].subgraphs, result[name].delegated,
+            "the graph", path, name, sum(sizes), result[name].subgraphs, result[name].delegated,
             result[name].undelegated, sqnr,
         )  # fmt: skip
     return result
 
 
-def _execute(part: Path, file: str, name: str, method: Method) -> list[Tensor]:
+def _execute(parts: Sequence[Path], file: str, name: str, method: Method) -> list[Tensor]:
     try:
-        return list(XnnpackRunner(part, name)(*method.inputs))
+        weights = parts[1] if len(parts) > 1 else None
+        return list(XnnpackRunner(parts[0], name, weights=weights)(*method.inputs))
     except (ArtifactError, LoweringError) as error:
         told = file if name == _FORWARD else f"{file}, method {name!r}"
         raise LoweringError(

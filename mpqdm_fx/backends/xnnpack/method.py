@@ -14,6 +14,7 @@ from mpqdm_fx.backends.xnnpack.convert import (
     decomposed,
     quantized_graph,
 )
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit, four_bit_layers
 from mpqdm_fx.backends.xnnpack.reference import Reference
 from mpqdm_fx.backends.xnnpack.runner import flat_inputs, sorted_entries
 from mpqdm_fx.errors import LoweringError
@@ -31,6 +32,7 @@ class Method:
         graph: Module-level graph; it is not changed.
         example_inputs: Its inputs, by name or in order.
         ranges: Activation by layer name, for int8; None for float.
+        four_bit: Which weights are stored at four bits.
 
     Attributes:
         inputs: The inputs in order, contiguous.
@@ -38,6 +40,8 @@ class Method:
         lowered: What is exported: ops that XNNPACK knows, with int8 weights and q/dq ops.
         expected: What the program has to compute.
         floats: Layers that stay in float for want of a kernel, with the reason.
+        four_bit: Layers whose weights are stored at four bits.
+        eight_bit: Layers of at most 16 levels that are stored at eight bits, with the reason.
 
     Raises:
         ConfigError: `ranges` names a layer that is not rounded.
@@ -49,19 +53,25 @@ class Method:
         graph: fx.GraphModule,
         example_inputs: Mapping[str, Any] | Sequence[Any],
         ranges: Mapping[str, Activation] | None = None,
+        *,
+        four_bit: FourBit = "whole",
     ) -> None:
         _refuse_conv3d(graph)
         self.graph, self.inputs = graph, positional(example_inputs)
         self.floats: dict[str, str] = {}
         self.quantized: fx.GraphModule | None = None
+        self.four_bit: tuple[str, ...] = ()
+        self.eight_bit: dict[str, str] = {}
         if ranges is None:
             self.lowered = _without_codes(DECOMPOSE(graph).graph_module)
             self.expected = Reference.of_float(graph, self.inputs)
             return
-        plain, runnable, self.floats = decomposed(graph, ranges)
+        plain, runnable, self.floats = decomposed(graph, ranges, four_bit=four_bit)
         self.quantized = quantized_graph(plain, runnable)
         self.expected = Reference.of_quantized(graph, self.quantized, self.inputs)
-        self.lowered = converted_graph(plain, runnable, self.inputs)
+        if four_bit != "never":
+            self.four_bit, self.eight_bit = four_bit_layers(plain, runnable)
+        self.lowered = converted_graph(plain, runnable, self.inputs, self.four_bit)
 
     @property
     def named_inputs(self) -> list[tuple[str, Tensor]]:

@@ -1,7 +1,7 @@
 """What a lowering wrote and measured."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ class XnnpackProgram:
         float_layers: Layers whose activations were to be chosen at run time but for which XNNPACK
             has no such kernel, with the reason; they run in float with their rounded weights.
         seconds: Wall time of the lowering.
+        four_bit_layers: Linear layers whose weights are stored at four bits.
+        eight_bit_layers: Layers of at most 16 levels a channel whose weights are stored at eight
+            bits all the same, with the reason.
+        weights_path: File of the weights, where they are in one of their own.
+        weights_bytes: Size of that file; 0 without.
     """
 
     path: Path
@@ -48,8 +53,14 @@ class XnnpackProgram:
     reference_sqnr_db: float | None
     float_layers: Mapping[str, str]
     seconds: float
+    four_bit_layers: tuple[str, ...] = ()
+    eight_bit_layers: Mapping[str, str] = field(default_factory=dict)
+    weights_path: Path | None = None
+    weights_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the path is left to its file name."""
-        plain = {"refusals": dict(self.refusals), "float_layers": dict(self.float_layers)}
-        return {**asdict(self), "path": self.path.name, **plain}
+        names = ("refusals", "float_layers", "eight_bit_layers")
+        plain = {name: dict(getattr(self, name)) for name in names}
+        weights = None if self.weights_path is None else self.weights_path.name
+        return {**asdict(self), "path": self.path.name, "weights_path": weights, **plain}

@@ -9,9 +9,8 @@ from torch import fx
 
 from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.pt2e import export_graph
-from mpqdm_fx.backends.xnnpack.convert import converted_graph, decomposed, quantized_graph
 from mpqdm_fx.backends.xnnpack.edge import edge_graph
-from mpqdm_fx.backends.xnnpack.method import positional
+from mpqdm_fx.backends.xnnpack.method import Method
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 
 __all__ = ["ProgramGraphs"]
@@ -49,13 +48,12 @@ class ProgramGraphs:
             ConfigError, LoweringError: As of `lower_xnnpack`.
         """
         require_executorch()
-        inputs = positional(example_inputs)
         with torch.no_grad():
-            plain, runnable, _ = decomposed(rounded, ranges)
-            converted = converted_graph(plain, runnable, inputs)
+            method = Method(rounded, example_inputs, ranges)
+            assert method.quantized is not None
             return cls(
-                decomposed=quantized_graph(plain, runnable),
-                converted=converted,
-                edge=edge_graph(export_graph(converted, inputs)),
-                inputs=inputs,
+                decomposed=method.quantized,
+                converted=method.lowered,
+                edge=edge_graph(export_graph(method.lowered, method.inputs)),
+                inputs=method.inputs,
             )

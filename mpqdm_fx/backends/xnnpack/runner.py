@@ -1,6 +1,6 @@
 """Run a `.pte` through ExecuTorch's runtime, from Python."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mpqdm_fx.backends.xnnpack.compressed import SUFFIX, expand_program
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
 
-__all__ = ["TensorSpec", "XnnpackRunner", "flat_inputs", "require_executorch", "sorted_entries"]
+__all__ = [
+    "TensorSpec",
+    "XnnpackRunner",
+    "flat_inputs",
+    "require_executorch",
+    "sorted_entries",
+    "weights_path",
+]
 
 # c10::ScalarType, as the runtime reports it.
 _DTYPES = {
@@ -89,41 +97,45 @@ def sorted_entries(value: Any) -> Any:
     return value
 
 
+def weights_path(path: Path) -> Path:
+    """Where the weights of a program are if they have a file of their own: `<stem>.ptd`."""
+    return path.with_suffix(".ptd")
+
+
 class XnnpackRunner:
     """A loaded `.pte`, callable.
 
     Args:
-        path: File written by `lower_xnnpack`, `lower_xnnpack_float` or `lower_methods`.
+        path: File written by `lower_xnnpack`, `lower_xnnpack_float` or `lower_methods`, or by
+            `compress_program`: then it is expanded once to a file beside it.
         method: Which method of it to run.
+        weights: File of its weights, plain or compressed; default `<stem>.ptd` or `<stem>.ptd.xz`
+            beside `path` if there is one.
 
     Raises:
         LoweringError: ExecuTorch is not installed.
         ArtifactError: The file is missing, damaged, or cannot be loaded by this runtime.
     """
 
-    def __init__(self, path: str | Path, method: str = "forward") -> None:
+    def __init__(
+        self, path: str | Path, method: str = "forward", *, weights: str | Path | None = None
+    ) -> None:
         require_executorch()
-        from executorch.runtime import Runtime, Verification
-
         self.path = Path(path)
         if not self.path.is_file():
             raise ArtifactError(f"{self.path} does not exist")
+        data = _weights_of(self.path) if weights is None else Path(weights)
         try:
-            program = Runtime.get().load_program(
-                self.path, verification=Verification.InternalConsistency
-            )
-            loaded = program.load_method(method) if method in program.method_names else None
+            names, execute, meta = _load(_plain(self.path), method, _plain(data))
         except RuntimeError as error:
             raise ArtifactError(
                 f"{self.path} cannot be loaded by ExecuTorch: {error}; it is damaged, or made by "
                 f"another version"
             ) from error
-        if loaded is None:
-            names = ", ".join(sorted(program.method_names))
-            raise ArtifactError(f"{self.path} holds no method `{method}`; it has {names}")
-        # The program owns the memory of the method.
-        self._program, self._method = program, loaded
-        meta = loaded.metadata
+        if execute is None:
+            listed = ", ".join(sorted(names))
+            raise ArtifactError(f"{self.path} holds no method `{method}`; it has {listed}")
+        self._execute = execute
         self._inputs = [meta.input_tensor_meta(i) for i in range(meta.num_inputs())]
         self._dtypes = [_DTYPES[tensor.dtype()] for tensor in self._inputs]
 
@@ -162,6 +174,47 @@ class XnnpackRunner:
                 )
             tensors.append(tensor.detach().to(self._dtypes[position]).contiguous())
         try:
-            return tuple(self._method.execute(tensors))
+            return tuple(self._execute(tensors))
         except RuntimeError as error:
             raise LoweringError(f"{self.path.name} failed at run time: {error}") from error
+
+
+def _weights_of(path: Path) -> Path | None:
+    """The file of weights beside a program, if there is one."""
+    plain = weights_path(path.with_suffix("") if path.suffix == SUFFIX else path)
+    candidates = (plain, plain.with_name(plain.name + SUFFIX))
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _plain(path: Path | None) -> Path | None:
+    return expand_program(path) if path is not None and path.suffix == SUFFIX else path
+
+
+def _load(
+    path: Path | None, method: str, weights: Path | None
+) -> tuple[set[str], Callable[[list[Tensor]], Any] | None, Any]:
+    """Names of a program's methods, and how to execute one of them with what it takes."""
+    if weights is None:
+        from executorch.runtime import Runtime, Verification
+
+        program = Runtime.get().load_program(path, verification=Verification.InternalConsistency)
+        if method not in program.method_names:
+            return program.method_names, None, None
+        loaded = program.load_method(method)
+
+        def execute(tensors: list[Tensor], program: Any = program) -> Any:
+            return loaded.execute(tensors)  # the program owns the memory of the method
+
+        return program.method_names, execute, loaded.metadata
+    # ExecuTorch's public `Runtime` takes no data file (1.4.1); this is what it is made of.
+    from executorch.extension.pybindings.portable_lib import _load_for_executorch
+
+    module = _load_for_executorch(str(path), str(weights))
+    names = set(module.method_names())
+    if method not in names:
+        return names, None, None
+
+    def run(tensors: list[Tensor]) -> Any:
+        return module.run_method(method, tensors)
+
+    return names, run, module.method_meta(method)

@@ -1,0 +1,90 @@
+"""Compressed programs expand to the same bytes, once, or not at all."""
+
+import lzma
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpqdm_fx.backends.xnnpack import compressed
+from mpqdm_fx.backends.xnnpack.compressed import compress_program, expand_program
+from mpqdm_fx.errors import ArtifactError
+
+
+@given(content=st.binary(max_size=300), repeats=st.integers(1, 50))
+def test_expanded_bytes_are_those_compressed(tmp_path_factory, content, repeats):
+    folder = tmp_path_factory.mktemp("files")
+    path = folder / "net.pte"
+    path.write_bytes(content * repeats)
+    packed = compress_program(path)
+    assert packed == folder / "net.pte.xz"
+    assert expand_program(packed).read_bytes() == content * repeats
+    assert path.read_bytes() == content * repeats
+
+
+def program(folder, seed=0, levels=16):
+    path = folder / "net.pte"
+    codes = np.random.default_rng(seed).integers(0, levels, 50_000, dtype=np.int8)
+    path.write_bytes(codes.tobytes())
+    return path
+
+
+@pytest.mark.parametrize(("levels", "most"), [(4, 2.4), (8, 3.4), (16, 4.25)])
+def test_codes_of_few_levels_take_about_their_own_bits(levels, most, tmp_path):
+    packed = compress_program(program(tmp_path, levels=levels))
+    assert 8 * packed.stat().st_size / 50_000 < most
+
+
+def test_a_file_is_expanded_once_and_anew_when_it_changes(tmp_path, monkeypatch):
+    packed = compress_program(program(tmp_path))
+    first = expand_program(packed)
+    with monkeypatch.context() as patch:
+        patch.setattr(compressed.lzma, "open", None)  # a second expansion would call it
+        assert expand_program(packed) == first
+    compress_program(program(tmp_path, seed=1))
+    second = expand_program(packed)
+    assert second != first
+    assert second.read_bytes() == (tmp_path / "net.pte").read_bytes()
+    assert not first.exists()
+
+
+def test_expansion_can_be_kept_elsewhere(tmp_path):
+    packed = compress_program(program(tmp_path))
+    (tmp_path / "cache").mkdir()
+    plain = expand_program(packed, tmp_path / "cache")
+    assert plain.parent == tmp_path / "cache"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "net.pte", "net.pte.xz"]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "no xz"])
+def test_damage_is_found_and_leaves_nothing_behind(damage, tmp_path):
+    packed = compress_program(program(tmp_path))
+    content = bytearray(packed.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    packed.write_bytes(
+        {"flipped": content, "truncated": content[:-40], "no xz": b"not compressed"}[damage]
+    )
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(ArtifactError, match="damaged or truncated"):
+        expand_program(packed)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_content_is_held_by_sha256(tmp_path):
+    packed = compress_program(program(tmp_path))
+    with lzma.open(packed) as file:
+        file.read(1)
+    decompressor = lzma.LZMADecompressor()
+    decompressor.decompress(packed.read_bytes())
+    assert decompressor.check == lzma.CHECK_SHA256
+
+
+def test_names_are_checked(tmp_path):
+    with pytest.raises(ArtifactError, match="does not exist"):
+        compress_program(tmp_path / "none.pte")
+    with pytest.raises(ArtifactError, match="does not exist"):
+        expand_program(tmp_path / "none.pte.xz")
+    with pytest.raises(ArtifactError, match="ends in"):
+        compress_program(program(tmp_path), tmp_path / "net.zip")
