@@ -150,7 +150,8 @@ def test_unet_is_one_delegate_and_computes_the_graph(make, form, tmp_path):
         "aten_embedding_default",
     }
     assert program.subgraphs == 1
-    assert program.float_layers == {}
+    # XNNPACK has no dynamic kernel for a convolution of one input channel
+    assert set(program.float_layers) <= ({"conv_in"} if make is digits else set())
     if form == "float":
         assert program.sqnr_db > 100
         return
