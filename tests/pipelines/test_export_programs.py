@@ -43,8 +43,8 @@ OPTIONS = {
 class Converted(torch.nn.Module):
     """A quantized part as it was lowered.
 
-    Static: the converted graph, with int8 weights, int32 biases and q/dq ops. Dynamic: the graph with
-    ranges as XNNPACK's kernels choose them, because the converted one has a range per tensor.
+    Static: the converted graph, with int8 weights, int32 biases and q/dq ops. Dynamic: the graph
+    with ranges as XNNPACK's kernels choose them, because the converted one has a range per tensor.
     """
 
     def __init__(self, quantized):
