@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, default=Path("hoisting"))
     parser.add_argument("--mode", choices=("float", "static", "dynamic"), default="float")
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--count-only", action="store_true")
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
