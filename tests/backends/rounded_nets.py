@@ -1,5 +1,7 @@
 """Small nets in the rounded dialect, and ranges for them: what the doors start from."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -60,16 +62,17 @@ class Attention(nn.Module):
         return {"x": torch.randn(batch, 3, 4, 6, generator=torch.Generator().manual_seed(2))}
 
 
-def round_to_grid(graph: fx.GraphModule, bits: int = 8) -> fx.GraphModule:
+def round_to_grid(graph: fx.GraphModule, bits: int | Mapping[str, int] = 8) -> fx.GraphModule:
     """Put every weight on a grid: odd integers for narrow widths, -127..127 for 8 bits."""
     graph = copy_graph_module(graph)
-    top = 127 if bits == 8 else 2**bits - 1
     for name, layer in weight_layers(graph).items():
+        width = bits if isinstance(bits, int) else bits[name]
+        top = 127 if width == 8 else 2**width - 1
         weight = layer.module.weight.detach()
         rows = weight.flatten(1)
         scale = (rows.abs().amax(1) / top).clamp(min=1e-30).to(torch.bfloat16).float()
         codes = rows / scale[:, None]
-        codes = codes.round() if bits == 8 else 2 * ((codes - 1) / 2).round() + 1
+        codes = codes.round() if width == 8 else 2 * ((codes - 1) / 2).round() + 1
         codes = codes.clamp(-top, top).to(torch.int8).reshape(weight.shape)
         replace_module(graph, name, install_codes(layer.module, codes, scale))
     return graph

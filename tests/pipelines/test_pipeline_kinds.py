@@ -26,13 +26,13 @@ def pixels(runner):
     return {"image": image, "mask": mask}, {**given, "height": 16, "width": 16}
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("mode", ["float", "static", "dynamic"])
 @pytest.mark.parametrize(
     "kind", ["stable_diffusion_xl", "inpainting", "ddpm", "ddim", "latent_diffusion"]
 )
-def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, quantized):
+def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, mode):
     pipeline = getattr(tiny_pipelines, kind)(tmp_path)
-    config = tiny_pipelines.cheap_settings() if quantized else None
+    config = tiny_pipelines.cheap_settings(activation_mode=mode) if mode != "float" else None
     export_pipeline(pipeline, config, tmp_path / "out", steps=3, guidance=3.0, trajectories=4)
     runner = PipelineRunner(tmp_path / "out", verify=True)
     prompt = [] if runner.manifest["kind"] == "unconditional" else ["a cat"]
@@ -40,7 +40,7 @@ def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, quantized):
     own, theirs = pixels(runner)
     expected = diffusers_image(pipeline, *prompt, num_inference_steps=3, **guided, **theirs)
     found = runner.sample(*prompt, **own)
-    if quantized:
+    if mode != "float":
         assert decibels(expected, found) > 12
     else:
         assert np.abs(found - expected).max() < 1e-3

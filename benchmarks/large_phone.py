@@ -1,0 +1,147 @@
+"""Lower a UNet of Stable Diffusion 1.5's size to XNNPACK on a small machine, and run a step.
+
+    python benchmarks/large_phone.py --directory large_phone
+    python benchmarks/large_phone.py --directory try --narrower 4      # a quick try
+
+860 M parameters, 64x64 latents, 77 tokens, seeded random weights: bytes, seconds, memory and
+delegates, no quality. Each form is quantized (nearest, uniform bits), lowered and run in processes
+of its own, so that every peak is its own. A form whose numbers are in the directory is not made
+again. Numbers go to `<directory>/<form>.json`.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from large_unet import calls, model, peak_gib
+
+from mpqdm_fx import MPQConfig, quantize
+from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
+from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
+from mpqdm_fx.graph.base import Pipeline
+from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.passes import NORMALIZE
+
+#: Bits of a weight and kind of activations; None is the float program.
+FORMS: Mapping[str, tuple[int, str] | None] = {
+    "fp32": None,
+    "W8A8-static": (8, "static"),
+    "W8A8-dynamic": (8, "dynamic"),
+    "W4A8-static": (4, "static"),
+    "W4A8-dynamic": (4, "dynamic"),
+}
+
+
+def lower_form(form: str, path: Path, narrower: int) -> dict[str, Any]:
+    """Quantize and lower; this process's peak is that of both."""
+    unet, data = model(narrower), calls()
+    start = time.perf_counter()
+    chosen = FORMS[form]
+    if chosen is None:
+        graph = Pipeline(passes=NORMALIZE)(trace(unet, data[0], dynamic_batch=False)).graph_module
+        del unet
+        program = lower_xnnpack_float(graph, data[-1], path)
+        quantized_at = start
+    else:
+        settings = MPQConfig(
+            weight_bits=chosen[0],
+            activation_mode=chosen[1],  # type: ignore[arg-type]
+            allocation="uniform",
+            levels="uniform",
+            rounding="nearest",
+            refinements=0,
+            propagation=0.0,
+            bias_correction=False,
+        )
+        quantized = quantize(unet, settings, data[::4])
+        graph, ranges = quantized.rounded, quantized.ranges
+        del unet, quantized
+        quantized_at, before = time.perf_counter(), peak_gib()
+        print(f"{form}: quantized, peak {before:.1f} GiB", flush=True)
+        program = lower_xnnpack(graph, ranges, data[-1], path)
+    facts = program.to_dict()
+    facts["inputs"] = facts["outputs"] = None
+    seconds = time.perf_counter() - quantized_at
+    return {**facts, "lowering_seconds": seconds, "lowering_peak_gib": peak_gib()}
+
+
+def run_form(path: Path, steps: int, threads: int) -> dict[str, Any]:
+    """Run steps; this process's peak is that of loading and running."""
+    from executorch.extension.pybindings import portable_lib
+
+    portable_lib._unsafe_reset_threadpool(threads)
+    idle = peak_gib()
+    start = time.perf_counter()
+    runner = XnnpackRunner(path)
+    loaded = time.perf_counter() - start
+    taken = []
+    for call in calls()[: steps + 1]:
+        start = time.perf_counter()
+        runner(*call.values())
+        taken.append(time.perf_counter() - start)
+    return {
+        "load_seconds": loaded,
+        "first_step_seconds": taken[0],
+        "step_seconds": statistics.median(taken[1:]),
+        "running_peak_gib": peak_gib() - idle,
+        "threads": threads,
+    }
+
+
+def main() -> None:
+    """Make what is missing, each in a process of its own, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--narrower", type=int, default=1, help="divide all widths, to try it out")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--task", choices=["lower", "run"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)
+    torch.set_num_threads(arguments.threads)
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    for form in arguments.forms:
+        path = arguments.directory / f"{form}.pte"
+        if arguments.task is None:
+            for task in ("lower", "run"):
+                if not path.with_suffix(f".{task}.json").exists():
+                    again = [sys.executable, *sys.argv, "--task", task, "--forms", form]
+                    subprocess.run(again, check=True)
+            continue
+        if arguments.task == "lower":
+            found = lower_form(form, path, arguments.narrower)
+        else:
+            found = run_form(path, arguments.steps, arguments.threads)
+        path.with_suffix(f".{arguments.task}.json").write_text(json.dumps(found, indent=1))
+    if arguments.task is None:
+        print_table(arguments.directory, arguments.forms)
+
+
+def print_table(directory: Path, forms: list[str]) -> None:
+    """One row per form."""
+    print(
+        "| form | bytes | subgraphs | outside | lowering s | peak GiB | step s | running GiB | dB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for form in forms:
+        made, ran = (
+            json.loads((directory / f"{form}.{task}.json").read_text()) for task in ("lower", "run")
+        )
+        print(
+            f"| {form} | {made['bytes']} | {made['subgraphs']} | {made['undelegated']} "
+            f"| {made['lowering_seconds']:.0f} | {made['lowering_peak_gib']:.1f} "
+            f"| {ran['step_seconds']:.2f} | {ran['running_peak_gib']:.2f} | {made['sqnr_db']:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
