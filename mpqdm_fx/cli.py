@@ -28,7 +28,6 @@ app = typer.Typer(
 # A pipe has no width of its own; 130 columns hold the longest layer names.
 console = Console(width=None if sys.stdout.isatty() else 130)
 errors = Console(stderr=True)
-_DEFAULT = MPQConfig()
 
 ModelArgument = Annotated[
     str,
@@ -43,38 +42,24 @@ FolderArgument = Annotated[
 SubfolderOption = Annotated[
     str | None, typer.Option(help="Part of a pipeline folder, for example `unet`.")
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
+@opt.takes_settings()
 def quantize(
     model: ModelArgument,
-    weights: opt.WeightsOption = 4,
-    activations: opt.ActivationsOption = 8,
-    allocation: opt.AllocationOption = _DEFAULT.allocation,
-    effective_bits: opt.EffectiveOption = None,
-    weight_bytes: opt.BytesOption = None,
-    levels: opt.LevelsOption = _DEFAULT.levels,
-    rounding: opt.RoundingOption = _DEFAULT.rounding,
-    refinements: opt.RefinementsOption = _DEFAULT.refinements,
-    propagation: opt.PropagationOption = str(_DEFAULT.propagation),
-    activation_mode: opt.ActivationModeOption = "auto",
+    config: MPQConfig = opt.DEFAULTS,
     backend: Annotated[str, typer.Option(help="xnnpack, torch_ao or packed.")] = "xnnpack",
     output: opt.OutputOption = Path("out"),
-    override: opt.OverrideOption = None,
     trajectories: opt.TrajectoriesOption = 16,
     steps: opt.StepsOption = 20,
     samples: Annotated[int, typer.Option(min=0, help="Images in the grid.")] = 16,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was killed.")
-    ] = False,
+    resume: opt.ResumeOption = False,
     max_memory: opt.MemoryOption = None,
-    device: Annotated[str | None, typer.Option(help="Where to solve, for example cuda.")] = None,
+    device: opt.DeviceOption = None,
     sensitivity: opt.SensitivityOption = None,
     subfolder: SubfolderOption = None,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Quantize MODEL into a folder: packed weights, program, sample grid, numbers."""
     from mpqdm_fx.api import BACKENDS
@@ -85,22 +70,6 @@ def quantize(
 
     if backend not in BACKENDS:
         raise ConfigError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
-    config = opt.settings_of(
-        weight_bits=weights,
-        activation_bits=activations,
-        allocation=allocation,
-        effective_bits=effective_bits,
-        weight_bytes=weight_bytes,
-        levels=levels,
-        rounding=rounding,
-        refinements=refinements,
-        propagation=propagation,
-        activation_mode=opt.activation_mode_of(
-            activation_mode, backend=backend, activations=activations
-        ),
-        override=override,
-        seed=seed,
-    )
     with joined():
         result = quantize_to_folder(
             load_source(model, subfolder),
@@ -130,41 +99,21 @@ app.command()(export)
 
 
 @app.command()
+@opt.takes_settings(without=("effective_bits", "weight_bytes", "seed"))
 def plan(
     model: ModelArgument,
-    weights: opt.WeightsOption = 4,
-    activations: opt.ActivationsOption = 8,
-    allocation: opt.AllocationOption = _DEFAULT.allocation,
-    levels: opt.LevelsOption = _DEFAULT.levels,
-    rounding: opt.RoundingOption = _DEFAULT.rounding,
-    refinements: opt.RefinementsOption = _DEFAULT.refinements,
-    propagation: opt.PropagationOption = str(_DEFAULT.propagation),
-    activation_mode: opt.ActivationModeOption = "auto",
-    override: opt.OverrideOption = None,
+    config: MPQConfig = opt.DEFAULTS,
     calls: Annotated[int, typer.Option(min=1, help="Calibration calls.")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a call.")] = 16,
     max_memory: opt.MemoryOption = None,
     subfolder: SubfolderOption = None,
-    as_json: JsonOption = False,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Say what quantizing MODEL will take: time, memory, disk."""
     from mpqdm_fx.models.sources import load_source
     from mpqdm_fx.report.tables import estimate_table
     from mpqdm_fx.workflow import estimate_source
 
-    config = opt.settings_of(
-        weight_bits=weights,
-        activation_bits=activations,
-        allocation=allocation,
-        levels=levels,
-        rounding=rounding,
-        refinements=refinements,
-        propagation=propagation,
-        activation_mode=opt.activation_mode_of(
-            activation_mode, backend="xnnpack", activations=activations
-        ),
-        override=override,
-    )
     found = estimate_source(
         load_source(model, subfolder),
         config,
@@ -190,7 +139,7 @@ def sample(
         str, typer.Option("--from", help="What runs: auto, pte, packed or float.")
     ] = "auto",
     subfolder: SubfolderOption = None,
-    seed: SeedOption = 0,
+    seed: opt.SeedOption = 0,
 ) -> None:
     """Draw images with a program, packed weights, or the float model."""
     from mpqdm_fx.denoisers import draw, open_denoiser, pictures
@@ -210,8 +159,8 @@ def evaluate(
     ] = None,
     num: Annotated[int, typer.Option(min=1, help="Samples of the free-running metrics.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the scheduler.")] = 20,
-    seed: SeedOption = 90_000,
-    as_json: JsonOption = False,
+    seed: opt.SeedOption = 90_000,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Measure a quantized folder against its float model on held-out, paired noise."""
     from mpqdm_fx.report.tables import metrics_table
@@ -261,7 +210,7 @@ def doctor(
         int | None, typer.Option(min=1, help="Exit with status 1 if there would be more.")
     ] = None,
     subfolder: SubfolderOption = None,
-    as_json: JsonOption = False,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Say how many delegates XNNPACK would take MODEL in, and why what stays out does."""
     from mpqdm_fx.workflow import diagnose_model
@@ -276,7 +225,7 @@ def doctor(
 
 
 @app.command()
-def inspect(directory: FolderArgument, as_json: JsonOption = False) -> None:
+def inspect(directory: FolderArgument, as_json: opt.JsonOption = False) -> None:
     """Show a quantized folder: layer, shape, mean bits, bytes, SQNR."""
     from mpqdm_fx.quantized import QuantizationReport
     from mpqdm_fx.report.tables import layer_table, summary_table

@@ -14,9 +14,8 @@ from mpqdm_fx.errors import ConfigError
 
 __all__ = ["export"]
 
-_DEFAULT = MPQConfig()
 
-
+@opt.takes_settings(weights=8)
 def export(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A diffusers pipeline folder (model_index.json).")
@@ -24,7 +23,7 @@ def export(
     output: opt.OutputOption = Path("exported"),
     size: Annotated[
         list[str] | None,
-        typer.Option(help="HEIGHTxWIDTH in pixels that gets programs; repeat it for more."),
+        typer.Option(help="HEIGHTxWIDTH in pixels that can be drawn; repeat it for more."),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts to calibrate on, one a line.")
@@ -34,48 +33,28 @@ def export(
     ] = 7.5,
     steps: opt.StepsOption = 20,
     trajectories: opt.TrajectoriesOption = 16,
+    tabulate: Annotated[
+        bool,
+        typer.Option(
+            "--tabulate",
+            help="Tables for --steps steps of the pipeline's scheduler in the time branch's place.",
+        ),
+    ] = False,
     in_float: Annotated[bool, typer.Option("--float", help="Export without quantizing.")] = False,
-    weights: opt.WeightsOption = 8,
-    activations: opt.ActivationsOption = 8,
-    allocation: opt.AllocationOption = _DEFAULT.allocation,
-    effective_bits: opt.EffectiveOption = None,
-    weight_bytes: opt.BytesOption = None,
-    levels: opt.LevelsOption = _DEFAULT.levels,
-    rounding: opt.RoundingOption = _DEFAULT.rounding,
-    refinements: opt.RefinementsOption = _DEFAULT.refinements,
-    propagation: opt.PropagationOption = str(_DEFAULT.propagation),
-    activation_mode: opt.ActivationModeOption = _DEFAULT.activation_mode,
-    override: opt.OverrideOption = None,
+    config: MPQConfig = opt.DEFAULTS,
     minimum_sqnr: Annotated[
         float, typer.Option(help="Text encoder or VAE below this many dB stay in float.")
     ] = 30.0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was killed.")
-    ] = False,
+    resume: opt.ResumeOption = False,
     max_memory: opt.MemoryOption = None,
-    device: Annotated[str | None, typer.Option(help="Where to solve, for example cuda.")] = None,
+    device: opt.DeviceOption = None,
     sensitivity: opt.SensitivityOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Export a pipeline MODEL: text encoder, denoiser, VAE as .pte, and run.py that draws."""
     from mpqdm_fx.pipelines.export import export_pipeline
     from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
 
-    config = opt.settings_of(
-        weight_bits=weights,
-        activation_bits=activations,
-        allocation=allocation,
-        effective_bits=effective_bits,
-        weight_bytes=weight_bytes,
-        levels=levels,
-        rounding=rounding,
-        refinements=refinements,
-        propagation=propagation,
-        activation_mode=activation_mode,
-        override=override,
-        seed=seed,
-    )
     result = export_pipeline(
         model,
         None if in_float else config,
@@ -90,17 +69,19 @@ def export(
         max_memory=opt.memory_of(max_memory),
         device=device,
         sensitivity=sensitivity,
+        tabulate=tabulate,
     )
     console = Console()
     if as_json:
         console.print_json(json.dumps(result.manifest))
         return
-    table = Table("program", "precision", "bytes", "SQNR dB", "subgraphs")
+    table = Table("program", "method", "precision", "bytes of the file", "SQNR dB", "subgraphs")
     for method in result.manifest["methods"]:
         part = result.manifest["parts"][method["part"]]
         found = part["quantized_sqnr_db"] if part["precision"] != "float" else None
         table.add_row(
             method["file"],
+            method["method"],
             part["precision"],
             f"{result.manifest['files'][method['file']]['bytes']:,}",
             "" if found is None else f"{float(found):.1f}",

@@ -1,5 +1,8 @@
 """Options that several commands share, and how they become settings."""
 
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,64 +12,166 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 
 __all__ = [
-    "ActivationModeOption",
-    "ActivationsOption",
-    "AllocationOption",
-    "BytesOption",
-    "EffectiveOption",
-    "LevelsOption",
+    "DEFAULTS",
+    "DeviceOption",
+    "JsonOption",
     "MemoryOption",
-    "OverrideOption",
-    "PropagationOption",
-    "RefinementsOption",
-    "RoundingOption",
+    "OutputOption",
+    "ResumeOption",
+    "SeedOption",
     "SensitivityOption",
     "StepsOption",
     "TrajectoriesOption",
-    "WeightsOption",
     "activation_mode_of",
     "memory_of",
     "settings_of",
+    "takes_settings",
 ]
 
-WeightsOption = Annotated[int, typer.Option(help="Average bits of a weight, 1 to 8.")]
-ActivationsOption = Annotated[int, typer.Option(help="Bits of activations, 1 to 8.")]
-AllocationOption = Annotated[str, typer.Option(help="measured, uniform or omq.")]
-EffectiveOption = Annotated[
-    float | None, typer.Option(help="Budget in stored bits over all weights, for `measured`.")
-]
-BytesOption = Annotated[
-    int | None, typer.Option("--weight-bytes", help="The same budget in bytes.")
-]
-LevelsOption = Annotated[str, typer.Option(help="codebook, uniform or int4.")]
-RoundingOption = Annotated[str, typer.Option(help="gptq or nearest.")]
-RefinementsOption = Annotated[int, typer.Option(help="Rounds of coordinate descent after GPTQ.")]
-PropagationOption = Annotated[
-    str, typer.Option(help="Strength of error propagation: auto, or 0 to 1 (the paper's: 0.5).")
-]
-ActivationModeOption = Annotated[
-    str,
-    typer.Option(
-        help="auto (dynamic on xnnpack, else static), static, timestep (ranges by noise level), "
-        "dynamic or float."
-    ),
-]
-OverrideOption = Annotated[
-    list[str] | None,
-    typer.Option(help="PATTERN=BITS or PATTERN=float for single layers; later ones win."),
-]
+#: Stands for the settings in a command's signature; see `takes_settings`.
+DEFAULTS = MPQConfig()
+
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 TrajectoriesOption = Annotated[int, typer.Option(min=1, help="Denoising runs to calibrate on.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Steps of each run.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")]
 MemoryOption = Annotated[
     str | None,
     typer.Option(help="Most memory for activations, for example 4GiB; the rest goes to disk."),
 ]
+DeviceOption = Annotated[str | None, typer.Option(help="Where to solve, for example cuda.")]
 OutputOption = Annotated[Path, typer.Option(help="Folder to write.")]
-
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 SensitivityOption = Annotated[
     Path | None,
     typer.Option(help="File that keeps what `measured` measures, for runs with other budgets."),
 ]
+
+_Option = tuple[str, Any, Any]
+
+#: By name of the option: the setting that it becomes, type and help, default.
+_SETTINGS: Mapping[str, _Option] = {
+    "weights": (
+        "weight_bits",
+        Annotated[int, typer.Option(help="Average bits of a weight, 1 to 8.")],
+        4,
+    ),
+    "activations": (
+        "activation_bits",
+        Annotated[int, typer.Option(help="Bits of activations, 1 to 8.")],
+        DEFAULTS.activation_bits,
+    ),
+    "activation_mode": (
+        "activation_mode",
+        Annotated[
+            str,
+            typer.Option(
+                help="auto (dynamic on xnnpack, else static), static, timestep (ranges by noise "
+                "level), dynamic or float."
+            ),
+        ],
+        "auto",
+    ),
+    "allocation": (
+        "allocation",
+        Annotated[str, typer.Option(help="measured, uniform or omq.")],
+        DEFAULTS.allocation,
+    ),
+    "effective_bits": (
+        "effective_bits",
+        Annotated[
+            float | None,
+            typer.Option(help="Budget in stored bits over all weights, for `measured`."),
+        ],
+        None,
+    ),
+    "weight_bytes": (
+        "weight_bytes",
+        Annotated[int | None, typer.Option(help="The same budget in bytes.")],
+        None,
+    ),
+    "levels": (
+        "levels",
+        Annotated[str, typer.Option(help="codebook, uniform or int4.")],
+        DEFAULTS.levels,
+    ),
+    "rounding": (
+        "rounding",
+        Annotated[str, typer.Option(help="gptq or nearest.")],
+        DEFAULTS.rounding,
+    ),
+    "refinements": (
+        "refinements",
+        Annotated[int, typer.Option(help="Rounds of coordinate descent after GPTQ.")],
+        DEFAULTS.refinements,
+    ),
+    "propagation": (
+        "propagation",
+        Annotated[
+            str,
+            typer.Option(help="Strength of error propagation: auto, or 0 to 1 (the paper's: 0.5)."),
+        ],
+        str(DEFAULTS.propagation),
+    ),
+    "override": (
+        "override",
+        Annotated[
+            list[str] | None,
+            typer.Option(help="PATTERN=BITS or PATTERN=float for single layers; later ones win."),
+        ],
+        None,
+    ),
+    "seed": ("seed", SeedOption, 0),
+}
+
+_Command = Callable[..., None]
+
+
+def takes_settings(
+    *, without: Collection[str] = (), **defaults: Any
+) -> Callable[[_Command], _Command]:
+    """Give a command the options of the settings, in the place of its argument `config`.
+
+    typer reads options off a function's signature, so the result has one: the command's, with the
+    options where `config` stands. Commands without an option `backend` are for XNNPACK.
+
+    Args:
+        without: Options that the command does not have.
+        **defaults: Defaults of options that differ from the usual ones.
+
+    Raises:
+        ConfigError: From the command, when a word or a number that was typed is out of range.
+    """
+    options = {name: entry for name, entry in _SETTINGS.items() if name not in without}
+
+    def decorate(command: _Command) -> _Command:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            typed = {options[name][0]: given.pop(name) for name in options}
+            typed["activation_mode"] = activation_mode_of(
+                typed["activation_mode"],
+                backend=given.get("backend", "xnnpack"),
+                activations=typed["activation_bits"],
+            )
+            command(**given, config=settings_of(**typed))
+
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.name != "config":
+                parameters.append(parameter)
+                continue
+            parameters += [
+                inspect.Parameter(
+                    name, parameter.kind, default=defaults.get(name, default), annotation=kind
+                )
+                for name, (_, kind, default) in options.items()
+            ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {entry.name: entry.annotation for entry in parameters}
+        return run
+
+    return decorate
+
 
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
 

@@ -1,3 +1,4 @@
+import inspect
 import json
 import shutil
 
@@ -184,6 +185,19 @@ def test_auto_takes_dynamic_ranges_where_the_backend_has_kernels_for_them(
     text, backend, activations, mode
 ):
     assert activation_mode_of(text, backend=backend, activations=activations) == mode
+
+
+def test_quantize_plan_and_export_have_the_options_of_the_settings():
+    quantize, plan, export = (
+        inspect.signature(command).parameters for command in (cli.quantize, cli.plan, cli.export)
+    )
+    settings = {"weights", "activations", "activation_mode", "allocation", "propagation", "levels"}
+    for options in (quantize, plan, export):
+        assert settings | {"rounding", "refinements", "override"} <= set(options)
+        assert "config" not in options
+        assert options["activation_mode"].default == "auto"
+    assert {"weight_bytes", "effective_bits", "seed"} <= set(quantize) & set(export) - set(plan)
+    assert [options["weights"].default for options in (quantize, plan, export)] == [4, 4, 8]
 
 
 def test_main_prints_one_line_and_exits_with_two(monkeypatch, capsys):

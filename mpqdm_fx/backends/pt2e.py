@@ -169,7 +169,10 @@ def to_quantizer(
     kinds = None if ranges is None else kernel_activations(ranges, "PT2E")
     if ranges is not None:
         if not ranges:
-            raise ConfigError("PT2E got no activation ranges; calibrate first")
+            raise ConfigError(
+                "`ranges` is empty; leave it out to calibrate with an observer, or give static or "
+                "dynamic activations"
+            )
         for name in ranges:
             if name not in grids:
                 raise ConfigError(

@@ -184,7 +184,10 @@ def check_ranges(
         LoweringError: A range is not static, or not 8 bits wide.
     """
     if not ranges:
-        raise ConfigError(f"{backend} got no activation ranges; calibrate first")
+        raise ConfigError(
+            f"{backend} got no activation ranges, and weights alone have no int8 form there: "
+            f'quantize with activation_mode="static" (a model with "float" has no ranges)'
+        )
     static = static_ranges(ranges, backend)
     for name, activation in static.items():
         if name not in rounded:

@@ -24,7 +24,7 @@ from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.cost import Sizes, bind_sizes, shape_at
 from mpqdm_fx.graph.cuts import Cuts, Leaf, find_cuts, input_leaves, is_view, known_size
 from mpqdm_fx.graph.editing import copy_graph_module, prune, writes_in_place
-from mpqdm_fx.graph.lanes import is_quantizer
+from mpqdm_fx.graph.lanes import has_lanes, is_quantizer
 from mpqdm_fx.graph.signature import InputSpec, Signature
 
 __all__ = ["build_methods", "check_splittable", "run_methods", "split_methods", "traced_sizes"]
@@ -63,7 +63,7 @@ def split_methods(
     Raises:
         ConfigError: A name is no argument of the graph, is in two groups, or a method is called
             like the rest.
-        DialectError: The graph has no signature, or a node writes into its input.
+        DialectError: The graph has no signature or two lanes, or a node writes into its input.
     """
     check_splittable(graph_module)
     group_of = _group_of(graph_module, invariant, rest)
@@ -96,11 +96,16 @@ def check_splittable(graph_module: fx.GraphModule) -> None:
     """Refuse a graph that cannot be split.
 
     Raises:
-        DialectError: The graph has no signature, or a node writes into its input, which another
-            method might read.
+        DialectError: The graph has no signature; it has two lanes, which are paired by the names of
+            their nodes; or a node writes into its input, which another method might read.
     """
     if not isinstance(graph_module.meta.get("signature"), Signature):
         raise DialectError("the graph has no signature in its meta; make it with `trace`")
+    if has_lanes(graph_module):
+        raise DialectError(
+            "the graph has two lanes, float and quantized, for a sweep to compare; split the "
+            "rounded graph (`QuantizedModel.rounded`) or the float one"
+        )
     for node in graph_module.graph.nodes:
         if writes_in_place(graph_module, node):
             raise DialectError(

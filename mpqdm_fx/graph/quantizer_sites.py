@@ -291,8 +291,13 @@ def insert_groups(graph_module: fx.GraphModule, levels: NoiseLevels) -> fx.Node:
         levels: The groups.
 
     Raises:
-        DialectError: The graph takes no timestep.
+        DialectError: The graph takes no timestep, or the position in a schedule in its place.
     """
+    if "timesteps" in graph_module.meta:
+        raise DialectError(
+            "the graph has tables over a schedule and takes the position in it, not the timestep, "
+            "so noise levels cannot be told apart; quantize first, then tabulate"
+        )
     timestep = find_timestep(graph_module)
     if timestep is None:
         raise DialectError("the graph takes no `timestep`, so noise levels cannot be told apart")

@@ -101,8 +101,8 @@ def tabulate_timesteps(
 
     Raises:
         ConfigError: There are no timesteps, or one does not fit the dtype that the graph takes.
-        DialectError: The graph takes no timestep of shape [B], has no signature or has tables
-            already, a node writes into its input, or a value mixes the timesteps of samples.
+        DialectError: The graph takes no timestep of shape [B], has no signature, two lanes or
+            tables already, a node writes into its input, or a value mixes the timesteps of samples.
     """
     check_splittable(graph_module)
     if "timesteps" in graph_module.meta:

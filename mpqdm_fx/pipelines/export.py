@@ -1,16 +1,18 @@
 """Export a diffusers pipeline: every part a program, beside them what a runner needs.
 
-The road: take the pipeline apart -> for each part: calibrate, quantize, judge, lower for each size
+The road: take the pipeline apart -> for each part: calibrate, quantize, judge, lower for all sizes
 -> tokenizers, scheduler, manifest, runner. Finished programs lie in a folder beside the output, so
 that a run that was killed goes on with them; the output appears whole.
 """
 
+import copy
 import hashlib
+import inspect
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -20,12 +22,12 @@ from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.fingerprint import hash_tensor
-from mpqdm_fx.pipelines import runner
+from mpqdm_fx.pipelines import program_files, runner
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.pipelines.layout import Size, layout_of, open_pipeline
-from mpqdm_fx.pipelines.manifest import MANIFEST, method_entry, write_manifest
+from mpqdm_fx.pipelines.manifest import MANIFEST, write_manifest
 from mpqdm_fx.pipelines.parts import Part
-from mpqdm_fx.pipelines.programs import Judged, quantize_part, sqnr_of, write_program
+from mpqdm_fx.pipelines.programs import Judged, quantize_part, sqnr_of, write_programs
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.work import WorkFolder
 from mpqdm_fx.quantized import QuantizedModel
@@ -38,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 #: Below this a quantized text encoder or VAE is not used: noise of a thousandth of the power.
 MINIMUM_SQNR_DB = 30.0
-RUNNER = "run.py"
+#: Files of the package that become files of the folder. Each imports no other one of the package.
+RUNNER = {"run.py": runner, "program_files.py": program_files}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,7 @@ def export_pipeline(
     max_memory: int | None = None,
     device: str | None = None,
     sensitivity: str | Path | None = None,
+    tabulate: bool = False,
 ) -> ExportResult:
     """Turn a diffusers pipeline into a folder of ExecuTorch programs and a runner.
 
@@ -81,11 +85,15 @@ def export_pipeline(
     activations where that is good enough, and stay in float elsewhere. Every program has batch 1:
     guidance calls the denoiser twice a step, and can be switched off at run time.
 
+    Each part is one file. The denoiser's has a method for what does not change from step to step
+    (keys and values of the prompt), and one for the step; each image size adds a method, and the
+    weights are there once.
+
     Args:
         pipeline: Folder written by `save_pretrained`, or a pipeline object, which is not changed.
         config: Settings of the denoiser; None exports everything in float.
         output: Folder; it appears whole or not at all.
-        sizes: Heights and widths in pixels that get programs; the first is the default and the one
+        sizes: Heights and widths in pixels that can be drawn; the first is the default and the one
             calibrated at. Default: the one that the model was trained for.
         prompts: Prompts to calibrate on.
         steps: Steps of the calibration runs, and the runner's default.
@@ -98,6 +106,8 @@ def export_pipeline(
         max_memory: Bytes of activations held in memory; the rest goes to disk.
         device: Where to calibrate and to solve, for example `"cuda"`.
         sensitivity: File that keeps the denoiser's sensitivities for runs with other budgets.
+        tabulate: Replace the denoiser's time branch by tables for `steps` steps of the pipeline's
+            scheduler. The folder then draws with that number of steps of that scheduler alone.
 
     Returns:
         What was made.
@@ -106,6 +116,7 @@ def export_pipeline(
         ConfigError: The pipeline's class is not supported, it carries a LoRA, or a setting has no
             program.
         ArtifactError: The pipeline's folder is not whole, or `output` holds something else.
+        DialectError: There are to be tables, and the denoiser has no time branch of its own.
         MPQError: A part cannot be traced, quantized or lowered; nothing is left at `output`.
     """
     _check_settings(config, prompts)
@@ -125,6 +136,7 @@ def export_pipeline(
         batch_size=batch_size,
         seed=0 if config is None else config.seed,
     )
+    timesteps = _schedule(layout.pipeline.scheduler, steps) if tabulate else None
     work = WorkFolder(
         target.with_name(f"{target.name}.checkpoint"),
         {
@@ -134,43 +146,50 @@ def export_pipeline(
             "sizes": [list(size) for size in chosen],
             "prompts": list(prompts) if layout.tokenizers else [],
             "numbers": [steps, guidance, trajectories, batch_size, minimum_sqnr_db],
+            "timesteps": timesteps,
             "versions": versions(),
         },
         resume=resume,
     )
     limits = {"resume": resume, "max_activations": max_memory, "device": device}
     quantized: dict[str, QuantizedModel] = {}
-    records: dict[str, list[dict[str, Any]]] = {}
-    programs = {part: _programs(part, chosen) for part in layout.parts.values()}
-    count = sum(map(len, programs.values()))
-    with tqdm(total=count, desc="export", unit="program", disable=None) as bar:
-        for part, wanted in programs.items():
-            if not all(work.finished(name) for name in wanted):
-                judged = _judge(
-                    part, inputs, config, minimum_sqnr_db,
-                    directory=work.directory / part.name, sensitivity=sensitivity, **limits,
-                )  # fmt: skip
-                if judged.quantized is not None:
-                    quantized[part.name] = judged.quantized
-                _lower(part, wanted, judged, inputs, work)
-            records[part.name] = [work.finished(name) or {} for name in wanted]
-            bar.update(len(wanted))
+    records: dict[str, dict[str, Any]] = {}
+    for part in tqdm(layout.parts.values(), desc="export", unit="part", disable=None):
+        if not work.finished(part.name):
+            judged = _judge(
+                part, inputs, config, minimum_sqnr_db,
+                directory=work.directory / part.name, sensitivity=sensitivity, **limits,
+            )  # fmt: skip
+            if judged.quantized is not None:
+                quantized[part.name] = judged.quantized
+            logger.info("lowering %s", part.name)
+            wanted = chosen if part.sized else (None,)
+            methods = write_programs(
+                part,
+                judged.quantized,
+                {size: inputs.example(part.name, size or inputs.size) for size in wanted},
+                work.path(part.name),
+                timesteps=timesteps if part.stepped else None,
+            )
+            work.finish(part.name, {"methods": methods, "quality": _quality(judged)})
+        records[part.name] = work.finished(part.name) or {}
     with staged_directory(target, MANIFEST) as stage:
-        for entries in records.values():
-            for record in entries:
-                work.place(record["file"], stage)
+        for name in records:
+            work.place(name, stage)
         for name, tokenizer in layout.tokenizers.items():
             tokenizer.save_pretrained(stage / name)
         layout.pipeline.scheduler.save_pretrained(stage / "scheduler")
-        shutil.copyfile(runner.__file__, stage / RUNNER)
+        for file, module in RUNNER.items():
+            (stage / file).write_text(_apart(module), encoding="utf-8")
         manifest = write_manifest(
             stage,
             layout,
             sizes=chosen,
             defaults={"steps": steps, "guidance": guidance},
-            methods=[record for entries in records.values() for record in _methods(entries)],
-            parts={name: entries[0]["quality"] for name, entries in records.items()},
+            methods=[entry for record in records.values() for entry in record["methods"]],
+            parts={name: record["quality"] for name, record in records.items()},
             quantization=None if config is None else config.to_dict(),
+            timesteps=timesteps,
         )
     work.remove()
     return ExportResult(directory=target, quantized=quantized, manifest=manifest)
@@ -199,11 +218,16 @@ def _digest(part: Part) -> str:
     return digest.hexdigest()[:16]
 
 
-def _programs(part: Part, sizes: Sequence[Size]) -> dict[str, Size | None]:
-    """Names of a part's programs and the size of each."""
-    if not part.sized:
-        return {part.name: None}
-    return {f"{part.name}-{height}x{width}": (height, width) for height, width in sizes}
+def _schedule(scheduler: Any, steps: int) -> list[float]:
+    """A schedule's timesteps as the runner meets them; one that comes twice needs one row."""
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(steps)
+    return list(dict.fromkeys(own.timesteps.float().tolist()))
+
+
+def _apart(module: ModuleType) -> str:
+    """A module's text where its package is the folder that it lies in."""
+    return inspect.getsource(module).replace("from mpqdm_fx.pipelines.", "from ")
 
 
 def _judge(
@@ -228,25 +252,6 @@ def _judge(
     return Judged(quantized=found, sqnr_db=sqnr_of(part.module, found, held_out))
 
 
-def _lower(
-    part: Part,
-    wanted: Mapping[str, Size | None],
-    judged: Judged,
-    inputs: PipelineInputs,
-    work: WorkFolder,
-) -> None:
-    """Write the programs of one part that are not finished yet."""
-    for name, size in wanted.items():
-        if work.finished(name):
-            continue
-        logger.info("lowering %s", name)
-        example = inputs.example(part.name, size or inputs.size)
-        program = write_program(part, judged.quantized, example, work.path(name)).to_dict()
-        entry = method_entry(part.name, size, work.path(name).name, part.outputs, program)
-        record = {"file": entry["file"], "methods": [entry], "quality": _quality(judged)}
-        work.finish(name, record)
-
-
 def _quality(judged: Judged) -> dict[str, Any]:
     if judged.quantized is None:
         return {"precision": "float", "quantized_sqnr_db": judged.sqnr_db}
@@ -258,7 +263,3 @@ def _quality(judged: Judged) -> dict[str, Any]:
         "mean_bits": plan.mean_bits,
         "effective_bits": plan.effective_bits,
     }
-
-
-def _methods(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [entry for record in records for entry in record["methods"]]

@@ -196,7 +196,8 @@ def layout_of(pipeline: Any) -> Layout:
         )
     vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
     scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    parts = [*_text_parts(pipeline), _part("denoiser", unet, ("noise_pred",))]
+    denoiser = _part("denoiser", unet, ("noise_pred",), stepped=("sample", "timestep"))
+    parts = [*_text_parts(pipeline), denoiser]
     if vae is not None:
         vae = _ready(vae)
         parts.append(_part("vae_decoder", ImageDecoder(vae), ("image",)))
@@ -256,9 +257,11 @@ def _text_parts(pipeline: Any) -> list[Part]:
 _STATES = "encoder_hidden_states"
 
 
-def _part(name: str, module: nn.Module, outputs: tuple[str, ...]) -> Part:
+def _part(
+    name: str, module: nn.Module, outputs: tuple[str, ...], *, stepped: tuple[str, ...] = ()
+) -> Part:
     # `eval` reaches models that are in evaluation mode already (`_ready`)
-    return Part(name=name, module=module.eval(), outputs=outputs, sized=True)
+    return Part(name=name, module=module.eval(), outputs=outputs, sized=True, stepped=stepped)
 
 
 def _ready(module: nn.Module) -> Any:

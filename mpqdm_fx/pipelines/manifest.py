@@ -8,35 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.pipelines.layout import Layout, Size
-from mpqdm_fx.pipelines.runner import MANIFEST
+from mpqdm_fx.pipelines.program_files import MANIFEST, VERSION
 from mpqdm_fx.versions import versions
 
 __all__ = ["MANIFEST", "VERSION", "method_entry", "write_manifest"]
 
 FORMAT = "mpqdm_fx.pipeline"
-VERSION = 1
 
 
 def method_entry(
-    part: str, size: Size | None, file: str, outputs: Sequence[str], program: Mapping[str, Any]
+    part: str,
+    size: Size | None,
+    method: str,
+    outputs: Sequence[str] | None,
+    program: Mapping[str, Any],
 ) -> dict[str, Any]:
     """One entry point of the folder.
 
     Args:
         part: The part that it runs.
         size: Image size that it is made for; None if any.
-        file: File name of the program.
-        outputs: Names of what it returns.
+        method: Its name in the file.
+        outputs: Names of what it returns; None if the program names them itself.
         program: `XnnpackProgram.to_dict()`.
     """
-    results = [
-        {**spec, "name": name} for name, spec in zip(outputs, program["outputs"], strict=True)
-    ]
+    names = outputs or [spec["name"] for spec in program["outputs"]]
+    results = [{**spec, "name": name} for name, spec in zip(names, program["outputs"], strict=True)]
     return {
         "part": part,
         "size": None if size is None else list(size),
-        "file": file,
-        "method": "forward",
+        "file": program["path"],
+        "method": method,
         "inputs": list(program["inputs"]),
         "outputs": results,
         "subgraphs": program["subgraphs"],
@@ -54,6 +56,7 @@ def write_manifest(
     methods: Sequence[Mapping[str, Any]],
     parts: Mapping[str, Mapping[str, Any]],
     quantization: Mapping[str, Any] | None,
+    timesteps: Sequence[float] | None,
 ) -> dict[str, Any]:
     """Write `pipeline.json` into a folder whose other files are all there.
 
@@ -65,6 +68,8 @@ def write_manifest(
         methods: Entries of `method_entry`.
         parts: Precision, bits and signal-to-noise ratio of each part.
         quantization: Settings of the denoiser, or None if it is float.
+        timesteps: Those that the denoiser has tables for, in the order of their rows; None if it
+            takes any.
 
     Returns:
         The manifest.
@@ -83,6 +88,7 @@ def write_manifest(
         "methods": list(methods),
         "parts": {name: dict(part) for name, part in parts.items()},
         "quantization": quantization,
+        "timesteps": None if timesteps is None else list(timesteps),
         "files": {
             path.relative_to(stage).as_posix(): {
                 "bytes": path.stat().st_size,

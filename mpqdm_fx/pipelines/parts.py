@@ -28,13 +28,16 @@ class Part:
         name: `text_encoder`, `text_encoder_2`, `denoiser`, `vae_decoder` or `vae_encoder`.
         module: Called with tensors by name; returns a tensor or a tuple of tensors.
         outputs: Names of what it returns, in order.
-        sized: Its shapes depend on the image size: one program per size.
+        sized: Its shapes depend on the image size: one method per size.
+        stepped: Arguments that change from step to step of the denoising loop. What depends on all
+            others alone is a method of its own. Empty for a part that runs once per image.
     """
 
     name: str
     module: nn.Module
     outputs: tuple[str, ...]
     sized: bool
+    stepped: tuple[str, ...] = ()
 
 
 class TextEncoder(nn.Module):

@@ -1,7 +1,7 @@
 """One part of a pipeline: quantize it, judge it, and write its programs."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,38 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.api import quantize
-from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.layers import replace_module, weight_layers
+from mpqdm_fx.graph.methods import split_methods
 from mpqdm_fx.graph.signature import tensor_leaves
+from mpqdm_fx.graph.timestep_table import tabulate_timesteps
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.pipelines.layout import Size
+from mpqdm_fx.pipelines.manifest import method_entry
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.stages import assemble, normalized
 
-__all__ = ["Judged", "quantize_part", "side_settings", "sqnr_of", "write_program"]
+__all__ = [
+    "DENOISE",
+    "ENCODE_PROMPT",
+    "Judged",
+    "PartMethod",
+    "method_name",
+    "part_methods",
+    "quantize_part",
+    "side_settings",
+    "sqnr_of",
+    "write_programs",
+]
 
 logger = logging.getLogger(__name__)
 
 Call = Mapping[str, Any]
+Examples = Mapping[Size | None, Call]
+
+#: What the denoiser computes once per image, and once per step.
+ENCODE_PROMPT, DENOISE = "encode_prompt", "denoise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +56,23 @@ class Judged:
 
     quantized: QuantizedModel | None
     sqnr_db: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartMethod:
+    """One method of a part, before it is lowered.
+
+    Attributes:
+        graph: What it computes.
+        size: Image size that it is made for; None if any.
+        example: Arguments of the whole part's call.
+        outputs: Names of what it returns; None if the graph names them.
+    """
+
+    graph: fx.GraphModule
+    size: Size | None
+    example: Call
+    outputs: tuple[str, ...] | None
 
 
 def side_settings(config: MPQConfig) -> MPQConfig:
@@ -108,31 +143,105 @@ def _flat(output: Any) -> Tensor:
     return torch.cat([leaf.flatten() for leaf in pytree.tree_leaves(output)])
 
 
-def write_program(
-    part: Part, quantized: QuantizedModel | None, inputs: Call, path: Path
-) -> XnnpackProgram:
-    """Lower one part for the shapes of one call to a file with the method `forward`.
+def write_programs(
+    part: Part,
+    quantized: QuantizedModel | None,
+    examples: Examples,
+    path: Path,
+    *,
+    timesteps: Sequence[float] | None = None,
+) -> list[dict[str, Any]]:
+    """Lower one part to a file with all of its methods, which share their weights.
 
     Args:
         part: The part.
         quantized: The quantized part, for whatever shapes it was made; None for a float program.
-        inputs: Keyword arguments of a call with batch 1.
+        examples: Keyword arguments of a call with batch 1, by image size.
         path: File to write.
+        timesteps: As of `part_methods`.
+
+    Returns:
+        The methods as the manifest has them.
 
     Raises:
+        DialectError: The part has no time branch of its own to make tables of.
         LoweringError: The backend cannot run the part.
     """
     # importing the package must not load torchao
-    from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
+    from mpqdm_fx.backends.xnnpack.lower import lower_methods
 
+    methods = part_methods(part, quantized, examples, timesteps=timesteps)
+    graphs = {name: method.graph for name, method in methods.items()}
+    known = {layer for graph in graphs.values() for layer in weight_layers(graph)}
+    # what became a table is no layer any more
+    ranges = {} if quantized is None else quantized.ranges
+    ranges = {layer: chosen for layer, chosen in ranges.items() if layer in known}
+    calls = {name: method.example for name, method in methods.items()}
+    programs = lower_methods(graphs, calls, path, ranges=ranges or None)
+    return [
+        method_entry(part.name, method.size, name, method.outputs, programs[name].to_dict())
+        for name, method in methods.items()
+    ]
+
+
+def part_methods(
+    part: Part,
+    quantized: QuantizedModel | None,
+    examples: Examples,
+    *,
+    timesteps: Sequence[float] | None = None,
+) -> dict[str, PartMethod]:
+    """The graphs of a part's methods.
+
+    A part that runs once per image has a method `forward`. The denoiser has `denoise`, which runs
+    once per step, and `encode_prompt` with what does not change from step to step, if there is
+    anything. The names above are those of the first size; `denoise_512x768` is another one's.
+
+    Args:
+        part: The part.
+        quantized: The quantized part, for whatever shapes it was made; None for a float program.
+        examples: Keyword arguments of a call with batch 1, by image size; one entry, of None, for
+            a part whose shapes do not depend on it.
+        timesteps: Make tables of what depends on the timestep alone, with rows for these; the
+            denoiser then takes the number of a row in the timestep's place. None: any timestep.
+
+    Returns:
+        Methods by name, in running order.
+
+    Raises:
+        DialectError: The part has no time branch of its own to make tables of.
+    """
+    methods: dict[str, PartMethod] = {}
+    for size, example in examples.items():
+        graph = _graph(part, quantized, example)
+        graphs = {"forward": graph}
+        if part.stepped and timesteps is not None:
+            graph = tabulate_timesteps(graph, timesteps)
+            example = {**example, "timestep": torch.zeros(1, dtype=torch.int64)}
+        if part.stepped:
+            constant = [a for a in graph.meta["signature"].arguments if a not in part.stepped]
+            graphs = split_methods(graph, {ENCODE_PROMPT: constant}, rest=DENOISE)
+        first = not methods
+        for name, found in graphs.items():
+            if name == ENCODE_PROMPT:
+                once = PartMethod(graph=found, size=None, example=example, outputs=None)
+                methods.setdefault(name, once)
+            else:
+                methods[method_name(name, size, first=first)] = PartMethod(
+                    graph=found, size=size, example=example, outputs=part.outputs
+                )
+    return methods
+
+
+def method_name(base: str, size: Size | None, *, first: bool) -> str:
+    """Name of a method for one image size; that of the first size has no suffix."""
+    return base if first or size is None else f"{base}_{size[0]}x{size[1]}"
+
+
+def _graph(part: Part, quantized: QuantizedModel | None, example: Call) -> fx.GraphModule:
     if quantized is None:
-        graph = normalized(part.module, dict(inputs), MPQConfig())
-        return lower_xnnpack_float(graph, _ordered(graph, inputs), path)
-    fitted = _at_shapes(part, quantized, inputs)
-    values = _ordered(fitted.rounded, inputs)
-    if not fitted.ranges:
-        return lower_xnnpack_float(fitted.rounded, values, path)
-    return lower_xnnpack(fitted.rounded, fitted.ranges, values, path)
+        return normalized(part.module, dict(example), MPQConfig())
+    return _at_shapes(part, quantized, example).rounded
 
 
 def _at_shapes(part: Part, quantized: QuantizedModel, inputs: Call) -> QuantizedModel:
@@ -153,9 +262,3 @@ def _at_shapes(part: Part, quantized: QuantizedModel, inputs: Call) -> Quantized
         model_config=quantized.config,
         noise_levels=quantized.noise_levels,
     )
-
-
-def _ordered(graph: fx.GraphModule, inputs: Call) -> tuple[Any, ...]:
-    """Inputs in the order of the graph's placeholders."""
-    given = graph.meta["signature"].normalize((), dict(inputs))
-    return tuple(given[str(node.target)] for node in graph.graph.find_nodes(op="placeholder"))

@@ -1,20 +1,20 @@
 """Draw images with the programs of a folder that `mpqdm-fx export` wrote.
 
-This file is copied into that folder as `run.py` and needs no other file of the package: numpy,
-ExecuTorch's runtime, the scheduler (diffusers, with torch) and the tokenizer (transformers).
+This file is copied into that folder as `run.py`, with `program_files.py` beside it. The two need
+no other file of the package: numpy, ExecuTorch's runtime, the scheduler (diffusers, with torch) and
+the tokenizer (transformers).
 
     python run.py "a cat" --seed 0 --steps 20 --guidance 7.5 --output cat.png
 """
 
 import argparse
 import copy
-import hashlib
 import importlib
 import inspect
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["MANIFEST", "PipelineRunner", "RunnerError", "guidance_embedding", "main", "time_ids"]
+from mpqdm_fx.pipelines.program_files import ProgramFiles, RunnerError
+
+__all__ = ["PipelineRunner", "RunnerError", "guidance_embedding", "main", "time_ids"]
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "pipeline.json"
-_VERSION = 1
-
-
-class RunnerError(ValueError):
-    """The folder or what was asked for cannot be used; says why."""
 
 
 def time_ids(height: int, width: int) -> Tensor:
@@ -75,10 +70,13 @@ class PipelineRunner:
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
         self.folder = Path(folder)
-        self.manifest = _read_manifest(self.folder, verify)
-        self._programs: dict[str, Any] = {}
-        self._methods: dict[tuple[str, str], Any] = {}
+        self.programs = ProgramFiles(folder, verify=verify)
         self._tokenizers: dict[str, Any] = {}
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The content of `pipeline.json`."""
+        return self.programs.manifest
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -136,7 +134,8 @@ class PipelineRunner:
             float32 [H, W, channels] in 0..1.
 
         Raises:
-            RunnerError: There is no program for the size, or a condition is missing or too much.
+            RunnerError: There is no program for the size, no row for a timestep, or a condition is
+                missing or too much.
         """
         defaults = self.manifest["defaults"]
         steps = defaults["steps"] if steps is None else steps
@@ -145,10 +144,11 @@ class PipelineRunner:
         self._check_conditions(prompt, image, mask)
         if steps < 1:
             raise RunnerError(f"steps is {steps}; give at least 1")
-        runs = self._conditions(prompt, negative, guidance, size)
         generator = torch.Generator().manual_seed(seed)
         scheduler = self.scheduler(scheduler)
         scheduler.set_timesteps(steps)
+        times = self._times(scheduler.timesteps)
+        runs = [self._once(run) for run in self._conditions(prompt, negative, guidance, size)]
         spec = self.manifest["latents"]
         shape = (1, spec["channels"], *(side // spec["scale"] for side in size))
         latents = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
@@ -157,19 +157,18 @@ class PipelineRunner:
         options = {"generator": generator} if "generator" in accepted else {}
         for index, timestep in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(latents, timestep)
-            call = {
-                "sample": torch.cat([scaled, *extra], dim=1),
-                "timestep": timestep.float().reshape(1),
-            }
-            noise, *plain = (self._run("denoiser", size, {**call, **run})[0] for run in runs)
+            call = {"sample": torch.cat([scaled, *extra], dim=1), "timestep": times[index]}
+            noise, *plain = (
+                self.programs.run("denoiser", size, {**call, **run})["noise_pred"] for run in runs
+            )
             if plain:
                 noise = plain[0] + guidance * (noise - plain[0])
             latents = scheduler.step(noise, timestep, latents, return_dict=False, **options)[0]
             if callback is not None:
                 callback(index + 1, len(scheduler.timesteps))
         picture = latents
-        if self._has("vae_decoder"):
-            picture = self._run("vae_decoder", size, {"latents": latents})[0]
+        if "vae_decoder" in self.manifest["parts"]:
+            picture = self.programs.run("vae_decoder", size, {"latents": latents})["image"]
         result: NDArray[np.float32] = (picture / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
         return result
 
@@ -236,14 +235,35 @@ class PipelineRunner:
             more["timestep_cond"] = guidance_embedding(guidance, width)
         return [{**run, **more} for run in runs]
 
+    def _once(self, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add what the denoiser computes once per image: keys and values of the prompt."""
+        if not self.programs.has("denoiser"):
+            return conditions
+        return {**conditions, **self.programs.run("denoiser", None, conditions)}
+
+    def _times(self, timesteps: Tensor) -> list[Tensor]:
+        """What the denoiser is told of each step: the timestep, or its row in the tables."""
+        table = self.manifest.get("timesteps")
+        if table is None:
+            return [timestep.float().reshape(1) for timestep in timesteps]
+        rows = {value: row for row, value in enumerate(table)}
+        missing = [value for value in timesteps.float().tolist() if value not in rows]
+        if missing:
+            raise RunnerError(
+                f"timestep {missing[0]:g} is not in this folder's tables, which have "
+                f"{len(rows)} timesteps from {table[0]:g} to {table[-1]:g}; draw with "
+                f"{self.manifest['defaults']['steps']} steps of the folder's own scheduler, or "
+                f"export without tables"
+            )
+        return [torch.tensor([rows[value]]) for value in timesteps.float().tolist()]
+
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {}
         for part in ("text_encoder", "text_encoder_2"):
-            if self._has(part):
-                names = self._entry(part, None)["outputs"]
-                values = self._run(part, None, {"input_ids": self._tokens(part, prompt)})
-                for name, value in zip(names, values, strict=True):
-                    found.setdefault(name["name"], []).append(value)
+            if self.programs.has(part):
+                outputs = self.programs.run(part, None, {"input_ids": self._tokens(part, prompt)})
+                for name, value in outputs.items():
+                    found.setdefault(name, []).append(value)
         named = {name: torch.cat(values, dim=-1) for name, values in found.items()}
         if "text_embeds" in named:
             named["added_cond_kwargs.text_embeds"] = named.pop("text_embeds")
@@ -273,74 +293,10 @@ class PipelineRunner:
             return []
         pixels = _unit(image, (*size, 3), "image").permute(2, 0, 1)[None] * 2 - 1
         area = (_unit(mask, size, "mask") >= 0.5).float()[None, None]
-        mean, std = self._run("vae_encoder", size, {"image": pixels * (area < 0.5)})
+        encoded = self.programs.run("vae_encoder", size, {"image": pixels * (area < 0.5)})
+        mean, std = encoded["mean"], encoded["std"]
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         return [functional.interpolate(area, size=mean.shape[-2:]), latents]
-
-    def _has(self, part: str) -> bool:
-        return part in self.manifest["parts"]
-
-    def _entry(self, part: str, size: tuple[int, int] | None) -> Any:
-        for entry in self.manifest["methods"]:
-            if entry["part"] == part and entry["size"] == (list(size) if size else None):
-                return entry
-        raise RunnerError(f"{self.folder / MANIFEST} names no method of {part} for {size}")
-
-    def _run(
-        self, part: str, size: tuple[int, int] | None, inputs: Mapping[str, Tensor]
-    ) -> list[Tensor]:
-        """Run one method on inputs by name."""
-        entry = self._entry(part, size)
-        values = []
-        for spec in entry["inputs"]:
-            value = inputs[spec["name"]].to(getattr(torch, spec["dtype"])).contiguous()
-            if list(value.shape) != list(spec["shape"]):
-                raise RunnerError(
-                    f"{part}: {spec['name']} has shape {list(value.shape)}, its program takes "
-                    f"{spec['shape']}"
-                )
-            values.append(value)
-        return list(self._load(entry).execute(values))
-
-    def _load(self, entry: Mapping[str, Any]) -> Any:
-        key = (entry["file"], entry["method"])
-        if key not in self._methods:
-            from executorch.runtime import Runtime, Verification
-
-            if key[0] not in self._programs:
-                self._programs[key[0]] = Runtime.get().load_program(
-                    self.folder / key[0], verification=Verification.Minimal
-                )
-            self._methods[key] = self._programs[key[0]].load_method(key[1])
-        return self._methods[key]
-
-
-def _read_manifest(folder: Path, verify: bool) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunnerError(f"{folder} was not written by mpqdm-fx export: {error}") from None
-    except ValueError as error:
-        raise RunnerError(f"{path} is damaged: {error}") from None
-    if manifest.get("version", _VERSION + 1) > _VERSION:
-        raise RunnerError(f"{path} was written by a newer version of mpqdm-fx")
-    for name, expected in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise RunnerError(f"{file} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise RunnerError(
-                f"{file} has {file.stat().st_size} bytes, {expected['bytes']} were written"
-            )
-        if verify and _sha256(file) != expected["sha256"]:
-            raise RunnerError(f"{file} is damaged: its checksum differs from the manifest's")
-    return manifest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unit(value: Any, shape: tuple[int, ...], name: str) -> Tensor:

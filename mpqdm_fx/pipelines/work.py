@@ -71,12 +71,13 @@ class WorkFolder:
         """Keep the record of a program whose file is written."""
         _write(self.path(program).with_suffix(".json"), record)
 
-    def place(self, name: str, folder: Path) -> None:
+    def place(self, program: str, folder: Path) -> None:
         """Put a file into another folder too, without a second copy where the disk can do that."""
+        path = self.path(program)
         try:
-            os.link(self.directory / name, folder / name)
+            os.link(path, folder / path.name)
         except OSError:
-            shutil.copyfile(self.directory / name, folder / name)
+            shutil.copyfile(path, folder / path.name)
 
     def remove(self) -> None:
         """Delete the folder: the export is through."""

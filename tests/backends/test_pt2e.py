@@ -210,7 +210,7 @@ def test_exported_graph_without_the_layers_names_is_refused():
 
 def test_bad_ranges_are_refused():
     graph, ranges, _ = rounded(Residual())
-    with pytest.raises(ConfigError, match="calibrate first"):
+    with pytest.raises(ConfigError, match="`ranges` is empty"):
         to_quantizer(graph, ranges={})
     with pytest.raises(ConfigError, match="'no_layer'"):
         to_quantizer(graph, ranges={"no_layer": ranges["conv1"]})

@@ -12,6 +12,7 @@ from mpqdm_fx.activations import (
     NoiseLevels,
     TimestepActivation,
 )
+from mpqdm_fx.errors import DialectError
 from mpqdm_fx.graph.lanes import is_quantizer
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.methods import run_methods, split_methods
@@ -20,6 +21,7 @@ from mpqdm_fx.graph.quantizer_sites import quantizer_sites
 from mpqdm_fx.graph.quantizers import DynamicQuantizer
 from mpqdm_fx.graph.timestep_table import tabulate_timesteps
 from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.passes.carry_error_lane import CarryErrorLane
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.testing import count
 
@@ -90,6 +92,21 @@ def test_ranges_by_noise_level_keep_keys_in_the_step_and_fit_into_tables(text_un
         table = tabulate_timesteps(whole, [900, 20])
         want = whole(**{**inputs, "timestep": torch.tensor([timestep] * 2)})[0]
         assert torch.equal(table(**{**inputs, "timestep": torch.tensor([step] * 2)})[0], want)
+
+
+def test_ranges_by_noise_level_are_not_put_behind_tables(text_unet):
+    # the groups would be told by the position in the schedule instead of the timestep
+    table = tabulate_timesteps(text_unet, [900, 20])
+    with pytest.raises(DialectError, match="quantize first, then tabulate"):
+        quantized(table, TimestepActivation(groups=(STATIC, STATIC)))
+
+
+def test_graphs_of_two_lanes_are_neither_split_nor_tabulated(text_unet):
+    lanes = CarryErrorLane()(text_unet).graph_module
+    with pytest.raises(DialectError, match=r"two lanes.*rounded"):
+        split_methods(lanes, PROMPT)
+    with pytest.raises(DialectError, match="two lanes"):
+        tabulate_timesteps(lanes, [900, 20])
 
 
 class Scores(nn.Module):

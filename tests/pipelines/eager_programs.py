@@ -1,4 +1,4 @@
-"""Programs that are not lowered: the parts themselves, run by the runner through its manifest."""
+"""Programs that are not lowered: parts and methods themselves, run by the runner's manifest."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,9 @@ from torch.utils import _pytree as pytree
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.backends.xnnpack.runner import TensorSpec, flat_inputs
 from mpqdm_fx.pipelines.export import export_pipeline
+from mpqdm_fx.pipelines.manifest import method_entry
+from mpqdm_fx.pipelines.program_files import ProgramFiles
+from mpqdm_fx.pipelines.programs import PartMethod, method_name, part_methods
 from mpqdm_fx.pipelines.runner import PipelineRunner
 
 
@@ -19,30 +22,61 @@ def _specs(pairs):
     )
 
 
-def eager_writer(models: dict[str, Any]):
-    """A stand-in for `write_program` that keeps the part in `models` under its file's name."""
-
-    def write(part, quantized, inputs, path: Path) -> XnnpackProgram:
-        with torch.no_grad():
-            outputs = pytree.tree_leaves(part.module(**inputs))
-        models[path.name] = part.module
-        path.write_bytes(path.name.encode())
-        return XnnpackProgram(
-            path=path,
-            bytes=path.stat().st_size,
-            subgraphs=1,
-            delegated=1,
-            undelegated=0,
-            refusals={},
-            inputs=_specs(flat_inputs(tuple(inputs.values()), list(inputs))),
-            outputs=_specs((str(i), value) for i, value in enumerate(outputs)),
-            output_scale=None,
-            sqnr_db=100.0,
-            max_lsb=None,
-            reference_sqnr_db=None,
-            float_layers={},
-            seconds=0.0,
+def _whole(part, examples):
+    """A part that is not traced: quick, and the denoiser computes all of it in every step."""
+    first = next(iter(examples))
+    return {
+        method_name("forward", size, first=size == first): PartMethod(
+            graph=part.module, size=size, example=example, outputs=part.outputs
         )
+        for size, example in examples.items()
+    }
+
+
+def eager_writer(models: dict[str, Any], *, split: bool = False):
+    """A stand-in for `write_programs` that keeps the methods in `models` under their file's name.
+
+    With `split` the denoiser is cut into the methods that are lowered elsewhere.
+    """
+
+    def write(part, quantized, examples, path: Path, *, timesteps=None):
+        if split and part.stepped:
+            methods = part_methods(part, quantized, examples, timesteps=timesteps)
+        else:
+            methods = _whole(part, examples)
+        models[path.name] = {name: method.graph for name, method in methods.items()}
+        path.write_bytes(path.name.encode())
+        entries, values = [], {}
+        for name, method in methods.items():
+            graph = method.graph
+            given = {**method.example, **values}
+            if isinstance(graph, torch.fx.GraphModule):
+                nodes = graph.graph.find_nodes(op="placeholder")
+                given = {node.target: given[node.target] for node in nodes}
+            with torch.no_grad():
+                found = graph(**given)
+            if isinstance(found, dict):
+                values.update(found)
+            results = found if isinstance(found, dict) else enumerate(pytree.tree_leaves(found))
+            program = XnnpackProgram(
+                path=path,
+                bytes=path.stat().st_size,
+                subgraphs=1,
+                delegated=1,
+                undelegated=0,
+                refusals={},
+                inputs=_specs(flat_inputs(tuple(given.values()), list(given))),
+                outputs=_specs((str(key), value) for key, value in dict(results).items()),
+                output_scale=None,
+                sqnr_db=100.0,
+                max_lsb=None,
+                reference_sqnr_db=None,
+                float_layers={},
+                seconds=0.0,
+            )
+            entry = method_entry(part.name, method.size, name, method.outputs, program.to_dict())
+            entries.append(entry)
+        return entries
 
     return write
 
@@ -63,21 +97,30 @@ class _EagerMethod:
             return pytree.tree_leaves(self.module(**call))
 
 
-class EagerRunner(PipelineRunner):
-    """The runner over parts instead of programs."""
+class EagerPrograms(ProgramFiles):
+    """The folder with graphs and parts in the programs' place."""
 
     models: dict[str, Any]
 
     def _load(self, entry):
         names = [spec["name"] for spec in entry["inputs"]]
-        return _EagerMethod(self.models[entry["file"]], names)
+        return _EagerMethod(self.models[entry["file"]][entry["method"]], names)
 
 
-def eager_export(pipeline, output, monkeypatch, config=None, **options):
+class EagerRunner(PipelineRunner):
+    """The runner over such a folder."""
+
+    def __init__(self, folder, models):
+        super().__init__(folder)
+        self.programs = EagerPrograms(folder)
+        self.models = self.programs.models = models
+
+
+def eager_export(pipeline, output, monkeypatch, config=None, *, split=False, **options):
     """Export with the stand-in; return the result and its runner."""
     models: dict[str, Any] = {}
-    monkeypatch.setattr("mpqdm_fx.pipelines.export.write_program", eager_writer(models))
+    monkeypatch.setattr(
+        "mpqdm_fx.pipelines.export.write_programs", eager_writer(models, split=split)
+    )
     result = export_pipeline(pipeline, config, output, **options)
-    runner = EagerRunner(output)
-    runner.models = models
-    return result, runner
+    return result, EagerRunner(output, models)

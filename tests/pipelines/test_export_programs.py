@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 import mpqdm_fx.pipelines.export as export_module
 from mpqdm_fx import cli
-from mpqdm_fx.backends.xnnpack.convert import converted_graph, decomposed
+from mpqdm_fx.backends.xnnpack.convert import converted_graph, decomposed, quantized_graph
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.pipelines.parts import ImageDecoder
 from mpqdm_fx.pipelines.runner import PipelineRunner
 
 pytestmark = pytest.mark.xnnpack
@@ -27,7 +28,6 @@ pytestmark = pytest.mark.xnnpack
 TOLERANCE_DB = 40.0
 
 OPTIONS = {
-    "activation-mode": "static",
     "allocation": "uniform",
     "levels": "uniform",
     "rounding": "nearest",
@@ -41,7 +41,11 @@ OPTIONS = {
 
 
 class Converted(torch.nn.Module):
-    """A quantized part as the graph that was lowered: int8 weights, int32 biases, q/dq ops."""
+    """A quantized part as it was lowered.
+
+    Static: the converted graph, with int8 weights, int32 biases and q/dq ops. Dynamic: the graph
+    with ranges as XNNPACK's kernels choose them, because the converted one has a range per tensor.
+    """
 
     def __init__(self, quantized):
         super().__init__()
@@ -49,7 +53,10 @@ class Converted(torch.nn.Module):
         self.config, self.dtype, self.device = quantized.config, quantized.dtype, quantized.device
         plain, runnable, _ = decomposed(quantized.rounded, quantized.ranges)
         example = example_inputs(quantized.signature, batch_size=1)
-        self.graph = converted_graph(plain, runnable, self.ordered(example))
+        if quantized.settings.activation_mode == "dynamic":
+            self.graph = quantized_graph(plain, runnable)
+        else:
+            self.graph = converted_graph(plain, runnable, self.ordered(example))
 
     def ordered(self, call):
         (quantized,) = self.quantized
@@ -87,8 +94,11 @@ def converted_image(pipeline, quantized, *prompt, **options):
         latents = pipeline(*prompt, generator=generator, output_type="latent", **options).images
     finally:
         pipeline.unet = own
+    decoder = ImageDecoder(pipeline.vae)
+    if "vae_decoder" in quantized:
+        decoder = Converted(quantized["vae_decoder"])
     with torch.no_grad():
-        image = Converted(quantized["vae_decoder"])(latents=latents)
+        image = decoder(latents=latents)
     return (image / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
 
 
@@ -96,8 +106,10 @@ def decibels(expected, found):
     return sqnr_db(torch.from_numpy(expected), torch.from_numpy(found))
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+@pytest.fixture(
+    scope="module", params=["static", pytest.param("dynamic", marks=pytest.mark.matrix)]
+)
+def exported(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("exported")
     pipeline = tiny_pipelines.stable_diffusion(root)
     pipeline.save_pretrained(root / "sd")
@@ -113,6 +125,7 @@ def exported(tmp_path_factory):
         (root / "prompts.txt").write_text("a cat\n\na dog\nthree pears on a table\na map\n")
         words = ["export", root / "sd", "--output", root / "out", "--json"]
         words += ["--prompts", root / "prompts.txt"]
+        words += ["--activation-mode", request.param]
         words += [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
         run = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
     assert run.exit_code == 0, run.output
@@ -124,13 +137,14 @@ def test_the_folder_is_whole_and_nothing_else_is_left(exported):
     _, result = exported
     names = {path.name for path in result.directory.iterdir()}
     assert names == {
-        "denoiser-16x16.pte",
+        "denoiser.pte",
         "pipeline.json",
+        "program_files.py",
         "run.py",
         "scheduler",
         "text_encoder.pte",
         "tokenizer",
-        "vae_decoder-16x16.pte",
+        "vae_decoder.pte",
     }
     assert not list(result.directory.parent.glob(".out-*"))
     assert not (result.directory.parent / "out.checkpoint").exists()
@@ -146,7 +160,18 @@ def test_parts_below_the_bound_stay_in_float_and_the_manifest_says_so(exported):
         good = parts[name]["quantized_sqnr_db"] >= 40
         assert parts[name]["precision"] == ("int8" if good else "float")
     assert parts["text_encoder"]["precision"] == "float"
-    assert parts["vae_decoder"]["precision"] == "int8"
+    assert {parts[name]["precision"] for name in ("denoiser", "vae_decoder")} == {"int8"}
+
+
+def test_the_denoiser_is_one_file_with_a_method_for_the_prompt_and_one_for_the_step(exported):
+    _, result = exported
+    mode = result.manifest["quantization"]["activation_mode"]
+    entries = [e for e in result.manifest["methods"] if e["part"] == "denoiser"]
+    assert [(e["file"], e["method"]) for e in entries] == [
+        ("denoiser.pte", "encode_prompt"), ("denoiser.pte", "denoise"),
+    ]  # fmt: skip
+    assert result.manifest["parts"]["denoiser"]["activation_mode"] == mode
+    assert all(entry["subgraphs"] <= 3 for entry in entries)
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler"])

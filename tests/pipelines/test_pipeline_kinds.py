@@ -26,13 +26,13 @@ def pixels(runner):
     return {"image": image, "mask": mask}, {**given, "height": 16, "width": 16}
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("mode", ["float", "static", "dynamic"])
 @pytest.mark.parametrize(
     "kind", ["stable_diffusion_xl", "inpainting", "ddpm", "ddim", "latent_diffusion"]
 )
-def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, quantized):
+def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, mode):
     pipeline = getattr(tiny_pipelines, kind)(tmp_path)
-    config = tiny_pipelines.cheap_settings() if quantized else None
+    config = tiny_pipelines.cheap_settings(activation_mode=mode) if mode != "float" else None
     export_pipeline(pipeline, config, tmp_path / "out", steps=3, guidance=3.0, trajectories=4)
     runner = PipelineRunner(tmp_path / "out", verify=True)
     prompt = [] if runner.manifest["kind"] == "unconditional" else ["a cat"]
@@ -40,7 +40,7 @@ def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, quantized):
     own, theirs = pixels(runner)
     expected = diffusers_image(pipeline, *prompt, num_inference_steps=3, **guided, **theirs)
     found = runner.sample(*prompt, **own)
-    if quantized:
+    if mode != "float":
         assert decibels(expected, found) > 12
     else:
         assert np.abs(found - expected).max() < 1e-3
@@ -60,3 +60,21 @@ def test_two_sizes_share_the_integers_and_draw_at_both(tmp_path):
         found = runner.sample("a cat", height=height, width=width)
         assert decibels(expected, found) > 12
     assert set(result.manifest["parts"]) == {"text_encoder", "denoiser", "vae_decoder"}
+
+
+def test_sizes_add_methods_and_not_weights_with_dynamic_activations_and_tables(tmp_path):
+    pipeline = tiny_pipelines.stable_diffusion(tmp_path, block_out_channels=(96,))
+    result = export_pipeline(
+        pipeline, tiny_pipelines.cheap_settings(activation_mode="dynamic"), tmp_path / "out",
+        sizes=[(16, 16), (24, 16)], steps=2, guidance=3.0, trajectories=4, tabulate=True,
+    )  # fmt: skip
+    entries = [e for e in result.manifest["methods"] if e["part"] == "denoiser"]
+    assert [e["method"] for e in entries] == ["encode_prompt", "denoise", "denoise_24x16"]
+    weights = sum(parameter.numel() for parameter in pipeline.unet.parameters())
+    assert result.manifest["files"]["denoiser.pte"]["bytes"] < 1.2 * weights
+    runner = PipelineRunner(tmp_path / "out", verify=True)
+    for height, width in runner.sizes:
+        expected = diffusers_image(
+            pipeline, "a cat", num_inference_steps=2, guidance_scale=3.0, height=height, width=width
+        )
+        assert decibels(expected, runner.sample("a cat", height=height, width=width)) > 15

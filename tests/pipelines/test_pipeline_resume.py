@@ -24,11 +24,11 @@ def pipeline(tmp_path):
 def writer_that_dies_at(name, written):
     write = eager_writer({})
 
-    def die(part, quantized, inputs, path):
+    def die(part, quantized, examples, path, **options):
         if path.name == name:
             raise Killed
         written.append(path.name)
-        return write(part, quantized, inputs, path)
+        return write(part, quantized, examples, path, **options)
 
     return die
 
@@ -37,7 +37,7 @@ def export(pipeline, output, monkeypatch, *, dies_at=None, **options):
     """Export in float or with cheap settings; return names of the programs that were written."""
     written = []
     monkeypatch.setattr(
-        "mpqdm_fx.pipelines.export.write_program", writer_that_dies_at(dies_at, written)
+        "mpqdm_fx.pipelines.export.write_programs", writer_that_dies_at(dies_at, written)
     )
     settings = {"config": None, **OPTIONS, **options}
     if dies_at is None:
@@ -56,7 +56,7 @@ def manifest(folder):
     ("dies_at", "before"),
     [
         ("text_encoder.pte", []),
-        ("denoiser-24x16.pte", ["text_encoder.pte", "denoiser-16x16.pte"]),
+        ("vae_decoder.pte", ["text_encoder.pte", "denoiser.pte"]),
     ],
 )
 def test_finished_programs_are_not_made_again(pipeline, tmp_path, monkeypatch, dies_at, before):
@@ -64,10 +64,7 @@ def test_finished_programs_are_not_made_again(pipeline, tmp_path, monkeypatch, d
     assert export(pipeline, output, monkeypatch, dies_at=dies_at) == before
     assert not output.exists()
     rest = export(pipeline, output, monkeypatch, resume=True)
-    every = ["text_encoder.pte"] + [
-        f"{p}-{s}.pte" for p in ("denoiser", "vae_decoder") for s in ("16x16", "24x16")
-    ]
-    assert before + rest == every
+    assert before + rest == ["text_encoder.pte", "denoiser.pte", "vae_decoder.pte"]
     assert not output.with_name("out.checkpoint").exists()
     export(pipeline, tmp_path / "whole", monkeypatch)
     assert manifest(output) == manifest(tmp_path / "whole")
@@ -75,12 +72,12 @@ def test_finished_programs_are_not_made_again(pipeline, tmp_path, monkeypatch, d
 
 def test_a_quantized_run_goes_on_with_its_solved_layers(pipeline, tmp_path, monkeypatch):
     output, config = tmp_path / "out", tiny_pipelines.cheap_settings()
-    export(pipeline, output, monkeypatch, dies_at="denoiser-24x16.pte", config=config)
+    export(pipeline, output, monkeypatch, dies_at="denoiser.pte", config=config)
     solved = output.with_name("out.checkpoint") / "denoiser"
     times = {path.name: path.stat().st_mtime_ns for path in solved.glob("layer-*")}
     assert times
     again = {"config": config, "resume": True}
-    export(pipeline, output, monkeypatch, dies_at="vae_decoder-16x16.pte", **again)
+    export(pipeline, output, monkeypatch, dies_at="vae_decoder.pte", **again)
     assert times == {path.name: path.stat().st_mtime_ns for path in solved.glob("layer-*")}
     export(pipeline, output, monkeypatch, **again)
     export(pipeline, tmp_path / "whole", monkeypatch, config=config)
@@ -91,7 +88,7 @@ def test_an_unfinished_run_is_neither_forgotten_nor_mixed_with_another(
     pipeline, tmp_path, monkeypatch
 ):
     output = tmp_path / "out"
-    export(pipeline, output, monkeypatch, dies_at="denoiser-24x16.pte")
+    export(pipeline, output, monkeypatch, dies_at="denoiser.pte")
     with pytest.raises(ConfigError, match="was not finished; resume it"):
         export(pipeline, output, monkeypatch)
     with pytest.raises(ConfigError, match="with other numbers"):
@@ -112,5 +109,4 @@ def test_an_older_export_is_replaced_whole(pipeline, tmp_path, monkeypatch):
     output = tmp_path / "out"
     export(pipeline, output, monkeypatch)
     export(pipeline, output, monkeypatch, sizes=[(24, 16)])
-    assert not (output / "denoiser-16x16.pte").exists()
     assert manifest(output)["sizes"] == [[24, 16]]

@@ -29,8 +29,9 @@ def stable_diffusion(tmp_path_factory):
     pipeline = tiny_pipelines.stable_diffusion(root, kl=True)
     with pytest.MonkeyPatch.context() as patch:
         _, runner = eager_export(
-            pipeline, root / "out", patch, sizes=[(16, 16), (24, 16)], steps=3, guidance=5.0
-        )
+            pipeline, root / "out", patch, sizes=[(16, 16), (24, 16)], steps=3, guidance=5.0,
+            split=True,
+        )  # fmt: skip
     return pipeline, runner
 
 
@@ -79,17 +80,39 @@ def test_defaults_are_those_of_the_export_and_bytes_are_rounded_floats(stable_di
     assert np.array_equal(image, (floats * 255).round().astype(np.uint8))
 
 
-def test_without_guidance_the_denoiser_runs_once_a_step(stable_diffusion):
+def test_prompts_are_encoded_once_and_each_step_runs_once_or_twice(stable_diffusion):
     _, runner = stable_diffusion
+    methods = runner.models["denoiser.pte"]
+    assert set(methods) == {"encode_prompt", "denoise", "denoise_24x16"}
     calls = []
-    handle = runner.models["denoiser-16x16.pte"].register_forward_hook(lambda *_: calls.append(1))
+    handles = [
+        method.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, method in methods.items()
+    ]
     try:
         runner("a cat", steps=4, guidance=1.0)
-        assert len(calls) == 4
-        runner("a cat", steps=4, guidance=2.0)
-        assert len(calls) == 12
+        assert calls == ["encode_prompt", *["denoise"] * 4]
+        calls.clear()
+        runner("a cat", steps=4, guidance=2.0, height=24)
+        assert calls == ["encode_prompt"] * 2 + ["denoise_24x16"] * 8
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def test_steps_take_no_prompt_where_it_is_encoded_once(stable_diffusion):
+    _, runner = stable_diffusion
+    entries = {e["method"]: e for e in runner.manifest["methods"] if e["part"] == "denoiser"}
+    once = [spec["name"] for spec in entries["encode_prompt"]["outputs"]]
+    assert [spec["name"] for spec in entries["encode_prompt"]["inputs"]] == [
+        "encoder_hidden_states"
+    ]
+    assert len(once) == 2
+    assert all(name.endswith(("attn2_to_k", "attn2_to_v")) for name in once)
+    for name, size in [("denoise", [16, 16]), ("denoise_24x16", [24, 16])]:
+        assert [s["name"] for s in entries[name]["inputs"]] == ["sample", "timestep", *once]
+        assert entries[name]["size"] == size
+        assert entries[name]["file"] == "denoiser.pte"
 
 
 def test_steps_are_told_to_the_callback_and_schedulers_can_be_objects(stable_diffusion):
@@ -109,7 +132,11 @@ def test_models_that_predict_velocity_need_nothing_but_their_scheduler(tmp_path,
 
 def test_distilled_guidance_is_an_input_and_one_call(tmp_path, monkeypatch):
     pipeline = tiny_pipelines.stable_diffusion(tmp_path, time_cond_proj_dim=32)
-    _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch)
+    _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch, split=True)
+    once = runner.models["denoiser.pte"]["encode_prompt"]
+    assert {n.target for n in once.graph.find_nodes(op="placeholder")} == {
+        "encoder_hidden_states", "timestep_cond",
+    }  # fmt: skip
     expected = diffusers_image(pipeline, "a dog", num_inference_steps=4, guidance_scale=8.5)
     found = runner.sample("a dog", steps=4, guidance=8.5, scheduler="DDIMScheduler")
     assert np.abs(found - expected).max() <= TOLERANCE
@@ -122,12 +149,18 @@ def test_the_guidance_embedding_is_diffusers(width, tmp_path):
     assert torch.allclose(guidance_embedding(7.5, width), expected, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    root = tmp_path_factory.mktemp("xl")
+    pipeline = tiny_pipelines.stable_diffusion_xl(root)
+    with pytest.MonkeyPatch.context() as patch:
+        _, runner = eager_export(pipeline, root / "out", patch, sizes=[(16, 24)], split=True)
+    return pipeline, runner
+
+
 @pytest.mark.parametrize("negative", [None, "", "dog"])
-def test_xl_has_both_encoders_added_conditions_and_zeroed_negatives(
-    tmp_path, monkeypatch, negative
-):
-    pipeline = tiny_pipelines.stable_diffusion_xl(tmp_path)
-    _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch, sizes=[(16, 24)])
+def test_xl_has_both_encoders_added_conditions_and_zeroed_negatives(xl, negative):
+    pipeline, runner = xl
     expected = diffusers_image(
         pipeline, "a cat", negative_prompt=negative, num_inference_steps=3, guidance_scale=5.0,
         height=16, width=24,
@@ -135,6 +168,28 @@ def test_xl_has_both_encoders_added_conditions_and_zeroed_negatives(
     found = runner.sample("a cat", negative=negative, steps=3, guidance=5.0)
     assert found.shape == (16, 24, 3)
     assert np.abs(found - expected).max() <= TOLERANCE
+
+
+def test_xl_embeds_sizes_and_pooled_text_once(xl):
+    _, runner = xl
+    entries = {e["method"]: e for e in runner.manifest["methods"] if e["part"] == "denoiser"}
+    assert {spec["name"] for spec in entries["encode_prompt"]["inputs"]} == {
+        "encoder_hidden_states", "added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids",
+    }  # fmt: skip
+    assert not [s for s in entries["denoise"]["inputs"] if s["name"].startswith("added_cond")]
+
+
+def test_tables_draw_with_the_timesteps_of_the_export_alone(tmp_path, monkeypatch):
+    pipeline = tiny_pipelines.stable_diffusion(tmp_path)
+    options = {"split": True, "steps": 3, "guidance": 5.0, "tabulate": True}
+    result, runner = eager_export(pipeline, tmp_path / "out", monkeypatch, **options)
+    expected = diffusers_image(pipeline, "a cat", num_inference_steps=3, guidance_scale=5.0)
+    assert np.abs(runner.sample("a cat") - expected).max() <= TOLERANCE
+    assert result.manifest["timesteps"] == [667.0, 334.0, 1.0]
+    names = runner.models["denoiser.pte"]["denoise"].state_dict()
+    assert not [name for name in names if name.startswith("time_embedding")]
+    with pytest.raises(RunnerError, match=r"751 is not in this folder's tables.* 3 timesteps"):
+        runner.sample("a cat", steps=4)
 
 
 def test_inpainting_paints_where_the_mask_says_from_the_masked_image(tmp_path, monkeypatch):

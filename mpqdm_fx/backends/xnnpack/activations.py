@@ -52,7 +52,11 @@ def runnable_activations(
     """
     grids = weight_grids(rounded)
     if not ranges:
-        raise ConfigError(f"{_BACKEND} got no activation ranges; calibrate first")
+        raise ConfigError(
+            f"{_BACKEND} got no activation ranges, and weights alone have no int8 form there: "
+            f'quantize with activation_mode="dynamic" or "static" (a model with "float" has no '
+            f"ranges), or lower the float form, `lower_xnnpack_float(quantized.rounded, ...)`"
+        )
     static, dynamic = split_activations(kernel_activations(ranges, _BACKEND))
     if static:
         check_ranges(static, grids, _BACKEND)
