@@ -21,8 +21,9 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"graph"},
             {"passes", "calibration"},
             {"quantized"},  # what quantizing returns; backends and reports read it
-            {"distill", "backends", "report", "models", "sweep"},
+            {"backends", "report", "models", "sweep"},
             {"stages"},  # the steps between the verbs, on graphs
+            {"distill"},  # graphs in training, and the model they become
             {"storage"},
             {"api"},
             {"denoisers"},  # whatever predicts the noise, behind one calling convention

@@ -19,7 +19,14 @@ from tqdm.auto import tqdm
 from mpqdm_fx.calibration.sampling import Denoiser, denoise
 from mpqdm_fx.errors import CalibrationError
 
-__all__ = ["Trajectories", "balanced_class_labels", "digits_trajectories"]
+__all__ = [
+    "Conditions",
+    "Trajectories",
+    "balanced_class_labels",
+    "digits_trajectories",
+    "make_conditions",
+    "sample_shape_of",
+]
 
 Conditions = Mapping[str, Any] | Callable[[int, torch.Generator], Mapping[str, Any]]
 """Conditions of all trajectories at once, or a function `(count, generator)` that makes them."""
@@ -98,16 +105,16 @@ class Trajectories:
         self.num_inference_steps = num_inference_steps
         self.batch_size = batch_size
         self.seed = seed
-        self.sample_shape = sample_shape or _sample_shape(model)
+        self.sample_shape = sample_shape or sample_shape_of(model)
         self.guidance_scale = guidance_scale
         self.shuffle = shuffle
         self.rows_per_timestep = rows_per_timestep
         self.held_out = held_out
         generator = torch.Generator().manual_seed(seed)
         self._noise = torch.randn(num_trajectories, *self.sample_shape, generator=generator)
-        self._conditions = _make_conditions(conditions, num_trajectories, generator)
+        self._conditions = make_conditions(conditions, num_trajectories, generator)
         self._unconditional = (
-            _make_conditions(unconditional, num_trajectories, generator)
+            make_conditions(unconditional, num_trajectories, generator)
             if guidance_scale is not None
             else None
         )
@@ -282,7 +289,12 @@ def digits_trajectories(
     )
 
 
-def _sample_shape(model: Any) -> tuple[int, ...]:
+def sample_shape_of(model: Any) -> tuple[int, ...]:
+    """Shape of one sample, as the model's config says it.
+
+    Raises:
+        CalibrationError: It does not say.
+    """
     config = getattr(model, "config", None)
     size = getattr(config, "sample_size", None)
     channels = getattr(config, "in_channels", None)
@@ -294,9 +306,19 @@ def _sample_shape(model: Any) -> tuple[int, ...]:
     return (channels, *sides)
 
 
-def _make_conditions(
+def make_conditions(
     conditions: Conditions | None, count: int, generator: torch.Generator
 ) -> dict[str, Any]:
+    """Conditions of so many runs: a mapping as it is, or what a function makes.
+
+    Args:
+        conditions: See `Trajectories`; None gives none.
+        count: Number of runs.
+        generator: Given to a function.
+
+    Raises:
+        CalibrationError: A tensor has another length.
+    """
     made = dict(conditions(count, generator) if callable(conditions) else (conditions or {}))
     for name, tensor in _tensors(made, ""):
         if tensor.ndim == 0 or len(tensor) != count:

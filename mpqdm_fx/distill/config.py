@@ -1,0 +1,157 @@
+"""What to train, for how long, and by which losses."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from mpqdm_fx.errors import ConfigError
+
+__all__ = ["DistillConfig", "Relation"]
+
+Relation = Literal["none", "trd", "queue", "feature"]
+
+_CHOICES = {
+    "relation": ("none", "trd", "queue", "feature"),
+    "base": ("cell", "float", "codes"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Settings of a training run.
+
+    Attributes:
+        updates: How many updates; None trains for `seconds`.
+        seconds: Wall time of the training, None for no limit; one of the two is needed. The
+            learning rates fall linearly to 0 over the run, whichever measures it.
+        trajectories: Denoising runs of the float model that give the data.
+        steps: Steps of each.
+        batch_size: Rows in an update, over all processes.
+        rank: Rank of the trained change of a weight, 0 trains none (QALoRA, EfficientDM, arXiv
+            2310.03270).
+        weight_rate: Learning rate of the low-rank factors, in units of the layer's mean distance
+            between levels (EfficientDM's scale-aware rate, which has 1/2500).
+        scale_rate: Learning rate of the logarithm of weight steps.
+        level_rate: Learning rate of fitted levels, in units of a step; 0 keeps them.
+        range_rate: Learning rate of the logarithm of activation steps; zero points have 16 times
+            as much, in codes.
+        bias_rate: Learning rate of biases, in units of the layer's root mean square bias.
+        smoothness: Weight of the squared differences by which neighbouring groups of noise levels
+            move apart (TALSQ, kept smooth in the noise level).
+        base: What is rounded: `"cell"`, the point nearest to the float weight that has the
+            quantized model's codes; `"float"`, the float weight (its nearest codes replace the
+            model's: MPQ-DM); `"codes"`, the rounded weight (EfficientDM).
+        relation: Second loss: `"trd"` MPQ-DM's time-smoothed relation distillation, `"queue"` its
+            variant with a memory of teacher pixels (MPQ-DMv2), `"feature"` plain squared error of
+            features (BitsFusion), `"none"`.
+        relation_share: Norm of the second loss's gradient over that of the first.
+        temperature: Of the softmax over relations.
+        pixels: Pixels of a map that relations use at most.
+        memory: Teacher pixels that the queue holds.
+        features: Module paths whose outputs are compared; none takes what the last norm reads.
+        noise_bias: (a, b) of the Beta distribution that steps are drawn from, 1 being the noisiest;
+            (1, 1) draws all alike, BitsFusion has (3, 1).
+        on_policy: Share of rows whose latents come from the student's own runs.
+        refresh: Updates after which the student's runs are drawn anew.
+        ema: Decay of the averaged parameters, which are what is kept; 0 keeps the last.
+        correct_mean: Take the mean error of the output, by channel, out of the last bias.
+        guidance_scale: Weight of classifier-free guidance in runs and loss; None for none.
+        mixed_precision: Compute in bfloat16 where autocast does.
+        checkpointing: Recompute activations in the backward pass instead of keeping them.
+        seed: Of everything that is drawn.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    updates: int | None = None
+    seconds: float | None = None
+    trajectories: int = 64
+    steps: int = 20
+    batch_size: int = 32
+    rank: int = 8
+    weight_rate: float = 0.02
+    scale_rate: float = 1e-3
+    level_rate: float = 0.02
+    range_rate: float = 2e-3
+    bias_rate: float = 0.01
+    smoothness: float = 1e-3
+    base: Literal["cell", "float", "codes"] = "cell"
+    relation: Relation = "none"
+    relation_share: float = 0.1
+    temperature: float = 0.1
+    pixels: int = 256
+    memory: int = 2048
+    features: tuple[str, ...] = ()
+    noise_bias: tuple[float, float] = (1.0, 1.0)
+    on_policy: float = 0.0
+    refresh: int = 100
+    ema: float = 0.99
+    correct_mean: bool = True
+    guidance_scale: float | None = None
+    mixed_precision: bool = False
+    checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.updates is None and self.seconds is None:
+            raise ConfigError("say how long to train: updates=..., seconds=..., or both")
+        for name in ("relation", "base"):
+            choices = _CHOICES[name]
+            assert choices is not None
+            if getattr(self, name) not in choices:
+                listed = " or ".join(map(repr, choices))
+                raise ConfigError(f"{name}={getattr(self, name)!r}: choose {listed}")
+        at_least = {
+            "updates": 1, "trajectories": 1, "steps": 1, "batch_size": 1, "rank": 0, "pixels": 2,
+            "memory": 2, "refresh": 1, "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name}={value!r}: give a whole number of at least {least}")
+        positive = ("seconds", "temperature", *(("guidance_scale",) if self.guided else ()))
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name}={value!r}: give a positive number")
+        for name in ("weight_rate", "scale_rate", "level_rate", "range_rate", "bias_rate",
+                     "smoothness", "relation_share"):  # fmt: skip
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give 0 or more")
+        for name in ("on_policy", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give 0 or more, and below 1")
+        if len(self.noise_bias) != 2 or not all(value > 0 for value in self.noise_bias):
+            raise ConfigError(f"noise_bias={self.noise_bias!r}: give two positive numbers")
+
+    @property
+    def guided(self) -> bool:
+        """Whether runs and loss are those of classifier-free guidance."""
+        return self.guidance_scale is not None
+
+    @classmethod
+    def efficientdm(cls, **settings: Any) -> Self:
+        """The baseline: EfficientDM's trained parts and rates (arXiv 2310.03270, its code).
+
+        Quantize with `allocation="uniform"`, `levels="uniform"`, `rounding="nearest"`,
+        `propagation=0`, `activation_mode="timestep"` for its start; give the same `updates` and
+        data to what it is compared with.
+        """
+        published: dict[str, Any] = {
+            "rank": 32,
+            "weight_rate": 1 / 2500,
+            "level_rate": 0.0,
+            "bias_rate": 0.0,
+            "smoothness": 0.0,
+            "base": "codes",
+            "ema": 0.0,
+            "correct_mean": False,
+        }
+        return cls(**{**published, **settings})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        plain = dataclasses.asdict(self)
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items()}

@@ -1,0 +1,216 @@
+"""`distill`: train a quantized model against the float model it came from."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpqdm_fx.calibration.sampling import first_tensor
+from mpqdm_fx.calibration.trajectories import Conditions, make_conditions, sample_shape_of
+from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.runs import Runs, guided, record_runs
+from mpqdm_fx.distill.student import Student, freeze, make_student
+from mpqdm_fx.distill.train import History, Trainer
+from mpqdm_fx.graph.calling import example_inputs, pack_output
+from mpqdm_fx.graph.fingerprint import graph_fingerprint
+from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.stages import normalized
+from mpqdm_fx.versions import versions
+
+__all__ = ["Distilled", "distill"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """What training gave.
+
+    Attributes:
+        quantized: The trained model; plan and sizes are those that it started with.
+        history: Updates, seconds and losses.
+        before: Squared error of the noise as a share of its energy on the training runs, at the
+            start; `after` at the end.
+        after: See `before`.
+    """
+
+    quantized: QuantizedModel
+    history: History
+    before: float
+    after: float
+
+
+def distill(
+    quantized: QuantizedModel,
+    teacher: nn.Module,
+    config: DistillConfig,
+    *,
+    scheduler: Any,
+    sample_shape: tuple[int, ...] | None = None,
+    conditions: Conditions | None = None,
+    unconditional: Conditions | None = None,
+    directory: str | Path | None = None,
+) -> Distilled:
+    """Train scales, levels, ranges, biases and merged low-rank factors of a quantized model.
+
+    Data-free (EfficientDM, arXiv 2310.03270): the float model's own runs are the data, its answers
+    the targets. The graph does not change and every code stays legal: what is measured during
+    training is what is stored. The result converts and lowers like what it started from.
+
+    Args:
+        quantized: The model to start from; it is not changed.
+        teacher: The float model that it was quantized from.
+        config: Settings.
+        scheduler: A diffusers scheduler, the one of deployment; it is copied.
+        sample_shape: Shape of one sample without the batch; None reads the model's config.
+        conditions: Further arguments of the model, as `Trajectories` takes them.
+        unconditional: Those of the unconditional half of guidance.
+        directory: Folder for checkpoints, from which the same call goes on to the same bits (with
+            a budget of updates; one of time depends on the clock). None keeps none.
+
+    Returns:
+        The trained model and what training did.
+
+    Raises:
+        ConfigError: `teacher` is not the model that was quantized, the folder holds another run, or
+            features are named that the model does not have.
+        CalibrationError: A run or the loss leaves the finite numbers, or conditions do not fit.
+    """
+    graph = normalized(teacher, example_inputs(quantized.signature), quantized.settings)
+    runs = _runs(teacher, scheduler, config, sample_shape, conditions, unconditional)
+    student = make_student(quantized, graph, config)
+    model = _Called(student.graph_module, quantized)
+    before = _error(model, runs, config)
+    trainer = Trainer(
+        student,
+        graph,
+        runs,
+        config,
+        identity=_identity(quantized, graph, config),
+        directory=None if directory is None else Path(directory),
+        on_policy=_own_runs(model, teacher, scheduler, config, runs) if config.on_policy else None,
+        normalize=lambda inputs: quantized.signature.normalize((), dict(inputs)),
+    )
+    history = trainer.run()
+    if config.correct_mean:
+        _correct_mean(student, model, runs, config)
+    after = _error(model, runs, config)
+    return Distilled(
+        quantized=freeze(student, quantized), history=history, before=before, after=after
+    )
+
+
+class _Called:
+    """A graph called like the model that it was traced from."""
+
+    def __init__(self, graph_module: fx.GraphModule, quantized: QuantizedModel) -> None:
+        self.graph_module, self.signature = graph_module, quantized.signature
+
+    def __call__(self, **inputs: Any) -> Any:
+        output = self.graph_module(**self.signature.normalize((), inputs))
+        return pack_output(self.signature, output)
+
+
+def _runs(
+    teacher: nn.Module,
+    scheduler: Any,
+    config: DistillConfig,
+    sample_shape: tuple[int, ...] | None,
+    conditions: Conditions | None,
+    unconditional: Conditions | None,
+) -> Runs:
+    generator = torch.Generator().manual_seed(config.seed)
+    count = config.trajectories
+    shape = sample_shape or sample_shape_of(teacher)
+    noise = torch.randn(count, *shape, generator=generator)
+    return record_runs(
+        teacher,
+        teacher,
+        scheduler,
+        noise,
+        steps=config.steps,
+        seed=config.seed,
+        conditions=make_conditions(conditions, count, generator),
+        unconditional=make_conditions(unconditional, count, generator) if config.guided else None,
+        guidance_scale=config.guidance_scale,
+        batch_size=config.batch_size,
+        progress="float model's runs",
+    )
+
+
+def _own_runs(
+    model: _Called, teacher: nn.Module, scheduler: Any, config: DistillConfig, runs: Runs
+) -> Any:
+    """A function of a seed that draws runs of the student with the first runs' conditions."""
+    few = torch.arange(min(len(runs), config.batch_size))
+
+    def draw(seed: int) -> Runs:
+        noise = torch.randn(
+            len(few), *runs.samples.shape[2:], generator=torch.Generator().manual_seed(seed)
+        )
+        start = runs.conditions_of(few)
+        return record_runs(
+            model,
+            teacher,
+            scheduler,
+            noise,
+            steps=config.steps,
+            seed=seed,
+            conditions=start[0],
+            unconditional=start[1],
+            guidance_scale=config.guidance_scale,
+            batch_size=len(few),
+        )
+
+    return draw
+
+
+def _identity(
+    quantized: QuantizedModel, graph: fx.GraphModule, config: DistillConfig
+) -> Mapping[str, Any]:
+    settings = config.to_dict()
+    # a run may be given more time, and go on
+    del settings["seconds"]
+    return {
+        **settings,
+        "float model": graph_fingerprint(graph),
+        "quantized model": graph_fingerprint(quantized.graph_module),
+        "versions": versions(),
+    }
+
+
+@torch.no_grad()
+def _errors(model: _Called, runs: Runs, config: DistillConfig) -> tuple[Tensor, Tensor]:
+    """Sum of errors by output channel over all calls, and squared error over energy."""
+    total, squares, energy, count = torch.zeros(()), 0.0, 0.0, 0
+    for call in range(runs.calls):
+        for rows in torch.split(torch.arange(len(runs)), config.batch_size):
+            batch = runs.batch(rows, torch.full((len(rows),), call))
+            answer = guided(first_tensor(model(**batch.inputs)), config.guidance_scale)
+            error = answer[:, : batch.target.shape[1]] - batch.target
+            total = total + error.transpose(0, 1).flatten(1).sum(1)
+            squares += float(error.square().sum())
+            energy += float(batch.target.square().sum())
+            count += error.numel() // error.shape[1]
+    return total / max(1, count), torch.tensor(squares / energy if energy else 0.0)
+
+
+def _error(model: _Called, runs: Runs, config: DistillConfig) -> float:
+    return float(_errors(model, runs, config)[1])
+
+
+@torch.no_grad()
+def _correct_mean(student: Student, model: _Called, runs: Runs, config: DistillConfig) -> None:
+    """Take the output's mean error out of the last layer's bias, if that lowers the error."""
+    last = list(student.layers.values())[-1]
+    mean, error = _errors(model, runs, config)
+    if last.bias is None or len(last.bias) != len(mean):
+        return
+    # guidance combines two outputs with weights 1 - g and g, which sum to 1
+    last.bias.sub_(mean)
+    if float(_errors(model, runs, config)[1]) > float(error):
+        last.bias.add_(mean)

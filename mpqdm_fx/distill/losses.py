@@ -1,0 +1,135 @@
+"""The losses of one update."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpqdm_fx.calibration.sampling import first_tensor
+from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.features import feature_nodes, with_features
+from mpqdm_fx.distill.runs import Batch, guided
+from mpqdm_fx.distill.student import Student
+from mpqdm_fx.numerics.relation import feature_distance, pixels, relation_divergence
+
+__all__ = ["Losses", "Parts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Losses of one batch, each a number with a gradient.
+
+    Attributes:
+        task: Squared error of the (guided) noise as a share of its energy.
+        relation: The second loss, not yet weighted; None without one.
+        roughness: How unevenly neighbouring ranges moved.
+    """
+
+    task: Tensor
+    relation: Tensor | None
+    roughness: Tensor
+
+
+class Losses:
+    """Computes the losses of batches.
+
+    Args:
+        student: What is trained.
+        teacher: The normalized float graph.
+        config: Which losses.
+        generator: Draws the pixels that relations use; its state is part of a run's.
+
+    Attributes:
+        memory: Teacher pixels of each compared feature [M, C], newest first, for
+            `relation="queue"`.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: fx.GraphModule,
+        config: DistillConfig,
+        generator: torch.Generator,
+    ) -> None:
+        self.config = config
+        self.student = student
+        self._generator = generator
+        self.memory: list[Tensor] = []
+        self._student: nn.Module = student.graph_module
+        self._teacher: nn.Module = teacher
+        if config.relation != "none":
+            own = student.graph_module
+            self._student = with_features(own, feature_nodes(own, config.features))
+            self._teacher = with_features(teacher, feature_nodes(teacher, config.features))
+
+    def __call__(self, batch: Batch) -> Parts:
+        """Losses of a batch."""
+        roughness = torch.stack([r.roughness() for r in self.student.ranges.values()] or [_zero()])
+        if self.config.relation == "none":
+            task = self._task(self._student(**batch.inputs), batch.target)
+            return Parts(task=task, relation=None, roughness=roughness.sum())
+        output, seen = self._student(**batch.inputs)
+        with torch.no_grad():
+            _, wanted = self._teacher(**batch.inputs)
+        task = self._task(output, batch.target)
+        relation = self._relation(batch, seen, wanted)
+        return Parts(task=task, relation=relation, roughness=roughness.sum())
+
+    def _task(self, output: Any, target: Tensor) -> Tensor:
+        answer = guided(first_tensor(output), self.config.guidance_scale)
+        answer = answer[:, : target.shape[1]]
+        energy = target.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        return (answer - target).square().mean() / energy
+
+    def _relation(
+        self, batch: Batch, seen: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
+    ) -> Tensor:
+        kind = self.config.relation
+        if kind == "feature":
+            return torch.stack(
+                [feature_distance(s, w) for s, w in zip(seen, wanted, strict=True)]
+            ).mean()
+        if kind == "trd":
+            # the gradient belongs to the current step; the one before is context
+            with torch.no_grad():
+                _, seen_before = self._student(**batch.previous)
+                _, wanted_before = self._teacher(**batch.previous)
+            seen = tuple((s + b) / 2 for s, b in zip(seen, seen_before, strict=True))
+            wanted = tuple((w + b) / 2 for w, b in zip(wanted, wanted_before, strict=True))
+        found = [self._divergence(*pair) for pair in enumerate(zip(seen, wanted, strict=True))]
+        return torch.stack(found).mean()
+
+    def _divergence(self, place: int, pair: tuple[Tensor, Tensor]) -> Tensor:
+        places = pair[0].flatten(2).shape[2] if pair[0].ndim == 4 else pair[0].shape[1]
+        index = torch.randperm(places, generator=self._generator)[: self.config.pixels]
+        student, teacher = (pixels(feature, index) for feature in pair)
+        memory = None
+        if self.config.relation == "queue":
+            memory = self._remember(place, teacher)
+        return relation_divergence(student, teacher, self.config.temperature, memory)
+
+    def _remember(self, place: int, teacher: Tensor) -> Tensor:
+        """Add the batch's teacher pixels to the queue and return it."""
+        rows = teacher.flatten(0, 1)
+        # a quarter at a time, so that the queue spans several batches and noise levels
+        some = torch.randperm(len(rows), generator=self._generator)[: self.config.memory // 4]
+        while len(self.memory) <= place:
+            self.memory.append(rows[:0])
+        joined = torch.cat([rows[some], self.memory[place]])[: self.config.memory]
+        self.memory[place] = joined.detach()
+        return self.memory[place]
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Tensors of the queue, to save."""
+        return {f"memory.{index}": rows for index, rows in enumerate(self.memory)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take a saved queue back."""
+        count = sum(key.startswith("memory.") for key in tensors)
+        self.memory = [tensors[f"memory.{index}"] for index in range(count)]
+
+
+def _zero() -> Tensor:
+    return torch.zeros(())

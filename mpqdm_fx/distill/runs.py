@@ -1,0 +1,224 @@
+"""Denoising runs as training data: what the model was given at every step, and the float answer.
+
+Data-free (EfficientDM, section 3.2): noise is drawn, the float model denoises it with the very
+scheduler and guidance of deployment, and every call on the way is an example. Runs of the student
+can be added: the latents it gets itself into, with the float model's answer to them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+from mpqdm_fx.calibration.sampling import denoise, first_tensor
+from mpqdm_fx.errors import CalibrationError
+
+__all__ = ["Batch", "Runs", "guided", "record_runs", "stack_runs"]
+
+Predict = Callable[..., Any]
+"""Called with the model's keyword arguments; returns the predicted noise or what holds it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of training data.
+
+    Attributes:
+        inputs: Keyword arguments of the model; with guidance both halves, unconditional first.
+        previous: The same at the step before, for losses over consecutive steps; at the first step
+            the rows themselves.
+        target: The float model's (guided) answer [B, C, H, W].
+    """
+
+    inputs: Mapping[str, Any]
+    previous: Mapping[str, Any]
+    target: Tensor
+
+
+@dataclass(kw_only=True)
+class Runs:
+    """Recorded runs.
+
+    Attributes:
+        samples: What the model was given, [runs, calls, C, H, W], scaled by the scheduler.
+        timesteps: [runs, calls].
+        targets: (Guided) answers of the float model, [runs, calls, C, H, W].
+        conditions: Further arguments, [runs, ...] each.
+        unconditional: Those of the unconditional half; None without guidance.
+    """
+
+    samples: Tensor
+    timesteps: Tensor
+    targets: Tensor
+    conditions: Mapping[str, Any]
+    unconditional: Mapping[str, Any] | None
+
+    @property
+    def calls(self) -> int:
+        """Calls in a run."""
+        return self.samples.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def conditions_of(self, runs: Tensor) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Conditions and unconditional ones of some runs, int64 [n]."""
+        plain = None if self.unconditional is None else _rows(self.unconditional, runs)
+        return _rows(self.conditions, runs), plain
+
+    def batch(self, runs: Tensor, calls: Tensor) -> Batch:
+        """The rows (run, call).
+
+        Args:
+            runs: int64 [B].
+            calls: int64 [B].
+        """
+        before = (calls - 1).clamp_min(0)
+        return Batch(
+            inputs=self._inputs(runs, calls),
+            previous=self._inputs(runs, before),
+            target=self.targets[runs, calls],
+        )
+
+    def _inputs(self, runs: Tensor, calls: Tensor) -> dict[str, Any]:
+        own = {
+            "sample": self.samples[runs, calls],
+            "timestep": self.timesteps[runs, calls],
+            **_rows(self.conditions, runs),
+        }
+        if self.unconditional is None:
+            return own
+        plain = {**own, **_rows(self.unconditional, runs)}
+        joined: dict[str, Any] = pytree.tree_map(lambda a, b: torch.cat([a, b]), plain, own)
+        return joined
+
+
+def _rows(tree: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    result: dict[str, Any] = pytree.tree_map_only(Tensor, lambda t: t[rows], dict(tree))
+    return result
+
+
+def guided(output: Tensor, scale: float | None) -> Tensor:
+    """Combine the halves of classifier-free guidance (Ho and Salimans 2022, equation 6)."""
+    if scale is None:
+        return output
+    plain, conditional = output.chunk(2)
+    return plain + scale * (conditional - plain)
+
+
+@torch.no_grad()
+def record_runs(
+    walker: Predict,
+    teacher: Predict,
+    scheduler: Any,
+    noise: Tensor,
+    *,
+    steps: int,
+    seed: int,
+    conditions: Mapping[str, Any],
+    unconditional: Mapping[str, Any] | None,
+    guidance_scale: float | None,
+    batch_size: int,
+    progress: str | None = None,
+) -> Runs:
+    """Denoise with one model and record the other's answers.
+
+    Args:
+        walker: Decides where the runs go.
+        teacher: The float model; its answers are the targets.
+        scheduler: A diffusers scheduler; it is copied.
+        noise: [runs, C, H, W], standard normal.
+        steps: Steps of a run.
+        seed: Of ancestral noise.
+        conditions: Further arguments, [runs, ...] each.
+        unconditional: Those of the unconditional half.
+        guidance_scale: Weight of guidance, None for none.
+        batch_size: Runs at once.
+        progress: Text of a progress bar, None for none.
+
+    Raises:
+        CalibrationError: The runs leave the finite numbers, or an argument has the wrong length.
+    """
+    parts = []
+    bar = tqdm(total=len(noise) * steps, desc=progress, unit="step", disable=progress is None)
+    for start in range(0, len(noise), batch_size):
+        rows = torch.arange(start, min(start + batch_size, len(noise)))
+        own = _rows(conditions, rows)
+        plain = None if unconditional is None else _rows(unconditional, rows)
+        parts.append(
+            _record(
+                walker, teacher, scheduler, noise[rows], steps, seed + start, own, plain,
+                guidance_scale, bar,
+            )
+        )  # fmt: skip
+    bar.close()
+    runs = stack_runs(parts)
+    if not bool(torch.isfinite(runs.targets).all() and torch.isfinite(runs.samples).all()):
+        raise CalibrationError(
+            "denoising runs gave NaN or infinite values; check the model and that the scheduler "
+            "belongs to it"
+        )
+    return runs
+
+
+def _record(
+    walker: Predict,
+    teacher: Predict,
+    scheduler: Any,
+    noise: Tensor,
+    steps: int,
+    seed: int,
+    conditions: Mapping[str, Any],
+    unconditional: Mapping[str, Any] | None,
+    guidance_scale: float | None,
+    bar: Any,
+) -> Runs:
+    samples: list[Tensor] = []
+    timesteps: list[Tensor] = []
+    targets: list[Tensor] = []
+
+    def watched(**inputs: Any) -> Tensor:
+        answer = first_tensor(walker(**inputs))
+        right = answer if walker is teacher else first_tensor(teacher(**inputs))
+        count = len(noise)
+        samples.append(inputs["sample"][-count:])
+        timesteps.append(inputs["timestep"][-count:])
+        # a learned variance is no noise to be matched
+        targets.append(guided(right, guidance_scale)[:, : noise.shape[1]])
+        return answer
+
+    denoise(
+        watched, scheduler, noise, num_inference_steps=steps, seed=seed, conditions=conditions,
+        unconditional=unconditional, guidance_scale=guidance_scale,
+        callback=lambda index, timestep, sample: bar.update(len(sample)),
+    )  # fmt: skip
+    return Runs(
+        samples=torch.stack(samples, 1),
+        timesteps=torch.stack(timesteps, 1),
+        targets=torch.stack(targets, 1),
+        conditions=conditions,
+        unconditional=unconditional,
+    )
+
+
+def stack_runs(parts: list[Runs]) -> Runs:
+    """Several records as one."""
+    first = parts[0]
+
+    def joined(*values: Any) -> Any:
+        return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+
+    plain = None
+    if first.unconditional is not None:
+        plain = pytree.tree_map(joined, *[part.unconditional for part in parts])
+    return Runs(
+        samples=torch.cat([part.samples for part in parts]),
+        timesteps=torch.cat([part.timesteps for part in parts]),
+        targets=torch.cat([part.targets for part in parts]),
+        conditions=pytree.tree_map(joined, *[part.conditions for part in parts]),
+        unconditional=plain,
+    )

@@ -1,0 +1,197 @@
+"""The trainable form of a quantized graph, and back."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import fx, nn
+
+from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.trainable import DynamicRange, TrainableLayer, TrainableRange, cell_base
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.editing import add_module, copy_graph_module, free_name, inherit_meta, prune
+from mpqdm_fx.graph.layers import replace_module, weight_layers, weight_rows
+from mpqdm_fx.graph.qdq import is_dequantize, qdq_parameters
+from mpqdm_fx.graph.quantizer_sites import (
+    QuantizerSite,
+    quantizer_sites,
+    read_activations,
+    set_groups,
+    set_pair,
+)
+from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelQuantizer
+from mpqdm_fx.passes.round_weights import install_codes
+from mpqdm_fx.plan import ActivationRange
+from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.stages import assemble
+
+__all__ = ["Student", "freeze", "make_student"]
+
+_FOLDER = "trained_ranges"
+
+
+class Student(nn.Module):
+    """A quantized graph with trainable roundings.
+
+    Attributes:
+        graph_module: The graph; it computes what the quantized model computes, bit for bit, until
+            it is trained.
+        layers: Trainable layers by name.
+        ranges: Trainable ranges by (layer, side); quantizers of one key share one.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        layers: Mapping[str, TrainableLayer],
+        ranges: Mapping[tuple[str, str], TrainableRange],
+    ) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self.layers = dict(layers)
+        self.ranges = dict(ranges)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that are trained, in a fixed order."""
+        for name, layer in self.layers.items():
+            for key, value in layer.named_parameters(recurse=False):
+                if value.requires_grad:
+                    yield f"{name}.{key}", value
+        for (name, side), chosen in self.ranges.items():
+            for key, value in chosen.named_parameters(recurse=False):
+                yield f"{name}.{side}.{key}", value
+
+
+def make_student(
+    quantized: QuantizedModel, teacher: fx.GraphModule, config: DistillConfig
+) -> Student:
+    """Put trainable roundings where a quantized model has fixed ones.
+
+    Args:
+        quantized: The model to start from; it is not changed.
+        teacher: The normalized float graph that it was quantized from: its weights.
+        config: What is trained.
+
+    Raises:
+        ConfigError: The teacher has other layers than the quantized model.
+    """
+    graph_module = copy_graph_module(quantized.graph_module)
+    ranges = _install_ranges(graph_module)
+    generator = torch.Generator().manual_seed(config.seed)
+    float_layers = weight_layers(teacher, embeddings=True)
+    layers: dict[str, TrainableLayer] = {}
+    for planned in quantized.plan.layers:
+        source = float_layers.get(planned.name)
+        if source is None or tuple(source.weight.shape) != planned.shape:
+            raise ConfigError(
+                f"{planned.name}: the float model has no such layer of shape {planned.shape}; give "
+                f"the model that was quantized"
+            )
+        rounded = graph_module.get_submodule(planned.name)
+        base = _base(rounded, weight_rows(source.module), config.base, planned.levels == "codebook")
+        layers[planned.name] = TrainableLayer(
+            rounded,
+            planned,
+            base,
+            rank=config.rank,
+            train_levels=config.level_rate > 0,
+            generator=generator,
+        )
+        replace_module(graph_module, planned.name, layers[planned.name])
+    graph_module.recompile()
+    return Student(graph_module, layers, ranges)
+
+
+def _base(rounded: nn.Module, weight: torch.Tensor, kind: str, has_tables: bool) -> torch.Tensor:
+    codes, scale = rounded.weight_codes, rounded.weight_scale
+    assert isinstance(codes, torch.Tensor)
+    assert isinstance(scale, torch.Tensor)
+    if kind == "float":
+        return weight.float().clone()
+    if kind == "codes":
+        return weight_rows(rounded).float().clone()
+    return cell_base(codes.flatten(1), scale, weight, has_tables)
+
+
+def _install_ranges(graph_module: fx.GraphModule) -> dict[tuple[str, str], TrainableRange]:
+    """Replace every activation quantizer, in place; those with one key share a module."""
+    sites = list(quantizer_sites(graph_module).values())
+    found: dict[tuple[str, str], TrainableRange] = {}
+    for site in sites:
+        if site.kind == "dynamic":
+            module = graph_module.get_submodule(str(site.node.target))
+            assert isinstance(module, DynamicQuantizer)
+            replace_module(
+                graph_module, str(site.node.target), DynamicRange(module.bits, module.axes)
+            )
+            continue
+        chosen = found.setdefault(site.key, TrainableRange(_ranges_of(graph_module, site)))
+        if site.kind == "timestep":
+            replace_module(graph_module, str(site.node.target), chosen)
+        else:
+            _replace_pair(graph_module, site, chosen)
+    graph_module.graph.lint()
+    prune(graph_module)
+    graph_module.recompile()
+    return found
+
+
+def _ranges_of(graph_module: fx.GraphModule, site: QuantizerSite) -> tuple[ActivationRange, ...]:
+    if site.kind == "timestep":
+        module = graph_module.get_submodule(str(site.node.target))
+        assert isinstance(module, NoiseLevelQuantizer)
+        return module.ranges
+    scale, zero_point = qdq_parameters(site.node)[:2]
+    return (ActivationRange(scale=scale, zero_point=zero_point, bits=site.bits),)
+
+
+def _replace_pair(
+    graph_module: fx.GraphModule, site: QuantizerSite, module: TrainableRange
+) -> None:
+    layer, side = site.key
+    target = free_name(graph_module, f"{_FOLDER}.{layer.replace('.', '_')}_{side}")
+    add_module(graph_module, target, module)
+    with graph_module.graph.inserting_after(site.node):
+        call = graph_module.graph.call_module(target, (site.value,))
+    inherit_meta(call, site.value)
+    for restored in [user for user in site.node.users if is_dequantize(user)]:
+        restored.replace_all_uses_with(call)
+        graph_module.graph.erase_node(restored)
+    graph_module.graph.erase_node(site.node)
+
+
+def freeze(student: Student, quantized: QuantizedModel) -> QuantizedModel:
+    """The quantized model with what was trained; plan and sizes are those of `quantized`.
+
+    Args:
+        student: From `make_student(quantized, ...)`.
+        quantized: The model that training started from; it is not changed.
+
+    Returns:
+        A model that computes what the student computes, bit for bit.
+    """
+    rounded = copy_graph_module(quantized.rounded)
+    for name, layer in student.layers.items():
+        trained = layer.frozen()
+        module = install_codes(rounded.get_submodule(name), trained.codes, trained.scale)
+        if trained.bias is not None:
+            module.bias = nn.Parameter(trained.bias, requires_grad=False)
+        replace_module(rounded, name, module)
+    fitted = copy_graph_module(quantized.graph_module)
+    for site in quantizer_sites(fitted).values():
+        if site.kind == "dynamic":
+            continue
+        ranges = student.ranges[site.key].frozen()
+        if site.kind == "timestep":
+            set_groups(fitted, site.node, ranges)
+        else:
+            set_pair(site.node, ranges[0].scale, ranges[0].zero_point)
+    fitted.recompile()
+    return assemble(
+        rounded,
+        plan=quantized.plan,
+        ranges=read_activations(fitted),
+        settings=quantized.settings,
+        report=quantized.report,
+        model_config=quantized.config,
+        noise_levels=quantized.noise_levels,
+    )

@@ -1,0 +1,275 @@
+"""The training loop: teacher-forced distillation within a budget of updates or of time."""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, fx
+from tqdm.auto import tqdm
+
+from mpqdm_fx.distill.checkpoint import (
+    load_state,
+    optimiser_tensors,
+    restore_optimiser,
+    save_state,
+)
+from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.losses import Losses, Parts
+from mpqdm_fx.distill.optimiser import Average, make_optimiser, set_progress
+from mpqdm_fx.distill.runs import Batch, Runs
+from mpqdm_fx.distill.student import Student
+from mpqdm_fx.errors import CalibrationError
+
+__all__ = ["History", "Trainer"]
+
+logger = logging.getLogger(__name__)
+
+_SAVE_SECONDS = 60.0
+_WEIGH_EVERY = 50  # updates after which the second loss is weighted anew
+
+
+@dataclass(kw_only=True)
+class History:
+    """What a run did.
+
+    Attributes:
+        updates: Updates made, over all sessions.
+        seconds: Wall time of training, over all sessions.
+        losses: Mean task loss of every tenth of the run so far (noise error as a share of energy).
+        resumed: Update at which this session started.
+    """
+
+    updates: int = 0
+    seconds: float = 0.0
+    losses: list[float] = dataclasses.field(default_factory=list)
+    resumed: int = 0
+
+
+class Trainer:
+    """Trains a student on runs of the float model.
+
+    Args:
+        student: What is trained, in place.
+        teacher: The normalized float graph.
+        runs: The data.
+        config: Settings.
+        identity: What the run is, for checkpoints.
+        directory: Folder for checkpoints, None for none.
+        on_policy: Draws runs of the student itself: called with a seed; None without them.
+        normalize: Brings the model's arguments into the form that the graphs take.
+
+    Raises:
+        ConfigError: The folder holds another run.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: fx.GraphModule,
+        runs: Runs,
+        config: DistillConfig,
+        *,
+        identity: Mapping[str, Any],
+        directory: Path | None = None,
+        on_policy: Any = None,
+        normalize: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
+        self.student, self.runs, self.config = student, runs, config
+        self.identity, self.directory = dict(identity), directory
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.losses = Losses(student, teacher, config, self.generator)
+        self._normalize = normalize
+        self.optimiser = make_optimiser(student, config)
+        self.average = Average(student, config.ema)
+        self.history = History()
+        self.weight = 0.0
+        self._draw_own = on_policy
+        self._own: Runs | None = None
+        self._recent: list[float] = []
+        self._rank, self._world = _place()
+        self._restore()
+
+    def run(self) -> History:
+        """Train to the end of the budget; the student then has the averaged parameters.
+
+        Raises:
+            CalibrationError: The loss is no finite number.
+        """
+        started, before, saved = time.perf_counter(), self.history.seconds, time.perf_counter()
+        bar = tqdm(
+            total=self.config.updates,
+            initial=self.history.updates,
+            desc="distill",
+            unit="update",
+            disable=None if self._rank == 0 else True,
+        )
+        while (progress := self._progress()) < 1.0:
+            set_progress(self.optimiser, progress)
+            self._update()
+            self.history.seconds = before + time.perf_counter() - started
+            bar.update()
+            bar.set_postfix_str(self._told(progress), refresh=False)
+            if self.directory is not None and time.perf_counter() - saved > _SAVE_SECONDS:
+                self.save()
+                saved = time.perf_counter()
+        bar.close()
+        self.save()
+        self.average.install(self.student)
+        return self.history
+
+    def _progress(self) -> float:
+        """Share of the budget that is used up, the same in all processes."""
+        config = self.config
+        shares = [0.0]
+        if config.updates is not None:
+            shares.append(self.history.updates / config.updates)
+        if config.seconds is not None:
+            shares.append(self.history.seconds / config.seconds)
+        share = torch.tensor(max(shares), dtype=torch.float64)
+        if self._world > 1 and config.seconds is not None:
+            distributed.broadcast(share, src=0)
+        return float(share)
+
+    def _told(self, progress: float) -> str:
+        left = self.history.seconds * (1 - progress) / max(progress, 1e-9)
+        loss = sum(self._recent[-50:]) / max(1, len(self._recent[-50:]))
+        quality = -10 * math.log10(loss) if loss > 0 else math.inf
+        return f"{quality:.2f} dB, {left / 60:.0f} min left"
+
+    def _update(self) -> None:
+        batch = self._batch()
+        device = next(self.student.parameters()).device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.mixed_precision):
+            parts = self.losses(batch)
+        self._weigh(parts)
+        loss = parts.task + self.config.smoothness * parts.roughness
+        if parts.relation is not None:
+            loss = loss + self.weight * parts.relation
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._share_gradients()
+        value = float(parts.task.detach())
+        if not math.isfinite(value):
+            raise CalibrationError(
+                f"the loss became {value} at update {self.history.updates}; lower the rates "
+                f"(weight_rate={self.config.weight_rate}, range_rate={self.config.range_rate})"
+            )
+        self.optimiser.step()
+        self.history.updates += 1
+        self.average.update(self.student, self.history.updates)
+        self._recent.append(value)
+        if len(self._recent) >= 100:
+            self.history.losses.append(sum(self._recent) / len(self._recent))
+            self._recent.clear()
+
+    def _batch(self) -> Batch:
+        """Rows of this process: every n-th of the update's."""
+        config = self.config
+        runs = self.runs
+        if self._draw_own is not None:
+            if self._own is None or self.history.updates % config.refresh == 0:
+                self._own = self._draw_own(config.seed + 1 + self.history.updates)
+            if float(torch.rand((), generator=self.generator)) < config.on_policy:
+                runs = self._own
+        count = config.batch_size
+        which = torch.randint(len(runs), (count,), generator=self.generator)
+        calls = self._calls(count, runs.calls)
+        mine = slice(self._rank, None, self._world)
+        drawn = runs.batch(which[mine], calls[mine])
+        return dataclasses.replace(
+            drawn,
+            inputs=self._normalize(drawn.inputs),
+            previous=self._normalize(drawn.previous),
+        )
+
+    def _calls(self, count: int, calls: int) -> Tensor:
+        a, b = self.config.noise_bias
+        if (a, b) == (1.0, 1.0):
+            return torch.randint(calls, (count,), generator=self.generator)
+        # the Beta distribution by its quantiles: torch's sampler takes no generator
+        grid = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+        mass = (grid ** (a - 1) * (1 - grid) ** (b - 1)).cumsum(0)
+        drawn = torch.rand(count, generator=self.generator, dtype=torch.float64) * mass[-1]
+        noisiness = grid[torch.searchsorted(mass, drawn).clamp_max(4095)]
+        return ((1 - noisiness) * calls).long().clamp_max(calls - 1)
+
+    def _weigh(self, parts: Parts) -> None:
+        """Choose the second loss's weight so that its gradient has the wished share."""
+        if parts.relation is None or self.history.updates % _WEIGH_EVERY:
+            return
+        trained = [p for _, p in self.student.trained() if p.requires_grad]
+        norms = []
+        for part in (parts.task, parts.relation):
+            found = torch.autograd.grad(part, trained, retain_graph=True, allow_unused=True)
+            norms.append(math.sqrt(sum(float(g.square().sum()) for g in found if g is not None)))
+        if self._world > 1:
+            both = torch.tensor(norms, dtype=torch.float64)
+            distributed.all_reduce(both)
+            norms = both.tolist()
+        self.weight = self.config.relation_share * norms[0] / norms[1] if norms[1] > 0 else 0.0
+
+    def _share_gradients(self) -> None:
+        if self._world == 1:
+            return
+        for _, parameter in self.student.trained():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= self._world
+
+    def save(self) -> None:
+        """Write a checkpoint, if there is a folder for it."""
+        if self.directory is None or self._rank != 0:
+            return
+        tensors = {
+            **{f"now.{name}": value for name, value in self.student.trained()},
+            **{f"average.{name}": value for name, value in self.average.values.items()},
+            **optimiser_tensors(self.optimiser),
+            **self.losses.state(),
+            "generator": self.generator.get_state(),
+        }
+        if self._own is not None:
+            tensors["own.samples"] = self._own.samples
+            tensors["own.targets"] = self._own.targets
+        save_state(
+            self.directory,
+            self.identity,
+            tensors,
+            history=dataclasses.asdict(self.history),
+            weight=self.weight,
+            recent=self._recent,
+        )
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        state = None if self.directory is None else load_state(self.directory, self.identity)
+        if state is None:
+            return
+        tensors, numbers = state
+        for name, value in self.student.trained():
+            value.copy_(tensors[f"now.{name}"])
+        self.average.load({name: tensors[f"average.{name}"] for name in self.average.values})
+        restore_optimiser(self.optimiser, tensors)
+        self.losses.load(tensors)
+        self.generator.set_state(tensors["generator"])
+        self.history = History(**numbers["history"])
+        self.history.resumed = self.history.updates
+        self.weight, self._recent = numbers["weight"], numbers["recent"]
+        if "own.samples" in tensors:
+            self._own = dataclasses.replace(
+                self.runs, samples=tensors["own.samples"], targets=tensors["own.targets"]
+            )
+        logger.info("going on at update %d", self.history.updates)
+
+
+def _place() -> tuple[int, int]:
+    """This process and how many there are."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1

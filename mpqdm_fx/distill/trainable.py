@@ -1,0 +1,282 @@
+"""Modules with trainable roundings: they compute what the frozen ones compute, bit for bit.
+
+Trained are the parts that cost nothing at run time: low-rank factors that are merged before the
+weight is rounded (QALoRA, EfficientDM, arXiv 2310.03270, section 3.2), the step of every channel,
+the levels of fitted tables, biases, and the ranges of activations (one set for each group of noise
+levels, EfficientDM's TALSQ). Codes are legal at every moment: each forward chooses them anew.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mpqdm_fx.activations import ActivationRange
+from mpqdm_fx.graph.quantizers import ActivationQuantizer
+from mpqdm_fx.numerics.grids import snap
+from mpqdm_fx.numerics.straight_through import (
+    fake_quantize_affine,
+    fake_quantize_dynamic_ste,
+    nearest_values,
+    round_scale_ste,
+    round_ste,
+    values_of_codes,
+)
+from mpqdm_fx.plan import LayerPlan
+
+__all__ = ["DynamicRange", "FrozenLayer", "TrainableLayer", "TrainableRange", "cell_base"]
+
+# Shares of a cell's half width: how near to the border a weight may start.
+_INSIDE = 0.9
+_TOP = 127
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenLayer:
+    """What a trained layer became.
+
+    Attributes:
+        codes: int8, shape of the weight.
+        scale: float32 [O], bfloat16 values.
+        bias: float [O], or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+
+class TrainableLayer(nn.Module):
+    """A rounded layer whose codes can be trained.
+
+    Args:
+        rounded: Layer with `weight_codes` and `weight_scale`; it is not changed.
+        planned: Its widths and kind of levels.
+        base: Weight rows [O, K] whose rounding gives the layer's codes; see `cell_base`.
+        rank: Rank of the trained change of the base, 0 for none.
+        train_levels: Train fitted levels too.
+        generator: Draws the low-rank factors.
+
+    Shapes: `down` [rank, K] and `up` [O, rank]; `log_scale` [O], in natural logarithms over the
+    scale at the start; `levels` [rows with a table, L] in units of the scale.
+    """
+
+    start_scale: Tensor
+    base: Tensor
+    table_rows: Tensor
+    top: Tensor
+    bits: Tensor
+
+    def __init__(
+        self,
+        rounded: nn.Module,
+        planned: LayerPlan,
+        base: Tensor,
+        *,
+        rank: int,
+        train_levels: bool,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.inner = rounded
+        for parameter in rounded.parameters():
+            parameter.requires_grad_(False)
+        self.planned = planned
+        rows, width = base.shape
+        self.register_buffer("base", base.float(), persistent=False)
+        scale = rounded.weight_scale
+        assert isinstance(scale, Tensor)
+        self.register_buffer("start_scale", scale.clone(), persistent=False)
+        self.log_scale = nn.Parameter(torch.zeros(rows))
+        self.rank = min(rank, rows, width)
+        if self.rank:
+            bound = math.sqrt(3 / width)  # unit variance of a sum over the columns
+            down = torch.rand(self.rank, width, generator=generator) * 2 * bound - bound
+            self.down = nn.Parameter(down)
+            self.up = nn.Parameter(torch.zeros(rows, self.rank))
+        bias = getattr(rounded, "bias", None)
+        self.bias = nn.Parameter(bias.detach().clone()) if isinstance(bias, Tensor) else None
+        self._add_tables(train_levels)
+        bits = planned.bits_tensor()
+        top = torch.where(bits == 8, _TOP, 2**bits - 1).float()
+        self.register_buffer("top", top, persistent=False)
+        self.register_buffer("bits", bits, persistent=False)
+
+    def _add_tables(self, train_levels: bool) -> None:
+        """Rows with fitted levels: which they are, and their levels, ascending."""
+        tables = _tables(self.planned, self.inner)
+        rows = torch.tensor(sorted(tables), dtype=torch.int64)
+        self.register_buffer("table_rows", rows, persistent=False)
+        longest = max((len(t) for t in tables.values()), default=0)
+        levels = (
+            torch.stack(
+                # the last level repeated stands for none
+                [torch.cat([t, t[-1:].expand(longest - len(t))]) for _, t in sorted(tables.items())]
+            )
+            if tables
+            else torch.zeros(0, 0)
+        )
+        self.levels = nn.Parameter(levels, requires_grad=train_levels and bool(tables))
+
+    @property
+    def scale(self) -> Tensor:
+        """Step of each row [O], float32, a bfloat16 value."""
+        return round_scale_ste(self.start_scale * self.log_scale.exp())
+
+    def merged(self) -> Tensor:
+        """Weight rows before rounding [O, K]."""
+        return self.base + self.up @ self.down if self.rank else self.base
+
+    def table(self) -> Tensor:
+        """Levels of the rows with a table [rows, L]: whole numbers, ascending."""
+        return round_ste(self.levels).clamp(-_TOP, _TOP).sort(dim=1).values
+
+    def weight_rows(self) -> Tensor:
+        """Rounded weight rows [O, K], on their grid exactly."""
+        merged, scale = self.merged(), self.scale
+        codes = snap(merged, scale.detach(), self.bits)
+        values = values_of_codes(merged, scale, codes, self.top)
+        if not len(self.table_rows):
+            return values
+        rows = self.table_rows
+        fitted = nearest_values(merged[rows], scale[rows], self.table())
+        return values.index_copy(0, rows, fitted)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output with the rounded weight."""
+        tensors = {"weight": self.weight_rows().reshape(self.planned.shape)}
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        result: Tensor = torch.func.functional_call(self.inner, tensors, (x,))
+        return result
+
+    @torch.no_grad()
+    def frozen(self) -> FrozenLayer:
+        """Codes, scales and bias as they are now."""
+        scale = self.scale
+        codes = (self.weight_rows() / scale[:, None]).round().to(torch.int8)
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return FrozenLayer(codes=codes.reshape(self.planned.shape), scale=scale.clone(), bias=bias)
+
+
+def _tables(planned: LayerPlan, rounded: nn.Module) -> dict[int, Tensor]:
+    """Levels by row, for the rows whose levels are not the uniform ones."""
+    if planned.levels != "codebook":
+        return {}
+    codes = rounded.weight_codes
+    assert isinstance(codes, Tensor)
+    rows = codes.flatten(1)
+    return {
+        index: torch.unique(rows[index]).float()
+        for index, width in enumerate(planned.bits)
+        if width <= 4
+    }
+
+
+def cell_base(codes: Tensor, scale: Tensor, weight: Tensor, table: bool) -> Tensor:
+    """The point nearest to a float weight among all that round to given codes.
+
+    What rounding with error feedback chose is kept, and how near a weight is to another code too:
+    training starts at the quantized model and not at a nearest rounding of the float one.
+
+    Args:
+        codes: int8 [O, K].
+        scale: float32 [O].
+        weight: Float weight rows [O, K].
+        table: Whether rows have levels of their own, instead of uniform ones.
+
+    Returns:
+        float32 [O, K].
+    """
+    ratio = weight.float() / scale[:, None]
+    exact = codes.float()
+    if not table:
+        half = torch.where(_is_wide(codes), 0.5, 1.0)[:, None]
+        low, high = exact - _INSIDE * half, exact + _INSIDE * half
+        return ratio.clamp(low, high) * scale[:, None]
+    result = torch.empty_like(ratio)
+    for row in range(len(codes)):
+        levels = torch.unique(codes[row]).float()
+        gaps = levels.diff().div(2)
+        below = torch.cat([torch.ones(1), gaps]) * _INSIDE
+        above = torch.cat([gaps, torch.ones(1)]) * _INSIDE
+        place = torch.searchsorted(levels, exact[row])
+        low, high = exact[row] - below[place], exact[row] + above[place]
+        result[row] = ratio[row].clamp(low, high) * scale[row]
+    return result
+
+
+def _is_wide(codes: Tensor) -> Tensor:
+    """Rows with even codes: those of 8 bits, whose levels lie one apart."""
+    return (codes.int() % 2 == 0).any(1)
+
+
+class TrainableRange(ActivationQuantizer):
+    """A fixed activation quantizer whose step and zero point are trained, for each group.
+
+    Args:
+        ranges: Range of each group of noise levels; one for a static quantizer.
+    """
+
+    start_scale: Tensor
+    start_zero: Tensor
+
+    def __init__(self, ranges: tuple[ActivationRange, ...]) -> None:
+        super().__init__()
+        self.bits = ranges[0].bits
+        self.quant_min, self.quant_max = ranges[0].quant_min, ranges[0].quant_max
+        scales = torch.tensor([chosen.scale for chosen in ranges], dtype=torch.float32)
+        zeros = torch.tensor([float(chosen.zero_point) for chosen in ranges])
+        self.register_buffer("start_scale", scales, persistent=False)
+        self.register_buffer("start_zero", zeros, persistent=False)
+        self.log_scale = nn.Parameter(torch.zeros(len(ranges)))
+        self.shift = nn.Parameter(torch.zeros(len(ranges)))
+
+    @property
+    def scale(self) -> Tensor:
+        """Step of each group [G], float32."""
+        return self.start_scale * self.log_scale.exp()
+
+    @property
+    def zero_point(self) -> Tensor:
+        """Code of 0 in each group [G], whole numbers in float32."""
+        return round_ste((self.start_zero + self.shift).clamp(self.quant_min, self.quant_max))
+
+    def forward(self, x: Tensor, group: Tensor | None = None) -> Tensor:
+        """Round x; with `group` [B] each sample by the range of its group."""
+        scale, zero_point = self.scale, self.zero_point
+        if group is not None:
+            repeats = x.shape[0] // group.shape[0]
+            shape = (-1, *[1] * (x.dim() - 1))
+            scale = scale[group].repeat_interleave(repeats).reshape(shape)
+            zero_point = zero_point[group].repeat_interleave(repeats).reshape(shape)
+        return fake_quantize_affine(x, scale, zero_point, self.quant_min, self.quant_max)
+
+    def roughness(self) -> Tensor:
+        """Squared steps between neighbouring groups of how far ranges moved; 0 for one group."""
+        moved = self.log_scale.diff().square().sum() + (self.shift.diff() / 16).square().sum()
+        return moved
+
+    @torch.no_grad()
+    def frozen(self) -> tuple[ActivationRange, ...]:
+        """The ranges as they are now."""
+        pairs = zip(self.scale.tolist(), self.zero_point.tolist(), strict=True)
+        return tuple(ActivationRange(scale=s, zero_point=int(z), bits=self.bits) for s, z in pairs)
+
+
+class DynamicRange(ActivationQuantizer):
+    """A `DynamicQuantizer` that gradients pass through; it has nothing to train.
+
+    Args:
+        bits: Width of the codes.
+        axes: See `DynamicQuantizer`.
+    """
+
+    def __init__(self, bits: int, axes: int | tuple[int, ...]) -> None:
+        super().__init__()
+        self.bits, self.axes = bits, axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round x."""
+        return fake_quantize_dynamic_ste(x, self.bits, self.axes)

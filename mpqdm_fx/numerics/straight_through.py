@@ -1,0 +1,185 @@
+"""Rounding that can be trained through: exact forward, straight-through backward.
+
+Forward, every function gives the very numbers of the functions that it trains for (`grids.snap`,
+`grids.round_scale`, the q/dq ops, `dynamic.fake_quantize_dynamic`): what is trained is what is
+stored. Backward, a rounding counts as the identity inside its range and as a constant outside
+(Bengio et al., arXiv 1308.3432), and step sizes get the gradient of LSQ (Esser et al., arXiv
+1902.08153, equation 3).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mpqdm_fx.numerics.dynamic import fake_quantize_dynamic
+from mpqdm_fx.numerics.grids import round_scale
+
+__all__ = [
+    "fake_quantize_affine",
+    "fake_quantize_dynamic_ste",
+    "nearest_values",
+    "round_scale_ste",
+    "round_ste",
+    "values_of_codes",
+]
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round to whole numbers; the gradient passes unchanged."""
+    result: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+def round_scale_ste(scale: Tensor) -> Tensor:
+    """`grids.round_scale`; the gradient passes unchanged."""
+    result: Tensor = _RoundScale.apply(scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+def values_of_codes(weight: Tensor, scale: Tensor, codes: Tensor, top: Tensor) -> Tensor:
+    """`codes * scale`, with a gradient to the weights that the codes were chosen for.
+
+    Args:
+        weight: Trained weight rows [O, K], float32.
+        scale: Step of each row [O], float32, as stored.
+        codes: What the weights were rounded to, [O, K], whole numbers of any dtype.
+        top: Largest magnitude of a code in each row [O]; weights beyond it get no gradient.
+
+    Returns:
+        float32 [O, K]. The gradient to `weight` is that of the identity inside the range; that to
+        `scale` is `code - weight / scale` inside and `code` outside.
+    """
+    result: Tensor = _ValuesOfCodes.apply(weight, scale, codes, top)  # type: ignore[no-untyped-call]
+    return result
+
+
+def nearest_values(weight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+    """The nearest `level * scale` of each row's own levels.
+
+    Args:
+        weight: Trained weight rows [O, K], float32.
+        scale: Step of each row [O], float32.
+        table: Levels of each row [O, L], ascending, whole numbers in a float dtype; levels may
+            repeat.
+
+    Returns:
+        float32 [O, K]. Gradients to `weight` and `scale` are those of `values_of_codes`; a level
+        gets the sum of what flows to its weights, times the step.
+    """
+    ratio = weight.detach() / scale.detach()[:, None]
+    middles = (table.detach()[:, 1:] + table.detach()[:, :-1]) / 2
+    index = torch.searchsorted(middles, ratio, right=True)
+    chosen = table.gather(1, index)
+    top = table.detach().abs().amax(1)
+    fixed = values_of_codes(weight, scale, chosen.detach(), top)
+    # adds nothing but the levels' gradient, and no rounding: the difference is zero exactly
+    return fixed + (chosen - chosen.detach()) * scale.detach()[:, None]
+
+
+def fake_quantize_affine(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+) -> Tensor:
+    """What a q/dq pair computes, `scale * (clamp(round(x / scale) + zero_point) - zero_point)`.
+
+    Args:
+        x: Any float dtype; computed in float32.
+        scale: Positive step, float32, of a shape that x's broadcasts with.
+        zero_point: Whole number in float32, likewise.
+        quant_min: Smallest code.
+        quant_max: Largest code.
+
+    Returns:
+        Shape and dtype of x. Gradients: to x the identity inside the range; to the step the
+        rounding error in steps inside and the outermost code outside; to the zero point minus the
+        step outside the range (LSQ+, Bhalgat et al., arXiv 2004.09576, equation 5).
+    """
+    result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
+        x, scale, zero_point, quant_min, quant_max
+    )
+    return result
+
+
+def fake_quantize_dynamic_ste(x: Tensor, bits: int, axes: int | tuple[int, ...]) -> Tensor:
+    """`dynamic.fake_quantize_dynamic`; the gradient passes unchanged, nothing is ever clipped."""
+    result: Tensor = _Dynamic.apply(x, bits, axes)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]
+
+
+class _RoundScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor) -> Tensor:
+        return round_scale(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]
+
+
+class _Dynamic(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int, axes: int | tuple[int, ...]) -> Tensor:
+        return fake_quantize_dynamic(x, bits, axes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None, None
+
+
+class _ValuesOfCodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, codes: Tensor, top: Tensor) -> Tensor:
+        codes = codes.to(torch.float32)
+        ctx.save_for_backward(weight, scale, codes, top)
+        return codes * scale[:, None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        weight, scale, codes, top = ctx.saved_tensors
+        (gradient,) = gradients
+        ratio = weight / scale[:, None]
+        # half a spacing beyond the outermost level still rounds to it from both sides
+        inside = ratio.abs() <= top[:, None] + 1
+        to_scale = torch.where(inside, codes - ratio, codes)
+        return gradient * inside, (gradient * to_scale).sum(1), None, None
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+    ) -> Tensor:
+        # the q/dq ops divide in double precision, then multiply in single
+        inverse = (1.0 / scale.double()).float()
+        steps = x.to(torch.float32) * inverse
+        codes = (steps.round() + zero_point).clamp(quant_min, quant_max) - zero_point
+        ctx.save_for_backward(steps, codes, scale, zero_point)
+        return (codes * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        steps, codes, scale, zero_point = ctx.saved_tensors
+        (gradient,) = gradients
+        inside = codes == steps.round()
+        to_scale = torch.where(inside, codes - steps, codes) * gradient
+        to_zero = torch.where(inside, torch.zeros_like(gradient), -gradient) * scale
+        return (
+            gradient * inside,
+            to_scale.sum_to_size(scale.shape),
+            to_zero.sum_to_size(zero_point.shape),
+            None,
+            None,
+        )

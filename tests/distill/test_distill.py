@@ -1,0 +1,187 @@
+"""Training: gradients reach what they should, the loss falls, a killed run goes on to the bits."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
+from small import tiny_condition_unet, tiny_unet, unet_calls
+
+import mpqdm_fx
+from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.distill import distill
+from mpqdm_fx.distill.losses import Losses
+from mpqdm_fx.distill.runs import record_runs
+from mpqdm_fx.distill.student import make_student
+from mpqdm_fx.distill.train import Trainer
+from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.stages import normalized
+
+SETTINGS = mpqdm_fx.MPQConfig(
+    weight_bits=2, allocation="uniform", refinements=0, propagation=0.0, bias_correction=False,
+    levels="uniform",
+)  # fmt: skip
+CONFIG = DistillConfig(updates=6, trajectories=4, steps=4, batch_size=8, rank=2, ema=0.5)
+LABELS = {"class_labels": torch.arange(4)}
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    return mpqdm_fx.quantize(tiny_unet(), SETTINGS, unet_calls())
+
+
+def distilled(quantized, directory=None, **settings):
+    config = dataclasses.replace(CONFIG, **settings)
+    return distill(
+        quantized, tiny_unet(), config, scheduler=DDIMScheduler(), conditions=LABELS,
+        directory=directory,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parts(quantized):
+    """Student, teacher and data for looking at single updates."""
+    teacher = normalized(tiny_unet(), example_inputs(quantized.signature), SETTINGS)
+    noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    runs = record_runs(
+        tiny_unet(), tiny_unet(), DDIMScheduler(), noise, steps=4, seed=0, conditions=LABELS,
+        unconditional=None, guidance_scale=None, batch_size=4,
+    )  # fmt: skip
+    return teacher, runs
+
+
+@pytest.mark.parametrize("relation", ["trd", "queue", "feature"])
+def test_gradient_of_the_relation_reaches_the_student_and_not_the_teacher(
+    quantized, parts, relation
+):
+    teacher, runs = parts
+    config = dataclasses.replace(CONFIG, relation=relation, pixels=16, memory=64)
+    student = make_student(quantized, teacher, config)
+    for parameter in teacher.parameters():
+        parameter.requires_grad_()
+    losses = Losses(student, teacher, config, torch.Generator().manual_seed(0))
+    batch = runs.batch(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 3]))
+    losses(batch).relation.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    reached = {
+        name for name, p in student.trained() if p.grad is not None and bool((p.grad != 0).any())
+    }
+    assert "conv_in.up" in reached
+    assert "mid_block.attentions.0.to_q.log_scale" in reached
+    # the compared feature is read by the last layer, which therefore has no part in it
+    assert not any(name.startswith("conv_out.") for name in reached)
+    teacher.requires_grad_(False)
+
+
+def test_runs_hold_what_the_model_was_given_and_answered(parts):
+    _, runs = parts
+    batch = runs.batch(torch.tensor([2, 0]), torch.tensor([3, 0]))
+    with torch.no_grad():
+        assert torch.allclose(
+            tiny_unet()(**batch.inputs).sample, batch.target, rtol=1e-4, atol=1e-5
+        )
+    assert torch.equal(batch.previous["sample"][0], runs.samples[2, 2])
+    assert torch.equal(batch.previous["sample"][1], batch.inputs["sample"][1])
+
+
+@pytest.mark.parametrize("relation", ["none", "trd", "queue"])
+def test_loss_falls_and_sizes_stay(quantized, relation):
+    result = distilled(quantized, updates=40, relation=relation, pixels=16, memory=64, ema=0.0)
+    assert result.after < 0.8 * result.before
+    assert result.quantized.plan == quantized.plan
+    assert result.history.updates == 40
+
+
+def test_interrupted_run_equals_the_uninterrupted_one(quantized, tmp_path, monkeypatch):
+    settings = {"relation": "queue", "pixels": 16, "memory": 64, "on_policy": 0.5, "refresh": 4}
+    whole = distilled(quantized, **settings)
+    update = Trainer._update
+
+    def killed(self):
+        if self.history.updates == 3:
+            self.save()
+            raise KeyboardInterrupt
+        update(self)
+
+    monkeypatch.setattr(Trainer, "_update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distilled(quantized, tmp_path, **settings)
+    monkeypatch.undo()
+    resumed = distilled(quantized, tmp_path, **settings)
+    assert resumed.history.resumed == 3
+    for layer in quantized.plan.layers:
+        assert torch.equal(
+            resumed.quantized.codes(layer.name), whole.quantized.codes(layer.name)
+        ), layer.name
+    assert resumed.quantized.ranges == whole.quantized.ranges
+    assert resumed.after == whole.after
+
+
+def test_another_run_in_the_folder_is_refused_and_so_is_a_damaged_one(quantized, tmp_path):
+    distilled(quantized, tmp_path, updates=1)
+    with pytest.raises(ConfigError, match="rank=2"):
+        distilled(quantized, tmp_path, updates=1, rank=3)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match="damaged"):
+        distilled(quantized, tmp_path, updates=1)
+
+
+def test_time_is_a_budget_too(quantized):
+    result = distilled(quantized, updates=None, seconds=2.0)
+    assert result.history.updates > 0
+    assert result.history.seconds >= 2.0
+
+
+def test_guided_runs_and_ancestral_schedulers_are_taken():
+    model = tiny_condition_unet()
+    calls = [
+        {
+            "sample": torch.randn(2, 4, 8, 8),
+            "timestep": torch.tensor([10, 800]),
+            "encoder_hidden_states": torch.randn(2, 5, 12),
+        }
+    ]
+    quantized = mpqdm_fx.quantize(model, SETTINGS, calls)
+    text = torch.randn(4, 5, 12, generator=torch.Generator().manual_seed(0))
+    result = distill(
+        quantized,
+        model,
+        dataclasses.replace(CONFIG, guidance_scale=3.0, updates=30, ema=0.0),
+        scheduler=EulerAncestralDiscreteScheduler(),
+        conditions={"encoder_hidden_states": text},
+        unconditional={"encoder_hidden_states": torch.zeros_like(text)},
+    )
+    assert result.after < result.before
+
+
+def test_several_processes_share_the_batch(quantized, parts):
+    # every n-th row: together they are the rows of one process
+    teacher, runs = parts
+    student = make_student(quantized, teacher, CONFIG)
+    alone = Trainer(student, teacher, runs, CONFIG, identity={})
+    rows = alone._batch().inputs["sample"]
+    pieces = []
+    for rank in range(2):
+        trainer = Trainer(student, teacher, runs, CONFIG, identity={})
+        trainer._rank, trainer._world = rank, 2
+        pieces.append(trainer._batch().inputs["sample"])
+    assert torch.equal(torch.stack(pieces, 1).flatten(0, 1), rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"updates": None}, "how long"),
+        ({"relation": "cosine"}, "'none' or 'trd'"),
+        ({"rank": -1}, "rank=-1"),
+        ({"ema": 1.0}, "ema=1.0"),
+        ({"noise_bias": (0.0, 1.0)}, "noise_bias"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"weight_rate": float("nan")}, "weight_rate"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(CONFIG, **settings)

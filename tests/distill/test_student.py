@@ -1,0 +1,125 @@
+"""A student computes what the quantized model computes, and so does what it is frozen to."""
+
+import pytest
+import torch
+from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
+
+import mpqdm_fx
+from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.student import freeze, make_student
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.stages import normalized
+
+CONFIG = DistillConfig(updates=1, rank=2)
+CASES = {
+    "static": {},
+    "timestep": {"activation_mode": "timestep", "timestep_groups": 3, "activation_bits": 4},
+    "dynamic": {"activation_mode": "dynamic"},
+    "uniform": {"levels": "uniform", "weight_bits": 3, "allocation": "omq"},
+}
+
+
+def made(name, model, calls):
+    settings = mpqdm_fx.MPQConfig(
+        **{
+            "weight_bits": 2,
+            "allocation": "uniform",
+            "refinements": 0,
+            "propagation": 0.0,
+            "bias_correction": False,
+            **CASES[name],
+        }
+    )
+    quantized = mpqdm_fx.quantize(model, settings, calls)
+    teacher = normalized(model, example_inputs(quantized.signature), settings)
+    return quantized, teacher
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return *made(request.param, tiny_unet(), unet_calls()), unet_calls(seed=9)[0]
+
+
+def outputs(quantized, inputs):
+    with torch.no_grad():
+        return quantized(**inputs).sample
+
+
+def student_outputs(student, quantized, inputs):
+    with torch.no_grad():
+        return student.graph_module(**quantized.signature.normalize((), dict(inputs)))[0]
+
+
+def test_student_starts_as_the_quantized_model_bit_for_bit(case):
+    quantized, teacher, inputs = case
+    student = make_student(quantized, teacher, CONFIG)
+    assert set(student.layers) == {layer.name for layer in quantized.plan.layers}
+    assert torch.equal(student_outputs(student, quantized, inputs), outputs(quantized, inputs))
+
+
+def test_untrained_student_freezes_to_the_model_it_came_from(case):
+    quantized, teacher, inputs = case
+    frozen = freeze(make_student(quantized, teacher, CONFIG), quantized)
+    for layer in quantized.plan.layers:
+        assert torch.equal(frozen.codes(layer.name), quantized.codes(layer.name)), layer.name
+    assert torch.equal(outputs(frozen, inputs), outputs(quantized, inputs))
+
+
+def test_what_was_moved_at_random_is_frozen_bit_for_bit_and_still_legal(case):
+    quantized, teacher, inputs = case
+    before = outputs(quantized, inputs)
+    student = make_student(quantized, teacher, CONFIG)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in student.trained():
+            size = 2.0 if name.endswith(("levels", "shift")) else 0.1
+            value += size * torch.randn(value.shape, generator=generator)
+    frozen = freeze(student, quantized)
+    found = outputs(frozen, inputs)
+    assert torch.equal(found, student_outputs(student, quantized, inputs))
+    assert not torch.equal(found, before)
+    assert torch.equal(outputs(quantized, inputs), before), "the start was changed"
+    changed = 0
+    for layer in frozen.plan.layers:
+        rows = frozen.codes(layer.name).flatten(1)
+        changed += int((rows != quantized.codes(layer.name).flatten(1)).sum())
+        for row, bits in zip(rows, layer.bits, strict=True):
+            assert len(row.unique()) <= 2**bits, layer.name
+    assert changed
+
+
+def test_frozen_model_is_saved_and_read_back(case, tmp_path):
+    quantized, teacher, inputs = case
+    student = make_student(quantized, teacher, CONFIG)
+    with torch.no_grad():
+        for layer in student.layers.values():
+            layer.up += 0.05
+    frozen = freeze(student, quantized)
+    mpqdm_fx.save(frozen, tmp_path / "frozen")
+    assert torch.equal(outputs(mpqdm_fx.load(tmp_path / "frozen"), inputs), outputs(frozen, inputs))
+
+
+def test_text_conditioned_model_goes_the_same_road():
+    calls = condition_calls()
+    quantized, teacher = made("static", tiny_condition_unet(), calls)
+    student = make_student(quantized, teacher, CONFIG)
+    assert torch.equal(student_outputs(student, quantized, calls[0]), outputs(quantized, calls[0]))
+
+
+@pytest.mark.parametrize("base", ["float", "codes"])
+def test_other_bases_start_from_their_own_rounding(base):
+    quantized, teacher = made("uniform", tiny_unet(), unet_calls())
+    student = make_student(quantized, teacher, DistillConfig(updates=1, base=base))
+    frozen = freeze(student, quantized)
+    names = [layer.name for layer in quantized.plan.layers]
+    same = [torch.equal(frozen.codes(n), quantized.codes(n)) for n in names]
+    # GPTQ's codes are not the nearest ones of the float weight
+    assert all(same) if base == "codes" else not all(same)
+
+
+def test_another_teacher_is_refused():
+    quantized, _ = made("static", tiny_unet(), unet_calls())
+    other = normalized(tiny_condition_unet(), condition_calls()[0], quantized.settings)
+    with pytest.raises(ConfigError, match="the float model has no such layer"):
+        make_student(quantized, other, CONFIG)
