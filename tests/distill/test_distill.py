@@ -8,8 +8,8 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from small import tiny_condition_unet, tiny_unet, unet_calls
 
 import mpqdm_fx
+from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.config import DistillConfig
-from mpqdm_fx.distill.distill import distill
 from mpqdm_fx.distill.losses import Losses
 from mpqdm_fx.distill.runs import record_runs
 from mpqdm_fx.distill.student import make_student

@@ -1,0 +1,169 @@
+"""Distillation on the bundled model: settings x recipes, paired seeds, equal updates and data.
+
+    python benchmarks/distill.py --seeds 0 1 2 --output distill.json --resume
+
+Every cell is quantized, trained for the same number of updates on the float model's runs of its
+seed, and measured on held-out runs and paired noise, like the cells of `quality.py`.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from quality import METRICS, read
+from tqdm import tqdm
+
+from mpqdm_fx import MPQConfig, convert, prepare
+from mpqdm_fx.distill.api import distill
+from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.models.bundled import load_digits_classifier
+from mpqdm_fx.models.sources import load_source
+from mpqdm_fx.report.metrics import EVALUATION_SEED, evaluate_against, run_reference
+from mpqdm_fx.workflow import calibration_of
+
+SETTINGS = ("W2A4", "W2A6", "W3A4")
+
+_RTN = {
+    "allocation": "uniform", "levels": "uniform", "rounding": "nearest", "refinements": 0,
+    "propagation": 0.0, "bias_correction": False,
+}  # fmt: skip
+_FULL: Mapping[str, Any] = {}
+#: Start and training of each recipe.
+RECIPES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {
+    "efficientdm": (_RTN, {"recipe": "efficientdm"}),
+    "efficientdm+omq": ({**_RTN, "allocation": "omq"}, {"recipe": "efficientdm"}),
+    "efficientdm+measured": ({**_RTN, "allocation": "measured"}, {"recipe": "efficientdm"}),
+    "efficientdm+start": (_FULL, {"recipe": "efficientdm"}),
+    "untrained": (_FULL, None),
+    "ours": (_FULL, {}),
+    "ours+trd": (_FULL, {"relation": "trd"}),
+    "ours+queue": (_FULL, {"relation": "queue"}),
+    "ours+feature": (_FULL, {"relation": "feature"}),
+    "ours+rtn start": (_RTN, {}),
+}
+
+
+def training(given: Mapping[str, Any], seed: int, updates: int) -> DistillConfig:
+    """Settings of a recipe's training."""
+    settings = {"seed": 10 + seed, "updates": updates, "trajectories": 64, **given}
+    if settings.pop("recipe", None) == "efficientdm":
+        return DistillConfig.efficientdm(**settings)
+    return DistillConfig(**settings)
+
+
+def measure(
+    seed: int, settings: list[str], recipes: list[str], updates: int, samples: int, output: Path
+) -> None:
+    """Quantize, train and measure every cell of one seed that is missing; write after each."""
+    source = load_source("digits")
+    classifier = load_digits_classifier()
+    calibration = calibration_of(source, trajectories=16, steps=20, seed=seed)
+    reference = run_reference(
+        source.model,
+        source.scheduler,
+        num_samples=samples,
+        batch_size=32,
+        seed=EVALUATION_SEED + 100 * seed,
+    )
+    prepared = prepare(source.model, MPQConfig(), next(iter(calibration)))
+    for index, inputs in enumerate(calibration):
+        if index in calibration.held_out_calls:
+            with prepared.held_out():
+                prepared.record(**inputs)
+        else:
+            prepared.record(**inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        for setting, recipe in tqdm(
+            [(s, r) for s in settings for r in recipes], desc=f"seed {seed}"
+        ):
+            key = f"{setting} {recipe} {seed}"
+            if key in read(output):
+                continue
+            start, trained = RECIPES[recipe]
+            weights, _, activations = setting[1:].partition("A")
+            prepared.settings = MPQConfig(
+                weight_bits=int(weights), activation_bits=int(activations), seed=seed,
+                activation_mode="timestep", timestep_groups=5, **start,
+            )  # fmt: skip
+            quantized = convert(prepared, sensitivity=Path(folder) / "sensitivity.safetensors")
+            row: dict[str, Any] = {}
+            clock = time.perf_counter()
+            if trained is not None:
+                result = distill(
+                    quantized,
+                    source.model,
+                    training(trained, seed, updates),
+                    scheduler=source.scheduler,
+                    sample_shape=source.sample_shape,
+                    conditions={"class_labels": torch.arange(64) % 10},
+                )
+                quantized = result.quantized
+                row = {"before": result.before, "after": result.after}
+            row["seconds"] = time.perf_counter() - clock
+            found = evaluate_against(reference, quantized, source.scheduler, classifier)
+            row |= dataclasses.asdict(found)
+            row["effective_bits"] = quantized.plan.effective_bits
+            rows = read(output)
+            rows[key] = row
+            partial = output.with_suffix(".partial")
+            partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            partial.rename(output)
+
+
+def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
+    """Markdown table: mean and spread (largest minus smallest) over the seeds."""
+    heads = "setting | recipe | eps-SQNR dB | x0-SQNR dB | FD | accuracy | bits | seconds | seeds"
+    lines = [f"| {heads} |", "|---" * 9 + "|"]
+    for setting in SETTINGS:
+        for recipe in RECIPES:
+            found = [rows[k] for s in seeds if (k := f"{setting} {recipe} {s}") in rows]
+            if not found:
+                continue
+            columns = []
+            for metric in METRICS:
+                values = [row[metric] for row in found]
+                digits = 3 if metric == "accuracy" else 2
+                spread = max(values) - min(values)
+                columns.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
+            bits = statistics.mean(row["effective_bits"] for row in found)
+            seconds = statistics.mean(row["seconds"] for row in found)
+            lines.append(
+                f"| {setting} | {recipe} | {' | '.join(columns)} | {bits:.3f} | {seconds:.0f} "
+                f"| {len(found)} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is asked for and print the table of all that is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--updates", type=int, default=600)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path("distill.json"))
+    parser.add_argument("--resume", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(1)
+    if arguments.output.exists() and not arguments.resume:
+        parser.error(f"{arguments.output} exists: give --resume, or another file")
+    for seed in arguments.seeds:
+        measure(
+            seed, arguments.settings, arguments.recipes, arguments.updates, arguments.samples,
+            arguments.output,
+        )  # fmt: skip
+    print(table(read(arguments.output), arguments.seeds))
+
+
+if __name__ == "__main__":
+    main()
