@@ -13,6 +13,7 @@ from mpqdm_fx.denoisers import PROGRAM, SOURCE, source_of
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.files import checksum
 from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.graph.cost import bind_sizes, value_bytes
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity.inputs import INPUTS, Call, random_calls, read_calls, source_calls, write_calls
 from mpqdm_fx.parity.ladder import Ladder
@@ -27,6 +28,7 @@ __all__ = ["store_parity", "verify"]
 logger = logging.getLogger(__name__)
 
 _PIPELINE = "pipeline.json"
+_LARGEST = 2**30  # bytes of one call's values that are measured without being asked for
 
 
 def verify(
@@ -100,8 +102,11 @@ def verify(
 
 def store_parity(
     quantized: QuantizedModel, source: Source, folder: Path, graphs: Any = None
-) -> Ladder:
+) -> Ladder | None:
     """Measure a model that was just quantized, and store inputs and thresholds.
+
+    All values of a call are held several times over; a model whose values take more than a gibibyte
+    is left to `verify --store`, which the user starts when there is memory for it.
 
     Args:
         quantized: The model.
@@ -110,9 +115,17 @@ def store_parity(
         graphs: `ProgramGraphs` of the program in the folder; None if there is none.
 
     Returns:
-        The ladder.
+        The ladder; None if the model is too large.
     """
     calls = source_calls(source, quantized.signature)
+    sizes = bind_sizes(_graph(quantized), calls[0])
+    size = sum(value_bytes(node, sizes) for node in _graph(quantized).graph.nodes)
+    if size > _LARGEST:
+        logger.warning(
+            "no thresholds are stored: the values of one call take %.1f GiB, and verifying holds "
+            "several times as much; `mpqdm-fx verify --store` does it", size / 2**30,
+        )  # fmt: skip
+        return None
     runner = None if graphs is None else XnnpackRunner(folder / PROGRAM)
     measured = _measure(quantized, calls, source.model, [], runner, graphs, stability=True)
     return _store(measured, calls, folder).judge(measured.ladder)

@@ -6,18 +6,23 @@ import shutil
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from parity_folders import double_a_scale, edit, folder_of_net
-from small import TinyNet
+from small import TinyNet, tiny_unet, unet_calls
 
+from mpqdm_fx import MPQConfig, quantize
 from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.models.sources import Source
+from mpqdm_fx.parity import verify as verify_module
 from mpqdm_fx.parity.inputs import INPUTS, random_calls, read_calls, write_calls
 from mpqdm_fx.parity.sites import sites
 from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
-from mpqdm_fx.parity.verify import verify
+from mpqdm_fx.parity.verify import store_parity, verify
 from mpqdm_fx.storage import MANIFEST, load
 
+CHEAP = {"allocation": "uniform", "levels": "uniform", "refinements": 0, "propagation": 0.0}
 RUNGS = ["float", "quantized", "decomposed", "converted", "edge", "pte"]
 
 
@@ -51,6 +56,27 @@ def test_an_unchanged_folder_passes_with_the_same_numbers(stored):
     assert len(again.rung("quantized").layers) == 4
     assert any("there is no unet.pte" in note for note in again.notes)
     assert again.stored_versions["torch"]
+
+
+def test_a_large_model_is_left_to_the_command(tmp_path, monkeypatch, caplog):
+    unet = tiny_unet()
+    quantized = quantize(unet, MPQConfig(activation_mode="dynamic", **CHEAP), unet_calls())
+    source = Source(
+        name="unet",
+        model=unet,
+        scheduler=DDIMScheduler(),
+        example_inputs=unet_calls()[0],
+        sample_shape=(1, 8, 8),
+        classes=10,
+    )
+    assert store_parity(quantized, source, tmp_path).passed
+    assert {path.name for path in tmp_path.iterdir()} == {INPUTS, THRESHOLDS}
+    (tmp_path / INPUTS).unlink()
+    (tmp_path / THRESHOLDS).unlink()
+    monkeypatch.setattr(verify_module, "_LARGEST", 1000)
+    assert store_parity(quantized, source, tmp_path) is None
+    assert "verify --store" in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_thresholds_nothing_is_judged_and_nothing_written(copied):
