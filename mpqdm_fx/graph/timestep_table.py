@@ -86,9 +86,9 @@ def tabulate_timesteps(
     under the same name. What mixes the timestep with another input (a class or text embedding that
     is added to it) stays as it is, behind tables of what goes into it.
 
-    Rows are computed by the graph's own nodes in calls of the signature's batch size. At that batch
-    size the result has the bits of the live branch; at another one the kernels may sum in another
-    order, and it is as close as the live branch is to itself (about 1e-6 of the largest value).
+    Rows are computed by the graph's own nodes in calls of the signature's batch size. The result is
+    as close to the live branch as that is to itself (about 1e-6 of the largest value): a kernel may
+    sum in another order for a row elsewhere in a batch, or in a batch of another size.
 
     Args:
         graph_module: A traced graph, float or quantized; it is not changed.

@@ -8,14 +8,17 @@ in half precision and loaded as float32.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.models.classifier import DigitsClassifier, load_classifier
 from mpqdm_fx.models.dataset import load_digits_split
+
+if TYPE_CHECKING:  # diffusers imports torchao, and importing this package must not
+    from diffusers import DDIMScheduler, UNet2DModel
 
 __all__ = [
     "digits_folder",
@@ -52,6 +55,8 @@ def load_digits_unet() -> UNet2DModel:
     Raises:
         ArtifactError: the files are missing.
     """
+    from diffusers import UNet2DModel
+
     model = UNet2DModel.from_pretrained(
         digits_folder() / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False
     )
@@ -65,6 +70,8 @@ def load_digits_scheduler() -> DDIMScheduler:
     Raises:
         ArtifactError: the files are missing.
     """
+    from diffusers import DDIMScheduler
+
     scheduler: DDIMScheduler = DDIMScheduler.from_pretrained(digits_folder() / "scheduler")
     return scheduler
 

@@ -75,8 +75,9 @@ def test_observer_reports_the_grid_scales_and_zero_points_of_zero(observer):
 
 def test_observers_name_the_dtypes_of_their_flows():
     _, grid = random_grid(3, 6)
-    assert [o(grid=grid).dtype for o in OBSERVERS] == [torch.qint8, torch.int8]
-    assert {(o.quant_min, o.quant_max, o.ch_axis) for o in OBSERVERS} == {(-127, 127, 0)}
+    made = [observer(grid=grid) for observer in OBSERVERS]
+    assert [o.dtype for o in made] == [torch.qint8, torch.int8]
+    assert {(o.quant_min, o.quant_max, o.ch_axis) for o in made} == {(-127, 127, 0)}
 
 
 def test_unresolved_range_tells_what_to_call():
