@@ -58,7 +58,6 @@ class DistillConfig:
         correct_mean: Take the mean error of the output, by channel, out of the last bias.
         guidance_scale: Weight of classifier-free guidance in runs and loss; None for none.
         mixed_precision: Compute in bfloat16 where autocast does.
-        checkpointing: Recompute activations in the backward pass instead of keeping them.
         seed: Of everything that is drawn.
 
     Raises:
@@ -91,17 +90,14 @@ class DistillConfig:
     correct_mean: bool = True
     guidance_scale: float | None = None
     mixed_precision: bool = False
-    checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.updates is None and self.seconds is None:
             raise ConfigError("say how long to train: updates=..., seconds=..., or both")
         for name in ("relation", "base"):
-            choices = _CHOICES[name]
-            assert choices is not None
-            if getattr(self, name) not in choices:
-                listed = " or ".join(map(repr, choices))
+            if getattr(self, name) not in _CHOICES[name]:
+                listed = " or ".join(map(repr, _CHOICES[name]))
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose {listed}")
         at_least = {
             "updates": 1, "trajectories": 1, "steps": 1, "batch_size": 1, "rank": 0, "pixels": 2,
