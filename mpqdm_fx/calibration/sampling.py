@@ -66,8 +66,8 @@ def denoise(
     if num_inference_steps < 1:
         raise CalibrationError(f"num_inference_steps is {num_inference_steps}; give at least 1")
     inputs = dict(conditions or {})
-    guided = guidance_scale is not None
-    if guided:
+    paired = guidance_scale is not None
+    if paired:
         inputs = _pair_conditions(unconditional, inputs)
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
@@ -88,21 +88,32 @@ def denoise(
     )
     with torch.no_grad():
         for index, (scheduler_timestep, timestep) in enumerate(steps):
-            model_input = torch.cat([sample, sample]) if guided else sample
+            model_input = torch.cat([sample, sample]) if paired else sample
             model_input = scheduler.scale_model_input(model_input, scheduler_timestep)
             output = first_tensor(
                 model(sample=model_input, timestep=timestep.repeat(len(model_input)), **inputs)
             )
             output = _drop_learned_variance(output, sample, scheduler)
-            if guidance_scale is not None:
-                plain, conditional = output.chunk(2)
-                output = plain + guidance_scale * (conditional - plain)
+            output = guided(output, guidance_scale)
             sample = scheduler.step(
                 output, scheduler_timestep, sample, return_dict=False, **step_arguments
             )[0]
             if callback is not None:
                 callback(index, timestep, sample)
     return sample
+
+
+def guided(output: Tensor, guidance_scale: float | None) -> Tensor:
+    """Combine the halves of classifier-free guidance (Ho and Salimans 2022, equation 6).
+
+    Args:
+        output: [2 B, ...], the unconditional half first; [B, ...] without guidance.
+        guidance_scale: Weight of guidance; None returns `output`.
+    """
+    if guidance_scale is None:
+        return output
+    plain, conditional = output.chunk(2)
+    return plain + guidance_scale * (conditional - plain)
 
 
 def model_timesteps(scheduler: Any) -> Tensor:

@@ -2,17 +2,17 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.calibration.sampling import first_tensor
+from mpqdm_fx.calibration.sampling import first_tensor, guided
 from mpqdm_fx.calibration.trajectories import Conditions, make_conditions, sample_shape_of
 from mpqdm_fx.distill.config import DistillConfig
-from mpqdm_fx.distill.runs import Runs, guided, record_runs
+from mpqdm_fx.distill.runs import Recorder, Runs
 from mpqdm_fx.distill.student import Student, freeze, make_student
 from mpqdm_fx.distill.train import History, Trainer
 from mpqdm_fx.graph.calling import example_inputs, pack_output
@@ -81,7 +81,14 @@ def distill(
         CalibrationError: A run or the loss leaves the finite numbers, or conditions do not fit.
     """
     graph = normalized(teacher, example_inputs(quantized.signature), quantized.settings)
-    runs = _runs(teacher, scheduler, config, sample_shape, conditions, unconditional)
+    recorder = Recorder(
+        teacher=teacher,
+        scheduler=scheduler,
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        batch_size=config.batch_size,
+    )
+    runs = _runs(recorder, config, sample_shape, conditions, unconditional)
     student = make_student(quantized, graph, config)
     model = _Called(student.graph_module, quantized)
     before = _error(model, runs, config)
@@ -92,7 +99,7 @@ def distill(
         config,
         identity=_identity(quantized, graph, config),
         directory=None if directory is None else Path(directory),
-        on_policy=_own_runs(model, teacher, scheduler, config, runs) if config.on_policy else None,
+        on_policy=_own_runs(model, recorder, runs) if config.on_policy else None,
         normalize=lambda inputs: quantized.signature.normalize((), dict(inputs)),
     )
     history = trainer.run()
@@ -116,8 +123,7 @@ class _Called:
 
 
 def _runs(
-    teacher: nn.Module,
-    scheduler: Any,
+    recorder: Recorder,
     config: DistillConfig,
     sample_shape: tuple[int, ...] | None,
     conditions: Conditions | None,
@@ -125,46 +131,26 @@ def _runs(
 ) -> Runs:
     generator = torch.Generator().manual_seed(config.seed)
     count = config.trajectories
-    shape = sample_shape or sample_shape_of(teacher)
+    shape = sample_shape or sample_shape_of(recorder.teacher)
     noise = torch.randn(count, *shape, generator=generator)
-    return record_runs(
-        teacher,
-        teacher,
-        scheduler,
+    return recorder.record(
+        recorder.teacher,
         noise,
-        steps=config.steps,
+        make_conditions(conditions, count, generator),
+        make_conditions(unconditional, count, generator) if config.guided else None,
         seed=config.seed,
-        conditions=make_conditions(conditions, count, generator),
-        unconditional=make_conditions(unconditional, count, generator) if config.guided else None,
-        guidance_scale=config.guidance_scale,
-        batch_size=config.batch_size,
         progress="float model's runs",
     )
 
 
-def _own_runs(
-    model: _Called, teacher: nn.Module, scheduler: Any, config: DistillConfig, runs: Runs
-) -> Any:
+def _own_runs(model: _Called, recorder: Recorder, runs: Runs) -> Callable[[int], Runs]:
     """A function of a seed that draws runs of the student with the first runs' conditions."""
-    few = torch.arange(min(len(runs), config.batch_size))
+    few = torch.arange(min(len(runs), recorder.batch_size))
 
     def draw(seed: int) -> Runs:
-        noise = torch.randn(
-            len(few), *runs.samples.shape[2:], generator=torch.Generator().manual_seed(seed)
-        )
-        start = runs.conditions_of(few)
-        return record_runs(
-            model,
-            teacher,
-            scheduler,
-            noise,
-            steps=config.steps,
-            seed=seed,
-            conditions=start[0],
-            unconditional=start[1],
-            guidance_scale=config.guidance_scale,
-            batch_size=len(few),
-        )
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(few), *runs.samples.shape[2:], generator=generator)
+        return recorder.record(model, noise, *runs.conditions_of(few), seed=seed)
 
     return draw
 

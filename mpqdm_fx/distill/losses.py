@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.calibration.sampling import first_tensor
+from mpqdm_fx.calibration.sampling import first_tensor, guided
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.features import feature_nodes, with_features
-from mpqdm_fx.distill.runs import Batch, guided
+from mpqdm_fx.distill.runs import Batch
 from mpqdm_fx.distill.student import Student
 from mpqdm_fx.numerics.relation import feature_distance, pixels, relation_divergence
 

@@ -1,6 +1,5 @@
-"""Parameter groups with rates that fit their scales, and an average of what is trained."""
+"""Parameter groups with rates that fit their scales."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.student import Student
 from mpqdm_fx.distill.trainable import TrainableLayer
 
-__all__ = ["Average", "level_distance", "make_optimiser", "set_progress"]
+__all__ = ["level_distance", "make_optimiser", "set_progress"]
 
 _WARM_UP = 0.02
 _ZERO_POINT_FACTOR = 16.0
@@ -61,34 +60,3 @@ def set_progress(optimiser: torch.optim.Optimizer, progress: float) -> None:
     factor = min(1.0, progress / _WARM_UP + 0.05) * max(0.0, 1.0 - progress)
     for group in optimiser.param_groups:
         group["lr"] = group["base_rate"] * factor
-
-
-class Average:
-    """Exponential average of the trained parameters, quick to follow at first.
-
-    Args:
-        student: Whose parameters.
-        decay: Share of the old value after many updates; 0 is the parameters themselves.
-    """
-
-    def __init__(self, student: Student, decay: float) -> None:
-        self.decay = decay
-        self.values = {name: value.detach().clone() for name, value in student.trained()}
-
-    @torch.no_grad()
-    def update(self, student: Student, count: int) -> None:
-        """Take in the parameters after `count` updates."""
-        decay = min(self.decay, (1 + count) / (10 + count))
-        for name, value in student.trained():
-            self.values[name].lerp_(value, 1 - decay)
-
-    @torch.no_grad()
-    def install(self, student: Student) -> None:
-        """Give the student the averaged parameters."""
-        for name, value in student.trained():
-            value.copy_(self.values[name])
-
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        """Take saved averages back."""
-        for name, value in self.values.items():
-            value.copy_(values[name])

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from mpqdm_fx.calibration.sampling import denoise, first_tensor
+from mpqdm_fx.calibration.sampling import denoise, first_tensor, guided
 from mpqdm_fx.errors import CalibrationError
 
-__all__ = ["Batch", "Runs", "guided", "record_runs", "stack_runs"]
+__all__ = ["Batch", "Recorder", "Runs"]
 
 Predict = Callable[..., Any]
 """Called with the model's keyword arguments; returns the predicted noise or what holds it."""
@@ -102,110 +102,111 @@ def _rows(tree: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
     return result
 
 
-def guided(output: Tensor, scale: float | None) -> Tensor:
-    """Combine the halves of classifier-free guidance (Ho and Salimans 2022, equation 6)."""
-    if scale is None:
-        return output
-    plain, conditional = output.chunk(2)
-    return plain + scale * (conditional - plain)
+@dataclass(frozen=True, kw_only=True)
+class Recorder:
+    """Denoises with one model and records the float model's answers.
 
-
-@torch.no_grad()
-def record_runs(
-    walker: Predict,
-    teacher: Predict,
-    scheduler: Any,
-    noise: Tensor,
-    *,
-    steps: int,
-    seed: int,
-    conditions: Mapping[str, Any],
-    unconditional: Mapping[str, Any] | None,
-    guidance_scale: float | None,
-    batch_size: int,
-    progress: str | None = None,
-) -> Runs:
-    """Denoise with one model and record the other's answers.
-
-    Args:
-        walker: Decides where the runs go.
+    Attributes:
         teacher: The float model; its answers are the targets.
         scheduler: A diffusers scheduler; it is copied.
-        noise: [runs, C, H, W], standard normal.
         steps: Steps of a run.
-        seed: Of ancestral noise.
-        conditions: Further arguments, [runs, ...] each.
-        unconditional: Those of the unconditional half.
         guidance_scale: Weight of guidance, None for none.
         batch_size: Runs at once.
-        progress: Text of a progress bar, None for none.
-
-    Raises:
-        CalibrationError: The runs leave the finite numbers, or an argument has the wrong length.
     """
-    parts = []
-    bar = tqdm(total=len(noise) * steps, desc=progress, unit="step", disable=progress is None)
-    for start in range(0, len(noise), batch_size):
-        rows = torch.arange(start, min(start + batch_size, len(noise)))
-        own = _rows(conditions, rows)
-        plain = None if unconditional is None else _rows(unconditional, rows)
-        parts.append(
-            _record(
-                walker, teacher, scheduler, noise[rows], steps, seed + start, own, plain,
-                guidance_scale, bar,
-            )
-        )  # fmt: skip
-    bar.close()
-    runs = stack_runs(parts)
-    if not bool(torch.isfinite(runs.targets).all() and torch.isfinite(runs.samples).all()):
-        raise CalibrationError(
-            "denoising runs gave NaN or infinite values; check the model and that the scheduler "
-            "belongs to it"
+
+    teacher: Predict
+    scheduler: Any
+    steps: int
+    guidance_scale: float | None
+    batch_size: int
+
+    @torch.no_grad()
+    def record(
+        self,
+        walker: Predict,
+        noise: Tensor,
+        conditions: Mapping[str, Any],
+        unconditional: Mapping[str, Any] | None,
+        *,
+        seed: int,
+        progress: str | None = None,
+    ) -> Runs:
+        """Record runs.
+
+        Args:
+            walker: Decides where the runs go.
+            noise: [runs, C, H, W], standard normal.
+            conditions: Further arguments, [runs, ...] each.
+            unconditional: Those of the unconditional half; None without guidance.
+            seed: Of ancestral noise.
+            progress: Text of a progress bar, None for none.
+
+        Raises:
+            CalibrationError: The runs leave the finite numbers, or an argument has the wrong
+                length.
+        """
+        parts = []
+        bar = tqdm(
+            total=len(noise) * self.steps, desc=progress, unit="step", disable=progress is None
         )
-    return runs
+        for rows in torch.split(torch.arange(len(noise)), self.batch_size):
+            plain = None if unconditional is None else _rows(unconditional, rows)
+            start = int(rows[0])
+            own = _rows(conditions, rows)
+            parts.append(self._part(walker, noise[rows], own, plain, seed + start, bar))
+        bar.close()
+        runs = _joined(parts)
+        if not bool(torch.isfinite(runs.targets).all() and torch.isfinite(runs.samples).all()):
+            raise CalibrationError(
+                "denoising runs gave NaN or infinite values; check the model and that the "
+                "scheduler belongs to it"
+            )
+        return runs
+
+    def _part(
+        self,
+        walker: Predict,
+        noise: Tensor,
+        conditions: Mapping[str, Any],
+        unconditional: Mapping[str, Any] | None,
+        seed: int,
+        bar: Any,
+    ) -> Runs:
+        samples: list[Tensor] = []
+        timesteps: list[Tensor] = []
+        targets: list[Tensor] = []
+
+        def watched(**inputs: Any) -> Tensor:
+            answer = first_tensor(walker(**inputs))
+            right = answer if walker is self.teacher else first_tensor(self.teacher(**inputs))
+            count = len(noise)
+            samples.append(inputs["sample"][-count:])
+            timesteps.append(inputs["timestep"][-count:])
+            # a learned variance is no noise to be matched
+            targets.append(guided(right, self.guidance_scale)[:, : noise.shape[1]])
+            return answer
+
+        denoise(
+            watched,
+            self.scheduler,
+            noise,
+            num_inference_steps=self.steps,
+            seed=seed,
+            conditions=conditions,
+            unconditional=unconditional,
+            guidance_scale=self.guidance_scale,
+            callback=lambda index, timestep, sample: bar.update(len(sample)),
+        )
+        return Runs(
+            samples=torch.stack(samples, 1),
+            timesteps=torch.stack(timesteps, 1),
+            targets=torch.stack(targets, 1),
+            conditions=conditions,
+            unconditional=unconditional,
+        )
 
 
-def _record(
-    walker: Predict,
-    teacher: Predict,
-    scheduler: Any,
-    noise: Tensor,
-    steps: int,
-    seed: int,
-    conditions: Mapping[str, Any],
-    unconditional: Mapping[str, Any] | None,
-    guidance_scale: float | None,
-    bar: Any,
-) -> Runs:
-    samples: list[Tensor] = []
-    timesteps: list[Tensor] = []
-    targets: list[Tensor] = []
-
-    def watched(**inputs: Any) -> Tensor:
-        answer = first_tensor(walker(**inputs))
-        right = answer if walker is teacher else first_tensor(teacher(**inputs))
-        count = len(noise)
-        samples.append(inputs["sample"][-count:])
-        timesteps.append(inputs["timestep"][-count:])
-        # a learned variance is no noise to be matched
-        targets.append(guided(right, guidance_scale)[:, : noise.shape[1]])
-        return answer
-
-    denoise(
-        watched, scheduler, noise, num_inference_steps=steps, seed=seed, conditions=conditions,
-        unconditional=unconditional, guidance_scale=guidance_scale,
-        callback=lambda index, timestep, sample: bar.update(len(sample)),
-    )  # fmt: skip
-    return Runs(
-        samples=torch.stack(samples, 1),
-        timesteps=torch.stack(timesteps, 1),
-        targets=torch.stack(targets, 1),
-        conditions=conditions,
-        unconditional=unconditional,
-    )
-
-
-def stack_runs(parts: list[Runs]) -> Runs:
+def _joined(parts: list[Runs]) -> Runs:
     """Several records as one."""
     first = parts[0]
 

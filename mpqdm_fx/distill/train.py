@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, fx
+from diffusers.training_utils import EMAModel
+from torch import Tensor, distributed, fx, nn
 from tqdm.auto import tqdm
 
 from mpqdm_fx.distill.checkpoint import (
@@ -21,7 +22,7 @@ from mpqdm_fx.distill.checkpoint import (
 )
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.losses import Losses, Parts
-from mpqdm_fx.distill.optimiser import Average, make_optimiser, set_progress
+from mpqdm_fx.distill.optimiser import make_optimiser, set_progress
 from mpqdm_fx.distill.runs import Batch, Runs
 from mpqdm_fx.distill.student import Student
 from mpqdm_fx.errors import CalibrationError
@@ -39,10 +40,10 @@ class History:
     """What a run did.
 
     Attributes:
-        updates: Updates made, over all sessions.
-        seconds: Wall time of training, over all sessions.
-        losses: Mean task loss of every tenth of the run so far (noise error as a share of energy).
-        resumed: Update at which this session started.
+        updates: Updates made, before and after interruptions.
+        seconds: Wall time of training, likewise.
+        losses: Mean task loss of every hundred updates (noise error as a share of its energy).
+        resumed: Update at which the last interruption was taken up; 0 without one.
     """
 
     updates: int = 0
@@ -77,7 +78,7 @@ class Trainer:
         *,
         identity: Mapping[str, Any],
         directory: Path | None = None,
-        on_policy: Any = None,
+        on_policy: Callable[[int], Runs] | None = None,
         normalize: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         self.student, self.runs, self.config = student, runs, config
@@ -86,7 +87,7 @@ class Trainer:
         self.losses = Losses(student, teacher, config, self.generator)
         self._normalize = normalize
         self.optimiser = make_optimiser(student, config)
-        self.average = Average(student, config.ema)
+        self.average = EMAModel(self._trained, decay=config.ema)
         self.history = History()
         self.weight = 0.0
         self._draw_own = on_policy
@@ -94,6 +95,10 @@ class Trainer:
         self._recent: list[float] = []
         self._rank, self._world = _place()
         self._restore()
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.student.trained()]
 
     def run(self) -> History:
         """Train to the end of the budget; the student then has the averaged parameters.
@@ -120,7 +125,7 @@ class Trainer:
                 saved = time.perf_counter()
         bar.close()
         self.save()
-        self.average.install(self.student)
+        self.average.copy_to(self._trained)
         return self.history
 
     def _progress(self) -> float:
@@ -162,7 +167,7 @@ class Trainer:
             )
         self.optimiser.step()
         self.history.updates += 1
-        self.average.update(self.student, self.history.updates)
+        self.average.step(self._trained)
         self._recent.append(value)
         if len(self._recent) >= 100:
             self.history.losses.append(sum(self._recent) / len(self._recent))
@@ -203,7 +208,7 @@ class Trainer:
         """Choose the second loss's weight so that its gradient has the wished share."""
         if parts.relation is None or self.history.updates % _WEIGH_EVERY:
             return
-        trained = [p for _, p in self.student.trained() if p.requires_grad]
+        trained = self._trained
         norms = []
         for part in (parts.task, parts.relation):
             found = torch.autograd.grad(part, trained, retain_graph=True, allow_unused=True)
@@ -217,7 +222,7 @@ class Trainer:
     def _share_gradients(self) -> None:
         if self._world == 1:
             return
-        for _, parameter in self.student.trained():
+        for parameter in self._trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             distributed.all_reduce(parameter.grad)
@@ -229,7 +234,7 @@ class Trainer:
             return
         tensors = {
             **{f"now.{name}": value for name, value in self.student.trained()},
-            **{f"average.{name}": value for name, value in self.average.values.items()},
+            **{f"average.{index}": v for index, v in enumerate(self.average.shadow_params)},
             **optimiser_tensors(self.optimiser),
             **self.losses.state(),
             "generator": self.generator.get_state(),
@@ -254,7 +259,9 @@ class Trainer:
         tensors, numbers = state
         for name, value in self.student.trained():
             value.copy_(tensors[f"now.{name}"])
-        self.average.load({name: tensors[f"average.{name}"] for name in self.average.values})
+        for index, value in enumerate(self.average.shadow_params):
+            value.copy_(tensors[f"average.{index}"])
+        self.average.optimization_step = numbers["history"]["updates"]
         restore_optimiser(self.optimiser, tensors)
         self.losses.load(tensors)
         self.generator.set_state(tensors["generator"])

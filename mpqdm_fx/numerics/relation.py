@@ -69,8 +69,8 @@ def relation_divergence(
         seen, wanted = student @ memory.detach().mT, teacher @ memory.detach().mT
     log_seen = (seen / temperature).log_softmax(-1)
     log_wanted = (wanted / temperature).log_softmax(-1)
-    rows = (log_wanted.exp() * (log_wanted - log_seen)).sum(-1)
-    return rows.mean()
+    apart = functional.kl_div(log_seen, log_wanted, reduction="none", log_target=True)
+    return apart.sum(-1).mean()
 
 
 def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
