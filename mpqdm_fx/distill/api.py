@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from mpqdm_fx.calibration.sampling import first_tensor, guided
 from mpqdm_fx.calibration.trajectories import Conditions, make_conditions, sample_shape_of
 from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.importance import Effects, measure_effects
 from mpqdm_fx.distill.runs import Recorder, Runs
 from mpqdm_fx.distill.student import Student, freeze, make_student
 from mpqdm_fx.distill.train import History, Trainer
@@ -54,6 +55,7 @@ def distill(
     conditions: Conditions | None = None,
     unconditional: Conditions | None = None,
     directory: str | Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> Distilled:
     """Train scales, levels, ranges, biases and merged low-rank factors of a quantized model.
 
@@ -71,6 +73,7 @@ def distill(
         unconditional: Those of the unconditional half of guidance.
         directory: Folder for checkpoints, from which the same call goes on to the same bits (with
             a budget of updates; one of time depends on the clock). None keeps none.
+        device: Where to train, for example `"cuda"`; the result lies on the CPU.
 
     Returns:
         The trained model and what training did.
@@ -81,31 +84,37 @@ def distill(
         CalibrationError: A run or the loss leaves the finite numbers, or conditions do not fit.
     """
     graph = normalized(teacher, example_inputs(quantized.signature), quantized.settings)
+    identity = _identity(quantized, graph, config)
+    student = make_student(quantized, graph, config).to(device)
+    right = _Called(graph.to(device), quantized)
+    model = _Called(student.graph_module, quantized)
     recorder = Recorder(
-        teacher=teacher,
+        teacher=right,
         scheduler=scheduler,
         steps=config.steps,
         guidance_scale=config.guidance_scale,
         batch_size=config.batch_size,
+        device=device,
     )
-    runs = _runs(recorder, config, sample_shape, conditions, unconditional)
-    student = make_student(quantized, graph, config)
-    model = _Called(student.graph_module, quantized)
-    before = _error(model, runs, config)
+    shape = sample_shape or sample_shape_of(teacher)
+    runs = _runs(recorder, config, shape, conditions, unconditional)
+    before = _errors(model, runs, config, device).share
     trainer = Trainer(
         student,
         graph,
         runs,
         config,
-        identity=_identity(quantized, graph, config),
+        identity=identity,
         directory=None if directory is None else Path(directory),
+        effects=_effects(model, recorder, config, runs) if config.final_share else None,
         on_policy=_own_runs(model, recorder, runs) if config.on_policy else None,
         normalize=lambda inputs: quantized.signature.normalize((), dict(inputs)),
     )
     history = trainer.run()
     if config.correct_mean:
-        _correct_mean(student, model, runs, config)
-    after = _error(model, runs, config)
+        _correct_mean(student, model, runs, config, device)
+    after = _errors(model, runs, config, device).share
+    student.cpu()
     return Distilled(
         quantized=freeze(student, quantized), history=history, before=before, after=after
     )
@@ -125,13 +134,12 @@ class _Called:
 def _runs(
     recorder: Recorder,
     config: DistillConfig,
-    sample_shape: tuple[int, ...] | None,
+    shape: tuple[int, ...],
     conditions: Conditions | None,
     unconditional: Conditions | None,
 ) -> Runs:
     generator = torch.Generator().manual_seed(config.seed)
     count = config.trajectories
-    shape = sample_shape or sample_shape_of(recorder.teacher)
     noise = torch.randn(count, *shape, generator=generator)
     return recorder.record(
         recorder.teacher,
@@ -141,6 +149,13 @@ def _runs(
         seed=config.seed,
         progress="float model's runs",
     )
+
+
+def _effects(model: _Called, recorder: Recorder, config: DistillConfig, runs: Runs) -> Effects:
+    some = torch.arange(min(len(runs), config.effect_runs))
+    generator = torch.Generator().manual_seed(config.seed)
+    noise = torch.randn(len(runs), *runs.samples.shape[2:], generator=generator)[some]
+    return measure_effects(model, recorder, noise, *runs.conditions_of(some), seed=config.seed)
 
 
 def _own_runs(model: _Called, recorder: Recorder, runs: Runs) -> Callable[[int], Runs]:
@@ -169,34 +184,42 @@ def _identity(
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Errors:
+    """Mean error by output channel, and squared error as a share of the targets' energy."""
+
+    mean: Tensor
+    share: float
+
+
 @torch.no_grad()
-def _errors(model: _Called, runs: Runs, config: DistillConfig) -> tuple[Tensor, Tensor]:
-    """Sum of errors by output channel over all calls, and squared error over energy."""
+def _errors(
+    model: _Called, runs: Runs, config: DistillConfig, device: torch.device | str
+) -> _Errors:
+    """Errors over all calls of all runs."""
     total, squares, energy, count = torch.zeros(()), 0.0, 0.0, 0
     for call in range(runs.calls):
         for rows in torch.split(torch.arange(len(runs)), config.batch_size):
-            batch = runs.batch(rows, torch.full((len(rows),), call))
+            batch = runs.batch(rows, torch.full((len(rows),), call)).to(device)
             answer = guided(first_tensor(model(**batch.inputs)), config.guidance_scale)
             error = answer[:, : batch.target.shape[1]] - batch.target
-            total = total + error.transpose(0, 1).flatten(1).sum(1)
+            total = total + error.transpose(0, 1).flatten(1).sum(1).cpu()
             squares += float(error.square().sum())
             energy += float(batch.target.square().sum())
             count += error.numel() // error.shape[1]
-    return total / max(1, count), torch.tensor(squares / energy if energy else 0.0)
-
-
-def _error(model: _Called, runs: Runs, config: DistillConfig) -> float:
-    return float(_errors(model, runs, config)[1])
+    return _Errors(total / max(1, count), squares / energy if energy else 0.0)
 
 
 @torch.no_grad()
-def _correct_mean(student: Student, model: _Called, runs: Runs, config: DistillConfig) -> None:
+def _correct_mean(
+    student: Student, model: _Called, runs: Runs, config: DistillConfig, device: torch.device | str
+) -> None:
     """Take the output's mean error out of the last layer's bias, if that lowers the error."""
     last = list(student.layers.values())[-1]
-    mean, error = _errors(model, runs, config)
-    if last.bias is None or len(last.bias) != len(mean):
+    found = _errors(model, runs, config, device)
+    if last.bias is None or len(last.bias) != len(found.mean):
         return
     # guidance combines two outputs with weights 1 - g and g, which sum to 1
-    last.bias.sub_(mean)
-    if float(_errors(model, runs, config)[1]) > float(error):
-        last.bias.add_(mean)
+    last.bias.sub_(found.mean.to(device))
+    if _errors(model, runs, config, device).share > found.share:
+        last.bias.add_(found.mean.to(device))

@@ -50,14 +50,20 @@ class DistillConfig:
         pixels: Pixels of a map that relations use at most.
         memory: Teacher pixels that the queue holds.
         features: Module paths whose outputs are compared; none takes what the last norm reads.
-        noise_bias: (a, b) of the Beta distribution that steps are drawn from, 1 being the noisiest;
-            (1, 1) draws all alike, BitsFusion has (3, 1).
+        final_share: Share of the loss, at the start, in which a step's error counts by how far it
+            moves the finished sample, which is measured; in the rest it counts as it is. 0
+            measures nothing.
+        noise_bias: (a, b) of the Beta distribution by which steps count in that rest, 1 being the
+            noisiest; (1, 1) is all alike, BitsFusion has (3, 1).
+        effect_runs: Runs on which the steps' effects are measured.
         on_policy: Share of rows whose latents come from the student's own runs.
         refresh: Updates after which the student's runs are drawn anew.
         ema: Decay of the averaged parameters, which are what is kept; 0 keeps the last.
         correct_mean: Take the mean error of the output, by channel, out of the last bias.
         guidance_scale: Weight of classifier-free guidance in runs and loss; None for none.
         mixed_precision: Compute in bfloat16 where autocast does.
+        recompute: Parts of the graph between which values are held for the backward pass; the rest
+            is computed again, for less memory and about a third more time. 0 holds all.
         seed: Of everything that is drawn.
 
     Raises:
@@ -83,13 +89,16 @@ class DistillConfig:
     pixels: int = 256
     memory: int = 2048
     features: tuple[str, ...] = ()
+    final_share: float = 0.5
     noise_bias: tuple[float, float] = (1.0, 1.0)
+    effect_runs: int = 8
     on_policy: float = 0.0
     refresh: int = 100
     ema: float = 0.99
     correct_mean: bool = True
     guidance_scale: float | None = None
     mixed_precision: bool = False
+    recompute: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,7 +110,7 @@ class DistillConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose {listed}")
         at_least = {
             "updates": 1, "trajectories": 1, "steps": 1, "batch_size": 1, "rank": 0, "pixels": 2,
-            "memory": 2, "refresh": 1, "seed": 0,
+            "memory": 2, "refresh": 1, "effect_runs": 1, "recompute": 0, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -116,7 +125,7 @@ class DistillConfig:
                      "smoothness", "relation_share"):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give 0 or more")
-        for name in ("on_policy", "ema"):
+        for name in ("on_policy", "ema", "final_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give 0 or more, and below 1")
         if len(self.noise_bias) != 2 or not all(value > 0 for value in self.noise_bias):
@@ -142,6 +151,7 @@ class DistillConfig:
             "bias_rate": 0.0,
             "smoothness": 0.0,
             "base": "codes",
+            "final_share": 0.0,
             "ema": 0.0,
             "correct_mean": False,
         }

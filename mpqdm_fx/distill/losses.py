@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from mpqdm_fx.calibration.sampling import first_tensor, guided
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.features import feature_nodes, with_features
+from mpqdm_fx.distill.recompute import Recomputed
 from mpqdm_fx.distill.runs import Batch
 from mpqdm_fx.distill.student import Student
 from mpqdm_fx.numerics.relation import feature_distance, pixels, relation_divergence
@@ -22,7 +23,8 @@ class Parts:
     """Losses of one batch, each a number with a gradient.
 
     Attributes:
-        task: Squared error of the (guided) noise as a share of its energy.
+        task: Squared error of the (guided) noise as a share of the targets' mean energy, each row
+            by its weight.
         relation: The second loss, not yet weighted; None without one.
         roughness: How unevenly neighbouring ranges moved.
     """
@@ -39,6 +41,7 @@ class Losses:
         student: What is trained.
         teacher: The normalized float graph.
         config: Which losses.
+        energy: Mean square of the targets, what the task's error is a share of.
         generator: Draws the pixels that relations use; its state is part of a run's.
 
     Attributes:
@@ -51,37 +54,41 @@ class Losses:
         student: Student,
         teacher: fx.GraphModule,
         config: DistillConfig,
+        energy: float,
         generator: torch.Generator,
     ) -> None:
         self.config = config
         self.student = student
+        self._energy = max(energy, torch.finfo(torch.float32).tiny)
         self._generator = generator
         self.memory: list[Tensor] = []
-        self._student: nn.Module = student.graph_module
+        own = student.graph_module
         self._teacher: nn.Module = teacher
         if config.relation != "none":
-            own = student.graph_module
-            self._student = with_features(own, feature_nodes(own, config.features))
+            own = with_features(own, feature_nodes(own, config.features))
             self._teacher = with_features(teacher, feature_nodes(teacher, config.features))
+        self._student: nn.Module = Recomputed(own, config.recompute) if config.recompute else own
 
     def __call__(self, batch: Batch) -> Parts:
         """Losses of a batch."""
         roughness = torch.stack([r.roughness() for r in self.student.ranges.values()] or [_zero()])
         if self.config.relation == "none":
-            task = self._task(self._student(**batch.inputs), batch.target)
+            task = self._task(self._student(**batch.inputs), batch)
             return Parts(task=task, relation=None, roughness=roughness.sum())
         output, seen = self._student(**batch.inputs)
         with torch.no_grad():
             _, wanted = self._teacher(**batch.inputs)
-        task = self._task(output, batch.target)
+        task = self._task(output, batch)
         relation = self._relation(batch, seen, wanted)
         return Parts(task=task, relation=relation, roughness=roughness.sum())
 
-    def _task(self, output: Any, target: Tensor) -> Tensor:
+    def _task(self, output: Any, batch: Batch) -> Tensor:
         answer = guided(first_tensor(output), self.config.guidance_scale)
-        answer = answer[:, : target.shape[1]]
-        energy = target.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        return (answer - target).square().mean() / energy
+        answer = answer[:, : batch.target.shape[1]]
+        rows = (answer - batch.target).square().flatten(1).mean(1)
+        if batch.weight is not None:
+            rows = rows * batch.weight
+        return rows.mean() / self._energy
 
     def _relation(
         self, batch: Batch, seen: tuple[Tensor, ...], wanted: tuple[Tensor, ...]

@@ -32,11 +32,26 @@ class Batch:
         previous: The same at the step before, for losses over consecutive steps; at the first step
             the rows themselves.
         target: The float model's (guided) answer [B, C, H, W].
+        weight: What each row's loss is multiplied with [B]; None weighs all alike.
     """
 
     inputs: Mapping[str, Any]
     previous: Mapping[str, Any]
     target: Tensor
+    weight: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch with its tensors on a device."""
+
+        def moved(tree: Any) -> Any:
+            return pytree.tree_map_only(Tensor, lambda t: t.to(device), tree)
+
+        return Batch(
+            inputs=moved(self.inputs),
+            previous=moved(self.previous),
+            target=moved(self.target),
+            weight=moved(self.weight),
+        )
 
 
 @dataclass(kw_only=True)
@@ -112,6 +127,7 @@ class Recorder:
         steps: Steps of a run.
         guidance_scale: Weight of guidance, None for none.
         batch_size: Runs at once.
+        device: Where the models are; what is recorded stays on the CPU.
     """
 
     teacher: Predict
@@ -119,6 +135,34 @@ class Recorder:
     steps: int
     guidance_scale: float | None
     batch_size: int
+    device: torch.device | str = "cpu"
+
+    def denoise(
+        self,
+        model: Predict,
+        noise: Tensor,
+        conditions: Mapping[str, Any],
+        unconditional: Mapping[str, Any] | None,
+        *,
+        seed: int,
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Finished samples of a model [runs, C, H, W], on the device."""
+
+        def moved(tree: Mapping[str, Any] | None) -> Any:
+            return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), tree)
+
+        return denoise(
+            model,
+            self.scheduler,
+            noise.to(self.device),
+            num_inference_steps=self.steps,
+            seed=seed,
+            conditions=moved(conditions),
+            unconditional=moved(unconditional),
+            guidance_scale=self.guidance_scale,
+            callback=callback,
+        )
 
     @torch.no_grad()
     def record(
@@ -180,21 +224,18 @@ class Recorder:
             answer = first_tensor(walker(**inputs))
             right = answer if walker is self.teacher else first_tensor(self.teacher(**inputs))
             count = len(noise)
-            samples.append(inputs["sample"][-count:])
-            timesteps.append(inputs["timestep"][-count:])
+            samples.append(inputs["sample"][-count:].cpu())
+            timesteps.append(inputs["timestep"][-count:].cpu())
             # a learned variance is no noise to be matched
-            targets.append(guided(right, self.guidance_scale)[:, : noise.shape[1]])
+            targets.append(guided(right, self.guidance_scale)[:, : noise.shape[1]].cpu())
             return answer
 
-        denoise(
+        self.denoise(
             watched,
-            self.scheduler,
             noise,
-            num_inference_steps=self.steps,
+            conditions,
+            unconditional,
             seed=seed,
-            conditions=conditions,
-            unconditional=unconditional,
-            guidance_scale=self.guidance_scale,
             callback=lambda index, timestep, sample: bar.update(len(sample)),
         )
         return Runs(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import Tensor, distributed, fx, nn
+from torch import distributed, fx, nn
 from tqdm.auto import tqdm
 
 from mpqdm_fx.distill.checkpoint import (
@@ -21,6 +21,7 @@ from mpqdm_fx.distill.checkpoint import (
     save_state,
 )
 from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.importance import Effects, importance
 from mpqdm_fx.distill.losses import Losses, Parts
 from mpqdm_fx.distill.optimiser import make_optimiser, set_progress
 from mpqdm_fx.distill.runs import Batch, Runs
@@ -62,6 +63,7 @@ class Trainer:
         config: Settings.
         identity: What the run is, for checkpoints.
         directory: Folder for checkpoints, None for none.
+        effects: What errors do at each step; None weighs steps without.
         on_policy: Draws runs of the student itself: called with a seed; None without them.
         normalize: Brings the model's arguments into the form that the graphs take.
 
@@ -78,13 +80,17 @@ class Trainer:
         *,
         identity: Mapping[str, Any],
         directory: Path | None = None,
+        effects: Effects | None = None,
         on_policy: Callable[[int], Runs] | None = None,
         normalize: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         self.student, self.runs, self.config = student, runs, config
         self.identity, self.directory = dict(identity), directory
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.losses = Losses(student, teacher, config, self.generator)
+        energy = float(runs.targets.square().mean())
+        self.losses = Losses(student, teacher, config, energy, self.generator)
+        self.importance = importance(config, runs.calls, effects)
+        self._device = next(student.parameters()).device
         self._normalize = normalize
         self.optimiser = make_optimiser(student, config)
         self.average = EMAModel(self._trained, decay=config.ema)
@@ -136,7 +142,7 @@ class Trainer:
             shares.append(self.history.updates / config.updates)
         if config.seconds is not None:
             shares.append(self.history.seconds / config.seconds)
-        share = torch.tensor(max(shares), dtype=torch.float64)
+        share = torch.tensor(max(shares), dtype=torch.float64, device=self._device)
         if self._world > 1 and config.seconds is not None:
             distributed.broadcast(share, src=0)
         return float(share)
@@ -149,8 +155,9 @@ class Trainer:
 
     def _update(self) -> None:
         batch = self._batch()
-        device = next(self.student.parameters()).device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.mixed_precision):
+        with torch.autocast(
+            self._device.type, dtype=torch.bfloat16, enabled=self.config.mixed_precision
+        ):
             parts = self.losses(batch)
         self._weigh(parts)
         loss = parts.task + self.config.smoothness * parts.roughness
@@ -184,25 +191,15 @@ class Trainer:
                 runs = self._own
         count = config.batch_size
         which = torch.randint(len(runs), (count,), generator=self.generator)
-        calls = self._calls(count, runs.calls)
+        calls = self.importance.calls(count, self.generator)
         mine = slice(self._rank, None, self._world)
         drawn = runs.batch(which[mine], calls[mine])
         return dataclasses.replace(
             drawn,
             inputs=self._normalize(drawn.inputs),
             previous=self._normalize(drawn.previous),
-        )
-
-    def _calls(self, count: int, calls: int) -> Tensor:
-        a, b = self.config.noise_bias
-        if (a, b) == (1.0, 1.0):
-            return torch.randint(calls, (count,), generator=self.generator)
-        # the Beta distribution by its quantiles: torch's sampler takes no generator
-        grid = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
-        mass = (grid ** (a - 1) * (1 - grid) ** (b - 1)).cumsum(0)
-        drawn = torch.rand(count, generator=self.generator, dtype=torch.float64) * mass[-1]
-        noisiness = grid[torch.searchsorted(mass, drawn).clamp_max(4095)]
-        return ((1 - noisiness) * calls).long().clamp_max(calls - 1)
+            weight=self.importance.weight[calls[mine]],
+        ).to(self._device)
 
     def _weigh(self, parts: Parts) -> None:
         """Choose the second loss's weight so that its gradient has the wished share."""
@@ -214,7 +211,7 @@ class Trainer:
             found = torch.autograd.grad(part, trained, retain_graph=True, allow_unused=True)
             norms.append(math.sqrt(sum(float(g.square().sum()) for g in found if g is not None)))
         if self._world > 1:
-            both = torch.tensor(norms, dtype=torch.float64)
+            both = torch.tensor(norms, dtype=torch.float64, device=self._device)
             distributed.all_reduce(both)
             norms = both.tolist()
         self.weight = self.config.relation_share * norms[0] / norms[1] if norms[1] > 0 else 0.0

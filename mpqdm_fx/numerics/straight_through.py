@@ -164,22 +164,20 @@ class _FakeQuantize(torch.autograd.Function):
         # the q/dq ops divide in double precision, then multiply in single
         inverse = (1.0 / scale.double()).float()
         steps = x.to(torch.float32) * inverse
-        codes = (steps.round() + zero_point).clamp(quant_min, quant_max) - zero_point
-        ctx.save_for_backward(steps, codes, scale, zero_point)
+        shifted = steps.round().add_(zero_point)
+        codes = shifted.clamp(quant_min, quant_max)
+        inside = codes == shifted
+        codes -= zero_point
+        ctx.save_for_backward(steps, codes, inside, scale, zero_point)
         return (codes * scale).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
-        steps, codes, scale, zero_point = ctx.saved_tensors
+        steps, codes, inside, scale, zero_point = ctx.saved_tensors
         (gradient,) = gradients
-        inside = codes == steps.round()
-        to_scale = torch.where(inside, codes - steps, codes) * gradient
-        to_zero = torch.where(inside, torch.zeros_like(gradient), -gradient) * scale
-        return (
-            gradient * inside,
-            to_scale.sum_to_size(scale.shape),
-            to_zero.sum_to_size(zero_point.shape),
-            None,
-            None,
-        )
+        passed = gradient * inside
+        # the step's is (code - steps) inside and the code outside; the zero point's -scale outside
+        to_scale = (gradient * codes).sub_(passed * steps).sum_to_size(scale.shape)
+        to_zero = (passed - gradient).mul(scale).sum_to_size(zero_point.shape)
+        return passed, to_scale, to_zero, None, None

@@ -60,7 +60,7 @@ def test_gradient_of_the_relation_reaches_the_student_and_not_the_teacher(
     student = make_student(quantized, teacher, config)
     for parameter in teacher.parameters():
         parameter.requires_grad_()
-    losses = Losses(student, teacher, config, torch.Generator().manual_seed(0))
+    losses = Losses(student, teacher, config, 1.0, torch.Generator().manual_seed(0))
     batch = runs.batch(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 3]))
     losses(batch).relation.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -181,6 +181,8 @@ def test_several_processes_share_the_batch(quantized, parts):
         ({"relation": "cosine"}, "'none' or 'trd'"),
         ({"rank": -1}, "rank=-1"),
         ({"ema": 1.0}, "ema=1.0"),
+        ({"final_share": 1.0}, "final_share=1.0"),
+        ({"recompute": -1}, "recompute=-1"),
         ({"noise_bias": (0.0, 1.0)}, "noise_bias"),
         ({"temperature": 0.0}, "temperature"),
         ({"weight_rate": float("nan")}, "weight_rate"),
