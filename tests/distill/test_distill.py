@@ -16,6 +16,7 @@ from mpqdm_fx.distill.student import make_student
 from mpqdm_fx.distill.train import Trainer
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.stages import normalized
 
 SETTINGS = mpqdm_fx.MPQConfig(
@@ -120,6 +121,57 @@ def test_interrupted_run_equals_the_uninterrupted_one(quantized, tmp_path, monke
         ), layer.name
     assert resumed.quantized.ranges == whole.quantized.ranges
     assert resumed.after == whole.after
+
+
+@pytest.mark.parametrize(
+    "settings", [{"recompute": 5}, {"mixed_precision": True}, {"noise_bias": (3.0, 1.0)}]
+)
+def test_options_train_too(quantized, settings):
+    result = distilled(quantized, updates=20, ema=0.0, correct_mean=False, **settings)
+    assert result.after < 0.9 * result.before
+
+
+def test_recomputing_values_gives_the_same_model(quantized):
+    one, other = (distilled(quantized, updates=3, recompute=parts) for parts in (0, 4))
+    assert other.after == one.after
+
+
+def test_mean_error_of_the_output_is_taken_out(quantized):
+    kept, corrected = (distilled(quantized, updates=1, correct_mean=mean) for mean in (False, True))
+    assert corrected.after < kept.after
+    name = quantized.plan.layers[-1].name
+    kept, corrected = (result.quantized.rounded for result in (kept, corrected))
+    assert torch.equal(
+        kept.get_submodule(name).weight_codes, corrected.get_submodule(name).weight_codes
+    )
+    assert not torch.equal(kept.get_submodule(name).bias, corrected.get_submodule(name).bias)
+
+
+def test_the_published_baseline_trains_what_was_published(quantized):
+    # its rates are made for thousands of updates
+    settings = {"updates": 20, "trajectories": 4, "steps": 4, "batch_size": 8, "weight_rate": 0.02}
+    config = DistillConfig.efficientdm(**settings)
+    result = distill(quantized, tiny_unet(), config, scheduler=DDIMScheduler(), conditions=LABELS)
+    assert result.after < result.before
+    for layer in quantized.plan.layers:
+        old, new = (q.rounded.get_submodule(layer.name) for q in (quantized, result.quantized))
+        if getattr(old, "bias", None) is not None:
+            assert torch.equal(new.bias, old.bias)
+
+
+def test_trained_model_lowers_to_torch_ao_with_its_numbers(quantized):
+    trained = distilled(quantized, updates=10, weight_rate=0.2).quantized
+    lowered = mpqdm_fx.lower(trained, "torch_ao")
+    call = unet_calls(seed=3)[0]
+    with torch.no_grad():
+        expected = trained(**call).sample
+        (found,) = lowered(**trained.signature.normalize((), call))
+    # one flipped code spreads; the bound is that of untrained models
+    assert sqnr_db(expected, found) >= 40.0
+    assert any(
+        not torch.equal(trained.codes(layer.name), quantized.codes(layer.name))
+        for layer in trained.plan.layers
+    )
 
 
 def test_another_run_in_the_folder_is_refused_and_so_is_a_damaged_one(quantized, tmp_path):
