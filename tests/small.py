@@ -127,6 +127,17 @@ class TinyNet(nn.Module):
         return self.conv_out(h)
 
 
+class Twice(nn.Module):
+    """A layer that is called twice."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.layer(torch.sin(self.layer(x))),)
+
+
 def net_calls(calls: int = 3, batch: int = 2, seed: int = 0) -> list[dict[str, Tensor]]:
     """Keyword arguments of `TinyNet`."""
     generator = torch.Generator().manual_seed(seed)
