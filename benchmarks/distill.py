@@ -7,8 +7,6 @@ seed, and measured on held-out runs and paired noise, like the cells of `quality
 """
 
 import argparse
-import dataclasses
-import json
 import logging
 import statistics
 import tempfile
@@ -18,16 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import METRICS, read
+from quality import Bench, columns, read, write_row
 from tqdm import tqdm
 
-from mpqdm_fx import MPQConfig, convert, prepare
+from mpqdm_fx import MPQConfig, convert
 from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.config import DistillConfig
-from mpqdm_fx.models.bundled import load_digits_classifier
-from mpqdm_fx.models.sources import load_source
-from mpqdm_fx.report.metrics import EVALUATION_SEED, evaluate_against, run_reference
-from mpqdm_fx.workflow import calibration_of
 
 SETTINGS = ("W2A4", "W2A6", "W3A4")
 
@@ -63,23 +57,8 @@ def measure(
     seed: int, settings: list[str], recipes: list[str], updates: int, samples: int, output: Path
 ) -> None:
     """Quantize, train and measure every cell of one seed that is missing; write after each."""
-    source = load_source("digits")
-    classifier = load_digits_classifier()
-    calibration = calibration_of(source, trajectories=16, steps=20, seed=seed)
-    reference = run_reference(
-        source.model,
-        source.scheduler,
-        num_samples=samples,
-        batch_size=32,
-        seed=EVALUATION_SEED + 100 * seed,
-    )
-    prepared = prepare(source.model, MPQConfig(), next(iter(calibration)))
-    for index, inputs in enumerate(calibration):
-        if index in calibration.held_out_calls:
-            with prepared.held_out():
-                prepared.record(**inputs)
-        else:
-            prepared.record(**inputs)
+    bench = Bench.of(seed, samples)
+    source = bench.source
     with tempfile.TemporaryDirectory() as folder:
         for setting, recipe in tqdm(
             [(s, r) for s in settings for r in recipes], desc=f"seed {seed}"
@@ -89,11 +68,12 @@ def measure(
                 continue
             start, trained = RECIPES[recipe]
             weights, _, activations = setting[1:].partition("A")
-            prepared.settings = MPQConfig(
+            bench.prepared.settings = MPQConfig(
                 weight_bits=int(weights), activation_bits=int(activations), seed=seed,
                 activation_mode="timestep", timestep_groups=5, **start,
             )  # fmt: skip
-            quantized = convert(prepared, sensitivity=Path(folder) / "sensitivity.safetensors")
+            sensitivity = Path(folder) / "sensitivity.safetensors"
+            quantized = convert(bench.prepared, sensitivity=sensitivity)
             row: dict[str, Any] = {}
             clock = time.perf_counter()
             if trained is not None:
@@ -108,14 +88,7 @@ def measure(
                 quantized = result.quantized
                 row = {"before": result.before, "after": result.after}
             row["seconds"] = time.perf_counter() - clock
-            found = evaluate_against(reference, quantized, source.scheduler, classifier)
-            row |= dataclasses.asdict(found)
-            row["effective_bits"] = quantized.plan.effective_bits
-            rows = read(output)
-            rows[key] = row
-            partial = output.with_suffix(".partial")
-            partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-            partial.rename(output)
+            write_row(output, key, row | bench.measured(quantized))
 
 
 def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
@@ -127,16 +100,10 @@ def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
             found = [rows[k] for s in seeds if (k := f"{setting} {recipe} {s}") in rows]
             if not found:
                 continue
-            columns = []
-            for metric in METRICS:
-                values = [row[metric] for row in found]
-                digits = 3 if metric == "accuracy" else 2
-                spread = max(values) - min(values)
-                columns.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
             bits = statistics.mean(row["effective_bits"] for row in found)
             seconds = statistics.mean(row["seconds"] for row in found)
             lines.append(
-                f"| {setting} | {recipe} | {' | '.join(columns)} | {bits:.3f} | {seconds:.0f} "
+                f"| {setting} | {recipe} | {columns(found)} | {bits:.3f} | {seconds:.0f} "
                 f"| {len(found)} |"
             )
     return "\n".join(lines)

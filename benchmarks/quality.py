@@ -10,13 +10,14 @@ top where a method has them without a measured allocation.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,17 @@ import torch
 from tqdm import tqdm
 
 from mpqdm_fx import MPQConfig, convert, prepare
+from mpqdm_fx.files import read_json, write_text
 from mpqdm_fx.models.bundled import load_digits_classifier
-from mpqdm_fx.models.sources import load_source
-from mpqdm_fx.report.metrics import EVALUATION_SEED, evaluate_against, run_reference
+from mpqdm_fx.models.sources import Source, load_source
+from mpqdm_fx.quantized import PreparedModel, QuantizedModel
+from mpqdm_fx.report.metrics import (
+    EVALUATION_SEED,
+    FeatureClassifier,
+    ReferenceRun,
+    evaluate_against,
+    run_reference,
+)
 from mpqdm_fx.workflow import calibration_of
 
 SETTINGS = ("W8A8", "W4A8", "W3A8", "W2A8", "W3A6", "W2A6", "W4A4", "W2A4", "W4", "W3", "W2")
@@ -55,6 +64,48 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all cells of one seed share.
+
+    Attributes:
+        source: The bundled model.
+        prepared: It with its recorded calls.
+        reference: Its held-out runs.
+        classifier: Judge of the samples.
+    """
+
+    source: Source
+    prepared: PreparedModel
+    reference: ReferenceRun
+    classifier: FeatureClassifier
+
+    @classmethod
+    def of(cls, seed: int, samples: int) -> "Bench":
+        """Record the calibration runs of a seed, and run the float model on held-out ones."""
+        source = load_source("digits")
+        classifier = load_digits_classifier()
+        calibration = calibration_of(source, trajectories=16, steps=20, seed=seed)
+        reference = run_reference(
+            source.model,
+            source.scheduler,
+            num_samples=samples,
+            batch_size=32,
+            seed=EVALUATION_SEED + 100 * seed,
+        )
+        prepared = prepare(source.model, MPQConfig(), next(iter(calibration)))
+        for index, inputs in enumerate(calibration):
+            held_out = index in calibration.held_out_calls
+            with prepared.held_out() if held_out else contextlib.nullcontext():
+                prepared.record(**inputs)
+        return cls(source=source, prepared=prepared, reference=reference, classifier=classifier)
+
+    def measured(self, quantized: QuantizedModel) -> dict[str, Any]:
+        """The entries of a row that every cell has."""
+        found = evaluate_against(self.reference, quantized, self.source.scheduler, self.classifier)
+        return {**dataclasses.asdict(found), "effective_bits": quantized.plan.effective_bits}
+
+
 def config_of(setting: str, method: str, seed: int) -> MPQConfig | None:
     """Settings of a cell; None where the cell does not exist."""
     weights, _, activations = setting[1:].partition("A")
@@ -81,23 +132,7 @@ def measure(
     Sensitivities do not depend on the cell: they are measured once and kept in a file, so the
     seconds of all cells but the first are without them.
     """
-    source = load_source("digits")
-    classifier = load_digits_classifier()
-    calibration = calibration_of(source, trajectories=16, steps=20, seed=seed)
-    reference = run_reference(
-        source.model,
-        source.scheduler,
-        num_samples=samples,
-        batch_size=32,
-        seed=EVALUATION_SEED + 100 * seed,
-    )
-    prepared = prepare(source.model, MPQConfig(), next(iter(calibration)))
-    for index, inputs in enumerate(calibration):
-        if index in calibration.held_out_calls:
-            with prepared.held_out():
-                prepared.record(**inputs)
-        else:
-            prepared.record(**inputs)
+    bench = Bench.of(seed, samples)
     cells = [(s, m) for s in settings for m in methods]
     for setting, method in tqdm(cells, desc=f"seed {seed}"):
         rows = read(output)
@@ -106,29 +141,37 @@ def measure(
         if key in rows or config is None:
             continue
         start = time.perf_counter()
-        prepared.settings = config
-        quantized = convert(prepared, sensitivity=sensitivity)
+        bench.prepared.settings = config
+        quantized = convert(bench.prepared, sensitivity=sensitivity)
         seconds = time.perf_counter() - start
-        result = evaluate_against(reference, quantized, source.scheduler, classifier)
-        rows = read(output)
-        rows[key] = {
-            **dataclasses.asdict(result),
-            "effective_bits": quantized.plan.effective_bits,
+        row = {
+            **bench.measured(quantized),
             "weight_bytes": quantized.plan.weight_bytes,
             "float_bytes": quantized.plan.float_bytes,
             "seconds": seconds,
         }
-        partial = output.with_suffix(".partial")
-        partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        partial.rename(output)
+        write_row(output, key, row)
 
 
 def read(output: Path) -> dict[str, Any]:
     """Rows that the output file has."""
-    if not output.exists():
-        return {}
-    rows: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
-    return rows
+    return read_json(output) if output.exists() else {}
+
+
+def write_row(output: Path, key: str, row: Mapping[str, Any]) -> None:
+    """Add a row to the output file."""
+    write_text(output, json.dumps({**read(output), key: row}, indent=1))
+
+
+def columns(rows: Collection[Mapping[str, Any]]) -> str:
+    """Mean and spread of each of `METRICS`, as columns of a Markdown table."""
+    found = []
+    for metric in METRICS:
+        values = [row[metric] for row in rows]
+        digits = 3 if metric == "accuracy" else 2
+        spread = max(values) - min(values)
+        found.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
+    return " | ".join(found)
 
 
 def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
@@ -144,12 +187,6 @@ def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
             found = {seed: rows[key] for seed, key in keys.items() if key in rows}
             if not found:
                 continue
-            columns = []
-            for metric in METRICS:
-                values = [row[metric] for row in found.values()]
-                digits = 3 if metric == "accuracy" else 2
-                spread = max(values) - min(values)
-                columns.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
             bits = statistics.mean(row["effective_bits"] for row in found.values())
             ratios = [
                 10 ** ((rows[base]["epsilon_sqnr"] - row["epsilon_sqnr"]) / 10)
@@ -158,7 +195,7 @@ def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
             ]
             change = f"{100 * (statistics.mean(ratios) - 1):+.0f} %" if ratios else ""
             lines.append(
-                f"| {setting} | {method} | {' | '.join(columns)} | {bits:.3f} | {change} "
+                f"| {setting} | {method} | {columns(found.values())} | {bits:.3f} | {change} "
                 f"| {len(found)} |"
             )
     accuracy = statistics.mean(row["reference_accuracy"] for row in rows.values())

@@ -16,6 +16,7 @@ from mpqdm_fx.cli_export import export
 from mpqdm_fx.cli_verify import verify
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError, MPQError
+from mpqdm_fx.files import read_json
 
 __all__ = ["app", "main"]
 
@@ -238,7 +239,7 @@ def inspect(directory: FolderArgument, as_json: opt.JsonOption = False) -> None:
     console.print(layer_table(QuantizationReport.from_dict(manifest["report"])))
     summary = directory / "summary.json"
     if summary.exists():
-        console.print(summary_table(json.loads(summary.read_text(encoding="utf-8"))))
+        console.print(summary_table(read_json(summary)))
 
 
 @app.callback()

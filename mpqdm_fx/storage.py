@@ -17,7 +17,7 @@ from mpqdm_fx.activations import NoiseLevels, activation_from_dict, activation_t
 from mpqdm_fx.backends.packed import read_packed, write_packed
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
-from mpqdm_fx.files import checksum, read_json
+from mpqdm_fx.files import check_version, checksum, read_json
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, signature_to_dict
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
@@ -159,12 +159,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a manifest of this package")
-    version = manifest.get("version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format version {version}, this package reads up to {FORMAT_VERSION}; "
-            f"update mpqdm-fx"
-        )
+    check_version(path, manifest.get("version"), FORMAT_VERSION)
     for name, expected in manifest["files"].items():
         file = root / name
         if not file.exists():

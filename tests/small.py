@@ -41,6 +41,31 @@ def tiny_condition_unet(seed: int = 0) -> UNet2DConditionModel:
     ).eval()
 
 
+def tiny_sdxl_unet(seed: int = 0, *, size_embedding: int = 8) -> UNet2DConditionModel:
+    """An SDXL-style UNet: sizes and pooled text are added to the time embedding.
+
+    Each of the six sizes is embedded in `size_embedding` numbers.
+    """
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 24),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=size_embedding,
+        projection_class_embeddings_input_dim=6 * size_embedding + 10,
+    ).eval()
+
+
 def unet_calls(calls: int = 4, batch: int = 3, seed: int = 0) -> list[dict[str, Any]]:
     """Keyword arguments of `tiny_unet`, timesteps spread over the schedule."""
     generator = torch.Generator().manual_seed(seed)
@@ -67,6 +92,21 @@ def condition_calls(calls: int = 3, batch: int = 2, seed: int = 0) -> list[dict[
     ]
 
 
+def sdxl_calls(calls: int = 2, batch: int = 2, seed: int = 0) -> list[dict[str, Any]]:
+    """Keyword arguments of `tiny_sdxl_unet`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            **call,
+            "added_cond_kwargs": {
+                "text_embeds": torch.randn(batch, 10, generator=generator),
+                "time_ids": torch.randint(64, (batch, 6), generator=generator).float(),
+            },
+        }
+        for call in condition_calls(calls, batch, seed)
+    ]
+
+
 class TinyNet(nn.Module):
     """conv - norm - silu - conv - linear over channels - conv; H, W and C all differ."""
 
@@ -85,6 +125,17 @@ class TinyNet(nn.Module):
         h = self.body(self.act(self.norm(h)))
         h = self.mix(h.movedim(1, -1)).movedim(-1, 1)
         return self.conv_out(h)
+
+
+class Twice(nn.Module):
+    """A layer that is called twice."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.layer(torch.sin(self.layer(x))),)
 
 
 def net_calls(calls: int = 3, batch: int = 2, seed: int = 0) -> list[dict[str, Tensor]]:

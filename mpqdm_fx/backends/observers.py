@@ -15,7 +15,13 @@ from mpqdm_fx.backends.ao import ObserverBase
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import WEIGHT_LAYERS, weight_layers
 
-__all__ = ["GridWeightObserver", "UnresolvedRangeObserver", "WeightGrid", "weight_grids"]
+__all__ = [
+    "GridObserver",
+    "GridWeightObserver",
+    "UnresolvedRangeObserver",
+    "WeightGrid",
+    "weight_grids",
+]
 
 # Symmetric int8: -128 has no positive counterpart and no level uses it.
 QUANT_MIN, QUANT_MAX = -127, 127
@@ -113,22 +119,16 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-class GridWeightObserver(ObserverBase):
-    """Weight observer for FX mode: the grid's scales, zero point 0, and a check.
+class GridObserver:
+    """What the weight observers of FX mode and of PT2E have in common.
 
-    Args:
+    Attributes:
         grid: Grid of the layer that uses this observer.
-        dtype: Always `torch.qint8`; torch.ao passes it again.
-        **kwargs: What torch.ao passes to every observer, unused.
     """
 
     ch_axis = 0
     qscheme = torch.per_channel_symmetric
-    quant_min, quant_max = QUANT_MIN, QUANT_MAX
-
-    def __init__(self, grid: WeightGrid, dtype: torch.dtype = torch.qint8, **kwargs: Any) -> None:
-        super().__init__(dtype=dtype)
-        self.grid = grid
+    grid: WeightGrid
 
     def forward(self, x: Tensor) -> Tensor:
         """Check that `x` lies on the grid and return it.
@@ -142,6 +142,22 @@ class GridWeightObserver(ObserverBase):
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Scales, float32 [out_channels], and zero points, int64 [out_channels], all 0."""
         return self.grid.scale, torch.zeros(self.grid.scale.shape, dtype=torch.int64)
+
+
+class GridWeightObserver(GridObserver, ObserverBase):
+    """Weight observer for FX mode: the grid's scales, zero point 0, and a check.
+
+    Args:
+        grid: Grid of the layer that uses this observer.
+        dtype: Always `torch.qint8`; torch.ao passes it again.
+        **kwargs: What torch.ao passes to every observer, unused.
+    """
+
+    quant_min, quant_max = QUANT_MIN, QUANT_MAX
+
+    def __init__(self, grid: WeightGrid, dtype: torch.dtype = torch.qint8, **kwargs: Any) -> None:
+        super().__init__(dtype=dtype)
+        self.grid = grid
 
 
 class UnresolvedRangeObserver(ObserverBase):

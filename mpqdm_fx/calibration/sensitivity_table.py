@@ -7,8 +7,6 @@ that `numerics.budget.allocate_budget` shares a budget by.
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.files import check_version, replacing
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.numerics.budget import LayerCosts
 from mpqdm_fx.numerics.codebook import LevelKind
@@ -213,15 +212,8 @@ class SensitivityTable:
             "samples": self.samples,
             "layers": [[layer.name, list(layer.shape)] for layer in self.layers],
         }
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-        os.close(handle)
-        try:
-            save_file(tensors, partial, metadata={"table": json.dumps(header)})
-            Path(partial).chmod(0o644)  # mkstemp makes files for the owner alone
-            Path(partial).replace(target)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+        with replacing(target) as part:
+            save_file(tensors, part, metadata={"table": json.dumps(header)})
         return target
 
     @classmethod
@@ -245,11 +237,7 @@ class SensitivityTable:
                 raise KeyError("format")
         except (KeyError, TypeError, ValueError):
             raise ArtifactError(f"{path} is no sensitivity table") from None
-        if not isinstance(header.get("version"), int) or header["version"] > _VERSION:
-            raise ArtifactError(
-                f"{path} has format version {header.get('version')!r}, this package reads up to "
-                f"{_VERSION}; update mpqdm-fx"
-            )
+        check_version(path, header.get("version"), _VERSION)
         try:
             return cls._of_header(header, tensors)
         except (KeyError, TypeError, ValueError, IndexError) as error:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.files import differences, replacing
 
 __all__ = ["load_state", "optimiser_tensors", "restore_optimiser", "save_state"]
 
@@ -28,12 +29,10 @@ def save_state(
         tensors: Everything that is a tensor.
         numbers: Everything else, plain JSON types.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f"{_FILE}.partial"
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     head = {"identity": json.dumps(identity, sort_keys=True), "numbers": json.dumps(numbers)}
-    save_file(plain, partial, metadata=head)
-    partial.rename(directory / _FILE)
+    with replacing(directory / _FILE) as part:
+        save_file(plain, part, metadata=head)
 
 
 def load_state(
@@ -54,14 +53,11 @@ def load_state(
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is damaged: {error}; delete it to start anew") from None
-    found = json.loads(head["identity"])
-    wanted = json.loads(json.dumps(identity, sort_keys=True))
-    for key in sorted({*found, *wanted}):
-        if found.get(key) != wanted.get(key):
-            raise ConfigError(
-                f"{path} is of a run with {key}={found.get(key)!r}, and this one has "
-                f"{wanted.get(key)!r}; use the same settings, or another folder"
-            )
+    for key, old, new in differences(json.loads(head["identity"]), identity):
+        raise ConfigError(
+            f"{path} is of a run with {key}={old!r}, and this one has {new!r}; use the same "
+            f"settings, or another folder"
+        )
     return tensors, json.loads(head["numbers"])
 
 

@@ -14,10 +14,9 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.files import replacing, write_text
 from mpqdm_fx.models.assessment import draw_samples, measure_memorisation, sample_accuracies
 from mpqdm_fx.models.classifier import DigitsClassifier, accuracy, train_classifier
 from mpqdm_fx.models.dataset import (
@@ -195,7 +195,8 @@ class DigitsTrainer:
             "recent_losses": self.recent_losses,
             "evaluations": self.evaluations,
         }
-        replace_file(self.output / CHECKPOINT_NAME, lambda path: torch.save(state, path))
+        with replacing(self.output / CHECKPOINT_NAME) as part:
+            torch.save(state, part)
 
     def load_checkpoint(self) -> None:
         """Continue from the checkpoint in the output folder.
@@ -223,20 +224,9 @@ class DigitsTrainer:
         self.evaluations = state["evaluations"]
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: object) -> None:
     """Write JSON so that the file appears whole or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
-    replace_file(path, lambda target: target.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def prepare_classifier(
@@ -249,7 +239,8 @@ def prepare_classifier(
         classifier.load_state_dict(load_file(path))
     else:
         classifier = train_classifier(split, seed=config.seed, epochs=config.classifier_epochs)
-        replace_file(path, lambda target: save_file(classifier.state_dict(), target))
+        with replacing(path) as part:
+            save_file(classifier.state_dict(), part)
     facts = {
         "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
         "accuracy_held_out": accuracy(classifier, split.held_out_images, split.held_out_labels),

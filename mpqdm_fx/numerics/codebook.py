@@ -25,6 +25,7 @@ from mpqdm_fx.numerics.rows import (
     check_importance,
     check_weight,
     exponents,
+    importance_of,
     powers_of_two,
     row_chunks,
     unit_importance,
@@ -72,7 +73,7 @@ def quantize_codebook(
         members = (widths == width).nonzero()[:, 0].to(rows.device)
         for part in row_chunks(len(members), max(rows.shape[1], 256 * 2**width)):
             index = members[part]
-            own = importance if importance is None or importance.ndim == 1 else importance[index]
+            own = importance_of(importance, index)
             codes[index], scale[index] = _fit(rows[index], width, own, codes[index], scale[index])
     return codes, scale
 

@@ -17,6 +17,7 @@ from mpqdm_fx.numerics.rows import (
     check_importance,
     check_weight,
     exponents,
+    importance_of,
     powers_of_two,
     row_chunks,
     unit_importance,
@@ -230,7 +231,7 @@ def quantize_uniform(
         span = max(rows.shape[1], 2 ** _HALVINGS.get(width, 0) * min(rows.shape[1], 2**width))
         for part in row_chunks(len(members), span):
             index = members[part]
-            own = importance if importance is None or importance.ndim == 1 else importance[index]
+            own = importance_of(importance, index)
             scale[index] = _fit_scale(rows[index], width, own)
             codes[index] = _snap_ratio(rows[index] / scale[index][:, None], width)
     return codes, scale

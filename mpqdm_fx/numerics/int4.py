@@ -19,6 +19,7 @@ from mpqdm_fx.numerics.rows import (
     check_importance,
     check_weight,
     exponents,
+    importance_of,
     powers_of_two,
     row_chunks,
     unit_importance,
@@ -72,7 +73,7 @@ def quantize_int4(
     members = (check_bits(bits, len(rows)) == INT4_BITS).nonzero()[:, 0].to(rows.device)
     for part in row_chunks(len(members), rows.shape[1] * (_SCALES + 8)):
         index = members[part]
-        own = importance if importance is None or importance.ndim == 1 else importance[index]
+        own = importance_of(importance, index)
         scale[index] = _fit_scale(rows[index], own)
         codes[index] = snap_int4(rows[index] / scale[index][:, None]).to(torch.int8)
     return codes, scale

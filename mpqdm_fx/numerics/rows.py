@@ -13,6 +13,7 @@ __all__ = [
     "check_importance",
     "check_weight",
     "exponents",
+    "importance_of",
     "powers_of_two",
     "row_chunks",
     "unit_importance",
@@ -75,6 +76,16 @@ def check_importance(importance: Tensor, shape: torch.Size) -> Tensor:
             "importance holds negative, NaN or infinite values; it must be a mean of squares"
         )
     return values
+
+
+def importance_of(importance: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Return the importance of some rows only; one of shape [K] is that of every row.
+
+    Args:
+        importance: [K], [O, K] or None.
+        rows: int64, their indices.
+    """
+    return importance if importance is None or importance.ndim == 1 else importance[rows]
 
 
 def exponents(values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.files import replacing
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.signature import TIMESTEP_NAMES, Signature, tensor_leaves
 from mpqdm_fx.models.sources import Source
@@ -88,8 +89,8 @@ def write_calls(path: Path, calls: Sequence[Call], outputs: Sequence[Sequence[Te
         for index, tensor in enumerate(results):
             tensors.setdefault(f"out.{index}", []).append(tensor)
     stacked = {name: torch.stack(parts).contiguous() for name, parts in tensors.items()}
-    save_file(stacked, path)
-    path.chmod(0o644)
+    with replacing(path) as part:
+        save_file(stacked, part)
 
 
 def read_calls(path: Path, signature: Signature) -> tuple[list[Call], list[tuple[Tensor, ...]]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mpqdm_fx.backends.xnnpack.reference import CLOSE_DB, MARGIN_DB
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import read_json
+from mpqdm_fx.files import check_version, read_json, write_text
 from mpqdm_fx.parity.ladder import Ladder, Rung
 from mpqdm_fx.parity.measure import Measured
 from mpqdm_fx.parity.sites import Site
@@ -153,7 +153,7 @@ class Thresholds:
                 for name, rung in self.rungs.items()
             },
         }
-        path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        write_text(path, json.dumps(data, indent=1))
 
     @classmethod
     def read(cls, path: Path) -> "Thresholds":
@@ -165,12 +165,7 @@ class Thresholds:
         data = read_json(path)
         if data.get("format") != _FORMAT:
             raise ArtifactError(f"{path} holds no thresholds of this package")
-        version = data.get("version")
-        if not isinstance(version, int) or version > _VERSION:
-            raise ArtifactError(
-                f"{path} has format version {version}, this package reads up to {_VERSION}; "
-                f"update mpqdm-fx"
-            )
+        check_version(path, data.get("version"), _VERSION)
         try:
             rungs = {
                 name: RungThresholds(

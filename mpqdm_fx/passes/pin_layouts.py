@@ -5,7 +5,7 @@ XNNPACK convolves channels last. In front of a dynamic convolution ExecuTorch (1
 argument to first argument up to the root of the graph, puts the copy there, and so changes the
 layout of all values on the way, whatever their rank and whoever else reads them. With the copies in
 the graph already it finds every input in order and never starts to walk. In front of a dynamic
-linear layer it puts the opposite copy between chain and layer, which hides the chain from the layer.
+linear layer it puts the opposite copy between chain and layer, which hides the chain from it.
 """
 
 from dataclasses import dataclass

@@ -1,12 +1,12 @@
 """What an exported folder says about itself: `pipeline.json`."""
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpqdm_fx.files import checksum
 from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.program_files import MANIFEST, VERSION
 from mpqdm_fx.versions import versions
@@ -89,13 +89,7 @@ def write_manifest(
         "parts": {name: dict(part) for name, part in parts.items()},
         "quantization": quantization,
         "timesteps": None if timesteps is None else list(timesteps),
-        "files": {
-            path.relative_to(stage).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
-            }
-            for path in files
-        },
+        "files": {path.relative_to(stage).as_posix(): checksum(path) for path in files},
     }
     plain: dict[str, Any] = _plain(manifest)
     text = json.dumps(plain, indent=1, allow_nan=False)
@@ -110,8 +104,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.files import differences, read_json, write_text
 
 __all__ = ["WorkFolder"]
 
@@ -31,17 +32,11 @@ class WorkFolder:
     def __init__(self, directory: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
         self.directory = directory
         header = directory / _HEADER
-        wanted = json.loads(json.dumps(identity))
         if directory.exists() and not header.is_file():
             raise ArtifactError(f"{directory} is in the way and no export's; move or delete it")
         if header.is_file():
-            try:
-                found = json.loads(header.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ArtifactError(
-                    f"{header} is damaged: {error}; delete the folder to start anew"
-                ) from None
-            different = [key for key in wanted if found.get(key) != wanted[key]]
+            found = read_json(header, fix="delete the folder to start anew")
+            different = [key for key, _, _ in differences(found, identity)]
             if different:
                 raise ConfigError(
                     f"{directory} holds an unfinished export with other {', '.join(different)}; "
@@ -53,7 +48,7 @@ class WorkFolder:
                 )
             return
         directory.mkdir(parents=True)
-        _write(header, wanted)
+        _write(header, identity)
 
     def path(self, program: str) -> Path:
         """Where a program's file goes."""
@@ -64,8 +59,7 @@ class WorkFolder:
         record = self.path(program).with_suffix(".json")
         if not record.is_file() or not self.path(program).is_file():
             return None
-        found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        return found
+        return read_json(record, fix="delete this file and resume")
 
     def finish(self, program: str, record: Mapping[str, Any]) -> None:
         """Keep the record of a program whose file is written."""
@@ -85,6 +79,4 @@ class WorkFolder:
 
 
 def _write(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    partial.rename(path)
+    write_text(path, json.dumps(value, indent=1))

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.files import differences, read_json, replacing, write_text
 from mpqdm_fx.plan import BitPlan
 from mpqdm_fx.sweep.solve import LayerSolution
 
@@ -39,20 +40,16 @@ class Checkpoint:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         header = self.directory / _HEADER
-        text = json.dumps(identity, indent=1, sort_keys=True)
         if header.exists():
-            self._compare(header, json.loads(text), resume)
+            self._compare(header, identity, resume)
         else:
-            _write_text(header, text)
+            write_text(header, json.dumps(identity, indent=1, sort_keys=True))
 
     def _compare(self, header: Path, wanted: Mapping[str, Any], resume: bool) -> None:
-        try:
-            found = json.loads(header.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ArtifactError(
-                f"{header} is damaged: {error}; delete the folder to start anew"
-            ) from None
-        different = _differences(found, wanted)
+        found = read_json(header, fix="delete the folder to start anew")
+        different = [
+            f"{key} was {old!r}, is {new!r}" for key, old, new in differences(found, wanted)
+        ]
         if different:
             raise ConfigError(
                 f"{self.directory} holds a run with other settings: {'; '.join(different)}; use "
@@ -98,31 +95,8 @@ class Checkpoint:
             tensors["bias"] = solution.bias.detach().cpu().contiguous()
         meta = {key: getattr(solution, key) for key in _NUMBERS}
         meta["plan"] = BitPlan(layers=(solution.plan,)).to_dict()
-        path = self._path(solution.plan.name)
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"solution": json.dumps(meta)})
-        partial.rename(path)
+        with replacing(self._path(solution.plan.name)) as part:
+            save_file(tensors, part, metadata={"solution": json.dumps(meta)})
 
     def _path(self, name: str) -> Path:
         return self.directory / f"layer-{re.sub(r'[^A-Za-z0-9_.]', '_', name)}.safetensors"
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
-
-
-def _differences(found: Any, wanted: Any, where: str = "") -> list[str]:
-    """What differs between two JSON values, as `path: found, now wanted`."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        return [
-            line
-            for key in sorted({*found, *wanted})
-            for line in _differences(
-                found.get(key), wanted.get(key), f"{where}.{key}" if where else key
-            )
-        ]
-    if found == wanted:
-        return []
-    return [f"{where} was {found!r}, is {wanted!r}"]

@@ -62,6 +62,22 @@ class Attention(nn.Module):
         return {"x": torch.randn(batch, 3, 4, 6, generator=torch.Generator().manual_seed(2))}
 
 
+class Tied(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.again = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(torch.tanh(self.first(x)))
+
+    @staticmethod
+    def inputs(batch: int = 2) -> dict[str, Tensor]:
+        return {"x": torch.randn(batch, 6, generator=torch.Generator().manual_seed(5))}
+
+
 def round_to_grid(graph: fx.GraphModule, bits: int | Mapping[str, int] = 8) -> fx.GraphModule:
     """Put every weight on a grid: odd integers for narrow widths, -127..127 for 8 bits."""
     graph = copy_graph_module(graph)

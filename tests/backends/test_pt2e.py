@@ -9,6 +9,7 @@ from rounded_nets import (
     MovedOutput,
     Residual,
     SharedOutput,
+    Tied,
     measured_ranges,
     round_to_grid,
     rounded,
@@ -88,18 +89,7 @@ def test_layers_without_a_range_keep_a_float_weight():
 
 
 def test_tied_layer_is_quantized_under_both_names():
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Linear(6, 6)
-            self.again = self.first
-
-        def forward(self, x):
-            return self.again(torch.tanh(self.first(x)))
-
-    inputs = {"x": torch.randn(3, 6)}
-    graph = round_to_grid(trace(Tied().eval(), inputs))
-    ranges = measured_ranges(graph, inputs)
+    graph, ranges, inputs = rounded(Tied())
     expected = outputs(QuantizeActivations(ranges=ranges)(graph).graph_module, inputs)
     assert torch.equal(outputs(convert_pt2e_graph(graph, ranges, inputs), inputs), expected)
 

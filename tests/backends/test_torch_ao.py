@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from rounded_nets import Attention, Residual, measured_ranges, round_to_grid, rounded
+from rounded_nets import Attention, Residual, Tied, measured_ranges, round_to_grid, rounded
 from torch import nn
 
 from mpqdm_fx.backends import ao
@@ -156,22 +156,8 @@ def test_relu_behind_a_layer_stays_between_its_two_pairs():
     assert torch.equal(run(lowered, inputs), expected)
 
 
-class Tied(nn.Module):
-    """One layer under two names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 6)
-        self.again = self.first
-
-    def forward(self, x):
-        return self.again(torch.tanh(self.first(x)))
-
-
 def test_tied_layer_is_lowered_under_both_names():
-    inputs = {"x": torch.randn(3, 6)}
-    graph = round_to_grid(trace(Tied().eval(), inputs))
-    ranges = measured_ranges(graph, inputs)
+    graph, ranges, inputs = rounded(Tied())
     assert list(ranges) == list(weight_layers(graph))
     lowered = lower_torch_ao(graph, ranges, inputs)
     expected = run(QuantizeActivations(ranges=ranges)(graph).graph_module, inputs)

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DModel
 from rounded_nets import measured_ranges, round_to_grid
+from small import tiny_condition_unet, tiny_sdxl_unet
 
 from mpqdm_fx.activations import DynamicActivation
 from mpqdm_fx.backends.fit_channels import round_biases
@@ -15,6 +16,7 @@ from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.models.network import build_unet
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.passes import NORMALIZE
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
@@ -24,21 +26,8 @@ pytestmark = [pytest.mark.xnnpack, pytest.mark.matrix]
 
 def digits():
     """The architecture of the bundled model, untrained."""
-    model = UNet2DModel(
-        sample_size=16,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(32, 64, 96),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=16,
-        num_class_embeds=10,
-    )
-    sample = torch.randn(1, 1, 16, 16)
-    return model, {
-        "sample": sample,
+    return build_unet(), {
+        "sample": torch.randn(1, 1, 16, 16),
         "timestep": torch.tensor([10]),
         "class_labels": torch.tensor([3]),
     }
@@ -61,18 +50,7 @@ def oblong():
 
 def condition():
     """Cross-attention, layer norms and GEGLU, batch 2, height and width different."""
-    model = UNet2DConditionModel(
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(16, 24),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=12,
-        attention_head_dim=4,
-    )
-    text = torch.randn(2, 7, 12)
+    model, text = tiny_condition_unet(), torch.randn(2, 7, 12)
     return model, {
         "sample": torch.randn(2, 4, 10, 14),
         "timestep": torch.tensor([10, 900]),
@@ -82,23 +60,8 @@ def condition():
 
 def sdxl():
     """Added conditions, linear projections in and out of the attention, blocks of unequal depth."""
-    model = UNet2DConditionModel(
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(16, 24),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12,
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 10,
-    )
-    return model, {
+    # the thresholds were measured with sizes embedded in four numbers each
+    return tiny_sdxl_unet(size_embedding=4), {
         "sample": torch.randn(2, 4, 10, 14),
         "timestep": torch.tensor([10, 900]),
         "encoder_hidden_states": torch.randn(2, 7, 12),

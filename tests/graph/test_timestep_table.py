@@ -3,8 +3,14 @@
 import pytest
 import torch
 from hypothesis import given
-from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
-from text_unets import sdxl_calls, tiny_sdxl_unet
+from small import (
+    condition_calls,
+    sdxl_calls,
+    tiny_condition_unet,
+    tiny_sdxl_unet,
+    tiny_unet,
+    unet_calls,
+)
 from torch import nn
 
 from mpqdm_fx.errors import ConfigError, DialectError

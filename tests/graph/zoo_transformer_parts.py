@@ -102,3 +102,87 @@ SD3_INPUTS: dict[str, Any] = {
     "pooled_projections": (20,),
     "timestep": integers,
 }
+
+COGVIDEO: dict[str, Any] = {
+    **HEADS,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 8,
+    "text_embed_dim": 24,
+    "num_layers": 1,
+    "sample_width": 8,
+    "sample_height": 8,
+    "sample_frames": 5,
+    "max_text_seq_length": 8,
+}
+
+COGVIDEO_INPUTS: dict[str, Any] = {
+    "hidden_states": (2, 4, 8, 8),
+    "encoder_hidden_states": (8, 24),
+    "timestep": integers,
+}
+
+COGVIEW: dict[str, Any] = {
+    **HEADS,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "text_embed_dim": 24,
+    "time_embed_dim": 8,
+    "condition_dim": 4,
+}
+
+COGVIEW_INPUTS: dict[str, Any] = {
+    "hidden_states": (4, 8, 8),
+    "encoder_hidden_states": (5, 24),
+    "timestep": integers,
+    "original_size": (2,),
+    "target_size": (2,),
+    "crop_coords": (2,),
+}
+
+HUNYUAN_DIT: dict[str, Any] = {
+    **HEADS,
+    "in_channels": 4,
+    "patch_size": 2,
+    "sample_size": 8,
+    "hidden_size": 32,
+    "cross_attention_dim": 24,
+    "cross_attention_dim_t5": 24,
+    "pooled_projection_dim": 20,
+    "text_len": 5,
+    "text_len_t5": 6,
+}
+
+SANA: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "caption_channels": 24,
+    "sample_size": 8,
+}
+
+WAN: dict[str, Any] = {
+    **HEADS,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 24,
+    "freq_dim": 8,
+    "ffn_dim": 32,
+    "num_layers": 1,
+    "rope_max_seq_len": 32,
+}
+
+CONTROLNET: dict[str, Any] = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 2,
+    "conditioning_embedding_out_channels": (4, 8),
+}

@@ -8,7 +8,7 @@ from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.models.dataset import load_digits_split
 from mpqdm_fx.models.network import build_unet
 from mpqdm_fx.models.package_digits import package_digits
-from mpqdm_fx.models.train_digits import DigitsTrainer, TrainConfig, replace_file, train
+from mpqdm_fx.models.train_digits import DigitsTrainer, TrainConfig, train
 
 TINY = TrainConfig(
     steps=6,
@@ -120,20 +120,6 @@ def test_resume_without_checkpoint_is_an_artifact_error(tmp_path):
 def test_zero_steps_are_refused():
     with pytest.raises(ConfigError, match="steps"):
         TrainConfig(steps=0)
-
-
-def test_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
-    target = tmp_path / "file"
-    target.write_text("old")
-
-    def fail(path):
-        path.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        replace_file(target, fail)
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_build_unet_has_1_74_million_parameters():

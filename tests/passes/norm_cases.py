@@ -19,17 +19,6 @@ class Call(nn.Module):
         return (self.function(self, x),)
 
 
-class Twice(nn.Module):
-    """A layer that is called twice."""
-
-    def __init__(self, layer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return (self.layer(torch.sin(self.layer(x))),)
-
-
 def traced(function, x, dynamic_batch=True, **tensors):
     """Graph of a function or module on one input."""
     module = function if isinstance(function, nn.Module) else Call(function, **tensors)
@@ -56,6 +45,13 @@ def outputs(graph_module, x):
     with torch.no_grad():
         result = graph_module(x)
     return result[0] if isinstance(result, tuple) else result
+
+
+def assert_close(found, expected, rtol=1e-5):
+    """Same shape and dtype, and no number off by more than `rtol` of the largest."""
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    assert (found - expected).abs().max() <= rtol * expected.abs().max()
 
 
 def targets(graph_module):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from norm_cases import Twice, draw, outputs, randomized, targets, traced
+from norm_cases import assert_close, draw, outputs, randomized, targets, traced
+from small import Twice
 from torch import nn
 
 from mpqdm_fx.graph.editing import copy_graph_module
@@ -22,12 +23,6 @@ def decomposed(graph):
     left = targets(result.graph_module)
     assert not left & {nn.GroupNorm, aten.group_norm.default, aten.native_group_norm.default}
     return result.graph_module
-
-
-def assert_close(found, expected, rtol=1e-5):
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype
-    assert (found - expected).abs().max() <= rtol * expected.abs().max()
 
 
 @given(

@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from norm_cases import Twice, draw, outputs, randomized, targets, traced
+from norm_cases import assert_close, draw, outputs, randomized, targets, traced
+from small import Twice
 from torch import nn
 from torch.nn.functional import layer_norm, rms_norm
 
@@ -26,12 +27,6 @@ def decomposed(graph):
     assert result.modified
     assert not targets(result.graph_module) & FUSED
     return result.graph_module
-
-
-def assert_close(found, expected, rtol=1e-5):
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype
-    assert (found - expected).abs().max() <= rtol * expected.abs().max()
 
 
 @given(
@@ -109,8 +104,10 @@ def test_functional_rms_norm_is_covered(eps):
     [
         lambda m, x: layer_norm(x, (5, 6)),
         lambda m, x: layer_norm(x, (6,), x[0, 0]),
-        lambda m, x: aten.native_layer_norm(x, (6,), None, None, 0.1)[0] * x.mean()
-        + aten.native_layer_norm(x, (6,), None, None, 0.1)[1],
+        lambda m, x: (
+            aten.native_layer_norm(x, (6,), None, None, 0.1)[0] * x.mean()
+            + aten.native_layer_norm(x, (6,), None, None, 0.1)[1]
+        ),
     ],
 )
 def test_what_the_rules_do_not_cover_is_left_alone(function):

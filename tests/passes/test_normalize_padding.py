@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from norm_cases import Twice, draw, outputs, traced
+from norm_cases import draw, outputs, traced
+from small import Twice
 from torch import nn
 
 from mpqdm_fx.graph.layers import weight_layers

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import Twice
 from torch import nn
 
 from mpqdm_fx.errors import DialectError
@@ -149,16 +150,8 @@ def test_layers_without_a_range_stay_in_float():
 
 
 def test_a_layer_called_twice_is_quantized_at_both_calls():
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.mix(torch.tanh(self.mix(x)))
-
-    _, result = quantize(Twice(), {"x": torch.randn(3, 4)}, {"mix": make_layer()})
-    calls = result.graph.find_nodes(op="call_module", target="mix")
+    _, result = quantize(Twice(nn.Linear(4, 4)), {"x": torch.randn(3, 4)}, {"layer": make_layer()})
+    calls = result.graph.find_nodes(op="call_module", target="layer")
     assert [producer(call)[1] for call in calls] == [[parameters(0.125)]] * 2
     assert all(is_quantize(user) for call in calls for user in call.users)
 

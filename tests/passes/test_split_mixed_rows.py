@@ -1,5 +1,7 @@
 """Layers of mixed widths as layers of one width each: the same numbers, bit for bit."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -95,7 +97,7 @@ def test_value_and_gate_are_sorted_together_into_at_most_three_layers_each(value
 def test_where_the_order_cannot_go_on_only_ordered_channels_are_cut(widths, seed):
     graph, result = split(whole_numbers(Residual(), seed), {"a": widths})
     check_equal(graph, result, seed)
-    runs = 1 + sum(p != q for p, q in zip(widths, widths[1:], strict=False))
+    runs = 1 + sum(p != q for p, q in itertools.pairwise(widths))
     assert result.modified == (1 < runs <= 3)
 
 

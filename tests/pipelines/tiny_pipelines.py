@@ -1,6 +1,7 @@
 """Tiny diffusers pipelines with random weights: real classes, real tokenizers, no downloads."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,19 +101,20 @@ def _tiny_vae() -> AutoencoderTiny:
     ).eval()
 
 
+#: Of a VAE with the full VAE's blocks.
+_BLOCKS: Mapping[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
 def _kl_vae(**options: Any) -> AutoencoderKL:
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        **options,
-    ).eval()
+    return AutoencoderKL(latent_channels=4, sample_size=16, **_BLOCKS, **options).eval()
 
 
 def stable_diffusion(folder: Path, *, kl: bool = False, **unet: Any) -> StableDiffusionPipeline:
@@ -199,17 +201,7 @@ def ddim(_: Path) -> DDIMPipeline:
 def latent_diffusion(_: Path) -> LDMPipeline:
     """Unconditional, with a VQ-VAE."""
     torch.manual_seed(5)
-    vae = VQModel(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        latent_channels=3,
-        num_vq_embeddings=16,
-        norm_num_groups=4,
-    ).eval()
+    vae = VQModel(latent_channels=3, num_vq_embeddings=16, **_BLOCKS).eval()
     return LDMPipeline(vae, _plain_unet(3), _scheduler())
 
 

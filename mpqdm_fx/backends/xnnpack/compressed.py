@@ -5,15 +5,14 @@ use few of its values; an entropy coder takes them down to about their own bits.
 standard library and on every platform, and its files hold a SHA-256 of their content.
 """
 
-import hashlib
 import logging
 import lzma
 import re
 import shutil
 from pathlib import Path
 
-from mpqdm_fx.backends.xnnpack.files import replacing
 from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.files import checksum, replacing
 
 __all__ = ["SUFFIX", "compress_program", "expand_program"]
 
@@ -90,8 +89,7 @@ def expand_program(path: str | Path, folder: str | Path | None = None) -> Path:
     if not source.is_file():
         raise ArtifactError(f"{source} does not exist")
     home = source.parent if folder is None else Path(folder)
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
+    digest = checksum(source)["sha256"][:_DIGITS]
     stem = f".{source.name.removesuffix(SUFFIX)}."
     target = home / f"{stem}{digest}"
     if not target.is_file():

@@ -1,35 +1,14 @@
 """Write files so that they appear only when they were found to be right."""
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replacing", "written"]
+from mpqdm_fx.files import replacing
 
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` that takes its place when the block is through, else goes.
-
-    Args:
-        path: Where the file is to be; its folder is made.
-
-    Yields:
-        The file under its temporary name, to be filled.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-        part.chmod(0o644)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+__all__ = ["written"]
 
 
 @contextlib.contextmanager
