@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,7 +118,10 @@ _SETTINGS: Mapping[str, _Option] = {
         "override",
         Annotated[
             list[str] | None,
-            typer.Option(help="PATTERN=BITS or PATTERN=float for single layers; later ones win."),
+            typer.Option(
+                help="PATTERN=BITS, PATTERN=W4A8, PATTERN=A8 or PATTERN=float for single layers; "
+                "later ones win."
+            ),
         ],
         None,
     ),
@@ -229,10 +233,18 @@ def _strength_of(text: str) -> float | str:
         return text
 
 
+_WIDTHS = re.compile(r"(?:W?(\d))?(?:A(\d))?")
+
+
 def _override_of(text: str) -> dict[str, Any]:
     pattern, _, value = text.rpartition("=")
     if pattern and value == "float":
         return {"pattern": pattern, "skip": True}
-    if pattern and value.isdigit():
-        return {"pattern": pattern, "weight_bits": int(value)}
-    raise ConfigError(f"--override {text!r}: write PATTERN=BITS (1 to 8) or PATTERN=float")
+    found = _WIDTHS.fullmatch(value)
+    if pattern and value and found:
+        widths = zip(("weight_bits", "activation_bits"), found.groups(), strict=True)
+        return {"pattern": pattern, **{name: int(bits) for name, bits in widths if bits}}
+    raise ConfigError(
+        f"--override {text!r}: write PATTERN=BITS (1 to 8), PATTERN=A8 or PATTERN=W4A8 for "
+        f"activations, or PATTERN=float"
+    )

@@ -65,25 +65,33 @@ def _check_integer(value: object, name: str, low: int, high: int) -> None:
 class Override:
     """A rule for the layers whose name matches; of several matching rules the later one wins.
 
+    Weights and activations are apart: a rule that says nothing of one leaves it to earlier rules.
+
     Attributes:
         pattern: Module name, shell-style glob over it (`"mid_block.*"`), or, after `re:`, a
             regular expression that is searched in it.
         weight_bits: Bits of every output channel of the layer (1..8), off the budget.
-        skip: Leave the layer in floating point.
+        skip: Leave the layer in floating point, activations included.
+        activation_bits: Bits of the layer's input (1..8).
     """
 
     pattern: str
     weight_bits: int | None = None
     skip: bool = False
+    activation_bits: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
             raise ConfigError("an override needs a non-empty `pattern`")
         if self.weight_bits is not None:
             check_bits(self.weight_bits, f"override {self.pattern!r}: weight_bits")
-        if (self.weight_bits is None) == (not self.skip):
+        if self.activation_bits is not None:
+            check_bits(self.activation_bits, f"override {self.pattern!r}: activation_bits")
+        bits = (self.weight_bits, self.activation_bits)
+        if (bits == (None, None)) == (not self.skip):
             raise ConfigError(
-                f"override {self.pattern!r}: give exactly one of weight_bits=1..8 and skip=True"
+                f"override {self.pattern!r}: give either skip=True, or weight_bits=1..8, "
+                f"activation_bits=1..8 or both"
             )
         if self.pattern.startswith("re:"):
             try:
@@ -106,10 +114,14 @@ def _as_override(entry: object) -> Override:
     if isinstance(entry, Mapping):
         unknown = set(entry) - {field.name for field in dataclasses.fields(Override)}
         if unknown or "pattern" not in entry:
-            raise ConfigError(f"override {dict(entry)!r}: the keys are pattern, weight_bits, skip")
+            raise ConfigError(
+                f"override {dict(entry)!r}: the keys are pattern, weight_bits, "
+                f"activation_bits, skip"
+            )
         return Override(**entry)
     raise ConfigError(
-        f"override {entry!r}: give an Override or a mapping with pattern and weight_bits or skip"
+        f"override {entry!r}: give an Override or a mapping with pattern and weight_bits, "
+        f"activation_bits or skip"
     )
 
 
@@ -222,11 +234,18 @@ class MPQConfig:
                 raise ConfigError(f"{name}={value!r}: give a positive number")
 
     def override_for(self, name: str) -> Override | None:
-        """The rule that holds for the layer called `name`: the last one that matches."""
+        """The rule for the weights of the layer called `name`: the last one that has a say."""
         for rule in reversed(self.rules):
-            if rule.matches(name):
+            if (rule.skip or rule.weight_bits is not None) and rule.matches(name):
                 return rule
         return None
+
+    def activation_bits_of(self, name: str) -> int:
+        """Bits of the input of the layer called `name`."""
+        for rule in reversed(self.rules):
+            if rule.activation_bits is not None and rule.matches(name):
+                return rule.activation_bits
+        return self.activation_bits
 
     @property
     def rules(self) -> tuple[Override, ...]:

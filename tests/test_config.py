@@ -21,6 +21,7 @@ configs = st.builds(
         st.one_of(
             st.builds(Override, pattern=st.just("mid.*"), weight_bits=st.integers(1, 8)),
             st.builds(Override, pattern=st.just("re:conv[0-9]"), skip=st.just(True)),
+            st.builds(Override, pattern=st.just("*.to_q"), activation_bits=st.integers(1, 8)),
         ),
         max_size=3,
     ).map(tuple),
@@ -65,6 +66,21 @@ def test_of_several_matching_overrides_the_later_one_wins():
     assert config.override_for("up.conv2") is None
 
 
+def test_weights_and_activations_are_overridden_apart():
+    config = MPQConfig(
+        activation_bits=4,
+        overrides=[
+            {"pattern": "mid.*", "weight_bits": 2, "activation_bits": 6},
+            {"pattern": "mid.conv1", "activation_bits": 8},
+            {"pattern": "mid.conv2", "skip": True},
+        ],
+    )
+    assert config.override_for("mid.conv1").weight_bits == 2
+    assert [config.activation_bits_of(f"{name}.conv1") for name in ("mid", "up")] == [8, 4]
+    assert config.activation_bits_of("mid.conv2") == 6
+    assert config.override_for("mid.conv2").skip
+
+
 def test_an_override_that_matches_nothing_lists_the_nearest_names():
     config = MPQConfig(overrides=[Override(pattern="mid_block.conv3", weight_bits=2)])
     with pytest.raises(ConfigError, match=r"matches no layer.*mid_block\.conv1"):
@@ -76,6 +92,8 @@ def test_an_override_that_matches_nothing_lists_the_nearest_names():
     [
         {"pattern": "a"},
         {"pattern": "a", "weight_bits": 2, "skip": True},
+        {"pattern": "a", "activation_bits": 2, "skip": True},
+        {"pattern": "a", "activation_bits": 9},
         {"pattern": "re:(", "skip": True},
         {"name": "a", "weight_bits": 2},
         {"pattern": "", "weight_bits": 2},

@@ -134,6 +134,19 @@ def test_a_skipped_layer_stays_in_float_with_its_activations():
     assert rule["pattern"] not in result.activations
 
 
+@pytest.mark.parametrize("mode", ["static", "timestep", "dynamic"])
+def test_single_layers_have_their_own_bits_of_activations(mode):
+    graph_module, calls = traced(tiny_unet(), unet_calls(2))
+    rule = {"pattern": "*conv_shortcut*", "activation_bits": 8}
+    result = quantized(
+        graph_module, calls, overrides=[rule], activation_bits=4, activation_mode=mode
+    )
+    for name, activation in result.activations.items():
+        first = activation.groups[0] if mode == "timestep" else activation
+        bits = first.bits if mode == "dynamic" else first.input.bits
+        assert bits == (8 if "conv_shortcut" in name else 4), name
+
+
 def test_the_float_graph_is_left_as_it_was():
     graph_module, calls = traced(tiny_unet(), unet_calls(2))
     before = {name: tensor.clone() for name, tensor in graph_module.state_dict().items()}
