@@ -76,7 +76,7 @@ class DistillConfig:
     steps: int = 20
     batch_size: int = 32
     rank: int = 8
-    weight_rate: float = 0.02
+    weight_rate: float = 0.06
     scale_rate: float = 1e-3
     level_rate: float = 0.02
     range_rate: float = 2e-3
