@@ -59,6 +59,9 @@ def quantize(
     max_memory: opt.MemoryOption = None,
     device: opt.DeviceOption = None,
     sensitivity: opt.SensitivityOption = None,
+    four_bit: opt.FourBitOption = "whole",
+    external_weights: opt.ExternalWeightsOption = False,
+    compress: opt.CompressOption = False,
     subfolder: SubfolderOption = None,
     as_json: opt.JsonOption = False,
 ) -> None:
@@ -85,6 +88,9 @@ def quantize(
             max_memory=opt.memory_of(max_memory),
             device=device,
             sensitivity=sensitivity,
+            four_bit=four_bit,  # type: ignore[arg-type]  # it is checked there
+            external_weights=external_weights,
+            compress=compress,
         )
     if result is None:
         return

@@ -1,8 +1,9 @@
 """The command `mpqdm-fx export`: a pipeline folder becomes programs and a runner."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -49,6 +50,9 @@ def export(
     max_memory: opt.MemoryOption = None,
     device: opt.DeviceOption = None,
     sensitivity: opt.SensitivityOption = None,
+    four_bit: opt.FourBitOption = "whole",
+    external_weights: opt.ExternalWeightsOption = False,
+    compress: opt.CompressOption = False,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Export a pipeline MODEL: text encoder, denoiser, VAE as .pte, and run.py that draws."""
@@ -70,12 +74,15 @@ def export(
         device=device,
         sensitivity=sensitivity,
         tabulate=tabulate,
+        four_bit=four_bit,  # type: ignore[arg-type]  # it is checked there
+        external_weights=external_weights,
+        compress=compress,
     )
     console = Console()
     if as_json:
         console.print_json(json.dumps(result.manifest))
         return
-    table = Table("program", "method", "precision", "bytes of the file", "SQNR dB", "subgraphs")
+    table = Table("program", "method", "precision", "bytes of its files", "SQNR dB", "subgraphs")
     for method in result.manifest["methods"]:
         part = result.manifest["parts"][method["part"]]
         found = part["quantized_sqnr_db"] if part["precision"] != "float" else None
@@ -83,12 +90,16 @@ def export(
             method["file"],
             method["method"],
             part["precision"],
-            f"{result.manifest['files'][method['file']]['bytes']:,}",
+            f"{_bytes(result.manifest, method['file'], method['weights']):,}",
             "" if found is None else f"{float(found):.1f}",
             str(method["subgraphs"]),
         )
     console.print(table)
     console.print(f"written to {output}; draw with: python {output / 'run.py'}", soft_wrap=True)
+
+
+def _bytes(manifest: Mapping[str, Any], *names: str | None) -> int:
+    return sum(int(manifest["files"][name]["bytes"]) for name in names if name is not None)
 
 
 def _size_of(text: str) -> tuple[int, int]:

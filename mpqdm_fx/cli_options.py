@@ -14,7 +14,10 @@ from mpqdm_fx.errors import ConfigError
 
 __all__ = [
     "DEFAULTS",
+    "CompressOption",
     "DeviceOption",
+    "ExternalWeightsOption",
+    "FourBitOption",
     "JsonOption",
     "MemoryOption",
     "OutputOption",
@@ -46,6 +49,20 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 SensitivityOption = Annotated[
     Path | None,
     typer.Option(help="File that keeps what `measured` measures, for runs with other budgets."),
+]
+FourBitOption = Annotated[
+    str,
+    typer.Option(
+        help="Weights that a program stores at four bits: never; whole (those of layers that "
+        "fit); split (also parts of other layers: fewer bytes, more time)."
+    ),
+]
+ExternalWeightsOption = Annotated[
+    bool, typer.Option("--external-weights", help="Programs' weights in files of their own, .ptd.")
+]
+CompressOption = Annotated[
+    bool,
+    typer.Option("--compress", help="Programs as .xz, which are expanded when they are first run."),
 ]
 
 _Option = tuple[str, Any, Any]

@@ -24,6 +24,7 @@ __all__ = [
     "open_denoiser",
     "pictures",
     "program_denoiser",
+    "program_files",
     "source_of",
 ]
 
@@ -43,7 +44,7 @@ def program_denoiser(path: Path, signature: Signature) -> Denoiser:
     """A `.pte` behind the model's keyword arguments: any batch, one row a call.
 
     Args:
-        path: The program.
+        path: The program, plain or compressed.
         signature: Signature of the graph that it was made of.
     """
     from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
@@ -59,6 +60,13 @@ def program_denoiser(path: Path, signature: Signature) -> Denoiser:
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
     return call
+
+
+def program_files(folder: Path) -> tuple[Path, ...]:
+    """A folder's program, plain or compressed, then its weights if they are apart; or nothing."""
+    from mpqdm_fx.backends.xnnpack.runner import stored_files
+
+    return stored_files(folder / PROGRAM)
 
 
 def _row(value: Any, index: int) -> Any:
@@ -92,14 +100,14 @@ def open_denoiser(name: str, subfolder: str | None, form: str) -> tuple[Source, 
     if form == "float":
         source = source_of(folder)
         return source, source.model
-    has_program = (folder / PROGRAM).exists()
-    if form == "pte" and not has_program:
+    files = program_files(folder)
+    if form == "pte" and not files:
         raise ArtifactError(f"{folder} has no {PROGRAM}; quantize with --backend xnnpack")
     signature = signature_from_dict(read_manifest(folder)["signature"])
-    if form == "packed" or not has_program:
+    if form == "packed" or not files:
         quantized = load(folder)
         return _saved_source(folder, signature, quantized), quantized
-    denoiser = program_denoiser(folder / PROGRAM, signature)
+    denoiser = program_denoiser(files[0], signature)
     return _saved_source(folder, signature, denoiser), denoiser
 
 

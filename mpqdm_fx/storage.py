@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,16 @@ def save(quantized: QuantizedModel, directory: str | Path) -> Path:
     return Path(directory)
 
 
-def write_model(quantized: QuantizedModel, stage: Path) -> None:
-    """Write a quantized model's files into an existing folder."""
+def write_model(
+    quantized: QuantizedModel, stage: Path, *, program: Mapping[str, Any] | None = None
+) -> None:
+    """Write a quantized model's files into an existing folder.
+
+    Args:
+        quantized: The model.
+        stage: The folder.
+        program: What its program was made with, plain JSON types; None if it has none.
+    """
     layout = write_packed(stage / WEIGHTS, quantized.rounded, quantized.plan)
     files = [WEIGHTS]
     if _is_diffusers_class(quantized.signature.model_class):
@@ -130,6 +138,7 @@ def write_model(quantized: QuantizedModel, stage: Path) -> None:
         "ranges": {name: activation_to_dict(a) for name, a in quantized.ranges.items()},
         "noise_levels": None if levels is None else list(levels.boundaries),
         "report": quantized.report.to_dict(),
+        "program": None if program is None else dict(program),
         "files": {name: checksum(stage / name) for name in files},
     }
     (stage / MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")), encoding="utf-8")

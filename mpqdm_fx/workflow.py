@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from mpqdm_fx.api import BACKENDS, MODES, Backend, lower, quantize
+from mpqdm_fx.backends.xnnpack.compressed import compress_program, drop_expansions
 from mpqdm_fx.backends.xnnpack.doctor import Diagnosis, diagnose
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.config import MPQConfig
@@ -26,6 +28,7 @@ from mpqdm_fx.denoisers import (
     first_rows,
     pictures,
     program_denoiser,
+    program_files,
     source_of,
 )
 from mpqdm_fx.errors import ConfigError
@@ -44,7 +47,7 @@ from mpqdm_fx.report.metrics import (
     x0_sqnr,
 )
 from mpqdm_fx.stages import normalized
-from mpqdm_fx.storage import MANIFEST, load, staged_directory, write_model
+from mpqdm_fx.storage import MANIFEST, load, read_manifest, staged_directory, write_model
 from mpqdm_fx.sweep.estimate import Estimate, estimate
 
 __all__ = [
@@ -107,6 +110,9 @@ def quantize_to_folder(
     max_memory: int | None = None,
     device: str | None = None,
     sensitivity: Path | None = None,
+    four_bit: FourBit = "whole",
+    external_weights: bool = False,
+    compress: bool = False,
 ) -> QuantizeResult | None:
     """Quantize a source and write everything that belongs to it into one folder.
 
@@ -125,6 +131,9 @@ def quantize_to_folder(
         max_memory: Bytes of activations held in memory; the rest goes to disk.
         device: Where to calibrate and to solve, for example `"cuda"`.
         sensitivity: File that keeps the sensitivities for runs with other budgets.
+        four_bit: Which weights the program stores at four bits, as of `lower`.
+        external_weights: Write the program's weights to a file of their own, `unet.ptd`.
+        compress: Store the program's files as `.xz`, which are expanded when they are first run.
 
     Returns:
         What was made; None in the other processes of a run with several, which write nothing.
@@ -133,20 +142,14 @@ def quantize_to_folder(
         MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
     # said now, not after minutes of calibration
-    if config.activation_mode not in MODES[backend]:
-        modes = " or ".join(f'"{mode}"' for mode in MODES[backend])
-        doors = " or ".join(f'"{b}"' for b in BACKENDS if config.activation_mode in MODES[b])
-        raise ConfigError(
-            f"{backend} does not run activation_mode={config.activation_mode!r}; choose "
-            f"activation_mode={modes} or backend={doors}"
-        )
+    _check_backend(config, backend)
     if backend == "xnnpack":
-        if config.activation_bits != 8:
-            raise ConfigError(
-                f"XNNPACK runs activations of 8 bits, not {config.activation_bits}; choose "
-                f'activation_bits=8 or backend="packed"'
-            )
-        require_executorch()
+        check_four_bit(four_bit, config.activation_mode)
+    elif external_weights or compress or four_bit != "whole":
+        raise ConfigError(
+            f"{backend} writes no program whose weights could be apart, compressed or at four "
+            f'bits; choose backend="xnnpack" or leave external_weights, compress and four_bit out'
+        )
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
     solved = output.with_name(f"{output.name}.checkpoint")
     quantized = quantize(
@@ -162,7 +165,6 @@ def quantize_to_folder(
     if not is_first():
         return None
     with staged_directory(output) as stage:
-        write_model(quantized, stage)
         source.scheduler.save_pretrained(stage / "scheduler")
         origin = {"model": source.name, "subfolder": subfolder}
         (stage / SOURCE).write_text(json.dumps(origin), encoding="utf-8")
@@ -170,11 +172,21 @@ def quantize_to_folder(
         program: dict[str, Any] | None = None
         graphs: list[Any] = []
         if backend == "xnnpack":
-            lowered = lower(quantized, "xnnpack", output=stage / PROGRAM, observe=graphs.append)
+            lowered = lower(
+                quantized,
+                "xnnpack",
+                output=stage / PROGRAM,
+                observe=graphs.append,
+                external_weights=external_weights,
+                four_bit=four_bit,
+            )
             program = lowered.to_dict()
-            runner = program_denoiser(stage / PROGRAM, quantized.signature)
+            for file in program_files(stage) if compress else ():
+                compress_program(file, keep=False)
+            runner = program_denoiser(program_files(stage)[0], quantized.signature)
         elif backend == "torch_ao":
             runner = _positional(lower(quantized, "torch_ao"), quantized)
+        write_model(quantized, stage, program={"four_bit": four_bit} if program else None)
         store_parity(quantized, source, stage, graphs[0] if graphs else None)
         graphs.clear()
         summary = _summarise(source, quantized, runner, backend, data)
@@ -182,17 +194,37 @@ def quantize_to_folder(
         if samples:
             images = draw(source, runner, num=samples, steps=steps, seed=0)
             save_grid(pictures(images), stage / GRID, columns=max(1, round(samples**0.5)))
-        summary["files"] = {
-            path.name: path.stat().st_size for path in sorted(stage.iterdir()) if path.is_file()
-        }
         form = "pte" if backend == "xnnpack" else "packed"
         summary["peak_memory_bytes"] = {
             form: peak_memory(form, str(stage)),
             "float": peak_memory("float", source.name, subfolder),
         }
+        for file in program_files(stage):
+            drop_expansions(file)
+        summary["files"] = {
+            path.name: path.stat().st_size for path in sorted(stage.iterdir()) if path.is_file()
+        }
         (stage / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
     shutil.rmtree(solved)
     return QuantizeResult(directory=output, quantized=quantized, summary=summary)
+
+
+def _check_backend(config: MPQConfig, backend: Backend) -> None:
+    """Refuse settings that the backend does not run, and one that is not installed."""
+    if config.activation_mode not in MODES[backend]:
+        modes = " or ".join(f'"{mode}"' for mode in MODES[backend])
+        doors = " or ".join(f'"{b}"' for b in BACKENDS if config.activation_mode in MODES[b])
+        raise ConfigError(
+            f"{backend} does not run activation_mode={config.activation_mode!r}; choose "
+            f"activation_mode={modes} or backend={doors}"
+        )
+    if backend == "xnnpack":
+        if config.activation_bits != 8:
+            raise ConfigError(
+                f"XNNPACK runs activations of 8 bits, not {config.activation_bits}; choose "
+                f'activation_bits=8 or backend="packed"'
+            )
+        require_executorch()
 
 
 class _InSchedulerDtype:
@@ -256,7 +288,8 @@ def diagnose_model(name: str, subfolder: str | None = None) -> Diagnosis:
     if (Path(name) / MANIFEST).exists():
         quantized = load(Path(name))
         inputs = example_inputs(quantized.signature, batch_size=1)
-        return diagnose(quantized.rounded, inputs, quantized.ranges or None)
+        four_bit = (read_manifest(name).get("program") or {}).get("four_bit", "whole")
+        return diagnose(quantized.rounded, inputs, quantized.ranges or None, four_bit=four_bit)
     source = load_source(name, subfolder)
     graph_module = normalized(source.model, source.example_inputs, MPQConfig())
     inputs = example_inputs(graph_module.meta["signature"], batch_size=1)

@@ -25,6 +25,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"stages"},  # the steps between the verbs, on graphs
             {"distill"},  # graphs in training, and the model they become
             {"storage"},
+            {"component"},  # a quantized model in a pipeline of diffusers
             {"api"},
             {"denoisers"},  # whatever predicts the noise, behind one calling convention
             {"memory", "processes"},

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from mpqdm_fx.activations import DynamicActivation
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner, sorted_entries
-from mpqdm_fx.denoisers import PROGRAM, SOURCE, source_of
+from mpqdm_fx.denoisers import PROGRAM, SOURCE, program_files, source_of
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.files import checksum
 from mpqdm_fx.graph.calling import example_inputs
@@ -67,12 +67,13 @@ def verify(
             f"{folder} is an exported pipeline, which keeps its programs alone; verify takes a "
             f"folder written by mpqdm-fx quantize"
         )
-    read_manifest(folder)
+    manifest = read_manifest(folder)
     thresholds = None
     if not store and (folder / THRESHOLDS).exists():
         thresholds = Thresholds.read(folder / THRESHOLDS)
         _check_files(folder, thresholds)
-    runner = XnnpackRunner(folder / PROGRAM) if (folder / PROGRAM).exists() else None
+    files = program_files(folder)
+    runner = XnnpackRunner(files[0]) if files else None
     module = model if isinstance(model, nn.Module) else None
     quantized = load(folder, module)
     source = None
@@ -93,7 +94,7 @@ def verify(
             if source is not None
             else random_calls(quantized.signature)
         )
-    graphs = None if runner is None else _program_graphs(quantized)
+    graphs = None if runner is None else _program_graphs(quantized, manifest.get("program") or {})
     measured = _measure(quantized, calls, floats, outputs, runner, graphs, stability=store)
     if store:
         thresholds = _store(measured, calls, folder)
@@ -126,7 +127,7 @@ def store_parity(
             "several times as much; `mpqdm-fx verify --store` does it", size / 2**30,
         )  # fmt: skip
         return None
-    runner = None if graphs is None else XnnpackRunner(folder / PROGRAM)
+    runner = None if graphs is None else XnnpackRunner(program_files(folder)[0])
     measured = _measure(quantized, calls, source.model, [], runner, graphs, stability=True)
     return _store(measured, calls, folder).judge(measured.ladder)
 
@@ -177,13 +178,14 @@ def _program_forms(runner: Any, graphs: Any, quantized: QuantizedModel) -> list[
     ]
 
 
-def _program_graphs(quantized: QuantizedModel) -> Any:
+def _program_graphs(quantized: QuantizedModel, program: Mapping[str, Any]) -> Any:
     from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 
     example = example_inputs(quantized.signature, batch_size=1)
     nodes = quantized.rounded.graph.find_nodes(op="placeholder")
     inputs = tuple(example[str(node.target)] for node in nodes)
-    return ProgramGraphs.of(quantized.rounded, quantized.ranges, inputs)
+    four_bit = program.get("four_bit", "whole")
+    return ProgramGraphs.of(quantized.rounded, quantized.ranges, inputs, four_bit=four_bit)
 
 
 def _graph(quantized: QuantizedModel) -> fx.GraphModule:
@@ -200,8 +202,10 @@ def _source(folder: Path, model: str | None) -> Source:
 
 def _store(measured: Measured, calls: Sequence[Call], folder: Path) -> Thresholds:
     write_calls(folder / INPUTS, calls, measured.outputs["float"])
-    names = [INPUTS, *(PROGRAM for rung in measured.ladder.rungs if rung.name == "pte")]
-    thresholds = Thresholds.of(measured, {name: checksum(folder / name) for name in names})
+    files = [folder / INPUTS]
+    if any(rung.name == "pte" for rung in measured.ladder.rungs):
+        files += program_files(folder)
+    thresholds = Thresholds.of(measured, {file.name: checksum(file) for file in files})
     thresholds.write(folder / THRESHOLDS)
     return thresholds
 
@@ -212,11 +216,12 @@ def _check_files(folder: Path, thresholds: Thresholds) -> None:
         if not path.exists():
             raise ArtifactError(f"{path} is missing, for which thresholds are stored")
         _compare(path, expected)
-    if (folder / PROGRAM).exists() and PROGRAM not in thresholds.files:
-        raise ArtifactError(
-            f"{folder / THRESHOLDS} was stored before there was a {PROGRAM}; store thresholds anew "
-            f"(--store)"
-        )
+    for file in program_files(folder):
+        if file.name not in thresholds.files:
+            raise ArtifactError(
+                f"{folder / THRESHOLDS} was stored before there was a {file.name}; store "
+                f"thresholds anew (--store)"
+            )
 
 
 def _compare(path: Path, expected: Mapping[str, Any]) -> None:

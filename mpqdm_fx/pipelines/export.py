@@ -18,6 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from mpqdm_fx.api import quantize
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
@@ -25,7 +26,7 @@ from mpqdm_fx.graph.fingerprint import hash_tensor
 from mpqdm_fx.pipelines import program_files, runner
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.pipelines.layout import Size, layout_of, open_pipeline
-from mpqdm_fx.pipelines.manifest import MANIFEST, write_manifest
+from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manifest
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import Judged, quantize_part, sqnr_of, write_programs
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
@@ -77,6 +78,9 @@ def export_pipeline(
     device: str | None = None,
     sensitivity: str | Path | None = None,
     tabulate: bool = False,
+    four_bit: FourBit = "whole",
+    external_weights: bool = False,
+    compress: bool = False,
 ) -> ExportResult:
     """Turn a diffusers pipeline into a folder of ExecuTorch programs and a runner.
 
@@ -108,6 +112,10 @@ def export_pipeline(
         sensitivity: File that keeps the denoiser's sensitivities for runs with other budgets.
         tabulate: Replace the denoiser's time branch by tables for `steps` steps of the pipeline's
             scheduler. The folder then draws with that number of steps of that scheduler alone.
+        four_bit: Which weights programs store at four bits, as of `lower`.
+        external_weights: Write each program's weights to a file of their own, `<part>.ptd`.
+        compress: Store programs and weights as `.xz`; the runner expands them when they are first
+            run.
 
     Returns:
         What was made.
@@ -119,7 +127,7 @@ def export_pipeline(
         DialectError: There are to be tables, and the denoiser has no time branch of its own.
         MPQError: A part cannot be traced, quantized or lowered; nothing is left at `output`.
     """
-    _check_settings(config, prompts)
+    _check_settings(config, prompts, four_bit)
     require_executorch()
     target = check_target(output, MANIFEST)
     layout = layout_of(open_pipeline(pipeline))
@@ -147,6 +155,7 @@ def export_pipeline(
             "prompts": list(prompts) if layout.tokenizers else [],
             "numbers": [steps, guidance, trajectories, batch_size, minimum_sqnr_db],
             "timesteps": timesteps,
+            "program form": [four_bit, external_weights],
             "versions": versions(),
         },
         resume=resume,
@@ -170,23 +179,26 @@ def export_pipeline(
                 {size: inputs.example(part.name, size or inputs.size) for size in wanted},
                 work.path(part.name),
                 timesteps=timesteps if part.stepped else None,
+                four_bit=four_bit,
+                external_weights=external_weights,
             )
             work.finish(part.name, {"methods": methods, "quality": _quality(judged)})
         records[part.name] = work.finished(part.name) or {}
     with staged_directory(target, MANIFEST) as stage:
         for name in records:
-            work.place(name, stage)
+            work.place(name, stage, compress=compress)
         for name, tokenizer in layout.tokenizers.items():
             tokenizer.save_pretrained(stage / name)
         layout.pipeline.scheduler.save_pretrained(stage / "scheduler")
         for file, module in RUNNER.items():
             (stage / file).write_text(_apart(module), encoding="utf-8")
+        methods = [entry for record in records.values() for entry in record["methods"]]
         manifest = write_manifest(
             stage,
             layout,
             sizes=chosen,
             defaults={"steps": steps, "guidance": guidance},
-            methods=[entry for record in records.values() for entry in record["methods"]],
+            methods=[compressed_entry(entry) for entry in methods] if compress else methods,
             parts={name: record["quality"] for name, record in records.items()},
             quantization=None if config is None else config.to_dict(),
             timesteps=timesteps,
@@ -195,9 +207,10 @@ def export_pipeline(
     return ExportResult(directory=target, quantized=quantized, manifest=manifest)
 
 
-def _check_settings(config: MPQConfig | None, prompts: Sequence[str]) -> None:
+def _check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: FourBit) -> None:
     if isinstance(prompts, str) or not prompts:
         raise ConfigError("prompts: give a sequence of at least one prompt")
+    check_four_bit(four_bit, "float" if config is None else config.activation_mode)
     if config is None or config.activation_mode == "float":
         return
     if config.activation_mode == "timestep":

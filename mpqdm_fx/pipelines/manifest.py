@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpqdm_fx.backends.xnnpack.compressed import SUFFIX
 from mpqdm_fx.files import checksum
 from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.program_files import MANIFEST, VERSION
 from mpqdm_fx.versions import versions
 
-__all__ = ["MANIFEST", "VERSION", "method_entry", "write_manifest"]
+__all__ = ["MANIFEST", "VERSION", "compressed_entry", "method_entry", "write_manifest"]
 
 FORMAT = "mpqdm_fx.pipeline"
 
@@ -38,13 +39,21 @@ def method_entry(
         "part": part,
         "size": None if size is None else list(size),
         "file": program["path"],
+        "weights": program["weights_path"],
         "method": method,
         "inputs": list(program["inputs"]),
         "outputs": results,
+        "four_bit_layers": len(program["four_bit_layers"]),
         "subgraphs": program["subgraphs"],
         "undelegated": program["undelegated"],
         "program_sqnr_db": program["sqnr_db"],
     }
+
+
+def compressed_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of `method_entry` whose files are compressed."""
+    files = {key: entry[key] for key in ("file", "weights") if entry[key] is not None}
+    return {**entry, **{key: f"{name}{SUFFIX}" for key, name in files.items()}}
 
 
 def write_manifest(

@@ -3,8 +3,12 @@
 This file is copied into that folder, beside `run.py`, and needs no other file of the package.
 """
 
+import copy
 import hashlib
 import json
+import lzma
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,9 @@ from torch import Tensor
 __all__ = ["MANIFEST", "VERSION", "ProgramFiles", "RunnerError"]
 
 MANIFEST = "pipeline.json"
-#: Of the manifest. Version 1 had a file for each part and size, with one method each.
-VERSION = 2
+#: Of the manifest. Version 1 had a file for each part and size, with one method each; version 2 had
+#: no weights in files of their own and no compressed files.
+VERSION = 3
 
 
 class RunnerError(ValueError):
@@ -25,6 +30,8 @@ class RunnerError(ValueError):
 
 class ProgramFiles:
     """A folder of programs; each is loaded when it is first run.
+
+    A compressed one is expanded then, once, to a hidden file beside it.
 
     Args:
         folder: Folder written by `mpqdm-fx export`.
@@ -89,14 +96,56 @@ class ProgramFiles:
     def _load(self, entry: Mapping[str, Any]) -> Any:
         key = (entry["file"], entry["method"])
         if key not in self._methods:
-            from executorch.runtime import Runtime, Verification
-
             if key[0] not in self._programs:
-                self._programs[key[0]] = Runtime.get().load_program(
-                    self.folder / key[0], verification=Verification.Minimal
-                )
+                self._programs[key[0]] = self._open(entry["file"], entry.get("weights"))
             self._methods[key] = self._programs[key[0]].load_method(key[1])
         return self._methods[key]
+
+    def _open(self, file: str, weights: str | None) -> Any:
+        if weights is not None:
+            return _WithWeights(self._plain(file), self._plain(weights))
+        from executorch.runtime import Runtime, Verification
+
+        return Runtime.get().load_program(self._plain(file), verification=Verification.Minimal)
+
+    def _plain(self, file: str) -> Path:
+        """What runs: a compressed file's content, under the name that the package gives it too."""
+        path = self.folder / file
+        if path.suffix != ".xz":
+            return path
+        plain = path.with_name(f".{path.stem}.{self.manifest['files'][file]['sha256'][:16]}")
+        if not plain.is_file():
+            partial = plain.with_name(f"{plain.name}.{os.getpid()}.part")
+            try:
+                with lzma.open(path) as packed, partial.open("wb") as expanded:
+                    shutil.copyfileobj(packed, expanded, 1 << 20)
+                partial.replace(plain)
+            except (lzma.LZMAError, EOFError, OSError) as error:
+                raise RunnerError(f"{path} cannot be expanded beside it: {error}") from None
+            finally:
+                partial.unlink(missing_ok=True)
+        return plain
+
+
+class _WithWeights:
+    """A program whose weights are in a file of their own, and its methods.
+
+    ExecuTorch's public `Runtime` takes no such file (1.4.1); this is what it is made of.
+    """
+
+    def __init__(self, program: Path, weights: Path) -> None:
+        from executorch.extension.pybindings.portable_lib import _load_for_executorch
+
+        self._module = _load_for_executorch(str(program), str(weights))
+        self._method = "forward"
+
+    def load_method(self, name: str) -> "_WithWeights":
+        method = copy.copy(self)
+        method._method = name
+        return method
+
+    def execute(self, values: list[Tensor]) -> Any:
+        return self._module.run_method(self._method, values)
 
 
 def _read_manifest(folder: Path, verify: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.api import quantize
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.layers import replace_module, weight_layers
 from mpqdm_fx.graph.methods import split_methods
@@ -150,6 +151,8 @@ def write_programs(
     path: Path,
     *,
     timesteps: Sequence[float] | None = None,
+    four_bit: FourBit = "whole",
+    external_weights: bool = False,
 ) -> list[dict[str, Any]]:
     """Lower one part to a file with all of its methods, which share their weights.
 
@@ -159,6 +162,8 @@ def write_programs(
         examples: Keyword arguments of a call with batch 1, by image size.
         path: File to write.
         timesteps: As of `part_methods`.
+        four_bit: Which weights are stored at four bits, as of `lower`.
+        external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
 
     Returns:
         The methods as the manifest has them.
@@ -177,7 +182,14 @@ def write_programs(
     ranges = {} if quantized is None else quantized.ranges
     ranges = {layer: chosen for layer, chosen in ranges.items() if layer in known}
     calls = {name: method.example for name, method in methods.items()}
-    programs = lower_methods(graphs, calls, path, ranges=ranges or None)
+    programs = lower_methods(
+        graphs,
+        calls,
+        path,
+        ranges=ranges or None,
+        external_weights=external_weights,
+        four_bit=four_bit,
+    )
     return [
         method_entry(part.name, method.size, name, method.outputs, programs[name].to_dict())
         for name, method in methods.items()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mpqdm_fx.backends.xnnpack.compressed import SUFFIX, compress_program
+from mpqdm_fx.backends.xnnpack.runner import stored_files
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.files import differences, read_json, write_text
 
@@ -65,13 +67,23 @@ class WorkFolder:
         """Keep the record of a program whose file is written."""
         _write(self.path(program).with_suffix(".json"), record)
 
-    def place(self, program: str, folder: Path) -> None:
-        """Put a file into another folder too, without a second copy where the disk can do that."""
-        path = self.path(program)
-        try:
-            os.link(path, folder / path.name)
-        except OSError:
-            shutil.copyfile(path, folder / path.name)
+    def place(self, program: str, folder: Path, *, compress: bool = False) -> None:
+        """Put a program's files into another folder too.
+
+        Args:
+            program: The program.
+            folder: The other folder.
+            compress: Put compressed files there; plain ones are no second copy where the disk can
+                do that.
+        """
+        for path in stored_files(self.path(program)):
+            if compress:
+                compress_program(path, folder / f"{path.name}{SUFFIX}")
+                continue
+            try:
+                os.link(path, folder / path.name)
+            except OSError:
+                shutil.copyfile(path, folder / path.name)
 
     def remove(self) -> None:
         """Delete the folder: the export is through."""

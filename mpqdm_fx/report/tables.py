@@ -64,7 +64,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     )
     table.add_row("parameter bytes", f"{weights:,}", f"{summary['float32_bytes']:,}")
     for name, size in summary.get("files", {}).items():
-        if name.endswith((".pte", ".safetensors")):
+        if name.endswith((".pte", ".ptd", ".xz", ".safetensors")):
             table.add_row(f"file {name}, bytes", f"{size:,}", "")
     table.add_row("noise SQNR, fake-quantized graph, dB", f"{summary['epsilon_sqnr_db']:.2f}", "")
     backend = summary["backend"]
@@ -82,6 +82,9 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         nodes = f"{program['delegated']} / {program['undelegated']}"
         table.add_row("program: XNNPACK subgraphs", str(program["subgraphs"]), "")
         table.add_row("program: nodes delegated / on portable kernels", nodes, "")
+        if program.get("four_bit_layers"):
+            layers = f"{len(program['four_bit_layers'])}"
+            table.add_row("program: layers stored at four bits", layers, "")
         difference = f"{program['sqnr_db']:.1f}"
         if program["max_lsb"] is not None:
             difference += f" ({program['max_lsb']:.0f} LSB)"

@@ -39,7 +39,7 @@ def eager_writer(models: dict[str, Any], *, split: bool = False):
     With `split` the denoiser is cut into the methods that are lowered elsewhere.
     """
 
-    def write(part, quantized, examples, path: Path, *, timesteps=None):
+    def write(part, quantized, examples, path: Path, *, timesteps=None, **_):
         if split and part.stepped:
             methods = part_methods(part, quantized, examples, timesteps=timesteps)
         else:

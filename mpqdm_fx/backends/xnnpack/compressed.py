@@ -14,7 +14,7 @@ from pathlib import Path
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.files import checksum, replacing
 
-__all__ = ["SUFFIX", "compress_program", "expand_program"]
+__all__ = ["SUFFIX", "compress_program", "drop_expansions", "expand_program"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,17 @@ _FILTERS = [
 ]
 
 
-def compress_program(path: str | Path, output: str | Path | None = None) -> Path:
+def compress_program(
+    path: str | Path, output: str | Path | None = None, *, keep: bool = True
+) -> Path:
     """Compress a `.pte` or `.ptd`; `XnnpackRunner` takes the result in its place.
 
-    The file appears only when it is whole. The original stays.
+    The file appears only when it is whole.
 
     Args:
         path: The file.
         output: What to write; default `<path>.xz`.
+        keep: Whether the original stays.
 
     Returns:
         The file that was written.
@@ -65,6 +68,8 @@ def compress_program(path: str | Path, output: str | Path | None = None) -> Path
     ):
         shutil.copyfileobj(plain, packed, _CHUNK)
     logger.info("%s: %d bytes, %d expanded", target, target.stat().st_size, source.stat().st_size)
+    if not keep:
+        source.unlink()
     return target
 
 
@@ -90,16 +95,27 @@ def expand_program(path: str | Path, folder: str | Path | None = None) -> Path:
         raise ArtifactError(f"{source} does not exist")
     home = source.parent if folder is None else Path(folder)
     digest = checksum(source)["sha256"][:_DIGITS]
-    stem = f".{source.name.removesuffix(SUFFIX)}."
-    target = home / f"{stem}{digest}"
+    target = home / f".{source.name.removesuffix(SUFFIX)}.{digest}"
     if not target.is_file():
         logger.info("%s: expanding to %s", source, target)
         _expand(source, target)
-    old = re.compile(re.escape(stem) + f"[0-9a-f]{{{_DIGITS}}}")
-    for other in home.iterdir():
-        if other != target and old.fullmatch(other.name):
-            other.unlink(missing_ok=True)
+    drop_expansions(source, home, but=target)
     return target
+
+
+def drop_expansions(path: Path, folder: Path | None = None, *, but: Path | None = None) -> None:
+    """Remove what `expand_program` made of a compressed file, now or of older contents.
+
+    Args:
+        path: The compressed file.
+        folder: Where the plain files were kept; default beside the compressed one.
+        but: One to keep.
+    """
+    stem = f".{path.name.removesuffix(SUFFIX)}."
+    made = re.compile(re.escape(stem) + f"[0-9a-f]{{{_DIGITS}}}")
+    for other in (folder or path.parent).iterdir():
+        if other != but and made.fullmatch(other.name):
+            other.unlink(missing_ok=True)
 
 
 def _expand(source: Path, target: Path) -> None:

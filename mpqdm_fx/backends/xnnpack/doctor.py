@@ -18,6 +18,7 @@ from torch import fx
 from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.pt2e import export_graph
 from mpqdm_fx.backends.xnnpack.edge import root_logger_kept, to_edge
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.backends.xnnpack.method import Method
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.errors import LoweringError
@@ -91,6 +92,8 @@ def diagnose(
     graph_module: fx.GraphModule,
     example_inputs: Mapping[str, Any] | Sequence[Any],
     ranges: Mapping[str, Activation] | None = None,
+    *,
+    four_bit: FourBit = "whole",
 ) -> Diagnosis:
     """Predict the delegates of a graph.
 
@@ -99,13 +102,14 @@ def diagnose(
         example_inputs: Its inputs, by name or in order: the shapes of the program.
         ranges: Activation ranges by layer of a rounded graph, for the int8 program; None for the
             float one.
+        four_bit: Which weights are stored at four bits, as of `lower_xnnpack`.
 
     Raises:
         LoweringError: ExecuTorch is missing or fails on the graph.
     """
     require_executorch()
     with torch.no_grad():
-        method = Method(graph_module, example_inputs, ranges)
+        method = Method(graph_module, example_inputs, ranges, four_bit=four_bit)
         return _diagnosis(export_graph(method.lowered, method.inputs))
 
 

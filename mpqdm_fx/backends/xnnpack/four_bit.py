@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import DynamicActivation, KernelActivation
+from mpqdm_fx.config import ActivationMode
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers
 from mpqdm_fx.passes.split_mixed_rows import SplitMixedRows
@@ -113,15 +114,26 @@ def split_mixed_layers(
     return result, chosen
 
 
-def check_four_bit(four_bit: FourBit) -> None:
-    """Refuse a setting that is none.
+def check_four_bit(four_bit: FourBit, activation_mode: ActivationMode | None = None) -> None:
+    """Refuse a setting that is none, or that would do nothing.
+
+    Args:
+        four_bit: The setting.
+        activation_mode: How activations are quantized, where that is known.
 
     Raises:
-        ConfigError: It is not one of the words of `FourBit`.
+        ConfigError: It is not one of the words of `FourBit`; or layers are to be split for the sake
+            of kernels that take dynamic activations alone, and there are none.
     """
     if four_bit not in get_args(FourBit):
         words = ", ".join(map(repr, get_args(FourBit)))
         raise ConfigError(f"four_bit={four_bit!r}: choose one of {words}")
+    if four_bit == "split" and activation_mode not in (None, "dynamic"):
+        raise ConfigError(
+            f'four_bit="split": XNNPACK runs weights of four bits with dynamic activations alone, '
+            f"and these are {activation_mode}; choose "
+            f'activation_mode="dynamic" or four_bit="whole"'
+        )
 
 
 def fits_four_bits(codes: Tensor) -> bool:

@@ -144,6 +144,7 @@ def lower_methods(
     ranges: Mapping[str, Activation] | None = None,
     max_delegates: int | None = None,
     external_weights: bool = False,
+    four_bit: FourBit = "whole",
 ) -> dict[str, XnnpackProgram]:
     """Lower several graphs to one `.pte`, write it and execute every method once.
 
@@ -161,6 +162,7 @@ def lower_methods(
             layer in every method.
         max_delegates: Refuse a method of more subgraphs; None takes any number.
         external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
+        four_bit: Which weights are stored at four bits, as of `lower_xnnpack`.
 
     Returns:
         What was written and measured, by method. All have the one path; `bytes` is the whole
@@ -172,6 +174,7 @@ def lower_methods(
             no method has or that is not rounded.
         LoweringError: As of `lower_xnnpack`.
     """
+    check_four_bit(four_bit)
     require_executorch()
     _check_names(graphs, ranges or {})
     values: dict[str, Any] = {}
@@ -182,7 +185,7 @@ def lower_methods(
             inputs = _inputs(name, graph, {**values, **example_inputs.get(name, {})})
             layers = weight_layers(graph)
             own = {layer: chosen for layer, chosen in (ranges or {}).items() if layer in layers}
-            methods[name] = Method(graph, inputs, own or None)
+            methods[name] = Method(graph, inputs, own or None, four_bit=four_bit)
             values.update(methods[name].named_outputs)
         return _lower(methods, Path(path), stage, max_delegates, external_weights)
 

@@ -10,6 +10,7 @@ from torch import fx
 from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.pt2e import export_graph
 from mpqdm_fx.backends.xnnpack.edge import edge_graph
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.backends.xnnpack.method import Method
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 
@@ -39,6 +40,8 @@ class ProgramGraphs:
         rounded: fx.GraphModule,
         ranges: Mapping[str, Activation],
         example_inputs: Mapping[str, Any] | Sequence[Any],
+        *,
+        four_bit: FourBit = "whole",
     ) -> Self:
         """Make the graphs without lowering.
 
@@ -49,7 +52,7 @@ class ProgramGraphs:
         """
         require_executorch()
         with torch.no_grad():
-            method = Method(rounded, example_inputs, ranges)
+            method = Method(rounded, example_inputs, ranges, four_bit=four_bit)
             assert method.quantized is not None
             return cls(
                 decomposed=method.quantized,

@@ -19,6 +19,7 @@ __all__ = [
     "flat_inputs",
     "require_executorch",
     "sorted_entries",
+    "stored_files",
     "weights_path",
 ]
 
@@ -102,6 +103,20 @@ def weights_path(path: Path) -> Path:
     return path.with_suffix(".ptd")
 
 
+def stored_files(path: Path) -> tuple[Path, ...]:
+    """The files of a program, plain or compressed: itself, then its weights if they are apart.
+
+    Args:
+        path: The program's name when it is plain.
+
+    Returns:
+        Nothing if there is no such program.
+    """
+    program = _first(path, path.with_name(path.name + SUFFIX))
+    weights = None if program is None else _weights_of(program)
+    return tuple(file for file in (program, weights) if file is not None)
+
+
 class XnnpackRunner:
     """A loaded `.pte`, callable.
 
@@ -182,7 +197,10 @@ class XnnpackRunner:
 def _weights_of(path: Path) -> Path | None:
     """The file of weights beside a program, if there is one."""
     plain = weights_path(path.with_suffix("") if path.suffix == SUFFIX else path)
-    candidates = (plain, plain.with_name(plain.name + SUFFIX))
+    return _first(plain, plain.with_name(plain.name + SUFFIX))
+
+
+def _first(*candidates: Path) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 

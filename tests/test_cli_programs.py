@@ -1,0 +1,163 @@
+"""Programs in other forms than one plain file: the command line writes, runs and checks them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from test_cli import run
+
+import mpqdm_fx
+from mpqdm_fx import workflow
+from mpqdm_fx.backends.xnnpack.convert import decomposed
+from mpqdm_fx.backends.xnnpack.doctor import Diagnosis
+from mpqdm_fx.backends.xnnpack.four_bit import four_bit_layers
+
+pytestmark = pytest.mark.xnnpack
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """The fewest nodes that diffusers lets a UNet have."""
+    root = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+    ).save_pretrained(root)
+    DDIMScheduler().save_pretrained(root / "scheduler")
+    return root
+
+
+@pytest.fixture(scope="module")
+def written(model_folder, tmp_path_factory):
+    """Weights apart, both files compressed, no weights at four bits where some could be."""
+    output = tmp_path_factory.mktemp("cli") / "out"
+    options = ["--levels", "int4", "--allocation", "uniform", "--refinements", 0]
+    options += ["--trajectories", 2, "--steps", 2, "--samples", 1]
+    options += ["--four-bit", "never", "--external-weights", "--compress"]
+    with pytest.MonkeyPatch.context() as patch:
+        # it opens the folder as `sample` does, in a process that takes long to start
+        patch.setattr(workflow, "peak_memory", lambda *_: 2**20)
+        status, text = run("quantize", model_folder, *options, "--output", output)
+    assert status == 0, text
+    return output, text
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    return shutil.copytree(written[0], tmp_path / "out")
+
+
+def sample(folder, picture, *options):
+    words = ["--num", 2, "--steps", 2, "--output", picture, *options]
+    return run("sample", folder, *words)
+
+
+def test_the_folder_has_both_files_compressed_and_nothing_expanded(written):
+    output, text = written
+    names = {path.name for path in output.iterdir() if path.is_file()}
+    assert {name for name in names if "unet" in name} == {"unet.pte.xz", "unet.ptd.xz"}
+    summary = json.loads((output / "summary.json").read_text())
+    sizes = {name: (output / name).stat().st_size for name in names if name != "summary.json"}
+    assert summary["files"] == sizes
+    for name in ("unet.pte.xz", "unet.ptd.xz"):
+        assert f"file {name}, bytes" in text
+    expanded = summary["program"]
+    assert sizes["unet.ptd.xz"] < expanded["weights_bytes"]
+    assert sizes["unet.pte.xz"] < expanded["bytes"]
+
+
+def test_no_weight_is_at_four_bits_if_none_is_to_be(written):
+    output, _ = written
+    assert json.loads((output / "mpqdm.json").read_text())["program"] == {"four_bit": "never"}
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["program"]["four_bit_layers"] == []
+    quantized = mpqdm_fx.load(output)
+    plain, runnable, _ = decomposed(quantized.rounded, quantized.ranges)
+    assert four_bit_layers(plain, runnable)[0]
+
+
+def test_sample_runs_the_program_and_expands_it_once(folder, tmp_path):
+    pictures, times = [], []
+    for options in (["--from", "pte"], []):
+        status, text = sample(folder, tmp_path / "grid.png", *options)
+        assert status == 0, text
+        pictures.append((tmp_path / "grid.png").read_bytes())
+        times.append({path.name: path.stat().st_mtime_ns for path in folder.glob(".unet.*")})
+    assert pictures[0] == pictures[1]
+    assert len(times[0]) == 2
+    assert times[0] == times[1]
+
+
+def test_a_program_without_its_weights_or_with_damaged_ones_is_refused(folder, tmp_path):
+    weights = folder / "unet.ptd.xz"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    status, text = sample(folder, tmp_path / "grid.png")
+    assert (status, "unet.ptd.xz is damaged or truncated" in text) == (2, True)
+    status, text = run("verify", folder)
+    assert (status, "unet.ptd.xz is not the file" in text) == (2, True)
+    weights.unlink()
+    status, text = sample(folder, tmp_path / "grid.png")
+    assert status == 2
+    assert "unet.pte.xz" in text
+    status, text = run("verify", folder)
+    assert (status, "unet.ptd.xz is missing" in text) == (2, True)
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_verify_passes_on_the_same_graphs_that_were_lowered(folder):
+    status, text = run("verify", folder, "--json")
+    assert status == 0, text
+    found = json.loads(text)
+    assert found["passed"] is True
+    assert [rung["name"] for rung in found["rungs"]][-1] == "pte"
+    assert not [note for note in found["notes"] if "no longer in the graph" in note]
+
+
+def test_evaluate_inspect_and_doctor_take_the_folder(folder, monkeypatch):
+    status, text = run("evaluate", folder, "--num", 2, "--steps", 2, "--json")
+    assert status == 0, text
+    assert json.loads(text)["epsilon_sqnr"] > 5
+    status, text = run("inspect", folder)
+    assert (status, "unet.ptd.xz" in text) == (0, True)
+    asked = []
+
+    def diagnose(*_, **options):
+        asked.append(options)
+        return Diagnosis(delegates=1, delegated=1, outside=())
+
+    monkeypatch.setattr(workflow, "diagnose", diagnose)
+    assert run("doctor", folder)[0] == 0
+    assert asked == [{"four_bit": "never"}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "digits", "--four-bit", "half"], "choose one of 'never', 'whole', 'split'"),
+        (["quantize", "digits", "--four-bit", "split", "--activation-mode", "static"], "static"),
+        (["quantize", "digits", "--backend", "packed", "--compress"], 'backend="xnnpack"'),
+        (["quantize", "digits", "--backend", "packed", "--four-bit", "split"], "packed writes no"),
+        (["quantize", "digits", "--backend", "torch_ao", "--external-weights"], "torch_ao writes"),
+        (["export", "nowhere", "--four-bit", "half"], "choose one of"),
+        (["export", "nowhere", "--four-bit", "split", "--activation-mode", "static"], "static"),
+        (["export", "nowhere", "--four-bit", "split", "--float"], "these are float"),
+    ],
+)
+def test_conflicts_are_said_before_any_work(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workflow, "calibration_of", None)  # whoever calibrates would call it
+    status, text = run(*arguments)
+    assert (status, message in text) == (2, True), text
+    assert list(tmp_path.iterdir()) == []
