@@ -36,7 +36,7 @@ from mpqdm_fx.report.metrics import (
     evaluate_against,
     run_reference,
 )
-from mpqdm_fx.workflow import calibration_of
+from mpqdm_fx.result_folder import calibration_of
 
 SETTINGS = ("W8A8", "W4A8", "W3A8", "W2A8", "W3A6", "W2A6", "W4A4", "W2A4", "W4", "W3", "W2")
 METRICS = ("epsilon_sqnr", "x0_sqnr", "frechet_distance", "accuracy")

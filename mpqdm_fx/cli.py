@@ -1,4 +1,4 @@
-"""The command line: quantize, export, plan, sample, evaluate, verify, trace, doctor, inspect."""
+"""The command line: quantize, distill, export, plan, sample, evaluate, verify, trace and more."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from mpqdm_fx import cli_options as opt
+from mpqdm_fx.cli_distill import distill
 from mpqdm_fx.cli_export import export
 from mpqdm_fx.cli_verify import verify
 from mpqdm_fx.config import MPQConfig
@@ -102,6 +103,7 @@ def quantize(
     console.print(f"written to {output}")
 
 
+app.command()(distill)
 app.command()(export)
 
 
@@ -270,5 +272,7 @@ def main() -> None:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        errors.print("stopped; no result was written; `quantize` and `export` go on with --resume")
+        errors.print(
+            "stopped; no result was written; quantize, distill and export go on with --resume"
+        )
         sys.exit(130)

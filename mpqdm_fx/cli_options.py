@@ -28,6 +28,7 @@ __all__ = [
     "TrajectoriesOption",
     "activation_mode_of",
     "memory_of",
+    "seconds_of",
     "settings_of",
     "takes_settings",
 ]
@@ -217,6 +218,21 @@ def memory_of(text: str | None) -> int | None:
     if value <= 0:
         raise ConfigError(f"--max-memory {text!r}: write a size such as 4GiB, 500MB or 1000000")
     return value
+
+
+def seconds_of(text: str | None) -> float | None:
+    """Seconds of a text like `90s`, `5m`, `1.5h` or `300`.
+
+    Raises:
+        ConfigError: It is no such text.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([smh]?)\s*", text.lower())
+    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if not seconds:
+        raise ConfigError(f"--budget {text!r}: write a time such as 90s, 5m or 1.5h")
+    return seconds
 
 
 def activation_mode_of(text: str, *, backend: str, activations: int) -> str:

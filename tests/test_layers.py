@@ -31,9 +31,10 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"memory", "processes"},
             {"parity"},  # one quantized model in all its forms
             {"pipelines"},  # several models, quantized and lowered one after the other
+            {"result_folder"},  # what a job leaves behind
             {"workflow"},  # whole jobs of the command line
             {"cli_options"},
-            {"cli_export", "cli_verify"},
+            {"cli_distill", "cli_export", "cli_verify"},
             {"cli", "testing", "__init__"},
             {"__main__"},
         ],
@@ -54,6 +55,7 @@ LAZY = {
     ("parity.verify", "backends"): "the same, and `import mpqdm_fx` brings verify",
     ("denoisers", "backends"): "executorch is loaded only where a .pte is run",
     ("cli", ""): "`mpqdm-fx --help` answers without loading torch",
+    ("cli_distill", ""): "the same",
     ("cli_export", ""): "the same",
     ("cli_verify", ""): "the same",
 }

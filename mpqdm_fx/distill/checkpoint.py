@@ -13,7 +13,7 @@ from torch import Tensor
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.files import differences, replacing
 
-__all__ = ["load_state", "optimiser_tensors", "restore_optimiser", "save_state"]
+__all__ = ["has_state", "load_state", "optimiser_tensors", "restore_optimiser", "save_state"]
 
 _FILE = "distill.safetensors"
 
@@ -33,6 +33,11 @@ def save_state(
     head = {"identity": json.dumps(identity, sort_keys=True), "numbers": json.dumps(numbers)}
     with replacing(directory / _FILE) as part:
         save_file(plain, part, metadata=head)
+
+
+def has_state(directory: Path) -> bool:
+    """Whether a folder holds the state of a run."""
+    return (directory / _FILE).exists()
 
 
 def load_state(

@@ -67,6 +67,11 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         if name.endswith((".pte", ".ptd", ".xz", ".safetensors")):
             table.add_row(f"file {name}, bytes", f"{size:,}", "")
     table.add_row("noise SQNR, fake-quantized graph, dB", f"{summary['epsilon_sqnr_db']:.2f}", "")
+    if trained := summary.get("distilled"):
+        before = f"{trained['epsilon_sqnr_db_before']:.2f}"
+        table.add_row("  before training, dB", before, "")
+        took = f"{trained['updates']} / {_duration(trained['seconds'])}"
+        table.add_row("  updates / time of training", took, "")
     backend = summary["backend"]
     table.add_row(f"noise SQNR, {backend}, dB", f"{summary['backend_epsilon_sqnr_db']:.2f}", "")
     label = f"ms per step, batch 1, {summary['threads']} threads ({backend}; eager float)"

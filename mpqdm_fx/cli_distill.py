@@ -1,0 +1,81 @@
+"""The command `mpqdm-fx distill`: train a quantized folder against its float model."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mpqdm_fx import cli_options as opt
+
+__all__ = ["distill"]
+
+
+def distill(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder written by `mpqdm-fx quantize`.")
+    ],
+    budget: Annotated[
+        str | None, typer.Option(help="Time to train, for example 90s, 5m or 1.5h. Default: 5m.")
+    ] = None,
+    updates: Annotated[
+        int | None,
+        typer.Option(min=1, help="Updates to make; with --budget, whichever ends first."),
+    ] = None,
+    output: opt.OutputOption = Path("distilled"),
+    model: Annotated[
+        str | None, typer.Option(help="The float model, if it is no longer where it was.")
+    ] = None,
+    trajectories: opt.TrajectoriesOption = 64,
+    steps: opt.StepsOption = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in an update.")] = 32,
+    rank: Annotated[
+        int, typer.Option(min=0, help="Rank of the trained change of a weight; 0 trains none.")
+    ] = 8,
+    relation: Annotated[
+        str, typer.Option(help="Second loss: none, trd, queue or feature.")
+    ] = "none",
+    recompute: Annotated[
+        int, typer.Option(min=0, help="Parts of the graph to compute twice, for less memory.")
+    ] = 0,
+    samples: Annotated[int, typer.Option(min=0, help="Images in the grid.")] = 16,
+    resume: opt.ResumeOption = False,
+    device: Annotated[str, typer.Option(help="Where to train, for example cuda.")] = "cpu",
+    seed: opt.SeedOption = 0,
+    as_json: opt.JsonOption = False,
+) -> None:
+    """Train a quantized folder against its float model; sizes stay, errors fall."""
+    from mpqdm_fx.distill.config import DistillConfig
+    from mpqdm_fx.processes import joined
+    from mpqdm_fx.report.tables import summary_table
+    from mpqdm_fx.workflow import distill_folder
+
+    if budget is None and updates is None:
+        budget = "5m"
+    config = DistillConfig(
+        seconds=opt.seconds_of(budget),
+        updates=updates,
+        trajectories=trajectories,
+        steps=steps,
+        batch_size=batch_size,
+        rank=rank,
+        relation=relation,  # type: ignore[arg-type]  # it is checked there
+        recompute=recompute,
+        seed=seed,
+    )
+    with joined():
+        result = distill_folder(
+            directory, config, output=output, model=model, samples=samples, resume=resume,
+            device=device,
+        )  # fmt: skip
+    if result is None:
+        return
+    # A pipe has no width of its own; 130 columns hold the longest layer names.
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    if as_json:
+        console.print_json(json.dumps(result.summary))
+        return
+    console.print(summary_table(result.summary))
+    console.print(f"written to {output}")

@@ -1,0 +1,250 @@
+"""The folder that a job gives: weights, program, scheduler, sample grid, thresholds, numbers."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpqdm_fx.api import BACKENDS, MODES, Backend, lower
+from mpqdm_fx.backends.xnnpack.compressed import compress_program, drop_expansions
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
+from mpqdm_fx.backends.xnnpack.runner import require_executorch
+from mpqdm_fx.calibration.trajectories import Trajectories
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.denoisers import (
+    PROGRAM,
+    SOURCE,
+    Denoiser,
+    draw,
+    first_rows,
+    pictures,
+    program_denoiser,
+    program_files,
+)
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.memory import peak_memory
+from mpqdm_fx.models.sources import Source
+from mpqdm_fx.parity.verify import store_parity
+from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.report.images import save_grid
+from mpqdm_fx.report.metrics import EVALUATION_SEED, epsilon_sqnr
+from mpqdm_fx.storage import staged_directory, write_model
+
+__all__ = ["SUMMARY", "Form", "calibration_of", "time_per_step", "write_folder"]
+
+GRID = "samples.png"
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What a folder holds beside the packed weights, which are always there.
+
+    Attributes:
+        backend: `"xnnpack"` has a program, `unet.pte`; `"torch_ao"` is converted and timed.
+        four_bit: Which weights the program stores at four bits, as of `lower`.
+        external_weights: The program's weights have a file of their own, `unet.ptd`.
+        compress: The program's files are `.xz`, which are expanded when they are first run.
+    """
+
+    backend: Backend
+    four_bit: FourBit = "whole"
+    external_weights: bool = False
+    compress: bool = False
+
+    def check(self, config: MPQConfig) -> None:
+        """Refuse settings that the backend does not run, and one that is not installed.
+
+        Raises:
+            ConfigError: Settings do not fit the backend.
+            LoweringError: ExecuTorch is missing.
+        """
+        _check_mode(config, self.backend)
+        if self.backend == "xnnpack":
+            widths = {config.activation_bits, *(r.activation_bits or 8 for r in config.rules)}
+            if widths != {8}:
+                raise ConfigError(
+                    f"XNNPACK runs activations of 8 bits, not {min(widths)}; choose "
+                    f'activation_bits=8 or backend="packed"'
+                )
+            check_four_bit(self.four_bit, config.activation_mode)
+            require_executorch()
+        elif self.external_weights or self.compress or self.four_bit != "whole":
+            raise ConfigError(
+                f"{self.backend} writes no program whose weights could be apart, compressed or at "
+                f'four bits; choose backend="xnnpack" or leave external_weights, compress and '
+                f"four_bit out"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a program was made with, plain JSON types."""
+        return {
+            "four_bit": self.four_bit,
+            "external_weights": self.external_weights,
+            "compress": self.compress,
+        }
+
+
+def _check_mode(config: MPQConfig, backend: Backend) -> None:
+    if config.activation_mode not in MODES[backend]:
+        modes = " or ".join(f'"{mode}"' for mode in MODES[backend])
+        doors = " or ".join(f'"{b}"' for b in BACKENDS if config.activation_mode in MODES[b])
+        raise ConfigError(
+            f"{backend} does not run activation_mode={config.activation_mode!r}; choose "
+            f"activation_mode={modes} or backend={doors}"
+        )
+
+
+def calibration_of(
+    source: Source, *, trajectories: int, steps: int, seed: int, batch_size: int = 16
+) -> Trajectories:
+    """Inputs along the float model's own denoising runs, all timesteps mixed in every batch."""
+    return Trajectories(
+        source.model,
+        source.scheduler,
+        num_trajectories=trajectories,
+        num_inference_steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        sample_shape=source.sample_shape,
+        conditions=source.conditions(trajectories, seed),
+        held_out=trajectories // 4,
+    )
+
+
+def write_folder(
+    quantized: QuantizedModel,
+    source: Source,
+    output: Path,
+    *,
+    form: Form,
+    steps: int,
+    samples: int,
+    subfolder: str | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Lower, draw, measure, and write it all.
+
+    Args:
+        quantized: The model.
+        source: The float model and its scheduler.
+        output: Folder; it appears whole or not at all.
+        form: What it holds beside the packed weights.
+        steps: Steps of the sampling runs.
+        samples: Images in the grid, drawn by what the backend runs.
+        subfolder: Part of a pipeline folder that the source came from.
+        more: Further numbers for the summary, plain JSON types.
+
+    Returns:
+        Numbers for the printed table, plain JSON types.
+    """
+    backend = form.backend
+    with staged_directory(output) as stage:
+        source.scheduler.save_pretrained(stage / "scheduler")
+        origin = {"model": source.name, "subfolder": subfolder}
+        (stage / SOURCE).write_text(json.dumps(origin), encoding="utf-8")
+        runner: Denoiser = quantized
+        program: dict[str, Any] | None = None
+        graphs: list[Any] = []
+        if backend == "xnnpack":
+            program = _write_program(quantized, stage, form, graphs.append)
+            runner = program_denoiser(program_files(stage)[0], quantized.signature)
+        elif backend == "torch_ao":
+            runner = _positional(lower(quantized, "torch_ao"), quantized)
+        write_model(quantized, stage, program=form.to_dict() if program else None)
+        store_parity(quantized, source, stage, graphs[0] if graphs else None)
+        graphs.clear()
+        summary = {**_summarise(source, quantized, runner, backend), **(more or {})}
+        summary["program"] = program
+        if samples:
+            images = draw(source, runner, num=samples, steps=steps, seed=0)
+            save_grid(pictures(images), stage / GRID, columns=max(1, round(samples**0.5)))
+        peak = "pte" if backend == "xnnpack" else "packed"
+        summary["peak_memory_bytes"] = {
+            peak: peak_memory(peak, str(stage)),
+            "float": peak_memory("float", source.name, subfolder),
+        }
+        for file in program_files(stage):
+            drop_expansions(file)
+        summary["files"] = {
+            path.name: path.stat().st_size for path in sorted(stage.iterdir()) if path.is_file()
+        }
+        (stage / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    return summary
+
+
+def _write_program(
+    quantized: QuantizedModel, stage: Path, form: Form, observe: Callable[[Any], None]
+) -> dict[str, Any]:
+    lowered = lower(
+        quantized,
+        "xnnpack",
+        output=stage / PROGRAM,
+        observe=observe,
+        external_weights=form.external_weights,
+        four_bit=form.four_bit,
+    )
+    for file in program_files(stage) if form.compress else ():
+        compress_program(file, keep=False)
+    told: dict[str, Any] = lowered.to_dict()
+    return told
+
+
+def _summarise(
+    source: Source, quantized: QuantizedModel, runner: Denoiser, backend: str
+) -> dict[str, Any]:
+    held_out = calibration_of(source, trajectories=4, steps=20, seed=EVALUATION_SEED)
+    plan = quantized.plan
+    single = first_rows(next(iter(held_out)))
+    timing = time_per_step({"float": source.model, backend: runner}, single)
+    return {
+        "backend": backend,
+        "settings": quantized.settings.to_dict(),
+        "mean_bits": plan.mean_bits,
+        "effective_bits": plan.effective_bits,
+        "num_weights": plan.num_weights,
+        "weight_bytes": plan.weight_bytes,
+        "float_remainder_bytes": plan.float_bytes,
+        "float32_bytes": 4
+        * (plan.num_weights + sum(t.numel for t in plan.floats if not t.is_weight)),
+        "epsilon_sqnr_db": epsilon_sqnr(source.model, quantized, held_out),
+        "backend_epsilon_sqnr_db": epsilon_sqnr(source.model, runner, held_out),
+        "milliseconds_per_step": timing,
+        "threads": torch.get_num_threads(),
+        "seconds_to_quantize": quantized.report.seconds,
+    }
+
+
+def time_per_step(
+    models: dict[str, Denoiser], inputs: dict[str, Any], *, rounds: int = 21
+) -> dict[str, float]:
+    """Median milliseconds of one call of each model, interleaved, after a warm-up call each.
+
+    Args:
+        models: Callables by name.
+        inputs: Keyword arguments of the call.
+        rounds: Timed calls of each.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        for index in range(rounds + 1):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(**inputs)
+                if index:
+                    times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _positional(graph_module: Callable[..., Any], quantized: QuantizedModel) -> Denoiser:
+    """A lowered graph behind the model's keyword arguments."""
+
+    def call(**kwargs: Any) -> Any:
+        return graph_module(**quantized.signature.normalize((), kwargs))
+
+    return call
