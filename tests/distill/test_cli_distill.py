@@ -1,0 +1,119 @@
+"""The command `mpqdm-fx distill`, as typed."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from small import tiny_unet
+from typer.testing import CliRunner
+
+import mpqdm_fx
+from mpqdm_fx import cli
+from mpqdm_fx.cli_options import seconds_of
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.distill.train import Trainer
+from mpqdm_fx.errors import ConfigError, MPQError
+from mpqdm_fx.models.sources import load_source
+from mpqdm_fx.workflow import quantize_to_folder
+
+SHORT = ["--trajectories", "4", "--steps", "3", "--batch-size", "4", "--samples", "0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    tiny_unet().save_pretrained(root / "pipeline" / "unet")
+    DDIMScheduler().save_pretrained(root / "pipeline" / "scheduler")
+    index = json.dumps({"_class_name": "DDIMPipeline"})
+    (root / "pipeline" / "model_index.json").write_text(index)
+    settings = MPQConfig(weight_bits=2, allocation="uniform", refinements=0, propagation=0.0)
+    quantize_to_folder(
+        load_source(str(root / "pipeline"), "unet"), settings, backend="packed",
+        output=root / "out", trajectories=4, steps=3, samples=0, subfolder="unet",
+    )  # fmt: skip
+    return root / "out"
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli.app, ["distill", *map(str, arguments)])
+    if isinstance(result.exception, MPQError):
+        return 2, str(result.exception)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_training_writes_a_folder_like_the_one_it_read(folder, tmp_path):
+    output = tmp_path / "trained"
+    status, text = run(folder, "--updates", 20, *SHORT, "--output", output)
+    assert status == 0, text
+    assert "before training" in text
+    assert {path.name for path in output.iterdir()} == {path.name for path in folder.iterdir()}
+    old, new = (json.loads((f / "summary.json").read_text()) for f in (folder, output))
+    for same in ("effective_bits", "weight_bytes", "float_remainder_bytes", "backend"):
+        assert new[same] == old[same]
+    assert new["files"]["model.safetensors"] == old["files"]["model.safetensors"]
+    assert new["distilled"]["error_after"] < new["distilled"]["error_before"]
+    assert new["epsilon_sqnr_db"] > old["epsilon_sqnr_db"]
+    assert list(tmp_path.iterdir()) == [output]
+    before, after = (mpqdm_fx.load(f) for f in (folder, output))
+    names = [layer.name for layer in before.plan.layers]
+    assert any(not torch.equal(before.codes(name), after.codes(name)) for name in names)
+
+
+def test_a_killed_run_goes_on_with_resume_and_not_without(folder, tmp_path, monkeypatch):
+    output = tmp_path / "trained"
+    update = Trainer._update
+
+    def killed(self):
+        if self.history.updates == 2:
+            self.save()
+            raise KeyboardInterrupt
+        update(self)
+
+    monkeypatch.setattr(Trainer, "_update", killed)
+    status, _ = run(folder, "--updates", 4, *SHORT, "--output", output)
+    assert status != 0
+    monkeypatch.undo()
+    assert not output.exists()
+    status, text = run(folder, "--updates", 4, *SHORT, "--output", output)
+    assert (status, "resume it, or delete it" in text) == (2, True)
+    status, text = run(folder, "--updates", 4, *SHORT, "--output", output, "--resume", "--json")
+    assert status == 0, text
+    assert json.loads(text[text.index("{") :])["distilled"]["updates"] == 4
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere"),
+        (["{folder}", "--budget", "soon"], "90s, 5m or 1.5h"),
+        (["{folder}", "--relation", "cosine"], "'none' or 'trd'"),
+        (["{folder}", "--updates", "1", "--output", "{file}"], "is a file"),
+    ],
+)
+def test_bad_input_gets_one_clear_error_and_nothing_is_written(
+    folder, tmp_path, arguments, message
+):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    filled = [a.replace("{folder}", str(folder)).replace("{file}", str(file)) for a in arguments]
+    status, text = run(*filled)
+    assert (status, message in text) == (2, True), text
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90.0), ("5m", 300.0), ("1.5h", 5400.0), ("300", 300.0)]
+)
+def test_times_are_read(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0m", "-5m", "5 minutes", "m"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(ConfigError, match="--budget"):
+        seconds_of(text)
