@@ -7,6 +7,8 @@ seed, and measured on held-out runs and paired noise, like the cells of `quality
 """
 
 import argparse
+import functools
+import json
 import logging
 import statistics
 import tempfile
@@ -16,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import Bench, columns, read, write_row
+from quality import SHORTCUTS, Bench, columns, read, write_row
 from tqdm import tqdm
 
 from mpqdm_fx import MPQConfig, convert
 from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.quantized import QuantizedModel
 
 SETTINGS = ("W2A4", "W2A6", "W3A4")
 
@@ -30,9 +33,11 @@ _RTN = {
     "propagation": 0.0, "bias_correction": False,
 }  # fmt: skip
 _FULL: Mapping[str, Any] = {}
+_SHORTCUTS: Mapping[str, Any] = {"overrides": [SHORTCUTS]}
 #: Start and training of each recipe.
 RECIPES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {
     "efficientdm": (_RTN, {"recipe": "efficientdm"}),
+    "efficientdm, our rates": (_RTN, {"recipe": "efficientdm", "weight_rate": 0.06}),
     "efficientdm+omq": ({**_RTN, "allocation": "omq"}, {"recipe": "efficientdm"}),
     "efficientdm+measured": ({**_RTN, "allocation": "measured"}, {"recipe": "efficientdm"}),
     "efficientdm+start": (_FULL, {"recipe": "efficientdm"}),
@@ -41,7 +46,10 @@ RECIPES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {
     "ours+trd": (_FULL, {"relation": "trd"}),
     "ours+queue": (_FULL, {"relation": "queue"}),
     "ours+feature": (_FULL, {"relation": "feature"}),
-    "ours+rtn start": (_RTN, {}),
+    "ours, steps alike": (_FULL, {"final_share": 0.0}),
+    "ours, rtn start": (_RTN, {}),
+    "untrained+shortcuts": (_SHORTCUTS, None),
+    "ours+shortcuts": (_SHORTCUTS, {}),
 }
 
 
@@ -53,27 +61,35 @@ def training(given: Mapping[str, Any], seed: int, updates: int) -> DistillConfig
     return DistillConfig(**settings)
 
 
+def _start(
+    bench: Bench, seed: int, sensitivity: Path, setting: str, options: str
+) -> QuantizedModel:
+    """What training starts from; recipes that start alike share it."""
+    weights, _, activations = setting[1:].partition("A")
+    bench.prepared.settings = MPQConfig(
+        weight_bits=int(weights), activation_bits=int(activations), seed=seed,
+        activation_mode="timestep", timestep_groups=5, **json.loads(options),
+    )  # fmt: skip
+    return convert(bench.prepared, sensitivity=sensitivity)
+
+
 def measure(
     seed: int, settings: list[str], recipes: list[str], updates: int, samples: int, output: Path
 ) -> None:
     """Quantize, train and measure every cell of one seed that is missing; write after each."""
     bench = Bench.of(seed, samples)
     source = bench.source
+    cells = [(s, r) for s in settings for r in recipes]
     with tempfile.TemporaryDirectory() as folder:
-        for setting, recipe in tqdm(
-            [(s, r) for s in settings for r in recipes], desc=f"seed {seed}"
-        ):
+        quantize = functools.cache(
+            functools.partial(_start, bench, seed, Path(folder) / "sensitivity.safetensors")
+        )
+        for setting, recipe in tqdm(cells, desc=f"seed {seed}"):
             key = f"{setting} {recipe} {seed}"
             if key in read(output):
                 continue
             start, trained = RECIPES[recipe]
-            weights, _, activations = setting[1:].partition("A")
-            bench.prepared.settings = MPQConfig(
-                weight_bits=int(weights), activation_bits=int(activations), seed=seed,
-                activation_mode="timestep", timestep_groups=5, **start,
-            )  # fmt: skip
-            sensitivity = Path(folder) / "sensitivity.safetensors"
-            quantized = convert(bench.prepared, sensitivity=sensitivity)
+            quantized = quantize(setting, json.dumps(start))
             row: dict[str, Any] = {}
             clock = time.perf_counter()
             if trained is not None:

@@ -41,6 +41,9 @@ from mpqdm_fx.result_folder import calibration_of
 SETTINGS = ("W8A8", "W4A8", "W3A8", "W2A8", "W3A6", "W2A6", "W4A4", "W2A4", "W4", "W3", "W2")
 METRICS = ("epsilon_sqnr", "x0_sqnr", "frechet_distance", "accuracy")
 
+#: The 1x1 convolutions beside residual blocks, whose input errors reach the output unhindered.
+SHORTCUTS = {"pattern": "*conv_shortcut*", "activation_bits": 8}
+
 _PLAIN = {
     "allocation": "uniform", "levels": "uniform", "refinements": 0, "propagation": 0.0,
     "bias_correction": False,
@@ -60,6 +63,11 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "auto+refine+measured": {**_FULL, "levels": "uniform"},
     "full": _FULL,
     "full+timestep": {**_FULL, "activation_mode": "timestep"},
+    "full+timestep+shortcuts": {
+        **_FULL,
+        "activation_mode": "timestep",
+        "overrides": [SHORTCUTS],
+    },
     "full+dynamic": {**_FULL, "activation_mode": "dynamic"},
 }
 
@@ -110,6 +118,8 @@ def config_of(setting: str, method: str, seed: int) -> MPQConfig | None:
     """Settings of a cell; None where the cell does not exist."""
     weights, _, activations = setting[1:].partition("A")
     options = dict(METHODS[method])
+    if activations == "8" and "overrides" in options:
+        return None
     if not activations:
         if "activation_mode" in options:
             return None
