@@ -12,6 +12,8 @@ import argparse
 import json
 import logging
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +28,7 @@ from mpqdm_fx.backends.xnnpack.edge import delegation, to_edge, to_program
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.memory import process_bytes
 from mpqdm_fx.numerics.metrics import sqnr_db
 
 Inputs = Mapping[str, Tensor]
@@ -153,6 +156,23 @@ def times(forms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, floa
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
+def memory(path: str) -> float:
+    """Mebibytes by which loading a program and a step raise the peak of a fresh process."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--memory", path], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout.split()[-1])
+
+
+def print_memory(path: str) -> None:
+    """The task of that process."""
+    from executorch.extension.pybindings import portable_lib  # noqa: F401
+
+    before = process_bytes("VmRSS")
+    XnnpackRunner(path)(*inputs(9).values())
+    print((process_bytes("VmHWM") - before) / 2**20)
+
+
 def main() -> None:
     """Build what is missing, time everything, print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -161,7 +181,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--compiled", action="store_true", help="torch.compile too")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.memory:
+        print_memory(arguments.memory)
+        return
     logging.basicConfig(level=logging.ERROR)
     torch.set_num_threads(arguments.threads)
     arguments.directory.mkdir(parents=True, exist_ok=True)
@@ -183,18 +207,22 @@ def main() -> None:
             runs["compiled fp32"] = lambda: compiled(**call)
         measured = times(runs, arguments.rounds)
     first = next(iter(measured))
-    print("| form | ms | ratio | delegates | outside | bytes | SQNR dB | build s |")
-    print("|---|---|---|---|---|---|---|---|")
+    peaks = {form: memory(facts[form]["path"]) for form in arguments.forms}
+    print("| form | ms | ratio | subgraphs | outside | bytes | peak MiB | SQNR dB | build s |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for form, value in measured.items():
         row = facts.get(form, {})
         found = runners[form](*call.values())[0] if form in runners else None
         sqnr = "" if found is None else f"{sqnr_db(expected, found):.1f}"
         print(
             f"| {form} | {value:.1f} | {value / measured[first]:.2f} | {row.get('subgraphs', '')} "
-            f"| {row.get('undelegated', '')} | {row.get('bytes', '')} | {sqnr} "
+            f"| {row.get('undelegated', '')} | {row.get('bytes', '')} "
+            f"| {f'{peaks[form]:.0f}' if form in peaks else ''} | {sqnr} "
             f"| {row.get('seconds', 0):.0f} |"
         )
-    result = {"milliseconds": measured, "facts": facts, "threads": arguments.threads}
+    result = {
+        "milliseconds": measured, "facts": facts, "peak_mib": peaks, "threads": arguments.threads,
+    }  # fmt: skip
     (arguments.directory / "result.json").write_text(json.dumps(result, indent=1))
 
 

@@ -16,7 +16,7 @@ from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.denoisers import first_rows, open_denoiser
 from mpqdm_fx.errors import MPQError
 
-__all__ = ["main", "peak_memory"]
+__all__ = ["main", "peak_memory", "process_bytes"]
 
 
 def peak_memory(form: str, name: str, subfolder: str | None = None) -> int | None:
@@ -41,7 +41,8 @@ def peak_memory(form: str, name: str, subfolder: str | None = None) -> int | Non
     return int(result.stdout.split()[-1])
 
 
-def _status(field: str) -> int:
+def process_bytes(field: str) -> int:
+    """Bytes of this process, by /proc's name of them: `"VmRSS"` now, `"VmHWM"` at the peak."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])
@@ -55,11 +56,11 @@ def main(arguments: list[str]) -> None:
         require_executorch()  # its import is not part of the measurement
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # peak := current
-    before = _status("VmRSS")
+    before = process_bytes("VmRSS")
     source, denoiser = open_denoiser(name, rest[0] if rest else None, form)
     with torch.no_grad():
         denoiser(**first_rows(source.example_inputs))
-    typer.echo(max(0, _status("VmHWM") - before))
+    typer.echo(max(0, process_bytes("VmHWM") - before))
 
 
 if __name__ == "__main__":
