@@ -18,7 +18,7 @@ import executorch
 import numpy as np
 import torch
 
-from mpqdm_fx.denoisers import draw, open_denoiser
+from mpqdm_fx.denoisers import PROGRAM, draw, open_denoiser, program_files
 from mpqdm_fx.numerics.metrics import sqnr_db
 
 HERE = Path(__file__).parent
@@ -67,6 +67,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if [file.name for file in program_files(arguments.folder)] != [PROGRAM]:
+        sys.exit(
+            f"{arguments.folder} has no {PROGRAM} that is plain and whole: quantize without "
+            f"--compress and --external-weights"
+        )
     source, denoiser = open_denoiser(str(arguments.folder), None, "pte")
     noise = torch.randn(
         1, *source.sample_shape, generator=torch.Generator().manual_seed(arguments.seed)
@@ -83,7 +88,7 @@ def main() -> None:
         noise.numpy().tofile(here / "noise.f32")
         subprocess.run(
             [
-                program, arguments.folder / "unet.pte", here / "schedule.txt", here / "noise.f32",
+                program, arguments.folder / PROGRAM, here / "schedule.txt", here / "noise.f32",
                 str(arguments.label), here / "image.f32",
             ],
             check=True,

@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpqdm_fx.backends.xnnpack import compressed
-from mpqdm_fx.backends.xnnpack.compressed import compress_program, expand_program
+from mpqdm_fx.backends.xnnpack.compressed import (
+    compress_program,
+    drop_expansions,
+    expand_program,
+)
+from mpqdm_fx.backends.xnnpack.runner import stored_files
 from mpqdm_fx.errors import ArtifactError
 
 
@@ -55,6 +60,22 @@ def test_expansion_can_be_kept_elsewhere(tmp_path):
     plain = expand_program(packed, tmp_path / "cache")
     assert plain.parent == tmp_path / "cache"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "net.pte", "net.pte.xz"]
+
+
+def test_a_compressed_file_takes_the_place_of_the_plain_one_and_its_expansions_go(tmp_path):
+    plain = program(tmp_path)
+    content = plain.read_bytes()
+    (tmp_path / "net.ptd").write_bytes(b"weights")
+    assert stored_files(plain) == (plain, tmp_path / "net.ptd")
+    packed = compress_program(plain, keep=False)
+    assert stored_files(plain) == (packed, tmp_path / "net.ptd")
+    assert expand_program(packed).read_bytes() == content
+    (tmp_path / ".net.pte.note").write_text("not ours")
+    drop_expansions(packed)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".net.pte.note", "net.ptd", "net.pte.xz"]
+    packed.unlink()
+    assert stored_files(plain) == ()
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "no xz"])
