@@ -75,6 +75,14 @@ def test_inspect_prints_every_layer(quantized_folder):
     assert "SQNR" in text
 
 
+def test_inspect_names_a_damaged_summary(quantized_folder, tmp_path):
+    folder = shutil.copytree(quantized_folder, tmp_path / "copy")
+    (folder / "summary.json").write_text("{")
+    status, text = run("inspect", folder)
+    assert status == 2
+    assert "summary.json is damaged" in text
+
+
 @pytest.mark.parametrize("form", ["packed", "float", "auto"])
 def test_sample_writes_a_picture_that_depends_on_the_seed_alone(quantized_folder, tmp_path, form):
     pictures = []
