@@ -6,8 +6,8 @@ from rounded_nets import rounded
 from torch import nn
 
 from mpqdm_fx.activations import DynamicActivation
-from mpqdm_fx.backends.xnnpack.four_bit import four_bit_layers
-from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack
+from mpqdm_fx.backends.xnnpack.four_bit import check_four_bit, four_bit_layers
+from mpqdm_fx.backends.xnnpack.lower import lower_methods, lower_xnnpack
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
@@ -144,9 +144,25 @@ def test_layers_of_mixed_widths_can_be_split_to_the_same_bits(tmp_path):
     assert (split.subgraphs, split.undelegated) == (1, 0)
     assert whole.bytes - split.bytes >= 64 * 64 // 2 - 1024  # which the operator more takes
     assert torch.equal(same, want)
+    methods = lower_methods(
+        {"step": graph},
+        {"step": inputs},
+        tmp_path / "methods.pte",
+        ranges=dict.fromkeys(ranges, DYNAMIC),
+        four_bit="split",
+    )
+    assert methods["step"].four_bit_layers == split.four_bit_layers
 
 
-def test_an_unknown_word_is_refused(tmp_path):
+def test_an_unknown_word_is_refused_and_a_split_that_does_nothing(tmp_path):
     graph, ranges, inputs = rounded(Mlp())
+    path = tmp_path / "net.pte"
     with pytest.raises(ConfigError, match="'never', 'whole', 'split'"):
-        lower_xnnpack(graph, ranges, inputs, tmp_path / "net.pte", four_bit="always")
+        lower_xnnpack(graph, ranges, inputs, path, four_bit="always")
+    with pytest.raises(ConfigError, match="'never', 'whole', 'split'"):
+        lower_methods({"step": graph}, {"step": inputs}, path, four_bit="always")
+    for mode in ("static", "float"):
+        with pytest.raises(ConfigError, match=f"these are {mode}"):
+            check_four_bit("split", mode)
+        check_four_bit("whole", mode)
+    check_four_bit("split", "dynamic")

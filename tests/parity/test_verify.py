@@ -9,8 +9,9 @@ import torch
 from diffusers import DDIMScheduler
 from parity_folders import double_a_scale, edit, folder_of_net
 from small import TinyNet, tiny_unet, unet_calls
+from torch import nn
 
-from mpqdm_fx import MPQConfig, quantize
+from mpqdm_fx import MPQConfig, lower, quantize
 from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError
@@ -20,7 +21,7 @@ from mpqdm_fx.parity.inputs import INPUTS, random_calls, read_calls, write_calls
 from mpqdm_fx.parity.sites import sites
 from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
 from mpqdm_fx.parity.verify import store_parity, verify
-from mpqdm_fx.storage import MANIFEST, load
+from mpqdm_fx.storage import MANIFEST, load, write_model
 
 CHEAP = {"allocation": "uniform", "levels": "uniform", "refinements": 0, "propagation": 0.0}
 RUNGS = ["float", "quantized", "decomposed", "converted", "edge", "pte"]
@@ -240,7 +241,7 @@ def test_a_program_that_computes_other_numbers_fails_with_its_rung_named(lowered
     monkeypatch.setattr(
         "mpqdm_fx.parity.verify.XnnpackRunner", lambda _: lambda x: [runner(x)[0] * 1.01]
     )
-    monkeypatch.setattr("mpqdm_fx.parity.verify._program_graphs", lambda _: observed)
+    monkeypatch.setattr("mpqdm_fx.parity.verify._program_graphs", lambda *_: observed)
     first = verify(folder, model=TinyNet()).first_divergence
     assert (first.rung, first.against, first.node) == ("pte", "edge", None)
     assert first.sqnr_db == pytest.approx(40, abs=0.5)
@@ -255,3 +256,40 @@ def test_another_program_than_the_stored_one_is_refused(lowered, tmp_path):
     (folder / "unet.pte").unlink()
     with pytest.raises(ArtifactError, match=r"unet\.pte is missing"):
         verify(folder, model=TinyNet())
+
+
+class _MixedNet(nn.Module):
+    """A layer of which some channels matter much more than others."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+        self.first, self.mixed, self.last = nn.Linear(8, 64), nn.Linear(64, 128), nn.Linear(128, 8)
+        with torch.no_grad():
+            self.last.weight[:, ::3] *= 40
+
+    def forward(self, x):
+        return self.last(torch.relu(self.mixed(torch.relu(self.first(x)))))
+
+
+@pytest.mark.xnnpack
+def test_layers_that_were_split_for_the_program_are_split_again(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    calls = [{"x": torch.randn(16, 5, 8, generator=generator)} for _ in range(4)]
+    config = MPQConfig(levels="int4", activation_mode="dynamic", refinements=0)
+    net = _MixedNet().eval()
+    quantized = quantize(net, config, calls)
+    write_model(quantized, tmp_path, program={"four_bit": "split"})
+    path = tmp_path / "unet.pte"
+    program = lower(quantized, "xnnpack", output=path, four_bit="split", external_weights=True)
+    assert program.four_bit_layers == ("mixed_rows",)
+    verify(tmp_path, model=net, store=True)
+    assert set(json.loads((tmp_path / "parity.json").read_text())["files"]) == {
+        "parity.safetensors",
+        "unet.pte",
+        "unet.ptd",
+    }
+    ladder = verify(tmp_path, model=net)
+    assert ladder.passed, ladder.first_divergence
+    assert "mixed_rows" in {node.site.module for node in ladder.rung("converted").nodes}
+    assert not [note for note in ladder.notes if "no longer" in note]
