@@ -1,10 +1,11 @@
 """`distill`: train a quantized model against the float model it came from."""
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -85,8 +86,9 @@ def distill(
     """
     graph = normalized(teacher, example_inputs(quantized.signature), quantized.settings)
     identity = _identity(quantized, graph, config)
-    student = make_student(quantized, graph, config).to(device)
-    right = _Called(graph.to(device), quantized)
+    student = _moved(make_student(quantized, graph, config), device)
+    graph = _moved(graph, device)
+    right = _Called(graph, quantized)
     model = _Called(student.graph_module, quantized)
     recorder = Recorder(
         teacher=right,
@@ -118,6 +120,16 @@ def distill(
     return Distilled(
         quantized=freeze(student, quantized), history=history, before=before, after=after
     )
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def _moved(module: _Module, device: torch.device | str) -> _Module:
+    """On a device: a copy, since graphs share modules with the models that they were made of."""
+    if torch.device(device).type == "cpu":
+        return module
+    return copy.deepcopy(module).to(device)
 
 
 class _Called:

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from small import tiny_condition_unet, tiny_unet, unet_calls
 
 import mpqdm_fx
-from mpqdm_fx.distill.api import distill
+from mpqdm_fx.distill.api import _moved, distill
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.losses import Losses
 from mpqdm_fx.distill.runs import Recorder
@@ -182,6 +182,17 @@ def test_another_run_in_the_folder_is_refused_and_so_is_a_damaged_one(quantized,
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ArtifactError, match="damaged"):
         distilled(quantized, tmp_path, updates=1)
+
+
+def test_another_device_gets_a_copy(quantized, parts):
+    teacher, _ = parts
+    student = make_student(quantized, teacher, CONFIG)
+    moved = _moved(student, "meta")
+    assert {p.device.type for p in moved.parameters()} == {"meta"}
+    assert {p.device.type for p in student.parameters()} == {"cpu"}
+    assert {p.device.type for p in quantized.graph_module.parameters()} == {"cpu"}
+    for name, layer in moved.layers.items():
+        assert layer is moved.graph_module.get_submodule(name)
 
 
 def test_time_is_a_budget_too(quantized):
