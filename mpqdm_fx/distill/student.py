@@ -101,14 +101,16 @@ def make_student(
     return Student(graph_module, layers, ranges)
 
 
-def _base(rounded: nn.Module, weight: torch.Tensor, kind: str, has_tables: bool) -> torch.Tensor:
+def _base(
+    rounded: nn.Module, weight: torch.Tensor, kind: str, has_tables: bool
+) -> torch.Tensor | None:
     codes, scale = rounded.weight_codes, rounded.weight_scale
     assert isinstance(codes, torch.Tensor)
     assert isinstance(scale, torch.Tensor)
     if kind == "float":
         return weight.float().clone()
     if kind == "codes":
-        return weight_rows(rounded).float().clone()
+        return None
     return cell_base(codes.flatten(1), scale, weight, has_tables)
 
 

@@ -53,7 +53,9 @@ class TrainableLayer(nn.Module):
     Args:
         rounded: Layer with `weight_codes` and `weight_scale`; it is not changed.
         planned: Its widths and kind of levels.
-        base: Weight rows [O, K] whose rounding gives the layer's codes; see `cell_base`.
+        base: Weight rows [O, K] whose rounding gives the layer's codes; see `cell_base`. None takes
+            the rounded rows themselves, which move with the trained step: a fixed weight that lies
+            on the grid would leave the straight-through gradient of the step no first order.
         rank: Rank of the trained change of the base, 0 for none.
         train_levels: Train fitted levels too.
         generator: Draws the low-rank factors.
@@ -72,7 +74,7 @@ class TrainableLayer(nn.Module):
         self,
         rounded: nn.Module,
         planned: LayerPlan,
-        base: Tensor,
+        base: Tensor | None,
         *,
         rank: int,
         train_levels: bool,
@@ -83,10 +85,14 @@ class TrainableLayer(nn.Module):
         for parameter in rounded.parameters():
             parameter.requires_grad_(False)
         self.planned = planned
-        rows, width = base.shape
-        self.register_buffer("base", base.float(), persistent=False)
-        scale = rounded.weight_scale
+        codes, scale = rounded.weight_codes, rounded.weight_scale
+        assert isinstance(codes, Tensor)
         assert isinstance(scale, Tensor)
+        self._in_steps = base is None
+        self.register_buffer(
+            "base", (codes.flatten(1) if base is None else base).float(), persistent=False
+        )
+        rows, width = self.base.shape
         self.register_buffer("start_scale", scale.clone(), persistent=False)
         self.log_scale = nn.Parameter(torch.zeros(rows))
         self.rank = min(rank, rows, width)
@@ -126,7 +132,8 @@ class TrainableLayer(nn.Module):
 
     def merged(self) -> Tensor:
         """Weight rows before rounding [O, K]."""
-        return self.base + self.up @ self.down if self.rank else self.base
+        base = self.base * self.scale[:, None] if self._in_steps else self.base
+        return base + self.up @ self.down if self.rank else base
 
     def table(self) -> Tensor:
         """Levels of the rows with a table [rows, L]: whole numbers, ascending."""

@@ -1,5 +1,7 @@
 """A student computes what the quantized model computes, and so does what it is frozen to."""
 
+import dataclasses
+
 import pytest
 import torch
 from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
@@ -56,6 +58,25 @@ def test_student_starts_as_the_quantized_model_bit_for_bit(case):
     student = make_student(quantized, teacher, CONFIG)
     assert set(student.layers) == {layer.name for layer in quantized.plan.layers}
     assert torch.equal(student_outputs(student, quantized, inputs), outputs(quantized, inputs))
+
+
+def test_a_rounded_base_moves_with_the_step_and_gives_it_its_gradient(case):
+    quantized, teacher, inputs = case
+    config = dataclasses.replace(CONFIG, base="codes")
+    student = make_student(quantized, teacher, config)
+    assert torch.equal(student_outputs(student, quantized, inputs), outputs(quantized, inputs))
+    for layer in student.layers.values():
+        rows = layer.weight_rows()
+        weights = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+        (rows * weights).sum().backward()
+        # codes stay what they are, so a row is its codes times its step
+        expected = (rows.detach() * weights).sum(1)
+        assert torch.allclose(layer.log_scale.grad, expected, rtol=1e-3, atol=1e-4)
+        with torch.no_grad():
+            before = layer.frozen().codes
+            layer.log_scale -= 0.05
+            assert torch.equal(layer.frozen().codes, before)
+            layer.log_scale += 0.05
 
 
 def test_untrained_student_freezes_to_the_model_it_came_from(case):
