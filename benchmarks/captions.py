@@ -2,10 +2,11 @@
 
     python benchmarks/captions.py --directory captions --output captions.json --resume
 
-A `UNet2DConditionModel` and word embeddings (`caption_model.py`) are trained once, on pictures drawn
-as they are needed, with every tenth caption dropped, and kept in `--directory`. Every cell is then quantized on guided runs, trained for the
-same number of updates on the float model's guided runs of its seed, and measured on held-out
-captions and paired noise. One more row has a program before and after training.
+A `UNet2DConditionModel` and word embeddings (`caption_model.py`) are trained once, on pictures
+drawn as they are needed, with every tenth caption dropped, and kept in `--directory`. Every cell is
+then quantized on guided runs, trained for the same number of updates on the float model's guided
+runs of its seed, and measured on held-out captions and paired noise. `--program` adds a row that
+has an XNNPACK program before and after training, on the first seed.
 """
 
 import argparse
@@ -269,7 +270,10 @@ def main() -> None:
             program(bench, arguments)
         for setting in arguments.settings:
             picture(arguments.directory, setting, arguments.recipes, seed)
-    print(table(read(arguments.output), arguments.seeds))
+    rows = read(arguments.output)
+    print(table(rows, arguments.seeds))
+    for key in (key for key in rows if " program " in key):
+        print(f"\n{key}: {json.dumps(rows[key], indent=1)}")
 
 
 if __name__ == "__main__":
