@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--recipes", nargs="+", default=list(OURS), choices=OURS)
-    parser.add_argument("--train-steps", type=int, default=1000)
+    parser.add_argument("--train-steps", type=int, default=1500)
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--program", action="store_true", help="also lower, on the first seed")
     parser.add_argument("--output", type=Path, default=Path("captions.json"))
