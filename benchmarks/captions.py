@@ -17,7 +17,6 @@ import itertools
 import json
 import logging
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -154,36 +153,40 @@ class Bench:
         )
 
 
+def sensitivity_file(bench: Bench, arguments: argparse.Namespace) -> Path:
+    """Sensitivities depend on the seed alone: they are measured once."""
+    return Path(arguments.directory) / f"sensitivity {bench.seed}.safetensors"
+
+
 def measure(bench: Bench, arguments: argparse.Namespace) -> None:
     """Quantize, train and measure every cell of one seed that is missing; write after each."""
-    with tempfile.TemporaryDirectory() as folder:
 
-        @functools.cache
-        def start(setting: str, options: str) -> QuantizedModel:
-            weights, _, activations = setting[1:].partition("A")
-            bench.prepared.settings = MPQConfig(
-                weight_bits=int(weights), activation_bits=int(activations), seed=bench.seed,
-                activation_mode="timestep", timestep_groups=5, **json.loads(options),
-            )  # fmt: skip
-            return convert(bench.prepared, sensitivity=Path(folder) / "sensitivity.safetensors")
+    @functools.cache
+    def start(setting: str, options: str) -> QuantizedModel:
+        weights, _, activations = setting[1:].partition("A")
+        bench.prepared.settings = MPQConfig(
+            weight_bits=int(weights), activation_bits=int(activations), seed=bench.seed,
+            activation_mode="timestep", timestep_groups=5, **json.loads(options),
+        )  # fmt: skip
+        return convert(bench.prepared, sensitivity=sensitivity_file(bench, arguments))
 
-        cells = [(s, r) for s in arguments.settings for r in arguments.recipes]
-        for setting, recipe in tqdm(cells, desc=f"seed {bench.seed}"):
-            key = f"{setting} {recipe} {bench.seed}"
-            if key in read(arguments.output):
-                continue
-            options, given = RECIPES[recipe]
-            quantized, row = start(setting, json.dumps(options)), {}
-            clock = time.perf_counter()
-            if given is not None:
-                result = bench.trained(quantized, given, arguments.updates)
-                quantized = result.quantized
-                row = {"updates": arguments.updates, "before": result.before, "after": result.after}
-            row["seconds"] = time.perf_counter() - clock
-            measured, images = bench.measured(quantized)
-            write_row(arguments.output, key, row | measured)
-            kept = {"float": bench.images[:16].contiguous(), "images": images[:16].contiguous()}
-            save_file(kept, arguments.directory / f"{key}.safetensors")
+    cells = [(s, r) for s in arguments.settings for r in arguments.recipes]
+    for setting, recipe in tqdm(cells, desc=f"seed {bench.seed}"):
+        key = f"{setting} {recipe} {bench.seed}"
+        if key in read(arguments.output):
+            continue
+        options, given = RECIPES[recipe]
+        quantized, row = start(setting, json.dumps(options)), {}
+        clock = time.perf_counter()
+        if given is not None:
+            result = bench.trained(quantized, given, arguments.updates)
+            quantized = result.quantized
+            row = {"updates": arguments.updates, "before": result.before, "after": result.after}
+        row["seconds"] = time.perf_counter() - clock
+        measured, images = bench.measured(quantized)
+        write_row(arguments.output, key, row | measured)
+        kept = {"float": bench.images[:16].contiguous(), "images": images[:16].contiguous()}
+        save_file(kept, arguments.directory / f"{key}.safetensors")
 
 
 def program(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -194,7 +197,7 @@ def program(bench: Bench, arguments: argparse.Namespace) -> None:
     bench.prepared.settings = MPQConfig(
         weight_bits=4, activation_bits=8, activation_mode="dynamic", seed=bench.seed
     )
-    quantized = convert(bench.prepared)
+    quantized = convert(bench.prepared, sensitivity=sensitivity_file(bench, arguments))
     trained = bench.trained(quantized, {}, arguments.updates).quantized
     row: dict[str, Any] = {"updates": arguments.updates}
     for name, model in {"before": quantized, "after": trained}.items():
