@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--recipes", nargs="+", default=list(OURS), choices=OURS)
     parser.add_argument("--train-steps", type=int, default=1500)
-    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--updates", type=int, default=150)
     parser.add_argument("--program", action="store_true", help="also lower, on the first seed")
     parser.add_argument("--output", type=Path, default=Path("captions.json"))
     parser.add_argument("--resume", action="store_true")
