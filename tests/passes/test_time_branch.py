@@ -107,7 +107,7 @@ MOVES = {
     "reshape": lambda x: x.reshape(2, -1),
     "transpose": lambda x: x.transpose(0, 1),
     "expand": lambda x: x.unsqueeze(0).expand(3, *x.shape),
-    "select": lambda x: x[1],
+    "select": lambda x: x[-1],
 }
 
 
