@@ -219,11 +219,17 @@ class Trainer:
     def _share_gradients(self) -> None:
         if self._world == 1:
             return
-        for parameter in self._trained:
+        trained = self._trained
+        for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            distributed.all_reduce(parameter.grad)
-            parameter.grad /= self._world
+        gradients = [p.grad for p in trained if p.grad is not None]
+        # in one message: there are hundreds of small ones
+        joined = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(joined)
+        parts = torch.split(joined / self._world, [gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def save(self) -> None:
         """Write a checkpoint, if there is a folder for it."""
