@@ -14,7 +14,7 @@ from mpqdm_fx.calibration.sampling import first_tensor, guided
 from mpqdm_fx.calibration.trajectories import Conditions, make_conditions, sample_shape_of
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.importance import Effects, measure_effects
-from mpqdm_fx.distill.runs import Recorder, Runs
+from mpqdm_fx.distill.runs import Recorder, Runs, Start
 from mpqdm_fx.distill.student import Student, freeze, make_student
 from mpqdm_fx.distill.train import History, Trainer
 from mpqdm_fx.graph.calling import example_inputs, pack_output
@@ -152,32 +152,28 @@ def _runs(
 ) -> Runs:
     generator = torch.Generator().manual_seed(config.seed)
     count = config.trajectories
-    noise = torch.randn(count, *shape, generator=generator)
-    return recorder.record(
-        recorder.teacher,
-        noise,
-        make_conditions(conditions, count, generator),
-        make_conditions(unconditional, count, generator) if config.guided else None,
+    start = Start(
+        noise=torch.randn(count, *shape, generator=generator),
+        conditions=make_conditions(conditions, count, generator),
+        unconditional=make_conditions(unconditional, count, generator) if config.guided else None,
         seed=config.seed,
-        progress="float model's runs",
     )
+    return recorder.record(recorder.teacher, start, progress="float model's runs")
 
 
 def _effects(model: _Called, recorder: Recorder, config: DistillConfig, runs: Runs) -> Effects:
     some = torch.arange(min(len(runs), config.effect_runs))
-    generator = torch.Generator().manual_seed(config.seed)
-    noise = torch.randn(len(runs), *runs.samples.shape[2:], generator=generator)[some]
-    return measure_effects(model, recorder, noise, *runs.conditions_of(some), seed=config.seed)
+    return measure_effects(model, recorder, runs.start.rows(some))
 
 
 def _own_runs(model: _Called, recorder: Recorder, runs: Runs) -> Callable[[int], Runs]:
     """A function of a seed that draws runs of the student with the first runs' conditions."""
-    few = torch.arange(min(len(runs), recorder.batch_size))
+    first = runs.start.rows(torch.arange(min(len(runs), recorder.batch_size)))
 
     def draw(seed: int) -> Runs:
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(few), *runs.samples.shape[2:], generator=generator)
-        return recorder.record(model, noise, *runs.conditions_of(few), seed=seed)
+        noise = torch.randn(first.noise.shape, generator=generator)
+        return recorder.record(model, dataclasses.replace(first, noise=noise, seed=seed))
 
     return draw
 

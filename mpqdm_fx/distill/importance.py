@@ -6,7 +6,6 @@ moves next to nothing. How far an error moves the finished sample is measured: o
 step, in which the student answers at that step and the float model at all others.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mpqdm_fx.calibration.sampling import first_tensor, guided
+from mpqdm_fx.calibration.sampling import first_tensor
 from mpqdm_fx.distill.config import DistillConfig
-from mpqdm_fx.distill.runs import Predict, Recorder
+from mpqdm_fx.distill.runs import Predict, Recorder, Start
 
 __all__ = ["Effects", "Importance", "importance", "measure_effects"]
 
@@ -85,15 +84,7 @@ def _beta_masses(a: float, b: float, calls: int) -> Tensor:
 
 
 @torch.no_grad()
-def measure_effects(
-    student: Predict,
-    recorder: Recorder,
-    noise: Tensor,
-    conditions: Mapping[str, Any],
-    unconditional: Mapping[str, Any] | None,
-    *,
-    seed: int,
-) -> Effects:
+def measure_effects(student: Predict, recorder: Recorder, start: Start) -> Effects:
     """Measure what the student's error does at each step.
 
     Takes half the square of the number of steps in calls of the float model.
@@ -101,50 +92,51 @@ def measure_effects(
     Args:
         student: Called with the model's keyword arguments.
         recorder: Its float model, scheduler, steps and guidance.
-        noise: [runs, C, H, W], standard normal.
-        conditions: Further arguments, [runs, ...] each.
-        unconditional: Those of the unconditional half; None without guidance.
-        seed: Of ancestral noise.
+        start: What the runs start from.
     """
     answers: list[Tensor] = []
-
-    def run(model: Predict) -> Tensor:
-        return recorder.denoise(model, noise, conditions, unconditional, seed=seed)
 
     def recorded(**inputs: Any) -> Tensor:
         answers.append(first_tensor(recorder.teacher(**inputs)))
         return answers[-1]
 
-    finished = run(recorded)
+    finished = recorder.denoise(recorded, start)
     error, moved = [], []
     for place in tqdm(range(len(answers)), desc="effects of steps", unit="step"):
-        deviant = _Deviant(student, recorder, answers, place)
-        moved.append(float((run(deviant) - finished).double().square().sum()))
-        error.append(deviant.error)
+        deviant = _Deviant(student, recorder.teacher, answers, place)
+        moved.append(_energy(recorder.denoise(deviant, start) - finished))
+        found, right = (recorder.noise_of(a, start) for a in (deviant.answer, answers[place]))
+        error.append(_energy(found - right))
     return Effects(
         error=torch.tensor(error, dtype=torch.float64),
         moved=torch.tensor(moved, dtype=torch.float64),
     )
 
 
+def _energy(values: Tensor) -> float:
+    return float(values.double().square().sum())
+
+
 class _Deviant:
-    """Answers like the float model but for one step, at which the student does."""
+    """Answers like the float model but for one step, at which the student does.
+
+    Attributes:
+        answer: What the student said then.
+    """
+
+    answer: Tensor
 
     def __init__(
-        self, student: Predict, recorder: Recorder, answers: list[Tensor], place: int
+        self, student: Predict, teacher: Predict, answers: list[Tensor], place: int
     ) -> None:
-        self._student, self._recorder, self._answers = student, recorder, answers
+        self._student, self._teacher, self._answers = student, teacher, answers
         self._place, self._step = place, -1
-        self.error = 0.0
 
     def __call__(self, **inputs: Any) -> Tensor:
         self._step += 1
         if self._step > self._place:
-            return first_tensor(self._recorder.teacher(**inputs))
-        right = self._answers[self._step]  # up to here the run is the float model's
+            return first_tensor(self._teacher(**inputs))
         if self._step < self._place:
-            return right
-        answer = first_tensor(self._student(**inputs))
-        scale = self._recorder.guidance_scale
-        self.error = float((guided(answer, scale) - guided(right, scale)).double().square().sum())
-        return answer
+            return self._answers[self._step]  # up to here the run is the float model's
+        self.answer = first_tensor(self._student(**inputs))
+        return self.answer

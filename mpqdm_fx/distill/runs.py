@@ -17,10 +17,39 @@ from tqdm.auto import tqdm
 from mpqdm_fx.calibration.sampling import denoise, first_tensor, guided
 from mpqdm_fx.errors import CalibrationError
 
-__all__ = ["Batch", "Recorder", "Runs"]
+__all__ = ["Batch", "Recorder", "Runs", "Start"]
 
 Predict = Callable[..., Any]
 """Called with the model's keyword arguments; returns the predicted noise or what holds it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What runs start from.
+
+    Attributes:
+        noise: [runs, C, H, W], standard normal.
+        conditions: Further arguments of the model, [runs, ...] each.
+        unconditional: Those of the unconditional half; None without guidance.
+        seed: Of ancestral noise.
+    """
+
+    noise: Tensor
+    conditions: Mapping[str, Any]
+    unconditional: Mapping[str, Any] | None
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+    def rows(self, rows: Tensor) -> "Start":
+        """Some of the runs, int64 [n]; each group has ancestral noise of its own."""
+        return Start(
+            noise=self.noise[rows],
+            conditions=_rows(self.conditions, rows),
+            unconditional=None if self.unconditional is None else _rows(self.unconditional, rows),
+            seed=self.seed + int(rows[0]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +71,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch with its tensors on a device."""
-
-        def moved(tree: Any) -> Any:
-            return pytree.tree_map_only(Tensor, lambda t: t.to(device), tree)
-
         return Batch(
-            inputs=moved(self.inputs),
-            previous=moved(self.previous),
-            target=moved(self.target),
-            weight=moved(self.weight),
+            inputs=_moved(self.inputs, device),
+            previous=_moved(self.previous, device),
+            target=self.target.to(device),
+            weight=_moved(self.weight, device),
         )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Runs:
     """Recorded runs.
 
@@ -62,15 +87,13 @@ class Runs:
         samples: What the model was given, [runs, calls, C, H, W], scaled by the scheduler.
         timesteps: [runs, calls].
         targets: (Guided) answers of the float model, [runs, calls, C, H, W].
-        conditions: Further arguments, [runs, ...] each.
-        unconditional: Those of the unconditional half; None without guidance.
+        start: What they started from.
     """
 
     samples: Tensor
     timesteps: Tensor
     targets: Tensor
-    conditions: Mapping[str, Any]
-    unconditional: Mapping[str, Any] | None
+    start: Start
 
     @property
     def calls(self) -> int:
@@ -79,11 +102,6 @@ class Runs:
 
     def __len__(self) -> int:
         return len(self.samples)
-
-    def conditions_of(self, runs: Tensor) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Conditions and unconditional ones of some runs, int64 [n]."""
-        plain = None if self.unconditional is None else _rows(self.unconditional, runs)
-        return _rows(self.conditions, runs), plain
 
     def batch(self, runs: Tensor, calls: Tensor) -> Batch:
         """The rows (run, call).
@@ -100,14 +118,12 @@ class Runs:
         )
 
     def _inputs(self, runs: Tensor, calls: Tensor) -> dict[str, Any]:
-        own = {
-            "sample": self.samples[runs, calls],
-            "timestep": self.timesteps[runs, calls],
-            **_rows(self.conditions, runs),
-        }
-        if self.unconditional is None:
+        start = self.start.rows(runs)
+        drawn = {"sample": self.samples[runs, calls], "timestep": self.timesteps[runs, calls]}
+        own = {**drawn, **start.conditions}
+        if start.unconditional is None:
             return own
-        plain = {**own, **_rows(self.unconditional, runs)}
+        plain = {**own, **start.unconditional}
         joined: dict[str, Any] = pytree.tree_map(lambda a, b: torch.cat([a, b]), plain, own)
         return joined
 
@@ -115,6 +131,10 @@ class Runs:
 def _rows(tree: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
     result: dict[str, Any] = pytree.tree_map_only(Tensor, lambda t: t[rows], dict(tree))
     return result
+
+
+def _moved(tree: Any, device: torch.device | str) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), tree)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,82 +160,55 @@ class Recorder:
     def denoise(
         self,
         model: Predict,
-        noise: Tensor,
-        conditions: Mapping[str, Any],
-        unconditional: Mapping[str, Any] | None,
-        *,
-        seed: int,
+        start: Start,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Finished samples of a model [runs, C, H, W], on the device."""
-
-        def moved(tree: Mapping[str, Any] | None) -> Any:
-            return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), tree)
-
         return denoise(
             model,
             self.scheduler,
-            noise.to(self.device),
+            start.noise.to(self.device),
             num_inference_steps=self.steps,
-            seed=seed,
-            conditions=moved(conditions),
-            unconditional=moved(unconditional),
+            seed=start.seed,
+            conditions=_moved(start.conditions, self.device),
+            unconditional=_moved(start.unconditional, self.device),
             guidance_scale=self.guidance_scale,
             callback=callback,
         )
 
+    def noise_of(self, output: Tensor, start: Start) -> Tensor:
+        """The (guided) noise in an answer; a learned variance is none to be matched."""
+        return guided(output, self.guidance_scale)[:, : start.noise.shape[1]]
+
     @torch.no_grad()
-    def record(
-        self,
-        walker: Predict,
-        noise: Tensor,
-        conditions: Mapping[str, Any],
-        unconditional: Mapping[str, Any] | None,
-        *,
-        seed: int,
-        progress: str | None = None,
-    ) -> Runs:
+    def record(self, walker: Predict, start: Start, *, progress: str | None = None) -> Runs:
         """Record runs.
 
         Args:
             walker: Decides where the runs go.
-            noise: [runs, C, H, W], standard normal.
-            conditions: Further arguments, [runs, ...] each.
-            unconditional: Those of the unconditional half; None without guidance.
-            seed: Of ancestral noise.
+            start: What they start from.
             progress: Text of a progress bar, None for none.
 
         Raises:
             CalibrationError: The runs leave the finite numbers, or an argument has the wrong
                 length.
         """
-        parts = []
-        bar = tqdm(
-            total=len(noise) * self.steps, desc=progress, unit="step", disable=progress is None
-        )
-        for rows in torch.split(torch.arange(len(noise)), self.batch_size):
-            plain = None if unconditional is None else _rows(unconditional, rows)
-            start = int(rows[0])
-            own = _rows(conditions, rows)
-            parts.append(self._part(walker, noise[rows], own, plain, seed + start, bar))
-        bar.close()
-        runs = _joined(parts)
-        if not bool(torch.isfinite(runs.targets).all() and torch.isfinite(runs.samples).all()):
+        total = len(start) * self.steps
+        with tqdm(total=total, desc=progress, unit="step", disable=progress is None) as bar:
+            parts = [
+                self._part(walker, start.rows(rows), bar)
+                for rows in torch.split(torch.arange(len(start)), self.batch_size)
+            ]
+        samples, timesteps, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+        if not bool(torch.isfinite(targets).all() and torch.isfinite(samples).all()):
             raise CalibrationError(
                 "denoising runs gave NaN or infinite values; check the model and that the "
                 "scheduler belongs to it"
             )
-        return runs
+        return Runs(samples=samples, timesteps=timesteps, targets=targets, start=start)
 
-    def _part(
-        self,
-        walker: Predict,
-        noise: Tensor,
-        conditions: Mapping[str, Any],
-        unconditional: Mapping[str, Any] | None,
-        seed: int,
-        bar: Any,
-    ) -> Runs:
+    def _part(self, walker: Predict, start: Start, bar: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples, timesteps and targets of runs that are made at once."""
         samples: list[Tensor] = []
         timesteps: list[Tensor] = []
         targets: list[Tensor] = []
@@ -223,44 +216,10 @@ class Recorder:
         def watched(**inputs: Any) -> Tensor:
             answer = first_tensor(walker(**inputs))
             right = answer if walker is self.teacher else first_tensor(self.teacher(**inputs))
-            count = len(noise)
-            samples.append(inputs["sample"][-count:].cpu())
-            timesteps.append(inputs["timestep"][-count:].cpu())
-            # a learned variance is no noise to be matched
-            targets.append(guided(right, self.guidance_scale)[:, : noise.shape[1]].cpu())
+            samples.append(inputs["sample"][-len(start) :].cpu())
+            timesteps.append(inputs["timestep"][-len(start) :].cpu())
+            targets.append(self.noise_of(right, start).cpu())
             return answer
 
-        self.denoise(
-            watched,
-            noise,
-            conditions,
-            unconditional,
-            seed=seed,
-            callback=lambda index, timestep, sample: bar.update(len(sample)),
-        )
-        return Runs(
-            samples=torch.stack(samples, 1),
-            timesteps=torch.stack(timesteps, 1),
-            targets=torch.stack(targets, 1),
-            conditions=conditions,
-            unconditional=unconditional,
-        )
-
-
-def _joined(parts: list[Runs]) -> Runs:
-    """Several records as one."""
-    first = parts[0]
-
-    def joined(*values: Any) -> Any:
-        return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
-
-    plain = None
-    if first.unconditional is not None:
-        plain = pytree.tree_map(joined, *[part.unconditional for part in parts])
-    return Runs(
-        samples=torch.cat([part.samples for part in parts]),
-        timesteps=torch.cat([part.timesteps for part in parts]),
-        targets=torch.cat([part.targets for part in parts]),
-        conditions=pytree.tree_map(joined, *[part.conditions for part in parts]),
-        unconditional=plain,
-    )
+        self.denoise(watched, start, lambda index, timestep, sample: bar.update(len(sample)))
+        return torch.stack(samples, 1), torch.stack(timesteps, 1), torch.stack(targets, 1)

@@ -11,7 +11,7 @@ import mpqdm_fx
 from mpqdm_fx.distill.api import _moved, distill
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.losses import Losses
-from mpqdm_fx.distill.runs import Recorder
+from mpqdm_fx.distill.runs import Recorder, Start
 from mpqdm_fx.distill.student import make_student
 from mpqdm_fx.distill.train import Trainer
 from mpqdm_fx.errors import ArtifactError, ConfigError
@@ -49,7 +49,8 @@ def parts(quantized):
     recorder = Recorder(
         teacher=model, scheduler=DDIMScheduler(), steps=4, guidance_scale=None, batch_size=4
     )
-    return teacher, recorder.record(model, noise, LABELS, None, seed=0)
+    start = Start(noise=noise, conditions=LABELS, unconditional=None, seed=0)
+    return teacher, recorder.record(model, start)
 
 
 @pytest.mark.parametrize("relation", ["trd", "queue", "feature"])

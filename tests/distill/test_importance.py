@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.importance import Effects, importance, measure_effects
-from mpqdm_fx.distill.runs import Recorder
+from mpqdm_fx.distill.runs import Recorder, Start
 
 CONFIG = DistillConfig(updates=1)
 
@@ -69,13 +69,14 @@ def test_effects_are_those_of_runs_that_err_at_one_step(scheduler):
         teacher=teacher, scheduler=scheduler, steps=4, guidance_scale=None, batch_size=8
     )
     noise = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    start = Start(noise=noise, conditions={}, unconditional=None, seed=3)
 
     def student(sample, timestep):
         return teacher(sample, timestep) + 0.1
 
-    found = measure_effects(student, recorder, noise, {}, None, seed=3)
+    found = measure_effects(student, recorder, start)
     assert found.error.tolist() == pytest.approx([0.01 * noise.numel()] * 4, rel=1e-4)
-    finished = recorder.denoise(teacher, noise, {}, None, seed=3)
+    finished = recorder.denoise(teacher, start)
     for place in range(4):
         step = -1
 
@@ -84,7 +85,7 @@ def test_effects_are_those_of_runs_that_err_at_one_step(scheduler):
             step += 1
             return (student if step == place else teacher)(sample, timestep)
 
-        moved = recorder.denoise(erring, noise, {}, None, seed=3) - finished
+        moved = recorder.denoise(erring, start) - finished
         assert float(moved.square().sum()) == pytest.approx(float(found.moved[place]), rel=1e-4)
     assert found.moved[0] > found.moved[-1]
 
@@ -93,6 +94,21 @@ def test_a_student_without_error_leaves_the_plain_importance():
     recorder = Recorder(
         teacher=teacher, scheduler=DDIMScheduler(), steps=3, guidance_scale=None, batch_size=8
     )
-    found = measure_effects(teacher, recorder, torch.randn(1, 1, 2, 2), {}, None, seed=0)
+    start = Start(noise=torch.randn(1, 1, 2, 2), conditions={}, unconditional=None, seed=0)
+    found = measure_effects(teacher, recorder, start)
     assert found.moved.tolist() == [0.0] * 3
     assert importance(CONFIG, 3, found).weight.tolist() == [1.0] * 3
+
+
+def test_a_learned_variance_is_no_error():
+    recorder = Recorder(
+        teacher=lambda sample, timestep: torch.cat([sample, 0 * sample], 1),
+        scheduler=DDPMScheduler(variance_type="learned_range"),
+        steps=3, guidance_scale=None, batch_size=8,
+    )  # fmt: skip
+    start = Start(noise=torch.randn(2, 1, 4, 4), conditions={}, unconditional=None, seed=0)
+
+    def student(sample, timestep):
+        return torch.cat([sample, 0 * sample + 0.5], 1)
+
+    assert measure_effects(student, recorder, start).error.tolist() == [0.0] * 3
