@@ -27,8 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compile diffusion UNets into extremely low-bit programs for phone CPUs.",
 )
-# A pipe has no width of its own; 130 columns hold the longest layer names.
-console = Console(width=None if sys.stdout.isatty() else 130)
+console = opt.console()
 errors = Console(stderr=True)
 
 ModelArgument = Annotated[
@@ -37,9 +36,6 @@ ModelArgument = Annotated[
         metavar="MODEL",
         help="`digits`, a diffusers model folder, or a pipeline folder with --subfolder unet.",
     ),
-]
-FolderArgument = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Folder written by `mpqdm-fx quantize`.")
 ]
 SubfolderOption = Annotated[
     str | None, typer.Option(help="Part of a pipeline folder, for example `unet`.")
@@ -162,10 +158,8 @@ def sample(
 
 @app.command()
 def evaluate(
-    directory: FolderArgument,
-    model: Annotated[
-        str | None, typer.Option(help="The float model, if it is no longer where it was.")
-    ] = None,
+    directory: opt.FolderArgument,
+    model: opt.FloatModelOption = None,
     num: Annotated[int, typer.Option(min=1, help="Samples of the free-running metrics.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the scheduler.")] = 20,
     seed: opt.SeedOption = 90_000,
@@ -234,7 +228,7 @@ def doctor(
 
 
 @app.command()
-def inspect(directory: FolderArgument, as_json: opt.JsonOption = False) -> None:
+def inspect(directory: opt.FolderArgument, as_json: opt.JsonOption = False) -> None:
     """Show a quantized folder: layer, shape, mean bits, bytes, SQNR."""
     from mpqdm_fx.quantized import QuantizationReport
     from mpqdm_fx.report.tables import layer_table, summary_table

@@ -1,12 +1,10 @@
 """The command `mpqdm-fx distill`: train a quantized folder against its float model."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mpqdm_fx import cli_options as opt
 
@@ -14,9 +12,7 @@ __all__ = ["distill"]
 
 
 def distill(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder written by `mpqdm-fx quantize`.")
-    ],
+    directory: opt.FolderArgument,
     budget: Annotated[
         str | None, typer.Option(help="Time to train, for example 90s, 5m or 1.5h. Default: 5m.")
     ] = None,
@@ -25,9 +21,7 @@ def distill(
         typer.Option(min=1, help="Updates to make; with --budget, whichever ends first."),
     ] = None,
     output: opt.OutputOption = Path("distilled"),
-    model: Annotated[
-        str | None, typer.Option(help="The float model, if it is no longer where it was.")
-    ] = None,
+    model: opt.FloatModelOption = None,
     trajectories: opt.TrajectoriesOption = 64,
     steps: opt.StepsOption = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in an update.")] = 32,
@@ -72,8 +66,7 @@ def distill(
         )  # fmt: skip
     if result is None:
         return
-    # A pipe has no width of its own; 130 columns hold the longest layer names.
-    console = Console(width=None if sys.stdout.isatty() else 130)
+    console = opt.console()
     if as_json:
         console.print_json(json.dumps(result.summary))
         return

@@ -3,11 +3,13 @@
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
@@ -17,6 +19,8 @@ __all__ = [
     "CompressOption",
     "DeviceOption",
     "ExternalWeightsOption",
+    "FloatModelOption",
+    "FolderArgument",
     "FourBitOption",
     "JsonOption",
     "MemoryOption",
@@ -27,6 +31,7 @@ __all__ = [
     "StepsOption",
     "TrajectoriesOption",
     "activation_mode_of",
+    "console",
     "memory_of",
     "seconds_of",
     "settings_of",
@@ -36,6 +41,12 @@ __all__ = [
 #: Stands for the settings in a command's signature; see `takes_settings`.
 DEFAULTS = MPQConfig()
 
+FolderArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder written by `mpqdm-fx quantize`.")
+]
+FloatModelOption = Annotated[
+    str | None, typer.Option(help="The float model, if it is no longer where it was.")
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 TrajectoriesOption = Annotated[int, typer.Option(min=1, help="Denoising runs to calibrate on.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Steps of each run.")]
@@ -67,6 +78,13 @@ CompressOption = Annotated[
 ]
 
 _Option = tuple[str, Any, Any]
+
+
+def console() -> Console:
+    """Where results are printed."""
+    # A pipe has no width of its own; 130 columns hold the longest layer names.
+    return Console(width=None if sys.stdout.isatty() else 130)
+
 
 #: By name of the option: the setting that it becomes, type and help, default.
 _SETTINGS: Mapping[str, _Option] = {

@@ -1,30 +1,27 @@
 """The command `mpqdm-fx verify`: every form of a quantized folder against the one before."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from mpqdm_fx import cli_options as opt
+
 __all__ = ["verify"]
 
 
 def verify(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder written by `mpqdm-fx quantize`.")
-    ],
-    model: Annotated[
-        str | None, typer.Option(help="The float model, if it is no longer where it was.")
-    ] = None,
+    directory: opt.FolderArgument,
+    model: opt.FloatModelOption = None,
     store: Annotated[
         bool, typer.Option("--store", help="Store what is measured now as thresholds.")
     ] = False,
     output: Annotated[
         Path | None, typer.Option(help="File for all numbers, for example verify.json.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Compare float, quantized, converted, edge and .pte layer by layer; exit 1 if one is short."""
     from mpqdm_fx.parity.tables import rung_table, worst_table
@@ -35,8 +32,7 @@ def verify(
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
-    # A pipe has no width of its own; 130 columns hold the longest layer names.
-    console = Console(width=None if sys.stdout.isatty() else 130)
+    console = opt.console()
     if as_json:
         console.print_json(text)
     else:
