@@ -253,19 +253,17 @@ def activation_from_dict(data: Mapping[str, Any]) -> Activation:
 
 
 def placeholder_activations(
-    names: Iterable[str],
+    widths: Mapping[str, int],
     mode: ActivationMode,
     *,
-    bits: int,
     output_bits: int = OUTPUT_BITS,
     groups: int = 1,
 ) -> dict[str, Activation]:
     """Activations of the right kind and widths whose ranges are still to be found.
 
     Args:
-        names: Weight layers whose activations are quantized.
+        widths: Bits of the input of each weight layer whose activations are quantized.
         mode: Kind of quantization.
-        bits: Width of the inputs.
         output_bits: Width of the outputs.
         groups: Groups of noise levels, for the mode `"timestep"`.
 
@@ -275,14 +273,17 @@ def placeholder_activations(
     if mode == "float":
         return {}
     if mode == "dynamic":
-        return {name: DynamicActivation(bits=bits) for name in names}
-    unknown = LayerActivation(
-        input=ActivationRange(scale=1.0, zero_point=0, bits=bits),
-        output=ActivationRange(scale=1.0, zero_point=0, bits=output_bits),
-    )
+        return {name: DynamicActivation(bits=bits) for name, bits in widths.items()}
+    unknown = {
+        name: LayerActivation(
+            input=ActivationRange(scale=1.0, zero_point=0, bits=bits),
+            output=ActivationRange(scale=1.0, zero_point=0, bits=output_bits),
+        )
+        for name, bits in widths.items()
+    }
     if mode == "static":
-        return dict.fromkeys(names, unknown)
-    return dict.fromkeys(names, TimestepActivation(groups=(unknown,) * groups))
+        return dict(unknown)
+    return {name: TimestepActivation(groups=(one,) * groups) for name, one in unknown.items()}
 
 
 def static_ranges(ranges: Mapping[str, Activation], backend: str) -> dict[str, LayerActivation]:

@@ -289,10 +289,10 @@ def lower(
         return save(quantized, output)
     from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack
 
-    if quantized.settings.activation_bits != 8:
+    if quantized.settings.narrowest_activation_bits != 8:
         raise LoweringError(
             f"XNNPACK clamps activations at 8 bits and this model has "
-            f"{quantized.settings.activation_bits}; quantize with activation_bits=8"
+            f"{quantized.settings.narrowest_activation_bits}; quantize with activation_bits=8"
         )
     example = example_inputs(quantized.signature, batch_size=batch_size)
     inputs = _positional(quantized, example)

@@ -131,8 +131,8 @@ class MPQConfig:
 
     Attributes:
         weight_bits: Average bits of a weight over the layers that share the budget, 1..8.
-        activation_bits: Bits of every weight layer's input, 1..8. Programs for phones and
-            torch.ao kernels run 8; other widths are for measuring.
+        activation_bits: Bits of a weight layer's input where no override says otherwise, 1..8.
+            Programs for phones and torch.ao kernels run 8; other widths are for measuring.
         allocation: `"measured"` shares one budget of stored bits among all channels of all layers
             by what each channel's rounding does to the model's output; `"uniform"` gives every
             channel N bits; `"omq"` gives the output channels of a layer N-1, N or N+1 bits by the
@@ -246,6 +246,12 @@ class MPQConfig:
             if rule.activation_bits is not None and rule.matches(name):
                 return rule.activation_bits
         return self.activation_bits
+
+    @property
+    def narrowest_activation_bits(self) -> int:
+        """The fewest bits that the input of a layer can have."""
+        given = (rule.activation_bits for rule in self.rules)
+        return min(self.activation_bits, *(bits or self.activation_bits for bits in given))
 
     @property
     def rules(self) -> tuple[Override, ...]:

@@ -112,7 +112,7 @@ class BitPlan:
     Attributes:
         layers: Quantized layers in graph order.
         floats: Parameters left in floating point.
-        activation_bits: Bits of every weight layer's input.
+        activation_bits: Bits of a weight layer's input where no override says otherwise.
     """
 
     layers: tuple[LayerPlan, ...]

@@ -66,10 +66,10 @@ class Form:
         """
         _check_mode(config, self.backend)
         if self.backend == "xnnpack":
-            widths = {config.activation_bits, *(r.activation_bits or 8 for r in config.rules)}
-            if widths != {8}:
+            if config.narrowest_activation_bits != 8:
                 raise ConfigError(
-                    f"XNNPACK runs activations of 8 bits, not {min(widths)}; choose "
+                    f"XNNPACK runs activations of 8 bits, not {config.narrowest_activation_bits}; "
+                    f"choose "
                     f'activation_bits=8 or backend="packed"'
                 )
             check_four_bit(self.four_bit, config.activation_mode)

@@ -148,7 +148,7 @@ def test_a_static_backend_takes_static_ranges_as_they_are(activation):
     [("static", LayerActivation), ("timestep", TimestepActivation), ("dynamic", DynamicActivation)],
 )
 def test_placeholders_have_the_kind_and_the_widths_of_the_mode(mode, kind):
-    found = placeholder_activations(["a", "b"], mode, bits=6, groups=3)
+    found = placeholder_activations({"a": 6, "b": 6}, mode, groups=3)
     assert list(found) == ["a", "b"]
     assert all(type(activation) is kind for activation in found.values())
     one = found["a"]
@@ -161,4 +161,4 @@ def test_placeholders_have_the_kind_and_the_widths_of_the_mode(mode, kind):
 
 
 def test_float_activations_need_no_placeholders():
-    assert placeholder_activations(["a"], "float", bits=8) == {}
+    assert placeholder_activations({"a": 8}, "float") == {}

@@ -63,7 +63,7 @@ def in_mode(model: QuantizedModel, mode: str) -> QuantizedModel:
     return assemble(
         model.rounded,
         plan=model.plan,
-        ranges=placeholder_activations(model.ranges, mode, bits=8),
+        ranges=placeholder_activations(dict.fromkeys(model.ranges, 8), mode),
         settings=model.settings,
         report=model.report,
         model_config=model.config,

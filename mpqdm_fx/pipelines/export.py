@@ -218,9 +218,9 @@ def _check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: 
             'activation_mode="timestep" runs as a packed model only; programs take "static", '
             '"dynamic" or "float"'
         )
-    if config.activation_bits != 8:
+    if config.narrowest_activation_bits != 8:
         raise ConfigError(
-            f"activation_bits={config.activation_bits}: programs run 8-bit activations"
+            f"activation_bits={config.narrowest_activation_bits}: programs run 8-bit activations"
         )
 
 

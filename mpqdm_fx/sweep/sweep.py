@@ -101,15 +101,15 @@ def two_lanes(
     quantized: fx.GraphModule = graph_module
     if mode != "float":
         in_float = {*ends_in_float(graph_module, mode), *skipped}
-        ranges: dict[str, Activation] = {}
-        for name in weight_layers(graph_module):
-            if name not in in_float:
-                ranges |= placeholder_activations(
-                    [name],
-                    mode,
-                    bits=settings.activation_bits_of(name),
-                    groups=levels.count if levels else 1,
-                )
+        ranges = placeholder_activations(
+            {
+                name: settings.activation_bits_of(name)
+                for name in weight_layers(graph_module)
+                if name not in in_float
+            },
+            mode,
+            groups=levels.count if levels else 1,
+        )
         quantized = QuantizeActivations(ranges=ranges, noise_levels=levels)(
             graph_module
         ).graph_module

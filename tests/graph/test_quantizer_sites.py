@@ -56,7 +56,7 @@ def graph():
 
 
 def quantize(graph, mode, bits=8):
-    ranges = placeholder_activations(NAMES, mode, bits=bits, groups=3)
+    ranges = placeholder_activations(dict.fromkeys(NAMES, bits), mode, groups=3)
     return QuantizeActivations(ranges=ranges, noise_levels=LEVELS)(graph).graph_module
 
 
@@ -195,6 +195,6 @@ def test_a_dynamic_range_spans_a_row_a_pixel_or_a_sample(module, axes):
 
 def test_layers_called_twice_have_one_key_for_both_calls():
     graph = trace(Twice(nn.Linear(4, 4)).eval(), {"x": torch.randn(3, 4)})
-    ranges = placeholder_activations(weight_layers(graph), "static", bits=8)
+    ranges = placeholder_activations(dict.fromkeys(weight_layers(graph), 8), "static")
     sites = quantizer_sites(QuantizeActivations(ranges=ranges)(graph).graph_module).values()
     assert [site.key for site in sites] == [("layer", "input"), ("layer", "output")] * 2

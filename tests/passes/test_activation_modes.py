@@ -187,7 +187,9 @@ def unet(request):
 @pytest.mark.parametrize("mode", ["static", "timestep", "dynamic"])
 def test_whole_unets_run_at_any_batch_and_change_little_at_eight_bits(unet, mode):
     graph, inputs = unet
-    ranges = placeholder_activations(weight_layers(graph), mode, bits=8, groups=LEVELS.count)
+    ranges = placeholder_activations(
+        dict.fromkeys(weight_layers(graph), 8), mode, groups=LEVELS.count
+    )
     fine = ActivationRange(scale=16 / 256, zero_point=0)
     result = run(QuantizeActivations(ranges=ranges, noise_levels=LEVELS), graph)
     for site in quantizer_sites(result).values():
