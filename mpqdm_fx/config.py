@@ -250,8 +250,8 @@ class MPQConfig:
     @property
     def narrowest_activation_bits(self) -> int:
         """The fewest bits that the input of a layer can have."""
-        given = (rule.activation_bits for rule in self.rules)
-        return min(self.activation_bits, *(bits or self.activation_bits for bits in given))
+        given = [rule.activation_bits or self.activation_bits for rule in self.rules]
+        return min([self.activation_bits, *given])
 
     @property
     def rules(self) -> tuple[Override, ...]:

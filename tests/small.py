@@ -66,6 +66,22 @@ def tiny_sdxl_unet(seed: int = 0, *, size_embedding: int = 8) -> UNet2DCondition
     ).eval()
 
 
+def plain_unet(seed: int = 0) -> UNet2DModel:
+    """The fewest nodes that diffusers lets a UNet have: for tests that lower, 8x8."""
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+    ).eval()
+
+
 def unet_calls(calls: int = 4, batch: int = 3, seed: int = 0) -> list[dict[str, Any]]:
     """Keyword arguments of `tiny_unet`, timesteps spread over the schedule."""
     generator = torch.Generator().manual_seed(seed)

@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
+from small import plain_unet
 from test_cli import run
 
 import mpqdm_fx
@@ -19,20 +19,8 @@ pytestmark = pytest.mark.xnnpack
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """The fewest nodes that diffusers lets a UNet have."""
     root = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        mid_block_type=None,
-    ).save_pretrained(root)
+    plain_unet().save_pretrained(root)
     DDIMScheduler().save_pretrained(root / "scheduler")
     return root
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from interruption import kill_at
 from small import tiny_unet
 from typer.testing import CliRunner
 
@@ -12,7 +13,6 @@ import mpqdm_fx
 from mpqdm_fx import cli
 from mpqdm_fx.cli_options import seconds_of
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.distill.train import Trainer
 from mpqdm_fx.errors import ConfigError, MPQError
 from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.workflow import quantize_to_folder
@@ -64,15 +64,7 @@ def test_training_writes_a_folder_like_the_one_it_read(folder, tmp_path):
 
 def test_a_killed_run_goes_on_with_resume_and_not_without(folder, tmp_path, monkeypatch):
     output = tmp_path / "trained"
-    update = Trainer._update
-
-    def killed(self):
-        if self.history.updates == 2:
-            self.save()
-            raise KeyboardInterrupt
-        update(self)
-
-    monkeypatch.setattr(Trainer, "_update", killed)
+    kill_at(monkeypatch, 2)
     status, _ = run(folder, "--updates", 4, *SHORT, "--output", output)
     assert status != 0
     monkeypatch.undo()

@@ -32,8 +32,9 @@ with joined():
         conditions={{"class_labels": torch.arange(4)}},
         directory=sys.argv[1],
     )
-    if is_first():
-        torch.save((result.before, result.after, result.history.updates), sys.argv[1] + ".pt")
+    place = "first" if is_first() else "second"
+    found = (result.before, result.after, result.history.updates)
+    torch.save(found, f"{{sys.argv[1]}}.{{place}}.pt")
 """
 
 
@@ -46,7 +47,10 @@ def test_two_processes_train_what_one_trains(tmp_path):
             [*command, str(script), str(tmp_path / name)], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
+    names = ("one.first", "two.first", "two.second")
+    one, two, second = (torch.load(tmp_path / f"{name}.pt") for name in names)
+    # each saw other rows, and both took the same steps
+    assert second == two
     assert two[0] == one[0]
     assert two[2] == one[2] == 6
     # sums in another order: Adam's first steps have the sign of gradients near zero

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
+from small import plain_unet
 from test_pipeline_resume import export, manifest
 from typer.testing import CliRunner
 
@@ -57,19 +58,7 @@ def test_every_program_is_lowered_in_the_form_that_was_asked_for(pipeline, tmp_p
 def exported(tmp_path_factory):
     """An unconditional pipeline of few nodes, weights apart, all compressed."""
     root = tmp_path_factory.mktemp("forms")
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        mid_block_type=None,
-    ).eval()
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(root / "ddpm")
+    DDPMPipeline(plain_unet(), DDPMScheduler()).save_pretrained(root / "ddpm")
     words = ["export", root / "ddpm", "--output", root / "out", "--weights", 4, "--levels", "int4"]
     words += ["--allocation", "uniform", "--refinements", 0, "--steps", 2, "--trajectories", 2]
     words += ["--external-weights", "--compress"]
