@@ -30,13 +30,14 @@ from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.passes import NORMALIZE
 
-#: Bits of a weight and kind of activations; None is the float program.
-FORMS: Mapping[str, tuple[int, str] | None] = {
+#: Bits of a weight, its levels and kind of activations; None is the float program. XNNPACK stores
+#: four-bit levels at four bits in linear layers and 1x1 convolutions of dynamic activations.
+FORMS: Mapping[str, tuple[int, str, str] | None] = {
     "fp32": None,
-    "W8A8-static": (8, "static"),
-    "W8A8-dynamic": (8, "dynamic"),
-    "W4A8-static": (4, "static"),
-    "W4A8-dynamic": (4, "dynamic"),
+    "W8A8-static": (8, "uniform", "static"),
+    "W8A8-dynamic": (8, "uniform", "dynamic"),
+    "W4A8-static": (4, "uniform", "static"),
+    "W4A8-dynamic": (4, "int4", "dynamic"),
 }
 
 
@@ -53,9 +54,9 @@ def lower_form(form: str, path: Path, narrower: int) -> dict[str, Any]:
     else:
         settings = MPQConfig(
             weight_bits=chosen[0],
-            activation_mode=chosen[1],  # type: ignore[arg-type]
+            levels=chosen[1],  # type: ignore[arg-type]
+            activation_mode=chosen[2],  # type: ignore[arg-type]
             allocation="uniform",
-            levels="uniform",
             rounding="nearest",
             refinements=0,
             propagation=0.0,

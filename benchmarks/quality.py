@@ -69,6 +69,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "overrides": [SHORTCUTS],
     },
     "full+dynamic": {**_FULL, "activation_mode": "dynamic"},
+    "auto+refine+measured+dynamic": {**_FULL, "levels": "uniform", "activation_mode": "dynamic"},
 }
 
 

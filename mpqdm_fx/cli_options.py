@@ -129,7 +129,7 @@ _SETTINGS: Mapping[str, _Option] = {
     ),
     "levels": (
         "levels",
-        Annotated[str, typer.Option(help="codebook, uniform or int4.")],
+        Annotated[str, typer.Option(help="uniform, codebook or int4.")],
         DEFAULTS.levels,
     ),
     "rounding": (

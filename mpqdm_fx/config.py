@@ -153,8 +153,9 @@ class MPQConfig:
         weight_bytes: The same budget in bytes; give one of the two.
         align: Channels that share a width, with `allocation="measured"`.
         max_rows: Input rows (positions) that a layer's statistics use at most.
-        levels: `"codebook"` fits 2^b int8 values for each channel of at most 4 bits, in layers
-            whose measured output error it lowers; `"uniform"` has evenly spaced, balanced levels;
+        levels: `"uniform"`: evenly spaced, balanced levels; `"codebook"` fits 2^b int8 values for
+            each channel of at most 4 bits, in layers whose measured output error it lowers, which
+            pays where all channels have the same bits (`allocation="uniform"`, `"omq"`);
             `"int4"` has those too, but -8..7 in 4-bit channels of linear layers and 1x1
             convolutions, which XNNPACK stores at four bits a weight.
         overrides: Rules for single layers; later ones win; a rule that matches nothing is an
@@ -185,7 +186,7 @@ class MPQConfig:
     weight_bytes: int | None = None
     align: int = 1
     max_rows: int = 8192
-    levels: Levels = "codebook"
+    levels: Levels = "uniform"
     overrides: Sequence[Override | Mapping[str, Any]] = ()
     seed: int = 0
     split_skips: bool = True
