@@ -55,7 +55,7 @@ from mpqdm_fx.report.metrics import EVALUATION_SEED
 
 STEPS, GUIDANCE = 10, 3.0
 SETTINGS = ("W2A6", "W2A4")
-OURS = ("efficientdm", "untrained", "ours", "efficientdm, our rates")
+OURS = ("efficientdm", "untrained", "ours")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

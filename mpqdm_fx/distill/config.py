@@ -33,6 +33,8 @@ class DistillConfig:
         weight_rate: Learning rate of the low-rank factors, in units of the layer's mean distance
             between levels (EfficientDM's scale-aware rate, which has 1/2500).
         scale_rate: Learning rate of the logarithm of weight steps.
+        absolute_rates: Take `scale_rate` and `range_rate` as rates of the steps themselves, and of
+            zero points in codes, as EfficientDM's code does.
         level_rate: Learning rate of fitted levels, in units of a step; 0 keeps them.
         range_rate: Learning rate of the logarithm of activation steps; zero points have 16 times
             as much, in codes.
@@ -78,6 +80,7 @@ class DistillConfig:
     rank: int = 8
     weight_rate: float = 0.06
     scale_rate: float = 1e-3
+    absolute_rates: bool = False
     level_rate: float = 0.02
     range_rate: float = 2e-3
     bias_rate: float = 0.01
@@ -140,6 +143,10 @@ class DistillConfig:
     def efficientdm(cls, **settings: Any) -> Self:
         """The baseline: EfficientDM's trained parts and rates (arXiv 2310.03270, its code).
 
+        Nothing decays, where the code has AdamW's 0.01 on everything; ranges of noise levels in
+        place of those of single steps. The rates are made for 16,000 updates of 4 rows; settings
+        given here replace them.
+
         Quantize with `allocation="uniform"`, `levels="uniform"`, `rounding="nearest"`,
         `propagation=0`, `activation_mode="timestep"` for its start; give the same `updates` and
         data to what it is compared with.
@@ -147,6 +154,9 @@ class DistillConfig:
         published: dict[str, Any] = {
             "rank": 32,
             "weight_rate": 1 / 2500,
+            "scale_rate": 1e-6,
+            "range_rate": 5e-4,
+            "absolute_rates": True,
             "level_rate": 0.0,
             "bias_rate": 0.0,
             "smoothness": 0.0,

@@ -44,14 +44,17 @@ def make_optimiser(student: Student, config: DistillConfig) -> torch.optim.Optim
         if layer.rank:
             # `up` starts at zero, and `down` at about 1 over the square root of the row's length
             add(config.weight_rate * level_distance(layer), [layer.up, layer.down])
-        add(config.scale_rate, [layer.log_scale])
+        size = float(layer.start_scale.mean()) if config.absolute_rates else 1.0
+        add(config.scale_rate / size, [layer.log_scale])
         add(config.level_rate, [layer.levels])
         if layer.bias is not None:
             size = float(layer.bias.detach().square().mean().sqrt())
             add(config.bias_rate * max(size, 1e-3), [layer.bias])
     for chosen in student.ranges.values():
-        add(config.range_rate, [chosen.log_scale])
-        add(config.range_rate * _ZERO_POINT_FACTOR, [chosen.shift])
+        size = float(chosen.start_scale.mean()) if config.absolute_rates else 1.0
+        add(config.range_rate / size, [chosen.log_scale])
+        codes = 1.0 if config.absolute_rates else _ZERO_POINT_FACTOR
+        add(config.range_rate * codes, [chosen.shift])
     return torch.optim.Adam(groups, eps=_EPS)
 
 

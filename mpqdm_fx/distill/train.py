@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import distributed, fx, nn
+from torch import Tensor, distributed, fx, nn
 from tqdm.auto import tqdm
 
 from mpqdm_fx.distill.checkpoint import (
@@ -106,6 +106,11 @@ class Trainer:
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.student.trained()]
 
+    @property
+    def _moving(self) -> list[Tensor]:
+        """What has a rate."""
+        return [p for group in self.optimiser.param_groups for p in group["params"]]
+
     def run(self) -> History:
         """Train to the end of the budget; the student then has the averaged parameters.
 
@@ -164,7 +169,8 @@ class Trainer:
         if parts.relation is not None:
             loss = loss + self.weight * parts.relation
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        # nothing else: graphs share modules with the caller's models
+        loss.backward(inputs=self._moving)  # type: ignore[no-untyped-call]
         self._share_gradients()
         value = float(parts.task.detach())
         if not math.isfinite(value):
@@ -173,6 +179,8 @@ class Trainer:
                 f"(weight_rate={self.config.weight_rate}, range_rate={self.config.range_rate})"
             )
         self.optimiser.step()
+        for chosen in self.student.ranges.values():
+            chosen.hold()
         self.history.updates += 1
         self.average.step(self._trained)
         self._recent.append(value)
@@ -219,7 +227,7 @@ class Trainer:
     def _share_gradients(self) -> None:
         if self._world == 1:
             return
-        trained = self._trained
+        trained = self._moving
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

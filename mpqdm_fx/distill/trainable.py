@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from mpqdm_fx.activations import ActivationRange
 from mpqdm_fx.graph.quantizers import ActivationQuantizer
 from mpqdm_fx.numerics.grids import snap
+from mpqdm_fx.numerics.halves import fits_half
 from mpqdm_fx.numerics.straight_through import (
     fake_quantize_affine,
     fake_quantize_dynamic_ste,
     nearest_values,
+    round_half_ste,
     round_scale_ste,
     round_ste,
     values_of_codes,
@@ -82,8 +84,6 @@ class TrainableLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.inner = rounded
-        for parameter in rounded.parameters():
-            parameter.requires_grad_(False)
         self.planned = planned
         codes, scale = rounded.weight_codes, rounded.weight_scale
         assert isinstance(codes, Tensor)
@@ -103,6 +103,8 @@ class TrainableLayer(nn.Module):
             self.up = nn.Parameter(torch.zeros(rows, self.rank))
         bias = getattr(rounded, "bias", None)
         self.bias = nn.Parameter(bias.detach().clone()) if isinstance(bias, Tensor) else None
+        # what was stored in half precision stays there: the plan has counted its bytes
+        self._half = isinstance(bias, Tensor) and fits_half(bias)
         self._add_tables(train_levels)
         bits = planned.bits_tensor()
         top = torch.where(bits == 8, _TOP, 2**bits - 1).float()
@@ -154,16 +156,19 @@ class TrainableLayer(nn.Module):
         """The layer's output with the rounded weight."""
         tensors = {"weight": self.weight_rows().reshape(self.planned.shape)}
         if self.bias is not None:
-            tensors["bias"] = self.bias
+            tensors["bias"] = self._stored(self.bias)
         result: Tensor = torch.func.functional_call(self.inner, tensors, (x,))
         return result
+
+    def _stored(self, bias: Tensor) -> Tensor:
+        return round_half_ste(bias) if self._half else bias
 
     @torch.no_grad()
     def frozen(self) -> FrozenLayer:
         """Codes, scales and bias as they are now."""
         scale = self.scale
         codes = (self.weight_rows() / scale[:, None]).round().to(torch.int8)
-        bias = None if self.bias is None else self.bias.detach().clone()
+        bias = None if self.bias is None else self._stored(self.bias.detach()).clone()
         return FrozenLayer(codes=codes.reshape(self.planned.shape), scale=scale.clone(), bias=bias)
 
 
@@ -259,6 +264,11 @@ class TrainableRange(ActivationQuantizer):
             scale = scale[group].repeat_interleave(repeats).reshape(shape)
             zero_point = zero_point[group].repeat_interleave(repeats).reshape(shape)
         return fake_quantize_affine(x, scale, zero_point, self.quant_min, self.quant_max)
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Bring zero points back among the codes: beyond them they would have no gradient."""
+        self.shift.clamp_(self.quant_min - self.start_zero, self.quant_max - self.start_zero)
 
     def roughness(self) -> Tensor:
         """Squared steps between neighbouring groups of how far ranges moved; 0 for one group."""

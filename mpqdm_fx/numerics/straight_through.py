@@ -20,6 +20,7 @@ __all__ = [
     "fake_quantize_affine",
     "fake_quantize_dynamic_ste",
     "nearest_values",
+    "round_half_ste",
     "round_scale_ste",
     "round_ste",
     "values_of_codes",
@@ -35,6 +36,12 @@ def round_ste(x: Tensor) -> Tensor:
 def round_scale_ste(scale: Tensor) -> Tensor:
     """`grids.round_scale`; the gradient passes unchanged."""
     result: Tensor = _RoundScale.apply(scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+def round_half_ste(x: Tensor) -> Tensor:
+    """Round to half precision, kept as float32, finite; the gradient passes unchanged."""
+    result: Tensor = _RoundHalf.apply(x)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -121,6 +128,17 @@ class _RoundScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: Tensor) -> Tensor:
         return round_scale(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]
+
+
+class _RoundHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        top = torch.finfo(torch.float16).max
+        return x.clamp(-top, top).half().float()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
