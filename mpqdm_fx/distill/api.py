@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from mpqdm_fx.calibration.sampling import first_tensor, guided
 from mpqdm_fx.calibration.trajectories import Conditions, make_conditions, sample_shape_of
@@ -18,7 +21,7 @@ from mpqdm_fx.distill.runs import Recorder, Runs, Start
 from mpqdm_fx.distill.student import Student, freeze, make_student
 from mpqdm_fx.distill.train import History, Trainer
 from mpqdm_fx.graph.calling import example_inputs, pack_output
-from mpqdm_fx.graph.fingerprint import graph_fingerprint
+from mpqdm_fx.graph.fingerprint import graph_fingerprint, hash_tensor
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.stages import normalized
 from mpqdm_fx.versions import versions
@@ -85,7 +88,7 @@ def distill(
         CalibrationError: A run or the loss leaves the finite numbers, or conditions do not fit.
     """
     graph = normalized(teacher, example_inputs(quantized.signature), quantized.settings)
-    identity = _identity(quantized, graph, config)
+    fingerprint = graph_fingerprint(graph)
     student = _moved(make_student(quantized, graph, config), device)
     graph = _moved(graph, device)
     right = _Called(graph, quantized)
@@ -106,7 +109,7 @@ def distill(
         graph,
         runs,
         config,
-        identity=identity,
+        identity=_identity(quantized, fingerprint, config, recorder, runs.start),
         directory=None if directory is None else Path(directory),
         effects=_effects(model, recorder, config, runs) if config.final_share else None,
         on_policy=_own_runs(model, recorder, runs) if config.on_policy else None,
@@ -129,7 +132,13 @@ def _moved(module: _Module, device: torch.device | str) -> _Module:
     """On a device: a copy, since graphs share modules with the models that they were made of."""
     if torch.device(device).type == "cpu":
         return module
-    return copy.deepcopy(module).to(device)
+    moved = copy.deepcopy(module).to(device)
+    for graph_module in [m for m in moved.modules() if isinstance(m, fx.GraphModule)]:
+        for node in graph_module.graph.nodes:
+            if "device" in node.kwargs:  # a constant that was traced on the CPU
+                node.update_kwarg("device", torch.device(device))
+        graph_module.recompile()
+    return moved
 
 
 class _Called:
@@ -179,15 +188,28 @@ def _own_runs(model: _Called, recorder: Recorder, runs: Runs) -> Callable[[int],
 
 
 def _identity(
-    quantized: QuantizedModel, graph: fx.GraphModule, config: DistillConfig
+    quantized: QuantizedModel,
+    float_model: str,
+    config: DistillConfig,
+    recorder: Recorder,
+    start: Start,
 ) -> Mapping[str, Any]:
     settings = config.to_dict()
     # a run may be given more time, and go on
     del settings["seconds"]
+    digest = hashlib.sha256()
+    for value in pytree.tree_leaves((start.noise, start.conditions, start.unconditional)):
+        if isinstance(value, Tensor):
+            hash_tensor(digest, value)
+        else:
+            digest.update(repr(value).encode())
     return {
         **settings,
-        "float model": graph_fingerprint(graph),
+        "float model": float_model,
         "quantized model": graph_fingerprint(quantized.graph_module),
+        "activation bits": quantized.settings.activation_bits,
+        "scheduler": json.loads(recorder.scheduler.to_json_string()),
+        "noise and conditions": digest.hexdigest(),
         "versions": versions(),
     }
 

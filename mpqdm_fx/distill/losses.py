@@ -14,6 +14,7 @@ from mpqdm_fx.distill.recompute import Recomputed
 from mpqdm_fx.distill.runs import Batch
 from mpqdm_fx.distill.student import Student
 from mpqdm_fx.numerics.relation import feature_distance, pixels, relation_divergence
+from mpqdm_fx.processes import gathered, processes
 
 __all__ = ["Losses", "Parts"]
 
@@ -115,16 +116,18 @@ class Losses:
         memory = None
         if self.config.relation == "queue":
             memory = self._remember(place, teacher)
-        return relation_divergence(student, teacher, self.config.temperature, memory)
+        with torch.autocast(student.device.type, enabled=False):  # cosines need all their digits
+            return relation_divergence(student, teacher, self.config.temperature, memory)
 
     def _remember(self, place: int, teacher: Tensor) -> Tensor:
         """Add the batch's teacher pixels to the queue and return it."""
         rows = teacher.flatten(0, 1)
         # a quarter at a time, so that the queue spans several batches and noise levels
-        some = torch.randperm(len(rows), generator=self._generator)[: self.config.memory // 4]
+        share = max(1, self.config.memory // (4 * processes()))
+        some = torch.randperm(len(rows), generator=self._generator)[:share]
         while len(self.memory) <= place:
             self.memory.append(rows[:0])
-        joined = torch.cat([rows[some], self.memory[place]])[: self.config.memory]
+        joined = torch.cat([gathered(rows[some]), self.memory[place]])[: self.config.memory]
         self.memory[place] = joined.detach()
         return self.memory[place]
 
@@ -132,10 +135,10 @@ class Losses:
         """Tensors of the queue, to save."""
         return {f"memory.{index}": rows for index, rows in enumerate(self.memory)}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take a saved queue back."""
+    def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take a saved queue back, onto a device."""
         count = sum(key.startswith("memory.") for key in tensors)
-        self.memory = [tensors[f"memory.{index}"] for index in range(count)]
+        self.memory = [tensors[f"memory.{index}"].to(device) for index in range(count)]
 
 
 def _zero() -> Tensor:

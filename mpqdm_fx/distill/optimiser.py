@@ -21,7 +21,8 @@ def level_distance(layer: TrainableLayer) -> float:
     gap = torch.where(layer.bits == 8, 1.0, 2.0)
     if len(layer.table_rows):
         table = layer.levels.detach()
-        spread = (table[:, -1] - table[:, 0]) / max(1, table.shape[1] - 1)
+        gaps = layer.table_places[:, -1].clamp_min(1)
+        spread = (table[:, -1] - table[:, 0]) / gaps
         gap = gap.index_copy(0, layer.table_rows, spread.clamp_min(1.0))
     return float((gap * layer.start_scale).mean())
 

@@ -124,8 +124,14 @@ class Runs:
         if start.unconditional is None:
             return own
         plain = {**own, **start.unconditional}
-        joined: dict[str, Any] = pytree.tree_map(lambda a, b: torch.cat([a, b]), plain, own)
+        joined: dict[str, Any] = pytree.tree_map(_both, plain, own)
         return joined
+
+
+def _both(unconditional: Any, conditional: Any) -> Any:
+    if isinstance(unconditional, Tensor):
+        return torch.cat([unconditional, conditional])
+    return conditional  # flags and None have no batch
 
 
 def _rows(tree: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
@@ -204,6 +210,9 @@ class Recorder:
             raise CalibrationError(
                 "denoising runs gave NaN or infinite values; check the model and that the "
                 "scheduler belongs to it"
+                if walker is self.teacher
+                else "the trained model's own runs gave NaN or infinite values; train with "
+                "on_policy=0, or lower the rates"
             )
         return Runs(samples=samples, timesteps=timesteps, targets=targets, start=start)
 

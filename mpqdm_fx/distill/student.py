@@ -6,7 +6,13 @@ import torch
 from torch import fx, nn
 
 from mpqdm_fx.distill.config import DistillConfig
-from mpqdm_fx.distill.trainable import DynamicRange, TrainableLayer, TrainableRange, cell_base
+from mpqdm_fx.distill.trainable import (
+    DynamicRange,
+    TrainableLayer,
+    TrainableRange,
+    cell_base,
+    row_tables,
+)
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.editing import add_module, copy_graph_module, free_name, inherit_meta, prune
 from mpqdm_fx.graph.layers import replace_module, weight_layers, weight_rows
@@ -20,7 +26,7 @@ from mpqdm_fx.graph.quantizer_sites import (
 )
 from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelQuantizer
 from mpqdm_fx.passes.round_weights import install_codes
-from mpqdm_fx.plan import ActivationRange
+from mpqdm_fx.plan import ActivationRange, LayerPlan
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.stages import assemble
 
@@ -87,7 +93,7 @@ def make_student(
                 f"the model that was quantized"
             )
         rounded = graph_module.get_submodule(planned.name)
-        base = _base(rounded, weight_rows(source.module), config.base, planned.levels == "codebook")
+        base = _base(rounded, weight_rows(source.module), config.base, planned)
         layers[planned.name] = TrainableLayer(
             rounded,
             planned,
@@ -102,7 +108,7 @@ def make_student(
 
 
 def _base(
-    rounded: nn.Module, weight: torch.Tensor, kind: str, has_tables: bool
+    rounded: nn.Module, weight: torch.Tensor, kind: str, planned: LayerPlan
 ) -> torch.Tensor | None:
     codes, scale = rounded.weight_codes, rounded.weight_scale
     assert isinstance(codes, torch.Tensor)
@@ -111,7 +117,8 @@ def _base(
         return weight.float().clone()
     if kind == "codes":
         return None
-    return cell_base(codes.flatten(1), scale, weight, has_tables)
+    tables = row_tables(planned, rounded)
+    return cell_base(codes.flatten(1), scale, weight, planned.bits_tensor(), tables)
 
 
 def _install_ranges(graph_module: fx.GraphModule) -> dict[tuple[str, str], TrainableRange]:
@@ -152,9 +159,11 @@ def _replace_pair(
     layer, side = site.key
     target = free_name(graph_module, f"{_FOLDER}.{layer.replace('.', '_')}_{side}")
     add_module(graph_module, target, module)
+    value = site.node.args[0]  # `site.value` may be of a pair that has been replaced
+    assert isinstance(value, fx.Node)
     with graph_module.graph.inserting_after(site.node):
-        call = graph_module.graph.call_module(target, (site.value,))
-    inherit_meta(call, site.value)
+        call = graph_module.graph.call_module(target, (value,))
+    inherit_meta(call, value)
     for restored in [user for user in site.node.users if is_dequantize(user)]:
         restored.replace_all_uses_with(call)
         graph_module.graph.erase_node(restored)

@@ -26,7 +26,8 @@ from mpqdm_fx.distill.losses import Losses, Parts
 from mpqdm_fx.distill.optimiser import make_optimiser, set_progress
 from mpqdm_fx.distill.runs import Batch, Runs
 from mpqdm_fx.distill.student import Student
-from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.processes import processes
 
 __all__ = ["History", "Trainer"]
 
@@ -68,7 +69,7 @@ class Trainer:
         normalize: Brings the model's arguments into the form that the graphs take.
 
     Raises:
-        ConfigError: The folder holds another run.
+        ConfigError: The folder holds another run, or the batch is no multiple of the processes.
     """
 
     def __init__(
@@ -99,7 +100,13 @@ class Trainer:
         self._draw_own = on_policy
         self._own: Runs | None = None
         self._recent: list[float] = []
-        self._rank, self._world = _place()
+        self._world = processes()
+        self._rank = distributed.get_rank() if self._world > 1 else 0
+        if config.batch_size % self._world:
+            raise ConfigError(
+                f"batch_size={config.batch_size} cannot be shared out to {self._world} processes; "
+                f"give a multiple of {self._world}"
+            )
         self._restore()
 
     @property
@@ -274,7 +281,7 @@ class Trainer:
             value.copy_(tensors[f"average.{index}"])
         self.average.optimization_step = numbers["history"]["updates"]
         restore_optimiser(self.optimiser, tensors)
-        self.losses.load(tensors)
+        self.losses.load(tensors, self._device)
         self.generator.set_state(tensors["generator"])
         self.history = History(**numbers["history"])
         self.history.resumed = self.history.updates
@@ -284,10 +291,3 @@ class Trainer:
                 self.runs, samples=tensors["own.samples"], targets=tensors["own.targets"]
             )
         logger.info("going on at update %d", self.history.updates)
-
-
-def _place() -> tuple[int, int]:
-    """This process and how many there are."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1

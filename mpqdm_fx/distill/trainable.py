@@ -4,9 +4,12 @@ Trained are the parts that cost nothing at run time: low-rank factors that are m
 weight is rounded (QALoRA, EfficientDM, arXiv 2310.03270, section 3.2), the step of every channel,
 the levels of fitted tables, biases, and the ranges of activations (one set for each group of noise
 levels, EfficientDM's TALSQ). Codes are legal at every moment: each forward chooses them anew.
+
+Rows of codebooks, and rows of -8..7 (`"int4"`), have tables; the others have the uniform levels.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +17,9 @@ from torch import Tensor, nn
 
 from mpqdm_fx.activations import ActivationRange
 from mpqdm_fx.graph.quantizers import ActivationQuantizer
-from mpqdm_fx.numerics.grids import snap
+from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, MAX_BITS, snap
 from mpqdm_fx.numerics.halves import fits_half
+from mpqdm_fx.numerics.int4 import INT4_BITS, int4_levels
 from mpqdm_fx.numerics.straight_through import (
     fake_quantize_affine,
     fake_quantize_dynamic_ste,
@@ -27,7 +31,14 @@ from mpqdm_fx.numerics.straight_through import (
 )
 from mpqdm_fx.plan import LayerPlan
 
-__all__ = ["DynamicRange", "FrozenLayer", "TrainableLayer", "TrainableRange", "cell_base"]
+__all__ = [
+    "DynamicRange",
+    "FrozenLayer",
+    "TrainableLayer",
+    "TrainableRange",
+    "cell_base",
+    "row_tables",
+]
 
 # Shares of a cell's half width: how near to the border a weight may start.
 _INSIDE = 0.9
@@ -63,12 +74,14 @@ class TrainableLayer(nn.Module):
         generator: Draws the low-rank factors.
 
     Shapes: `down` [rank, K] and `up` [O, rank]; `log_scale` [O], in natural logarithms over the
-    scale at the start; `levels` [rows with a table, L] in units of the scale.
+    scale at the start; `levels` [rows with a table, L] in units of the scale, of which a row uses
+    its first ones.
     """
 
     start_scale: Tensor
     base: Tensor
     table_rows: Tensor
+    table_places: Tensor
     top: Tensor
     bits: Tensor
 
@@ -107,25 +120,25 @@ class TrainableLayer(nn.Module):
         self._half = isinstance(bias, Tensor) and fits_half(bias)
         self._add_tables(train_levels)
         bits = planned.bits_tensor()
-        top = torch.where(bits == 8, _TOP, 2**bits - 1).float()
+        top = torch.where(bits == MAX_BITS, _TOP, 2**bits - 1).float()
         self.register_buffer("top", top, persistent=False)
         self.register_buffer("bits", bits, persistent=False)
 
     def _add_tables(self, train_levels: bool) -> None:
-        """Rows with fitted levels: which they are, and their levels, ascending."""
-        tables = _tables(self.planned, self.inner)
+        """Rows with a table: which they are, their levels, ascending, and which level is where."""
+        tables = row_tables(self.planned, self.inner)
         rows = torch.tensor(sorted(tables), dtype=torch.int64)
         self.register_buffer("table_rows", rows, persistent=False)
-        longest = max((len(t) for t in tables.values()), default=0)
-        levels = (
-            torch.stack(
-                # the last level repeated stands for none
-                [torch.cat([t, t[-1:].expand(longest - len(t))]) for _, t in sorted(tables.items())]
-            )
-            if tables
-            else torch.zeros(0, 0)
-        )
-        self.levels = nn.Parameter(levels, requires_grad=train_levels and bool(tables))
+        counts = torch.tensor([len(tables[row]) for row in sorted(tables)], dtype=torch.int64)
+        longest = int(counts.max()) if tables else 0
+        # beyond a row's own levels its last one is repeated, and stays the same one in training
+        places = torch.arange(longest).minimum(counts[:, None] - 1)
+        self.register_buffer("table_places", places, persistent=False)
+        levels = torch.zeros(len(tables), longest)
+        for index, row in enumerate(sorted(tables)):
+            levels[index] = tables[row][places[index]]
+        fitted = train_levels and self.planned.levels == "codebook" and bool(tables)
+        self.levels = nn.Parameter(levels, requires_grad=fitted)
 
     @property
     def scale(self) -> Tensor:
@@ -135,11 +148,15 @@ class TrainableLayer(nn.Module):
     def merged(self) -> Tensor:
         """Weight rows before rounding [O, K]."""
         base = self.base * self.scale[:, None] if self._in_steps else self.base
-        return base + self.up @ self.down if self.rank else base
+        if not self.rank:
+            return base
+        with torch.autocast(base.device.type, enabled=False):  # the codes are those of float32
+            return base + self.up @ self.down
 
     def table(self) -> Tensor:
         """Levels of the rows with a table [rows, L]: whole numbers, ascending."""
-        return round_ste(self.levels).clamp(-_TOP, _TOP).sort(dim=1).values
+        levels = self.levels.gather(1, self.table_places)
+        return round_ste(levels).clamp(-_TOP, _TOP).sort(dim=1).values
 
     def weight_rows(self) -> Tensor:
         """Rounded weight rows [O, K], on their grid exactly."""
@@ -172,8 +189,19 @@ class TrainableLayer(nn.Module):
         return FrozenLayer(codes=codes.reshape(self.planned.shape), scale=scale.clone(), bias=bias)
 
 
-def _tables(planned: LayerPlan, rounded: nn.Module) -> dict[int, Tensor]:
-    """Levels by row, for the rows whose levels are not the uniform ones."""
+def row_tables(planned: LayerPlan, rounded: nn.Module) -> dict[int, Tensor]:
+    """Levels by row, for the rows whose levels are not the uniform ones.
+
+    Args:
+        planned: Widths and kind of levels of a layer.
+        rounded: The layer, with `weight_codes`.
+
+    Returns:
+        float32 [L], ascending whole numbers, for each such row.
+    """
+    if planned.levels == "int4":
+        four = [index for index, width in enumerate(planned.bits) if width == INT4_BITS]
+        return {index: int4_levels().float() for index in four}
     if planned.levels != "codebook":
         return {}
     codes = rounded.weight_codes
@@ -182,11 +210,13 @@ def _tables(planned: LayerPlan, rounded: nn.Module) -> dict[int, Tensor]:
     return {
         index: torch.unique(rows[index]).float()
         for index, width in enumerate(planned.bits)
-        if width <= 4
+        if width <= CODEBOOK_MAX_BITS
     }
 
 
-def cell_base(codes: Tensor, scale: Tensor, weight: Tensor, table: bool) -> Tensor:
+def cell_base(
+    codes: Tensor, scale: Tensor, weight: Tensor, bits: Tensor, tables: Mapping[int, Tensor]
+) -> Tensor:
     """The point nearest to a float weight among all that round to given codes.
 
     What rounding with error feedback chose is kept, and how near a weight is to another code too:
@@ -196,20 +226,18 @@ def cell_base(codes: Tensor, scale: Tensor, weight: Tensor, table: bool) -> Tens
         codes: int8 [O, K].
         scale: float32 [O].
         weight: Float weight rows [O, K].
-        table: Whether rows have levels of their own, instead of uniform ones.
+        bits: Width of each row, int64 [O].
+        tables: Levels of the rows that have others than the uniform ones; see `row_tables`.
 
     Returns:
         float32 [O, K].
     """
     ratio = weight.float() / scale[:, None]
     exact = codes.float()
-    if not table:
-        half = torch.where(_is_wide(codes), 0.5, 1.0)[:, None]
-        low, high = exact - _INSIDE * half, exact + _INSIDE * half
-        return ratio.clamp(low, high) * scale[:, None]
-    result = torch.empty_like(ratio)
-    for row in range(len(codes)):
-        levels = torch.unique(codes[row]).float()
+    half = torch.where(bits == MAX_BITS, 0.5, 1.0)[:, None]
+    low, high = exact - _INSIDE * half, exact + _INSIDE * half
+    result = ratio.clamp(low, high) * scale[:, None]
+    for row, levels in tables.items():
         gaps = levels.diff().div(2)
         below = torch.cat([torch.ones(1), gaps]) * _INSIDE
         above = torch.cat([gaps, torch.ones(1)]) * _INSIDE
@@ -217,11 +245,6 @@ def cell_base(codes: Tensor, scale: Tensor, weight: Tensor, table: bool) -> Tens
         low, high = exact[row] - below[place], exact[row] + above[place]
         result[row] = ratio[row].clamp(low, high) * scale[row]
     return result
-
-
-def _is_wide(codes: Tensor) -> Tensor:
-    """Rows with even codes: those of 8 bits, whose levels lie one apart."""
-    return (codes.int() % 2 == 0).any(1)
 
 
 class TrainableRange(ActivationQuantizer):

@@ -55,7 +55,6 @@ def test_training_writes_a_folder_like_the_one_it_read(folder, tmp_path):
         assert new[same] == old[same]
     assert new["files"]["model.safetensors"] == old["files"]["model.safetensors"]
     assert new["distilled"]["error_after"] < new["distilled"]["error_before"]
-    assert new["epsilon_sqnr_db"] > old["epsilon_sqnr_db"]
     assert list(tmp_path.iterdir()) == [output]
     before, after = (mpqdm_fx.load(f) for f in (folder, output))
     names = [layer.name for layer in before.plan.layers]

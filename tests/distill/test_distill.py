@@ -1,5 +1,6 @@
 """Training: gradients reach what they should, the loss falls, a killed run goes on to the bits."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -33,11 +34,11 @@ def quantized():
     return mpqdm_fx.quantize(tiny_unet(), SETTINGS, unet_calls())
 
 
-def distilled(quantized, directory=None, **settings):
+def distilled(quantized, directory=None, scheduler=None, conditions=LABELS, **settings):
     config = dataclasses.replace(CONFIG, **settings)
     return distill(
-        quantized, tiny_unet(), config, scheduler=DDIMScheduler(), conditions=LABELS,
-        directory=directory,
+        quantized, tiny_unet(), config, scheduler=scheduler or DDIMScheduler(),
+        conditions=conditions, directory=directory,
     )  # fmt: skip
 
 
@@ -170,6 +171,11 @@ def test_another_run_in_the_folder_is_refused_and_so_is_a_damaged_one(quantized,
     distilled(quantized, tmp_path, updates=1)
     with pytest.raises(ConfigError, match="rank=2"):
         distilled(quantized, tmp_path, updates=1, rank=3)
+    with pytest.raises(ConfigError, match="scheduler"):
+        distilled(quantized, tmp_path, DDIMScheduler(beta_end=0.03), updates=1)
+    labels = {name: values + 1 for name, values in LABELS.items()}
+    with pytest.raises(ConfigError, match="noise and conditions"):
+        distilled(quantized, tmp_path, conditions=labels, updates=1)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ArtifactError, match="damaged"):
@@ -185,6 +191,12 @@ def test_another_device_gets_a_copy(quantized, parts):
     assert {p.device.type for p in quantized.graph_module.parameters()} == {"cpu"}
     for name, layer in moved.layers.items():
         assert layer is moved.graph_module.get_submodule(name)
+    # constants of the graph are made there too: a value left on the CPU would be refused
+    call = quantized.signature.normalize((), unet_calls()[0])
+    inputs = {key: value.to("meta") for key, value in call.items()}
+    assert _moved(teacher, "meta")(**inputs)[0].device.type == "meta"
+    with pytest.raises(RuntimeError, match="device"):
+        copy.deepcopy(teacher).to("meta")(**inputs)
 
 
 def test_time_is_a_budget_too(quantized):
