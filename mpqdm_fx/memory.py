@@ -11,12 +11,15 @@ from pathlib import Path
 
 import torch
 import typer
+from diffusers import SchedulerMixin
 
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.denoisers import first_rows, open_denoiser
 from mpqdm_fx.errors import MPQError
+from mpqdm_fx.files import read_json
+from mpqdm_fx.models.sources import diffusers_class
 
-__all__ = ["main", "peak_memory", "process_bytes"]
+__all__ = ["import_classes", "main", "peak_memory", "process_bytes"]
 
 
 def peak_memory(form: str, name: str, subfolder: str | None = None) -> int | None:
@@ -49,11 +52,33 @@ def process_bytes(field: str) -> int:
     return 0
 
 
+def import_classes(name: str, subfolder: str | None = None) -> None:
+    """Import what a model's folder names, and what the bundled model needs.
+
+    diffusers imports its classes when they are asked for; tens of MiB that are not the model's.
+
+    Args:
+        name: A folder or a model's name.
+        subfolder: Part of a pipeline folder.
+    """
+    root = Path(name)
+    files = [*root.glob("*config.json"), *root.glob("scheduler/*config.json")]
+    if subfolder:
+        files += root.glob(f"{subfolder}/*config.json")
+    named = {read_json(file).get("_class_name") for file in files}
+    for wanted in {"UNet2DModel", "DDIMScheduler", *named} - {None}:
+        with suppress(MPQError):  # who loads it says what is wrong
+            found = diffusers_class(wanted)
+            if issubclass(found, SchedulerMixin):  # looks at all others when it is made
+                found.from_config(found().config)
+
+
 def main(arguments: list[str]) -> None:
     """Load, run one step, print the rise of the peak in bytes."""
     form, name, *rest = arguments
+    import_classes(name, *rest)
     if form == "pte":
-        require_executorch()  # its import is not part of the measurement
+        require_executorch()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # peak := current
     before = process_bytes("VmRSS")
