@@ -65,8 +65,9 @@ def import_classes(name: str, subfolder: str | None = None) -> None:
     files = [*root.glob("*config.json"), *root.glob("scheduler/*config.json")]
     if subfolder:
         files += root.glob(f"{subfolder}/*config.json")
-    named = {read_json(file).get("_class_name") for file in files}
-    for wanted in {"UNet2DModel", "DDIMScheduler", *named} - {None}:
+    described = [read_json(file) for file in files]
+    named = {str(config["_class_name"]) for config in described if "_class_name" in config}
+    for wanted in {"UNet2DModel", "DDIMScheduler", *named}:
         with suppress(MPQError):  # who loads it says what is wrong
             found = diffusers_class(wanted)
             if issubclass(found, SchedulerMixin):  # looks at all others when it is made
