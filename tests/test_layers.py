@@ -14,7 +14,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         [
             {"errors"},
-            {"numerics", "versions", "files"},
+            {"numerics", "versions", "files", "processes"},
             {"config"},
             {"activations"},
             {"plan"},
@@ -28,7 +28,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"component"},  # a quantized model in a pipeline of diffusers
             {"api"},
             {"denoisers"},  # whatever predicts the noise, behind one calling convention
-            {"memory", "processes"},
+            {"memory"},
             {"parity"},  # one quantized model in all its forms
             {"pipelines"},  # several models, quantized and lowered one after the other
             {"result_folder"},  # what a job leaves behind
