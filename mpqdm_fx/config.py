@@ -156,7 +156,7 @@ class MPQConfig:
         levels: `"uniform"`: evenly spaced, balanced levels; `"codebook"` fits 2^b int8 values for
             each channel of at most 4 bits, in layers whose measured output error it lowers, which
             pays where all channels have the same bits (`allocation="uniform"`, `"omq"`);
-            `"int4"` has those too, but -8..7 in 4-bit channels of linear layers and 1x1
+            `"int4"` has the uniform ones, but -8..7 in 4-bit channels of linear layers and 1x1
             convolutions, which XNNPACK stores at four bits a weight.
         overrides: Rules for single layers; later ones win; a rule that matches nothing is an
             error.

@@ -69,8 +69,7 @@ class Form:
             if config.narrowest_activation_bits != 8:
                 raise ConfigError(
                     f"XNNPACK runs activations of 8 bits, not {config.narrowest_activation_bits}; "
-                    f"choose "
-                    f'activation_bits=8 or backend="packed"'
+                    f'choose activation_bits=8 or backend="packed"'
                 )
             check_four_bit(self.four_bit, config.activation_mode)
             require_executorch()

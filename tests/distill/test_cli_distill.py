@@ -27,7 +27,9 @@ def folder(tmp_path_factory):
     DDIMScheduler().save_pretrained(root / "pipeline" / "scheduler")
     index = json.dumps({"_class_name": "DDIMPipeline"})
     (root / "pipeline" / "model_index.json").write_text(index)
-    settings = MPQConfig(weight_bits=2, allocation="uniform", refinements=0, propagation=0.0)
+    settings = MPQConfig(
+        weight_bits=2, allocation="uniform", levels="codebook", refinements=0, propagation=0.0
+    )
     quantize_to_folder(
         load_source(str(root / "pipeline"), "unet"), settings, backend="packed",
         output=root / "out", trajectories=4, steps=3, samples=0, subfolder="unet",
@@ -55,6 +57,7 @@ def test_training_writes_a_folder_like_the_one_it_read(folder, tmp_path):
         assert new[same] == old[same]
     assert new["files"]["model.safetensors"] == old["files"]["model.safetensors"]
     assert new["distilled"]["error_after"] < new["distilled"]["error_before"]
+    assert new["epsilon_sqnr_db"] > old["epsilon_sqnr_db"]
     assert list(tmp_path.iterdir()) == [output]
     before, after = (mpqdm_fx.load(f) for f in (folder, output))
     names = [layer.name for layer in before.plan.layers]
