@@ -53,6 +53,7 @@ RECIPES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {
     "ours+queue": (_FULL, {"relation": "queue"}),
     "ours+feature": (_FULL, {"relation": "feature"}),
     "ours, steps alike": (_FULL, {"final_share": 0.0}),
+    "ours, stochastic": (_FULL, {"rounding": "stochastic"}),
     "ours, rtn start": (_RTN, {}),
     "untrained+shortcuts": (_SHORTCUTS, None),
     "ours+shortcuts": (_SHORTCUTS, {}),

@@ -14,6 +14,7 @@ Relation = Literal["none", "trd", "queue", "feature"]
 _CHOICES = {
     "relation": ("none", "trd", "queue", "feature"),
     "base": ("cell", "float", "codes"),
+    "rounding": ("nearest", "stochastic"),
 }
 
 
@@ -44,6 +45,9 @@ class DistillConfig:
         base: What is rounded: `"cell"`, the point nearest to the float weight that has the
             quantized model's codes; `"float"`, the float weight (its nearest codes replace the
             model's: MPQ-DM); `"codes"`, the rounded weight (EfficientDM).
+        rounding: Of weights during training: `"nearest"`, or `"stochastic"` to one of the two
+            levels around, drawn anew for every update. Either way the gradient passes straight
+            through, and what is kept is the nearest.
         relation: Second loss: `"trd"` MPQ-DM's time-smoothed relation distillation, `"queue"` its
             variant with a memory of teacher pixels (MPQ-DMv2), `"feature"` plain squared error of
             features (BitsFusion), `"none"`.
@@ -86,6 +90,7 @@ class DistillConfig:
     bias_rate: float = 0.01
     smoothness: float = 1e-3
     base: Literal["cell", "float", "codes"] = "cell"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     relation: Relation = "none"
     relation_share: float = 0.1
     temperature: float = 0.1
@@ -107,7 +112,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.updates is None and self.seconds is None:
             raise ConfigError("say how long to train: updates=..., seconds=..., or both")
-        for name in ("relation", "base"):
+        for name in _CHOICES:
             if getattr(self, name) not in _CHOICES[name]:
                 listed = " or ".join(map(repr, _CHOICES[name]))
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose {listed}")

@@ -1,5 +1,6 @@
 """The trainable form of a quantized graph, and back."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -65,6 +66,17 @@ class Student(nn.Module):
         for (name, side), chosen in self.ranges.items():
             for key, value in chosen.named_parameters(recurse=False):
                 yield f"{name}.{side}.{key}", value
+
+    @contextlib.contextmanager
+    def rounded_by(self, seed: int | None) -> Iterator[None]:
+        """Round weights stochastically inside, by draws of a seed; None leaves nearest rounding."""
+        for index, layer in enumerate(self.layers.values()):
+            layer.draw = None if seed is None else seed + index
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.draw = None
 
 
 def make_student(

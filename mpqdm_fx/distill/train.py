@@ -167,19 +167,10 @@ class Trainer:
 
     def _update(self) -> None:
         batch = self._batch()
-        with torch.autocast(
-            self._device.type, dtype=torch.bfloat16, enabled=self.config.mixed_precision
-        ):
-            parts = self.losses(batch)
-        self._weigh(parts)
-        loss = parts.task + self.config.smoothness * parts.roughness
-        if parts.relation is not None:
-            loss = loss + self.weight * parts.relation
         self.optimiser.zero_grad(set_to_none=True)
-        # nothing else: graphs share modules with the caller's models
-        loss.backward(inputs=self._moving)  # type: ignore[no-untyped-call]
+        with self.student.rounded_by(self._rounding_seed()):
+            value = self._gradients(batch)
         self._share_gradients()
-        value = float(parts.task.detach())
         if not math.isfinite(value):
             raise CalibrationError(
                 f"the loss became {value} at update {self.history.updates}; lower the rates "
@@ -194,6 +185,26 @@ class Trainer:
         if len(self._recent) >= 100:
             self.history.losses.append(sum(self._recent) / len(self._recent))
             self._recent.clear()
+
+    def _gradients(self, batch: Batch) -> float:
+        """Add a batch's gradients to the parameters; its task loss."""
+        with torch.autocast(
+            self._device.type, dtype=torch.bfloat16, enabled=self.config.mixed_precision
+        ):
+            parts = self.losses(batch)
+        self._weigh(parts)
+        loss = parts.task + self.config.smoothness * parts.roughness
+        if parts.relation is not None:
+            loss = loss + self.weight * parts.relation
+        # nothing else: graphs share modules with the caller's models
+        loss.backward(inputs=self._moving)  # type: ignore[no-untyped-call]
+        return float(parts.task.detach())
+
+    def _rounding_seed(self) -> int | None:
+        """The same in all processes: they share the generator's state."""
+        if self.config.rounding == "nearest":
+            return None
+        return int(torch.randint(2**62, (), generator=self.generator))
 
     def _batch(self) -> Batch:
         """Rows of this process: every n-th of the update's."""

@@ -20,13 +20,14 @@ from mpqdm_fx.graph.quantizers import ActivationQuantizer
 from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, MAX_BITS, snap
 from mpqdm_fx.numerics.halves import fits_half
 from mpqdm_fx.numerics.int4 import INT4_BITS, int4_levels
+from mpqdm_fx.numerics.stochastic import stochastic_codes
 from mpqdm_fx.numerics.straight_through import (
     fake_quantize_affine,
     fake_quantize_dynamic_ste,
-    nearest_values,
     round_half_ste,
     round_scale_ste,
     round_ste,
+    table_values,
     values_of_codes,
 )
 from mpqdm_fx.plan import LayerPlan
@@ -76,6 +77,9 @@ class TrainableLayer(nn.Module):
     Shapes: `down` [rank, K] and `up` [O, rank]; `log_scale` [O], in natural logarithms over the
     scale at the start; `levels` [rows with a table, L] in units of the scale, of which a row uses
     its first ones.
+
+    Attributes:
+        draw: Seed by which the weight is rounded stochastically; None rounds to the nearest level.
     """
 
     start_scale: Tensor
@@ -98,6 +102,7 @@ class TrainableLayer(nn.Module):
         super().__init__()
         self.inner = rounded
         self.planned = planned
+        self.draw: int | None = None
         codes, scale = rounded.weight_codes, rounded.weight_scale
         assert isinstance(codes, Tensor)
         assert isinstance(scale, Tensor)
@@ -160,14 +165,25 @@ class TrainableLayer(nn.Module):
 
     def weight_rows(self) -> Tensor:
         """Rounded weight rows [O, K], on their grid exactly."""
-        merged, scale = self.merged(), self.scale
-        codes = snap(merged, scale.detach(), self.bits)
+        merged, scale, draws = self.merged(), self.scale, self._draws()
+        if draws is None:
+            codes = snap(merged, scale.detach(), self.bits)
+        else:
+            codes = stochastic_codes(merged, scale.detach(), self.bits, draws)
         values = values_of_codes(merged, scale, codes, self.top)
         if not len(self.table_rows):
             return values
         rows = self.table_rows
-        fitted = nearest_values(merged[rows], scale[rows], self.table())
+        some = None if draws is None else draws[rows]
+        fitted = table_values(merged[rows], scale[rows], self.table(), some)
         return values.index_copy(0, rows, fitted)
+
+    def _draws(self) -> Tensor | None:
+        if self.draw is None:
+            return None
+        # a generator of its own: where the pass is computed again, it finds the same codes
+        generator = torch.Generator(self.base.device).manual_seed(self.draw)
+        return torch.rand(self.base.shape, generator=generator, device=self.base.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output with the rounded weight."""

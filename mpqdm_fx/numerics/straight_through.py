@@ -2,9 +2,9 @@
 
 Forward, every function gives the very numbers of the functions that it trains for (`grids.snap`,
 `grids.round_scale`, the q/dq ops, `dynamic.fake_quantize_dynamic`): what is trained is what is
-stored. Backward, a rounding counts as the identity inside its range and as a constant outside
-(Bengio et al., arXiv 1308.3432), and step sizes get the gradient of LSQ (Esser et al., arXiv
-1902.08153, equation 3).
+stored (but for stochastic rounding, an option). Backward, a rounding counts as the identity inside
+its range and as a constant outside (Bengio et al., arXiv 1308.3432), and step sizes get the
+gradient of LSQ (Esser et al., arXiv 1902.08153, equation 3).
 """
 
 from typing import Any
@@ -15,14 +15,15 @@ from torch.autograd.function import once_differentiable
 
 from mpqdm_fx.numerics.dynamic import fake_quantize_dynamic
 from mpqdm_fx.numerics.grids import round_scale
+from mpqdm_fx.numerics.stochastic import stochastic_places
 
 __all__ = [
     "fake_quantize_affine",
     "fake_quantize_dynamic_ste",
-    "nearest_values",
     "round_half_ste",
     "round_scale_ste",
     "round_ste",
+    "table_values",
     "values_of_codes",
 ]
 
@@ -62,24 +63,30 @@ def values_of_codes(weight: Tensor, scale: Tensor, codes: Tensor, top: Tensor) -
     return result
 
 
-def nearest_values(weight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    """The nearest `level * scale` of each row's own levels.
+def table_values(
+    weight: Tensor, scale: Tensor, table: Tensor, draws: Tensor | None = None
+) -> Tensor:
+    """`level * scale` of each row's own levels: the nearest one, or one of the two around.
 
     Args:
         weight: Trained weight rows [O, K], float32.
         scale: Step of each row [O], float32.
         table: Levels of each row [O, L], ascending, whole numbers in a float dtype; levels may
             repeat.
+        draws: Uniform on [0, 1), [O, K]: round stochastically by them. None takes the nearest.
 
     Returns:
         float32 [O, K]. Gradients to `weight` and `scale` are those of `values_of_codes`; a level
         gets the sum of what flows to its weights, times the step.
     """
     ratio = weight.detach() / scale.detach()[:, None]
-    middles = (table.detach()[:, 1:] + table.detach()[:, :-1]) / 2
-    index = torch.searchsorted(middles, ratio, right=True)
+    levels = table.detach()
+    if draws is None:
+        index = torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, ratio, right=True)
+    else:
+        index = stochastic_places(ratio, levels, draws)
     chosen = table.gather(1, index)
-    top = table.detach().abs().amax(1)
+    top = levels.abs().amax(1)
     fixed = values_of_codes(weight, scale, chosen.detach(), top)
     # adds nothing but the levels' gradient, and no rounding: the difference is zero exactly
     return fixed + (chosen - chosen.detach()) * scale.detach()[:, None]

@@ -101,8 +101,15 @@ def test_loss_falls_and_sizes_stay(quantized, relation):
     assert result.history.updates == 40
 
 
-def test_interrupted_run_equals_the_uninterrupted_one(quantized, tmp_path, monkeypatch):
-    settings = {"relation": "queue", "pixels": 16, "memory": 64, "on_policy": 0.5, "refresh": 4}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"relation": "queue", "pixels": 16, "memory": 64, "on_policy": 0.5, "refresh": 4},
+        {"rounding": "stochastic"},
+    ],
+    ids=["queue", "stochastic"],
+)
+def test_interrupted_run_equals_the_uninterrupted_one(quantized, tmp_path, monkeypatch, settings):
     whole = distilled(quantized, **settings)
     kill_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
@@ -127,6 +134,17 @@ def test_options_train_too(quantized, settings):
     plain = distilled(quantized, updates=20, ema=0.0, correct_mean=False)
     # recomputing alone changes no number
     assert (result.after == plain.after) is ("recompute" in settings)
+
+
+def test_stochastic_rounding_takes_the_same_draws_when_a_pass_is_computed_again(quantized):
+    found = [
+        distilled(
+            quantized, updates=20, ema=0.0, correct_mean=False, rounding=rounding,
+            recompute=recompute,
+        ).after
+        for rounding, recompute in [("nearest", 0), ("stochastic", 0), ("stochastic", 5)]
+    ]  # fmt: skip
+    assert found[1] == found[2] != found[0]
 
 
 def test_mean_error_of_the_output_is_taken_out(quantized):
@@ -246,6 +264,7 @@ def test_several_processes_share_the_batch(quantized, parts):
     [
         ({"updates": None}, "how long"),
         ({"relation": "cosine"}, "'none' or 'trd'"),
+        ({"rounding": "floor"}, "'nearest' or 'stochastic'"),
         ({"rank": -1}, "rank=-1"),
         ({"ema": 1.0}, "ema=1.0"),
         ({"final_share": 1.0}, "final_share=1.0"),

@@ -115,6 +115,25 @@ def test_what_was_moved_at_random_is_frozen_bit_for_bit_and_still_legal(case, tm
     assert torch.equal(outputs(mpqdm_fx.load(packed[1]), inputs), found)
 
 
+def test_stochastic_rounding_ends_with_its_block_and_repeats_with_its_seed(case):
+    quantized, teacher, inputs = case
+    student = make_student(quantized, teacher, CONFIG)
+    before = student_outputs(student, quantized, inputs)
+    found = []
+    for seed in (3, 3, 4):
+        with student.rounded_by(seed):
+            found.append(student_outputs(student, quantized, inputs))
+            rows = {name: layer.weight_rows() for name, layer in student.layers.items()}
+        for name, layer in student.layers.items():
+            codes = rows[name].detach() / layer.scale[:, None].detach()
+            assert torch.equal(codes, codes.round()), name
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+    assert torch.equal(student_outputs(student, quantized, inputs), before)
+    with student.rounded_by(None):
+        assert torch.equal(student_outputs(student, quantized, inputs), before)
+
+
 def test_a_row_of_few_codes_keeps_its_own_levels():
     codes = torch.tensor([[3, 3, 5]], dtype=torch.int8)  # 8 bits, and no even code
     weight = torch.tensor([[1.4, 3.6, 5.0]])

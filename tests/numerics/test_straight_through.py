@@ -11,9 +11,9 @@ from mpqdm_fx.numerics.grids import dequantize, quantize_uniform, snap
 from mpqdm_fx.numerics.straight_through import (
     fake_quantize_affine,
     fake_quantize_dynamic_ste,
-    nearest_values,
     round_scale_ste,
     round_ste,
+    table_values,
     values_of_codes,
 )
 
@@ -79,7 +79,7 @@ def test_levels_get_the_gradients_of_their_weights():
     weight = torch.tensor([[-1.0, 0.1, 0.2, 1.2]], requires_grad=True)
     scale = torch.tensor([0.1])
     table = torch.tensor([[-9.0, 2.0, 11.0]], requires_grad=True)
-    found = nearest_values(weight, scale, table)
+    found = table_values(weight, scale, table)
     assert torch.equal(found, torch.tensor([[-9.0, 2.0, 2.0, 11.0]]) * 0.1)
     (found * torch.tensor([[1.0, 10.0, 100.0, 1000.0]])).sum().backward()
     assert torch.allclose(table.grad, torch.tensor([[0.1, 11.0, 100.0]]))
