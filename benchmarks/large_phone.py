@@ -6,7 +6,7 @@
 860 M parameters, 64x64 latents, 77 tokens, seeded random weights: bytes, seconds, memory and
 delegates, no quality. Each form is quantized (nearest, uniform bits), lowered and run in processes
 of its own, so that every peak is its own. A form whose numbers are in the directory is not made
-again. Numbers go to `<directory>/<form>.json`.
+again. Numbers go to `<directory>/<form>.lower.json` and `<form>.run.json`.
 """
 
 import argparse

@@ -20,6 +20,7 @@ calibration = mpqdm_fx.Trajectories(
     batch_size=20,
     seed=0,
     conditions={"class_labels": torch.tensor([0, 3, 5, 8])},
+    held_out=1,  # of the 4 runs, to judge and not to fit to
 )
 config = mpqdm_fx.MPQConfig(
     weight_bits=3, overrides=[{"pattern": "mid_block.attentions.*", "weight_bits": 6}]

@@ -1,6 +1,6 @@
 // Draw one image with a `.pte` of mpqdm-fx from C++: DDIM, a class label, no Python.
 //
-//   denoise PROGRAM.pte SCHEDULE.txt NOISE.f32 LABEL OUTPUT.f32 [THREADS]
+//   denoise PROGRAM.pte SCHEDULE.txt NOISE.f32 LABEL OUTPUT.f32
 //
 // PROGRAM takes sample float32 [1, C, H, W], timestep int64 [1] and class_labels int64 [1], and
 // returns the predicted noise. SCHEDULE has a first line with the bound that predicted images are
