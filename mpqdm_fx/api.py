@@ -54,7 +54,7 @@ def prepare(
         model: Float model; it is not changed.
         config: Settings.
         example_inputs: Keyword arguments (dict) or positional arguments (tuple) of one call.
-        max_memory: Bytes of recorded inputs held in memory; what is more goes to disk.
+        max_memory: Bytes of recorded inputs held in memory while they are recorded.
         directory: Folder for what goes to disk; a temporary one by default.
 
     Returns:
@@ -199,7 +199,7 @@ def quantize(
         config: Settings.
         calibration: Keyword arguments of each call, for example `Trajectories(...)`. Its
             `held_out_calls`, where it has them, judge corrections; else its last quarter does.
-        max_memory: Bytes of recorded inputs held in memory; what is more goes to disk.
+        max_memory: Bytes of recorded inputs held in memory while they are recorded.
         directory: Folder for solved layers: a run that was killed goes on there.
         resume: Go on with what the folder holds.
         max_activations: Bytes of activations held in memory while layers are solved.

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from mpqdm_fx.errors import ConfigError
 
 __all__ = [
+    "MAX_SEED",
     "MAX_TIMESTEP_GROUPS",
     "ActivationMode",
     "Allocation",
@@ -26,6 +27,9 @@ Allocation = Literal["measured", "omq", "uniform"]
 Rounding = Literal["nearest", "gptq"]
 Levels = Literal["uniform", "codebook", "int4"]
 ActivationMode = Literal["static", "timestep", "dynamic", "float"]
+
+MAX_SEED = 2**62
+"""Seeds are below it: generators take 64 bits, and counters are added."""
 
 MAX_TIMESTEP_GROUPS = 64
 """Most groups of noise levels; each has a table entry for every quantized value."""
@@ -201,8 +205,9 @@ class MPQConfig:
             if value not in choices:
                 listed = " or ".join(repr(choice) for choice in choices)
                 raise ConfigError(f"{name}={value!r}: choose {listed}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ConfigError(f"seed={self.seed!r}: give a non-negative integer")
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if not (whole and 0 <= self.seed < MAX_SEED):
+            raise ConfigError(f"seed={self.seed!r}: give a whole number, 0 or more, below 2^62")
         groups = self.timestep_groups
         whole = isinstance(groups, int) and not isinstance(groups, bool)
         if not whole or not 1 <= groups <= MAX_TIMESTEP_GROUPS:

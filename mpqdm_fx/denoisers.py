@@ -10,7 +10,7 @@ from torch import Tensor
 from mpqdm_fx.calibration.sampling import denoise
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.files import read_json
-from mpqdm_fx.graph.calling import example_inputs, signature_from_dict
+from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, split_batch
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.models.sources import Source, diffusers_class, load_source
 from mpqdm_fx.storage import MANIFEST, MODEL_CONFIG, load, read_manifest
@@ -52,11 +52,13 @@ def program_denoiser(path: Path, signature: Signature) -> Denoiser:
     runner = XnnpackRunner(path)
 
     def call(**kwargs: Any) -> tuple[Tensor, ...]:
-        inputs = signature.normalize((), kwargs)
-        rows = next(iter(inputs.values())).shape[0]
-        outputs = [
-            runner(*[_row(value, index) for value in inputs.values()]) for index in range(rows)
-        ]
+        outputs = []
+        for part in split_batch(signature, kwargs):
+            inputs = signature.normalize((), part)
+            rows = next(iter(inputs.values())).shape[0]
+            outputs += [
+                runner(*[_row(value, index) for value in inputs.values()]) for index in range(rows)
+            ]
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
     return call
@@ -172,7 +174,7 @@ def draw(
                     source.scheduler,
                     noise[rows],
                     num_inference_steps=steps,
-                    seed=seed,
+                    seed=seed + start,
                     conditions={name: _rows(value, rows) for name, value in conditions.items()},
                     progress=True,
                 )

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from mpqdm_fx.activations import Activation, NoiseLevels
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.graph.calling import pack_output, split_batch
+from mpqdm_fx.graph.calling import join_outputs, pack_output, split_batch
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.plan import BitPlan
 
@@ -29,7 +29,8 @@ class LayerReport:
         mean_bits: Average bits of a code.
         bytes: Stored bytes with scales, tables and width tags.
         sqnr_db: Signal-to-noise ratio of the layer's output in dB against the float model, on
-            held-out rows, behind the layers that were quantized before; None for an embedding.
+            held-out rows, behind the layers that were quantized before; None for an embedding, and
+            after training, which changed the codes.
         base_sqnr_db: The same if the layer did not make up for the error that reaches it.
         alpha: Strength of that correction; `beta` the same for the residual's error.
         beta: See `alpha`.
@@ -114,15 +115,8 @@ class _TracedModel(nn.Module):
         if len(args) > len(self.signature.parameters):
             self.signature.normalize(args, kwargs)  # says what is wrong
         parts = [self.signature.normalize((), part) for part in split_batch(self.signature, given)]
-        outputs = [self.graph_module(**part) for part in parts]
-        output = outputs[0] if len(outputs) == 1 else _concatenated(outputs)
+        output = join_outputs([self.graph_module(**part) for part in parts])
         return parts, pack_output(self.signature, output) if return_dict else output
-
-
-def _concatenated(outputs: list[Any]) -> Any:
-    if isinstance(outputs[0], tuple):
-        return tuple(_concatenated(list(part)) for part in zip(*outputs, strict=True))
-    return torch.cat(outputs)
 
 
 class PreparedModel(_TracedModel):

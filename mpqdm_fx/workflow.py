@@ -111,6 +111,7 @@ def quantize_to_folder(
         backend=backend, four_bit=four_bit, external_weights=external_weights, compress=compress
     )
     form.check(config)
+    check_target(output)
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
     solved = output.with_name(f"{output.name}.checkpoint")
     quantized = quantize(
@@ -160,6 +161,11 @@ def distill_folder(
     Raises:
         MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
+    if config.guided:
+        raise ConfigError(
+            "guidance_scale needs embeddings of the unconditional half, which a folder has not; "
+            "give them to mpqdm_fx.distill.distill(..., unconditional=)"
+        )
     manifest = read_manifest(folder)
     summary = read_json(folder / SUMMARY)
     form = Form(backend=summary["backend"], **(manifest.get("program") or {}))

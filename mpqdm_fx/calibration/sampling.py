@@ -25,6 +25,8 @@ Denoiser = Callable[..., Any]
 StepCallback = Callable[[int, Tensor, Tensor], None]
 """Told `(step index, timestep, sample after the step)`."""
 
+_STEP_STREAM = 0x5DEECE66D  # what the seeds of initial noise and of added noise differ by
+
 
 def denoise(
     model: Denoiser,
@@ -45,10 +47,12 @@ def denoise(
         model: called with `sample` [B, ...], `timestep` [B] and the conditions as keywords; returns
             a tensor, a tuple whose first entry is the tensor, or an output with `.sample`. With
             guidance B is twice the batch of `noise`, the unconditional half first.
-        scheduler: any diffusers scheduler; a copy of it is used.
+        scheduler: a diffusers scheduler with `init_noise_sigma` (all but those of flow matching); a
+            copy of it is used.
         noise: standard normal, float [N, ...], not yet scaled by the scheduler's initial sigma.
         num_inference_steps: how many steps the schedule has.
-        seed: of the noise that ancestral schedulers add at each step.
+        seed: of the noise that ancestral schedulers add at each step. Noise that was drawn with a
+            generator of the same seed is another stream.
         conditions: further keyword arguments of the model, tensors (or dicts and tuples of them)
             with the batch N in front.
         guidance_scale: weight of classifier-free guidance; None runs the conditional half alone.
@@ -61,7 +65,8 @@ def denoise(
 
     Raises:
         CalibrationError: guidance without unconditional conditions, conditions that do not match,
-            a number of steps below one, or a model output of another shape than the sample.
+            a number of steps below one, a scheduler that it cannot drive, or a model output of
+            another shape than the sample.
     """
     if num_inference_steps < 1:
         raise CalibrationError(f"num_inference_steps is {num_inference_steps}; give at least 1")
@@ -69,9 +74,16 @@ def denoise(
     paired = guidance_scale is not None
     if paired:
         inputs = _pair_conditions(unconditional, inputs)
+    if not hasattr(scheduler, "init_noise_sigma"):
+        raise CalibrationError(
+            f"{type(scheduler).__name__} has no init_noise_sigma: schedulers of flow matching are "
+            f"not supported; give one of noise or v-prediction, such as DDIMScheduler"
+        )
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    generator = torch.Generator(noise.device).manual_seed(seed)
+    # Callers draw `noise` by this very seed: with one stream for both, an ancestral scheduler would
+    # add the initial noise itself, and deviations would add up where variances have to.
+    generator = torch.Generator(noise.device).manual_seed((seed + _STEP_STREAM) % 2**63)
     step_arguments = (
         {"generator": generator}
         if "generator" in inspect.signature(scheduler.step).parameters
@@ -94,7 +106,7 @@ def denoise(
                 model(sample=model_input, timestep=timestep.repeat(len(model_input)), **inputs)
             )
             output = _drop_learned_variance(output, sample, scheduler)
-            output = guided(output, guidance_scale)
+            output = _guided_mean(output, sample.shape[1], guidance_scale)
             sample = scheduler.step(
                 output, scheduler_timestep, sample, return_dict=False, **step_arguments
             )[0]
@@ -114,6 +126,14 @@ def guided(output: Tensor, guidance_scale: float | None) -> Tensor:
         return output
     plain, conditional = output.chunk(2)
     return plain + guidance_scale * (conditional - plain)
+
+
+def _guided_mean(output: Tensor, channels: int, guidance_scale: float | None) -> Tensor:
+    """Guidance of what the model predicts; a learned variance is that of the conditional half."""
+    if guidance_scale is None or output.shape[1] == channels:
+        return guided(output, guidance_scale)
+    variance = output.chunk(2)[1][:, channels:]
+    return torch.cat([guided(output[:, :channels], guidance_scale), variance], dim=1)
 
 
 def model_timesteps(scheduler: Any) -> Tensor:
@@ -176,7 +196,7 @@ def _drop_learned_variance(output: Tensor, sample: Tensor, scheduler: Any) -> Te
     learned = str(getattr(scheduler.config, "variance_type", "")).startswith("learned")
     if output.shape[1] == 2 * channels and not learned:
         output = output[:, :channels]
-    if output.shape[2:] != sample.shape[2:]:
+    if output.shape[2:] != sample.shape[2:] or output.shape[1] not in (channels, 2 * channels):
         raise CalibrationError(
             f"the model's output has shape {tuple(output.shape)} for a sample of shape "
             f"{tuple(sample.shape)}; it does not look like a denoiser"

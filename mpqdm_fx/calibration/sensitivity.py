@@ -23,6 +23,7 @@ from mpqdm_fx.calibration.rounding_errors import (
 )
 from mpqdm_fx.calibration.sensitivity_table import LayerSensitivity, SensitivityTable
 from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.layers import (
     EMBEDDINGS,
@@ -97,6 +98,7 @@ def measure_sensitivity(
         graph_module, calls, probes=probes, samples=samples, seed=seed, weights=weights
     )
     entries: dict[str, LayerSensitivity] = {}
+    batches = [batch_size_of(call) for call in calls]
     first_calls = {layer.nodes[0]: layer for layer in layers.values()}
     walk = Walk(
         graph_module,
@@ -114,7 +116,7 @@ def measure_sensitivity(
         if isinstance(found.module, EMBEDDINGS):
             entries[found.name] = measure.table(found, energies[found.name])
         else:
-            fit, held_out = _rows(walk, node, found, len(calls), max_rows, seed)
+            fit, held_out = _rows(walk, node, found, batches, max_rows, seed)
             entries[found.name] = measure.layer(found, energies[found.name], fit, held_out)
     return SensitivityTable(
         layers=tuple(entries[name] for name in layers),
@@ -126,7 +128,12 @@ def measure_sensitivity(
 
 
 def _rows(
-    walk: Walk, node: fx.Node, layer: WeightLayer, calls: int, max_rows: int, seed: int
+    walk: Walk,
+    node: fx.Node,
+    layer: WeightLayer,
+    batches: Sequence[int],
+    max_rows: int,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Sample a layer's input rows: three quarters to fit, one quarter to measure on.
 
@@ -138,16 +145,18 @@ def _rows(
     count = 0
     rows: list[Tensor] = []
     for value in walk.values(source):
-        if not count:
+        if not count:  # at the first call; positions grow with the batch
             width = layer.weight[0].numel()
-            wanted = kept_rows(width, calls * output_positions(layer.module, value), max_rows)
+            wanted = kept_rows(
+                width, output_positions(layer.module, value) * sum(batches) // batches[0], max_rows
+            )
             wanted = wanted if width <= wanted else min(wanted, _WIDE_ROWS)
-            count = -(-wanted // calls)
+            count = -(-wanted // len(batches))
         sampled = sample_rows(layer.module, value, count=count, generator=generator)
         if not bool(torch.isfinite(sampled).all()):
             raise CalibrationError(f"{layer.name}: it reads NaN or infinity")
         rows.append(sampled.float().cpu())
-    if calls >= 4:
+    if len(batches) >= 4:
         fit = torch.cat([part for index, part in enumerate(rows) if index % 4 != 3])
         held_out = torch.cat(rows[3::4])
     else:

@@ -15,13 +15,16 @@ from torch.utils import _pytree as pytree
 
 from mpqdm_fx.calibration.sampling import first_tensor, guided
 from mpqdm_fx.calibration.trajectories import Conditions, make_conditions, sample_shape_of
+from mpqdm_fx.distill.called import Called
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.importance import Effects, measure_effects
 from mpqdm_fx.distill.runs import Recorder, Runs, Start
 from mpqdm_fx.distill.student import Student, freeze, make_student
 from mpqdm_fx.distill.train import History, Trainer
-from mpqdm_fx.graph.calling import example_inputs, pack_output
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.fingerprint import graph_fingerprint, hash_tensor
+from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.stages import normalized
 from mpqdm_fx.versions import versions
@@ -83,16 +86,18 @@ def distill(
         The trained model and what training did.
 
     Raises:
-        ConfigError: `teacher` is not the model that was quantized, the folder holds another run, or
-            features are named that the model does not have.
+        ConfigError: `teacher` has not the layers of the model that was quantized, the folder holds
+            another run, features are named that the model does not have, or the batch of its graph
+            is fixed to another one.
         CalibrationError: A run or the loss leaves the finite numbers, or conditions do not fit.
     """
+    _check_batch(quantized.signature, config)
     graph = normalized(teacher, example_inputs(quantized.signature), quantized.settings)
     fingerprint = graph_fingerprint(graph)
     student = _moved(make_student(quantized, graph, config), device)
     graph = _moved(graph, device)
-    right = _Called(graph, quantized)
-    model = _Called(student.graph_module, quantized)
+    right = Called(graph, quantized.signature)
+    model = Called(student.graph_module, quantized.signature)
     recorder = Recorder(
         teacher=right,
         scheduler=scheduler,
@@ -104,6 +109,12 @@ def distill(
     shape = sample_shape or sample_shape_of(teacher)
     runs = _runs(recorder, config, shape, conditions, unconditional)
     before = _errors(model, runs, config, device).share
+    if before > 1:
+        logger.warning(
+            "the quantized model's error is %.2f of what it predicts: is this the float model that "
+            "it was quantized from, and its scheduler?",
+            before,
+        )
     trainer = Trainer(
         student,
         graph,
@@ -113,16 +124,32 @@ def distill(
         directory=None if directory is None else Path(directory),
         effects=_effects(model, recorder, config, runs) if config.final_share else None,
         on_policy=_own_runs(model, recorder, runs) if config.on_policy else None,
-        normalize=lambda inputs: quantized.signature.normalize((), dict(inputs)),
     )
     history = trainer.run()
-    if config.correct_mean:
+    after = (
         _correct_mean(student, model, runs, config, device)
-    after = _errors(model, runs, config, device).share
+        if config.correct_mean
+        else _errors(model, runs, config, device).share
+    )
     student.cpu()
     return Distilled(
         quantized=freeze(student, quantized), history=history, before=before, after=after
     )
+
+
+def _check_batch(signature: Signature, config: DistillConfig) -> None:
+    """Refuse rows that a graph of one fixed batch would refuse in the middle of the work."""
+    halves = 2 if config.guided else 1
+    counts = (config.trajectories, min(config.trajectories, config.effect_runs))
+    fits = config.batch_size * halves == signature.batch
+    fits = fits and not any(count % config.batch_size for count in counts)
+    if not signature.dynamic_batch and not fits:
+        raise ConfigError(
+            f"{signature.model_class} was traced for {signature.batch} rows a call alone "
+            f"({signature.note or 'its batch is fixed'}); give "
+            f"batch_size={signature.batch / halves:g}"
+            f", and trajectories and effect_runs that are multiples of it"
+        )
 
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -139,17 +166,6 @@ def _moved(module: _Module, device: torch.device | str) -> _Module:
                 node.update_kwarg("device", torch.device(device))
         graph_module.recompile()
     return moved
-
-
-class _Called:
-    """A graph called like the model that it was traced from."""
-
-    def __init__(self, graph_module: fx.GraphModule, quantized: QuantizedModel) -> None:
-        self.graph_module, self.signature = graph_module, quantized.signature
-
-    def __call__(self, **inputs: Any) -> Any:
-        output = self.graph_module(**self.signature.normalize((), inputs))
-        return pack_output(self.signature, output)
 
 
 def _runs(
@@ -170,12 +186,12 @@ def _runs(
     return recorder.record(recorder.teacher, start, progress="float model's runs")
 
 
-def _effects(model: _Called, recorder: Recorder, config: DistillConfig, runs: Runs) -> Effects:
+def _effects(model: Called, recorder: Recorder, config: DistillConfig, runs: Runs) -> Effects:
     some = torch.arange(min(len(runs), config.effect_runs))
     return measure_effects(model, recorder, runs.start.rows(some))
 
 
-def _own_runs(model: _Called, recorder: Recorder, runs: Runs) -> Callable[[int], Runs]:
+def _own_runs(model: Called, recorder: Recorder, runs: Runs) -> Callable[[int], Runs]:
     """A function of a seed that draws runs of the student with the first runs' conditions."""
     first = runs.start.rows(torch.arange(min(len(runs), recorder.batch_size)))
 
@@ -224,7 +240,7 @@ class _Errors:
 
 @torch.no_grad()
 def _errors(
-    model: _Called, runs: Runs, config: DistillConfig, device: torch.device | str
+    model: Called, runs: Runs, config: DistillConfig, device: torch.device | str
 ) -> _Errors:
     """Errors over all calls of all runs."""
     total, squares, energy, count = torch.zeros(()), 0.0, 0.0, 0
@@ -242,14 +258,16 @@ def _errors(
 
 @torch.no_grad()
 def _correct_mean(
-    student: Student, model: _Called, runs: Runs, config: DistillConfig, device: torch.device | str
-) -> None:
-    """Take the output's mean error out of the last layer's bias, if that lowers the error."""
+    student: Student, model: Called, runs: Runs, config: DistillConfig, device: torch.device | str
+) -> float:
+    """Take the output's mean error out of the last layer's bias if that helps; the error then."""
     last = list(student.layers.values())[-1]
     found = _errors(model, runs, config, device)
     if last.bias is None or len(last.bias) != len(found.mean):
-        return
+        return found.share
     # guidance combines two outputs with weights 1 - g and g, which sum to 1
     last.bias.sub_(found.mean.to(device))
-    if _errors(model, runs, config, device).share > found.share:
+    corrected = _errors(model, runs, config, device).share
+    if corrected > found.share:
         last.bias.add_(found.mean.to(device))
+    return min(corrected, found.share)

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from mpqdm_fx.config import MAX_SEED
 from mpqdm_fx.errors import ConfigError
 
 __all__ = ["DistillConfig", "Relation"]
@@ -124,6 +125,8 @@ class DistillConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name}={value!r}: give a whole number of at least {least}")
+        if self.seed >= MAX_SEED:
+            raise ConfigError(f"seed={self.seed!r}: give a whole number below 2^62")
         positive = ("seconds", "temperature", *(("guidance_scale",) if self.guided else ()))
         for name in positive:
             value = getattr(self, name)
@@ -148,9 +151,10 @@ class DistillConfig:
     def efficientdm(cls, **settings: Any) -> Self:
         """The baseline: EfficientDM's trained parts and rates (arXiv 2310.03270, its code).
 
-        Nothing decays, where the code has AdamW's 0.01 on everything; ranges of noise levels in
-        place of those of single steps. The rates are made for 16,000 updates of 4 rows; settings
-        given here replace them.
+        Other than there, nothing decays (AdamW's 0.01 on everything), rates rise over the first
+        2 %, factors start wider by the root of 3, weights move with their trained step, and ranges
+        are those of noise levels and not of single steps. The rates are made for 16,000 updates of
+        4 rows; settings given here replace them.
 
         Quantize with `allocation="uniform"`, `levels="uniform"`, `rounding="nearest"`,
         `propagation=0`, `activation_mode="timestep"` for its start; give the same `updates` and

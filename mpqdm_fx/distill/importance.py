@@ -85,7 +85,7 @@ def _beta_masses(a: float, b: float, calls: int) -> Tensor:
 
 @torch.no_grad()
 def measure_effects(student: Predict, recorder: Recorder, start: Start) -> Effects:
-    """Measure what the student's error does at each step.
+    """Measure what the student's error does at each step, as many runs at once as `recorder` has.
 
     Takes half the square of the number of steps in calls of the float model.
 
@@ -94,6 +94,17 @@ def measure_effects(student: Predict, recorder: Recorder, start: Start) -> Effec
         recorder: Its float model, scheduler, steps and guidance.
         start: What the runs start from.
     """
+    groups = torch.split(torch.arange(len(start)), recorder.batch_size)
+    total = len(groups) * recorder.steps
+    with tqdm(total=total, desc="effects of steps", unit="step") as bar:
+        parts = [_measure_part(student, recorder, start.rows(rows), bar) for rows in groups]
+    return Effects(
+        error=torch.stack([part.error for part in parts]).sum(0),
+        moved=torch.stack([part.moved for part in parts]).sum(0),
+    )
+
+
+def _measure_part(student: Predict, recorder: Recorder, start: Start, bar: Any) -> Effects:
     answers: list[Tensor] = []
 
     def recorded(**inputs: Any) -> Tensor:
@@ -102,11 +113,12 @@ def measure_effects(student: Predict, recorder: Recorder, start: Start) -> Effec
 
     finished = recorder.denoise(recorded, start)
     error, moved = [], []
-    for place in tqdm(range(len(answers)), desc="effects of steps", unit="step"):
+    for place in range(len(answers)):
         deviant = _Deviant(student, recorder.teacher, answers, place)
         moved.append(_energy(recorder.denoise(deviant, start) - finished))
         found, right = (recorder.noise_of(a, start) for a in (deviant.answer, answers[place]))
         error.append(_energy(found - right))
+        bar.update()
     return Effects(
         error=torch.tensor(error, dtype=torch.float64),
         moved=torch.tensor(moved, dtype=torch.float64),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.calibration.sampling import first_tensor, guided
+from mpqdm_fx.distill.called import Called
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.features import feature_nodes, with_features
 from mpqdm_fx.distill.recompute import Recomputed
@@ -40,7 +41,7 @@ class Losses:
 
     Args:
         student: What is trained.
-        teacher: The normalized float graph.
+        teacher: The normalized float graph, with its signature in `meta`.
         config: Which losses.
         energy: Mean square of the targets, what the task's error is a share of.
         generator: Draws the pixels that relations use; its state is part of a run's.
@@ -63,12 +64,13 @@ class Losses:
         self._energy = max(energy, torch.finfo(torch.float32).tiny)
         self._generator = generator
         self.memory: list[Tensor] = []
+        signature = teacher.meta["signature"]
         own = student.graph_module
-        self._teacher: nn.Module = teacher
         if config.relation != "none":
             own = with_features(own, feature_nodes(own, config.features))
-            self._teacher = with_features(teacher, feature_nodes(teacher, config.features))
-        self._student: nn.Module = Recomputed(own, config.recompute) if config.recompute else own
+            teacher = with_features(teacher, feature_nodes(teacher, config.features))
+        trained: nn.Module = Recomputed(own, config.recompute) if config.recompute else own
+        self._student, self._teacher = Called(trained, signature), Called(teacher, signature)
 
     def __call__(self, batch: Batch) -> Parts:
         """Losses of a batch."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.student import Student
 from mpqdm_fx.distill.trainable import TrainableLayer
+from mpqdm_fx.errors import ConfigError
 
 __all__ = ["level_distance", "make_optimiser", "set_progress"]
 
@@ -33,6 +34,9 @@ def make_optimiser(student: Student, config: DistillConfig) -> torch.optim.Optim
     A change of the weight matters when it crosses a rounding boundary, so factors move in units of
     the distance between levels (EfficientDM's scale-aware rates; under Adam the rate is scaled, not
     the gradient).
+
+    Raises:
+        ConfigError: No part has a rate.
     """
     groups: list[dict[str, Any]] = []
 
@@ -56,6 +60,8 @@ def make_optimiser(student: Student, config: DistillConfig) -> torch.optim.Optim
         add(config.range_rate / size, [chosen.log_scale])
         codes = 1.0 if config.absolute_rates else _ZERO_POINT_FACTOR
         add(config.range_rate * codes, [chosen.shift])
+    if not groups:
+        raise ConfigError("nothing is trained: give a rate above 0 for a part that the model has")
     return torch.optim.Adam(groups, eps=_EPS)
 
 

@@ -1,6 +1,7 @@
 """The trainable form of a quantized graph, and back."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -28,7 +29,7 @@ from mpqdm_fx.graph.quantizer_sites import (
 from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelQuantizer
 from mpqdm_fx.passes.round_weights import install_codes
 from mpqdm_fx.plan import ActivationRange, LayerPlan
-from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble
 
 __all__ = ["Student", "freeze", "make_student"]
@@ -214,7 +215,15 @@ def freeze(student: Student, quantized: QuantizedModel) -> QuantizedModel:
         plan=quantized.plan,
         ranges=read_activations(fitted),
         settings=quantized.settings,
-        report=quantized.report,
+        report=_without_errors(quantized.report),
         model_config=quantized.config,
         noise_levels=quantized.noise_levels,
     )
+
+
+def _without_errors(report: QuantizationReport) -> QuantizationReport:
+    """How layers were solved; their errors were those of other codes."""
+    layers = tuple(
+        dataclasses.replace(layer, sqnr_db=None, base_sqnr_db=None) for layer in report.layers
+    )
+    return dataclasses.replace(report, layers=layers)

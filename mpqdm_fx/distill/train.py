@@ -66,7 +66,6 @@ class Trainer:
         directory: Folder for checkpoints, None for none.
         effects: What errors do at each step; None weighs steps without.
         on_policy: Draws runs of the student itself: called with a seed; None without them.
-        normalize: Brings the model's arguments into the form that the graphs take.
 
     Raises:
         ConfigError: The folder holds another run, or the batch is no multiple of the processes.
@@ -83,7 +82,6 @@ class Trainer:
         directory: Path | None = None,
         effects: Effects | None = None,
         on_policy: Callable[[int], Runs] | None = None,
-        normalize: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         self.student, self.runs, self.config = student, runs, config
         self.identity, self.directory = dict(identity), directory
@@ -92,7 +90,6 @@ class Trainer:
         self.losses = Losses(student, teacher, config, energy, self.generator)
         self.importance = importance(config, runs.calls, effects)
         self._device = next(student.parameters()).device
-        self._normalize = normalize
         self.optimiser = make_optimiser(student, config)
         self.average = EMAModel(self._trained, decay=config.ema)
         self.history = History()
@@ -220,12 +217,8 @@ class Trainer:
         calls = self.importance.calls(count, self.generator)
         mine = slice(self._rank, None, self._world)
         drawn = runs.batch(which[mine], calls[mine])
-        return dataclasses.replace(
-            drawn,
-            inputs=self._normalize(drawn.inputs),
-            previous=self._normalize(drawn.previous),
-            weight=self.importance.weight[calls[mine]],
-        ).to(self._device)
+        weight = self.importance.weight[calls[mine]]
+        return dataclasses.replace(drawn, weight=weight).to(self._device)
 
     def _weigh(self, parts: Parts) -> None:
         """Choose the second loss's weight so that its gradient has the wished share."""

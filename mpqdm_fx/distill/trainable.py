@@ -86,7 +86,7 @@ class TrainableLayer(nn.Module):
     base: Tensor
     table_rows: Tensor
     table_places: Tensor
-    top: Tensor
+    reach: Tensor
     bits: Tensor
 
     def __init__(
@@ -125,8 +125,9 @@ class TrainableLayer(nn.Module):
         self._half = isinstance(bias, Tensor) and fits_half(bias)
         self._add_tables(train_levels)
         bits = planned.bits_tensor()
-        top = torch.where(bits == MAX_BITS, _TOP, 2**bits - 1).float()
-        self.register_buffer("top", top, persistent=False)
+        # half a spacing, of 1 or of 2, beyond the outermost level
+        reach = torch.where(bits == MAX_BITS, _TOP + 0.5, 2.0**bits)
+        self.register_buffer("reach", reach, persistent=False)
         self.register_buffer("bits", bits, persistent=False)
 
     def _add_tables(self, train_levels: bool) -> None:
@@ -166,14 +167,16 @@ class TrainableLayer(nn.Module):
     def weight_rows(self) -> Tensor:
         """Rounded weight rows [O, K], on their grid exactly."""
         merged, scale, draws = self.merged(), self.scale, self._draws()
+        rows = self.table_rows
+        if len(rows) == len(merged):
+            return table_values(merged, scale, self.table(), draws)
         if draws is None:
             codes = snap(merged, scale.detach(), self.bits)
         else:
             codes = stochastic_codes(merged, scale.detach(), self.bits, draws)
-        values = values_of_codes(merged, scale, codes, self.top)
-        if not len(self.table_rows):
+        values = values_of_codes(merged, scale, codes, self.reach)
+        if not len(rows):
             return values
-        rows = self.table_rows
         some = None if draws is None else draws[rows]
         fitted = table_values(merged[rows], scale[rows], self.table(), some)
         return values.index_copy(0, rows, fitted)

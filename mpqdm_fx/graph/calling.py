@@ -1,7 +1,7 @@
 """Call a traced graph like its model: example inputs, output classes, JSON round trip."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from mpqdm_fx.graph.signature import InputSpec, Signature, tensor_leaves
 
 __all__ = [
+    "batch_size_of",
     "example_inputs",
+    "join_outputs",
     "pack_output",
     "signature_from_dict",
     "signature_to_dict",
@@ -66,6 +68,11 @@ def _lists(value: Any) -> Any:
     return entries
 
 
+def batch_size_of(call: Mapping[str, Any]) -> int:
+    """Samples in a call: the leading axis of its first tensor that has more than one axis."""
+    return next((len(tensor) for _, tensor in tensor_leaves(call) if tensor.ndim > 1), 1)
+
+
 def split_batch(signature: Signature, kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Split a call whose batch is larger than the traced range into calls that fit.
 
@@ -103,6 +110,19 @@ def split_batch(signature: Signature, kwargs: Mapping[str, Any]) -> list[dict[st
         {name: rows(value, name, start) for name, value in kwargs.items()}
         for start in range(0, batches[0], largest)
     ]
+
+
+def join_outputs(outputs: Sequence[Any]) -> Any:
+    """The output of a call from those of its parts; inverse of `split_batch`.
+
+    Args:
+        outputs: Tensors with the batch in front, or tuples of such, one entry per part.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    if isinstance(outputs[0], tuple):
+        return tuple(join_outputs(part) for part in zip(*outputs, strict=True))
+    return torch.cat(list(outputs))
 
 
 def pack_output(signature: Signature, output: Any) -> Any:

@@ -7,6 +7,7 @@ its range and as a constant outside (Bengio et al., arXiv 1308.3432), and step s
 gradient of LSQ (Esser et al., arXiv 1902.08153, equation 3).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -46,20 +47,21 @@ def round_half_ste(x: Tensor) -> Tensor:
     return result
 
 
-def values_of_codes(weight: Tensor, scale: Tensor, codes: Tensor, top: Tensor) -> Tensor:
+def values_of_codes(weight: Tensor, scale: Tensor, codes: Tensor, reach: Tensor) -> Tensor:
     """`codes * scale`, with a gradient to the weights that the codes were chosen for.
 
     Args:
         weight: Trained weight rows [O, K], float32.
         scale: Step of each row [O], float32, as stored.
-        codes: What the weights were rounded to, [O, K], whole numbers of any dtype.
-        top: Largest magnitude of a code in each row [O]; weights beyond it get no gradient.
+        codes: What the weights were rounded to, int8 [O, K].
+        reach: Half a spacing beyond the outermost level of each row [O], in units of the scale:
+            weights beyond it get no gradient.
 
     Returns:
         float32 [O, K]. The gradient to `weight` is that of the identity inside the range; that to
         `scale` is `code - weight / scale` inside and `code` outside.
     """
-    result: Tensor = _ValuesOfCodes.apply(weight, scale, codes, top)  # type: ignore[no-untyped-call]
+    result: Tensor = _ValuesOfCodes.apply(weight, scale, codes, reach)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -76,8 +78,9 @@ def table_values(
         draws: Uniform on [0, 1), [O, K]: round stochastically by them. None takes the nearest.
 
     Returns:
-        float32 [O, K]. Gradients to `weight` and `scale` are those of `values_of_codes`; a level
-        gets the sum of what flows to its weights, times the step.
+        float32 [O, K]. Gradients to `weight` and `scale` are those of `values_of_codes`, half the
+        last gap beyond a row's own outermost levels; a level gets the sum of what flows to its
+        weights, times the step.
     """
     ratio = weight.detach() / scale.detach()[:, None]
     levels = table.detach()
@@ -85,11 +88,11 @@ def table_values(
         index = torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, ratio, right=True)
     else:
         index = stochastic_places(ratio, levels, draws)
-    chosen = table.gather(1, index)
-    top = levels.abs().amax(1)
-    fixed = values_of_codes(weight, scale, chosen.detach(), top)
-    # adds nothing but the levels' gradient, and no rounding: the difference is zero exactly
-    return fixed + (chosen - chosen.detach()) * scale.detach()[:, None]
+    # bytes: what is kept for the backward pass is a number for every weight of the model
+    result: Tensor = _TableValues.apply(  # type: ignore[no-untyped-call]
+        weight, scale, table, index.to(torch.uint8)
+    )
+    return result
 
 
 def fake_quantize_affine(
@@ -164,21 +167,53 @@ class _Dynamic(torch.autograd.Function):
 
 class _ValuesOfCodes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, codes: Tensor, top: Tensor) -> Tensor:
-        codes = codes.to(torch.float32)
-        ctx.save_for_backward(weight, scale, codes, top)
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, codes: Tensor, reach: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale, codes, reach)
         return codes * scale[:, None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
-        weight, scale, codes, top = ctx.saved_tensors
+        weight, scale, codes, reach = ctx.saved_tensors
         (gradient,) = gradients
         ratio = weight / scale[:, None]
-        # half a spacing beyond the outermost level still rounds to it from both sides
-        inside = ratio.abs() <= top[:, None] + 1
-        to_scale = torch.where(inside, codes - ratio, codes)
-        return gradient * inside, (gradient * to_scale).sum(1), None, None
+        inside = ratio.abs() <= reach[:, None]
+        return gradient * inside, _to_scale(gradient, codes.float(), ratio, inside), None, None
+
+
+class _TableValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale, table, index)
+        return table.gather(1, index.long()) * scale[:, None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        weight, scale, table, index = ctx.saved_tensors
+        (gradient,) = gradients
+        places = index.long()
+        ratio = weight / scale[:, None]
+        low, high = _reach(table)
+        inside = (ratio >= low[:, None]) & (ratio <= high[:, None])
+        to_scale = _to_scale(gradient, table.gather(1, places), ratio, inside)
+        to_levels = torch.zeros_like(table).scatter_add_(1, places, gradient * scale[:, None])
+        return gradient * inside, to_scale, to_levels, None
+
+
+def _to_scale(gradient: Tensor, codes: Tensor, ratio: Tensor, inside: Tensor) -> Tensor:
+    return (gradient * torch.where(inside, codes - ratio, codes)).sum(1)
+
+
+def _reach(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Half a gap beyond the outermost levels of each row, which may be repeated."""
+    low, high = table[:, 0], table[:, -1]
+    second = table.where(table > low[:, None], math.inf).amin(1)
+    last = table.where(table < high[:, None], -math.inf).amax(1)
+    # a row of one level has no gap: as far as to the next whole number but one
+    below = torch.where(second.isfinite(), second - low, 2.0)
+    above = torch.where(last.isfinite(), high - last, 2.0)
+    return low - below / 2, high + above / 2
 
 
 class _FakeQuantize(torch.autograd.Function):

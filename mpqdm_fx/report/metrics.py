@@ -362,18 +362,18 @@ def _draw(
 ) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(labels), *sample_shape, generator=generator)
-    pairs = zip(torch.split(noise, batch_size), torch.split(labels, batch_size), strict=True)
+    starts = range(0, len(labels), batch_size)
     return torch.cat(
         [
             denoise(
                 model,
                 scheduler,
-                chunk,
+                noise[start : start + batch_size],
                 num_inference_steps=num_inference_steps,
-                seed=seed,
-                conditions={"class_labels": chunk_labels},
+                seed=seed + start,
+                conditions={"class_labels": labels[start : start + batch_size]},
             )
-            for chunk, chunk_labels in pairs
+            for start in starts
         ]
     )
 

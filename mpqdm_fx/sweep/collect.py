@@ -104,6 +104,7 @@ def collect_rows(
     max_rows: int,
     seed: int,
     shards: Shards,
+    batches: Sequence[int],
 ) -> list[CallRows]:
     """Sample the rows that a weight layer reads, in both lanes, from every call.
 
@@ -115,6 +116,7 @@ def collect_rows(
         max_rows: Rows over all calls of all processes.
         seed: Of the positions; they depend on the call's index and the layer's input alone.
         shards: Which calls are here; rows of the others are fetched.
+        batches: Batch size of every call of all processes.
 
     Returns:
         One entry per call, in global order.
@@ -126,7 +128,7 @@ def collect_rows(
     own = []
     lanes = zip(walk.values(lane_input), _float_values(walk, float_input, lane_input), strict=True)
     for index, (x_hat, x) in zip(shards.indices, lanes, strict=True):
-        count = count or rows_of_each_call(module, x_hat, shards.total, max_rows)
+        count = count or rows_of_each_call(module, x_hat, batches, index, max_rows)
         positions = row_positions(module, x_hat, count, (seed, float_input.name, index))
         inputs = sample_rows(module, x_hat, positions=positions).float()
         shift = None
@@ -137,10 +139,20 @@ def collect_rows(
     return shards.gather(own)
 
 
-def rows_of_each_call(module: nn.Module, x: Tensor, calls: int, max_rows: int) -> int:
-    """How many rows a layer takes from each call, given what it reads at the first one."""
-    available = calls * output_positions(module, x)
-    return -(-kept_rows(_row_width(module), available, max_rows) // calls)
+def rows_of_each_call(
+    module: nn.Module, x: Tensor, batches: Sequence[int], index: int, max_rows: int
+) -> int:
+    """How many rows a layer takes from each call at most.
+
+    Args:
+        module: The layer.
+        x: What it reads at one call.
+        batches: Batch size of every call.
+        index: Which call `x` is of.
+        max_rows: The most rows over all calls.
+    """
+    available = output_positions(module, x) * sum(batches) // batches[index]
+    return -(-kept_rows(_row_width(module), available, max_rows) // len(batches))
 
 
 def row_positions(module: nn.Module, x: Tensor, count: int, key: tuple[int, str, int]) -> Tensor:
@@ -154,7 +166,8 @@ def row_positions(module: nn.Module, x: Tensor, count: int, key: tuple[int, str,
     """
     seed, name, index = key
     hashed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
-    generator = torch.Generator().manual_seed((seed << 40) ^ hashed ^ (index << 20))
+    mixed = ((seed << 40) ^ hashed ^ (index << 20)) % 2**63  # large seeds keep their lower bits
+    generator = torch.Generator().manual_seed(mixed)
     total = output_positions(module, x)
     return torch.randperm(total, generator=generator)[:count].sort().values
 

@@ -13,7 +13,7 @@ from mpqdm_fx.calibration.allocate import layer_limits
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.cost import bind_sizes, node_cost, walk_memory
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.graph.quantizer_sites import quantizer_sites
+from mpqdm_fx.graph.quantizer_sites import find_timestep, quantizer_sites
 from mpqdm_fx.sweep.sweep import two_lanes
 from mpqdm_fx.sweep.work import layer_work
 
@@ -86,7 +86,9 @@ def estimate(
         half: Hold activations as float16.
     """
     flops, bandwidth = _speed()
-    timesteps = [call.get("timestep") for call in calls]
+    # as many noise levels as asked for: what the calls hold does not matter
+    levels = [torch.arange(settings.timestep_groups)]
+    timesteps = levels if find_timestep(graph_module) is not None else []
     skipped = layer_limits(graph_module, settings).skipped
     lanes, _ = two_lanes(graph_module, timesteps, settings, skipped)
     sizes = bind_sizes(graph_module, calls[0])

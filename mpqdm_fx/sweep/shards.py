@@ -4,7 +4,7 @@ Process r of n holds the calls r, r + n, r + 2n, ... What each call contributes 
 calls' own order, so every process computes on the very numbers that one process alone would.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -64,6 +64,20 @@ class Shards:
         parts: list[Any] = [None] * self.world
         distributed.all_gather_object(parts, list(own))
         return [parts[index % self.world][index // self.world] for index in range(self.total)]
+
+    def stream(self, own: Iterable[_T]) -> Iterator[_T]:
+        """Like `gather`, without holding more than one call of each process at a time.
+
+        Every process has to read it to the end.
+        """
+        if self.world == 1:
+            yield from own
+            return
+        values = iter(own)
+        for start in range(0, self.total, self.world):
+            parts: list[Any] = [None] * self.world
+            distributed.all_gather_object(parts, next(values, None))
+            yield from parts[: self.total - start]
 
     def once(self, make: Callable[[], _T]) -> _T:
         """What process 0 makes, for all of them."""

@@ -30,7 +30,8 @@ from mpqdm_fx.calibration.allocate import (
 from mpqdm_fx.calibration.pinning import FIRST_LAYER, LAST_LAYER, pinned_layers
 from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
 from mpqdm_fx.config import ActivationMode, MPQConfig
-from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.cost import bind_sizes, node_cost
 from mpqdm_fx.graph.lanes import error_lane_name, install_in_lane
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
@@ -202,6 +203,7 @@ class Sweep:
         self._validation = frozenset(validation)
         self._checkpoint = checkpoint
         timesteps = self._shards.gather([_timestep(graph_module, call) for call in calls])
+        self._batches = self._shards.gather([batch_size_of(call) for call in calls])
         self.graph_module, self.noise_levels = two_lanes(
             graph_module, timesteps, settings, limits.skipped
         )
@@ -250,8 +252,7 @@ class Sweep:
 
     def _pending_layers(self) -> dict[fx.Node, _Pending]:
         """What is to be solved, by the node of the quantized lane before which it is."""
-        found = {}
-        nodes = {node.name: node for node in self.graph_module.graph.nodes}
+        found, nodes = {}, {node.name: node for node in self.graph_module.graph.nodes}
         for name, layer in weight_layers(self.source, embeddings=True).items():
             if name not in self.limits.skipped:
                 check_weight(layer)
@@ -289,27 +290,39 @@ class Sweep:
             set_groups(self.graph_module, site.node, found)
 
     def _search_range(self, site: QuantizerSite) -> Any:
-        values = self._shards.gather(list(self.walk.values(site.value)))
+        values = self._shards.stream(self.walk.values(site.value))
         seed = self.settings.seed
         if site.kind == "static":
             return search_static(values, site.bits, seed)
         assert self.noise_levels is not None
         group = site.node.args[1]
         assert isinstance(group, fx.Node)
-        groups = self._shards.gather(list(self.walk.values(group)))
+        groups = self._shards.stream(self.walk.values(group))
         return search_by_noise_level(values, groups, site.bits, self.noise_levels.count, seed)
 
     def _solve(self, twin: fx.Node, pending: _Pending) -> None:
         """Quantize one layer and install it in the quantized lane."""
         name, kept = pending.layer.name, self._checkpoint
         solution = self._shards.once(lambda: kept.load(name) if kept else None)
-        if solution is None:
+        if solution is not None:
+            self._check_bits(solution)
+        else:
             solution = self._solution(twin, pending)
             if kept and self._shards.rank == 0:
                 kept.save(solution)
         self.solutions[name] = solution
         module = self.graph_module.get_submodule(str(twin.target))
         install_in_lane(self.graph_module, name, install_solution(module, solution))
+
+    def _check_bits(self, solution: LayerSolution) -> None:
+        """Refuse a kept layer of another allocation: together they would miss the budget."""
+        planned = (self._plans or {}).get(solution.plan.name)
+        if planned is not None and planned.bits != solution.plan.bits:
+            raise ConfigError(
+                f"{planned.name}: was solved with {solution.plan.mean_bits:.3f} bits before, and "
+                f"these sensitivities give it others ({planned.mean_bits:.3f}); give the "
+                f"sensitivity file of the run that was killed, or start anew"
+            )
 
     def _solution(self, twin: fx.Node, pending: _Pending) -> LayerSolution:
         layer = pending.layer
@@ -324,10 +337,12 @@ class Sweep:
         try:
             plan = self._fixed(layer)
             if plan is None:
-                some = data.train.inputs[:_DECISION_ROWS]
+                # from all calls alike: they may come in the order of the runs
+                every = slice(None, None, -(-len(data.train.inputs) // _DECISION_ROWS) or 1)
+                some = data.train.inputs[every]
                 exact = some
                 if data.train.shift is not None:
-                    exact = some + data.train.shift[:_DECISION_ROWS]
+                    exact = some + data.train.shift[every]
                 plan = decide_layer(layer, exact, some, self.settings)
             return solve_layer(layer.module, plan, data, self.settings)
         except CalibrationError as error:
@@ -355,6 +370,7 @@ class Sweep:
                 max_rows=self.settings.max_rows,
                 seed=self.settings.seed,
                 shards=self._shards,
+                batches=self._batches,
             )
             self._remember(key, calls)
         residuals = None

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from mpqdm_fx.calibration.allocate import fixed_plan
 from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, sample_rows, weight_layers
 from mpqdm_fx.numerics.propagation import LayerRows
@@ -64,13 +65,16 @@ def rerun_for_every_layer(
         The rounded graph.
     """
     rounded = copy_graph_module(graph_module)
+    batches = [batch_size_of(call) for call in calls]
     for name, layer in weight_layers(graph_module).items():
         parts: list[tuple[Tensor, Tensor]] = []
         source = layer.nodes[0].args[0]
         count = 0
         for index, call in enumerate(calls):
             exact, noisy = (_read(graph, layer, call) for graph in (graph_module, rounded))
-            count = count or rows_of_each_call(layer.module, noisy, len(calls), settings.max_rows)
+            count = count or rows_of_each_call(
+                layer.module, noisy, batches, index, settings.max_rows
+            )
             key = (settings.seed, str(source), index)
             positions = row_positions(layer.module, noisy, count, key)
             x, x_hat = (

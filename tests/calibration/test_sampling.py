@@ -6,6 +6,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
@@ -203,14 +204,71 @@ def test_learned_variance_is_dropped_for_schedulers_that_do_not_use_it():
     assert torch.equal(found, expected)
 
 
-def test_output_of_another_size_is_refused():
+@pytest.mark.parametrize(
+    "cut", [lambda x: x[..., :2], lambda x: x[:, :1], lambda x: torch.cat([x, x, x], 1)]
+)
+def test_output_of_another_size_is_refused(cut):
     with pytest.raises(CalibrationError, match="does not look like a denoiser"):
         denoise(
-            lambda sample, timestep: sample[..., :2],
-            DDIMScheduler(),
-            noise(),
-            num_inference_steps=2,
-            seed=0,
+            lambda sample, timestep: cut(sample), DDIMScheduler(), noise(),
+            num_inference_steps=2, seed=0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler_class", [EulerAncestralDiscreteScheduler, DDPMScheduler])
+def test_added_noise_is_independent_of_noise_that_was_drawn_by_the_same_seed(scheduler_class):
+    # of data that is all zero the perfect prediction is known: what is left at every step has the
+    # scheduler's own deviation, and more if noise is added to itself
+    scheduler = scheduler_class()
+    scheduler.set_timesteps(10)
+    alphas = scheduler.alphas_cumprod
+    sigmas = ((1 - alphas) / alphas).sqrt()
+    ancestral = scheduler_class is EulerAncestralDiscreteScheduler
+
+    def perfect(sample, timestep):
+        # Euler's models read the sample over sqrt(sigma^2 + 1), which is DDPM's sample
+        return sample / (1 - alphas[timestep[0].round().long()]).sqrt()
+
+    seen = []
+    denoise(
+        perfect, scheduler, torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(5)),
+        num_inference_steps=10, seed=5,
+        callback=lambda index, timestep, sample: seen.append(float(sample.std())),
+    )  # fmt: skip
+    following = scheduler.timesteps[1:].long()
+    right = sigmas[following] if ancestral else (1 - alphas[following]).sqrt()
+    assert torch.allclose(torch.tensor(seen[:-1]), right, rtol=0.03)
+
+
+def test_guidance_leaves_a_learned_variance_to_the_conditional_half():
+    seen = []
+
+    class Watched(DDPMScheduler):
+        def step(self, model_output, *args, **options):
+            seen.append(model_output)
+            return super().step(model_output, *args, **options)
+
+    def model(sample, timestep, shift):
+        return torch.cat(
+            [toy_model(sample, timestep, shift), shift.reshape(-1, 1, 1, 1) + 0 * sample], 1
+        )
+
+    denoise(
+        model, Watched(variance_type="learned_range"), noise(), num_inference_steps=2, seed=0,
+        conditions={"shift": torch.full((3,), 0.6)}, unconditional={"shift": torch.full((3,), 0.2)},
+        guidance_scale=7.0,
+    )  # fmt: skip
+    assert torch.equal(seen[0][:, 2:], torch.full((3, 2, 4, 4), 0.6))
+    plain, conditional = (
+        toy_model(noise(), torch.tensor([500]), s * torch.ones(3)) for s in (0.2, 0.6)
+    )
+    assert torch.allclose(seen[0][:, :2], plain + 7 * (conditional - plain), atol=1e-5)
+
+
+def test_a_scheduler_of_flow_matching_is_refused_by_name():
+    with pytest.raises(CalibrationError, match="FlowMatchEulerDiscreteScheduler has no init_noise"):
+        denoise(
+            toy_model, FlowMatchEulerDiscreteScheduler(), noise(), num_inference_steps=2, seed=0
         )
 
 

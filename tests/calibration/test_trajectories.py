@@ -156,8 +156,13 @@ def test_changing_a_batch_dict_does_not_change_the_trajectories():
 
 
 def test_final_samples_are_the_ends_of_the_runs():
-    trajectories = make()
-    assert trajectories.final_samples.shape == (6, 1, 3, 3)
+    trajectories = make(num_trajectories=4)
+    noise = torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    expected = denoise(
+        toy_model, DDIMScheduler(), noise, num_inference_steps=5, seed=0,
+        conditions={"class_labels": torch.arange(4)},
+    )  # fmt: skip
+    assert torch.equal(trajectories.final_samples, expected)
 
 
 def test_digits_trajectories_are_320_rows_16_of_each_of_20_timesteps():

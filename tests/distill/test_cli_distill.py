@@ -13,9 +13,10 @@ import mpqdm_fx
 from mpqdm_fx import cli
 from mpqdm_fx.cli_options import seconds_of
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.errors import ConfigError, MPQError
+from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
 from mpqdm_fx.models.sources import load_source
-from mpqdm_fx.workflow import quantize_to_folder
+from mpqdm_fx.workflow import distill_folder, quantize_to_folder
 
 SHORT = ["--trajectories", "4", "--steps", "3", "--batch-size", "4", "--samples", "0"]
 
@@ -46,6 +47,26 @@ def run(*arguments):
     return result.exit_code, result.output
 
 
+def test_a_folder_that_holds_other_files_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+
+    def begun(*arguments, **options):
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr("mpqdm_fx.workflow.quantize", begun)
+    with pytest.raises(ArtifactError, match="holds other files"):
+        quantize_to_folder(
+            load_source("digits"), MPQConfig(), backend="packed", output=tmp_path, samples=0
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_guidance_is_refused_where_nothing_is_unconditional(folder, tmp_path):
+    config = DistillConfig(updates=1, guidance_scale=3.0)
+    with pytest.raises(ConfigError, match="unconditional="):
+        distill_folder(folder, config, output=tmp_path / "trained")
+
+
 def test_training_writes_a_folder_like_the_one_it_read(folder, tmp_path):
     output = tmp_path / "trained"
     status, text = run(folder, "--updates", 20, *SHORT, "--output", output)
@@ -57,7 +78,7 @@ def test_training_writes_a_folder_like_the_one_it_read(folder, tmp_path):
         assert new[same] == old[same]
     assert new["files"]["model.safetensors"] == old["files"]["model.safetensors"]
     assert new["distilled"]["error_after"] < new["distilled"]["error_before"]
-    assert new["epsilon_sqnr_db"] > old["epsilon_sqnr_db"]
+    assert new["distilled"]["epsilon_sqnr_db_before"] == old["epsilon_sqnr_db"]
     assert list(tmp_path.iterdir()) == [output]
     before, after = (mpqdm_fx.load(f) for f in (folder, output))
     names = [layer.name for layer in before.plan.layers]

@@ -7,11 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from interruption import kill_at
-from small import tiny_condition_unet, tiny_unet, unet_calls
+from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
 
 import mpqdm_fx
 from mpqdm_fx.distill.api import _moved, distill
+from mpqdm_fx.distill.called import Called
 from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.importance import measure_effects
 from mpqdm_fx.distill.losses import Losses
 from mpqdm_fx.distill.runs import Recorder, Start
 from mpqdm_fx.distill.student import make_student
@@ -245,6 +247,56 @@ def test_guided_runs_and_ancestral_schedulers_are_taken():
     assert result.after < result.before
 
 
+def test_guidance_takes_twice_the_rows_of_a_batch_and_more_than_the_traced_range():
+    quantized = mpqdm_fx.quantize(tiny_condition_unet(), SETTINGS, condition_calls())
+    assert quantized.signature.batch_range[1] is not None
+    rows = quantized.signature.batch_range[1] // 2 + 4
+    text = torch.randn(rows, 7, 12, generator=torch.Generator().manual_seed(0))
+    result = distill(
+        quantized, tiny_condition_unet(),
+        DistillConfig(
+            updates=2, trajectories=rows, batch_size=rows, effect_runs=rows, steps=2, rank=2,
+            guidance_scale=2.0,
+        ),
+        scheduler=DDIMScheduler(), conditions={"encoder_hidden_states": text},
+        unconditional={"encoder_hidden_states": torch.zeros_like(text)},
+    )  # fmt: skip
+    assert result.history.updates == 2
+
+
+def test_effects_do_not_depend_on_how_many_runs_go_at_once(quantized, parts):
+    teacher, runs = parts
+    model = Called(make_student(quantized, teacher, CONFIG).graph_module, quantized.signature)
+    one, other = (
+        measure_effects(
+            model,
+            Recorder(
+                teacher=tiny_unet(), scheduler=DDIMScheduler(), steps=3, guidance_scale=None,
+                batch_size=size,
+            ),
+            runs.start,
+        )
+        for size in (4, 3)
+    )  # fmt: skip
+    assert torch.allclose(one.error, other.error, rtol=1e-3)
+    assert torch.allclose(one.moved, other.moved, rtol=1e-3)
+
+
+def test_a_fixed_batch_is_refused_before_anything_runs(quantized):
+    fixed = copy.copy(quantized)
+    fixed.signature = dataclasses.replace(
+        quantized.signature, batch_range=None, batch=2, note="why"
+    )
+    with pytest.raises(ConfigError, match=r"for 2 rows a call alone \(why\); give batch_size=2"):
+        distilled(fixed)
+
+
+def test_nothing_to_train_is_refused(quantized):
+    rates = dict.fromkeys(["scale_rate", "range_rate", "bias_rate"], 0.0)
+    with pytest.raises(ConfigError, match="nothing is trained"):
+        distilled(quantized, rank=0, **rates)
+
+
 def test_several_processes_share_the_batch(quantized, parts):
     # every n-th row: together they are the rows of one process
     teacher, runs = parts
@@ -272,6 +324,7 @@ def test_several_processes_share_the_batch(quantized, parts):
         ({"noise_bias": (0.0, 1.0)}, "noise_bias"),
         ({"temperature": 0.0}, "temperature"),
         ({"weight_rate": float("nan")}, "weight_rate"),
+        ({"seed": 2**62}, "below 2.62"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):

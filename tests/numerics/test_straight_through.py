@@ -60,8 +60,8 @@ def test_weights_are_those_of_their_codes_bit_for_bit(seed, bits):
     rows = drawn(seed, 3, 20)
     widths = torch.full((3,), bits)
     codes, scale = quantize_uniform(rows, widths)
-    top = torch.full((3,), 127.0 if bits == 8 else 2.0**bits - 1)
-    found = values_of_codes(rows, scale, snap(rows, scale, widths), top)
+    reach = torch.full((3,), 127.5 if bits == 8 else 2.0**bits)
+    found = values_of_codes(rows, scale, snap(rows, scale, widths), reach)
     assert torch.equal(found, dequantize(codes, scale))
 
 
@@ -69,10 +69,21 @@ def test_weights_beyond_their_range_get_no_gradient_and_pull_on_the_step_instead
     weight = torch.tensor([[0.2, -0.9, 9.0]], requires_grad=True)
     scale = torch.tensor([0.5], requires_grad=True)
     codes = snap(weight, scale, 2)
-    values_of_codes(weight, scale, codes, torch.tensor([3.0])).sum().backward()
+    values_of_codes(weight, scale, codes, torch.tensor([4.0])).sum().backward()
     assert weight.grad.tolist() == [[1.0, 1.0, 0.0]]
     inside = (1 - 0.2 / 0.5) + (-1 + 0.9 / 0.5)
     assert scale.grad.item() == pytest.approx(inside + 3)
+
+
+def test_tables_are_clipped_half_a_gap_beyond_their_own_ends():
+    # the gaps at the ends are 10 and 6; the last level is repeated, and stays the same one
+    table = torch.tensor([[-20.0, -10.0, 4.0, 10.0, 10.0]])
+    weight = torch.tensor([[-26.0, -24.0, 0.0, 12.0, 14.0]], requires_grad=True)
+    scale = torch.tensor([1.0], requires_grad=True)
+    table_values(weight, scale, table).sum().backward()
+    assert weight.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
+    # inside the rounding error, outside the outermost level
+    assert scale.grad.item() == pytest.approx(-20 + (-20 + 24) + 4 + (10 - 12) + 10)
 
 
 def test_levels_get_the_gradients_of_their_weights():

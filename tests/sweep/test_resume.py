@@ -1,12 +1,14 @@
 """A sweep that was stopped goes on with the same bits; another run's folder is refused."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from small import tiny_unet, unet_calls
+from small import TinyNet, net_calls, tiny_unet, unet_calls
 from sweeps import recorded, settings_of, traced
 
+from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.sweep.quantize import finish, start_sweep
@@ -60,6 +62,39 @@ def test_resuming_with_other_settings_is_refused_and_the_difference_is_named(une
         start_sweep(
             graph, recorded(calls[:2]), settings_of(weight_bits=4), directory=tmp_path, resume=True
         )
+
+
+def test_resuming_with_other_sensitivities_is_refused_before_the_budget_is_missed(unet, tmp_path):
+    graph, calls = unet
+    settings = settings_of(allocation="measured", effective_bits=4.5)
+    path = tmp_path / "table.safetensors"
+    sweep = start_sweep(
+        graph, recorded(calls), settings, directory=tmp_path / "run", sensitivity=path
+    )
+    for _ in sweep:
+        if len(sweep.solutions) == 9:
+            break
+    sweep.walk.close()
+    table = SensitivityTable.load(path)
+    skewed = dataclasses.replace(
+        table,
+        layers=tuple(
+            dataclasses.replace(layer, sensitivity=layer.sensitivity * 1e4 ** (index % 2))
+            for index, layer in enumerate(table.layers)
+        ),
+    )
+    other = skewed.save(tmp_path / "other.safetensors")
+    again = start_sweep(
+        graph, recorded(calls), settings, directory=tmp_path / "run", resume=True, sensitivity=other
+    )
+    with pytest.raises(ConfigError, match="give the sensitivity file of the run that was killed"):
+        finish(again)
+
+
+@pytest.mark.parametrize("seed", [2**24, 20260101, 2**62 - 1])
+def test_large_seeds_are_taken(seed):
+    graph, calls = traced(TinyNet(), net_calls())
+    finish(start_sweep(graph, recorded(calls), settings_of(seed=seed, allocation="measured")))
 
 
 def test_an_unfinished_run_is_not_overwritten(unet, tmp_path):

@@ -5,11 +5,13 @@ import torch
 from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
 from sweeps import quantized, recorded, settings_of, traced
 
-from mpqdm_fx.calibration.allocate import layer_limits
+from mpqdm_fx.calibration.allocate import decide_layer, layer_limits
 from mpqdm_fx.graph.lanes import is_lane, twin_of
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.models.bundled import load_digits_unet
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
+from mpqdm_fx.sweep import sweep as sweep_module
+from mpqdm_fx.sweep.collect import rows_of_each_call
 from mpqdm_fx.sweep.quantize import finish, start_sweep
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.sweep import Sweep
@@ -163,6 +165,47 @@ def test_shards_part_the_calls_and_gather_keeps_their_order():
     assert sorted(i for s in shards for i in s.indices) == list(range(8))
     assert Shards.of(5).indices == range(5)
     assert Shards.of(5).gather(list("abcde")) == list("abcde")
+
+
+def test_one_process_streams_without_holding_more_than_a_call():
+    values = iter("abcde")
+    stream = Shards.of(5).stream(values)
+    assert next(stream) == "a"
+    assert next(values) == "b"
+    assert list(stream) == list("cde")
+
+
+def test_rows_of_a_call_do_not_depend_on_which_call_is_looked_at_first():
+    layer = torch.nn.Conv2d(3, 4, 3, padding=1)
+    batches = [1, 16, 16, 7]
+    found = {
+        rows_of_each_call(layer, torch.zeros(batch, 3, 8, 8), batches, index, 512)
+        for index, batch in enumerate(batches)
+    }
+    assert found == {128}
+
+
+def test_decisions_see_all_calls_alike(monkeypatch):
+    graph_module, calls = traced(tiny_unet(), unet_calls(3))
+    settings = settings_of(allocation="omq", max_rows=64)
+    seen = {}
+
+    def watched(layer, exact, rows, settings):
+        seen[layer.name] = rows
+        return decide_layer(layer, exact, rows, settings)
+
+    monkeypatch.setattr(sweep_module, "decide_layer", watched)
+    monkeypatch.setattr(sweep_module, "_DECISION_ROWS", 20)
+    sweep = Sweep(graph_module, calls, settings, limits=layer_limits(graph_module, settings))
+    data = {}
+    original = sweep._solve_with
+    sweep._solve_with = lambda layer, rows: data.update({layer.name: rows}) or original(layer, rows)
+    sweep.run()
+    assert seen
+    for name, rows in seen.items():
+        every = -(-len(data[name].train.inputs) // 20)
+        assert len(rows) <= 20
+        assert torch.equal(rows, data[name].train.inputs[::every]), name
 
 
 def test_a_sweep_without_a_plan_decides_and_solves_every_layer():
