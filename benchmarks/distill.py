@@ -62,7 +62,9 @@ RECIPES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {
 
 def training(given: Mapping[str, Any], seed: int, updates: int) -> DistillConfig:
     """Settings of a recipe's training."""
-    settings = {"seed": 10 + seed, "updates": updates, "trajectories": 64, **given}
+    settings = {
+        "seed": 10 + seed, "updates": updates, "trajectories": 64, "keep_better": False, **given,
+    }  # fmt: skip
     if settings.pop("recipe", None) == "efficientdm":
         return DistillConfig.efficientdm(**settings)
     return DistillConfig(**settings)

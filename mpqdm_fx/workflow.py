@@ -193,6 +193,7 @@ def distill_folder(
         "seconds": trained.history.seconds,
         "error_before": trained.before,
         "error_after": trained.after,
+        "improved": trained.improved,
         "epsilon_sqnr_db_before": summary["epsilon_sqnr_db"],
     }
     found = write_folder(

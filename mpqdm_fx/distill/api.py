@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.calibration.sampling import first_tensor, guided
 from mpqdm_fx.calibration.trajectories import Conditions, make_conditions, sample_shape_of
 from mpqdm_fx.distill.called import Called
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.importance import Effects, measure_effects
+from mpqdm_fx.distill.judge import Errors, Judge
 from mpqdm_fx.distill.runs import Recorder, Runs, Start
 from mpqdm_fx.distill.student import Student, freeze, make_student
 from mpqdm_fx.distill.train import History, Trainer
@@ -33,6 +33,8 @@ __all__ = ["Distilled", "distill"]
 
 logger = logging.getLogger(__name__)
 
+_HELD_OUT = 0x9E3779B97F  # what the seeds of training and of judging runs differ by
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distilled:
@@ -41,15 +43,18 @@ class Distilled:
     Attributes:
         quantized: The trained model; plan and sizes are those that it started with.
         history: Updates, seconds and losses.
-        before: Squared error of the noise as a share of its energy on the training runs, at the
-            start; `after` at the end.
+        before: Squared error of the noise as a share of its energy at the start, on runs that the
+            training has not seen; `after` at the end of the training.
         after: See `before`.
+        improved: Whether the error on those runs, weighed by step like the loss, is less than
+            before. If it is not, `quantized` is what training started from (`keep_better`).
     """
 
     quantized: QuantizedModel
     history: History
     before: float
     after: float
+    improved: bool
 
 
 def distill(
@@ -83,7 +88,7 @@ def distill(
         device: Where to train, for example `"cuda"`; the result lies on the CPU.
 
     Returns:
-        The trained model and what training did.
+        The trained model and what training did; the model itself if that did not help it.
 
     Raises:
         ConfigError: `teacher` has not the layers of the model that was quantized, the folder holds
@@ -108,12 +113,14 @@ def distill(
     )
     shape = sample_shape or sample_shape_of(teacher)
     runs = _runs(recorder, config, shape, conditions, unconditional)
-    before = _errors(model, runs, config, device).share
-    if before > 1:
+    held_out = _held_out(recorder, config, runs)
+    judge = Judge(model=model, recorder=recorder)
+    before = judge.errors(held_out)
+    if before.share > 1:
         logger.warning(
             "the quantized model's error is %.2f of what it predicts: is this the float model that "
             "it was quantized from, and its scheduler?",
-            before,
+            before.share,
         )
     trainer = Trainer(
         student,
@@ -125,22 +132,46 @@ def distill(
         effects=_effects(model, recorder, config, runs) if config.final_share else None,
         on_policy=_own_runs(model, recorder, runs) if config.on_policy else None,
     )
-    history = trainer.run()
+    trainer.run()
     after = (
-        _correct_mean(student, model, runs, config, device)
+        judge.correct_mean(student, runs, held_out)
         if config.correct_mean
-        else _errors(model, runs, config, device).share
+        else judge.errors(held_out)
     )
     student.cpu()
+    return _distilled(student, quantized, trainer, before, after)
+
+
+def _distilled(
+    student: Student, quantized: QuantizedModel, trainer: Trainer, before: Errors, after: Errors
+) -> Distilled:
+    weighed = trainer.importance.weighed
+    improved = weighed(after.steps) < weighed(before.steps)
+    if not improved:
+        logger.warning(
+            "training did not lower the error on runs that it has not seen (squared error of the "
+            "noise %.3g of its energy before, %.3g after; steps weighed by what they move: %+.0f "
+            "%%)%s; lower rates or more trajectories may help",
+            before.share,
+            after.share,
+            100 * (weighed(after.steps) / max(weighed(before.steps), 1e-30) - 1),
+            ": the model stays what it was" if trainer.config.keep_better else "",
+        )
+    keep = improved or not trainer.config.keep_better
     return Distilled(
-        quantized=freeze(student, quantized), history=history, before=before, after=after
+        quantized=freeze(student, quantized) if keep else quantized,
+        history=trainer.history,
+        before=before.share,
+        after=after.share,
+        improved=improved,
     )
 
 
 def _check_batch(signature: Signature, config: DistillConfig) -> None:
     """Refuse rows that a graph of one fixed batch would refuse in the middle of the work."""
     halves = 2 if config.guided else 1
-    counts = (config.trajectories, min(config.trajectories, config.effect_runs))
+    few = (min(config.trajectories, n) for n in (config.effect_runs, config.held_out))
+    counts = (config.trajectories, *few)
     fits = config.batch_size * halves == signature.batch
     fits = fits and not any(count % config.batch_size for count in counts)
     if not signature.dynamic_batch and not fits:
@@ -148,7 +179,7 @@ def _check_batch(signature: Signature, config: DistillConfig) -> None:
             f"{signature.model_class} was traced for {signature.batch} rows a call alone "
             f"({signature.note or 'its batch is fixed'}); give "
             f"batch_size={signature.batch / halves:g}"
-            f", and trajectories and effect_runs that are multiples of it"
+            f", and trajectories, effect_runs and held_out that are multiples of it"
         )
 
 
@@ -184,6 +215,14 @@ def _runs(
         seed=config.seed,
     )
     return recorder.record(recorder.teacher, start, progress="float model's runs")
+
+
+def _held_out(recorder: Recorder, config: DistillConfig, runs: Runs) -> Runs:
+    """Runs of the float model from other noise, with the first runs' conditions."""
+    first = runs.start.rows(torch.arange(min(len(runs), config.held_out)))
+    seed = config.seed + _HELD_OUT
+    noise = torch.randn(first.noise.shape, generator=torch.Generator().manual_seed(seed))
+    return recorder.record(recorder.teacher, dataclasses.replace(first, noise=noise, seed=seed))
 
 
 def _effects(model: Called, recorder: Recorder, config: DistillConfig, runs: Runs) -> Effects:
@@ -228,46 +267,3 @@ def _identity(
         "noise and conditions": digest.hexdigest(),
         "versions": versions(),
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Errors:
-    """Mean error by output channel, and squared error as a share of the targets' energy."""
-
-    mean: Tensor
-    share: float
-
-
-@torch.no_grad()
-def _errors(
-    model: Called, runs: Runs, config: DistillConfig, device: torch.device | str
-) -> _Errors:
-    """Errors over all calls of all runs."""
-    total, squares, energy, count = torch.zeros(()), 0.0, 0.0, 0
-    for call in range(runs.calls):
-        for rows in torch.split(torch.arange(len(runs)), config.batch_size):
-            batch = runs.batch(rows, torch.full((len(rows),), call)).to(device)
-            answer = guided(first_tensor(model(**batch.inputs)), config.guidance_scale)
-            error = answer[:, : batch.target.shape[1]] - batch.target
-            total = total + error.transpose(0, 1).flatten(1).sum(1).cpu()
-            squares += float(error.square().sum())
-            energy += float(batch.target.square().sum())
-            count += error.numel() // error.shape[1]
-    return _Errors(total / max(1, count), squares / energy if energy else 0.0)
-
-
-@torch.no_grad()
-def _correct_mean(
-    student: Student, model: Called, runs: Runs, config: DistillConfig, device: torch.device | str
-) -> float:
-    """Take the output's mean error out of the last layer's bias if that helps; the error then."""
-    last = list(student.layers.values())[-1]
-    found = _errors(model, runs, config, device)
-    if last.bias is None or len(last.bias) != len(found.mean):
-        return found.share
-    # guidance combines two outputs with weights 1 - g and g, which sum to 1
-    last.bias.sub_(found.mean.to(device))
-    corrected = _errors(model, runs, config, device).share
-    if corrected > found.share:
-        last.bias.add_(found.mean.to(device))
-    return min(corrected, found.share)

@@ -63,6 +63,9 @@ class DistillConfig:
         noise_bias: (a, b) of the Beta distribution by which steps count in that rest, 1 being the
             noisiest; (1, 1) is all alike, BitsFusion has (3, 1).
         effect_runs: Runs on which the steps' effects are measured.
+        held_out: Further runs, from other noise, that judge what training gave.
+        keep_better: Return the model that training started from where those runs say that it did
+            not help.
         on_policy: Share of rows whose latents come from the student's own runs.
         refresh: Updates after which the student's runs are drawn anew.
         ema: Decay of the averaged parameters, which are what is kept; 0 keeps the last.
@@ -101,6 +104,8 @@ class DistillConfig:
     final_share: float = 0.5
     noise_bias: tuple[float, float] = (1.0, 1.0)
     effect_runs: int = 8
+    held_out: int = 8
+    keep_better: bool = True
     on_policy: float = 0.0
     refresh: int = 100
     ema: float = 0.99
@@ -119,7 +124,7 @@ class DistillConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose {listed}")
         at_least = {
             "updates": 1, "trajectories": 1, "steps": 1, "batch_size": 1, "rank": 0, "pixels": 2,
-            "memory": 2, "refresh": 1, "effect_runs": 1, "recompute": 0, "seed": 0,
+            "memory": 2, "refresh": 1, "effect_runs": 1, "held_out": 1, "recompute": 0, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -173,6 +178,7 @@ class DistillConfig:
             "final_share": 0.0,
             "ema": 0.0,
             "correct_mean": False,
+            "keep_better": False,
         }
         return cls(**{**published, **settings})
 

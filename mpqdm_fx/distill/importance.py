@@ -52,6 +52,10 @@ class Importance:
         """Draw steps, int64 [count]."""
         return torch.multinomial(self.draw, count, replacement=True, generator=generator)
 
+    def weighed(self, errors: Tensor) -> float:
+        """What the loss makes of the squared errors of the steps [calls]."""
+        return float((self.draw * self.weight.double() * errors).sum())
+
 
 def importance(config: DistillConfig, calls: int, effects: Effects | None = None) -> Importance:
     """Importance of the steps of runs.

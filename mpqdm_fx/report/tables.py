@@ -72,6 +72,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         table.add_row("  before training, dB", before, "")
         took = f"{trained['updates']} / {_duration(trained['seconds'])}"
         table.add_row("  updates / time of training", took, "")
+        if not trained["improved"]:
+            table.add_row("  training did not help: the model is as before", "", "")
     backend = summary["backend"]
     table.add_row(f"noise SQNR, {backend}, dB", f"{summary['backend_epsilon_sqnr_db']:.2f}", "")
     label = f"ms per step, batch 1, {summary['threads']} threads ({backend}; eager float)"

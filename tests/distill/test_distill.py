@@ -10,10 +10,11 @@ from interruption import kill_at
 from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
 
 import mpqdm_fx
-from mpqdm_fx.distill.api import _moved, distill
+from mpqdm_fx.distill.api import _held_out, _moved, distill
 from mpqdm_fx.distill.called import Called
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.importance import measure_effects
+from mpqdm_fx.distill.judge import Judge
 from mpqdm_fx.distill.losses import Losses
 from mpqdm_fx.distill.runs import Recorder, Start
 from mpqdm_fx.distill.student import make_student
@@ -262,6 +263,39 @@ def test_guidance_takes_twice_the_rows_of_a_batch_and_more_than_the_traced_range
         unconditional={"encoder_hidden_states": torch.zeros_like(text)},
     )  # fmt: skip
     assert result.history.updates == 2
+
+
+def test_a_model_that_training_made_worse_is_not_returned(quantized, caplog):
+    ruinous = {"weight_rate": 20.0, "bias_rate": 50.0, "ema": 0.0, "correct_mean": False}
+    with caplog.at_level("WARNING"):
+        result = distilled(quantized, **ruinous)
+    assert result.after > result.before
+    assert not result.improved
+    assert result.quantized is quantized
+    assert "training did not lower the error" in caplog.text
+    kept = distilled(quantized, **ruinous, keep_better=False)
+    assert (kept.after, kept.improved) == (result.after, False)
+    name = quantized.plan.layers[-1].name
+    assert not torch.equal(kept.quantized.codes(name), quantized.codes(name))
+
+
+def test_what_judges_is_not_what_was_trained_on(quantized, parts):
+    _, runs = parts
+    recorder = Recorder(
+        teacher=tiny_unet(), scheduler=DDIMScheduler(), steps=4, guidance_scale=None, batch_size=4
+    )
+    config = dataclasses.replace(CONFIG, held_out=3)
+    held_out = _held_out(recorder, config, runs)
+    assert len(held_out) == 3
+    assert torch.equal(held_out.start.conditions["class_labels"], LABELS["class_labels"][:3])
+    assert not torch.isclose(held_out.samples[:, 0], runs.samples[:3, 0]).any()
+    found = Judge(model=tiny_unet(), recorder=recorder).errors(held_out)
+    assert found.share < 1e-9  # the float model itself
+    shifted = Judge(model=lambda **inputs: tiny_unet()(**inputs).sample + 0.5, recorder=recorder)
+    moved = shifted.errors(held_out)
+    assert torch.allclose(moved.mean, torch.full_like(moved.mean, 0.5), atol=1e-4)
+    energy = held_out.targets.square().mean(dtype=torch.float64)
+    assert moved.share == pytest.approx(0.25 / float(energy), rel=1e-4)
 
 
 def test_effects_do_not_depend_on_how_many_runs_go_at_once(quantized, parts):
