@@ -25,7 +25,7 @@ with joined():
     # calls of different sizes: each process counts the rows of all
     calls[0] = {{name: value[:1] for name, value in calls[0].items()}}
     graph, calls = traced(tiny_unet(), calls)
-    result = quantized(graph, calls, allocation="measured", activation_mode="timestep")
+    result = quantized(graph, calls, allocation="measured", activation_mode={mode!r})
     if is_first():
         layers = weight_layers(result.rounded, embeddings=True)
         torch.save(
@@ -35,10 +35,11 @@ with joined():
 """
 
 
-def test_two_processes_quantize_to_the_same_weights_as_one(tmp_path):
+@pytest.mark.parametrize("mode", ["static", "timestep"])
+def test_two_processes_quantize_to_the_same_weights_as_one(tmp_path, mode):
     here = Path(__file__).parent
     script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(paths=[str(here), str(here.parent)]))
+    script.write_text(SCRIPT.format(paths=[str(here), str(here.parent)], mode=mode))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     for command, name in (([sys.executable], "one.pt"), ([*torchrun, "--standalone"], "two.pt")):
         done = subprocess.run(
