@@ -17,7 +17,7 @@ from mpqdm_fx.cli_export import export
 from mpqdm_fx.cli_verify import verify
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError, MPQError
-from mpqdm_fx.files import read_json
+from mpqdm_fx.io.sealed import read_json
 
 __all__ = ["app", "main"]
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mpqdm_fx.calibration.sampling import denoise
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import read_json
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, split_batch
 from mpqdm_fx.graph.signature import Signature
+from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.sources import Source, diffusers_class, load_source
 from mpqdm_fx.storage import MANIFEST, MODEL_CONFIG, load, read_manifest
 

@@ -17,8 +17,9 @@ from mpqdm_fx.activations import NoiseLevels, activation_from_dict, activation_t
 from mpqdm_fx.backends.packed import read_packed, write_packed
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
-from mpqdm_fx.files import check_version, checksum, read_json
+from mpqdm_fx.files import check_version
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, signature_to_dict
+from mpqdm_fx.io.sealed import Entry, read_json
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized, restore
@@ -139,7 +140,7 @@ def write_model(
         "noise_levels": None if levels is None else list(levels.boundaries),
         "report": quantized.report.to_dict(),
         "program": None if program is None else dict(program),
-        "files": {name: checksum(stage / name) for name in files},
+        "files": {name: Entry.of(stage / name).to_dict() for name in files},
     }
     (stage / MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")), encoding="utf-8")
 
@@ -173,7 +174,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         file = root / name
         if not file.exists():
             raise ArtifactError(f"{file} is missing")
-        found = checksum(file)
+        found = Entry.of(file).to_dict()
         if found["bytes"] != expected["bytes"]:
             raise ArtifactError(
                 f"{file} is truncated or damaged: {found['bytes']} bytes, {expected['bytes']} "

@@ -18,8 +18,8 @@ from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.checkpoint import has_state
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.files import read_json
 from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.sources import Source, load_source
 from mpqdm_fx.processes import is_first

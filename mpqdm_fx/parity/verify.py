@@ -11,9 +11,9 @@ from mpqdm_fx.activations import DynamicActivation
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner, sorted_entries
 from mpqdm_fx.denoisers import PROGRAM, SOURCE, program_files, source_of
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import checksum
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.cost import bind_sizes, value_bytes
+from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity.inputs import INPUTS, Call, random_calls, read_calls, source_calls, write_calls
 from mpqdm_fx.parity.ladder import Ladder
@@ -205,7 +205,7 @@ def _store(measured: Measured, calls: Sequence[Call], folder: Path) -> Threshold
     files = [folder / INPUTS]
     if any(rung.name == "pte" for rung in measured.ladder.rungs):
         files += program_files(folder)
-    thresholds = Thresholds.of(measured, {file.name: checksum(file) for file in files})
+    thresholds = Thresholds.of(measured, {file.name: Entry.of(file).to_dict() for file in files})
     thresholds.write(folder / THRESHOLDS)
     return thresholds
 
@@ -225,7 +225,7 @@ def _check_files(folder: Path, thresholds: Thresholds) -> None:
 
 
 def _compare(path: Path, expected: Mapping[str, Any]) -> None:
-    if checksum(path) != dict(expected):
+    if Entry.of(path).to_dict() != dict(expected):
         raise ArtifactError(
             f"{path} is not the file that thresholds were stored for: it is damaged, or was "
             f"replaced; store thresholds anew (--store) if that was meant"

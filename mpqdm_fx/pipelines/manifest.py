@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.backends.xnnpack.compressed import SUFFIX
-from mpqdm_fx.files import checksum
+from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.program_files import MANIFEST, VERSION
 from mpqdm_fx.versions import versions
@@ -98,7 +98,7 @@ def write_manifest(
         "parts": {name: dict(part) for name, part in parts.items()},
         "quantization": quantization,
         "timesteps": None if timesteps is None else list(timesteps),
-        "files": {path.relative_to(stage).as_posix(): checksum(path) for path in files},
+        "files": {path.relative_to(stage).as_posix(): Entry.of(path).to_dict() for path in files},
     }
     plain: dict[str, Any] = _plain(manifest)
     text = json.dumps(plain, indent=1, allow_nan=False)

@@ -10,7 +10,8 @@ from typing import Any
 from mpqdm_fx.backends.xnnpack.compressed import SUFFIX, compress_program
 from mpqdm_fx.backends.xnnpack.runner import stored_files
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import differences, read_json, write_text
+from mpqdm_fx.files import differences, write_text
+from mpqdm_fx.io.sealed import read_json
 
 __all__ = ["WorkFolder"]
 

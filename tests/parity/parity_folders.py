@@ -8,7 +8,7 @@ from small import TinyNet, net_calls
 
 from mpqdm_fx.api import lower, quantize
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.files import checksum
+from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.storage import MANIFEST, WEIGHTS, load, save
 
@@ -37,7 +37,7 @@ def double_a_scale(folder: Path, layer: str, channel: int = 0) -> None:
     tensors["scales"][sum(planned.shape[0] for planned in before) + channel] *= 2
     save_file(tensors, folder / WEIGHTS)
     edit(folder / MANIFEST, lambda manifest: manifest["files"].update(
-        {WEIGHTS: checksum(folder / WEIGHTS)}
+        {WEIGHTS: Entry.of(folder / WEIGHTS).to_dict()}
     ))  # fmt: skip
 
 

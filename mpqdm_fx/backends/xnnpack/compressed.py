@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import checksum, replacing
+from mpqdm_fx.files import replacing
+from mpqdm_fx.io.sealed import Entry
 
 __all__ = ["SUFFIX", "compress_program", "drop_expansions", "expand_program"]
 
@@ -94,7 +95,7 @@ def expand_program(path: str | Path, folder: str | Path | None = None) -> Path:
     if not source.is_file():
         raise ArtifactError(f"{source} does not exist")
     home = source.parent if folder is None else Path(folder)
-    digest = checksum(source)["sha256"][:_DIGITS]
+    digest = Entry.of(source).sha256[:_DIGITS]
     target = home / f".{source.name.removesuffix(SUFFIX)}.{digest}"
     if not target.is_file():
         logger.info("%s: expanding to %s", source, target)
