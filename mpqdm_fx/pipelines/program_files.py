@@ -5,7 +5,8 @@ This file is copied into that folder, beside `run.py`, with what it imports of t
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ _SHAPE: Mapping[str, Any] = {
     "expanded": dict,
     "files": dict,
 }
-_LARGEST = 1 << 16  # pixels of a side, steps, channels
+_LARGEST = 1 << 14  # pixels of a side, steps, channels
 # c10::ScalarType, as the runtime reports it.
 _SCALAR_TYPES = {
     "uint8": 0,
@@ -163,7 +164,7 @@ class ProgramFiles:
                 )
             values.append(value)
         names = [spec["name"] for spec in entry["outputs"]]
-        return dict(zip(names, self._load(entry).execute(values), strict=True))
+        return _Outputs(zip(names, self._load(entry).execute(values), strict=True))
 
     def _find(self, part: str, size: tuple[int, int] | None) -> Any:
         for entry in self.manifest["methods"]:
@@ -199,12 +200,12 @@ class ProgramFiles:
 
     def _method(self, program: Any, entry: Mapping[str, Any]) -> Any:
         where = f"{self.folder / entry['file']}: method {entry['method']!r}"
+        if entry["method"] not in program.method_names:
+            raise ArtifactError(f"{where} is not there")
         try:
             method = program.load_method(entry["method"])
         except RuntimeError as error:
             raise ArtifactError(f"{where} cannot be loaded by ExecuTorch: {error}") from error
-        if method is None:
-            raise ArtifactError(f"{where} is not there")
         meta = method.metadata
         found = [meta.input_tensor_meta(index) for index in range(meta.num_inputs())]
         taken = [(list(spec.sizes()), spec.dtype()) for spec in found]
@@ -234,6 +235,13 @@ class ProgramFiles:
         return Entry(**expanded)
 
 
+class _Outputs(dict[str, Tensor]):
+    """Outputs by name; one that is not there is an error that says so."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ArtifactError(f"no program returns {name!r} among {', '.join(self)}")
+
+
 class _WithWeights:
     """A program whose weights are in a file of their own, and its methods.
 
@@ -246,9 +254,12 @@ class _WithWeights:
         self._module = _load_for_executorch(str(program), str(weights))
         self._method = "forward"
 
-    def load_method(self, name: str) -> "_WithWeights | None":
-        if name not in self._module.method_names():
-            return None
+    @property
+    def method_names(self) -> Collection[str]:
+        names: Collection[str] = self._module.method_names()
+        return names
+
+    def load_method(self, name: str) -> "_WithWeights":
         method = copy.copy(self)
         method._method = name
         return method
@@ -276,12 +287,29 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     for key in sorted({*manifest, *_SHAPE}):
         if key not in manifest or not _fits(manifest[key], _SHAPE.get(key, ())):
             raise ArtifactError(f"{path} is damaged: {key!r} is not what it should be")
-    numbers = [side for size in manifest["sizes"] for side in size]
-    numbers += [*manifest["latents"].values(), manifest["defaults"]["steps"]]
-    pairs = manifest["sizes"] and all(len(size) == 2 for size in manifest["sizes"])
-    if not pairs or not all(1 <= number <= _LARGEST for number in numbers):
-        raise ArtifactError(f"{path} is damaged: sizes, latents or steps are out of range")
+    if not _in_range(manifest):
+        raise ArtifactError(f"{path} is damaged: a size, a number or a dtype is out of range")
     return manifest
+
+
+def _in_range(manifest: Mapping[str, Any]) -> bool:
+    """Whether the numbers are such that nothing huge is made of them."""
+    sizes, latents = manifest["sizes"], manifest["latents"]
+    width = manifest["settings"]["time_cond_proj_dim"]
+    numbers = [side for size in sizes for side in size]
+    numbers += [*latents.values(), manifest["defaults"]["steps"], 4 if width is None else width]
+    specs = [
+        spec for entry in manifest["methods"] for spec in (*entry["inputs"], *entry["outputs"])
+    ]
+    return (
+        bool(sizes)
+        and all(len(size) == 2 for size in sizes)
+        and all(1 <= number <= _LARGEST for number in numbers)
+        and latents["channels"] * max(math.prod(size) for size in sizes) <= _LARGEST**2
+        and (width is None or width >= 4)
+        and manifest["timesteps"] != []
+        and all(spec["dtype"] in _SCALAR_TYPES for spec in specs)
+    )
 
 
 def _fits(value: Any, shape: Any) -> bool:

@@ -1,0 +1,191 @@
+"""Seeded mutants of files, and what may come of reading one.
+
+A reader that is given a mutant refuses it in one of the package's own errors, or gives what the
+original gives. It never raises anything else, takes bounded time and memory, and never ends the
+process. `check_mutants` holds a reader to that.
+"""
+
+import copy
+import json
+import random
+import resource
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from mpqdm_fx.errors import MPQError
+
+#: Mutants of each reader in the test command, and behind `-m matrix`.
+FEW, MANY = 500, 10_000
+AMOUNTS = [FEW, pytest.param(MANY, marks=pytest.mark.matrix)]
+
+_SECONDS = 10.0  # for one mutant, on a busy machine
+_BYTES = 2**30  # the process may grow by while all are read
+
+_VALUES: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    7,
+    9,
+    255,
+    2**31,
+    2**53,
+    -(2**63),
+    0.0,
+    -0.5,
+    1e-320,
+    1e308,
+    "",
+    ".",
+    "..",
+    "../../etc/passwd",
+    "/dev/zero",
+    "os.system",
+    "inf",
+    "nan",
+    "\u0000",
+    "\ud7ff\u202e" * 100,
+    "a" * 100_000,
+    [],
+    {},
+    [[]],
+    [0],
+    {"": None},
+    [[[[[[[[[[[[1]]]]]]]]]]]],
+]
+
+_TEXTS = [
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "9" * 5000,
+    "[" * 5000 + "]" * 5000,
+    '{"a":' * 500 + "0" + "}" * 500,
+    '{"a": 1, "a": 2}',
+    "",
+    "0x10",
+    "'text'",
+]
+
+
+def json_mutants(original: Any, count: int, seed: int) -> Iterator[Any]:
+    """Values in which one place is changed, removed, renamed, repeated or swapped with another."""
+    generator = random.Random(seed)
+    for _ in range(count):
+        mutant = copy.deepcopy(original)
+        for _ in range(generator.choice((1, 1, 1, 2, 4))):
+            _change(mutant, generator)
+        yield mutant
+
+
+def _change(value: Any, generator: random.Random) -> None:
+    places = [(node, key) for node in _nodes(value) for key in _keys(node)]
+    if not places:
+        return
+    node, key = generator.choice(places)
+    kind = generator.randrange(6)
+    if kind == 0:
+        del node[key]
+    elif kind == 1 and isinstance(node, dict):
+        node[f"{key}_"] = node.pop(key)
+    elif kind == 2 and isinstance(node, list):
+        node.extend([copy.deepcopy(node[key])] * generator.choice((1, 1000)))
+    elif kind == 3:
+        other, where = generator.choice(places)
+        node[key] = copy.deepcopy(other[where]) if where in _keys(other) else None
+    elif kind == 4 and type(node[key]) in (int, float):
+        change = generator.choice((1, -1, 10**6, -(10**6), node[key], -2 * node[key]))
+        node[key] += change
+    else:
+        node[key] = copy.deepcopy(generator.choice(_VALUES))
+
+
+def _nodes(value: Any) -> Iterator[Any]:
+    if isinstance(value, (dict, list)):
+        yield value
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _nodes(child)
+
+
+def _keys(node: Any) -> list[Any]:
+    return list(node) if isinstance(node, dict) else list(range(len(node)))
+
+
+def text_mutants(original: Any, count: int, seed: int) -> Iterator[bytes]:
+    """JSON texts that no `json.dumps` writes: a value in one place is replaced by raw text."""
+    generator = random.Random(seed)
+    mark = "\u0001mark\u0001"
+    for _ in range(count):
+        mutant = copy.deepcopy(original)
+        node, key = generator.choice([(n, k) for n in _nodes(mutant) for k in _keys(n)])
+        node[key] = mark
+        yield json.dumps(mutant).replace(json.dumps(mark), generator.choice(_TEXTS)).encode()
+
+
+def byte_mutants(original: bytes, count: int, seed: int) -> Iterator[bytes]:
+    """Contents with flipped bits, cut, lengthened, overwritten or moved parts."""
+    generator = random.Random(seed)
+    for _ in range(count):
+        data = bytearray(original)
+        # headers matter most
+        start = generator.randrange(min(len(data), generator.choice((64, 4096, len(data)))))
+        length = generator.choice((1, 4, 8, 100))
+        kind = generator.randrange(6)
+        if kind == 0:
+            data[start] ^= 1 << generator.randrange(8)
+        elif kind == 1:
+            del data[start : start + length]
+        elif kind == 2:
+            data[start:start] = generator.randbytes(length)
+        elif kind == 3:
+            data[start : start + length] = bytes([generator.choice((0, 255))]) * length
+        elif kind == 4:
+            del data[start:]
+        else:
+            other = generator.randrange(len(data))
+            data[start : start + length] = data[other : other + length]
+        yield bytes(data)
+
+
+def check_mutants(
+    mutants: Iterator[Any], read: Callable[[Any], Any], expected: Any, *, refused: float = 0.0
+) -> None:
+    """Read every mutant: each is refused in an error of the package, or gives what is expected.
+
+    Args:
+        mutants: The mutants.
+        read: Writes one and reads it; its result is compared by `==`.
+        expected: What the original gives.
+        refused: Least share of mutants that must be refused, so that the test reaches a reader.
+
+    Raises:
+        AssertionError: Something else came of one.
+    """
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    counts = {True: 0, False: 0}
+    for number, mutant in enumerate(mutants):
+        start = time.perf_counter()
+        reason = None
+        try:
+            found = read(mutant)
+        except MPQError as error:
+            reason = str(error)
+        except BaseException as error:
+            raise AssertionError(f"mutant {number}: {type(error).__name__}: {error}") from error
+        counts[reason is not None] += 1
+        if reason is None:
+            assert found == expected, f"mutant {number} was read as something else"
+        else:
+            assert len(reason.splitlines()) == 1, f"mutant {number}: {reason}"
+        assert time.perf_counter() - start < _SECONDS, f"mutant {number} took too long"
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert grown < _BYTES, f"reading took {grown} bytes"
+    assert counts[True] >= refused * sum(counts.values()), counts

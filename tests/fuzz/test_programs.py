@@ -1,0 +1,182 @@
+"""Mutants of programs and of exported folders: refused before ExecuTorch sees a byte of them."""
+
+import importlib
+import json
+import lzma
+import os
+import shutil
+import sys
+import traceback
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from mutants import AMOUNTS, byte_mutants, check_mutants, json_mutants
+from small import TinyNet, net_calls, plain_unet
+from typer.testing import CliRunner
+
+from mpqdm_fx import cli
+from mpqdm_fx.api import lower, quantize
+from mpqdm_fx.backends.xnnpack.compressed import compress_program, expand_program
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.denoisers import open_program
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.folders import listed_files, open_folder, seal_folder
+from mpqdm_fx.io.sealed import Entry, seal
+from mpqdm_fx.storage import save
+
+pytestmark = [
+    pytest.mark.xnnpack,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants run in forked processes"),
+]
+
+
+def forked(run):
+    """Run in a forked process: its exit status, or a failure if a signal ended it."""
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            status = run()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    _, ended = os.waitpid(child, 0)
+    assert not os.WIFSIGNALED(ended), f"signal {os.WTERMSIG(ended)}"
+    status = os.WEXITSTATUS(ended)
+    if status == 2:
+        raise ArtifactError("refused in the child")
+    return status
+
+
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory):
+    """A net's folder with a program."""
+    root = tmp_path_factory.mktemp("lowered") / "net"
+    settings = MPQConfig(weight_bits=4, allocation="uniform", refinements=0)
+    quantized = quantize(TinyNet(), settings, net_calls())
+    save(quantized, root)
+    lower(quantized, "xnnpack", output=root / "unet.pte")
+    seal_folder(root)
+    return root
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_bytes_of_a_program_that_were_changed_never_reach_the_runtime(lowered, tmp_path, amount):
+    root = shutil.copytree(lowered, tmp_path / "net")
+    original = (root / "unet.pte").read_bytes()
+    inputs = [torch.ones(shape) for shape in open_program(open_folder(root)).input_shapes]
+
+    def run():
+        try:
+            open_program(open_folder(root))(*inputs)
+        except ArtifactError:
+            return 2
+        return 0
+
+    def read(mutant):
+        (root / "unet.pte").write_bytes(mutant)
+        return forked(run)
+
+    check_mutants(byte_mutants(original, amount, seed=1), read, 0, refused=0.95)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("known", [True, False])
+def test_compressed_files_expand_to_their_content_or_to_nothing(tmp_path, amount, known):
+    plain = tmp_path / "unet.pte"
+    plain.write_bytes(bytes(range(256)) * 40)
+    content = Entry.of(plain)
+    packed = compress_program(plain, keep=False)
+    original = packed.read_bytes()
+
+    def read(mutant):
+        packed.write_bytes(mutant)
+        return Entry.of(expand_program(packed, content=content if known else None))
+
+    check_mutants(byte_mutants(original, amount, seed=2), read, content, refused=0.5)
+
+
+def test_a_small_file_does_not_fill_the_disk(tmp_path):
+    bomb = tmp_path / "unet.pte.xz"
+    with lzma.open(bomb, "wb") as file:
+        for _ in range(256):
+            file.write(bytes(2**20))
+    with pytest.raises(ArtifactError, match="more than"):
+        expand_program(bomb)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == bomb.stat().st_size
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """An exported folder of few nodes, compressed, and its copied runner as a module."""
+    root = tmp_path_factory.mktemp("exported")
+    DDPMPipeline(plain_unet(), DDPMScheduler()).save_pretrained(root / "ddpm")
+    words = ["export", root / "ddpm", "--output", root / "out", "--allocation", "uniform"]
+    words += ["--refinements", 0, "--steps", 1, "--trajectories", 2, "--compress"]
+    run = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    own = {name: sys.modules.pop(name) for name in ("run", "errors") if name in sys.modules}
+    sys.path.insert(0, str(root / "out"))
+    try:
+        runner = importlib.import_module("run")
+    finally:
+        sys.path.remove(str(root / "out"))
+        sys.modules.update(own)
+    assert "mpqdm_fx" not in runner.ProgramFiles.__module__
+    return root / "out", runner
+
+
+def drawn(runner, folder, tmp_path):
+    """Exit status of the copied runner's command line, in a forked process."""
+    words = ["--folder", str(folder), "--steps", "1", "--output", str(tmp_path / "image.png")]
+    return forked(lambda: runner.main(words))
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_an_exported_folder_whose_files_were_changed_is_refused(exported, tmp_path, amount):
+    folder, runner = exported
+    copied = shutil.copytree(folder, tmp_path / "out")
+    used = ["pipeline.json", "denoiser.pte.xz", "scheduler/scheduler_config.json"]
+    originals = {name: (copied / name).read_bytes() for name in used}
+    assert drawn(runner, copied, tmp_path) == 0
+    for seed, (name, original) in enumerate(originals.items()):
+
+        def read(mutant, name=name):
+            (copied / name).write_bytes(mutant)
+            return drawn(runner, copied, tmp_path)
+
+        check_mutants(byte_mutants(original, amount // 3, seed=seed), read, 0, refused=0.9)
+        (copied / name).write_bytes(original)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_an_exported_manifest_that_was_sealed_again_ends_in_one_line(exported, tmp_path, amount):
+    folder, runner = exported
+    copied = shutil.copytree(folder, tmp_path / "out")
+    original = json.loads((copied / "pipeline.json").read_text())
+
+    def read(mutant):
+        (copied / "pipeline.json").write_text(json.dumps(seal(mutant)))
+        return drawn(runner, copied, tmp_path)
+
+    check_mutants(json_mutants(original, amount // 2, seed=4), read, 0)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_a_program_under_anothers_name_is_refused(exported, tmp_path, amount):
+    """Its hash is right, so what it takes has to tell."""
+    folder, runner = exported
+    copied = shutil.copytree(folder, tmp_path / "out")
+    manifest = json.loads((copied / "pipeline.json").read_text())
+    inputs = manifest["methods"][0]["inputs"]
+
+    def read(mutant):
+        changed = {**manifest, "methods": [{**manifest["methods"][0], "inputs": mutant}]}
+        changed["files"] = listed_files(copied, "pipeline.json")
+        (copied / "pipeline.json").write_text(json.dumps(seal(changed)))
+        return drawn(runner, copied, tmp_path)
+
+    check_mutants(json_mutants(inputs, amount // 10, seed=5), read, 0)
