@@ -6,11 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from mpqdm_fx.graph.signature import InputSpec, Signature, tensor_leaves
 
 __all__ = [
+    "TracedGraph",
     "batch_size_of",
     "example_inputs",
     "join_outputs",
@@ -19,6 +21,43 @@ __all__ = [
     "signature_to_dict",
     "split_batch",
 ]
+
+
+class TracedGraph(fx.GraphModule):
+    """A graph that takes the very inputs that its model was traced with.
+
+    Tensors in the order or by the names of its placeholders go straight in. A call of the model,
+    with numbers for timesteps and arguments that are constants of the graph, goes through
+    `Signature.normalize`, which refuses other constants by name.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph.
+
+        Raises:
+            TraceError: The arguments are not those of the model, or not those that were traced.
+        """
+        signature: Signature | None = self.meta.get("signature")
+        if signature is not None:
+            args, kwargs = _placed(signature, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+def _placed(
+    signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call as the graph takes it."""
+    names = signature.arguments
+    by_name = len(args) <= len(names) and not set(kwargs) & set(names[: len(args)])
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if by_name and given.keys() == set(names) and not _holds_constants(given):
+        return args, kwargs
+    return (), signature.normalize((), given) if by_name else signature.normalize(args, kwargs)
+
+
+def _holds_constants(given: Mapping[str, Any]) -> bool:
+    constants = (bool, int, float, str, type(None))
+    return any(isinstance(leaf, constants) for leaf in pytree.tree_leaves(given))
 
 
 def example_inputs(
@@ -150,6 +189,8 @@ def signature_to_dict(signature: Signature) -> dict[str, Any]:
     data = asdict(signature)
     for spec in data["inputs"]:
         spec["dtype"] = str(spec["dtype"]).removeprefix("torch.")
+    if not signature.defaults:
+        del data["defaults"]
     return data
 
 
@@ -176,6 +217,7 @@ def signature_from_dict(data: Mapping[str, Any]) -> Signature:
             "parameters": tuple(data["parameters"]),
             "arguments": tuple(data["arguments"]),
             "baked": tuple((name, value) for name, value in data["baked"]),
+            "defaults": tuple((name, value) for name, value in data.get("defaults", ())),
             "inputs": inputs,
             "batch_range": None if batch_range is None else tuple(batch_range),
         }

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from mpqdm_fx.errors import TraceError
 
-__all__ = ["TIMESTEP_NAMES", "InputSpec", "Signature", "bind_inputs", "tensor_leaves"]
+__all__ = ["TIMESTEP_NAMES", "InputSpec", "Signature", "bind_inputs", "fresh_containers", "tensor_leaves"]
 
 TIMESTEP_NAMES = frozenset({"t", "timestep", "timesteps", "timestep_ratio"})
 """What diffusers models call the argument that tells them the noise level."""
@@ -57,11 +57,14 @@ class Signature:
             None. The graph itself returns what the model returns for ``return_dict=False``.
         parameters: All argument names of the model's forward, in order.
         arguments: Those that are inputs of the graph, in order.
-        baked: (name, value) of what is constant in the graph: arguments, and entries of containers
-            that hold tensors too (dotted names).
+        baked: (name, value) of what is constant in the graph: arguments (those that the example
+            left out with forward's own default, but for None), and entries of containers that hold
+            tensors too (dotted names).
         inputs: One spec per tensor, in placeholder order.
         batch: The example's batch size.
         batch_range: (smallest, largest or None) batch size the graph takes; None if it is fixed.
+        defaults: (name, value) of what the model takes for a constant that is left out of a call,
+            where that is another value than the traced one.
         note: Why the batch is fixed although a dynamic one was asked for; empty otherwise.
     """
 
@@ -73,6 +76,7 @@ class Signature:
     inputs: tuple[InputSpec, ...]
     batch: int
     batch_range: tuple[int, int | None] | None = None
+    defaults: tuple[tuple[str, Any], ...] = ()
     note: str = ""
 
     @property
@@ -110,6 +114,13 @@ class Signature:
         for name, value in given.items():
             if name not in self.arguments and name != "return_dict":
                 self._check_constant(name, value)
+        for name, default in self.defaults:
+            if name not in given:
+                raise TraceError(
+                    f"{self.model_class}: {name!r} was traced as the constant "
+                    f"{dict(self.baked)[name]!r}, but the model takes {default!r} where a call "
+                    f"leaves it out; give {name}={dict(self.baked)[name]!r}"
+                )
         missing = [n for n in self.arguments if given.get(n) is None]
         if missing:
             raise TraceError(
@@ -154,7 +165,8 @@ class Signature:
             keys = list(range(len(value)))
         else:
             raise TraceError(f"{self.model_class}: {name} must be a container of tensors")
-        for entry in wanted:
+        constants = [n for n, value in self.baked if n.startswith(f"{name}.") and value is not None]
+        for entry in (*wanted, *constants):
             if not any(_below(entry, f"{name}.{key}") for key in keys):
                 raise TraceError(f"{self.model_class}: {name} lacks the entry {entry}")
         return fitted
@@ -213,11 +225,12 @@ def bind_inputs(
         given["return_dict"] = False
     batch = next((t.shape[0] for _, t in tensor_leaves(given) if t.ndim > 1), 1)
     call = {
-        name: _number_to_tensor(name, parameters[name], given[name], batch)
+        name: _number_to_tensor(name, parameters[name], fresh_containers(given[name]), batch)
         for name in parameters
         if name in given
     }
     leaves = list(tensor_leaves(call))
+    baked, defaults = _constants(parameters, given, call)
     if not leaves:
         raise TraceError(f"{model_class}: no example input is a tensor")
     arguments = tuple(dict.fromkeys(name.split(".")[0] for name, _ in leaves))
@@ -226,7 +239,8 @@ def bind_inputs(
         output_class=_output_class(model),
         parameters=tuple(parameters),
         arguments=arguments,
-        baked=tuple(_constant_leaves(call)),
+        baked=baked,
+        defaults=defaults,
         inputs=tuple(InputSpec(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in leaves),
         batch=batch,
     )
@@ -248,6 +262,18 @@ def tensor_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Ten
         yield from tensor_leaves(entry, f"{prefix}.{key}" if prefix else str(key))
 
 
+def fresh_containers(value: Any) -> Any:
+    """Return ``value`` with new dicts and lists around the same tensors.
+
+    A model may empty a list that it is given (``down_intrablock_additional_residuals``).
+    """
+    if type(value) is dict:
+        return {key: fresh_containers(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(fresh_containers(entry) for entry in value)
+    return value
+
+
 def _constant_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) of whatever is no tensor and holds none."""
     if isinstance(value, torch.Tensor):
@@ -258,6 +284,22 @@ def _constant_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     items = value.items() if isinstance(value, Mapping) else enumerate(value)
     for key, entry in items:
         yield from _constant_leaves(entry, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _constants(
+    parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any], call: Mapping[str, Any]
+) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]:
+    """Return ``baked`` and ``defaults`` of a signature."""
+    baked = dict(_constant_leaves(call))
+    defaults = {}
+    for name, parameter in parameters.items():
+        default = parameter.default
+        if name not in given and isinstance(default, bool | int | float | str):
+            baked[name] = default
+        elif name in baked and name != "return_dict" and default is not inspect.Parameter.empty:
+            if not _same_constant(default, baked[name]):
+                defaults[name] = default
+    return tuple(baked.items()), tuple(defaults.items())
 
 
 def _forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
@@ -342,11 +384,21 @@ def _output_class(model: nn.Module) -> str | None:
 
 
 def _same_constant(value: Any, baked: Any) -> bool:
-    if value is baked:
+    """Tell whether a model may take both for the same; JSON knows no tuples."""
+    if value is baked or (_is_nothing(value) and _is_nothing(baked)):
         return True
-    if any(True for _ in tensor_leaves(value)):
+    if isinstance(value, Mapping) and isinstance(baked, Mapping):
+        return value.keys() == baked.keys() and all(_same_constant(value[k], baked[k]) for k in value)
+    if isinstance(value, list | tuple) and isinstance(baked, list | tuple):
+        return len(value) == len(baked) and all(map(_same_constant, value, baked))
+    if any(isinstance(v, torch.Tensor) for v in (value, baked)):
         return False
-    return (type(value) is type(baked) and bool(value == baked)) or (not value and not baked)
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (value, baked))
+    return (numbers or type(value) is type(baked)) and bool(value == baked)
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, Sized) and len(value) == 0)
 
 
 def _below(name: str, prefix: str) -> bool:
