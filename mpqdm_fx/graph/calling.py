@@ -14,6 +14,7 @@ from mpqdm_fx.graph.signature import InputSpec, Signature, tensor_leaves
 __all__ = [
     "TracedGraph",
     "batch_size_of",
+    "example_call",
     "example_inputs",
     "join_outputs",
     "pack_output",
@@ -48,11 +49,15 @@ def _placed(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a call as the graph takes it."""
     names = signature.arguments
-    by_name = len(args) <= len(names) and not set(kwargs) & set(names[: len(args)])
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if by_name and given.keys() == set(names) and not _holds_constants(given):
-        return args, kwargs
-    return (), signature.normalize((), given) if by_name else signature.normalize(args, kwargs)
+    if len(args) > len(names):  # in the order of the model, with its constants
+        return (), signature.normalize(args, kwargs)
+    given = dict(zip(names, args, strict=False))
+    if given.keys() & kwargs.keys():
+        return (), signature.normalize(args, kwargs)
+    given.update(kwargs)
+    if given.keys() != set(names):
+        return (), signature.normalize((), given)
+    return (args, kwargs) if not _holds_constants(given) else ((), signature.fit(given))
 
 
 def _holds_constants(given: Mapping[str, Any]) -> bool:
@@ -71,15 +76,36 @@ def example_inputs(
         seed: Seed of the values. Integers are 0 or 1, which every embedding table has.
 
     Returns:
-        Argument name to tensor or container, as the graph takes it.
+        Argument name to tensor or container, as the graph takes it: without constants, but for
+        those that keep the places in a list.
     """
+    call = _example_containers(signature, batch_size, seed)
+    return {name: _lists(value, constants=False) for name, value in call.items()}
+
+
+def example_call(
+    signature: Signature, *, batch_size: int | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """`example_inputs` with all that is constant in the graph: a call of the model itself.
+
+    Args: as of `example_inputs`.
+    """
+    call = _example_containers(signature, batch_size, seed)
+    constants = {name: value for name, value in signature.baked if "." not in name}
+    constants.pop("return_dict", None)
+    return {name: _lists(value, constants=True) for name, value in call.items()} | constants
+
+
+def _example_containers(signature: Signature, batch_size: int | None, seed: int) -> dict[str, Any]:
+    """Tensors, and constants beside them in containers, all containers as dicts."""
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Any] = {}
-    for spec in signature.inputs:
-        name, *path = spec.name.split(".")
-        tensor = _example(spec, batch_size, generator)
-        inputs[name] = _nest(inputs.get(name), path, tensor)
-    return {name: _lists(value) for name, value in inputs.items()}
+    tensors = [(spec.name, _example(spec, batch_size, generator)) for spec in signature.inputs]
+    constants = [(name, value) for name, value in signature.baked if "." in name]
+    for dotted, value in (*tensors, *constants):
+        name, *path = dotted.split(".")
+        inputs[name] = _nest(inputs.get(name), path, value)
+    return inputs
 
 
 def _example(spec: InputSpec, batch_size: int | None, generator: torch.Generator) -> Tensor:
@@ -89,22 +115,23 @@ def _example(spec: InputSpec, batch_size: int | None, generator: torch.Generator
     return torch.randint(2, shape, generator=generator).to(spec.dtype)
 
 
-def _nest(container: Any, path: list[str], tensor: Tensor) -> Any:
+def _nest(container: Any, path: list[str], value: Any) -> Any:
     if not path:
-        return tensor
+        return value
     entries = dict(container or {})
-    entries[path[0]] = _nest(entries.get(path[0]), path[1:], tensor)
+    entries[path[0]] = _nest(entries.get(path[0]), path[1:], value)
     return entries
 
 
-def _lists(value: Any) -> Any:
-    """Dicts whose keys are 0..n-1 were lists."""
+def _lists(value: Any, *, constants: bool) -> Any:
+    """Dicts whose keys are 0..n-1 were lists; of others, only tensors are left if so wanted."""
     if not isinstance(value, dict):
         return value
-    entries = {key: _lists(entry) for key, entry in value.items()}
-    if list(entries) == [str(index) for index in range(len(entries))]:
-        return list(entries.values())
-    return entries
+    entries = {key: _lists(entry, constants=constants) for key, entry in value.items()}
+    indices = [str(index) for index in range(len(entries))]
+    if entries.keys() == set(indices):
+        return [entries[index] for index in indices]
+    return {k: v for k, v in entries.items() if constants or any(True for _ in tensor_leaves(v))}
 
 
 def batch_size_of(call: Mapping[str, Any]) -> int:

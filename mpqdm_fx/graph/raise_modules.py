@@ -56,9 +56,9 @@ def raise_leaf_modules(
       1. assertion and range-constraint nodes are dropped: they have no value;
       2. the nodes of one call of a stock leaf module become one ``call_module`` at the module's own
          name when they read exactly one tensor and yield exactly one;
-      3. any other node that is provably a stock layer's operator on the weight of a leaf module (one
-         with a forward, helper method or hook of its own; attention that reads its projections'
-         weights) becomes a call of a layer with that node's settings; all else stays ATen;
+      3. any other node that is provably a stock layer's operator on the weight of a leaf module
+         (one with a forward, helper method or hook of its own; attention that reads the weights of
+         its projections) becomes a call of a layer with that node's settings; all else stays ATen;
       4. a parameter, buffer or lifted constant that is used outside leaf modules becomes
          ``get_attr``;
       5. casts stay, also those that change nothing at the traced dtype: they are graph content.

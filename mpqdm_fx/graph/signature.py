@@ -3,15 +3,21 @@
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from mpqdm_fx.errors import TraceError
+from mpqdm_fx.graph.containers import (
+    constant_leaves,
+    fresh_containers,
+    same_constant,
+    tensor_leaves,
+)
 
-__all__ = ["TIMESTEP_NAMES", "InputSpec", "Signature", "bind_inputs", "fresh_containers", "tensor_leaves"]
+__all__ = ["TIMESTEP_NAMES", "InputSpec", "Signature", "bind_inputs", "tensor_leaves"]
 
 TIMESTEP_NAMES = frozenset({"t", "timestep", "timesteps", "timestep_ratio"})
 """What diffusers models call the argument that tells them the noise level."""
@@ -121,6 +127,20 @@ class Signature:
                     f"{dict(self.baked)[name]!r}, but the model takes {default!r} where a call "
                     f"leaves it out; give {name}={dict(self.baked)[name]!r}"
                 )
+        return self.fit(given)
+
+    def fit(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Turn values for the graph's placeholders into its inputs; see ``normalize``.
+
+        Args:
+            given: A value for each of ``arguments``; other names are ignored.
+
+        Returns:
+            Argument name to tensor or container, in placeholder order.
+
+        Raises:
+            TraceError: As for ``normalize``.
+        """
         missing = [n for n in self.arguments if given.get(n) is None]
         if missing:
             raise TraceError(
@@ -165,8 +185,7 @@ class Signature:
             keys = list(range(len(value)))
         else:
             raise TraceError(f"{self.model_class}: {name} must be a container of tensors")
-        constants = [n for n, value in self.baked if n.startswith(f"{name}.") and value is not None]
-        for entry in (*wanted, *constants):
+        for entry in wanted:
             if not any(_below(entry, f"{name}.{key}") for key in keys):
                 raise TraceError(f"{self.model_class}: {name} lacks the entry {entry}")
         return fitted
@@ -174,7 +193,7 @@ class Signature:
     def _check_constant(self, name: str, value: Any) -> None:
         """Refuse a value that differs from the constant that the graph was traced with."""
         traced = dict(self.baked).get(name)
-        if not _same_constant(value, traced):
+        if not same_constant(value, traced):
             raise TraceError(
                 f"{self.model_class}: {name!r} was traced as the constant {traced!r} and cannot be "
                 f"{_describe(value)} now; trace again with an example input that has it"
@@ -247,58 +266,20 @@ def bind_inputs(
     return signature, call
 
 
-def tensor_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (dotted name, tensor) for every tensor in nested dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield prefix, value
-        return
-    if isinstance(value, Mapping):
-        items: Iterator[tuple[Any, Any]] = iter(value.items())
-    elif isinstance(value, (list, tuple)):
-        items = iter(enumerate(value))
-    else:
-        return
-    for key, entry in items:
-        yield from tensor_leaves(entry, f"{prefix}.{key}" if prefix else str(key))
-
-
-def fresh_containers(value: Any) -> Any:
-    """Return ``value`` with new dicts and lists around the same tensors.
-
-    A model may empty a list that it is given (``down_intrablock_additional_residuals``).
-    """
-    if type(value) is dict:
-        return {key: fresh_containers(entry) for key, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(fresh_containers(entry) for entry in value)
-    return value
-
-
-def _constant_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of whatever is no tensor and holds none."""
-    if isinstance(value, torch.Tensor):
-        return
-    if prefix and not any(True for _ in tensor_leaves(value)):
-        yield prefix, value
-        return
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for key, entry in items:
-        yield from _constant_leaves(entry, f"{prefix}.{key}" if prefix else str(key))
-
-
 def _constants(
     parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any], call: Mapping[str, Any]
 ) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]:
     """Return ``baked`` and ``defaults`` of a signature."""
-    baked = dict(_constant_leaves(call))
+    baked = dict(constant_leaves(call))
     defaults = {}
     for name, parameter in parameters.items():
         default = parameter.default
+        if name == "return_dict" or default is inspect.Parameter.empty:
+            continue
         if name not in given and isinstance(default, bool | int | float | str):
             baked[name] = default
-        elif name in baked and name != "return_dict" and default is not inspect.Parameter.empty:
-            if not _same_constant(default, baked[name]):
-                defaults[name] = default
+        elif name in baked and not same_constant(default, baked[name]):
+            defaults[name] = default
     return tuple(baked.items()), tuple(defaults.items())
 
 
@@ -381,24 +362,6 @@ def _output_class(model: nn.Module) -> str | None:
         ):
             return f"{candidate.__module__}.{candidate.__qualname__}"
     return None
-
-
-def _same_constant(value: Any, baked: Any) -> bool:
-    """Tell whether a model may take both for the same; JSON knows no tuples."""
-    if value is baked or (_is_nothing(value) and _is_nothing(baked)):
-        return True
-    if isinstance(value, Mapping) and isinstance(baked, Mapping):
-        return value.keys() == baked.keys() and all(_same_constant(value[k], baked[k]) for k in value)
-    if isinstance(value, list | tuple) and isinstance(baked, list | tuple):
-        return len(value) == len(baked) and all(map(_same_constant, value, baked))
-    if any(isinstance(v, torch.Tensor) for v in (value, baked)):
-        return False
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (value, baked))
-    return (numbers or type(value) is type(baked)) and bool(value == baked)
-
-
-def _is_nothing(value: Any) -> bool:
-    return value is None or value is False or (isinstance(value, Sized) and len(value) == 0)
 
 
 def _below(name: str, prefix: str) -> bool:

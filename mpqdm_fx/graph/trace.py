@@ -22,6 +22,7 @@ from mpqdm_fx.graph.batching import (
     is_specialized,
     refine_range,
 )
+from mpqdm_fx.graph.containers import fresh_containers
 from mpqdm_fx.graph.diagnose import (
     CaptureError,
     Refusal,
@@ -32,7 +33,7 @@ from mpqdm_fx.graph.diagnose import (
 from mpqdm_fx.graph.difference import attention_kernels, first_difference, same_bits
 from mpqdm_fx.graph.leaves import check_modules
 from mpqdm_fx.graph.raise_modules import raise_leaf_modules
-from mpqdm_fx.graph.signature import Signature, bind_inputs, fresh_containers
+from mpqdm_fx.graph.signature import Signature, bind_inputs
 
 __all__ = ["same_bits", "trace"]
 
