@@ -25,7 +25,8 @@ import torch
 from tqdm import tqdm
 
 from mpqdm_fx import MPQConfig, convert, prepare
-from mpqdm_fx.files import read_json, write_text
+from mpqdm_fx.files import write_text
+from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.sources import Source, load_source
 from mpqdm_fx.quantized import PreparedModel, QuantizedModel

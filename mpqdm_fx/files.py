@@ -1,7 +1,6 @@
 """Read and write the small files beside the weights, and tell whether a file is still the same."""
 
 import contextlib
-import hashlib
 import json
 import secrets
 from collections.abc import Iterator
@@ -10,31 +9,7 @@ from typing import Any
 
 from mpqdm_fx.errors import ArtifactError
 
-__all__ = ["check_version", "checksum", "differences", "read_json", "replacing", "write_text"]
-
-
-def read_json(path: Path, *, fix: str = "") -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Args:
-        path: The file.
-        fix: What to do if it is damaged; ends the message.
-
-    Raises:
-        ArtifactError: The file is missing, not JSON, or no object.
-    """
-    end = f"; {fix}" if fix else ""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(
-            f"{path} is damaged: no JSON, corrupted or truncated: {error}{end}"
-        ) from None
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path} holds no JSON object{end}")
-    return data
+__all__ = ["check_version", "differences", "replacing", "write_text"]
 
 
 def check_version(path: str | Path, found: Any, newest: int) -> None:
@@ -48,7 +23,7 @@ def check_version(path: str | Path, found: Any, newest: int) -> None:
     Raises:
         ArtifactError: It is newer, or no version.
     """
-    if not isinstance(found, int) or found > newest:
+    if type(found) is not int or not 1 <= found <= newest:
         raise ArtifactError(
             f"{path} has format version {found!r}, this package reads up to {newest}; "
             f"update mpqdm-fx"
@@ -109,10 +84,3 @@ def _differences(found: Any, wanted: Any, where: str) -> Iterator[tuple[str, Any
             yield from _differences(found.get(key), wanted.get(key), path)
     elif found != wanted:
         yield where, found, wanted
-
-
-def checksum(path: Path) -> dict[str, Any]:
-    """A file's size (`bytes`) and SHA-256 (`sha256`, hexadecimal)."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}

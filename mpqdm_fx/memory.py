@@ -16,7 +16,7 @@ from diffusers import SchedulerMixin
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.denoisers import first_rows, open_denoiser
 from mpqdm_fx.errors import MPQError
-from mpqdm_fx.files import read_json
+from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.sources import diffusers_class
 
 __all__ = ["import_classes", "main", "peak_memory", "process_bytes"]

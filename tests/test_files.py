@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import (
-    check_version,
-    checksum,
-    differences,
-    read_json,
-    replacing,
-    write_text,
-)
+from mpqdm_fx.files import check_version, differences, replacing, write_text
+from mpqdm_fx.io.sealed import Entry, read_json
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3),
@@ -85,14 +79,14 @@ def test_checksum_is_that_of_the_whole_content(tmp_path, size):
     path = tmp_path / "file"
     path.write_bytes(content[:size])
     digest = hashlib.sha256(content[:size]).hexdigest()
-    assert checksum(path) == {"bytes": size, "sha256": digest}
+    assert Entry.of(path).to_dict() == {"bytes": size, "sha256": digest}
 
 
 def test_checksum_never_holds_the_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     monkeypatch.setattr(type(path), "read_bytes", None)
-    assert checksum(path)["bytes"] == 3
+    assert Entry.of(path).to_dict()["bytes"] == 3
 
 
 @given(value=JSON)

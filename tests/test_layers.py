@@ -15,6 +15,9 @@ ROWS: tuple[frozenset[str], ...] = tuple(
         [
             {"errors"},
             {"numerics", "versions", "files", "processes"},
+            {"io"},
+            {"manifest"},
+            {"folders"},  # what this package writes: opened with checks, replaced whole
             {"config"},
             {"activations"},
             {"plan"},
@@ -42,7 +45,13 @@ ROWS: tuple[frozenset[str], ...] = tuple(
 )
 
 #: Files that are copied into exported folders: they run where this package is not installed.
-COPIED = {"mpqdm_fx.pipelines.runner", "mpqdm_fx.pipelines.program_files"}
+COPIED = {
+    "mpqdm_fx.pipelines.runner",
+    "mpqdm_fx.pipelines.program_files",
+    "mpqdm_fx.io.expansion",
+    "mpqdm_fx.io.sealed",
+    "mpqdm_fx.errors",
+}
 
 #: (importer, imported package or module) of imports inside functions, and why they are there.
 LAZY = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import read_json
+from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models import bundled
 
 __all__ = ["Source", "diffusers_class", "example_inputs_for", "load_source"]

@@ -10,7 +10,8 @@ from typing import Any
 
 from mpqdm_fx.backends.xnnpack.reference import CLOSE_DB, MARGIN_DB
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import check_version, read_json, write_text
+from mpqdm_fx.files import check_version, write_text
+from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.parity.ladder import Ladder, Rung
 from mpqdm_fx.parity.measure import Measured
 from mpqdm_fx.parity.sites import Site

@@ -8,12 +8,13 @@ from typing import Any
 from torch import fx, nn
 
 from mpqdm_fx.activations import DynamicActivation
-from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner, sorted_entries
-from mpqdm_fx.denoisers import PROGRAM, SOURCE, program_files, source_of
+from mpqdm_fx.backends.xnnpack.runner import sorted_entries
+from mpqdm_fx.denoisers import PROGRAM, SOURCE, open_program, program_names, source_of
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import checksum
+from mpqdm_fx.folders import open_folder, rewritten_folder
 from mpqdm_fx.graph.calling import example_call, example_inputs
 from mpqdm_fx.graph.cost import bind_sizes, value_bytes
+from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity.inputs import INPUTS, Call, random_calls, read_calls, source_calls, write_calls
 from mpqdm_fx.parity.ladder import Ladder
@@ -21,7 +22,7 @@ from mpqdm_fx.parity.measure import Form, Measured, measure
 from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.stages import normalized
-from mpqdm_fx.storage import load, read_manifest
+from mpqdm_fx.storage import load
 
 __all__ = ["store_parity", "verify"]
 
@@ -67,13 +68,13 @@ def verify(
             f"{folder} is an exported pipeline, which keeps its programs alone; verify takes a "
             f"folder written by mpqdm-fx quantize"
         )
-    manifest = read_manifest(folder)
+    opened = open_folder(folder)
+    opened.files.check()
     thresholds = None
     if not store and (folder / THRESHOLDS).exists():
         thresholds = Thresholds.read(folder / THRESHOLDS)
         _check_files(folder, thresholds)
-    files = program_files(folder)
-    runner = XnnpackRunner(files[0]) if files else None
+    runner = open_program(opened) if program_names(opened) else None
     module = model if isinstance(model, nn.Module) else None
     quantized = load(folder, module)
     source = None
@@ -94,10 +95,13 @@ def verify(
             if source is not None
             else random_calls(quantized.signature)
         )
-    graphs = None if runner is None else _program_graphs(quantized, manifest.get("program") or {})
+    graphs = (
+        None if runner is None else _program_graphs(quantized, opened.manifest["program"] or {})
+    )
     measured = _measure(quantized, calls, floats, outputs, runner, graphs, stability=store)
     if store:
-        thresholds = _store(measured, calls, folder)
+        with rewritten_folder(folder) as stage:
+            thresholds = _store(measured, calls, stage)
     return measured.ladder if thresholds is None else thresholds.judge(measured.ladder)
 
 
@@ -127,7 +131,7 @@ def store_parity(
             "several times as much; `mpqdm-fx verify --store` does it", size / 2**30,
         )  # fmt: skip
         return None
-    runner = None if graphs is None else XnnpackRunner(program_files(folder)[0])
+    runner = None if graphs is None else open_program(open_folder(folder))
     measured = _measure(quantized, calls, source.model, [], runner, graphs, stability=True)
     return _store(measured, calls, folder).judge(measured.ladder)
 
@@ -202,10 +206,10 @@ def _source(folder: Path, model: str | None) -> Source:
 
 def _store(measured: Measured, calls: Sequence[Call], folder: Path) -> Thresholds:
     write_calls(folder / INPUTS, calls, measured.outputs["float"])
-    files = [folder / INPUTS]
-    if any(rung.name == "pte" for rung in measured.ladder.rungs):
-        files += program_files(folder)
-    thresholds = Thresholds.of(measured, {file.name: checksum(file) for file in files})
+    names = (INPUTS, *program_names(open_folder(folder)))
+    thresholds = Thresholds.of(
+        measured, {name: Entry.of(folder / name).to_dict() for name in names}
+    )
     thresholds.write(folder / THRESHOLDS)
     return thresholds
 
@@ -216,16 +220,16 @@ def _check_files(folder: Path, thresholds: Thresholds) -> None:
         if not path.exists():
             raise ArtifactError(f"{path} is missing, for which thresholds are stored")
         _compare(path, expected)
-    for file in program_files(folder):
-        if file.name not in thresholds.files:
+    for name in program_names(open_folder(folder)):
+        if name not in thresholds.files:
             raise ArtifactError(
-                f"{folder / THRESHOLDS} was stored before there was a {file.name}; store "
+                f"{folder / THRESHOLDS} was stored before there was a {name}; store "
                 f"thresholds anew (--store)"
             )
 
 
 def _compare(path: Path, expected: Mapping[str, Any]) -> None:
-    if checksum(path) != dict(expected):
+    if Entry.of(path).to_dict() != dict(expected):
         raise ArtifactError(
             f"{path} is not the file that thresholds were stored for: it is damaged, or was "
             f"replaced; store thresholds anew (--store) if that was meant"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import read_json
+from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.pipelines.adapters import refuse_adapters
 from mpqdm_fx.pipelines.parts import (
     ImageDecoder,

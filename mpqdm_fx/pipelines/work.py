@@ -10,7 +10,8 @@ from typing import Any
 from mpqdm_fx.backends.xnnpack.compressed import SUFFIX, compress_program
 from mpqdm_fx.backends.xnnpack.runner import stored_files
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import differences, read_json, write_text
+from mpqdm_fx.files import differences, write_text
+from mpqdm_fx.io.sealed import Entry, read_json
 
 __all__ = ["WorkFolder"]
 
@@ -67,7 +68,7 @@ class WorkFolder:
         """Keep the record of a program whose file is written."""
         _write(self.path(program).with_suffix(".json"), record)
 
-    def place(self, program: str, folder: Path, *, compress: bool = False) -> None:
+    def place(self, program: str, folder: Path, *, compress: bool = False) -> dict[str, Any]:
         """Put a program's files into another folder too.
 
         Args:
@@ -75,15 +76,21 @@ class WorkFolder:
             folder: The other folder.
             compress: Put compressed files there; plain ones are no second copy where the disk can
                 do that.
+
+        Returns:
+            Size and hash of what each compressed file expands to.
         """
+        expanded = {}
         for path in stored_files(self.path(program)):
             if compress:
-                compress_program(path, folder / f"{path.name}{SUFFIX}")
+                packed = compress_program(path, folder / f"{path.name}{SUFFIX}")
+                expanded[packed.name] = Entry.of(path).to_dict()
                 continue
             try:
                 os.link(path, folder / path.name)
             except OSError:
                 shutil.copyfile(path, folder / path.name)
+        return expanded
 
     def remove(self) -> None:
         """Delete the folder: the export is through."""

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import differences, read_json, replacing, write_text
+from mpqdm_fx.files import differences, replacing, write_text
+from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.plan import BitPlan
 from mpqdm_fx.sweep.solve import LayerSolution
 

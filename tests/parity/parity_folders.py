@@ -8,9 +8,9 @@ from small import TinyNet, net_calls
 
 from mpqdm_fx.api import lower, quantize
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.files import checksum
+from mpqdm_fx.folders import WEIGHTS, seal_folder
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.storage import MANIFEST, WEIGHTS, load, save
+from mpqdm_fx.storage import load, save
 
 
 def quantized_net() -> QuantizedModel:
@@ -25,6 +25,7 @@ def folder_of_net(path: Path, *, program: bool, observe=None) -> Path:
     save(quantized, path)
     if program:
         lower(quantized, "xnnpack", output=path / "unet.pte", observe=observe)
+        seal_folder(path)
     return path
 
 
@@ -36,9 +37,7 @@ def double_a_scale(folder: Path, layer: str, channel: int = 0) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors["scales"][sum(planned.shape[0] for planned in before) + channel] *= 2
     save_file(tensors, folder / WEIGHTS)
-    edit(folder / MANIFEST, lambda manifest: manifest["files"].update(
-        {WEIGHTS: checksum(folder / WEIGHTS)}
-    ))  # fmt: skip
+    seal_folder(folder)
 
 
 def edit(path: Path, change) -> None:

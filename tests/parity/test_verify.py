@@ -15,13 +15,14 @@ from mpqdm_fx import MPQConfig, lower, quantize
 from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.folders import MANIFEST
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity import verify as verify_module
 from mpqdm_fx.parity.inputs import INPUTS, random_calls, read_calls, write_calls
 from mpqdm_fx.parity.sites import sites
 from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
 from mpqdm_fx.parity.verify import store_parity, verify
-from mpqdm_fx.storage import MANIFEST, load, write_model
+from mpqdm_fx.storage import load, write_model
 
 CHEAP = {"allocation": "uniform", "levels": "uniform", "refinements": 0, "propagation": 0.0}
 RUNGS = ["float", "quantized", "decomposed", "converted", "edge", "pte"]

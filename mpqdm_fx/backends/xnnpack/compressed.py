@@ -1,4 +1,4 @@
-"""Programs and weight files as `.xz` on disk, expanded once to what runs.
+"""Programs and weight files as `.xz` on disk, expanded to what runs.
 
 Codes of few bits take a byte each in a program (four bits where XNNPACK has such a kernel), but
 use few of its values; an entropy coder takes them down to about their own bits. XZ is in Python's
@@ -12,7 +12,9 @@ import shutil
 from pathlib import Path
 
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import checksum, replacing
+from mpqdm_fx.files import replacing
+from mpqdm_fx.io.expansion import expand, expansion_path
+from mpqdm_fx.io.sealed import Entry
 
 __all__ = ["SUFFIX", "compress_program", "drop_expansions", "expand_program"]
 
@@ -20,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".xz"
 _CHUNK = 1 << 20
-_DIGITS = 16  # of the compressed file's SHA-256, in the name of its expansion
 # Codes of neighbouring weights tell nothing of each other: no context for literals, positions do
 # not count, and there is little to find by a long search (preset 6 alone takes 2 to 4 times as long
 # for 1 to 3 % fewer bytes). Expanding takes the dictionary's 8 MiB of memory.
@@ -73,33 +74,42 @@ def compress_program(
     return target
 
 
-def expand_program(path: str | Path, folder: str | Path | None = None) -> Path:
-    """The plain file of a compressed one, expanded at the first call and found at later ones.
+def expand_program(
+    path: str | Path,
+    folder: str | Path | None = None,
+    *,
+    content: Entry | None = None,
+    source: Path | None = None,
+) -> Path:
+    """The plain file of a compressed one.
 
     It is named after the compressed file's content, so a program that was replaced is expanded
-    anew, and what an older one left is removed. Content is checked while it expands; the file
-    appears only when it is whole.
+    anew, and what an older one left is removed. One that is there is taken only where its content
+    is known to be right. The file appears only when it is whole.
 
     Args:
         path: File written by `compress_program`.
         folder: Where to keep the plain file; default beside the compressed one.
+        content: Size and hash of the plain file, where a manifest names them. Without them it is
+            expanded at every call, to at most 256 times the compressed size.
+        source: What to read in place of `path`, if it was opened already.
 
     Returns:
         The plain file, `.<name without .xz>.<digest>`.
 
     Raises:
-        ArtifactError: `path` does not exist or is damaged, or the folder cannot be written.
+        ArtifactError: `path` does not exist, is damaged, or holds something else, or the folder
+            cannot be written.
     """
-    source = Path(path)
-    if not source.is_file():
-        raise ArtifactError(f"{source} does not exist")
-    home = source.parent if folder is None else Path(folder)
-    digest = checksum(source)["sha256"][:_DIGITS]
-    target = home / f".{source.name.removesuffix(SUFFIX)}.{digest}"
-    if not target.is_file():
-        logger.info("%s: expanding to %s", source, target)
-        _expand(source, target)
-    drop_expansions(source, home, but=target)
+    named = Path(path)
+    read = source or named
+    if not read.is_file():
+        raise ArtifactError(f"{named} does not exist")
+    home = named.parent if folder is None else Path(folder)
+    target = expansion_path(named, Entry.of(read).sha256, home)
+    logger.info("%s: expanding to %s", named, target)
+    expand(read, target, content=content, name=named)
+    drop_expansions(named, home, but=target)
     return target
 
 
@@ -112,24 +122,7 @@ def drop_expansions(path: Path, folder: Path | None = None, *, but: Path | None 
         but: One to keep.
     """
     stem = f".{path.name.removesuffix(SUFFIX)}."
-    made = re.compile(re.escape(stem) + f"[0-9a-f]{{{_DIGITS}}}")
+    made = re.compile(re.escape(stem) + "[0-9a-f]{16}")
     for other in (folder or path.parent).iterdir():
         if other != but and made.fullmatch(other.name):
             other.unlink(missing_ok=True)
-
-
-def _expand(source: Path, target: Path) -> None:
-    try:
-        with (
-            replacing(target) as part,
-            lzma.open(source, "rb") as packed,
-            part.open("wb") as plain,
-        ):
-            shutil.copyfileobj(packed, plain, _CHUNK)
-    except (lzma.LZMAError, EOFError) as error:
-        raise ArtifactError(f"{source} is damaged or truncated: {error}; copy it again") from error
-    except OSError as error:
-        raise ArtifactError(
-            f"{source} cannot be expanded into {target.parent}: {error}; give a folder that can be "
-            f"written to expand_program, and its result to XnnpackRunner"
-        ) from error
