@@ -143,7 +143,7 @@ def padding_sides(conv: nn.modules.conv._ConvNd) -> list[int]:
         sizes = zip(conv.kernel_size, conv.dilation, strict=True)
         amounts = [dilation * (kernel - 1) for kernel, dilation in sizes]
         return [side for n in reversed(amounts) for side in (n // 2, n - n // 2)]
-    return [n for n in reversed(conv.padding) for _ in range(2)]  # type: ignore[arg-type]
+    return [n for n in reversed(conv.padding) for _ in range(2)]  # type: ignore[misc]
 
 
 def weight_rows(module: nn.Module) -> Tensor:

@@ -116,14 +116,14 @@ def check_modules(model: nn.Module) -> None:
             yet. Names the place.
     """
     name = type(model).__name__
-    if hooks._has_any_global_hook():
+    if hooks._has_any_global_hook():  # type: ignore[no-untyped-call]
         raise TraceError(
             f"{name} cannot be traced while global module hooks are registered "
             "(register_module_forward_hook and its like): the graph would not hold what they do; "
             "remove them"
         )
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise TraceError(
                 f"{name}: {path!r} has no shape yet; run the model once, so that its lazy modules "
                 "become ordinary ones"
@@ -228,7 +228,7 @@ def proven_layer(
     if stock is None or _OPERATORS.get(node.target) is not stock or node.kwargs:
         return None
     weight, bias = (_argument(node, position, tensor_of) for position in (1, 2))
-    parameters = module._parameters
+    parameters: Mapping[str, torch.Tensor | None] = module._parameters
     if weight is None or weight is not parameters.get("weight"):
         return None
     has_bias = len(node.args) > 2 and node.args[2] is not None
@@ -281,7 +281,7 @@ def _stock_layer(
     if kernel:
         sizes = (inputs * settings["groups"], outputs, tuple(kernel))
     layer = stock(*sizes, bias=bias is not None, device="meta", dtype=weight.dtype, **settings)
-    layer._parameters.update(weight=weight, bias=bias)  # type: ignore[arg-type]
+    layer._parameters.update(weight=weight, bias=bias)  # type: ignore[call-overload]
     layer.training = False
     return layer
 
@@ -294,7 +294,7 @@ def _sizes(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, _CONVOLUTIONS) and weight is not None:
         return {
             "out_channels": weight.shape[0],
-            "in_channels": weight.shape[1] * module.groups,  # type: ignore[operator]
+            "in_channels": weight.shape[1] * module.groups,
             "kernel_size": tuple(weight.shape[2:]),
         }
     return {}

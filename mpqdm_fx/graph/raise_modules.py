@@ -248,8 +248,10 @@ class _Raiser:
             names = owners.get(id(self.lifted_of(node.args[1])), [])
             for name in sorted(names, key=lambda name: name != _innermost(node)[1]):
                 layer = proven_layer(self.modules[name], node, self.lifted_of)
-                shared = layer and self.copies.setdefault(id(self.modules[name]), layer)
-                if layer and same_settings(layer, shared):  # one name holds one layer
+                if layer is None:
+                    continue
+                shared = self.copies.setdefault(id(self.modules[name]), layer)
+                if same_settings(layer, shared):  # one name holds one layer
                     calls[node] = (name, shared, node.args[0])
                     break
         return calls
