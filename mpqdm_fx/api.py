@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from mpqdm_fx.calibration.records import DEFAULT_MAX_MEMORY, RecordedInputs
@@ -296,6 +297,11 @@ def lower(
         )
     example = example_inputs(quantized.signature, batch_size=batch_size)
     inputs = _positional(quantized, example)
+    if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
+        raise LoweringError(
+            "an XNNPACK program takes tensors alone, and a list among the inputs holds constants "
+            "beside them; let the model take these as arguments of their own"
+        )
     return lower_xnnpack(
         quantized.rounded,
         quantized.ranges,

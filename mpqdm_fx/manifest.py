@@ -53,6 +53,7 @@ class StoredSignature(Strict):
     inputs: Annotated[tuple[StoredInput, ...], Field(min_length=1, max_length=10_000)]
     batch: Annotated[int, Field(ge=1, le=2**20)]
     batch_range: tuple[Count, Count | None] | None
+    defaults: tuple[tuple[Name, Any], ...] = ()
     note: str
 
 

@@ -21,7 +21,7 @@ from mpqdm_fx.folders import (
     seal_folder,
     staged_directory,
 )
-from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, signature_to_dict
+from mpqdm_fx.graph.calling import example_call, signature_from_dict, signature_to_dict
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
@@ -123,7 +123,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
     # A copy, since the saved tensors are put into its modules.
     skeleton = copy.deepcopy(model).eval() if model is not None else _skeleton(folder)
     try:
-        graph_module = normalized(skeleton, example_inputs(signature), settings)
+        graph_module = normalized(skeleton, example_call(signature), settings)
         rounded = restore(graph_module, weights)
     except MPQError as error:
         raise ArtifactError(f"{root} does not fit {type(skeleton).__name__}: {error}") from error

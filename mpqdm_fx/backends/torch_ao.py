@@ -13,6 +13,7 @@ from mpqdm_fx.backends import ao
 from mpqdm_fx.backends.fit_channels import fit_channels
 from mpqdm_fx.backends.observers import GridWeightObserver, UnresolvedRangeObserver, weight_grids
 from mpqdm_fx.errors import ConfigError, LoweringError
+from mpqdm_fx.graph.calling import TracedGraph
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
 from mpqdm_fx.graph.layers import weight_layers
 
@@ -161,6 +162,7 @@ def lower_torch_ao(
         if not kind.__module__.startswith("torch.ao.nn.quantized"):
             raise LoweringError(f"{name}: torch.ao left it a float {kind.__name__}")
     if "signature" in graph.meta:
+        lowered = TracedGraph(lowered, lowered.graph, type(lowered).__name__)
         lowered.meta["signature"] = graph.meta["signature"]
     logger.info("torch.ao: %d layers on %s", len(ranges), engine)
     return lowered

@@ -41,7 +41,8 @@ class RecordedInputs:
         self._max_memory = max_memory
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._directory = Path(directory) if directory is not None else None
-        self._specs: list[pytree.TreeSpec] = []
+        # of each call: its containers, and what stands in them that is no tensor, by position
+        self._specs: list[tuple[pytree.TreeSpec, dict[int, Any]]] = []
         self._held: list[list[torch.Tensor]] = []
         self._held_bytes = 0
         self._held_out: list[int] = []
@@ -79,18 +80,22 @@ class RecordedInputs:
         """
         for name, value in inputs.items():
             for tensor in pytree.tree_leaves(value):
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                    continue
+                if not bool(torch.isfinite(tensor).all()):
                     raise CalibrationError(
                         f"calibration call {len(self)}: argument {name!r} "
                         f"(shape {tuple(tensor.shape)}) holds NaN or infinity; drop this call or "
                         f"look at what produced it"
                     )
         leaves, spec = pytree.tree_flatten(dict(inputs))
+        constants = {i: v for i, v in enumerate(leaves) if not isinstance(v, torch.Tensor)}
         # Clones: a caller may reuse its buffers, and views would keep whole batches alive.
-        kept = [leaf.detach().cpu().clone() for leaf in leaves]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        kept = [tensor.detach().cpu().clone() for tensor in tensors]
         if held_out:
             self._held_out.append(len(self))
-        self._specs.append(spec)
+        self._specs.append((spec, constants))
         self._held.append(kept)
         self._held_bytes += sum(leaf.nbytes for leaf in kept)
         if self._held_bytes > self._max_memory:
@@ -104,10 +109,10 @@ class RecordedInputs:
                 prefix = f"{index}."
                 names = [name for name in tensors if name.startswith(prefix)]
                 leaves = [tensors[f"{prefix}{position}"] for position in range(len(names))]
-                yield self._specs[start + index].unflatten(leaves)
+                yield _unflatten(*self._specs[start + index], leaves)
             start += calls
         for spec, leaves in zip(self._specs[start:], self._held, strict=True):
-            yield spec.unflatten(leaves)
+            yield _unflatten(*spec, leaves)
 
     def _spill(self) -> None:
         if self._directory is None:
@@ -127,3 +132,13 @@ class RecordedInputs:
         self._shards.append((path, len(self._held)))
         self._held = []
         self._held_bytes = 0
+
+
+def _unflatten(
+    spec: pytree.TreeSpec, constants: Mapping[int, Any], tensors: list[torch.Tensor]
+) -> dict[str, Any]:
+    rest = iter(tensors)
+    count = len(tensors) + len(constants)
+    leaves = [constants[i] if i in constants else next(rest) for i in range(count)]
+    call: dict[str, Any] = spec.unflatten(leaves)
+    return call

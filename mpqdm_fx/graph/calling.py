@@ -8,13 +8,16 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.signature import InputSpec, Signature, tensor_leaves
 
 __all__ = [
+    "TracedGraph",
     "batch_size_of",
+    "example_call",
     "example_inputs",
     "join_outputs",
     "pack_output",
@@ -24,6 +27,47 @@ __all__ = [
 ]
 
 _LIBRARIES = ("diffusers", "transformers")
+
+
+class TracedGraph(fx.GraphModule):
+    """A graph that takes the very inputs that its model was traced with.
+
+    Tensors in the order or by the names of its placeholders go straight in. A call of the model,
+    with numbers for timesteps and arguments that are constants of the graph, goes through
+    `Signature.normalize`, which refuses other constants by name.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph.
+
+        Raises:
+            TraceError: The arguments are not those of the model, or not those that were traced.
+        """
+        signature: Signature | None = self.meta.get("signature")
+        if signature is not None:
+            args, kwargs = _placed(signature, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+def _placed(
+    signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call as the graph takes it."""
+    names = signature.arguments
+    if len(args) > len(names):  # in the order of the model, with its constants
+        return (), signature.normalize(args, kwargs)
+    given = dict(zip(names, args, strict=False))
+    if given.keys() & kwargs.keys():
+        return (), signature.normalize(args, kwargs)
+    given.update(kwargs)
+    if given.keys() != set(names):
+        return (), signature.normalize((), given)
+    return (args, kwargs) if not _holds_constants(given) else ((), signature.fit(given))
+
+
+def _holds_constants(given: Mapping[str, Any]) -> bool:
+    constants = (bool, int, float, str, type(None))
+    return any(isinstance(leaf, constants) for leaf in pytree.tree_leaves(given))
 
 
 def example_inputs(
@@ -37,15 +81,36 @@ def example_inputs(
         seed: Seed of the values. Integers are 0 or 1, which every embedding table has.
 
     Returns:
-        Argument name to tensor or container, as the graph takes it.
+        Argument name to tensor or container, as the graph takes it: without constants, but for
+        those that keep the places in a list.
     """
+    call = _example_containers(signature, batch_size, seed)
+    return {name: _lists(value, constants=False) for name, value in call.items()}
+
+
+def example_call(
+    signature: Signature, *, batch_size: int | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """`example_inputs` with all that is constant in the graph: a call of the model itself.
+
+    Args: as of `example_inputs`.
+    """
+    call = _example_containers(signature, batch_size, seed)
+    constants = {name: value for name, value in signature.baked if "." not in name}
+    constants.pop("return_dict", None)
+    return {name: _lists(value, constants=True) for name, value in call.items()} | constants
+
+
+def _example_containers(signature: Signature, batch_size: int | None, seed: int) -> dict[str, Any]:
+    """Tensors, and constants beside them in containers, all containers as dicts."""
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Any] = {}
-    for spec in signature.inputs:
-        name, *path = spec.name.split(".")
-        tensor = _example(spec, batch_size, generator)
-        inputs[name] = _nest(inputs.get(name), path, tensor)
-    return {name: _lists(value) for name, value in inputs.items()}
+    tensors = [(spec.name, _example(spec, batch_size, generator)) for spec in signature.inputs]
+    constants = [(name, value) for name, value in signature.baked if "." in name]
+    for dotted, value in (*tensors, *constants):
+        name, *path = dotted.split(".")
+        inputs[name] = _nest(inputs.get(name), path, value)
+    return inputs
 
 
 def _example(spec: InputSpec, batch_size: int | None, generator: torch.Generator) -> Tensor:
@@ -55,22 +120,23 @@ def _example(spec: InputSpec, batch_size: int | None, generator: torch.Generator
     return torch.randint(2, shape, generator=generator).to(spec.dtype)
 
 
-def _nest(container: Any, path: list[str], tensor: Tensor) -> Any:
+def _nest(container: Any, path: list[str], value: Any) -> Any:
     if not path:
-        return tensor
+        return value
     entries = dict(container or {})
-    entries[path[0]] = _nest(entries.get(path[0]), path[1:], tensor)
+    entries[path[0]] = _nest(entries.get(path[0]), path[1:], value)
     return entries
 
 
-def _lists(value: Any) -> Any:
-    """Dicts whose keys are 0..n-1 were lists."""
+def _lists(value: Any, *, constants: bool) -> Any:
+    """Dicts whose keys are 0..n-1 were lists; of others, only tensors are left if so wanted."""
     if not isinstance(value, dict):
         return value
-    entries = {key: _lists(entry) for key, entry in value.items()}
-    if list(entries) == [str(index) for index in range(len(entries))]:
-        return list(entries.values())
-    return entries
+    entries = {key: _lists(entry, constants=constants) for key, entry in value.items()}
+    indices = [str(index) for index in range(len(entries))]
+    if entries.keys() == set(indices):
+        return [entries[index] for index in indices]
+    return {k: v for k, v in entries.items() if constants or any(True for _ in tensor_leaves(v))}
 
 
 def batch_size_of(call: Mapping[str, Any]) -> int:
@@ -173,6 +239,8 @@ def signature_to_dict(signature: Signature) -> dict[str, Any]:
     data = asdict(signature)
     for spec in data["inputs"]:
         spec["dtype"] = str(spec["dtype"]).removeprefix("torch.")
+    if not signature.defaults:
+        del data["defaults"]
     return data
 
 
@@ -202,6 +270,7 @@ def signature_from_dict(data: Mapping[str, Any]) -> Signature:
             "parameters": tuple(data["parameters"]),
             "arguments": tuple(data["arguments"]),
             "baked": tuple((name, value) for name, value in data["baked"]),
+            "defaults": tuple((name, value) for name, value in data.get("defaults", ())),
             "inputs": inputs,
             "batch_range": None if batch_range is None else tuple(batch_range),
         }

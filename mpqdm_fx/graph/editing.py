@@ -13,6 +13,8 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from mpqdm_fx.graph.calling import TracedGraph
+
 __all__ = [
     "add_module",
     "add_tensor",
@@ -82,7 +84,8 @@ def copy_graph_module(graph_module: fx.GraphModule) -> fx.GraphModule:
 
     graph = copy.deepcopy(graph_module.graph)
     name = type(graph_module).__name__
-    result = fx.GraphModule(graph_module, graph, class_name=name)
+    kind = TracedGraph if isinstance(graph_module, TracedGraph) else fx.GraphModule
+    result = kind(graph_module, graph, class_name=name)
     # The constructor keeps only what the graph refers to and makes every buffer persistent; a
     # copy keeps everything as it was.
     for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):

@@ -24,6 +24,7 @@ __all__ = [
     "free_name",
     "is_pointwise",
     "output_positions",
+    "padding_sides",
     "rebuild_layer",
     "replace_module",
     "sample_rows",
@@ -120,6 +121,29 @@ def is_pointwise(module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
     ones = (module.kernel_size, module.stride) == ((1, 1), (1, 1))
     return ones and module.groups == 1 and module.padding in ((0, 0), "valid", "same")
+
+
+def padding_sides(conv: nn.modules.conv._ConvNd) -> list[int]:
+    """What a convolution's forward adds on each side, last axis first, front and back.
+
+    With zeros it is `padding` at the time of the call. Any other mode pads by what the constructor
+    wrote down beside it.
+
+    Args:
+        conv: Conv1d, Conv2d or Conv3d of any padding and padding mode.
+
+    Returns:
+        Two numbers an axis, as `torch.nn.functional.pad` takes them.
+    """
+    if conv.padding_mode != "zeros":
+        return list(conv._reversed_padding_repeated_twice)
+    if conv.padding == "valid":
+        return [0, 0] * len(conv.kernel_size)
+    if conv.padding == "same":
+        sizes = zip(conv.kernel_size, conv.dilation, strict=True)
+        amounts = [dilation * (kernel - 1) for kernel, dilation in sizes]
+        return [side for n in reversed(amounts) for side in (n // 2, n - n // 2)]
+    return [n for n in reversed(conv.padding) for _ in range(2)]  # type: ignore[misc]
 
 
 def weight_rows(module: nn.Module) -> Tensor:
@@ -242,10 +266,7 @@ def _padded(conv: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
     """Add the batch axis if it is missing, and the padding."""
     spatial = len(conv.kernel_size)
     x = x if x.dim() == spatial + 2 else x.unsqueeze(0)
-    # last axis first, both sides: what F.pad wants; worked out for "same" and "valid" too
-    pads = list(conv._reversed_padding_repeated_twice)
-    if not isinstance(conv.padding, str):
-        pads = [p for p in reversed(conv.padding) for _ in range(2)]
+    pads = padding_sides(conv)
     if not any(pads):
         return x
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode

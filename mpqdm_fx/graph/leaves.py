@@ -1,21 +1,33 @@
-"""Which modules are leaves of the graph, and the copies that may stand in for them.
+"""Which modules are leaves of the graph, and the stock layers that stand in for altered ones.
 
 A leaf is a stock torch.nn layer (convolution, linear, embedding, norm, activation, dropout). Its
 forward takes one tensor and nothing else, so the ATen nodes of one call, whatever they are, equal
-``module(input)``. A subclass with its own forward gives no such promise (extra arguments,
-adapters), so it is a leaf only when its single node is provably the stock layer's node.
+``module(input)``. Whoever reads such a layer (rows, ranges, kernels) trusts its attributes. A layer
+with a forward, helper method or hook of its own gives no such promise. Of it, only a node that is
+provably a stock layer's operator on the layer's own weight is a call; the rest stays ATen.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.modules import activation, batchnorm, dropout, instancenorm
+from torch.nn.modules import module as hooks
 
+from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.editing import shallow_clone
 
-__all__ = ["LEAF_CLASSES", "evaluation_copy", "leaf_class", "whole_or_stock"]
+__all__ = [
+    "LEAF_CLASSES",
+    "check_modules",
+    "evaluation_copy",
+    "is_stock",
+    "leaf_class",
+    "proven_layer",
+    "same_settings",
+    "whole_layer",
+]
 
 _ACTIVATIONS = tuple(
     getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention"
@@ -54,11 +66,28 @@ _MODE_DEPENDENT = (
     nn.RReLU,
 )
 
-_CONVOLUTIONS: dict[Any, type[nn.Module]] = {
+#: Operators and the stock layers that they are, whose `padding` may be numbers or a word.
+_OPERATORS: dict[Any, type[nn.Module]] = {
     torch.ops.aten.conv1d.default: nn.Conv1d,
+    torch.ops.aten.conv1d.padding: nn.Conv1d,
     torch.ops.aten.conv2d.default: nn.Conv2d,
+    torch.ops.aten.conv2d.padding: nn.Conv2d,
     torch.ops.aten.conv3d.default: nn.Conv3d,
+    torch.ops.aten.conv3d.padding: nn.Conv3d,
+    torch.ops.aten.linear.default: nn.Linear,
 }
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+#: What follows input, weight and bias in a convolution's operator, and its defaults.
+_SETTINGS: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+#: Methods of nn.Module that a subclass may define without changing a call.
+_NOT_CALLED = frozenset(
+    {"extra_repr", "reset_parameters", "_load_from_state_dict", "_save_to_state_dict", "_version"}
+)
 
 
 def leaf_class(module: nn.Module) -> type[nn.Module] | None:
@@ -78,85 +107,194 @@ def evaluation_copy(module: nn.Module) -> nn.Module:
     return clone
 
 
-def whole_or_stock(
-    module: nn.Module,
-    nodes: Sequence[fx.Node],
-    source: fx.Node,
-    tensor_of: Callable[[fx.Node], torch.Tensor | None],
-    *,
-    whole: bool,
-) -> nn.Module | None:
-    """Return a module whose call on ``source`` is exactly ``nodes``, or None if none is known.
+def check_modules(model: nn.Module) -> None:
+    """Refuse what decides a call but stands in no module: nothing traced would hold it.
 
-    ``module`` itself if its forward is the stock one and nothing is hooked onto it. A subclass with
-    its own forward, or a hooked module, yields a stock layer that shares its parameters if the only
-    node is the stock layer's operator on these very parameters and settings.
+    Raises:
+        TraceError: Global module hooks are registered; a parameter or buffer is of a class with
+            its own ``__torch_function__`` or ``__torch_dispatch__``; or a lazy module has not run
+            yet. Names the place.
+    """
+    name = type(model).__name__
+    if hooks._has_any_global_hook():  # type: ignore[no-untyped-call]
+        raise TraceError(
+            f"{name} cannot be traced while global module hooks are registered "
+            "(register_module_forward_hook and its like): the graph would not hold what they do; "
+            "remove them"
+        )
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+            raise TraceError(
+                f"{name}: {path!r} has no shape yet; run the model once, so that its lazy modules "
+                "become ordinary ones"
+            )
+        if not _is_plain(type(tensor)):
+            raise TraceError(
+                f"{name}: {path!r} is a {type(tensor).__name__}, a tensor with operations of its "
+                "own; give a model of plain float tensors (one that is not quantized yet)"
+            )
+
+
+def _is_plain(kind: type[torch.Tensor]) -> bool:
+    """Tell whether operations on tensors of this class are PyTorch's own."""
+    stock = (torch.Tensor, nn.Parameter)
+    return all(
+        any(_function(kind, name) is _function(base, name) for base in stock)
+        for name in ("__torch_function__", "__torch_dispatch__")
+    )
+
+
+def _function(kind: type, name: str) -> object:
+    method = getattr(kind, name)
+    return getattr(method, "__func__", method)
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Tell whether calling ``module`` is the forward of its stock class and nothing else.
+
+    1. No hook hangs on it.
+    2. No attribute of its own hides one of its class (a patched ``forward``, a compiled call).
+    3. No subclass defines what a call uses: a method of the stock class, a property, or a name
+       under which the instance holds a tensor.
+    """
+    stock = leaf_class(module)
+    if stock is None or any(getattr(module, registry) for registry in _HOOKS):
+        return False
+    if any(hasattr(stock, name) for name in vars(module)):
+        return False
+    subclasses = type(module).__mro__[: type(module).__mro__.index(stock)]
+    return not any(
+        _is_used(name, value, module, stock)
+        for subclass in subclasses
+        for name, value in vars(subclass).items()
+    )
+
+
+def _is_used(name: str, value: object, module: nn.Module, stock: type[nn.Module]) -> bool:
+    """Tell whether a call may meet the attribute ``name`` of a subclass of ``stock``."""
+    if name.startswith("__"):
+        return name in ("__call__", "__getattr__", "__getattribute__")
+    held = (module._parameters, module._buffers, module._modules)
+    return (
+        (hasattr(stock, name) and name not in _NOT_CALLED)
+        or hasattr(type(value), "__set__")
+        or any(name in registry for registry in held)
+    )
+
+
+def whole_layer(module: nn.Module, nodes: Sequence[fx.Node]) -> nn.Module | None:
+    """Return the layer whose call is ``nodes``, all that one call of a stock module computes.
+
+    ``module`` itself, or a copy where its sizes are not those of its weight (one that was put in
+    its place): the forward does not read them, but others do.
+
+    Args:
+        module: A stock module.
+        nodes: ATen nodes of one call of ``module``, without assertions.
+
+    Returns:
+        None if the call was made with more than its input.
+    """
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        # input, weight, bias, stride, padding, output_padding: a call may ask for another size
+        rank = len(module.kernel_size)
+        wanted = _per_axis(module.output_padding, rank)
+        asked = [node.args[5] if len(node.args) > 5 else 0 for node in nodes]
+        if any(_per_axis(padding, rank) != wanted for padding in asked):
+            return None
+    wrong = {n: v for n, v in _sizes(module).items() if getattr(module, n) != v}
+    if not wrong:
+        return module
+    clone: nn.Module = shallow_clone(module)
+    clone.__dict__.update(wrong)
+    return clone
+
+
+def proven_layer(
+    module: nn.Module, node: fx.Node, tensor_of: Callable[[object], torch.Tensor | None]
+) -> nn.Module | None:
+    """Return the stock layer that ``node`` is a call of, or None if it is no such call.
+
+    The node must be the operator of a convolution or linear layer on the very weight of ``module``
+    and its bias or none. The layer shares them and has the node's settings, whatever ``module``
+    says; the node's input is the layer's.
 
     Args:
         module: A leaf module (``leaf_class`` is not None).
-        nodes: ATen nodes of one call of ``module``, without assertions.
-        source: The one tensor node that ``nodes`` read besides constants.
-        tensor_of: The parameter, buffer or constant that a lifted input node stands for.
-        whole: Whether ``nodes`` are all that the call computes.
+        node: Any node of the exported graph.
+        tensor_of: The parameter, buffer or constant that an argument stands for, or None.
     """
     stock = leaf_class(module)
-    assert stock is not None
-    if whole and type(module).forward is stock.forward and not _is_altered(module):
-        return module
-    if len(nodes) != 1 or not _is_stock_node(module, nodes[0], source, tensor_of):
+    if stock is None or _OPERATORS.get(node.target) is not stock or node.kwargs:
         return None
-    twin = shallow_clone(module)
-    twin.__class__ = stock
-    for name in ("forward", "_conv_forward"):
-        twin.__dict__.pop(name, None)
-    twin._modules = {}
-    twin._forward_hooks = type(twin._forward_hooks)()
-    twin._forward_pre_hooks = type(twin._forward_pre_hooks)()
-    return twin
+    weight, bias = (_argument(node, position, tensor_of) for position in (1, 2))
+    parameters: Mapping[str, torch.Tensor | None] = module._parameters
+    if weight is None or weight is not parameters.get("weight"):
+        return None
+    has_bias = len(node.args) > 2 and node.args[2] is not None
+    if has_bias and (bias is None or bias is not parameters.get("bias")):
+        return None
+    settings = {} if stock is nn.Linear else _settings(node, weight.dim() - 2)
+    return None if settings is None else _stock_layer(stock, weight, bias, settings)
 
 
-def _is_altered(module: nn.Module) -> bool:
-    """Tell whether calling ``module`` does more than its class's forward."""
-    return bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
+def same_settings(a: nn.Module, b: nn.Module) -> bool:
+    """Tell whether two modules of one stock class with one weight compute the same."""
+    names = () if isinstance(a, nn.Linear) else (*_SETTINGS, "padding_mode")
+    return (a.bias is b.bias) and all(getattr(a, name) == getattr(b, name) for name in names)
 
 
-def _is_stock_node(
-    module: nn.Module,
-    node: fx.Node,
-    source: fx.Node,
-    tensor_of: Callable[[fx.Node], torch.Tensor | None],
-) -> bool:
-    """Tell whether ``node`` is the stock linear or convolution with ``module``'s state."""
-
-    def holds(position: int, tensor: torch.Tensor | None) -> bool:
-        argument = node.args[position] if len(node.args) > position else None
-        if not isinstance(argument, fx.Node):
-            return argument is None and tensor is None
-        return tensor is not None and tensor_of(argument) is tensor
-
-    if node.kwargs or not node.args or node.args[0] is not source:
-        return False
-    if isinstance(module, nn.Linear):
-        return (
-            node.target is torch.ops.aten.linear.default
-            and holds(1, module.weight)
-            and holds(2, module.bias)
-        )
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        if not isinstance(module, _CONVOLUTIONS.get(node.target, ())):
-            return False
-        ones = (1,) * len(module.kernel_size)
-        defaults = [ones, (0,) * len(ones), ones, 1]
-        settings = [*node.args[3:], *defaults[max(len(node.args) - 3, 0) :]]
-        wanted = [module.stride, module.padding, module.dilation, module.groups]
-        return (
-            module.padding_mode == "zeros"
-            and holds(1, module.weight)
-            and holds(2, module.bias)
-            and all(_as_tuple(s) == _as_tuple(w) for s, w in zip(settings, wanted, strict=True))
-        )
-    return False
+def _argument(
+    node: fx.Node, position: int, tensor_of: Callable[[object], torch.Tensor | None]
+) -> torch.Tensor | None:
+    return tensor_of(node.args[position]) if len(node.args) > position else None
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, tuple)) else value
+def _settings(node: fx.Node, rank: int) -> dict[str, Any] | None:
+    """Settings of a convolution's node as its module holds them; None if one is no constant."""
+    settings = {}
+    for position, (name, default) in enumerate(_SETTINGS.items(), start=3):
+        value = node.args[position] if len(node.args) > position else default
+        if name != "groups" and not isinstance(value, str):
+            value = _per_axis(value, rank)
+        parts = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(part, int | str) for part in parts):
+            return None
+        settings[name] = value
+    return settings
+
+
+def _per_axis(value: Any, rank: int) -> tuple[Any, ...]:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return values * rank if len(values) == 1 else values
+
+
+def _stock_layer(
+    stock: type[nn.Module],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    settings: Mapping[str, Any],
+) -> nn.Module:
+    """A layer as its constructor makes it, on these very tensors."""
+    outputs, inputs, *kernel = weight.shape
+    sizes: tuple[Any, ...] = (inputs, outputs)
+    if kernel:
+        sizes = (inputs * settings["groups"], outputs, tuple(kernel))
+    layer = stock(*sizes, bias=bias is not None, device="meta", dtype=weight.dtype, **settings)
+    layer._parameters.update(weight=weight, bias=bias)  # type: ignore[call-overload]
+    layer.training = False
+    return layer
+
+
+def _sizes(module: nn.Module) -> dict[str, Any]:
+    """What a layer's attributes should say of its weight; the forward does not read them."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.Linear) and weight is not None:
+        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    if isinstance(module, _CONVOLUTIONS) and weight is not None:
+        return {
+            "out_channels": weight.shape[0],
+            "in_channels": weight.shape[1] * module.groups,
+            "kernel_size": tuple(weight.shape[2:]),
+        }
+    return {}

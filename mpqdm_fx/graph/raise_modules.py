@@ -8,7 +8,7 @@ its own fully qualified name. Everything else stays ATen, with parameters as ``g
 
 import collections
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,15 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.errors import TraceError
-from mpqdm_fx.graph.leaves import evaluation_copy, leaf_class, whole_or_stock
+from mpqdm_fx.graph.calling import TracedGraph
+from mpqdm_fx.graph.leaves import (
+    evaluation_copy,
+    is_stock,
+    leaf_class,
+    proven_layer,
+    same_settings,
+    whole_layer,
+)
 
 __all__ = ["raise_leaf_modules"]
 
@@ -46,12 +54,14 @@ def raise_leaf_modules(
 
     Rules, in this order:
       1. assertion and range-constraint nodes are dropped: they have no value;
-      2. the nodes of one call of a leaf module become one ``call_module`` at the module's own name
-         when they read exactly one tensor and yield exactly one; of a subclass with its own
-         forward only a node that is provably the stock layer's; all else stays ATen;
-      3. a parameter, buffer or lifted constant that is used outside leaf modules becomes
+      2. the nodes of one call of a stock leaf module become one ``call_module`` at the module's own
+         name when they read exactly one tensor and yield exactly one;
+      3. any other node that is provably a stock layer's operator on the weight of a leaf module
+         (one with a forward, helper method or hook of its own; attention that reads the weights of
+         its projections) becomes a call of a layer with that node's settings; all else stays ATen;
+      4. a parameter, buffer or lifted constant that is used outside leaf modules becomes
          ``get_attr``;
-      4. casts stay, also those that change nothing at the traced dtype: they are graph content.
+      5. casts stay, also those that change nothing at the traced dtype: they are graph content.
 
     Args:
         exported: A program exported from ``model`` with exactly the keyword arguments ``inputs``.
@@ -171,13 +181,9 @@ class _Raiser:
         parts = collections.Counter(key for key, _, _ in runs)
         for key, name, nodes in runs:
             module = self.modules.get(name)
-            if module is None or leaf_class(module) is None:
-                continue
-            call = self.match(name, module, nodes, whole=parts[key] == 1)
-            if call is not None:
-                output, installed, source = call
-                calls.update(dict.fromkeys(nodes))
-                calls[output] = (name, installed, source)
+            if module is not None and parts[key] == 1 and is_stock(module):
+                calls.update(self.whole_call(name, module, nodes))
+        calls.update(self.proven_calls(calls))
         return calls
 
     def runs(self) -> Iterator[tuple[str, str, list[fx.Node]]]:
@@ -189,20 +195,19 @@ class _Raiser:
         for node in self.exported.graph.nodes:
             if node.op != "call_function" or node.target in _CHECKS or not _is_tensor(node):
                 continue
-            stack = node.meta.get("nn_module_stack") or {"": ("", "")}
-            innermost, (path, _) = list(stack.items())[-1]
+            innermost, path = _innermost(node)
             if innermost != key and run:
                 yield key, name, run
                 run = []
-            key, name = innermost, path.split("@")[0]
+            key, name = innermost, path
             run.append(node)
         if run:
             yield key, name, run
 
-    def match(
-        self, name: str, module: nn.Module, nodes: list[fx.Node], *, whole: bool
-    ) -> tuple[fx.Node, nn.Module, fx.Node] | None:
-        """Return (output node, module to install, input node), or None when ATen must stay."""
+    def whole_call(
+        self, name: str, module: nn.Module, nodes: list[fx.Node]
+    ) -> dict[fx.Node, tuple[str, nn.Module, fx.Node] | None]:
+        """Return what ``nodes``, all of one call of a stock layer, become."""
         inside = set(nodes)
         own = {id(t) for t in (*module.parameters(), *module.buffers())}
         outputs = [n for n in nodes if any(user not in inside for user in n.users)]
@@ -213,26 +218,55 @@ class _Raiser:
             if source in self.lifted and id(self.lifted[source][1]) in own:
                 continue
             sources.append(source)
-        if len(outputs) != 1 or len(sources) != 1:
-            return None
-        installed = whole_or_stock(
-            module,
-            nodes,
-            sources[0],
-            lambda n: self.lifted.get(n, ("", None))[1],
-            whole=whole,
-        )
-        if installed is None:
-            return None
+        layer = whole_layer(module, nodes)
+        if len(outputs) != 1 or len(sources) != 1 or layer is None:
+            return {}
+        proven = proven_layer(module, nodes[0], self.lifted_of) if len(nodes) == 1 else None
+        if proven is not None and not same_settings(proven, module):
+            return {}  # its attributes were others during this call
         if self.training.get(name, False):
-            installed = evaluation_copy(installed)
+            layer = evaluation_copy(layer)
         # a shared module has one stand-in, so that it stays shared
-        return outputs[0], self.copies.setdefault(id(module), installed), sources[0]
+        layer = self.copies.setdefault(id(module), layer)
+        return {**dict.fromkeys(nodes), outputs[0]: (name, layer, sources[0])}
+
+    def proven_calls(
+        self, done: Collection[fx.Node]
+    ) -> dict[fx.Node, tuple[str, nn.Module, fx.Node]]:
+        """Return the other nodes that are calls of a stock layer on the weight of some module.
+
+        Such a node may stand in the module's own forward, or in whatever else reads its weight.
+        """
+        owners: dict[int, list[str]] = collections.defaultdict(list)
+        for name, module in self.modules.items():
+            if leaf_class(module) is not None:
+                owners[id(module._parameters.get("weight"))].append(name)
+        calls: dict[fx.Node, tuple[str, nn.Module, fx.Node]] = {}
+        for node in self.exported.graph.nodes:
+            if node in done or node.op != "call_function" or len(node.args) < 2:
+                continue
+            names = owners.get(id(self.lifted_of(node.args[1])), [])
+            for name in sorted(names, key=lambda name: name != _innermost(node)[1]):
+                layer = proven_layer(self.modules[name], node, self.lifted_of)
+                if layer is None:
+                    continue
+                shared = self.copies.setdefault(id(self.modules[name]), layer)
+                if same_settings(layer, shared):  # one name holds one layer
+                    calls[node] = (name, shared, node.args[0])
+                    break
+        return calls
+
+    def lifted_of(self, node: object) -> torch.Tensor | None:
+        """Return the parameter, buffer or constant that a node stands for, or None."""
+        return self.lifted[node][1] if isinstance(node, fx.Node) and node in self.lifted else None
 
     def emit_call(self, node: fx.Node, name: str, module: nn.Module, source: fx.Node) -> None:
         self.attributes[name] = module
         self.env[node] = self.graph.call_module(name, (self.value(source),))
         self.env[node].meta = dict(node.meta)
+        if _innermost(node)[1] != name:
+            stack = {**node.meta.get("nn_module_stack", {}), name: (name, type(module).__name__)}
+            self.env[node].meta["nn_module_stack"] = stack
 
     # -- output ---------------------------------------------------------------------------------
 
@@ -261,7 +295,7 @@ class _Raiser:
         )
         for name in order:
             _install(root, name, self.attributes[name])
-        graph_module = fx.GraphModule(root, self.graph, type(self.model).__name__)
+        graph_module = TracedGraph(root, self.graph, type(self.model).__name__)
         # not .eval(): that would reach through to the caller's own modules
         graph_module.training = False
         graph_module.graph.eliminate_dead_code()
@@ -315,6 +349,13 @@ def _body(graph_module: fx.GraphModule, argument: Any) -> fx.GraphModule | None:
 
 def _is_tensor(node: fx.Node) -> bool:
     return not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int))
+
+
+def _innermost(node: fx.Node) -> tuple[str, str]:
+    """Return the key and the name of the module call that made ``node``."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+    key, (path, _) = list(stack.items())[-1]
+    return key, path.split("@")[0]
 
 
 def _key(entry: Any) -> Any:

@@ -3,13 +3,19 @@
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from mpqdm_fx.errors import TraceError
+from mpqdm_fx.graph.containers import (
+    constant_leaves,
+    fresh_containers,
+    same_constant,
+    tensor_leaves,
+)
 
 __all__ = ["TIMESTEP_NAMES", "InputSpec", "Signature", "bind_inputs", "tensor_leaves"]
 
@@ -57,11 +63,14 @@ class Signature:
             None. The graph itself returns what the model returns for ``return_dict=False``.
         parameters: All argument names of the model's forward, in order.
         arguments: Those that are inputs of the graph, in order.
-        baked: (name, value) of what is constant in the graph: arguments, and entries of containers
-            that hold tensors too (dotted names).
+        baked: (name, value) of what is constant in the graph: arguments (those that the example
+            left out with forward's own default, but for None), and entries of containers that hold
+            tensors too (dotted names).
         inputs: One spec per tensor, in placeholder order.
         batch: The example's batch size.
         batch_range: (smallest, largest or None) batch size the graph takes; None if it is fixed.
+        defaults: (name, value) of what the model takes for a constant that is left out of a call,
+            where that is another value than the traced one.
         note: Why the batch is fixed although a dynamic one was asked for; empty otherwise.
     """
 
@@ -73,6 +82,7 @@ class Signature:
     inputs: tuple[InputSpec, ...]
     batch: int
     batch_range: tuple[int, int | None] | None = None
+    defaults: tuple[tuple[str, Any], ...] = ()
     note: str = ""
 
     @property
@@ -110,6 +120,27 @@ class Signature:
         for name, value in given.items():
             if name not in self.arguments and name != "return_dict":
                 self._check_constant(name, value)
+        for name, default in self.defaults:
+            if name not in given:
+                raise TraceError(
+                    f"{self.model_class}: {name!r} was traced as the constant "
+                    f"{dict(self.baked)[name]!r}, but the model takes {default!r} where a call "
+                    f"leaves it out; give {name}={dict(self.baked)[name]!r}"
+                )
+        return self.fit(given)
+
+    def fit(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Turn values for the graph's placeholders into its inputs; see ``normalize``.
+
+        Args:
+            given: A value for each of ``arguments``; other names are ignored.
+
+        Returns:
+            Argument name to tensor or container, in placeholder order.
+
+        Raises:
+            TraceError: As for ``normalize``.
+        """
         missing = [n for n in self.arguments if given.get(n) is None]
         if missing:
             raise TraceError(
@@ -162,7 +193,7 @@ class Signature:
     def _check_constant(self, name: str, value: Any) -> None:
         """Refuse a value that differs from the constant that the graph was traced with."""
         traced = dict(self.baked).get(name)
-        if not _same_constant(value, traced):
+        if not same_constant(value, traced):
             raise TraceError(
                 f"{self.model_class}: {name!r} was traced as the constant {traced!r} and cannot be "
                 f"{_describe(value)} now; trace again with an example input that has it"
@@ -213,11 +244,12 @@ def bind_inputs(
         given["return_dict"] = False
     batch = next((t.shape[0] for _, t in tensor_leaves(given) if t.ndim > 1), 1)
     call = {
-        name: _number_to_tensor(name, parameters[name], given[name], batch)
+        name: _number_to_tensor(name, parameters[name], fresh_containers(given[name]), batch)
         for name in parameters
         if name in given
     }
     leaves = list(tensor_leaves(call))
+    baked, defaults = _constants(parameters, given, call)
     if not leaves:
         raise TraceError(f"{model_class}: no example input is a tensor")
     arguments = tuple(dict.fromkeys(name.split(".")[0] for name, _ in leaves))
@@ -226,38 +258,29 @@ def bind_inputs(
         output_class=_output_class(model),
         parameters=tuple(parameters),
         arguments=arguments,
-        baked=tuple(_constant_leaves(call)),
+        baked=baked,
+        defaults=defaults,
         inputs=tuple(InputSpec(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in leaves),
         batch=batch,
     )
     return signature, call
 
 
-def tensor_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (dotted name, tensor) for every tensor in nested dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield prefix, value
-        return
-    if isinstance(value, Mapping):
-        items: Iterator[tuple[Any, Any]] = iter(value.items())
-    elif isinstance(value, (list, tuple)):
-        items = iter(enumerate(value))
-    else:
-        return
-    for key, entry in items:
-        yield from tensor_leaves(entry, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _constant_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of whatever is no tensor and holds none."""
-    if isinstance(value, torch.Tensor):
-        return
-    if prefix and not any(True for _ in tensor_leaves(value)):
-        yield prefix, value
-        return
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for key, entry in items:
-        yield from _constant_leaves(entry, f"{prefix}.{key}" if prefix else str(key))
+def _constants(
+    parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any], call: Mapping[str, Any]
+) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]:
+    """Return ``baked`` and ``defaults`` of a signature."""
+    baked = dict(constant_leaves(call))
+    defaults = {}
+    for name, parameter in parameters.items():
+        default = parameter.default
+        if name == "return_dict" or default is inspect.Parameter.empty:
+            continue
+        if name not in given and isinstance(default, bool | int | float | str):
+            baked[name] = default
+        elif name in baked and not same_constant(default, baked[name]):
+            defaults[name] = default
+    return tuple(baked.items()), tuple(defaults.items())
 
 
 def _forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
@@ -339,14 +362,6 @@ def _output_class(model: nn.Module) -> str | None:
         ):
             return f"{candidate.__module__}.{candidate.__qualname__}"
     return None
-
-
-def _same_constant(value: Any, baked: Any) -> bool:
-    if value is baked:
-        return True
-    if any(True for _ in tensor_leaves(value)):
-        return False
-    return (type(value) is type(baked) and bool(value == baked)) or (not value and not baked)
 
 
 def _below(name: str, prefix: str) -> bool:

@@ -12,7 +12,7 @@ from mpqdm_fx.backends.xnnpack.runner import sorted_entries
 from mpqdm_fx.denoisers import PROGRAM, SOURCE, open_program, program_names, source_of
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.folders import open_folder, rewritten_folder
-from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.graph.calling import example_call, example_inputs
 from mpqdm_fx.graph.cost import bind_sizes, value_bytes
 from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.models.sources import Source
@@ -156,7 +156,7 @@ def _measure(
         )
         forms.append(Form(name="float", run=lambda number, _: outputs[number]))
     else:
-        graph = normalized(model, example_inputs(signature), quantized.settings)
+        graph = normalized(model, example_call(signature), quantized.settings)
         forms.append(Form(name="float", graph=graph))
     forms.append(Form(name="quantized", graph=_graph(quantized)))
     if runner is None:

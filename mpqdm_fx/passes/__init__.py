@@ -58,7 +58,8 @@ __all__ = [
 
 #: What runs on a traced graph before anything is quantized, in running order. First goes what
 #: only hides patterns (checks are extra users, casts and dropout stand between layers), then
-#: weights are merged, then layers are split.
+#: weights are merged, then layers are split. Padding that is an op of its own is taken out of the
+#: convolutions last: it would stand between them and the concatenations that are split.
 NORMALIZE: tuple[GraphPass, ...] = (
     DropAssertions(),
     DropNoopCasts(),
@@ -66,4 +67,5 @@ NORMALIZE: tuple[GraphPass, ...] = (
     FoldBatchNorm(),
     SplitGeglu(),
     SplitSkipConcat(),
+    NormalizePadding(),
 )

@@ -79,7 +79,12 @@ def test_positional_examples_bind_in_order() -> None:
 def test_containers_are_named_by_dots_and_their_constants_are_baked() -> None:
     signature, _ = bind(extra={"a": torch.zeros(2, 1), "b": [torch.zeros(2), 4.0], "c": "text"})
     assert [s.name for s in signature.inputs] == ["sample", "timestep", "extra.a", "extra.b.0"]
-    assert dict(signature.baked) == {"extra.b.1": 4.0, "extra.c": "text", "return_dict": False}
+    assert dict(signature.baked) == {
+        "extra.b.1": 4.0,
+        "extra.c": "text",
+        "return_dict": False,
+        "scale": 1.0,
+    }
 
 
 def test_output_class_is_read_from_the_annotation() -> None:
@@ -141,7 +146,7 @@ def test_lossless_timestep_conversions_are_made_and_lossy_ones_refused() -> None
             {"class_labels": torch.zeros(2)},
             r"'class_labels' was traced as the constant None",
         ),
-        ((torch.zeros(2, 3, 8, 8), 1), {"scale": 2.0}, r"'scale' was traced as the constant None"),
+        ((torch.zeros(2, 3, 8, 8), 1), {"scale": 2.0}, r"'scale' was traced as the constant 1.0"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(

@@ -1,6 +1,5 @@
 """Padding in words becomes padding in numbers, bit for bit."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +12,8 @@ from mpqdm_fx.passes.normalize_padding import NormalizePadding
 from mpqdm_fx.passes.round_weights import install_codes
 from mpqdm_fx.testing import count
 
-pad = torch.ops.aten.constant_pad_nd.default
+aten = torch.ops.aten
+pad = aten.constant_pad_nd.default
 
 
 def convolution(rank, channels=4, **settings):
@@ -56,21 +56,23 @@ def test_zero_padding_is_exact(rank, kernel, dilation, groups, padding):
     assert graph.get_submodule("0").padding == padding
 
 
-@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
-def test_symmetric_amounts_of_other_modes_go_into_the_module(mode):
-    conv = convolution(2, kernel_size=(3, 5), padding="same", padding_mode=mode)
-    x = draw(2, 4, 9, 11).float()
-    graph = traced(nn.Sequential(conv), x)
+@given(
+    rank=st.integers(1, 3),
+    kernel=st.tuples(*[st.integers(1, 4)] * 3),
+    mode=st.sampled_from(["circular", "reflect", "replicate"]),
+    padding=st.sampled_from(["same", "valid", 0, 1, 2]),
+)
+def test_other_modes_become_data_movement_before_the_convolution(rank, kernel, mode, padding):
+    conv = convolution(rank, kernel_size=kernel[:rank], padding=padding, padding_mode=mode)
+    x = draw(2, 4, *(11, 12, 10)[:rank]).float()
+    graph = traced(nn.Sequential(conv), x, dynamic_batch=False)
     plain = normalized(graph)
     assert torch.equal(outputs(plain, x), outputs(graph, x))
-    assert plain.get_submodule("0").padding == (1, 2)
-
-
-@pytest.mark.parametrize("mode", ["circular", "reflect"])
-def test_odd_amounts_of_other_modes_are_left_alone(mode):
-    conv = convolution(2, kernel_size=4, padding="same", padding_mode=mode)
-    graph = traced(nn.Sequential(conv), draw(2, 4, 9, 11).float())
-    assert not NormalizePadding()(graph).modified
+    module = plain.get_submodule("0")
+    assert (module.padding, module.padding_mode) == ((0,) * rank, "zeros")
+    assert graph.get_submodule("0").padding_mode == mode
+    moved = sum(count(plain, target) for target in (aten.pad.default, aten.cat.default))
+    assert bool(moved) == any(conv._reversed_padding_repeated_twice)
 
 
 def test_numbers_are_left_alone():
