@@ -19,6 +19,7 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
 from mpqdm_fx.files import check_version, checksum, read_json
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, signature_to_dict
+from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized, restore
@@ -208,8 +209,10 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
         report = QuantizationReport.from_dict(manifest["report"])
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise ArtifactError(f"{root / MANIFEST} is damaged: {error!r}") from None
-    # A copy, since the saved tensors are put into its modules.
-    skeleton = copy.deepcopy(model).eval() if model is not None else _skeleton(root)
+    # A copy, since the saved tensors are put into its modules. Computed weights cannot be copied.
+    skeleton = (
+        _skeleton(root) if model is None else copy.deepcopy(fold_parametrizations(model)).eval()
+    )
     try:
         graph_module = normalized(skeleton, example_inputs(signature), settings)
         rounded = restore(graph_module, weights)
