@@ -88,17 +88,17 @@ def _parametrized(module: nn.Module) -> list[_Parametrized]:
         found.append(_Parametrized(name=name, originals=originals, compute=compute))
     for key, hook in module._forward_pre_hooks.items():
         if isinstance(hook, WeightNorm):
-            name, ends = hook.name, ("_g", "_v")
+            name, ends = hook.name, "g v"
             compute = lambda hook=hook: hook.compute_weight(module)  # noqa: E731
         elif isinstance(hook, SpectralNorm):
-            name, ends = hook.name, ("_orig", "_u", "_v")
+            name, ends = hook.name, "orig u v"
             compute = lambda hook=hook: hook.compute_weight(module, False)  # noqa: E731
         elif isinstance(hook, BasePruningMethod):
-            name, ends = hook._tensor_name, ("_orig", "_mask")
+            name, ends = hook._tensor_name, "orig mask"
             compute = lambda hook=hook: hook.apply_mask(module)  # noqa: E731
         else:
             continue
-        originals = tuple(name + end for end in ends)
+        originals = tuple(f"{name}_{end}" for end in ends.split())
         found.append(_Parametrized(name=name, originals=originals, compute=compute, hook=key))
     return found
 

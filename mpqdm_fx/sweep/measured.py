@@ -18,7 +18,7 @@ from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.numerics.budget import allocate_budget
 from mpqdm_fx.numerics.grids import MAX_BITS
 from mpqdm_fx.numerics.packing import storage_bits
-from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.shards import Shards
 
@@ -140,9 +140,7 @@ def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limit
     layers = weight_layers(graph_module, embeddings=True)
     kept = {name: layer for name, layer in layers.items() if name not in limits.skipped}
     if settings.weight_bytes is not None or settings.effective_bits is not None:
-        # The very count that the result is held to; widths do not matter to what stays in float.
-        widest = (fixed_plan(layer, MAX_BITS, "") for layer in kept.values())
-        plan = bit_plan(graph_module, graph_module, widest, limits.skipped)
+        plan = _draft(graph_module, limits)
         budget = 8 * (settings.weight_bytes or 0)
         if settings.effective_bits is not None:
             budget = int(settings.effective_bits * plan.num_weights)
@@ -163,3 +161,11 @@ def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limit
         shape = (channels, layer.weight.numel() // channels)
         total += storage_bits(shape, torch.full((channels,), bits), "uniform").total
     return total
+
+
+def _draft(graph_module: fx.GraphModule, limits: Limits) -> BitPlan:
+    """A plan whose widths mean nothing, for what does not depend on them: what stays in float."""
+    layers = weight_layers(graph_module, embeddings=True)
+    kept = (layer for name, layer in layers.items() if name not in limits.skipped)
+    widest = (fixed_plan(layer, MAX_BITS, "") for layer in kept)
+    return bit_plan(graph_module, graph_module, widest, limits.skipped)
