@@ -47,9 +47,10 @@ def bit_plan(
 ) -> BitPlan:
     """The plan of a graph: its layers, and every other tensor and parameter with its fate.
 
-    What is not known to be a norm, a bias or a constant counts as a weight: a parameter of two or
-    more axes that is no norm's, and a buffer of two or more axes that a computed value is
-    multiplied with.
+    What is not known to be a norm, a bias or a constant counts as a weight. Of a layer that is not
+    quantized, that is a parameter of two or more axes, unless it is a norm's; of tensors that no
+    layer owns, a parameter of two or more axes longer than 1, and whatever has two or more axes and
+    multiplies a computed value (a convolution, a matrix product, a look-up), buffers included.
 
     Args:
         source: Normalized float graph.
@@ -150,8 +151,10 @@ class _Reads:
             reason = skipped.get(owner, f"{type(module).__name__} is not quantized")
         else:
             node = self.nodes.get(name)
+            # A norm of the model's own may have a gain of shape [1, 1, 1, C].
+            wide = isinstance(tensor, nn.Parameter) and sum(n > 1 for n in tensor.shape) >= 2
             multiplied = node is not None and self._is_multiplied(node)
-            is_weight = tensor.dim() >= 2 and (isinstance(tensor, nn.Parameter) or multiplied)
+            is_weight = tensor.dim() >= 2 and (wide or multiplied)
             reason = _reader(node)
         return FloatTensor(
             name=name,

@@ -8,6 +8,7 @@ can be quantized; left as it is, its parameters would be tensors that no layer o
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -83,24 +84,27 @@ def _parametrized(module: nn.Module) -> list[_Parametrized]:
     for name, steps in module.parametrizations.items() if is_parametrized(module) else ():  # type: ignore[union-attr,operator]
         tensors = [*steps.named_parameters(), *steps.named_buffers()]
         originals = tuple(f"parametrizations.{name}.{inner}" for inner, _ in tensors)
-        # a copy, because in training mode spectral norm writes into its buffers
-        compute = lambda steps=steps: copy.deepcopy(steps).eval()()  # noqa: E731
+        compute = partial(_evaluated, steps)
         found.append(_Parametrized(name=name, originals=originals, compute=compute))
     for key, hook in module._forward_pre_hooks.items():
         if isinstance(hook, WeightNorm):
-            name, ends = hook.name, "g v"
-            compute = lambda hook=hook: hook.compute_weight(module)  # noqa: E731
+            name, ends, compute = hook.name, "g v", partial(hook.compute_weight, module)
         elif isinstance(hook, SpectralNorm):
             name, ends = hook.name, "orig u v"
-            compute = lambda hook=hook: hook.compute_weight(module, False)  # noqa: E731
+            compute = partial(hook.compute_weight, module, do_power_iteration=False)
         elif isinstance(hook, BasePruningMethod):
-            name, ends = hook._tensor_name, "orig mask"
-            compute = lambda hook=hook: hook.apply_mask(module)  # noqa: E731
+            name, ends, compute = hook._tensor_name, "orig mask", partial(hook.apply_mask, module)
         else:
             continue
         originals = tuple(f"{name}_{end}" for end in ends.split())
         found.append(_Parametrized(name=name, originals=originals, compute=compute, hook=key))
     return found
+
+
+def _evaluated(steps: nn.Module) -> Tensor:
+    """Value of a `ParametrizationList`; of a copy, as spectral norm in training writes buffers."""
+    value: Tensor = copy.deepcopy(steps).eval()()
+    return value
 
 
 def _plain(module: nn.Module) -> nn.Module | None:

@@ -128,3 +128,38 @@ def test_tied_layers_add_up_and_their_copy_is_named(tmp_path: Path) -> None:
     assert plan.count("unused") == 10
     assert set(plan.copies) == {"tied.weight", "same.weight"}
     assert plan.num_weights == 16 + 16  # `a` under all its names, and `turned`
+
+
+class Reader(nn.Module):
+    """A table that is looked up and multiplied with, as in tied language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.table(ids), self.table.weight)
+
+
+def test_a_table_that_is_multiplied_with_too_is_quantized_once(tmp_path: Path) -> None:
+    plan = assert_counted(Reader(), (torch.ones(2, 3, dtype=torch.int64),), tmp_path / "w")
+    assert (plan.num_weights, plan.float_weights, plan.copies) == (20, (), ())
+
+
+class Gains(nn.Module):
+    """A norm of its own, whose gain has axes of one; a product with a matrix of one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4, bias=False)
+        self.gain = nn.Parameter(torch.ones(1, 1, 4))
+        self.row = nn.Parameter(torch.ones(1, 4))
+        self.table = nn.Parameter(torch.ones(3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.inner(x) * self.gain + self.table, self.row)
+
+
+def test_gains_are_no_weights_and_matrices_of_one_row_are(tmp_path: Path) -> None:
+    plan = assert_counted(Gains(), (torch.ones(2, 3, 4),), tmp_path / "w")
+    assert {tensor.name for tensor in plan.float_weights} == {"row", "table"}
