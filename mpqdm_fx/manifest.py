@@ -24,6 +24,7 @@ DType = Literal[
 Width = Annotated[int, Field(ge=1, le=8)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Levels = Literal["uniform", "codebook", "int4"]
+Fate = Literal["quantized", "float", "shared", "folded", "unused"]
 
 
 class StoredInput(Strict):
@@ -76,6 +77,9 @@ class StoredWeights(Strict):
     floats: tuple[tuple[Name, DType, DType, Shape], ...]
     float_weights: dict[str, str]
     activation_bits: Width
+    shared: dict[str, str] = Field(default_factory=dict)
+    parameters: tuple[tuple[Name, Count, Fate, str], ...] = ()
+    copies: tuple[Name, ...] = ()
 
 
 class StoredLayerReport(Strict):

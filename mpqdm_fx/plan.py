@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 
@@ -23,26 +23,35 @@ __all__ = [
     "FLOAT_REASON",
     "ActivationRange",
     "BitPlan",
+    "Fate",
     "FloatTensor",
     "LayerActivation",
     "LayerPlan",
+    "ParameterFate",
 ]
 
 
 FLOAT_REASON = "norm, bias or constant"
 """Why a tensor that is no layer's weight stays in floating point."""
 
+Fate = Literal["quantized", "float", "shared", "folded", "unused"]
+"""What becomes of a parameter of the model. The last three are not stored under its name: another
+parameter has the same storage, its numbers are part of another tensor, or forward reads it not."""
+
+_SAID_SHARE = 0.01  # of the weights: so many in float are said
+_NAMED = 3  # names of each kind in a remark
+
 
 @dataclass(frozen=True, kw_only=True)
 class FloatTensor:
-    """A parameter that stays in floating point.
+    """A stored tensor in floating point.
 
     Attributes:
-        name: Parameter's name in the graph.
+        name: Tensor's name in the graph.
         numel: Elements.
         bits: Stored bits of an element.
-        is_weight: Whether it is the weight of a convolution, linear or embedding layer; such a
-            tensor counts against `effective_bits`.
+        is_weight: Whether it is a weight, of a layer or of none, and no norm, bias or constant;
+            such a tensor counts against `effective_bits`.
         reason: Why it stays.
     """
 
@@ -51,6 +60,27 @@ class FloatTensor:
     bits: int
     is_weight: bool
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterFate:
+    """What became of a parameter of the float model, or of a part of it.
+
+    Attributes:
+        name: Its name in the model.
+        numel: Elements; 0 for a second name of the same parameter object.
+        fate: `"quantized"` and `"float"` are stored; of the others see `Fate`.
+        note: Why, or which tensor it shares, went into, or is stored as.
+    """
+
+    name: str
+    numel: int
+    fate: Fate
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.fate not in get_args(Fate) or self.numel < 0:
+            raise ConfigError(f"{self.name}: {self.numel} elements {self.fate!r} is no fate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +120,11 @@ class LayerPlan:
         return math.prod(self.shape)
 
     @property
+    def tensors(self) -> tuple[str, str, str]:
+        """Names of the weight, its codes and its scale in a rounded graph."""
+        return f"{self.name}.weight", f"{self.name}.weight_codes", f"{self.name}.weight_scale"
+
+    @property
     def mean_bits(self) -> float:
         """Average bits of a weight's code; all channels have equally many weights."""
         return sum(self.bits) / len(self.bits)
@@ -111,19 +146,28 @@ class BitPlan:
 
     Attributes:
         layers: Quantized layers in graph order.
-        floats: Parameters left in floating point.
+        floats: All other tensors that are stored, each once.
         activation_bits: Bits of a weight layer's input where no override says otherwise.
+        parameters: Fate of every parameter of the float model; their elements add up to
+            `sum(p.numel() for p in model.parameters())`.
+        copies: Names of stored weights whose parameter is stored under another name already: tied
+            layers of different classes or widths have codes of their own.
     """
 
     layers: tuple[LayerPlan, ...]
     floats: tuple[FloatTensor, ...] = ()
     activation_bits: int = 8
+    parameters: tuple[ParameterFate, ...] = ()
+    copies: tuple[str, ...] = ()
     _by_name: Mapping[str, LayerPlan] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         by_name = {layer.name: layer for layer in self.layers}
         if len(by_name) != len(self.layers):
             raise ConfigError("a plan names one layer twice")
+        stored = {layer.tensors[0] for layer in self.layers} | {t.name for t in self.floats}
+        if not stored.issuperset(self.copies):
+            raise ConfigError(f"copies that are not stored: {sorted({*self.copies} - stored)[:3]}")
         object.__setattr__(self, "_by_name", by_name)
 
     def layer(self, name: str) -> LayerPlan:
@@ -142,9 +186,51 @@ class BitPlan:
 
     @property
     def num_weights(self) -> int:
-        """Weights of all convolution, linear and embedding layers, quantized or not."""
-        floats = sum(t.numel for t in self.floats if t.is_weight)
-        return floats + sum(layer.num_weights for layer in self.layers)
+        """Weights of the model, quantized or not; a tied one counts once, however it is stored."""
+        sizes = {layer.tensors[0]: layer.num_weights for layer in self.layers}
+        sizes |= {tensor.name: tensor.numel for tensor in self.float_weights}
+        return sum(sizes.values()) - sum(sizes[name] for name in self.copies)
+
+    @property
+    def float_weights(self) -> tuple[FloatTensor, ...]:
+        """Weights left in floating point."""
+        return tuple(tensor for tensor in self.floats if tensor.is_weight)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the float model: elements of all fates."""
+        if not self.parameters:  # a plan of an older file
+            return self.num_weights + sum(t.numel for t in self.floats if not t.is_weight)
+        return sum(parameter.numel for parameter in self.parameters)
+
+    def count(self, fate: Fate) -> int:
+        """Elements of the model's parameters that have one fate."""
+        return sum(entry.numel for entry in self.parameters if entry.fate == fate)
+
+    @property
+    def float_remark(self) -> str | None:
+        """One line on the weights left in float, with reasons; None if they are at most 1 %."""
+        left = sum(tensor.numel for tensor in self.float_weights)
+        if left <= _SAID_SHARE * self.num_weights:
+            return None
+        names = _named([(tensor.reason, tensor.name) for tensor in self.float_weights])
+        return (
+            f"{left / self.num_weights:.1%} of the weights ({left:,} of {self.num_weights:,}) stay "
+            f"in float: {names}"
+        )
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """One line each on weights in float, tied weights stored twice, parameters not stored."""
+        lines = [self.float_remark] if self.float_remark else []
+        if self.copies:
+            shared = {entry.name: entry.note for entry in self.parameters if entry.fate == "shared"}
+            names = _named([(f"tied to {shared.get(n, 'another')}", n) for n in self.copies])
+            lines.append(f"stored once more, with codes of their own: {names}")
+        unused = [(entry.note, entry.name) for entry in self.parameters if entry.fate == "unused"]
+        if unused:
+            lines.append(f"{self.count('unused'):,} parameters are not stored: {_named(unused)}")
+        return tuple(lines)
 
     @property
     def mean_bits(self) -> float:
@@ -157,11 +243,11 @@ class BitPlan:
     def weight_bytes(self) -> int:
         """Bytes of all weights as stored: codes, scales, tables, width tags, float weights."""
         stored = sum(-(-part // 8) for layer in self.layers for part in layer.storage)
-        return stored + sum(t.numel * t.bits // 8 for t in self.floats if t.is_weight)
+        return stored + sum(t.numel * t.bits // 8 for t in self.float_weights)
 
     @property
     def float_bytes(self) -> int:
-        """Bytes of norms, biases and other parameters that are not weights of layers."""
+        """Bytes of norms, biases, constants and other tensors that are no weights."""
         return sum(t.numel * t.bits // 8 for t in self.floats if not t.is_weight)
 
     @property
@@ -180,7 +266,28 @@ class BitPlan:
                 {**asdict(layer), "bits": _run_lengths(layer.bits)} for layer in self.layers
             ],
             "floats": [asdict(tensor) for tensor in self.floats],
+            **self.fates_to_dict(),
         }
+
+    def fates_to_dict(self) -> dict[str, Any]:
+        """`parameters` and `copies` in plain JSON types, short."""
+        return {
+            "parameters": [[p.name, p.numel, p.fate, p.note] for p in self.parameters],
+            "copies": list(self.copies),
+        }
+
+    @staticmethod
+    def fates_from_dict(data: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of a plan that `fates_to_dict` wrote; none of them in older files.
+
+        Raises:
+            ConfigError: A fate is unknown, or a size negative.
+        """
+        parameters = (
+            ParameterFate(name=name, numel=numel, fate=fate, note=note)
+            for name, numel, fate, note in data.get("parameters", ())
+        )
+        return {"parameters": tuple(parameters), "copies": tuple(data.get("copies", ()))}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -200,7 +307,8 @@ class BitPlan:
             for entry in data["layers"]
         )
         floats = tuple(FloatTensor(**entry) for entry in data["floats"])
-        return cls(layers=layers, floats=floats, activation_bits=data["activation_bits"])
+        fates = cls.fates_from_dict(data)
+        return cls(layers=layers, floats=floats, activation_bits=data["activation_bits"], **fates)
 
     def to_json(self) -> str:
         """JSON text of `to_dict`."""
@@ -248,6 +356,18 @@ class BitPlan:
         from mpqdm_fx.backends.pt2e import to_quantizer
 
         return to_quantizer(graph, ranges=ranges)
+
+
+def _named(entries: list[tuple[str, str]]) -> str:
+    """`[("why", "a"), ("why", "b")]` -> `"a, b (why)"`; of many names the first few."""
+    by_reason: dict[str, list[str]] = {}
+    for reason, name in entries:
+        by_reason.setdefault(reason, []).append(name)
+    parts = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        parts.append(f"{', '.join(names[:_NAMED])}{more} ({reason})")
+    return "; ".join(parts)
 
 
 def _run_lengths(bits: tuple[int, ...]) -> list[list[int]]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -34,6 +34,7 @@ from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.memory import peak_memory
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity.verify import store_parity
+from mpqdm_fx.plan import Fate
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.images import save_grid
 from mpqdm_fx.report.metrics import EVALUATION_SEED, epsilon_sqnr
@@ -234,8 +235,9 @@ def _summarise(
         "num_weights": plan.num_weights,
         "weight_bytes": plan.weight_bytes,
         "float_remainder_bytes": plan.float_bytes,
-        "float32_bytes": 4
-        * (plan.num_weights + sum(t.numel for t in plan.floats if not t.is_weight)),
+        "float32_bytes": 4 * plan.num_parameters,
+        "parameters": {fate: plan.count(fate) for fate in get_args(Fate)},
+        "remarks": list(plan.remarks),
         "epsilon_sqnr_db": epsilon_sqnr(source.model, quantized, held_out),
         "backend_epsilon_sqnr_db": epsilon_sqnr(source.model, runner, held_out),
         "milliseconds_per_step": timing,

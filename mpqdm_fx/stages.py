@@ -12,6 +12,7 @@ from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.graph.editing import copy_graph_module, prune
 from mpqdm_fx.graph.layers import replace_module
+from mpqdm_fx.graph.parameters import first_names, note_parameters
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.passes import NORMALIZE, SplitSkipConcat
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
@@ -36,9 +37,9 @@ def normalized(model: nn.Module, example_inputs: Any, settings: MPQConfig) -> fx
     passes = NORMALIZE
     if not settings.split_skips:
         passes = tuple(entry for entry in passes if not isinstance(entry, SplitSkipConcat))
-    graph_module: fx.GraphModule = Pipeline(passes=passes)(
-        trace(model, example_inputs)
-    ).graph_module
+    traced = trace(model, example_inputs)
+    note_parameters(traced, model)
+    graph_module: fx.GraphModule = Pipeline(passes=passes)(traced).graph_module
     # What the model computes and drops (the last layer of an encoder whose last but one state is
     # taken) is no layer to quantize: passes behind would remove it and leave its range behind. By
     # default torch.fx keeps a dead attention, which could draw random numbers for its dropout.
@@ -109,14 +110,17 @@ def restore(graph_module: fx.GraphModule, weights: PackedWeights) -> fx.GraphMod
 
 def _install_floats(graph_module: fx.GraphModule, weights: PackedWeights) -> None:
     """Give every remaining parameter and buffer its saved value."""
-    owned = {
-        f"{planned.name}.{key}"
-        for planned in weights.plan.layers
-        for key in ("weight", "weight_codes", "weight_scale")
-    }
+    owned = {name for planned in weights.plan.layers for name in planned.tensors}
+    floats = dict(weights.floats)
+    for name, first in weights.shared.items():
+        if first in floats:
+            floats[name] = floats[first]
+    # A layer under two names is one module here as well, or its second name is missing below.
+    names = first_names(graph_module, sorted(owned))
+    owned |= {name for name, first in names.items() if first in owned}
     try:
         # assign: the saved tensors themselves become the parameters, with their dtypes.
-        keys = graph_module.load_state_dict(dict(weights.floats), strict=False, assign=True)
+        keys = graph_module.load_state_dict(floats, strict=False, assign=True)
     except RuntimeError as error:
         raise ArtifactError(str(error).replace("\n\t", " ")) from None
     missing = sorted(set(keys.missing_keys) - owned)

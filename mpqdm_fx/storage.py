@@ -22,6 +22,7 @@ from mpqdm_fx.folders import (
     staged_directory,
 )
 from mpqdm_fx.graph.calling import example_call, signature_from_dict, signature_to_dict
+from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
@@ -120,8 +121,10 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
         report = QuantizationReport.from_dict(manifest["report"])
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise ArtifactError(f"{folder.files.manifest} is damaged: {error!r}") from None
-    # A copy, since the saved tensors are put into its modules.
-    skeleton = copy.deepcopy(model).eval() if model is not None else _skeleton(folder)
+    # A copy, since the saved tensors are put into its modules. Computed weights cannot be copied.
+    skeleton = (
+        _skeleton(folder) if model is None else copy.deepcopy(fold_parametrizations(model)).eval()
+    )
     try:
         graph_module = normalized(skeleton, example_call(signature), settings)
         rounded = restore(graph_module, weights)

@@ -63,6 +63,14 @@ def test_quantize_leaves_packed_weights_config_scheduler_and_a_grid(quantized_fo
     assert (quantized_folder / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_summary_counts_every_parameter_of_the_model(quantized_folder):
+    summary = json.loads((quantized_folder / "summary.json").read_text())
+    parameters = sum(parameter.numel() for parameter in tiny_unet().parameters())
+    assert sum(summary["parameters"].values()) == parameters
+    assert summary["float32_bytes"] == 4 * parameters
+    assert summary["remarks"] == []
+
+
 def test_inspect_prints_every_layer(quantized_folder):
     status, text = run("inspect", quantized_folder, "--json")
     assert status == 0

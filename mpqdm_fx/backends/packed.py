@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
 from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.graph.parameters import first_names
 from mpqdm_fx.numerics.halves import fits_half
 from mpqdm_fx.numerics.packing import PackedLayer, pack_layer, storage_bits, unpack_layer
 from mpqdm_fx.numerics.packing import unpack_bits as unpack_integers
@@ -36,19 +37,22 @@ class PackedWeights:
         plan: The plan, with the width of every channel.
         codes: int8 codes in the weight's shape, by layer name.
         scales: float32 scales [out_channels], by layer name.
-        floats: All other parameters and buffers, by name in the graph.
+        floats: All other parameters and buffers, by name in the graph, each once.
+        shared: Further names of tensors, and the name that each is stored under.
     """
 
     plan: BitPlan
     codes: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
     floats: Mapping[str, Tensor]
+    shared: Mapping[str, str]
 
 
 def write_packed(path: Path, rounded: fx.GraphModule, plan: BitPlan) -> dict[str, Any]:
     """Write the weights of a rounded graph.
 
-    A float tensor is stored as float16 where that loses nothing, else as it is.
+    A float tensor is stored as float16 where that loses nothing, else as it is. A tensor of several
+    names is stored once.
 
     Args:
         path: File to write.
@@ -60,7 +64,6 @@ def write_packed(path: Path, rounded: fx.GraphModule, plan: BitPlan) -> dict[str
     """
     parts: dict[str, list[Tensor]] = {"codes": [], "widths": [], "tables": [], "scales": []}
     layers = []
-    skipped = set()
     for planned in plan.layers:
         codes = rounded.get_buffer(f"{planned.name}.weight_codes")
         scale = rounded.get_buffer(f"{planned.name}.weight_scale")
@@ -72,9 +75,10 @@ def write_packed(path: Path, rounded: fx.GraphModule, plan: BitPlan) -> dict[str
         entry = {**asdict(planned), "shape": list(planned.shape)}
         entry["bits"] = planned.bits[0] if len(set(planned.bits)) == 1 else "mixed"
         layers.append(entry)
-        skipped |= {f"{planned.name}.{key}" for key in ("weight", "weight_codes", "weight_scale")}
     tensors = {key: torch.cat(value) for key, value in parts.items() if value}
-    floats = _write_floats(rounded, skipped, tensors)
+    owned = [name for planned in plan.layers for name in planned.tensors]
+    first = first_names(rounded, owned)
+    floats = _write_floats(rounded, {*owned, *(n for n in first if first[n] != n)}, tensors)
     save_file({key: value.contiguous() for key, value in tensors.items() if value.numel()}, path)
     path.chmod(0o644)  # safetensors writes for the owner alone
     return {
@@ -82,6 +86,8 @@ def write_packed(path: Path, rounded: fx.GraphModule, plan: BitPlan) -> dict[str
         "floats": floats,
         "float_weights": {tensor.name: tensor.reason for tensor in plan.floats if tensor.is_weight},
         "activation_bits": plan.activation_bits,
+        "shared": {name: other for name, other in first.items() if name != other},
+        **plan.fates_to_dict(),
     }
 
 
@@ -177,6 +183,7 @@ def read_packed(
         scales[entry["name"]] = reader.take("scales", shape[0]).float()
         layers.append(LayerPlan(**{**entry, "shape": shape, "bits": tuple(bits.tolist())}))
     floats = {
+        # A copy: kernels round by where memory begins, and a slice begins anywhere.
         name: reader.take(f"rest.{stored}", math.prod(shape))
         .to(getattr(torch, dtype))
         .reshape(shape)
@@ -187,8 +194,10 @@ def read_packed(
         layers=tuple(layers),
         floats=tuple(_float_tensor(entry, layout["float_weights"]) for entry in layout["floats"]),
         activation_bits=layout["activation_bits"],
+        **BitPlan.fates_from_dict(layout),
     )
-    return PackedWeights(plan=plan, codes=codes, scales=scales, floats=floats)
+    shared = dict(layout.get("shared", {}))
+    return PackedWeights(plan=plan, codes=codes, scales=scales, floats=floats, shared=shared)
 
 
 def _float_tensor(entry: Sequence[Any], weights: Mapping[str, str]) -> FloatTensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from mpqdm_fx.calibration.pinning import pinned_layers
 from mpqdm_fx.config import Levels, MPQConfig
@@ -14,11 +14,10 @@ from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers, weig
 from mpqdm_fx.numerics.allocation import PROMOTED_FRACTIONS, omq_search, output_errors
 from mpqdm_fx.numerics.codebook import quantize_codebook
 from mpqdm_fx.numerics.grids import dequantize, quantize_uniform
-from mpqdm_fx.numerics.halves import stored_float_bits
 from mpqdm_fx.numerics.int4 import quantize_int4
 from mpqdm_fx.numerics.outliers import kurtosis, smoothing_factors
 from mpqdm_fx.numerics.packing import storage_bits
-from mpqdm_fx.plan import FLOAT_REASON, FloatTensor, LayerPlan
+from mpqdm_fx.plan import LayerPlan
 
 __all__ = [
     "Limits",
@@ -26,7 +25,6 @@ __all__ = [
     "decide_layer",
     "even_levels",
     "fixed_plan",
-    "float_tensors",
     "layer_limits",
 ]
 
@@ -187,34 +185,3 @@ def _outlier_score(layer: WeightLayer, weight: Tensor, rows: Tensor) -> Tensor:
     factors = smoothing_factors(activation_max, weight_max)
     smoothed = weight.reshape(len(weight), channels, -1) * factors[None, :, None]
     return kurtosis(smoothed.flatten(1))
-
-
-def float_tensors(
-    graph_module: fx.GraphModule, quantized: set[str], skipped: Mapping[str, str]
-) -> tuple[FloatTensor, ...]:
-    """All parameters and buffers that stay in floating point, with the reason.
-
-    Args:
-        graph_module: Normalized graph.
-        quantized: Names of the quantized layers.
-        skipped: Reason by name of a layer that an override leaves in float.
-    """
-    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
-    entries = []
-    for name, tensor in graph_module.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        if leaf == "weight" and owner in quantized:
-            continue
-        module = graph_module.get_submodule(owner)
-        is_weight = leaf == "weight" and isinstance(module, kinds)
-        reason = skipped.get(owner, f"{type(module).__name__} is not quantized")
-        entries.append(
-            FloatTensor(
-                name=name,
-                numel=tensor.numel(),
-                bits=stored_float_bits(tensor),
-                is_weight=is_weight,
-                reason=reason if is_weight else FLOAT_REASON,
-            )
-        )
-    return tuple(entries)

@@ -32,6 +32,7 @@ from mpqdm_fx.graph.diagnose import (
 )
 from mpqdm_fx.graph.difference import attention_kernels, first_difference, same_bits
 from mpqdm_fx.graph.leaves import check_modules
+from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
 from mpqdm_fx.graph.raise_modules import raise_leaf_modules
 from mpqdm_fx.graph.signature import Signature, bind_inputs
 
@@ -52,9 +53,10 @@ def trace(
     Placeholders are the model's own argument names. Every leaf module (convolution, linear,
     embedding, norm, activation, dropout) is one ``call_module`` node at its own name, holding the
     model's own module object; a dropout or batch norm that is in training mode is replaced by a
-    copy in evaluation mode. Everything else is ATen. ``node.meta["val"]`` and ``nn_module_stack``
-    are those of torch.export. Assertions are stripped; casts stay, also those without effect at
-    the traced dtype.
+    copy in evaluation mode, and weights that are computed from parameters (weight norm, spectral
+    norm, pruning) are plain ones of the same bits. Everything else is ATen. ``node.meta["val"]``
+    and ``nn_module_stack`` are those of torch.export. Assertions are stripped; casts stay, also
+    those without effect at the traced dtype.
 
     Args:
         model: Any module that torch.export takes. It is not changed: training flags, lazily filled
@@ -74,6 +76,7 @@ def trace(
         TraceError: If the inputs do not fit the model or the model cannot be captured; names the
             module path, the model's source line and a suggestion.
     """
+    model = fold_parametrizations(model)
     check_modules(model)
     signature, call = bind_inputs(model, example_inputs)
     training = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}

@@ -17,6 +17,7 @@ from mpqdm_fx.errors import DialectError
 from mpqdm_fx.graph.base import GraphPass
 from mpqdm_fx.graph.editing import shallow_clone
 from mpqdm_fx.graph.layers import called_module, replace_module
+from mpqdm_fx.graph.parameters import note_folded
 
 __all__ = ["FoldBatchNorm"]
 
@@ -49,6 +50,7 @@ class FoldBatchNorm(GraphPass):
                 graph_module.get_submodule(str(norm.target)),
             )
             replace_module(graph_module, str(layer.target), folded)
+            note_folded(graph_module, str(norm.target), str(layer.target))
             norm.replace_all_uses_with(layer)
             graph_module.graph.erase_node(norm)
         return bool(pairs)

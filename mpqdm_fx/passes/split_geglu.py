@@ -23,6 +23,7 @@ from mpqdm_fx.graph.layers import (
     rebuild_layer,
     weight_layers,
 )
+from mpqdm_fx.graph.parameters import note_parts
 
 __all__ = ["SplitGeglu"]
 
@@ -124,6 +125,7 @@ def _split(graph_module: fx.GraphModule, layer: WeightLayer, gate: int) -> None:
         role = "gate" if half == gate else "value"
         names.append(free_name(graph_module, f"{layer.name}_{role}"))
         add_module(graph_module, names[half], rebuild_layer(linear, weights[half], biases[half]))
+    note_parts(graph_module, layer.name, names)
     for projection in layer.nodes:
         halves = _halves(projection)
         assert halves is not None

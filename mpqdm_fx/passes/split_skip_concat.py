@@ -23,6 +23,7 @@ from mpqdm_fx.graph.layers import (
     rebuild_layer,
     weight_layers,
 )
+from mpqdm_fx.graph.parameters import note_parts
 
 __all__ = ["SplitSkipConcat"]
 
@@ -141,6 +142,7 @@ def _split(graph_module: fx.GraphModule, layer: WeightLayer, sizes: tuple[int, .
         names.append(free_name(graph_module, f"{layer.name}_part{index}"))
         own_bias = bias if index == 0 else None
         add_module(graph_module, names[index], rebuild_layer(module, part, own_bias))
+    note_parts(graph_module, layer.name, names)
     for call in layer.nodes:
         concat = call.args[0]
         assert isinstance(concat, fx.Node)

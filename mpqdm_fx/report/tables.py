@@ -6,6 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from mpqdm_fx.quantized import LayerReport, QuantizationReport
 
@@ -57,6 +58,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("")
     table.add_column("quantized", justify="right")
     table.add_column("float32", justify="right")
+    table.caption = Text("\n".join(summary.get("remarks", ())), justify="left")
     weights = summary["weight_bytes"] + summary["float_remainder_bytes"]
     table.add_row("average bits of a weight (budgeted layers)", f"{summary['mean_bits']:.3f}", "32")
     table.add_row(

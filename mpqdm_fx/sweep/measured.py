@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpqdm_fx.calibration.allocate import Limits, even_levels, float_tensors
+from mpqdm_fx.calibration.allocate import Limits, even_levels, fixed_plan
+from mpqdm_fx.calibration.count import bit_plan
 from mpqdm_fx.calibration.pinning import pinned_layers
 from mpqdm_fx.calibration.sensitivity import measure_sensitivity
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.config import Levels, MPQConfig
+from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.numerics.budget import allocate_budget
+from mpqdm_fx.numerics.grids import MAX_BITS
 from mpqdm_fx.numerics.packing import storage_bits
-from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.shards import Shards
 
@@ -128,17 +131,26 @@ def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limit
         graph_module: Normalized float graph.
         settings: `weight_bytes`, `effective_bits`, or `weight_bits`: then what uniform bits take,
             with uniform levels and the layers that the paper's recipe keeps at 8 bits.
-        limits: Layers left in float; they count against a budget that is given.
+        limits: Layers left in float; they count against a budget that is given, as do all other
+            weights left in float.
+
+    Raises:
+        ConfigError: What stays in float takes the whole budget.
     """
     layers = weight_layers(graph_module, embeddings=True)
     kept = {name: layer for name, layer in layers.items() if name not in limits.skipped}
-    floats = float_tensors(graph_module, set(kept), limits.skipped)
-    in_float = sum(tensor.numel * tensor.bits for tensor in floats if tensor.is_weight)
-    if settings.weight_bytes is not None:
-        return 8 * settings.weight_bytes - in_float
-    if settings.effective_bits is not None:
-        weights = sum(layer.weight.numel() for layer in layers.values())
-        return int(settings.effective_bits * weights) - in_float
+    if settings.weight_bytes is not None or settings.effective_bits is not None:
+        plan = _draft(graph_module, limits)
+        budget = 8 * (settings.weight_bytes or 0)
+        if settings.effective_bits is not None:
+            budget = int(settings.effective_bits * plan.num_weights)
+        in_float = sum(tensor.numel * tensor.bits for tensor in plan.float_weights)
+        if in_float >= budget:
+            raise ConfigError(
+                f"a budget of {budget} bits cannot be kept: the weights left in float alone take "
+                f"{in_float} bits; {'; '.join(plan.remarks)}"
+            )
+        return budget - in_float
     pinned = pinned_layers(graph_module)
     total = 0
     for name, layer in kept.items():
@@ -149,3 +161,11 @@ def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limit
         shape = (channels, layer.weight.numel() // channels)
         total += storage_bits(shape, torch.full((channels,), bits), "uniform").total
     return total
+
+
+def _draft(graph_module: fx.GraphModule, limits: Limits) -> BitPlan:
+    """A plan whose widths mean nothing, for what does not depend on them: what stays in float."""
+    layers = weight_layers(graph_module, embeddings=True)
+    kept = (layer for name, layer in layers.items() if name not in limits.skipped)
+    widest = (fixed_plan(layer, MAX_BITS, "") for layer in kept)
+    return bit_plan(graph_module, graph_module, widest, limits.skipped)

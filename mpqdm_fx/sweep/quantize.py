@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from mpqdm_fx.activations import Activation, NoiseLevels
-from mpqdm_fx.calibration.allocate import float_tensors, layer_limits
+from mpqdm_fx.calibration.allocate import layer_limits
+from mpqdm_fx.calibration.count import bit_plan, tell_remarks
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError
@@ -143,11 +144,14 @@ def finish(sweep: Sweep) -> GraphQuantization:
         module = sweep.graph_module.get_submodule(error_lane_name(name))
         replace_module(rounded, name, module)
     order = list(weight_layers(graph_module, embeddings=True))
-    plan = BitPlan(
-        layers=tuple(sweep.solutions[name].plan for name in order if name in sweep.solutions),
-        floats=float_tensors(graph_module, set(sweep.solutions), limits.skipped),
+    plan = bit_plan(
+        graph_module,
+        rounded,
+        (sweep.solutions[name].plan for name in order if name in sweep.solutions),
+        limits.skipped,
         activation_bits=sweep.settings.activation_bits,
     )
+    tell_remarks(plan)
     return GraphQuantization(
         rounded=rounded,
         plan=plan,
