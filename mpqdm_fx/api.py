@@ -20,6 +20,7 @@ from mpqdm_fx.quantized import PreparedModel, QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized
 from mpqdm_fx.sweep.quantize import finish, start_sweep
 from mpqdm_fx.sweep.sweep import Sweep
+from mpqdm_fx.validation import Bytes, Count, checked
 from mpqdm_fx.versions import versions
 
 __all__ = ["BACKENDS", "MODES", "Backend", "convert", "lower", "open_sweep", "prepare", "quantize"]
@@ -37,12 +38,13 @@ MODES: Mapping[Backend, tuple[ActivationMode, ...]] = {
 """Activation modes that each backend runs. Layers of the modes named may be mixed in one model."""
 
 
+@checked
 def prepare(
     model: nn.Module,
     config: MPQConfig,
     example_inputs: Mapping[str, Any] | tuple[Any, ...],
     *,
-    max_memory: int = DEFAULT_MAX_MEMORY,
+    max_memory: Bytes = DEFAULT_MAX_MEMORY,
     directory: str | Path | None = None,
 ) -> PreparedModel:
     """Trace a model and make it record what it is called with.
@@ -75,12 +77,13 @@ def prepare(
     )
 
 
+@checked
 def convert(
     prepared: PreparedModel,
     *,
     directory: str | Path | None = None,
     resume: bool = False,
-    max_memory: int | None = None,
+    max_memory: Bytes | None = None,
     half: bool = False,
     device: str | None = None,
     sensitivity: str | Path | None = None,
@@ -139,12 +142,13 @@ def convert(
     )
 
 
+@checked
 def open_sweep(
     prepared: PreparedModel,
     *,
     directory: str | Path | None = None,
     resume: bool = False,
-    max_memory: int | None = None,
+    max_memory: Bytes | None = None,
     half: bool = False,
     device: str | None = None,
     sensitivity: str | Path | None = None,
@@ -180,15 +184,16 @@ def open_sweep(
     )
 
 
+@checked
 def quantize(
     model: nn.Module,
     config: MPQConfig,
     calibration: Iterable[Mapping[str, Any]],
     *,
-    max_memory: int = DEFAULT_MAX_MEMORY,
+    max_memory: Bytes = DEFAULT_MAX_MEMORY,
     directory: str | Path | None = None,
     resume: bool = False,
-    max_activations: int | None = None,
+    max_activations: Bytes | None = None,
     device: str | None = None,
     sensitivity: str | Path | None = None,
 ) -> QuantizedModel:
@@ -233,14 +238,15 @@ def quantize(
     )
 
 
+@checked
 def lower(
     quantized: QuantizedModel,
     backend: Backend,
     *,
     output: str | Path | None = None,
-    batch_size: int = 1,
+    batch_size: Count = 1,
     engine: str = "onednn",
-    max_delegates: int | None = None,
+    max_delegates: Count | None = None,
     observe: Callable[[Any], None] | None = None,
     external_weights: bool = False,
     four_bit: Literal["never", "whole", "split"] = "whole",
@@ -274,8 +280,6 @@ def lower(
         ConfigError: `backend` is unknown, or `output` is missing.
         LoweringError: The backend cannot run this model, or runs it with other numbers.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "torch_ao":
         from mpqdm_fx.backends.torch_ao import lower_torch_ao
 

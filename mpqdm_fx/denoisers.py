@@ -14,6 +14,7 @@ from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, split_ba
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.models.sources import Source, diffusers_class, load_source
 from mpqdm_fx.storage import MANIFEST, MODEL_CONFIG, load, read_manifest
+from mpqdm_fx.validation import Count, Seed, checked
 
 __all__ = [
     "PROGRAM",
@@ -145,8 +146,15 @@ def source_of(folder: Path, model: str | None = None, subfolder: str | None = No
         ) from None
 
 
+@checked
 def draw(
-    source: Source, denoiser: Denoiser, *, num: int, steps: int, seed: int, batch_size: int = 16
+    source: Source,
+    denoiser: Denoiser,
+    *,
+    num: Count,
+    steps: Count,
+    seed: Seed,
+    batch_size: Count = 16,
 ) -> Tensor:
     """Draw samples from seeded noise.
 

@@ -33,6 +33,7 @@ from mpqdm_fx.result_folder import SUMMARY, Form, calibration_of, write_folder
 from mpqdm_fx.stages import normalized
 from mpqdm_fx.storage import MANIFEST, check_target, load, read_manifest
 from mpqdm_fx.sweep.estimate import Estimate, estimate
+from mpqdm_fx.validation import Bytes, Count, Seed, checked
 
 __all__ = [
     "FolderResult",
@@ -61,18 +62,19 @@ class FolderResult:
     summary: dict[str, Any]
 
 
+@checked
 def quantize_to_folder(
     source: Source,
     config: MPQConfig,
     *,
     backend: Backend,
     output: Path,
-    trajectories: int = 16,
-    steps: int = 20,
-    samples: int = 16,
+    trajectories: Count = 16,
+    steps: Count = 20,
+    samples: Count = 16,
     subfolder: str | None = None,
     resume: bool = False,
-    max_memory: int | None = None,
+    max_memory: Bytes | None = None,
     device: str | None = None,
     sensitivity: Path | None = None,
     four_bit: FourBit = "whole",
@@ -227,13 +229,14 @@ class _InSchedulerDtype:
             yield {**call, **fractional}
 
 
+@checked
 def estimate_source(
     source: Source,
     config: MPQConfig,
     *,
-    calls: int,
-    batch_size: int,
-    max_memory: int | None = None,
+    calls: Count,
+    batch_size: Count,
+    max_memory: Bytes | None = None,
 ) -> Estimate:
     """What quantizing a source would take on this machine.
 
@@ -273,8 +276,9 @@ def diagnose_model(name: str, subfolder: str | None = None) -> Diagnosis:
     return diagnose(graph_module, inputs)
 
 
+@checked
 def evaluate_folder(
-    folder: Path, *, model: str | None = None, num: int = 256, steps: int = 20, seed: int
+    folder: Path, *, model: str | None = None, num: Count = 256, steps: Count = 20, seed: Seed
 ) -> dict[str, Any]:
     """Measure a saved model against the float model that it came from.
 

@@ -47,7 +47,10 @@ def test_an_impossible_number_of_noise_levels_is_refused_with_the_range(groups):
 
 @pytest.mark.parametrize(
     ("setting", "value", "choices"),
-    [("allocation", "best", "'omq' or 'uniform'"), ("levels", "log", "'uniform' or 'codebook'")],
+    [
+        ("allocation", "best", "'omq' or 'uniform'"),
+        ("levels", "log", "'uniform', 'codebook' or 'int4'"),
+    ],
 )
 def test_an_unknown_word_is_refused_with_the_choices(setting, value, choices):
     with pytest.raises(ConfigError, match=choices):

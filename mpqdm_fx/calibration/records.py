@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.validation import Bytes, checked
 
 __all__ = ["RecordedInputs"]
 
@@ -30,14 +31,13 @@ class RecordedInputs:
         directory: Folder for shards; by default a temporary one that goes with this object.
 
     Raises:
-        CalibrationError: `max_memory` is not positive.
+        ConfigError: `max_memory` is no positive integer.
     """
 
+    @checked
     def __init__(
-        self, *, max_memory: int = DEFAULT_MAX_MEMORY, directory: str | Path | None = None
+        self, *, max_memory: Bytes = DEFAULT_MAX_MEMORY, directory: str | Path | None = None
     ) -> None:
-        if max_memory <= 0:
-            raise CalibrationError(f"max_memory={max_memory}: give a positive number of bytes")
         self._max_memory = max_memory
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._directory = Path(directory) if directory is not None else None

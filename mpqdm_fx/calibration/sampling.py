@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.validation import Count, NonNegative, Seed, checked
 
 Denoiser = Callable[..., Any]
 """What is called as `model(sample=..., timestep=..., **conditions)`."""
@@ -28,15 +29,16 @@ StepCallback = Callable[[int, Tensor, Tensor], None]
 _STEP_STREAM = 0x5DEECE66D  # what the seeds of initial noise and of added noise differ by
 
 
+@checked
 def denoise(
     model: Denoiser,
     scheduler: Any,
     noise: Tensor,
     *,
-    num_inference_steps: int,
-    seed: int,
+    num_inference_steps: Count,
+    seed: Seed,
     conditions: Mapping[str, Any] | None = None,
-    guidance_scale: float | None = None,
+    guidance_scale: NonNegative | None = None,
     unconditional: Mapping[str, Any] | None = None,
     callback: StepCallback | None = None,
     progress: bool = False,
@@ -64,12 +66,10 @@ def denoise(
         The samples, shape and dtype of `noise`.
 
     Raises:
+        ConfigError: a number is out of range.
         CalibrationError: guidance without unconditional conditions, conditions that do not match,
-            a number of steps below one, a scheduler that it cannot drive, or a model output of
-            another shape than the sample.
+            a scheduler that it cannot drive, or a model output of another shape than the sample.
     """
-    if num_inference_steps < 1:
-        raise CalibrationError(f"num_inference_steps is {num_inference_steps}; give at least 1")
     inputs = dict(conditions or {})
     paired = guidance_scale is not None
     if paired:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mpqdm_fx.calibration.sampling import Denoiser, denoise
-from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.validation import Between, Count, NonNegative, Seed, checked
 
 __all__ = [
     "Conditions",
@@ -65,40 +66,33 @@ class Trajectories:
             kept, drawn with `seed` without replacement; None keeps all.
 
     Raises:
-        CalibrationError: a count below one, conditions of the wrong length, an unknown sample
-            shape, or samples that are not finite.
+        ConfigError: a number is out of range.
+        CalibrationError: conditions of the wrong length, an unknown sample shape, or samples that
+            are not finite.
     """
 
+    @checked
     def __init__(
         self,
         model: Denoiser,
         scheduler: Any,
         *,
-        num_trajectories: int,
-        num_inference_steps: int,
-        batch_size: int,
-        seed: int,
-        sample_shape: tuple[int, ...] | None = None,
+        num_trajectories: Count,
+        num_inference_steps: Count,
+        batch_size: Count,
+        seed: Seed,
+        sample_shape: tuple[Count, ...] | None = None,
         conditions: Conditions | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: NonNegative | None = None,
         unconditional: Conditions | None = None,
         shuffle: bool = True,
-        rows_per_timestep: int | None = None,
-        held_out: int = 0,
+        rows_per_timestep: Count | None = None,
+        held_out: Annotated[int, Between(0, 2**20)] = 0,
     ) -> None:
-        if not 0 <= held_out < max(1, num_trajectories):
-            raise CalibrationError(
+        if held_out >= num_trajectories:
+            raise ConfigError(
                 f"held_out is {held_out}; it must leave some of the {num_trajectories} runs"
             )
-        counts = {
-            "num_trajectories": num_trajectories,
-            "num_inference_steps": num_inference_steps,
-            "batch_size": batch_size,
-            "rows_per_timestep": 1 if rows_per_timestep is None else rows_per_timestep,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise CalibrationError(f"{name} is {count}; it must be at least 1")
         self.model = model
         self.scheduler = scheduler
         self.num_trajectories = num_trajectories

@@ -27,6 +27,7 @@ from mpqdm_fx.graph.fingerprint import graph_fingerprint, hash_tensor
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.stages import normalized
+from mpqdm_fx.validation import Count, checked
 from mpqdm_fx.versions import versions
 
 __all__ = ["Distilled", "distill"]
@@ -57,13 +58,14 @@ class Distilled:
     improved: bool
 
 
+@checked
 def distill(
     quantized: QuantizedModel,
     teacher: nn.Module,
     config: DistillConfig,
     *,
     scheduler: Any,
-    sample_shape: tuple[int, ...] | None = None,
+    sample_shape: tuple[Count, ...] | None = None,
     conditions: Conditions | None = None,
     unconditional: Conditions | None = None,
     directory: str | Path | None = None,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 from tqdm.auto import tqdm
 
@@ -33,6 +33,7 @@ from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.work import WorkFolder
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.storage import check_target, staged_directory
+from mpqdm_fx.validation import Between, Bytes, Count, NonNegative, checked
 from mpqdm_fx.versions import versions
 
 __all__ = ["MINIMUM_SQNR_DB", "ExportResult", "export_pipeline"]
@@ -61,6 +62,7 @@ class ExportResult:
     manifest: Mapping[str, Any]
 
 
+@checked
 def export_pipeline(
     pipeline: Any,
     config: MPQConfig | None,
@@ -68,13 +70,13 @@ def export_pipeline(
     *,
     sizes: Sequence[Size] | None = None,
     prompts: Sequence[str] = DEFAULT_PROMPTS,
-    steps: int = 20,
-    guidance: float = 7.5,
-    trajectories: int = 16,
-    batch_size: int = 8,
-    minimum_sqnr_db: float = MINIMUM_SQNR_DB,
+    steps: Count = 20,
+    guidance: NonNegative = 7.5,
+    trajectories: Count = 16,
+    batch_size: Count = 8,
+    minimum_sqnr_db: Annotated[float, Between(-300, 300)] = MINIMUM_SQNR_DB,
     resume: bool = False,
-    max_memory: int | None = None,
+    max_memory: Bytes | None = None,
     device: str | None = None,
     sensitivity: str | Path | None = None,
     tabulate: bool = False,

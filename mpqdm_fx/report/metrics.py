@@ -21,6 +21,7 @@ from mpqdm_fx.calibration.sampling import Denoiser, denoise, first_tensor
 from mpqdm_fx.calibration.trajectories import Trajectories, balanced_class_labels
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.validation import Count, Seed, checked
 
 __all__ = [
     "EvaluationResult",
@@ -197,17 +198,18 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
     return float(metric(logits, labels))
 
 
+@checked
 def run_reference(
     reference: Denoiser,
     scheduler: Any,
     *,
-    sample_shape: tuple[int, ...] = (1, 16, 16),
-    num_classes: int = 10,
-    num_samples: int = 256,
-    num_inference_steps: int = 20,
-    rows_per_timestep: int = 12,
-    batch_size: int = 32,
-    seed: int = EVALUATION_SEED,
+    sample_shape: tuple[Count, ...] = (1, 16, 16),
+    num_classes: Count = 10,
+    num_samples: Count = 256,
+    num_inference_steps: Count = 20,
+    rows_per_timestep: Count = 12,
+    batch_size: Count = 32,
+    seed: Seed = EVALUATION_SEED,
 ) -> ReferenceRun:
     """Run the float model once: held-out trajectories, and samples with balanced classes.
 
@@ -299,18 +301,19 @@ def evaluate_against(
         )
 
 
+@checked
 def evaluate_denoiser(
     reference: Denoiser,
     quantized: Denoiser,
     scheduler: Any,
     classifier: FeatureClassifier,
     *,
-    sample_shape: tuple[int, ...] = (1, 16, 16),
-    num_classes: int = 10,
-    num_samples: int = 256,
-    num_inference_steps: int = 20,
-    batch_size: int = 32,
-    seed: int = EVALUATION_SEED,
+    sample_shape: tuple[Count, ...] = (1, 16, 16),
+    num_classes: Count = 10,
+    num_samples: Count = 256,
+    num_inference_steps: Count = 20,
+    batch_size: Count = 32,
+    seed: Seed = EVALUATION_SEED,
 ) -> EvaluationResult:
     """Measure a quantized class-conditional denoiser against the float one.
 

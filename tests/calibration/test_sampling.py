@@ -15,7 +15,7 @@ from diffusers import (
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from mpqdm_fx.calibration.sampling import denoise, first_tensor, model_timesteps
-from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.errors import CalibrationError, ConfigError
 
 SCHEDULERS = [
     DDIMScheduler,
@@ -273,7 +273,7 @@ def test_a_scheduler_of_flow_matching_is_refused_by_name():
 
 
 def test_zero_steps_are_refused():
-    with pytest.raises(CalibrationError, match="at least 1"):
+    with pytest.raises(ConfigError, match="num_inference_steps=0"):
         denoise(toy_model, DDIMScheduler(), noise(), num_inference_steps=0, seed=0)
 
 
