@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from mpqdm_fx.calibration.calls import check_call, check_calls, check_example
 from mpqdm_fx.calibration.records import DEFAULT_MAX_MEMORY, RecordedInputs
 from mpqdm_fx.config import ActivationMode, MPQConfig
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
@@ -18,6 +19,7 @@ from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.quantized import PreparedModel, QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized
+from mpqdm_fx.sweep.measured import check_budget
 from mpqdm_fx.sweep.quantize import finish, start_sweep
 from mpqdm_fx.sweep.sweep import Sweep
 from mpqdm_fx.validation import Bytes, Count, checked
@@ -63,11 +65,15 @@ def prepare(
         The prepared model.
 
     Raises:
+        CalibrationError: An example input cannot be used; it is named.
         TraceError: The model cannot be traced with these inputs.
-        ConfigError: There is nothing to quantize, or an override matches no layer.
+        ConfigError: There is nothing to quantize, an override matches no layer, or the budget is
+            below the smallest one that holds the layers.
     """
+    check_example(model, example_inputs)
     graph_module = normalized(model, example_inputs, config)
     _check_layers(graph_module, config, type(model).__name__)
+    check_budget(graph_module, config)
     return PreparedModel(
         graph_module,
         graph_module.meta["signature"],
@@ -216,11 +222,19 @@ def quantize(
         TraceError: The model cannot be traced.
         ConfigError: There is nothing to quantize, or an override matches no layer.
     """
+    if isinstance(calibration, Mapping | Tensor) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"`calibration` is a {type(calibration).__name__}; give an iterable of calls, each a "
+            f"dict of keyword arguments"
+        )
+    if isinstance(calibration, Sequence):  # all there: judged before the model is traced
+        check_calls(calibration)
     iterator = iter(calibration)
     try:
-        first = dict(next(iterator))
+        first = next(iterator)
     except StopIteration:
         raise CalibrationError("`calibration` is empty; give at least one call") from None
+    check_call(first, "calibration call 0")
     prepared = prepare(model, config, first, max_memory=max_memory)
     held_out = getattr(calibration, "held_out_calls", ())
     every = itertools.chain([first], iterator)

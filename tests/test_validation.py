@@ -23,7 +23,7 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.models.train_digits import TrainConfig
 from mpqdm_fx.parity.thresholds import RungThresholds
 from mpqdm_fx.plan import BitPlan, FloatTensor, LayerPlan
-from mpqdm_fx.report.metrics import evaluate_denoiser, run_reference
+from mpqdm_fx.report.metrics import run_reference
 from mpqdm_fx.result_folder import Form
 from mpqdm_fx.sweep.estimate import estimate
 from mpqdm_fx.validation import Between, check_value, checked
@@ -48,7 +48,7 @@ RECORDS = [
 VERBS = [
     mpqdm_fx.prepare, mpqdm_fx.convert, mpqdm_fx.open_sweep, mpqdm_fx.quantize, mpqdm_fx.lower,
     mpqdm_fx.export_pipeline, Trajectories.__init__, RecordedInputs.__init__, denoise, distill,
-    measure_sensitivity, draw, run_reference, evaluate_denoiser, estimate, estimate_source,
+    measure_sensitivity, draw, run_reference, estimate, estimate_source,
     evaluate_folder, quantize_to_folder,
 ]  # fmt: skip
 

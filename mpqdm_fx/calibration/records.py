@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.calibration.calls import check_call
 from mpqdm_fx.validation import Bytes, checked
 
 __all__ = ["RecordedInputs"]
@@ -51,6 +51,11 @@ class RecordedInputs:
         return len(self._specs)
 
     @property
+    def place(self) -> str:
+        """Which call comes next, for messages."""
+        return f"calibration call {len(self)}"
+
+    @property
     def shards(self) -> tuple[Path, ...]:
         """Files that hold the calls which no longer fit in memory."""
         return tuple(path for path, _ in self._shards)
@@ -75,16 +80,10 @@ class RecordedInputs:
             held_out: Judge corrections by this call instead of fitting them to it.
 
         Raises:
-            CalibrationError: A tensor holds NaN or infinity; the argument is named.
+            CalibrationError: An input cannot be used (`calls.check_call`); call and input are
+                named.
         """
-        for name, value in inputs.items():
-            for tensor in pytree.tree_leaves(value):
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise CalibrationError(
-                        f"calibration call {len(self)}: argument {name!r} "
-                        f"(shape {tuple(tensor.shape)}) holds NaN or infinity; drop this call or "
-                        f"look at what produced it"
-                    )
+        check_call(inputs, self.place)
         leaves, spec = pytree.tree_flatten(dict(inputs))
         # Clones: a caller may reuse its buffers, and views would keep whole batches alive.
         kept = [leaf.detach().cpu().clone() for leaf in leaves]

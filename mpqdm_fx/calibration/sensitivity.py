@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, fx
 
+from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.probes import output_energies
 from mpqdm_fx.calibration.rounding_errors import (
     MAX_NUMBERS,
@@ -91,6 +92,7 @@ def measure_sensitivity(
     """
     if len(calls) == 0:
         raise CalibrationError("no calibration data: sensitivities need at least one call")
+    check_calls(calls)
     layers = weight_layers(graph_module, embeddings=True)
     for layer in layers.values():
         if not bool(torch.isfinite(layer.weight).all()):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mpqdm_fx.calibration.calls import check_call
 from mpqdm_fx.calibration.sampling import Denoiser, denoise
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.validation import Between, Count, NonNegative, Seed, checked
@@ -311,9 +312,18 @@ def make_conditions(
         generator: Given to a function.
 
     Raises:
-        CalibrationError: A tensor has another length.
+        CalibrationError: A tensor has another length, is empty, or holds NaN or infinity.
     """
-    made = dict(conditions(count, generator) if callable(conditions) else (conditions or {}))
+    given = conditions(count, generator) if callable(conditions) else conditions
+    made = {} if given is None else given
+    check_call(made, "conditions")
+    made = dict(made)
+    for name, value in made.items():
+        if isinstance(value, list) and not any(_tensors(value, name)):
+            raise CalibrationError(
+                f"condition {name} is a list without tensors; give a tensor whose first axis is "
+                f"the number of trajectories, {count}"
+            )
     for name, tensor in _tensors(made, ""):
         if tensor.ndim == 0 or len(tensor) != count:
             raise CalibrationError(

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.sampling import Denoiser, denoise, first_tensor
 from mpqdm_fx.calibration.trajectories import Trajectories, balanced_class_labels
 from mpqdm_fx.errors import CalibrationError, ConfigError
@@ -119,9 +120,10 @@ def epsilon_sqnr(
         The signal-to-quantization-noise ratio over all batches together, in decibels.
 
     Raises:
-        CalibrationError: there is no batch, or a model returns no tensor.
+        CalibrationError: there is no batch, one cannot be used, or a model returns no tensor.
     """
     batches = list(inputs)
+    check_calls(batches, "batch")
     return _sqnr_of_batches(_outputs(reference, batches), _outputs(quantized, batches))
 
 
@@ -129,8 +131,8 @@ def x0_sqnr(reference_images: Tensor, images: Tensor) -> float:
     """Compare final samples drawn from the same noise.
 
     Args:
-        reference_images: samples of the float model, float [N, ...].
-        images: samples of the other model from the same noise, same shape.
+        reference_images: of the float model, float [N, ...].
+        images: of the other model from the same noise, same shape.
 
     Returns:
         Decibels; inf when identical.
@@ -194,8 +196,7 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
         from torchmetrics.classification import MulticlassAccuracy
     except ImportError as error:
         raise _missing_torchmetrics() from error
-    metric = MulticlassAccuracy(num_classes=logits.shape[1], average="micro")
-    return float(metric(logits, labels))
+    return float(MulticlassAccuracy(num_classes=logits.shape[1], average="micro")(logits, labels))
 
 
 @checked
@@ -301,7 +302,6 @@ def evaluate_against(
         )
 
 
-@checked
 def evaluate_denoiser(
     reference: Denoiser,
     quantized: Denoiser,
@@ -363,9 +363,7 @@ def _draw(
     batch_size: int,
     seed: int,
 ) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(labels), *sample_shape, generator=generator)
-    starts = range(0, len(labels), batch_size)
+    noise = torch.randn(len(labels), *sample_shape, generator=torch.Generator().manual_seed(seed))
     return torch.cat(
         [
             denoise(
@@ -376,7 +374,7 @@ def _draw(
                 seed=seed + start,
                 conditions={"class_labels": labels[start : start + batch_size]},
             )
-            for start in starts
+            for start in range(0, len(labels), batch_size)
         ]
     )
 

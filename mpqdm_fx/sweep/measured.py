@@ -1,5 +1,6 @@
 """Bits by measured cost: what rounding a channel does to the model's output, under a budget."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpqdm_fx.calibration.allocate import Limits, even_levels, float_tensors
+from mpqdm_fx.calibration.allocate import Limits, even_levels, float_tensors, layer_limits
 from mpqdm_fx.calibration.pinning import pinned_layers
 from mpqdm_fx.calibration.sensitivity import measure_sensitivity
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.config import Levels, MPQConfig
+from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.numerics.budget import allocate_budget
 from mpqdm_fx.numerics.packing import storage_bits
@@ -19,7 +21,7 @@ from mpqdm_fx.plan import LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.shards import Shards
 
-__all__ = ["budget_bits", "measured_plans", "solve_budget"]
+__all__ = ["budget_bits", "check_budget", "measured_plans", "solve_budget"]
 
 _MAX_ROWS = 4096
 
@@ -121,6 +123,52 @@ def _levels(layer: WeightLayer, chosen: Levels, settings: MPQConfig) -> Levels:
     return even_levels(layer, settings) if chosen == "uniform" else chosen
 
 
+def check_budget(graph_module: fx.GraphModule, settings: MPQConfig) -> None:
+    """Refuse a budget that no widths meet, before anything is measured.
+
+    Args:
+        graph_module: Normalized float graph.
+        settings: The run's settings.
+
+    Raises:
+        ConfigError: With one bit a weight the layers take more; says how much.
+    """
+    if settings.effective_bits is None and settings.weight_bytes is None:
+        return
+    limits = layer_limits(graph_module, settings)
+    layers = weight_layers(graph_module, embeddings=True)
+    least = sum(
+        _stored_bits(layer, limits.fixed.get(name, (1, ""))[0])
+        for name, layer in layers.items()
+        if name not in limits.skipped
+    )
+    if least > budget_bits(graph_module, settings, limits):
+        smallest = least + _bits_in_float(graph_module, layers, limits)
+        weights = sum(layer.weight.numel() for layer in layers.values())
+        given = [n for n in ("effective_bits", "weight_bytes") if getattr(settings, n) is not None]
+        raise ConfigError(
+            f"{given[0]}={getattr(settings, given[0])} cannot hold these layers even at 1 bit a "
+            f"weight: the smallest that can is effective_bits="
+            f"{math.ceil(1e4 * smallest / weights) / 1e4:g}, weight_bytes={-(-smallest // 8)} "
+            f"(codes, scales, layers of fixed bits or in float)"
+        )
+
+
+def _stored_bits(layer: WeightLayer, bits: int) -> int:
+    """Bits of a layer of uniform levels: codes and scales."""
+    channels = layer.weight.shape[0]
+    shape = (channels, layer.weight.numel() // channels)
+    return storage_bits(shape, torch.full((channels,), bits), "uniform").total
+
+
+def _bits_in_float(
+    graph_module: fx.GraphModule, layers: Mapping[str, WeightLayer], limits: Limits
+) -> int:
+    """Bits of the weights that stay in float."""
+    floats = float_tensors(graph_module, set(layers) - set(limits.skipped), limits.skipped)
+    return sum(tensor.numel * tensor.bits for tensor in floats if tensor.is_weight)
+
+
 def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limits) -> int:
     """Stored bits that the quantized layers may take in all.
 
@@ -132,8 +180,7 @@ def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limit
     """
     layers = weight_layers(graph_module, embeddings=True)
     kept = {name: layer for name, layer in layers.items() if name not in limits.skipped}
-    floats = float_tensors(graph_module, set(kept), limits.skipped)
-    in_float = sum(tensor.numel * tensor.bits for tensor in floats if tensor.is_weight)
+    in_float = _bits_in_float(graph_module, layers, limits)
     if settings.weight_bytes is not None:
         return 8 * settings.weight_bytes - in_float
     if settings.effective_bits is not None:
@@ -142,10 +189,8 @@ def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limit
     pinned = pinned_layers(graph_module)
     total = 0
     for name, layer in kept.items():
-        channels = layer.weight.shape[0]
         bits = 8 if name in pinned else settings.weight_bits
         if name in limits.fixed:
             bits = limits.fixed[name][0]
-        shape = (channels, layer.weight.numel() // channels)
-        total += storage_bits(shape, torch.full((channels,), bits), "uniform").total
+        total += _stored_bits(layer, bits)
     return total
