@@ -14,7 +14,7 @@ from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, split_ba
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.models.sources import Source, diffusers_class, load_source
 from mpqdm_fx.storage import MANIFEST, MODEL_CONFIG, load, read_manifest
-from mpqdm_fx.validation import Count, Seed, checked
+from mpqdm_fx.validation import Count, DerivedSeed, checked
 
 __all__ = [
     "PROGRAM",
@@ -153,7 +153,7 @@ def draw(
     *,
     num: Count,
     steps: Count,
-    seed: Seed,
+    seed: DerivedSeed,
     batch_size: Count = 16,
 ) -> Tensor:
     """Draw samples from seeded noise.

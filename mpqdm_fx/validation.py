@@ -25,11 +25,12 @@ __all__ = [
     "Bits",
     "Bytes",
     "Count",
+    "DerivedSeed",
     "NonNegative",
     "Positive",
     "Seed",
     "Share",
-    "Width",
+    "Some",
     "check_fields",
     "check_value",
     "checked",
@@ -79,13 +80,16 @@ class Between:
 Bits = Annotated[int, Between(1, 8, hint="every level is an int8 value")]
 """Width of a code."""
 
-Width = Annotated[int, Between(1, 64)]
-"""Bits of a stored element of any kind."""
-
 Count = Annotated[int, Between(1, 2**20)]
 """How many of something that there has to be: runs, steps, rows."""
 
+Some = Annotated[int, Between(0, 2**20)]
+"""The same, where there may be none."""
+
 Seed = Annotated[int, Between(0, MAX_SEED, below=True)]
+
+DerivedSeed = Annotated[int, Between(0, 2 * MAX_SEED, below=True)]
+"""A seed that a counter was added to."""
 
 Bytes = Annotated[int, Between(1, 2**62)]
 """Memory or disk."""

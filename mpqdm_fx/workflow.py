@@ -33,7 +33,7 @@ from mpqdm_fx.result_folder import SUMMARY, Form, calibration_of, write_folder
 from mpqdm_fx.stages import normalized
 from mpqdm_fx.storage import MANIFEST, check_target, load, read_manifest
 from mpqdm_fx.sweep.estimate import Estimate, estimate
-from mpqdm_fx.validation import Bytes, Count, Seed, checked
+from mpqdm_fx.validation import Bytes, Count, Seed, Some, checked
 
 __all__ = [
     "FolderResult",
@@ -71,7 +71,7 @@ def quantize_to_folder(
     output: Path,
     trajectories: Count = 16,
     steps: Count = 20,
-    samples: Count = 16,
+    samples: Some = 16,
     subfolder: str | None = None,
     resume: bool = False,
     max_memory: Bytes | None = None,
@@ -135,13 +135,14 @@ def quantize_to_folder(
     return FolderResult(directory=output, quantized=quantized, summary=summary)
 
 
+@checked
 def distill_folder(
     folder: Path,
     config: DistillConfig,
     *,
     output: Path,
     model: str | None = None,
-    samples: int = 16,
+    samples: Some = 16,
     resume: bool = False,
     device: str = "cpu",
 ) -> FolderResult | None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mpqdm_fx.errors import CalibrationError
-from mpqdm_fx.validation import Count, NonNegative, Seed, checked
+from mpqdm_fx.errors import CalibrationError, MPQError
+from mpqdm_fx.validation import Count, DerivedSeed, NonNegative, checked
 
 Denoiser = Callable[..., Any]
 """What is called as `model(sample=..., timestep=..., **conditions)`."""
@@ -36,7 +36,7 @@ def denoise(
     noise: Tensor,
     *,
     num_inference_steps: Count,
-    seed: Seed,
+    seed: DerivedSeed,
     conditions: Mapping[str, Any] | None = None,
     guidance_scale: NonNegative | None = None,
     unconditional: Mapping[str, Any] | None = None,
@@ -102,9 +102,8 @@ def denoise(
         for index, (scheduler_timestep, timestep) in enumerate(steps):
             model_input = torch.cat([sample, sample]) if paired else sample
             model_input = scheduler.scale_model_input(model_input, scheduler_timestep)
-            output = first_tensor(
-                model(sample=model_input, timestep=timestep.repeat(len(model_input)), **inputs)
-            )
+            call = {"sample": model_input, "timestep": timestep.repeat(len(model_input)), **inputs}
+            output = first_tensor(_called(model, call))
             output = _drop_learned_variance(output, sample, scheduler)
             output = _guided_mean(output, sample.shape[1], guidance_scale)
             sample = scheduler.step(
@@ -113,6 +112,21 @@ def denoise(
             if callback is not None:
                 callback(index, timestep, sample)
     return sample
+
+
+def _called(model: Denoiser, call: Mapping[str, Any]) -> Any:
+    """The model's output; its own complaints about the inputs say which these were."""
+    try:
+        return model(**call)
+    except (MPQError, torch.OutOfMemoryError):
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        shapes = {n: tuple(v.shape) if isinstance(v, Tensor) else v for n, v in call.items()}
+        reason = (str(error).splitlines() or [""])[0]
+        raise CalibrationError(
+            f"the model cannot be called with inputs of the shapes {shapes}: "
+            f"{type(error).__name__}: {reason}; check that the conditions belong to it"
+        ) from error
 
 
 def guided(output: Tensor, guidance_scale: float | None) -> Tensor:

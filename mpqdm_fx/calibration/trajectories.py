@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from mpqdm_fx.calibration.calls import check_call
 from mpqdm_fx.calibration.sampling import Denoiser, denoise
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.validation import Between, Count, NonNegative, Seed, checked
+from mpqdm_fx.validation import Count, NonNegative, Seed, Some, checked
 
 __all__ = [
     "Conditions",
@@ -88,7 +88,7 @@ class Trajectories:
         unconditional: Conditions | None = None,
         shuffle: bool = True,
         rows_per_timestep: Count | None = None,
-        held_out: Annotated[int, Between(0, 2**20)] = 0,
+        held_out: Some = 0,
     ) -> None:
         if held_out >= num_trajectories:
             raise ConfigError(

@@ -12,14 +12,13 @@ from mpqdm_fx.validation import (
     Positive,
     Seed,
     Share,
+    Some,
     check_fields,
 )
 
 __all__ = ["DistillConfig", "Relation"]
 
 Relation = Literal["none", "trd", "queue", "feature"]
-
-_Some = Annotated[int, Between(0, 2**20)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ class DistillConfig:
     trajectories: Count = 64
     steps: Count = 20
     batch_size: Count = 32
-    rank: _Some = 8
+    rank: Some = 8
     weight_rate: NonNegative = 0.06
     scale_rate: NonNegative = 1e-3
     absolute_rates: bool = False
@@ -115,7 +114,7 @@ class DistillConfig:
     correct_mean: bool = True
     guidance_scale: Positive | None = None
     mixed_precision: bool = False
-    recompute: _Some = 0
+    recompute: Some = 0
     seed: Seed = 0
 
     def __post_init__(self) -> None:

@@ -142,16 +142,22 @@ def check_budget(graph_module: fx.GraphModule, settings: MPQConfig) -> None:
         for name, layer in layers.items()
         if name not in limits.skipped
     )
-    if least > budget_bits(graph_module, settings, limits):
-        smallest = least + _bits_in_float(graph_module, layers, limits)
+    missing = least - budget_bits(graph_module, settings, limits)
+    if missing <= 0:
+        return
+    if settings.weight_bytes is not None:
+        given = f"weight_bytes={settings.weight_bytes}"
+        smallest = f"weight_bytes={settings.weight_bytes - (-missing // 8)}"
+    else:
+        assert settings.effective_bits is not None
         weights = sum(layer.weight.numel() for layer in layers.values())
-        given = [n for n in ("effective_bits", "weight_bytes") if getattr(settings, n) is not None]
-        raise ConfigError(
-            f"{given[0]}={getattr(settings, given[0])} cannot hold these layers even at 1 bit a "
-            f"weight: the smallest that can is effective_bits="
-            f"{math.ceil(1e4 * smallest / weights) / 1e4:g}, weight_bytes={-(-smallest // 8)} "
-            f"(codes, scales, layers of fixed bits or in float)"
-        )
+        given = f"effective_bits={settings.effective_bits}"
+        bits = settings.effective_bits + missing / weights
+        smallest = f"effective_bits={math.ceil(1e4 * bits) / 1e4:g}"
+    raise ConfigError(
+        f"{given} cannot hold these layers even at 1 bit a weight: the smallest that can is "
+        f"{smallest} (codes, scales, layers of fixed bits or in float)"
+    )
 
 
 def _stored_bits(layer: WeightLayer, bits: int) -> int:
@@ -159,14 +165,6 @@ def _stored_bits(layer: WeightLayer, bits: int) -> int:
     channels = layer.weight.shape[0]
     shape = (channels, layer.weight.numel() // channels)
     return storage_bits(shape, torch.full((channels,), bits), "uniform").total
-
-
-def _bits_in_float(
-    graph_module: fx.GraphModule, layers: Mapping[str, WeightLayer], limits: Limits
-) -> int:
-    """Bits of the weights that stay in float."""
-    floats = float_tensors(graph_module, set(layers) - set(limits.skipped), limits.skipped)
-    return sum(tensor.numel * tensor.bits for tensor in floats if tensor.is_weight)
 
 
 def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limits) -> int:
@@ -180,7 +178,8 @@ def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limit
     """
     layers = weight_layers(graph_module, embeddings=True)
     kept = {name: layer for name, layer in layers.items() if name not in limits.skipped}
-    in_float = _bits_in_float(graph_module, layers, limits)
+    floats = float_tensors(graph_module, set(kept), limits.skipped)
+    in_float = sum(tensor.numel * tensor.bits for tensor in floats if tensor.is_weight)
     if settings.weight_bytes is not None:
         return 8 * settings.weight_bytes - in_float
     if settings.effective_bits is not None:
