@@ -90,7 +90,10 @@ def console() -> Console:
 _SETTINGS: Mapping[str, _Option] = {
     "weights": (
         "weight_bits",
-        Annotated[int, typer.Option(help="Average bits of a weight, 1 to 8.")],
+        Annotated[
+            int,
+            typer.Option(help="Average bits of a weight, 1 to 8; or --effective-bits."),
+        ],
         4,
     ),
     "activations": (

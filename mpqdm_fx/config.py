@@ -238,8 +238,9 @@ class MPQConfig:
         Raises:
             ConfigError: A key is unknown, or a value out of range.
         """
+        check_value(data, Mapping, "settings")
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(str(name) for name in set(data) - known)
         if unknown:
             near = difflib.get_close_matches(unknown[0], known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

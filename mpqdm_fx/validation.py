@@ -72,7 +72,8 @@ class Between:
         if self.high >= _LARGEST:
             return f"above {low}" if self.above else f"of at least {low}"
         if self.above or self.below:
-            start, end = "above" if self.above else "from", "below" if self.below else "up to"
+            start = "above" if self.above else "of at least"
+            end = "below" if self.below else "up to"
             return f"{start} {low} and {end} {high}"
         return f"from {low} to {high}"
 
@@ -127,7 +128,7 @@ def check_fields(record: Any, where: str = "") -> None:
     Raises:
         ConfigError: A field does not fit.
     """
-    for name, kind in _kinds(type(record)).items():
+    for name, kind in _kinds(record.__class__).items():
         check_value(getattr(record, name), kind, f"{where}{name}")
 
 

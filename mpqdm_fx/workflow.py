@@ -1,6 +1,5 @@
 """What the command line does, as functions: quantize to a folder, train it, measure it."""
 
-import copy
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 from mpqdm_fx.api import Backend, quantize
 from mpqdm_fx.backends.xnnpack.doctor import Diagnosis, diagnose
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
+from mpqdm_fx.calibration.sampling import scheduled
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.denoisers import SOURCE, draw, source_of
@@ -215,9 +215,7 @@ class _InSchedulerDtype:
     """
 
     def __init__(self, source: Source, data: Trajectories, steps: int) -> None:
-        scheduler = copy.deepcopy(source.scheduler)
-        scheduler.set_timesteps(steps)
-        self._fractional = scheduler.timesteps.is_floating_point()
+        self._fractional = scheduled(source.scheduler, steps).timesteps.is_floating_point()
         self._data = data
 
     @property

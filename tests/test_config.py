@@ -108,6 +108,12 @@ def test_an_override_that_says_nothing_or_two_things_is_refused(entry):
         MPQConfig(overrides=[entry])
 
 
+@pytest.mark.parametrize("data", [None, [], "weight_bits", {3: 4}, {"weight_bits": "4"}])
+def test_what_is_no_mapping_of_settings_is_refused(data):
+    with pytest.raises(ConfigError):
+        MPQConfig.from_dict(data)
+
+
 def test_an_unknown_setting_suggests_the_nearest_name():
     with pytest.raises(ConfigError, match="weight_bits"):
         MPQConfig.from_dict({"weights_bits": 4})

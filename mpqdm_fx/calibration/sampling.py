@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mpqdm_fx.errors import CalibrationError, MPQError
+from mpqdm_fx.errors import CalibrationError, ConfigError, MPQError
 from mpqdm_fx.validation import Count, DerivedSeed, NonNegative, checked
 
 Denoiser = Callable[..., Any]
@@ -66,7 +66,7 @@ def denoise(
         The samples, shape and dtype of `noise`.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: a number is out of range, or the scheduler has no schedule of so many steps.
         CalibrationError: guidance without unconditional conditions, conditions that do not match,
             a scheduler that it cannot drive, or a model output of another shape than the sample.
     """
@@ -79,8 +79,7 @@ def denoise(
             f"{type(scheduler).__name__} has no init_noise_sigma: schedulers of flow matching are "
             f"not supported; give one of noise or v-prediction, such as DDIMScheduler"
         )
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    scheduler = scheduled(scheduler, num_inference_steps, device=noise.device)
     # Callers draw `noise` by this very seed: with one stream for both, an ancestral scheduler would
     # add the initial noise itself, and deviations would add up where variances have to.
     generator = torch.Generator(noise.device).manual_seed((seed + _STEP_STREAM) % 2**63)
@@ -112,6 +111,28 @@ def denoise(
             if callback is not None:
                 callback(index, timestep, sample)
     return sample
+
+
+def scheduled(scheduler: Any, steps: int, *, device: torch.device | str = "cpu") -> Any:
+    """Return a copy of a scheduler that stands at the start of a run.
+
+    Args:
+        scheduler: a diffusers scheduler.
+        steps: steps of the run.
+        device: where its timesteps are to be.
+
+    Raises:
+        ConfigError: the scheduler has no schedule of so many steps; says why.
+    """
+    own = copy.deepcopy(scheduler)
+    try:
+        own.set_timesteps(steps, device=device)
+    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{type(scheduler).__name__} has no schedule of {steps} steps: {reason:.200}"
+        ) from error
+    return own
 
 
 def _called(model: Denoiser, call: Mapping[str, Any]) -> Any:

@@ -5,7 +5,6 @@ The road: take the pipeline apart -> for each part: calibrate, quantize, judge, 
 that a run that was killed goes on with them; the output appears whole.
 """
 
-import copy
 import hashlib
 import inspect
 import logging
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
+from mpqdm_fx.calibration.sampling import scheduled
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.fingerprint import hash_tensor
@@ -33,7 +33,7 @@ from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.work import WorkFolder
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.storage import check_target, staged_directory
-from mpqdm_fx.validation import Between, Bytes, Count, NonNegative, checked
+from mpqdm_fx.validation import Between, Bytes, Count, NonNegative, check_value, checked
 from mpqdm_fx.versions import versions
 
 __all__ = ["MINIMUM_SQNR_DB", "ExportResult", "export_pipeline"]
@@ -210,7 +210,8 @@ def export_pipeline(
 
 
 def _check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: FourBit) -> None:
-    if isinstance(prompts, str) or not prompts:
+    check_value(prompts, Sequence[str], "prompts")
+    if not prompts:
         raise ConfigError("prompts: give a sequence of at least one prompt")
     check_four_bit(four_bit, "float" if config is None else config.activation_mode)
     if config is None or config.activation_mode == "float":
@@ -235,9 +236,8 @@ def _digest(part: Part) -> str:
 
 def _schedule(scheduler: Any, steps: int) -> list[float]:
     """A schedule's timesteps as the runner meets them; one that comes twice needs one row."""
-    own = copy.deepcopy(scheduler)
-    own.set_timesteps(steps)
-    return list(dict.fromkeys(own.timesteps.float().tolist()))
+    timesteps = scheduled(scheduler, steps).timesteps
+    return list(dict.fromkeys(timesteps.float().tolist()))
 
 
 def _apart(module: ModuleType) -> str:

@@ -272,6 +272,11 @@ def test_a_scheduler_of_flow_matching_is_refused_by_name():
         )
 
 
+def test_more_steps_than_the_scheduler_has_are_refused_with_its_own_reason():
+    with pytest.raises(ConfigError, match=r"DDIMScheduler has no schedule of 1001 steps: .*1000"):
+        denoise(toy_model, DDIMScheduler(), noise(), num_inference_steps=1001, seed=0)
+
+
 def test_zero_steps_are_refused():
     with pytest.raises(ConfigError, match="num_inference_steps=0"):
         denoise(toy_model, DDIMScheduler(), noise(), num_inference_steps=0, seed=0)
