@@ -14,8 +14,17 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
-from typing import get_type_hints as _resolve
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from mpqdm_fx.errors import ConfigError
 
@@ -160,7 +169,7 @@ def checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
 def _kinds(record: type) -> dict[str, Any]:
     fields = [field for field in dataclasses.fields(record) if field.init]
     try:
-        hints = _resolve(record, include_extras=True)
+        hints = get_type_hints(record, include_extras=True)
     except NameError:  # a user's pass that was defined in a function
         hints = {field.name: Any if isinstance(field.type, str) else field.type for field in fields}
     return {field.name: hints[field.name] for field in fields}
@@ -168,7 +177,7 @@ def _kinds(record: type) -> dict[str, Any]:
 
 @functools.cache
 def _plain_arguments(function: Callable[..., Any]) -> dict[str, Any]:
-    hints = _resolve(function, include_extras=True)
+    hints = get_type_hints(function, include_extras=True)
     return {name: kind for name, kind in hints.items() if name != "return" and _is_plain(kind)}
 
 
