@@ -22,7 +22,7 @@ from mpqdm_fx.stages import assemble, normalized
 from mpqdm_fx.sweep.measured import check_budget
 from mpqdm_fx.sweep.quantize import finish, start_sweep
 from mpqdm_fx.sweep.sweep import Sweep
-from mpqdm_fx.validation import Bytes, Count, checked
+from mpqdm_fx.validation import Bytes, Count, check_value, checked
 from mpqdm_fx.versions import versions
 
 __all__ = ["BACKENDS", "MODES", "Backend", "convert", "lower", "open_sweep", "prepare", "quantize"]
@@ -70,6 +70,8 @@ def prepare(
         ConfigError: There is nothing to quantize, an override matches no layer, or the budget is
             below the smallest one that holds the layers.
     """
+    check_value(model, nn.Module, "model")
+    check_value(config, MPQConfig, "config")
     check_example(model, example_inputs)
     graph_module = normalized(model, example_inputs, config)
     _check_layers(graph_module, config, type(model).__name__)
@@ -222,6 +224,8 @@ def quantize(
         TraceError: The model cannot be traced.
         ConfigError: There is nothing to quantize, or an override matches no layer.
     """
+    check_value(model, nn.Module, "model")
+    check_value(config, MPQConfig, "config")
     if isinstance(calibration, Mapping | Tensor) or not isinstance(calibration, Iterable):
         raise CalibrationError(
             f"`calibration` is a {type(calibration).__name__}; give an iterable of calls, each a "

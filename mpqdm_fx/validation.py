@@ -192,6 +192,8 @@ def _is_plain(kind: Any) -> bool:
 
 def _fits(value: object, kind: Any) -> bool:
     origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
     if origin is Annotated:
         bounds = [part for part in parts[1:] if isinstance(part, Between)]
         return _fits(value, parts[0]) and all(bound.holds(value) for bound in bounds)  # type: ignore[arg-type]

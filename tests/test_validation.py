@@ -3,10 +3,11 @@
 import dataclasses
 import inspect
 import math
-from typing import Annotated, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -163,6 +164,8 @@ def test_a_number_fits_if_and_only_if_it_is_one_and_inside(value, low, high, abo
         ([1, 2], tuple[int, ...], False),
         ((1, True), tuple[int, ...], False),
         ({"a": 1.0}, dict[str, float], True),
+        ({"a": object()}, dict[str, Any], True),
+        ({1: object()}, dict[str, Any], False),
         ({"a": math.nan}, dict[str, float], False),
         (None, int | None, True),
         (1, Literal[True], False),
@@ -185,6 +188,10 @@ def test_a_wrong_call_is_still_pythons_own_error():
 def test_settings_of_a_verb_are_refused_before_anything_else_is_looked_at():
     with pytest.raises(ConfigError, match=r"max_memory=1.5 \(float\)"):
         mpqdm_fx.quantize(None, None, None, max_memory=1.5)
+    with pytest.raises(ConfigError, match=r"model='digits' \(str\): give a Module"):
+        mpqdm_fx.quantize("digits", MPQConfig(), [])
+    with pytest.raises(ConfigError, match=r"config=\{\} \(dict\): give a MPQConfig"):
+        mpqdm_fx.prepare(torch.nn.Linear(1, 1), {}, ())
     with pytest.raises(ConfigError, match="batch_size=0"):
         mpqdm_fx.lower(None, "packed", batch_size=0)
     with pytest.raises(ConfigError, match="'torch_ao', 'xnnpack' or 'packed'"):
