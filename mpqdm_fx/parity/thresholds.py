@@ -30,7 +30,7 @@ _FORMAT, _VERSION = "mpqdm_fx.parity", 1
 _LEAST_DB = -999.0
 
 
-_Decibels = Annotated[float, Between(_LEAST_DB, CLOSE_DB)]
+_Decibels = Annotated[float, Between(_LEAST_DB, 1000)]
 
 
 @dataclass(frozen=True, kw_only=True)
