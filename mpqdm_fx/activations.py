@@ -15,16 +15,16 @@ survive another number of steps and another scheduler.
 
 import itertools
 import logging
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from mpqdm_fx.config import MAX_TIMESTEP_GROUPS, ActivationMode, check_bits
+from mpqdm_fx.config import MAX_TIMESTEP_GROUPS, ActivationMode
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
+from mpqdm_fx.validation import Between, Bits, Positive, check_fields, check_value
 
 __all__ = [
     "OUTPUT_BITS",
@@ -62,14 +62,12 @@ class ActivationRange:
         bits: Width; codes run from `-2**(bits-1)` to `2**(bits-1) - 1` in an int8.
     """
 
-    scale: float
-    zero_point: int
-    bits: int = 8
+    scale: Positive
+    zero_point: Annotated[int, Between(-128, 127)]
+    bits: Bits = 8
 
     def __post_init__(self) -> None:
-        check_bits(self.bits, "activation bits")
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ConfigError(f"activation scale {self.scale!r} is not a positive finite number")
+        check_fields(self, "activation range: ")
         if not self.quant_min <= self.zero_point <= self.quant_max:
             raise ConfigError(
                 f"zero_point {self.zero_point} is outside {self.quant_min}..{self.quant_max}"
@@ -93,6 +91,9 @@ class LayerActivation:
     input: ActivationRange
     output: ActivationRange
 
+    def __post_init__(self) -> None:
+        check_fields(self, "layer's activation: ")
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `dataclasses.asdict`."""
@@ -111,6 +112,7 @@ class TimestepActivation:
     groups: tuple[LayerActivation, ...]
 
     def __post_init__(self) -> None:
+        check_fields(self, "activation by noise level: ")
         if not 1 <= len(self.groups) <= MAX_TIMESTEP_GROUPS:
             raise ConfigError(
                 f"{len(self.groups)} groups of noise levels; give 1 to {MAX_TIMESTEP_GROUPS}"
@@ -135,10 +137,10 @@ class DynamicActivation:
         bits: Width of the input's codes.
     """
 
-    bits: int = 8
+    bits: Bits = 8
 
     def __post_init__(self) -> None:
-        check_bits(self.bits, "activation bits")
+        check_fields(self, "dynamic activation: ")
 
 
 Activation = LayerActivation | TimestepActivation | DynamicActivation
@@ -162,11 +164,11 @@ class NoiseLevels:
     boundaries: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        values = tuple(float(value) for value in self.boundaries)
+        check_value(self.boundaries, Sequence[float], "boundaries")
+        values = tuple(map(float, self.boundaries))
         object.__setattr__(self, "boundaries", values)
-        pairs = itertools.pairwise(values)
-        if not all(map(math.isfinite, values)) or not all(a < b for a, b in pairs):
-            raise ConfigError(f"boundaries {values} are not finite and ascending")
+        if not all(a < b for a, b in itertools.pairwise(values)):
+            raise ConfigError(f"boundaries {values} are not ascending")
         if self.count > MAX_TIMESTEP_GROUPS:
             raise ConfigError(
                 f"{self.count} groups of noise levels; {MAX_TIMESTEP_GROUPS} are the most"
@@ -193,8 +195,7 @@ class NoiseLevels:
             CalibrationError: There are no timesteps, or NaN or infinity among them.
             ConfigError: `groups` is below 1 or above the most that is allowed.
         """
-        if not 1 <= groups <= MAX_TIMESTEP_GROUPS:
-            raise ConfigError(f"{groups} groups of noise levels; give 1 to {MAX_TIMESTEP_GROUPS}")
+        check_value(groups, Annotated[int, Between(1, MAX_TIMESTEP_GROUPS)], "groups")
         given = timesteps if isinstance(timesteps, Tensor) else torch.tensor([*timesteps])
         values = given.detach().flatten().to(device="cpu", dtype=torch.float64)
         if not len(values) or not bool(torch.isfinite(values).all()):

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from mpqdm_fx.calibration.calls import check_call, check_calls, check_example
 from mpqdm_fx.calibration.records import DEFAULT_MAX_MEMORY, RecordedInputs
 from mpqdm_fx.config import ActivationMode, MPQConfig
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
@@ -19,8 +20,10 @@ from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.quantized import PreparedModel, QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized
+from mpqdm_fx.sweep.measured import check_budget
 from mpqdm_fx.sweep.quantize import finish, start_sweep
 from mpqdm_fx.sweep.sweep import Sweep
+from mpqdm_fx.validation import Bytes, Count, check_value, checked
 from mpqdm_fx.versions import versions
 
 __all__ = ["BACKENDS", "MODES", "Backend", "convert", "lower", "open_sweep", "prepare", "quantize"]
@@ -38,12 +41,13 @@ MODES: Mapping[Backend, tuple[ActivationMode, ...]] = {
 """Activation modes that each backend runs. Layers of the modes named may be mixed in one model."""
 
 
+@checked
 def prepare(
     model: nn.Module,
     config: MPQConfig,
     example_inputs: Mapping[str, Any] | tuple[Any, ...],
     *,
-    max_memory: int = DEFAULT_MAX_MEMORY,
+    max_memory: Bytes = DEFAULT_MAX_MEMORY,
     directory: str | Path | None = None,
 ) -> PreparedModel:
     """Trace a model and make it record what it is called with.
@@ -62,11 +66,17 @@ def prepare(
         The prepared model.
 
     Raises:
+        CalibrationError: An example input cannot be used; it is named.
         TraceError: The model cannot be traced with these inputs.
-        ConfigError: There is nothing to quantize, or an override matches no layer.
+        ConfigError: There is nothing to quantize, an override matches no layer, or the budget is
+            below the smallest one that holds the layers.
     """
+    check_value(model, nn.Module, "model")
+    check_value(config, MPQConfig, "config")
+    check_example(model, example_inputs)
     graph_module = normalized(model, example_inputs, config)
     _check_layers(graph_module, config, type(model).__name__)
+    check_budget(graph_module, config)
     return PreparedModel(
         graph_module,
         graph_module.meta["signature"],
@@ -76,12 +86,13 @@ def prepare(
     )
 
 
+@checked
 def convert(
     prepared: PreparedModel,
     *,
     directory: str | Path | None = None,
     resume: bool = False,
-    max_memory: int | None = None,
+    max_memory: Bytes | None = None,
     half: bool = False,
     device: str | None = None,
     sensitivity: str | Path | None = None,
@@ -140,12 +151,13 @@ def convert(
     )
 
 
+@checked
 def open_sweep(
     prepared: PreparedModel,
     *,
     directory: str | Path | None = None,
     resume: bool = False,
-    max_memory: int | None = None,
+    max_memory: Bytes | None = None,
     half: bool = False,
     device: str | None = None,
     sensitivity: str | Path | None = None,
@@ -181,15 +193,16 @@ def open_sweep(
     )
 
 
+@checked
 def quantize(
     model: nn.Module,
     config: MPQConfig,
     calibration: Iterable[Mapping[str, Any]],
     *,
-    max_memory: int = DEFAULT_MAX_MEMORY,
+    max_memory: Bytes = DEFAULT_MAX_MEMORY,
     directory: str | Path | None = None,
     resume: bool = False,
-    max_activations: int | None = None,
+    max_activations: Bytes | None = None,
     device: str | None = None,
     sensitivity: str | Path | None = None,
 ) -> QuantizedModel:
@@ -212,11 +225,21 @@ def quantize(
         TraceError: The model cannot be traced.
         ConfigError: There is nothing to quantize, or an override matches no layer.
     """
+    check_value(model, nn.Module, "model")
+    check_value(config, MPQConfig, "config")
+    if isinstance(calibration, Mapping | Tensor) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"`calibration` is a {type(calibration).__name__}; give an iterable of calls, each a "
+            f"dict of keyword arguments"
+        )
+    if isinstance(calibration, Sequence):  # all there: judged before the model is traced
+        check_calls(calibration)
     iterator = iter(calibration)
     try:
-        first = dict(next(iterator))
+        first = next(iterator)
     except StopIteration:
         raise CalibrationError("`calibration` is empty; give at least one call") from None
+    check_call(first, "calibration call 0")
     prepared = prepare(model, config, first, max_memory=max_memory)
     held_out = getattr(calibration, "held_out_calls", ())
     every = itertools.chain([first], iterator)
@@ -234,14 +257,15 @@ def quantize(
     )
 
 
+@checked
 def lower(
     quantized: QuantizedModel,
     backend: Backend,
     *,
     output: str | Path | None = None,
-    batch_size: int = 1,
+    batch_size: Count = 1,
     engine: str = "onednn",
-    max_delegates: int | None = None,
+    max_delegates: Count | None = None,
     observe: Callable[[Any], None] | None = None,
     external_weights: bool = False,
     four_bit: Literal["never", "whole", "split"] = "whole",
@@ -275,8 +299,6 @@ def lower(
         ConfigError: `backend` is unknown, or `output` is missing.
         LoweringError: The backend cannot run this model, or runs it with other numbers.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "torch_ao":
         from mpqdm_fx.backends.torch_ao import lower_torch_ao
 

@@ -90,7 +90,10 @@ def console() -> Console:
 _SETTINGS: Mapping[str, _Option] = {
     "weights": (
         "weight_bits",
-        Annotated[int, typer.Option(help="Average bits of a weight, 1 to 8.")],
+        Annotated[
+            int,
+            typer.Option(help="Average bits of a weight, 1 to 8; or --effective-bits."),
+        ],
         4,
     ),
     "activations": (
@@ -231,7 +234,7 @@ def memory_of(text: str | None) -> int | None:
             break
     try:
         value = int(float(number) * unit)
-    except ValueError:
+    except (ValueError, OverflowError):  # no number, or an infinite one
         value = 0
     if value <= 0:
         raise ConfigError(f"--max-memory {text!r}: write a size such as 4GiB, 500MB or 1000000")

@@ -7,12 +7,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.validation import Between, Bits, Bytes, Count, Seed, check_fields, check_value
 
 __all__ = [
-    "MAX_SEED",
     "MAX_TIMESTEP_GROUPS",
     "ActivationMode",
     "Allocation",
@@ -20,7 +20,6 @@ __all__ = [
     "MPQConfig",
     "Override",
     "Rounding",
-    "check_bits",
 ]
 
 Allocation = Literal["measured", "omq", "uniform"]
@@ -28,41 +27,17 @@ Rounding = Literal["nearest", "gptq"]
 Levels = Literal["uniform", "codebook", "int4"]
 ActivationMode = Literal["static", "timestep", "dynamic", "float"]
 
-MAX_SEED = 2**62
-"""Seeds are below it: generators take 64 bits, and counters are added."""
-
 MAX_TIMESTEP_GROUPS = 64
 """Most groups of noise levels; each has a table entry for every quantized value."""
 
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "allocation": ("measured", "omq", "uniform"),
-    "rounding": ("nearest", "gptq"),
-    "levels": ("uniform", "codebook", "int4"),
-    "activation_mode": ("static", "timestep", "dynamic", "float"),
-}
+_LEAST = "a weight takes one bit at least, and scales come on top"
 
-
-def check_bits(bits: object, name: str) -> int:
-    """Return `bits` if it is an integer in 1..8.
-
-    Args:
-        bits: Candidate number of bits.
-        name: Setting's name for the message.
-
-    Raises:
-        ConfigError: `bits` is no integer, or outside 1..8.
-    """
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 8:
-        raise ConfigError(
-            f"{name}={bits!r}: bits must be an integer from 1 to 8, since every level is an "
-            f"int8 value; choose one of 1, 2, 3, 4, 5, 6, 7, 8"
-        )
-    return bits
-
-
-def _check_integer(value: object, name: str, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(f"{name}={value!r}: give an integer from {low} to {high}")
+_WeightBits = Annotated[
+    int,
+    Between(
+        1, 8, hint="every level is an int8 value; for an average between two give effective_bits"
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +55,14 @@ class Override:
     """
 
     pattern: str
-    weight_bits: int | None = None
+    weight_bits: Bits | None = None
     skip: bool = False
-    activation_bits: int | None = None
+    activation_bits: Bits | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
             raise ConfigError("an override needs a non-empty `pattern`")
-        if self.weight_bits is not None:
-            check_bits(self.weight_bits, f"override {self.pattern!r}: weight_bits")
-        if self.activation_bits is not None:
-            check_bits(self.activation_bits, f"override {self.pattern!r}: activation_bits")
+        check_fields(self, f"override {self.pattern!r}: ")
         bits = (self.weight_bits, self.activation_bits)
         if (bits == (None, None)) == (not self.skip):
             raise ConfigError(
@@ -178,53 +150,30 @@ class MPQConfig:
         ConfigError: A value is outside its range.
     """
 
-    weight_bits: int = 4
-    activation_bits: int = 8
+    weight_bits: _WeightBits = 4
+    activation_bits: Bits = 8
     allocation: Allocation = "measured"
     rounding: Rounding = "gptq"
-    refinements: int = 4
-    propagation: float | Literal["auto"] = "auto"
+    refinements: Annotated[int, Between(0, 64)] = 4
+    propagation: Annotated[float, Between(0, 1)] | Literal["auto"] = "auto"
     residuals: bool = False
     bias_correction: bool = True
-    effective_bits: float | None = None
-    weight_bytes: int | None = None
-    align: int = 1
-    max_rows: int = 8192
+    effective_bits: Annotated[float, Between(1, 32, hint=_LEAST)] | None = None
+    weight_bytes: Bytes | None = None
+    align: Annotated[int, Between(1, 4096)] = 1
+    max_rows: Count = 8192
     levels: Levels = "uniform"
     overrides: Sequence[Override | Mapping[str, Any]] = ()
-    seed: int = 0
+    seed: Seed = 0
     split_skips: bool = True
     activation_mode: ActivationMode = "static"
-    timestep_groups: int = 5
+    timestep_groups: Annotated[int, Between(1, MAX_TIMESTEP_GROUPS)] = 5
 
     def __post_init__(self) -> None:
-        check_bits(self.weight_bits, "weight_bits")
-        check_bits(self.activation_bits, "activation_bits")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                listed = " or ".join(repr(choice) for choice in choices)
-                raise ConfigError(f"{name}={value!r}: choose {listed}")
-        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        if not (whole and 0 <= self.seed < MAX_SEED):
-            raise ConfigError(f"seed={self.seed!r}: give a whole number, 0 or more, below 2^62")
-        groups = self.timestep_groups
-        whole = isinstance(groups, int) and not isinstance(groups, bool)
-        if not whole or not 1 <= groups <= MAX_TIMESTEP_GROUPS:
-            raise ConfigError(
-                f"timestep_groups={groups!r}: give an integer from 1 to {MAX_TIMESTEP_GROUPS}"
-            )
-        self._check_strength()
-        self._check_budget()
-        for name, low, high in (("refinements", 0, 64), ("max_rows", 1, 2**20), ("align", 1, 4096)):
-            _check_integer(getattr(self, name), name, low, high)
+        check_value(self.overrides, Sequence, "overrides")
         object.__setattr__(self, "overrides", tuple(_as_override(e) for e in self.overrides))
-
-    def _check_strength(self) -> None:
-        strength = self.propagation
-        number = isinstance(strength, int | float) and not isinstance(strength, bool)
-        if strength != "auto" and not (number and 0 <= float(strength) <= 1):
-            raise ConfigError(f"propagation={strength!r}: give 'auto' or a number from 0 to 1")
+        check_fields(self)
+        self._check_budget()
 
     def _check_budget(self) -> None:
         given = [n for n in ("effective_bits", "weight_bytes") if getattr(self, n) is not None]
@@ -234,10 +183,6 @@ class MPQConfig:
             raise ConfigError(
                 f"{given[0]} is a budget for allocation='measured', not for {self.allocation!r}"
             )
-        for name in given:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise ConfigError(f"{name}={value!r}: give a positive number")
 
     def override_for(self, name: str) -> Override | None:
         """The rule for the weights of the layer called `name`: the last one that has a say."""
@@ -293,8 +238,9 @@ class MPQConfig:
         Raises:
             ConfigError: A key is unknown, or a value out of range.
         """
+        check_value(data, Mapping, "settings")
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(str(name) for name in set(data) - known)
         if unknown:
             near = difflib.get_close_matches(unknown[0], known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -16,6 +16,7 @@ from mpqdm_fx.io.schema import Name, Strict, validated
 from mpqdm_fx.io.sealed import Entry, hashed_file
 from mpqdm_fx.models.sources import Source, diffusers_class, load_source
 from mpqdm_fx.storage import load
+from mpqdm_fx.validation import Count, DerivedSeed, checked
 
 if TYPE_CHECKING:
     from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
@@ -207,8 +208,15 @@ def source_of(folder: Path, model: str | None = None, subfolder: str | None = No
         ) from None
 
 
+@checked
 def draw(
-    source: Source, denoiser: Denoiser, *, num: int, steps: int, seed: int, batch_size: int = 16
+    source: Source,
+    denoiser: Denoiser,
+    *,
+    num: Count,
+    steps: Count,
+    seed: DerivedSeed,
+    batch_size: Count = 16,
 ) -> Tensor:
     """Draw samples from seeded noise.
 

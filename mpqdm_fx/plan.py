@@ -5,19 +5,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import torch
 
-from mpqdm_fx.activations import Activation, ActivationRange, LayerActivation
-from mpqdm_fx.config import Levels, check_bits
+from mpqdm_fx.activations import ActivationRange, LayerActivation
+from mpqdm_fx.config import Levels
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.numerics.packing import StorageBits, storage_bits
-
-if TYPE_CHECKING:
-    from torch.ao.quantization import QConfigMapping
-    from torch.fx import GraphModule
-    from torchao.quantization.pt2e.quantizer import Quantizer
+from mpqdm_fx.validation import Between, Bits, check_fields, check_value
 
 __all__ = [
     "FLOAT_REASON",
@@ -56,10 +52,14 @@ class FloatTensor:
     """
 
     name: str
-    numel: int
-    bits: int
+    numel: Annotated[int, Between(0, 2**62)]
+    bits: Annotated[int, Between(1, 128)]
     is_weight: bool
     reason: str
+
+    def __post_init__(self) -> None:
+        check_value(self.name, str, "name")
+        check_fields(self, f"{self.name}: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +74,12 @@ class ParameterFate:
     """
 
     name: str
-    numel: int
+    numel: Annotated[int, Between(0, 2**62)]
     fate: Fate
     note: str = ""
 
     def __post_init__(self) -> None:
-        if self.fate not in get_args(Fate) or self.numel < 0:
-            raise ConfigError(f"{self.name}: {self.numel} elements {self.fate!r} is no fate")
+        check_fields(self, f"{self.name}: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,19 +99,21 @@ class LayerPlan:
 
     name: str
     kind: str
-    shape: tuple[int, ...]
-    bits: tuple[int, ...]
+    shape: tuple[Annotated[int, Between(1, 2**31)], ...]
+    bits: tuple[Bits, ...]
     levels: Levels = "uniform"
     reason: str | None = None
-    fraction: float = 0.0
+    fraction: Annotated[float, Between(0, 1)] = 0.0
 
     def __post_init__(self) -> None:
+        check_value(self.name, str, "name")
+        check_fields(self, f"{self.name}: ")
+        if len(self.shape) < 2:
+            raise ConfigError(f"{self.name}: a weight has two axes at least, not {self.shape}")
         if len(self.bits) != self.shape[0]:
             raise ConfigError(
                 f"{self.name}: {len(self.bits)} widths for {self.shape[0]} output channels"
             )
-        for bits in set(self.bits):
-            check_bits(bits, f"{self.name}: bits")
 
     @property
     def num_weights(self) -> int:
@@ -156,12 +157,13 @@ class BitPlan:
 
     layers: tuple[LayerPlan, ...]
     floats: tuple[FloatTensor, ...] = ()
-    activation_bits: int = 8
+    activation_bits: Bits = 8
     parameters: tuple[ParameterFate, ...] = ()
     copies: tuple[str, ...] = ()
     _by_name: Mapping[str, LayerPlan] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self, "plan: ")
         by_name = {layer.name: layer for layer in self.layers}
         if len(by_name) != len(self.layers):
             raise ConfigError("a plan names one layer twice")
@@ -318,44 +320,6 @@ class BitPlan:
     def from_json(cls, text: str) -> Self:
         """Inverse of `to_json`."""
         return cls.from_dict(json.loads(text))
-
-    def to_qconfig_mapping(
-        self,
-        graph: "GraphModule",
-        *,
-        ranges: Mapping[str, Activation] | None = None,
-        engine: str = "onednn",
-    ) -> "QConfigMapping":
-        """Settings for stock `prepare_fx` / `convert_fx` that keep this plan's integers.
-
-        Args:
-            graph: The traced graph after `RoundWeights(plan=self)`; its layers carry the scales.
-            ranges: Activation ranges by layer; without them stock observers calibrate.
-            engine: torch.ao engine: `onednn`, `fbgemm` or `qnnpack`.
-
-        Raises:
-            ConfigError: A planned layer of `graph` is not rounded.
-        """
-        # The door imports its spoke when it is opened: a plan exists without torch.ao.
-        from mpqdm_fx.backends.torch_ao import to_qconfig_mapping
-
-        return to_qconfig_mapping(graph, ranges=ranges, engine=engine)
-
-    def to_quantizer(
-        self, graph: "GraphModule", *, ranges: Mapping[str, Activation] | None = None
-    ) -> "Quantizer":
-        """A torchao `Quantizer` for stock `prepare_pt2e` / `convert_pt2e`.
-
-        Args:
-            graph: The traced graph after `RoundWeights(plan=self)`; export it, prepare the export.
-            ranges: Activation ranges by layer; without them stock observers calibrate.
-
-        Raises:
-            ConfigError: A planned layer of `graph` is not rounded.
-        """
-        from mpqdm_fx.backends.pt2e import to_quantizer
-
-        return to_quantizer(graph, ranges=ranges)
 
 
 def _named(entries: list[tuple[str, str]]) -> str:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import Activation, NoiseLevels
+from mpqdm_fx.calibration.calls import check_call, check_indices, table_sizes
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.calling import join_outputs, pack_output, split_batch
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.plan import BitPlan
@@ -106,17 +108,17 @@ class _TracedModel(nn.Module):
         """Device of the parameters."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def _call(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[list[dict[str, Any]], Any]:
-        """Normalized inputs and the output of one call of the model, in parts if it is large."""
-        return_dict = kwargs.pop("return_dict", True)
+    def _parts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Normalized inputs of one call of the model, in parts if it is large."""
         given = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
         if len(args) > len(self.signature.parameters):
             self.signature.normalize(args, kwargs)  # says what is wrong
-        parts = [self.signature.normalize((), part) for part in split_batch(self.signature, given)]
+        return [self.signature.normalize((), part) for part in split_batch(self.signature, given)]
+
+    def _output(self, parts: list[dict[str, Any]], *, return_dict: bool) -> Any:
+        """What the model returns for a call of these parts."""
         output = join_outputs([self.graph_module(**part) for part in parts])
-        return parts, pack_output(self.signature, output) if return_dict else output
+        return pack_output(self.signature, output) if return_dict else output
 
 
 class PreparedModel(_TracedModel):
@@ -139,19 +141,34 @@ class PreparedModel(_TracedModel):
         self.settings = settings
         self.records = records
         self._holding_out = False
+        self._table_sizes = table_sizes(graph_module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the float graph on the model's own arguments and record them.
 
         Raises:
             TraceError: The arguments do not fit the traced signature.
-            CalibrationError: An argument holds NaN or infinity.
+            CalibrationError: An argument cannot be used, see `record`.
         """
+        return_dict = kwargs.pop("return_dict", True)
+        parts = self._judged(args, kwargs)
         with torch.no_grad():
-            parts, output = self._call(args, kwargs)
+            output = self._output(parts, return_dict=return_dict)
         for part in parts:
             self.records.append(part, held_out=self._holding_out)
         return output
+
+    def _judged(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Normalized inputs of one call that calibration can use; errors say which call it is."""
+        place = self.records.place
+        check_call({**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}, place)
+        try:
+            parts = self._parts(args, kwargs)
+        except TraceError as error:
+            raise TraceError(f"{place}: {error}") from None
+        for part in parts:
+            check_indices(part, self._table_sizes, place)
+        return parts
 
     @contextlib.contextmanager
     def held_out(self) -> Iterator[None]:
@@ -171,10 +188,11 @@ class PreparedModel(_TracedModel):
 
         Raises:
             TraceError: The arguments do not fit the traced signature.
-            CalibrationError: An argument holds NaN or infinity.
+            CalibrationError: An argument is empty, holds NaN, infinity or an index that the model's
+                table does not have, or is no tensor where one belongs. Call and input are named.
         """
-        for part in split_batch(self.signature, kwargs):
-            self.records.append(self.signature.normalize((), part), held_out=self._holding_out)
+        for part in self._judged((), kwargs):
+            self.records.append(part, held_out=self._holding_out)
 
 
 class QuantizedModel(_TracedModel):
@@ -232,4 +250,5 @@ class QuantizedModel(_TracedModel):
         Raises:
             TraceError: The arguments do not fit the traced signature.
         """
-        return self._call(args, kwargs)[1]
+        return_dict = kwargs.pop("return_dict", True)
+        return self._output(self._parts(args, kwargs), return_dict=return_dict)

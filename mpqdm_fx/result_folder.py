@@ -39,6 +39,7 @@ from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.images import save_grid
 from mpqdm_fx.report.metrics import EVALUATION_SEED, epsilon_sqnr
 from mpqdm_fx.storage import write_model
+from mpqdm_fx.validation import check_fields
 
 __all__ = ["SUMMARY", "Form", "calibration_of", "time_per_step", "write_folder"]
 
@@ -61,6 +62,9 @@ class Form:
     four_bit: FourBit = "whole"
     external_weights: bool = False
     compress: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def check(self, config: MPQConfig) -> None:
         """Refuse settings that the backend does not run, and one that is not installed.

@@ -1,6 +1,5 @@
 """What the command line does, as functions: quantize to a folder, train it, measure it."""
 
-import copy
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 from mpqdm_fx.api import Backend, quantize
 from mpqdm_fx.backends.xnnpack.doctor import Diagnosis, diagnose
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
+from mpqdm_fx.calibration.sampling import scheduled
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.denoisers import draw, origin_of, source_of
@@ -33,6 +33,7 @@ from mpqdm_fx.result_folder import SUMMARY, Form, calibration_of, write_folder
 from mpqdm_fx.stages import normalized
 from mpqdm_fx.storage import load
 from mpqdm_fx.sweep.estimate import Estimate, estimate
+from mpqdm_fx.validation import Bytes, Count, Seed, Some, checked
 
 __all__ = [
     "FolderResult",
@@ -61,18 +62,19 @@ class FolderResult:
     summary: dict[str, Any]
 
 
+@checked
 def quantize_to_folder(
     source: Source,
     config: MPQConfig,
     *,
     backend: Backend,
     output: Path,
-    trajectories: int = 16,
-    steps: int = 20,
-    samples: int = 16,
+    trajectories: Count = 16,
+    steps: Count = 20,
+    samples: Some = 16,
     subfolder: str | None = None,
     resume: bool = False,
-    max_memory: int | None = None,
+    max_memory: Bytes | None = None,
     device: str | None = None,
     sensitivity: Path | None = None,
     four_bit: FourBit = "whole",
@@ -136,13 +138,14 @@ def quantize_to_folder(
     return FolderResult(directory=output, quantized=quantized, summary=summary)
 
 
+@checked
 def distill_folder(
     folder: Path,
     config: DistillConfig,
     *,
     output: Path,
     model: str | None = None,
-    samples: int = 16,
+    samples: Some = 16,
     resume: bool = False,
     device: str = "cpu",
     overwrite: bool = False,
@@ -217,9 +220,7 @@ class _InSchedulerDtype:
     """
 
     def __init__(self, source: Source, data: Trajectories, steps: int) -> None:
-        scheduler = copy.deepcopy(source.scheduler)
-        scheduler.set_timesteps(steps)
-        self._fractional = scheduler.timesteps.is_floating_point()
+        self._fractional = scheduled(source.scheduler, steps).timesteps.is_floating_point()
         self._data = data
 
     @property
@@ -232,13 +233,14 @@ class _InSchedulerDtype:
             yield {**call, **fractional}
 
 
+@checked
 def estimate_source(
     source: Source,
     config: MPQConfig,
     *,
-    calls: int,
-    batch_size: int,
-    max_memory: int | None = None,
+    calls: Count,
+    batch_size: Count,
+    max_memory: Bytes | None = None,
 ) -> Estimate:
     """What quantizing a source would take on this machine.
 
@@ -278,8 +280,9 @@ def diagnose_model(name: str, subfolder: str | None = None) -> Diagnosis:
     return diagnose(graph_module, inputs)
 
 
+@checked
 def evaluate_folder(
-    folder: Path, *, model: str | None = None, num: int = 256, steps: int = 20, seed: int
+    folder: Path, *, model: str | None = None, num: Count = 256, steps: Count = 20, seed: Seed
 ) -> dict[str, Any]:
     """Measure a saved model against the float model that it came from.
 

@@ -47,7 +47,10 @@ def test_an_impossible_number_of_noise_levels_is_refused_with_the_range(groups):
 
 @pytest.mark.parametrize(
     ("setting", "value", "choices"),
-    [("allocation", "best", "'omq' or 'uniform'"), ("levels", "log", "'uniform' or 'codebook'")],
+    [
+        ("allocation", "best", "'omq' or 'uniform'"),
+        ("levels", "log", "'uniform', 'codebook' or 'int4'"),
+    ],
 )
 def test_an_unknown_word_is_refused_with_the_choices(setting, value, choices):
     with pytest.raises(ConfigError, match=choices):
@@ -103,6 +106,12 @@ def test_an_override_that_matches_nothing_lists_the_nearest_names():
 def test_an_override_that_says_nothing_or_two_things_is_refused(entry):
     with pytest.raises(ConfigError):
         MPQConfig(overrides=[entry])
+
+
+@pytest.mark.parametrize("data", [None, [], "weight_bits", {3: 4}, {"weight_bits": "4"}])
+def test_what_is_no_mapping_of_settings_is_refused(data):
+    with pytest.raises(ConfigError):
+        MPQConfig.from_dict(data)
 
 
 def test_an_unknown_setting_suggests_the_nearest_name():

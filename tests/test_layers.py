@@ -14,7 +14,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         [
             {"errors"},
-            {"numerics", "versions", "files", "processes"},
+            {"numerics", "versions", "files", "processes", "validation"},
             {"io"},
             {"manifest"},
             {"folders"},  # what this package writes: opened with checks, replaced whole
@@ -55,7 +55,6 @@ COPIED = {
 
 #: (importer, imported package or module) of imports inside functions, and why they are there.
 LAZY = {
-    ("plan", "backends"): "a door imports its spoke when it is opened: a plan needs no torch.ao",
     ("graph.qdq", "backends.ao"): "importing torch.ao registers the quantized_decomposed ops, and "
     "one module holds all torch.ao imports",
     ("api", "backends"): "executorch and torch.ao are loaded only by those who lower to them",

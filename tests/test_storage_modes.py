@@ -17,6 +17,8 @@ from mpqdm_fx.activations import (
     placeholder_activations,
 )
 from mpqdm_fx.api import lower, quantize
+from mpqdm_fx.backends.pt2e import to_quantizer
+from mpqdm_fx.backends.torch_ao import to_qconfig_mapping
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, CalibrationError, LoweringError
 from mpqdm_fx.folders import MANIFEST
@@ -97,7 +99,7 @@ def test_static_backend_refuses_other_modes_and_says_what_runs(quantized, tmp_pa
     with pytest.raises(LoweringError, match='activation_mode="static"'):
         lower(quantized, "torch_ao")
     with pytest.raises(LoweringError, match='activation_mode="static"'):
-        quantized.plan.to_qconfig_mapping(quantized.rounded, ranges=quantized.ranges)
+        to_qconfig_mapping(quantized.rounded, quantized.ranges)
 
 
 def test_xnnpack_and_pt2e_refuse_ranges_by_noise_level(by_level, tmp_path):
@@ -105,7 +107,7 @@ def test_xnnpack_and_pt2e_refuse_ranges_by_noise_level(by_level, tmp_path):
         lower(by_level, "xnnpack", output=tmp_path / "model.pte")
     assert not list(tmp_path.iterdir())
     with pytest.raises(LoweringError, match='activation_mode="static" or "dynamic"'):
-        by_level.plan.to_quantizer(by_level.rounded, ranges=by_level.ranges)
+        to_quantizer(by_level.rounded, by_level.ranges)
 
 
 @pytest.mark.xnnpack

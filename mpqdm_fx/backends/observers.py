@@ -5,12 +5,14 @@ division away. The observer only makes sure that this is so: a weight that was c
 rounding, or never rounded, must not be rounded silently a second time.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 
+from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.ao import ObserverBase
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import WEIGHT_LAYERS, weight_layers
@@ -20,6 +22,7 @@ __all__ = [
     "GridWeightObserver",
     "UnresolvedRangeObserver",
     "WeightGrid",
+    "given_ranges",
     "weight_grids",
 ]
 
@@ -111,6 +114,22 @@ def weight_grids(graph_module: fx.GraphModule) -> dict[str, WeightGrid]:
             f"apply RoundWeights first"
         )
     return grids
+
+
+def given_ranges(
+    ranges: Mapping[str, Activation] | Literal["observe"],
+) -> Mapping[str, Activation] | None:
+    """The ranges that a door was given; None if observers are to find some.
+
+    Raises:
+        ConfigError: `ranges` are neither the word nor ranges by layer.
+    """
+    if not isinstance(ranges, Mapping) and ranges != "observe":
+        raise ConfigError(
+            f"ranges={ranges!r}: give the ranges that were found (`QuantizedModel.ranges`), or "
+            f'"observe" to calibrate anew on all of the data'
+        )
+    return ranges if isinstance(ranges, Mapping) else None
 
 
 def _weight(module: nn.Module) -> Tensor:

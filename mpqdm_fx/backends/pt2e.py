@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +17,7 @@ from mpqdm_fx.activations import (
     kernel_activations,
 )
 from mpqdm_fx.backends import ao
-from mpqdm_fx.backends.observers import WeightGrid, weight_grids
+from mpqdm_fx.backends.observers import WeightGrid, given_ranges, weight_grids
 from mpqdm_fx.backends.pt2e_observers import PT2EGridWeightObserver
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.dynamic_chain import EPS
@@ -145,41 +145,48 @@ class PlanQuantizer(ao.Quantizer):  # type: ignore[misc]  # torchao is untyped
 
 def to_quantizer(
     graph: fx.GraphModule,
+    ranges: Mapping[str, Activation] | Literal["observe"],
     *,
-    ranges: Mapping[str, Activation] | None = None,
     activation_observer: Callable[..., nn.Module] | None = None,
     four_bit: Collection[str] = (),
 ) -> PlanQuantizer:
     """A Quantizer for stock `prepare_pt2e` and `convert_pt2e` that keeps the weights' integers.
 
+    Example:
+        exported = torch.export.export(quantized.rounded, inputs).module()
+        quantizer = to_quantizer(quantized.rounded, quantized.ranges)
+        converted = convert_pt2e(prepare_pt2e(exported, quantizer))
+
     Args:
-        graph: Module-level graph after `RoundWeights`; export it (`torch.export.export(graph,
-            ...).module()`) and prepare the export.
-        ranges: Activation ranges by layer; layers without an entry stay in float. Without
-            `ranges` an observer calibrates all rounded layers.
+        graph: Module-level graph after `RoundWeights`, such as `QuantizedModel.rounded`; export it
+            and prepare the export.
+        ranges: Activation ranges by layer, such as `QuantizedModel.ranges`; layers without an entry
+            stay in float. `"observe"`: an observer finds ranges of its own in what the prepared
+            graph is called with, which has to be all of the calibration data.
         activation_observer: Constructor of that observer. Default: torchao's histogram.
         four_bit: Linear layers whose codes are all within -8..7 and get that range, by which
             ExecuTorch knows weights that XNNPACK can store at four bits.
 
     Raises:
-        ConfigError: No layer of `graph` is rounded, or `ranges` names none of them.
+        ConfigError: No layer of `graph` is rounded, or `ranges` are none or name another layer.
         LoweringError: An activation is neither static nor dynamic.
     """
     grids = weight_grids(graph)
-    kinds = None if ranges is None else kernel_activations(ranges, "PT2E")
-    if ranges is not None:
-        if not ranges:
+    given = given_ranges(ranges)
+    kinds = None if given is None else kernel_activations(given, "PT2E")
+    if kinds is not None:
+        if not kinds:
             raise ConfigError(
-                "`ranges` is empty; leave it out to calibrate with an observer, or give static or "
-                "dynamic activations"
+                "`ranges` is empty, and weights alone have no int8 form: quantize with "
+                'activation_mode="static" or "dynamic" (a model with "float" has no ranges)'
             )
-        for name in ranges:
+        for name in kinds:
             if name not in grids:
                 raise ConfigError(
                     f"ranges name {name!r}, which is no rounded convolution or linear layer of "
                     f"the graph; apply RoundWeights with a plan that holds it"
                 )
-        grids = {name: grid for name, grid in grids.items() if name in ranges}
+        grids = {name: grid for name, grid in grids.items() if name in kinds}
     grids = {name: replace(grid, four_bit=name in four_bit) for name, grid in grids.items()}
     # Tied layers are called under several names; the export shows each.
     names = {
@@ -232,7 +239,7 @@ def convert_pt2e_graph(
     Raises:
         ConfigError: No layer is rounded, or `ranges` names a layer that is not.
     """
-    quantizer = to_quantizer(rounded, ranges=ranges, four_bit=four_bit)
+    quantizer = to_quantizer(rounded, ranges, four_bit=four_bit)
     exported = export_graph(rounded, example_inputs).module(check_guards=False)
     with torch.no_grad(), ao.quiet():
         prepared = ao.prepare_pt2e(exported, quantizer)

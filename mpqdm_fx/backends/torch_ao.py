@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -11,7 +11,12 @@ from torch import fx, nn
 from mpqdm_fx.activations import Activation, ActivationRange, LayerActivation, static_ranges
 from mpqdm_fx.backends import ao
 from mpqdm_fx.backends.fit_channels import fit_channels
-from mpqdm_fx.backends.observers import GridWeightObserver, UnresolvedRangeObserver, weight_grids
+from mpqdm_fx.backends.observers import (
+    GridWeightObserver,
+    UnresolvedRangeObserver,
+    given_ranges,
+    weight_grids,
+)
 from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.calling import TracedGraph
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
@@ -30,41 +35,49 @@ _SHIFT = 128
 
 def to_qconfig_mapping(
     graph: fx.GraphModule,
+    ranges: Mapping[str, Activation] | Literal["observe"],
     *,
     engine: str = "onednn",
-    ranges: Mapping[str, Activation] | None = None,
     activation_observer: Callable[[], nn.Module] | None = None,
 ) -> ao.QConfigMapping:
     """Settings for stock `prepare_fx` and `convert_fx` that keep the weights' integers.
 
     Every rounded convolution and linear layer gets one QConfig; everything else stays in float.
 
+    Example:
+        mapping = to_qconfig_mapping(quantized.rounded, quantized.ranges)
+        prepared = prepare_fx(quantized.rounded, mapping, inputs)
+        converted = convert_fx(set_ranges(prepared, quantized.ranges))
+
     Args:
-        graph: Module-level graph after `RoundWeights`.
+        graph: Module-level graph after `RoundWeights`, such as `QuantizedModel.rounded`.
+        ranges: Activation ranges by layer, such as `QuantizedModel.ranges`; layers without an entry
+            stay in float. A QConfig has no place for two ranges of one layer, so `set_ranges` puts
+            them into the prepared graph; without it `convert_fx` is refused. `"observe"`: observers
+            find ranges of their own in what the prepared graph is called with, which has to be all
+            of the calibration data.
         engine: torch.ao engine that will run it: `onednn`, `fbgemm` or `qnnpack`. All of them get
             the full 8-bit activation range (no `reduce_range`).
-        ranges: Activation ranges by layer. They are put into the prepared graph by `set_ranges`,
-            which must be called between `prepare_fx` and `convert_fx`; layers without an entry
-            stay in float.
-        activation_observer: Constructor of the observer for inputs and outputs when there are no
-            `ranges`; the user calibrates as always. Default: a histogram over all 256 codes.
+        activation_observer: Constructor of the observer of `"observe"`. Default: a histogram over
+            all 256 codes.
 
     Raises:
-        ConfigError: No layer of `graph` is rounded, or `ranges` names none of them.
+        ConfigError: No layer of `graph` is rounded, or `ranges` are none or name another layer.
         LoweringError: torch was built without the engine, or a range is not static and 8 bits wide.
     """
     _check_engine(engine)
     grids = weight_grids(graph)
     layers = weight_layers(graph)
-    if ranges is not None:
-        ranges = check_ranges(ranges, grids, "torch.ao")
-        grids = {name: grid for name, grid in grids.items() if name in ranges}
+    fixed = given_ranges(ranges)
+    if fixed is not None:
+        fixed = check_ranges(fixed, grids, "torch.ao")
+        grids = {name: grid for name, grid in grids.items() if name in fixed}
     mapping = ao.QConfigMapping()
     for name, grid in grids.items():
         activation: Any = activation_observer or ao.HistogramObserver.with_args(
             dtype=torch.quint8, qscheme=torch.per_tensor_affine, quant_min=0, quant_max=255
         )
-        if ranges is not None:
+        if fixed is not None:
             activation = UnresolvedRangeObserver.with_args(layer=name)
         weight = GridWeightObserver.with_args(grid=grid)
         qconfig = ao.QConfig(activation=activation, weight=weight)  # type: ignore[no-untyped-call]
@@ -74,8 +87,8 @@ def to_qconfig_mapping(
     return mapping
 
 
-def set_ranges(prepared: fx.GraphModule, ranges: Mapping[str, Activation]) -> None:
-    """Put fixed ranges into a graph prepared with `to_qconfig_mapping(..., ranges=ranges)`.
+def set_ranges(prepared: fx.GraphModule, ranges: Mapping[str, Activation]) -> fx.GraphModule:
+    """Put fixed ranges into a graph prepared with `to_qconfig_mapping(graph, ranges)`.
 
     An observer behind a weight layer gets that layer's output range, any other one the input range
     of the first weight layer that reads it.
@@ -83,6 +96,9 @@ def set_ranges(prepared: fx.GraphModule, ranges: Mapping[str, Activation]) -> No
     Args:
         prepared: Result of `prepare_fx`; its observers are replaced in place.
         ranges: Ranges by layer name.
+
+    Returns:
+        `prepared`.
 
     Raises:
         ConfigError: An observer belongs to no layer of `ranges`.
@@ -107,6 +123,7 @@ def set_ranges(prepared: fx.GraphModule, ranges: Mapping[str, Activation]) -> No
                 f"set_ranges the ranges that to_qconfig_mapping was given"
             )
         setattr(prepared, node.target, _fixed_observer(chosen))
+    return prepared
 
 
 def lower_torch_ao(
@@ -137,7 +154,7 @@ def lower_torch_ao(
     static = check_ranges(ranges, weight_grids(graph), "torch.ao")
     if engine != "onednn":  # onednn adds the bias in float
         graph = fit_channels(graph, static)
-    mapping = to_qconfig_mapping(graph, engine=engine, ranges=static)
+    mapping = to_qconfig_mapping(graph, static, engine=engine)
     layers = weight_layers(graph)
     for name in ranges:
         _check_kernel(name, layers[name].module, engine)

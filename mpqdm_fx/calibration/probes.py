@@ -194,10 +194,12 @@ def _parts(
             pieces = split_batch(narrow, call)
         counts = [_samples(signature, piece) for piece in pieces]
         importance = torch.ones(sum(counts)) if weights is None else weights[index].float().cpu()
-        if importance.shape != (sum(counts),) or not bool((importance >= 0).all()):
+        if importance.shape != (sum(counts),) or not bool(
+            (importance.isfinite() & (importance >= 0)).all()
+        ):
             raise CalibrationError(
                 f"weights of call {index} have shape {tuple(importance.shape)}; give one number "
-                f"that is not negative for each of its {sum(counts)} samples"
+                f"that is finite and not negative for each of its {sum(counts)} samples"
             )
         parts += zip(pieces, torch.split(importance, counts), strict=True)
     mean = sum(len(importance) for _, importance in parts) / len(parts)

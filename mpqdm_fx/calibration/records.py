@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.calibration.calls import check_call
+from mpqdm_fx.validation import Bytes, checked
 
 __all__ = ["RecordedInputs"]
 
@@ -30,14 +31,13 @@ class RecordedInputs:
         directory: Folder for shards; by default a temporary one that goes with this object.
 
     Raises:
-        CalibrationError: `max_memory` is not positive.
+        ConfigError: `max_memory` is no positive integer.
     """
 
+    @checked
     def __init__(
-        self, *, max_memory: int = DEFAULT_MAX_MEMORY, directory: str | Path | None = None
+        self, *, max_memory: Bytes = DEFAULT_MAX_MEMORY, directory: str | Path | None = None
     ) -> None:
-        if max_memory <= 0:
-            raise CalibrationError(f"max_memory={max_memory}: give a positive number of bytes")
         self._max_memory = max_memory
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._directory = Path(directory) if directory is not None else None
@@ -50,6 +50,11 @@ class RecordedInputs:
 
     def __len__(self) -> int:
         return len(self._specs)
+
+    @property
+    def place(self) -> str:
+        """Which call comes next, for messages."""
+        return f"calibration call {len(self)}"
 
     @property
     def shards(self) -> tuple[Path, ...]:
@@ -76,18 +81,10 @@ class RecordedInputs:
             held_out: Judge corrections by this call instead of fitting them to it.
 
         Raises:
-            CalibrationError: A tensor holds NaN or infinity; the argument is named.
+            CalibrationError: An input cannot be used (`calls.check_call`); call and input are
+                named.
         """
-        for name, value in inputs.items():
-            for tensor in pytree.tree_leaves(value):
-                if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-                    continue
-                if not bool(torch.isfinite(tensor).all()):
-                    raise CalibrationError(
-                        f"calibration call {len(self)}: argument {name!r} "
-                        f"(shape {tuple(tensor.shape)}) holds NaN or infinity; drop this call or "
-                        f"look at what produced it"
-                    )
+        check_call(inputs, self.place)
         leaves, spec = pytree.tree_flatten(dict(inputs))
         constants = {i: v for i, v in enumerate(leaves) if not isinstance(v, torch.Tensor)}
         # Clones: a caller may reuse its buffers, and views would keep whole batches alive.

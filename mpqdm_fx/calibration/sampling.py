@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.errors import CalibrationError, ConfigError, MPQError
+from mpqdm_fx.validation import Count, DerivedSeed, NonNegative, checked
 
 Denoiser = Callable[..., Any]
 """What is called as `model(sample=..., timestep=..., **conditions)`."""
@@ -28,15 +29,16 @@ StepCallback = Callable[[int, Tensor, Tensor], None]
 _STEP_STREAM = 0x5DEECE66D  # what the seeds of initial noise and of added noise differ by
 
 
+@checked
 def denoise(
     model: Denoiser,
     scheduler: Any,
     noise: Tensor,
     *,
-    num_inference_steps: int,
-    seed: int,
+    num_inference_steps: Count,
+    seed: DerivedSeed,
     conditions: Mapping[str, Any] | None = None,
-    guidance_scale: float | None = None,
+    guidance_scale: NonNegative | None = None,
     unconditional: Mapping[str, Any] | None = None,
     callback: StepCallback | None = None,
     progress: bool = False,
@@ -64,12 +66,10 @@ def denoise(
         The samples, shape and dtype of `noise`.
 
     Raises:
+        ConfigError: a number is out of range, or the scheduler has no schedule of so many steps.
         CalibrationError: guidance without unconditional conditions, conditions that do not match,
-            a number of steps below one, a scheduler that it cannot drive, or a model output of
-            another shape than the sample.
+            a scheduler that it cannot drive, or a model output of another shape than the sample.
     """
-    if num_inference_steps < 1:
-        raise CalibrationError(f"num_inference_steps is {num_inference_steps}; give at least 1")
     inputs = dict(conditions or {})
     paired = guidance_scale is not None
     if paired:
@@ -79,8 +79,7 @@ def denoise(
             f"{type(scheduler).__name__} has no init_noise_sigma: schedulers of flow matching are "
             f"not supported; give one of noise or v-prediction, such as DDIMScheduler"
         )
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    scheduler = scheduled(scheduler, num_inference_steps, device=noise.device)
     # Callers draw `noise` by this very seed: with one stream for both, an ancestral scheduler would
     # add the initial noise itself, and deviations would add up where variances have to.
     generator = torch.Generator(noise.device).manual_seed((seed + _STEP_STREAM) % 2**63)
@@ -102,9 +101,8 @@ def denoise(
         for index, (scheduler_timestep, timestep) in enumerate(steps):
             model_input = torch.cat([sample, sample]) if paired else sample
             model_input = scheduler.scale_model_input(model_input, scheduler_timestep)
-            output = first_tensor(
-                model(sample=model_input, timestep=timestep.repeat(len(model_input)), **inputs)
-            )
+            call = {"sample": model_input, "timestep": timestep.repeat(len(model_input)), **inputs}
+            output = first_tensor(_called(model, call))
             output = _drop_learned_variance(output, sample, scheduler)
             output = _guided_mean(output, sample.shape[1], guidance_scale)
             sample = scheduler.step(
@@ -113,6 +111,43 @@ def denoise(
             if callback is not None:
                 callback(index, timestep, sample)
     return sample
+
+
+def scheduled(scheduler: Any, steps: int, *, device: torch.device | str = "cpu") -> Any:
+    """Return a copy of a scheduler that stands at the start of a run.
+
+    Args:
+        scheduler: a diffusers scheduler.
+        steps: steps of the run.
+        device: where its timesteps are to be.
+
+    Raises:
+        ConfigError: the scheduler has no schedule of so many steps; says why.
+    """
+    own = copy.deepcopy(scheduler)
+    try:
+        own.set_timesteps(steps, device=device)
+    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{type(scheduler).__name__} has no schedule of {steps} steps: {reason:.200}"
+        ) from error
+    return own
+
+
+def _called(model: Denoiser, call: Mapping[str, Any]) -> Any:
+    """The model's output; its own complaints about the inputs say which these were."""
+    try:
+        return model(**call)
+    except (MPQError, torch.OutOfMemoryError):
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        shapes = {n: tuple(v.shape) if isinstance(v, Tensor) else v for n, v in call.items()}
+        reason = (str(error).splitlines() or [""])[0]
+        raise CalibrationError(
+            f"the model cannot be called with inputs of the shapes {shapes}: "
+            f"{type(error).__name__}: {reason}; check that the conditions belong to it"
+        ) from error
 
 
 def guided(output: Tensor, guidance_scale: float | None) -> Tensor:

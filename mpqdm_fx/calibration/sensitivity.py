@@ -9,11 +9,12 @@ squared output gradients; and one sensitivity for all channels of a layer.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, fx
 
+from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.probes import output_energies
 from mpqdm_fx.calibration.rounding_errors import (
     MAX_NUMBERS,
@@ -36,6 +37,7 @@ from mpqdm_fx.graph.layers import (
 from mpqdm_fx.graph.walk import Walk
 from mpqdm_fx.numerics.gram import kept_rows
 from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, MAX_BITS
+from mpqdm_fx.validation import Between, Bytes, Count, Seed, checked
 
 __all__ = ["measure_sensitivity"]
 
@@ -43,18 +45,19 @@ _TEST_ROWS = 512  # rows that errors are measured on
 _WIDE_ROWS = 1024  # rows of a layer that has fewer rows than columns: the work grows with the cube
 
 
+@checked
 def measure_sensitivity(
     graph_module: fx.GraphModule,
     calls: Sequence[Mapping[str, Any]],
     *,
-    probes: int = 2,
-    samples: int = 128,
-    seed: int = 0,
+    probes: Count = 2,
+    samples: Count = 128,
+    seed: Seed = 0,
     weights: Sequence[Tensor] | None = None,
     codebooks: bool = True,
-    max_rows: int = 4096,
-    max_numbers: int = MAX_NUMBERS,
-    max_memory: int | None = None,
+    max_rows: Count = 4096,
+    max_numbers: Annotated[int, Between(0, 2**62)] = MAX_NUMBERS,
+    max_memory: Bytes | None = None,
     half: bool = False,
     directory: Path | None = None,
 ) -> SensitivityTable:
@@ -83,13 +86,13 @@ def measure_sensitivity(
         the output's elements.
 
     Raises:
+        ConfigError: A number is out of range.
         CalibrationError: There are no calls, a layer's input, gradient or weight is not finite, or
             the output does not depend on any weight layer.
     """
     if len(calls) == 0:
         raise CalibrationError("no calibration data: sensitivities need at least one call")
-    if probes < 1 or samples < 1:
-        raise CalibrationError(f"probes={probes}, samples={samples}: give at least 1 of each")
+    check_calls(calls)
     layers = weight_layers(graph_module, embeddings=True)
     for layer in layers.values():
         if not bool(torch.isfinite(layer.weight).all()):

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mpqdm_fx.calibration.calls import check_call
 from mpqdm_fx.calibration.sampling import Denoiser, denoise
-from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.validation import Count, NonNegative, Seed, Some, checked
 
 __all__ = [
     "Conditions",
@@ -65,40 +67,33 @@ class Trajectories:
             kept, drawn with `seed` without replacement; None keeps all.
 
     Raises:
-        CalibrationError: a count below one, conditions of the wrong length, an unknown sample
-            shape, or samples that are not finite.
+        ConfigError: a number is out of range.
+        CalibrationError: conditions of the wrong length, an unknown sample shape, or samples that
+            are not finite.
     """
 
+    @checked
     def __init__(
         self,
         model: Denoiser,
         scheduler: Any,
         *,
-        num_trajectories: int,
-        num_inference_steps: int,
-        batch_size: int,
-        seed: int,
-        sample_shape: tuple[int, ...] | None = None,
+        num_trajectories: Count,
+        num_inference_steps: Count,
+        batch_size: Count,
+        seed: Seed,
+        sample_shape: tuple[Count, ...] | None = None,
         conditions: Conditions | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: NonNegative | None = None,
         unconditional: Conditions | None = None,
         shuffle: bool = True,
-        rows_per_timestep: int | None = None,
-        held_out: int = 0,
+        rows_per_timestep: Count | None = None,
+        held_out: Some = 0,
     ) -> None:
-        if not 0 <= held_out < max(1, num_trajectories):
-            raise CalibrationError(
+        if held_out >= num_trajectories:
+            raise ConfigError(
                 f"held_out is {held_out}; it must leave some of the {num_trajectories} runs"
             )
-        counts = {
-            "num_trajectories": num_trajectories,
-            "num_inference_steps": num_inference_steps,
-            "batch_size": batch_size,
-            "rows_per_timestep": 1 if rows_per_timestep is None else rows_per_timestep,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise CalibrationError(f"{name} is {count}; it must be at least 1")
         self.model = model
         self.scheduler = scheduler
         self.num_trajectories = num_trajectories
@@ -317,9 +312,18 @@ def make_conditions(
         generator: Given to a function.
 
     Raises:
-        CalibrationError: A tensor has another length.
+        CalibrationError: A tensor has another length, is empty, or holds NaN or infinity.
     """
-    made = dict(conditions(count, generator) if callable(conditions) else (conditions or {}))
+    given = conditions(count, generator) if callable(conditions) else conditions
+    made = {} if given is None else given
+    check_call(made, "conditions")
+    made = dict(made)
+    for name, value in made.items():
+        if isinstance(value, list) and not any(_tensors(value, name)):
+            raise CalibrationError(
+                f"condition {name} is a list without tensors; give a tensor whose first axis is "
+                f"the number of trajectories, {count}"
+            )
     for name, tensor in _tensors(made, ""):
         if tensor.ndim == 0 or len(tensor) != count:
             raise CalibrationError(

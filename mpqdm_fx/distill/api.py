@@ -27,6 +27,7 @@ from mpqdm_fx.graph.fingerprint import graph_fingerprint, hash_tensor
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.stages import normalized
+from mpqdm_fx.validation import Count, checked
 from mpqdm_fx.versions import versions
 
 __all__ = ["Distilled", "distill"]
@@ -57,13 +58,14 @@ class Distilled:
     improved: bool
 
 
+@checked
 def distill(
     quantized: QuantizedModel,
     teacher: nn.Module,
     config: DistillConfig,
     *,
     scheduler: Any,
-    sample_shape: tuple[int, ...] | None = None,
+    sample_shape: tuple[Count, ...] | None = None,
     conditions: Conditions | None = None,
     unconditional: Conditions | None = None,
     directory: str | Path | None = None,
@@ -96,6 +98,7 @@ def distill(
             is fixed to another one.
         CalibrationError: A run or the loss leaves the finite numbers, or conditions do not fit.
     """
+    start = _start(config, sample_shape or sample_shape_of(teacher), conditions, unconditional)
     _check_batch(quantized.signature, config)
     graph = normalized(teacher, example_call(quantized.signature), quantized.settings)
     fingerprint = graph_fingerprint(graph)
@@ -111,8 +114,7 @@ def distill(
         batch_size=config.batch_size,
         device=device,
     )
-    shape = sample_shape or sample_shape_of(teacher)
-    runs = _runs(recorder, config, shape, conditions, unconditional)
+    runs = recorder.record(right, start, progress="float model's runs")
     held_out = _held_out(recorder, config, runs)
     judge = Judge(model=model, recorder=recorder)
     before = judge.errors(held_out)
@@ -199,22 +201,20 @@ def _moved(module: _Module, device: torch.device | str) -> _Module:
     return moved
 
 
-def _runs(
-    recorder: Recorder,
+def _start(
     config: DistillConfig,
     shape: tuple[int, ...],
     conditions: Conditions | None,
     unconditional: Conditions | None,
-) -> Runs:
+) -> Start:
     generator = torch.Generator().manual_seed(config.seed)
     count = config.trajectories
-    start = Start(
+    return Start(
         noise=torch.randn(count, *shape, generator=generator),
         conditions=make_conditions(conditions, count, generator),
         unconditional=make_conditions(unconditional, count, generator) if config.guided else None,
         seed=config.seed,
     )
-    return recorder.record(recorder.teacher, start, progress="float model's runs")
 
 
 def _held_out(recorder: Recorder, config: DistillConfig, runs: Runs) -> Runs:

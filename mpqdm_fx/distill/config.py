@@ -1,22 +1,24 @@
 """What to train, for how long, and by which losses."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from mpqdm_fx.config import MAX_SEED
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.validation import (
+    Between,
+    Count,
+    NonNegative,
+    Positive,
+    Seed,
+    Share,
+    Some,
+    check_fields,
+)
 
 __all__ = ["DistillConfig", "Relation"]
 
 Relation = Literal["none", "trd", "queue", "feature"]
-
-_CHOICES = {
-    "relation": ("none", "trd", "queue", "feature"),
-    "base": ("cell", "float", "codes"),
-    "rounding": ("nearest", "stochastic"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,72 +82,48 @@ class DistillConfig:
         ConfigError: A value is out of range.
     """
 
-    updates: int | None = None
-    seconds: float | None = None
-    trajectories: int = 64
-    steps: int = 20
-    batch_size: int = 32
-    rank: int = 8
-    weight_rate: float = 0.06
-    scale_rate: float = 1e-3
+    updates: Annotated[int, Between(1, 2**31)] | None = None
+    seconds: Positive | None = None
+    trajectories: Count = 64
+    steps: Count = 20
+    batch_size: Count = 32
+    rank: Some = 8
+    weight_rate: NonNegative = 0.06
+    scale_rate: NonNegative = 1e-3
     absolute_rates: bool = False
-    level_rate: float = 0.02
-    range_rate: float = 2e-3
-    bias_rate: float = 0.01
-    smoothness: float = 1e-3
+    level_rate: NonNegative = 0.02
+    range_rate: NonNegative = 2e-3
+    bias_rate: NonNegative = 0.01
+    smoothness: NonNegative = 1e-3
     base: Literal["cell", "float", "codes"] = "cell"
     rounding: Literal["nearest", "stochastic"] = "nearest"
     relation: Relation = "none"
-    relation_share: float = 0.1
-    temperature: float = 0.1
-    pixels: int = 256
-    memory: int = 2048
+    relation_share: NonNegative = 0.1
+    temperature: Positive = 0.1
+    pixels: Annotated[int, Between(2, 2**20)] = 256
+    memory: Annotated[int, Between(2, 2**20)] = 2048
     features: tuple[str, ...] = ()
-    final_share: float = 0.5
-    noise_bias: tuple[float, float] = (1.0, 1.0)
-    effect_runs: int = 8
-    held_out: int = 8
+    final_share: Share = 0.5
+    noise_bias: tuple[Positive, Positive] = (1.0, 1.0)
+    effect_runs: Count = 8
+    held_out: Count = 8
     keep_better: bool = True
-    on_policy: float = 0.0
-    refresh: int = 100
-    ema: float = 0.99
+    on_policy: Share = 0.0
+    refresh: Annotated[int, Between(1, 2**31)] = 100
+    ema: Share = 0.99
     correct_mean: bool = True
-    guidance_scale: float | None = None
+    guidance_scale: Positive | None = None
     mixed_precision: bool = False
-    recompute: int = 0
-    seed: int = 0
+    recompute: Some = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        for name in ("features", "noise_bias"):
+            if isinstance(getattr(self, name), list):  # as JSON has them
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_fields(self)
         if self.updates is None and self.seconds is None:
             raise ConfigError("say how long to train: updates=..., seconds=..., or both")
-        for name in _CHOICES:
-            if getattr(self, name) not in _CHOICES[name]:
-                listed = " or ".join(map(repr, _CHOICES[name]))
-                raise ConfigError(f"{name}={getattr(self, name)!r}: choose {listed}")
-        at_least = {
-            "updates": 1, "trajectories": 1, "steps": 1, "batch_size": 1, "rank": 0, "pixels": 2,
-            "memory": 2, "refresh": 1, "effect_runs": 1, "held_out": 1, "recompute": 0, "seed": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ConfigError(f"{name}={value!r}: give a whole number of at least {least}")
-        if self.seed >= MAX_SEED:
-            raise ConfigError(f"seed={self.seed!r}: give a whole number below 2^62")
-        positive = ("seconds", "temperature", *(("guidance_scale",) if self.guided else ()))
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name}={value!r}: give a positive number")
-        for name in ("weight_rate", "scale_rate", "level_rate", "range_rate", "bias_rate",
-                     "smoothness", "relation_share"):  # fmt: skip
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: give 0 or more")
-        for name in ("on_policy", "ema", "final_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: give 0 or more, and below 1")
-        if len(self.noise_bias) != 2 or not all(value > 0 for value in self.noise_bias):
-            raise ConfigError(f"noise_bias={self.noise_bias!r}: give two positive numbers")
 
     @property
     def guided(self) -> bool:

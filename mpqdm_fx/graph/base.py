@@ -8,6 +8,7 @@ cleans up, and holds `modified` and the input's purity to what really happened.
 import abc
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -17,6 +18,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from mpqdm_fx.errors import ConfigError, DialectError
 from mpqdm_fx.graph.editing import copy_graph_module, eliminate_dead_code, prune
+from mpqdm_fx.validation import Count, check_fields, check_value
 
 __all__ = ["GraphPass", "PassResult", "Pipeline", "fingerprint"]
 
@@ -36,10 +38,17 @@ class GraphPass(PassBase):
         preserves_function: False for a pass that means to change the numbers (rounding).
         tolerance: how far the outputs may move, as a share of each output's largest magnitude,
             in float32. 0 means bit-equal.
+
+    Raises:
+        ConfigError: a field does not fit its annotation.
     """
 
     preserves_function: ClassVar[bool] = True
     tolerance: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the settings; a pass with a check of its own calls this one first."""
+        check_fields(self)
 
     @abc.abstractmethod
     def rewrite(self, graph_module: fx.GraphModule) -> bool:
@@ -135,22 +144,22 @@ class Pipeline(GraphPass):
     """
 
     passes: tuple[GraphPass, ...]
-    max_steps: int = 1
+    max_steps: Count = 1
 
     def __post_init__(self) -> None:
         """Refuse what is not a pass.
 
         Raises:
-            ConfigError: an entry is no GraphPass, or `max_steps` is below 1.
+            ConfigError: an entry is no GraphPass, or `max_steps` is out of range.
         """
+        check_value(self.passes, Sequence, "passes")
         for entry in self.passes:
             if not isinstance(entry, GraphPass):
                 raise ConfigError(
                     f"Pipeline(passes=...) takes GraphPass objects, got {entry!r}; a pass class "
                     "must be instantiated, a function wrapped in a GraphPass"
                 )
-        if self.max_steps < 1:
-            raise ConfigError(f"Pipeline(max_steps=...) must be at least 1, got {self.max_steps}")
+        super().__post_init__()
 
     @classmethod
     def examples(cls, graph_module: fx.GraphModule) -> tuple[Self, ...]:

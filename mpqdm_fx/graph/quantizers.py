@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mpqdm_fx.activations import ActivationRange, NoiseLevels
-from mpqdm_fx.config import check_bits
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.numerics.dynamic import fake_quantize_dynamic
+from mpqdm_fx.validation import Bits, check_value
 
 __all__ = ["ActivationQuantizer", "DynamicQuantizer", "NoiseLevelGroups", "NoiseLevelQuantizer"]
 
@@ -40,7 +40,8 @@ class DynamicQuantizer(ActivationQuantizer):
 
     def __init__(self, bits: int = 8, axes: int | tuple[int, ...] = 1) -> None:
         super().__init__()
-        self.bits = check_bits(bits, "activation bits")
+        check_value(bits, Bits, "activation bits")
+        self.bits = bits
         if (axes < 1) if isinstance(axes, int) else (not axes or max(axes) >= 0):
             raise ConfigError(
                 f"axes={axes}: a range is shared along at least one axis, counted from the end"

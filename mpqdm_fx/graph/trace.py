@@ -31,8 +31,8 @@ from mpqdm_fx.graph.diagnose import (
     refuse,
 )
 from mpqdm_fx.graph.difference import attention_kernels, first_difference, same_bits
-from mpqdm_fx.graph.leaves import check_modules
 from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
+from mpqdm_fx.graph.leaves import check_modules
 from mpqdm_fx.graph.raise_modules import raise_leaf_modules
 from mpqdm_fx.graph.signature import Signature, bind_inputs
 

@@ -39,6 +39,7 @@ from mpqdm_fx.models.dataset import (
     shift_randomly,
 )
 from mpqdm_fx.models.network import TRAIN_TIMESTEPS, build_scheduler, build_unet
+from mpqdm_fx.validation import Count, Positive, Seed, Share, Some, check_fields
 
 logger = logging.getLogger(__name__)
 
@@ -69,25 +70,23 @@ class TrainConfig:
         classifier_epochs: passes of the classifier's training.
     """
 
-    seed: int = 0
-    steps: int = 4500
-    cosine_steps: int = 6000
-    cooldown_steps: int = 1000
-    batch_size: int = 64
-    learning_rate: float = 1.5e-3
-    warmup_steps: int = 200
-    ema_decay: float = 0.999
-    checkpoint_every: int = 250
-    evaluate_every: int = 500
-    evaluate_samples: int = 256
-    evaluate_seeds: tuple[int, ...] = (1001, 1002, 1003)
-    block_channels: tuple[int, int, int] = (32, 64, 96)
-    classifier_epochs: int = 40
+    seed: Seed = 0
+    steps: Count = 4500
+    cosine_steps: Count = 6000
+    cooldown_steps: Some = 1000
+    batch_size: Count = 64
+    learning_rate: Positive = 1.5e-3
+    warmup_steps: Some = 200
+    ema_decay: Share = 0.999
+    checkpoint_every: Count = 250
+    evaluate_every: Count = 500
+    evaluate_samples: Count = 256
+    evaluate_seeds: tuple[Seed, ...] = (1001, 1002, 1003)
+    block_channels: tuple[Count, Count, Count] = (32, 64, 96)
+    classifier_epochs: Count = 40
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_fields(self)
 
 
 class DigitsTrainer:

@@ -54,7 +54,9 @@ class LayerCosts:
         if self.codebook is not None:
             tables.append((self.codebook, CODEBOOK_MAX_BITS))
         for costs, columns in tables:
-            if self.channels < 1 or self.width < 1 or costs.shape != (self.channels, columns):
+            whole = _is_whole(self.channels) and _is_whole(self.width)
+            positive = whole and self.channels >= 1 and self.width >= 1
+            if not positive or costs.shape != (self.channels, columns):
                 raise ConfigError(
                     f"{self.name}: costs of shape {tuple(costs.shape)} do not fit {self.channels} "
                     f"channels of {self.width} weights; give [{self.channels}, {columns}]"
@@ -63,8 +65,8 @@ class LayerCosts:
                 raise CalibrationError(
                     f"{self.name}: a cost is negative, NaN or infinite; check the calibration data"
                 )
-        if self.fixed is not None and not 1 <= self.fixed <= MAX_BITS:
-            raise ConfigError(f"{self.name}: fixed={self.fixed}; use 1 to {MAX_BITS}")
+        if self.fixed is not None and not (_is_whole(self.fixed) and 1 <= self.fixed <= MAX_BITS):
+            raise ConfigError(f"{self.name}: fixed={self.fixed!r}; use 1 to {MAX_BITS}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,6 +80,11 @@ class LayerChoice:
 
     bits: Tensor
     levels: LevelKind
+
+
+def _is_whole(value: object) -> bool:
+    """Whether a value is an integer; NaN, which no comparison stops, is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def total_bits(layers: Sequence[LayerCosts], choices: Sequence[LayerChoice]) -> int:
@@ -123,10 +130,13 @@ def allocate_budget(
         One choice per layer, in their order.
 
     Raises:
-        ConfigError: The budget is below the smallest that can hold, or ``align`` below 1.
+        ConfigError: The budget is below the smallest that can hold, or it or ``align`` is no
+            whole number of the right size.
     """
-    if align < 1:
-        raise ConfigError(f"align={align}; blocks have at least 1 channel")
+    if not _is_whole(budget_bits):
+        raise ConfigError(f"budget_bits={budget_bits!r}; give a whole number of bits")
+    if not (_is_whole(align) and align >= 1):
+        raise ConfigError(f"align={align!r}; blocks have at least 1 channel")
     chosen: dict[int, LayerChoice] = {}
     rest = budget_bits
     free: list[int] = []

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mpqdm_fx.backends.xnnpack.reference import CLOSE_DB, MARGIN_DB
 from mpqdm_fx.errors import ArtifactError
@@ -15,6 +15,7 @@ from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.parity.ladder import Ladder, Rung
 from mpqdm_fx.parity.measure import Measured
 from mpqdm_fx.parity.sites import Site
+from mpqdm_fx.validation import Between, check_fields, check_value
 from mpqdm_fx.versions import versions
 
 __all__ = ["MEASURED_MARGIN_DB", "THRESHOLDS", "Thresholds"]
@@ -25,6 +26,12 @@ THRESHOLDS = "parity.json"
 MEASURED_MARGIN_DB = 1.0
 
 _FORMAT, _VERSION = "mpqdm_fx.parity", 1
+
+#: What is wanted where a value is nothing but noise.
+_LEAST_DB = -999.0
+
+
+_Decibels = Annotated[float, Between(_LEAST_DB, 1000)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +47,14 @@ class RungThresholds:
     """
 
     against: str
-    float_db: float
-    previous_db: float
-    nodes: Mapping[Site, float]
-    own: Mapping[Site, float]
+    float_db: _Decibels
+    previous_db: _Decibels
+    nodes: Mapping[Site, _Decibels]
+    own: Mapping[Site, _Decibels]
+
+    def __post_init__(self) -> None:
+        check_value(self.against, str, "against")
+        check_fields(self, f"rung against {self.against}: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +73,9 @@ class Thresholds:
     rungs: Mapping[str, RungThresholds]
     files: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def of(cls, measured: Measured, files: Mapping[str, Mapping[str, Any]]) -> "Thresholds":
@@ -189,4 +203,4 @@ def _sites(wanted: Mapping[str, Any]) -> dict[Site, float]:
 
 def _wanted(found: float, steady: float) -> float:
     value = min(CLOSE_DB, found - MEASURED_MARGIN_DB, steady - MARGIN_DB)
-    return math.floor(100 * max(value, -999.0)) / 100
+    return math.floor(100 * max(value, _LEAST_DB)) / 100

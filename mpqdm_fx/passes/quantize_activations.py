@@ -162,6 +162,7 @@ class QuantizeActivations(GraphPass):
         Raises:
             ConfigError: There are none, or a layer has another number of groups.
         """
+        super().__post_init__()
         for name, activation in self.ranges.items():
             if not isinstance(activation, TimestepActivation):
                 continue

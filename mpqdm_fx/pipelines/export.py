@@ -5,7 +5,6 @@ The road: take the pipeline apart -> for each part: calibrate, quantize, judge, 
 that a run that was killed goes on with them; the output appears whole.
 """
 
-import copy
 import hashlib
 import inspect
 import logging
@@ -14,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 from tqdm.auto import tqdm
 
@@ -22,6 +21,7 @@ from mpqdm_fx import errors
 from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
+from mpqdm_fx.calibration.sampling import scheduled
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.folders import check_target, staged_directory
@@ -36,6 +36,7 @@ from mpqdm_fx.pipelines.programs import Judged, quantize_part, sqnr_of, write_pr
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.work import WorkFolder
 from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.validation import Between, Bytes, Count, NonNegative, check_value, checked
 from mpqdm_fx.versions import versions
 
 __all__ = ["MINIMUM_SQNR_DB", "ExportResult", "export_pipeline"]
@@ -70,6 +71,7 @@ class ExportResult:
     manifest: Mapping[str, Any]
 
 
+@checked
 def export_pipeline(
     pipeline: Any,
     config: MPQConfig | None,
@@ -77,13 +79,13 @@ def export_pipeline(
     *,
     sizes: Sequence[Size] | None = None,
     prompts: Sequence[str] = DEFAULT_PROMPTS,
-    steps: int = 20,
-    guidance: float = 7.5,
-    trajectories: int = 16,
-    batch_size: int = 8,
-    minimum_sqnr_db: float = MINIMUM_SQNR_DB,
+    steps: Count = 20,
+    guidance: NonNegative = 7.5,
+    trajectories: Count = 16,
+    batch_size: Count = 8,
+    minimum_sqnr_db: Annotated[float, Between(-300, 300)] = MINIMUM_SQNR_DB,
     resume: bool = False,
-    max_memory: int | None = None,
+    max_memory: Bytes | None = None,
     device: str | None = None,
     sensitivity: str | Path | None = None,
     tabulate: bool = False,
@@ -219,7 +221,8 @@ def export_pipeline(
 
 
 def _check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: FourBit) -> None:
-    if isinstance(prompts, str) or not prompts:
+    check_value(prompts, Sequence[str], "prompts")
+    if not prompts:
         raise ConfigError("prompts: give a sequence of at least one prompt")
     check_four_bit(four_bit, "float" if config is None else config.activation_mode)
     if config is None or config.activation_mode == "float":
@@ -244,9 +247,8 @@ def _digest(part: Part) -> str:
 
 def _schedule(scheduler: Any, steps: int) -> list[float]:
     """A schedule's timesteps as the runner meets them; one that comes twice needs one row."""
-    own = copy.deepcopy(scheduler)
-    own.set_timesteps(steps)
-    return list(dict.fromkeys(own.timesteps.float().tolist()))
+    timesteps = scheduled(scheduler, steps).timesteps
+    return list(dict.fromkeys(timesteps.float().tolist()))
 
 
 def _apart(module: ModuleType) -> str:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.runner import guidance_embedding, time_ids
+from mpqdm_fx.validation import Count, NonNegative, Seed, check_fields
 
 __all__ = ["DenoiserCalls", "PipelineInputs"]
 
@@ -41,11 +42,14 @@ class PipelineInputs:
     layout: Layout
     size: Size
     prompts: Sequence[str]
-    steps: int
-    guidance: float
-    trajectories: int
-    batch_size: int
-    seed: int
+    steps: Count
+    guidance: NonNegative
+    trajectories: Count
+    batch_size: Count
+    seed: Seed
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @cached_property
     def runs(self) -> Trajectories:

@@ -21,13 +21,14 @@ from mpqdm_fx.pipelines.parts import (
     PenultimateStates,
     TextEncoder,
 )
+from mpqdm_fx.validation import Count, check_value
 
 __all__ = ["SUPPORTED", "Kind", "Layout", "Size", "layout_of", "open_pipeline"]
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["text_to_image", "inpainting", "unconditional"]
-Size = tuple[int, int]
+Size = tuple[Count, Count]
 """Height and width of an image in pixels."""
 
 SUPPORTED: dict[str, Kind] = {
@@ -87,9 +88,10 @@ class Layout:
         Raises:
             ConfigError: A size is no multiple of the decoder's scale, or given twice.
         """
-        chosen = tuple((int(h), int(w)) for h, w in sizes or (self.default_size,))
+        check_value(sizes, Sequence[Size] | None, "sizes")
+        chosen = tuple(sizes or (self.default_size,))
         for height, width in chosen:
-            if min(height, width) < 1 or height % self.scale or width % self.scale:
+            if height % self.scale or width % self.scale:
                 raise ConfigError(
                     f"size {height}x{width}: height and width must be multiples of {self.scale}, "
                     f"the scale of the pipeline's decoder"

@@ -17,10 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.sampling import Denoiser, denoise, first_tensor
 from mpqdm_fx.calibration.trajectories import Trajectories, balanced_class_labels
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.validation import Count, Seed, checked
 
 __all__ = [
     "EvaluationResult",
@@ -118,9 +120,10 @@ def epsilon_sqnr(
         The signal-to-quantization-noise ratio over all batches together, in decibels.
 
     Raises:
-        CalibrationError: there is no batch, or a model returns no tensor.
+        CalibrationError: there is no batch, one cannot be used, or a model returns no tensor.
     """
     batches = list(inputs)
+    check_calls(batches, "batch")
     return _sqnr_of_batches(_outputs(reference, batches), _outputs(quantized, batches))
 
 
@@ -128,8 +131,8 @@ def x0_sqnr(reference_images: Tensor, images: Tensor) -> float:
     """Compare final samples drawn from the same noise.
 
     Args:
-        reference_images: samples of the float model, float [N, ...].
-        images: samples of the other model from the same noise, same shape.
+        reference_images: of the float model, float [N, ...].
+        images: of the other model from the same noise, same shape.
 
     Returns:
         Decibels; inf when identical.
@@ -193,21 +196,21 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
         from torchmetrics.classification import MulticlassAccuracy
     except ImportError as error:
         raise _missing_torchmetrics() from error
-    metric = MulticlassAccuracy(num_classes=logits.shape[1], average="micro")
-    return float(metric(logits, labels))
+    return float(MulticlassAccuracy(num_classes=logits.shape[1], average="micro")(logits, labels))
 
 
+@checked
 def run_reference(
     reference: Denoiser,
     scheduler: Any,
     *,
-    sample_shape: tuple[int, ...] = (1, 16, 16),
-    num_classes: int = 10,
-    num_samples: int = 256,
-    num_inference_steps: int = 20,
-    rows_per_timestep: int = 12,
-    batch_size: int = 32,
-    seed: int = EVALUATION_SEED,
+    sample_shape: tuple[Count, ...] = (1, 16, 16),
+    num_classes: Count = 10,
+    num_samples: Count = 256,
+    num_inference_steps: Count = 20,
+    rows_per_timestep: Count = 12,
+    batch_size: Count = 32,
+    seed: Seed = EVALUATION_SEED,
 ) -> ReferenceRun:
     """Run the float model once: held-out trajectories, and samples with balanced classes.
 
@@ -305,12 +308,12 @@ def evaluate_denoiser(
     scheduler: Any,
     classifier: FeatureClassifier,
     *,
-    sample_shape: tuple[int, ...] = (1, 16, 16),
-    num_classes: int = 10,
-    num_samples: int = 256,
-    num_inference_steps: int = 20,
-    batch_size: int = 32,
-    seed: int = EVALUATION_SEED,
+    sample_shape: tuple[Count, ...] = (1, 16, 16),
+    num_classes: Count = 10,
+    num_samples: Count = 256,
+    num_inference_steps: Count = 20,
+    batch_size: Count = 32,
+    seed: Seed = EVALUATION_SEED,
 ) -> EvaluationResult:
     """Measure a quantized class-conditional denoiser against the float one.
 
@@ -360,9 +363,7 @@ def _draw(
     batch_size: int,
     seed: int,
 ) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(labels), *sample_shape, generator=generator)
-    starts = range(0, len(labels), batch_size)
+    noise = torch.randn(len(labels), *sample_shape, generator=torch.Generator().manual_seed(seed))
     return torch.cat(
         [
             denoise(
@@ -373,7 +374,7 @@ def _draw(
                 seed=seed + start,
                 conditions={"class_labels": labels[start : start + batch_size]},
             )
-            for start in starts
+            for start in range(0, len(labels), batch_size)
         ]
     )
 

@@ -16,6 +16,7 @@ from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.quantizer_sites import find_timestep, quantizer_sites
 from mpqdm_fx.sweep.sweep import two_lanes
 from mpqdm_fx.sweep.work import layer_work
+from mpqdm_fx.validation import Bytes, checked
 
 __all__ = ["Estimate", "estimate"]
 
@@ -68,12 +69,13 @@ class Estimate:
         return {**asdict(self), "seconds": self.seconds}
 
 
+@checked
 def estimate(
     graph_module: fx.GraphModule,
     calls: Sequence[Mapping[str, Any]],
     settings: MPQConfig,
     *,
-    max_memory: int | None = None,
+    max_memory: Bytes | None = None,
     half: bool = False,
 ) -> Estimate:
     """Estimate a sweep without running it; takes a second to measure this machine.

@@ -1,5 +1,6 @@
 """Bits by measured cost: what rounding a channel does to the model's output, under a budget."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpqdm_fx.calibration.allocate import Limits, even_levels, fixed_plan
+from mpqdm_fx.calibration.allocate import Limits, even_levels, fixed_plan, layer_limits
 from mpqdm_fx.calibration.count import bit_plan
 from mpqdm_fx.calibration.pinning import pinned_layers
 from mpqdm_fx.calibration.sensitivity import measure_sensitivity
@@ -22,7 +23,7 @@ from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.shards import Shards
 
-__all__ = ["budget_bits", "measured_plans", "solve_budget"]
+__all__ = ["budget_bits", "check_budget", "measured_plans", "solve_budget"]
 
 _MAX_ROWS = 4096
 
@@ -124,6 +125,51 @@ def _levels(layer: WeightLayer, chosen: Levels, settings: MPQConfig) -> Levels:
     return even_levels(layer, settings) if chosen == "uniform" else chosen
 
 
+def check_budget(graph_module: fx.GraphModule, settings: MPQConfig) -> None:
+    """Refuse a budget that no widths meet, before anything is measured.
+
+    Args:
+        graph_module: Normalized float graph.
+        settings: The run's settings.
+
+    Raises:
+        ConfigError: With one bit a weight the layers take more; says how much.
+    """
+    if settings.effective_bits is None and settings.weight_bytes is None:
+        return
+    limits = layer_limits(graph_module, settings)
+    draft = _draft(graph_module, limits)
+    layers = weight_layers(graph_module, embeddings=True)
+    least = sum(
+        _stored_bits(layer, limits.fixed.get(name, (1, ""))[0])
+        for name, layer in layers.items()
+        if name not in limits.skipped
+    )
+    missing = least - budget_bits(graph_module, settings, limits)
+    if missing <= 0:
+        return
+    if settings.weight_bytes is not None:
+        given = f"weight_bytes={settings.weight_bytes}"
+        smallest = f"weight_bytes={settings.weight_bytes - (-missing // 8)}"
+    else:
+        assert settings.effective_bits is not None
+        given = f"effective_bits={settings.effective_bits}"
+        bits = settings.effective_bits + missing / draft.num_weights
+        smallest = f"effective_bits={math.ceil(1e4 * bits) / 1e4:g}"
+    reason = (
+        f"{given} cannot hold these layers even at 1 bit a weight: the smallest that can is "
+        f"{smallest} (codes, scales, layers of fixed bits or in float)"
+    )
+    raise ConfigError("; ".join([reason, *draft.remarks]))
+
+
+def _stored_bits(layer: WeightLayer, bits: int) -> int:
+    """Bits of a layer of uniform levels: codes and scales."""
+    channels = layer.weight.shape[0]
+    shape = (channels, layer.weight.numel() // channels)
+    return storage_bits(shape, torch.full((channels,), bits), "uniform").total
+
+
 def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limits) -> int:
     """Stored bits that the quantized layers may take in all.
 
@@ -133,9 +179,6 @@ def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limit
             with uniform levels and the layers that the paper's recipe keeps at 8 bits.
         limits: Layers left in float; they count against a budget that is given, as do all other
             weights left in float.
-
-    Raises:
-        ConfigError: What stays in float takes the whole budget.
     """
     layers = weight_layers(graph_module, embeddings=True)
     kept = {name: layer for name, layer in layers.items() if name not in limits.skipped}
@@ -145,21 +188,14 @@ def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limit
         if settings.effective_bits is not None:
             budget = int(settings.effective_bits * plan.num_weights)
         in_float = sum(tensor.numel * tensor.bits for tensor in plan.float_weights)
-        if in_float >= budget:
-            raise ConfigError(
-                f"a budget of {budget} bits cannot be kept: the weights left in float alone take "
-                f"{in_float} bits; {'; '.join(plan.remarks)}"
-            )
         return budget - in_float
     pinned = pinned_layers(graph_module)
     total = 0
     for name, layer in kept.items():
-        channels = layer.weight.shape[0]
         bits = 8 if name in pinned else settings.weight_bits
         if name in limits.fixed:
             bits = limits.fixed[name][0]
-        shape = (channels, layer.weight.numel() // channels)
-        total += storage_bits(shape, torch.full((channels,), bits), "uniform").total
+        total += _stored_bits(layer, bits)
     return total
 
 

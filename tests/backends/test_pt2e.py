@@ -144,7 +144,7 @@ class OnlySums:
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_works_inside_a_composable_quantizer(ours_first):
     graph, ranges, inputs = rounded(Residual())
-    quantizers = [to_quantizer(graph, ranges=ranges), OnlySums.make()]
+    quantizers = [to_quantizer(graph, ranges), OnlySums.make()]
     composed = ao.ComposableQuantizer(quantizers if ours_first else quantizers[::-1])
     prepared = ao.prepare_pt2e(export_graph(graph, inputs).module(), composed)
     outputs(prepared, inputs)
@@ -164,13 +164,13 @@ def test_annotation_of_another_quantizer_is_not_overwritten():
     taken = next(n for n in exported.graph.nodes if n.target is torch.ops.aten.conv2d.default)
     mark = ao.QuantizationAnnotation(_annotated=True)
     taken.meta[ao.Q_ANNOTATION_KEY] = mark
-    to_quantizer(graph, ranges=ranges).annotate(exported)
+    to_quantizer(graph, ranges).annotate(exported)
     assert taken.meta[ao.Q_ANNOTATION_KEY] is mark
 
 
 def test_without_ranges_an_observer_calibrates():
     graph, _, inputs = rounded(Residual())
-    prepared = ao.prepare_pt2e(export_graph(graph, inputs).module(), to_quantizer(graph))
+    prepared = ao.prepare_pt2e(export_graph(graph, inputs).module(), to_quantizer(graph, "observe"))
     outputs(prepared, inputs)
     converted = ao.convert_pt2e(prepared)
     weights = integer_weights(converted)
@@ -195,15 +195,15 @@ def test_exported_graph_without_the_layers_names_is_refused():
     other = trace(nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), {"input": inputs["x"]})
     exported = torch.export.export(other, (inputs["x"],), strict=False).module()
     with pytest.raises(ConfigError, match="export the rounded graph itself"):
-        to_quantizer(graph, ranges=ranges).annotate(exported)
+        to_quantizer(graph, ranges).annotate(exported)
 
 
 def test_bad_ranges_are_refused():
     graph, ranges, _ = rounded(Residual())
     with pytest.raises(ConfigError, match="`ranges` is empty"):
-        to_quantizer(graph, ranges={})
+        to_quantizer(graph, {})
     with pytest.raises(ConfigError, match="'no_layer'"):
-        to_quantizer(graph, ranges={"no_layer": ranges["conv1"]})
+        to_quantizer(graph, {"no_layer": ranges["conv1"]})
 
 
 def test_weight_shared_by_a_layer_called_twice_is_stored_once():

@@ -166,7 +166,7 @@ def test_tied_layer_is_lowered_under_both_names():
 
 def test_mapping_has_one_qconfig_per_layer_and_none_for_the_rest():
     graph, ranges, _ = rounded(Residual())
-    mapping = to_qconfig_mapping(graph)
+    mapping = to_qconfig_mapping(graph, "observe")
     assert set(mapping.module_name_qconfigs) == set(ranges)
     assert mapping.global_qconfig is None
     observer = mapping.module_name_qconfigs["conv1"].activation()
@@ -175,7 +175,7 @@ def test_mapping_has_one_qconfig_per_layer_and_none_for_the_rest():
 
 def test_converting_before_the_ranges_are_set_is_refused():
     graph, ranges, inputs = rounded(Residual())
-    mapping = to_qconfig_mapping(graph, ranges=ranges)
+    mapping = to_qconfig_mapping(graph, ranges)
     with ao.quiet():
         prepared = ao.prepare_fx(graph, mapping, tuple(inputs.values()))
         with pytest.raises(ConfigError, match="set_ranges"):
@@ -186,7 +186,7 @@ def test_ranges_can_be_set_in_the_stock_flow():
     graph, ranges, inputs = rounded(Residual())
     expected = run(QuantizeActivations(ranges=ranges)(graph).graph_module, inputs)
     with ao.quiet(), ao.quantized_engine("onednn"):
-        mapping = to_qconfig_mapping(graph, ranges=ranges)
+        mapping = to_qconfig_mapping(graph, ranges)
         prepared = ao.prepare_fx(graph, mapping, tuple(inputs.values()))
         set_ranges(prepared, ranges)
         converted = ao.convert_fx(prepared)
@@ -195,7 +195,7 @@ def test_ranges_can_be_set_in_the_stock_flow():
 
 def test_setting_ranges_of_other_layers_is_refused():
     graph, ranges, inputs = rounded(Residual())
-    mapping = to_qconfig_mapping(graph, ranges=ranges)
+    mapping = to_qconfig_mapping(graph, ranges)
     with ao.quiet():
         prepared = ao.prepare_fx(graph, mapping, tuple(inputs.values()))
     with pytest.raises(ConfigError, match="belongs to no layer"):
@@ -243,5 +243,5 @@ def test_fbgemm_without_vnni_is_warned_of(monkeypatch, caplog):
     graph, _, _ = rounded(Attention())
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     with caplog.at_level(logging.WARNING):
-        to_qconfig_mapping(graph, engine="fbgemm")
+        to_qconfig_mapping(graph, "observe", engine="fbgemm")
     assert "saturate" in caplog.text

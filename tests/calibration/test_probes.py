@@ -165,8 +165,9 @@ def test_bad_calls_are_refused(scalar_graph):
     calls = scalar_calls()
     with pytest.raises(CalibrationError, match="1 tensors of weights for 2 calls"):
         output_energies(scalar_graph, calls, weights=[torch.ones(3)])
-    with pytest.raises(CalibrationError, match="weights of call 1 have shape"):
-        output_energies(scalar_graph, calls, weights=[torch.ones(3), torch.ones(3)])
+    for bad in (torch.ones(3), torch.tensor([1.0, float("inf")]), torch.tensor([1.0, -1.0])):
+        with pytest.raises(CalibrationError, match="weights of call 1 have shape"):
+            output_energies(scalar_graph, calls, weights=[torch.ones(3), bad])
     with pytest.raises(CalibrationError, match="are zero"):
         output_energies(scalar_graph, calls, weights=[torch.zeros(3), torch.zeros(2)])
     calls[0]["x"][0, 0, 0, 0] = float("inf")

@@ -15,7 +15,7 @@ from diffusers import (
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from mpqdm_fx.calibration.sampling import denoise, first_tensor, model_timesteps
-from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.errors import CalibrationError, ConfigError
 
 SCHEDULERS = [
     DDIMScheduler,
@@ -272,8 +272,13 @@ def test_a_scheduler_of_flow_matching_is_refused_by_name():
         )
 
 
+def test_more_steps_than_the_scheduler_has_are_refused_with_its_own_reason():
+    with pytest.raises(ConfigError, match=r"DDIMScheduler has no schedule of 1001 steps: .*1000"):
+        denoise(toy_model, DDIMScheduler(), noise(), num_inference_steps=1001, seed=0)
+
+
 def test_zero_steps_are_refused():
-    with pytest.raises(CalibrationError, match="at least 1"):
+    with pytest.raises(ConfigError, match="num_inference_steps=0"):
         denoise(toy_model, DDIMScheduler(), noise(), num_inference_steps=0, seed=0)
 
 

@@ -12,7 +12,7 @@ from mpqdm_fx.calibration.trajectories import (
     balanced_class_labels,
     digits_trajectories,
 )
-from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.errors import CalibrationError, ConfigError
 
 
 def toy_model(sample, timestep, class_labels=None):
@@ -182,7 +182,7 @@ def test_digits_trajectories_are_320_rows_16_of_each_of_20_timesteps():
     "name", ["num_trajectories", "num_inference_steps", "batch_size", "rows_per_timestep"]
 )
 def test_counts_below_one_are_refused_by_name(name):
-    with pytest.raises(CalibrationError, match=name):
+    with pytest.raises(ConfigError, match=f"{name}=0"):
         make(**{name: 0})
 
 

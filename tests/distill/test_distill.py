@@ -349,7 +349,7 @@ def test_several_processes_share_the_batch(quantized, parts):
     ("settings", "message"),
     [
         ({"updates": None}, "how long"),
-        ({"relation": "cosine"}, "'none' or 'trd'"),
+        ({"relation": "cosine"}, "'none', 'trd', 'queue' or 'feature'"),
         ({"rounding": "floor"}, "'nearest' or 'stochastic'"),
         ({"rank": -1}, "rank=-1"),
         ({"ema": 1.0}, "ema=1.0"),

@@ -239,6 +239,20 @@ def test_too_small_a_budget_names_the_smallest():
     assert total_bits(layers, allocate_budget(layers, least)) == least
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 100.0, True, "100", None])
+def test_what_is_no_whole_number_is_refused_and_not_searched_for(bad):
+    layer = LayerCosts(name="a", channels=2, width=8, uniform=torch.ones(2, 8).double())
+    with pytest.raises(ConfigError, match="budget_bits="):
+        allocate_budget([layer], bad)
+    with pytest.raises(ConfigError, match="align="):
+        allocate_budget([layer], 1000, align=bad)
+    if bad is not None:  # it stands for "not fixed"
+        with pytest.raises(ConfigError, match="a: fixed="):
+            LayerCosts(name="a", channels=2, width=8, uniform=layer.uniform, fixed=bad)
+    with pytest.raises(ConfigError, match="a: costs"):
+        LayerCosts(name="a", channels=bad, width=8, uniform=layer.uniform)
+
+
 def test_costs_that_are_no_numbers_are_refused_with_the_layer():
     with pytest.raises(CalibrationError, match="conv: a cost is negative, NaN"):
         LayerCosts(name="conv", channels=2, width=3, uniform=torch.full((2, 8), float("nan")))
