@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpqdm_fx.calibration.sampling import denoise
+from mpqdm_fx.calibration.sampling import denoise_in_batches, take_rows
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.files import read_json
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, split_batch
-from mpqdm_fx.graph.signature import Signature
-from mpqdm_fx.models.sources import Source, diffusers_class, load_source
-from mpqdm_fx.storage import MANIFEST, MODEL_CONFIG, load, read_manifest
+from mpqdm_fx.graph.signature import InputSpec, Signature
+from mpqdm_fx.models.config_fields import CLASSES
+from mpqdm_fx.models.model_config import MODEL_CONFIG, read_model_config
+from mpqdm_fx.models.sources import Source, load_scheduler, load_source, make_source
+from mpqdm_fx.storage import MANIFEST, load, read_manifest
 
 __all__ = [
     "PROGRAM",
@@ -37,7 +39,7 @@ Denoiser = Callable[..., Any]
 
 def first_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The first sample of a batch of keyword arguments, batch 1."""
-    return {name: _row(value, 0) for name, value in inputs.items()}
+    return {name: take_rows(value, slice(0, 1)) for name, value in inputs.items()}
 
 
 def program_denoiser(path: Path, signature: Signature) -> Denoiser:
@@ -57,7 +59,8 @@ def program_denoiser(path: Path, signature: Signature) -> Denoiser:
             inputs = signature.normalize((), part)
             rows = next(iter(inputs.values())).shape[0]
             outputs += [
-                runner(*[_row(value, index) for value in inputs.values()]) for index in range(rows)
+                runner(*[take_rows(value, slice(index, index + 1)) for value in inputs.values()])
+                for index in range(rows)
             ]
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
@@ -71,13 +74,9 @@ def program_files(folder: Path) -> tuple[Path, ...]:
     return stored_files(folder / PROGRAM)
 
 
-def _row(value: Any, index: int) -> Any:
-    if isinstance(value, dict):
-        return {key: _row(entry, index) for key, entry in value.items()}
-    return value[index : index + 1]
-
-
-def open_denoiser(name: str, subfolder: str | None, form: str) -> tuple[Source, Denoiser]:
+def open_denoiser(
+    name: str, subfolder: str | None, form: str, variant: str | None = None
+) -> tuple[Source, Denoiser]:
     """What `sample` runs: the float model, a folder's packed weights, or its `.pte`.
 
     A program is run without loading or tracing any model.
@@ -86,6 +85,7 @@ def open_denoiser(name: str, subfolder: str | None, form: str) -> tuple[Source, 
         name: A model (see `load_source`) or a folder written by `quantize`.
         subfolder: Part of a pipeline folder.
         form: `"auto"` (the `.pte` if there is one), `"pte"`, `"packed"` or `"float"`.
+        variant: Variant of a float model's weight files.
 
     Raises:
         ConfigError: The form is unknown.
@@ -97,7 +97,7 @@ def open_denoiser(name: str, subfolder: str | None, form: str) -> tuple[Source, 
     if not (folder / MANIFEST).exists():
         if form in ("pte", "packed"):
             raise ArtifactError(f"{name} was not written by mpqdm-fx quantize; it has no {form}")
-        source = load_source(name, subfolder)
+        source = load_source(name, subfolder, variant)
         return source, source.model
     if form == "float":
         source = source_of(folder)
@@ -114,19 +114,31 @@ def open_denoiser(name: str, subfolder: str | None, form: str) -> tuple[Source, 
 
 
 def _saved_source(folder: Path, signature: Signature, model: Denoiser) -> Source:
-    """Shapes, classes and scheduler as saved: sampling needs no float model."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    scheduler = diffusers_class(config["_class_name"]).from_pretrained(folder / "scheduler")
+    """Inputs and scheduler as saved: sampling needs no float model."""
+    scheduler = load_scheduler(folder / "scheduler")
+    if (folder / MODEL_CONFIG).exists() and signature.model_class in CLASSES:
+        _, config = read_model_config(folder)
+        times = next((spec.shape[-1] for spec in signature.inputs if _is_time_ids(spec)), 0)
+        return make_source(
+            str(folder),
+            model,
+            scheduler,
+            class_name=signature.model_class,
+            config=config,
+            aesthetic=times == 5,
+        )
     inputs = example_inputs(signature)
-    described = read_json(folder / MODEL_CONFIG) if (folder / MODEL_CONFIG).exists() else {}
     return Source(
         name=str(folder),
         model=model,
         scheduler=scheduler,
         example_inputs=inputs,
         sample_shape=tuple(inputs["sample"].shape[1:]),
-        classes=int(described.get("num_class_embeds") or 0),
     )
+
+
+def _is_time_ids(spec: InputSpec) -> bool:
+    return spec.name == "added_cond_kwargs.time_ids"
 
 
 def source_of(folder: Path, model: str | None = None, subfolder: str | None = None) -> Source:
@@ -138,7 +150,10 @@ def source_of(folder: Path, model: str | None = None, subfolder: str | None = No
     read_manifest(folder)
     origin = read_json(folder / SOURCE)
     try:
-        return load_source(model or origin["model"], subfolder or origin["subfolder"])
+        # older folders have no variant
+        return load_source(
+            model or origin["model"], subfolder or origin["subfolder"], origin.get("variant")
+        )
     except ConfigError as error:
         raise ArtifactError(
             f"the float model of {folder} is gone ({error}); give --model"
@@ -163,29 +178,16 @@ def draw(
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(num, *source.sample_shape, generator=generator)
-    conditions = source.conditions(num, seed)
-    parts = []
-    with torch.no_grad():
-        for start in range(0, num, batch_size):
-            rows = slice(start, start + batch_size)
-            parts.append(
-                denoise(
-                    denoiser,
-                    source.scheduler,
-                    noise[rows],
-                    num_inference_steps=steps,
-                    seed=seed + start,
-                    conditions={name: _rows(value, rows) for name, value in conditions.items()},
-                    progress=True,
-                )
-            )
-    return torch.cat(parts)
-
-
-def _rows(value: Any, rows: slice) -> Any:
-    if isinstance(value, dict):
-        return {key: _rows(entry, rows) for key, entry in value.items()}
-    return value[rows]
+    return denoise_in_batches(
+        denoiser,
+        source.scheduler,
+        noise,
+        num_inference_steps=steps,
+        seed=seed,
+        conditions=source.conditions(num, seed),
+        batch_size=batch_size,
+        progress=True,
+    )
 
 
 def pictures(samples: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def write_folder(
     backend = form.backend
     with staged_directory(output) as stage:
         source.scheduler.save_pretrained(stage / "scheduler")
-        origin = {"model": source.name, "subfolder": subfolder}
+        origin = {"model": source.name, "subfolder": subfolder, "variant": source.variant}
         (stage / SOURCE).write_text(json.dumps(origin), encoding="utf-8")
         runner: Denoiser = quantized
         program: dict[str, Any] | None = None
@@ -166,7 +166,7 @@ def write_folder(
         peak = "pte" if backend == "xnnpack" else "packed"
         summary["peak_memory_bytes"] = {
             peak: peak_memory(peak, str(stage)),
-            "float": peak_memory("float", source.name, subfolder),
+            "float": peak_memory("float", source.name, subfolder, source.variant),
         }
         for file in program_files(stage):
             drop_expansions(file)

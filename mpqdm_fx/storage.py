@@ -1,7 +1,6 @@
 """Save and load a quantized model: safetensors, JSON, no pickle; nothing is left half-written."""
 
 import copy
-import importlib
 import json
 import logging
 import shutil
@@ -19,6 +18,8 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
 from mpqdm_fx.files import check_version, checksum, read_json
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, signature_to_dict
+from mpqdm_fx.models.classes import is_model_class
+from mpqdm_fx.models.model_config import MODEL_CONFIG, model_from_config
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized, restore
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "mpqdm.json"
 WEIGHTS = "model.safetensors"
-MODEL_CONFIG = "config.json"
 
 
 def check_target(output: str | Path, manifest: str = MANIFEST) -> Path:
@@ -122,7 +122,7 @@ def write_model(
     """
     layout = write_packed(stage / WEIGHTS, quantized.rounded, quantized.plan)
     files = [WEIGHTS]
-    if _is_diffusers_class(quantized.signature.model_class):
+    if is_model_class(quantized.signature.model_class):
         config = {**_plain(quantized.config), "_class_name": quantized.signature.model_class}
         text = json.dumps(config, indent=2, sort_keys=True, default=str)
         (stage / MODEL_CONFIG).write_text(text, encoding="utf-8")
@@ -147,10 +147,6 @@ def write_model(
 def _plain(config: Any) -> dict[str, Any]:
     """A model's configuration without diffusers' private keys."""
     return {key: value for key, value in dict(config).items() if not key.startswith("_")}
-
-
-def _is_diffusers_class(name: str) -> bool:
-    return hasattr(importlib.import_module("diffusers"), name)
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -234,9 +230,4 @@ def _skeleton(root: Path) -> nn.Module:
             f"{root} holds no diffusers model: call load(directory, model=...) with a model of "
             f"the architecture that was quantized"
         )
-    config = read_json(path)
-    name = str(config.get("_class_name"))
-    if not _is_diffusers_class(name):
-        raise ArtifactError(f"the installed diffusers has no class {name!r}; update diffusers")
-    model: nn.Module = getattr(importlib.import_module("diffusers"), name).from_config(config)
-    return model.eval()
+    return model_from_config(root)

@@ -17,7 +17,23 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import CalibrationError
+
+__all__ = [
+    "EXTRA_CHANNELS",
+    "Denoiser",
+    "StepCallback",
+    "denoise",
+    "denoise_in_batches",
+    "first_tensor",
+    "guided",
+    "model_timesteps",
+    "take_rows",
+]
+
+EXTRA_CHANNELS = "extra_channels"
+"""Condition that the model gets as channels behind those of the noisy sample, [N, C, H, W]."""
 
 Denoiser = Callable[..., Any]
 """What is called as `model(sample=..., timestep=..., **conditions)`."""
@@ -43,6 +59,9 @@ def denoise(
 ) -> Tensor:
     """Turn noise into samples with a model and a scheduler.
 
+    Models for inpainting, editing and upscaling see a picture in further channels of their sample:
+    the condition `EXTRA_CHANNELS` is put behind the noisy channels in every call.
+
     Args:
         model: called with `sample` [B, ...], `timestep` [B] and the conditions as keywords; returns
             a tensor, a tuple whose first entry is the tensor, or an output with `.sample`. With
@@ -65,8 +84,8 @@ def denoise(
 
     Raises:
         CalibrationError: guidance without unconditional conditions, conditions that do not match,
-            a number of steps below one, a scheduler that it cannot drive, or a model output of
-            another shape than the sample.
+            a number of steps below one, a scheduler that it cannot drive or whose numbers are no
+            schedule, or a model output of another shape than the sample.
     """
     if num_inference_steps < 1:
         raise CalibrationError(f"num_inference_steps is {num_inference_steps}; give at least 1")
@@ -74,13 +93,17 @@ def denoise(
     paired = guidance_scale is not None
     if paired:
         inputs = _pair_conditions(unconditional, inputs)
+    extra = inputs.pop(EXTRA_CHANNELS, None)
+    _check_extra(extra, len(noise) * (2 if paired else 1), noise)
     if not hasattr(scheduler, "init_noise_sigma"):
         raise CalibrationError(
             f"{type(scheduler).__name__} has no init_noise_sigma: schedulers of flow matching are "
             f"not supported; give one of noise or v-prediction, such as DDIMScheduler"
         )
+    check_scheduler(scheduler)
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    check_scheduler(scheduler)
     # Callers draw `noise` by this very seed: with one stream for both, an ancestral scheduler would
     # add the initial noise itself, and deviations would add up where variances have to.
     generator = torch.Generator(noise.device).manual_seed((seed + _STEP_STREAM) % 2**63)
@@ -102,6 +125,8 @@ def denoise(
         for index, (scheduler_timestep, timestep) in enumerate(steps):
             model_input = torch.cat([sample, sample]) if paired else sample
             model_input = scheduler.scale_model_input(model_input, scheduler_timestep)
+            if extra is not None:
+                model_input = torch.cat([model_input, extra], dim=1)
             output = first_tensor(
                 model(sample=model_input, timestep=timestep.repeat(len(model_input)), **inputs)
             )
@@ -113,6 +138,59 @@ def denoise(
             if callback is not None:
                 callback(index, timestep, sample)
     return sample
+
+
+def denoise_in_batches(
+    model: Denoiser,
+    scheduler: Any,
+    noise: Tensor,
+    *,
+    num_inference_steps: int,
+    seed: int,
+    conditions: Mapping[str, Any],
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Tensor:
+    """Turn much noise into samples, some at once; each batch has ancestral noise of its own.
+
+    Args:
+        model: as of `denoise`.
+        scheduler: as of `denoise`.
+        noise: standard normal, float [N, ...].
+        num_inference_steps: how many steps the schedule has.
+        seed: of the noise that ancestral schedulers add.
+        conditions: tensors, or dicts and tuples of them, with N in front.
+        batch_size: samples at once.
+        progress: show a progress bar for each batch.
+
+    Returns:
+        The samples, shape and dtype of `noise`.
+    """
+    parts = []
+    for start in range(0, len(noise), batch_size):
+        rows = slice(start, start + batch_size)
+        part = denoise(
+            model,
+            scheduler,
+            noise[rows],
+            num_inference_steps=num_inference_steps,
+            seed=seed + start,
+            conditions=take_rows(conditions, rows),
+            progress=progress,
+        )
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def take_rows(value: Any, rows: slice | Tensor) -> Any:
+    """Rows of every tensor in nested dicts and tuples; flags and None stay."""
+    if isinstance(value, Tensor):
+        return value[rows]
+    if isinstance(value, Mapping):
+        return {key: take_rows(entry, rows) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(take_rows(entry, rows) for entry in value)
+    return value
 
 
 def guided(output: Tensor, guidance_scale: float | None) -> Tensor:
@@ -167,6 +245,15 @@ def first_tensor(output: Any) -> Tensor:
             "with one, or an output with .sample"
         )
     return found
+
+
+def _check_extra(extra: Any, rows: int, noise: Tensor) -> None:
+    if extra is None:
+        return
+    shape = tuple(extra.shape) if isinstance(extra, Tensor) else type(extra).__name__
+    wanted = (rows, "any", *noise.shape[2:])
+    if not isinstance(extra, Tensor) or (rows, extra.shape[1:2].numel(), *noise.shape[2:]) != shape:
+        raise CalibrationError(f"condition {EXTRA_CHANNELS} is {shape}; it must be {wanted}")
 
 
 def _pair_conditions(

@@ -185,10 +185,11 @@ class PipelineRunner:
             return copy.deepcopy(chosen)
         path = self.folder / "scheduler" / "scheduler_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        name = chosen or config["_class_name"]
-        found = getattr(importlib.import_module("diffusers"), name, None)
-        if found is None or not hasattr(found, "from_config"):
-            raise RunnerError(f"diffusers has no scheduler {name!r}")
+        name = chosen or config.get("_class_name")
+        base = importlib.import_module("diffusers").SchedulerMixin
+        found = getattr(importlib.import_module("diffusers.schedulers"), str(name), None)
+        if not isinstance(found, type) or not issubclass(found, base) or found is base:
+            raise RunnerError(f"diffusers has no scheduler {str(name)[:80]!r}")
         return found.from_config(config)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
