@@ -17,7 +17,7 @@ from mpqdm_fx.backends.packed import read_packed, write_packed
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
 from mpqdm_fx.files import check_version, checksum, read_json
-from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, signature_to_dict
+from mpqdm_fx.graph.calling import example_call, signature_from_dict, signature_to_dict
 from mpqdm_fx.models.classes import is_model_class
 from mpqdm_fx.models.model_config import MODEL_CONFIG, model_from_config
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
@@ -207,7 +207,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
     # A copy, since the saved tensors are put into its modules.
     skeleton = copy.deepcopy(model).eval() if model is not None else _skeleton(root)
     try:
-        graph_module = normalized(skeleton, example_inputs(signature), settings)
+        graph_module = normalized(skeleton, example_call(signature), settings)
         rounded = restore(graph_module, weights)
     except MPQError as error:
         raise ArtifactError(f"{root} does not fit {type(skeleton).__name__}: {error}") from error

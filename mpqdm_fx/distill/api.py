@@ -22,7 +22,7 @@ from mpqdm_fx.distill.runs import Recorder, Runs, Start
 from mpqdm_fx.distill.student import Student, freeze, make_student
 from mpqdm_fx.distill.train import History, Trainer
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.graph.fingerprint import graph_fingerprint, hash_tensor
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.quantized import QuantizedModel
@@ -97,7 +97,7 @@ def distill(
         CalibrationError: A run or the loss leaves the finite numbers, or conditions do not fit.
     """
     _check_batch(quantized.signature, config)
-    graph = normalized(teacher, example_inputs(quantized.signature), quantized.settings)
+    graph = normalized(teacher, example_call(quantized.signature), quantized.settings)
     fingerprint = graph_fingerprint(graph)
     student = _moved(make_student(quantized, graph, config), device)
     graph = _moved(graph, device)

@@ -12,6 +12,7 @@ from mpqdm_fx.graph.signature import InputSpec, Signature, tensor_leaves
 
 __all__ = [
     "batch_size_of",
+    "example_call",
     "example_inputs",
     "join_outputs",
     "pack_output",
@@ -41,6 +42,24 @@ def example_inputs(
         tensor = _example(spec, batch_size, generator)
         inputs[name] = _nest(inputs.get(name), path, tensor)
     return {name: _lists(value) for name, value in inputs.items()}
+
+
+def example_call(signature: Signature) -> dict[str, Any]:
+    """Arguments to trace the model with again: `example_inputs`, and what became constants.
+
+    Args:
+        signature: Signature of a traced graph.
+    """
+    call: dict[str, Any] = {}
+    for name, value in signature.baked:
+        first, *path = name.split(".")
+        if first != "return_dict":  # the trace has its own
+            call[first] = _nest(call.get(first), path, value)
+    for spec in signature.inputs:
+        first, *path = spec.name.split(".")
+        tensor = _example(spec, None, torch.Generator().manual_seed(0))
+        call[first] = _nest(call.get(first), path, tensor)
+    return {name: _lists(value) for name, value in call.items()}
 
 
 def _example(spec: InputSpec, batch_size: int | None, generator: torch.Generator) -> Tensor:

@@ -26,9 +26,9 @@ __all__ = ["MODEL_CONFIG", "count_parameters", "model_from_config", "read_model_
 MODEL_CONFIG = "config.json"
 
 _LARGEST = 2**20  # vocabularies and lengths of audio are the largest sizes that models have
-_DEEPEST = 512  # layers or blocks that one field asks for
+_DEEPEST = 256  # layers or blocks that one field asks for
 _LONGEST = 1024  # entries of a list
-_MOST_MODULES = 20_000  # the largest models of diffusers have about 5,000
+_MOST_MODULES = 10_000  # the largest models of diffusers have about 3,000
 _MOST_PARAMETERS = 2**36
 
 

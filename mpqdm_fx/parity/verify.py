@@ -12,7 +12,7 @@ from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner, sorted_entries
 from mpqdm_fx.denoisers import PROGRAM, SOURCE, program_files, source_of
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.files import checksum
-from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.graph.calling import example_call, example_inputs
 from mpqdm_fx.graph.cost import bind_sizes, value_bytes
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity.inputs import INPUTS, Call, random_calls, read_calls, source_calls, write_calls
@@ -152,7 +152,7 @@ def _measure(
         )
         forms.append(Form(name="float", run=lambda number, _: outputs[number]))
     else:
-        graph = normalized(model, example_inputs(signature), quantized.settings)
+        graph = normalized(model, example_call(signature), quantized.settings)
         forms.append(Form(name="float", graph=graph))
     forms.append(Form(name="quantized", graph=_graph(quantized)))
     if runner is None:
