@@ -5,7 +5,6 @@ is built once without memory, counted as it grows, before it is built in earnest
 """
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,21 +41,14 @@ def read_model_config(folder: Path) -> tuple[Any, dict[str, Any]]:
         A subclass of diffusers' `ModelMixin`, and the whole config.
 
     Raises:
-        ArtifactError: The file is missing or damaged, names no model of diffusers, has a field that
-            the class does not know, or sizes that no model has.
+        ArtifactError: The file is missing or damaged, names no model of diffusers, or has sizes
+            that no model has.
     """
     path = folder / MODEL_CONFIG
     config = read_json(path)
     if "_class_name" not in config:
         raise ArtifactError(f"{path} has no _class_name: not a diffusers model")
     found = model_class(config["_class_name"], str(path))
-    known = inspect.signature(found.__init__).parameters
-    for name in config:
-        if not name.startswith("_") and name not in known:
-            raise ArtifactError(
-                f"{path}: {found.__name__} has no setting {name[:80]!r}; remove it, or update "
-                f"diffusers to the version that wrote it"
-            )
     for name, value in config.items():
         _check_sizes(value, name, str(path))
     return found, config
