@@ -12,8 +12,9 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.models.model_config import MODEL_CONFIG
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.storage import MODEL_CONFIG, load, save
+from mpqdm_fx.storage import load, save
 
 __all__ = ["QuantizedComponent"]
 

@@ -212,7 +212,7 @@ def _time_ids(draw: Draw) -> Tensor:
 def sizes(draw: Draw, count: int) -> Tensor:
     """Sizes in pixels, float [batch, count]: original, crop, target; or a score at the end."""
     height, width = (_PIXELS * side for side in draw.sides())
-    row = [height, width, 0, 0, height, width]
+    row: list[float] = [height, width, 0, 0, height, width]
     row = [height, width, 0, 0, _AESTHETIC_SCORE] if count == 5 else (row * count)[:count]
     return torch.tensor([row], dtype=torch.float32).repeat(draw.batch, 1)
 

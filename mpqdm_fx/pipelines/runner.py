@@ -187,7 +187,7 @@ class PipelineRunner:
         config = json.loads(path.read_text(encoding="utf-8"))
         name = chosen or config.get("_class_name")
         base = importlib.import_module("diffusers").SchedulerMixin
-        found = getattr(importlib.import_module("diffusers.schedulers"), str(name), None)
+        found: Any = getattr(importlib.import_module("diffusers.schedulers"), str(name), None)
         if not isinstance(found, type) or not issubclass(found, base) or found is base:
             raise RunnerError(f"diffusers has no scheduler {str(name)[:80]!r}")
         return found.from_config(config)
