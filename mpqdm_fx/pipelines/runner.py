@@ -188,7 +188,8 @@ class PipelineRunner:
         name = chosen or config.get("_class_name")
         base = importlib.import_module("diffusers").SchedulerMixin
         found: Any = getattr(importlib.import_module("diffusers.schedulers"), str(name), None)
-        if not isinstance(found, type) or not issubclass(found, base) or found is base:
+        proper = isinstance(found, type) and issubclass(found, base) and found is not base
+        if not proper:
             raise RunnerError(f"diffusers has no scheduler {str(name)[:80]!r}")
         return found.from_config(config)
 
