@@ -40,6 +40,9 @@ ModelArgument = Annotated[
 SubfolderOption = Annotated[
     str | None, typer.Option(help="Part of a pipeline folder, for example `unet`.")
 ]
+VariantOption = Annotated[
+    str | None, typer.Option(help="Variant of the weight files, for example fp16.")
+]
 
 
 @app.command()
@@ -60,6 +63,7 @@ def quantize(
     external_weights: opt.ExternalWeightsOption = False,
     compress: opt.CompressOption = False,
     subfolder: SubfolderOption = None,
+    variant: VariantOption = None,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Quantize MODEL into a folder: packed weights, program, sample grid, numbers."""
@@ -73,7 +77,7 @@ def quantize(
         raise ConfigError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
     with joined():
         result = quantize_to_folder(
-            load_source(model, subfolder),
+            load_source(model, subfolder, variant),
             config,
             backend=backend,
             output=output,
@@ -112,6 +116,7 @@ def plan(
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a call.")] = 16,
     max_memory: opt.MemoryOption = None,
     subfolder: SubfolderOption = None,
+    variant: VariantOption = None,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Say what quantizing MODEL will take: time, memory, disk."""
@@ -120,7 +125,7 @@ def plan(
     from mpqdm_fx.workflow import estimate_source
 
     found = estimate_source(
-        load_source(model, subfolder),
+        load_source(model, subfolder, variant),
         config,
         calls=calls,
         batch_size=batch_size,
@@ -144,13 +149,14 @@ def sample(
         str, typer.Option("--from", help="What runs: auto, pte, packed or float.")
     ] = "auto",
     subfolder: SubfolderOption = None,
+    variant: VariantOption = None,
     seed: opt.SeedOption = 0,
 ) -> None:
     """Draw images with a program, packed weights, or the float model."""
     from mpqdm_fx.denoisers import draw, open_denoiser, pictures
     from mpqdm_fx.report.images import save_grid
 
-    source, denoiser = open_denoiser(model, subfolder, form)
+    source, denoiser = open_denoiser(model, subfolder, form, variant)
     images = draw(source, denoiser, num=num, steps=steps, seed=seed)
     save_grid(pictures(images), output, columns=max(1, round(num**0.5)))
     console.print(f"{num} images written to {output}")
@@ -186,13 +192,14 @@ def trace(
         bool, typer.Option("--explain", help="Say what was found, or why it cannot be traced.")
     ] = False,
     subfolder: SubfolderOption = None,
+    variant: VariantOption = None,
 ) -> None:
     """Trace MODEL to its module-level graph and print it."""
     from mpqdm_fx.graph.explain import explain as explain_trace
     from mpqdm_fx.graph.trace import trace as trace_model
     from mpqdm_fx.models.sources import load_source
 
-    source = load_source(model, subfolder)
+    source = load_source(model, subfolder, variant)
     if explain:
         report = explain_trace(source.model, source.example_inputs)
         console.print(str(report), markup=False, highlight=False)
@@ -213,12 +220,13 @@ def doctor(
         int | None, typer.Option(min=1, help="Exit with status 1 if there would be more.")
     ] = None,
     subfolder: SubfolderOption = None,
+    variant: VariantOption = None,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Say how many delegates XNNPACK would take MODEL in, and why what stays out does."""
     from mpqdm_fx.workflow import diagnose_model
 
-    found = diagnose_model(model, subfolder)
+    found = diagnose_model(model, subfolder, variant)
     if as_json:
         console.print_json(json.dumps(found.to_dict()))
     else:

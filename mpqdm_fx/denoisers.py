@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mpqdm_fx.calibration.sampling import denoise
+from mpqdm_fx.calibration.sampling import denoise_in_batches, take_rows
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.folders import MANIFEST, MODEL_CONFIG, SCHEDULER_CONFIG, ModelFolder, open_folder
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, split_batch
+from mpqdm_fx.graph.signature import InputSpec
 from mpqdm_fx.io.schema import Name, Strict, validated
 from mpqdm_fx.io.sealed import Entry, hashed_file
-from mpqdm_fx.models.sources import Source, diffusers_class, load_source
+from mpqdm_fx.models.config_fields import CLASSES
+from mpqdm_fx.models.model_config import checked_model_config
+from mpqdm_fx.models.sources import Source, load_source, make_source, scheduler_from_config
 from mpqdm_fx.storage import load
 from mpqdm_fx.validation import Count, DerivedSeed, checked
 
@@ -51,15 +54,17 @@ class Origin(Strict):
     Attributes:
         model: Its name or folder.
         subfolder: Part of a pipeline folder.
+        variant: Variant of its weight files; older folders do not say.
     """
 
     model: Name
     subfolder: Name | None
+    variant: Name | None = None
 
 
 def first_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The first sample of a batch of keyword arguments, batch 1."""
-    return {name: _row(value, 0) for name, value in inputs.items()}
+    return {name: take_rows(value, slice(0, 1)) for name, value in inputs.items()}
 
 
 def program_denoiser(folder: ModelFolder) -> Denoiser:
@@ -80,7 +85,8 @@ def program_denoiser(folder: ModelFolder) -> Denoiser:
             inputs = signature.normalize((), part)
             rows = next(iter(inputs.values())).shape[0]
             outputs += [
-                runner(*[_row(value, index) for value in inputs.values()]) for index in range(rows)
+                runner(*[take_rows(value, slice(index, index + 1)) for value in inputs.values()])
+                for index in range(rows)
             ]
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
@@ -129,13 +135,9 @@ def open_program(folder: ModelFolder) -> "XnnpackRunner":
         )
 
 
-def _row(value: Any, index: int) -> Any:
-    if isinstance(value, dict):
-        return {key: _row(entry, index) for key, entry in value.items()}
-    return value[index : index + 1]
-
-
-def open_denoiser(name: str, subfolder: str | None, form: str) -> tuple[Source, Denoiser]:
+def open_denoiser(
+    name: str, subfolder: str | None, form: str, variant: str | None = None
+) -> tuple[Source, Denoiser]:
     """What `sample` runs: the float model, a folder's packed weights, or its `.pte`.
 
     A program is run without loading or tracing any model.
@@ -144,6 +146,7 @@ def open_denoiser(name: str, subfolder: str | None, form: str) -> tuple[Source, 
         name: A model (see `load_source`) or a folder written by `quantize`.
         subfolder: Part of a pipeline folder.
         form: `"auto"` (the `.pte` if there is one), `"pte"`, `"packed"` or `"float"`.
+        variant: Variant of a float model's weight files.
 
     Raises:
         ConfigError: The form is unknown.
@@ -155,7 +158,7 @@ def open_denoiser(name: str, subfolder: str | None, form: str) -> tuple[Source, 
     if not (root / MANIFEST).exists():
         if form in ("pte", "packed"):
             raise ArtifactError(f"{name} was not written by mpqdm-fx quantize; it has no {form}")
-        source = load_source(name, subfolder)
+        source = load_source(name, subfolder, variant)
         return source, source.model
     if form == "float":
         source = source_of(root)
@@ -169,18 +172,29 @@ def open_denoiser(name: str, subfolder: str | None, form: str) -> tuple[Source, 
 
 
 def _saved_source(folder: ModelFolder, model: Denoiser) -> Source:
-    """Shapes, classes and scheduler as saved: sampling needs no float model."""
-    config = folder.files.read_json(SCHEDULER_CONFIG)
-    scheduler = diffusers_class(str(config.get("_class_name"))).from_config(config)
-    inputs = example_inputs(signature_from_dict(folder.manifest["signature"]))
-    described = folder.files.read_json(MODEL_CONFIG) if MODEL_CONFIG in folder.files else {}
+    """Inputs and scheduler as saved: sampling needs no float model."""
+    place = str(folder.root / SCHEDULER_CONFIG)
+    scheduler = scheduler_from_config(folder.files.read_json(SCHEDULER_CONFIG), place)
+    signature = signature_from_dict(folder.manifest["signature"])
+    if MODEL_CONFIG in folder.files and signature.model_class in CLASSES:
+        config = folder.files.read_json(MODEL_CONFIG)
+        checked_model_config(config, str(folder.root / MODEL_CONFIG))
+        times = next((spec.shape[-1] for spec in signature.inputs if _is_time_ids(spec)), 0)
+        return make_source(
+            str(folder.root),
+            model,
+            scheduler,
+            class_name=signature.model_class,
+            config=config,
+            aesthetic=times == 5,
+        )
+    inputs = example_inputs(signature)
     return Source(
         name=str(folder.root),
         model=model,
         scheduler=scheduler,
         example_inputs=inputs,
         sample_shape=tuple(inputs["sample"].shape[1:]),
-        classes=int(described.get("num_class_embeds") or 0),
     )
 
 
@@ -193,6 +207,10 @@ def origin_of(folder: Path) -> Origin:
     return validated(Origin, open_folder(folder).files.read_json(SOURCE), folder / SOURCE)
 
 
+def _is_time_ids(spec: InputSpec) -> bool:
+    return spec.name == "added_cond_kwargs.time_ids"
+
+
 def source_of(folder: Path, model: str | None = None, subfolder: str | None = None) -> Source:
     """The float model that a folder was made from.
 
@@ -201,7 +219,7 @@ def source_of(folder: Path, model: str | None = None, subfolder: str | None = No
     """
     origin = origin_of(folder)
     try:
-        return load_source(model or origin.model, subfolder or origin.subfolder)
+        return load_source(model or origin.model, subfolder or origin.subfolder, origin.variant)
     except ConfigError as error:
         raise ArtifactError(
             f"the float model of {folder} is gone ({error}); give --model"
@@ -233,29 +251,16 @@ def draw(
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(num, *source.sample_shape, generator=generator)
-    conditions = source.conditions(num, seed)
-    parts = []
-    with torch.no_grad():
-        for start in range(0, num, batch_size):
-            rows = slice(start, start + batch_size)
-            parts.append(
-                denoise(
-                    denoiser,
-                    source.scheduler,
-                    noise[rows],
-                    num_inference_steps=steps,
-                    seed=seed + start,
-                    conditions={name: _rows(value, rows) for name, value in conditions.items()},
-                    progress=True,
-                )
-            )
-    return torch.cat(parts)
-
-
-def _rows(value: Any, rows: slice) -> Any:
-    if isinstance(value, dict):
-        return {key: _rows(entry, rows) for key, entry in value.items()}
-    return value[rows]
+    return denoise_in_batches(
+        denoiser,
+        source.scheduler,
+        noise,
+        num_inference_steps=steps,
+        seed=seed,
+        conditions=source.conditions(num, seed),
+        batch_size=batch_size,
+        progress=True,
+    )
 
 
 def pictures(samples: Tensor) -> Tensor:

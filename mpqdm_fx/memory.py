@@ -11,33 +11,34 @@ from pathlib import Path
 
 import torch
 import typer
-from diffusers import SchedulerMixin
 
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.denoisers import first_rows, open_denoiser
 from mpqdm_fx.errors import MPQError
 from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.models.sources import diffusers_class
+from mpqdm_fx.models.classes import model_class, scheduler_class
 
 __all__ = ["import_classes", "main", "peak_memory", "process_bytes"]
 
 
-def peak_memory(form: str, name: str, subfolder: str | None = None) -> int | None:
+def peak_memory(
+    form: str, name: str, subfolder: str | None = None, variant: str | None = None
+) -> int | None:
     """Measure one form of a model.
 
     Args:
         form: `"pte"`, `"packed"` or `"float"`.
         name: A folder written by `quantize`, or a model's name.
         subfolder: Part of a pipeline folder.
+        variant: Variant of the weight files.
 
     Returns:
         Bytes above the imports; None where the system does not tell (no /proc).
     """
     if not Path("/proc/self/status").exists():
         return None
-    command = [sys.executable, "-m", "mpqdm_fx.memory", form, name]
-    if subfolder:
-        command.append(subfolder)
+    more = [subfolder or "", variant or ""]
+    command = [sys.executable, "-m", "mpqdm_fx.memory", form, name, *more]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise MPQError(f"measuring the memory of {name} failed: {result.stderr.strip()[-300:]}")
@@ -66,24 +67,25 @@ def import_classes(name: str, subfolder: str | None = None) -> None:
     if subfolder:
         files += root.glob(f"{subfolder}/*config.json")
     described = [read_json(file) for file in files]
-    named = {str(config["_class_name"]) for config in described if "_class_name" in config}
-    for wanted in {"UNet2DModel", "DDIMScheduler", *named}:
+    for wanted in ("UNet2DModel", *(config.get("_class_name") for config in described)):
         with suppress(MPQError):  # who loads it says what is wrong
-            found = diffusers_class(wanted)
-            if issubclass(found, SchedulerMixin):  # looks at all others when it is made
-                found.from_config(found().config)
+            model_class(wanted)
+    for wanted in ("DDIMScheduler", *(config.get("_class_name") for config in described)):
+        with suppress(MPQError):
+            found = scheduler_class(wanted)
+            found.from_config(found().config)  # it looks at all others when it is made
 
 
 def main(arguments: list[str]) -> None:
     """Load, run one step, print the rise of the peak in bytes."""
-    form, name, *rest = arguments
-    import_classes(name, *rest)
+    form, name, subfolder, variant = arguments
+    import_classes(name, subfolder)
     if form == "pte":
         require_executorch()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # peak := current
     before = process_bytes("VmRSS")
-    source, denoiser = open_denoiser(name, rest[0] if rest else None, form)
+    source, denoiser = open_denoiser(name, subfolder or None, form, variant or None)
     with torch.no_grad():
         denoiser(**first_rows(source.example_inputs))
     typer.echo(max(0, process_bytes("VmHWM") - before))

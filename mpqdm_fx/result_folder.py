@@ -168,7 +168,7 @@ def write_folder(
     backend = form.backend
     with staged_directory(output, overwrite=overwrite) as stage:
         source.scheduler.save_pretrained(stage / "scheduler")
-        origin = {"model": source.name, "subfolder": subfolder}
+        origin = {"model": source.name, "subfolder": subfolder, "variant": source.variant}
         write_text(stage / SOURCE, json.dumps(origin))
         runner: Denoiser = quantized
         program: dict[str, Any] | None = None
@@ -192,7 +192,7 @@ def write_folder(
         peak = "pte" if backend == "xnnpack" else "packed"
         summary["peak_memory_bytes"] = {
             peak: peak_memory(peak, str(stage)),
-            "float": peak_memory("float", source.name, subfolder),
+            "float": peak_memory("float", source.name, subfolder, source.variant),
         }
         for name in program_names(open_folder(stage)):
             drop_expansions(stage / name)

@@ -1,7 +1,6 @@
 """Save and load a quantized model: safetensors, JSON, no pickle; nothing is left half-written."""
 
 import copy
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,8 @@ from mpqdm_fx.folders import (
 from mpqdm_fx.graph.calling import example_call, signature_from_dict, signature_to_dict
 from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
 from mpqdm_fx.io.schema import plain
+from mpqdm_fx.models.classes import is_model_class
+from mpqdm_fx.models.model_config import model_from_config
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized, restore
@@ -66,7 +67,7 @@ def write_model(
         program: What its program was made with, plain JSON types; None if it has none.
     """
     layout = write_packed(stage / WEIGHTS, quantized.rounded, quantized.plan)
-    if _is_diffusers_class(quantized.signature.model_class):
+    if is_model_class(quantized.signature.model_class):
         config = {**_plain(quantized.config), "_class_name": quantized.signature.model_class}
         text = json.dumps(config, indent=2, sort_keys=True, default=str)
         (stage / MODEL_CONFIG).write_text(text, encoding="utf-8")
@@ -89,10 +90,6 @@ def write_model(
 def _plain(config: Any) -> dict[str, Any]:
     """A model's configuration without diffusers' private keys."""
     return {key: value for key, value in dict(config).items() if not key.startswith("_")}
-
-
-def _is_diffusers_class(name: str) -> bool:
-    return hasattr(importlib.import_module("diffusers"), name)
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedModel:
@@ -149,8 +146,4 @@ def _skeleton(folder: ModelFolder) -> nn.Module:
             f"of the architecture that was quantized"
         )
     config = folder.files.read_json(MODEL_CONFIG)
-    name = str(config.get("_class_name"))
-    if not _is_diffusers_class(name):
-        raise ArtifactError(f"the installed diffusers has no class {name!r}; update diffusers")
-    model: nn.Module = getattr(importlib.import_module("diffusers"), name).from_config(config)
-    return model.eval()
+    return model_from_config(config, str(folder.root / MODEL_CONFIG))

@@ -259,12 +259,15 @@ def estimate_source(
     return estimate(graph_module, [inputs] * calls, config, max_memory=max_memory)
 
 
-def diagnose_model(name: str, subfolder: str | None = None) -> Diagnosis:
+def diagnose_model(
+    name: str, subfolder: str | None = None, variant: str | None = None
+) -> Diagnosis:
     """What XNNPACK would take of a model, at batch 1.
 
     Args:
         name: A float model (see `load_source`), or a folder written by `quantize`.
         subfolder: Part of a pipeline folder.
+        variant: Variant of a float model's weight files.
 
     Raises:
         LoweringError: ExecuTorch is missing, or an activation mode does not run.
@@ -274,7 +277,7 @@ def diagnose_model(name: str, subfolder: str | None = None) -> Diagnosis:
         inputs = example_inputs(quantized.signature, batch_size=1)
         four_bit = (open_folder(name).manifest["program"] or {}).get("four_bit", "whole")
         return diagnose(quantized.rounded, inputs, quantized.ranges or None, four_bit=four_bit)
-    source = load_source(name, subfolder)
+    source = load_source(name, subfolder, variant)
     graph_module = normalized(source.model, source.example_inputs, MPQConfig())
     inputs = example_inputs(graph_module.meta["signature"], batch_size=1)
     return diagnose(graph_module, inputs)

@@ -154,6 +154,7 @@ def test_trace_explain_says_what_was_found(model_folder):
     [
         (["quantize", "nowhere"], "neither a bundled model"),
         (["quantize", "{pipeline}"], "--subfolder unet"),
+        (["trace", "{pipeline}", "--subfolder", "unet", "--variant", "fp16"], "no --variant"),
         (["quantize", "digits", "--weights", 9], "1 to 8"),
         (["quantize", "digits", "--allocation", "best"], "'omq' or 'uniform'"),
         (["quantize", "digits", "--backend", "tflite"], "choose one of"),

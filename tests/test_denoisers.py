@@ -19,7 +19,7 @@ def test_later_batches_get_ancestral_noise_of_their_own():
     scheduler = EulerAncestralDiscreteScheduler()
     source = Source(
         name="nothing", model=None, scheduler=scheduler, example_inputs=inputs,
-        sample_shape=(1, 8, 8), classes=0,
+        sample_shape=(1, 8, 8),
     )  # fmt: skip
     drawn = draw(source, lambda sample, timestep: 0 * sample, num=6, steps=3, seed=4, batch_size=2)
     # a model that predicts no noise changes nothing: what is left is the start and what was added

@@ -17,8 +17,24 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import CalibrationError, ConfigError, MPQError
 from mpqdm_fx.validation import Count, DerivedSeed, NonNegative, checked
+
+__all__ = [
+    "EXTRA_CHANNELS",
+    "Denoiser",
+    "StepCallback",
+    "denoise",
+    "denoise_in_batches",
+    "first_tensor",
+    "guided",
+    "model_timesteps",
+    "take_rows",
+]
+
+EXTRA_CHANNELS = "extra_channels"
+"""Condition that the model gets as channels behind those of the noisy sample, [N, C, H, W]."""
 
 Denoiser = Callable[..., Any]
 """What is called as `model(sample=..., timestep=..., **conditions)`."""
@@ -45,6 +61,9 @@ def denoise(
 ) -> Tensor:
     """Turn noise into samples with a model and a scheduler.
 
+    Models for inpainting, editing and upscaling see a picture in further channels of their sample:
+    the condition `EXTRA_CHANNELS` is put behind the noisy channels in every call.
+
     Args:
         model: called with `sample` [B, ...], `timestep` [B] and the conditions as keywords; returns
             a tensor, a tuple whose first entry is the tensor, or an output with `.sample`. With
@@ -68,12 +87,15 @@ def denoise(
     Raises:
         ConfigError: a number is out of range, or the scheduler has no schedule of so many steps.
         CalibrationError: guidance without unconditional conditions, conditions that do not match,
-            a scheduler that it cannot drive, or a model output of another shape than the sample.
+            a scheduler that it cannot drive or whose numbers are no schedule, or a model output of
+            another shape than the sample.
     """
     inputs = dict(conditions or {})
     paired = guidance_scale is not None
     if paired:
         inputs = _pair_conditions(unconditional, inputs)
+    extra = inputs.pop(EXTRA_CHANNELS, None)
+    _check_extra(extra, len(noise) * (2 if paired else 1), noise)
     if not hasattr(scheduler, "init_noise_sigma"):
         raise CalibrationError(
             f"{type(scheduler).__name__} has no init_noise_sigma: schedulers of flow matching are "
@@ -101,6 +123,8 @@ def denoise(
         for index, (scheduler_timestep, timestep) in enumerate(steps):
             model_input = torch.cat([sample, sample]) if paired else sample
             model_input = scheduler.scale_model_input(model_input, scheduler_timestep)
+            if extra is not None:
+                model_input = torch.cat([model_input, extra], dim=1)
             call = {"sample": model_input, "timestep": timestep.repeat(len(model_input)), **inputs}
             output = first_tensor(_called(model, call))
             output = _drop_learned_variance(output, sample, scheduler)
@@ -123,7 +147,9 @@ def scheduled(scheduler: Any, steps: int, *, device: torch.device | str = "cpu")
 
     Raises:
         ConfigError: the scheduler has no schedule of so many steps; says why.
+        CalibrationError: its numbers are no schedule.
     """
+    check_scheduler(scheduler)
     own = copy.deepcopy(scheduler)
     try:
         own.set_timesteps(steps, device=device)
@@ -132,6 +158,7 @@ def scheduled(scheduler: Any, steps: int, *, device: torch.device | str = "cpu")
         raise ConfigError(
             f"{type(scheduler).__name__} has no schedule of {steps} steps: {reason:.200}"
         ) from error
+    check_scheduler(own)
     return own
 
 
@@ -148,6 +175,59 @@ def _called(model: Denoiser, call: Mapping[str, Any]) -> Any:
             f"the model cannot be called with inputs of the shapes {shapes}: "
             f"{type(error).__name__}: {reason}; check that the conditions belong to it"
         ) from error
+
+
+def denoise_in_batches(
+    model: Denoiser,
+    scheduler: Any,
+    noise: Tensor,
+    *,
+    num_inference_steps: int,
+    seed: int,
+    conditions: Mapping[str, Any],
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Tensor:
+    """Turn much noise into samples, some at once; each batch has ancestral noise of its own.
+
+    Args:
+        model: as of `denoise`.
+        scheduler: as of `denoise`.
+        noise: standard normal, float [N, ...].
+        num_inference_steps: how many steps the schedule has.
+        seed: of the noise that ancestral schedulers add.
+        conditions: tensors, or dicts and tuples of them, with N in front.
+        batch_size: samples at once.
+        progress: show a progress bar for each batch.
+
+    Returns:
+        The samples, shape and dtype of `noise`.
+    """
+    parts = []
+    for start in range(0, len(noise), batch_size):
+        rows = slice(start, start + batch_size)
+        part = denoise(
+            model,
+            scheduler,
+            noise[rows],
+            num_inference_steps=num_inference_steps,
+            seed=seed + start,
+            conditions=take_rows(conditions, rows),
+            progress=progress,
+        )
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def take_rows(value: Any, rows: slice | Tensor) -> Any:
+    """Rows of every tensor in nested dicts and tuples; flags and None stay."""
+    if isinstance(value, Tensor):
+        return value[rows]
+    if isinstance(value, Mapping):
+        return {key: take_rows(entry, rows) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(take_rows(entry, rows) for entry in value)
+    return value
 
 
 def guided(output: Tensor, guidance_scale: float | None) -> Tensor:
@@ -202,6 +282,15 @@ def first_tensor(output: Any) -> Tensor:
             "with one, or an output with .sample"
         )
     return found
+
+
+def _check_extra(extra: Any, rows: int, noise: Tensor) -> None:
+    if extra is None:
+        return
+    shape = tuple(extra.shape) if isinstance(extra, Tensor) else type(extra).__name__
+    wanted = (rows, "any", *noise.shape[2:])
+    if not isinstance(extra, Tensor) or (rows, extra.shape[1:2].numel(), *noise.shape[2:]) != shape:
+        raise CalibrationError(f"condition {EXTRA_CHANNELS} is {shape}; it must be {wanted}")
 
 
 def _pair_conditions(

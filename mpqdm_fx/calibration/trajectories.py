@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mpqdm_fx.calibration.calls import check_call
-from mpqdm_fx.calibration.sampling import Denoiser, denoise
+from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, Denoiser, denoise, take_rows
+from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.validation import Count, NonNegative, Seed, Some, checked
 
@@ -56,7 +57,9 @@ class Trajectories:
         seed: of the noise, of conditions made by a function, of ancestral noise, and of the order.
         conditions: further keyword arguments of the model. A mapping holds tensors with
             `num_trajectories` in front; a function is called once with the number of trajectories
-            and a generator seeded by `seed`.
+            and a generator seeded by `seed`. Channels behind the noisy ones, such as the mask and
+            the masked image of inpainting, are the condition `"extra_channels"`; batches hold them
+            as channels of `sample`, as the model was called.
         guidance_scale: weight of classifier-free guidance, None for none.
         unconditional: conditions of the unconditional half, in the same form.
         shuffle: True mixes trajectories and timesteps, so that each batch holds many noise levels;
@@ -68,8 +71,8 @@ class Trajectories:
 
     Raises:
         ConfigError: a number is out of range.
-        CalibrationError: conditions of the wrong length, an unknown sample shape, or samples that
-            are not finite.
+        CalibrationError: a scheduler whose numbers are no schedule, conditions of the wrong length
+            or not finite, an unknown sample shape, or samples that are not finite.
     """
 
     @checked
@@ -94,6 +97,7 @@ class Trajectories:
             raise ConfigError(
                 f"held_out is {held_out}; it must leave some of the {num_trajectories} runs"
             )
+        check_scheduler(scheduler)
         self.model = model
         self.scheduler = scheduler
         self.num_trajectories = num_trajectories
@@ -181,12 +185,12 @@ class Trajectories:
                         noise,
                         num_inference_steps=self.num_inference_steps,
                         seed=self.seed + start,
-                        conditions=_take(self._conditions, rows),
+                        conditions=take_rows(self._conditions, rows),
                         guidance_scale=self.guidance_scale,
                         unconditional=(
                             None
                             if self._unconditional is None
-                            else _take(self._unconditional, rows)
+                            else take_rows(self._unconditional, rows)
                         ),
                         callback=advance,
                     )
@@ -206,26 +210,26 @@ class Trajectories:
             for at_timestep in calls:
                 merged = _join(at_timestep)
                 rows = torch.randperm(len(merged["sample"]), generator=generator)
-                kept.append([_take(merged, rows[: self.rows_per_timestep])])
+                kept.append([take_rows(merged, rows[: self.rows_per_timestep])])
             calls = kept
         timesteps = [_join(at_timestep) for at_timestep in calls]
         first_held_out = self.num_trajectories - self.held_out
         batches: list[dict[str, Any]] = []
         for held_out in (False, True):
             parts = [
-                _take(part, ((part[_RUN] >= first_held_out) == held_out).nonzero()[:, 0])
+                take_rows(part, ((part[_RUN] >= first_held_out) == held_out).nonzero()[:, 0])
                 for part in timesteps
             ]
             if self.shuffle:
                 everything = _join(parts)
                 order = torch.randperm(len(everything["sample"]), generator=generator)
-                parts = [_take(everything, order)]
+                parts = [take_rows(everything, order)]
             before = len(batches)
             for part in parts:
                 del part[_RUN]
                 every = torch.arange(len(part["sample"]))
                 for rows in torch.split(every, self.batch_size):
-                    batches += [_take(part, rows)] if len(rows) else []
+                    batches += [take_rows(part, rows)] if len(rows) else []
             self._held_out_batches = len(batches) - before
         return batches
 
@@ -288,7 +292,7 @@ def sample_shape_of(model: Any) -> tuple[int, ...]:
     """Shape of one sample, as the model's config says it.
 
     Raises:
-        CalibrationError: It does not say.
+        CalibrationError: It does not say, or some of the channels that it takes are no noise.
     """
     config = getattr(model, "config", None)
     size = getattr(config, "sample_size", None)
@@ -296,6 +300,13 @@ def sample_shape_of(model: Any) -> tuple[int, ...]:
     if size is None or channels is None:
         raise CalibrationError(
             f"{type(model).__name__} does not say its sample size; give sample_shape=(C, H, W)"
+        )
+    predicted = getattr(config, "out_channels", None)
+    if predicted is not None and predicted < channels:
+        raise CalibrationError(
+            f"{type(model).__name__} takes {channels} channels and predicts {predicted}; give "
+            f"sample_shape=({predicted}, H, W), and the others as conditions "
+            f"{{{EXTRA_CHANNELS!r}: tensor}}"
         )
     sides = (size, size) if isinstance(size, int) else tuple(size)
     return (channels, *sides)
@@ -330,6 +341,8 @@ def make_conditions(
                 f"condition {name} has shape {tuple(tensor.shape)}; its first axis must be the "
                 f"number of trajectories, {count}"
             )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CalibrationError(f"condition {name} holds NaN or infinite values")
     return made
 
 
@@ -342,17 +355,6 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, (tuple, list)):
         for index, entry in enumerate(value):
             yield from _tensors(entry, f"{name}.{index}")
-
-
-def _take(value: Any, rows: slice | Tensor) -> Any:
-    """Select rows of every tensor in nested dicts and tuples; flags and None stay."""
-    if isinstance(value, Tensor):
-        return value[rows]
-    if isinstance(value, Mapping):
-        return {key: _take(entry, rows) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_take(entry, rows) for entry in value)
-    return value
 
 
 def _join(values: list[Any]) -> Any:

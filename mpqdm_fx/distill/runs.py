@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from mpqdm_fx.calibration.sampling import denoise, first_tensor, guided
+from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, denoise, first_tensor, guided
 from mpqdm_fx.errors import CalibrationError
 
 __all__ = ["Batch", "Recorder", "Runs", "Start"]
@@ -120,10 +120,13 @@ class Runs:
     def _inputs(self, runs: Tensor, calls: Tensor) -> dict[str, Any]:
         start = self.start.rows(runs)
         drawn = {"sample": self.samples[runs, calls], "timestep": self.timesteps[runs, calls]}
-        own = {**drawn, **start.conditions}
+        # what was recorded has the extra channels already
+        own = {**start.conditions, **drawn}
+        own.pop(EXTRA_CHANNELS, None)
         if start.unconditional is None:
             return own
         plain = {**own, **start.unconditional}
+        plain.pop(EXTRA_CHANNELS, None)
         joined: dict[str, Any] = pytree.tree_map(_both, plain, own)
         return joined
 

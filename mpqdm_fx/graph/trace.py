@@ -35,6 +35,7 @@ from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
 from mpqdm_fx.graph.leaves import check_modules
 from mpqdm_fx.graph.raise_modules import raise_leaf_modules
 from mpqdm_fx.graph.signature import Signature, bind_inputs
+from mpqdm_fx.graph.unread import unread_inputs
 
 __all__ = ["same_bits", "trace"]
 
@@ -85,6 +86,13 @@ def trace(
         exported, signature, inputs = _export(model, call, signature, dynamic_batch)
         graph_module = raise_leaf_modules(exported, model, inputs, training)
         graph_module.meta["signature"] = signature
+        for name in unread_inputs(graph_module):
+            _LOGGER.warning(
+                "%s does not read the input %s: leave it out, or check that the model has what "
+                "it is for",
+                signature.model_class,
+                name,
+            )
         if verify:
             _verify(model, graph_module, call, expected)
     return graph_module

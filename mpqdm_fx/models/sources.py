@@ -1,6 +1,5 @@
 """From a name on the command line to a model, its scheduler and the inputs it can be run on."""
 
-import importlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,17 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS
+from mpqdm_fx.calibration.schedulers import check_scheduler, check_scheduler_config
+from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
+from mpqdm_fx.folders import MODEL_CONFIG
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models import bundled
+from mpqdm_fx.models.classes import scheduler_class
+from mpqdm_fx.models.config_fields import check_fields
+from mpqdm_fx.models.example_inputs import ModelInputs
+from mpqdm_fx.models.extra_channels import ExtraChannels, extra_channels_of
+from mpqdm_fx.models.model_config import count_parameters, read_model_config
+from mpqdm_fx.models.weight_files import count_numbers, weight_files
 
-__all__ = ["Source", "diffusers_class", "example_inputs_for", "load_source"]
+__all__ = ["Source", "load_source", "make_source", "scheduler_from_config"]
 
 logger = logging.getLogger(__name__)
 
-CONTEXT_LENGTH = 77  # tokens of CLIP's text encoder, which most cross-attention UNets read
+_SCHEDULER_CONFIG = "scheduler_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +37,11 @@ class Source:
         model: The model in evaluation mode, or what is called like it.
         scheduler: A diffusers scheduler.
         example_inputs: Keyword arguments of one call, batch 2.
-        sample_shape: Shape of one sample, without the batch axis.
-        classes: Number of class labels, 0 if the model takes none.
+        sample_shape: Shape of one noisy sample, without the batch axis and without channels that
+            are no noise.
+        inputs: What the model takes, by its config; None for a model that diffusers does not know.
+        extra: What it takes behind the noisy channels, None for nothing.
+        variant: Variant of its weight files.
     """
 
     name: str
@@ -39,64 +49,80 @@ class Source:
     scheduler: Any
     example_inputs: Mapping[str, Any]
     sample_shape: tuple[int, ...]
-    classes: int
+    inputs: ModelInputs | None = None
+    extra: ExtraChannels | None = None
+    variant: str | None = None
 
     def conditions(self, count: int, seed: int) -> dict[str, Any]:
-        """Conditions for `count` samples: balanced class labels, or seeded random embeddings.
+        """Conditions for `count` samples: balanced class labels, seeded random embeddings.
+
+        A model with extra channels is shown samples that it draws itself; see `extra_channels`.
 
         Args:
             count: Number of samples.
-            seed: Seed of the random embeddings.
+            seed: Seed of the random values.
 
         Returns:
-            Keyword arguments beside `sample` and `timestep`, batch `count`.
+            Keyword arguments beside `sample` and `timestep`, batch `count`; extra channels as
+            `"extra_channels"`.
+
+        Raises:
+            ConfigError: It is not known how denoising runs of such a model are conditioned.
         """
-        generator = torch.Generator().manual_seed(seed)
-        conditions: dict[str, Any] = {}
-        for name, value in self.example_inputs.items():
-            if name in ("sample", "timestep"):
-                continue
-            if name == "class_labels" and self.classes:
-                conditions[name] = torch.arange(count) % self.classes
-            else:
-                conditions[name] = _random_like(value, count, generator)
+        if self.inputs is None:
+            generator = torch.Generator().manual_seed(seed)
+            return {
+                name: _random_like(value, count, generator)
+                for name, value in self.example_inputs.items()
+                if name not in ("sample", "timestep")
+            }
+        conditions = self.inputs.conditions(count, seed)
+        if self.extra is None:
+            return conditions
+        labels = conditions.get("class_labels")
+        if labels is not None and not labels.is_floating_point():
+            # upscalers are told how much noise their picture has; these pictures have none
+            conditions["class_labels"] = torch.zeros_like(labels)
+        conditions[EXTRA_CHANNELS] = self.extra.draw(
+            self.model,
+            self.scheduler,
+            self.sample_shape[1:],
+            conditions,
+            count=count,
+            seed=seed,
+        )
         return conditions
 
 
 def _random_like(value: Any, count: int, generator: torch.Generator) -> Any:
+    """Random values of a shape; integers are 0 or 1, which every embedding table has."""
     if isinstance(value, Mapping):
         return {key: _random_like(entry, count, generator) for key, entry in value.items()}
     shape = (count, *value.shape[1:])
-    return torch.randn(shape, generator=generator).to(value.dtype)
+    if value.is_floating_point():
+        return torch.randn(shape, generator=generator).to(value.dtype)
+    return torch.randint(2, shape, generator=generator).to(value.dtype)
 
 
-def diffusers_class(name: str) -> Any:
-    """The diffusers class called `name`.
-
-    Raises:
-        ArtifactError: diffusers has none.
-    """
-    found = getattr(importlib.import_module("diffusers"), name, None)
-    if found is None:
-        raise ArtifactError(f"the installed diffusers has no class {name!r}; update diffusers")
-    return found
-
-
-def load_source(model: str, subfolder: str | None = None) -> Source:
+def load_source(model: str, subfolder: str | None = None, variant: str | None = None) -> Source:
     """Load a model by name or path.
 
     Args:
         model: `"digits"`, a diffusers model folder (config.json and safetensors), or a pipeline
             folder together with `subfolder`.
         subfolder: Folder of the denoiser inside a pipeline folder, for example `"unet"`.
+        variant: Variant of the weight files, for example `"fp16"`; computed in float32 all the
+            same.
 
     Raises:
-        ConfigError: No such model, or its example inputs cannot be guessed.
+        ConfigError: No such model or variant, or its inputs are not known.
         ArtifactError: The folder is damaged.
+        CalibrationError: The scheduler's numbers are no schedule.
     """
     if model == "digits":
-        unet = bundled.load_digits_unet()
-        return _source("digits", unet, bundled.load_digits_scheduler())
+        if variant is not None:
+            raise ConfigError(f"the bundled model has no variant {variant!r}; leave it out")
+        return make_source("digits", bundled.load_digits_unet(), bundled.load_digits_scheduler())
     root = Path(model)
     if not root.is_dir():
         raise ConfigError(
@@ -107,86 +133,148 @@ def load_source(model: str, subfolder: str | None = None) -> Source:
         raise ConfigError(
             f"{model} is a pipeline folder; say which part to quantize, e.g. --subfolder unet"
         )
-    folder = root / subfolder if subfolder else root
-    class_name = read_json(folder / "config.json").get("_class_name")
-    if not isinstance(class_name, str):
-        raise ArtifactError(f"{folder / 'config.json'} has no _class_name: not a diffusers model")
-    try:
-        loaded = diffusers_class(class_name).from_pretrained(
-            folder, local_files_only=True, low_cpu_mem_usage=False
+    scheduler = _scheduler_of(root)
+    loaded = _load_model(root / subfolder if subfolder else root, variant)
+    return make_source(model, loaded, scheduler, root=root, variant=variant)
+
+
+def _load_model(folder: Path, variant: str | None) -> Any:
+    """The folder's model in float32 and evaluation mode, checked before it is built."""
+    found, config = read_model_config(folder)
+    check_fields(found.__name__, config)
+    files = weight_files(folder, variant)
+    place = str(folder / MODEL_CONFIG)
+    wanted, stored = count_parameters(found, config, place), count_numbers(files)
+    if wanted > stored:
+        raise ArtifactError(
+            f"{place} describes a model of {wanted} numbers, and {files[0].name} and its like hold "
+            f"{stored}: they do not belong together"
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+    try:
+        loaded = found.from_pretrained(
+            folder,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+            variant=variant,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
         raise ArtifactError(f"{folder}: diffusers could not load it: {first}") from None
-    return _source(model, loaded.float().eval(), _scheduler(root))
+    return loaded.float().eval()
 
 
-def _scheduler(root: Path) -> Any:
+def _load_scheduler(folder: Path) -> Any:
+    """The scheduler that a folder's scheduler_config.json describes.
+
+    Raises:
+        ArtifactError: It names no scheduler of diffusers, or one that refuses it.
+        CalibrationError: Its numbers are no schedule.
+    """
+    path = folder / _SCHEDULER_CONFIG
+    return scheduler_from_config(read_json(path), str(path))
+
+
+def scheduler_from_config(config: Mapping[str, Any], place: str) -> Any:
+    """The scheduler that a config describes; see `_load_scheduler`.
+
+    Args:
+        config: A parsed scheduler_config.json.
+        place: The file, for messages.
+    """
+    found = scheduler_class(config.get("_class_name"), place)
+    check_scheduler_config(config, place)
+    try:
+        scheduler = found.from_config(config)
+    except Exception as error:  # constructors trust their arguments
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ArtifactError(f"{place}: {found.__name__} refuses it: {first[:300]}") from None
+    try:
+        check_scheduler(scheduler)
+    except CalibrationError as error:
+        raise CalibrationError(f"{place}: {error}") from None
+    return scheduler
+
+
+def _scheduler_of(root: Path) -> Any:
     """The folder's own scheduler, or DDIM over the usual 1000 steps."""
     folder = root / "scheduler"
-    if (folder / "scheduler_config.json").exists():
-        name = read_json(folder / "scheduler_config.json").get("_class_name", "DDIMScheduler")
-        return diffusers_class(name).from_pretrained(folder)
+    if (folder / _SCHEDULER_CONFIG).exists():
+        return _load_scheduler(folder)
     logger.warning("%s has no scheduler folder: DDIM with its default schedule is used", root)
-    return diffusers_class("DDIMScheduler")()
+    return scheduler_class("DDIMScheduler")()
 
 
-def _source(name: str, model: nn.Module, scheduler: Any) -> Source:
-    inputs = example_inputs_for(model)
+def make_source(
+    name: str,
+    model: Any,
+    scheduler: Any,
+    *,
+    class_name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    root: Path | None = None,
+    aesthetic: bool | None = None,
+    variant: str | None = None,
+) -> Source:
+    """A source of a model in memory, or of what is called like one.
+
+    Args:
+        name: What the user called it.
+        model: A UNet of diffusers, or what is called like it.
+        scheduler: A diffusers scheduler.
+        class_name: Name of the UNet's class; by default the model's.
+        config: Settings of the UNet; by default the model's.
+        root: Pipeline folder that it came from, which may tell more.
+        aesthetic: Whether sizes end with an aesthetic score; by default as `root` says.
+        variant: Variant of its weight files.
+
+    Raises:
+        ConfigError: The class or a setting is not known.
+    """
+    inputs = ModelInputs(
+        class_name=class_name or type(model).__name__,
+        config=dict(model.config if config is None else config),
+        text_width=_told(root, "text_encoder_2/config.json", "projection_dim", int),
+        aesthetic=aesthetic
+        if aesthetic is not None
+        else _told(root, "model_index.json", "requires_aesthetics_score", bool),
+    )
+    example = inputs.example()
+    shape, extra = tuple(example.get("sample", torch.empty(0)).shape[1:]), None
+    if inputs.is_denoiser:
+        extra = _extra_of(inputs, scheduler, root)
+        shape = shape if extra is None else (extra.noise, *shape[1:])
     return Source(
         name=name,
         model=model,
         scheduler=scheduler,
-        example_inputs=inputs,
-        sample_shape=tuple(inputs["sample"].shape[1:]),
-        classes=int(getattr(model, "config", {}).get("num_class_embeds") or 0),
+        example_inputs=example,
+        sample_shape=shape,
+        inputs=inputs,
+        extra=extra,
+        variant=variant,
     )
 
 
-def example_inputs_for(model: nn.Module, *, batch: int = 2, seed: int = 0) -> dict[str, Any]:
-    """Random keyword arguments of the right shapes for a diffusers UNet.
-
-    Args:
-        model: `UNet2DModel` or `UNet2DConditionModel` (or one with the same arguments).
-        batch: Batch size.
-        seed: Seed of the random values.
-
-    Raises:
-        ConfigError: The class is another one: its arguments cannot be guessed.
-    """
-    kind = type(model).__name__
-    if kind not in ("UNet2DModel", "UNet2DConditionModel"):
+def _extra_of(inputs: ModelInputs, scheduler: Any, root: Path | None) -> ExtraChannels | None:
+    variance = str(getattr(scheduler.config, "variance_type", ""))
+    extra = extra_channels_of(
+        inputs.config,
+        learned_variance=variance.startswith("learned"),
+        scaling=_told(root, "vae/config.json", "scaling_factor", float),
+    )
+    pipeline = _told(root, "model_index.json", "_class_name", str)
+    if extra is not None and pipeline is not None and pipeline.startswith("Marigold"):
         raise ConfigError(
-            f"example inputs for a {kind} cannot be guessed; use the Python interface: "
-            f"mpqdm_fx.trace(model, example_inputs)"
+            f"a {pipeline} has its picture before the noisy channels; use the Python interface "
+            f"with calls of your own: mpqdm_fx.quantize(model, config, calls)"
         )
-    config: Any = model.config
-    generator = torch.Generator().manual_seed(seed)
+    return extra
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, generator=generator)
 
-    size = config["sample_size"] or 64
-    height, width = (size, size) if isinstance(size, int) else size
-    inputs: dict[str, Any] = {
-        "sample": normal(config["in_channels"], height, width),
-        "timestep": torch.full((batch,), 500, dtype=torch.int64),
-    }
-    if config.get("num_class_embeds"):
-        inputs["class_labels"] = torch.arange(batch) % config["num_class_embeds"]
-    if kind == "UNet2DConditionModel":
-        width_of_context = config["cross_attention_dim"]
-        if not isinstance(width_of_context, int):
-            width_of_context = width_of_context[0]
-        inputs["encoder_hidden_states"] = normal(CONTEXT_LENGTH, width_of_context)
-        if config.get("addition_embed_type") == "text_time":
-            text = (
-                config["projection_class_embeddings_input_dim"]
-                - 6 * config["addition_time_embed_dim"]
-            )
-            times = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32) * 8
-            inputs["added_cond_kwargs"] = {
-                "text_embeds": normal(text),
-                "time_ids": times.repeat(batch, 1),
-            }
-    return inputs
+def _told(root: Path | None, file: str, name: str, kind: type) -> Any:
+    """What another file of a pipeline's folder says; None if it does not, or nothing of use."""
+    if root is None or not (root / file).is_file():
+        return None
+    value = read_json(root / file).get(name)
+    return value if isinstance(value, kind) else None

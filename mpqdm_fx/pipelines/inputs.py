@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS
 from mpqdm_fx.calibration.trajectories import Trajectories
+from mpqdm_fx.models.extra_channels import random_masks
 from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.runner import guidance_embedding, time_ids
 from mpqdm_fx.validation import Count, NonNegative, Seed, check_fields
@@ -60,7 +62,7 @@ class PipelineInputs:
         conditions = self._conditions(prompts if layout.kind != "unconditional" else [])
         plain, negative = conditions
         return Trajectories(
-            layout.unet if layout.kind != "inpainting" else _joining(layout.unet),
+            layout.unet,
             layout.pipeline.scheduler,
             num_trajectories=self.trajectories,
             num_inference_steps=self.steps,
@@ -113,14 +115,7 @@ class PipelineInputs:
         generator = torch.Generator().manual_seed(self.seed)
         coarse = torch.randn(self.trajectories, 3, 4, 4, generator=generator)
         images = functional.interpolate(coarse, size=self.size, mode="bicubic").clamp(-1, 1)
-        masks = torch.zeros(self.trajectories, 1, *self.size)
-        for mask in masks:
-            ends = torch.rand(2, 2, generator=generator).sort(dim=1).values
-            (top, bottom), (left, right) = (
-                (int(low * side), int(high * side) + 1)
-                for (low, high), side in zip(ends.tolist(), self.size, strict=True)
-            )
-            mask[:, top:bottom, left:right] = 1.0
+        masks = random_masks(self.trajectories, self.size, generator)
         return images * (masks < 0.5), masks
 
     def _masked_latents(self, count: int) -> Call:
@@ -129,7 +124,7 @@ class PipelineInputs:
         with torch.no_grad():
             latents = torch.cat([encoder(image[None])[0] for image in images])
         small = functional.interpolate(masks, size=latents.shape[-2:])
-        return {"mask": small, "masked_image_latents": latents}
+        return {EXTRA_CHANNELS: torch.cat([small, latents], dim=1)}
 
     def calls(self, part: str) -> list[Call]:
         """Calibration calls of every part but the denoiser, in batches.
@@ -184,14 +179,13 @@ class PipelineInputs:
     def _example_conditions(self) -> Call:
         prompts = list(self.prompts[:1]) if self.layout.kind != "unconditional" else []
         plain, _ = self._conditions(prompts)
-        return {k: v for k, v in plain.items() if k not in ("mask", "masked_image_latents")}
+        return {name: value for name, value in plain.items() if name != EXTRA_CHANNELS}
 
 
 class DenoiserCalls:
     """Recorded calls as the denoiser's program gets them.
 
-    Timesteps are float: every scheduler's fit, whole or fractional. Inpainting's three inputs are
-    one tensor.
+    Timesteps are float: every scheduler's fit, whole or fractional.
 
     Args:
         runs: The float pipeline's runs.
@@ -208,22 +202,4 @@ class DenoiserCalls:
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         """Yield keyword arguments of the UNet."""
         for call in self._runs:
-            sample = _joined(call.pop("sample"), call)
-            yield {**call, "sample": sample, "timestep": call["timestep"].float()}
-
-
-def _joined(sample: Tensor, call: Call) -> Tensor:
-    """Latents, mask and masked image as one tensor; takes the last two out of the call."""
-    if "mask" not in call:
-        return sample
-    return torch.cat([sample, call.pop("mask"), call.pop("masked_image_latents")], dim=1)
-
-
-def _joining(unet: Any) -> Any:
-    """An inpainting UNet that is called with latents, mask and masked image apart."""
-
-    def call(**inputs: Any) -> Any:
-        sample = _joined(inputs.pop("sample"), inputs)
-        return unet(sample=sample, **inputs)
-
-    return call
+            yield {**call, "timestep": call["timestep"].float()}

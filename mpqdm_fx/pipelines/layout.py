@@ -11,8 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.folders import MODEL_CONFIG
 from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.models.classes import is_model_class, scheduler_class
+from mpqdm_fx.models.model_config import count_parameters, read_model_config
 from mpqdm_fx.pipelines.adapters import refuse_adapters
 from mpqdm_fx.pipelines.parts import (
     ImageDecoder,
@@ -42,6 +46,7 @@ SUPPORTED: dict[str, Kind] = {
 
 # Components that a program has no use for; they need not be in the folder either.
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+_LIBRARIES = ("diffusers", "transformers", "mpqdm_fx.component")
 _INPAINTING_CHANNELS = 9
 _USUAL_SIDE = 64  # of latents, where a model does not say
 
@@ -127,12 +132,10 @@ def open_pipeline(source: Any) -> Any:
         _say_unchecked()
     unused = {part: None for part in _UNUSED if part in index}
     for part, entry in index.items():
-        named = isinstance(entry, list) and entry[0] is not None and part not in unused
-        if named and not (root / part).is_dir():
-            raise ArtifactError(
-                f"{root} is not whole: model_index.json names {part!r} ({entry[1]}), and its "
-                f"folder is missing"
-            )
+        if part.startswith("_") or part in unused or not isinstance(entry, list):
+            continue
+        if entry != [None, None]:
+            _check_component(root, part, entry)
     loader = getattr(importlib.import_module("diffusers"), name)
     try:
         return loader.from_pretrained(
@@ -145,6 +148,23 @@ def open_pipeline(source: Any) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ArtifactError(f"{root}: diffusers could not load it: {first}") from None
+
+
+def _check_component(root: Path, part: str, entry: list[Any]) -> None:
+    """Refuse a component that is no model, scheduler or tokenizer, before diffusers imports it."""
+    place = f"{root / 'model_index.json'}: {part[:80]}"
+    if len(entry) != 2 or entry[0] not in _LIBRARIES or not isinstance(entry[1], str):
+        raise ArtifactError(f"{place} is {str(entry)[:80]}; it must be one of diffusers' parts")
+    if Path(part).name != part or not (root / part).is_dir():
+        raise ArtifactError(
+            f"{root} is not whole: model_index.json names {part!r} ({entry[1]}), and its "
+            f"folder is missing"
+        )
+    if entry[0] == "diffusers" and not is_model_class(entry[1]):
+        scheduler_class(entry[1], place)
+    elif entry[0] == "diffusers":
+        found, config = read_model_config(root / part)
+        count_parameters(found, config, str(root / part / MODEL_CONFIG))
 
 
 def _check_class(name: str) -> None:
@@ -171,6 +191,7 @@ def layout_of(pipeline: Any) -> Layout:
     """
     name = type(pipeline).__name__
     _check_class(name)
+    check_scheduler(getattr(pipeline, "scheduler", None))
     refuse_adapters(dict(pipeline.components))
     kind = SUPPORTED[name]
     needed = ["unet", "scheduler"]

@@ -186,10 +186,11 @@ class PipelineRunner:
             return copy.deepcopy(chosen)
         config = self.programs.files.read_json(SCHEDULER)
         name = chosen or config.get("_class_name")
-        diffusers = importlib.import_module("diffusers")
-        found = getattr(diffusers, name, None) if isinstance(name, str) else None
-        if not isinstance(found, type) or not issubclass(found, diffusers.SchedulerMixin):
-            raise RunnerError(f"diffusers has no scheduler {name!r}")
+        base = importlib.import_module("diffusers").SchedulerMixin
+        found: Any = getattr(importlib.import_module("diffusers.schedulers"), str(name), None)
+        proper = isinstance(found, type) and issubclass(found, base) and found is not base
+        if not proper:
+            raise RunnerError(f"diffusers has no scheduler {str(name)[:80]!r}")
         return found.from_config(config)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:

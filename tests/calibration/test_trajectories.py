@@ -1,8 +1,10 @@
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from diffusers.configuration_utils import FrozenDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +13,7 @@ from mpqdm_fx.calibration.trajectories import (
     Trajectories,
     balanced_class_labels,
     digits_trajectories,
+    sample_shape_of,
 )
 from mpqdm_fx.errors import CalibrationError, ConfigError
 
@@ -208,3 +211,56 @@ def test_samples_that_are_not_finite_are_refused():
     )
     with pytest.raises(CalibrationError, match="NaN or infinite"):
         list(trajectories)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"beta_start": float("nan")}, "DDIMScheduler: beta_start is nan"),
+        ({"beta_end": 7.0}, r"beta_end is 7\.0"),
+        ({"steps_offset": -1}, "steps_offset is -1"),
+        ({"trained_betas": [0.1, float("nan")]}, r"trained_betas\.1 is nan"),
+    ],
+)
+def test_a_scheduler_of_impossible_numbers_is_refused_before_any_run(settings, words):
+    with pytest.raises(CalibrationError, match=words):
+        Trajectories(
+            toy_model,
+            DDIMScheduler(**settings),
+            num_trajectories=1,
+            num_inference_steps=2,
+            batch_size=1,
+            seed=0,
+            sample_shape=(1, 3, 3),
+        )
+
+
+def test_conditions_that_are_not_finite_are_refused_by_name():
+    with pytest.raises(CalibrationError, match=r"condition text\.pooled holds NaN"):
+        make(conditions={"text": {"pooled": torch.full((6, 2), torch.nan)}})
+
+
+def test_extra_channels_reach_the_model_and_the_batches_behind_the_noisy_ones():
+    def model(sample, timestep):
+        return (sample[:, :1] * 0.5 + sample[:, 1:2],)
+
+    extra = torch.arange(6.0).reshape(6, 1, 1, 1).expand(6, 2, 3, 3)
+    settings = {
+        "num_trajectories": 6, "num_inference_steps": 3, "batch_size": 4, "seed": 0,
+        "sample_shape": (1, 3, 3),
+    }  # fmt: skip
+    data = Trajectories(model, DDIMScheduler(), conditions={"extra_channels": extra}, **settings)
+    batches = list(data)
+    assert all(batch.keys() == {"sample", "timestep"} for batch in batches)
+    shown = torch.cat([batch["sample"][:, 1:] for batch in batches])
+    assert shown.shape == (18, 2, 3, 3)
+    assert sorted(shown[:, 0, 0, 0].tolist()) == sorted([0.0, 1, 2, 3, 4, 5] * 3)
+    wrong = {"extra_channels": extra[..., :2]}
+    with pytest.raises(CalibrationError, match="extra_channels"):
+        list(Trajectories(model, DDIMScheduler(), conditions=wrong, **settings))
+
+
+def test_a_model_whose_further_channels_are_no_noise_needs_a_sample_shape():
+    config = FrozenDict({"sample_size": 3, "in_channels": 9, "out_channels": 4})
+    with pytest.raises(CalibrationError, match=r"sample_shape=\(4, H, W\)"):
+        sample_shape_of(SimpleNamespace(config=config))

@@ -16,7 +16,7 @@ from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.folders import MANIFEST
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.sources import make_source
 from mpqdm_fx.parity import verify as verify_module
 from mpqdm_fx.parity.inputs import INPUTS, random_calls, read_calls, write_calls
 from mpqdm_fx.parity.sites import sites
@@ -63,14 +63,7 @@ def test_an_unchanged_folder_passes_with_the_same_numbers(stored):
 def test_a_large_model_is_left_to_the_command(tmp_path, monkeypatch, caplog):
     unet = tiny_unet()
     quantized = quantize(unet, MPQConfig(activation_mode="dynamic", **CHEAP), unet_calls())
-    source = Source(
-        name="unet",
-        model=unet,
-        scheduler=DDIMScheduler(),
-        example_inputs=unet_calls()[0],
-        sample_shape=(1, 8, 8),
-        classes=10,
-    )
+    source = make_source("unet", unet, DDIMScheduler())
     assert store_parity(quantized, source, tmp_path).passed
     assert {path.name for path in tmp_path.iterdir()} == {INPUTS, THRESHOLDS}
     (tmp_path / INPUTS).unlink()

@@ -91,6 +91,30 @@ def test_folders_that_lack_a_component_are_refused(folder, tmp_path, part):
     refused(ArtifactError, f"names {part!r}.*missing", folder, tmp_path / "o")
 
 
+@pytest.mark.parametrize(
+    ("part", "entry", "words"),
+    [
+        ("scheduler", ["os", "system"], "must be one of"),
+        ("scheduler", ["diffusers", "logging"], "no scheduler class 'logging'"),
+        ("unet", ["diffusers", "DiffusionPipeline"], "no scheduler class 'DiffusionPipeline'"),
+        ("unet", ["diffusers", 3], "must be one of"),
+        ("vae", ["diffusers"], "must be one of"),
+    ],
+)
+def test_components_that_are_no_models_and_schedulers_are_refused(
+    folder, tmp_path, part, entry, words
+):
+    index = json.loads((folder / "model_index.json").read_text()) | {part: entry}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    refused(ArtifactError, f"model_index.json: {part}.*{words}", folder, tmp_path / "o")
+
+
+def test_configs_of_absurd_sizes_are_refused_before_a_part_is_built(folder, tmp_path):
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"latent_channels": 10**9}))
+    refused(ArtifactError, "latent_channels is 1000000000", folder, tmp_path / "o")
+
+
 def test_folders_with_damaged_weights_are_refused(folder, tmp_path):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
