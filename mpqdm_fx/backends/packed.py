@@ -140,7 +140,8 @@ class _Reader:
         self.check(key, count)
         start = self.position[key]
         self.position[key] = start + count
-        return self.tensors[key][start : start + count]
+        part: Tensor = self.tensors[key][start : start + count]
+        return part
 
     def finish(self) -> None:
         for key, tensor in self.tensors.items():

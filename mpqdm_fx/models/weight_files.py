@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import read_json
+from mpqdm_fx.io.sealed import read_json
 
 __all__ = ["count_numbers", "weight_files"]
 
