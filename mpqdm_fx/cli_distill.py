@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mpqdm_fx import cli_checks as checks
 from mpqdm_fx import cli_options as opt
 
 __all__ = ["distill"]
@@ -41,15 +42,21 @@ def distill(
     as_json: opt.JsonOption = False,
 ) -> None:
     """Train a quantized folder against its float model; sizes stay, errors fall."""
+    if budget is None and updates is None:
+        budget = "5m"
+    seconds = opt.seconds_of(budget)
+    checks.check_output_folder(output, directory, model)
+    checks.check_space(output, checks.size_of(directory))
+    if checks.has_program(directory):
+        checks.check_packages("executorch", purpose="a folder with a program")
     from mpqdm_fx.distill.config import DistillConfig
     from mpqdm_fx.processes import joined
     from mpqdm_fx.report.tables import summary_table
     from mpqdm_fx.workflow import distill_folder
 
-    if budget is None and updates is None:
-        budget = "5m"
+    checks.check_device(device)
     config = DistillConfig(
-        seconds=opt.seconds_of(budget),
+        seconds=seconds,
         updates=updates,
         trajectories=trajectories,
         steps=steps,

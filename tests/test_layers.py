@@ -15,6 +15,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
         [
             {"errors"},
             {"numerics", "versions", "files", "processes"},
+            {"cli_checks", "cli_signals", "cli_streams"},  # no torch: told before it is loaded
             {"config"},
             {"activations"},
             {"plan"},
@@ -23,6 +24,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"quantized"},  # what quantizing returns; backends and reports read it
             {"backends", "report", "models", "sweep"},
             {"stages"},  # the steps between the verbs, on graphs
+            {"feasibility"},  # what can be refused before any data is made
             {"distill"},  # graphs in training, and the model they become
             {"storage"},
             {"component"},  # a quantized model in a pipeline of diffusers
@@ -33,9 +35,10 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"pipelines"},  # several models, quantized and lowered one after the other
             {"result_folder"},  # what a job leaves behind
             {"workflow"},  # whole jobs of the command line
-            {"cli_options"},
-            {"cli_distill", "cli_export", "cli_verify"},
-            {"cli", "testing", "__init__"},
+            {"cli_boundary", "cli_options"},
+            {"cli_distill", "cli_export", "cli_quantize", "cli_verify"},
+            {"cli", "testing", "exports"},
+            {"__init__"},
             {"__main__"},
         ],
     )
@@ -54,9 +57,12 @@ LAZY = {
     ("pipelines.programs", "backends"): "the same: `import mpqdm_fx` brings export_pipeline",
     ("parity.verify", "backends"): "the same, and `import mpqdm_fx` brings verify",
     ("denoisers", "backends"): "executorch is loaded only where a .pte is run",
+    ("__init__", "exports"): "`mpqdm-fx --help` answers, and signals are handled, before torch is "
+    "loaded",
     ("cli", ""): "`mpqdm-fx --help` answers without loading torch",
     ("cli_distill", ""): "the same",
     ("cli_export", ""): "the same",
+    ("cli_quantize", ""): "the same",
     ("cli_verify", ""): "the same",
 }
 

@@ -22,6 +22,7 @@ from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.feasibility import check_feasible
 from mpqdm_fx.graph.fingerprint import hash_tensor
 from mpqdm_fx.pipelines import program_files, runner
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
@@ -144,6 +145,11 @@ def export_pipeline(
         batch_size=batch_size,
         seed=0 if config is None else config.seed,
     )
+    if config is not None:
+        check_feasible(
+            layout.unet, inputs.example("denoiser", chosen[0]), config,
+            sensitivity=sensitivity, max_memory=max_memory,
+        )  # fmt: skip
     timesteps = _schedule(layout.pipeline.scheduler, steps) if tabulate else None
     work = WorkFolder(
         target.with_name(f"{target.name}.checkpoint"),

@@ -14,9 +14,11 @@ from mpqdm_fx.files import differences, read_json, replacing, write_text
 from mpqdm_fx.plan import BitPlan
 from mpqdm_fx.sweep.solve import LayerSolution
 
-__all__ = ["Checkpoint"]
+__all__ = ["HEADER", "Checkpoint"]
 
-_HEADER = "sweep.json"
+HEADER = "sweep.json"
+"""File that says what a run is."""
+
 _NUMBERS = ("alpha", "beta", "damping", "mismatch", "base_error", "error", "rows", "seconds")
 
 
@@ -39,7 +41,7 @@ class Checkpoint:
     ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        header = self.directory / _HEADER
+        header = self.directory / HEADER
         if header.exists():
             self._compare(header, identity, resume)
         else:
