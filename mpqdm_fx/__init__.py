@@ -3,25 +3,14 @@
 The road: `trace`, `prepare`, run calibration data, `convert`, `lower`; or `quantize` in one call.
 """
 
-from mpqdm_fx.api import convert, lower, open_sweep, prepare, quantize
-from mpqdm_fx.calibration.trajectories import Trajectories
-from mpqdm_fx.config import MPQConfig, Override
-from mpqdm_fx.errors import (
-    ArtifactError,
-    CalibrationError,
-    ConfigError,
-    DialectError,
-    LoweringError,
-    MPQError,
-    TraceError,
-)
-from mpqdm_fx.graph.base import GraphPass, Pipeline
-from mpqdm_fx.graph.trace import trace
-from mpqdm_fx.parity.verify import verify
-from mpqdm_fx.pipelines.export import export_pipeline
-from mpqdm_fx.plan import BitPlan, LayerPlan
-from mpqdm_fx.quantized import PreparedModel, QuantizedModel
-from mpqdm_fx.storage import load, save
+# ruff: noqa: F403, F405 - type checkers follow the star; at run time `__getattr__` does
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpqdm_fx.exports import *
 
 __all__ = [
     "ArtifactError",
@@ -51,3 +40,12 @@ __all__ = [
     "trace",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Not at import: the command line refuses and stops before torch is loaded, which takes seconds.
+    if name in __all__:
+        return getattr(import_module("mpqdm_fx.exports"), name)
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mpqdm_fx import cli_checks as checks
 from mpqdm_fx import cli_options as opt
 
 __all__ = ["distill"]
@@ -36,20 +37,27 @@ def distill(
     ] = 0,
     samples: Annotated[int, typer.Option(min=0, help="Images in the grid.")] = 16,
     resume: opt.ResumeOption = False,
+    overwrite: opt.OverwriteOption = False,
     device: Annotated[str, typer.Option(help="Where to train, for example cuda.")] = "cpu",
     seed: opt.SeedOption = 0,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Train a quantized folder against its float model; sizes stay, errors fall."""
+    if budget is None and updates is None:
+        budget = "5m"
+    seconds = opt.seconds_of(budget)
+    checks.check_output_folder(output, directory, model)
+    checks.check_space(output, checks.size_of(directory))
+    if checks.has_program(directory):
+        checks.check_packages("executorch", purpose="a folder with a program")
     from mpqdm_fx.distill.config import DistillConfig
     from mpqdm_fx.processes import joined
     from mpqdm_fx.report.tables import summary_table
     from mpqdm_fx.workflow import distill_folder
 
-    if budget is None and updates is None:
-        budget = "5m"
+    checks.check_device(device)
     config = DistillConfig(
-        seconds=opt.seconds_of(budget),
+        seconds=seconds,
         updates=updates,
         trajectories=trajectories,
         steps=steps,
@@ -62,7 +70,7 @@ def distill(
     with joined():
         result = distill_folder(
             directory, config, output=output, model=model, samples=samples, resume=resume,
-            device=device,
+            device=device, overwrite=overwrite,
         )  # fmt: skip
     if result is None:
         return

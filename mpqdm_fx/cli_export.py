@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mpqdm_fx import cli_checks as checks
 from mpqdm_fx import cli_options as opt
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
@@ -53,30 +54,41 @@ def export(
     four_bit: opt.FourBitOption = "whole",
     external_weights: opt.ExternalWeightsOption = False,
     compress: opt.CompressOption = False,
+    overwrite: opt.OverwriteOption = False,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Export a pipeline MODEL: text encoder, denoiser, VAE as .pte, and run.py that draws."""
+    memory = opt.memory_of(max_memory)
+    sizes = [_size_of(text) for text in size] if size else None
+    checks.check_output_folder(output, model, prompts)
+    checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
+    checks.check_space(output, checks.size_of(model) // 8)  # four bits or more, of 32 at most
+    checks.check_packages("executorch", purpose="export")
+    if checks.has_text_encoder(model):
+        checks.check_packages("transformers", purpose="a pipeline with a text encoder")
     from mpqdm_fx.pipelines.export import export_pipeline
     from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
 
+    checks.check_device(device)
     result = export_pipeline(
         model,
         None if in_float else config,
         output,
-        sizes=[_size_of(text) for text in size] if size else None,
+        sizes=sizes,
         prompts=DEFAULT_PROMPTS if prompts is None else read_prompts(prompts),
         steps=steps,
         guidance=guidance,
         trajectories=trajectories,
         minimum_sqnr_db=minimum_sqnr,
         resume=resume,
-        max_memory=opt.memory_of(max_memory),
+        max_memory=memory,
         device=device,
         sensitivity=sensitivity,
         tabulate=tabulate,
         four_bit=four_bit,  # type: ignore[arg-type]  # it is checked there
         external_weights=external_weights,
         compress=compress,
+        overwrite=overwrite,
     )
     console = Console()
     if as_json:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -24,12 +25,15 @@ __all__ = [
     "FourBitOption",
     "JsonOption",
     "MemoryOption",
+    "ModelArgument",
     "OutputOption",
     "ResumeOption",
     "SeedOption",
     "SensitivityOption",
     "StepsOption",
+    "SubfolderOption",
     "TrajectoriesOption",
+    "VariantOption",
     "activation_mode_of",
     "console",
     "memory_of",
@@ -46,6 +50,23 @@ FolderArgument = Annotated[
 ]
 FloatModelOption = Annotated[
     str | None, typer.Option(help="The float model, if it is no longer where it was.")
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="`digits`, a diffusers model folder, or a pipeline folder with --subfolder unet.",
+    ),
+]
+SubfolderOption = Annotated[
+    str | None, typer.Option(help="Part of a pipeline folder, for example `unet`.")
+]
+VariantOption = Annotated[
+    str | None, typer.Option(help="Variant of the weight files, for example fp16.")
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the result that is there; other files never are."),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 TrajectoriesOption = Annotated[int, typer.Option(min=1, help="Denoising runs to calibrate on.")]
@@ -83,7 +104,7 @@ _Option = tuple[str, Any, Any]
 def console() -> Console:
     """Where results are printed."""
     # A pipe has no width of its own; 130 columns hold the longest layer names.
-    return Console(width=None if sys.stdout.isatty() else 130)
+    return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 130)
 
 
 #: By name of the option: the setting that it becomes, type and help, default.
@@ -236,7 +257,7 @@ def memory_of(text: str | None) -> int | None:
         value = int(float(number) * unit)
     except (ValueError, OverflowError):  # no number, or an infinite one
         value = 0
-    if value <= 0:
+    if not 0 < value < 2**63:
         raise ConfigError(f"--max-memory {text!r}: write a size such as 4GiB, 500MB or 1000000")
     return value
 
@@ -251,7 +272,7 @@ def seconds_of(text: str | None) -> float | None:
         return None
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([smh]?)\s*", text.lower())
     seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
-    if not seconds:
+    if not 0 < seconds < math.inf:
         raise ConfigError(f"--budget {text!r}: write a time such as 90s, 5m or 1.5h")
     return seconds
 

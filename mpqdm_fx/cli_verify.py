@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from mpqdm_fx import cli_checks as checks
 from mpqdm_fx import cli_options as opt
+from mpqdm_fx.files import write_text
 
 __all__ = ["verify"]
 
@@ -24,14 +26,18 @@ def verify(
     as_json: opt.JsonOption = False,
 ) -> None:
     """Compare float, quantized, converted, edge and .pte layer by layer; exit 1 if one is short."""
+    checks.check_output_file(output, "--output", reads=[directory])
+    if store:
+        checks.check_writable(directory, "DIR")
+    if checks.has_program(directory):
+        checks.check_packages("executorch", purpose="a folder with a program")
     from mpqdm_fx.parity.tables import rung_table, worst_table
     from mpqdm_fx.parity.verify import verify as verify_folder
 
     ladder = verify_folder(directory, model=model, store=store)
     text = json.dumps(ladder.to_dict(), indent=1)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        write_text(output, text)
     console = opt.console()
     if as_json:
         console.print_json(text)

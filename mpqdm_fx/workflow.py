@@ -18,8 +18,10 @@ from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.checkpoint import has_state
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.files import differences
 from mpqdm_fx.folders import MANIFEST, check_target, open_folder
 from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.sources import Source, load_source
 from mpqdm_fx.processes import is_first
@@ -32,11 +34,14 @@ from mpqdm_fx.report.metrics import (
 from mpqdm_fx.result_folder import SUMMARY, Form, calibration_of, write_folder
 from mpqdm_fx.stages import normalized
 from mpqdm_fx.storage import load
+from mpqdm_fx.sweep.checkpoint import HEADER
 from mpqdm_fx.sweep.estimate import Estimate, estimate
 from mpqdm_fx.validation import Bytes, Count, Seed, Some, checked
+from mpqdm_fx.versions import versions
 
 __all__ = [
     "FolderResult",
+    "check_start",
     "diagnose_model",
     "distill_folder",
     "estimate_source",
@@ -110,14 +115,12 @@ def quantize_to_folder(
     Raises:
         MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
-    # said now, not after minutes of calibration
     form = Form(
         backend=backend, four_bit=four_bit, external_weights=external_weights, compress=compress
     )
-    form.check(config)
-    check_target(output, overwrite=overwrite)
+    check_start(form, config, output, resume=resume, overwrite=overwrite)
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
-    solved = output.with_name(f"{output.name}.checkpoint")
+    solved = _checkpoint_of(output)
     quantized = quantize(
         source.model,
         config,
@@ -136,6 +139,58 @@ def quantize_to_folder(
     )  # fmt: skip
     shutil.rmtree(solved)
     return FolderResult(directory=output, quantized=quantized, summary=summary)
+
+
+def check_start(
+    form: Form, config: MPQConfig, output: Path, *, resume: bool, overwrite: bool = False
+) -> None:
+    """Refuse what `quantize_to_folder` could not end with, before the model is loaded.
+
+    Args:
+        form: What is to be written.
+        config: Settings.
+        output: Folder to appear.
+        resume: Go on with a run that was stopped.
+        overwrite: Whether `output` may be a result that is replaced.
+
+    Raises:
+        ConfigError: Settings do not fit the backend, or an unfinished run lies beside `output` that
+            has other settings, or is not to be resumed.
+        ArtifactError: `output` holds something else.
+        LoweringError: ExecuTorch is missing.
+    """
+    form.check(config)
+    check_target(output, overwrite=overwrite)
+    solved = _checkpoint_of(output)
+    header = solved / HEADER
+    _check_ours(solved, header.is_file())
+    if not header.is_file():
+        return
+    found = read_json(header, fix="delete the folder to start anew")
+    for key, wanted in {"settings": config.to_dict(), "versions": versions()}.items():
+        for name, old, new in differences(found.get(key), wanted):
+            raise ConfigError(
+                f"{solved} holds an unfinished run with {name}={old!r}, not {new!r}; use what it "
+                f"was started with, or delete it"
+            )
+    if not resume and any(solved.glob("layer-*")):
+        raise ConfigError(f"{solved} holds a run that was not finished; resume it, or delete it")
+
+
+def _checkpoint_of(output: Path) -> Path:
+    """Where an unfinished run is kept."""
+    return output.with_name(f"{output.name}.checkpoint")
+
+
+def _check_ours(folder: Path, ours: bool) -> None:
+    """Refuse a folder of somebody else's where a run would be kept: it goes when that is through.
+
+    What a killed run left is known by its names: files that were not whole yet.
+    """
+    if not folder.exists() or ours:
+        return
+    if not folder.is_dir() or any(not path.name.endswith(".part") for path in folder.iterdir()):
+        raise ConfigError(f"{folder} is in the way and holds no unfinished run; move or delete it")
 
 
 @checked
@@ -178,7 +233,8 @@ def distill_folder(
     summary = opened.files.read_json(SUMMARY)
     form = Form.of(summary.get("backend"), opened.manifest["program"])
     check_target(output, overwrite=overwrite)
-    state = output.with_name(f"{output.name}.checkpoint")
+    state = _checkpoint_of(output)
+    _check_ours(state, has_state(state))
     if has_state(state) and not resume:
         raise ConfigError(f"{state} holds a run that was not finished; resume it, or delete it")
     source, quantized = source_of(folder, model), load(folder)

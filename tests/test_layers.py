@@ -16,6 +16,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"errors"},
             {"numerics", "versions", "files", "processes", "validation"},
             {"io"},
+            {"cli_checks", "cli_signals", "cli_streams"},  # no torch: told before it is loaded
             {"manifest"},
             {"folders"},  # what this package writes: opened with checks, replaced whole
             {"config"},
@@ -26,6 +27,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"quantized"},  # what quantizing returns; backends and reports read it
             {"backends", "report", "models", "sweep"},
             {"stages"},  # the steps between the verbs, on graphs
+            {"feasibility"},  # what can be refused before any data is made
             {"distill"},  # graphs in training, and the model they become
             {"storage"},
             {"component"},  # a quantized model in a pipeline of diffusers
@@ -36,9 +38,10 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"pipelines"},  # several models, quantized and lowered one after the other
             {"result_folder"},  # what a job leaves behind
             {"workflow"},  # whole jobs of the command line
-            {"cli_options"},
-            {"cli_distill", "cli_export", "cli_verify"},
-            {"cli", "testing", "__init__"},
+            {"cli_boundary", "cli_options"},
+            {"cli_distill", "cli_export", "cli_quantize", "cli_verify"},
+            {"cli", "testing", "exports"},
+            {"__init__"},
             {"__main__"},
         ],
     )
@@ -62,9 +65,12 @@ LAZY = {
     ("pipelines.programs", "backends"): "the same: `import mpqdm_fx` brings export_pipeline",
     ("parity.verify", "backends"): "the same, and `import mpqdm_fx` brings verify",
     ("denoisers", "backends"): "executorch is loaded only where a .pte is run",
+    ("__init__", "exports"): "`mpqdm-fx --help` answers, and signals are handled, before torch is "
+    "loaded",
     ("cli", ""): "`mpqdm-fx --help` answers without loading torch",
     ("cli_distill", ""): "the same",
     ("cli_export", ""): "the same",
+    ("cli_quantize", ""): "the same",
     ("cli_verify", ""): "the same",
 }
 

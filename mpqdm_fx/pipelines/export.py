@@ -24,6 +24,7 @@ from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.sampling import scheduled
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.feasibility import check_feasible
 from mpqdm_fx.folders import check_target, staged_directory
 from mpqdm_fx.graph.fingerprint import hash_tensor
 from mpqdm_fx.io import expansion, sealed
@@ -92,6 +93,7 @@ def export_pipeline(
     four_bit: FourBit = "whole",
     external_weights: bool = False,
     compress: bool = False,
+    overwrite: bool = False,
 ) -> ExportResult:
     """Turn a diffusers pipeline into a folder of ExecuTorch programs and a runner.
 
@@ -127,6 +129,7 @@ def export_pipeline(
         external_weights: Write each program's weights to a file of their own, `<part>.ptd`.
         compress: Store programs and weights as `.xz`; the runner expands them when they are first
             run.
+        overwrite: Whether `output` may be an export that is replaced.
 
     Returns:
         What was made.
@@ -140,7 +143,7 @@ def export_pipeline(
     """
     _check_settings(config, prompts, four_bit)
     require_executorch()
-    target = check_target(output, MANIFEST)
+    target = check_target(output, MANIFEST, overwrite=overwrite)
     layout = layout_of(open_pipeline(pipeline))
     chosen = layout.check_sizes(sizes)
     if layout.kind == "unconditional":
@@ -155,6 +158,11 @@ def export_pipeline(
         batch_size=batch_size,
         seed=0 if config is None else config.seed,
     )
+    if config is not None:
+        check_feasible(
+            layout.unet, inputs.example("denoiser", chosen[0]), config,
+            sensitivity=sensitivity, max_memory=max_memory,
+        )  # fmt: skip
     timesteps = _schedule(layout.pipeline.scheduler, steps) if tabulate else None
     work = WorkFolder(
         target.with_name(f"{target.name}.checkpoint"),
@@ -195,7 +203,7 @@ def export_pipeline(
             )
             work.finish(part.name, {"methods": methods, "quality": _quality(judged)})
         records[part.name] = work.finished(part.name) or {}
-    with staged_directory(target, MANIFEST) as stage:
+    with staged_directory(target, MANIFEST, overwrite=overwrite) as stage:
         expanded = {}
         for name in records:
             expanded.update(work.place(name, stage, compress=compress))

@@ -15,9 +15,11 @@ from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.plan import BitPlan
 from mpqdm_fx.sweep.solve import LayerSolution
 
-__all__ = ["Checkpoint"]
+__all__ = ["HEADER", "Checkpoint"]
 
-_HEADER = "sweep.json"
+HEADER = "sweep.json"
+"""File that says what a run is."""
+
 _NUMBERS = ("alpha", "beta", "damping", "mismatch", "base_error", "error", "rows", "seconds")
 
 
@@ -40,7 +42,7 @@ class Checkpoint:
     ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        header = self.directory / _HEADER
+        header = self.directory / HEADER
         if header.exists():
             self._compare(header, identity, resume)
         else:

@@ -1,0 +1,230 @@
+"""What a command checks before its first second of work: paths, packages, devices, space."""
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.io.sealed import read_json
+
+__all__ = [
+    "EXTRAS",
+    "check_device",
+    "check_output_file",
+    "check_output_folder",
+    "check_packages",
+    "check_space",
+    "check_writable",
+    "has_program",
+    "has_text_encoder",
+    "origin_of",
+    "size_of",
+]
+
+_BUNDLED = "digits"  # the name goes before a folder's
+
+EXTRAS: Mapping[str, str] = {
+    "executorch": "executorch",
+    "transformers": "pipelines",
+    "torchmetrics": "report",
+    "sklearn": "report",
+    "matplotlib": "report",
+    "jinja2": "report",
+}
+"""Optional packages, by the extra of this package that brings them."""
+
+
+def check_output_folder(output: Path, *reads: str | Path | None, option: str = "--output") -> None:
+    """Refuse a folder that cannot be written, or whose replacing would take what the command reads.
+
+    Args:
+        output: The folder to appear.
+        reads: Files and folders that the command reads, or names of bundled models.
+        option: How it was typed.
+
+    Raises:
+        ConfigError: It is the current folder or one above it, one that the command reads, or its
+            parent cannot be written.
+    """
+    target = output.resolve()
+    if Path.cwd().is_relative_to(target):
+        raise ConfigError(
+            f"{option} {output}: this is the current folder, or holds it; give a new folder's name"
+        )
+    for read in reads:
+        if read is None or str(read) == _BUNDLED or not Path(read).exists():
+            continue
+        place = Path(read).resolve()
+        if target.is_relative_to(place) or place.is_relative_to(target):
+            raise ConfigError(
+                f"{option} {output}: what is read, {read}, is this folder, or one lies in the "
+                f"other; give another folder"
+            )
+    check_writable(output.resolve().parent, f"{option} {output}", prefix=output.name)
+    if checkpoint_of(target).exists() and not checkpoint_of(target).is_dir():
+        raise ConfigError(
+            f"{option} {output}: {checkpoint_of(output)} is in the way, where an unfinished run "
+            f"is kept; move it"
+        )
+
+
+def check_output_file(
+    path: Path | None,
+    option: str,
+    *,
+    reads: Iterable[str | Path] = (),
+    replaced: Path | None = None,
+    suffix: str | None = None,
+) -> None:
+    """Refuse a file that cannot be written.
+
+    Args:
+        path: The file; None is none.
+        option: How it was typed.
+        reads: Folders that the command reads: what lies in them is not written over.
+        replaced: Folder that the command replaces: nothing else can be kept there.
+        suffix: Ending that it must have.
+
+    Raises:
+        ConfigError: It is a folder or no plain file, has another ending, is a file of what is
+            read, or its parent cannot be written.
+    """
+    if path is None:
+        return
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no plain file"
+        raise ConfigError(f"{option} {path}: this is {kind}; give a file's name")
+    if suffix is not None and path.suffix.lower() != suffix:
+        raise ConfigError(f"{option} {path}: give a name that ends in {suffix}")
+    for read in reads:
+        if path.exists() and path.resolve().is_relative_to(Path(read).resolve()):
+            raise ConfigError(f"{option} {path}: a file of {read}, which is read; give another")
+    if replaced is not None:
+        for folder in (replaced, checkpoint_of(replaced)):
+            if path.resolve().is_relative_to(folder.resolve()):
+                raise ConfigError(
+                    f"{option} {path}: {folder} is made and replaced as a whole; keep the file "
+                    f"outside"
+                )
+    check_writable(path.resolve().parent, f"{option} {path}", prefix=path.name)
+
+
+def checkpoint_of(output: Path) -> Path:
+    """Where a run that was stopped leaves what it has."""
+    return output.with_name(f"{output.name}.checkpoint")
+
+
+def check_writable(folder: Path, typed: str, *, prefix: str = "mpqdm-fx") -> None:
+    """Refuse a folder in which nothing can be made, by making something.
+
+    Args:
+        folder: The folder, there or to be made.
+        typed: What was typed, for the message.
+        prefix: Name of what will be made there; its length counts.
+
+    Raises:
+        ConfigError: It is below a file, or the system refuses.
+    """
+    parent = _existing(folder)
+    if not parent.is_dir():
+        raise ConfigError(f"{typed}: {parent} is a file; give a path below a folder")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{prefix}-", dir=parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{typed}: {parent} cannot be written: {error.strerror}; give another place, or change "
+            f"its permissions"
+        ) from None
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above that is there."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def check_packages(*packages: str, purpose: str) -> None:
+    """Refuse a command whose optional packages are not installed.
+
+    Args:
+        packages: Import names.
+        purpose: What they are for.
+
+    Raises:
+        ConfigError: One is missing; says what to install.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{purpose} needs {package}, which is not installed: "
+                f'pip install "mpqdm-fx[{EXTRAS[package]}]"'
+            )
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that torch does not have here, by using it.
+
+    Args:
+        device: As typed, for example `cuda:1`; None is none.
+
+    Raises:
+        ConfigError: No such device, or one that holds no values.
+    """
+    import torch
+
+    if device is None:
+        return
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"--device {device}: torch cannot compute there: {first}; leave the option out to "
+            f"compute on the CPU"
+        ) from None
+
+
+def has_program(folder: str | Path) -> bool:
+    """Whether a folder of `quantize` holds a program, plain or compressed."""
+    return any((Path(folder) / name).is_file() for name in ("unet.pte", "unet.pte.xz"))
+
+
+def has_text_encoder(pipeline: str | Path) -> bool:
+    """Whether a pipeline folder has parts of transformers; one that is none has not."""
+    index = Path(pipeline) / "model_index.json"
+    return index.is_file() and "transformers" in json.dumps(read_json(index))
+
+
+def origin_of(folder: Path) -> str | None:
+    """The float model's name that a folder of `quantize` holds; None if it holds none."""
+    source = folder / "source.json"
+    return str(read_json(source).get("model")) if source.is_file() else None
+
+
+def size_of(folder: str | Path) -> int:
+    """Bytes of all files in a folder; 0 if it is none."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Refuse a disk that cannot hold what is known to be written.
+
+    Args:
+        output: Folder or file to appear.
+        needed: Bytes that are written at least.
+
+    Raises:
+        ConfigError: Less is free.
+    """
+    free = shutil.disk_usage(_existing(output.parent)).free
+    if free < needed:
+        raise ConfigError(
+            f"--output {output}: {needed / 2**20:,.1f} MiB are written at least, and the disk has "
+            f"{free / 2**20:,.1f} MiB left; free some, or give another disk"
+        )

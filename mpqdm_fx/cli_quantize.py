@@ -1,0 +1,123 @@
+"""The commands `mpqdm-fx quantize` and `plan`: a model becomes a folder; what that will take."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mpqdm_fx import cli_checks as checks
+from mpqdm_fx import cli_options as opt
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import ConfigError
+
+__all__ = ["plan", "quantize"]
+
+
+@opt.takes_settings()
+def quantize(
+    model: opt.ModelArgument,
+    config: MPQConfig = opt.DEFAULTS,
+    backend: Annotated[str, typer.Option(help="xnnpack, torch_ao or packed.")] = "xnnpack",
+    output: opt.OutputOption = Path("out"),
+    trajectories: opt.TrajectoriesOption = 16,
+    steps: opt.StepsOption = 20,
+    samples: Annotated[int, typer.Option(min=0, help="Images in the grid.")] = 16,
+    resume: opt.ResumeOption = False,
+    max_memory: opt.MemoryOption = None,
+    device: opt.DeviceOption = None,
+    sensitivity: opt.SensitivityOption = None,
+    four_bit: opt.FourBitOption = "whole",
+    external_weights: opt.ExternalWeightsOption = False,
+    compress: opt.CompressOption = False,
+    overwrite: opt.OverwriteOption = False,
+    subfolder: opt.SubfolderOption = None,
+    variant: opt.VariantOption = None,
+    as_json: opt.JsonOption = False,
+) -> None:
+    """Quantize MODEL into a folder: packed weights, program, sample grid, numbers."""
+    memory = opt.memory_of(max_memory)
+    checks.check_output_folder(output, model)
+    checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
+    if backend == "xnnpack":
+        checks.check_packages("executorch", purpose="--backend xnnpack")
+    from mpqdm_fx.api import BACKENDS
+    from mpqdm_fx.feasibility import check_feasible, weights_of
+    from mpqdm_fx.models.sources import load_source
+    from mpqdm_fx.processes import joined
+    from mpqdm_fx.report.tables import layer_table, summary_table
+    from mpqdm_fx.result_folder import Form
+    from mpqdm_fx.workflow import check_start, quantize_to_folder
+
+    if backend not in BACKENDS:
+        raise ConfigError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
+    checks.check_device(device)
+    form = Form(
+        backend=backend,
+        four_bit=four_bit,  # type: ignore[arg-type]  # `check_start` checks it
+        external_weights=external_weights,
+        compress=compress,
+    )
+    check_start(form, config, output, resume=resume, overwrite=overwrite)
+    source = load_source(model, subfolder, variant)
+    checks.check_space(output, weights_of(source.model))  # a byte each, until the run is through
+    check_feasible(
+        source.model, source.example_inputs, config, sensitivity=sensitivity, max_memory=memory,
+        batch_size=min(16, (trajectories - trajectories // 4) * steps),  # as of `calibration_of`
+    )  # fmt: skip
+    with joined():
+        result = quantize_to_folder(
+            source,
+            config,
+            backend=form.backend,
+            output=output,
+            trajectories=trajectories,
+            steps=steps,
+            samples=samples,
+            subfolder=subfolder,
+            resume=resume,
+            max_memory=memory,
+            device=device,
+            sensitivity=sensitivity,
+            four_bit=form.four_bit,
+            external_weights=external_weights,
+            compress=compress,
+            overwrite=overwrite,
+        )
+    if result is None:
+        return
+    console = opt.console()
+    if as_json:
+        console.print_json(json.dumps(result.summary))
+        return
+    console.print(layer_table(result.quantized.report))
+    console.print(summary_table(result.summary))
+    console.print(f"written to {output}")
+
+
+@opt.takes_settings(without=("effective_bits", "weight_bytes", "seed"))
+def plan(
+    model: opt.ModelArgument,
+    config: MPQConfig = opt.DEFAULTS,
+    calls: Annotated[int, typer.Option(min=1, help="Calibration calls.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a call.")] = 16,
+    max_memory: opt.MemoryOption = None,
+    subfolder: opt.SubfolderOption = None,
+    variant: opt.VariantOption = None,
+    as_json: opt.JsonOption = False,
+) -> None:
+    """Say what quantizing MODEL will take: time, memory, disk."""
+    memory = opt.memory_of(max_memory)
+    from mpqdm_fx.feasibility import check_feasible
+    from mpqdm_fx.models.sources import load_source
+    from mpqdm_fx.report.tables import estimate_table
+    from mpqdm_fx.workflow import estimate_source
+
+    source = load_source(model, subfolder, variant)
+    check_feasible(source.model, source.example_inputs, config)
+    found = estimate_source(source, config, calls=calls, batch_size=batch_size, max_memory=memory)
+    console = opt.console()
+    if as_json:
+        console.print_json(json.dumps(found.to_dict()))
+    else:
+        console.print(estimate_table(found.to_dict()))

@@ -1,0 +1,50 @@
+"""What `import mpqdm_fx` offers, loaded when it is first asked for."""
+
+from mpqdm_fx.api import convert, lower, open_sweep, prepare, quantize
+from mpqdm_fx.calibration.trajectories import Trajectories
+from mpqdm_fx.config import MPQConfig, Override
+from mpqdm_fx.errors import (
+    ArtifactError,
+    CalibrationError,
+    ConfigError,
+    DialectError,
+    LoweringError,
+    MPQError,
+    TraceError,
+)
+from mpqdm_fx.graph.base import GraphPass, Pipeline
+from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.parity.verify import verify
+from mpqdm_fx.pipelines.export import export_pipeline
+from mpqdm_fx.plan import BitPlan, LayerPlan
+from mpqdm_fx.quantized import PreparedModel, QuantizedModel
+from mpqdm_fx.storage import load, save
+
+__all__ = [
+    "ArtifactError",
+    "BitPlan",
+    "CalibrationError",
+    "ConfigError",
+    "DialectError",
+    "GraphPass",
+    "LayerPlan",
+    "LoweringError",
+    "MPQConfig",
+    "MPQError",
+    "Override",
+    "Pipeline",
+    "PreparedModel",
+    "QuantizedModel",
+    "TraceError",
+    "Trajectories",
+    "convert",
+    "export_pipeline",
+    "load",
+    "lower",
+    "open_sweep",
+    "prepare",
+    "quantize",
+    "save",
+    "trace",
+    "verify",
+]
