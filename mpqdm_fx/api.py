@@ -11,10 +11,13 @@ from typing import Any, Literal
 from torch import fx, nn
 from tqdm import tqdm
 
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.records import DEFAULT_MAX_MEMORY, RecordedInputs
 from mpqdm_fx.config import ActivationMode, MPQConfig
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
 from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.graph.entry import unwrap
+from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.quantized import PreparedModel, QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized
@@ -37,6 +40,7 @@ MODES: Mapping[Backend, tuple[ActivationMode, ...]] = {
 """Activation modes that each backend runs. Layers of the modes named may be mixed in one model."""
 
 
+@plain_torch()
 def prepare(
     model: nn.Module,
     config: MPQConfig,
@@ -61,10 +65,12 @@ def prepare(
         The prepared model.
 
     Raises:
-        TraceError: The model cannot be traced with these inputs.
+        TraceError: The model cannot be traced with these inputs, or is refused as it is: offloaded,
+            quantized already, in float64 (see `trace`).
         ConfigError: There is nothing to quantize, or an override matches no layer.
     """
-    graph_module = normalized(model, example_inputs, config)
+    model = unwrap(model)
+    graph_module = normalized(model, example_inputs, config, fractional_timesteps=True)
     _check_layers(graph_module, config, type(model).__name__)
     return PreparedModel(
         graph_module,
@@ -75,6 +81,7 @@ def prepare(
     )
 
 
+@plain_torch()
 def convert(
     prepared: PreparedModel,
     *,
@@ -139,6 +146,7 @@ def convert(
     )
 
 
+@plain_torch()
 def open_sweep(
     prepared: PreparedModel,
     *,
@@ -180,6 +188,7 @@ def open_sweep(
     )
 
 
+@plain_torch()
 def quantize(
     model: nn.Module,
     config: MPQConfig,
@@ -211,6 +220,7 @@ def quantize(
         TraceError: The model cannot be traced.
         ConfigError: There is nothing to quantize, or an override matches no layer.
     """
+    check_model(unwrap(model))  # before trajectories are run
     iterator = iter(calibration)
     try:
         first = dict(next(iterator))
@@ -233,6 +243,7 @@ def quantize(
     )
 
 
+@plain_torch()
 def lower(
     quantized: QuantizedModel,
     backend: Backend,

@@ -1,7 +1,7 @@
 """The two models that users hold: prepared (records its inputs) and quantized."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import Activation, NoiseLevels
+from mpqdm_fx.ambient import plain_torch, without_autocast
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.graph.calling import join_outputs, pack_output, split_batch
+from mpqdm_fx.graph.calling import in_dtype, join_outputs, pack_output, split_batch
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.plan import BitPlan
 
@@ -98,8 +99,8 @@ class _TracedModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the floating-point parameters."""
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+        """The dtype that inputs are taken and outputs returned in; what is computed is float32."""
+        return self.signature.dtype
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +116,9 @@ class _TracedModel(nn.Module):
         if len(args) > len(self.signature.parameters):
             self.signature.normalize(args, kwargs)  # says what is wrong
         parts = [self.signature.normalize((), part) for part in split_batch(self.signature, given)]
-        output = join_outputs([self.graph_module(**part) for part in parts])
+        with without_autocast():
+            output = join_outputs([self.graph_module(**part) for part in parts])
+        output = in_dtype(output, self.signature.dtype)
         return parts, pack_output(self.signature, output) if return_dict else output
 
 
@@ -149,8 +152,7 @@ class PreparedModel(_TracedModel):
         """
         with torch.no_grad():
             parts, output = self._call(args, kwargs)
-        for part in parts:
-            self.records.append(part, held_out=self._holding_out)
+        self._keep(parts)
         return output
 
     @contextlib.contextmanager
@@ -173,8 +175,13 @@ class PreparedModel(_TracedModel):
             TraceError: The arguments do not fit the traced signature.
             CalibrationError: An argument holds NaN or infinity.
         """
-        for part in split_batch(self.signature, kwargs):
-            self.records.append(self.signature.normalize((), part), held_out=self._holding_out)
+        parts = split_batch(self.signature, kwargs)
+        self._keep(self.signature.normalize((), part) for part in parts)
+
+    @plain_torch()
+    def _keep(self, parts: Iterable[Mapping[str, Any]]) -> None:
+        for part in parts:
+            self.records.append(part, held_out=self._holding_out)
 
 
 class QuantizedModel(_TracedModel):

@@ -22,13 +22,20 @@ from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 __all__ = ["assemble", "normalized", "restore"]
 
 
-def normalized(model: nn.Module, example_inputs: Any, settings: MPQConfig) -> fx.GraphModule:
+def normalized(
+    model: nn.Module,
+    example_inputs: Any,
+    settings: MPQConfig,
+    *,
+    fractional_timesteps: bool = False,
+) -> fx.GraphModule:
     """Trace a model and bring it into the form that is quantized.
 
     Args:
         model: The float model; it is not changed.
         example_inputs: Keyword arguments (dict) or positional arguments (tuple) of one call.
         settings: The run's settings.
+        fractional_timesteps: As of `trace`.
 
     Raises:
         TraceError: The model cannot be traced.
@@ -36,9 +43,8 @@ def normalized(model: nn.Module, example_inputs: Any, settings: MPQConfig) -> fx
     passes = NORMALIZE
     if not settings.split_skips:
         passes = tuple(entry for entry in passes if not isinstance(entry, SplitSkipConcat))
-    graph_module: fx.GraphModule = Pipeline(passes=passes)(
-        trace(model, example_inputs)
-    ).graph_module
+    traced = trace(model, example_inputs, fractional_timesteps=fractional_timesteps)
+    graph_module: fx.GraphModule = Pipeline(passes=passes)(traced).graph_module
     # What the model computes and drops (the last layer of an encoder whose last but one state is
     # taken) is no layer to quantize: passes behind would remove it and leave its range behind. By
     # default torch.fx keeps a dead attention, which could draw random numbers for its dropout.

@@ -1,6 +1,7 @@
 """Save and load a quantized model: safetensors, JSON, no pickle; nothing is left half-written."""
 
 import copy
+import dataclasses
 import importlib
 import json
 import logging
@@ -14,11 +15,13 @@ from typing import Any
 from torch import nn
 
 from mpqdm_fx.activations import NoiseLevels, activation_from_dict, activation_to_dict
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.backends.packed import read_packed, write_packed
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
 from mpqdm_fx.files import check_version, checksum, read_json
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, signature_to_dict
+from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized, restore
@@ -89,6 +92,7 @@ def staged_directory(output: str | Path, manifest: str = MANIFEST) -> Iterator[P
         shutil.rmtree(stage, ignore_errors=True)
 
 
+@plain_torch()
 def save(quantized: QuantizedModel, directory: str | Path) -> Path:
     """Write a quantized model to a folder, or replace the one that is there.
 
@@ -184,6 +188,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     return manifest
 
 
+@plain_torch()
 def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedModel:
     """Load a saved model: the same graph, the same integers, the same numbers.
 
@@ -209,9 +214,11 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise ArtifactError(f"{root / MANIFEST} is damaged: {error!r}") from None
     # A copy, since the saved tensors are put into its modules.
-    skeleton = copy.deepcopy(model).eval() if model is not None else _skeleton(root)
+    skeleton = copy.deepcopy(unwrap(model)).eval() if model is not None else _skeleton(root)
     try:
         graph_module = normalized(skeleton, example_inputs(signature), settings)
+        traced = graph_module.meta["signature"]
+        graph_module.meta["signature"] = dataclasses.replace(traced, dtype=signature.dtype)
         rounded = restore(graph_module, weights)
     except MPQError as error:
         raise ArtifactError(f"{root} does not fit {type(skeleton).__name__}: {error}") from error

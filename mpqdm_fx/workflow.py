@@ -1,9 +1,7 @@
 """What the command line does, as functions: quantize to a folder, train it, measure it."""
 
-import copy
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 from mpqdm_fx.api import Backend, quantize
 from mpqdm_fx.backends.xnnpack.doctor import Diagnosis, diagnose
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
-from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.denoisers import SOURCE, draw, source_of
 from mpqdm_fx.distill.api import distill
@@ -117,7 +114,7 @@ def quantize_to_folder(
     quantized = quantize(
         source.model,
         config,
-        _InSchedulerDtype(source, data, steps),
+        data,
         directory=solved,
         resume=resume,
         max_activations=max_memory,
@@ -202,29 +199,6 @@ def distill_folder(
     )  # fmt: skip
     shutil.rmtree(state)
     return FolderResult(directory=output, quantized=trained.quantized, summary=found)
-
-
-class _InSchedulerDtype:
-    """Calls with float timesteps if the scheduler makes such.
-
-    Euler and its kin give whole or fractional timesteps, depending on the number of steps; a graph
-    that is traced with float timesteps takes both.
-    """
-
-    def __init__(self, source: Source, data: Trajectories, steps: int) -> None:
-        scheduler = copy.deepcopy(source.scheduler)
-        scheduler.set_timesteps(steps)
-        self._fractional = scheduler.timesteps.is_floating_point()
-        self._data = data
-
-    @property
-    def held_out_calls(self) -> range:
-        return self._data.held_out_calls
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        for call in self._data:
-            fractional = {"timestep": call["timestep"].float()} if self._fractional else {}
-            yield {**call, **fractional}
 
 
 def estimate_source(

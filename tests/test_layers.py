@@ -14,7 +14,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         [
             {"errors"},
-            {"numerics", "versions", "files", "processes"},
+            {"ambient", "numerics", "versions", "files", "processes"},
             {"config"},
             {"activations"},
             {"plan"},

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.graph.entry import in_float32
 
 Denoiser = Callable[..., Any]
 """What is called as `model(sample=..., timestep=..., **conditions)`."""
@@ -28,6 +30,7 @@ StepCallback = Callable[[int, Tensor, Tensor], None]
 _STEP_STREAM = 0x5DEECE66D  # what the seeds of initial noise and of added noise differ by
 
 
+@plain_torch()
 def denoise(
     model: Denoiser,
     scheduler: Any,
@@ -46,7 +49,8 @@ def denoise(
     Args:
         model: called with `sample` [B, ...], `timestep` [B] and the conditions as keywords; returns
             a tensor, a tuple whose first entry is the tensor, or an output with `.sample`. With
-            guidance B is twice the batch of `noise`, the unconditional half first.
+            guidance B is twice the batch of `noise`, the unconditional half first. A module in half
+            precision runs as a float32 copy.
         scheduler: a diffusers scheduler with `init_noise_sigma` (all but those of flow matching); a
             copy of it is used.
         noise: standard normal, float [N, ...], not yet scaled by the scheduler's initial sigma.
@@ -70,6 +74,7 @@ def denoise(
     """
     if num_inference_steps < 1:
         raise CalibrationError(f"num_inference_steps is {num_inference_steps}; give at least 1")
+    model = in_float32(model)
     inputs = dict(conditions or {})
     paired = guidance_scale is not None
     if paired:
@@ -105,7 +110,7 @@ def denoise(
             output = first_tensor(
                 model(sample=model_input, timestep=timestep.repeat(len(model_input)), **inputs)
             )
-            output = _drop_learned_variance(output, sample, scheduler)
+            output = _drop_learned_variance(output.to(sample.dtype), sample, scheduler)
             output = _guided_mean(output, sample.shape[1], guidance_scale)
             sample = scheduler.step(
                 output, scheduler_timestep, sample, return_dict=False, **step_arguments

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.probes import output_energies
 from mpqdm_fx.calibration.rounding_errors import (
     MAX_NUMBERS,
@@ -43,6 +44,7 @@ _TEST_ROWS = 512  # rows that errors are measured on
 _WIDE_ROWS = 1024  # rows of a layer that has fewer rows than columns: the work grows with the cube
 
 
+@plain_torch()
 def measure_sensitivity(
     graph_module: fx.GraphModule,
     calls: Sequence[Mapping[str, Any]],

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from mpqdm_fx.graph.signature import InputSpec, Signature, tensor_leaves
 
 __all__ = [
     "batch_size_of",
     "example_inputs",
+    "in_dtype",
     "join_outputs",
     "pack_output",
     "signature_from_dict",
@@ -141,6 +143,20 @@ def pack_output(signature: Signature, output: Any) -> Any:
     return getattr(importlib.import_module(module), name)(*output)
 
 
+def in_dtype(output: Any, dtype: torch.dtype) -> Any:
+    """Outputs of a graph, which computes in float32, as the caller's model would return them.
+
+    Args:
+        output: Tensors in nested dicts, lists and tuples.
+        dtype: `Signature.dtype`.
+    """
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.dtype is torch.float32 else tensor
+
+    return output if dtype is torch.float32 else pytree.tree_map_only(Tensor, cast, output)
+
+
 def signature_to_dict(signature: Signature) -> dict[str, Any]:
     """Plain JSON types; `signature_from_dict` is the inverse.
 
@@ -148,8 +164,8 @@ def signature_to_dict(signature: Signature) -> dict[str, Any]:
         signature: Its baked arguments must be plain JSON values.
     """
     data = asdict(signature)
-    for spec in data["inputs"]:
-        spec["dtype"] = str(spec["dtype"]).removeprefix("torch.")
+    for entry in (data, *data["inputs"]):
+        entry["dtype"] = str(entry["dtype"]).removeprefix("torch.")
     return data
 
 
@@ -178,5 +194,7 @@ def signature_from_dict(data: Mapping[str, Any]) -> Signature:
             "baked": tuple((name, value) for name, value in data["baked"]),
             "inputs": inputs,
             "batch_range": None if batch_range is None else tuple(batch_range),
+            # folders of older versions come from float32 models
+            "dtype": getattr(torch, data.get("dtype", "float32")),
         }
     )

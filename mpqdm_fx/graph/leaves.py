@@ -15,7 +15,7 @@ from torch.nn.modules import activation, batchnorm, dropout, instancenorm
 
 from mpqdm_fx.graph.editing import shallow_clone
 
-__all__ = ["LEAF_CLASSES", "evaluation_copy", "leaf_class", "whole_or_stock"]
+__all__ = ["LEAF_CLASSES", "evaluation_copy", "leaf_class", "out_of_place", "whole_or_stock"]
 
 _ACTIVATIONS = tuple(
     getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention"
@@ -75,6 +75,15 @@ def evaluation_copy(module: nn.Module) -> nn.Module:
         return module
     clone: nn.Module = shallow_clone(module)
     clone.training = False
+    return clone
+
+
+def out_of_place(module: nn.Module) -> nn.Module:
+    """Return ``module``, or a copy that returns a new tensor if it overwrites its input."""
+    if not getattr(module, "inplace", False):
+        return module
+    clone: nn.Module = shallow_clone(module)
+    clone.inplace = False  # type: ignore[assignment]
     return clone
 
 

@@ -63,6 +63,8 @@ class Signature:
         batch: The example's batch size.
         batch_range: (smallest, largest or None) batch size the graph takes; None if it is fixed.
         note: Why the batch is fixed although a dynamic one was asked for; empty otherwise.
+        dtype: What the caller's model computes in. The graph computes in float32; inputs of this
+            dtype are taken too, and models return it.
     """
 
     model_class: str
@@ -74,6 +76,7 @@ class Signature:
     batch: int
     batch_range: tuple[int, int | None] | None = None
     note: str = ""
+    dtype: torch.dtype = torch.float32
 
     @property
     def dynamic_batch(self) -> bool:
@@ -318,6 +321,8 @@ def _fit_tensor(signature: Signature, value: Any, spec: InputSpec, batch: int) -
             + (f" ({signature.note})" if signature.note else "")
             + "; trace again with this shape"
         )
+    if value.dtype == signature.dtype and spec.dtype is torch.float32:
+        return value.float()
     if value.dtype != spec.dtype:
         # timesteps: schedulers mix int64 and float32; a conversion must not lose anything
         cast: torch.Tensor = value.to(spec.dtype)

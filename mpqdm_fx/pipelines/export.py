@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
@@ -61,6 +62,7 @@ class ExportResult:
     manifest: Mapping[str, Any]
 
 
+@plain_torch()
 def export_pipeline(
     pipeline: Any,
     config: MPQConfig | None,

@@ -13,6 +13,8 @@ from torch import nn
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.files import read_json
+from mpqdm_fx.graph.entry import unwrap
+from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.pipelines.adapters import refuse_adapters
 from mpqdm_fx.pipelines.parts import (
     ImageDecoder,
@@ -265,7 +267,13 @@ def _part(
 
 
 def _ready(module: nn.Module) -> Any:
-    """The module if it computes in float32 and evaluation mode, else such a copy."""
+    """The module if it computes in float32 and evaluation mode, else such a copy.
+
+    Raises:
+        TraceError: It is offloaded, cast layer by layer, or quantized already.
+    """
+    module = unwrap(module)
+    check_model(module)
     floating = {p.dtype for p in module.parameters() if p.is_floating_point()}
     if floating <= {torch.float32} and not any(m.training for m in module.modules()):
         return module
