@@ -188,7 +188,6 @@ def open_sweep(
     )
 
 
-@plain_torch()
 def quantize(
     model: nn.Module,
     config: MPQConfig,

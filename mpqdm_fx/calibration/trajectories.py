@@ -72,6 +72,7 @@ class Trajectories:
             shape, or samples that are not finite.
     """
 
+    @plain_torch()
     def __init__(
         self,
         model: Denoiser,

@@ -8,7 +8,6 @@ outputs returned in it. A model in float32 is not copied.
 import copy
 import dataclasses
 import inspect
-import types
 from typing import Any
 
 import torch
@@ -95,7 +94,8 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 def _compiled_forward(module: nn.Module) -> Any:
     """What ``module.forward = torch.compile(...)`` was given, or None."""
-    return getattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
+    original = getattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
+    return None if original is None else inspect.unwrap(original)
 
 
 def enter(model: nn.Module) -> Entry:
@@ -181,9 +181,10 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
     for module in copied.modules():
         original = _compiled_forward(module)
-        if isinstance(original, types.MethodType) and type(original.__self__) is type(module):
-            original = types.MethodType(original.__func__, module)
-        if original is not None:
+        function = getattr(original, "__func__", original)
+        if function is type(module).forward:
+            del module.forward  # what is below is the copy's own
+        elif original is not None:
             module.forward = original
     return copied
 

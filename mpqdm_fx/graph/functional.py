@@ -33,7 +33,15 @@ def functionalized(exported: ExportedProgram) -> ExportedProgram:
     graphs = [m for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
     if not any(_writes(node) for graph in graphs for node in graph.graph.nodes):
         return exported
-    return exported.run_decompositions({})  # no decomposition: layers stay single operators
+    # the only decomposition: layers stay single operators, and `copy` has no derivative
+    return exported.run_decompositions({torch.ops.aten.copy.default: _copy})
+
+
+def _copy(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What ``destination.copy_(source)`` leaves in ``destination``, as a new tensor."""
+    if source.dtype != destination.dtype:
+        source = source.to(destination.dtype)
+    return source if source.shape == destination.shape else source.expand(destination.shape)
 
 
 def _writes(node: fx.Node) -> bool:
