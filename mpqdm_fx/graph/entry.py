@@ -77,7 +77,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def _inside(model: nn.Module) -> nn.Module | None:
     """The module that a wrapper calls, or None if ``model`` is no such wrapper."""
     if isinstance(model, _WRAPPERS):
-        return model.module
+        module: nn.Module = model.module
+        return module
     # by name: importing torch._dynamo takes seconds
     if type(model).__name__ == "OptimizedModule":
         inner = model.__dict__["_modules"]["_orig_mod"]

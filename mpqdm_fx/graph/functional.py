@@ -34,7 +34,8 @@ def functionalized(exported: ExportedProgram) -> ExportedProgram:
     if not any(_writes(node) for graph in graphs for node in graph.graph.nodes):
         return exported
     # the only decomposition: layers stay single operators, and `copy` has no derivative
-    return exported.run_decompositions({torch.ops.aten.copy.default: _copy})
+    rewritten: ExportedProgram = exported.run_decompositions({torch.ops.aten.copy.default: _copy})
+    return rewritten
 
 
 def _copy(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -60,9 +61,9 @@ def refuse_writes(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class _WriteGuard(TorchDispatchMode):
+class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._model_class = type(model).__name__
         self._names = {
             _storage(tensor): name for name, tensor, _ in own_tensors(model) if tensor.numel()

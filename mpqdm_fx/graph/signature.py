@@ -322,7 +322,8 @@ def _fit_tensor(signature: Signature, value: Any, spec: InputSpec, batch: int) -
             + "; trace again with this shape"
         )
     if value.dtype == signature.dtype and spec.dtype is torch.float32:
-        return value.float()
+        widened: torch.Tensor = value.float()
+        return widened
     if value.dtype != spec.dtype:
         # timesteps: schedulers mix int64 and float32; a conversion must not lose anything
         cast: torch.Tensor = value.to(spec.dtype)

@@ -76,4 +76,5 @@ def test_a_model_that_was_calibrated_with_whole_timesteps_draws_with_either_sche
         ]
         assert torch.equal(*drawn)
         assert bool(torch.isfinite(drawn[0]).all())
+    scheduler.set_timesteps(7)
     assert not torch.equal(scheduler.timesteps, scheduler.timesteps.round())
