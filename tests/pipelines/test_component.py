@@ -88,9 +88,8 @@ def test_a_pipeline_saves_packed_weights_and_is_loaded_whole(made, tmp_path):
     assert isinstance(again, StableDiffusionPipeline)
     assert again.unet.quantized.plan == model.plan
     assert np.array_equal(image(again), expected)
-    halved = QuantizedComponent.from_pretrained(
-        tmp_path / "low" / "unet", torch_dtype=torch.float16
-    )
+    folder = tmp_path / "low" / "unet"
+    halved = QuantizedComponent.from_pretrained(folder, torch_dtype=torch.float16)
     call = {
         name: value.half() if value.is_floating_point() else value
         for name, value in calls(halved)[0].items()
@@ -100,7 +99,7 @@ def test_a_pipeline_saves_packed_weights_and_is_loaded_whole(made, tmp_path):
     wide["encoder_hidden_states"] = wide["encoder_hidden_states"].float()
     assert torch.equal(halved(**call).sample, again.unet(**wide).sample.half())
     with pytest.raises(ConfigError, match="compute in float32"):
-        QuantizedComponent.from_pretrained(tmp_path / "low" / "unet", torch_dtype=torch.float64)
+        QuantizedComponent.from_pretrained(folder, torch_dtype=torch.float64)
 
 
 def test_a_pipeline_that_reads_shapes_off_its_unet_draws_too(tmp_path):
