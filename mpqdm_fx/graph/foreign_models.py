@@ -125,7 +125,7 @@ def _is_quantized(module: nn.Module) -> bool:
 def _tensor_reason(tensor: Any, *, is_parameter: bool) -> str:
     """Why a tensor is refused; empty if it is not."""
     kind = type(tensor)
-    if nn.parameter.is_lazy(tensor):  # type: ignore[no-untyped-call]
+    if nn.parameter.is_lazy(tensor):
         return "is not initialised yet; call the model once"
     if kind not in _PLAIN_TYPES:
         return (
