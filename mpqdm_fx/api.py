@@ -12,11 +12,14 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_call, check_calls, check_example
 from mpqdm_fx.calibration.records import DEFAULT_MAX_MEMORY, RecordedInputs
 from mpqdm_fx.config import ActivationMode, MPQConfig
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
 from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.graph.entry import unwrap
+from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.quantized import PreparedModel, QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized
@@ -41,6 +44,7 @@ MODES: Mapping[Backend, tuple[ActivationMode, ...]] = {
 """Activation modes that each backend runs. Layers of the modes named may be mixed in one model."""
 
 
+@plain_torch()
 @checked
 def prepare(
     model: nn.Module,
@@ -67,14 +71,16 @@ def prepare(
 
     Raises:
         CalibrationError: An example input cannot be used; it is named.
-        TraceError: The model cannot be traced with these inputs.
+        TraceError: The model cannot be traced with these inputs, or is refused as it is: offloaded,
+            quantized already, in float64 (see `trace`).
         ConfigError: There is nothing to quantize, an override matches no layer, or the budget is
             below the smallest one that holds the layers.
     """
     check_value(model, nn.Module, "model")
     check_value(config, MPQConfig, "config")
+    model = unwrap(model)
     check_example(model, example_inputs)
-    graph_module = normalized(model, example_inputs, config)
+    graph_module = normalized(model, example_inputs, config, fractional_timesteps=True)
     _check_layers(graph_module, config, type(model).__name__)
     check_budget(graph_module, config)
     return PreparedModel(
@@ -86,6 +92,7 @@ def prepare(
     )
 
 
+@plain_torch()
 @checked
 def convert(
     prepared: PreparedModel,
@@ -151,6 +158,7 @@ def convert(
     )
 
 
+@plain_torch()
 @checked
 def open_sweep(
     prepared: PreparedModel,
@@ -227,6 +235,7 @@ def quantize(
     """
     check_value(model, nn.Module, "model")
     check_value(config, MPQConfig, "config")
+    check_model(unwrap(model))  # before trajectories are run
     if isinstance(calibration, Mapping | Tensor) or not isinstance(calibration, Iterable):
         raise CalibrationError(
             f"`calibration` is a {type(calibration).__name__}; give an iterable of calls, each a "
@@ -257,6 +266,7 @@ def quantize(
     )
 
 
+@plain_torch()
 @checked
 def lower(
     quantized: QuantizedModel,

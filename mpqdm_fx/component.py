@@ -5,6 +5,7 @@ the class that it has to inherit from among that module's names. So this file is
 loads such a pipeline, and `ModelMixin` stays a name of it.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from diffusers import ConfigMixin, ModelMixin
 
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.folders import MODEL_CONFIG
+from mpqdm_fx.graph.foreign_models import LOW_PRECISION
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.storage import load, save
 
@@ -26,7 +28,8 @@ class QuantizedComponent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diff
     model's place and does not read the float weights; `save_pretrained` of the pipeline writes the
     packed weights, and where this module is imported, `from_pretrained` reads them again. The
     numbers are those of the fake-quantized graph. Casts are refused, as by diffusers' own quantized
-    models: the graph computes in float32.
+    models: the graph computes in float32. It takes and returns the dtype of the model that was
+    quantized, or the one that it is loaded in.
 
     Args:
         quantized: Quantized model of a class of diffusers; it is not copied.
@@ -48,6 +51,11 @@ class QuantizedComponent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diff
         self.is_quantized = True  # diffusers refuses to cast what says so
         self.register_to_config(**dict(quantized.config))
         self.training = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that inputs are taken and outputs returned in."""
+        return self.quantized.dtype
 
     def __getattr__(self, name: str) -> Any:
         """Pipelines read shapes off modules, for example `unet.add_embedding.linear_1`."""
@@ -91,20 +99,23 @@ class QuantizedComponent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diff
             pretrained_model_name_or_path: Folder written by `save_pretrained`, `mpqdm_fx.save` or
                 `mpqdm-fx quantize`.
             subfolder: Part of a pipeline folder.
-            **options: What else pipelines say. A dtype other than float32 is refused; the rest
-                changes nothing.
+            **options: What else pipelines say. A dtype (`torch_dtype`) is that of inputs and
+                outputs: float32, float16 or bfloat16; the rest changes nothing.
 
         Raises:
             ArtifactError: The folder is missing, damaged or of a newer version.
             ConfigError: It is to be loaded in another dtype, or on a device map.
         """
-        for name in ("torch_dtype", "dtype"):
-            if options.get(name) not in (None, torch.float32):
-                raise ConfigError(
-                    f"{name}={options[name]}: quantized graphs compute in float32; load the "
-                    f"pipeline with {name}=torch.float32"
-                )
+        dtypes = [options[name] for name in ("torch_dtype", "dtype") if options.get(name)]
+        if not set(dtypes) <= {torch.float32, *LOW_PRECISION}:
+            raise ConfigError(
+                f"torch_dtype={dtypes[0]}: quantized graphs compute in float32, and take and "
+                f"return float32, float16 or bfloat16; load the pipeline in one of these"
+            )
         if options.get("device_map") is not None:
             raise ConfigError("device_map: load the pipeline without it and call pipeline.to(...)")
         root = Path(pretrained_model_name_or_path)
-        return cls(load(root if subfolder is None else root / subfolder))
+        quantized = load(root if subfolder is None else root / subfolder)
+        for dtype in dtypes:
+            quantized.signature = dataclasses.replace(quantized.signature, dtype=dtype)
+        return cls(quantized)

@@ -54,8 +54,9 @@ class StoredSignature(Strict):
     inputs: Annotated[tuple[StoredInput, ...], Field(min_length=1, max_length=10_000)]
     batch: Annotated[int, Field(ge=1, le=2**20)]
     batch_range: tuple[Count, Count | None] | None
-    defaults: tuple[tuple[Name, Any], ...] = ()
     note: str
+    defaults: tuple[tuple[Name, Any], ...] = ()
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
 class StoredLayer(Strict):

@@ -1,7 +1,7 @@
 """The two models that users hold: prepared (records its inputs) and quantized."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import Activation, NoiseLevels
+from mpqdm_fx.ambient import plain_torch, without_autocast
 from mpqdm_fx.calibration.calls import check_call, check_indices, table_sizes
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import TraceError
-from mpqdm_fx.graph.calling import join_outputs, pack_output, split_batch
+from mpqdm_fx.graph.calling import in_dtype, join_outputs, pack_output, split_batch
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.plan import BitPlan
 
@@ -100,8 +101,8 @@ class _TracedModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the floating-point parameters."""
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+        """The dtype that inputs are taken and outputs returned in; what is computed is float32."""
+        return self.signature.dtype
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +118,9 @@ class _TracedModel(nn.Module):
 
     def _output(self, parts: list[dict[str, Any]], *, return_dict: bool) -> Any:
         """What the model returns for a call of these parts."""
-        output = join_outputs([self.graph_module(**part) for part in parts])
+        with without_autocast():
+            output = join_outputs([self.graph_module(**part) for part in parts])
+        output = in_dtype(output, self.signature.dtype)
         return pack_output(self.signature, output) if return_dict else output
 
 
@@ -154,8 +157,7 @@ class PreparedModel(_TracedModel):
         parts = self._judged(args, kwargs)
         with torch.no_grad():
             output = self._output(parts, return_dict=return_dict)
-        for part in parts:
-            self.records.append(part, held_out=self._holding_out)
+        self._keep(parts)
         return output
 
     def _judged(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -191,7 +193,11 @@ class PreparedModel(_TracedModel):
             CalibrationError: An argument is empty, holds NaN, infinity or an index that the model's
                 table does not have, or is no tensor where one belongs. Call and input are named.
         """
-        for part in self._judged((), kwargs):
+        self._keep(self._judged((), kwargs))
+
+    @plain_torch()
+    def _keep(self, parts: Iterable[Mapping[str, Any]]) -> None:
+        for part in parts:
             self.records.append(part, held_out=self._holding_out)
 
 

@@ -11,6 +11,7 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.graph.editing import copy_graph_module, prune
+from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.layers import replace_module
 from mpqdm_fx.graph.parameters import first_names, note_parameters
 from mpqdm_fx.graph.trace import trace
@@ -23,13 +24,20 @@ from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 __all__ = ["assemble", "normalized", "restore"]
 
 
-def normalized(model: nn.Module, example_inputs: Any, settings: MPQConfig) -> fx.GraphModule:
+def normalized(
+    model: nn.Module,
+    example_inputs: Any,
+    settings: MPQConfig,
+    *,
+    fractional_timesteps: bool = False,
+) -> fx.GraphModule:
     """Trace a model and bring it into the form that is quantized.
 
     Args:
         model: The float model; it is not changed.
         example_inputs: Keyword arguments (dict) or positional arguments (tuple) of one call.
         settings: The run's settings.
+        fractional_timesteps: As of `trace`.
 
     Raises:
         TraceError: The model cannot be traced.
@@ -37,8 +45,8 @@ def normalized(model: nn.Module, example_inputs: Any, settings: MPQConfig) -> fx
     passes = NORMALIZE
     if not settings.split_skips:
         passes = tuple(entry for entry in passes if not isinstance(entry, SplitSkipConcat))
-    traced = trace(model, example_inputs)
-    note_parameters(traced, model)
+    traced = trace(model, example_inputs, fractional_timesteps=fractional_timesteps)
+    note_parameters(traced, unwrap(model))
     graph_module: fx.GraphModule = Pipeline(passes=passes)(traced).graph_module
     # What the model computes and drops (the last layer of an encoder whose last but one state is
     # taken) is no layer to quantize: passes behind would remove it and leave its range behind. By

@@ -1,6 +1,7 @@
 """Save and load a quantized model: safetensors, JSON, no pickle; nothing is left half-written."""
 
 import copy
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from mpqdm_fx.activations import NoiseLevels, activation_from_dict, activation_to_dict
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.backends.packed import read_packed, write_packed
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
@@ -21,6 +23,7 @@ from mpqdm_fx.folders import (
     staged_directory,
 )
 from mpqdm_fx.graph.calling import example_call, signature_from_dict, signature_to_dict
+from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.models.classes import is_model_class
@@ -33,6 +36,7 @@ from mpqdm_fx.versions import FORMAT, FORMAT_VERSION, versions
 __all__ = ["load", "save", "write_model"]
 
 
+@plain_torch()
 def save(quantized: QuantizedModel, directory: str | Path, *, overwrite: bool = False) -> Path:
     """Write a quantized model to a folder.
 
@@ -92,6 +96,7 @@ def _plain(config: Any) -> dict[str, Any]:
     return {key: value for key, value in dict(config).items() if not key.startswith("_")}
 
 
+@plain_torch()
 def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedModel:
     """Load a saved model: the same graph, the same integers, the same numbers.
 
@@ -120,10 +125,14 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
         raise ArtifactError(f"{folder.files.manifest} is damaged: {error!r}") from None
     # A copy, since the saved tensors are put into its modules. Computed weights cannot be copied.
     skeleton = (
-        _skeleton(folder) if model is None else copy.deepcopy(fold_parametrizations(model)).eval()
+        _skeleton(folder)
+        if model is None
+        else copy.deepcopy(fold_parametrizations(unwrap(model))).eval()
     )
     try:
         graph_module = normalized(skeleton, example_call(signature), settings)
+        traced = graph_module.meta["signature"]
+        graph_module.meta["signature"] = dataclasses.replace(traced, dtype=signature.dtype)
         rounded = restore(graph_module, weights)
     except MPQError as error:
         raise ArtifactError(f"{root} does not fit {type(skeleton).__name__}: {error}") from error

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 from mpqdm_fx.api import Backend, quantize
 from mpqdm_fx.backends.xnnpack.doctor import Diagnosis, diagnose
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
-from mpqdm_fx.calibration.sampling import scheduled
-from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.denoisers import draw, origin_of, source_of
 from mpqdm_fx.distill.api import distill
@@ -124,7 +121,7 @@ def quantize_to_folder(
     quantized = quantize(
         source.model,
         config,
-        _InSchedulerDtype(source, data, steps),
+        data,
         directory=solved,
         resume=resume,
         max_activations=max_memory,
@@ -266,27 +263,6 @@ def distill_folder(
     )  # fmt: skip
     shutil.rmtree(state)
     return FolderResult(directory=output, quantized=trained.quantized, summary=found)
-
-
-class _InSchedulerDtype:
-    """Calls with float timesteps if the scheduler makes such.
-
-    Euler and its kin give whole or fractional timesteps, depending on the number of steps; a graph
-    that is traced with float timesteps takes both.
-    """
-
-    def __init__(self, source: Source, data: Trajectories, steps: int) -> None:
-        self._fractional = scheduled(source.scheduler, steps).timesteps.is_floating_point()
-        self._data = data
-
-    @property
-    def held_out_calls(self) -> range:
-        return self._data.held_out_calls
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        for call in self._data:
-            fractional = {"timestep": call["timestep"].float()} if self._fractional else {}
-            yield {**call, **fractional}
 
 
 @checked

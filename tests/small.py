@@ -158,3 +158,33 @@ def net_calls(calls: int = 3, batch: int = 2, seed: int = 0) -> list[dict[str, T
     """Keyword arguments of `TinyNet`."""
     generator = torch.Generator().manual_seed(seed)
     return [{"x": torch.randn(batch, 3, 6, 10, generator=generator)} for _ in range(calls)]
+
+
+class TinyDenoiser(nn.Module):
+    """A noise predictor with the arguments of a UNet: a convolution on each side of the time."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        self.conv_in = nn.Conv2d(2, 8, 3, padding=1)
+        self.time = nn.Linear(4, 8)
+        self.act = nn.SiLU()
+        self.conv_out = nn.Conv2d(8, 2, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        frequencies = torch.tensor([0.001, 0.01, 0.1, 1.0])
+        time = torch.sin(timestep[:, None].float() * frequencies).to(sample.dtype)
+        h = self.conv_in(sample) + self.time(time)[:, :, None, None]
+        return self.conv_out(self.act(h))
+
+
+def denoiser_calls(calls: int = 3, batch: int = 2, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Keyword arguments of `TinyDenoiser`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "sample": torch.randn(batch, 2, 6, 10, generator=generator),
+            "timestep": torch.randint(1000, (batch,), generator=generator),
+        }
+        for _ in range(calls)
+    ]

@@ -14,7 +14,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         [
             {"errors"},
-            {"numerics", "versions", "files", "processes", "validation"},
+            {"ambient", "numerics", "versions", "files", "processes", "validation"},
             {"io"},
             {"cli_checks", "cli_signals", "cli_streams"},  # no torch: told before it is loaded
             {"manifest"},

@@ -81,6 +81,7 @@ class _Probe(fx.Interpreter):
         super().__init__(graph_module)
         layers = weight_layers(graph_module, embeddings=True)
         self.layer_of = {node: layer for layer in layers.values() for node in layer.nodes}
+        self.reaching = reaching_output(graph_module)
         self.energy: dict[str, Tensor] = {}
         for name, layer in layers.items():
             shape = weight_rows(layer.module).shape
@@ -127,7 +128,8 @@ class _Probe(fx.Interpreter):
             allow_unused=True,
         )
         for (layer, _, index), gradient in zip(self.watched, gradients, strict=True):
-            if gradient is None:  # written, but not on the way to the output
+            if gradient is None:
+                self._check_unused(layer)
                 continue
             energy = self.energy[layer.name]
             squared = gradient.detach().double().square().cpu()
@@ -137,6 +139,16 @@ class _Probe(fx.Interpreter):
                 continue
             axis = -1 if isinstance(layer.module, nn.Linear) else squared.dim() - _spatial(layer)
             energy += squared.movedim(axis, -1).flatten(0, -2).sum(dim=0) / probes
+
+    def _check_unused(self, layer: WeightLayer) -> None:
+        """Refuse a layer without gradient, unless it is written and never read."""
+        if self.reaching.isdisjoint(layer.nodes):
+            return
+        raise CalibrationError(
+            f"{layer.name}: it reaches the output, but no gradient of the output reaches it: the "
+            "model detaches or rounds values behind it, so its sensitivity cannot be measured; "
+            'use allocation="uniform" or "omq"'
+        )
 
     def run_node(self, n: fx.Node) -> Any:
         """Execute a node; watch what weight layers write."""
@@ -152,6 +164,19 @@ class _Probe(fx.Interpreter):
             return result
         self.watched.append((layer, result, None))
         return result
+
+
+def reaching_output(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """Nodes whose values, and not only whose sizes, the output is computed from."""
+    (output,) = graph_module.graph.find_nodes(op="output")
+    found, waiting = {output}, [output]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            is_size = isinstance(source.meta.get("val"), torch.SymInt | torch.SymFloat | int)
+            if source not in found and not is_size:
+                found.add(source)
+                waiting.append(source)
+    return found
 
 
 def _spatial(layer: WeightLayer) -> int:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import CalibrationError, ConfigError, MPQError
+from mpqdm_fx.graph.entry import in_float32
 from mpqdm_fx.validation import Count, DerivedSeed, NonNegative, checked
 
 __all__ = [
@@ -45,6 +47,7 @@ StepCallback = Callable[[int, Tensor, Tensor], None]
 _STEP_STREAM = 0x5DEECE66D  # what the seeds of initial noise and of added noise differ by
 
 
+@plain_torch()
 @checked
 def denoise(
     model: Denoiser,
@@ -67,7 +70,8 @@ def denoise(
     Args:
         model: called with `sample` [B, ...], `timestep` [B] and the conditions as keywords; returns
             a tensor, a tuple whose first entry is the tensor, or an output with `.sample`. With
-            guidance B is twice the batch of `noise`, the unconditional half first.
+            guidance B is twice the batch of `noise`, the unconditional half first. A module in half
+            precision runs as a float32 copy.
         scheduler: a diffusers scheduler with `init_noise_sigma` (all but those of flow matching); a
             copy of it is used.
         noise: standard normal, float [N, ...], not yet scaled by the scheduler's initial sigma.
@@ -90,6 +94,7 @@ def denoise(
             a scheduler that it cannot drive or whose numbers are no schedule, or a model output of
             another shape than the sample.
     """
+    model = in_float32(model)
     inputs = dict(conditions or {})
     paired = guidance_scale is not None
     if paired:
@@ -127,7 +132,7 @@ def denoise(
                 model_input = torch.cat([model_input, extra], dim=1)
             call = {"sample": model_input, "timestep": timestep.repeat(len(model_input)), **inputs}
             output = first_tensor(_called(model, call))
-            output = _drop_learned_variance(output, sample, scheduler)
+            output = _drop_learned_variance(output.to(sample.dtype), sample, scheduler)
             output = _guided_mean(output, sample.shape[1], guidance_scale)
             sample = scheduler.step(
                 output, scheduler_timestep, sample, return_dict=False, **step_arguments

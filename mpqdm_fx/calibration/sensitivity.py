@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, fx
 
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.probes import output_energies
 from mpqdm_fx.calibration.rounding_errors import (
@@ -45,6 +46,7 @@ _TEST_ROWS = 512  # rows that errors are measured on
 _WIDE_ROWS = 1024  # rows of a layer that has fewer rows than columns: the work grows with the cube
 
 
+@plain_torch()
 @checked
 def measure_sensitivity(
     graph_module: fx.GraphModule,

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_call
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, Denoiser, denoise, take_rows
 from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.graph.entry import in_float32, unwrap
 from mpqdm_fx.validation import Count, NonNegative, Seed, Some, checked
 
 __all__ = [
@@ -47,7 +49,8 @@ class Trajectories:
     settings give the same batches, however often they are read.
 
     Args:
-        model: the float denoiser, called as `model(sample=..., timestep=..., **conditions)`.
+        model: the float denoiser, called as `model(sample=..., timestep=..., **conditions)`; one in
+            half precision runs as a float32 copy.
         scheduler: a diffusers scheduler; it is copied.
         sample_shape: shape of one sample without the batch axis; None reads `model.config`.
         num_trajectories: how many runs from different noise.
@@ -75,6 +78,7 @@ class Trajectories:
             or not finite, an unknown sample shape, or samples that are not finite.
     """
 
+    @plain_torch()
     @checked
     def __init__(
         self,
@@ -142,6 +146,7 @@ class Trajectories:
         assert self._samples is not None
         return self._samples
 
+    @plain_torch()
     def _run(self) -> list[dict[str, Any]]:
         if self._batches is None:
             self._samples, calls = self._record()
@@ -153,10 +158,11 @@ class Trajectories:
         # a dict: second-order schedulers (Heun, ...) call the model more often than they have steps
         calls: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
         step = 0
+        model = in_float32(self.model)
 
         def recording_model(**inputs: Any) -> Any:
             calls[step].append({**inputs, _RUN: runs})
-            return self.model(**inputs)
+            return model(**inputs)
 
         pairs = 1 if self.guidance_scale is None else 2
         chunk = max(1, self.batch_size // pairs)
@@ -294,7 +300,7 @@ def sample_shape_of(model: Any) -> tuple[int, ...]:
     Raises:
         CalibrationError: It does not say, or some of the channels that it takes are no noise.
     """
-    config = getattr(model, "config", None)
+    config = getattr(unwrap(model) if isinstance(model, nn.Module) else model, "config", None)
     size = getattr(config, "sample_size", None)
     channels = getattr(config, "in_channels", None)
     if size is None or channels is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.trajectories import Conditions, make_conditions, sample_shape_of
 from mpqdm_fx.distill.called import Called
 from mpqdm_fx.distill.config import DistillConfig
@@ -23,6 +24,7 @@ from mpqdm_fx.distill.student import Student, freeze, make_student
 from mpqdm_fx.distill.train import History, Trainer
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.calling import example_call
+from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.fingerprint import graph_fingerprint, hash_tensor
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.quantized import QuantizedModel
@@ -58,6 +60,7 @@ class Distilled:
     improved: bool
 
 
+@plain_torch()
 @checked
 def distill(
     quantized: QuantizedModel,
@@ -100,6 +103,7 @@ def distill(
     """
     start = _start(config, sample_shape or sample_shape_of(teacher), conditions, unconditional)
     _check_batch(quantized.signature, config)
+    teacher = unwrap(teacher)
     graph = normalized(teacher, example_call(quantized.signature), quantized.settings)
     fingerprint = graph_fingerprint(graph)
     student = _moved(make_student(quantized, graph, config), device)

@@ -19,6 +19,7 @@ __all__ = [
     "batch_size_of",
     "example_call",
     "example_inputs",
+    "in_dtype",
     "join_outputs",
     "pack_output",
     "signature_from_dict",
@@ -230,6 +231,20 @@ def _output_class(path: str) -> Callable[..., Any]:
     return found
 
 
+def in_dtype(output: Any, dtype: torch.dtype) -> Any:
+    """Outputs of a graph, which computes in float32, as the caller's model would return them.
+
+    Args:
+        output: Tensors in nested dicts, lists and tuples.
+        dtype: `Signature.dtype`.
+    """
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.dtype is torch.float32 else tensor
+
+    return output if dtype is torch.float32 else pytree.tree_map_only(Tensor, cast, output)
+
+
 def signature_to_dict(signature: Signature) -> dict[str, Any]:
     """Plain JSON types; `signature_from_dict` is the inverse.
 
@@ -237,8 +252,8 @@ def signature_to_dict(signature: Signature) -> dict[str, Any]:
         signature: Its baked arguments must be plain JSON values.
     """
     data = asdict(signature)
-    for spec in data["inputs"]:
-        spec["dtype"] = str(spec["dtype"]).removeprefix("torch.")
+    for entry in (data, *data["inputs"]):
+        entry["dtype"] = str(entry["dtype"]).removeprefix("torch.")
     if not signature.defaults:
         del data["defaults"]
     return data
@@ -273,5 +288,7 @@ def signature_from_dict(data: Mapping[str, Any]) -> Signature:
             "defaults": tuple((name, value) for name, value in data.get("defaults", ())),
             "inputs": inputs,
             "batch_range": None if batch_range is None else tuple(batch_range),
+            # folders of older versions come from float32 models
+            "dtype": getattr(torch, data.get("dtype", "float32")),
         }
     )

@@ -24,6 +24,7 @@ __all__ = [
     "evaluation_copy",
     "is_stock",
     "leaf_class",
+    "out_of_place",
     "proven_layer",
     "same_settings",
     "whole_layer",
@@ -107,13 +108,20 @@ def evaluation_copy(module: nn.Module) -> nn.Module:
     return clone
 
 
+def out_of_place(module: nn.Module) -> nn.Module:
+    """Return ``module``, or a copy that returns a new tensor if it overwrites its input."""
+    if not getattr(module, "inplace", False):
+        return module
+    clone: nn.Module = shallow_clone(module)
+    clone.inplace = False  # type: ignore[assignment]
+    return clone
+
+
 def check_modules(model: nn.Module) -> None:
     """Refuse what decides a call but stands in no module: nothing traced would hold it.
 
     Raises:
-        TraceError: Global module hooks are registered; a parameter or buffer is of a class with
-            its own ``__torch_function__`` or ``__torch_dispatch__``; or a lazy module has not run
-            yet. Names the place.
+        TraceError: Global module hooks are registered.
     """
     name = type(model).__name__
     if hooks._has_any_global_hook():  # type: ignore[no-untyped-call]
@@ -122,31 +130,6 @@ def check_modules(model: nn.Module) -> None:
             "(register_module_forward_hook and its like): the graph would not hold what they do; "
             "remove them"
         )
-    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-            raise TraceError(
-                f"{name}: {path!r} has no shape yet; run the model once, so that its lazy modules "
-                "become ordinary ones"
-            )
-        if not _is_plain(type(tensor)):
-            raise TraceError(
-                f"{name}: {path!r} is a {type(tensor).__name__}, a tensor with operations of its "
-                "own; give a model of plain float tensors (one that is not quantized yet)"
-            )
-
-
-def _is_plain(kind: type[torch.Tensor]) -> bool:
-    """Tell whether operations on tensors of this class are PyTorch's own."""
-    stock = (torch.Tensor, nn.Parameter)
-    return all(
-        any(_function(kind, name) is _function(base, name) for base in stock)
-        for name in ("__torch_function__", "__torch_dispatch__")
-    )
-
-
-def _function(kind: type, name: str) -> object:
-    method = getattr(kind, name)
-    return getattr(method, "__func__", method)
 
 
 def is_stock(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.errors import TraceError
@@ -23,6 +23,7 @@ from mpqdm_fx.graph.leaves import (
     evaluation_copy,
     is_stock,
     leaf_class,
+    out_of_place,
     proven_layer,
     same_settings,
     whole_layer,
@@ -226,6 +227,7 @@ class _Raiser:
             return {}  # its attributes were others during this call
         if self.training.get(name, False):
             layer = evaluation_copy(layer)
+        layer = out_of_place(layer)
         # a shared module has one stand-in, so that it stays shared
         layer = self.copies.setdefault(id(module), layer)
         return {**dict.fromkeys(nodes), outputs[0]: (name, layer, sources[0])}
@@ -273,7 +275,14 @@ class _Raiser:
     def emit_output(self, node: fx.Node) -> None:
         spec = self.exported.call_spec.out_spec
         assert spec is not None
-        flat = [self.value(n) if isinstance(n, fx.Node) else n for n in node.args[0]]  # type: ignore[union-attr]
+        # what the model overwrites in its inputs is returned too, in front
+        kinds = [entry.kind for entry in self.exported.graph_signature.output_specs]
+        returned = [
+            n
+            for n, kind in zip(node.args[0], kinds, strict=True)  # type: ignore[arg-type]
+            if kind is OutputKind.USER_OUTPUT
+        ]
+        flat = [self.value(n) if isinstance(n, fx.Node) else n for n in returned]
         result = pytree.tree_unflatten(flat, spec)
         if isinstance(result, dict) and type(result) is not dict:
             result = dict(result)

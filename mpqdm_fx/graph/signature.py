@@ -72,6 +72,8 @@ class Signature:
         defaults: (name, value) of what the model takes for a constant that is left out of a call,
             where that is another value than the traced one.
         note: Why the batch is fixed although a dynamic one was asked for; empty otherwise.
+        dtype: What the caller's model computes in. The graph computes in float32; inputs of this
+            dtype are taken too, and models return it.
     """
 
     model_class: str
@@ -84,6 +86,7 @@ class Signature:
     batch_range: tuple[int, int | None] | None = None
     defaults: tuple[tuple[str, Any], ...] = ()
     note: str = ""
+    dtype: torch.dtype = torch.float32
 
     @property
     def dynamic_batch(self) -> bool:
@@ -341,6 +344,9 @@ def _fit_tensor(signature: Signature, value: Any, spec: InputSpec, batch: int) -
             + (f" ({signature.note})" if signature.note else "")
             + "; trace again with this shape"
         )
+    if value.dtype == signature.dtype and spec.dtype is torch.float32:
+        widened: torch.Tensor = value.float()
+        return widened
     if value.dtype != spec.dtype:
         # timesteps: schedulers mix int64 and float32; a conversion must not lose anything
         cast: torch.Tensor = value.to(spec.dtype)

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
+from mpqdm_fx.ambient import plain_torch
+from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.batching import (
     BatchPlan,
     batch_plans,
@@ -22,7 +25,6 @@ from mpqdm_fx.graph.batching import (
     is_specialized,
     refine_range,
 )
-from mpqdm_fx.graph.containers import fresh_containers
 from mpqdm_fx.graph.diagnose import (
     CaptureError,
     Refusal,
@@ -31,10 +33,12 @@ from mpqdm_fx.graph.diagnose import (
     refuse,
 )
 from mpqdm_fx.graph.difference import attention_kernels, first_difference, same_bits
+from mpqdm_fx.graph.entry import enter
 from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
+from mpqdm_fx.graph.functional import functionalized, refuse_counters, refuse_writes
 from mpqdm_fx.graph.leaves import check_modules
 from mpqdm_fx.graph.raise_modules import raise_leaf_modules
-from mpqdm_fx.graph.signature import Signature, bind_inputs
+from mpqdm_fx.graph.signature import TIMESTEP_NAMES, Signature, bind_inputs
 from mpqdm_fx.graph.unread import unread_inputs
 
 __all__ = ["same_bits", "trace"]
@@ -42,11 +46,13 @@ __all__ = ["same_bits", "trace"]
 _LOGGER = logging.getLogger(__name__)
 
 
+@plain_torch()
 def trace(
     model: nn.Module,
     example_inputs: Mapping[str, Any] | Sequence[Any],
     *,
     dynamic_batch: bool = True,
+    fractional_timesteps: bool = False,
     verify: bool = True,
 ) -> fx.GraphModule:
     """Trace ``model`` in evaluation mode to a module-level graph that shares its parameters.
@@ -57,7 +63,11 @@ def trace(
     copy in evaluation mode, and weights that are computed from parameters (weight norm, spectral
     norm, pruning) are plain ones of the same bits. Everything else is ATen. ``node.meta["val"]``
     and ``nn_module_stack`` are those of torch.export. Assertions are stripped; casts stay, also
-    those without effect at the traced dtype.
+    those without effect at the traced dtype. The graph writes into no value: in-place code is
+    rewritten, and inputs that the model overwrites stay as they are.
+
+    The graph computes in float32. A model in half precision is traced as a float32 copy, and the
+    signature remembers its dtype. Wrappers of torch.compile and of data parallelism are left out.
 
     Args:
         model: Any module that torch.export takes. It is not changed: training flags, lazily filled
@@ -67,22 +77,30 @@ def trace(
             constants of the graph.
         dynamic_batch: Let the leading axis of batched inputs vary. Where the model does not allow
             it, the batch is fixed, a warning is logged, and the signature's ``note`` says why.
+        fractional_timesteps: Take timesteps in float32, so that schedulers with whole and with
+            fractional ones run, if the model answers to both dtypes with the same bits; one that
+            looks timesteps up in a table stays with integers.
         verify: Compare the graph with the model on the example, bit by bit.
 
     Returns:
         The graph; ``gm.meta["signature"]`` is its ``Signature``, and
-        ``gm(**signature.normalize(args, kwargs))`` equals ``model(*args, **kwargs)``.
+        ``gm(**signature.normalize(args, kwargs))`` equals ``model(*args, **kwargs)``, in float32.
 
     Raises:
         TraceError: If the inputs do not fit the model or the model cannot be captured; names the
-            module path, the model's source line and a suggestion.
+            module path, the model's source line and a suggestion. Also if it is offloaded, cast
+            layer by layer, quantized already, or writes into its own state.
     """
-    model = fold_parametrizations(model)
     check_modules(model)
-    signature, call = bind_inputs(model, example_inputs)
+    entry = enter(model)
+    model = fold_parametrizations(entry.model)
+    signature, call = bind_inputs(model, entry.take(example_inputs))
+    signature = dataclasses.replace(signature, dtype=entry.dtype)
     training = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
     with _unchanged(model), _evaluation(model), torch.no_grad():
         expected = _run_eagerly(model, call, signature)
+        if fractional_timesteps:
+            signature, call = _in_fractions(model, signature, call, expected)
         exported, signature, inputs = _export(model, call, signature, dynamic_batch)
         graph_module = raise_leaf_modules(exported, model, inputs, training)
         graph_module.meta["signature"] = signature
@@ -148,13 +166,47 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 def _run_eagerly(model: nn.Module, call: dict[str, Any], signature: Signature) -> Any:
     """Run the model on the example: it must accept it, and its caches fill with real tensors."""
     try:
-        return model(**fresh_containers(call))
+        with refuse_writes(model):
+            return model(**_copied(call))
+    except TraceError:
+        raise
     except Exception as error:
         refusal = refuse(model, error, "check the example inputs against the model's configuration")
         refusal = dataclasses.replace(
             refusal, reason=f"{refusal.reason} (given {describe_inputs(call)})"
         )
         raise CaptureError(signature.model_class, "rejects the example inputs", refusal) from error
+
+
+def _in_fractions(
+    model: nn.Module, signature: Signature, call: dict[str, Any], expected: Any
+) -> tuple[Signature, dict[str, Any]]:
+    """The same call with timesteps in float32, if that makes no difference to the model."""
+    whole = {
+        spec.name: call[spec.name].float()
+        for spec in signature.inputs
+        if spec.name in TIMESTEP_NAMES and not spec.dtype.is_floating_point
+    }
+    if not whole:
+        return signature, call
+    try:
+        with refuse_writes(model):
+            answer = model(**_copied({**call, **whole}))
+    except Exception:  # whatever a model says to what it does not take
+        return signature, call
+    if not same_bits(answer, expected):
+        return signature, call
+    inputs = tuple(
+        dataclasses.replace(spec, dtype=torch.float32) if spec.name in whole else spec
+        for spec in signature.inputs
+    )
+    return dataclasses.replace(signature, inputs=inputs), {**call, **whole}
+
+
+def _copied(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with containers and tensors of its own, which the model may empty and overwrite."""
+    copied: dict[str, Any] = pytree.tree_map_only(torch.Tensor, torch.clone, call)
+    return copied
 
 
 def _export(
@@ -170,6 +222,8 @@ def _export(
                     # the model branches on a size: be on the example's side of the branch
                     plan = dataclasses.replace(plan, export_batch=max(2, signature.batch))
                     exported, batch_range = _export_batched(model, call, plan)
+            except TraceError:
+                raise
             except Exception as error:
                 if is_specialized(str(error)):
                     note = "the model's code ties the batch to the example's size"
@@ -185,8 +239,9 @@ def _export(
             signature, note=f"the batch is fixed: {note or 'no input has a batch axis'}"
         )
     try:
-        with _unchanged(model), _quiet():
-            exported = torch.export.export(model, (), call, strict=False)
+        exported = _export_once(model, call, None)
+    except TraceError:
+        raise
     except Exception as error:
         raise CaptureError(
             signature.model_class, "cannot be captured", refuse(model, error)
@@ -209,16 +264,24 @@ def _export_batched(
     while True:
         shapes = plan.dynamic_shapes(inputs, batch_range)
         try:
-            with _unchanged(model), _quiet():
-                exported = torch.export.export(
-                    model, (), inputs, dynamic_shapes=shapes, strict=False
-                )
-            return exported, batch_range
+            return _export_once(model, inputs, shapes), batch_range
         except Exception as error:
             refined = refine_range(str(error), batch_range)
             if refined is None:
                 raise
             batch_range = refined
+
+
+def _export_once(
+    model: nn.Module, inputs: dict[str, Any], shapes: dict[str, Any] | None
+) -> ExportedProgram:
+    """Export as a program without in-place operators; the model is left as it was."""
+    with _unchanged(model), _quiet():
+        with refuse_counters(model):
+            exported = torch.export.export(
+                model, (), _copied(inputs), dynamic_shapes=shapes, strict=False
+            )
+        return functionalized(exported)
 
 
 def _batched(
@@ -259,14 +322,13 @@ def _verify(
     arguments = {name: call[name] for name in signature.arguments}
     if same_bits(graph_module(**arguments), expected):
         return
-    again = model(**fresh_containers(call))
-    deterministic = same_bits(again, expected)
+    deterministic = same_bits(model(**_copied(call)), expected)
     for kernels in attention_kernels() if deterministic else ():
         with kernels:
-            if same_bits(graph_module(**arguments), model(**fresh_containers(call))):
+            if same_bits(graph_module(**arguments), model(**_copied(call))):
                 return
     refusal = Refusal(
-        reason=first_difference(model, graph_module, fresh_containers(call), arguments),
+        reason=first_difference(model, graph_module, _copied(call), arguments),
         suggestion="please report this model"
         if deterministic
         else "the model draws random numbers or keeps state between calls; make them inputs",

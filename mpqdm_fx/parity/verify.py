@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from mpqdm_fx.activations import DynamicActivation
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.backends.xnnpack.runner import sorted_entries
 from mpqdm_fx.denoisers import PROGRAM, SOURCE, open_program, program_names, source_of
 from mpqdm_fx.errors import ArtifactError
@@ -32,6 +33,7 @@ _PIPELINE = "pipeline.json"
 _LARGEST = 2**30  # bytes of one call's values that are measured without being asked for
 
 
+@plain_torch()
 def verify(
     directory: str | Path, *, model: nn.Module | str | None = None, store: bool = False
 ) -> Ladder:
@@ -105,6 +107,7 @@ def verify(
     return measured.ladder if thresholds is None else thresholds.judge(measured.ladder)
 
 
+@plain_torch()
 def store_parity(
     quantized: QuantizedModel, source: Source, folder: Path, graphs: Any = None
 ) -> Ladder | None:

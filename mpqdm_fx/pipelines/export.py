@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from tqdm.auto import tqdm
 
 from mpqdm_fx import errors
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
@@ -72,6 +73,7 @@ class ExportResult:
     manifest: Mapping[str, Any]
 
 
+@plain_torch()
 @checked
 def export_pipeline(
     pipeline: Any,

@@ -14,6 +14,8 @@ from torch import nn
 from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.folders import MODEL_CONFIG
+from mpqdm_fx.graph.entry import unwrap
+from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.classes import is_model_class, scheduler_class
 from mpqdm_fx.models.model_config import count_parameters, read_model_config
@@ -288,7 +290,13 @@ def _part(
 
 
 def _ready(module: nn.Module) -> Any:
-    """The module if it computes in float32 and evaluation mode, else such a copy."""
+    """The module if it computes in float32 and evaluation mode, else such a copy.
+
+    Raises:
+        TraceError: It is offloaded, cast layer by layer, or quantized already.
+    """
+    module = unwrap(module)
+    check_model(module)
     floating = {p.dtype for p in module.parameters() if p.is_floating_point()}
     if floating <= {torch.float32} and not any(m.training for m in module.modules()):
         return module

@@ -17,10 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.sampling import Denoiser, denoise, first_tensor
 from mpqdm_fx.calibration.trajectories import Trajectories, balanced_class_labels
 from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.graph.entry import in_float32
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.validation import Count, Seed, checked
 
@@ -379,19 +381,18 @@ def _draw(
     )
 
 
+@plain_torch()
+@torch.no_grad()
 def _outputs(model: Denoiser, batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
-    with torch.no_grad():
-        return [first_tensor(model(**batch)) for batch in batches]
+    model = in_float32(model)
+    return [first_tensor(model(**batch)) for batch in batches]
 
 
 def _sqnr_of_batches(reference: Iterable[Tensor], test: Iterable[Tensor]) -> float:
-    expected, found = list(reference), list(test)
+    expected, found = ([part.flatten() for part in parts] for parts in (reference, test))
     if not expected:
         raise CalibrationError("epsilon_sqnr got no batch of inputs; give at least one")
-    return sqnr_db(
-        torch.cat([part.flatten() for part in expected]),
-        torch.cat([part.flatten() for part in found]),
-    )
+    return sqnr_db(torch.cat(expected), torch.cat(found))
 
 
 def _missing_torchmetrics() -> ConfigError:

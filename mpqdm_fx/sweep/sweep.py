@@ -15,11 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.activations import (
-    Activation,
-    NoiseLevels,
-    placeholder_activations,
-)
+from mpqdm_fx.activations import Activation, NoiseLevels, placeholder_activations
+from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.allocate import (
     Limits,
     check_weight,
@@ -225,6 +222,7 @@ class Sweep:
         """Return the sweep itself: a second loop goes on where the first one stopped."""
         return self
 
+    @plain_torch()
     def __next__(self) -> fx.Node:
         """Execute the node that was yielded last, prepare the next one and yield it."""
         node = next(self.walk)

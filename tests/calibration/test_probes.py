@@ -146,17 +146,31 @@ def test_the_graph_is_left_as_it_was(scalar_graph):
     assert all(p.grad is None for p in scalar_graph.parameters())
 
 
-def test_what_does_not_reach_the_output_has_no_energy():
-    class Unused(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.cut = nn.Linear(3, 2), nn.Linear(3, 2)
+class Cut(nn.Module):
+    """A layer that the output is computed from, behind a step without gradient."""
 
-        def forward(self, x):
-            return self.used(x) + self.cut(x).detach()
+    def __init__(self):
+        super().__init__()
+        self.used, self.cut = nn.Linear(3, 2), nn.Linear(3, 2)
 
+    def forward(self, x):
+        return self.used(x) + self.cut(x).detach()
+
+
+def test_a_layer_that_reaches_the_output_without_gradient_is_refused_by_name():
     calls = [{"x": torch.randn(4, 3)}]
-    energies, _ = output_energies(trace(Unused(), calls[0]), calls)
+    with pytest.raises(CalibrationError, match=r"cut: it reaches the output, but no gradient"):
+        output_energies(trace(Cut(), calls[0]), calls)
+
+
+def test_a_layer_that_nothing_reads_has_no_energy():
+    calls = [{"x": torch.randn(4, 3)}]
+    graph_module = trace(Cut(), calls[0])
+    (output,) = graph_module.graph.find_nodes(op="output")
+    (used,) = (node for node in graph_module.graph.nodes if node.target == "used")
+    output.replace_input_with(output.all_input_nodes[0], used)
+    graph_module.recompile()
+    energies, _ = output_energies(graph_module, calls)
     assert energies["cut"].tolist() == [0, 0]
     torch.testing.assert_close(energies["used"], torch.ones(2).double())
 

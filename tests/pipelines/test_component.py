@@ -88,8 +88,18 @@ def test_a_pipeline_saves_packed_weights_and_is_loaded_whole(made, tmp_path):
     assert isinstance(again, StableDiffusionPipeline)
     assert again.unet.quantized.plan == model.plan
     assert np.array_equal(image(again), expected)
+    folder = tmp_path / "low" / "unet"
+    halved = QuantizedComponent.from_pretrained(folder, torch_dtype=torch.float16)
+    call = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in calls(halved)[0].items()
+    }
+    assert halved.dtype == halved(**call).sample.dtype == torch.float16
+    wide = {**call, "sample": call["sample"].float()}
+    wide["encoder_hidden_states"] = wide["encoder_hidden_states"].float()
+    assert torch.equal(halved(**call).sample, again.unet(**wide).sample.half())
     with pytest.raises(ConfigError, match="compute in float32"):
-        DiffusionPipeline.from_pretrained(tmp_path / "low", torch_dtype=torch.float16)
+        QuantizedComponent.from_pretrained(folder, torch_dtype=torch.float64)
 
 
 def test_a_pipeline_that_reads_shapes_off_its_unet_draws_too(tmp_path):
