@@ -8,6 +8,7 @@ that a run that was killed goes on with them; the output appears whole.
 import copy
 import hashlib
 import inspect
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.describe import module_settings
 from mpqdm_fx.graph.fingerprint import hash_tensor
 from mpqdm_fx.pipelines import program_files, runner
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
@@ -226,6 +228,7 @@ def _check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: 
 
 def _digest(part: Part) -> str:
     digest = hashlib.sha256()
+    digest.update(json.dumps(module_settings(part.module)).encode())
     for tensor in part.module.state_dict().values():
         hash_tensor(digest, tensor)
     return digest.hexdigest()[:16]
