@@ -25,6 +25,7 @@ __all__ = [
     "first_difference",
     "module_settings",
     "read_names",
+    "setting_names",
 ]
 
 Description = dict[str, Any]
@@ -110,7 +111,7 @@ def _module(module: nn.Module) -> dict[str, Any]:
     stock = leaf_class(module)
     if stock is None or not _behaves_like(module, stock):
         return {"class": {CODE: code_name(type(module))}, "settings": module_settings(module)}
-    names = read_names(stock)
+    names = setting_names(stock)
     settings = {n: literal(v) for n, v in sorted(vars(module).items()) if n in names - _MODULE}
     settings |= {n: {CODE: "hook"} for n in _HOOKS if getattr(module, n)}
     tensors: dict[str, Any] = {}
@@ -160,6 +161,20 @@ def read_names(stock: type[nn.Module]) -> frozenset[str]:
         found = set() if code is None else set(_names_of(code)) - names
         names |= found
         waiting += sorted(found)
+    return frozenset(names)
+
+
+@functools.cache
+def setting_names(stock: type[nn.Module]) -> frozenset[str]:
+    """What describes a layer: names that `forward` reads or that its constructor sets.
+
+    Args:
+        stock: A layer of torch.nn.
+    """
+    names = set(read_names(stock))
+    for parent in stock.__mro__[: stock.__mro__.index(nn.Module)]:
+        if "__init__" in vars(parent):
+            names |= set(_names_of(vars(parent)["__init__"].__code__))
     return frozenset(names)
 
 

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.calling import example_inputs
-from mpqdm_fx.graph.describe import Description, code_in, read_names
+from mpqdm_fx.graph.describe import Description, code_in, setting_names
 from mpqdm_fx.graph.leaves import LEAF_CLASSES
 from mpqdm_fx.graph.literals import target_of, value_of
 from mpqdm_fx.graph.signature import Signature, tensor_leaves
@@ -94,7 +94,7 @@ def _layer(entry: Mapping[str, Any]) -> nn.Module:
     layer = object.__new__(stock)
     nn.Module.__init__(layer)
     for name, value in entry["settings"].items():
-        if name not in read_names(stock) or hasattr(nn.Module, name):
+        if name not in setting_names(stock) or hasattr(stock, name):
             raise ValueError(f"{name!r} is no setting of {stock.__name__}")
         setattr(layer, name, value_of(value, {}))
     for name, tensor in entry["tensors"].items():
