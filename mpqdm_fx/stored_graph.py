@@ -19,7 +19,8 @@ from mpqdm_fx.graph.signature import Signature
 
 __all__ = ["check_same_graph", "read_graph", "rebuilt_copy", "write_graph"]
 
-_LIMIT = 64 * 2**20  # of the JSON: 200 times that of Stable Diffusion's UNet
+_LIMIT = 64 * 2**20  # bytes of the JSON; Stable Diffusion's UNet has about 300,000
+_MEMORY = 256 * 2**20  # bytes that reading may take for its dictionary
 
 
 def write_graph(path: Path, graph_module: fx.GraphModule, *, model_required: bool) -> Description:
@@ -56,7 +57,7 @@ def read_graph(path: Path) -> Description:
         ArtifactError: The file is damaged or larger than any graph.
     """
     try:
-        decompressor = lzma.LZMADecompressor(memlimit=_LIMIT * 4)
+        decompressor = lzma.LZMADecompressor(memlimit=_MEMORY)
         text = decompressor.decompress(path.read_bytes(), max_length=_LIMIT)
         if not decompressor.eof or decompressor.unused_data:
             raise ArtifactError(f"{path} is damaged: it does not end where its graph does")

@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +10,15 @@ from torch import nn
 
 from mpqdm_fx.activations import placeholder_activations
 from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import ArtifactError, TraceError
+from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.trace import same_bits
 from mpqdm_fx.passes.round_weights import RoundWeights
 from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized
+from mpqdm_fx.storage import load, save
 
 
 def rounded_model(model: nn.Module, example: Mapping[str, Any]) -> QuantizedModel:
@@ -39,6 +44,27 @@ def rounded_model(model: nn.Module, example: Mapping[str, Any]) -> QuantizedMode
         report=QuantizationReport(layers=(), calibration_calls=0, seconds=0.0, versions={}),
         model_config=getattr(model, "config", None),
     )
+
+
+def returned(quantized: QuantizedModel) -> Any:
+    """Outputs of the fake-quantized graph on seeded inputs of the traced shapes."""
+    with torch.no_grad():
+        return quantized.graph_module(**example_inputs(quantized.signature, seed=3))
+
+
+def assert_same_or_refused(model: nn.Module, example: Mapping[str, Any], folder: Path) -> bool:
+    """Save and load; return whether that was done and not refused."""
+    try:
+        quantized = rounded_model(model, example)
+        save(quantized, folder)
+    except (ArtifactError, TraceError) as error:
+        refusal = str(error)
+    else:
+        assert same_bits(returned(load(folder)), returned(quantized))
+        return True
+    assert len(refusal) > 40
+    assert not folder.exists()
+    return False
 
 
 def _each(model: nn.Module, kind: type[nn.Module]) -> list[Any]:
@@ -121,3 +147,6 @@ CHANGES: tuple[Callable[[nn.Module], None], ...] = (
     own_forward,
     replaced_layer,
 )
+
+REFUSED = frozenset({"own_convolution", "own_forward", "output_hook"})
+"""What runs code of the model's own, which may be refused; the others have to load."""

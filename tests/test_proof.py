@@ -7,10 +7,9 @@ from collections import OrderedDict
 import changed_unets
 import pytest
 import torch
-from changed_unets import CHANGES, rounded_model
+from changed_unets import CHANGES, REFUSED, assert_same_or_refused, returned, rounded_model
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import FrozenDict
-from model_zoo import UNETS
 from safetensors.torch import load_file, save_file
 from small import TinyNet, net_calls, plain_unet
 from torch import nn
@@ -18,34 +17,13 @@ from torch import nn
 from mpqdm_fx import proof, storage
 from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.config import DistillConfig
-from mpqdm_fx.errors import ArtifactError, ConfigError, TraceError
+from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.files import checksum
-from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.trace import same_bits
 from mpqdm_fx.proof import proof_inputs
 from mpqdm_fx.storage import GRAPH, MANIFEST, OUTPUTS, load, save
 
 CALL = {"sample": torch.ones(2, 1, 8, 8), "timestep": torch.tensor([7, 400])}
-
-
-def returned(quantized):
-    with torch.no_grad():
-        return quantized.graph_module(**example_inputs(quantized.signature, seed=3))
-
-
-def assert_same_or_refused(model, example, folder) -> bool:
-    """Save and load; return whether that was done and not refused."""
-    try:
-        quantized = rounded_model(model, example)
-        save(quantized, folder)
-    except (ArtifactError, TraceError) as error:
-        refusal = str(error)
-    else:
-        assert same_bits(returned(load(folder)), returned(quantized))
-        return True
-    assert len(refusal) > 40
-    assert not folder.exists()
-    return False
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +44,6 @@ def rewrite(folder, name, content):
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-# What runs code of its own may be refused; the others must load.
-REFUSED = {"own_convolution", "own_forward", "output_hook"}
-
-
 @pytest.mark.parametrize("change", [*CHANGES[:4], CHANGES[5]], ids=lambda change: change.__name__)
 def test_a_model_that_was_changed_at_run_time_loads_with_the_same_bits(change, tmp_path, quantized):
     model = plain_unet()
@@ -78,19 +52,6 @@ def test_a_model_that_was_changed_at_run_time_loads_with_the_same_bits(change, t
     assert loaded or change.__name__ in REFUSED
     if loaded:
         assert not same_bits(returned(load(tmp_path / "model")), returned(quantized))
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("case", UNETS, ids=lambda case: case.name)
-def test_every_unet_loads_with_the_same_bits_after_every_change_or_is_refused(case, tmp_path):
-    kept = {}
-    for change in (None, *CHANGES):
-        model = case.model()
-        if change is not None:
-            change(model)
-        name = "none" if change is None else change.__name__
-        kept[name] = assert_same_or_refused(model, case.inputs(2, 500), tmp_path / name)
-    assert {name for name, loaded in kept.items() if not loaded} <= REFUSED
 
 
 def test_a_model_given_to_load_is_compared_and_refused_by_name(tmp_path):
@@ -231,7 +192,9 @@ def test_training_against_another_float_model_than_was_quantized_is_refused(quan
     teacher = plain_unet()
     changed_unets.norm_epsilon(teacher)
     with pytest.raises(ConfigError, match=r"eps is 0\.1 and not"):
-        distill(quantized, teacher, DistillConfig(), scheduler=None, sample_shape=(1, 8, 8))
+        distill(
+            quantized, teacher, DistillConfig(updates=1), scheduler=None, sample_shape=(1, 8, 8)
+        )
 
 
 def test_the_input_of_the_proof_is_small_and_the_same_everywhere(quantized):
