@@ -147,7 +147,7 @@ def module_settings(module: nn.Module) -> dict[str, Any]:
 
 
 @functools.cache
-def read_names(stock: type[nn.Module]) -> frozenset[str]:
+def read_names(stock: Any) -> frozenset[str]:
     """Every name that a class's `forward`, and what it calls of the class, can read of `self`.
 
     Args:
@@ -156,7 +156,7 @@ def read_names(stock: type[nn.Module]) -> frozenset[str]:
     names, waiting = {"forward"}, ["forward"]
     while waiting:
         value = inspect.getattr_static(stock, waiting.pop(), None)
-        function = value.fget if isinstance(value, property) else inspect.unwrap(value)  # type: ignore[arg-type]
+        function = value.fget if isinstance(value, property) else inspect.unwrap(value)
         code = getattr(getattr(function, "__func__", function), "__code__", None)
         found = set() if code is None else set(_names_of(code)) - names
         names |= found
@@ -165,7 +165,7 @@ def read_names(stock: type[nn.Module]) -> frozenset[str]:
 
 
 @functools.cache
-def setting_names(stock: type[nn.Module]) -> frozenset[str]:
+def setting_names(stock: Any) -> frozenset[str]:
     """What describes a layer: names that `forward` reads or that its constructor sets.
 
     Args:

@@ -6,7 +6,7 @@ source, and a name with a quote or a bracket in it would be code.
 
 import keyword
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,9 +54,9 @@ def rebuild(description: Description, signature: Signature) -> fx.GraphModule:
         root = nn.Module()
         for name, entry in description["modules"].items():
             module = root.get_submodule(entry["same"]) if "same" in entry else _layer(entry)
-            _install(root, name, lambda owner, field, value=module: setattr(owner, field, value))
+            setattr(*_place(root, name), module)
         for name, entry in description["tensors"].items():
-            _install(root, name, lambda owner, field, e=entry: _register(owner, field, e))
+            _register(*_place(root, name), entry)
         graph = _graph(description["nodes"])
         graph_module = fx.GraphModule(root, graph, _identifier(description["model"]))
         graph_module.graph.lint()
@@ -73,8 +73,8 @@ def _identifier(name: Any) -> str:
     return name
 
 
-def _install(root: nn.Module, path: str, put: Callable[[nn.Module, str], None]) -> None:
-    """Put a module or tensor at a dotted name, with plain containers on the way."""
+def _place(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that a dotted name lies in, and its last part; makes containers on the way."""
     if not _PATH.fullmatch(path):
         raise ValueError(f"{path!r} is no path of a module")
     *owners, field = path.split(".")
@@ -85,7 +85,7 @@ def _install(root: nn.Module, path: str, put: Callable[[nn.Module, str], None]) 
         owner = owner.get_submodule(atom)
     if hasattr(owner, field):
         raise ValueError(f"{path!r} is there already")
-    put(owner, field)
+    return owner, field
 
 
 def _layer(entry: Mapping[str, Any]) -> nn.Module:
