@@ -7,7 +7,6 @@ hyperparameters has to be kept: `padding_mode` and the padding worked out from i
 `num_groups`, `approximate`, `negative_slope`. What is code of the model's own is told by name.
 """
 
-import functools
 import inspect
 import json
 from collections.abc import Iterator, Mapping
@@ -146,8 +145,7 @@ def module_settings(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-@functools.cache
-def read_names(stock: Any) -> frozenset[str]:
+def read_names(stock: type[nn.Module]) -> frozenset[str]:
     """Every name that a class's `forward`, and what it calls of the class, can read of `self`.
 
     Args:
@@ -164,8 +162,7 @@ def read_names(stock: Any) -> frozenset[str]:
     return frozenset(names)
 
 
-@functools.cache
-def setting_names(stock: Any) -> frozenset[str]:
+def setting_names(stock: type[nn.Module]) -> frozenset[str]:
     """What describes a layer: names that `forward` reads or that its constructor sets.
 
     Args:
