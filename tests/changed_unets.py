@@ -130,7 +130,7 @@ def own_forward(model: nn.Module) -> None:
 
 def replaced_layer(model: nn.Module) -> None:
     """A stock layer that the configuration does not have: a gain in front of the time branch."""
-    for module in model.modules():
+    for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.SiLU):
                 setattr(module, name, nn.Sequential(nn.LeakyReLU(0.3), child))
