@@ -22,8 +22,10 @@ from mpqdm_fx.manifest import checked_manifest
 from mpqdm_fx.versions import FORMAT_VERSION
 
 __all__ = [
+    "GRAPH",
     "MANIFEST",
     "MODEL_CONFIG",
+    "OUTPUTS",
     "SCHEDULER_CONFIG",
     "WEIGHTS",
     "ModelFolder",
@@ -40,10 +42,12 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "mpqdm.json"
 WEIGHTS = "model.safetensors"
+GRAPH = "graph.json.xz"
+OUTPUTS = "proof.safetensors"
 MODEL_CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
-_FIRST_SEALED = 3  # older manifests list the weights alone, and have no digest
+_FIRST_SEALED = 3  # older manifests list the weights alone, and have no digest and no proof
 # What running a folder leaves in it: expanded programs, and Python's compiled files.
 _MADE_BY_RUNNING = re.compile(r"\.[^/]+\.[0-9a-f]{16}|__pycache__/[^/]+\.pyc")
 
@@ -83,9 +87,9 @@ def open_folder(directory: str | Path) -> ModelFolder:
         check_version(path, version, FORMAT_VERSION)
     if isinstance(version, int) and version >= _FIRST_SEALED:
         data = verified(data, path)
-    manifest = checked_manifest(data, path)
+    manifest = checked_manifest(data, path, proof=int(data["version"]) >= _FIRST_SEALED)
     files = SealedFolder(root, manifest["files"], path)
-    files.require(WEIGHTS)
+    files.require(*((WEIGHTS,) if manifest["proof"] is None else (WEIGHTS, GRAPH, OUTPUTS)))
     return ModelFolder(root=root, manifest=manifest, files=files)
 
 

@@ -126,6 +126,24 @@ class StoredProgram(Strict):
     expanded: dict[str, StoredFile] = Field(default_factory=dict)
 
 
+class StoredEnvironment(Strict):
+    """See `proof.environment`."""
+
+    torch: str
+    machine: str
+    kernels: str
+    threads: Annotated[int, Field(ge=1, le=2**20)]
+    precision: str
+    device: str
+
+
+class StoredProof(Strict):
+    """What a loaded model is compared with, and whether code of the model's own is needed."""
+
+    model_required: bool
+    environment: StoredEnvironment
+
+
 class StoredManifest(Strict):
     """`mpqdm.json` without its digest."""
 
@@ -139,17 +157,26 @@ class StoredManifest(Strict):
     noise_levels: tuple[float, ...] | None
     report: StoredReport
     program: StoredProgram | None
+    proof: StoredProof | None
     files: dict[str, StoredFile]
 
 
-def checked_manifest(data: Mapping[str, Any], where: object) -> dict[str, Any]:
+def checked_manifest(data: Mapping[str, Any], where: object, *, proof: bool) -> dict[str, Any]:
     """A parsed manifest whose fields all have their types and ranges, as plain JSON types.
+
+    Args:
+        data: Result of `read_json`.
+        where: The file, for messages.
+        proof: Whether its version has a proof. Those before have none, version 1 has no noise
+            levels, and both may lack `program`.
 
     Raises:
         ArtifactError: It is no manifest of this package, or a field does not fit; it is named.
     """
     if data.get("format") != FORMAT:
         raise ArtifactError(f"{where} is not a manifest of this package")
-    # Version 1 has no noise levels, and both old ones may lack `program`.
-    filled = {"noise_levels": None, "program": None, **data}
-    return validated(StoredManifest, filled, where).model_dump()
+    filled = dict(data) if proof else {"noise_levels": None, "program": None, "proof": None, **data}
+    found = validated(StoredManifest, filled, where).model_dump()
+    if proof and found["proof"] is None:
+        raise ArtifactError(f"{where} is damaged: it has no proof")
+    return found

@@ -10,9 +10,8 @@ from mpqdm_fx.backends.packed import PackedWeights
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.base import Pipeline
-from mpqdm_fx.graph.editing import copy_graph_module, prune
+from mpqdm_fx.graph.editing import copy_graph_module, prune, replace_module, shallow_clone
 from mpqdm_fx.graph.entry import unwrap
-from mpqdm_fx.graph.layers import replace_module
 from mpqdm_fx.graph.parameters import first_names, note_parameters
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.passes import NORMALIZE, SplitSkipConcat
@@ -72,6 +71,7 @@ def assemble(
     noise_levels: NoiseLevels | None = None,
 ) -> QuantizedModel:
     """The quantized model of a rounded graph: activations are quantized, nothing else happens."""
+    rounded = _detached(rounded)
     quantize = QuantizeActivations(ranges=ranges, noise_levels=noise_levels)
     quantized = quantize(rounded).graph_module
     return QuantizedModel(
@@ -85,6 +85,31 @@ def assemble(
         settings=settings,
         noise_levels=noise_levels,
     )
+
+
+def _detached(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with parameters that need no gradient and lie in memory as in a file.
+
+    Both decide bits: a product folds its batch axes or not by whether its weight wants a gradient,
+    and kernels for channels-last weights sum in another order. Values are shared where they can be.
+    """
+    result = copy_graph_module(graph_module)
+    done: dict[nn.Parameter, nn.Parameter] = {}
+
+    def plain(parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or (not parameter.requires_grad and parameter.is_contiguous()):
+            return parameter
+        value = parameter.detach().contiguous()
+        return done.setdefault(parameter, nn.Parameter(value, requires_grad=False))
+
+    for name, module in list(result.named_modules()):
+        parameters = {key: plain(value) for key, value in module._parameters.items()}
+        if any(value is not module._parameters[key] for key, value in parameters.items()):
+            if name:
+                module = shallow_clone(module)
+                replace_module(result, name, module)
+            module._parameters = parameters
+    return result
 
 
 def restore(graph_module: fx.GraphModule, weights: PackedWeights) -> fx.GraphModule:

@@ -26,6 +26,9 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"passes", "calibration"},
             {"quantized"},  # what quantizing returns; backends and reports read it
             {"backends", "report", "models", "sweep"},
+            {"plain"},  # what is written as JSON or refused
+            {"stored_graph"},  # the graph's own file
+            {"proof"},  # the outputs that a loaded model is compared with
             {"stages"},  # the steps between the verbs, on graphs
             {"feasibility"},  # what can be refused before any data is made
             {"distill"},  # graphs in training, and the model they become

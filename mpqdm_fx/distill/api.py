@@ -24,6 +24,7 @@ from mpqdm_fx.distill.student import Student, freeze, make_student
 from mpqdm_fx.distill.train import History, Trainer
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.calling import example_call
+from mpqdm_fx.graph.describe import describe, first_difference
 from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.fingerprint import graph_fingerprint, hash_tensor
 from mpqdm_fx.graph.signature import Signature
@@ -96,7 +97,7 @@ def distill(
         The trained model and what training did; the model itself if that did not help it.
 
     Raises:
-        ConfigError: `teacher` has not the layers of the model that was quantized, the folder holds
+        ConfigError: `teacher` has not the graph of the model that was quantized, the folder holds
             another run, features are named that the model does not have, or the batch of its graph
             is fixed to another one.
         CalibrationError: A run or the loss leaves the finite numbers, or conditions do not fit.
@@ -105,6 +106,8 @@ def distill(
     _check_batch(quantized.signature, config)
     teacher = unwrap(teacher)
     graph = normalized(teacher, example_call(quantized.signature), quantized.settings)
+    if (other := first_difference(describe(graph), describe(quantized.rounded))) is not None:
+        raise ConfigError(f"the float model is not the one that was quantized: {other}")
     fingerprint = graph_fingerprint(graph)
     student = _moved(make_student(quantized, graph, config), device)
     graph = _moved(graph, device)

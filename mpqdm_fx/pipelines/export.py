@@ -7,6 +7,7 @@ that a run that was killed goes on with them; the output appears whole.
 
 import hashlib
 import inspect
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.feasibility import check_feasible
 from mpqdm_fx.folders import check_target, staged_directory
+from mpqdm_fx.graph.describe import module_settings
 from mpqdm_fx.graph.fingerprint import hash_tensor
 from mpqdm_fx.io import expansion, sealed
 from mpqdm_fx.pipelines import program_files, runner
@@ -250,6 +252,7 @@ def _check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: 
 
 def _digest(part: Part) -> str:
     digest = hashlib.sha256()
+    digest.update(json.dumps(module_settings(part.module)).encode())
     for tensor in part.module.state_dict().values():
         hash_tensor(digest, tensor)
     return digest.hexdigest()[:16]

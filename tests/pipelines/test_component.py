@@ -83,7 +83,9 @@ def test_a_pipeline_saves_packed_weights_and_is_loaded_whole(made, tmp_path):
     index = json.loads((tmp_path / "low" / "model_index.json").read_text())
     assert index["unet"] == ["mpqdm_fx.component", "QuantizedComponent"]
     names = {path.name for path in (tmp_path / "low" / "unet").iterdir()}
-    assert names == {"config.json", "model.safetensors", "mpqdm.json"}
+    assert names == {
+        "config.json", "graph.json.xz", "model.safetensors", "mpqdm.json", "proof.safetensors",
+    }  # fmt: skip
     again = DiffusionPipeline.from_pretrained(tmp_path / "low")
     assert isinstance(again, StableDiffusionPipeline)
     assert again.unet.quantized.plan == model.plan
