@@ -49,7 +49,10 @@ def proof_inputs(signature: Signature) -> dict[str, Any]:
     """
     smallest = signature.batch_range[0] if signature.batch_range else signature.batch
     leaves, tree = pytree.tree_flatten(example_inputs(signature, batch_size=smallest))
-    values = [_values(leaf, seed) for seed, leaf in enumerate(leaves)]
+    values = [
+        _values(leaf, seed) if isinstance(leaf, Tensor) else leaf
+        for seed, leaf in enumerate(leaves)
+    ]
     return dict(pytree.tree_unflatten(values, tree))
 
 
@@ -104,7 +107,8 @@ def write_outputs(path: Path, quantized: QuantizedModel) -> dict[str, Any]:
 
 def _run(graph: fx.GraphModule, quantized: QuantizedModel) -> list[Tensor]:
     device = quantized.device
-    inputs = pytree.tree_map(lambda value: value.to(device), proof_inputs(quantized.signature))
+    inputs = proof_inputs(quantized.signature)
+    inputs = pytree.tree_map_only(Tensor, lambda value: value.to(device), inputs)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         outputs = pytree.tree_leaves(graph(**inputs))
     return [output.detach().cpu() for output in outputs if isinstance(output, Tensor)]

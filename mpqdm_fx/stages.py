@@ -11,8 +11,7 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.graph.editing import copy_graph_module, prune, replace_module, shallow_clone
-from mpqdm_fx.graph.entry import unwrap
-from mpqdm_fx.graph.parameters import first_names, note_parameters
+from mpqdm_fx.graph.parameters import first_names
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.passes import NORMALIZE, SplitSkipConcat
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
@@ -45,7 +44,6 @@ def normalized(
     if not settings.split_skips:
         passes = tuple(entry for entry in passes if not isinstance(entry, SplitSkipConcat))
     traced = trace(model, example_inputs, fractional_timesteps=fractional_timesteps)
-    note_parameters(traced, unwrap(model))
     graph_module: fx.GraphModule = Pipeline(passes=passes)(traced).graph_module
     # What the model computes and drops (the last layer of an encoder whose last but one state is
     # taken) is no layer to quantize: passes behind would remove it and leave its range behind. By

@@ -18,10 +18,11 @@ from mpqdm_fx import proof, storage
 from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import checksum
+from mpqdm_fx.folders import GRAPH, MANIFEST, OUTPUTS
 from mpqdm_fx.graph.trace import same_bits
+from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.proof import proof_inputs
-from mpqdm_fx.storage import GRAPH, MANIFEST, OUTPUTS, load, save
+from mpqdm_fx.storage import load, save
 
 CALL = {"sample": torch.ones(2, 1, 8, 8), "timestep": torch.tensor([7, 400])}
 
@@ -40,7 +41,7 @@ def rewrite(folder, name, content):
     """Replace a file, with a manifest that knows it."""
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"][name] = checksum(folder / name)
+    manifest["files"][name] = Entry.of(folder / name).to_dict()
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 

@@ -37,6 +37,7 @@ from mpqdm_fx.graph.entry import enter
 from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
 from mpqdm_fx.graph.functional import functionalized, refuse_counters, refuse_writes
 from mpqdm_fx.graph.leaves import check_modules
+from mpqdm_fx.graph.parameters import note_parameters
 from mpqdm_fx.graph.raise_modules import raise_leaf_modules
 from mpqdm_fx.graph.signature import TIMESTEP_NAMES, Signature, bind_inputs
 from mpqdm_fx.graph.unread import unread_inputs
@@ -104,6 +105,7 @@ def trace(
         exported, signature, inputs = _export(model, call, signature, dynamic_batch)
         graph_module = raise_leaf_modules(exported, model, inputs, training)
         graph_module.meta["signature"] = signature
+        note_parameters(graph_module, entry.model)
         for name in unread_inputs(graph_module):
             _LOGGER.warning(
                 "%s does not read the input %s: leave it out, or check that the model has what "

@@ -2,9 +2,8 @@
 
 Four numbers, because none is enough alone: `epsilon_sqnr` feeds both models the same inputs
 (teacher forcing) and resolves small differences; `x0_sqnr` lets both run freely from the same
-noise; the paired Frechet distance (Heusel et al. 2017, equation 6) compares the two sets of samples
-in a classifier's features, and is zero for equal sets; the accuracy says whether the samples still
-show their class.
+noise; the paired Frechet distance (Heusel et al. 2017, equation 6) compares the sets of samples in
+a classifier's features; the accuracy says whether the samples still show their class.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from torch.nn.utils import parametrizations
 from mpqdm_fx.api import quantize
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.folders import WEIGHTS
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.storage import WEIGHTS, load, save
+from mpqdm_fx.storage import load, save
 
 
 class Standardized(nn.Conv2d):

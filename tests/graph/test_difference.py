@@ -97,5 +97,5 @@ def test_a_model_that_keeps_state_is_told_so():
             self.count += 1
             return self.linear(x) * self.count
 
-    with pytest.raises(CaptureError, match="keeps state between calls"):
+    with pytest.raises(TraceError, match="each call changes count"):
         trace(Counts().eval(), (randn(2, 4),))
