@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from mpqdm_fx.distill.checkpoint import has_state
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.sources import Source, load_source
@@ -129,7 +129,7 @@ def quantize_to_folder(
     summary = write_folder(
         quantized, source, output, form=form, steps=steps, samples=samples, subfolder=subfolder
     )
-    shutil.rmtree(solved)
+    remove_folder(solved)
     return FolderResult(directory=output, quantized=quantized, summary=summary)
 
 
@@ -200,7 +200,7 @@ def distill_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
         subfolder=read_json(folder / SOURCE)["subfolder"], more={"distilled": told},
     )  # fmt: skip
-    shutil.rmtree(state)
+    remove_folder(state)
     return FolderResult(directory=output, quantized=trained.quantized, summary=found)
 
 

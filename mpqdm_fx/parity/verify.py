@@ -13,7 +13,7 @@ from mpqdm_fx.denoisers import PROGRAM, SOURCE, program_files, source_of
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.cost import bind_sizes, value_bytes
-from mpqdm_fx.io.sealed import Entry
+from mpqdm_fx.io.sealed import Entry, SealedFolder
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity.inputs import INPUTS, Call, random_calls, read_calls, source_calls, write_calls
 from mpqdm_fx.parity.ladder import Ladder
@@ -44,8 +44,7 @@ def verify(
     per row.
 
     The inputs, the float model's outputs and the thresholds lie in the folder
-    (`parity.safetensors`, `parity.json`). Without thresholds everything is measured and nothing is
-    judged.
+    (`parity.safetensors`, `parity.json`).
 
     Args:
         directory: Folder written by `quantize_to_folder` (`mpqdm-fx quantize`) or `save`.
@@ -58,7 +57,8 @@ def verify(
 
     Raises:
         ArtifactError: The folder, or a file in it, is missing, damaged, of a newer version, or not
-            the one that thresholds were stored for; with `store`, also if there is no float model.
+            the one that thresholds were stored for, or there are none; with `store`, there is no
+            float model, or what is measured is NaN.
         LoweringError: There is a program and ExecuTorch is missing or fails.
     """
     folder = Path(directory)
@@ -68,10 +68,7 @@ def verify(
             f"folder written by mpqdm-fx quantize"
         )
     manifest = read_manifest(folder)
-    thresholds = None
-    if not store and (folder / THRESHOLDS).exists():
-        thresholds = Thresholds.read(folder / THRESHOLDS)
-        _check_files(folder, thresholds)
+    stored = None if store else _stored(folder)
     files = program_files(folder)
     runner = XnnpackRunner(files[0]) if files else None
     module = model if isinstance(model, nn.Module) else None
@@ -81,12 +78,13 @@ def verify(
         try:
             source = _source(folder, model if isinstance(model, str) else None)
         except ArtifactError as error:
-            if store or thresholds is None:
+            if store:
                 raise
             logger.warning("%s", error)
     floats = source.model if source is not None else module
-    if thresholds is not None:
-        calls, outputs = read_calls(folder / INPUTS, quantized.signature)
+    if stored is not None:
+        with stored[1].opened(INPUTS) as opened:
+            calls, outputs = read_calls(opened, quantized.signature, where=folder / INPUTS)
     else:
         outputs = []
         calls = (
@@ -96,9 +94,8 @@ def verify(
         )
     graphs = None if runner is None else _program_graphs(quantized, manifest.get("program") or {})
     measured = _measure(quantized, calls, floats, outputs, runner, graphs, stability=store)
-    if store:
-        thresholds = _store(measured, calls, folder)
-    return measured.ladder if thresholds is None else thresholds.judge(measured.ladder)
+    thresholds = _store(measured, calls, folder) if stored is None else stored[0]
+    return thresholds.judge(measured.ladder)
 
 
 def store_parity(
@@ -201,6 +198,7 @@ def _source(folder: Path, model: str | None) -> Source:
 
 
 def _store(measured: Measured, calls: Sequence[Call], folder: Path) -> Thresholds:
+    Thresholds.of(measured, {})  # refuses NaN before anything is replaced
     write_calls(folder / INPUTS, calls, measured.outputs["float"])
     files = [folder / INPUTS]
     if any(rung.name == "pte" for rung in measured.ladder.rungs):
@@ -210,23 +208,19 @@ def _store(measured: Measured, calls: Sequence[Call], folder: Path) -> Threshold
     return thresholds
 
 
-def _check_files(folder: Path, thresholds: Thresholds) -> None:
-    for name, expected in thresholds.files.items():
-        path = folder / name
-        if not path.exists():
-            raise ArtifactError(f"{path} is missing, for which thresholds are stored")
-        _compare(path, expected)
+def _stored(folder: Path) -> tuple[Thresholds, SealedFolder]:
+    """The folder's thresholds, and the files that they hold for, which lie there."""
+    path = folder / THRESHOLDS
+    if not path.exists():
+        raise ArtifactError(
+            f"{folder} holds no thresholds ({THRESHOLDS}), so nothing can be judged; measure them "
+            f"where the folder is known to be right: mpqdm-fx verify {folder} --store"
+        )
+    thresholds = Thresholds.read(path)
+    files = thresholds.check(folder)
     for file in program_files(folder):
         if file.name not in thresholds.files:
             raise ArtifactError(
-                f"{folder / THRESHOLDS} was stored before there was a {file.name}; store "
-                f"thresholds anew (--store)"
+                f"{path} was stored before there was a {file.name}; store thresholds anew (--store)"
             )
-
-
-def _compare(path: Path, expected: Mapping[str, Any]) -> None:
-    if Entry.of(path).to_dict() != dict(expected):
-        raise ArtifactError(
-            f"{path} is not the file that thresholds were stored for: it is damaged, or was "
-            f"replaced; store thresholds anew (--store) if that was meant"
-        )
+    return thresholds, files
