@@ -17,7 +17,7 @@ from mpqdm_fx.cli_export import export
 from mpqdm_fx.cli_verify import verify
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError, MPQError
-from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.io.schema import plain
 
 __all__ = ["app", "main"]
 
@@ -230,18 +230,19 @@ def doctor(
 @app.command()
 def inspect(directory: opt.FolderArgument, as_json: opt.JsonOption = False) -> None:
     """Show a quantized folder: layer, shape, mean bits, bytes, SQNR."""
+    from mpqdm_fx.folders import open_folder
     from mpqdm_fx.quantized import QuantizationReport
     from mpqdm_fx.report.tables import layer_table, summary_table
-    from mpqdm_fx.storage import read_manifest
 
-    manifest = read_manifest(directory)
+    folder = open_folder(directory)
+    folder.files.check()
+    manifest = folder.manifest
     if as_json:
-        console.print_json(json.dumps(manifest["report"]))
+        console.print_json(json.dumps(plain(manifest["report"])))
         return
     console.print(layer_table(QuantizationReport.from_dict(manifest["report"])))
-    summary = directory / "summary.json"
-    if summary.exists():
-        console.print(summary_table(read_json(summary)))
+    if "summary.json" in folder.files:
+        console.print(summary_table(folder.files.read_json("summary.json")))
 
 
 @app.callback()

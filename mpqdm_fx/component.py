@@ -12,8 +12,9 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.folders import MODEL_CONFIG
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.storage import MODEL_CONFIG, load, save
+from mpqdm_fx.storage import load, save
 
 __all__ = ["QuantizedComponent"]
 
@@ -78,7 +79,7 @@ class QuantizedComponent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diff
         Raises:
             ArtifactError: The path cannot be used.
         """
-        save(self.quantized, save_directory)
+        save(self.quantized, save_directory, overwrite=True)
 
     @classmethod
     def from_pretrained(

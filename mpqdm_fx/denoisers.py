@@ -1,38 +1,59 @@
 """What predicts the noise: a float model, packed weights, or a program; and drawing with it."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mpqdm_fx.calibration.sampling import denoise
 from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.folders import MANIFEST, MODEL_CONFIG, SCHEDULER_CONFIG, ModelFolder, open_folder
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, split_batch
-from mpqdm_fx.graph.signature import Signature
-from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.io.schema import Name, Strict, validated
+from mpqdm_fx.io.sealed import Entry, hashed_file
 from mpqdm_fx.models.sources import Source, diffusers_class, load_source
-from mpqdm_fx.storage import MANIFEST, MODEL_CONFIG, load, read_manifest
+from mpqdm_fx.storage import load
+
+if TYPE_CHECKING:
+    from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 
 __all__ = [
     "PROGRAM",
     "SOURCE",
     "Denoiser",
+    "Origin",
     "draw",
     "first_rows",
     "open_denoiser",
+    "open_program",
+    "origin_of",
     "pictures",
     "program_denoiser",
-    "program_files",
+    "program_names",
     "source_of",
 ]
 
 PROGRAM = "unet.pte"
+PROGRAM_WEIGHTS = "unet.ptd"
 SOURCE = "source.json"
 
 Denoiser = Callable[..., Any]
 """Called with the model's keyword arguments."""
+
+
+class Origin(Strict):
+    """Content of `source.json`: where the float model is.
+
+    Attributes:
+        model: Its name or folder.
+        subfolder: Part of a pipeline folder.
+    """
+
+    model: Name
+    subfolder: Name | None
 
 
 def first_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,16 +61,17 @@ def first_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _row(value, 0) for name, value in inputs.items()}
 
 
-def program_denoiser(path: Path, signature: Signature) -> Denoiser:
-    """A `.pte` behind the model's keyword arguments: any batch, one row a call.
+def program_denoiser(folder: ModelFolder) -> Denoiser:
+    """A folder's `.pte` behind the model's keyword arguments: any batch, one row a call.
 
     Args:
-        path: The program, plain or compressed.
-        signature: Signature of the graph that it was made of.
-    """
-    from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
+        folder: Folder that has a program.
 
-    runner = XnnpackRunner(path)
+    Raises:
+        ArtifactError: It has none, or it is not what was written.
+    """
+    runner = open_program(folder)
+    signature = signature_from_dict(folder.manifest["signature"])
 
     def call(**kwargs: Any) -> tuple[Tensor, ...]:
         outputs = []
@@ -64,11 +86,46 @@ def program_denoiser(path: Path, signature: Signature) -> Denoiser:
     return call
 
 
-def program_files(folder: Path) -> tuple[Path, ...]:
+def program_names(folder: ModelFolder) -> tuple[str, ...]:
     """A folder's program, plain or compressed, then its weights if they are apart; or nothing."""
-    from mpqdm_fx.backends.xnnpack.runner import stored_files
+    names = (PROGRAM, f"{PROGRAM}.xz"), (PROGRAM_WEIGHTS, f"{PROGRAM_WEIGHTS}.xz")
+    found = [next((name for name in pair if name in folder.files), None) for pair in names]
+    return tuple(name for name in found if name is not None) if found[0] else ()
 
-    return stored_files(folder / PROGRAM)
+
+def open_program(folder: ModelFolder) -> "XnnpackRunner":
+    """Load a folder's program; ExecuTorch gets it only after its hash was found right.
+
+    A compressed one is expanded once, to a hidden file beside it.
+
+    Raises:
+        ArtifactError: There is none, or a file is not what was written.
+        LoweringError: ExecuTorch is not installed.
+    """
+    from mpqdm_fx.backends.xnnpack.compressed import expand_program
+    from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
+
+    names = program_names(folder)
+    if not names:
+        raise ArtifactError(f"{folder.root} has no {PROGRAM}; quantize with --backend xnnpack")
+    expanded = (folder.manifest["program"] or {}).get("expanded", {})
+    with contextlib.ExitStack() as stack:
+        paths = []
+        for name in names:
+            path = stack.enter_context(folder.files.opened(name))
+            if name.endswith(".xz"):
+                if name not in expanded:
+                    raise ArtifactError(
+                        f"{folder.files.manifest} does not say what {name} expands to; it is "
+                        f"damaged, or of an older version: quantize again"
+                    )
+                content = Entry(**expanded[name])
+                plain = expand_program(folder.root / name, content=content, source=path)
+                path = stack.enter_context(hashed_file(plain, content))
+            paths.append(path)
+        return XnnpackRunner(
+            paths[0], weights=paths[1] if len(paths) > 1 else None, name=str(folder.root / names[0])
+        )
 
 
 def _row(value: Any, index: int) -> Any:
@@ -93,34 +150,31 @@ def open_denoiser(name: str, subfolder: str | None, form: str) -> tuple[Source, 
     """
     if form not in ("auto", "pte", "packed", "float"):
         raise ConfigError(f"--from {form}: choose auto, pte, packed or float")
-    folder = Path(name)
-    if not (folder / MANIFEST).exists():
+    root = Path(name)
+    if not (root / MANIFEST).exists():
         if form in ("pte", "packed"):
             raise ArtifactError(f"{name} was not written by mpqdm-fx quantize; it has no {form}")
         source = load_source(name, subfolder)
         return source, source.model
     if form == "float":
-        source = source_of(folder)
+        source = source_of(root)
         return source, source.model
-    files = program_files(folder)
-    if form == "pte" and not files:
-        raise ArtifactError(f"{folder} has no {PROGRAM}; quantize with --backend xnnpack")
-    signature = signature_from_dict(read_manifest(folder)["signature"])
-    if form == "packed" or not files:
-        quantized = load(folder)
-        return _saved_source(folder, signature, quantized), quantized
-    denoiser = program_denoiser(files[0], signature)
-    return _saved_source(folder, signature, denoiser), denoiser
+    folder = open_folder(root)
+    names = program_names(folder)
+    if form == "pte" and not names:
+        raise ArtifactError(f"{root} has no {PROGRAM}; quantize with --backend xnnpack")
+    denoiser = load(root) if form == "packed" or not names else program_denoiser(folder)
+    return _saved_source(folder, denoiser), denoiser
 
 
-def _saved_source(folder: Path, signature: Signature, model: Denoiser) -> Source:
+def _saved_source(folder: ModelFolder, model: Denoiser) -> Source:
     """Shapes, classes and scheduler as saved: sampling needs no float model."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    scheduler = diffusers_class(config["_class_name"]).from_pretrained(folder / "scheduler")
-    inputs = example_inputs(signature)
-    described = read_json(folder / MODEL_CONFIG) if (folder / MODEL_CONFIG).exists() else {}
+    config = folder.files.read_json(SCHEDULER_CONFIG)
+    scheduler = diffusers_class(str(config.get("_class_name"))).from_config(config)
+    inputs = example_inputs(signature_from_dict(folder.manifest["signature"]))
+    described = folder.files.read_json(MODEL_CONFIG) if MODEL_CONFIG in folder.files else {}
     return Source(
-        name=str(folder),
+        name=str(folder.root),
         model=model,
         scheduler=scheduler,
         example_inputs=inputs,
@@ -129,16 +183,24 @@ def _saved_source(folder: Path, signature: Signature, model: Denoiser) -> Source
     )
 
 
+def origin_of(folder: Path) -> Origin:
+    """Where a folder says that its float model is.
+
+    Raises:
+        ArtifactError: It does not say.
+    """
+    return validated(Origin, open_folder(folder).files.read_json(SOURCE), folder / SOURCE)
+
+
 def source_of(folder: Path, model: str | None = None, subfolder: str | None = None) -> Source:
     """The float model that a folder was made from.
 
     Raises:
         ArtifactError: It cannot be found; give `model`.
     """
-    read_manifest(folder)
-    origin = read_json(folder / SOURCE)
+    origin = origin_of(folder)
     try:
-        return load_source(model or origin["model"], subfolder or origin["subfolder"])
+        return load_source(model or origin.model, subfolder or origin.subfolder)
     except ConfigError as error:
         raise ArtifactError(
             f"the float model of {folder} is gone ({error}); give --model"

@@ -24,16 +24,20 @@ from mpqdm_fx.denoisers import (
     first_rows,
     pictures,
     program_denoiser,
-    program_files,
+    program_names,
 )
-from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.files import write_text
+from mpqdm_fx.folders import open_folder, seal_folder, staged_directory
+from mpqdm_fx.io.schema import plain
+from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.memory import peak_memory
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity.verify import store_parity
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.images import save_grid
 from mpqdm_fx.report.metrics import EVALUATION_SEED, epsilon_sqnr
-from mpqdm_fx.storage import staged_directory, write_model
+from mpqdm_fx.storage import write_model
 
 __all__ = ["SUMMARY", "Form", "calibration_of", "time_per_step", "write_folder"]
 
@@ -80,6 +84,18 @@ class Form:
                 f"four_bit out"
             )
 
+    @classmethod
+    def of(cls, backend: Any, program: Mapping[str, Any] | None) -> "Form":
+        """The form of a folder, from its summary's backend and its manifest's `program`.
+
+        Raises:
+            ArtifactError: There is no such backend.
+        """
+        if backend not in BACKENDS:
+            raise ArtifactError(f"{SUMMARY} is damaged: there is no backend {backend!r}")
+        made = {key: value for key, value in (program or {}).items() if key != "expanded"}
+        return cls(backend=backend, **made)
+
     def to_dict(self) -> dict[str, Any]:
         """What a program was made with, plain JSON types."""
         return {
@@ -125,6 +141,7 @@ def write_folder(
     steps: int,
     samples: int,
     subfolder: str | None = None,
+    overwrite: bool = False,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Lower, draw, measure, and write it all.
@@ -137,25 +154,29 @@ def write_folder(
         steps: Steps of the sampling runs.
         samples: Images in the grid, drawn by what the backend runs.
         subfolder: Part of a pipeline folder that the source came from.
+        overwrite: Whether `output` may be a result that is replaced.
         more: Further numbers for the summary, plain JSON types.
 
     Returns:
         Numbers for the printed table, plain JSON types.
     """
     backend = form.backend
-    with staged_directory(output) as stage:
+    with staged_directory(output, overwrite=overwrite) as stage:
         source.scheduler.save_pretrained(stage / "scheduler")
         origin = {"model": source.name, "subfolder": subfolder}
-        (stage / SOURCE).write_text(json.dumps(origin), encoding="utf-8")
+        write_text(stage / SOURCE, json.dumps(origin))
         runner: Denoiser = quantized
         program: dict[str, Any] | None = None
         graphs: list[Any] = []
+        made: dict[str, Any] | None = None
         if backend == "xnnpack":
-            program = _write_program(quantized, stage, form, graphs.append)
-            runner = program_denoiser(program_files(stage)[0], quantized.signature)
+            program, expanded = _write_program(quantized, stage, form, graphs.append)
+            made = {**form.to_dict(), "expanded": expanded}
+        write_model(quantized, stage, program=made)
+        if backend == "xnnpack":
+            runner = program_denoiser(open_folder(stage))
         elif backend == "torch_ao":
             runner = _positional(lower(quantized, "torch_ao"), quantized)
-        write_model(quantized, stage, program=form.to_dict() if program else None)
         store_parity(quantized, source, stage, graphs[0] if graphs else None)
         graphs.clear()
         summary = {**_summarise(source, quantized, runner, backend), **(more or {})}
@@ -168,18 +189,20 @@ def write_folder(
             peak: peak_memory(peak, str(stage)),
             "float": peak_memory("float", source.name, subfolder),
         }
-        for file in program_files(stage):
-            drop_expansions(file)
+        for name in program_names(open_folder(stage)):
+            drop_expansions(stage / name)
         summary["files"] = {
             path.name: path.stat().st_size for path in sorted(stage.iterdir()) if path.is_file()
         }
-        (stage / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        write_text(stage / SUMMARY, json.dumps(plain(summary), indent=2, allow_nan=False))
+        seal_folder(stage)
     return summary
 
 
 def _write_program(
     quantized: QuantizedModel, stage: Path, form: Form, observe: Callable[[Any], None]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the program; what it is, and what each compressed file expands to."""
     lowered = lower(
         quantized,
         "xnnpack",
@@ -188,10 +211,12 @@ def _write_program(
         external_weights=form.external_weights,
         four_bit=form.four_bit,
     )
-    for file in program_files(stage) if form.compress else ():
-        compress_program(file, keep=False)
-    told: dict[str, Any] = lowered.to_dict()
-    return told
+    expanded = {}
+    for file in (lowered.path, lowered.weights_path) if form.compress else ():
+        if file is not None:
+            content = Entry.of(file).to_dict()
+            expanded[compress_program(file, keep=False).name] = content
+    return lowered.to_dict(), expanded
 
 
 def _summarise(

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 __all__ = ["FORMAT", "FORMAT_VERSION", "versions"]
 
 FORMAT = "mpqdm_fx"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _PACKAGES = ("mpqdm-fx", "torch", "torchao", "diffusers", "executorch")
 

@@ -12,14 +12,14 @@ from mpqdm_fx.backends.xnnpack.doctor import Diagnosis, diagnose
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.denoisers import SOURCE, draw, source_of
+from mpqdm_fx.denoisers import draw, origin_of, source_of
 from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.checkpoint import has_state
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.folders import MANIFEST, check_target, open_folder
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.io.exchange import remove_folder
-from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.sources import Source, load_source
 from mpqdm_fx.processes import is_first
@@ -31,7 +31,7 @@ from mpqdm_fx.report.metrics import (
 )
 from mpqdm_fx.result_folder import SUMMARY, Form, calibration_of, write_folder
 from mpqdm_fx.stages import normalized
-from mpqdm_fx.storage import MANIFEST, check_target, load, read_manifest
+from mpqdm_fx.storage import load
 from mpqdm_fx.sweep.estimate import Estimate, estimate
 
 __all__ = [
@@ -78,6 +78,7 @@ def quantize_to_folder(
     four_bit: FourBit = "whole",
     external_weights: bool = False,
     compress: bool = False,
+    overwrite: bool = False,
 ) -> FolderResult | None:
     """Quantize a source and write everything that belongs to it into one folder.
 
@@ -99,6 +100,7 @@ def quantize_to_folder(
         four_bit: Which weights the program stores at four bits, as of `lower`.
         external_weights: Write the program's weights to a file of their own, `unet.ptd`.
         compress: Store the program's files as `.xz`, which are expanded when they are first run.
+        overwrite: Whether `output` may be a result that is replaced.
 
     Returns:
         What was made; None in the other processes of a run with several, which write nothing.
@@ -111,7 +113,7 @@ def quantize_to_folder(
         backend=backend, four_bit=four_bit, external_weights=external_weights, compress=compress
     )
     form.check(config)
-    check_target(output)
+    check_target(output, overwrite=overwrite)
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
     solved = output.with_name(f"{output.name}.checkpoint")
     quantized = quantize(
@@ -127,8 +129,9 @@ def quantize_to_folder(
     if not is_first():
         return None
     summary = write_folder(
-        quantized, source, output, form=form, steps=steps, samples=samples, subfolder=subfolder
-    )
+        quantized, source, output, form=form, steps=steps, samples=samples, subfolder=subfolder,
+        overwrite=overwrite,
+    )  # fmt: skip
     remove_folder(solved)
     return FolderResult(directory=output, quantized=quantized, summary=summary)
 
@@ -142,6 +145,7 @@ def distill_folder(
     samples: int = 16,
     resume: bool = False,
     device: str = "cpu",
+    overwrite: bool = False,
 ) -> FolderResult | None:
     """Train a quantized folder against its float model, and write what comes out like `quantize`.
 
@@ -154,6 +158,7 @@ def distill_folder(
         resume: Go on with a run that was killed. Its state lies beside `output`, in a folder of
             that name and `.checkpoint`, until the run is through.
         device: Where to train.
+        overwrite: Whether `output` may be a result that is replaced.
 
     Returns:
         What was made; None in the other processes of a run with several, which write nothing.
@@ -166,10 +171,10 @@ def distill_folder(
             "guidance_scale needs embeddings of the unconditional half, which a folder has not; "
             "give them to mpqdm_fx.distill.distill(..., unconditional=)"
         )
-    manifest = read_manifest(folder)
-    summary = read_json(folder / SUMMARY)
-    form = Form(backend=summary["backend"], **(manifest.get("program") or {}))
-    check_target(output)
+    opened = open_folder(folder)
+    summary = opened.files.read_json(SUMMARY)
+    form = Form.of(summary.get("backend"), opened.manifest["program"])
+    check_target(output, overwrite=overwrite)
     state = output.with_name(f"{output.name}.checkpoint")
     if has_state(state) and not resume:
         raise ConfigError(f"{state} holds a run that was not finished; resume it, or delete it")
@@ -198,7 +203,7 @@ def distill_folder(
     }
     found = write_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
-        subfolder=read_json(folder / SOURCE)["subfolder"], more={"distilled": told},
+        subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,
     )  # fmt: skip
     remove_folder(state)
     return FolderResult(directory=output, quantized=trained.quantized, summary=found)
@@ -265,7 +270,7 @@ def diagnose_model(name: str, subfolder: str | None = None) -> Diagnosis:
     if (Path(name) / MANIFEST).exists():
         quantized = load(Path(name))
         inputs = example_inputs(quantized.signature, batch_size=1)
-        four_bit = (read_manifest(name).get("program") or {}).get("four_bit", "whole")
+        four_bit = (open_folder(name).manifest["program"] or {}).get("four_bit", "whole")
         return diagnose(quantized.rounded, inputs, quantized.ranges or None, four_bit=four_bit)
     source = load_source(name, subfolder)
     graph_module = normalized(source.model, source.example_inputs, MPQConfig())

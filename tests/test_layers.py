@@ -16,6 +16,8 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"errors"},
             {"numerics", "versions", "files", "processes"},
             {"io"},
+            {"manifest"},
+            {"folders"},  # what this package writes: opened with checks, replaced whole
             {"config"},
             {"activations"},
             {"plan"},

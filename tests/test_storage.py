@@ -3,12 +3,14 @@ import shutil
 
 import pytest
 import torch
+from manifests import edit_manifest
 from small import TinyNet, net_calls, tiny_unet, unet_calls
 
 from mpqdm_fx.api import quantize
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.storage import MANIFEST, WEIGHTS, load, save, staged_directory
+from mpqdm_fx.folders import MANIFEST, WEIGHTS, seal_folder, staged_directory
+from mpqdm_fx.storage import load, save
 from mpqdm_fx.versions import FORMAT_VERSION
 
 
@@ -48,12 +50,36 @@ def test_the_weights_file_has_the_bytes_that_the_plan_counts(quantized, saved):
     assert header < 1024
 
 
-def test_saving_twice_replaces_the_folder_whole(quantized, tmp_path):
+def test_a_result_is_replaced_whole_where_that_is_said(quantized, tmp_path):
     folder = save(quantized, tmp_path / "model")
-    (folder / "left_over").write_text("old")
-    save(quantized, folder)
-    assert not (folder / "left_over").exists()
+    (folder / "summary.json").write_text("{}")
+    seal_folder(folder)
+    with pytest.raises(ArtifactError, match="overwrite=True"):
+        save(quantized, folder)
+    assert (folder / "summary.json").exists()
+    save(quantized, folder, overwrite=True)
+    assert not (folder / "summary.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_result_that_holds_somebody_elses_files_is_not_replaced(quantized, tmp_path):
+    folder = save(quantized, tmp_path / "model")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "thesis.txt").write_text("years of work")
+    (folder / ".unet.pte.0123456789abcdef").write_text("an expanded program")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "program_files.cpython-311.pyc").write_text("compiled")
+    with pytest.raises(ArtifactError, match=r"its result: notes/thesis\.txt; it is not replaced"):
+        save(quantized, folder, overwrite=True)
+    shutil.rmtree(folder / "notes")
+    save(quantized, folder, overwrite=True)
+
+
+def test_a_result_whose_manifest_is_damaged_is_not_replaced(quantized, tmp_path):
+    folder = save(quantized, tmp_path / "model")
+    (folder / MANIFEST).write_text("{")
+    with pytest.raises(ArtifactError, match="damaged"):
+        save(quantized, folder, overwrite=True)
 
 
 def test_a_model_that_is_no_diffusers_class_loads_into_a_skeleton(tmp_path):
@@ -86,9 +112,7 @@ def test_one_flipped_bit_is_refused(copy_of_saved):
 
 
 def test_a_newer_version_is_refused_with_the_remedy(copy_of_saved):
-    manifest = json.loads((copy_of_saved / MANIFEST).read_text())
-    manifest["version"] += 1
-    (copy_of_saved / MANIFEST).write_text(json.dumps(manifest))
+    edit_manifest(copy_of_saved, lambda manifest: manifest.update(version=FORMAT_VERSION + 1))
     with pytest.raises(ArtifactError, match=rf"version {FORMAT_VERSION + 1}.*update mpqdm-fx"):
         load(copy_of_saved)
 
@@ -100,11 +124,66 @@ def test_a_damaged_manifest_is_refused(copy_of_saved, text):
         load(copy_of_saved)
 
 
-@pytest.mark.parametrize("key", ["weights", "ranges", "settings", "signature", "report"])
-def test_a_manifest_without_a_part_is_refused(copy_of_saved, key):
+@pytest.mark.parametrize(
+    "key", ["weights", "ranges", "settings", "signature", "report", "files", "version", "versions"]
+)
+def test_a_manifest_without_a_part_is_refused_by_its_name(copy_of_saved, key):
+    edit_manifest(copy_of_saved, lambda manifest: manifest.pop(key))
+    with pytest.raises(ArtifactError, match=key):
+        load(copy_of_saved)
+
+
+def test_a_manifest_that_was_changed_is_refused(copy_of_saved):
     manifest = json.loads((copy_of_saved / MANIFEST).read_text())
-    del manifest[key]
+    next(iter(manifest["ranges"].values()))["input"]["scale"] *= 1.01
     (copy_of_saved / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="digest"):
+        load(copy_of_saved)
+
+
+def test_checks_cannot_be_switched_off(copy_of_saved):
+    data = bytearray((copy_of_saved / WEIGHTS).read_bytes())
+    data[-100] ^= 1
+    (copy_of_saved / WEIGHTS).write_bytes(bytes(data))
+    edit_manifest(copy_of_saved, lambda manifest: manifest.update(files={}))
+    with pytest.raises(ArtifactError, match=f"lists no {WEIGHTS}"):
+        load(copy_of_saved)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("weights", "layers", 0, "shape"), [1_000_000_000, 1]),
+        (("weights", "layers", 0, "shape"), [2**39, 2**39]),
+        (("weights", "layers", 0, "shape"), [-1, 2]),
+        (("weights", "layers", 0, "shape"), []),
+        (("weights", "layers", 0, "bits"), 0),
+        (("weights", "layers", 0, "bits"), 9),
+        (("weights", "layers", 0, "levels"), "ternary"),
+        (("weights", "layers", 0, "name"), "conv_out"),
+        (("weights", "floats", 0, 3), [2**39]),
+        (("weights", "floats", 0, 1), "load"),
+        (("weights", "activation_bits"), 16),
+        (("signature", "inputs", 0, "shape"), [2**20, 2**20]),
+        (("signature", "inputs", 0, "dtype"), "load"),
+        (("signature", "output_class"), "os.system"),
+        (("signature", "output_class"), "this.s"),
+        (("settings", "weight_bits"), 64),
+        (("settings", "hidden"), 1),
+        (("report", "layers", 0, "bytes"), "many"),
+        (("hidden",), 1),
+    ],
+)
+def test_a_manifest_with_a_value_out_of_range_is_refused_before_anything_is_made_of_it(
+    copy_of_saved, place, value
+):
+    def change(manifest):
+        *path, last = place
+        for key in path:
+            manifest = manifest[key]
+        manifest[last] = value
+
+    edit_manifest(copy_of_saved, change)
     with pytest.raises(ArtifactError):
         load(copy_of_saved)
 
@@ -113,7 +192,7 @@ def test_a_missing_file_or_folder_is_refused(copy_of_saved, tmp_path):
     with pytest.raises(ArtifactError, match="nowhere"):
         load(tmp_path / "nowhere")
     (copy_of_saved / WEIGHTS).unlink()
-    with pytest.raises(ArtifactError, match="missing"):
+    with pytest.raises(ArtifactError, match=rf"{WEIGHTS} does not exist"):
         load(copy_of_saved)
 
 
@@ -121,7 +200,7 @@ def test_a_failing_writer_leaves_neither_a_new_folder_nor_a_changed_old_one(tmp_
     target = tmp_path / "out"
 
     def write_half() -> None:
-        with staged_directory(target) as stage:
+        with staged_directory(target, overwrite=True) as stage:
             (stage / "half").write_text("half")
             raise RuntimeError
 

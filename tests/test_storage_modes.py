@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from manifests import edit_manifest
 from small import TinyNet, net_calls
 
 from mpqdm_fx.activations import (
@@ -18,9 +19,10 @@ from mpqdm_fx.activations import (
 from mpqdm_fx.api import lower, quantize
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, CalibrationError, LoweringError
+from mpqdm_fx.folders import MANIFEST
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.stages import assemble
-from mpqdm_fx.storage import MANIFEST, load, save
+from mpqdm_fx.storage import load, save
 
 KINDS = {"timestep": TimestepActivation, "dynamic": DynamicActivation, "static": LayerActivation}
 SETTINGS = MPQConfig(
@@ -133,7 +135,7 @@ def test_packed_takes_every_mode(quantized, tmp_path):
 def test_a_folder_of_format_version_one_loads(static, tmp_path):
     folder = save(static, tmp_path / "model")
     manifest = json.loads((folder / MANIFEST).read_text())
-    del manifest["noise_levels"]
+    del manifest["noise_levels"], manifest["digest"]
     manifest["version"] = 1
     manifest["ranges"] = {name: asdict(entry) for name, entry in static.ranges.items()}
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -145,9 +147,7 @@ def test_a_folder_of_format_version_one_loads(static, tmp_path):
 @pytest.mark.parametrize("levels", [5, "soon", {"a": 1}, [3.0, 2.0], [1.0, 2.0, 3.0], None])
 def test_damaged_noise_levels_are_refused(by_level, tmp_path, levels):
     folder = save(by_level, tmp_path / "model")
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["noise_levels"] = levels
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    edit_manifest(folder, lambda manifest: manifest.update(noise_levels=levels))
     with pytest.raises(ArtifactError, match=MANIFEST):
         load(folder, model=TimedNet())
 

@@ -18,7 +18,8 @@ import executorch
 import numpy as np
 import torch
 
-from mpqdm_fx.denoisers import PROGRAM, draw, open_denoiser, program_files
+from mpqdm_fx.denoisers import PROGRAM, draw, open_denoiser, program_names
+from mpqdm_fx.folders import open_folder
 from mpqdm_fx.numerics.metrics import sqnr_db
 
 HERE = Path(__file__).parent
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    if [file.name for file in program_files(arguments.folder)] != [PROGRAM]:
+    if program_names(open_folder(arguments.folder)) != (PROGRAM,):
         sys.exit(
             f"{arguments.folder} has no {PROGRAM} that is plain and whole: quantize without "
             f"--compress and --external-weights"

@@ -25,6 +25,7 @@ from mpqdm_fx.plan import FLOAT_REASON, BitPlan, FloatTensor, LayerPlan
 __all__ = ["PackedWeights", "read_packed", "write_packed"]
 
 _INTEGER_BITS_OF_WIDTH = 3  # a width 1..8 is stored as width - 1
+_DTYPES = {"codes": "uint8", "widths": "uint8", "tables": "int8", "scales": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,50 +106,65 @@ def _write_floats(
 class _Reader:
     """Takes consecutive slices of the long tensors; too short or left-over data is an error."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, name: object) -> None:
+        self.name = name
         try:
             self.tensors = load_file(path)
         except FileNotFoundError:
-            raise ArtifactError(f"{path} does not exist") from None
+            raise ArtifactError(f"{name} does not exist") from None
         except (SafetensorError, OSError, ValueError) as error:
-            raise ArtifactError(f"{path} is corrupted or truncated: {error}") from None
+            raise ArtifactError(f"{name} is corrupted or truncated: {error}") from None
         self.position = dict.fromkeys(self.tensors, 0)
+        for key, tensor in self.tensors.items():
+            dtype = _DTYPES.get(key, key.removeprefix("rest."))
+            if tensor.ndim != 1 or str(tensor.dtype) != f"torch.{dtype}":
+                raise ArtifactError(
+                    f"{name}: {key!r} is {tensor.dtype} {list(tensor.shape)}; corrupted"
+                )
+
+    def check(self, key: str, count: int) -> None:
+        """Refuse to go on if fewer than `count` elements are left."""
+        left = self.tensors[key].numel() - self.position[key] if key in self.tensors else 0
+        if count > left:
+            raise ArtifactError(f"{self.name} is truncated: {key!r} ends too early")
 
     def take(self, key: str, count: int) -> Tensor:
         if count == 0:
             return torch.empty(0, dtype=torch.uint8)
-        start = self.position.get(key, 0)
-        tensor = self.tensors.get(key)
-        if tensor is None or start + count > tensor.numel():
-            raise ArtifactError(f"{self.path} is truncated: {key!r} ends too early")
+        self.check(key, count)
+        start = self.position[key]
         self.position[key] = start + count
-        part: Tensor = tensor[start : start + count]
-        return part
+        return self.tensors[key][start : start + count]
 
     def finish(self) -> None:
         for key, tensor in self.tensors.items():
             if self.position[key] != tensor.numel():
-                raise ArtifactError(f"{self.path}: {key!r} is longer than its layout; corrupted")
+                raise ArtifactError(f"{self.name}: {key!r} is longer than its layout; corrupted")
 
 
-def read_packed(path: Path, layout: Mapping[str, Any]) -> PackedWeights:
+def read_packed(
+    path: Path, layout: Mapping[str, Any], *, name: object | None = None
+) -> PackedWeights:
     """Inverse of `write_packed`.
 
     Args:
         path: The file.
         layout: What `write_packed` returned.
+        name: What messages call it, if `path` is no name of its own.
 
     Raises:
         ArtifactError: The file is missing, truncated or corrupted, or does not fit the layout.
     """
-    reader = _Reader(path)
+    reader = _Reader(path, name or path)
     layers: list[LayerPlan] = []
     codes: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     for entry in layout["layers"]:
         shape = tuple(entry["shape"])
         rows = (shape[0], math.prod(shape[1:]))
+        # Nothing is made of a size that the file does not have: a bit and a scale at the least.
+        reader.check("scales", shape[0])
+        reader.check("codes", math.prod(shape) // 8)
         bits, widths = _read_widths(reader, entry["bits"], shape[0])
         size = storage_bits(rows, bits, entry["levels"])
         packed = PackedLayer(

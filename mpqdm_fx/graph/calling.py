@@ -1,13 +1,16 @@
 """Call a traced graph like its model: example inputs, output classes, JSON round trip."""
 
+import contextlib
 import importlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.signature import InputSpec, Signature, tensor_leaves
 
 __all__ = [
@@ -19,6 +22,8 @@ __all__ = [
     "signature_to_dict",
     "split_batch",
 ]
+
+_LIBRARIES = ("diffusers", "transformers")
 
 
 def example_inputs(
@@ -137,8 +142,26 @@ def pack_output(signature: Signature, output: Any) -> Any:
     """
     if signature.output_class is None or not isinstance(output, tuple):
         return output
-    module, _, name = signature.output_class.rpartition(".")
-    return getattr(importlib.import_module(module), name)(*output)
+    return _output_class(signature.output_class)(*output)
+
+
+def _output_class(path: str) -> Callable[..., Any]:
+    """The dataclass of that name; a name from a file imports nothing but the libraries of models.
+
+    Raises:
+        ArtifactError: It is no dataclass, or its module was neither imported nor is a library's.
+    """
+    module, _, name = path.rpartition(".")
+    if module.partition(".")[0] in _LIBRARIES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    found = getattr(sys.modules.get(module), name, None)
+    if not isinstance(found, type) or not is_dataclass(found):
+        raise ArtifactError(
+            f"the model's output class {path!r} is no dataclass that is known here; import the "
+            f"module that defines it before the model is loaded"
+        )
+    return found
 
 
 def signature_to_dict(signature: Signature) -> dict[str, Any]:
@@ -158,7 +181,10 @@ def signature_from_dict(data: Mapping[str, Any]) -> Signature:
 
     Raises:
         KeyError, TypeError: `data` is not what `signature_to_dict` wrote.
+        ArtifactError: The output class is not known.
     """
+    if data["output_class"] is not None:
+        _output_class(data["output_class"])
     inputs = tuple(
         InputSpec(
             **{

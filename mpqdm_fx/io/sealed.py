@@ -28,6 +28,7 @@ __all__ = [
     "SealedFolder",
     "digest_of",
     "hash_bytes",
+    "hashed_file",
     "parse_json",
     "read_json",
     "seal",
@@ -205,6 +206,43 @@ class Entry:
         return {"bytes": self.bytes, "sha256": self.sha256}
 
 
+@contextlib.contextmanager
+def hashed_file(path: Path, entry: Entry) -> Iterator[Path]:
+    """A path to the very file whose hash was found right, whatever takes its name meanwhile.
+
+    Args:
+        path: The file.
+        entry: What it must be.
+
+    Raises:
+        ArtifactError: It is missing, a link, no regular file, or not what was written.
+    """
+    with _sized(path, entry) as descriptor:
+        with open(descriptor, "rb", closefd=False) as file:
+            _compare(path, entry, hashlib.file_digest(file, "sha256").hexdigest())
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        reached = Path(f"/dev/fd/{descriptor}")
+        yield reached if reached.exists() else path
+
+
+@contextlib.contextmanager
+def _sized(path: Path, entry: Entry) -> Iterator[int]:
+    if path.is_symlink():
+        raise ArtifactError(f"{path} is a link; files of a folder lie in it")
+    with _opened(path, getattr(os, "O_NOFOLLOW", 0)) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size != entry.bytes:
+            raise ArtifactError(
+                f"{path} is truncated or damaged: it has {size} bytes, {entry.bytes} were written"
+            )
+        yield descriptor
+
+
+def _compare(path: Path, entry: Entry, found: str) -> None:
+    if found != entry.sha256:
+        raise ArtifactError(f"{path} is corrupted: its checksum differs from the manifest's")
+
+
 class SealedFolder:
     """A folder and the list of its files.
 
@@ -225,8 +263,8 @@ class SealedFolder:
         if not isinstance(files, Mapping):
             raise ArtifactError(f"{manifest} is damaged: it lists no files")
         self.entries = {name: self._entry(name, value) for name, value in files.items()}
-        for name in self.entries:
-            with self._descriptor(name):
+        for name, entry in self.entries.items():
+            with _sized(self._located(name), entry):
                 pass
 
     def _entry(self, name: str, value: Any) -> Entry:
@@ -259,20 +297,13 @@ class SealedFolder:
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[Path]:
-        """A path to the very file whose hash was found right, whatever takes its name meanwhile.
-
-        Args:
-            name: A listed file.
+        """A path to a listed file; see `hashed_file`.
 
         Raises:
             ArtifactError: The file is not listed, or is not what was written.
         """
-        with self._descriptor(name) as descriptor:
-            with open(descriptor, "rb", closefd=False) as file:
-                self._compare(name, hashlib.file_digest(file, "sha256").hexdigest())
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            reached = Path(f"/dev/fd/{descriptor}")
-            yield reached if reached.exists() else self.root / name
+        with hashed_file(self._located(name), self.entries[name]) as path:
+            yield path
 
     def read(self, name: str) -> bytes:
         """Content of a listed file, checked; for files that fit in memory.
@@ -280,9 +311,11 @@ class SealedFolder:
         Raises:
             ArtifactError: The file is not listed, or is not what was written.
         """
-        with self._descriptor(name) as descriptor, open(descriptor, "rb", closefd=False) as file:
-            data = file.read(self.entries[name].bytes + 1)
-        self._compare(name, hash_bytes(data))
+        path = self._located(name)
+        entry = self.entries[name]
+        with _sized(path, entry) as descriptor, open(descriptor, "rb", closefd=False) as file:
+            data = file.read(entry.bytes + 1)
+        _compare(path, entry, hash_bytes(data))
         return data
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -299,27 +332,12 @@ class SealedFolder:
             with self.opened(name):
                 pass
 
-    def _compare(self, name: str, found: str) -> None:
-        if found != self.entries[name].sha256:
-            raise ArtifactError(
-                f"{self.root / name} is corrupted: its checksum differs from the manifest's"
-            )
-
-    @contextlib.contextmanager
-    def _descriptor(self, name: str) -> Iterator[int]:
+    def _located(self, name: str) -> Path:
+        """Path of a listed file whose folders are no links."""
         self.require(name)
         path = self.root
         for part in PurePosixPath(name).parts[:-1]:
             path /= part
             if path.is_symlink():
                 raise ArtifactError(f"{path} is a link; files of a folder lie in it")
-        file = self.root / name
-        if file.is_symlink():
-            raise ArtifactError(f"{file} is a link; files of a folder lie in it")
-        with _opened(file, getattr(os, "O_NOFOLLOW", 0)) as descriptor:
-            size, expected = os.fstat(descriptor).st_size, self.entries[name].bytes
-            if size != expected:
-                raise ArtifactError(
-                    f"{file} is truncated or damaged: it has {size} bytes, {expected} were written"
-                )
-            yield descriptor
+        return self.root / name

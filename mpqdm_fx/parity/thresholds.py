@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -14,7 +14,7 @@ from mpqdm_fx.backends.xnnpack.reference import CLOSE_DB, MARGIN_DB
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.files import check_version, write_text
 from mpqdm_fx.io.schema import Name, Ratio, Strict, plain, validated
-from mpqdm_fx.io.sealed import SealedFolder, read_json, seal, verified
+from mpqdm_fx.io.sealed import SealedFolder, seal, verified
 from mpqdm_fx.parity.inputs import INPUTS
 from mpqdm_fx.parity.ladder import Ladder, Rung
 from mpqdm_fx.parity.measure import Measured
@@ -245,13 +245,16 @@ class Thresholds:
         write_text(path, json.dumps(seal(plain(data)), indent=1))
 
     @classmethod
-    def read(cls, path: Path) -> "Thresholds":
-        """Read what `write` wrote.
+    def from_dict(cls, data: Mapping[str, Any], path: Path) -> "Thresholds":
+        """What `write` wrote.
+
+        Args:
+            data: Content of the file.
+            path: The file, for messages.
 
         Raises:
-            ArtifactError: The file is missing, damaged, or of another version.
+            ArtifactError: It is damaged, or of another version.
         """
-        data = read_json(path, fix=_FIX)
         if data.get("format") != _FORMAT:
             raise ArtifactError(f"{path} holds no thresholds of this package; {_FIX}")
         check_version(path, data.get("version"), _VERSION)
@@ -277,22 +280,23 @@ class Thresholds:
             raise ArtifactError(f"{path} is damaged: {error}; {_FIX}") from None
         return cls(rungs=rungs, files=found.files, versions=found.versions)
 
-    def check(self, folder: Path) -> SealedFolder:
-        """The files that they hold for, found to be those.
+    def check(self, files: SealedFolder, programs: Sequence[str]) -> None:
+        """Refuse a folder with other files than those that they hold for.
+
+        Args:
+            files: The folder's files as its manifest has them.
+            programs: Those of its program.
 
         Raises:
-            ArtifactError: One is missing or another one, or the check inputs are not listed.
+            ArtifactError: One is missing or another one, or one that is judged is not listed.
         """
-        try:
-            files = SealedFolder(folder, self.files, folder / THRESHOLDS)
-            files.require(INPUTS)
-            files.check()
-        except ArtifactError as error:
-            raise ArtifactError(
-                f"{error}; thresholds were stored for another file: store them anew (--store) if "
-                f"it was meant to change"
-            ) from None
-        return files
+        for name in (INPUTS, *programs, *self.files):
+            entry = files.entries.get(name)
+            if entry is None or entry.to_dict() != self.files.get(name):
+                raise ArtifactError(
+                    f"{files.root / name} is not the file that the thresholds in {THRESHOLDS} were "
+                    f"stored for; store them anew (--store) if it was meant to change"
+                )
 
 
 _MARGINS = {"measured": MEASURED_MARGIN_DB, "rounding": MARGIN_DB, "enough": CLOSE_DB}

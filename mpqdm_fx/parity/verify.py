@@ -8,12 +8,13 @@ from typing import Any
 from torch import fx, nn
 
 from mpqdm_fx.activations import DynamicActivation
-from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner, sorted_entries
-from mpqdm_fx.denoisers import PROGRAM, SOURCE, program_files, source_of
+from mpqdm_fx.backends.xnnpack.runner import sorted_entries
+from mpqdm_fx.denoisers import PROGRAM, SOURCE, open_program, program_names, source_of
 from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.folders import ModelFolder, open_folder, rewritten_folder
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.cost import bind_sizes, value_bytes
-from mpqdm_fx.io.sealed import Entry, SealedFolder
+from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity.inputs import INPUTS, Call, random_calls, read_calls, source_calls, write_calls
 from mpqdm_fx.parity.ladder import Ladder
@@ -21,7 +22,7 @@ from mpqdm_fx.parity.measure import Form, Measured, measure
 from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.stages import normalized
-from mpqdm_fx.storage import load, read_manifest
+from mpqdm_fx.storage import load
 
 __all__ = ["store_parity", "verify"]
 
@@ -67,10 +68,10 @@ def verify(
             f"{folder} is an exported pipeline, which keeps its programs alone; verify takes a "
             f"folder written by mpqdm-fx quantize"
         )
-    manifest = read_manifest(folder)
-    stored = None if store else _stored(folder)
-    files = program_files(folder)
-    runner = XnnpackRunner(files[0]) if files else None
+    opened = open_folder(folder)
+    opened.files.check()
+    thresholds = None if store else _stored(opened)
+    runner = open_program(opened) if program_names(opened) else None
     module = model if isinstance(model, nn.Module) else None
     quantized = load(folder, module)
     source = None
@@ -82,9 +83,9 @@ def verify(
                 raise
             logger.warning("%s", error)
     floats = source.model if source is not None else module
-    if stored is not None:
-        with stored[1].opened(INPUTS) as opened:
-            calls, outputs = read_calls(opened, quantized.signature, where=folder / INPUTS)
+    if thresholds is not None:
+        with opened.files.opened(INPUTS) as file:
+            calls, outputs = read_calls(file, quantized.signature, where=folder / INPUTS)
     else:
         outputs = []
         calls = (
@@ -92,9 +93,13 @@ def verify(
             if source is not None
             else random_calls(quantized.signature)
         )
-    graphs = None if runner is None else _program_graphs(quantized, manifest.get("program") or {})
+    graphs = (
+        None if runner is None else _program_graphs(quantized, opened.manifest["program"] or {})
+    )
     measured = _measure(quantized, calls, floats, outputs, runner, graphs, stability=store)
-    thresholds = _store(measured, calls, folder) if stored is None else stored[0]
+    if thresholds is None:
+        with rewritten_folder(folder) as stage:
+            thresholds = _store(measured, calls, stage)
     return thresholds.judge(measured.ladder)
 
 
@@ -124,7 +129,7 @@ def store_parity(
             "several times as much; `mpqdm-fx verify --store` does it", size / 2**30,
         )  # fmt: skip
         return None
-    runner = None if graphs is None else XnnpackRunner(program_files(folder)[0])
+    runner = None if graphs is None else open_program(open_folder(folder))
     measured = _measure(quantized, calls, source.model, [], runner, graphs, stability=True)
     return _store(measured, calls, folder).judge(measured.ladder)
 
@@ -198,29 +203,23 @@ def _source(folder: Path, model: str | None) -> Source:
 
 
 def _store(measured: Measured, calls: Sequence[Call], folder: Path) -> Thresholds:
-    Thresholds.of(measured, {})  # refuses NaN before anything is replaced
     write_calls(folder / INPUTS, calls, measured.outputs["float"])
-    files = [folder / INPUTS]
-    if any(rung.name == "pte" for rung in measured.ladder.rungs):
-        files += program_files(folder)
-    thresholds = Thresholds.of(measured, {file.name: Entry.of(file).to_dict() for file in files})
+    names = (INPUTS, *program_names(open_folder(folder)))
+    thresholds = Thresholds.of(
+        measured, {name: Entry.of(folder / name).to_dict() for name in names}
+    )
     thresholds.write(folder / THRESHOLDS)
     return thresholds
 
 
-def _stored(folder: Path) -> tuple[Thresholds, SealedFolder]:
-    """The folder's thresholds, and the files that they hold for, which lie there."""
-    path = folder / THRESHOLDS
-    if not path.exists():
+def _stored(folder: ModelFolder) -> Thresholds:
+    """The folder's thresholds, which hold for the very files that lie there."""
+    if THRESHOLDS not in folder.files:
         raise ArtifactError(
-            f"{folder} holds no thresholds ({THRESHOLDS}), so nothing can be judged; measure them "
-            f"where the folder is known to be right: mpqdm-fx verify {folder} --store"
+            f"{folder.root} holds no thresholds ({THRESHOLDS}), so nothing can be judged; measure "
+            f"them where the folder is known to be right: mpqdm-fx verify {folder.root} --store"
         )
-    thresholds = Thresholds.read(path)
-    files = thresholds.check(folder)
-    for file in program_files(folder):
-        if file.name not in thresholds.files:
-            raise ArtifactError(
-                f"{path} was stored before there was a {file.name}; store thresholds anew (--store)"
-            )
-    return thresholds, files
+    path = folder.root / THRESHOLDS
+    thresholds = Thresholds.from_dict(folder.files.read_json(THRESHOLDS), path)
+    thresholds.check(folder.files, program_names(folder))
+    return thresholds

@@ -22,6 +22,7 @@ from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.folders import check_target, staged_directory
 from mpqdm_fx.graph.fingerprint import hash_tensor
 from mpqdm_fx.pipelines import program_files, runner
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
@@ -32,7 +33,6 @@ from mpqdm_fx.pipelines.programs import Judged, quantize_part, sqnr_of, write_pr
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.work import WorkFolder
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.storage import check_target, staged_directory
 from mpqdm_fx.versions import versions
 
 __all__ = ["MINIMUM_SQNR_DB", "ExportResult", "export_pipeline"]

@@ -15,6 +15,7 @@ from mpqdm_fx.backends.xnnpack.compressed import (
 )
 from mpqdm_fx.backends.xnnpack.runner import stored_files
 from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.io.sealed import Entry
 
 
 @given(content=st.binary(max_size=300), repeats=st.integers(1, 50))
@@ -41,17 +42,47 @@ def test_codes_of_few_levels_take_about_their_own_bits(levels, most, tmp_path):
     assert 8 * packed.stat().st_size / 50_000 < most
 
 
-def test_a_file_is_expanded_once_and_anew_when_it_changes(tmp_path, monkeypatch):
-    packed = compress_program(program(tmp_path))
-    first = expand_program(packed)
+def test_a_file_whose_content_is_known_is_expanded_once_and_anew_when_it_changes(
+    tmp_path, monkeypatch
+):
+    content = Entry.of(program(tmp_path))
+    packed = compress_program(tmp_path / "net.pte")
+    first = expand_program(packed, content=content)
     with monkeypatch.context() as patch:
         patch.setattr(compressed.lzma, "open", None)  # a second expansion would call it
-        assert expand_program(packed) == first
+        assert expand_program(packed, content=content) == first
     compress_program(program(tmp_path, seed=1))
     second = expand_program(packed)
     assert second != first
     assert second.read_bytes() == (tmp_path / "net.pte").read_bytes()
     assert not first.exists()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_file_is_not_trusted_because_its_name_fits(tmp_path, known):
+    content = Entry.of(program(tmp_path))
+    packed = compress_program(tmp_path / "net.pte")
+    first = expand_program(packed)
+    forged = bytearray(first.read_bytes())
+    forged[1000] ^= 1
+    first.write_bytes(forged)
+    assert expand_program(packed, content=content if known else None) == first
+    assert Entry.of(first) == content
+
+
+def test_a_file_expands_to_no_more_than_its_manifest_says(tmp_path):
+    path = tmp_path / "net.pte"
+    path.write_bytes(bytes(2**24))
+    content = Entry.of(path)
+    packed = compress_program(path, keep=False)
+    with pytest.raises(ArtifactError, match="more than the 1000 bytes"):
+        expand_program(packed, content=Entry(bytes=1000, sha256=content.sha256))
+    with pytest.raises(ArtifactError, match="more than the"):
+        expand_program(packed)  # more than 256 times its size
+    with pytest.raises(ArtifactError, match="another file"):
+        expand_program(packed, content=Entry(bytes=content.bytes, sha256="0" * 64))
+    assert [file.name for file in tmp_path.iterdir()] == ["net.pte.xz"]
+    assert Entry.of(expand_program(packed, content=content)) == content
 
 
 def test_expansion_can_be_kept_elsewhere(tmp_path):

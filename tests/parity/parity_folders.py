@@ -8,10 +8,11 @@ from small import TinyNet, net_calls
 
 from mpqdm_fx.api import lower, quantize
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.io.sealed import Entry, seal
+from mpqdm_fx.folders import WEIGHTS, seal_folder
+from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.parity.thresholds import THRESHOLDS
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.storage import MANIFEST, WEIGHTS, load, save
+from mpqdm_fx.storage import load, save
 
 
 def quantized_net() -> QuantizedModel:
@@ -26,6 +27,7 @@ def folder_of_net(path: Path, *, program: bool, observe=None) -> Path:
     save(quantized, path)
     if program:
         lower(quantized, "xnnpack", output=path / "unet.pte", observe=observe)
+        seal_folder(path)
     return path
 
 
@@ -37,9 +39,7 @@ def double_a_scale(folder: Path, layer: str, channel: int = 0) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors["scales"][sum(planned.shape[0] for planned in before) + channel] *= 2
     save_file(tensors, folder / WEIGHTS)
-    edit(folder / MANIFEST, lambda manifest: manifest["files"].update(
-        {WEIGHTS: Entry.of(folder / WEIGHTS).to_dict()}
-    ))  # fmt: skip
+    seal_folder(folder)
 
 
 def edit(path: Path, change) -> None:
@@ -57,3 +57,4 @@ def edit_thresholds(folder: Path, change) -> None:
         data.update(seal(data))
 
     edit(folder / THRESHOLDS, sealed)
+    seal_folder(folder)

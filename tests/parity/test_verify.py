@@ -17,14 +17,15 @@ from mpqdm_fx import MPQConfig, lower, quantize
 from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.io.sealed import Entry
+from mpqdm_fx.folders import MANIFEST, seal_folder
+from mpqdm_fx.io.sealed import Entry, read_json
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity import verify as verify_module
 from mpqdm_fx.parity.inputs import INPUTS, random_calls, read_calls, write_calls
 from mpqdm_fx.parity.sites import sites
 from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
 from mpqdm_fx.parity.verify import store_parity, verify
-from mpqdm_fx.storage import MANIFEST, load, write_model
+from mpqdm_fx.storage import load, write_model
 
 CHEAP = {"allocation": "uniform", "levels": "uniform", "refinements": 0, "propagation": 0.0}
 RUNGS = ["float", "quantized", "decomposed", "converted", "edge", "pte"]
@@ -85,6 +86,7 @@ def test_a_large_model_is_left_to_the_command(tmp_path, monkeypatch, caplog):
 
 def test_without_thresholds_it_fails_with_the_remedy_and_writes_nothing(copied):
     (copied / THRESHOLDS).unlink()
+    seal_folder(copied)
     before = sorted(path.name for path in copied.iterdir())
     with pytest.raises(ArtifactError, match=r"no thresholds \(parity\.json\).*--store"):
         verify(copied, model=TinyNet())
@@ -260,6 +262,7 @@ def _edited(change, *, resealed=True):
             edit_thresholds(folder, change)
         else:
             edit(folder / THRESHOLDS, change)
+            seal_folder(folder)
 
     return damage
 
@@ -270,6 +273,13 @@ def _lower(data):
 
 def _program(folder):
     (folder / "unet.pte").write_bytes(b"no program")
+    seal_folder(folder)
+
+
+def _other_inputs(folder):
+    tensors = load_file(folder / INPUTS)
+    save_file({name: value + 1 for name, value in tensors.items()}, folder / INPUTS)
+    seal_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -278,20 +288,21 @@ def _program(folder):
         (shutil.rmtree, "is not a folder"),
         (_remove(MANIFEST), "was not written by mpqdm-fx quantize"),
         (_remove(INPUTS), "parity.safetensors does not exist"),
-        (_truncate(INPUTS), "parity.safetensors is truncated.*stored for another file"),
+        (_truncate(INPUTS), "parity.safetensors is truncated"),
+        (_other_inputs, "parity.safetensors is not the file that the thresholds"),
         (_edited(_lower, resealed=False), "does not have the digest"),
         (_edited(lambda data: data["files"].clear()), "files"),
         (_edited(lambda data: data["rungs"].clear()), "rungs"),
-        (_edited(lambda data: data["files"].update(x=data["files"].pop(INPUTS))), "x does not"),
+        (_edited(lambda data: data["files"].update(x=data["files"].pop(INPUTS))), INPUTS),
         (_edited(lambda data: data["margins_db"].update(measured=40.0)), "other margins"),
         (_edited(lambda data: data["rungs"]["quantized"].update(float_db=["nan", 1.0])), "NaN"),
         (_edited(lambda data: data["rungs"]["quantized"].update(float_db=3.0)), "float_db"),
         (_edited(lambda data: data.update(version=1)), "older format"),
-        (_truncate(THRESHOLDS), "corrupted or truncated"),
+        (_truncate(THRESHOLDS), "is truncated"),
         (_newer, "format version 99"),
         (_foreign, "no thresholds of this package"),
         (_no_site, "is damaged"),
-        (_program, "before there was a unet.pte"),
+        (_program, "unet.pte is not the file that the thresholds"),
         (lambda folder: (folder / "pipeline.json").write_text("{}"), "an exported pipeline"),
     ],
 )
@@ -308,10 +319,12 @@ def test_storing_needs_the_float_model(copied, monkeypatch):
 
 
 def test_thresholds_are_what_is_read_back(stored, tmp_path):
-    thresholds = Thresholds.read(stored[0] / THRESHOLDS)
-    thresholds.write(tmp_path / "again.json")
-    assert Thresholds.read(tmp_path / "again.json") == thresholds
-    assert (tmp_path / "again.json").read_text() == (stored[0] / THRESHOLDS).read_text()
+    path = stored[0] / THRESHOLDS
+    thresholds = Thresholds.from_dict(read_json(path), path)
+    again = tmp_path / "again.json"
+    thresholds.write(again)
+    assert Thresholds.from_dict(read_json(again), again) == thresholds
+    assert again.read_text() == path.read_text()
 
 
 def test_inputs_are_what_is_read_back_and_run_through_the_timesteps(tmp_path, stored):
@@ -376,10 +389,10 @@ def test_a_program_that_computes_other_numbers_fails_with_its_rung_named(lowered
 def test_another_program_than_the_stored_one_is_refused(lowered, tmp_path):
     folder = shutil.copytree(lowered[0], tmp_path / "net")
     (folder / "unet.pte").write_bytes((folder / "unet.pte").read_bytes() + b"\0")
-    with pytest.raises(ArtifactError, match=r"unet\.pte is truncated or damaged.*stored for"):
+    with pytest.raises(ArtifactError, match=r"unet\.pte is truncated or damaged"):
         verify(folder, model=TinyNet())
     (folder / "unet.pte").unlink()
-    with pytest.raises(ArtifactError, match=r"unet\.pte does not exist.*stored for"):
+    with pytest.raises(ArtifactError, match=r"unet\.pte does not exist"):
         verify(folder, model=TinyNet())
 
 

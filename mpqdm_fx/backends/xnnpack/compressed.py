@@ -1,4 +1,4 @@
-"""Programs and weight files as `.xz` on disk, expanded once to what runs.
+"""Programs and weight files as `.xz` on disk, expanded to what runs.
 
 Codes of few bits take a byte each in a program (four bits where XNNPACK has such a kernel), but
 use few of its values; an entropy coder takes them down to about their own bits. XZ is in Python's
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.files import replacing
-from mpqdm_fx.io.sealed import Entry
+from mpqdm_fx.io.sealed import Entry, hashed_file
 
 __all__ = ["SUFFIX", "compress_program", "drop_expansions", "expand_program"]
 
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".xz"
 _CHUNK = 1 << 20
+_MOST_EXPANSION = 256  # times; codes of one bit in bytes, with equal neighbours, reach about 100
 _DIGITS = 16  # of the compressed file's SHA-256, in the name of its expansion
 # Codes of neighbouring weights tell nothing of each other: no context for literals, positions do
 # not count, and there is little to find by a long search (preset 6 alone takes 2 to 4 times as long
@@ -74,34 +75,53 @@ def compress_program(
     return target
 
 
-def expand_program(path: str | Path, folder: str | Path | None = None) -> Path:
-    """The plain file of a compressed one, expanded at the first call and found at later ones.
+def expand_program(
+    path: str | Path,
+    folder: str | Path | None = None,
+    *,
+    content: Entry | None = None,
+    source: Path | None = None,
+) -> Path:
+    """The plain file of a compressed one.
 
     It is named after the compressed file's content, so a program that was replaced is expanded
-    anew, and what an older one left is removed. Content is checked while it expands; the file
-    appears only when it is whole.
+    anew, and what an older one left is removed. One that is there is taken only where its content
+    is known to be right. The file appears only when it is whole.
 
     Args:
         path: File written by `compress_program`.
         folder: Where to keep the plain file; default beside the compressed one.
+        content: Size and hash of the plain file, where a manifest names them. Without them it is
+            expanded at every call, to at most 256 times the compressed size.
+        source: What to read in place of `path`, if it was opened already.
 
     Returns:
         The plain file, `.<name without .xz>.<digest>`.
 
     Raises:
-        ArtifactError: `path` does not exist or is damaged, or the folder cannot be written.
+        ArtifactError: `path` does not exist, is damaged, or holds something else, or the folder
+            cannot be written.
     """
-    source = Path(path)
-    if not source.is_file():
-        raise ArtifactError(f"{source} does not exist")
-    home = source.parent if folder is None else Path(folder)
-    digest = Entry.of(source).sha256[:_DIGITS]
-    target = home / f".{source.name.removesuffix(SUFFIX)}.{digest}"
-    if not target.is_file():
-        logger.info("%s: expanding to %s", source, target)
-        _expand(source, target)
-    drop_expansions(source, home, but=target)
+    named = Path(path)
+    read = source or named
+    if not read.is_file():
+        raise ArtifactError(f"{named} does not exist")
+    home = named.parent if folder is None else Path(folder)
+    digest = Entry.of(read).sha256[:_DIGITS]
+    target = home / f".{named.name.removesuffix(SUFFIX)}.{digest}"
+    if content is None or not _holds(target, content):
+        logger.info("%s: expanding to %s", named, target)
+        _expand(named, read, target, content)
+    drop_expansions(named, home, but=target)
     return target
+
+
+def _holds(path: Path, content: Entry) -> bool:
+    try:
+        with hashed_file(path, content):
+            return True
+    except ArtifactError:
+        return False
 
 
 def drop_expansions(path: Path, folder: Path | None = None, *, but: Path | None = None) -> None:
@@ -119,18 +139,28 @@ def drop_expansions(path: Path, folder: Path | None = None, *, but: Path | None 
             other.unlink(missing_ok=True)
 
 
-def _expand(source: Path, target: Path) -> None:
+def _expand(named: Path, read: Path, target: Path, content: Entry | None) -> None:
+    most = read.stat().st_size * _MOST_EXPANSION if content is None else content.bytes
     try:
         with (
             replacing(target) as part,
-            lzma.open(source, "rb") as packed,
+            lzma.open(read, "rb") as packed,
             part.open("wb") as plain,
         ):
-            shutil.copyfileobj(packed, plain, _CHUNK)
+            while chunk := packed.read(_CHUNK):
+                if plain.tell() + len(chunk) > most:
+                    raise ArtifactError(
+                        f"{named} expands to more than the {most} bytes that it may; it is none of "
+                        f"ours, or damaged"
+                    )
+                plain.write(chunk)
+            plain.flush()
+            if content is not None and Entry.of(part) != content:
+                raise ArtifactError(f"{named} holds another file than its manifest says")
     except (lzma.LZMAError, EOFError) as error:
-        raise ArtifactError(f"{source} is damaged or truncated: {error}; copy it again") from error
+        raise ArtifactError(f"{named} is damaged or truncated: {error}; copy it again") from error
     except OSError as error:
         raise ArtifactError(
-            f"{source} cannot be expanded into {target.parent}: {error}; give a folder that can be "
+            f"{named} cannot be expanded into {target.parent}: {error}; give a folder that can be "
             f"written to expand_program, and its result to XnnpackRunner"
         ) from error

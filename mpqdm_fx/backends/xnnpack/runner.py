@@ -122,10 +122,11 @@ class XnnpackRunner:
 
     Args:
         path: File written by `lower_xnnpack`, `lower_xnnpack_float` or `lower_methods`, or by
-            `compress_program`: then it is expanded once to a file beside it.
+            `compress_program`: then it is expanded to a file beside it.
         method: Which method of it to run.
         weights: File of its weights, plain or compressed; default `<stem>.ptd` or `<stem>.ptd.xz`
             beside `path` if there is one.
+        name: What messages call it, if `path` is no name of its own.
 
     Raises:
         LoweringError: ExecuTorch is not installed.
@@ -133,10 +134,16 @@ class XnnpackRunner:
     """
 
     def __init__(
-        self, path: str | Path, method: str = "forward", *, weights: str | Path | None = None
+        self,
+        path: str | Path,
+        method: str = "forward",
+        *,
+        weights: str | Path | None = None,
+        name: str | None = None,
     ) -> None:
         require_executorch()
         self.path = Path(path)
+        self.name = name or self.path.name
         if not self.path.is_file():
             raise ArtifactError(f"{self.path} does not exist")
         data = _weights_of(self.path) if weights is None else Path(weights)
@@ -144,12 +151,12 @@ class XnnpackRunner:
             names, execute, meta = _load(_plain(self.path), method, _plain(data))
         except RuntimeError as error:
             raise ArtifactError(
-                f"{self.path} cannot be loaded by ExecuTorch: {error}; it is damaged, or made by "
-                f"another version"
+                f"{name or self.path} cannot be loaded by ExecuTorch: {error}; it is damaged, or "
+                f"made by another version"
             ) from error
         if execute is None:
             listed = ", ".join(sorted(names))
-            raise ArtifactError(f"{self.path} holds no method `{method}`; it has {listed}")
+            raise ArtifactError(f"{name or self.path} holds no method `{method}`; it has {listed}")
         self._execute = execute
         self._inputs = [meta.input_tensor_meta(i) for i in range(meta.num_inputs())]
         self._dtypes = [_DTYPES[tensor.dtype()] for tensor in self._inputs]
@@ -176,7 +183,7 @@ class XnnpackRunner:
         leaves = flat_inputs(inputs)
         if len(leaves) != len(self._inputs):
             raise ConfigError(
-                f"{self.path.name} takes {len(self._inputs)} tensors of shapes "
+                f"{self.name} takes {len(self._inputs)} tensors of shapes "
                 f"{list(self.input_shapes)}, got {len(leaves)}"
             )
         tensors = []
@@ -184,14 +191,14 @@ class XnnpackRunner:
             tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
             if tuple(tensor.shape) != shape:
                 raise ConfigError(
-                    f"input {position} of {self.path.name} has shape {tuple(tensor.shape)}, the "
+                    f"input {position} of {self.name} has shape {tuple(tensor.shape)}, the "
                     f"program was made for {shape}; lower it again with that batch size"
                 )
             tensors.append(tensor.detach().to(self._dtypes[position]).contiguous())
         try:
             return tuple(self._execute(tensors))
         except RuntimeError as error:
-            raise LoweringError(f"{self.path.name} failed at run time: {error}") from error
+            raise LoweringError(f"{self.name} failed at run time: {error}") from error
 
 
 def _weights_of(path: Path) -> Path | None:

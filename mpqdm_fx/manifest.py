@@ -1,0 +1,149 @@
+"""What `mpqdm.json` may hold, field by field.
+
+Values that have a class of their own with checks of its own (settings, activation ranges) are
+plain objects here, and are checked where that class is made.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.io.schema import Count, Name, Ratio, Shape, Strict, validated
+from mpqdm_fx.versions import FORMAT
+
+__all__ = ["checked_manifest"]
+
+_LARGEST_INPUT = 2**30  # elements of one input: example inputs of these shapes are made
+
+DType = Literal[
+    "float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64"
+]
+Width = Annotated[int, Field(ge=1, le=8)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Levels = Literal["uniform", "codebook", "int4"]
+
+
+class StoredInput(Strict):
+    """One tensor input; see `graph.signature.InputSpec`."""
+
+    name: Name
+    shape: Shape
+    dtype: DType
+    batch_axis: Literal[0] | None
+    batch_multiple: Annotated[int, Field(ge=1, le=2**20)]
+
+    @model_validator(mode="after")
+    def _bounded(self) -> "StoredInput":
+        if math.prod(self.shape) > _LARGEST_INPUT:
+            raise ValueError(f"shape {self.shape} is no input's")
+        return self
+
+
+class StoredSignature(Strict):
+    """See `graph.signature.Signature`."""
+
+    model_class: Name
+    output_class: Name | None
+    parameters: tuple[Name, ...]
+    arguments: tuple[Name, ...]
+    baked: tuple[tuple[Name, Any], ...]
+    inputs: Annotated[tuple[StoredInput, ...], Field(min_length=1, max_length=10_000)]
+    batch: Annotated[int, Field(ge=1, le=2**20)]
+    batch_range: tuple[Count, Count | None] | None
+    note: str
+
+
+class StoredLayer(Strict):
+    """One quantized layer; see `plan.LayerPlan`. Mixed widths are in the file of the weights."""
+
+    name: Name
+    kind: Name
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, lt=2**40)], ...], Field(min_length=1)]
+    bits: Width | Literal["mixed"]
+    levels: Levels
+    reason: str | None
+    fraction: Share
+
+
+class StoredWeights(Strict):
+    """Layout of the file of the weights; see `backends.packed`."""
+
+    layers: tuple[StoredLayer, ...]
+    floats: tuple[tuple[Name, DType, DType, Shape], ...]
+    float_weights: dict[str, str]
+    activation_bits: Width
+
+
+class StoredLayerReport(Strict):
+    """See `quantized.LayerReport`."""
+
+    name: Name
+    kind: Name
+    shape: Shape
+    mean_bits: float
+    bytes: Count
+    sqnr_db: Ratio | None
+    fraction: Share
+    reason: str | None
+    base_sqnr_db: Ratio | None
+    alpha: float
+    beta: float
+    damping: float
+    rows: Count
+
+
+class StoredReport(Strict):
+    """See `quantized.QuantizationReport`."""
+
+    layers: tuple[StoredLayerReport, ...]
+    calibration_calls: Count
+    seconds: Annotated[float, Field(ge=0)]
+    versions: dict[str, str]
+
+
+class StoredFile(Strict):
+    """See `io.sealed.Entry`."""
+
+    bytes: Count
+    sha256: str
+
+
+class StoredProgram(Strict):
+    """What a program was made with; see `result_folder.Form`."""
+
+    four_bit: Literal["never", "whole", "split"]
+    external_weights: bool
+    compress: bool
+    expanded: dict[str, StoredFile] = Field(default_factory=dict)
+
+
+class StoredManifest(Strict):
+    """`mpqdm.json` without its digest."""
+
+    format: Literal["mpqdm_fx"]
+    version: int
+    versions: dict[str, str]
+    signature: StoredSignature
+    settings: dict[str, Any]
+    weights: StoredWeights
+    ranges: dict[str, dict[str, Any]]
+    noise_levels: tuple[float, ...] | None
+    report: StoredReport
+    program: StoredProgram | None
+    files: dict[str, StoredFile]
+
+
+def checked_manifest(data: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """A parsed manifest whose fields all have their types and ranges, as plain JSON types.
+
+    Raises:
+        ArtifactError: It is no manifest of this package, or a field does not fit; it is named.
+    """
+    if data.get("format") != FORMAT:
+        raise ArtifactError(f"{where} is not a manifest of this package")
+    # Version 1 has no noise levels, and both old ones may lack `program`.
+    filled = {"noise_levels": None, "program": None, **data}
+    return validated(StoredManifest, filled, where).model_dump()
