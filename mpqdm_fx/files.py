@@ -199,10 +199,12 @@ def first_difference(found: Any, wanted: Any) -> str | None:
         wanted: What it should be.
     """
     for path, old, new in _differences(found, json.loads(json.dumps(wanted)), ""):
-        return f"{path[:200]} was {_short.repr(old)}, is {_short.repr(new)}"
+        was, is_ = (_short.repr(value)[:_LONGEST_TOLD] for value in (old, new))
+        return f"{path[:_LONGEST_TOLD]} was {was}, is {is_}"
     return None
 
 
+_LONGEST_TOLD = 200
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 

@@ -81,6 +81,7 @@ def export_pipeline(
     four_bit: FourBit = "whole",
     external_weights: bool = False,
     compress: bool = False,
+    overwrite: bool = False,
 ) -> ExportResult:
     """Turn a diffusers pipeline into a folder of ExecuTorch programs and a runner.
 
@@ -116,6 +117,7 @@ def export_pipeline(
         external_weights: Write each program's weights to a file of their own, `<part>.ptd`.
         compress: Store programs and weights as `.xz`; the runner expands them when they are first
             run.
+        overwrite: Whether `output` may be a result that is replaced.
 
     Returns:
         What was made.
@@ -129,7 +131,7 @@ def export_pipeline(
     """
     _check_settings(config, prompts, four_bit)
     require_executorch()
-    target = check_target(output, MANIFEST)
+    target = check_target(output, MANIFEST, overwrite=overwrite)
     layout = layout_of(open_pipeline(pipeline))
     chosen = layout.check_sizes(sizes)
     if layout.kind == "unconditional":
@@ -186,7 +188,7 @@ def export_pipeline(
             told = {"methods": methods, "quality": _quality(judged)}
             record = work.finish(part.name, told)
         records[part.name] = record
-    with staged_directory(target, MANIFEST) as stage:
+    with staged_directory(target, MANIFEST, overwrite=overwrite) as stage:
         for name in records:
             work.place(name, stage, compress=compress)
         for name, tokenizer in layout.tokenizers.items():

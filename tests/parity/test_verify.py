@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 from parity_folders import double_a_scale, edit, edit_thresholds, folder_of_net
 from safetensors.torch import load_file, save_file
-from small import TinyNet, tiny_unet, unet_calls
+from small import TinyNet, plain_unet, unet_calls
 from torch import nn
 
 from mpqdm_fx import MPQConfig, lower, quantize
@@ -64,24 +64,27 @@ def test_an_unchanged_folder_passes_with_the_same_numbers(stored):
 
 
 def test_a_large_model_is_left_to_the_command(tmp_path, monkeypatch, caplog):
-    unet = tiny_unet()
-    quantized = quantize(unet, MPQConfig(activation_mode="dynamic", **CHEAP), unet_calls())
+    unet = plain_unet()
+    calls = [{key: call[key] for key in ("sample", "timestep")} for call in unet_calls()]
+    quantized = quantize(unet, MPQConfig(activation_mode="dynamic", **CHEAP), calls)
     source = Source(
         name="unet",
         model=unet,
         scheduler=DDIMScheduler(),
-        example_inputs=unet_calls()[0],
+        example_inputs=calls[0],
         sample_shape=(1, 8, 8),
-        classes=10,
+        classes=0,
     )
+    write_model(quantized, tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
     assert store_parity(quantized, source, tmp_path).passed
-    assert {path.name for path in tmp_path.iterdir()} == {INPUTS, THRESHOLDS}
+    assert {path.name for path in tmp_path.iterdir()} == before | {INPUTS, THRESHOLDS}
     (tmp_path / INPUTS).unlink()
     (tmp_path / THRESHOLDS).unlink()
     monkeypatch.setattr(verify_module, "_LARGEST", 1000)
     assert store_parity(quantized, source, tmp_path) is None
     assert "verify --store" in caplog.text
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_without_thresholds_it_fails_with_the_remedy_and_writes_nothing(copied):
