@@ -112,7 +112,9 @@ def _exchange(stage: Path, target: Path) -> bool:
 
 
 def _exchange_call() -> Callable[[bytes, bytes], int] | None:
-    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    if os.name != "posix":
+        return None
+    library = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "linux" and hasattr(library, "renameat2"):
         return lambda a, b: library.renameat2(_AT_FDCWD, a, _AT_FDCWD, b, _RENAME_EXCHANGE)
     if sys.platform == "darwin" and hasattr(library, "renamex_np"):

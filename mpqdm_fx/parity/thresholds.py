@@ -131,16 +131,17 @@ class Thresholds:
             steady, own = measured.stability[rung.name], measured.own_stability[rung.name]
             assert rung.against is not None
             assert rung.previous_db is not None
-            _refuse_nan(rung)
+            name = f"rung `{rung.name}`"
             alone = {
-                node.site: _seen(node.own_db, own.get(node.site, math.inf)) for node in rung.nodes
+                node.site: _seen(f"{name}: {node} alone", node.own_db, own.get(node.site))
+                for node in rung.nodes
             }
             rungs[rung.name] = RungThresholds(
                 against=rung.against,
-                output=_seen(rung.float_db),
-                previous=_seen(rung.previous_db, steady.get(None, math.inf)),
+                output=_seen(f"{name}: its output", rung.float_db),
+                previous=_seen(f"{name}: its output", rung.previous_db, steady.get(None)),
                 nodes={
-                    node.site: _seen(node.sqnr_db, steady.get(node.site, math.inf))
+                    node.site: _seen(f"{name}: {node}", node.sqnr_db, steady.get(node.site))
                     for node in rung.nodes
                 },
                 own={site: seen for site, seen in alone.items() if seen.wanted_db != CLOSE_DB},
@@ -153,56 +154,30 @@ class Thresholds:
         Rungs and weight layers that have a threshold and were not measured, or were measured and
         have none, are faults. Other values are noted: another version of torch may have others.
         """
-        rungs = tuple(self._judged(rung) for rung in ladder.rungs)
+        unpaired = list(self._unpaired(ladder))
         return dataclasses.replace(
             ladder,
-            rungs=rungs,
-            notes=(*ladder.notes, *self._notes(ladder)),
-            faults=(*ladder.faults, *self._faults(ladder)),
+            rungs=tuple(self._judged(rung) for rung in ladder.rungs),
+            notes=(*ladder.notes, *(told for is_fault, told in unpaired if not is_fault)),
+            faults=(*ladder.faults, *(told for is_fault, told in unpaired if is_fault)),
             stored_versions=dict(self.versions),
         )
 
-    def _faults(self, ladder: Ladder) -> Iterator[str]:
+    def _unpaired(self, ladder: Ladder) -> Iterator[tuple[bool, str]]:
+        """What has a threshold or a measurement alone: whether that is a fault, and a sentence."""
         measured = {rung.name: rung for rung in ladder.rungs[1:]}
         for name in self.rungs:
             if name not in measured:
-                yield f"rung `{name}` has thresholds, but was not measured"
+                yield True, f"rung `{name}` has thresholds, but was not measured"
         for name, rung in measured.items():
             wanted = self.rungs.get(name)
             if wanted is None:
-                yield f"rung `{name}` has no thresholds"
+                yield True, f"rung `{name}` has no thresholds"
             elif wanted.against != rung.against:
-                yield (
-                    f"rung `{name}` was compared with `{rung.against}`, and its thresholds are of "
-                    f"a comparison with `{wanted.against}`"
-                )
-            else:
-                without, lost = _unmatched(rung, wanted)
-                for sites, what in (
-                    (without, "have no threshold"),
-                    (lost, "have thresholds and are no longer in the graph"),
-                ):
-                    layers = [site for site in sites if site.op in WEIGHT_OPS]
-                    if layers:
-                        yield (
-                            f"rung `{name}`: {len(layers)} weight layers {what}, the first is "
-                            f"{layers[0].op} of {layers[0]}"
-                        )
-
-    def _notes(self, ladder: Ladder) -> Iterator[str]:
-        for rung in ladder.rungs:
-            if rung.name in self.rungs:
-                for sites, what in zip(
-                    _unmatched(rung, self.rungs[rung.name]),
-                    ("have no threshold", "with thresholds are no longer in the graph"),
-                    strict=True,
-                ):
-                    others = [site for site in sites if site.op not in WEIGHT_OPS]
-                    if others:
-                        yield (
-                            f"rung `{rung.name}`: {len(others)} values {what}, the first is "
-                            f"{others[0].op} of {others[0]}"
-                        )
+                told = f"rung `{name}` was compared with `{rung.against}`, and has thresholds of"
+                yield True, f"{told} a comparison with `{wanted.against}`"
+            elif rung.inside:
+                yield from _unpaired_values(rung, wanted)
 
     def _judged(self, rung: Rung) -> Rung:
         wanted = self.rungs.get(rung.name)
@@ -302,31 +277,29 @@ class Thresholds:
 _MARGINS = {"measured": MEASURED_MARGIN_DB, "rounding": MARGIN_DB, "enough": CLOSE_DB}
 
 
-def _unmatched(rung: Rung, wanted: RungThresholds) -> tuple[list[Site], list[Site]]:
-    """Measured values without threshold, and the reverse; nothing where no values can be seen."""
-    if not rung.inside:
-        return [], []
-    found = {node.site for node in rung.nodes}
-    return (
-        [node.site for node in rung.nodes if node.site not in wanted.nodes],
-        [site for site in wanted.nodes if site not in found],
-    )
+def _unpaired_values(rung: Rung, wanted: RungThresholds) -> Iterator[tuple[bool, str]]:
+    found = {node.site: None for node in rung.nodes}
+    for sites, what in (
+        ([site for site in found if site not in wanted.nodes], "have no threshold"),
+        (
+            [site for site in wanted.nodes if site not in found],
+            "have thresholds and are no longer in the graph",
+        ),
+    ):
+        for is_fault, kind in ((True, "weight layers"), (False, "other values")):
+            some = [site for site in sites if (site.op in WEIGHT_OPS) is is_fault]
+            if some:
+                first = f"the first is {some[0].op} of {some[0]}"
+                yield is_fault, f"rung `{rung.name}`: {len(some)} {kind} {what}, {first}"
 
 
-def _refuse_nan(rung: Rung) -> None:
-    values = {"its output": rung.float_db, f"its output against {rung.against}": rung.previous_db}
-    values |= {str(node): node.sqnr_db for node in rung.nodes}
-    values |= {f"{node} alone": node.own_db for node in rung.nodes}
-    for what, value in values.items():
-        if value is None or math.isnan(value):
-            raise ArtifactError(
-                f"rung `{rung.name}`: {what} holds NaN: nothing can be stored as right of a model "
-                f"that computes it"
-            )
-
-
-def _seen(found: float, steady: float = math.inf) -> Seen:
-    return Seen(*(math.floor(100 * v) / 100 if math.isfinite(v) else v for v in (found, steady)))
+def _seen(what: str, found: float, steady: float | None = None) -> Seen:
+    pair = found, math.inf if steady is None else steady
+    if any(map(math.isnan, pair)):
+        raise ArtifactError(
+            f"{what} holds NaN: nothing can be stored as right of a model that computes it"
+        )
+    return Seen(*(math.floor(100 * v) / 100 if math.isfinite(v) else v for v in pair))
 
 
 def _read(pair: tuple[float, float]) -> Seen:

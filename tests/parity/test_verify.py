@@ -433,4 +433,5 @@ def test_layers_that_were_split_for_the_program_are_split_again(tmp_path):
     ladder = verify(tmp_path, model=net)
     assert ladder.passed, ladder.first_divergence
     assert "mixed_rows" in {node.site.module for node in ladder.rung("converted").nodes}
+    assert not ladder.faults
     assert not [note for note in ladder.notes if "no longer" in note]
