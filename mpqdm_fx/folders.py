@@ -28,6 +28,7 @@ __all__ = [
     "WEIGHTS",
     "ModelFolder",
     "check_target",
+    "listed_files",
     "open_folder",
     "read_manifest",
     "rewritten_folder",

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import inspect
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from mpqdm_fx import errors
 from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
@@ -24,6 +26,7 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.folders import check_target, staged_directory
 from mpqdm_fx.graph.fingerprint import hash_tensor
+from mpqdm_fx.io import expansion, sealed
 from mpqdm_fx.pipelines import program_files, runner
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.pipelines.layout import Size, layout_of, open_pipeline
@@ -41,8 +44,14 @@ logger = logging.getLogger(__name__)
 
 #: Below this a quantized text encoder or VAE is not used: noise of a thousandth of the power.
 MINIMUM_SQNR_DB = 30.0
-#: Files of the package that become files of the folder. Each imports no other one of the package.
-RUNNER = {"run.py": runner, "program_files.py": program_files}
+#: Files of the package that become files of the folder. They import no other ones of the package.
+RUNNER = {
+    "run.py": runner,
+    "program_files.py": program_files,
+    "sealed.py": sealed,
+    "expansion.py": expansion,
+    "errors.py": errors,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +198,9 @@ def export_pipeline(
             record = work.finish(part.name, told)
         records[part.name] = record
     with staged_directory(target, MANIFEST, overwrite=overwrite) as stage:
+        expanded = {}
         for name in records:
-            work.place(name, stage, compress=compress)
+            expanded.update(work.place(name, stage, compress=compress))
         for name, tokenizer in layout.tokenizers.items():
             tokenizer.save_pretrained(stage / name)
         layout.pipeline.scheduler.save_pretrained(stage / "scheduler")
@@ -206,6 +216,7 @@ def export_pipeline(
             parts={name: record["quality"] for name, record in records.items()},
             quantization=None if config is None else config.to_dict(),
             timesteps=timesteps,
+            expanded=expanded,
         )
     work.remove()
     return ExportResult(directory=target, quantized=quantized, manifest=manifest)
@@ -244,7 +255,7 @@ def _schedule(scheduler: Any, steps: int) -> list[float]:
 
 def _apart(module: ModuleType) -> str:
     """A module's text where its package is the folder that it lies in."""
-    return inspect.getsource(module).replace("from mpqdm_fx.pipelines.", "from ")
+    return re.sub(r"from mpqdm_fx\.(?:\w+\.)?", "from ", inspect.getsource(module))
 
 
 def _judge(

@@ -1,20 +1,20 @@
 """What an exported folder says about itself: `pipeline.json`."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.backends.xnnpack.compressed import SUFFIX
-from mpqdm_fx.io.sealed import Entry
+from mpqdm_fx.files import write_text
+from mpqdm_fx.folders import listed_files
+from mpqdm_fx.io.schema import plain
+from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.pipelines.layout import Layout, Size
-from mpqdm_fx.pipelines.program_files import MANIFEST, VERSION
+from mpqdm_fx.pipelines.program_files import FORMAT, MANIFEST, VERSION
 from mpqdm_fx.versions import versions
 
 __all__ = ["MANIFEST", "VERSION", "compressed_entry", "method_entry", "write_manifest"]
-
-FORMAT = "mpqdm_fx.pipeline"
 
 
 def method_entry(
@@ -66,6 +66,7 @@ def write_manifest(
     parts: Mapping[str, Mapping[str, Any]],
     quantization: Mapping[str, Any] | None,
     timesteps: Sequence[float] | None,
+    expanded: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write `pipeline.json` into a folder whose other files are all there.
 
@@ -79,11 +80,11 @@ def write_manifest(
         quantization: Settings of the denoiser, or None if it is float.
         timesteps: Those that the denoiser has tables for, in the order of their rows; None if it
             takes any.
+        expanded: Size and hash of what each compressed file expands to.
 
     Returns:
         The manifest.
     """
-    files = sorted(path for path in stage.rglob("*") if path.is_file())
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -98,18 +99,9 @@ def write_manifest(
         "parts": {name: dict(part) for name, part in parts.items()},
         "quantization": quantization,
         "timesteps": None if timesteps is None else list(timesteps),
-        "files": {path.relative_to(stage).as_posix(): Entry.of(path).to_dict() for path in files},
+        "expanded": dict(expanded),
+        "files": listed_files(stage, MANIFEST),
     }
-    plain: dict[str, Any] = _plain(manifest)
-    text = json.dumps(plain, indent=1, allow_nan=False)
-    (stage / MANIFEST).write_text(text, encoding="utf-8")
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity: the ratio of equal tensors becomes the string "inf"."""
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    sealed = seal(plain(manifest))
+    write_text(stage / MANIFEST, json.dumps(sealed, indent=1, allow_nan=False))
+    return sealed

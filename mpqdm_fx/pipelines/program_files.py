@@ -1,54 +1,132 @@
 """The programs of a folder that `mpqdm-fx export` wrote: what there is, and how one is run.
 
-This file is copied into that folder, beside `run.py`, and needs no other file of the package.
+This file is copied into that folder, beside `run.py`, with what it imports of the package.
 """
 
+import contextlib
 import copy
-import hashlib
-import json
-import lzma
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["MANIFEST", "VERSION", "ProgramFiles", "RunnerError"]
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.io.expansion import expand, expansion_path
+from mpqdm_fx.io.sealed import Entry, SealedFolder, hashed_file, read_json, verified
+
+__all__ = ["FORMAT", "MANIFEST", "SCHEDULER", "VERSION", "ProgramFiles", "RunnerError"]
 
 MANIFEST = "pipeline.json"
-#: Of the manifest. Version 1 had a file for each part and size, with one method each; version 2 had
-#: no weights in files of their own and no compressed files.
-VERSION = 3
+SCHEDULER = "scheduler/scheduler_config.json"
+FORMAT = "mpqdm_fx.pipeline"
+#: Of the manifest. Since version 4 it lists what compressed files expand to, and has a digest.
+VERSION = 4
+
+_NUMBER = (int, float)
+_TENSOR = {"name": str, "shape": [int], "dtype": str}
+#: What the manifest holds: a type, alternatives in a tuple, a list of one kind, exact keys.
+_SHAPE: Mapping[str, Any] = {
+    "format": str,
+    "version": int,
+    "versions": dict,
+    "pipeline": str,
+    "kind": str,
+    "sizes": [[int]],
+    "latents": {"channels": int, "scale": int},
+    "defaults": {"steps": int, "guidance": _NUMBER},
+    "settings": {
+        "time_cond_proj_dim": (int, None),
+        "time_ids": bool,
+        "force_zeros_for_empty_prompt": bool,
+        "prediction_type": str,
+    },
+    "methods": [
+        {
+            "part": str,
+            "size": ([int], None),
+            "file": str,
+            "weights": (str, None),
+            "method": str,
+            "inputs": [_TENSOR],
+            "outputs": [_TENSOR],
+            "four_bit_layers": int,
+            "subgraphs": int,
+            "undelegated": int,
+            "program_sqnr_db": (*_NUMBER, str),
+        }
+    ],
+    "parts": dict,
+    "quantization": (dict, None),
+    "timesteps": ([_NUMBER], None),
+    "expanded": dict,
+    "files": dict,
+}
+_LARGEST = 1 << 16  # pixels of a side, steps, channels
+# c10::ScalarType, as the runtime reports it.
+_SCALAR_TYPES = {
+    "uint8": 0,
+    "int8": 1,
+    "int32": 3,
+    "int64": 4,
+    "float32": 6,
+    "float64": 7,
+    "bool": 11,
+}
 
 
-class RunnerError(ValueError):
-    """The folder or what was asked for cannot be used; says why."""
+class RunnerError(ArtifactError):
+    """What was asked for cannot be drawn with this folder; says why."""
 
 
 class ProgramFiles:
     """A folder of programs; each is loaded when it is first run.
 
-    A compressed one is expanded then, once, to a hidden file beside it.
+    A file is hashed before it is used. A compressed one is expanded then, once, to a hidden file
+    beside it.
 
     Args:
         folder: Folder written by `mpqdm-fx export`.
-        verify: Compare every file's checksum with the manifest's.
+        verify: Hash all files at once.
 
     Attributes:
         manifest: The content of `pipeline.json`.
+        files: Its files.
 
     Raises:
-        RunnerError: The folder is not whole, or written by a newer version.
+        ArtifactError: The folder is not whole, or written by another version.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
         self.folder = Path(folder)
-        self.manifest = _read_manifest(self.folder, verify)
+        self.manifest = _read_manifest(self.folder)
+        self.files = SealedFolder(self.folder, self.manifest["files"], self.folder / MANIFEST)
+        used = {entry[key] for entry in self.manifest["methods"] for key in ("file", "weights")}
+        self.files.require(SCHEDULER, *sorted(name for name in used if name is not None))
+        if verify:
+            self.files.check()
         self._programs: dict[str, Any] = {}
         self._methods: dict[tuple[str, str], Any] = {}
+
+    def checked_folder(self, name: str) -> Path:
+        """A folder in this one whose files are all there, right, and the only ones.
+
+        Raises:
+            ArtifactError: A file was changed, or does not belong there.
+        """
+        root = self.folder / name
+        listed = {entry for entry in self.files.entries if entry.startswith(f"{name}/")}
+        for path in sorted(root.rglob("*")):
+            found = path.relative_to(self.folder).as_posix()
+            if found not in listed and not (path.is_dir() and not path.is_symlink()):
+                raise ArtifactError(f"{path} is not listed in {MANIFEST}; move it elsewhere")
+        if not listed:
+            raise ArtifactError(f"{self.folder / MANIFEST} lists no file of {name}")
+        for entry in listed:
+            with self.files.opened(entry):
+                pass
+        return root
 
     def has(self, part: str, size: tuple[int, int] | None = None) -> bool:
         """Whether a part has a method for an image size; None: one for images of any size."""
@@ -97,34 +175,63 @@ class ProgramFiles:
         key = (entry["file"], entry["method"])
         if key not in self._methods:
             if key[0] not in self._programs:
-                self._programs[key[0]] = self._open(entry["file"], entry.get("weights"))
-            self._methods[key] = self._programs[key[0]].load_method(key[1])
+                self._programs[key[0]] = self._open(entry["file"], entry["weights"])
+            self._methods[key] = self._method(self._programs[key[0]], entry)
         return self._methods[key]
 
     def _open(self, file: str, weights: str | None) -> Any:
-        if weights is not None:
-            return _WithWeights(self._plain(file), self._plain(weights))
-        from executorch.runtime import Runtime, Verification
+        """A program; ExecuTorch gets no byte that was not hashed."""
+        try:
+            with contextlib.ExitStack() as stack:
+                program = stack.enter_context(self._plain(file))
+                if weights is not None:
+                    return _WithWeights(program, stack.enter_context(self._plain(weights)))
+                from executorch.runtime import Runtime, Verification
 
-        return Runtime.get().load_program(self._plain(file), verification=Verification.Minimal)
+                return Runtime.get().load_program(
+                    program, verification=Verification.InternalConsistency
+                )
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{self.folder / file} cannot be loaded by ExecuTorch: {error}; it was made by "
+                f"another version"
+            ) from error
 
-    def _plain(self, file: str) -> Path:
-        """What runs: a compressed file's content, under the name that the package gives it too."""
-        path = self.folder / file
-        if path.suffix != ".xz":
-            return path
-        plain = path.with_name(f".{path.stem}.{self.manifest['files'][file]['sha256'][:16]}")
-        if not plain.is_file():
-            partial = plain.with_name(f"{plain.name}.{os.getpid()}.part")
-            try:
-                with lzma.open(path) as packed, partial.open("wb") as expanded:
-                    shutil.copyfileobj(packed, expanded, 1 << 20)
-                partial.replace(plain)
-            except (lzma.LZMAError, EOFError, OSError) as error:
-                raise RunnerError(f"{path} cannot be expanded beside it: {error}") from None
-            finally:
-                partial.unlink(missing_ok=True)
-        return plain
+    def _method(self, program: Any, entry: Mapping[str, Any]) -> Any:
+        where = f"{self.folder / entry['file']}: method {entry['method']!r}"
+        try:
+            method = program.load_method(entry["method"])
+        except RuntimeError as error:
+            raise ArtifactError(f"{where} cannot be loaded by ExecuTorch: {error}") from error
+        if method is None:
+            raise ArtifactError(f"{where} is not there")
+        meta = method.metadata
+        found = [meta.input_tensor_meta(index) for index in range(meta.num_inputs())]
+        taken = [(list(spec.sizes()), spec.dtype()) for spec in found]
+        named = [(spec["shape"], _SCALAR_TYPES.get(spec["dtype"])) for spec in entry["inputs"]]
+        if taken != named or meta.num_outputs() != len(entry["outputs"]):
+            raise ArtifactError(f"{where} takes or returns other tensors than {MANIFEST} says")
+        return method
+
+    @contextlib.contextmanager
+    def _plain(self, file: str) -> Iterator[Path]:
+        """What runs: a file, or a compressed one's content, which the package names alike."""
+        with self.files.opened(file) as path:
+            if not file.endswith(".xz"):
+                yield path
+                return
+            content = self._content(file)
+            named = self.folder / file
+            target = expansion_path(named, self.files.entries[file].sha256)
+            expand(path, target, content=content, name=named)
+        with hashed_file(target, content) as path:
+            yield path
+
+    def _content(self, file: str) -> Entry:
+        expanded = self.manifest["expanded"].get(file)
+        if not _fits(expanded, {"bytes": int, "sha256": str}):
+            raise ArtifactError(f"{self.folder / MANIFEST} does not say what {file} expands to")
+        return Entry(**expanded)
 
 
 class _WithWeights:
@@ -139,38 +246,54 @@ class _WithWeights:
         self._module = _load_for_executorch(str(program), str(weights))
         self._method = "forward"
 
-    def load_method(self, name: str) -> "_WithWeights":
+    def load_method(self, name: str) -> "_WithWeights | None":
+        if name not in self._module.method_names():
+            return None
         method = copy.copy(self)
         method._method = name
         return method
+
+    @property
+    def metadata(self) -> Any:
+        return self._module.method_meta(self._method)
 
     def execute(self, values: list[Tensor]) -> Any:
         return self._module.run_method(self._method, values)
 
 
-def _read_manifest(folder: Path, verify: bool) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunnerError(f"{folder} was not written by mpqdm-fx export: {error}") from None
-    except ValueError as error:
-        raise RunnerError(f"{path} is damaged: {error}") from None
-    if manifest.get("version", VERSION + 1) > VERSION:
-        raise RunnerError(f"{path} was written by a newer version of mpqdm-fx")
-    for name, expected in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise RunnerError(f"{file} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise RunnerError(
-                f"{file} has {file.stat().st_size} bytes, {expected['bytes']} were written"
-            )
-        if verify and _sha256(file) != expected["sha256"]:
-            raise RunnerError(f"{file} is damaged: its checksum differs from the manifest's")
+    if not path.is_file():
+        raise ArtifactError(f"{folder} was not written by mpqdm-fx export: it has no {MANIFEST}")
+    data = read_json(path)
+    version = data.get("version")
+    if data.get("format") != FORMAT or type(version) is not int:
+        raise ArtifactError(f"{path} is damaged: it is no manifest of an export")
+    if version != VERSION:
+        newer = "update mpqdm-fx" if version > VERSION else "its own run.py draws with it"
+        raise ArtifactError(f"{path} has format version {version}, not {VERSION}; {newer}")
+    manifest = verified(data, path)
+    for key in sorted({*manifest, *_SHAPE}):
+        if key not in manifest or not _fits(manifest[key], _SHAPE.get(key, ())):
+            raise ArtifactError(f"{path} is damaged: {key!r} is not what it should be")
+    numbers = [side for size in manifest["sizes"] for side in size]
+    numbers += [*manifest["latents"].values(), manifest["defaults"]["steps"]]
+    pairs = manifest["sizes"] and all(len(size) == 2 for size in manifest["sizes"])
+    if not pairs or not all(1 <= number <= _LARGEST for number in numbers):
+        raise ArtifactError(f"{path} is damaged: sizes, latents or steps are out of range")
     return manifest
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _fits(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has a shape of the kind of `_SHAPE`; bool is no int."""
+    if isinstance(shape, tuple):
+        return any(_fits(value, choice) for choice in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(entry, shape[0]) for entry in value)
+    if isinstance(shape, Mapping):
+        return (
+            isinstance(value, dict)
+            and set(value) == set(shape)
+            and all(_fits(value[key], shape[key]) for key in shape)
+        )
+    return value is None if shape is None else type(value) is shape

@@ -1,8 +1,8 @@
 """Draw images with the programs of a folder that `mpqdm-fx export` wrote.
 
-This file is copied into that folder as `run.py`, with `program_files.py` beside it. The two need
-no other file of the package: numpy, ExecuTorch's runtime, the scheduler (diffusers, with torch) and
-the tokenizer (transformers).
+This file is copied into that folder as `run.py`, with what it imports of the package beside it.
+They need numpy, ExecuTorch's runtime, the scheduler (diffusers, with torch) and the tokenizer
+(transformers).
 
     python run.py "a cat" --seed 0 --steps 20 --guidance 7.5 --output cat.png
 """
@@ -11,7 +11,6 @@ import argparse
 import copy
 import importlib
 import inspect
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from mpqdm_fx.pipelines.program_files import ProgramFiles, RunnerError
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.pipelines.program_files import SCHEDULER, ProgramFiles, RunnerError
 
 __all__ = ["PipelineRunner", "RunnerError", "guidance_embedding", "main", "time_ids"]
 
@@ -62,10 +62,10 @@ class PipelineRunner:
 
     Args:
         folder: Folder written by `mpqdm-fx export`.
-        verify: Compare every file's checksum with the manifest's.
+        verify: Hash all files at once; otherwise each is hashed before it is used.
 
     Raises:
-        RunnerError: The folder is not whole, or written by a newer version.
+        ArtifactError: The folder is not whole, or written by another version.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
@@ -136,6 +136,7 @@ class PipelineRunner:
         Raises:
             RunnerError: There is no program for the size, no row for a timestep, or a condition is
                 missing or too much.
+            ArtifactError: A file of the folder is not what was written.
         """
         defaults = self.manifest["defaults"]
         steps = defaults["steps"] if steps is None else steps
@@ -183,11 +184,11 @@ class PipelineRunner:
         """
         if chosen is not None and not isinstance(chosen, str):
             return copy.deepcopy(chosen)
-        path = self.folder / "scheduler" / "scheduler_config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        name = chosen or config["_class_name"]
-        found = getattr(importlib.import_module("diffusers"), name, None)
-        if found is None or not hasattr(found, "from_config"):
+        config = self.programs.files.read_json(SCHEDULER)
+        name = chosen or config.get("_class_name")
+        diffusers = importlib.import_module("diffusers")
+        found = getattr(diffusers, name, None) if isinstance(name, str) else None
+        if not isinstance(found, type) or not issubclass(found, diffusers.SchedulerMixin):
             raise RunnerError(f"diffusers has no scheduler {name!r}")
         return found.from_config(config)
 
@@ -273,7 +274,7 @@ class PipelineRunner:
         name = part.replace("text_encoder", "tokenizer")
         if name not in self._tokenizers:
             loader = importlib.import_module("transformers").AutoTokenizer
-            folder = self.folder / name
+            folder = self.programs.checked_folder(name)
             self._tokenizers[name] = loader.from_pretrained(folder, local_files_only=True)
         tokenizer = self._tokenizers[name]
         ids: Tensor = tokenizer(
@@ -344,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **given,
             callback=lambda step, count: logger.info("step %d of %d", step, count),
         )
-    except RunnerError as error:
+    except ArtifactError as error:
         logger.error("error: %s", error)
         return 2
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(output)

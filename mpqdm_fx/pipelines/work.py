@@ -127,7 +127,7 @@ class WorkFolder:
             )
         return sealed
 
-    def place(self, program: str, folder: Path, *, compress: bool = False) -> None:
+    def place(self, program: str, folder: Path, *, compress: bool = False) -> dict[str, Any]:
         """Put a program's files into another folder too.
 
         Args:
@@ -135,18 +135,24 @@ class WorkFolder:
             folder: The other folder.
             compress: Put compressed files there; plain ones are no second copy where the disk can
                 do that.
+
+        Returns:
+            Size and hash of what each compressed file expands to.
         """
         record = verified(read_json(self._record(program), fix=_FIX), self._record(program))
+        expanded = {}
         with self._remedied(program):
             sealed = self._files(program, record["files"])
-            for name in sealed.entries:
+            for name, entry in sealed.entries.items():
                 with sealed.opened(name) as path:
-                    self._place(name, path, folder, compress)
+                    if compress:
+                        packed = compress_program(path, folder / f"{name}{SUFFIX}")
+                        expanded[packed.name] = entry.to_dict()
+                    else:
+                        self._link(name, path, folder)
+        return expanded
 
-    def _place(self, name: str, opened: Path, folder: Path, compress: bool) -> None:
-        if compress:
-            compress_program(opened, folder / f"{name}{SUFFIX}")
-            return
+    def _link(self, name: str, opened: Path, folder: Path) -> None:
         try:
             os.link(self.directory / name, folder / name)
         except OSError:

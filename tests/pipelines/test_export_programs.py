@@ -138,10 +138,13 @@ def test_the_folder_is_whole_and_nothing_else_is_left(exported):
     names = {path.name for path in result.directory.iterdir()}
     assert names == {
         "denoiser.pte",
+        "errors.py",
+        "expansion.py",
         "pipeline.json",
         "program_files.py",
         "run.py",
         "scheduler",
+        "sealed.py",
         "text_encoder.pte",
         "tokenizer",
         "vae_decoder.pte",

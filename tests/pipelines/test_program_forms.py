@@ -16,7 +16,10 @@ import mpqdm_fx.pipelines.export as export_module
 from mpqdm_fx import ConfigError, cli
 from mpqdm_fx.backends.xnnpack.compressed import expand_program
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
-from mpqdm_fx.pipelines.runner import PipelineRunner, RunnerError
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.folders import listed_files
+from mpqdm_fx.io.sealed import seal
+from mpqdm_fx.pipelines.runner import PipelineRunner
 
 
 @pytest.fixture
@@ -103,7 +106,8 @@ def test_images_are_those_of_the_plain_files(folder, tmp_path):
         packed = folder / entry[key]
         entry[key] = packed.stem
         shutil.copyfile(expand_program(packed), folder / packed.stem)
-    (folder / "pipeline.json").write_text(json.dumps(data))
+    data["files"] = listed_files(folder, "pipeline.json")
+    (folder / "pipeline.json").write_text(json.dumps(seal(data)))
     assert np.array_equal(PipelineRunner(folder).sample(steps=2, seed=3), image)
     shapes = [spec["shape"] for spec in entry["inputs"]]
     inputs = [torch.ones(shape) for shape in shapes]
@@ -119,9 +123,9 @@ def test_a_damaged_compressed_file_is_refused_and_leaves_nothing_behind(folder, 
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
-    with pytest.raises(RunnerError, match="checksum"):
+    with pytest.raises(ArtifactError, match="checksum"):
         PipelineRunner(folder, verify=True)
-    with pytest.raises(RunnerError, match=f"{name} cannot be expanded"):
+    with pytest.raises(ArtifactError, match=f"{name} is corrupted"):
         PipelineRunner(folder).sample(steps=2)
     other = "denoiser.ptd" if name == "denoiser.pte.xz" else "denoiser.pte"
     assert all(path.name.startswith(f".{other}.") for path in folder.glob(".denoiser.*"))

@@ -1,14 +1,16 @@
 """The runner draws what the diffusers pipeline draws, with the parts themselves as programs."""
 
-import json
+import shutil
 
 import numpy as np
 import pytest
 import tiny_pipelines
 import torch
 from eager_programs import eager_export
+from manifests import edit_manifest
 from PIL import Image
 
+from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.pipelines.runner import PipelineRunner, RunnerError, guidance_embedding
 
 # The same floating-point operations but for the halves of guidance in two calls instead of a batch.
@@ -70,6 +72,11 @@ def test_negative_prompts_and_other_sizes_are_the_pipelines(stable_diffusion):
     assert found.shape == (24, 16, 3)
     assert np.abs(found - expected).max() <= TOLERANCE
     assert np.abs(found - runner.sample("a cat", **options)).max() > 100 * TOLERANCE
+
+
+@pytest.fixture
+def exported_copy(stable_diffusion, tmp_path):
+    return shutil.copytree(stable_diffusion[1].folder, tmp_path / "copy")
 
 
 def test_defaults_are_those_of_the_export_and_bytes_are_rounded_floats(stable_diffusion):
@@ -243,22 +250,55 @@ def test_damaged_folders_are_refused(tmp_path, monkeypatch):
     program = output / "text_encoder.pte"
     content = program.read_bytes()
     program.write_bytes(content[:-1] + b"?")
-    PipelineRunner(output)
-    with pytest.raises(RunnerError, match="checksum"):
+    with pytest.raises(ArtifactError, match="checksum"):
         PipelineRunner(output, verify=True)
+    with pytest.raises(ArtifactError, match=r"text_encoder.pte is corrupted"):
+        PipelineRunner(output)("a cat")
     program.write_bytes(content[:-1])
-    with pytest.raises(RunnerError, match="bytes"):
+    with pytest.raises(ArtifactError, match="bytes"):
         PipelineRunner(output)
     program.write_bytes(content)
-    manifest = json.loads((output / "pipeline.json").read_text())
+    with pytest.raises(ArtifactError, match="cannot be loaded by ExecuTorch"):
+        PipelineRunner(output)("a cat")  # the stand-in wrote no program
+    (output / "tokenizer" / "added_tokens.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"added_tokens.json is not listed"):
+        PipelineRunner(output)("a cat")
     (output / "tokenizer" / "tokenizer_config.json").unlink()
-    with pytest.raises(RunnerError, match=r"tokenizer_config.json is missing"):
-        PipelineRunner(output)
-    (output / "pipeline.json").write_text(json.dumps({**manifest, "version": 99}))
-    with pytest.raises(RunnerError, match="newer"):
+    with pytest.raises(ArtifactError, match=r"tokenizer_config.json does not exist"):
         PipelineRunner(output)
     (output / "pipeline.json").write_text("{")
-    with pytest.raises(RunnerError, match="damaged"):
+    with pytest.raises(ArtifactError, match="damaged"):
         PipelineRunner(output)
-    with pytest.raises(RunnerError, match="not written by mpqdm-fx export"):
+    with pytest.raises(ArtifactError, match="not written by mpqdm-fx export"):
         PipelineRunner(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"version": 99}, "update mpqdm-fx"),
+        ({"version": 3}, "its own run.py"),
+        ({"version": "4"}, "no manifest of an export"),
+        ({"format": "other"}, "no manifest of an export"),
+        ({"sizes": []}, "out of range"),
+        ({"sizes": [[16]]}, "out of range"),
+        ({"sizes": [[16, True]]}, "'sizes'"),
+        ({"latents": {"channels": 10**9, "scale": 1}}, "out of range"),
+        ({"defaults": {"steps": 0, "guidance": 1.0}}, "out of range"),
+        ({"methods": [{}]}, "'methods'"),
+        ({"files": {}}, "lists no"),
+        ({"files": {"../unet.pte": {"bytes": 1, "sha256": "0" * 64}}}, "no file's name"),
+        ({"more": 1}, "'more'"),
+    ],
+)
+def test_a_manifest_with_a_value_out_of_range_is_refused(exported_copy, change, reason):
+    edit_manifest(exported_copy, lambda manifest: manifest.update(change), name="pipeline.json")
+    with pytest.raises(ArtifactError, match=reason):
+        PipelineRunner(exported_copy)
+
+
+def test_a_manifest_that_was_changed_is_refused(exported_copy):
+    path = exported_copy / "pipeline.json"
+    path.write_text(path.read_text().replace('"steps": 3', '"steps": 4'))
+    with pytest.raises(ArtifactError, match="digest"):
+        PipelineRunner(exported_copy)

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.io.sealed import seal
+from mpqdm_fx.io.sealed import Entry, seal
 from mpqdm_fx.pipelines.work import WorkFolder
 
 RUN = {"pipeline": "DDPMPipeline", "settings": {"seed": 0}, "sizes": [[8, 8]]}
@@ -34,8 +34,9 @@ def test_a_finished_program_is_found_again_and_placed(work, tmp_path):
     assert resumed(work).finished("denoiser") == TOLD
     assert resumed(work).finished("vae_decoder") is None
     (tmp_path / "stage").mkdir()
-    work.place("denoiser", tmp_path / "stage")
-    work.place("denoiser", tmp_path / "stage", compress=True)
+    assert work.place("denoiser", tmp_path / "stage") == {}
+    expanded = work.place("denoiser", tmp_path / "stage", compress=True)
+    assert expanded["denoiser.ptd.xz"] == Entry.of(tmp_path / "stage" / "denoiser.ptd").to_dict()
     placed = {path.name: path.read_bytes() for path in (tmp_path / "stage").iterdir()}
     assert placed["denoiser.pte"] == lzma.decompress(placed["denoiser.pte.xz"]) == b"program"
     assert placed["denoiser.ptd"] == lzma.decompress(placed["denoiser.ptd.xz"]) == b"weights"

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.files import replacing
-from mpqdm_fx.io.sealed import Entry, hashed_file
+from mpqdm_fx.io.expansion import expand, expansion_path
+from mpqdm_fx.io.sealed import Entry
 
 __all__ = ["SUFFIX", "compress_program", "drop_expansions", "expand_program"]
 
@@ -21,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".xz"
 _CHUNK = 1 << 20
-_MOST_EXPANSION = 256  # times; codes of one bit in bytes, with equal neighbours, reach about 100
-_DIGITS = 16  # of the compressed file's SHA-256, in the name of its expansion
 # Codes of neighbouring weights tell nothing of each other: no context for literals, positions do
 # not count, and there is little to find by a long search (preset 6 alone takes 2 to 4 times as long
 # for 1 to 3 % fewer bytes). Expanding takes the dictionary's 8 MiB of memory.
@@ -107,21 +106,11 @@ def expand_program(
     if not read.is_file():
         raise ArtifactError(f"{named} does not exist")
     home = named.parent if folder is None else Path(folder)
-    digest = Entry.of(read).sha256[:_DIGITS]
-    target = home / f".{named.name.removesuffix(SUFFIX)}.{digest}"
-    if content is None or not _holds(target, content):
-        logger.info("%s: expanding to %s", named, target)
-        _expand(named, read, target, content)
+    target = expansion_path(named, Entry.of(read).sha256, home)
+    logger.info("%s: expanding to %s", named, target)
+    expand(read, target, content=content, name=named)
     drop_expansions(named, home, but=target)
     return target
-
-
-def _holds(path: Path, content: Entry) -> bool:
-    try:
-        with hashed_file(path, content):
-            return True
-    except ArtifactError:
-        return False
 
 
 def drop_expansions(path: Path, folder: Path | None = None, *, but: Path | None = None) -> None:
@@ -133,34 +122,7 @@ def drop_expansions(path: Path, folder: Path | None = None, *, but: Path | None 
         but: One to keep.
     """
     stem = f".{path.name.removesuffix(SUFFIX)}."
-    made = re.compile(re.escape(stem) + f"[0-9a-f]{{{_DIGITS}}}")
+    made = re.compile(re.escape(stem) + "[0-9a-f]{16}")
     for other in (folder or path.parent).iterdir():
         if other != but and made.fullmatch(other.name):
             other.unlink(missing_ok=True)
-
-
-def _expand(named: Path, read: Path, target: Path, content: Entry | None) -> None:
-    most = read.stat().st_size * _MOST_EXPANSION if content is None else content.bytes
-    try:
-        with (
-            replacing(target) as part,
-            lzma.open(read, "rb") as packed,
-            part.open("wb") as plain,
-        ):
-            while chunk := packed.read(_CHUNK):
-                if plain.tell() + len(chunk) > most:
-                    raise ArtifactError(
-                        f"{named} expands to more than the {most} bytes that it may; it is none of "
-                        f"ours, or damaged"
-                    )
-                plain.write(chunk)
-            plain.flush()
-            if content is not None and Entry.of(part) != content:
-                raise ArtifactError(f"{named} holds another file than its manifest says")
-    except (lzma.LZMAError, EOFError) as error:
-        raise ArtifactError(f"{named} is damaged or truncated: {error}; copy it again") from error
-    except OSError as error:
-        raise ArtifactError(
-            f"{named} cannot be expanded into {target.parent}: {error}; give a folder that can be "
-            f"written to expand_program, and its result to XnnpackRunner"
-        ) from error
