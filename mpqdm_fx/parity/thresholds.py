@@ -47,7 +47,7 @@ class Seen(NamedTuple):
     def wanted_db(self) -> float:
         """Least decibels from now on."""
         value = min(CLOSE_DB, self.found_db - MEASURED_MARGIN_DB, self.steady_db - MARGIN_DB)
-        return math.floor(100 * value) / 100 if math.isfinite(value) else value
+        return round(value, 2)
 
 
 _Pair = tuple[Ratio, Ratio]
