@@ -4,6 +4,7 @@ A server that has imported everything forks one process a job, so that a kill co
 """
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +150,7 @@ def run_job(
         at_event: Kill at this event.
         after: Kill after seconds.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kill_jobs"])
+    context = _server()
     mine, theirs = context.Pipe()
     signal_at = (killed_by, at_event) if at_event is not None else None
     process = context.Process(target=_child, args=(name, models, output, signal_at, theirs))
@@ -169,6 +170,23 @@ def run_job(
     return Ended(code=process.exitcode, seconds=seconds, events=events)
 
 
+@functools.cache
+def _server() -> Any:
+    """The process that has imported everything and forks the others, started once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kill_jobs"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # it is not told otherwise
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
 def _child(
     name: str, models: Path, output: Path, signal_at: tuple[int, int] | None, pipe: Any
 ) -> None:
@@ -179,8 +197,7 @@ def _child(
     # a process of its own, which imports everything again to measure: nothing that a kill changes
     result_folder.peak_memory = lambda *_: 0  # type: ignore[assignment]
     count = _count_events(output.parent, signal_at)
-    if not os.environ.get("KILLS_LOUD"):
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - progress bars
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - progress bars
     pipe.send("started")
     try:
         JOBS[name](models, output)
