@@ -50,15 +50,9 @@ def verify(
     if store:
         errors.print(f"thresholds stored in {directory}", soft_wrap=True)
         return
-    if ladder.passed is None:
-        errors.print(
-            f"{directory} holds no thresholds, so nothing was judged; store these numbers with "
-            f"`mpqdm-fx verify {directory} --store`", markup=False, soft_wrap=True,
-        )  # fmt: skip
-        raise typer.Exit(code=1)
     if not ladder.passed:
         errors.print(
-            f"error: {directory}: {ladder.first_divergence}", style="red", markup=False,
+            f"error: {directory}: {ladder.failure}", style="red", markup=False,
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         raise typer.Exit(code=1)

@@ -1,15 +1,45 @@
-"""Read and write the small files beside the weights, and tell whether a file is still the same."""
+"""Write files that appear whole or not at all, and tell where what was read is not what should be.
+
+What is being written lies in a hidden folder beside its place. The process that fills the folder
+holds a lock on it, which the system drops when that process ends, however it does. So a folder that
+can be locked was left by a run that was killed, and the next one removes it.
+"""
 
 import contextlib
+import errno
 import json
+import logging
+import os
+import re
+import reprlib
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.errors import ArtifactError
 
-__all__ = ["check_version", "differences", "replacing", "write_text"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "abandoned_folders",
+    "check_version",
+    "differences",
+    "first_difference",
+    "hidden_folder",
+    "is_empty_but_for_hidden",
+    "replacing",
+    "sweep_abandoned",
+    "write_text",
+]
+
+logger = logging.getLogger(__name__)
+
+_LONGEST = 56  # characters of a name that are repeated in a hidden one: up to 4 bytes each of 255
 
 
 def check_version(path: str | Path, found: Any, newest: int) -> None:
@@ -31,25 +61,109 @@ def check_version(path: str | Path, found: Any, newest: int) -> None:
 
 
 @contextlib.contextmanager
+def hidden_folder(parent: Path, name: str, kind: str, *, mode: int = 0o777) -> Iterator[Path]:
+    """A new folder `.<name>.<random>.<kind>` that this process holds; removed at the end.
+
+    Args:
+        parent: Folder to make it in.
+        name: What it is for.
+        kind: What it holds; a suffix.
+        mode: Who may use it, less the user's mask.
+
+    Yields:
+        The folder. The block may move it away.
+    """
+    while True:
+        folder = parent / f".{name}.{secrets.token_hex(4)}.{kind}"
+        folder.mkdir(mode=mode)
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            try:
+                lock = _lock(folder)
+            except (FileNotFoundError, BlockingIOError):  # another process took it for abandoned
+                continue
+            if lock is not None:
+                stack.callback(os.close, lock)
+            if not folder.exists():
+                continue
+            yield folder
+            return
+
+
+def _lock(folder: Path) -> int | None:
+    """Descriptor that locks a folder until it is closed; None where there are no such locks.
+
+    Raises:
+        OSError: It cannot be opened, or another process has it (`BlockingIOError`).
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # as on some networks
+            return None
+        raise
+    return descriptor
+
+
+def abandoned_folders(parent: Path, name: str, kind: str) -> list[Path]:
+    """Folders that `hidden_folder` made and that no running process holds."""
+    with contextlib.ExitStack() as stack:
+        return _held_anew(parent, name, kind, stack)
+
+
+def _held_anew(parent: Path, name: str, kind: str, stack: contextlib.ExitStack) -> list[Path]:
+    """The abandoned folders, held until the stack ends: no other process sweeps or takes them."""
+    if not parent.is_dir():
+        return []
+    made = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.{re.escape(kind)}")
+    held = []
+    for path in sorted(path for path in parent.iterdir() if made.fullmatch(path.name)):
+        with contextlib.suppress(OSError):  # in use, another user's, or gone
+            lock = _lock(path) if path.is_dir() and not path.is_symlink() else None
+            if lock is not None:
+                stack.callback(os.close, lock)
+                held.append(path)
+    return held
+
+
+def sweep_abandoned(parent: Path, name: str, kind: str) -> None:
+    """Remove `abandoned_folders`, and say so."""
+    with contextlib.ExitStack() as stack:
+        for folder in _held_anew(parent, name, kind, stack):
+            logger.warning("%s was left by a run that was killed; it is removed", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_empty_but_for_hidden(folder: Path) -> bool:
+    """Whether a folder holds nothing, or only what a killed run was about to write into it."""
+    made = re.compile(r"\..*\.[0-9a-f]{8}\.part")
+    return all(made.fullmatch(path.name) for path in folder.iterdir())
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` that takes its place when the block is through, else goes.
+    """An empty file that takes the place of `path` when the block is through, else goes.
 
     Args:
         path: Where the file is to be; its folder is made.
 
     Yields:
-        The file under its temporary name, to be filled.
+        The file, of the same name in a hidden folder beside its place, to be filled.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    part.touch(exist_ok=False)
-    mode = part.stat().st_mode
-    try:
+    name = path.name[:_LONGEST]
+    sweep_abandoned(path.parent, name, "part")
+    with hidden_folder(path.parent, name, "part") as folder:
+        part = folder / path.name
+        part.touch(exist_ok=False)
+        mode = part.stat().st_mode
         yield part
         part.chmod(mode)  # safetensors writes for the owner alone
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,6 +189,24 @@ def differences(found: Any, wanted: Any) -> list[tuple[str, Any, Any]]:
         the value wanted; a key that one side lacks is None there.
     """
     return list(_differences(found, json.loads(json.dumps(wanted)), ""))
+
+
+def first_difference(found: Any, wanted: Any) -> str | None:
+    """The first of `differences` in words of bounded length, `seed was 3, is 4`; None if none is.
+
+    Args:
+        found: What was read.
+        wanted: What it should be.
+    """
+    for path, old, new in _differences(found, json.loads(json.dumps(wanted)), ""):
+        was, is_ = (_short.repr(value)[:_LONGEST_TOLD] for value in (old, new))
+        return f"{path[:_LONGEST_TOLD]} was {was}, is {is_}"
+    return None
+
+
+_LONGEST_TOLD = 200
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
 
 
 def _differences(found: Any, wanted: Any, where: str) -> Iterator[tuple[str, Any, Any]]:

@@ -1,7 +1,6 @@
 """What the command line does, as functions: quantize to a folder, train it, measure it."""
 
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.checkpoint import has_state
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.files import differences
+from mpqdm_fx.files import first_difference
 from mpqdm_fx.folders import MANIFEST, check_target, open_folder
 from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.io.exchange import remove_folder
+from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.sources import Source, load_source
@@ -134,7 +135,7 @@ def quantize_to_folder(
         quantized, source, output, form=form, steps=steps, samples=samples, subfolder=subfolder,
         overwrite=overwrite,
     )  # fmt: skip
-    shutil.rmtree(solved)
+    remove_folder(solved)
     return FolderResult(directory=output, quantized=quantized, summary=summary)
 
 
@@ -165,10 +166,10 @@ def check_start(
         return
     found = read_json(header, fix="delete the folder to start anew")
     for key, wanted in {"settings": config.to_dict(), "versions": versions()}.items():
-        for name, old, new in differences(found.get(key), wanted):
+        if (other := first_difference(found.get(key), plain(wanted))) is not None:
             raise ConfigError(
-                f"{solved} holds an unfinished run with {name}={old!r}, not {new!r}; use what it "
-                f"was started with, or delete it"
+                f"{solved} holds an unfinished run: {other}; use what it was started with, or "
+                f"delete it"
             )
     if not resume and any(solved.glob("layer-*")):
         raise ConfigError(f"{solved} holds a run that was not finished; resume it, or delete it")
@@ -261,7 +262,7 @@ def distill_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
         subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,
     )  # fmt: skip
-    shutil.rmtree(state)
+    remove_folder(state)
     return FolderResult(directory=output, quantized=trained.quantized, summary=found)
 
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from mpqdm_fx import cli
 from mpqdm_fx.cli_options import activation_mode_of
 from mpqdm_fx.errors import MPQError
+from mpqdm_fx.io.sealed import seal
 
 
 @pytest.fixture(scope="module")
@@ -124,22 +125,23 @@ def test_verify_passes_on_what_quantize_wrote_and_keeps_all_numbers(quantized_fo
 def test_verify_exits_with_one_where_a_layer_falls_short(quantized_folder, tmp_path):
     folder = shutil.copytree(quantized_folder, tmp_path / "out")
     thresholds = json.loads((folder / "parity.json").read_text())
-    thresholds["rungs"]["quantized"]["nodes"]["mid_block.resnets.0.conv1@0 convolution 0"] = 91.5
-    (folder / "parity.json").write_text(json.dumps(thresholds))
+    nodes = thresholds["rungs"]["quantized"]["nodes"]
+    nodes["mid_block.resnets.0.conv1@0 convolution 0"] = [59.5, "inf"]
+    (folder / "parity.json").write_text(json.dumps(seal(thresholds)))
     status, text = run("verify", folder)
     assert status == 1
     named = "rung `quantized` falls short: mid_block.resnets.0.conv1: convolution [1, 24, 4, 4]"
     assert named in text
-    assert "wanted are 91.5 dB" in text
+    assert "wanted are 58.5 dB" in text
     status, text = run("verify", folder, "--store", "--json")
     assert (status, "thresholds stored" in text, '"passed": true' in text) == (0, True, True)
 
 
-def test_verify_without_thresholds_says_so_and_exits_with_one(quantized_folder, tmp_path):
+def test_verify_without_thresholds_is_an_error_with_the_remedy(quantized_folder, tmp_path):
     folder = shutil.copytree(quantized_folder, tmp_path / "out")
     (folder / "parity.json").unlink()
     status, text = run("verify", folder)
-    assert (status, "holds no thresholds" in text, "--store" in text) == (1, True, True)
+    assert (status, "holds no thresholds" in text, "--store" in text) == (2, True, True)
     assert not (folder / "parity.json").exists()
 
 

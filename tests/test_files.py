@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import check_version, differences, replacing, write_text
+from mpqdm_fx.files import check_version, differences, first_difference, replacing, write_text
 from mpqdm_fx.io.sealed import Entry, read_json
 
 JSON = st.recursive(
@@ -128,6 +128,30 @@ def test_differences_name_the_innermost_key_and_tuples_are_lists():
         ("old", 1, None),
         ("settings.bits", 4, 3),
     ]
+
+
+@given(found=JSON, wanted=JSON)
+def test_the_first_difference_is_told_where_there_is_one(found, wanted):
+    different = differences(found, wanted)
+    told = first_difference(found, wanted)
+    assert (told is None) == (different == [])
+    if told is not None:
+        assert told.startswith(f"{different[0][0]} was ")
+
+
+def test_what_is_told_of_a_hostile_file_is_short():
+    found = {"x" * 10**6: [["y" * 10**6] * 100] * 100}
+    assert len(first_difference(found, {})) < 1000
+
+
+@pytest.mark.parametrize("name", ["file", "n" * 255, "ä" * 127])
+def test_what_a_killed_writer_left_is_swept_by_the_next(tmp_path, name):
+    target = tmp_path / name
+    write_text(target, "first")
+    (tmp_path / f".{name[:56]}.0123abcd.part").mkdir()
+    (tmp_path / f".{name[:56]}.0123abcd.part" / name).write_text("half")
+    write_text(target, "second")
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
 """Recorded inputs of a prepared model: bounded in memory, the rest in safetensors shards."""
 
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.calibration.calls import check_call
+from mpqdm_fx.io.records import read_record, write_record
+from mpqdm_fx.io.scratch import Scratch
 from mpqdm_fx.validation import Bytes, checked
 
 __all__ = ["RecordedInputs"]
@@ -19,16 +19,20 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_MEMORY = 256 * 2**20
 
+_KIND, _VERSION = "recorded inputs", 1
+_FIX = "leave the files of a running process alone, and start it again"
+
 
 class RecordedInputs:
     """Keyword arguments of calls, in call order; iterating yields them again.
 
     Tensors are kept on the CPU. Once `max_memory` bytes are held, what is in memory moves to one
-    safetensors shard in `directory`, so memory stays below `max_memory` plus one call.
+    shard in a folder of its own in `directory`, so memory stays below `max_memory` plus one call.
 
     Args:
         max_memory: Bytes of tensors held in memory.
-        directory: Folder for shards; by default a temporary one that goes with this object.
+        directory: Where to make the folder for shards, which goes with this object; default the
+            system's place for temporary files.
 
     Raises:
         ConfigError: `max_memory` is no positive integer.
@@ -39,7 +43,7 @@ class RecordedInputs:
         self, *, max_memory: Bytes = DEFAULT_MAX_MEMORY, directory: str | Path | None = None
     ) -> None:
         self._max_memory = max_memory
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: Scratch | None = None
         self._directory = Path(directory) if directory is not None else None
         # of each call: its containers, and what stands in them that is no tensor, by position
         self._specs: list[tuple[pytree.TreeSpec, dict[int, Any]]] = []
@@ -101,7 +105,7 @@ class RecordedInputs:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         start = 0
         for path, calls in self._shards:
-            tensors = load_file(path)
+            tensors = read_record(path, _KIND, _VERSION, fix=_FIX).tensors
             for index in range(calls):
                 prefix = f"{index}."
                 names = [name for name in tensors if name.startswith(prefix)]
@@ -112,19 +116,15 @@ class RecordedInputs:
             yield _unflatten(*spec, leaves)
 
     def _spill(self) -> None:
-        if self._directory is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="mpqdm_fx_calibration_")
-            self._directory = Path(self._temporary.name)
-        self._directory.mkdir(parents=True, exist_ok=True)
-        path = self._directory / f"inputs-{len(self._shards):05d}.safetensors"
+        if self._scratch is None:
+            self._scratch = Scratch("mpqdm_fx_calibration", self._directory)
+        path = self._scratch.folder / f"inputs-{len(self._shards):05d}.safetensors"
         tensors = {
-            f"{call}.{position}": leaf.contiguous()
+            f"{call}.{position}": leaf
             for call, leaves in enumerate(self._held)
             for position, leaf in enumerate(leaves)
         }
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial)
-        partial.rename(path)
+        write_record(path, _KIND, _VERSION, {"shard": len(self._shards)}, tensors)
         logger.info("calibration inputs: %d calls moved to %s", len(self._held), path)
         self._shards.append((path, len(self._held)))
         self._held = []

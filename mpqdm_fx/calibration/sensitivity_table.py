@@ -5,29 +5,28 @@ does to the model's output, and how large that error is at each width. Their pro
 that `numerics.budget.allocate_budget` shares a budget by.
 """
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field
 from torch import Tensor, fx
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import check_version, replacing
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
+from mpqdm_fx.io.records import read_record, write_record
+from mpqdm_fx.io.schema import Count, Name, Shape, Strict, validated
 from mpqdm_fx.numerics.budget import LayerCosts
 from mpqdm_fx.numerics.codebook import LevelKind
 from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, MAX_BITS
 
 __all__ = ["LayerSensitivity", "SensitivityTable"]
 
-_FORMAT = "mpqdm-fx sensitivities"
-_VERSION = 1
+_KIND, _VERSION = "sensitivities", 2
+_FIX = "delete it, and it is measured anew"
 
 #: Shape of each tensor of an entry: "O" stands for the layer's channels.
 _SHAPES: Mapping[str, tuple[str | int, ...]] = {
@@ -37,6 +36,17 @@ _SHAPES: Mapping[str, tuple[str | int, ...]] = {
     "uniform_gain": (MAX_BITS,),
     "codebook_gain": (CODEBOOK_MAX_BITS,),
 }
+
+
+class _Head(Strict):
+    """What a file says beside the tensors."""
+
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    run: Name | None
+    seed: Count
+    probes: Annotated[int, Field(ge=1, lt=2**31)]
+    samples: Annotated[int, Field(ge=1, lt=2**31)]
+    layers: tuple[tuple[Name, Shape], ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,10 +77,14 @@ class LayerSensitivity:
     def __post_init__(self) -> None:
         if (self.codebook is None) != (self.codebook_gain is None):
             raise ConfigError(f"{self.name}: codebook and codebook_gain belong together")
+        if not self.shape:
+            raise ConfigError(f"{self.name}: a weight has at least one axis")
         for key, symbols in _SHAPES.items():
             values = getattr(self, key)
-            if values is None and key.startswith("codebook"):
-                continue
+            if values is None:
+                if key.startswith("codebook"):
+                    continue
+                raise ConfigError(f"{self.name}: {key} is missing")
             wanted = tuple(self.shape[0] if size == "O" else size for size in symbols)
             if values.shape != wanted or values.dtype != torch.float64:
                 raise ConfigError(
@@ -122,6 +136,7 @@ class SensitivityTable:
         seed: Seed of the probes and of the sampled rows.
         probes: Random directions of the output per sample.
         samples: Samples that were probed.
+        run: Identity of the run that measured them, where it is one that can be resumed.
     """
 
     layers: tuple[LayerSensitivity, ...]
@@ -129,10 +144,14 @@ class SensitivityTable:
     seed: int
     probes: int
     samples: int
+    run: str | None = None
     _by_name: Mapping[str, LayerSensitivity] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_by_name", {layer.name: layer for layer in self.layers})
+        by_name = {layer.name: layer for layer in self.layers}
+        if len(by_name) != len(self.layers):
+            raise ConfigError("a sensitivity table names one layer twice")
+        object.__setattr__(self, "_by_name", by_name)
 
     def layer(self, name: str) -> LayerSensitivity:
         """The entry of the layer called `name`.
@@ -188,8 +207,6 @@ class SensitivityTable:
     def save(self, path: str | Path) -> Path:
         """Write the table to one safetensors file, or replace the one that is there.
 
-        The file appears whole: it is written beside `path` and renamed.
-
         Args:
             path: The file; its folder is made if it is missing.
 
@@ -197,23 +214,21 @@ class SensitivityTable:
             The path.
         """
         target = Path(path)
-        tensors = {}
-        for index, layer in enumerate(self.layers):
-            for key in _SHAPES:
-                values = getattr(layer, key)
-                if values is not None:
-                    tensors[f"{index}.{key}"] = values.contiguous()
-        header = {
-            "format": _FORMAT,
-            "version": _VERSION,
+        head = {
             "fingerprint": self.fingerprint,
+            "run": self.run,
             "seed": self.seed,
             "probes": self.probes,
             "samples": self.samples,
             "layers": [[layer.name, list(layer.shape)] for layer in self.layers],
         }
-        with replacing(target) as part:
-            save_file(tensors, part, metadata={"table": json.dumps(header)})
+        tensors = {
+            f"{index}.{key}": getattr(layer, key)
+            for index, layer in enumerate(self.layers)
+            for key in _SHAPES
+            if getattr(layer, key) is not None
+        }
+        write_record(target, _KIND, _VERSION, head, tensors)
         return target
 
     @classmethod
@@ -223,44 +238,27 @@ class SensitivityTable:
         Raises:
             ArtifactError: The file is missing, damaged, of a newer version, or no such table.
         """
+        record = read_record(Path(path), _KIND, _VERSION, fix=_FIX)
+        head = validated(_Head, record.head, path, fix=_FIX)
+        names = {f"{index}.{key}" for index in range(len(head.layers)) for key in _SHAPES}
+        if not set(record.tensors) <= names:
+            raise ArtifactError(f"{path} is damaged: it holds tensors of no layer; {_FIX}")
         try:
-            with safe_open(str(path), "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise ArtifactError(f"{path} does not exist") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ArtifactError(f"{path} is damaged or no safetensors file: {error}") from None
-        try:
-            header = json.loads(metadata["table"])
-            if header["format"] != _FORMAT:
-                raise KeyError("format")
-        except (KeyError, TypeError, ValueError):
-            raise ArtifactError(f"{path} is no sensitivity table") from None
-        check_version(path, header.get("version"), _VERSION)
-        try:
-            return cls._of_header(header, tensors)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ArtifactError(f"{path} is damaged: {error}") from None
-
-    @classmethod
-    def _of_header(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        layers = tuple(
-            LayerSensitivity(
-                name=str(name),
-                shape=tuple(shape),
-                sensitivity=tensors[f"{index}.sensitivity"],
-                uniform=tensors[f"{index}.uniform"],
-                uniform_gain=tensors[f"{index}.uniform_gain"],
-                codebook=tensors.get(f"{index}.codebook"),
-                codebook_gain=tensors.get(f"{index}.codebook_gain"),
+            layers = tuple(
+                LayerSensitivity(
+                    name=name,
+                    shape=shape,
+                    **{key: record.tensors.get(f"{index}.{key}") for key in _SHAPES},  # type: ignore[arg-type]
+                )
+                for index, (name, shape) in enumerate(head.layers)
             )
-            for index, (name, shape) in enumerate(header["layers"])
-        )
-        return cls(
-            layers=layers,
-            fingerprint=str(header["fingerprint"]),
-            seed=int(header["seed"]),
-            probes=int(header["probes"]),
-            samples=int(header["samples"]),
-        )
+            return cls(
+                layers=layers,
+                fingerprint=head.fingerprint,
+                seed=head.seed,
+                probes=head.probes,
+                samples=head.samples,
+                run=head.run,
+            )
+        except ConfigError as error:
+            raise ArtifactError(f"{path} is damaged: {error}; {_FIX}") from None

@@ -1,21 +1,83 @@
 """The state of a training run on disk: what an interrupted run needs to go on to the same bits."""
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field
 from torch import Tensor
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import differences, replacing
+from mpqdm_fx.files import first_difference, is_empty_but_for_hidden
+from mpqdm_fx.io.exchange import sweep_leftovers
+from mpqdm_fx.io.records import read_record, write_record
+from mpqdm_fx.io.schema import Count, Strict, plain, validated
 
-__all__ = ["has_state", "load_state", "optimiser_tensors", "restore_optimiser", "save_state"]
+__all__ = [
+    "RESTART",
+    "Numbers",
+    "State",
+    "check_tensors",
+    "has_state",
+    "load_state",
+    "optimiser_tensors",
+    "restore_optimiser",
+    "save_state",
+    "state_path",
+]
 
 _FILE = "distill.safetensors"
+_KIND, _VERSION = "distillation", 1
+RESTART = "delete it to start anew"
+"""What to do with a state that cannot be used."""
+
+_Amount = Annotated[float, Field(ge=0)]
+
+
+class _History(Strict):
+    updates: Count
+    seconds: _Amount
+    losses: tuple[_Amount, ...]
+    resumed: Count
+
+
+class Numbers(Strict):
+    """What a state holds beside tensors.
+
+    Attributes:
+        history: Fields of `History`.
+        weight: Weight of the second loss.
+        recent: Task losses since the last mean, fewer than a hundred.
+    """
+
+    history: _History
+    weight: _Amount
+    recent: Annotated[tuple[_Amount, ...], Field(max_length=99)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What was read.
+
+    Attributes:
+        tensors: By name.
+        numbers: The rest.
+    """
+
+    tensors: Mapping[str, Tensor]
+    numbers: Numbers
+
+
+class _Head(Strict):
+    identity: dict[str, Any]
+    numbers: Numbers
+
+
+def state_path(directory: Path) -> Path:
+    """The file in a folder."""
+    return directory / _FILE
 
 
 def save_state(
@@ -27,43 +89,64 @@ def save_state(
         directory: Folder; made if it is not there.
         identity: What the run is, plain JSON types.
         tensors: Everything that is a tensor.
-        numbers: Everything else, plain JSON types.
+        numbers: Everything else, the fields of `Numbers`.
     """
-    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    head = {"identity": json.dumps(identity, sort_keys=True), "numbers": json.dumps(numbers)}
-    with replacing(directory / _FILE) as part:
-        save_file(plain, part, metadata=head)
+    head = {"identity": plain(identity), "numbers": numbers}
+    write_record(state_path(directory), _KIND, _VERSION, head, tensors)
 
 
 def has_state(directory: Path) -> bool:
     """Whether a folder holds the state of a run."""
-    return (directory / _FILE).exists()
+    return state_path(directory).exists()
 
 
-def load_state(
-    directory: Path, identity: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def load_state(directory: Path, identity: Mapping[str, Any]) -> State | None:
     """Read a state; None if there is none.
 
     Raises:
         ConfigError: The folder holds another run; the first difference is named.
-        ArtifactError: The file is damaged.
+        ArtifactError: The file is damaged, or the folder holds something else.
     """
-    path = directory / _FILE
+    path = state_path(directory)
+    sweep_leftovers(directory)
     if not path.exists():
+        if directory.is_dir() and not is_empty_but_for_hidden(directory):
+            raise ArtifactError(f"{directory} holds files and no {_FILE}; give another folder")
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            head = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}; delete it to start anew") from None
-    for key, old, new in differences(json.loads(head["identity"]), identity):
+    record = read_record(path, _KIND, _VERSION, fix=RESTART)
+    head = validated(_Head, record.head, path, fix=RESTART)
+    different = first_difference(head.identity, plain(identity))
+    if different:
         raise ConfigError(
-            f"{path} is of a run with {key}={old!r}, and this one has {new!r}; use the same "
-            f"settings, or another folder"
+            f"{path} is of a run with other settings: {different}; use the same settings, or "
+            f"another folder"
         )
-    return tensors, json.loads(head["numbers"])
+    return State(tensors=record.tensors, numbers=head.numbers)
+
+
+def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of a run.
+
+    Args:
+        path: File that they were read from.
+        found: What was read.
+        wanted: Tensors of the shapes and dtypes that there are to be.
+
+    Raises:
+        ArtifactError: One is missing, is too many, has another shape or dtype, or is not finite.
+    """
+    for name in sorted({*found} ^ {*wanted}):
+        state = "is missing" if name in wanted else "has no place in this run"
+        raise ArtifactError(f"{path} is damaged: {name[:100]!r} {state}; {RESTART}")
+    for name, tensor in found.items():
+        other = wanted[name]
+        if tensor.dtype != other.dtype or tensor.shape != other.shape:
+            raise ArtifactError(
+                f"{path} is damaged: {name!r} is {tensor.dtype} {list(tensor.shape)}, this run has "
+                f"{other.dtype} {list(other.shape)}; {RESTART}"
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ArtifactError(f"{path} is damaged: {name!r} holds NaN or infinity; {RESTART}")
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

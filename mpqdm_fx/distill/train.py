@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,14 @@ from torch import Tensor, distributed, fx, nn
 from tqdm.auto import tqdm
 
 from mpqdm_fx.distill.checkpoint import (
+    RESTART,
+    State,
+    check_tensors,
     load_state,
     optimiser_tensors,
     restore_optimiser,
     save_state,
+    state_path,
 )
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.importance import Effects, importance
@@ -26,7 +30,7 @@ from mpqdm_fx.distill.losses import Losses, Parts
 from mpqdm_fx.distill.optimiser import make_optimiser, set_progress
 from mpqdm_fx.distill.runs import Batch, Runs
 from mpqdm_fx.distill.student import Student
-from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
 from mpqdm_fx.processes import processes
 
 __all__ = ["History", "Trainer"]
@@ -275,23 +279,70 @@ class Trainer:
 
     @torch.no_grad()
     def _restore(self) -> None:
-        state = None if self.directory is None else load_state(self.directory, self.identity)
+        if self.directory is None:
+            return
+        state = load_state(self.directory, self.identity)
         if state is None:
             return
-        tensors, numbers = state
+        self._check(state)
+        tensors, numbers = state.tensors, state.numbers
         for name, value in self.student.trained():
             value.copy_(tensors[f"now.{name}"])
         for index, value in enumerate(self.average.shadow_params):
             value.copy_(tensors[f"average.{index}"])
-        self.average.optimization_step = numbers["history"]["updates"]
+        self.average.optimization_step = numbers.history.updates
         restore_optimiser(self.optimiser, tensors)
         self.losses.load(tensors, self._device)
-        self.generator.set_state(tensors["generator"])
-        self.history = History(**numbers["history"])
-        self.history.resumed = self.history.updates
-        self.weight, self._recent = numbers["weight"], numbers["recent"]
+        try:
+            self.generator.set_state(tensors["generator"])
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{state_path(self.directory)} is damaged: {error}; {RESTART}"
+            ) from None
+        self.history = History(
+            updates=numbers.history.updates,
+            seconds=numbers.history.seconds,
+            losses=list(numbers.history.losses),
+            resumed=numbers.history.updates,
+        )
+        self.weight, self._recent = numbers.weight, list(numbers.recent)
         if "own.samples" in tensors:
             self._own = dataclasses.replace(
                 self.runs, samples=tensors["own.samples"], targets=tensors["own.targets"]
             )
         logger.info("going on at update %d", self.history.updates)
+
+    def _check(self, state: State) -> None:
+        """Refuse a state that this run cannot have left."""
+        assert self.directory is not None
+        path, found = state_path(self.directory), state.tensors
+        limit = self.config.updates
+        if limit is not None and state.numbers.history.updates > limit:
+            raise ArtifactError(
+                f"{path} has {state.numbers.history.updates} updates of {limit}; {RESTART}"
+            )
+        wanted: dict[str, Tensor] = {f"now.{name}": v for name, v in self.student.trained()}
+        wanted |= {f"average.{i}": value for i, value in enumerate(self.average.shadow_params)}
+        wanted["generator"] = self.generator.get_state()
+        for group in self._optional(found):
+            if any(name in found for name in group):
+                wanted |= group
+        check_tensors(path, found, wanted)
+
+    def _optional(self, found: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Tensors that a state has together or not at all."""
+        for index, moving in enumerate(self._moving):
+            moments = {f"adam.{index}.{key}": moving for key in ("exp_avg", "exp_avg_sq")}
+            yield {**moments, f"adam.{index}.step": torch.zeros(())}
+        if self._draw_own is not None:
+            drawn = slice(min(len(self.runs), self.config.batch_size))
+            yield {
+                "own.samples": self.runs.samples[drawn],
+                "own.targets": self.runs.targets[drawn],
+            }
+        if self.config.relation == "queue":
+            kept = {name: rows for name, rows in found.items() if name.startswith("memory.")}
+            for index in range(len(kept)):
+                rows = kept.get(f"memory.{index}", torch.empty(0))
+                fits = rows.dim() == 2 and len(rows) <= self.config.memory
+                yield {f"memory.{index}": rows if fits else torch.empty(0)}

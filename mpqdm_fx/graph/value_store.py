@@ -1,18 +1,18 @@
 """Values of a node-by-node run: in memory up to a limit, on disk beyond it."""
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.graph.cost import tensor_bytes
+from mpqdm_fx.io.records import read_record, write_record
+from mpqdm_fx.io.scratch import Scratch
 
 __all__ = ["Key", "ValueStore"]
 
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 Key = tuple[fx.Node, int]
 
 
+_KIND, _VERSION = "value", 1
+_FIX = "leave the files of a running process alone, and start it again"
 _ALIGNMENT = 64  # bytes; where torch's allocators start a tensor, and the widest vector register
 
 
@@ -82,7 +84,8 @@ class ValueStore:
     Args:
         limit: bytes of tensors held in memory, or None. Whoever adds values calls `reserve` first.
         half: hold float32 tensors as float16, where they do not overflow.
-        directory: where to make a temporary folder for values that do not fit.
+        directory: where to make a temporary folder for values that do not fit; it goes with this
+            object, or with the process.
         victim: chooses, among the values that are in memory and not pinned, the one to go.
     """
 
@@ -98,7 +101,7 @@ class ValueStore:
         self._half = half
         self._directory = directory
         self._victim = victim
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: Scratch | None = None
         self._entries: dict[fx.Node, dict[int, _Entry]] = {}
         self._in_memory: dict[fx.Node, dict[int, None]] = {}
         self._files = 0
@@ -169,16 +172,16 @@ class ValueStore:
         if entry.in_memory:
             self._release(key, entry)
         if entry.path is not None:
-            entry.path.unlink()
+            entry.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Drop everything, and the temporary folder."""
         self._entries.clear()
         self._in_memory.clear()
         self.held = 0
-        if self._temporary is not None:
-            self._temporary.cleanup()
-            self._temporary = None
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
 
     def _hold(self, key: Key, entry: _Entry) -> None:
         self.held += entry.bytes
@@ -204,15 +207,14 @@ class ValueStore:
     def _evict(self, key: Key) -> None:
         entry = self._entries[key[0]][key[1]]
         if entry.path is None and entry.layouts:
-            if self._temporary is None:
-                self._temporary = tempfile.TemporaryDirectory(
-                    prefix="mpqdm_fx_values_", dir=self._directory, ignore_cleanup_errors=True
-                )
-            entry.path = Path(self._temporary.name) / f"{self._files}.safetensors"
+            if self._scratch is None:
+                self._scratch = Scratch("mpqdm_fx_values", self._directory)
+            entry.path = self._scratch.folder / f"{self._files}.safetensors"
             self._files += 1
             packed = {str(i): x.pack(entry.leaves[i]) for i, x in entry.layouts.items()}
             # a copy of its own for each: safetensors refuses tensors that share memory
-            save_file({i: t.clone() for i, t in packed.items()}, entry.path)
+            tensors = {i: t.clone() for i, t in packed.items()}
+            write_record(entry.path, _KIND, _VERSION, {"value": entry.path.name}, tensors)
         entry.leaves = [None if i in entry.layouts else x for i, x in enumerate(entry.leaves)]
         entry.in_memory = False
         self._release(key, entry)
@@ -220,7 +222,7 @@ class ValueStore:
     def _read(self, entry: _Entry) -> list[Any]:
         leaves = list(entry.leaves)
         if entry.path is not None:
-            loaded = load_file(entry.path)
+            loaded = read_record(entry.path, _KIND, _VERSION, fix=_FIX).tensors
             for index, layout in entry.layouts.items():
                 leaves[index] = layout.unpack(loaded[str(index)])
         return leaves

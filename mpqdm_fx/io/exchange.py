@@ -2,9 +2,8 @@
 
 A folder is filled under a hidden name beside its place. Where there is an older one the two change
 places in one step of the file system, so that a reader finds the old or the new one at all times;
-where the system has no such step, a failure between two renames is rolled back. A stage is locked
-by the process that fills it. The system drops the lock when that process ends, however it does, so
-a stage that can be locked was left by one that was killed.
+where the system has no such step, a failure between two renames is rolled back. A stage is held by
+the process that fills it (`files.hidden_folder`), so one that was left by a killed run is known.
 """
 
 import contextlib
@@ -13,23 +12,19 @@ import errno
 import logging
 import os
 import re
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.files import abandoned_folders, hidden_folder, sweep_abandoned
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-__all__ = ["leftovers", "replace_folder", "staged_folder", "sweep_leftovers"]
+__all__ = ["leftovers", "remove_folder", "replace_folder", "staged_folder", "sweep_leftovers"]
 
 logger = logging.getLogger(__name__)
 
+_STAGE = "stage"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # Linux
 _RENAME_SWAP = 2  # macOS
@@ -50,52 +45,14 @@ def staged_folder(target: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(target))  # of a link, the folder it leads to is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep_leftovers(target)
-    stage = target.with_name(f".{target.name}.{secrets.token_hex(4)}.stage")
-    stage.mkdir()
-    with _locked(stage):
-        try:
-            yield stage
-            replace_folder(stage, target)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(stage: Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(stage, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    with hidden_folder(target.parent, target.name, _STAGE) as stage:
+        yield stage
+        replace_folder(stage, target)
 
 
 def leftovers(target: Path) -> list[Path]:
     """Stages of `target` that no running process fills."""
-    if fcntl is None or not target.parent.is_dir():
-        return []
-    made = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.stage")
-    found = (path for path in target.parent.iterdir() if made.fullmatch(path.name))
-    return sorted(path for path in found if _abandoned(path))
-
-
-def _abandoned(stage: Path) -> bool:
-    if stage.is_symlink() or not stage.is_dir():
-        return False
-    try:
-        descriptor = os.open(stage, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+    return abandoned_folders(target.parent, target.name, _STAGE)
 
 
 def sweep_leftovers(target: Path) -> None:
@@ -105,9 +62,17 @@ def sweep_leftovers(target: Path) -> None:
         if moved.fullmatch(path.name) and not target.exists():
             logger.warning("%s: a run was killed while it replaced it; the old one is back", target)
             path.rename(target)
-    for stage in leftovers(target):
-        logger.warning("%s was left by a run that was killed; it is removed", stage)
-        shutil.rmtree(stage, ignore_errors=True)
+    sweep_abandoned(target.parent, target.name, _STAGE)
+
+
+def remove_folder(target: Path) -> None:
+    """Remove a folder so that no half of it is ever seen under its name; nothing if it is not."""
+    sweep_leftovers(target)
+    with (
+        contextlib.suppress(FileNotFoundError),
+        hidden_folder(target.parent, target.name, _STAGE) as away,
+    ):
+        target.rename(away / target.name)
 
 
 def replace_folder(stage: Path, target: Path) -> None:

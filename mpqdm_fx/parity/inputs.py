@@ -93,36 +93,66 @@ def write_calls(path: Path, calls: Sequence[Call], outputs: Sequence[Sequence[Te
         save_file(stacked, part)
 
 
-def read_calls(path: Path, signature: Signature) -> tuple[list[Call], list[tuple[Tensor, ...]]]:
+def read_calls(
+    path: Path, signature: Signature, *, where: object = None
+) -> tuple[list[Call], list[tuple[Tensor, ...]]]:
     """Read what `write_calls` wrote.
 
     Args:
         path: File.
         signature: Signature of the graph that takes the inputs.
+        where: What to call the file in messages; default `path`.
 
     Raises:
         ArtifactError: The file is missing, damaged, or of another model.
     """
+    name = where or path
     if not path.exists():
-        raise ArtifactError(f"{path} is missing")
+        raise ArtifactError(f"{name} is missing")
     try:
         tensors = load_file(path)
-        count = len(next(iter(tensors.values())))
-        results = [name for name in tensors if name.startswith("out.")]
-        calls = [
-            _map(
-                example_inputs(signature, batch_size=1),
-                lambda name, _, number=number: tensors[f"in.{name}"][number],
-            )
-            for number in range(count)
-        ]
-        outputs = [
-            tuple(tensors[f"out.{index}"][number] for index in range(len(results)))
-            for number in range(count)
-        ]
-    except (SafetensorError, KeyError, IndexError, StopIteration) as error:
-        raise ArtifactError(f"{path} is damaged or of another model: {error!r}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{name} is damaged: {error}") from None
+    example = example_inputs(signature, batch_size=1)
+    wanted = {f"in.{key}": tensor for key, tensor in tensor_leaves(example)}
+    count = _checked(name, tensors, wanted)
+    results = len(tensors) - len(wanted)
+    calls = [
+        _map(example, lambda key, _, number=number: tensors[f"in.{key}"][number])
+        for number in range(count)
+    ]
+    outputs = [
+        tuple(tensors[f"out.{index}"][number] for index in range(results))
+        for number in range(count)
+    ]
     return calls, outputs
+
+
+def _checked(name: object, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> int:
+    """Number of calls; refuses tensors that are not a graph's inputs and finite outputs."""
+    outputs = {f"out.{index}" for index in range(len(tensors) - len(wanted))}
+    if not outputs or set(tensors) != {*wanted, *outputs}:
+        raise ArtifactError(
+            f"{name} is damaged or of another model: it holds {', '.join(sorted(tensors))[:300]}, "
+            f"wanted are {', '.join(wanted)} and outputs"
+        )
+    count = len(tensors["out.0"]) if tensors["out.0"].dim() else 0
+    for key, tensor in tensors.items():
+        like = wanted.get(key)
+        fits = tensor.dim() > 0 and 0 < len(tensor) == count
+        if like is not None:
+            fits = fits and tensor.shape[1:] == like.shape and tensor.dtype == like.dtype
+        else:
+            fits = fits and tensor.is_floating_point()
+        if not fits:
+            expected = "" if like is None else f", wanted is {like.dtype} {list(like.shape)} a call"
+            raise ArtifactError(
+                f"{name} is damaged or of another model: {key} is {tensor.dtype} "
+                f"{list(tensor.shape)}{expected}"
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ArtifactError(f"{name} is damaged: {key} holds NaN or infinity")
+    return count
 
 
 def _map(value: Any, change: Any, name: str = "") -> Any:

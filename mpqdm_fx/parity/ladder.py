@@ -63,6 +63,7 @@ class Rung:
         wanted_db: Least `previous_db`; the same.
         nodes: Values that both rungs have, in running order; none where only outputs are known.
         unmatched: Weight layers of the model that the rung has no comparable value of.
+        inside: Whether values inside can be seen, or outputs alone.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Rung:
     wanted_db: float | None = None
     nodes: tuple[NodeParity, ...] = ()
     unmatched: tuple[str, ...] = ()
+    inside: bool = True
 
     @property
     def layers(self) -> tuple[NodeParity, ...]:
@@ -130,20 +132,29 @@ class Ladder:
         rungs: From the float model to the program.
         calls: Number of inputs, each of batch 1.
         notes: What could not be compared, and why; sentences.
+        faults: Why nothing can be right, whatever was measured: what has no threshold, or a
+            threshold and no value; sentences.
         stored_versions: Versions under which the thresholds were stored; None if there are none.
     """
 
     rungs: tuple[Rung, ...]
     calls: int
     notes: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
     stored_versions: Mapping[str, str] | None = None
 
     @property
     def passed(self) -> bool | None:
-        """Whether no rung falls short; None if there are no thresholds to tell."""
+        """Whether nothing falls short or is at fault; None if there are no thresholds to tell."""
         if self.stored_versions is None:
             return None
-        return not any(rung.short for rung in self.rungs)
+        return not self.faults and not any(rung.short for rung in self.rungs)
+
+    @property
+    def failure(self) -> str | None:
+        """Why it did not pass: the first divergence, or the first fault; None if it passed."""
+        first = self.first_divergence
+        return str(first) if first is not None else next(iter(self.faults), None)
 
     @property
     def first_divergence(self) -> Divergence | None:
@@ -178,22 +189,23 @@ class Ladder:
         raise KeyError(name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; decibels of what is equal bit for bit are null."""
+        """Plain JSON types; decibels of what is equal bit for bit are null, NaN is text."""
         first = self.first_divergence
         return {
             "passed": self.passed,
             "first_divergence": None if first is None else str(first),
             "calls": self.calls,
             "notes": list(self.notes),
+            "faults": list(self.faults),
             "stored_versions": None if self.stored_versions is None else dict(self.stored_versions),
             "rungs": [
                 {
                     "name": rung.name,
                     "against": rung.against,
                     "float_db": _plain(rung.float_db),
-                    "wanted_float_db": rung.wanted_float_db,
+                    "wanted_float_db": _plain(rung.wanted_float_db),
                     "previous_db": _plain(rung.previous_db),
-                    "wanted_db": rung.wanted_db,
+                    "wanted_db": _plain(rung.wanted_db),
                     "short": rung.short,
                     "unmatched": list(rung.unmatched),
                     "nodes": [
@@ -201,9 +213,9 @@ class Ladder:
                             **node.site._asdict(),
                             "shape": list(node.shape),
                             "sqnr_db": _plain(node.sqnr_db),
-                            "wanted_db": node.wanted_db,
+                            "wanted_db": _plain(node.wanted_db),
                             "own_db": _plain(node.own_db),
-                            "wanted_own_db": node.wanted_own_db,
+                            "wanted_own_db": _plain(node.wanted_own_db),
                             "short": node.short,
                         }
                         for node in rung.nodes
@@ -218,5 +230,7 @@ def _short(found: float, wanted: float | None) -> bool:
     return wanted is not None and not found >= wanted
 
 
-def _plain(value: float | None) -> float | None:
-    return None if value is None or value == math.inf else round(max(value, -999.0), 3)
+def _plain(value: float | None) -> float | str | None:
+    if value is None or value == math.inf:
+        return None
+    return "nan" if math.isnan(value) else round(max(value, -999.0), 3)

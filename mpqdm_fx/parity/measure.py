@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from mpqdm_fx.backends.xnnpack.reference import NUDGE, Nudged
+from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.numerics.metrics import power_sums, ratio_db
 from mpqdm_fx.parity.ladder import Ladder, NodeParity, Rung
 from mpqdm_fx.parity.sites import WEIGHT_OPS, Site, matching_sites, sites
@@ -69,13 +70,16 @@ class _Powers:
 
     def add(self, reference: Tensor, test: Tensor) -> None:
         signal, noise = power_sums(reference, test)
+        if math.isnan(noise):  # infinities of a mask are equal where they are the same
+            same = reference.isinf() & (reference == test)
+            signal, noise = power_sums(reference.masked_fill(same, 0), test.masked_fill(same, 0))
         self.signal += signal
         self.noise += noise
 
     @property
     def db(self) -> float:
-        found = ratio_db(self.signal, self.noise)
-        return -math.inf if math.isnan(found) else found
+        """Decibels; NaN if a value was."""
+        return ratio_db(self.signal, self.noise)
 
 
 @dataclass
@@ -220,8 +224,19 @@ def _compare(
     first = next(iter(outputs.values()))[-1]
     found = outputs[pair.form.name][-1]
     for sums, wanted in ((pair.output, outputs[pair.before.name][-1]), (pair.quality, first)):
+        _check_outputs(pair, wanted, found)
         for expected, tensor in zip(wanted, found, strict=True):
             sums.add(expected, tensor)
+
+
+def _check_outputs(pair: _Pair, wanted: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+    """Refuse outputs that cannot be compared: stored ones may be of another model."""
+    shapes = [[list(tensor.shape) for tensor in outputs] for outputs in (found, wanted)]
+    if shapes[0] != shapes[1]:
+        raise ArtifactError(
+            f"rung `{pair.form.name}` gives outputs of shapes {shapes[0]}, and what it is compared "
+            f"with {shapes[1]}: they are not of one model; store them anew (--store)"
+        )
 
 
 def _as_shaped(value: Tensor, like: Tensor) -> Tensor | None:
@@ -273,4 +288,5 @@ def _rung(pair: _Pair) -> Rung:
         unmatched=tuple(
             str(site) for site, n in layers.items() if site.op in WEIGHT_OPS and n not in known
         ),
+        inside=pair.form.graph is not None and pair.before.graph is not None,
     )

@@ -3,19 +3,22 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from mpqdm_fx.backends.xnnpack.reference import CLOSE_DB, MARGIN_DB
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.files import check_version, write_text
-from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.io.schema import Name, Ratio, Strict, plain, validated
+from mpqdm_fx.io.sealed import SealedFolder, seal, verified
+from mpqdm_fx.parity.inputs import INPUTS
 from mpqdm_fx.parity.ladder import Ladder, Rung
 from mpqdm_fx.parity.measure import Measured
-from mpqdm_fx.parity.sites import Site
-from mpqdm_fx.validation import Between, check_fields, check_value
+from mpqdm_fx.parity.sites import WEIGHT_OPS, Site
 from mpqdm_fx.versions import versions
 
 __all__ = ["MEASURED_MARGIN_DB", "THRESHOLDS", "Thresholds"]
@@ -25,41 +28,79 @@ THRESHOLDS = "parity.json"
 #: How much less than what was measured is still right.
 MEASURED_MARGIN_DB = 1.0
 
-_FORMAT, _VERSION = "mpqdm_fx.parity", 1
-
-#: What is wanted where a value is nothing but noise.
-_LEAST_DB = -999.0
+_FORMAT, _VERSION = "mpqdm_fx.parity", 2
+_FIX = "`mpqdm-fx verify DIRECTORY --store` measures anew and replaces it"
 
 
-_Decibels = Annotated[float, Between(_LEAST_DB, 1000)]
+class Seen(NamedTuple):
+    """What was measured of a value, in decibels.
+
+    Attributes:
+        found_db: How close it was; NaN is refused.
+        steady_db: How close rounding errors of sums leave it; infinite where that is not known.
+    """
+
+    found_db: float
+    steady_db: float = math.inf
+
+    @property
+    def wanted_db(self) -> float:
+        """Least decibels from now on."""
+        value = min(CLOSE_DB, self.found_db - MEASURED_MARGIN_DB, self.steady_db - MARGIN_DB)
+        return round(value, 2)
+
+
+_Pair = tuple[Ratio, Ratio]
+
+
+class _Rung(Strict):
+    against: Name
+    float_db: _Pair
+    previous_db: _Pair
+    nodes: dict[str, _Pair]
+    own: dict[str, _Pair]
+
+
+class _File(Strict):
+    """What `parity.json` holds beside its digest."""
+
+    format: Name
+    version: int
+    versions: dict[str, str]
+    margins_db: dict[str, float]
+    files: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    rungs: Annotated[dict[str, _Rung], Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RungThresholds:
-    """Least decibels of one rung.
+    """What was measured of one rung.
 
     Attributes:
         against: Rung that it is compared with.
-        float_db: Of its outputs against the float model's.
-        previous_db: Of its outputs against those of `against`.
+        output: Of its outputs against the float model's.
+        previous: Of its outputs against those of `against`.
         nodes: Of its values against those of `against`.
-        own: The same where all values before are those of `against`.
+        own: The same where all values before are those of `against`; those that are wanted to be
+            as close as any value has to be are left out.
     """
 
     against: str
-    float_db: _Decibels
-    previous_db: _Decibels
-    nodes: Mapping[Site, _Decibels]
-    own: Mapping[Site, _Decibels]
+    output: Seen
+    previous: Seen
+    nodes: Mapping[Site, Seen]
+    own: Mapping[Site, Seen]
 
-    def __post_init__(self) -> None:
-        check_value(self.against, str, "against")
-        check_fields(self, f"rung against {self.against}: ")
+    def wanted_own_db(self, site: Site) -> float | None:
+        """Least decibels of a value alone; None if it has no threshold."""
+        if site not in self.nodes:
+            return None
+        return self.own[site].wanted_db if site in self.own else CLOSE_DB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """What is stored with an artefact.
+    """What is stored with an artefact: measurements, of which what is wanted follows.
 
     A value has to be as close as it was measured to be, less `MEASURED_MARGIN_DB`; but no closer
     than rounding errors of sums leave it, less `MARGIN_DB`, and `CLOSE_DB` are always enough.
@@ -74,9 +115,6 @@ class Thresholds:
     files: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, str]
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     @classmethod
     def of(cls, measured: Measured, files: Mapping[str, Mapping[str, Any]]) -> "Thresholds":
         """Derive thresholds from a measurement with stability.
@@ -84,49 +122,62 @@ class Thresholds:
         Args:
             measured: The ladder and its stability.
             files: See `Thresholds`.
+
+        Raises:
+            ArtifactError: A value is NaN: it is no measure of anything.
         """
         rungs = {}
         for rung in measured.ladder.rungs[1:]:
             steady, own = measured.stability[rung.name], measured.own_stability[rung.name]
             assert rung.against is not None
             assert rung.previous_db is not None
+            name = f"rung `{rung.name}`"
+            alone = {
+                node.site: _seen(f"{name}: {node} alone", node.own_db, own.get(node.site))
+                for node in rung.nodes
+            }
             rungs[rung.name] = RungThresholds(
                 against=rung.against,
-                float_db=_wanted(rung.float_db, math.inf),
-                previous_db=_wanted(rung.previous_db, steady.get(None, math.inf)),
+                output=_seen(f"{name}: its output", rung.float_db),
+                previous=_seen(f"{name}: its output", rung.previous_db, steady.get(None)),
                 nodes={
-                    node.site: _wanted(node.sqnr_db, steady.get(node.site, math.inf))
+                    node.site: _seen(f"{name}: {node}", node.sqnr_db, steady.get(node.site))
                     for node in rung.nodes
                 },
-                own={
-                    node.site: _wanted(node.own_db, own.get(node.site, math.inf))
-                    for node in rung.nodes
-                },
+                own={site: seen for site, seen in alone.items() if seen.wanted_db != CLOSE_DB},
             )
         return cls(rungs=rungs, files=dict(files), versions=versions())
 
     def judge(self, ladder: Ladder) -> Ladder:
         """The ladder with what is wanted of each value.
 
-        Rungs and weight layers that have a threshold but were not measured are noted.
+        Rungs and weight layers that have a threshold and were not measured, or were measured and
+        have none, are faults. Other values are noted: another version of torch may have others.
         """
-        rungs = tuple(self._judged(rung) for rung in ladder.rungs)
-        notes = list(ladder.notes)
-        measured = {rung.name: rung for rung in ladder.rungs}
-        for name, wanted in self.rungs.items():
-            if name not in measured:
-                notes.append(f"rung `{name}` has thresholds, but was not measured")
-            elif measured[name].nodes:
-                found = {node.site for node in measured[name].nodes}
-                lost = [site for site in wanted.nodes if site not in found]
-                if lost:
-                    notes.append(
-                        f"rung `{name}`: {len(lost)} values with thresholds are no longer in the "
-                        f"graph, the first is {lost[0].op} of {lost[0]}"
-                    )
+        unpaired = list(self._unpaired(ladder))
         return dataclasses.replace(
-            ladder, rungs=rungs, notes=tuple(notes), stored_versions=dict(self.versions)
+            ladder,
+            rungs=tuple(self._judged(rung) for rung in ladder.rungs),
+            notes=(*ladder.notes, *(told for is_fault, told in unpaired if not is_fault)),
+            faults=(*ladder.faults, *(told for is_fault, told in unpaired if is_fault)),
+            stored_versions=dict(self.versions),
         )
+
+    def _unpaired(self, ladder: Ladder) -> Iterator[tuple[bool, str]]:
+        """What has a threshold or a measurement alone: whether that is a fault, and a sentence."""
+        measured = {rung.name: rung for rung in ladder.rungs[1:]}
+        for name in self.rungs:
+            if name not in measured:
+                yield True, f"rung `{name}` has thresholds, but was not measured"
+        for name, rung in measured.items():
+            wanted = self.rungs.get(name)
+            if wanted is None:
+                yield True, f"rung `{name}` has no thresholds"
+            elif wanted.against != rung.against:
+                told = f"rung `{name}` was compared with `{rung.against}`, and has thresholds of"
+                yield True, f"{told} a comparison with `{wanted.against}`"
+            elif rung.inside:
+                yield from _unpaired_values(rung, wanted)
 
     def _judged(self, rung: Rung) -> Rung:
         wanted = self.rungs.get(rung.name)
@@ -135,72 +186,127 @@ class Thresholds:
         nodes = tuple(
             dataclasses.replace(
                 node,
-                wanted_db=wanted.nodes.get(node.site),
-                wanted_own_db=wanted.own.get(node.site),
+                wanted_db=wanted.nodes[node.site].wanted_db if node.site in wanted.nodes else None,
+                wanted_own_db=wanted.wanted_own_db(node.site),
             )
             for node in rung.nodes
         )
         return dataclasses.replace(
-            rung, nodes=nodes, wanted_float_db=wanted.float_db, wanted_db=wanted.previous_db
+            rung,
+            nodes=nodes,
+            wanted_float_db=wanted.output.wanted_db,
+            wanted_db=wanted.previous.wanted_db,
         )
 
     def write(self, path: Path) -> None:
-        """Write them as JSON."""
+        """Write them as JSON, with a digest of the content."""
         data = {
             "format": _FORMAT,
             "version": _VERSION,
             "versions": dict(self.versions),
-            "margins_db": {
-                "measured": MEASURED_MARGIN_DB,
-                "rounding": MARGIN_DB,
-                "enough": CLOSE_DB,
-            },
+            "margins_db": _MARGINS,
             "files": self.files,
             "rungs": {
                 name: {
                     "against": rung.against,
-                    "float_db": rung.float_db,
-                    "previous_db": rung.previous_db,
-                    "nodes": {site.key: wanted for site, wanted in rung.nodes.items()},
-                    # of the many others the value is known
-                    "own": {s.key: wanted for s, wanted in rung.own.items() if wanted != CLOSE_DB},
+                    "float_db": rung.output,
+                    "previous_db": rung.previous,
+                    "nodes": {site.key: seen for site, seen in rung.nodes.items()},
+                    "own": {site.key: seen for site, seen in rung.own.items()},
                 }
                 for name, rung in self.rungs.items()
             },
         }
-        write_text(path, json.dumps(data, indent=1))
+        write_text(path, json.dumps(seal(plain(data)), indent=1))
 
     @classmethod
-    def read(cls, path: Path) -> "Thresholds":
-        """Read what `write` wrote.
+    def from_dict(cls, data: Mapping[str, Any], path: Path) -> "Thresholds":
+        """What `write` wrote.
+
+        Args:
+            data: Content of the file.
+            path: The file, for messages.
 
         Raises:
-            ArtifactError: The file is missing, damaged, or of a newer version.
+            ArtifactError: It is damaged, or of another version.
         """
-        data = read_json(path)
         if data.get("format") != _FORMAT:
-            raise ArtifactError(f"{path} holds no thresholds of this package")
+            raise ArtifactError(f"{path} holds no thresholds of this package; {_FIX}")
         check_version(path, data.get("version"), _VERSION)
+        if data["version"] < _VERSION:
+            raise ArtifactError(
+                f"{path} is of an older format, which holds no measurements; {_FIX}"
+            )
+        found = validated(_File, verified(data, path), path, fix=_FIX)
+        if found.margins_db != _MARGINS:
+            raise ArtifactError(f"{path} was stored with other margins; {_FIX}")
         try:
             rungs = {
                 name: RungThresholds(
-                    against=str(rung["against"]),
-                    float_db=float(rung["float_db"]),
-                    previous_db=float(rung["previous_db"]),
-                    nodes=_sites(rung["nodes"]),
-                    own=dict.fromkeys(_sites(rung["nodes"]), CLOSE_DB) | _sites(rung["own"]),
+                    against=rung.against,
+                    output=_read(rung.float_db),
+                    previous=_read(rung.previous_db),
+                    nodes=_sites(rung.nodes),
+                    own=_sites(rung.own),
                 )
-                for name, rung in data["rungs"].items()
+                for name, rung in found.rungs.items()
             }
-            return cls(rungs=rungs, files=dict(data["files"]), versions=dict(data["versions"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path} is damaged: {error!r}") from None
+        except ValueError as error:
+            raise ArtifactError(f"{path} is damaged: {error}; {_FIX}") from None
+        return cls(rungs=rungs, files=found.files, versions=found.versions)
+
+    def check(self, files: SealedFolder, programs: Sequence[str]) -> None:
+        """Refuse a folder with other files than those that they hold for.
+
+        Args:
+            files: The folder's files as its manifest has them.
+            programs: Those of its program.
+
+        Raises:
+            ArtifactError: One is missing or another one, or one that is judged is not listed.
+        """
+        for name in (INPUTS, *programs, *self.files):
+            entry = files.entries.get(name)
+            if entry is None or entry.to_dict() != self.files.get(name):
+                raise ArtifactError(
+                    f"{files.root / name} is not the file that the thresholds in {THRESHOLDS} were "
+                    f"stored for; store them anew (--store) if it was meant to change"
+                )
 
 
-def _sites(wanted: Mapping[str, Any]) -> dict[Site, float]:
-    return {Site.from_key(key): float(value) for key, value in wanted.items()}
+_MARGINS = {"measured": MEASURED_MARGIN_DB, "rounding": MARGIN_DB, "enough": CLOSE_DB}
 
 
-def _wanted(found: float, steady: float) -> float:
-    value = min(CLOSE_DB, found - MEASURED_MARGIN_DB, steady - MARGIN_DB)
-    return math.floor(100 * max(value, _LEAST_DB)) / 100
+def _unpaired_values(rung: Rung, wanted: RungThresholds) -> Iterator[tuple[bool, str]]:
+    found = {node.site: None for node in rung.nodes}
+    for sites, what in (
+        ([site for site in found if site not in wanted.nodes], "have no threshold"),
+        (
+            [site for site in wanted.nodes if site not in found],
+            "have thresholds and are no longer in the graph",
+        ),
+    ):
+        for is_fault, kind in ((True, "weight layers"), (False, "other values")):
+            some = [site for site in sites if (site.op in WEIGHT_OPS) is is_fault]
+            if some:
+                first = f"the first is {some[0].op} of {some[0]}"
+                yield is_fault, f"rung `{rung.name}`: {len(some)} {kind} {what}, {first}"
+
+
+def _seen(what: str, found: float, steady: float | None = None) -> Seen:
+    pair = found, math.inf if steady is None else steady
+    if any(map(math.isnan, pair)):
+        raise ArtifactError(
+            f"{what} holds NaN: nothing can be stored as right of a model that computes it"
+        )
+    return Seen(*(math.floor(100 * v) / 100 if math.isfinite(v) else v for v in pair))
+
+
+def _read(pair: tuple[float, float]) -> Seen:
+    if any(map(math.isnan, pair)):
+        raise ValueError("a measurement is NaN")
+    return Seen(*pair)
+
+
+def _sites(seen: Mapping[str, tuple[float, float]]) -> dict[Site, Seen]:
+    return {Site.from_key(key): _read(pair) for key, pair in seen.items()}

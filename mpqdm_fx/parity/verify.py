@@ -12,7 +12,7 @@ from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.backends.xnnpack.runner import sorted_entries
 from mpqdm_fx.denoisers import PROGRAM, SOURCE, open_program, program_names, source_of
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.folders import open_folder, rewritten_folder
+from mpqdm_fx.folders import ModelFolder, open_folder, rewritten_folder
 from mpqdm_fx.graph.calling import example_call, example_inputs
 from mpqdm_fx.graph.cost import bind_sizes, value_bytes
 from mpqdm_fx.io.sealed import Entry
@@ -47,8 +47,7 @@ def verify(
     per row.
 
     The inputs, the float model's outputs and the thresholds lie in the folder
-    (`parity.safetensors`, `parity.json`). Without thresholds everything is measured and nothing is
-    judged.
+    (`parity.safetensors`, `parity.json`).
 
     Args:
         directory: Folder written by `quantize_to_folder` (`mpqdm-fx quantize`) or `save`.
@@ -61,7 +60,8 @@ def verify(
 
     Raises:
         ArtifactError: The folder, or a file in it, is missing, damaged, of a newer version, or not
-            the one that thresholds were stored for; with `store`, also if there is no float model.
+            the one that thresholds were stored for, or there are none; with `store`, there is no
+            float model, or what is measured is NaN.
         LoweringError: There is a program and ExecuTorch is missing or fails.
     """
     folder = Path(directory)
@@ -72,10 +72,7 @@ def verify(
         )
     opened = open_folder(folder)
     opened.files.check()
-    thresholds = None
-    if not store and (folder / THRESHOLDS).exists():
-        thresholds = Thresholds.read(folder / THRESHOLDS)
-        _check_files(folder, thresholds)
+    thresholds = None if store else _stored(opened)
     runner = open_program(opened) if program_names(opened) else None
     module = model if isinstance(model, nn.Module) else None
     quantized = load(folder, module)
@@ -84,12 +81,13 @@ def verify(
         try:
             source = _source(folder, model if isinstance(model, str) else None)
         except ArtifactError as error:
-            if store or thresholds is None:
+            if store:
                 raise
             logger.warning("%s", error)
     floats = source.model if source is not None else module
     if thresholds is not None:
-        calls, outputs = read_calls(folder / INPUTS, quantized.signature)
+        with opened.files.opened(INPUTS) as file:
+            calls, outputs = read_calls(file, quantized.signature, where=folder / INPUTS)
     else:
         outputs = []
         calls = (
@@ -101,10 +99,10 @@ def verify(
         None if runner is None else _program_graphs(quantized, opened.manifest["program"] or {})
     )
     measured = _measure(quantized, calls, floats, outputs, runner, graphs, stability=store)
-    if store:
+    if thresholds is None:
         with rewritten_folder(folder) as stage:
             thresholds = _store(measured, calls, stage)
-    return measured.ladder if thresholds is None else thresholds.judge(measured.ladder)
+    return thresholds.judge(measured.ladder)
 
 
 @plain_torch()
@@ -217,23 +215,14 @@ def _store(measured: Measured, calls: Sequence[Call], folder: Path) -> Threshold
     return thresholds
 
 
-def _check_files(folder: Path, thresholds: Thresholds) -> None:
-    for name, expected in thresholds.files.items():
-        path = folder / name
-        if not path.exists():
-            raise ArtifactError(f"{path} is missing, for which thresholds are stored")
-        _compare(path, expected)
-    for name in program_names(open_folder(folder)):
-        if name not in thresholds.files:
-            raise ArtifactError(
-                f"{folder / THRESHOLDS} was stored before there was a {name}; store "
-                f"thresholds anew (--store)"
-            )
-
-
-def _compare(path: Path, expected: Mapping[str, Any]) -> None:
-    if Entry.of(path).to_dict() != dict(expected):
+def _stored(folder: ModelFolder) -> Thresholds:
+    """The folder's thresholds, which hold for the very files that lie there."""
+    if THRESHOLDS not in folder.files:
         raise ArtifactError(
-            f"{path} is not the file that thresholds were stored for: it is damaged, or was "
-            f"replaced; store thresholds anew (--store) if that was meant"
+            f"{folder.root} holds no thresholds ({THRESHOLDS}), so nothing can be judged; measure "
+            f"them where the folder is known to be right: mpqdm-fx verify {folder.root} --store"
         )
+    path = folder.root / THRESHOLDS
+    thresholds = Thresholds.from_dict(folder.files.read_json(THRESHOLDS), path)
+    thresholds.check(folder.files, program_names(folder))
+    return thresholds

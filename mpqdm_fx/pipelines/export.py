@@ -187,7 +187,8 @@ def export_pipeline(
     quantized: dict[str, QuantizedModel] = {}
     records: dict[str, dict[str, Any]] = {}
     for part in tqdm(layout.parts.values(), desc="export", unit="part", disable=None):
-        if not work.finished(part.name):
+        record = work.finished(part.name)
+        if record is None:
             judged = _judge(
                 part, inputs, config, minimum_sqnr_db,
                 directory=work.directory / part.name, sensitivity=sensitivity, **limits,
@@ -205,8 +206,9 @@ def export_pipeline(
                 four_bit=four_bit,
                 external_weights=external_weights,
             )
-            work.finish(part.name, {"methods": methods, "quality": _quality(judged)})
-        records[part.name] = work.finished(part.name) or {}
+            told = {"methods": methods, "quality": _quality(judged)}
+            record = work.finish(part.name, told)
+        records[part.name] = record
     with staged_directory(target, MANIFEST, overwrite=overwrite) as stage:
         expanded = {}
         for name in records:

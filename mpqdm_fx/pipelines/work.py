@@ -1,21 +1,37 @@
 """The folder beside an export in which finished programs wait for the rest."""
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from mpqdm_fx.backends.xnnpack.compressed import SUFFIX, compress_program
 from mpqdm_fx.backends.xnnpack.runner import stored_files
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import differences, write_text
-from mpqdm_fx.io.sealed import Entry, read_json
+from mpqdm_fx.files import first_difference, is_empty_but_for_hidden, write_text
+from mpqdm_fx.io.exchange import remove_folder, sweep_leftovers
+from mpqdm_fx.io.schema import Name, Strict, plain, validated
+from mpqdm_fx.io.sealed import Entry, SealedFolder, digest_of, read_json, seal, verified
 
 __all__ = ["WorkFolder"]
 
 _HEADER = "export.json"
+_FIX = "delete this file and resume"
+
+
+class _Finished(Strict):
+    """What the folder keeps of a finished program."""
+
+    run: str
+    program: Name
+    methods: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+    quality: dict[str, Any]
+    files: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=2)]
 
 
 class WorkFolder:
@@ -34,39 +50,82 @@ class WorkFolder:
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
         self.directory = directory
+        told = plain(identity)
+        self._run = digest_of(told)
+        sweep_leftovers(directory)
         header = directory / _HEADER
-        if directory.exists() and not header.is_file():
-            raise ArtifactError(f"{directory} is in the way and no export's; move or delete it")
         if header.is_file():
             found = read_json(header, fix="delete the folder to start anew")
-            different = [key for key, _, _ in differences(found, identity)]
+            different = first_difference(found, told)
             if different:
                 raise ConfigError(
-                    f"{directory} holds an unfinished export with other {', '.join(different)}; "
-                    f"use what it was started with, or delete it"
+                    f"{directory} holds an unfinished export with other settings: {different}; use "
+                    f"what it was started with, or delete it"
                 )
             if not resume:
                 raise ConfigError(
                     f"{directory} holds an export that was not finished; resume it, or delete it"
                 )
             return
-        directory.mkdir(parents=True)
-        _write(header, identity)
+        if directory.exists() and not (directory.is_dir() and is_empty_but_for_hidden(directory)):
+            raise ArtifactError(f"{directory} is in the way and no export's; move or delete it")
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(header, told)
 
     def path(self, program: str) -> Path:
         """Where a program's file goes."""
         return self.directory / f"{program}.pte"
 
     def finished(self, program: str) -> dict[str, Any] | None:
-        """The record of a finished program, or None if it was not finished."""
-        record = self.path(program).with_suffix(".json")
-        if not record.is_file() or not self.path(program).is_file():
-            return None
-        return read_json(record, fix="delete this file and resume")
+        """The record of a finished program, or None if it was not finished.
 
-    def finish(self, program: str, record: Mapping[str, Any]) -> None:
-        """Keep the record of a program whose file is written."""
-        _write(self.path(program).with_suffix(".json"), record)
+        Raises:
+            ArtifactError: The record or one of the program's files is not what was written, or of
+                another run.
+        """
+        path = self._record(program)
+        if not path.is_file():
+            return None
+        record = validated(_Finished, verified(read_json(path, fix=_FIX), path), path, fix=_FIX)
+        if (record.run, record.program) != (self._run, program):
+            raise ArtifactError(
+                f"{path} is of {record.program} in another run than {_HEADER} beside it; {_FIX}"
+            )
+        with self._remedied(program):
+            self._files(program, record.files).check()
+        return {"methods": list(record.methods), "quality": record.quality}
+
+    def finish(self, program: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep the record of a program whose files are written.
+
+        Args:
+            program: The program.
+            record: Its `methods` and its `quality`, plain JSON types.
+
+        Returns:
+            The record as `finished` gives it.
+        """
+        files = {path.name: Entry.of(path).to_dict() for path in stored_files(self.path(program))}
+        told = {**plain(record), "run": self._run, "program": program, "files": files}
+        _write(self._record(program), seal(told))
+        found = self.finished(program)
+        assert found is not None
+        return found
+
+    def _record(self, program: str) -> Path:
+        return self.path(program).with_suffix(".json")
+
+    def _files(self, program: str, files: Mapping[str, Any]) -> SealedFolder:
+        """The files of a program, as they were when it was finished."""
+        path = self._record(program)
+        sealed = SealedFolder(self.directory, files, path)
+        stored = {file.name for file in stored_files(self.path(program))}
+        if stored != set(files):
+            raise ArtifactError(
+                f"{path} is of {', '.join(sorted(files))}, and beside it lie "
+                f"{', '.join(sorted(stored)) or 'none'}"
+            )
+        return sealed
 
     def place(self, program: str, folder: Path, *, compress: bool = False) -> dict[str, Any]:
         """Put a program's files into another folder too.
@@ -80,22 +139,39 @@ class WorkFolder:
         Returns:
             Size and hash of what each compressed file expands to.
         """
+        record = verified(read_json(self._record(program), fix=_FIX), self._record(program))
         expanded = {}
-        for path in stored_files(self.path(program)):
-            if compress:
-                packed = compress_program(path, folder / f"{path.name}{SUFFIX}")
-                expanded[packed.name] = Entry.of(path).to_dict()
-                continue
-            try:
-                os.link(path, folder / path.name)
-            except OSError:
-                shutil.copyfile(path, folder / path.name)
+        with self._remedied(program):
+            sealed = self._files(program, record["files"])
+            for name, entry in sealed.entries.items():
+                with sealed.opened(name) as path:
+                    if compress:
+                        packed = compress_program(path, folder / f"{name}{SUFFIX}")
+                        expanded[packed.name] = entry.to_dict()
+                    else:
+                        self._link(name, path, folder)
         return expanded
+
+    def _link(self, name: str, opened: Path, folder: Path) -> None:
+        try:
+            os.link(self.directory / name, folder / name)
+        except OSError:
+            shutil.copyfile(opened, folder / name)
+
+    @contextlib.contextmanager
+    def _remedied(self, program: str) -> Iterator[None]:
+        """Say what to do about a file of a program that is not what was written."""
+        try:
+            yield
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"{error}; delete {self._record(program)} and resume, and it is made anew"
+            ) from None
 
     def remove(self) -> None:
         """Delete the folder: the export is through."""
-        shutil.rmtree(self.directory)
+        remove_folder(self.directory)
 
 
 def _write(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1))
+    write_text(path, json.dumps(value, indent=1, allow_nan=False))

@@ -1,18 +1,27 @@
 """Solved layers on disk: a sweep that was killed goes on where it stopped, with the same bits."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
+from pydantic import Field
+from torch import Tensor
 
+from mpqdm_fx.config import Levels
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import differences, replacing, write_text
-from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.plan import BitPlan
+from mpqdm_fx.files import first_difference, is_empty_but_for_hidden, write_text
+from mpqdm_fx.graph.layers import WeightLayer
+from mpqdm_fx.io.exchange import sweep_leftovers
+from mpqdm_fx.io.records import read_record, write_record
+from mpqdm_fx.io.schema import Count, Name, Ratio, Shape, Strict, plain, validated
+from mpqdm_fx.io.sealed import digest_of, read_json
+from mpqdm_fx.numerics.grids import MAX_BITS, round_scale
+from mpqdm_fx.numerics.packing import pack_layer
+from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.sweep.solve import LayerSolution
 
 __all__ = ["HEADER", "Checkpoint"]
@@ -20,7 +29,40 @@ __all__ = ["HEADER", "Checkpoint"]
 HEADER = "sweep.json"
 """File that says what a run is."""
 
-_NUMBERS = ("alpha", "beta", "damping", "mismatch", "base_error", "error", "rows", "seconds")
+_KIND, _VERSION = "solved layer", 1
+_FIX = "delete this file and resume"
+_LONGEST = 80  # characters of a layer's name that its file's name repeats
+
+_Width = Annotated[int, Field(ge=1, le=MAX_BITS)]
+_Amount = Annotated[float, Field(ge=0)]
+
+
+class _Plan(Strict):
+    name: Name
+    kind: Name
+    shape: Shape
+    bits: tuple[tuple[_Width, Count], ...]
+    levels: Levels
+    reason: Name | None
+    fraction: Annotated[float, Field(ge=0, le=1)]
+
+
+class _Head(Strict):
+    """What a file says of its layer, beside the tensors."""
+
+    run: str
+    plan: _Plan
+    alpha: float
+    beta: float
+    damping: _Amount
+    mismatch: Ratio
+    base_error: Ratio
+    error: Ratio
+    rows: Count
+    seconds: _Amount
+
+
+_NUMBERS = [name for name in _Head.model_fields if name not in ("run", "plan")]
 
 
 class Checkpoint:
@@ -31,75 +73,126 @@ class Checkpoint:
         identity: What the run is: settings, model, calibration data, versions; plain JSON types.
         resume: Go on with what is there. Otherwise a folder with solved layers is refused.
 
+    Attributes:
+        directory: The folder.
+        run: SHA-256 of the identity, which every file of the run carries.
+
     Raises:
-        ConfigError: The folder holds another run (the difference is named), or a run and `resume`
-            is False.
-        ArtifactError: The folder is damaged.
+        ConfigError: The folder holds another run (the first difference is named), or a run and
+            `resume` is False.
+        ArtifactError: The folder is damaged, or none of a run.
     """
 
     def __init__(
         self, directory: str | Path, identity: Mapping[str, Any], *, resume: bool = False
     ) -> None:
         self.directory = Path(directory)
+        sweep_leftovers(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
+        told = plain(identity)
+        self.run = digest_of(told)
         header = self.directory / HEADER
         if header.exists():
-            self._compare(header, identity, resume)
+            self._compare(header, told, resume)
+        elif is_empty_but_for_hidden(self.directory):
+            write_text(header, json.dumps(told, indent=1, sort_keys=True))
         else:
-            write_text(header, json.dumps(identity, indent=1, sort_keys=True))
+            raise ArtifactError(
+                f"{self.directory} holds files, and no {HEADER} that says what run they are of; "
+                f"delete the folder to start anew, or give another one"
+            )
 
-    def _compare(self, header: Path, wanted: Mapping[str, Any], resume: bool) -> None:
+    def _compare(self, header: Path, wanted: Any, resume: bool) -> None:
         found = read_json(header, fix="delete the folder to start anew")
-        different = [
-            f"{key} was {old!r}, is {new!r}" for key, old, new in differences(found, wanted)
-        ]
+        different = first_difference(found, wanted)
         if different:
             raise ConfigError(
-                f"{self.directory} holds a run with other settings: {'; '.join(different)}; use "
-                f"the settings it was started with, or another folder"
+                f"{self.directory} holds a run with other settings: {different}; use the settings "
+                f"it was started with, or another folder"
             )
         if not resume and any(self.directory.glob("layer-*.safetensors")):
             raise ConfigError(
                 f"{self.directory} holds a run that was not finished; resume it, or delete it"
             )
 
-    def load(self, name: str) -> LayerSolution | None:
+    def load(self, layer: WeightLayer) -> LayerSolution | None:
         """The solution of a layer, or None if it was not solved yet.
 
+        Args:
+            layer: The float layer; what is read has to fit it.
+
         Raises:
-            ArtifactError: Its file is damaged.
+            ArtifactError: Its file is damaged, of another run, or of another layer.
         """
-        path = self._path(name)
+        path = self._path(layer.name)
         if not path.exists():
             return None
+        record = read_record(path, _KIND, _VERSION, fix=_FIX)
+        head = validated(_Head, record.head, path, fix=_FIX)
+        if head.run != self.run:
+            raise ArtifactError(f"{path} is of another run than {HEADER} beside it; {_FIX}")
         try:
-            with safe_open(path, "pt") as file:
-                meta = json.loads(file.metadata()["solution"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            plan = BitPlan.from_dict(meta["plan"]).layers[0]
-            numbers = {key: meta[key] for key in _NUMBERS}
-            codes, scale = tensors["codes"], tensors["scale"]
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ArtifactError(
-                f"{path} is damaged: {error}; delete this file and resume"
-            ) from None
+            plan = _plan_of(head.plan, layer)
+            _check_tensors(record.tensors, plan, layer)
+        except ValueError as error:
+            raise ArtifactError(f"{path} does not fit {layer.name}: {error}; {_FIX}") from None
         return LayerSolution(
-            plan=plan, codes=codes, scale=scale, bias=tensors.get("bias"), **numbers
+            plan=plan,
+            codes=record.tensors["codes"],
+            scale=record.tensors["scale"],
+            bias=record.tensors.get("bias"),
+            **{name: getattr(head, name) for name in _NUMBERS},
         )
 
     def save(self, solution: LayerSolution) -> None:
-        """Write a layer's solution: to a temporary file first, so that no half of it is ever seen.
+        """Write a layer's solution, so that no half of it is ever seen.
 
         Args:
             solution: The solved layer.
         """
-        tensors = {"codes": solution.codes.contiguous(), "scale": solution.scale.contiguous()}
+        tensors = {"codes": solution.codes, "scale": solution.scale}
         if solution.bias is not None:
-            tensors["bias"] = solution.bias.detach().cpu().contiguous()
-        meta = {key: getattr(solution, key) for key in _NUMBERS}
-        meta["plan"] = BitPlan(layers=(solution.plan,)).to_dict()
-        with replacing(self._path(solution.plan.name)) as part:
-            save_file(tensors, part, metadata={"solution": json.dumps(meta)})
+            tensors["bias"] = solution.bias
+        head = plain({name: getattr(solution, name) for name in _NUMBERS})
+        (planned,) = BitPlan(layers=(solution.plan,)).to_dict()["layers"]
+        head |= {"run": self.run, "plan": planned}
+        write_record(self._path(solution.plan.name), _KIND, _VERSION, head, tensors)
 
     def _path(self, name: str) -> Path:
-        return self.directory / f"layer-{re.sub(r'[^A-Za-z0-9_.]', '_', name)}.safetensors"
+        """A name of bounded length that no other layer has, where case does not count either."""
+        readable = re.sub(r"[^A-Za-z0-9_.]", "_", name)[:_LONGEST]
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return self.directory / f"layer-{readable}-{digest}.safetensors"
+
+
+def _plan_of(found: _Plan, layer: WeightLayer) -> LayerPlan:
+    """The plan of a layer; raises ValueError if it is another layer's or no plan."""
+    shape, kind = tuple(layer.weight.shape), type(layer.module).__name__
+    if (found.name, found.kind, found.shape) != (layer.name, kind, shape):
+        raise ValueError(f"it is of {found.name!r}, a {found.kind} of shape {list(found.shape)}")
+    if sum(count for _, count in found.bits) != shape[0]:
+        raise ValueError(f"it has no width for each of {shape[0]} channels")
+    data = {"layers": [found.model_dump()], "floats": [], "activation_bits": 8}
+    return BitPlan.from_dict(data).layers[0]
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], plan: LayerPlan, layer: WeightLayer) -> None:
+    """Raise ValueError unless a layer can have these codes, scales and bias under a plan."""
+    wanted = {"codes": (torch.int8, plan.shape), "scale": (torch.float32, plan.shape[:1])}
+    bias = getattr(layer.module, "bias", None)
+    if isinstance(bias, Tensor) and "bias" in tensors:
+        wanted["bias"] = (bias.dtype, tuple(bias.shape))
+    if set(tensors) != set(wanted):
+        raise ValueError(f"it holds {', '.join(sorted(tensors))}"[:200])
+    for name, (dtype, size) in wanted.items():
+        tensor = tensors[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) != size:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, wanted is {dtype} {list(size)}"
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinity")
+    if not torch.equal(tensors["scale"], round_scale(tensors["scale"])):
+        raise ValueError("scale holds numbers that are no positive bfloat16 values")
+    # refuses what is no level of its channel
+    pack_layer(tensors["codes"].flatten(1), plan.bits_tensor(), plan.levels)

@@ -1,5 +1,6 @@
 """Bits by measured cost: what rounding a channel does to the model's output, under a budget."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from mpqdm_fx.calibration.pinning import pinned_layers
 from mpqdm_fx.calibration.sensitivity import measure_sensitivity
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.config import Levels, MPQConfig
-from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.numerics.budget import allocate_budget
 from mpqdm_fx.numerics.grids import MAX_BITS
@@ -60,12 +61,18 @@ def measured_plans(
         CalibrationError: Gradients or rows are not finite.
         ArtifactError: The file is damaged, or of another model.
     """
-    if path is None and checkpoint is not None:
-        path = checkpoint.directory / TABLE
+    kept = None if checkpoint is None else checkpoint.directory / TABLE
+    path = path or kept
+    run = None if checkpoint is None else checkpoint.run
 
     def make() -> SensitivityTable:
         if path is not None and path.exists():
-            return SensitivityTable.load(path)
+            found = SensitivityTable.load(path)
+            if path == kept and found.run != run:
+                raise ArtifactError(
+                    f"{path} is of another run than the folder it lies in; delete it and resume"
+                )
+            return found
         table = measure_sensitivity(
             graph_module,
             calls,
@@ -75,7 +82,7 @@ def measured_plans(
             half=half,
         )
         if path is not None:
-            table.save(path)
+            dataclasses.replace(table, run=run).save(path)
         return table
 
     return solve_budget(graph_module, shards.once(make), settings, limits)

@@ -301,7 +301,7 @@ class Sweep:
     def _solve(self, twin: fx.Node, pending: _Pending) -> None:
         """Quantize one layer and install it in the quantized lane."""
         name, kept = pending.layer.name, self._checkpoint
-        solution = self._shards.once(lambda: kept.load(name) if kept else None)
+        solution = self._shards.once(lambda: kept.load(pending.layer) if kept else None)
         if solution is not None:
             self._check_bits(solution)
         else:

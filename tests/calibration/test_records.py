@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpqdm_fx.calibration.records import RecordedInputs
-from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.errors import ArtifactError, CalibrationError
 
 
 def _calls(count: int) -> list[dict]:
@@ -43,8 +43,31 @@ def test_beyond_the_limit_calls_move_to_shards_and_memory_stays_bounded(tmp_path
     for _ in range(10):
         records.append({"x": torch.zeros(300)})  # 1200 bytes each
     assert len(records.shards) == 2
-    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
     assert len(list(records)) == 10
+    assert {path.parent.parent for path in records.shards} == {tmp_path}
+    records = None  # and its folder goes with it
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_records_in_one_folder_do_not_write_over_each_other(tmp_path):
+    first, second = (RecordedInputs(max_memory=1, directory=tmp_path) for _ in range(2))
+    first.append({"x": torch.zeros(3)})
+    second.append({"x": torch.ones(3)})
+    assert torch.equal(next(iter(first))["x"], torch.zeros(3))
+
+
+def test_a_shard_that_was_changed_meanwhile_is_refused(tmp_path):
+    records = RecordedInputs(max_memory=1, directory=tmp_path)
+    records.append({"x": torch.zeros(3)})
+    (shard,) = records.shards
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"inputs-00000\.safetensors is corrupted"):
+        list(records)
+    shard.unlink()
+    with pytest.raises(ArtifactError, match="does not exist"):
+        list(records)
 
 
 def test_recorded_tensors_do_not_follow_the_callers_buffer():

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from mpqdm_fx.distill.student import make_student
 from mpqdm_fx.distill.train import Trainer
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.io.records import read_record, write_record
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.stages import normalized
 
@@ -190,16 +192,30 @@ def test_trained_model_lowers_to_torch_ao_with_its_numbers(quantized):
 
 def test_another_run_in_the_folder_is_refused_and_so_is_a_damaged_one(quantized, tmp_path):
     distilled(quantized, tmp_path, updates=1)
-    with pytest.raises(ConfigError, match="rank=2"):
+    with pytest.raises(ConfigError, match="rank was 2, is 3"):
         distilled(quantized, tmp_path, updates=1, rank=3)
-    with pytest.raises(ConfigError, match="scheduler"):
+    with pytest.raises(ConfigError, match=r"scheduler\.beta_end was 0.02, is 0.03"):
         distilled(quantized, tmp_path, DDIMScheduler(beta_end=0.03), updates=1)
     labels = {name: values + 1 for name, values in LABELS.items()}
     with pytest.raises(ConfigError, match="noise and conditions"):
         distilled(quantized, tmp_path, conditions=labels, updates=1)
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ArtifactError, match="damaged"):
+    whole = read_record(file, "distillation", 1, fix="")
+    for change, message in (
+        (lambda _, tensors: tensors.pop("adam.0.step"), r"'adam\.0\.step' is missing"),
+        (lambda head, _: head["numbers"]["history"].update(updates=2), "has 2 updates of 1"),
+    ):
+        head = json.loads(json.dumps(whole.head))
+        tensors = {name: value.clone() for name, value in whole.tensors.items()}
+        change(head, tensors)
+        write_record(file, "distillation", 1, head, tensors)
+        with pytest.raises(ArtifactError, match=rf"{message}.*delete it to start anew"):
+            distilled(quantized, tmp_path, updates=1)
+    write_record(file, "distillation", 1, whole.head, whole.tensors)
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"is corrupted.*delete it to start anew"):
         distilled(quantized, tmp_path, updates=1)
 
 

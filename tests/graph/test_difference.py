@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from trace_helpers import calls, randn
 
+from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.diagnose import CaptureError
 from mpqdm_fx.graph.difference import attention_kernels, same_bits
 from mpqdm_fx.graph.trace import trace

@@ -7,9 +7,10 @@ import threading
 
 import pytest
 
+from mpqdm_fx import files
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io import exchange
-from mpqdm_fx.io.exchange import leftovers, replace_folder, staged_folder
+from mpqdm_fx.io.exchange import leftovers, remove_folder, replace_folder, staged_folder
 
 
 def write(target, text):
@@ -140,3 +141,20 @@ def test_names_that_only_look_like_stages_are_left_alone(tmp_path):
     (tmp_path / ".other.01234567.stage").mkdir()
     (tmp_path / ".out.01234567.stage").symlink_to(tmp_path)
     assert leftovers(target) == []
+
+
+def test_a_removed_folder_is_never_seen_half(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    remove_folder(target)  # there is none
+    write(target, "first")
+    seen = []
+    remove = files.shutil.rmtree
+
+    def watched(path, **options):
+        seen.append(target.exists())
+        remove(path, **options)
+
+    monkeypatch.setattr(files.shutil, "rmtree", watched)
+    remove_folder(target)
+    assert seen == [False]
+    assert list(tmp_path.iterdir()) == []

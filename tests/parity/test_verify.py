@@ -2,20 +2,23 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from parity_folders import double_a_scale, edit, folder_of_net
-from small import TinyNet, tiny_unet, unet_calls
+from parity_folders import double_a_scale, edit, edit_thresholds, folder_of_net
+from safetensors.torch import load_file, save_file
+from small import TinyNet, plain_unet, unet_calls
 from torch import nn
 
 from mpqdm_fx import MPQConfig, lower, quantize
 from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.folders import MANIFEST
+from mpqdm_fx.folders import MANIFEST, seal_folder
+from mpqdm_fx.io.sealed import Entry, read_json
 from mpqdm_fx.models.sources import make_source
 from mpqdm_fx.parity import verify as verify_module
 from mpqdm_fx.parity.inputs import INPUTS, random_calls, read_calls, write_calls
@@ -61,25 +64,28 @@ def test_an_unchanged_folder_passes_with_the_same_numbers(stored):
 
 
 def test_a_large_model_is_left_to_the_command(tmp_path, monkeypatch, caplog):
-    unet = tiny_unet()
-    quantized = quantize(unet, MPQConfig(activation_mode="dynamic", **CHEAP), unet_calls())
+    unet = plain_unet()
+    calls = [{key: call[key] for key in ("sample", "timestep")} for call in unet_calls()]
+    quantized = quantize(unet, MPQConfig(activation_mode="dynamic", **CHEAP), calls)
     source = make_source("unet", unet, DDIMScheduler())
+    write_model(quantized, tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
     assert store_parity(quantized, source, tmp_path).passed
-    assert {path.name for path in tmp_path.iterdir()} == {INPUTS, THRESHOLDS}
+    assert {path.name for path in tmp_path.iterdir()} == before | {INPUTS, THRESHOLDS}
     (tmp_path / INPUTS).unlink()
     (tmp_path / THRESHOLDS).unlink()
     monkeypatch.setattr(verify_module, "_LARGEST", 1000)
     assert store_parity(quantized, source, tmp_path) is None
     assert "verify --store" in caplog.text
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
-def test_without_thresholds_nothing_is_judged_and_nothing_written(copied):
+def test_without_thresholds_it_fails_with_the_remedy_and_writes_nothing(copied):
     (copied / THRESHOLDS).unlink()
+    seal_folder(copied)
     before = sorted(path.name for path in copied.iterdir())
-    ladder = verify(copied, model=TinyNet())
-    assert ladder.passed is None
-    assert ladder.first_divergence is None
+    with pytest.raises(ArtifactError, match=r"no thresholds \(parity\.json\).*--store"):
+        verify(copied, model=TinyNet())
     assert sorted(path.name for path in copied.iterdir()) == before
 
 
@@ -94,20 +100,119 @@ def test_a_changed_scale_in_the_packed_file_is_found_and_its_layer_named(copied,
 
 def test_a_raised_threshold_of_a_layer_fails_with_rung_layer_and_decibels(copied):
     def change(data):
-        data["rungs"]["quantized"]["nodes"]["mix@0 linear 0"] = 88.5
+        data["rungs"]["quantized"]["nodes"]["mix@0 linear 0"] = [59.5, "inf"]
 
-    edit(copied / THRESHOLDS, change)
+    edit_thresholds(copied, change)
     first = verify(copied, model=TinyNet()).first_divergence
-    assert (first.rung, first.node.site.module, first.wanted_db) == ("quantized", "mix", 88.5)
-    for part in ("rung `quantized`", "mix: linear [1, 6, 10, 12]", "against `float`", "88.5 dB"):
+    assert (first.rung, first.node.site.module, first.wanted_db) == ("quantized", "mix", 58.5)
+    for part in ("rung `quantized`", "mix: linear [1, 6, 10, 12]", "against `float`", "58.5 dB"):
         assert part in str(first)
 
 
 def test_a_raised_threshold_of_an_output_fails_with_the_rung_named(copied):
-    edit(copied / THRESHOLDS, lambda data: data["rungs"]["quantized"].update(previous_db=77.0))
+    edit_thresholds(
+        copied, lambda data: data["rungs"]["quantized"].update(previous_db=[59.0, "inf"])
+    )
     first = verify(copied, model=TinyNet()).first_divergence
-    assert (first.rung, first.node, first.wanted_db) == ("quantized", None, 77.0)
+    assert (first.rung, first.node, first.wanted_db) == ("quantized", None, 58.0)
     assert "its output" in str(first)
+
+
+LAYERS = ["conv_in@0 convolution 0", "body@0 convolution 0", "mix@0 linear 0"]
+
+
+def _rename(rung, key):
+    rung["nodes"]["x" + key] = rung["nodes"].pop(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda rungs: rungs["quantized"]["nodes"].clear(), "4 weight layers have no threshold"),
+        (lambda rungs: rungs["quantized"]["nodes"].pop(LAYERS[0]), "1 weight layers have no thr"),
+        (lambda rungs: _rename(rungs["quantized"], LAYERS[2]), "have no threshold.* of mix"),
+        (
+            lambda rungs: rungs["quantized"]["nodes"].update({"gone@0 linear 0": [3.0, 3.0]}),
+            "1 weight layers have thresholds and are no longer in the graph.* of gone",
+        ),
+        (lambda rungs: rungs.update(pte=rungs["quantized"]), "`pte` has thresholds, but was not"),
+        (
+            lambda rungs: rungs.update(other=rungs.pop("quantized")),
+            "`other` has thresholds, but was not measured",
+        ),
+        (lambda rungs: rungs["quantized"].update(against="edge"), "of a comparison with `edge`"),
+    ],
+)
+def test_missing_renamed_or_emptied_thresholds_fail_by_name(copied, change, fault):
+    edit_thresholds(copied, lambda data: change(data["rungs"]))
+    ladder = verify(copied, model=TinyNet())
+    assert ladder.passed is False
+    assert any(re.search(fault, found) for found in ladder.faults), ladder.faults
+    assert ladder.failure in ladder.faults
+    assert ladder.to_dict()["faults"] == list(ladder.faults)
+
+
+def test_a_value_that_is_nan_falls_short_by_name_and_is_not_stored(copied, monkeypatch):
+    def broken(*args):
+        quantized = load(*args)
+        with torch.no_grad():
+            quantized.graph_module.get_submodule("mix").bias[0] = math.nan
+        return quantized
+
+    monkeypatch.setattr("mpqdm_fx.parity.verify.load", broken)
+    ladder = verify(copied, model=TinyNet())
+    assert ladder.passed is False
+    assert ladder.first_divergence.node.site.module == "mix"
+    assert math.isnan(ladder.first_divergence.sqnr_db)
+    json.dumps(ladder.to_dict(), allow_nan=False)
+    before = {path: path.read_bytes() for path in copied.iterdir()}
+    with pytest.raises(ArtifactError, match="holds NaN"):
+        verify(copied, model=TinyNet(), store=True)
+    assert before == {path: path.read_bytes() for path in copied.iterdir()}
+
+
+def test_what_is_wanted_follows_from_what_was_measured(stored):
+    """No threshold lies lower than the measurement beside it allows."""
+    data = json.loads((stored[0] / THRESHOLDS).read_text())
+    rung = stored[1].rung("quantized")
+    assert rung.wanted_db == pytest.approx(rung.previous_db - 1, abs=0.011)
+    for node in rung.nodes:
+        found, steady = map(float, data["rungs"]["quantized"]["nodes"][node.site.key])
+        assert found == pytest.approx(node.sqnr_db, abs=0.011)
+        assert node.wanted_db == pytest.approx(min(60, found - 1, steady - 6), abs=0.011)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("in.x"), "wanted are in.x and outputs"),
+        (lambda t: t.update({"in.y": t["in.x"].clone()}), "wanted are in.x and outputs"),
+        (lambda t: t.update({"in.x": t["in.x"][..., :9]}), r"in\.x is .*wanted is"),
+        (lambda t: t.update({"in.x": t["in.x"].double()}), r"in\.x is torch.float64"),
+        (lambda t: t.update({"in.x": t["in.x"][:2]}), r"in\.x is|out\.0 is"),
+        (lambda t: t.update({"in.x": t["in.x"] * math.nan}), r"in\.x holds NaN"),
+        (lambda t: t.update({"out.0": t["out.0"].int()}), r"out\.0 is torch.int32"),
+        (lambda t: t.pop("out.0"), "and outputs"),
+    ],
+)
+def test_inputs_that_do_not_fit_the_graph_are_refused(stored, tmp_path, change, message):
+    signature = load(stored[0], TinyNet()).signature
+    tensors = load_file(stored[0] / INPUTS)
+    change(tensors)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / INPUTS)
+    with pytest.raises(ArtifactError, match=message):
+        read_calls(tmp_path / INPUTS, signature)
+
+
+def test_stored_outputs_of_another_shape_are_refused(stored, copied, monkeypatch):
+    monkeypatch.setattr("mpqdm_fx.parity.verify.load", lambda *_: load(copied, TinyNet()))
+    tensors = load_file(copied / INPUTS)
+    tensors["out.0"] = tensors["out.0"][..., :4].contiguous()
+    save_file(tensors, copied / INPUTS)
+    entry = {INPUTS: Entry.of(copied / INPUTS).to_dict()}
+    edit_thresholds(copied, lambda data: data["files"].update(entry))
+    with pytest.raises(ArtifactError, match="not of one model"):
+        verify(copied)
 
 
 def test_storing_anew_takes_what_is_there_as_right(copied):
@@ -134,19 +239,43 @@ def _truncate(name):
 
 
 def _newer(folder):
-    edit(folder / THRESHOLDS, lambda data: data.update(version=99))
+    edit_thresholds(folder, lambda data: data.update(version=99))
 
 
 def _foreign(folder):
-    edit(folder / THRESHOLDS, lambda data: data.update(format="other"))
+    edit_thresholds(folder, lambda data: data.update(format="other"))
 
 
 def _no_site(folder):
-    edit(folder / THRESHOLDS, lambda data: data["rungs"]["quantized"].update(nodes={"mix": 3}))
+    edit_thresholds(
+        folder, lambda data: data["rungs"]["quantized"].update(nodes={"mix": [3.0, 3.0]})
+    )
+
+
+def _edited(change, *, resealed=True):
+    def damage(folder):
+        if resealed:
+            edit_thresholds(folder, change)
+        else:
+            edit(folder / THRESHOLDS, change)
+            seal_folder(folder)
+
+    return damage
+
+
+def _lower(data):
+    data["rungs"]["quantized"]["float_db"] = [3.0, "inf"]
 
 
 def _program(folder):
     (folder / "unet.pte").write_bytes(b"no program")
+    seal_folder(folder)
+
+
+def _other_inputs(folder):
+    tensors = load_file(folder / INPUTS)
+    save_file({name: value + 1 for name, value in tensors.items()}, folder / INPUTS)
+    seal_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -154,13 +283,22 @@ def _program(folder):
     [
         (shutil.rmtree, "is not a folder"),
         (_remove(MANIFEST), "was not written by mpqdm-fx quantize"),
-        (_remove(INPUTS), "parity.safetensors is missing"),
-        (_truncate(INPUTS), "not the file that thresholds were stored for"),
-        (_truncate(THRESHOLDS), "corrupted or truncated"),
+        (_remove(INPUTS), "parity.safetensors does not exist"),
+        (_truncate(INPUTS), "parity.safetensors is truncated"),
+        (_other_inputs, "parity.safetensors is not the file that the thresholds"),
+        (_edited(_lower, resealed=False), "does not have the digest"),
+        (_edited(lambda data: data["files"].clear()), "files"),
+        (_edited(lambda data: data["rungs"].clear()), "rungs"),
+        (_edited(lambda data: data["files"].update(x=data["files"].pop(INPUTS))), INPUTS),
+        (_edited(lambda data: data["margins_db"].update(measured=40.0)), "other margins"),
+        (_edited(lambda data: data["rungs"]["quantized"].update(float_db=["nan", 1.0])), "NaN"),
+        (_edited(lambda data: data["rungs"]["quantized"].update(float_db=3.0)), "float_db"),
+        (_edited(lambda data: data.update(version=1)), "older format"),
+        (_truncate(THRESHOLDS), "is truncated"),
         (_newer, "format version 99"),
         (_foreign, "no thresholds of this package"),
         (_no_site, "is damaged"),
-        (_program, "before there was a unet.pte"),
+        (_program, "unet.pte is not the file that the thresholds"),
         (lambda folder: (folder / "pipeline.json").write_text("{}"), "an exported pipeline"),
     ],
 )
@@ -177,10 +315,12 @@ def test_storing_needs_the_float_model(copied, monkeypatch):
 
 
 def test_thresholds_are_what_is_read_back(stored, tmp_path):
-    thresholds = Thresholds.read(stored[0] / THRESHOLDS)
-    thresholds.write(tmp_path / "again.json")
-    assert Thresholds.read(tmp_path / "again.json") == thresholds
-    assert (tmp_path / "again.json").read_text() == (stored[0] / THRESHOLDS).read_text()
+    path = stored[0] / THRESHOLDS
+    thresholds = Thresholds.from_dict(read_json(path), path)
+    again = tmp_path / "again.json"
+    thresholds.write(again)
+    assert Thresholds.from_dict(read_json(again), again) == thresholds
+    assert again.read_text() == path.read_text()
 
 
 def test_inputs_are_what_is_read_back_and_run_through_the_timesteps(tmp_path, stored):
@@ -233,7 +373,7 @@ def test_a_program_that_computes_other_numbers_fails_with_its_rung_named(lowered
     folder, _, observed = lowered
     runner = XnnpackRunner(folder / "unet.pte")
     monkeypatch.setattr(
-        "mpqdm_fx.parity.verify.XnnpackRunner", lambda _: lambda x: [runner(x)[0] * 1.01]
+        "mpqdm_fx.parity.verify.open_program", lambda _: lambda x: [runner(x)[0] * 1.01]
     )
     monkeypatch.setattr("mpqdm_fx.parity.verify._program_graphs", lambda *_: observed)
     first = verify(folder, model=TinyNet()).first_divergence
@@ -245,10 +385,10 @@ def test_a_program_that_computes_other_numbers_fails_with_its_rung_named(lowered
 def test_another_program_than_the_stored_one_is_refused(lowered, tmp_path):
     folder = shutil.copytree(lowered[0], tmp_path / "net")
     (folder / "unet.pte").write_bytes((folder / "unet.pte").read_bytes() + b"\0")
-    with pytest.raises(ArtifactError, match=r"unet\.pte is not the file"):
+    with pytest.raises(ArtifactError, match=r"unet\.pte is truncated or damaged"):
         verify(folder, model=TinyNet())
     (folder / "unet.pte").unlink()
-    with pytest.raises(ArtifactError, match=r"unet\.pte is missing"):
+    with pytest.raises(ArtifactError, match=r"unet\.pte does not exist"):
         verify(folder, model=TinyNet())
 
 
@@ -273,9 +413,11 @@ def test_layers_that_were_split_for_the_program_are_split_again(tmp_path):
     config = MPQConfig(levels="int4", activation_mode="dynamic", refinements=0)
     net = _MixedNet().eval()
     quantized = quantize(net, config, calls)
-    write_model(quantized, tmp_path, program={"four_bit": "split"})
+    made = {"four_bit": "split", "external_weights": True, "compress": False, "expanded": {}}
+    write_model(quantized, tmp_path, program=made)
     path = tmp_path / "unet.pte"
     program = lower(quantized, "xnnpack", output=path, four_bit="split", external_weights=True)
+    seal_folder(tmp_path)
     assert program.four_bit_layers == ("mixed_rows",)
     verify(tmp_path, model=net, store=True)
     assert set(json.loads((tmp_path / "parity.json").read_text())["files"]) == {
@@ -286,4 +428,5 @@ def test_layers_that_were_split_for_the_program_are_split_again(tmp_path):
     ladder = verify(tmp_path, model=net)
     assert ladder.passed, ladder.first_divergence
     assert "mixed_rows" in {node.site.module for node in ladder.rung("converted").nodes}
+    assert not ladder.faults
     assert not [note for note in ladder.notes if "no longer" in note]

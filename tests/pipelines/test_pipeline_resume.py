@@ -91,10 +91,10 @@ def test_an_unfinished_run_is_neither_forgotten_nor_mixed_with_another(
     export(pipeline, output, monkeypatch, dies_at="denoiser.pte")
     with pytest.raises(ConfigError, match="was not finished; resume it"):
         export(pipeline, output, monkeypatch)
-    with pytest.raises(ConfigError, match="with other numbers"):
+    with pytest.raises(ConfigError, match="with other settings: numbers was"):
         export(pipeline, output, monkeypatch, resume=True, steps=3)
     pipeline.unet.conv_in.weight.data += 1
-    with pytest.raises(ConfigError, match="with other models"):
+    with pytest.raises(ConfigError, match=r"with other settings: models\.denoiser was"):
         export(pipeline, output, monkeypatch, resume=True)
     header = output.with_name("out.checkpoint") / "export.json"
     header.write_text("{")
@@ -108,5 +108,5 @@ def test_an_unfinished_run_is_neither_forgotten_nor_mixed_with_another(
 def test_an_older_export_is_replaced_whole(pipeline, tmp_path, monkeypatch):
     output = tmp_path / "out"
     export(pipeline, output, monkeypatch)
-    export(pipeline, output, monkeypatch, sizes=[(24, 16)])
+    export(pipeline, output, monkeypatch, sizes=[(24, 16)], overwrite=True)
     assert manifest(output)["sizes"] == [[24, 16]]

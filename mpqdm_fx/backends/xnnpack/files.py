@@ -32,7 +32,7 @@ def written(program: Any, path: Path, weights: Path | None = None) -> Iterator[t
             yield (part,)
             return
         data = stack.enter_context(replacing(weights))
-        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=weights.parent))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=data.parent))
         program.write_tensor_data_to_file(folder)
         (found,) = Path(folder).iterdir()
         found.replace(data)
