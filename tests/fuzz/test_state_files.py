@@ -1,0 +1,221 @@
+"""Mutants of what runs leave for their own resume: refused, or the state that was written."""
+
+import json
+
+import pytest
+import torch
+from mutants import AMOUNTS, byte_mutants, check_mutants, json_mutants
+from torch import nn
+
+from mpqdm_fx.calibration.sensitivity_table import LayerSensitivity, SensitivityTable
+from mpqdm_fx.distill.checkpoint import load_state, save_state, state_path
+from mpqdm_fx.graph.layers import WeightLayer
+from mpqdm_fx.graph.signature import InputSpec, Signature
+from mpqdm_fx.io.records import read_record, write_record
+from mpqdm_fx.io.sealed import read_json, seal
+from mpqdm_fx.numerics.levels import RowLevels
+from mpqdm_fx.parity.inputs import read_calls, write_calls
+from mpqdm_fx.parity.sites import Site
+from mpqdm_fx.parity.thresholds import RungThresholds, Seen, Thresholds
+from mpqdm_fx.pipelines.work import WorkFolder
+from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.sweep.checkpoint import HEADER, Checkpoint
+from mpqdm_fx.sweep.solve import LayerSolution
+
+RUN = {"settings": {"weight_bits": 3, "seed": 0}, "model": "abc", "versions": {"torch": "2"}}
+SIGNATURE = Signature(
+    model_class="Net",
+    parameters=("x",),
+    arguments=("x",),
+    inputs=(InputSpec(name="x", shape=(1, 3), dtype=torch.float32, batch_axis=0),),
+    batch=1,
+    batch_range=(1, None),
+)
+
+
+def plain(value):
+    """Tensors as lists, so that `==` compares them; NaN never occurs."""
+    if isinstance(value, torch.Tensor):
+        return [str(value.dtype), list(value.shape), value.flatten().tolist()]
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return value
+
+
+def solved_layer(root):
+    torch.manual_seed(0)
+    body = WeightLayer(name="body", module=nn.Linear(9, 4), nodes=())
+    rows = body.weight.detach()
+    bits = (1, 2, 4, 8)
+    fitted = RowLevels.fit(rows, torch.tensor(bits), "uniform")
+    kept = Checkpoint(root, RUN)
+    kept.save(
+        LayerSolution(
+            plan=LayerPlan(name="body", kind="Linear", shape=(4, 9), bits=bits),
+            codes=fitted.snap(rows).to(torch.int8),
+            scale=fitted.scale,
+            bias=body.module.bias.detach(),
+        )
+    )
+
+    def read():
+        found = Checkpoint(root, RUN, resume=True).load(body)
+        return None if found is None else plain([found.codes, found.scale, found.bias, found.alpha])
+
+    return kept._path("body"), read
+
+
+def run_header(root):
+    _, read = solved_layer(root)
+    return root / HEADER, read
+
+
+def sensitivities(root):
+    layer = LayerSensitivity(
+        name="body",
+        shape=(4, 9),
+        sensitivity=torch.rand(4, dtype=torch.float64),
+        uniform=torch.rand(4, 8, dtype=torch.float64),
+        uniform_gain=torch.rand(8, dtype=torch.float64),
+    )
+    table = SensitivityTable(layers=(layer,), fingerprint="0" * 64, seed=0, probes=1, samples=2)
+    path = table.save(root / "table.safetensors")
+
+    def read():
+        found = SensitivityTable.load(path)
+        tensors = [
+            [e.name, e.shape, e.sensitivity, e.uniform, e.uniform_gain] for e in found.layers
+        ]
+        return plain([tensors, found.fingerprint, found.seed, found.probes, found.samples])
+
+    return path, read
+
+
+def training_state(root):
+    history = {"updates": 3, "seconds": 1.5, "losses": [0.5], "resumed": 0}
+    numbers = {"history": history, "weight": 0.0, "recent": [0.25, 0.125]}
+    save_state(root, RUN, {"now": torch.arange(3.0)}, **numbers)
+
+    def read():
+        state = load_state(root, RUN)
+        return None if state is None else plain([dict(state.tensors), state.numbers.model_dump()])
+
+    return state_path(root), read
+
+
+def stored_calls(root):
+    path = root / "parity.safetensors"
+    write_calls(path, [{"x": torch.rand(1, 3)}] * 2, [(torch.rand(1, 2),)] * 2)
+
+    def read():
+        return plain(read_calls(path, SIGNATURE))
+
+    return path, read
+
+
+FILES = [solved_layer, run_header, sensitivities, training_state]
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("make", FILES, ids=lambda make: make.__name__)
+def test_bytes_that_were_changed_are_refused(tmp_path, make, amount):
+    path, read = make(tmp_path)
+    expected = read()
+
+    def mutated(mutant):
+        path.write_bytes(mutant)
+        return read()
+
+    original = path.read_bytes()
+    check_mutants(byte_mutants(original, amount, seed=1), mutated, expected, refused=0.9)
+
+
+KINDS = [solved_layer, sensitivities, training_state]
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+def test_heads_that_were_hashed_again_are_checked_by_their_fields(tmp_path, make, amount):
+    """Whatever is read back has the types and sizes of the state; it may be another state."""
+    path, read = make(tmp_path)
+    kind, version = _kind_of(path)
+    record = read_record(path, kind, version, fix="")
+    depth = _depth(read())
+
+    def mutated(mutant):
+        write_record(path, kind, version, mutant, record.tensors)
+        return _depth(read())
+
+    mutants = (m for m in json_mutants(record.head, amount, seed=2) if isinstance(m, dict))
+    check_mutants(mutants, mutated, depth, refused=0.5)
+
+
+def _kind_of(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        told = json.loads(file.metadata()["record"])
+    return told["kind"], told["version"]
+
+
+def _depth(value):
+    """The kind of a state: what it is made of, not its numbers."""
+    return type(value).__name__, len(value)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_calls_of_other_shapes_kinds_or_names_are_refused(tmp_path, amount):
+    path, read = stored_calls(tmp_path)
+    expected = [len(part) for part in read()]
+
+    def mutated(mutant):
+        path.write_bytes(mutant)
+        return [len(part) for part in read()]
+
+    check_mutants(byte_mutants(path.read_bytes(), amount, seed=3), mutated, expected)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_finished_programs_of_an_export_are_those_that_were_written(tmp_path, amount):
+    work = WorkFolder(tmp_path / "out.checkpoint", RUN, resume=False)
+    work.path("denoiser").write_bytes(b"program")
+    expected = work.finish("denoiser", {"methods": [{"part": "denoiser"}], "quality": {"bits": 4}})
+    for number, name in enumerate(("export.json", "denoiser.json", "denoiser.pte")):
+        path = work.directory / name
+        original = path.read_bytes()
+
+        def read(mutant, path=path):
+            path.write_bytes(mutant)
+            return WorkFolder(work.directory, RUN, resume=True).finished("denoiser")
+
+        mutants = byte_mutants(original, amount // 3, seed=number)
+        check_mutants(mutants, read, expected, refused=0.8)
+        path.write_bytes(original)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("sealed", [True, False])
+def test_thresholds_that_were_changed_are_refused(tmp_path, amount, sealed):
+    path = tmp_path / "parity.json"
+    rung = RungThresholds(
+        against="float",
+        output=Seen(40.0),
+        previous=Seen(40.0, 50.0),
+        nodes={Site("body", 0, "linear", 0): Seen(30.0)},
+        own={},
+    )
+    listed = {"parity.safetensors": {"bytes": 1, "sha256": "0" * 64}}
+    Thresholds(rungs={"quantized": rung}, files=listed, versions={"torch": "2"}).write(path)
+    original = read_json(path)
+
+    def read(mutant):
+        written = seal(mutant) if sealed and isinstance(mutant, dict) else mutant
+        path.write_text(json.dumps(written))
+        found = Thresholds.from_dict(read_json(path), path)
+        return type(found).__name__ if sealed else plain(len(found.rungs))
+
+    expected = "Thresholds" if sealed else 1
+    mutants = json_mutants(original, amount, seed=5)
+    check_mutants(mutants, read, expected, refused=0.3 if sealed else 0.9)
