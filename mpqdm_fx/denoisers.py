@@ -174,10 +174,10 @@ def open_denoiser(
 def _saved_source(folder: ModelFolder, model: Denoiser) -> Source:
     """Inputs and scheduler as saved: sampling needs no float model."""
     place = str(folder.root / SCHEDULER_CONFIG)
-    scheduler = scheduler_from_config(folder.files.read_json(SCHEDULER_CONFIG), place)
+    scheduler = scheduler_from_config(folder.files.read_json(SCHEDULER_CONFIG, finite=False), place)
     signature = signature_from_dict(folder.manifest["signature"])
     if MODEL_CONFIG in folder.files and signature.model_class in CLASSES:
-        config = folder.files.read_json(MODEL_CONFIG)
+        config = folder.files.read_json(MODEL_CONFIG, finite=False)
         checked_model_config(config, str(folder.root / MODEL_CONFIG))
         times = next((spec.shape[-1] for spec in signature.inputs if _is_time_ids(spec)), 0)
         return make_source(

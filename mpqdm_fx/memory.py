@@ -66,7 +66,7 @@ def import_classes(name: str, subfolder: str | None = None) -> None:
     files = [*root.glob("*config.json"), *root.glob("scheduler/*config.json")]
     if subfolder:
         files += root.glob(f"{subfolder}/*config.json")
-    described = [read_json(file) for file in files]
+    described = [read_json(file, finite=False) for file in files]
     for wanted in ("UNet2DModel", *(config.get("_class_name") for config in described)):
         with suppress(MPQError):  # who loads it says what is wrong
             model_class(wanted)

@@ -250,5 +250,5 @@ def _skeleton(folder: ModelFolder) -> nn.Module:
             "it holds no diffusers model: call load(directory, model=...) with a model of the "
             "architecture that was quantized"
         )
-    config = folder.files.read_json(MODEL_CONFIG)
+    config = folder.files.read_json(MODEL_CONFIG, finite=False)
     return model_from_config(config, str(folder.root / MODEL_CONFIG))

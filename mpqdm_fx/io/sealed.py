@@ -44,7 +44,7 @@ _OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _CHUNK = 1 << 20
 
 
-def parse_json(data: bytes, where: object, *, fix: str = "") -> dict[str, Any]:
+def parse_json(data: bytes, where: object, *, fix: str = "", finite: bool = True) -> dict[str, Any]:
     """Parse a JSON object, more strictly than `json` does.
 
     Numbers are finite and integers have at most 19 digits, no object has a key twice, and nesting
@@ -54,6 +54,8 @@ def parse_json(data: bytes, where: object, *, fix: str = "") -> dict[str, Any]:
         data: UTF-8.
         where: What it was read from, for messages.
         fix: What to do if it is damaged; ends the message.
+        finite: Whether it is a file of ours, whose numbers are finite. Configurations of diffusers
+            may have infinities, as Python writes them.
 
     Raises:
         ArtifactError: It is not JSON by these rules, or no object.
@@ -63,7 +65,7 @@ def parse_json(data: bytes, where: object, *, fix: str = "") -> dict[str, Any]:
         value = json.loads(
             data.decode(),
             object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
+            parse_constant=_refuse_constant if finite else float,
             parse_float=_finite,
             parse_int=_short,
         )
@@ -118,7 +120,7 @@ def _check_depth(value: Any) -> None:
     raise RecursionError
 
 
-def read_json(path: str | Path, *, fix: str = "") -> dict[str, Any]:
+def read_json(path: str | Path, *, fix: str = "", finite: bool = True) -> dict[str, Any]:
     """Read a JSON object from a regular file of at most 64 MiB; see `parse_json`.
 
     Raises:
@@ -130,7 +132,7 @@ def read_json(path: str | Path, *, fix: str = "") -> dict[str, Any]:
             raise ArtifactError(f"{path} has {size} bytes, more than any JSON file of ours")
         with open(descriptor, "rb", closefd=False) as file:
             data = file.read(_LARGEST_JSON + 1)
-    return parse_json(data, path, fix=fix)
+    return parse_json(data, path, fix=fix, finite=finite)
 
 
 @contextlib.contextmanager
@@ -318,9 +320,9 @@ class SealedFolder:
         _compare(path, entry, hash_bytes(data))
         return data
 
-    def read_json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str, *, finite: bool = True) -> dict[str, Any]:
         """A listed JSON file; see `parse_json`."""
-        return parse_json(self.read(name), self.root / name)
+        return parse_json(self.read(name), self.root / name, finite=finite)
 
     def check(self) -> None:
         """Hash all files.

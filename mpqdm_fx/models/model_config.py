@@ -49,7 +49,7 @@ def read_model_config(folder: Path) -> tuple[Any, dict[str, Any]]:
             that no model has.
     """
     path = folder / MODEL_CONFIG
-    config = read_json(path)
+    config = read_json(path, finite=False)
     return checked_model_config(config, str(path)), config
 
 

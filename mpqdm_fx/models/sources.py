@@ -172,7 +172,7 @@ def _load_scheduler(folder: Path) -> Any:
         CalibrationError: Its numbers are no schedule.
     """
     path = folder / _SCHEDULER_CONFIG
-    return scheduler_from_config(read_json(path), str(path))
+    return scheduler_from_config(read_json(path, finite=False), str(path))
 
 
 def scheduler_from_config(config: Mapping[str, Any], place: str) -> Any:
@@ -276,5 +276,5 @@ def _told(root: Path | None, file: str, name: str, kind: type) -> Any:
     """What another file of a pipeline's folder says; None if it does not, or nothing of use."""
     if root is None or not (root / file).is_file():
         return None
-    value = read_json(root / file).get(name)
+    value = read_json(root / file, finite=False).get(name)
     return value if isinstance(value, kind) else None

@@ -184,7 +184,7 @@ class PipelineRunner:
         """
         if chosen is not None and not isinstance(chosen, str):
             return copy.deepcopy(chosen)
-        config = self.programs.files.read_json(SCHEDULER)
+        config = self.programs.files.read_json(SCHEDULER, finite=False)
         name = chosen or config.get("_class_name")
         base = importlib.import_module("diffusers").SchedulerMixin
         found: Any = getattr(importlib.import_module("diffusers.schedulers"), str(name), None)

@@ -9,6 +9,7 @@ from torch import nn
 
 from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_calls
 from mpqdm_fx.backends.torch_ao import lower_torch_ao
+from mpqdm_fx.graph.editing import replace_module
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.round_weights import install_codes
@@ -29,8 +30,9 @@ def linear(scales: torch.Tensor, bias: torch.Tensor | None, seed: int = 0):
     layer = nn.Linear(7, len(scales), bias=bias is not None)
     if bias is not None:
         layer.bias.data = bias
-    model = nn.Sequential(install_codes(layer, codes, scales.to(torch.bfloat16).float())).eval()
-    return trace(model, {"input": torch.randn(3, 7)})
+    graph = trace(nn.Sequential(layer).eval(), {"input": torch.randn(3, 7)})
+    replace_module(graph, "0", install_codes(layer, codes, scales.to(torch.bfloat16).float()))
+    return graph
 
 
 def test_ordinary_layer_is_returned_as_it_is():

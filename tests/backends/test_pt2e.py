@@ -20,6 +20,7 @@ from torch import nn
 from mpqdm_fx.backends import ao
 from mpqdm_fx.backends.pt2e import WEIGHT_OPS, convert_pt2e_graph, export_graph, to_quantizer
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.editing import replace_module
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.round_weights import install_codes
@@ -240,8 +241,9 @@ def test_embedding_on_its_grid_stays_in_float():
     inputs = {"y": torch.tensor([1, 4, 2])}
     model = Classes().eval()
     codes = torch.randint(-127, 128, (5, 6), dtype=torch.int8)
-    model.table = install_codes(model.table, codes, torch.full((5,), 0.0625))
     graph = round_to_grid(trace(model, inputs))
+    table = install_codes(model.table, codes, torch.full((5,), 0.0625))
+    replace_module(graph, "table", table)
     one = ActivationRange(scale=0.1, zero_point=0)
     ranges = {"mix": LayerActivation(input=one, output=one)}
     converted = convert_pt2e_graph(graph, ranges, inputs)

@@ -149,7 +149,7 @@ def test_bad_data_is_refused_with_the_layer(net):
     graph, calls, _ = net
     with pytest.raises(CalibrationError, match="at least one call"):
         measure_sensitivity(graph, [])
-    with pytest.raises(CalibrationError, match="probes=0"):
+    with pytest.raises(ConfigError, match="probes=0"):
         measure_sensitivity(graph, calls, probes=0)
     broken = trace(TinyNet(), calls[0])
     with torch.no_grad():

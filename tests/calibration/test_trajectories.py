@@ -236,7 +236,7 @@ def test_a_scheduler_of_impossible_numbers_is_refused_before_any_run(settings, w
 
 
 def test_conditions_that_are_not_finite_are_refused_by_name():
-    with pytest.raises(CalibrationError, match=r"condition text\.pooled holds NaN"):
+    with pytest.raises(CalibrationError, match=r"conditions: input 'text\.pooled' .*holds NaN"):
         make(conditions={"text": {"pooled": torch.full((6, 2), torch.nan)}})
 
 

@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on_with_resume_and_not_without(folder, tmp_path, monk
     [
         (["nowhere"], "nowhere"),
         (["{folder}", "--budget", "soon"], "90s, 5m or 1.5h"),
-        (["{folder}", "--relation", "cosine"], "'none' or 'trd'"),
+        (["{folder}", "--relation", "cosine"], "'none', 'trd', 'queue' or 'feature'"),
         (["{folder}", "--updates", "1", "--output", "{file}"], "is a file"),
     ],
 )

@@ -111,7 +111,9 @@ def test_what_was_moved_at_random_is_frozen_bit_for_bit_and_still_legal(case, tm
     names = [layer.name for layer in frozen.plan.layers]
     assert not all(torch.equal(frozen.codes(n), quantized.codes(n)) for n in names)
     # packing refuses codes that are not of the plan's levels
-    packed = [mpqdm_fx.save(model, tmp_path / "frozen") for model in (quantized, frozen)]
+    packed = [
+        mpqdm_fx.save(model, tmp_path / "frozen", overwrite=True) for model in (quantized, frozen)
+    ]
     assert torch.equal(outputs(mpqdm_fx.load(packed[1]), inputs), found)
 
 

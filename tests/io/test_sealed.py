@@ -68,6 +68,13 @@ def test_a_sealed_manifest_is_known_from_any_other(value, other):
             verified(forged, "file")
 
 
+def test_configurations_of_diffusers_may_have_infinities():
+    text = b'{"lambda_min_clipped": -Infinity, "beta_start": NaN}'
+    found = parse_json(text, "file", finite=False)
+    assert found["lambda_min_clipped"] == -float("inf")
+    assert found["beta_start"] != found["beta_start"]
+
+
 def folder(root, **contents):
     root.mkdir(exist_ok=True)
     for name, content in contents.items():

@@ -3,16 +3,18 @@
 import json
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from small import TinyNet, net_calls
 
 from mpqdm_fx.api import lower, quantize
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.folders import WEIGHTS, seal_folder
+from mpqdm_fx.folders import open_folder, seal_folder
+from mpqdm_fx.graph.editing import copy_graph_module, replace_module
 from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.parity.thresholds import THRESHOLDS
+from mpqdm_fx.passes.round_weights import install_codes
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.storage import load, save
+from mpqdm_fx.stages import assemble
+from mpqdm_fx.storage import load, save, write_model
 
 
 def quantized_net() -> QuantizedModel:
@@ -32,14 +34,23 @@ def folder_of_net(path: Path, *, program: bool, observe=None) -> Path:
 
 
 def double_a_scale(folder: Path, layer: str, channel: int = 0) -> None:
-    """Double the scale of one output channel in the packed file, and mend its checksum."""
-    plan = load(folder, TinyNet()).plan
-    names = [planned.name for planned in plan.layers]
-    before = plan.layers[: names.index(layer)]
-    tensors = load_file(folder / WEIGHTS)
-    tensors["scales"][sum(planned.shape[0] for planned in before) + channel] *= 2
-    save_file(tensors, folder / WEIGHTS)
-    seal_folder(folder)
+    """Double the scale of one output channel, in a folder that is sealed again and loads."""
+    quantized = load(folder, TinyNet())
+    rounded = copy_graph_module(quantized.rounded)
+    module = rounded.get_submodule(layer)
+    scale = module.weight_scale.clone()
+    scale[channel] *= 2
+    replace_module(rounded, layer, install_codes(module, module.weight_codes, scale))
+    changed = assemble(
+        rounded,
+        plan=quantized.plan,
+        ranges=quantized.ranges,
+        settings=quantized.settings,
+        report=quantized.report,
+        model_config=quantized.config,
+        noise_levels=quantized.noise_levels,
+    )
+    write_model(changed, folder, program=open_folder(folder).manifest["program"])
 
 
 def edit(path: Path, change) -> None:
