@@ -79,6 +79,7 @@ def prepare(
     check_value(model, nn.Module, "model")
     check_value(config, MPQConfig, "config")
     model = unwrap(model)
+    check_model(model)
     check_example(model, example_inputs)
     graph_module = normalized(model, example_inputs, config, fractional_timesteps=True)
     _check_layers(graph_module, config, type(model).__name__)

@@ -110,7 +110,7 @@ def enter(model: nn.Module) -> Entry:
             or it is to be copied and cannot be.
     """
     model = unwrap(model)
-    check_model(model)
+    check_model(model, rounded=True)
     _check_arguments(model)
     dtype = _dtype_of(model)
     wrapped = any(_is_wrapped(module) for module in model.modules())

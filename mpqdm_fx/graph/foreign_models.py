@@ -38,18 +38,20 @@ _REFUSED_DTYPES = (
 )
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, *, rounded: bool = False) -> None:
     """Refuse a model whose modules do more, or whose tensors are less, than they show.
 
     Args:
         model: The caller's model; nothing is run and nothing is changed.
+        rounded: Whether its layers may have been rounded by this package: they compute what they
+            show, but are not to be quantized again.
 
     Raises:
         TraceError: It is offloaded, cast layer by layer, hooked by accelerate or diffusers,
             quantized, scripted, sharded or not initialised, or in a dtype that does not fit.
     """
     for name, module in model.named_modules():
-        reason = _module_reason(module)
+        reason = _module_reason(module, rounded=rounded)
         if reason:
             raise TraceError(f"{_place(model, name)} {reason}")
     for name, tensor, is_parameter in own_tensors(model):
@@ -76,13 +78,13 @@ def _place(model: nn.Module, name: str) -> str:
     return f"{type(model).__name__}: {name or 'the model'}"
 
 
-def _module_reason(module: nn.Module) -> str:
+def _module_reason(module: nn.Module, *, rounded: bool) -> str:
     """Why a module is refused; empty if it is not."""
     kind = type(module)
     attributes = module.__dict__
     if isinstance(module, torch.jit.ScriptModule):
         return f"is scripted ({kind.__name__}); give the module that it was made of"
-    if _is_quantized(module):
+    if _is_quantized(module) or ("weight_codes" in module._buffers and not rounded):
         return f"is quantized already ({kind.__name__}); {_FLOAT_MODEL}"
     if kind.__module__.startswith("torch.distributed.fsdp"):
         return f"is sharded ({kind.__name__}); gather it into a module of one process"
@@ -107,13 +109,11 @@ def _module_reason(module: nn.Module) -> str:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """Tell whether a module holds codes, by its class, its flag, its buffers or its graph."""
+    """Tell whether a module holds codes, by its class, its flag or its graph."""
     attributes = module.__dict__
     if _QUANTIZERS.match(f"{type(module).__module__}."):
         return True
     if attributes.get("is_quantized") or attributes.get("hf_quantizer") is not None:
-        return True
-    if "weight_codes" in module._buffers:
         return True
     return isinstance(module, fx.GraphModule) and any(
         str(node.target).startswith(("quantized", "torchao")) for node in module.graph.nodes

@@ -64,7 +64,18 @@ def rebuild(description: Description, signature: Signature) -> fx.GraphModule:
         raise ArtifactError(f"the stored graph is damaged: {error!r}") from None
     graph_module.training = False
     graph_module.meta["signature"] = signature
+    _check_signature(graph_module, signature)
     return graph_module
+
+
+def _check_signature(graph_module: fx.GraphModule, signature: Signature) -> None:
+    names = tuple(str(node.target) for node in graph_module.graph.find_nodes(op="placeholder"))
+    given = tuple(dict.fromkeys(spec.name.partition(".")[0] for spec in signature.inputs))
+    if names != signature.arguments or set(given) != set(names):
+        raise ArtifactError(
+            f"the stored graph takes {', '.join(names)}, its signature names "
+            f"{', '.join(signature.arguments)} with tensors of {', '.join(given)}"
+        )
 
 
 def _identifier(name: Any) -> str:
@@ -152,6 +163,9 @@ def infer_values(graph_module: fx.GraphModule) -> None:
 
     Args:
         graph_module: A graph with a signature, whose tensors have values.
+
+    Raises:
+        ArtifactError: The graph does not run on inputs of its signature.
     """
     signature: Signature = graph_module.meta["signature"]
     low, high = signature.batch_range or (signature.batch, signature.batch)
@@ -164,12 +178,17 @@ def infer_values(graph_module: fx.GraphModule) -> None:
         id(tensor): _fake(tensor, mode, dynamic=name in dynamic)
         for name, tensor in tensor_leaves(inputs)
     }
-    known = pytree.tree_map(lambda tensor: fakes[id(tensor)], inputs)
-    # The dispatcher in Python: kernels in C++ would turn the symbol into the example's number.
-    with torch.no_grad(), mode, enable_python_dispatcher():
-        _Values(graph_module, mode).run(
-            *[known[str(node.target)] for node in graph_module.graph.find_nodes(op="placeholder")]
-        )
+    known = pytree.tree_map_only(Tensor, lambda tensor: fakes[id(tensor)], inputs)
+    values = [known[str(node.target)] for node in graph_module.graph.find_nodes(op="placeholder")]
+    try:
+        # The dispatcher in Python: kernels in C++ would turn the symbol into the example's number.
+        with torch.no_grad(), mode, enable_python_dispatcher():
+            _Values(graph_module, mode).run(*values)
+    except Exception as error:  # whatever an operator says to what it does not take
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ArtifactError(
+            f"the stored graph does not run on inputs of its signature: {first[:300]}"
+        ) from None
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode, *, dynamic: bool) -> Tensor:

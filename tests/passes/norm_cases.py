@@ -25,6 +25,16 @@ def traced(function, x, dynamic_batch=True, **tensors):
     return trace(module.eval(), (x,), dynamic_batch=dynamic_batch)
 
 
+def traced_in(dtype, module, x):
+    """Graph of a module in another precision: a trace itself computes in float32."""
+    graph = traced(module, x.float()).to(dtype)
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            node.meta["val"] = value.to(dtype)
+    return graph
+
+
 def randomized(norm, seed=0):
     """The norm with random parameters, around 1 and 0."""
     generator = torch.Generator().manual_seed(seed)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from norm_cases import assert_close, draw, outputs, randomized, targets, traced
+from norm_cases import assert_close, draw, outputs, randomized, targets, traced, traced_in
 from small import Twice
 from torch import nn
 
@@ -156,15 +156,13 @@ def test_weight_that_is_computed_is_left_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_floats_are_left_alone(dtype):
-    x = draw(2, 6, 5, 7).to(dtype)
-    graph = traced(nn.Sequential(nn.GroupNorm(2, 6).to(dtype)), x)
+    graph = traced_in(dtype, nn.Sequential(nn.GroupNorm(2, 6)), draw(2, 6, 5, 7))
     assert not DecomposeGroupNorm()(graph).modified
 
 
 def test_double_precision_is_kept():
-    norm = randomized(nn.GroupNorm(2, 6)).double()
     x = draw(2, 6, 5, 7)
-    graph = traced(nn.Sequential(norm), x)
+    graph = traced_in(torch.float64, nn.Sequential(randomized(nn.GroupNorm(2, 6))), x)
     assert_close(outputs(decomposed(graph), x), outputs(graph, x), rtol=1e-13)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from norm_cases import assert_close, draw, outputs, randomized, targets, traced
+from norm_cases import assert_close, draw, outputs, randomized, targets, traced, traced_in
 from small import Twice
 from torch import nn
 from torch.nn.functional import layer_norm, rms_norm
@@ -121,8 +121,7 @@ def test_what_the_rules_do_not_cover_is_left_alone(function):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_floats_are_left_alone(dtype):
-    x = draw(2, 5, 6).to(dtype)
-    graph = traced(nn.Sequential(nn.LayerNorm(6).to(dtype)), x)
+    graph = traced_in(dtype, nn.Sequential(nn.LayerNorm(6)), draw(2, 5, 6))
     assert not DecomposeLayerNorm()(graph).modified
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from norm_cases import traced_in
 from small import Twice
 from torch import nn
 
@@ -159,7 +160,8 @@ def test_a_layer_called_twice_is_quantized_at_both_calls():
 def test_half_precision_stays_half_precision():
     inputs = {"x": torch.randn(3, 2, 3, 5, dtype=torch.bfloat16)}
     ranges = {"first": make_layer(), "second": make_layer()}
-    graph, result = quantize(Chain().to(torch.bfloat16), inputs, ranges)
+    graph = traced_in(torch.bfloat16, Chain(), inputs["x"])
+    result = QuantizeActivations(ranges=ranges)(graph).graph_module
     assert result(**inputs).dtype == graph(**inputs).dtype == torch.bfloat16
 
 
