@@ -18,9 +18,8 @@ from mpqdm_fx import proof, storage
 from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.folders import GRAPH, MANIFEST, OUTPUTS
+from mpqdm_fx.folders import GRAPH, MANIFEST, OUTPUTS, seal_folder
 from mpqdm_fx.graph.trace import same_bits
-from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.proof import proof_inputs
 from mpqdm_fx.storage import load, save
 
@@ -40,9 +39,7 @@ def saved(quantized, tmp_path):
 def rewrite(folder, name, content):
     """Replace a file, with a manifest that knows it."""
     (folder / name).write_bytes(content)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"][name] = Entry.of(folder / name).to_dict()
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    seal_folder(folder)
 
 
 @pytest.mark.parametrize("change", [*CHANGES[:4], CHANGES[5]], ids=lambda change: change.__name__)

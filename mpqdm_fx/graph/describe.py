@@ -50,8 +50,9 @@ def describe(graph_module: fx.GraphModule) -> Description:
 
     Returns:
         `model`: the graph's class name; `nodes`: [name, op, target, args, kwargs, scope] of each,
-        where the scope is the module that the model computed it in; `modules`: class, settings and
-        tensors of each called module; `tensors`: of the rest. Tensors are [kind, dtype, shape].
+        where the scope is the module that the model computed it in and the number of its call
+        (nothing for a call of that module); `modules`: class, settings and tensors of each called
+        module; `tensors`: of the rest. Tensors are [kind, dtype, shape].
     """
     nodes = list(graph_module.graph.nodes)
     modules: dict[str, Any] = {}
@@ -84,14 +85,17 @@ def _node(node: fx.Node) -> list[Any]:
     elif node.op == "call_method":
         target = {CODE: f"method {target}"}
     stack = node.meta.get("nn_module_stack") or {}
-    scope = next((path.split("@")[0] for path, _ in reversed(stack.values())), "")
+    key, entry = next(reversed(stack.items()), ("", ("", None)))
+    call = str(key).rpartition("@")[2]
+    # Which call of a module a node is from decides what it is compared with (`parity.sites`).
+    scope = [str(entry[0]), int(call) if call.isdigit() else 0]
     return [
         node.name,
         node.op,
         target,
         literal(list(node.args)),
         {key: literal(value) for key, value in node.kwargs.items()},
-        "" if scope == node.target else scope,
+        [] if scope == [node.target, 0] else scope,
     ]
 
 
@@ -251,8 +255,8 @@ def _entry_difference(name: str, given: Any, wanted: Any) -> str:
     return f"{name} is {_shown(given)} and not {_shown(wanted)}"
 
 
-def _in(scope: str) -> str:
-    return f" in {scope}" if scope else ""
+def _in(scope: list[Any]) -> str:
+    return f" in {scope[0]}" if scope and scope[0] else ""
 
 
 def _shown(value: Any) -> str:

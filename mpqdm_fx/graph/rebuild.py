@@ -150,10 +150,17 @@ def _graph(entries: list[list[Any]]) -> fx.Graph:
         if node.name != name:
             raise ValueError(f"there are two nodes {name!r}")
         if op not in ("placeholder", "output"):
-            inner = scope or (target if op == "call_module" else "")
-            node.meta["nn_module_stack"] = {"": ("", ""), **({inner: (inner, "")} if inner else {})}
+            node.meta["nn_module_stack"] = _stack(*scope) if scope else _stack(target, 0)
         nodes[name] = node
     return graph
+
+
+def _stack(path: str, call: int) -> dict[str, tuple[str, str]]:
+    """The innermost module and the call of it, as torch.export notes them."""
+    if not isinstance(path, str) or type(call) is not int:
+        raise ValueError(f"{path!r}, {call!r} is no call of a module")
+    stack = {"": ("", "")}
+    return {**stack, (f"{path}@{call}" if call else path): (path, "")} if path else stack
 
 
 def infer_values(graph_module: fx.GraphModule) -> None:

@@ -30,7 +30,7 @@ def pipeline(tmp_path):
 def test_a_resumed_export_may_compress_what_was_finished(pipeline, tmp_path, monkeypatch):
     output = tmp_path / "out"
     export(pipeline, output, monkeypatch, dies_at="vae_decoder.pte")
-    with pytest.raises(ConfigError, match="program form was .* is "):
+    with pytest.raises(ConfigError, match=r"program form was .* is "):
         export(pipeline, output, monkeypatch, resume=True, external_weights=True)
     assert export(pipeline, output, monkeypatch, resume=True, compress=True) == ["vae_decoder.pte"]
     files = {"text_encoder.pte.xz", "denoiser.pte.xz", "vae_decoder.pte.xz"}
