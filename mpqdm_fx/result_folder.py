@@ -28,7 +28,7 @@ from mpqdm_fx.denoisers import (
 )
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.files import write_text
-from mpqdm_fx.folders import open_folder, seal_folder, staged_directory
+from mpqdm_fx.folders import MANIFEST, open_folder, seal_folder, staged_directory
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.memory import peak_memory
@@ -197,7 +197,9 @@ def write_folder(
         for name in program_names(open_folder(stage)):
             drop_expansions(stage / name)
         summary["files"] = {
-            path.name: path.stat().st_size for path in sorted(stage.iterdir()) if path.is_file()
+            path.name: path.stat().st_size
+            for path in sorted(stage.iterdir())
+            if path.is_file() and path.name != MANIFEST  # which lists this file, with its size
         }
         write_text(stage / SUMMARY, json.dumps(plain(summary), indent=2, allow_nan=False))
         seal_folder(stage)

@@ -123,7 +123,7 @@ def test_saving_loading_and_verifying_take_no_notice(calls, quantized, tmp_path)
     with torch.inference_mode():
         save(quantized, tmp_path / "packed")
         loaded = load(tmp_path / "packed", TinyNet())
-        inside = verify(tmp_path / "packed", model=TinyNet())
+        inside = verify(tmp_path / "packed", model=TinyNet(), store=True)
     assert not any(parameter.is_inference() for parameter in loaded.parameters())
     assert torch.equal(loaded(**calls[0]), quantized(**calls[0]))
     outside = verify(tmp_path / "packed", model=TinyNet())

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from mpqdm_fx import cli
 from mpqdm_fx.cli_options import activation_mode_of
 from mpqdm_fx.errors import MPQError
+from mpqdm_fx.folders import seal_folder
 from mpqdm_fx.io.sealed import seal
 
 
@@ -52,10 +53,12 @@ def test_quantize_leaves_packed_weights_config_scheduler_and_a_grid(quantized_fo
     names = {path.name for path in quantized_folder.iterdir()}
     assert names == {
         "config.json",
+        "graph.json.xz",
         "model.safetensors",
         "mpqdm.json",
         "parity.json",
         "parity.safetensors",
+        "proof.safetensors",
         "samples.png",
         "scheduler",
         "source.json",
@@ -89,7 +92,7 @@ def test_inspect_names_a_damaged_summary(quantized_folder, tmp_path):
     (folder / "summary.json").write_text("{")
     status, text = run("inspect", folder)
     assert status == 2
-    assert "summary.json is damaged" in text
+    assert "summary.json is truncated or damaged" in text
 
 
 @pytest.mark.parametrize("form", ["packed", "float", "auto"])
@@ -128,6 +131,7 @@ def test_verify_exits_with_one_where_a_layer_falls_short(quantized_folder, tmp_p
     nodes = thresholds["rungs"]["quantized"]["nodes"]
     nodes["mid_block.resnets.0.conv1@0 convolution 0"] = [59.5, "inf"]
     (folder / "parity.json").write_text(json.dumps(seal(thresholds)))
+    seal_folder(folder)
     status, text = run("verify", folder)
     assert status == 1
     named = "rung `quantized` falls short: mid_block.resnets.0.conv1: convolution [1, 24, 4, 4]"
@@ -140,6 +144,7 @@ def test_verify_exits_with_one_where_a_layer_falls_short(quantized_folder, tmp_p
 def test_verify_without_thresholds_is_an_error_with_the_remedy(quantized_folder, tmp_path):
     folder = shutil.copytree(quantized_folder, tmp_path / "out")
     (folder / "parity.json").unlink()
+    seal_folder(folder)
     status, text = run("verify", folder)
     assert (status, "holds no thresholds" in text, "--store" in text) == (2, True, True)
     assert not (folder / "parity.json").exists()
@@ -160,7 +165,10 @@ def test_trace_explain_says_what_was_found(model_folder):
         (["quantize", "digits", "--weights", 9], "1 to 8"),
         (["quantize", "digits", "--allocation", "best"], "'omq' or 'uniform'"),
         (["quantize", "digits", "--backend", "tflite"], "choose one of"),
-        (["quantize", "digits", "--activation-mode", "late"], "'static' or 'timestep'"),
+        (
+            ["quantize", "digits", "--activation-mode", "late"],
+            "'static', 'timestep', 'dynamic' or 'float'",
+        ),
         (
             ["quantize", "digits", "--activation-mode", "timestep"],
             'activation_mode="static" or "dynamic"',

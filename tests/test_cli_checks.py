@@ -13,6 +13,7 @@ from typing_in import typed
 from mpqdm_fx import cli_checks, workflow
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.folders import seal_folder
 from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.result_folder import Form
 
@@ -87,7 +88,10 @@ def test_no_command_begins_if_its_output_cannot_be_written(
     assert listed(place) == before
 
 
+NEW = ["--backend", "packed", "--output", "new"]
+
 CASES = [
+    (["quantize", "model", "--backend", "packed"], "--overwrite"),
     # a folder and what lies in it, or what it lies in
     (["quantize", "model", "--output", "model/inside"], "one lies in the other"),
     (["distill", "out", "--output", "out/inside"], "one lies in the other"),
@@ -113,10 +117,10 @@ CASES = [
     (["distill", "out", "--budget", "9" * 400 + "h"], "write a time such as"),
     (["export", "model", "--size", "big"], "HEIGHTxWIDTH"),
     # settings that the graph does not bear out
-    (["quantize", "model", "--backend", "packed", "--effective-bits", 0.5], "the smallest that"),
-    (["quantize", "model", "--backend", "packed", "--weight-bytes", 9], "the smallest that can is"),
-    (["quantize", "model", "--backend", "packed", "--max-memory", "1"], "the smallest limit that"),
-    (["quantize", "model", "--backend", "packed", "--override", "convin=4"], "nearest names"),
+    (["quantize", "model", *NEW, "--effective-bits", 1.0], "the smallest that"),
+    (["quantize", "model", *NEW, "--weight-bytes", 9], "the smallest that can is"),
+    (["quantize", "model", *NEW, "--max-memory", "1"], "the smallest limit that"),
+    (["quantize", "model", *NEW, "--override", "convin=4"], "nearest names"),
     (["plan", "model", "--override", "convin=4"], "nearest names"),
     # folders that are not there
     (["distill", "nowhere"], "nowhere"),
@@ -146,6 +150,7 @@ def test_no_command_begins_with_what_it_cannot_end_with(place, monkeypatch, caps
 @pytest.mark.parametrize("command", ["distill", "evaluate"])
 def test_a_folder_whose_float_model_is_gone_says_so_at_once(place, monkeypatch, capsys, command):
     (place / "out" / "source.json").write_text(json.dumps({"model": "gone", "subfolder": None}))
+    seal_folder(place / "out")
     status, _, err = typed(monkeypatch, capsys, command, "out")
     assert status == 2
     assert "gone" in err
@@ -181,7 +186,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 
 
 @pytest.mark.parametrize(
-    "words", [["quantize", "model", "--backend", "packed"], ["distill", "out"], ["export", "model"]]
+    "words", [["quantize", "model", *NEW], ["distill", "out"], ["export", "model"]]
 )
 def test_a_disk_that_is_too_small_is_told_before(place, monkeypatch, capsys, words):
     monkeypatch.setattr(workflow, "calibration_of", None)
@@ -220,7 +225,7 @@ def test_an_unfinished_run_is_told_before_the_work(place):
     with pytest.raises(ConfigError, match="resume it, or delete it"):
         start(place)
     start(place, resume=True)
-    with pytest.raises(ConfigError, match=r"with seed=0, not 1"):
+    with pytest.raises(ConfigError, match="seed was 0, is 1"):
         start(place, resume=True, seed=1)
 
 

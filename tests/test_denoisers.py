@@ -6,8 +6,10 @@ from manifests import edit_manifest
 from small import TinyNet, net_calls
 
 import mpqdm_fx
+from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack_float
 from mpqdm_fx.denoisers import draw, program_denoiser
 from mpqdm_fx.folders import open_folder, seal_folder
+from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.models.sources import Source
 
 
@@ -36,7 +38,8 @@ def test_a_program_takes_batches_beyond_the_traced_range(tmp_path):
     settings = mpqdm_fx.MPQConfig(weight_bits=8, allocation="uniform", activation_mode="float")
     root = mpqdm_fx.save(mpqdm_fx.quantize(model, settings, net_calls()), tmp_path / "net")
     quantized = mpqdm_fx.load(root)
-    mpqdm_fx.lower(quantized, "xnnpack", output=root / "unet.pte")
+    example = example_inputs(quantized.signature, batch_size=1)
+    lower_xnnpack_float(quantized.rounded, example, root / "unet.pte")
     seal_folder(root)
     # UNets that upsample are traced for less than 64 samples; this net takes any number
     edit_manifest(root, lambda manifest: manifest["signature"].update(batch_range=[1, 2]))

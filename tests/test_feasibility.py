@@ -18,7 +18,7 @@ def check(**settings):
 def test_the_smallest_budget_that_is_named_can_be_solved_and_a_byte_less_cannot():
     with pytest.raises(ConfigError, match="the smallest that can is") as refused:
         check(weight_bytes=9)
-    smallest = int(re.search(r"smallest that can is (\d+)", str(refused.value))[1])
+    smallest = int(re.search(r"smallest that can is weight_bytes=(\d+)", str(refused.value))[1])
     with pytest.raises(ConfigError, match="the smallest that can is"):
         check(weight_bytes=smallest - 1)
     check(weight_bytes=smallest)

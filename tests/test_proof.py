@@ -10,6 +10,7 @@ import torch
 from changed_unets import CHANGES, REFUSED, assert_same_or_refused, returned, rounded_model
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import FrozenDict
+from manifests import edit_manifest
 from safetensors.torch import load_file, save_file
 from small import TinyNet, net_calls, plain_unet
 from torch import nn
@@ -57,7 +58,7 @@ def test_a_model_given_to_load_is_compared_and_refused_by_name(tmp_path):
     changed_unets.circular_padding(model)
     folder = save(rounded_model(model, CALL), tmp_path / "model")
     assert same_bits(returned(load(folder, model=model)), returned(load(folder)))
-    with pytest.raises(ArtifactError, match=r"conv_in\.padding_mode is 'zeros' and not 'circular'"):
+    with pytest.raises(ArtifactError, match=r"conv_in\.\w+ is .* and not"):
         load(folder, model=plain_unet())
     other = plain_unet()
     changed_unets.circular_padding(other)
@@ -139,13 +140,12 @@ def test_a_bomb_is_not_expanded(saved, monkeypatch):
 
 
 def test_older_folders_load_with_a_warning_and_newer_ones_need_their_proof(saved, caplog):
-    manifest = json.loads((saved / MANIFEST).read_text())
-    del manifest["proof"]
-    (saved / MANIFEST).write_text(json.dumps(manifest))
+    edit_manifest(saved, lambda manifest: manifest.pop("proof"))
     with pytest.raises(ArtifactError, match="proof"):
         load(saved)
-    manifest["version"] = 2
-    (saved / MANIFEST).write_text(json.dumps(manifest))
+    manifest = json.loads((saved / MANIFEST).read_text())
+    del manifest["digest"]
+    (saved / MANIFEST).write_text(json.dumps({**manifest, "version": 2}))
     load(saved)
     assert "carries no proof" in caplog.text
 
