@@ -26,8 +26,9 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.graph.describe import describe, first_difference
 from mpqdm_fx.graph.entry import unwrap
-from mpqdm_fx.graph.fingerprint import graph_fingerprint, hash_tensor
+from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.signature import Signature
+from mpqdm_fx.io.records import hash_tensor
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.stages import normalized
 from mpqdm_fx.validation import Count, checked

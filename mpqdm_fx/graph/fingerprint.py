@@ -5,15 +5,14 @@ import inspect
 import json
 from collections.abc import Iterator
 from types import CodeType
-from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from mpqdm_fx.graph.describe import describe
 from mpqdm_fx.graph.leaves import leaf_class
+from mpqdm_fx.io.records import hash_tensor
 
-__all__ = ["graph_fingerprint", "hash_tensor"]
+__all__ = ["graph_fingerprint"]
 
 
 def graph_fingerprint(graph_module: fx.GraphModule) -> str:
@@ -50,10 +49,3 @@ def _own_code(module: nn.Module) -> Iterator[CodeType]:
 
 def _constants(code: CodeType) -> list[str]:
     return [repr(value) for value in code.co_consts if not inspect.iscode(value)]
-
-
-def hash_tensor(digest: Any, tensor: Tensor) -> None:
-    """Feed a tensor's dtype, shape and bits to a hash object of `hashlib`."""
-    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data)

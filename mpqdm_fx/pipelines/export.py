@@ -29,8 +29,8 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.feasibility import check_feasible
 from mpqdm_fx.folders import check_target, staged_directory
 from mpqdm_fx.graph.describe import module_settings
-from mpqdm_fx.graph.fingerprint import hash_tensor
 from mpqdm_fx.io import expansion, sealed
+from mpqdm_fx.io.records import hash_tensor
 from mpqdm_fx.pipelines import program_files, runner
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.pipelines.layout import Size, layout_of, open_pipeline

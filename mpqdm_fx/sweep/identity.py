@@ -8,7 +8,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.graph.fingerprint import graph_fingerprint, hash_tensor
+from mpqdm_fx.graph.fingerprint import graph_fingerprint
+from mpqdm_fx.io.records import hash_tensor
 from mpqdm_fx.versions import versions
 
 __all__ = ["calls_digest", "run_identity"]

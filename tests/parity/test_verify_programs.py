@@ -1,0 +1,129 @@
+"""`verify` on folders with a program: every rung down to the `.pte`, and the first that departs."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from parity_folders import folder_of_net
+from small import TinyNet
+from torch import nn
+
+from mpqdm_fx import MPQConfig, lower, quantize
+from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
+from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.folders import seal_folder
+from mpqdm_fx.parity.inputs import INPUTS, read_calls
+from mpqdm_fx.parity.sites import sites
+from mpqdm_fx.parity.verify import verify
+from mpqdm_fx.storage import load, write_model
+
+RUNGS = ["float", "quantized", "decomposed", "converted", "edge", "pte"]
+
+
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory):
+    """A folder with a program, the ladder of its thresholds, and what the lowering showed."""
+    observed = []
+    path = tmp_path_factory.mktemp("parity") / "net"
+    folder = folder_of_net(path, program=True, observe=observed.append)
+    return folder, verify(folder, model=TinyNet(), store=True), observed[0]
+
+
+@pytest.mark.xnnpack
+def test_all_rungs_of_a_program_are_measured_and_pass(lowered):
+    folder, first, _ = lowered
+    assert [rung.name for rung in first.rungs] == RUNGS
+    assert first.passed
+    for name in RUNGS[1:-1]:
+        assert {n.site.module for n in first.rung(name).layers} == {
+            "conv_in", "body", "mix", "conv_out",
+        }  # fmt: skip
+        assert first.rung(name).unmatched == ()
+    # the same integers, up to the order of sums in what stays float
+    assert first.rung("converted").previous_db == math.inf
+    assert min(node.own_db for node in first.rung("edge").nodes) > 100
+    assert first.rung("pte").previous_db > 60
+    again = verify(folder, model=TinyNet())
+    assert again.passed
+    assert json.loads(json.dumps(again.to_dict(), allow_nan=False))["passed"] is True
+
+
+@pytest.mark.xnnpack
+def test_the_graphs_on_the_road_to_a_program_are_those_that_verify_makes(lowered):
+    folder, _, observed = lowered
+    model = load(folder, TinyNet())
+    made = ProgramGraphs.of(model.rounded, model.ranges, observed.inputs)
+    calls, _ = read_calls(folder / INPUTS, model.signature)
+    for name in ("decomposed", "converted", "edge"):
+        mine, theirs = getattr(observed, name), getattr(made, name)
+        assert list(sites(mine)) == list(sites(theirs))
+        for call in calls:
+            with torch.no_grad():
+                assert torch.equal(mine(call["x"]), theirs(call["x"]))
+
+
+@pytest.mark.xnnpack
+def test_a_program_that_computes_other_numbers_fails_with_its_rung_named(lowered, monkeypatch):
+    folder, _, observed = lowered
+    runner = XnnpackRunner(folder / "unet.pte")
+    monkeypatch.setattr(
+        "mpqdm_fx.parity.verify.open_program", lambda _: lambda x: [runner(x)[0] * 1.01]
+    )
+    monkeypatch.setattr("mpqdm_fx.parity.verify._program_graphs", lambda *_: observed)
+    first = verify(folder, model=TinyNet()).first_divergence
+    assert (first.rung, first.against, first.node) == ("pte", "edge", None)
+    assert first.sqnr_db == pytest.approx(40, abs=0.5)
+
+
+@pytest.mark.xnnpack
+def test_another_program_than_the_stored_one_is_refused(lowered, tmp_path):
+    folder = shutil.copytree(lowered[0], tmp_path / "net")
+    (folder / "unet.pte").write_bytes((folder / "unet.pte").read_bytes() + b"\0")
+    with pytest.raises(ArtifactError, match=r"unet\.pte is truncated or damaged"):
+        verify(folder, model=TinyNet())
+    (folder / "unet.pte").unlink()
+    with pytest.raises(ArtifactError, match=r"unet\.pte does not exist"):
+        verify(folder, model=TinyNet())
+
+
+class _MixedNet(nn.Module):
+    """A layer of which some channels matter much more than others."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+        self.first, self.mixed, self.last = nn.Linear(8, 64), nn.Linear(64, 128), nn.Linear(128, 8)
+        with torch.no_grad():
+            self.last.weight[:, ::3] *= 40
+
+    def forward(self, x):
+        return self.last(torch.relu(self.mixed(torch.relu(self.first(x)))))
+
+
+@pytest.mark.xnnpack
+def test_layers_that_were_split_for_the_program_are_split_again(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    calls = [{"x": torch.randn(16, 5, 8, generator=generator)} for _ in range(4)]
+    config = MPQConfig(levels="int4", activation_mode="dynamic", refinements=0)
+    net = _MixedNet().eval()
+    quantized = quantize(net, config, calls)
+    made = {"four_bit": "split", "external_weights": True, "compress": False, "expanded": {}}
+    write_model(quantized, tmp_path, program=made)
+    path = tmp_path / "unet.pte"
+    program = lower(quantized, "xnnpack", output=path, four_bit="split", external_weights=True)
+    seal_folder(tmp_path)
+    assert program.four_bit_layers == ("mixed_rows",)
+    verify(tmp_path, model=net, store=True)
+    assert set(json.loads((tmp_path / "parity.json").read_text())["files"]) == {
+        "parity.safetensors",
+        "unet.pte",
+        "unet.ptd",
+    }
+    ladder = verify(tmp_path, model=net)
+    assert ladder.passed, ladder.first_divergence
+    assert "mixed_rows" in {node.site.module for node in ladder.rung("converted").nodes}
+    assert not ladder.faults
+    assert not [note for note in ladder.notes if "no longer" in note]
