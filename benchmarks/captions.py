@@ -44,9 +44,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mpqdm_fx import MPQConfig, convert, lower, prepare, save
+from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.calibration.sampling import Denoiser, denoise, first_tensor, guided
 from mpqdm_fx.calibration.trajectories import Trajectories
-from mpqdm_fx.denoisers import program_denoiser
+from mpqdm_fx.denoisers import runner_denoiser
 from mpqdm_fx.distill.api import Distilled, distill
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.quantized import PreparedModel, QuantizedModel
@@ -202,7 +203,7 @@ def program(bench: Bench, arguments: argparse.Namespace) -> None:
     row: dict[str, Any] = {"updates": arguments.updates}
     for name, model in {"before": quantized, "after": trained}.items():
         found = lower(model, "xnnpack", output=arguments.directory / f"{name}.pte")
-        answers = bench.noise(program_denoiser(found.path, model.signature))
+        answers = bench.noise(runner_denoiser(XnnpackRunner(found.path), model.signature))
         folder = save(model, arguments.directory / name)
         row[name] = bench.measured(model)[0] | {
             "program against graph": sqnr_db(bench.noise(model), answers),

@@ -12,7 +12,7 @@ from mpqdm_fx.calibration.sampling import denoise_in_batches, take_rows
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.folders import MANIFEST, MODEL_CONFIG, SCHEDULER_CONFIG, ModelFolder, open_folder
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, split_batch
-from mpqdm_fx.graph.signature import InputSpec
+from mpqdm_fx.graph.signature import InputSpec, Signature
 from mpqdm_fx.io.schema import Name, Strict, validated
 from mpqdm_fx.io.sealed import Entry, hashed_file
 from mpqdm_fx.models.config_fields import CLASSES
@@ -37,6 +37,7 @@ __all__ = [
     "pictures",
     "program_denoiser",
     "program_names",
+    "runner_denoiser",
     "source_of",
 ]
 
@@ -76,8 +77,17 @@ def program_denoiser(folder: ModelFolder) -> Denoiser:
     Raises:
         ArtifactError: It has none, or it is not what was written.
     """
-    runner = open_program(folder)
     signature = signature_from_dict(folder.manifest["signature"])
+    return runner_denoiser(open_program(folder), signature)
+
+
+def runner_denoiser(runner: "XnnpackRunner", signature: Signature) -> Denoiser:
+    """A loaded program behind the model's keyword arguments: any batch, one row a call.
+
+    Args:
+        runner: The program, made for batch 1.
+        signature: Signature of the graph that it was made of.
+    """
 
     def call(**kwargs: Any) -> tuple[Tensor, ...]:
         outputs = []

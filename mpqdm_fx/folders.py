@@ -32,7 +32,6 @@ __all__ = [
     "check_target",
     "listed_files",
     "open_folder",
-    "read_manifest",
     "rewritten_folder",
     "seal_folder",
     "staged_directory",
@@ -91,17 +90,6 @@ def open_folder(directory: str | Path) -> ModelFolder:
     files = SealedFolder(root, manifest["files"], path)
     files.require(*((WEIGHTS,) if manifest["proof"] is None else (WEIGHTS, GRAPH, OUTPUTS)))
     return ModelFolder(root=root, manifest=manifest, files=files)
-
-
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """A folder's manifest, after all files that it lists were hashed.
-
-    Raises:
-        ArtifactError: As `open_folder`, or a file is not what was written.
-    """
-    folder = open_folder(directory)
-    folder.files.check()
-    return dict(folder.manifest)
 
 
 def seal_folder(root: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, Any]:

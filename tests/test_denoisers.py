@@ -1,16 +1,18 @@
 """Denoisers of every form: any batch, and samples whose noise is their own."""
 
+import dataclasses
+
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
-from manifests import edit_manifest
 from small import TinyNet, net_calls
 
 import mpqdm_fx
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack_float
-from mpqdm_fx.denoisers import draw, program_denoiser
-from mpqdm_fx.folders import open_folder, seal_folder
+from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
+from mpqdm_fx.denoisers import draw, runner_denoiser
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.models.sources import Source
+from mpqdm_fx.stages import normalized
 
 
 def test_later_batches_get_ancestral_noise_of_their_own():
@@ -35,14 +37,12 @@ def test_later_batches_get_ancestral_noise_of_their_own():
 def test_a_program_takes_batches_beyond_the_traced_range(tmp_path):
     model = TinyNet().eval()
     (inputs,) = net_calls(calls=1, batch=5)
-    settings = mpqdm_fx.MPQConfig(weight_bits=8, allocation="uniform", activation_mode="float")
-    root = mpqdm_fx.save(mpqdm_fx.quantize(model, settings, net_calls()), tmp_path / "net")
-    quantized = mpqdm_fx.load(root)
-    example = example_inputs(quantized.signature, batch_size=1)
-    lower_xnnpack_float(quantized.rounded, example, root / "unet.pte")
-    seal_folder(root)
+    graph = normalized(model, inputs, mpqdm_fx.MPQConfig())
     # UNets that upsample are traced for less than 64 samples; this net takes any number
-    edit_manifest(root, lambda manifest: manifest["signature"].update(batch_range=[1, 2]))
-    (found,) = program_denoiser(open_folder(root))(**inputs)
+    signature = dataclasses.replace(graph.meta["signature"], batch_range=(1, 2))
+    program = lower_xnnpack_float(
+        graph, example_inputs(signature, batch_size=1), tmp_path / "net.pte"
+    )
+    (found,) = runner_denoiser(XnnpackRunner(program.path), signature)(**inputs)
     with torch.no_grad():
-        assert torch.allclose(found, quantized(**inputs), rtol=1e-3, atol=1e-4)
+        assert torch.allclose(found, model(**inputs), rtol=1e-3, atol=1e-4)
