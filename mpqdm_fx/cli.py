@@ -73,12 +73,13 @@ def evaluate(
     """Measure a quantized folder against its float model on held-out, paired noise."""
     if (model or checks.origin_of(directory)) == "digits":
         checks.check_packages("torchmetrics", "sklearn", purpose="evaluating the bundled model")
+    from mpqdm_fx.io.schema import plain
     from mpqdm_fx.report.tables import metrics_table
     from mpqdm_fx.workflow import evaluate_folder
 
     metrics = evaluate_folder(directory, model=model, num=num, steps=steps, seed=seed)
     if as_json:
-        console.print_json(json.dumps(metrics))
+        console.print_json(json.dumps(plain(metrics)))
     else:
         console.print(metrics_table(metrics))
 
@@ -144,6 +145,7 @@ def inspect(directory: opt.FolderArgument, as_json: opt.JsonOption = False) -> N
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.quantized import QuantizationReport
     from mpqdm_fx.report.tables import layer_table, summary_table
+    from mpqdm_fx.summary import SUMMARY, read_summary
 
     folder = open_folder(directory)
     folder.files.check()
@@ -152,8 +154,8 @@ def inspect(directory: opt.FolderArgument, as_json: opt.JsonOption = False) -> N
         console.print_json(json.dumps(plain(manifest["report"])))
         return
     console.print(layer_table(QuantizationReport.from_dict(manifest["report"])))
-    if "summary.json" in folder.files:
-        console.print(summary_table(folder.files.read_json("summary.json")))
+    if SUMMARY in folder.files:
+        console.print(summary_table(read_summary(folder)))
 
 
 @app.callback()

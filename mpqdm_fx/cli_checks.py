@@ -63,7 +63,9 @@ def check_output_folder(output: Path, *reads: str | Path | None, option: str = "
                 f"{option} {output}: what is read, {read}, is this folder, or one lies in the "
                 f"other; give another folder"
             )
-    check_writable(output.resolve().parent, f"{option} {output}", prefix=output.name)
+    check_writable(
+        output.resolve().parent, f"{option} {output}", prefix=f"{output.name}.checkpoint.stage"
+    )
     if checkpoint_of(target).exists() and not checkpoint_of(target).is_dir():
         raise ConfigError(
             f"{option} {output}: {checkpoint_of(output)} is in the way, where an unfinished run "

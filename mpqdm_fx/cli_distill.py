@@ -51,6 +51,7 @@ def distill(
     if checks.has_program(directory):
         checks.check_packages("executorch", purpose="a folder with a program")
     from mpqdm_fx.distill.config import DistillConfig
+    from mpqdm_fx.io.schema import plain
     from mpqdm_fx.processes import joined
     from mpqdm_fx.report.tables import summary_table
     from mpqdm_fx.workflow import distill_folder
@@ -76,7 +77,7 @@ def distill(
         return
     console = opt.console()
     if as_json:
-        console.print_json(json.dumps(result.summary))
+        console.print_json(json.dumps(plain(result.summary)))
         return
     console.print(summary_table(result.summary))
     console.print(f"written to {output}")

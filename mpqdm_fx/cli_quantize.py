@@ -43,6 +43,7 @@ def quantize(
         checks.check_packages("executorch", purpose="--backend xnnpack")
     from mpqdm_fx.api import BACKENDS
     from mpqdm_fx.feasibility import check_feasible, weights_of
+    from mpqdm_fx.io.schema import plain
     from mpqdm_fx.models.sources import load_source
     from mpqdm_fx.processes import joined
     from mpqdm_fx.report.tables import layer_table, summary_table
@@ -88,7 +89,7 @@ def quantize(
         return
     console = opt.console()
     if as_json:
-        console.print_json(json.dumps(result.summary))
+        console.print_json(json.dumps(plain(result.summary)))
         return
     console.print(layer_table(result.quantized.report))
     console.print(summary_table(result.summary))

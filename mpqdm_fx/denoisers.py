@@ -221,15 +221,22 @@ def _is_time_ids(spec: InputSpec) -> bool:
     return spec.name == "added_cond_kwargs.time_ids"
 
 
-def source_of(folder: Path, model: str | None = None, subfolder: str | None = None) -> Source:
+def source_of(folder: Path, model: str | None = None) -> Source:
     """The float model that a folder was made from.
+
+    Args:
+        folder: The folder.
+        model: Where the model is, if not where the folder says, or if it does not say.
 
     Raises:
         ArtifactError: It cannot be found; give `model`.
     """
-    origin = origin_of(folder)
+    if model is not None and SOURCE not in open_folder(folder).files:
+        origin = Origin(model=model, subfolder=None)
+    else:
+        origin = origin_of(folder)
     try:
-        return load_source(model or origin.model, subfolder or origin.subfolder, origin.variant)
+        return load_source(model or origin.model, origin.subfolder, origin.variant)
     except ConfigError as error:
         raise ArtifactError(
             f"the float model of {folder} is gone ({error}); give --model"

@@ -46,9 +46,9 @@ OUTPUTS = "proof.safetensors"
 MODEL_CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
-_FIRST_SEALED = 3  # older manifests list the weights alone, and have no digest and no proof
+_FIRST_SEALED = 3  # older ones list weights and config.json alone, with neither digest nor proof
 # What running a folder leaves in it: expanded programs, and Python's compiled files.
-_MADE_BY_RUNNING = re.compile(r"\.[^/]+\.[0-9a-f]{16}|__pycache__/[^/]+\.pyc")
+_MADE_BY_RUNNING = re.compile(r"\.[^/]+\.[0-9a-f]{16}(\.[0-9a-f]{8}\.part)?|__pycache__/[^/]+\.pyc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +84,8 @@ def open_folder(directory: str | Path) -> ModelFolder:
     version = data.get("version")
     if "format" in data:
         check_version(path, version, FORMAT_VERSION)
-    if isinstance(version, int) and version >= _FIRST_SEALED:
-        data = verified(data, path)
-    manifest = checked_manifest(data, path, proof=int(data["version"]) >= _FIRST_SEALED)
+    sealed = isinstance(version, int) and version >= _FIRST_SEALED
+    manifest = checked_manifest(verified(data, path) if sealed else data, path, proof=sealed)
     files = SealedFolder(root, manifest["files"], path)
     files.require(*((WEIGHTS,) if manifest["proof"] is None else (WEIGHTS, GRAPH, OUTPUTS)))
     return ModelFolder(root=root, manifest=manifest, files=files)
@@ -196,7 +195,16 @@ def rewritten_folder(root: Path) -> Iterator[Path]:
 
     Args:
         root: Folder written by this package.
+
+    Raises:
+        ArtifactError: It holds files of others, which would become its own; a file is not what was
+            written; or it is of an older version, which lists none.
     """
+    check_target(root, overwrite=True)
+    opened = open_folder(root)
+    if opened.manifest["proof"] is None:
+        raise ArtifactError(f"{root} was written by an older version; save it again first")
+    opened.files.check()
     with staged_folder(root) as stage:
         shutil.copytree(root, stage, dirs_exist_ok=True, copy_function=_link)
         yield stage

@@ -39,12 +39,12 @@ from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.images import save_grid
 from mpqdm_fx.report.metrics import EVALUATION_SEED, epsilon_sqnr
 from mpqdm_fx.storage import write_model
+from mpqdm_fx.summary import SUMMARY
 from mpqdm_fx.validation import check_fields
 
-__all__ = ["SUMMARY", "Form", "calibration_of", "time_per_step", "write_folder"]
+__all__ = ["Form", "calibration_of", "time_per_step", "write_folder"]
 
 GRID = "samples.png"
-SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True, kw_only=True)

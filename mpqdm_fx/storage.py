@@ -188,7 +188,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
             rounded = _proven(folder, model, signature, settings, weights)
         config = None
         if MODEL_CONFIG in folder.files:
-            config = given_config(folder.files.read_json(MODEL_CONFIG))
+            config = given_config(folder.files.read_json(MODEL_CONFIG, finite=False))
         loaded = assemble(
             rounded,
             plan=weights.plan,

@@ -29,9 +29,10 @@ from mpqdm_fx.report.metrics import (
     evaluate_denoiser,
     x0_sqnr,
 )
-from mpqdm_fx.result_folder import SUMMARY, Form, calibration_of, write_folder
+from mpqdm_fx.result_folder import Form, calibration_of, write_folder
 from mpqdm_fx.stages import normalized
 from mpqdm_fx.storage import load
+from mpqdm_fx.summary import read_summary
 from mpqdm_fx.sweep.checkpoint import HEADER
 from mpqdm_fx.sweep.estimate import Estimate, estimate
 from mpqdm_fx.validation import Bytes, Count, Seed, Some, checked
@@ -228,8 +229,8 @@ def distill_folder(
             "give them to mpqdm_fx.distill.distill(..., unconditional=)"
         )
     opened = open_folder(folder)
-    summary = opened.files.read_json(SUMMARY)
-    form = Form.of(summary.get("backend"), opened.manifest["program"])
+    summary = read_summary(opened)
+    form = Form.of(summary["backend"], opened.manifest["program"])
     check_target(output, overwrite=overwrite)
     state = _checkpoint_of(output)
     _check_ours(state, has_state(state))

@@ -19,6 +19,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"cli_checks", "cli_signals", "cli_streams"},  # no torch: told before it is loaded
             {"manifest"},
             {"folders"},  # what this package writes: opened with checks, replaced whole
+            {"summary"},
             {"config"},
             {"activations"},
             {"plan"},

@@ -208,6 +208,7 @@ def denoise_in_batches(
     Returns:
         The samples, shape and dtype of `noise`.
     """
+    model = in_float32(model)  # one copy for all batches
     parts = []
     for start in range(0, len(noise), batch_size):
         rows = slice(start, start + batch_size)

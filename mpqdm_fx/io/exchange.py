@@ -59,7 +59,11 @@ def sweep_leftovers(target: Path) -> None:
     """Remove `leftovers`, and say so; what was moved away and not replaced comes back."""
     moved = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.stage\.old")
     for path in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
-        if moved.fullmatch(path.name) and not target.exists():
+        if not moved.fullmatch(path.name):
+            continue
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             logger.warning("%s: a run was killed while it replaced it; the old one is back", target)
             path.rename(target)
     sweep_abandoned(target.parent, target.name, _STAGE)

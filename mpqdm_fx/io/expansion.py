@@ -1,7 +1,7 @@
 """Expand `.xz` files to what they are known to hold, and to no more.
 
-This file is copied into exported folders, and imports nothing but the standard library and
-`sealed`.
+This file is copied into exported folders, and imports nothing but the standard library,
+`sealed` and errors.
 """
 
 import contextlib

@@ -41,7 +41,6 @@ _DIGITS = 19  # of an integer: those of 64 bits
 _DIGEST = "digest"
 _HEXADECIMAL = re.compile("[0-9a-f]{64}")
 _OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-_CHUNK = 1 << 20
 
 
 def parse_json(data: bytes, where: object, *, fix: str = "", finite: bool = True) -> dict[str, Any]:

@@ -206,8 +206,8 @@ def _source(folder: Path, model: str | None) -> Source:
 
 
 def _store(measured: Measured, calls: Sequence[Call], folder: Path) -> Thresholds:
-    write_calls(folder / INPUTS, calls, measured.outputs["float"])
     names = (INPUTS, *program_names(open_folder(folder)))
+    write_calls(folder / INPUTS, calls, measured.outputs["float"])
     thresholds = Thresholds.of(
         measured, {name: Entry.of(folder / name).to_dict() for name in names}
     )

@@ -166,6 +166,7 @@ def export_pipeline(
         check_feasible(
             layout.unet, inputs.example("denoiser", chosen[0]), config,
             sensitivity=sensitivity, max_memory=max_memory,
+            batch_size=min(batch_size, max(1, (trajectories - trajectories // 4) * steps)),
         )  # fmt: skip
     timesteps = _schedule(layout.pipeline.scheduler, steps) if tabulate else None
     work = WorkFolder(

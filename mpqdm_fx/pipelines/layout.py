@@ -130,7 +130,7 @@ def open_pipeline(source: Any) -> Any:
     index = read_json(root / "model_index.json")
     name = str(index.get("_class_name"))
     _check_class(name)
-    if (index.get("safety_checker") or [None])[0] is not None:
+    if index.get("safety_checker") not in (None, [None, None]):
         _say_unchecked()
     unused = {part: None for part in _UNUSED if part in index}
     for part, entry in index.items():
@@ -145,10 +145,11 @@ def open_pipeline(source: Any) -> Any:
             local_files_only=True,
             low_cpu_mem_usage=False,
             dtype=torch.float32,
+            use_safetensors=True,
             **unused,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever diffusers says to a folder
+        first = (str(error).strip() or repr(error)).splitlines()[0]
         raise ArtifactError(f"{root}: diffusers could not load it: {first}") from None
 
 

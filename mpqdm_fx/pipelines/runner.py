@@ -346,10 +346,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **given,
             callback=lambda step, count: logger.info("step %d of %d", step, count),
         )
-    except ArtifactError as error:
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(output)
+    except (ArtifactError, OSError, RuntimeError) as error:
         logger.error("error: %s", error)
         return 2
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(output)
     logger.info("written to %s", output)
     return 0
 
