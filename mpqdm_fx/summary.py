@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from pydantic import model_validator
+
 from mpqdm_fx.folders import ModelFolder
 from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, validated
 
@@ -73,6 +75,13 @@ class Summary(Strict):
     peak_memory_bytes: dict[str, Count]
     files: dict[str, Count]
     distilled: _Training | None = None
+
+    @model_validator(mode="after")
+    def _compared(self) -> "Summary":
+        times, memory = self.milliseconds_per_step, self.peak_memory_bytes
+        if not {self.backend, "float"} <= times.keys() or "float" not in memory:
+            raise ValueError("times and memory of the backend and of the float model are missing")
+        return self
 
 
 def read_summary(folder: ModelFolder) -> dict[str, Any]:

@@ -9,7 +9,13 @@ from small import TinyNet, net_calls, tiny_unet, unet_calls
 from mpqdm_fx.api import quantize
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.folders import MANIFEST, WEIGHTS, seal_folder, staged_directory
+from mpqdm_fx.folders import (
+    MANIFEST,
+    WEIGHTS,
+    rewritten_folder,
+    seal_folder,
+    staged_directory,
+)
 from mpqdm_fx.storage import load, save
 from mpqdm_fx.versions import FORMAT_VERSION
 
@@ -75,6 +81,22 @@ def test_a_result_that_holds_somebody_elses_files_is_not_replaced(quantized, tmp
     save(quantized, folder, overwrite=True)
 
 
+def test_a_folder_that_is_sealed_anew_takes_in_nobody_elses_files(quantized, tmp_path):
+    folder = save(quantized, tmp_path / "model")
+    before = (folder / MANIFEST).read_bytes()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match=r"thesis\.txt"), rewritten_folder(folder):
+        pass
+    (folder / "thesis.txt").unlink()
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-100] ^= 1
+    (folder / WEIGHTS).write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match="checksum"), rewritten_folder(folder):
+        pass
+    assert (folder / MANIFEST).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_result_whose_manifest_is_damaged_is_not_replaced(quantized, tmp_path):
     folder = save(quantized, tmp_path / "model")
     (folder / MANIFEST).write_text("{")
@@ -116,7 +138,9 @@ def test_a_newer_version_is_refused_with_the_remedy(copy_of_saved):
         load(copy_of_saved)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"version": "x"}', '{"version": 3}', '{"format": "other"}']
+)
 def test_a_damaged_manifest_is_refused(copy_of_saved, text):
     (copy_of_saved / MANIFEST).write_text(text)
     with pytest.raises(ArtifactError, match=MANIFEST):

@@ -15,7 +15,9 @@ from mpqdm_fx.denoisers import origin_of
 from mpqdm_fx.folders import MANIFEST, SCHEDULER_CONFIG, WEIGHTS, open_folder, seal_folder
 from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.proof import proof_inputs
+from mpqdm_fx.report.tables import summary_table
 from mpqdm_fx.storage import load, save
+from mpqdm_fx.summary import read_summary
 
 CALL = net_calls(1, seed=9)[0]
 
@@ -128,7 +130,42 @@ def test_the_source_is_a_name_and_a_subfolder(mutable, amount):
         origin = origin_of(mutable)
         return isinstance(origin.model, str) and isinstance(origin.subfolder, str | None)
 
-    check_mutants(json_mutants(original, amount // 5, seed=6), read, True, refused=0.3)
+    check_mutants(json_mutants(original, amount, seed=6), read, True, refused=0.3)
+
+
+NUMBERS = {
+    "backend": "xnnpack",
+    "settings": {"weight_bits": 4},
+    "mean_bits": 4.0,
+    "effective_bits": 4.1,
+    "num_weights": 100,
+    "weight_bytes": 52,
+    "float_remainder_bytes": 10,
+    "float32_bytes": 500,
+    "parameters": {"quantized": 100, "float": 25},
+    "remarks": ["a remark"],
+    "epsilon_sqnr_db": "inf",
+    "backend_epsilon_sqnr_db": 44.0,
+    "milliseconds_per_step": {"xnnpack": 1.5, "float": 3.0},
+    "threads": 1,
+    "seconds_to_quantize": 2.5,
+    "program": None,
+    "peak_memory_bytes": {"pte": 1000, "float": 2000},
+    "files": {"model.safetensors": 52},
+}
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_a_summary_is_printed_or_refused(mutable, amount):
+    """Sealed again with any other numbers, it is a table or one line."""
+
+    def read(mutant):
+        (mutable / "summary.json").write_text(json.dumps(mutant))
+        seal_folder(mutable)
+        return summary_table(read_summary(open_folder(mutable))).title
+
+    expected = read(NUMBERS)
+    check_mutants(json_mutants(NUMBERS, amount, seed=8), read, expected, refused=0.3)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
