@@ -19,7 +19,7 @@ from mpqdm_fx.passes.round_weights import install_codes
 from mpqdm_fx.plan import BitPlan
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 
-__all__ = ["assemble", "normalized", "restore"]
+__all__ = ["assemble", "normalized", "reassembled", "restore"]
 
 
 def normalized(
@@ -82,6 +82,24 @@ def assemble(
         report=report,
         settings=settings,
         noise_levels=noise_levels,
+    )
+
+
+def reassembled(quantized: QuantizedModel, rounded: fx.GraphModule) -> QuantizedModel:
+    """The same quantized model from another graph of its.
+
+    Args:
+        quantized: The model.
+        rounded: Its rounded graph, changed or made again.
+    """
+    return assemble(
+        rounded,
+        plan=quantized.plan,
+        ranges=quantized.ranges,
+        settings=quantized.settings,
+        report=quantized.report,
+        model_config=quantized.config,
+        noise_levels=quantized.noise_levels,
     )
 
 

@@ -37,7 +37,7 @@ from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.plain import given_config, plain_config, plain_signature
 from mpqdm_fx.proof import check_outputs, write_outputs
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
-from mpqdm_fx.stages import assemble, normalized, restore
+from mpqdm_fx.stages import assemble, normalized, reassembled, restore
 from mpqdm_fx.stored_graph import check_same_graph, read_graph, rebuilt_copy, write_graph
 from mpqdm_fx.versions import FORMAT, FORMAT_VERSION, versions
 
@@ -110,7 +110,7 @@ def write_model(
     needs_model = code_in(graph) is not None
     if not needs_model:
         rounded = rebuilt_copy(graph, quantized.rounded, quantized.signature)
-        check_outputs(stage / OUTPUTS, written_in, _like(quantized, rounded))
+        check_outputs(stage / OUTPUTS, written_in, reassembled(quantized, rounded))
     levels = quantized.noise_levels
     manifest = {
         "format": FORMAT,
@@ -126,19 +126,6 @@ def write_model(
         "proof": {"model_required": needs_model, "environment": written_in},
     }
     seal_folder(stage, plain(manifest))
-
-
-def _like(quantized: QuantizedModel, rounded: fx.GraphModule) -> QuantizedModel:
-    """The same quantized model from another graph of its."""
-    return assemble(
-        rounded,
-        plan=quantized.plan,
-        ranges=quantized.ranges,
-        settings=quantized.settings,
-        report=quantized.report,
-        model_config=quantized.config,
-        noise_levels=quantized.noise_levels,
-    )
 
 
 @plain_torch()

@@ -22,7 +22,7 @@ from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.manifest import method_entry
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.stages import assemble, normalized
+from mpqdm_fx.stages import normalized, reassembled
 
 __all__ = [
     "DENOISE",
@@ -265,12 +265,4 @@ def _at_shapes(part: Part, quantized: QuantizedModel, inputs: Call) -> Quantized
     graph = normalized(part.module, dict(inputs), quantized.settings)
     for name in weight_layers(quantized.rounded, embeddings=True):
         replace_module(graph, name, quantized.rounded.get_submodule(name))
-    return assemble(
-        graph,
-        plan=quantized.plan,
-        ranges=quantized.ranges,
-        settings=quantized.settings,
-        report=quantized.report,
-        model_config=quantized.config,
-        noise_levels=quantized.noise_levels,
-    )
+    return reassembled(quantized, graph)

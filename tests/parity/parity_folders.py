@@ -13,7 +13,7 @@ from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.parity.thresholds import THRESHOLDS
 from mpqdm_fx.passes.round_weights import install_codes
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.stages import assemble
+from mpqdm_fx.stages import reassembled
 from mpqdm_fx.storage import load, save, write_model
 
 
@@ -41,15 +41,7 @@ def double_a_scale(folder: Path, layer: str, channel: int = 0) -> None:
     scale = module.weight_scale.clone()
     scale[channel] *= 2
     replace_module(rounded, layer, install_codes(module, module.weight_codes, scale))
-    changed = assemble(
-        rounded,
-        plan=quantized.plan,
-        ranges=quantized.ranges,
-        settings=quantized.settings,
-        report=quantized.report,
-        model_config=quantized.config,
-        noise_levels=quantized.noise_levels,
-    )
+    changed = reassembled(quantized, rounded)
     write_model(changed, folder, program=open_folder(folder).manifest["program"])
 
 
