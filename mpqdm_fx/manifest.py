@@ -17,11 +17,13 @@ from mpqdm_fx.versions import FORMAT
 __all__ = ["checked_manifest"]
 
 _LARGEST_INPUT = 2**30  # elements of one input: example inputs of these shapes are made
+_LARGEST_RUN = 2**25  # at the smallest batch and one more, with which a loaded model is run
 
 DType = Literal[
     "float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64"
 ]
 Width = Annotated[int, Field(ge=1, le=8)]
+Batch = Annotated[int, Field(ge=1, le=2**20)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Levels = Literal["uniform", "codebook", "int4"]
 Fate = Literal["quantized", "float", "shared", "folded", "unused"]
@@ -52,11 +54,24 @@ class StoredSignature(Strict):
     arguments: tuple[Name, ...]
     baked: tuple[tuple[Name, Any], ...]
     inputs: Annotated[tuple[StoredInput, ...], Field(min_length=1, max_length=10_000)]
-    batch: Annotated[int, Field(ge=1, le=2**20)]
-    batch_range: tuple[Count, Count | None] | None
+    batch: Batch
+    batch_range: tuple[Batch, Batch | None] | None
     note: str
     defaults: tuple[tuple[Name, Any], ...] = ()
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _bounded(self) -> "StoredSignature":
+        low, high = self.batch_range or (self.batch, self.batch)
+        if not low <= self.batch <= (high or self.batch):
+            raise ValueError(f"batch {self.batch} is not in its range")
+        for spec in self.inputs:
+            size = math.prod(spec.shape)
+            if spec.batch_axis == 0:
+                size = spec.batch_multiple * (low + 1) * math.prod(spec.shape[1:])
+            if size > _LARGEST_RUN:
+                raise ValueError(f"{spec.name} of {spec.shape} is too large at batch {low}")
+        return self
 
 
 class StoredLayer(Strict):
