@@ -36,6 +36,7 @@ from mpqdm_fx.graph.difference import attention_kernels, first_difference, same_
 from mpqdm_fx.graph.entry import enter
 from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
 from mpqdm_fx.graph.functional import functionalized, refuse_counters, refuse_writes
+from mpqdm_fx.graph.layouts import reshape_views
 from mpqdm_fx.graph.leaves import check_modules
 from mpqdm_fx.graph.parameters import note_parameters
 from mpqdm_fx.graph.raise_modules import raise_leaf_modules
@@ -65,7 +66,8 @@ def trace(
     norm, pruning) are plain ones of the same bits. Everything else is ATen. ``node.meta["val"]``
     and ``nn_module_stack`` are those of torch.export. Assertions are stripped; casts stay, also
     those without effect at the traced dtype. The graph writes into no value: in-place code is
-    rewritten, and inputs that the model overwrites stay as they are.
+    rewritten, and inputs that the model overwrites stay as they are. Nor does it depend on strides:
+    views are reshapes.
 
     The graph computes in float32. A model in half precision is traced as a float32 copy, and the
     signature remembers its dtype. Wrappers of torch.compile and of data parallelism are left out.
@@ -105,6 +107,7 @@ def trace(
         exported, signature, inputs = _export(model, call, signature, dynamic_batch)
         graph_module = raise_leaf_modules(exported, model, inputs, training)
         graph_module.meta["signature"] = signature
+        reshape_views(graph_module)
         note_parameters(graph_module, entry.model)
         for name in unread_inputs(graph_module):
             _LOGGER.warning(
