@@ -8,6 +8,7 @@ __all__ = [
     "LoweringError",
     "MPQError",
     "TraceError",
+    "first_line",
 ]
 
 
@@ -37,3 +38,8 @@ class ArtifactError(MPQError, ValueError):
 
 class LoweringError(MPQError, RuntimeError):
     """A backend cannot run the quantized graph; says which node or setting and what to change."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, for a message of one line; at most 300 characters."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:300]

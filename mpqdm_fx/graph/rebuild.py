@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.errors import ArtifactError, first_line
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.describe import Description, code_in, setting_names
 from mpqdm_fx.graph.leaves import LEAF_CLASSES
@@ -192,9 +192,8 @@ def infer_values(graph_module: fx.GraphModule) -> None:
         with torch.no_grad(), mode, enable_python_dispatcher():
             _Values(graph_module, mode).run(*values)
     except Exception as error:  # whatever an operator says to what it does not take
-        first = (str(error).strip() or repr(error)).splitlines()[0]
         raise ArtifactError(
-            f"the stored graph does not run on inputs of its signature: {first[:300]}"
+            f"the stored graph does not run on inputs of its signature: {first_line(error)}"
         ) from None
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.errors import ArtifactError, first_line
 from mpqdm_fx.folders import MODEL_CONFIG
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.classes import model_class
@@ -85,7 +85,7 @@ def model_from_config(config: Mapping[str, Any], place: str) -> nn.Module:
 
 
 def count_parameters(found: Any, config: Mapping[str, Any], place: str) -> int:
-    """Numbers in a model's parameters and buffers, counted without allocating them.
+    """Numbers that a file of a model's weights holds, counted without allocating them.
 
     Args:
         found: Class of the model.
@@ -102,9 +102,11 @@ def count_parameters(found: Any, config: Mapping[str, Any], place: str) -> int:
     except ArtifactError:
         raise
     except Exception as error:  # constructors trust their arguments
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ArtifactError(f"{place}: {found.__name__} refuses it: {first[:300]}") from None
-    return sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+        reason = first_line(error)
+        raise ArtifactError(f"{place}: {found.__name__} refuses it: {reason}") from None
+    # buffers that are made anew are in no file, and tied weights once
+    stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() for tensor in stored.values())
 
 
 @contextlib.contextmanager

@@ -4,28 +4,27 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
 
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS
 from mpqdm_fx.calibration.schedulers import check_scheduler, check_scheduler_config
-from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
-from mpqdm_fx.folders import MODEL_CONFIG
+from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError, first_line
+from mpqdm_fx.folders import SCHEDULER_CONFIG
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models import bundled
 from mpqdm_fx.models.classes import scheduler_class
 from mpqdm_fx.models.config_fields import check_fields
 from mpqdm_fx.models.example_inputs import ModelInputs
 from mpqdm_fx.models.extra_channels import ExtraChannels, extra_channels_of
-from mpqdm_fx.models.model_config import count_parameters, read_model_config
-from mpqdm_fx.models.weight_files import count_numbers, weight_files
+from mpqdm_fx.models.model_config import read_model_config
+from mpqdm_fx.models.weight_files import load_weights
 
 __all__ = ["Source", "load_source", "make_source", "scheduler_from_config"]
 
 logger = logging.getLogger(__name__)
-
-_SCHEDULER_CONFIG = "scheduler_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +78,9 @@ class Source:
         conditions = self.inputs.conditions(count, seed)
         if self.extra is None:
             return conditions
-        labels = conditions.get("class_labels")
-        if labels is not None and not labels.is_floating_point():
-            # upscalers are told how much noise their picture has; these pictures have none
-            conditions["class_labels"] = torch.zeros_like(labels)
+        if "class_labels" in conditions and self._is_told_noise:
+            # how much their picture has; these pictures have none
+            conditions["class_labels"] = torch.zeros_like(conditions["class_labels"])
         conditions[EXTRA_CHANNELS] = self.extra.draw(
             self.model,
             self.scheduler,
@@ -92,6 +90,14 @@ class Source:
             seed=seed,
         )
         return conditions
+
+    @property
+    def _is_told_noise(self) -> bool:
+        """Whether the class label is a level of noise, as of upscalers."""
+        assert self.inputs is not None
+        kind = self.inputs.config.get("class_embed_type")
+        thumbnail = self.extra is not None and self.extra.kind == "thumbnail"
+        return kind == "timestep" or (kind is None and thumbnail)
 
 
 def _random_like(value: Any, count: int, generator: torch.Generator) -> Any:
@@ -139,56 +145,29 @@ def load_source(model: str, subfolder: str | None = None, variant: str | None = 
 
 
 def _load_model(folder: Path, variant: str | None) -> Any:
-    """The folder's model in float32 and evaluation mode, checked before it is built."""
     found, config = read_model_config(folder)
     check_fields(found.__name__, config)
-    files = weight_files(folder, variant)
-    place = str(folder / MODEL_CONFIG)
-    wanted, stored = count_parameters(found, config, place), count_numbers(files)
-    if wanted > stored:
-        raise ArtifactError(
-            f"{place} describes a model of {wanted} numbers, and {files[0].name} and its like hold "
-            f"{stored}: they do not belong together"
-        )
-    try:
-        loaded = found.from_pretrained(
-            folder,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            use_safetensors=True,
-            variant=variant,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ArtifactError(f"{folder}: diffusers could not load it: {first}") from None
-    return loaded.float().eval()
-
-
-def _load_scheduler(folder: Path) -> Any:
-    """The scheduler that a folder's scheduler_config.json describes.
-
-    Raises:
-        ArtifactError: It names no scheduler of diffusers, or one that refuses it.
-        CalibrationError: Its numbers are no schedule.
-    """
-    path = folder / _SCHEDULER_CONFIG
-    return scheduler_from_config(read_json(path, finite=False), str(path))
+    return load_weights(found, config, folder, variant)
 
 
 def scheduler_from_config(config: Mapping[str, Any], place: str) -> Any:
-    """The scheduler that a config describes; see `_load_scheduler`.
+    """The scheduler that a config describes.
 
     Args:
         config: A parsed scheduler_config.json.
         place: The file, for messages.
+
+    Raises:
+        ArtifactError: It names no scheduler of diffusers, or one that refuses it.
+        CalibrationError: Its numbers are no schedule.
     """
     found = scheduler_class(config.get("_class_name"), place)
     check_scheduler_config(config, place)
     try:
         scheduler = found.from_config(config)
     except Exception as error:  # constructors trust their arguments
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ArtifactError(f"{place}: {found.__name__} refuses it: {first[:300]}") from None
+        reason = first_line(error)
+        raise ArtifactError(f"{place}: {found.__name__} refuses it: {reason}") from None
     try:
         check_scheduler(scheduler)
     except CalibrationError as error:
@@ -198,9 +177,9 @@ def scheduler_from_config(config: Mapping[str, Any], place: str) -> Any:
 
 def _scheduler_of(root: Path) -> Any:
     """The folder's own scheduler, or DDIM over the usual 1000 steps."""
-    folder = root / "scheduler"
-    if (folder / _SCHEDULER_CONFIG).exists():
-        return _load_scheduler(folder)
+    path = root / SCHEDULER_CONFIG
+    if path.exists():
+        return scheduler_from_config(read_json(path, finite=False), str(path))
     logger.warning("%s has no scheduler folder: DDIM with its default schedule is used", root)
     return scheduler_class("DDIMScheduler")()
 
@@ -261,7 +240,7 @@ def _extra_of(inputs: ModelInputs, scheduler: Any, root: Path | None) -> ExtraCh
     extra = extra_channels_of(
         inputs.config,
         learned_variance=variance.startswith("learned"),
-        scaling=_told(root, "vae/config.json", "scaling_factor", float),
+        scaling=_told(root, "vae/config.json", "scaling_factor", int | float),
     )
     pipeline = _told(root, "model_index.json", "_class_name", str)
     if extra is not None and pipeline is not None and pipeline.startswith("Marigold"):
@@ -272,7 +251,7 @@ def _extra_of(inputs: ModelInputs, scheduler: Any, root: Path | None) -> ExtraCh
     return extra
 
 
-def _told(root: Path | None, file: str, name: str, kind: type) -> Any:
+def _told(root: Path | None, file: str, name: str, kind: type | UnionType) -> Any:
     """What another file of a pipeline's folder says; None if it does not, or nothing of use."""
     if root is None or not (root / file).is_file():
         return None

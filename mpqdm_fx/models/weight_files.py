@@ -1,19 +1,81 @@
 """A model folder's weights: safetensors alone, one file or several, in one of their variants."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.io.sealed import read_json
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
-__all__ = ["count_numbers", "weight_files"]
+from mpqdm_fx.errors import ArtifactError, ConfigError, first_line
+from mpqdm_fx.folders import MODEL_CONFIG
+from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.models.model_config import count_parameters
+
+__all__ = ["count_numbers", "load_weights", "refuse_missing", "weight_files"]
 
 _STEM = "diffusion_pytorch_model"
 _SINGLE, _INDEX = f"{_STEM}.safetensors", f"{_STEM}.safetensors.index.json"
-_LONGEST_HEADER = 100_000_000  # as safetensors itself has it
+
+
+def load_weights(
+    found: Any, config: Mapping[str, Any], folder: Path, variant: str | None = None
+) -> nn.Module:
+    """A folder's model in float32 and evaluation mode, every weight of it from the files.
+
+    Args:
+        found: Class of the model, one of diffusers.
+        config: Its configuration.
+        folder: Has config.json and the weights.
+        variant: As of `weight_files`.
+
+    Raises:
+        ConfigError: As of `weight_files`.
+        ArtifactError: As of `weight_files` and `count_parameters`; or the files do not hold the
+            model's weights.
+    """
+    files = weight_files(folder, variant)
+    place = str(folder / MODEL_CONFIG)
+    wanted, stored = count_parameters(found, config, place), count_numbers(files)
+    if wanted > stored:
+        raise ArtifactError(
+            f"{place} describes a model of {wanted} numbers, and {files[0].name} and its like hold "
+            f"{stored}: they do not belong together"
+        )
+    try:
+        loaded, information = found.from_pretrained(
+            folder,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+            variant=variant,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder}: diffusers could not load it: {first_line(error)}") from None
+    refuse_missing(information, folder)
+    model: nn.Module = loaded.float().eval()
+    return model
+
+
+def refuse_missing(information: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a loaded model with weights that no file gave: they are random numbers.
+
+    Args:
+        information: What `from_pretrained(output_loading_info=True)` says.
+        folder: The model's folder, for the message.
+
+    Raises:
+        ArtifactError: Names the first of them.
+    """
+    missing = sorted(information["missing_keys"])
+    if missing:
+        raise ArtifactError(
+            f"{folder}: its weight files lack {missing[0]}"
+            f"{f' and {len(missing) - 1} more' if missing[1:] else ''}; they belong to another "
+            f"model, or their names were changed: write them again with save_pretrained"
+        )
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -91,22 +153,12 @@ def count_numbers(files: list[Path]) -> int:
     Raises:
         ArtifactError: A header is damaged.
     """
-    return sum(count for file in files for count in _counts(file))
+    return sum(_count(file) for file in files)
 
 
-def _counts(file: Path) -> Iterator[int]:
+def _count(file: Path) -> int:
     try:
-        for name, entry in _header(file).items():
-            if name != "__metadata__":
-                yield prod(int(side) for side in entry["shape"])
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        with safe_open(file, "pt") as tensors:
+            return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
         raise ArtifactError(f"{file} is damaged or no safetensors file; copy it again") from None
-
-
-def _header(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > min(_LONGEST_HEADER, file.stat().st_size):
-            raise ValueError
-        header: dict[str, Any] = json.loads(stream.read(length))
-    return header

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ import torch
 from torch import nn
 
 from mpqdm_fx.calibration.schedulers import check_scheduler
-from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.folders import MODEL_CONFIG
+from mpqdm_fx.errors import ArtifactError, ConfigError, first_line
 from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.classes import is_model_class, scheduler_class
-from mpqdm_fx.models.model_config import count_parameters, read_model_config
+from mpqdm_fx.models.model_config import read_model_config
+from mpqdm_fx.models.weight_files import load_weights, refuse_missing
 from mpqdm_fx.pipelines.adapters import refuse_adapters
 from mpqdm_fx.pipelines.parts import (
     ImageDecoder,
@@ -133,11 +134,13 @@ def open_pipeline(source: Any) -> Any:
     if index.get("safety_checker") not in (None, [None, None]):
         _say_unchecked()
     unused = {part: None for part in _UNUSED if part in index}
+    loaded = {}
     for part, entry in index.items():
         if part.startswith("_") or part in unused or not isinstance(entry, list):
             continue
         if entry != [None, None]:
             _check_component(root, part, entry)
+            loaded[part] = _loaded_model(root / part, *entry)
     loader = getattr(importlib.import_module("diffusers"), name)
     try:
         return loader.from_pretrained(
@@ -147,10 +150,10 @@ def open_pipeline(source: Any) -> Any:
             dtype=torch.float32,
             use_safetensors=True,
             **unused,
+            **{part: model for part, model in loaded.items() if model is not None},
         )
     except Exception as error:  # whatever diffusers says to a folder
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ArtifactError(f"{root}: diffusers could not load it: {first}") from None
+        raise ArtifactError(f"{root}: diffusers could not load it: {first_line(error)}") from None
 
 
 def _check_component(root: Path, part: str, entry: list[Any]) -> None:
@@ -165,9 +168,36 @@ def _check_component(root: Path, part: str, entry: list[Any]) -> None:
         )
     if entry[0] == "diffusers" and not is_model_class(entry[1]):
         scheduler_class(entry[1], place)
-    elif entry[0] == "diffusers":
-        found, config = read_model_config(root / part)
-        count_parameters(found, config, str(root / part / MODEL_CONFIG))
+
+
+def _loaded_model(folder: Path, library: str, name: str) -> Any:
+    """A component with weights, every one of them from its files; None for other components."""
+    if library == "diffusers" and is_model_class(name):
+        found, config = read_model_config(folder)
+        return load_weights(found, config, folder)
+    return _encoder(folder, name) if library == "transformers" else None
+
+
+def _encoder(folder: Path, name: str) -> Any:
+    """A model of transformers; None for a tokenizer and the like."""
+    transformers: Any = importlib.import_module("transformers")
+    found: Any = getattr(transformers, name, None)
+    if not (inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)):
+        return None
+    try:
+        model, information = found.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever transformers says to a folder
+        raise ArtifactError(
+            f"{folder}: transformers could not load it: {first_line(error)}"
+        ) from None
+    refuse_missing(information, folder)
+    return model.eval()
 
 
 def _check_class(name: str) -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DModel
 from unet_folders import KINDS, edit, folder_of, unet_of
 
 from mpqdm_fx import MPQConfig, quantize
@@ -13,7 +14,7 @@ from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.graph.unread import unread_inputs
 from mpqdm_fx.models.classes import is_model_class, model_class, scheduler_class
 from mpqdm_fx.models.model_config import read_model_config
-from mpqdm_fx.models.sources import load_source
+from mpqdm_fx.models.sources import load_source, make_source
 from mpqdm_fx.result_folder import calibration_of
 
 NOISE = {
@@ -48,6 +49,45 @@ def test_every_kind_is_calibrated_on_its_own_runs_and_draws(kind, tmp_path):
     assert calls[0]["sample"].shape[1:] == source.example_inputs["sample"].shape[1:]
     assert calls[0].keys() == source.example_inputs.keys()
     assert draw(source, source.model, num=2, steps=2, seed=0).shape == (2, *source.sample_shape)
+
+
+def test_class_labels_are_noise_levels_of_upscalers_alone(tmp_path):
+    upscaler = load(folder_of("upscaling", tmp_path / "upscaling"))
+    assert not upscaler.conditions(4, seed=0)["class_labels"].any()
+    by_class = make_source(
+        "classes",
+        UNet2DModel(
+            sample_size=8,
+            in_channels=6,
+            out_channels=3,
+            num_class_embeds=4,
+            block_out_channels=(16, 24),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            attention_head_dim=4,
+        ).eval(),
+        DDIMScheduler(),
+    )
+    assert by_class.extra is not None
+    assert sorted(by_class.conditions(8, seed=0)["class_labels"].tolist()) == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
+
+
+def test_an_integer_as_scaling_factor_is_taken(tmp_path):
+    folder = folder_of("editing", tmp_path)
+    (folder / "vae").mkdir(exist_ok=True)
+    (folder / "vae" / "config.json").write_text(json.dumps({"scaling_factor": 1}))
+    assert load(folder).extra.scaling == 1
 
 
 @pytest.mark.parametrize("kind", ["inpainting", "kandinsky"])

@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from unet_folders import edit, folder_of, unet_of
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.models.sources import load_source
-from mpqdm_fx.models.weight_files import count_numbers, weight_files
+from mpqdm_fx.models.weight_files import count_numbers, load_weights, weight_files
 
 KIND = "class_timestep"
 
@@ -96,3 +98,41 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(ArtifactError, match=r"damaged|do not belong together"):
         load(folder)
+
+
+@pytest.mark.parametrize("rename", ["model.conv_in.weight", None])
+def test_a_weight_that_no_file_holds_is_refused_and_not_random(tmp_path, rename):
+    folder = folder_of(KIND, tmp_path)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    taken = tensors.pop("conv_in.weight")
+    # as many numbers as before, under another name
+    tensors[rename or "padding"] = taken
+    save_file(tensors, file)
+    with pytest.raises(ArtifactError, match=r"lack conv_in\.weight.*save_pretrained"):
+        load(folder)
+
+
+def test_buffers_that_are_made_anew_need_no_file(tmp_path):
+    model = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"),
+        up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"),
+        mid_block_type=None,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        conv_in_kernel=1,
+        conv_out_kernel=1,
+        resnet_time_scale_shift="scale_shift",
+        time_embedding_type="fourier",
+        timestep_post_act="gelu",
+        act_fn="gelu",
+    )
+    stored = model.state_dict()
+    assert {name for name, _ in model.named_buffers()} - set(stored)
+    model.save_pretrained(tmp_path)
+    loaded = load_weights(UNet2DConditionModel, dict(model.config), tmp_path)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.state_dict().items())

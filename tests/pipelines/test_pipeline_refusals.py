@@ -7,6 +7,7 @@ import pytest
 import tiny_pipelines
 import torch
 from eager_programs import eager_export
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mpqdm_fx import ArtifactError, ConfigError, MPQConfig, cli, export_pipeline
@@ -119,7 +120,7 @@ def test_configs_of_absurd_sizes_are_refused_before_a_part_is_built(folder, tmp_
 def test_folders_with_damaged_weights_are_refused(folder, tmp_path):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused(ArtifactError, "could not load", folder, tmp_path / "o")
+    refused(ArtifactError, rf"{weights.name} is damaged.*copy it again", folder, tmp_path / "o")
 
 
 def test_what_is_no_pipeline_folder_is_refused(tmp_path):
@@ -207,3 +208,29 @@ def test_a_safety_checker_is_left_out_and_that_is_said(folder, caplog):
     (folder / "model_index.json").write_text(json.dumps(index))
     assert open_pipeline(folder).safety_checker is None
     assert "safety checker is not exported" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_part_with_weights_that_no_file_holds_is_refused_and_not_random(folder, part):
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    tensors["other.weight"] = tensors.pop(name)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=rf"{part}: its weight files lack .*save_pretrained"):
+        open_pipeline(folder)
+
+
+def test_an_autoencoder_with_the_old_names_of_attention_loads(tmp_path):
+    folder = tmp_path / "sd"
+    tiny_pipelines.stable_diffusion(tmp_path, kl=True).save_pretrained(folder)
+    expected = open_pipeline(folder).vae.state_dict()
+    (file,) = (folder / "vae").glob("*.safetensors")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(file)
+    for new, name in old.items():
+        tensors = {key.replace(new, name): tensor for key, tensor in tensors.items()}
+    assert any("query" in name for name in tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = open_pipeline(folder).vae.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
