@@ -182,7 +182,8 @@ def _encoder(folder: Path, name: str) -> Any:
     """A model of transformers; None for a tokenizer and the like."""
     transformers: Any = importlib.import_module("transformers")
     found: Any = getattr(transformers, name, None)
-    if not (inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)):
+    is_model = inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)
+    if not is_model:
         return None
     try:
         model, information = found.from_pretrained(
