@@ -1,4 +1,4 @@
-"""No graph depends on where its values lie in memory.
+"""No graph needs its values to lie in memory in one way.
 
 A pass may change the strides of a value and leave its numbers: slices and a concatenation keep
 channels last where the pad operator they stand for does not. What reads numbers does not notice.

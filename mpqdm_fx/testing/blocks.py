@@ -171,7 +171,7 @@ def attention(b: GraphBuilder, block: Block) -> None:
     heads = []
     for name in ("to_q", "to_k", "to_v"):
         y = b.call(_linear(b, name, channels, channels, block.bias), x)
-        y = b.call(_aten.view.default, y, [b.batch, height * width, 2, channels // 2])
+        y = b.call(_aten.reshape.default, y, [b.batch, height * width, 2, channels // 2])
         heads.append(b.call(_aten.transpose.int, y, 1, 2))
     y = b.call(_aten.scaled_dot_product_attention.default, *heads)
     y = b.call(_aten.transpose.int, y, 1, 2)

@@ -1,4 +1,4 @@
-"""A graph answers with the same bits however its values lie in memory."""
+"""A graph answers with the same numbers however its values lie in memory."""
 
 import pytest
 import torch
@@ -39,7 +39,8 @@ def test_a_pass_may_change_strides_in_front_of_a_view(batch, like):
 
 class _Views(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.view(x.shape[0], -1, 4) + x.view_as(x).view(-1, 4).sum()
+        # no sum over elements: the order of a sum, and so its last bit, follows memory
+        return x.view(x.shape[0], -1, 4) + x.view_as(x).view(-1, 4)[:1]
 
 
 @given(order=st.permutations([0, 1, 2, 3]), seed=st.integers(0, 99))
