@@ -7,13 +7,10 @@ arguments, so none of it may reach its result.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
-__all__ = ["plain_torch", "without_autocast", "without_inference_tensors"]
+__all__ = ["plain_torch", "without_autocast"]
 
 
 @contextlib.contextmanager
@@ -38,18 +35,10 @@ def plain_torch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """Switch autocast off on every device where it is on."""
+    """Switch autocast off on the CPU and on this machine's accelerator, where it is on."""
+    accelerator = torch.accelerator.current_accelerator()
     with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
+        for device in ("cpu", *([] if accelerator is None else [accelerator.type])):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
-
-
-def without_inference_tensors(value: Any) -> Any:
-    """Copy what was made in inference mode: no gradient can be taken through such a tensor.
-
-    Args:
-        value: Tensors in nested dicts, lists and tuples; other tensors are kept as they are.
-    """
-    return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, value)

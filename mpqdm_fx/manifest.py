@@ -22,6 +22,8 @@ _LARGEST_RUN = 2**25  # at the smallest batch and one more, with which a loaded 
 DType = Literal[
     "float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64"
 ]
+# of buffers; no input of a graph is complex
+StoredDType = DType | Literal["complex32", "complex64", "complex128"]
 Width = Annotated[int, Field(ge=1, le=8)]
 Batch = Annotated[int, Field(ge=1, le=2**20)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -90,7 +92,7 @@ class StoredWeights(Strict):
     """Layout of the file of the weights; see `backends.packed`."""
 
     layers: tuple[StoredLayer, ...]
-    floats: tuple[tuple[Name, DType, DType, Shape], ...]
+    floats: tuple[tuple[Name, StoredDType, StoredDType, Shape], ...]
     float_weights: dict[str, str]
     activation_bits: Width
     shared: dict[str, str] = Field(default_factory=dict)

@@ -8,6 +8,7 @@ from typing import Any
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.calling import signature_to_dict
 from mpqdm_fx.graph.signature import Signature
+from mpqdm_fx.io.schema import plain
 
 __all__ = ["given_config", "plain_config", "plain_signature"]
 
@@ -65,15 +66,7 @@ def _survives(value: Any, *, strict: bool) -> bool:
         read = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
         return False
-    return bool(read == (value if strict else _lists(value)))
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_lists(entry) for entry in value]
-    if isinstance(value, Mapping):
-        return {key: _lists(entry) for key, entry in value.items()}
-    return value
+    return bool(read == (value if strict else plain(value)))
 
 
 def given_config(config: Mapping[str, Any]) -> Any:

@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.folders import OUTPUTS
 from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.graph.difference import same_bits
 from mpqdm_fx.graph.signature import Signature
-from mpqdm_fx.graph.trace import same_bits
 from mpqdm_fx.quantized import QuantizedModel
 
 __all__ = ["KERNEL_TOLERANCE", "check_outputs", "environment", "proof_inputs", "write_outputs"]

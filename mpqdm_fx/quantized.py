@@ -109,11 +109,21 @@ class _TracedModel(nn.Module):
         """Device of the parameters."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def _parts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _bound(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], bool]:
+        """Arguments of one call of the model by name, and whether it wants an output class.
+
+        `return_dict` is taken of models whose forward lacks it too.
+        """
+        given, return_dict = dict(kwargs), True
+        if "return_dict" not in self.signature.parameters:
+            return_dict = given.pop("return_dict", True)
+        given = self.signature.bind(args, given)
+        return given, given.pop("return_dict", return_dict)
+
+    def _parts(self, given: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Normalized inputs of one call of the model, in parts if it is large."""
-        given = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
-        if len(args) > len(self.signature.parameters):
-            self.signature.normalize(args, kwargs)  # says what is wrong
         return [self.signature.normalize((), part) for part in split_batch(self.signature, given)]
 
     def _output(self, parts: list[dict[str, Any]], *, return_dict: bool) -> Any:
@@ -153,24 +163,29 @@ class PreparedModel(_TracedModel):
             TraceError: The arguments do not fit the traced signature.
             CalibrationError: An argument cannot be used, see `record`.
         """
-        return_dict = kwargs.pop("return_dict", True)
-        parts = self._judged(args, kwargs)
+        parts, return_dict = self._judged(args, kwargs)
         with torch.no_grad():
             output = self._output(parts, return_dict=return_dict)
         self._keep(parts)
         return output
 
-    def _judged(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Normalized inputs of one call that calibration can use; errors say which call it is."""
+    def _judged(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Normalized inputs of one call that calibration can use, and whether it wants a class.
+
+        Errors say which call it is.
+        """
         place = self.records.place
-        check_call({**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}, place)
         try:
-            parts = self._parts(args, kwargs)
+            given, return_dict = self._bound(args, kwargs)
+            check_call(given, place)
+            parts = self._parts(given)
         except TraceError as error:
             raise TraceError(f"{place}: {error}") from None
         for part in parts:
             check_indices(part, self._table_sizes, place)
-        return parts
+        return parts, return_dict
 
     @contextlib.contextmanager
     def held_out(self) -> Iterator[None]:
@@ -193,7 +208,8 @@ class PreparedModel(_TracedModel):
             CalibrationError: An argument is empty, holds NaN, infinity or an index that the model's
                 table does not have, or is no tensor where one belongs. Call and input are named.
         """
-        self._keep(self._judged((), kwargs))
+        parts, _ = self._judged((), kwargs)
+        self._keep(parts)
 
     @plain_torch()
     def _keep(self, parts: Iterable[Mapping[str, Any]]) -> None:
@@ -256,5 +272,5 @@ class QuantizedModel(_TracedModel):
         Raises:
             TraceError: The arguments do not fit the traced signature.
         """
-        return_dict = kwargs.pop("return_dict", True)
-        return self._output(self._parts(args, kwargs), return_dict=return_dict)
+        given, return_dict = self._bound(args, kwargs)
+        return self._output(self._parts(given), return_dict=return_dict)

@@ -26,19 +26,20 @@ from mpqdm_fx.folders import (
     staged_directory,
 )
 from mpqdm_fx.graph.calling import example_call, signature_from_dict
-from mpqdm_fx.graph.describe import code_in
+from mpqdm_fx.graph.describe import Description, code_in
 from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
 from mpqdm_fx.graph.rebuild import infer_values, rebuild
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.io.schema import plain
+from mpqdm_fx.manifest import checked_manifest
 from mpqdm_fx.models.model_config import model_from_config
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.plain import given_config, plain_config, plain_signature
 from mpqdm_fx.proof import check_outputs, write_outputs
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized, reassembled, restore
-from mpqdm_fx.stored_graph import check_same_graph, read_graph, rebuilt_copy, write_graph
+from mpqdm_fx.stored_graph import check_same_graph, read_graph, write_graph
 from mpqdm_fx.versions import FORMAT, FORMAT_VERSION, versions
 
 __all__ = ["load", "save", "write_model"]
@@ -109,8 +110,10 @@ def write_model(
     written_in = write_outputs(stage / OUTPUTS, quantized)
     needs_model = code_in(graph) is not None
     if not needs_model:
-        rounded = rebuilt_copy(graph, quantized.rounded, quantized.signature)
-        check_outputs(stage / OUTPUTS, written_in, reassembled(quantized, rounded))
+        weights = read_packed(stage / WEIGHTS, layout, name=stage / WEIGHTS)
+        again = _rebuilt(graph, signature_from_dict(signature), weights)
+        check_same_graph(again, graph)
+        check_outputs(stage / OUTPUTS, written_in, reassembled(quantized, again))
     levels = quantized.noise_levels
     manifest = {
         "format": FORMAT,
@@ -125,6 +128,11 @@ def write_model(
         "program": None if program is None else dict(program),
         "proof": {"model_required": needs_model, "environment": written_in},
     }
+    try:  # what a load would refuse is not written
+        checked_manifest(plain({**manifest, "files": {}}), "its manifest", proof=True)
+    except ArtifactError as error:
+        name = quantized.signature.model_class
+        raise ArtifactError(f"{name} cannot be saved so that it loads: {error}") from None
     seal_folder(stage, plain(manifest))
 
 
@@ -213,6 +221,13 @@ def _proven(
             f"it cannot be loaded by itself: {code}, which is code of the model's own; call "
             f"load(folder, model=...) with a model that has it"
         )
+    return _rebuilt(description, signature, weights)
+
+
+def _rebuilt(
+    description: Description, signature: Signature, weights: PackedWeights
+) -> fx.GraphModule:
+    """The rounded graph of what a folder holds."""
     rounded = restore(rebuild(description, signature), weights)
     infer_values(rounded)
     return rounded

@@ -14,11 +14,9 @@ from torch import fx
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.folders import GRAPH
 from mpqdm_fx.graph.describe import Description, code_in, describe, first_difference
-from mpqdm_fx.graph.rebuild import rebuild
-from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.io.sealed import parse_json
 
-__all__ = ["check_same_graph", "read_graph", "rebuilt_copy", "write_graph"]
+__all__ = ["check_same_graph", "read_graph", "write_graph"]
 
 _LIMIT = 64 * 2**20  # bytes of the JSON; Stable Diffusion's UNet has about 300,000
 _MEMORY = 256 * 2**20  # bytes that reading may take for its dictionary
@@ -69,23 +67,6 @@ def read_graph(path: Path) -> Description:
     if any(not isinstance(description.get(name), kind) for name, kind in parts.items()):
         raise ArtifactError(f"{GRAPH} is damaged: it holds no graph")
     return description
-
-
-def rebuilt_copy(
-    description: Description, graph_module: fx.GraphModule, signature: Signature
-) -> fx.GraphModule:
-    """What a file's graph is with the tensors of the graph that was written: they are shared.
-
-    Raises:
-        ArtifactError: The graph cannot be made again as it was.
-    """
-    copy = rebuild(description, signature)
-    state = {name: tensor.cpu() for name, tensor in graph_module.state_dict().items()}
-    copy.load_state_dict({name: state[name] for name in copy.state_dict()}, assign=True)
-    check_same_graph(copy, description)
-    for node, original in zip(copy.graph.nodes, graph_module.graph.nodes, strict=True):
-        node.meta = dict(original.meta)
-    return copy
 
 
 def check_same_graph(graph_module: fx.GraphModule, description: Description) -> None:

@@ -1,11 +1,14 @@
+import copy
 import json
 import shutil
 
 import pytest
 import torch
+from changed_unets import rounded_model
 from manifests import edit_manifest
 from small import TinyNet, net_calls, tiny_unet, unet_calls
 
+from mpqdm_fx import manifest, storage
 from mpqdm_fx.api import quantize
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError
@@ -115,6 +118,50 @@ def test_a_model_that_is_no_diffusers_class_loads_by_itself_and_into_a_skeleton(
     assert all(torch.equal(skeleton.state_dict()[name], value) for name, value in before.items())
     with pytest.raises(ArtifactError, match="does not fit"):
         load(folder, model=torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)))
+
+
+class ComplexBuffer(TinyNet):
+    """Takes a table of complex numbers, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.polar(torch.ones(3, 1, 1), torch.rand(3, 1, 1)))
+
+    def forward(self, x):
+        return super().forward(x * torch.view_as_real(self.table)[..., 0])
+
+
+def test_a_complex_buffer_is_saved_and_loaded(tmp_path):
+    model, call = ComplexBuffer(), net_calls(1)[0]
+    folder = save(rounded_model(model, call), tmp_path / "net")
+    assert torch.equal(
+        load(folder).graph_module(**call), rounded_model(model, call).graph_module(**call)
+    )
+
+
+def test_a_model_that_load_would_refuse_is_not_written(tmp_path, monkeypatch):
+    quantized = rounded_model(TinyNet(), net_calls(1)[0])
+    monkeypatch.setattr(manifest, "_LARGEST_RUN", 10)
+    with pytest.raises(
+        ArtifactError, match=r"cannot be saved so that it loads: .*x of .*too large"
+    ):
+        save(quantized, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+def test_weights_that_do_not_read_back_are_not_written(tmp_path, monkeypatch):
+    quantized = rounded_model(TinyNet(), net_calls(1)[0])
+    write_packed = storage.write_packed
+
+    def write_other_codes(path, rounded, plan):
+        other = copy.deepcopy(rounded)
+        other.get_buffer("body.weight_codes").neg_()
+        return write_packed(path, other, plan)
+
+    monkeypatch.setattr(storage, "write_packed", write_other_codes)
+    with pytest.raises(ArtifactError, match="returns other numbers than the one that was saved"):
+        save(quantized, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
 
 
 def test_a_truncated_file_is_refused_by_name(copy_of_saved):

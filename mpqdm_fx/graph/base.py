@@ -47,7 +47,7 @@ class GraphPass(PassBase):
     tolerance: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        """Check the settings; a pass with a check of its own calls this one first."""
+        """Check the settings; a pass with a check of its own calls this one too."""
         check_fields(self)
 
     @abc.abstractmethod

@@ -63,12 +63,21 @@ def _placed(
     given.update(kwargs)
     if given.keys() != set(names):
         return (), signature.normalize((), given)
-    return (args, kwargs) if not _holds_constants(given) else ((), signature.fit(given))
+    return (args, kwargs) if _is_as_traced(signature, given) else ((), signature.fit(given))
 
 
-def _holds_constants(given: Mapping[str, Any]) -> bool:
+def _is_as_traced(signature: Signature, given: Mapping[str, Any]) -> bool:
+    """Whether no value has to be turned into what the graph takes, but for its sizes."""
     constants = (bool, int, float, str, type(None))
-    return any(isinstance(leaf, constants) for leaf in pytree.tree_leaves(given))
+    if any(isinstance(leaf, constants) for leaf in pytree.tree_leaves(given)):
+        return False
+    specs = {spec.name: spec for spec in signature.inputs}
+    return all(
+        name in specs
+        and tensor.dtype == specs[name].dtype
+        and tensor.ndim == len(specs[name].shape)
+        for name, tensor in tensor_leaves(given)
+    )
 
 
 def example_inputs(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["constant_leaves", "fresh_containers", "same_constant", "tensor_leaves"]
+__all__ = ["constant_leaves", "same_constant", "tensor_leaves"]
 
 
 def tensor_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -21,18 +21,6 @@ def tensor_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Ten
         return
     for key, entry in items:
         yield from tensor_leaves(entry, f"{prefix}.{key}" if prefix else str(key))
-
-
-def fresh_containers(value: Any) -> Any:
-    """Return ``value`` with new dicts and lists around the same tensors.
-
-    A model may empty a list that it is given (``down_intrablock_additional_residuals``).
-    """
-    if type(value) is dict:
-        return {key: fresh_containers(entry) for key, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(fresh_containers(entry) for entry in value)
-    return value
 
 
 def constant_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.graph.leaves import leaf_class
+from mpqdm_fx.graph.leaves import HOOKS, leaf_class
 from mpqdm_fx.graph.literals import CODE, code_name, codes_in, literal, target_name
 
 __all__ = [
@@ -32,7 +32,6 @@ Description = dict[str, Any]
 
 # What a call goes through before and beside `forward`.
 _CALLING = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ROUNDED = frozenset({"weight_codes", "weight_scale"})
 _MODULE = frozenset(vars(nn.Module()))
 # What a node's entry holds, but for its scope, of which no number depends.
@@ -116,7 +115,7 @@ def _module(module: nn.Module) -> dict[str, Any]:
         return {"class": {CODE: code_name(type(module))}, "settings": module_settings(module)}
     names = setting_names(stock)
     settings = {n: literal(v) for n, v in sorted(vars(module).items()) if n in names - _MODULE}
-    settings |= {n: {CODE: "hook"} for n in _HOOKS if getattr(module, n)}
+    settings |= {n: {CODE: "hook"} for n in HOOKS if getattr(module, n)}
     tensors: dict[str, Any] = {}
     for name, value in {**module._parameters, **module._buffers}.items():
         if name not in _ROUNDED:

@@ -168,12 +168,12 @@ def _copied(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for _, tensor, is_parameter in own_tensors(model):
         memo.setdefault(id(tensor), _converted(tensor, is_parameter=is_parameter))
-    # inner ones first, so that the copy of an outer one finds them
-    for module in reversed(list(model.modules())):
-        inner = _inside(module)
-        if inner is not None:
-            memo[id(module)] = copy.deepcopy(inner, memo)
     try:
+        # inner ones first, so that the copy of an outer one finds them
+        for module in reversed(list(model.modules())):
+            inner = _inside(module)
+            if inner is not None:
+                memo[id(module)] = copy.deepcopy(inner, memo)
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise TraceError(

@@ -116,7 +116,8 @@ def _is_quantized(module: nn.Module) -> bool:
     if attributes.get("is_quantized") or attributes.get("hf_quantizer") is not None:
         return True
     return isinstance(module, fx.GraphModule) and any(
-        str(node.target).startswith(("quantized", "torchao")) for node in module.graph.nodes
+        node.op == "call_function" and str(node.target).startswith(("quantized", "torchao"))
+        for node in module.graph.nodes
     )
 
 

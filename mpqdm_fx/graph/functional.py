@@ -123,7 +123,8 @@ def refuse_counters(model: nn.Module) -> Iterator[None]:
     finally:
         handle.remove()
     for place, value in before.items():
-        if place in after and type(after[place]) is type(value) and after[place] != value:
+        # `repr`: NaN is not equal to itself
+        if type(after.get(place)) is type(value) and repr(after[place]) != repr(value):
             raise TraceError(
                 f"{type(model).__name__}: each call changes {place} (from {value!r} to "
                 f"{after[place]!r}), so a call depends on the calls before it; make it an input"

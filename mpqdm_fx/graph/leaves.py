@@ -19,6 +19,7 @@ from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.editing import shallow_clone
 
 __all__ = [
+    "HOOKS",
     "LEAF_CLASSES",
     "check_modules",
     "evaluation_copy",
@@ -83,7 +84,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: What follows input, weight and bias in a convolution's operator, and its defaults.
 _SETTINGS: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: Where a module holds what runs around its forward.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 #: Methods of nn.Module that a subclass may define without changing a call.
 _NOT_CALLED = frozenset(
@@ -141,7 +143,7 @@ def is_stock(module: nn.Module) -> bool:
        under which the instance holds a tensor.
     """
     stock = leaf_class(module)
-    if stock is None or any(getattr(module, registry) for registry in _HOOKS):
+    if stock is None or any(getattr(module, registry) for registry in HOOKS):
         return False
     if any(hasattr(stock, name) for name in vars(module)):
         return False

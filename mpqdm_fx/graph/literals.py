@@ -29,8 +29,11 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 }
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 
-# It maps a file into memory; all other operators of ATen see tensors and numbers alone.
+# It maps a file into memory; what else returns something sees tensors and numbers alone.
 _REFUSED = frozenset({"from_file"})
+# They return nothing and check what they see; what else returns nothing is called for its effect
+# (it writes a file, prints, seeds the generator).
+_CHECKS = re.compile(r"_assert_\w+|sym_constrain_range\w*")
 _OPERATOR = re.compile(r"aten\.(?!__class)(\w+)\.(\w+)")
 
 # Constants of torch by kind: their names are `torch.float32`, `torch.preserve_format`, ...
@@ -114,7 +117,7 @@ def value_of(data: Any, nodes: Mapping[str, fx.Node]) -> Any:
 
 def target_name(target: Any) -> Any:
     """JSON form of what a `call_function` node calls: a name, or `{"code": ..}`."""
-    if isinstance(target, torch._ops.OpOverload) and _is_aten(str(target)):
+    if isinstance(target, torch._ops.OpOverload) and _computes(target):
         return str(target)
     return _NAMES.get(target) or {CODE: code_name(target)}
 
@@ -128,17 +131,20 @@ def target_of(name: Any) -> Callable[..., Any]:
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
     found: Any = None
-    if isinstance(name, str) and _is_aten(name):
+    if isinstance(name, str) and _OPERATOR.fullmatch(name):
         _, packet, overload = name.split(".")
         found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-    if not isinstance(found, torch._ops.OpOverload):
+    if not isinstance(found, torch._ops.OpOverload) or not _computes(found):
         raise ValueError(f"{name!r} is no function that a graph may call")
     return found
 
 
-def _is_aten(name: str) -> bool:
-    match = _OPERATOR.fullmatch(name)
-    return match is not None and match[1] not in _REFUSED
+def _computes(operator: torch._ops.OpOverload) -> bool:
+    """Whether an operator of ATen makes values of values and does nothing else."""
+    match = _OPERATOR.fullmatch(str(operator))
+    if match is None or match[1] in _REFUSED or operator._schema.is_mutable:
+        return False
+    return bool(operator._schema.returns) or _CHECKS.fullmatch(match[1]) is not None
 
 
 def code_name(value: Any) -> str:

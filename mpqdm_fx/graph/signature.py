@@ -10,12 +10,7 @@ import torch
 from torch import nn
 
 from mpqdm_fx.errors import TraceError
-from mpqdm_fx.graph.containers import (
-    constant_leaves,
-    fresh_containers,
-    same_constant,
-    tensor_leaves,
-)
+from mpqdm_fx.graph.containers import constant_leaves, same_constant, tensor_leaves
 
 __all__ = ["TIMESTEP_NAMES", "InputSpec", "Signature", "bind_inputs", "tensor_leaves"]
 
@@ -100,6 +95,23 @@ class Signature:
                 return spec
         raise KeyError(name)
 
+    def bind(
+        self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Give every argument of a call of the model its name.
+
+        Args:
+            args: Positional arguments as the model's forward takes them.
+            kwargs: Keyword arguments as the model's forward takes them.
+
+        Returns:
+            Argument name to the value that was given.
+
+        Raises:
+            TraceError: If there are too many arguments, or one is unknown or given twice.
+        """
+        return _bind(self.model_class, self.parameters, args, kwargs or {})
+
     def normalize(
         self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -108,9 +120,7 @@ class Signature:
         Python numbers and 0-d tensors become tensors of shape [B]; arguments that are constants of
         the graph are checked and dropped; ``return_dict`` is ignored (the caller wraps the output).
 
-        Args:
-            args: Positional arguments as the model's forward takes them.
-            kwargs: Keyword arguments as the model's forward takes them.
+        Args: as of ``bind``.
 
         Returns:
             Argument name to tensor or container, in placeholder order: ``gm(**normalized)``.
@@ -119,7 +129,7 @@ class Signature:
             TraceError: If an argument is unknown, missing, of another shape or dtype than traced,
                 or differs from the constant that was traced; names the argument and the fix.
         """
-        given = _bind(self.model_class, self.parameters, args, kwargs or {})
+        given = self.bind(args, kwargs)
         for name, value in given.items():
             if name not in self.arguments and name != "return_dict":
                 self._check_constant(name, value)
@@ -247,7 +257,7 @@ def bind_inputs(
         given["return_dict"] = False
     batch = next((t.shape[0] for _, t in tensor_leaves(given) if t.ndim > 1), 1)
     call = {
-        name: _number_to_tensor(name, parameters[name], fresh_containers(given[name]), batch)
+        name: _number_to_tensor(name, parameters[name], given[name], batch)
         for name in parameters
         if name in given
     }
@@ -363,9 +373,11 @@ def _output_class(model: nn.Module) -> str | None:
     """Return the dotted path of the output dataclass in forward's return annotation, if any."""
     annotation = inspect.signature(model.forward).return_annotation
     for candidate in getattr(annotation, "__args__", (annotation,)):
-        if isinstance(candidate, type) and candidate.__module__.startswith(
-            type(model).__module__.split(".")[0]
-        ):
+        if not isinstance(candidate, type) or not dataclasses.is_dataclass(candidate):
+            continue
+        # one that is defined inside something else is found by no dotted path
+        top = type(model).__module__.split(".")[0]
+        if candidate.__module__.startswith(top) and "." not in candidate.__qualname__:
             return f"{candidate.__module__}.{candidate.__qualname__}"
     return None
 

@@ -192,6 +192,8 @@ def test_arguments_survive_json(value):
 @pytest.mark.parametrize(
     "name",
     ["aten.from_file.default", "os.system", "operator.attrgetter", "aten.__class__.mro", None, 3,
+     "aten.save.default", "aten.warn.default", "aten._print.default", "aten.manual_seed.default",
+     "aten.add_.Tensor", "aten.add.out",
      "quantized_decomposed.quantize_per_tensor.default", "aten.add", {"code": "os.system"}],
     ids=str,
 )  # fmt: skip
@@ -201,7 +203,11 @@ def test_no_other_function_is_called_than_those_of_graphs(name):
 
 
 def test_functions_of_graphs_survive_json():
-    for function in (torch.ops.aten.add.Tensor, torch.sym_max):
+    for function in (
+        torch.ops.aten.add.Tensor,
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.sym_max,
+    ):
         assert target_of(json.loads(json.dumps(target_name(function)))) is function
 
 

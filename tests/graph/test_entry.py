@@ -1,12 +1,13 @@
 """The caller's model at the door: unwrapped, copied to float32, or refused by name."""
 
 import functools
+import inspect
 
 import accelerate
 import pytest
 import torch
 from diffusers import UNet2DModel
-from small import TinyNet, net_calls, tiny_unet
+from small import TinyNet, net_calls, plain_unet, tiny_unet
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from trace_helpers import calls
@@ -248,6 +249,33 @@ def test_a_model_in_half_precision_goes_the_whole_road(tmp_path):
         loaded = load(tmp_path / "packed", skeleton)
         assert loaded.signature == quantized.signature
         assert torch.equal(loaded(**given[0]), output)
+
+
+def test_graphs_take_what_a_model_in_half_precision_takes():
+    graph = trace(TinyNet().half(), {"x": net_calls()[0]["x"].half()})
+    x = net_calls(1, seed=3)[0]["x"].half()
+    with torch.no_grad():
+        assert torch.equal(graph(x=x), graph(x=x.float()))
+        assert torch.equal(graph(x), graph(x=x.float()))
+    unet = trace(plain_unet(), {"sample": torch.ones(2, 1, 8, 8), "timestep": 7})
+    sample = torch.ones(2, 1, 8, 8)
+    with torch.no_grad():
+        single, each = (
+            unet(sample=sample, timestep=t) for t in (torch.tensor(9), torch.full((2,), 9))
+        )
+    assert same_bits(single, each)
+
+
+def test_an_argument_that_is_given_twice_or_by_place_is_taken_as_the_model_does():
+    model = tiny_unet()
+    prepared = prepare(model, MPQConfig(), unet_example())
+    given = unet_example()
+    with pytest.raises(TraceError, match="'sample' is given twice"):
+        prepared(given["sample"], **given)
+    names = list(inspect.signature(model.forward).parameters)
+    places = [given.get(name) for name in names[: names.index("return_dict")]]
+    assert same_bits(prepared(*places, False), prepared(**given, return_dict=False))
+    assert prepared(*places, True).sample.shape == given["sample"].shape
 
 
 def test_the_bits_of_a_saved_float32_model_are_read_without_a_dtype(tmp_path):

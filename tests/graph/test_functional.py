@@ -212,6 +212,12 @@ def test_a_model_that_changes_itself_is_refused_by_name_and_stays_as_it_was(way,
     assert model.count == 0
 
 
+def test_a_setting_that_is_nan_is_no_counter():
+    model = State("none").eval()
+    model.threshold = float("nan")
+    trace(model, (randn(2, 4),))
+
+
 def test_statistics_that_are_only_read_are_no_state():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))  # in training mode
     trace(model, (randn(2, 4),))

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -91,6 +91,32 @@ def test_output_class_is_read_from_the_annotation() -> None:
     signature, _ = bind_inputs(by_name("UNet2DModel").build(), (torch.zeros(1, 3, 8, 8), 1))
     assert signature.output_class == "diffusers.models.unets.unet_2d.UNet2DOutput"
     assert bind()[0].output_class is None
+
+
+class Denoised(NamedTuple):
+    sample: torch.Tensor
+
+
+class DenoiserWithOutput(nn.Module):
+    """Its output class stands inside it, where no import finds it."""
+
+    @dataclasses.dataclass
+    class Output:
+        sample: torch.Tensor
+
+    def forward(self, sample: torch.Tensor) -> Output:
+        raise NotImplementedError
+
+
+class DenoiserWithNames(nn.Module):
+    def forward(self, sample: torch.Tensor) -> Denoised:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("model", [DenoiserWithOutput(), DenoiserWithNames()])
+def test_a_class_that_no_file_can_name_is_no_output_class(model: nn.Module) -> None:
+    signature, _ = bind_inputs(model, (torch.zeros(1, 3),))
+    assert signature.output_class is None
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
