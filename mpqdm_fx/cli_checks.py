@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.io.sealed import read_json
 
 __all__ = [
@@ -112,11 +113,6 @@ def check_output_file(
                     f"outside"
                 )
     check_writable(path.resolve().parent, f"{option} {path}", prefix=path.name)
-
-
-def checkpoint_of(output: Path) -> Path:
-    """Where a run that was stopped leaves what it has."""
-    return output.with_name(f"{output.name}.checkpoint")
 
 
 def check_writable(folder: Path, typed: str, *, prefix: str = "mpqdm-fx") -> None:

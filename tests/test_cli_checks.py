@@ -233,8 +233,12 @@ def test_somebody_elses_folder_is_never_taken_for_an_unfinished_run(place):
     folder = place / "new.checkpoint"
     folder.mkdir()
     start(place)
-    (folder / ".sweep.json.1234.part").write_text("")
+    (folder / ".sweep.json.0123abcd.part").mkdir()
     start(place)
+    (folder / "notes.part").write_text("mine, by another program's ending")
+    with pytest.raises(ConfigError, match="in the way and holds no unfinished run"):
+        start(place)
+    (folder / "notes.part").unlink()
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="in the way and holds no unfinished run"):
         start(place)
