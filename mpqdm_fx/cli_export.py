@@ -62,7 +62,6 @@ def export(
     sizes = [_size_of(text) for text in size] if size else None
     checks.check_output_folder(output, model, prompts)
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
-    checks.check_space(output, checks.size_of(model) // 8)  # four bits or more, of 32 at most
     checks.check_packages("executorch", purpose="export")
     if checks.has_text_encoder(model):
         checks.check_packages("transformers", purpose="a pipeline with a text encoder")

@@ -61,7 +61,9 @@ def quantize(
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
     source = load_source(model, subfolder, variant)
-    checks.check_space(output, weights_of(source.model))  # a byte each, until the run is through
+    if not resume:  # who resumes has some of it on the disk already
+        # a byte each, until the run is through
+        checks.check_space(output, weights_of(source.model))
     check_feasible(
         source.model, source.example_inputs, config, sensitivity=sensitivity, max_memory=memory,
         batch_size=min(16, (trajectories - trajectories // 4) * steps),  # as of `calibration_of`

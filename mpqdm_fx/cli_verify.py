@@ -28,7 +28,7 @@ def verify(
     """Compare float, quantized, converted, edge and .pte layer by layer; exit 1 if one is short."""
     checks.check_output_file(output, "--output", reads=[directory])
     if store:
-        checks.check_writable(directory, "DIR")
+        checks.check_output_folder(directory, option="DIR", resumable=False)
     if checks.has_program(directory):
         checks.check_packages("executorch", purpose="a folder with a program")
     from mpqdm_fx.parity.tables import rung_table, worst_table
