@@ -35,7 +35,7 @@ def distill(
     recompute: Annotated[
         int, typer.Option(min=0, help="Parts of the graph to compute twice, for less memory.")
     ] = 0,
-    samples: Annotated[int, typer.Option(min=0, help="Images in the grid.")] = 16,
+    samples: opt.SamplesOption = 16,
     resume: opt.ResumeOption = False,
     overwrite: opt.OverwriteOption = False,
     device: Annotated[str, typer.Option(help="Where to train, for example cuda.")] = "cpu",
@@ -82,4 +82,4 @@ def distill(
         console.print_json(json.dumps(plain(result.summary)))
         return
     console.print(summary_table(result.summary))
-    console.print(f"written to {output}")
+    opt.say(console, f"written to {output}")

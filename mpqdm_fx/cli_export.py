@@ -1,12 +1,12 @@
 """The command `mpqdm-fx export`: a pipeline folder becomes programs and a runner."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mpqdm_fx import cli_checks as checks
@@ -89,7 +89,7 @@ def export(
         compress=compress,
         overwrite=overwrite,
     )
-    console = Console()
+    console = opt.console()
     if as_json:
         console.print_json(json.dumps(result.manifest))
         return
@@ -106,7 +106,8 @@ def export(
             str(method["subgraphs"]),
         )
     console.print(table)
-    console.print(f"written to {output}; draw with: python {output / 'run.py'}", soft_wrap=True)
+    run = shlex.quote(str(output / "run.py"))
+    opt.say(console, f"written to {output}; draw with: python {run}")
 
 
 def _bytes(manifest: Mapping[str, Any], *names: str | None) -> int:

@@ -22,7 +22,7 @@ def quantize(
     output: opt.OutputOption = Path("out"),
     trajectories: opt.TrajectoriesOption = 16,
     steps: opt.StepsOption = 20,
-    samples: Annotated[int, typer.Option(min=0, help="Images in the grid.")] = 16,
+    samples: opt.SamplesOption = 16,
     resume: opt.ResumeOption = False,
     max_memory: opt.MemoryOption = None,
     device: opt.DeviceOption = None,
@@ -95,7 +95,7 @@ def quantize(
         return
     console.print(layer_table(result.quantized.report))
     console.print(summary_table(result.summary))
-    console.print(f"written to {output}")
+    opt.say(console, f"written to {output}")
 
 
 @opt.takes_settings(without=("effective_bits", "weight_bytes", "seed"))

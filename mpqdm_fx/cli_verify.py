@@ -45,14 +45,11 @@ def verify(
         console.print(rung_table(ladder))
         console.print(worst_table(ladder))
         for note in ladder.notes:
-            console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+            opt.say(console, f"note: {note}")
     errors = Console(stderr=True)
     if store:
-        errors.print(f"thresholds stored in {directory}", soft_wrap=True)
+        opt.say(errors, f"thresholds stored in {directory}")
         return
     if not ladder.passed:
-        errors.print(
-            f"error: {directory}: {ladder.failure}", style="red", markup=False,
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        opt.say(errors, f"error: {directory}: {ladder.failure}", style="red")
         raise typer.Exit(code=1)
