@@ -158,6 +158,31 @@ def test_no_command_begins_with_what_it_cannot_end_with(place, monkeypatch, caps
     assert listed(place) == before
 
 
+OLDER = [
+    (["quantize", "model", "--backend", "packed", "--output", "out", "--overwrite"], "move it, or"),
+    (["verify", "out", "--store"], "does not list all of its files; it is left as it is"),
+    (["sample", "out"], "which lists no scheduler/scheduler_config.json; quantize the model again"),
+    (["evaluate", "out"], "which lists no source.json; quantize the model again"),
+    (["distill", "out"], "which lists no summary.json; quantize the model again"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), OLDER)
+def test_a_folder_of_an_older_version_is_told_as_one(place, monkeypatch, capsys, words, message):
+    path = place / "out" / "mpqdm.json"
+    manifest = json.loads(path.read_text())
+    manifest = {key: manifest[key] for key in manifest if key not in ("digest", "proof")}
+    files = {name: manifest["files"][name] for name in ("model.safetensors", "config.json")}
+    path.write_text(json.dumps({**manifest, "version": 2, "files": files}))
+    before = listed(place)
+    status, _, err = typed(monkeypatch, capsys, *words)
+    told = [line for line in err.splitlines() if line.startswith("error: out ")]
+    assert (status, len(told)) == (2, 1), err
+    assert "was written by an older version" in told[0]
+    assert message in told[0]
+    assert listed(place) == before
+
+
 @pytest.mark.parametrize("command", ["distill", "evaluate"])
 def test_a_folder_whose_float_model_is_gone_says_so_at_once(place, monkeypatch, capsys, command):
     (place / "out" / "source.json").write_text(json.dumps({"model": "gone", "subfolder": None}))
