@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from mpqdm_fx.ambient import plain_torch
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.calibration.calls import check_call, check_calls, check_example
 from mpqdm_fx.calibration.records import DEFAULT_MAX_MEMORY, RecordedInputs
 from mpqdm_fx.config import ActivationMode, MPQConfig
@@ -22,7 +23,7 @@ from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.quantized import PreparedModel, QuantizationReport, QuantizedModel
-from mpqdm_fx.stages import assemble, normalized
+from mpqdm_fx.stages import assemble, normalized, positional_inputs
 from mpqdm_fx.sweep.measured import check_budget
 from mpqdm_fx.sweep.quantize import finish, start_sweep
 from mpqdm_fx.sweep.sweep import Sweep
@@ -34,7 +35,7 @@ __all__ = ["BACKENDS", "MODES", "Backend", "convert", "lower", "open_sweep", "pr
 logger = logging.getLogger(__name__)
 
 Backend = Literal["torch_ao", "xnnpack", "packed"]
-BACKENDS: tuple[Backend, ...] = ("torch_ao", "xnnpack", "packed")
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 MODES: Mapping[Backend, tuple[ActivationMode, ...]] = {
     "torch_ao": ("static",),
@@ -279,7 +280,7 @@ def lower(
     max_delegates: Count | None = None,
     observe: Callable[[Any], None] | None = None,
     external_weights: bool = False,
-    four_bit: Literal["never", "whole", "split"] = "whole",
+    four_bit: FourBit = "whole",
 ) -> Any:
     """Turn a quantized model into what a backend runs.
 
@@ -313,7 +314,7 @@ def lower(
     if backend == "torch_ao":
         from mpqdm_fx.backends.torch_ao import lower_torch_ao
 
-        inputs = _positional(quantized, example_inputs(quantized.signature))
+        inputs = positional_inputs(quantized.rounded, example_inputs(quantized.signature))
         return lower_torch_ao(quantized.rounded, quantized.ranges, inputs, engine=engine)
     if output is None:
         raise ConfigError(f"backend={backend!r} writes files: give `output`")
@@ -329,7 +330,7 @@ def lower(
             f"{quantized.settings.narrowest_activation_bits}; quantize with activation_bits=8"
         )
     example = example_inputs(quantized.signature, batch_size=batch_size)
-    inputs = _positional(quantized, example)
+    inputs = positional_inputs(quantized.rounded, example)
     if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
         raise LoweringError(
             "an XNNPACK program takes tensors alone, and a list among the inputs holds constants "
@@ -345,11 +346,6 @@ def lower(
         external_weights=external_weights,
         four_bit=four_bit,
     )
-
-
-def _positional(quantized: QuantizedModel, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-    nodes = quantized.rounded.graph.find_nodes(op="placeholder")
-    return tuple(inputs[str(node.target)] for node in nodes)
 
 
 def _check_layers(graph_module: fx.GraphModule, config: MPQConfig, model_name: str) -> None:

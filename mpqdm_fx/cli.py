@@ -35,11 +35,9 @@ app.command(cls=Command)(plan)
 
 @app.command(cls=Command)
 def sample(
-    model: Annotated[
-        str, typer.Argument(metavar="DIR|MODEL", help="Folder of `quantize`, or a float model.")
-    ],
+    model: opt.FolderOrModelArgument,
     num: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the scheduler.")] = 20,
+    steps: opt.SamplerStepsOption = 20,
     output: Annotated[Path, typer.Option(help="Picture to write (.png).")] = Path("grid.png"),
     form: Annotated[
         str, typer.Option("--from", help="What runs: auto, pte, packed or float.")
@@ -58,7 +56,7 @@ def sample(
     source, denoiser = open_denoiser(model, subfolder, form, variant)
     images = draw(source, denoiser, num=num, steps=steps, seed=seed)
     save_grid(pictures(images), output, columns=max(1, round(num**0.5)))
-    console.print(f"{num} images written to {output}")
+    opt.say(console, f"{num} images written to {output}")
 
 
 @app.command(cls=Command)
@@ -66,7 +64,7 @@ def evaluate(
     directory: opt.FolderArgument,
     model: opt.FloatModelOption = None,
     num: Annotated[int, typer.Option(min=1, help="Samples of the free-running metrics.")] = 256,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the scheduler.")] = 20,
+    steps: opt.SamplerStepsOption = 20,
     seed: opt.SeedOption = 90_000,
     as_json: opt.JsonOption = False,
 ) -> None:
@@ -104,20 +102,16 @@ def trace(
     source = load_source(model, subfolder, variant)
     if explain:
         report = explain_trace(source.model, source.example_inputs)
-        console.print(str(report), markup=False, highlight=False)
+        opt.say(console, report)
         if not report.ok:
             raise typer.Exit(code=1)
         return
-    console.print(
-        trace_model(source.model, source.example_inputs).graph, markup=False, highlight=False
-    )
+    opt.say(console, trace_model(source.model, source.example_inputs).graph)
 
 
 @app.command(cls=Command)
 def doctor(
-    model: Annotated[
-        str, typer.Argument(metavar="DIR|MODEL", help="Folder of `quantize`, or a float model.")
-    ],
+    model: opt.FolderOrModelArgument,
     max_delegates: Annotated[
         int | None, typer.Option(min=1, help="Exit with status 1 if there would be more.")
     ] = None,
@@ -133,7 +127,7 @@ def doctor(
     if as_json:
         console.print_json(json.dumps(found.to_dict()))
     else:
-        console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+        opt.say(console, found)
     if max_delegates is not None and found.delegates > max_delegates:
         raise typer.Exit(code=1)
 

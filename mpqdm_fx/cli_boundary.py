@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from typer.core import TyperCommand
 
 from mpqdm_fx.cli_checks import EXTRAS
+from mpqdm_fx.cli_options import say
 from mpqdm_fx.cli_signals import Stopped, stoppable
 from mpqdm_fx.cli_streams import OutputError, guarded_streams
 from mpqdm_fx.errors import MPQError
@@ -97,9 +98,8 @@ def run(app: typer.Typer) -> NoReturn:
 
 
 def _print(told: Told) -> int:
-    console = Console(stderr=True)
     with suppress(OSError):
-        console.print(told.line, style="red", markup=False, highlight=False, soft_wrap=True)
+        say(Console(stderr=True), told.line, style="red")
     return told.status
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.io.sealed import read_json
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "has_program",
     "has_text_encoder",
     "origin_of",
-    "size_of",
 ]
 
 _BUNDLED = "digits"  # the name goes before a folder's
@@ -37,13 +37,19 @@ EXTRAS: Mapping[str, str] = {
 """Optional packages, by the extra of this package that brings them."""
 
 
-def check_output_folder(output: Path, *reads: str | Path | None, option: str = "--output") -> None:
+def check_output_folder(
+    output: Path,
+    *reads: str | Path | None,
+    option: str = "--output",
+    resumable: bool = True,
+) -> None:
     """Refuse a folder that cannot be written, or whose replacing would take what the command reads.
 
     Args:
         output: The folder to appear.
         reads: Files and folders that the command reads, or names of bundled models.
         option: How it was typed.
+        resumable: Whether an unfinished run is kept beside it.
 
     Raises:
         ConfigError: It is the current folder or one above it, one that the command reads, or its
@@ -52,7 +58,8 @@ def check_output_folder(output: Path, *reads: str | Path | None, option: str = "
     target = output.resolve()
     if Path.cwd().is_relative_to(target):
         raise ConfigError(
-            f"{option} {output}: this is the current folder, or holds it; give a new folder's name"
+            f"{option} {output}: this is the current folder, or holds it, and it is replaced as a "
+            f"whole; start from another folder, or give another name"
         )
     for read in reads:
         if read is None or str(read) == _BUNDLED or not Path(read).exists():
@@ -63,13 +70,11 @@ def check_output_folder(output: Path, *reads: str | Path | None, option: str = "
                 f"{option} {output}: what is read, {read}, is this folder, or one lies in the "
                 f"other; give another folder"
             )
-    check_writable(
-        output.resolve().parent, f"{option} {output}", prefix=f"{output.name}.checkpoint.stage"
-    )
-    if checkpoint_of(target).exists() and not checkpoint_of(target).is_dir():
+    made = checkpoint_of(output) if resumable else target
+    check_writable(target.parent, f"{option} {output}", prefix=f"{made.name}.stage")
+    if resumable and made.exists() and not made.is_dir():
         raise ConfigError(
-            f"{option} {output}: {checkpoint_of(output)} is in the way, where an unfinished run "
-            f"is kept; move it"
+            f"{option} {output}: {made} is in the way, where an unfinished run is kept; move it"
         )
 
 
@@ -92,8 +97,10 @@ def check_output_file(
 
     Raises:
         ConfigError: It is a folder or no plain file, has another ending, is a file of what is
-            read, or its parent cannot be written.
+            read, lies in a folder of `quantize`, or its parent cannot be written.
     """
+    from mpqdm_fx.folders import MANIFEST
+
     if path is None:
         return
     if path.exists() and not path.is_file():
@@ -104,6 +111,12 @@ def check_output_file(
     for read in reads:
         if path.exists() and path.resolve().is_relative_to(Path(read).resolve()):
             raise ConfigError(f"{option} {path}: a file of {read}, which is read; give another")
+    for folder in (place := path.parent.resolve(), *place.parents):
+        if (folder / MANIFEST).exists():  # a file more, and the folder would not be replaced
+            raise ConfigError(
+                f"{option} {path}: {folder} holds a result and no other files; keep the file "
+                f"outside"
+            )
     if replaced is not None:
         for folder in (replaced, checkpoint_of(replaced)):
             if path.resolve().is_relative_to(folder.resolve()):
@@ -112,11 +125,6 @@ def check_output_file(
                     f"outside"
                 )
     check_writable(path.resolve().parent, f"{option} {path}", prefix=path.name)
-
-
-def checkpoint_of(output: Path) -> Path:
-    """Where a run that was stopped leaves what it has."""
-    return output.with_name(f"{output.name}.checkpoint")
 
 
 def check_writable(folder: Path, typed: str, *, prefix: str = "mpqdm-fx") -> None:
@@ -209,22 +217,19 @@ def origin_of(folder: Path) -> str | None:
     return str(read_json(source).get("model")) if source.is_file() else None
 
 
-def size_of(folder: str | Path) -> int:
-    """Bytes of all files in a folder; 0 if it is none."""
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-
-
 def check_space(output: Path, needed: int) -> None:
     """Refuse a disk that cannot hold what is known to be written.
 
     Args:
-        output: Folder or file to appear.
-        needed: Bytes that are written at least.
+        output: Folder to appear.
+        needed: Bytes that are written at least, there or beside it.
 
     Raises:
         ConfigError: Less is free.
     """
-    free = shutil.disk_usage(_existing(output.parent)).free
+    # of a link, the result appears where it leads to, and an unfinished run lies beside it
+    places = {_existing(path.parent) for path in (output, output.resolve())}
+    free = max(shutil.disk_usage(place).free for place in places)
     if free < needed:
         raise ConfigError(
             f"--output {output}: {needed / 2**20:,.1f} MiB are written at least, and the disk has "

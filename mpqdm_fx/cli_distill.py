@@ -35,7 +35,7 @@ def distill(
     recompute: Annotated[
         int, typer.Option(min=0, help="Parts of the graph to compute twice, for less memory.")
     ] = 0,
-    samples: Annotated[int, typer.Option(min=0, help="Images in the grid.")] = 16,
+    samples: opt.SamplesOption = 16,
     resume: opt.ResumeOption = False,
     overwrite: opt.OverwriteOption = False,
     device: Annotated[str, typer.Option(help="Where to train, for example cuda.")] = "cpu",
@@ -47,16 +47,18 @@ def distill(
         budget = "5m"
     seconds = opt.seconds_of(budget)
     checks.check_output_folder(output, directory, model)
-    checks.check_space(output, checks.size_of(directory))
     if checks.has_program(directory):
         checks.check_packages("executorch", purpose="a folder with a program")
     from mpqdm_fx.distill.config import DistillConfig
+    from mpqdm_fx.folders import WEIGHTS, open_folder
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.processes import joined
     from mpqdm_fx.report.tables import summary_table
     from mpqdm_fx.workflow import distill_folder
 
     checks.check_device(device)
+    # the plan stays, so the packed weights of the result are of the same size
+    checks.check_space(output, open_folder(directory).files.entries[WEIGHTS].bytes)
     config = DistillConfig(
         seconds=seconds,
         updates=updates,
@@ -80,4 +82,4 @@ def distill(
         console.print_json(json.dumps(plain(result.summary)))
         return
     console.print(summary_table(result.summary))
-    console.print(f"written to {output}")
+    opt.say(console, f"written to {output}")

@@ -1,12 +1,12 @@
 """The command `mpqdm-fx export`: a pipeline folder becomes programs and a runner."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mpqdm_fx import cli_checks as checks
@@ -62,7 +62,6 @@ def export(
     sizes = [_size_of(text) for text in size] if size else None
     checks.check_output_folder(output, model, prompts)
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
-    checks.check_space(output, checks.size_of(model) // 8)  # four bits or more, of 32 at most
     checks.check_packages("executorch", purpose="export")
     if checks.has_text_encoder(model):
         checks.check_packages("transformers", purpose="a pipeline with a text encoder")
@@ -90,7 +89,7 @@ def export(
         compress=compress,
         overwrite=overwrite,
     )
-    console = Console()
+    console = opt.console()
     if as_json:
         console.print_json(json.dumps(result.manifest))
         return
@@ -107,7 +106,8 @@ def export(
             str(method["subgraphs"]),
         )
     console.print(table)
-    console.print(f"written to {output}; draw with: python {output / 'run.py'}", soft_wrap=True)
+    run = shlex.quote(str(output / "run.py"))
+    opt.say(console, f"written to {output}; draw with: python {run}")
 
 
 def _bytes(manifest: Mapping[str, Any], *names: str | None) -> int:

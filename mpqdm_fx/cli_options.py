@@ -22,12 +22,16 @@ __all__ = [
     "ExternalWeightsOption",
     "FloatModelOption",
     "FolderArgument",
+    "FolderOrModelArgument",
     "FourBitOption",
     "JsonOption",
     "MemoryOption",
     "ModelArgument",
     "OutputOption",
+    "OverwriteOption",
     "ResumeOption",
+    "SamplerStepsOption",
+    "SamplesOption",
     "SeedOption",
     "SensitivityOption",
     "StepsOption",
@@ -37,6 +41,7 @@ __all__ = [
     "activation_mode_of",
     "console",
     "memory_of",
+    "say",
     "seconds_of",
     "settings_of",
     "takes_settings",
@@ -58,6 +63,9 @@ ModelArgument = Annotated[
         help="`digits`, a diffusers model folder, or a pipeline folder with --subfolder unet.",
     ),
 ]
+FolderOrModelArgument = Annotated[
+    str, typer.Argument(metavar="DIR|MODEL", help="Folder of `quantize`, or a float model.")
+]
 SubfolderOption = Annotated[
     str | None, typer.Option(help="Part of a pipeline folder, for example `unet`.")
 ]
@@ -71,6 +79,8 @@ OverwriteOption = Annotated[
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 TrajectoriesOption = Annotated[int, typer.Option(min=1, help="Denoising runs to calibrate on.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Steps of each run.")]
+SamplerStepsOption = Annotated[int, typer.Option(min=1, help="Steps of the scheduler.")]
+SamplesOption = Annotated[int, typer.Option(min=0, help="Images in the grid.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")]
 MemoryOption = Annotated[
     str | None,
@@ -105,6 +115,17 @@ def console() -> Console:
     """Where results are printed."""
     # A pipe has no width of its own; 130 columns hold the longest layer names.
     return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 130)
+
+
+def say(console: Console, text: object, *, style: str | None = None) -> None:
+    """Print a text as it is: what stands in brackets is no markup, and no path is broken in two.
+
+    Args:
+        console: Where to print it.
+        text: What to print.
+        style: Colour of all of it.
+    """
+    console.print(str(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 #: By name of the option: the setting that it becomes, type and help, default.

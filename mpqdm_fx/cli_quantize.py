@@ -22,7 +22,7 @@ def quantize(
     output: opt.OutputOption = Path("out"),
     trajectories: opt.TrajectoriesOption = 16,
     steps: opt.StepsOption = 20,
-    samples: Annotated[int, typer.Option(min=0, help="Images in the grid.")] = 16,
+    samples: opt.SamplesOption = 16,
     resume: opt.ResumeOption = False,
     max_memory: opt.MemoryOption = None,
     device: opt.DeviceOption = None,
@@ -61,7 +61,9 @@ def quantize(
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
     source = load_source(model, subfolder, variant)
-    checks.check_space(output, weights_of(source.model))  # a byte each, until the run is through
+    if not resume:  # who resumes has some of it on the disk already
+        # a byte each, until the run is through
+        checks.check_space(output, weights_of(source.model))
     check_feasible(
         source.model, source.example_inputs, config, sensitivity=sensitivity, max_memory=memory,
         batch_size=min(16, (trajectories - trajectories // 4) * steps),  # as of `calibration_of`
@@ -93,7 +95,7 @@ def quantize(
         return
     console.print(layer_table(result.quantized.report))
     console.print(summary_table(result.summary))
-    console.print(f"written to {output}")
+    opt.say(console, f"written to {output}")
 
 
 @opt.takes_settings(without=("effective_bits", "weight_bytes", "seed"))

@@ -28,7 +28,7 @@ def verify(
     """Compare float, quantized, converted, edge and .pte layer by layer; exit 1 if one is short."""
     checks.check_output_file(output, "--output", reads=[directory])
     if store:
-        checks.check_writable(directory, "DIR")
+        checks.check_output_folder(directory, option="DIR", resumable=False)
     if checks.has_program(directory):
         checks.check_packages("executorch", purpose="a folder with a program")
     from mpqdm_fx.parity.tables import rung_table, worst_table
@@ -45,14 +45,11 @@ def verify(
         console.print(rung_table(ladder))
         console.print(worst_table(ladder))
         for note in ladder.notes:
-            console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+            opt.say(console, f"note: {note}")
     errors = Console(stderr=True)
     if store:
-        errors.print(f"thresholds stored in {directory}", soft_wrap=True)
+        opt.say(errors, f"thresholds stored in {directory}")
         return
     if not ladder.passed:
-        errors.print(
-            f"error: {directory}: {ladder.failure}", style="red", markup=False,
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        opt.say(errors, f"error: {directory}: {ladder.failure}", style="red")
         raise typer.Exit(code=1)

@@ -137,7 +137,12 @@ def open_program(folder: ModelFolder) -> "XnnpackRunner":
                         f"damaged, or of an older version: quantize again"
                     )
                 content = Entry(**expanded[name])
-                plain = expand_program(folder.root / name, content=content, source=path)
+                plain = expand_program(
+                    folder.root / name,
+                    content=content,
+                    source=path,
+                    sha256=folder.files.entries[name].sha256,  # which `opened` found right
+                )
                 path = stack.enter_context(hashed_file(plain, content))
             paths.append(path)
         return XnnpackRunner(
@@ -183,6 +188,7 @@ def open_denoiser(
 
 def _saved_source(folder: ModelFolder, model: Denoiser) -> Source:
     """Inputs and scheduler as saved: sampling needs no float model."""
+    folder.require(SCHEDULER_CONFIG)
     place = str(folder.root / SCHEDULER_CONFIG)
     scheduler = scheduler_from_config(folder.files.read_json(SCHEDULER_CONFIG, finite=False), place)
     signature = signature_from_dict(folder.manifest["signature"])
@@ -214,7 +220,9 @@ def origin_of(folder: Path) -> Origin:
     Raises:
         ArtifactError: It does not say.
     """
-    return validated(Origin, open_folder(folder).files.read_json(SOURCE), folder / SOURCE)
+    opened = open_folder(folder)
+    opened.require(SOURCE)
+    return validated(Origin, opened.files.read_json(SOURCE), folder / SOURCE)
 
 
 def _is_time_ids(spec: InputSpec) -> bool:

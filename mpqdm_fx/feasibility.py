@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mpqdm_fx.calibration.allocate import Limits, layer_limits
+from mpqdm_fx.calibration.allocate import layer_limits
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
@@ -25,8 +25,9 @@ _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 
 
 def weights_of(model: nn.Module) -> int:
-    """Weights of a model's convolutions, linear layers and embeddings."""
-    return sum(m.weight.numel() for m in model.modules() if isinstance(m, _LAYERS))
+    """Weights of a model's convolutions, linear layers and embeddings; shared ones count once."""
+    weights = {m.weight for m in model.modules() if isinstance(m, _LAYERS)}
+    return sum(weight.numel() for weight in weights)
 
 
 def check_feasible(
@@ -67,24 +68,23 @@ def check_feasible(
         return
     graph_module = normalized(model, inputs, config)
     config.check_overrides(weight_layers(graph_module, embeddings=True))
-    limits = layer_limits(graph_module, config)
     if budget:
         check_budget(graph_module, config)
     if table is not None:
         table.check(graph_module)
     if max_memory is not None:
-        _check_memory(graph_module, config, limits, max_memory, batch_size)
+        _check_memory(graph_module, config, max_memory, batch_size)
 
 
 def _check_memory(
     graph_module: fx.GraphModule,
     config: MPQConfig,
-    limits: Limits,
     max_memory: int,
     batch_size: int,
 ) -> None:
     levels = [torch.arange(config.timestep_groups)]
     timesteps = levels if find_timestep(graph_module) is not None else []
+    limits = layer_limits(graph_module, config)
     lanes, _ = two_lanes(graph_module, timesteps, config, limits.skipped)
     call = example_inputs(graph_module.meta["signature"], batch_size=batch_size)
     _, smallest = walk_memory(lanes, [call])

@@ -26,8 +26,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    "abandoned_folders",
     "check_version",
+    "checkpoint_of",
     "differences",
     "first_difference",
     "hidden_folder",
@@ -58,6 +58,11 @@ def check_version(path: str | Path, found: Any, newest: int) -> None:
             f"{path} has format version {found!r}, this package reads up to {newest}; "
             f"update mpqdm-fx"
         )
+
+
+def checkpoint_of(output: Path) -> Path:
+    """Where a run that was stopped leaves what it has: beside its output."""
+    return output.with_name(f"{output.name}.checkpoint")
 
 
 @contextlib.contextmanager
@@ -109,12 +114,6 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def abandoned_folders(parent: Path, name: str, kind: str) -> list[Path]:
-    """Folders that `hidden_folder` made and that no running process holds."""
-    with contextlib.ExitStack() as stack:
-        return _held_anew(parent, name, kind, stack)
-
-
 def _held_anew(parent: Path, name: str, kind: str, stack: contextlib.ExitStack) -> list[Path]:
     """The abandoned folders, held until the stack ends: no other process sweeps or takes them."""
     if not parent.is_dir():
@@ -131,7 +130,7 @@ def _held_anew(parent: Path, name: str, kind: str, stack: contextlib.ExitStack) 
 
 
 def sweep_abandoned(parent: Path, name: str, kind: str) -> None:
-    """Remove `abandoned_folders`, and say so."""
+    """Remove folders of `hidden_folder` that no running process holds, and say so."""
     with contextlib.ExitStack() as stack:
         for folder in _held_anew(parent, name, kind, stack):
             logger.warning("%s was left by a run that was killed; it is removed", folder)

@@ -19,7 +19,7 @@ from mpqdm_fx.files import check_version, write_text
 from mpqdm_fx.io.exchange import staged_folder
 from mpqdm_fx.io.sealed import Entry, SealedFolder, read_json, seal, verified
 from mpqdm_fx.manifest import checked_manifest
-from mpqdm_fx.versions import FORMAT_VERSION
+from mpqdm_fx.versions import FORMAT, FORMAT_VERSION
 
 __all__ = [
     "GRAPH",
@@ -64,6 +64,22 @@ class ModelFolder:
     root: Path
     manifest: Mapping[str, Any]
     files: SealedFolder
+
+    def require(self, name: str) -> None:
+        """Refuse a folder that does not list a file; of an older version's, say that it is one.
+
+        Args:
+            name: The file.
+
+        Raises:
+            ArtifactError: The file is not listed.
+        """
+        if name not in self.files and self.manifest["proof"] is None:
+            raise ArtifactError(
+                f"{self.root} was written by an older version, which lists no {name}; quantize the "
+                f"model again"
+            )
+        self.files.require(name)
 
 
 def open_folder(directory: str | Path) -> ModelFolder:
@@ -139,7 +155,13 @@ def check_target(output: str | Path, manifest: str = MANIFEST, *, overwrite: boo
         raise ArtifactError(
             f"{target} exists and holds other files ({manifest} is missing); give a new folder"
         )
-    foreign = _foreign_files(target, manifest)
+    data = read_json(target / manifest)
+    foreign = _foreign_files(target, manifest, data.get("files"))
+    if foreign and manifest == MANIFEST and _is_older(data):  # which may well be its own
+        raise ArtifactError(
+            f"{target} was written by an older version, which does not list all of its files; it "
+            f"is left as it is; move it, or quantize again into a new folder"
+        )
     if foreign:
         raise ArtifactError(
             f"{target} holds files that are not of its result: {', '.join(foreign[:3])}"
@@ -154,9 +176,14 @@ def check_target(output: str | Path, manifest: str = MANIFEST, *, overwrite: boo
     return target
 
 
-def _foreign_files(root: Path, manifest: str) -> list[str]:
+def _is_older(data: Mapping[str, Any]) -> bool:
+    """Whether a manifest is of a version that did not list all files."""
+    version = data.get("version")
+    return data.get("format") == FORMAT and type(version) is int and 1 <= version < _FIRST_SEALED
+
+
+def _foreign_files(root: Path, manifest: str, listed: Any) -> list[str]:
     """Files of a folder that its manifest does not list."""
-    listed = read_json(root / manifest).get("files")
     known = {manifest, *(listed if isinstance(listed, Mapping) else ())}
     found = []
     for path in sorted(root.rglob("*")):

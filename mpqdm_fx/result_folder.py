@@ -29,7 +29,6 @@ from mpqdm_fx.denoisers import (
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.files import write_text
 from mpqdm_fx.folders import MANIFEST, open_folder, seal_folder, staged_directory
-from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.memory import peak_memory
 from mpqdm_fx.models.sources import Source
@@ -39,7 +38,7 @@ from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.images import save_grid
 from mpqdm_fx.report.metrics import EVALUATION_SEED, epsilon_sqnr
 from mpqdm_fx.storage import write_model
-from mpqdm_fx.summary import SUMMARY
+from mpqdm_fx.summary import SUMMARY, write_summary
 from mpqdm_fx.validation import check_fields
 
 __all__ = ["Form", "calibration_of", "time_per_step", "write_folder"]
@@ -201,7 +200,7 @@ def write_folder(
             for path in sorted(stage.iterdir())
             if path.is_file() and path.name != MANIFEST  # which lists this file, with its size
         }
-        write_text(stage / SUMMARY, json.dumps(plain(summary), indent=2, allow_nan=False))
+        write_summary(stage, summary)
         seal_folder(stage)
     return summary
 

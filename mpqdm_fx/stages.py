@@ -19,7 +19,7 @@ from mpqdm_fx.passes.round_weights import install_codes
 from mpqdm_fx.plan import BitPlan
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 
-__all__ = ["assemble", "normalized", "reassembled", "restore"]
+__all__ = ["assemble", "normalized", "positional_inputs", "reassembled", "restore"]
 
 
 def normalized(
@@ -56,6 +56,12 @@ def normalized(
 
 def _has_effect(node: fx.Node) -> bool:
     return node.is_impure(impure_random=False)
+
+
+def positional_inputs(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Inputs by name in the order in which a graph takes them."""
+    nodes = graph_module.graph.find_nodes(op="placeholder")
+    return tuple(inputs[str(node.target)] for node in nodes)
 
 
 def assemble(

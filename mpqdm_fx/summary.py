@@ -1,13 +1,17 @@
 """What `summary.json` may hold: the numbers that a job printed, as `inspect` prints them again."""
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import model_validator
 
+from mpqdm_fx.files import write_text
 from mpqdm_fx.folders import ModelFolder
-from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, validated
+from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, plain, validated
 
-__all__ = ["SUMMARY", "read_summary"]
+__all__ = ["SUMMARY", "Summary", "read_summary", "write_summary"]
 
 SUMMARY = "summary.json"
 
@@ -54,7 +58,7 @@ class _Training(Strict):
 
 
 class Summary(Strict):
-    """Numbers of a folder; sizes in bytes, ratios in dB."""
+    """Numbers of a folder; sizes in bytes, ratios in dB. Not every system tells peaks of memory."""
 
     backend: Name
     settings: dict[str, Any]
@@ -72,7 +76,7 @@ class Summary(Strict):
     threads: Count
     seconds_to_quantize: float
     program: _Program | None
-    peak_memory_bytes: dict[str, Count]
+    peak_memory_bytes: dict[str, Count | None]
     files: dict[str, Count]
     distilled: _Training | None = None
 
@@ -84,11 +88,27 @@ class Summary(Strict):
         return self
 
 
+def write_summary(stage: Path, summary: Mapping[str, Any]) -> None:
+    """Write a folder's summary; what `read_summary` would not take is a defect of who made it.
+
+    Args:
+        stage: The folder.
+        summary: Plain values.
+
+    Raises:
+        ValueError: A field is missing, unknown, or does not fit.
+    """
+    text = json.dumps(plain(summary), indent=2, allow_nan=False)
+    Summary.model_validate_json(text)
+    write_text(stage / SUMMARY, text)
+
+
 def read_summary(folder: ModelFolder) -> dict[str, Any]:
     """A folder's summary, plain values.
 
     Raises:
         ArtifactError: It is missing, not what was written, or a field does not fit.
     """
+    folder.require(SUMMARY)
     found = validated(Summary, folder.files.read_json(SUMMARY), folder.root / SUMMARY)
     return found.model_dump()

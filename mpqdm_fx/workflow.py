@@ -14,7 +14,7 @@ from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.checkpoint import has_state
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.files import first_difference
+from mpqdm_fx.files import checkpoint_of, first_difference, is_empty_but_for_hidden
 from mpqdm_fx.folders import MANIFEST, check_target, open_folder
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.io.exchange import remove_folder
@@ -119,7 +119,7 @@ def quantize_to_folder(
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
-    solved = _checkpoint_of(output)
+    solved = checkpoint_of(output)
     quantized = quantize(
         source.model,
         config,
@@ -160,7 +160,7 @@ def check_start(
     """
     form.check(config)
     check_target(output, overwrite=overwrite)
-    solved = _checkpoint_of(output)
+    solved = checkpoint_of(output)
     header = solved / HEADER
     _check_ours(solved, header.is_file())
     if not header.is_file():
@@ -176,11 +176,6 @@ def check_start(
         raise ConfigError(f"{solved} holds a run that was not finished; resume it, or delete it")
 
 
-def _checkpoint_of(output: Path) -> Path:
-    """Where an unfinished run is kept."""
-    return output.with_name(f"{output.name}.checkpoint")
-
-
 def _check_ours(folder: Path, ours: bool) -> None:
     """Refuse a folder of somebody else's where a run would be kept: it goes when that is through.
 
@@ -188,7 +183,7 @@ def _check_ours(folder: Path, ours: bool) -> None:
     """
     if not folder.exists() or ours:
         return
-    if not folder.is_dir() or any(not path.name.endswith(".part") for path in folder.iterdir()):
+    if not (folder.is_dir() and is_empty_but_for_hidden(folder)):
         raise ConfigError(f"{folder} is in the way and holds no unfinished run; move or delete it")
 
 
@@ -232,7 +227,7 @@ def distill_folder(
     summary = read_summary(opened)
     form = Form.of(summary["backend"], opened.manifest["program"])
     check_target(output, overwrite=overwrite)
-    state = _checkpoint_of(output)
+    state = checkpoint_of(output)
     _check_ours(state, has_state(state))
     if has_state(state) and not resume:
         raise ConfigError(f"{state} holds a run that was not finished; resume it, or delete it")

@@ -8,13 +8,17 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from small import tiny_unet
+from torch import nn
 from typing_in import typed
 
 from mpqdm_fx import cli_checks, workflow
+from mpqdm_fx.cli_boundary import INTERNAL
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.feasibility import weights_of
 from mpqdm_fx.folders import seal_folder
 from mpqdm_fx.models.sources import load_source
+from mpqdm_fx.pipelines import export
 from mpqdm_fx.result_folder import Form
 
 
@@ -98,6 +102,13 @@ CASES = [
     (["export", ".", "--output", "exported"], "one lies in the other"),
     (["quantize", "model", "--sensitivity", "new/s", "--output", "new"], "replaced as a whole"),
     (["export", "model", "--sensitivity", "e.checkpoint/s", "--output", "e"], "as a whole"),
+    # a folder that is replaced as a whole, and files in a result, which would not be its own
+    (["verify", ".", "--store"], "current folder"),
+    (["verify", "..", "--store"], "current folder"),
+    (["verify", "out", "--output", "out/verify.json"], "out holds a result and no other files"),
+    (["verify", "model", "--output", "out/verify.json"], "out holds a result and no other files"),
+    (["sample", "out", "--output", "out/a/grid.png"], "out holds a result and no other files"),
+    (["quantize", "model", *NEW, "--sensitivity", "out/s"], "out holds a result and no other"),
     # endings
     (["sample", "out", "--output", "grid.jpg"], "ends in .png"),
     (["sample", "out", "--output", "grid"], "ends in .png"),
@@ -147,6 +158,31 @@ def test_no_command_begins_with_what_it_cannot_end_with(place, monkeypatch, caps
     assert listed(place) == before
 
 
+OLDER = [
+    (["quantize", "model", "--backend", "packed", "--output", "out", "--overwrite"], "move it, or"),
+    (["verify", "out", "--store"], "does not list all of its files; it is left as it is"),
+    (["sample", "out"], "which lists no scheduler/scheduler_config.json; quantize the model again"),
+    (["evaluate", "out"], "which lists no source.json; quantize the model again"),
+    (["distill", "out"], "which lists no summary.json; quantize the model again"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), OLDER)
+def test_a_folder_of_an_older_version_is_told_as_one(place, monkeypatch, capsys, words, message):
+    path = place / "out" / "mpqdm.json"
+    manifest = json.loads(path.read_text())
+    manifest = {key: manifest[key] for key in manifest if key not in ("digest", "proof")}
+    files = {name: manifest["files"][name] for name in ("model.safetensors", "config.json")}
+    path.write_text(json.dumps({**manifest, "version": 2, "files": files}))
+    before = listed(place)
+    status, _, err = typed(monkeypatch, capsys, *words)
+    told = [line for line in err.splitlines() if line.startswith("error: out ")]
+    assert (status, len(told)) == (2, 1), err
+    assert "was written by an older version" in told[0]
+    assert message in told[0]
+    assert listed(place) == before
+
+
 @pytest.mark.parametrize("command", ["distill", "evaluate"])
 def test_a_folder_whose_float_model_is_gone_says_so_at_once(place, monkeypatch, capsys, command):
     (place / "out" / "source.json").write_text(json.dumps({"model": "gone", "subfolder": None}))
@@ -185,9 +221,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     assert f'pip install "mpqdm-fx[{extra}]"' in err
 
 
-@pytest.mark.parametrize(
-    "words", [["quantize", "model", *NEW], ["distill", "out"], ["export", "model"]]
-)
+@pytest.mark.parametrize("words", [["quantize", "model", *NEW], ["distill", "out"]])
 def test_a_disk_that_is_too_small_is_told_before(place, monkeypatch, capsys, words):
     monkeypatch.setattr(workflow, "calibration_of", None)
     used = shutil.disk_usage(place)._replace(free=1000)
@@ -195,6 +229,47 @@ def test_a_disk_that_is_too_small_is_told_before(place, monkeypatch, capsys, wor
     status, _, err = typed(monkeypatch, capsys, *words)
     assert status == 2
     assert "MiB are written at least" in err
+
+
+def test_a_disk_that_may_do_is_not_refused(place, monkeypatch, capsys):
+    """Hidden expansions, variants that are not loaded and layers that are solved cost nothing."""
+    begun = []
+    for module, name in [
+        (workflow, "quantize_to_folder"),
+        (workflow, "distill_folder"),
+        (export, "export_pipeline"),
+    ]:
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: begun.append(name))
+    (place / "out" / ".unet.pte.0123456789abcdef").write_bytes(bytes(10**6))
+    (place / "model" / "diffusion_pytorch_model.bin").write_bytes(bytes(10**6))
+    weights = (place / "out" / "model.safetensors").stat().st_size
+    used = shutil.disk_usage(place)
+    free = {"distill out": weights, f"quantize model {' '.join(NEW)} --resume": 0}
+    for words, enough in free.items():
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, n=enough: used._replace(free=n))
+        assert typed(monkeypatch, capsys, *words.split())[0] == 0
+    assert typed(monkeypatch, capsys, "export", "model")[0] == INTERNAL  # nothing to print
+    assert begun == ["distill_folder", "quantize_to_folder", "export_pipeline"]
+
+
+def test_of_a_link_both_disks_may_take_the_result(tmp_path, monkeypatch):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "out").symlink_to(tmp_path / "large" / "out")
+    used, small = shutil.disk_usage(tmp_path), tmp_path / "small"
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: used._replace(free=0 if path == small else 100)
+    )
+    cli_checks.check_space(small / "out", 100)
+    with pytest.raises(ConfigError, match="are written at least"):
+        cli_checks.check_space(small / "out", 101)
+
+
+def test_weights_that_layers_share_take_space_once():
+    model = nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.Linear(3, 5), "c": nn.Conv2d(2, 2, 1)})
+    assert weights_of(model) == 34
+    model["b"].weight = model["a"].weight
+    assert weights_of(model) == 19
 
 
 def test_the_space_that_there_is_suffices(tmp_path):
@@ -233,8 +308,12 @@ def test_somebody_elses_folder_is_never_taken_for_an_unfinished_run(place):
     folder = place / "new.checkpoint"
     folder.mkdir()
     start(place)
-    (folder / ".sweep.json.1234.part").write_text("")
+    (folder / ".sweep.json.0123abcd.part").mkdir()
     start(place)
+    (folder / "notes.part").write_text("mine, by another program's ending")
+    with pytest.raises(ConfigError, match="in the way and holds no unfinished run"):
+        start(place)
+    (folder / "notes.part").unlink()
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="in the way and holds no unfinished run"):
         start(place)

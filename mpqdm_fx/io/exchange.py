@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import abandoned_folders, hidden_folder, sweep_abandoned
+from mpqdm_fx.files import hidden_folder, sweep_abandoned
 
-__all__ = ["leftovers", "remove_folder", "replace_folder", "staged_folder", "sweep_leftovers"]
+__all__ = ["remove_folder", "replace_folder", "staged_folder", "sweep_leftovers"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +50,11 @@ def staged_folder(target: Path) -> Iterator[Path]:
         replace_folder(stage, target)
 
 
-def leftovers(target: Path) -> list[Path]:
-    """Stages of `target` that no running process fills."""
-    return abandoned_folders(target.parent, target.name, _STAGE)
-
-
 def sweep_leftovers(target: Path) -> None:
-    """Remove `leftovers`, and say so; what was moved away and not replaced comes back."""
+    """Remove stages of `target` that no running process fills, and say so.
+
+    What was moved away and not replaced comes back.
+    """
     moved = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.stage\.old")
     for path in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
         if not moved.fullmatch(path.name):

@@ -12,7 +12,7 @@ from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.backends.xnnpack.runner import sorted_entries
 from mpqdm_fx.denoisers import PROGRAM, SOURCE, open_program, program_names, source_of
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.folders import ModelFolder, open_folder, rewritten_folder
+from mpqdm_fx.folders import ModelFolder, check_target, open_folder, rewritten_folder
 from mpqdm_fx.graph.calling import example_call, example_inputs
 from mpqdm_fx.graph.cost import bind_sizes, value_bytes
 from mpqdm_fx.io.sealed import Entry
@@ -22,7 +22,7 @@ from mpqdm_fx.parity.ladder import Ladder
 from mpqdm_fx.parity.measure import Form, Measured, measure
 from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.stages import normalized
+from mpqdm_fx.stages import normalized, positional_inputs
 from mpqdm_fx.storage import load
 
 __all__ = ["store_parity", "verify"]
@@ -61,7 +61,7 @@ def verify(
     Raises:
         ArtifactError: The folder, or a file in it, is missing, damaged, of a newer version, or not
             the one that thresholds were stored for, or there are none; with `store`, there is no
-            float model, or what is measured is NaN.
+            float model, what is measured is NaN, or the folder holds files that are not its own.
         LoweringError: There is a program and ExecuTorch is missing or fails.
     """
     folder = Path(directory)
@@ -71,6 +71,8 @@ def verify(
             f"folder written by mpqdm-fx quantize"
         )
     opened = open_folder(folder)
+    if store:
+        check_target(folder, overwrite=True)  # `rewritten_folder` would refuse it after the work
     opened.files.check()
     thresholds = None if store else _stored(opened)
     runner = open_program(opened) if program_names(opened) else None
@@ -148,7 +150,6 @@ def _measure(
     stability: bool,
 ) -> Measured:
     signature, notes = quantized.signature, []
-    names = [str(node.target) for node in quantized.rounded.graph.find_nodes(op="placeholder")]
     forms = []
     if model is None:
         notes.append(
@@ -165,7 +166,10 @@ def _measure(
     else:
         forms += _program_forms(runner, graphs, quantized)
         notes.append("the runtime shows no values inside the program: of it, outputs are compared")
-    inputs = [[sorted_entries(call[name]) for name in names] for call in calls]
+    inputs = [
+        [sorted_entries(value) for value in positional_inputs(quantized.rounded, call)]
+        for call in calls
+    ]
     return measure(forms, inputs, notes=notes, stability=stability)
 
 
@@ -187,8 +191,7 @@ def _program_graphs(quantized: QuantizedModel, program: Mapping[str, Any]) -> An
     from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 
     example = example_inputs(quantized.signature, batch_size=1)
-    nodes = quantized.rounded.graph.find_nodes(op="placeholder")
-    inputs = tuple(example[str(node.target)] for node in nodes)
+    inputs = positional_inputs(quantized.rounded, example)
     four_bit = program.get("four_bit", "whole")
     return ProgramGraphs.of(quantized.rounded, quantized.ranges, inputs, four_bit=four_bit)
 

@@ -27,6 +27,7 @@ from mpqdm_fx.calibration.sampling import scheduled
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.feasibility import check_feasible
+from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target, staged_directory
 from mpqdm_fx.graph.describe import module_settings
 from mpqdm_fx.io import expansion, sealed
@@ -170,7 +171,7 @@ def export_pipeline(
         )  # fmt: skip
     timesteps = _schedule(layout.pipeline.scheduler, steps) if tabulate else None
     work = WorkFolder(
-        target.with_name(f"{target.name}.checkpoint"),
+        checkpoint_of(target),
         {
             "pipeline": layout.class_name,
             "models": {name: _digest(part) for name, part in layout.parts.items()},

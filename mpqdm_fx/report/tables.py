@@ -34,7 +34,7 @@ def layer_table(report: QuantizationReport) -> Table:
             "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
             _gain(layer),
             f"{layer.alpha:.2f}" if layer.alpha else "",
-            layer.reason or "",
+            Text(layer.reason or ""),  # may name a pattern with brackets, which are no markup
         )
     return table
 

@@ -58,6 +58,17 @@ def test_a_file_whose_content_is_known_is_expanded_once_and_anew_when_it_changes
     assert not first.exists()
 
 
+def test_a_hash_that_is_known_is_not_computed_again(tmp_path, monkeypatch):
+    content = Entry.of(program(tmp_path))
+    packed = compress_program(tmp_path / "net.pte")
+    digest, first = Entry.of(packed).sha256, expand_program(packed, content=content)
+    measured, measure = [], Entry.of
+    monkeypatch.setattr(Entry, "of", lambda path: measured.append(path) or measure(path))
+    assert expand_program(packed, content=content, sha256=digest) == first
+    assert expand_program(packed, content=content) == first
+    assert measured == [packed]
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_file_is_not_trusted_because_its_name_fits(tmp_path, known):
     content = Entry.of(program(tmp_path))

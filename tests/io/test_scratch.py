@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 
-from mpqdm_fx.files import abandoned_folders
+from mpqdm_fx.files import sweep_abandoned
 from mpqdm_fx.io.scratch import Scratch
 
 
@@ -12,7 +12,8 @@ def test_a_folder_is_private_and_goes_with_its_object(tmp_path):
     scratch = Scratch("values", tmp_path)
     assert scratch.folder.stat().st_mode & 0o777 == 0o700
     (scratch.folder / "file").write_text("value")
-    assert abandoned_folders(tmp_path, "values", "scratch") == []
+    sweep_abandoned(tmp_path, "values", "scratch")
+    assert (scratch.folder / "file").read_text() == "value"
     del scratch
     assert list(tmp_path.iterdir()) == []
 

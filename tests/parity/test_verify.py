@@ -208,6 +208,15 @@ def test_storing_anew_takes_what_is_there_as_right(copied):
     assert verify(copied, model=TinyNet()).passed
 
 
+def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_measured(
+    copied, monkeypatch
+):
+    (copied / "notes.txt").write_text("mine")
+    monkeypatch.setattr(verify_module, "_measure", None)
+    with pytest.raises(ArtifactError, match=r"not of its result: notes\.txt"):
+        verify(copied, model=TinyNet(), store=True)
+
+
 def test_without_the_float_model_its_stored_outputs_stand_for_it(stored, copied, monkeypatch):
     monkeypatch.setattr("mpqdm_fx.parity.verify.load", lambda *_: load(copied, TinyNet()))
     ladder = verify(copied)

@@ -80,6 +80,7 @@ def expand_program(
     *,
     content: Entry | None = None,
     source: Path | None = None,
+    sha256: str | None = None,
 ) -> Path:
     """The plain file of a compressed one.
 
@@ -93,6 +94,7 @@ def expand_program(
         content: Size and hash of the plain file, where a manifest names them. Without them it is
             expanded at every call, to at most 256 times the compressed size.
         source: What to read in place of `path`, if it was opened already.
+        sha256: Hash of what is read, hexadecimal, if it was hashed already.
 
     Returns:
         The plain file, `.<name without .xz>.<digest>`.
@@ -106,7 +108,7 @@ def expand_program(
     if not read.is_file():
         raise ArtifactError(f"{named} does not exist")
     home = named.parent if folder is None else Path(folder)
-    target = expansion_path(named, Entry.of(read).sha256, home)
+    target = expansion_path(named, sha256 or Entry.of(read).sha256, home)
     logger.info("%s: expanding to %s", named, target)
     expand(read, target, content=content, name=named)
     drop_expansions(named, home, but=target)
