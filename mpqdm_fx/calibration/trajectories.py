@@ -21,6 +21,7 @@ from mpqdm_fx.calibration.calls import check_call
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, Denoiser, denoise, take_rows
 from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.graph.containers import tensor_leaves
 from mpqdm_fx.graph.entry import in_float32, unwrap
 from mpqdm_fx.validation import Count, NonNegative, Seed, Some, checked
 
@@ -336,31 +337,18 @@ def make_conditions(
     check_call(made, "conditions")
     made = dict(made)
     for name, value in made.items():
-        if isinstance(value, list) and not any(_tensors(value, name)):
+        if isinstance(value, list) and not any(tensor_leaves(value)):
             raise CalibrationError(
                 f"condition {name} is a list without tensors; give a tensor whose first axis is "
                 f"the number of trajectories, {count}"
             )
-    for name, tensor in _tensors(made, ""):
+    for name, tensor in tensor_leaves(made):
         if tensor.ndim == 0 or len(tensor) != count:
             raise CalibrationError(
                 f"condition {name} has shape {tuple(tensor.shape)}; its first axis must be the "
                 f"number of trajectories, {count}"
             )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise CalibrationError(f"condition {name} holds NaN or infinite values")
     return made
-
-
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _tensors(entry, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, (tuple, list)):
-        for index, entry in enumerate(value):
-            yield from _tensors(entry, f"{name}.{index}")
 
 
 def _join(values: list[Any]) -> Any:
