@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_call
-from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, Denoiser, denoise, take_rows
+from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, Denoiser, concatenate, denoise, take_rows
 from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.containers import tensor_leaves
@@ -215,11 +215,11 @@ class Trajectories:
         if self.rows_per_timestep is not None:
             kept = []
             for at_timestep in calls:
-                merged = _join(at_timestep)
+                merged = concatenate(at_timestep)
                 rows = torch.randperm(len(merged["sample"]), generator=generator)
                 kept.append([take_rows(merged, rows[: self.rows_per_timestep])])
             calls = kept
-        timesteps = [_join(at_timestep) for at_timestep in calls]
+        timesteps = [concatenate(at_timestep) for at_timestep in calls]
         first_held_out = self.num_trajectories - self.held_out
         batches: list[dict[str, Any]] = []
         for held_out in (False, True):
@@ -228,7 +228,7 @@ class Trajectories:
                 for part in timesteps
             ]
             if self.shuffle:
-                everything = _join(parts)
+                everything = concatenate(parts)
                 order = torch.randperm(len(everything["sample"]), generator=generator)
                 parts = [take_rows(everything, order)]
             before = len(batches)
@@ -349,15 +349,3 @@ def make_conditions(
                 f"number of trajectories, {count}"
             )
     return made
-
-
-def _join(values: list[Any]) -> Any:
-    """Concatenate the tensors at equal places of nested dicts and tuples."""
-    first = values[0]
-    if isinstance(first, Tensor):
-        return torch.cat(values)
-    if isinstance(first, Mapping):
-        return {key: _join([value[key] for value in values]) for key in first}
-    if isinstance(first, (tuple, list)):
-        return type(first)(_join(list(entries)) for entries in zip(*values, strict=True))
-    return first
