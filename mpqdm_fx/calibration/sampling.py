@@ -176,11 +176,10 @@ def _called(model: Denoiser, call: Mapping[str, Any]) -> Any:
     except (MPQError, torch.OutOfMemoryError):
         raise
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        shapes = {n: tuple(v.shape) if isinstance(v, Tensor) else v for n, v in call.items()}
-        reason = (str(error).splitlines() or [""])[0]
+        shapes = pytree.tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), dict(call))
         raise CalibrationError(
             f"the model cannot be called with inputs of the shapes {shapes}: "
-            f"{type(error).__name__}: {reason}; check that the conditions belong to it"
+            f"{type(error).__name__}: {first_line(error)}; check that the conditions belong to it"
         ) from error
 
 

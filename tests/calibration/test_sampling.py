@@ -195,6 +195,24 @@ def test_rows_are_taken_and_put_behind_each_other_in_every_container():
     assert joined["none"] is None
 
 
+def test_a_model_that_cannot_be_called_is_told_with_shapes_and_not_with_values():
+    def model(sample, timestep, added):
+        raise ValueError("no such input")
+
+    added = {"text": torch.full((3, 2), 0.625), "list": [torch.zeros(3)], "flag": True}
+    with pytest.raises(CalibrationError, match=r"ValueError: no such input; check") as told:
+        denoise(
+            model,
+            DDIMScheduler(),
+            noise(),
+            num_inference_steps=1,
+            seed=0,
+            conditions={"added": added},
+        )
+    assert "'added': {'text': (3, 2), 'list': [(3,)], 'flag': True}" in str(told.value)
+    assert "tensor" not in str(told.value)
+
+
 def test_guidance_without_unconditional_conditions_is_refused():
     with pytest.raises(CalibrationError, match="unconditional"):
         denoise(
