@@ -57,6 +57,7 @@ COPIED = {
     "mpqdm_fx.pipelines.program_files",
     "mpqdm_fx.io.expansion",
     "mpqdm_fx.io.sealed",
+    "mpqdm_fx.models.classes",
     "mpqdm_fx.errors",
 }
 

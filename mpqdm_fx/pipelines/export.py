@@ -31,6 +31,7 @@ from mpqdm_fx.folders import check_target, staged_directory
 from mpqdm_fx.graph.describe import module_settings
 from mpqdm_fx.io import expansion, sealed
 from mpqdm_fx.io.records import hash_tensor
+from mpqdm_fx.models import classes
 from mpqdm_fx.pipelines import program_files, runner
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.pipelines.layout import Size, layout_of, open_pipeline
@@ -55,6 +56,7 @@ RUNNER = {
     "program_files.py": program_files,
     "sealed.py": sealed,
     "expansion.py": expansion,
+    "classes.py": classes,
     "errors.py": errors,
 }
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.models.classes import diffusers_class
 from mpqdm_fx.pipelines.program_files import SCHEDULER, ProgramFiles, RunnerError
 
 __all__ = ["PipelineRunner", "RunnerError", "guidance_embedding", "main", "time_ids"]
@@ -185,12 +186,15 @@ class PipelineRunner:
         if chosen is not None and not isinstance(chosen, str):
             return copy.deepcopy(chosen)
         config = self.programs.files.read_json(SCHEDULER, finite=False)
-        name = chosen or config.get("_class_name")
-        base = importlib.import_module("diffusers").SchedulerMixin
-        found: Any = getattr(importlib.import_module("diffusers.schedulers"), str(name), None)
-        proper = isinstance(found, type) and issubclass(found, base) and found is not base
-        if not proper:
-            raise RunnerError(f"diffusers has no scheduler {str(name)[:80]!r}")
+        own = chosen is None
+        try:
+            found = diffusers_class(
+                "scheduler",
+                config.get("_class_name") if own else chosen,
+                str(self.folder / SCHEDULER) if own else "",
+            )
+        except ArtifactError as error:
+            raise RunnerError(str(error)) from None
         return found.from_config(config)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
