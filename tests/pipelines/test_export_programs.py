@@ -141,6 +141,7 @@ def test_the_folder_is_whole_and_nothing_else_is_left(exported):
         "denoiser.pte",
         "errors.py",
         "expansion.py",
+        "picture_files.py",
         "pipeline.json",
         "program_files.py",
         "run.py",
