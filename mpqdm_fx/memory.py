@@ -16,7 +16,7 @@ from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.denoisers import first_rows, open_denoiser
 from mpqdm_fx.errors import MPQError
 from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.models.classes import model_class, scheduler_class
+from mpqdm_fx.models.classes import diffusers_class
 
 __all__ = ["import_classes", "main", "peak_memory", "process_bytes"]
 
@@ -69,10 +69,10 @@ def import_classes(name: str, subfolder: str | None = None) -> None:
     described = [read_json(file, finite=False) for file in files]
     for wanted in ("UNet2DModel", *(config.get("_class_name") for config in described)):
         with suppress(MPQError):  # who loads it says what is wrong
-            model_class(wanted)
+            diffusers_class("model", wanted)
     for wanted in ("DDIMScheduler", *(config.get("_class_name") for config in described)):
         with suppress(MPQError):
-            found = scheduler_class(wanted)
+            found = diffusers_class("scheduler", wanted)
             found.from_config(found().config)  # it looks at all others when it is made
 
 

@@ -15,7 +15,14 @@ from torch import Tensor, fx, nn
 
 from mpqdm_fx.errors import CalibrationError
 
-__all__ = ["check_call", "check_calls", "check_example", "check_indices", "table_sizes"]
+__all__ = [
+    "check_call",
+    "check_calls",
+    "check_example",
+    "check_indices",
+    "named_leaves",
+    "table_sizes",
+]
 
 _DTYPES = frozenset(
     {
@@ -75,7 +82,7 @@ def check_call(call: object, place: str) -> None:
         raise CalibrationError(
             f"{place}: give keyword arguments, a dict by name, not {type(call).__name__}"
         )
-    for name, value in _leaves(call, ""):
+    for name, value in named_leaves(call):
         fault = _fault(value)
         if fault:
             raise CalibrationError(f"{place}: input {name!r} {fault}")
@@ -143,7 +150,13 @@ def check_indices(call: Mapping[str, Any], sizes: Mapping[str, int], place: str)
             )
 
 
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+def named_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of whatever nested dicts, lists and tuples hold.
+
+    Args:
+        value: What holds them; a value that is no container is its own leaf.
+        name: Its own name.
+    """
     if isinstance(value, Mapping):
         entries: Iterator[tuple[Any, Any]] = iter(value.items())
     elif isinstance(value, list | tuple):
@@ -152,7 +165,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, value
         return
     for key, entry in entries:
-        yield from _leaves(entry, f"{name}.{key}" if name else str(key))
+        yield from named_leaves(entry, f"{name}.{key}" if name else str(key))
 
 
 def _fault(value: Any) -> str:

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.schedulers import check_scheduler
-from mpqdm_fx.errors import CalibrationError, ConfigError, MPQError
+from mpqdm_fx.errors import CalibrationError, ConfigError, MPQError, first_line
 from mpqdm_fx.graph.entry import in_float32
 from mpqdm_fx.validation import Count, DerivedSeed, NonNegative, checked
 
@@ -27,6 +28,7 @@ __all__ = [
     "EXTRA_CHANNELS",
     "Denoiser",
     "StepCallback",
+    "concatenate",
     "denoise",
     "denoise_in_batches",
     "first_tensor",
@@ -174,11 +176,10 @@ def _called(model: Denoiser, call: Mapping[str, Any]) -> Any:
     except (MPQError, torch.OutOfMemoryError):
         raise
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        shapes = {n: tuple(v.shape) if isinstance(v, Tensor) else v for n, v in call.items()}
-        reason = (str(error).splitlines() or [""])[0]
+        shapes = pytree.tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), dict(call))
         raise CalibrationError(
             f"the model cannot be called with inputs of the shapes {shapes}: "
-            f"{type(error).__name__}: {reason}; check that the conditions belong to it"
+            f"{type(error).__name__}: {first_line(error)}; check that the conditions belong to it"
         ) from error
 
 
@@ -218,7 +219,7 @@ def denoise_in_batches(
             noise[rows],
             num_inference_steps=num_inference_steps,
             seed=seed + start,
-            conditions=take_rows(conditions, rows),
+            conditions=take_rows(dict(conditions), rows),
             progress=progress,
         )
         parts.append(part)
@@ -226,14 +227,41 @@ def denoise_in_batches(
 
 
 def take_rows(value: Any, rows: slice | Tensor) -> Any:
-    """Rows of every tensor in nested dicts and tuples; flags and None stay."""
-    if isinstance(value, Tensor):
-        return value[rows]
-    if isinstance(value, Mapping):
-        return {key: take_rows(entry, rows) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(take_rows(entry, rows) for entry in value)
-    return value
+    """Rows of every tensor in nested dicts, lists and tuples; flags and None stay.
+
+    Args:
+        value: Tensors, or what holds them.
+        rows: Which; int64 [n], or a slice.
+    """
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor[rows], value)
+
+
+def concatenate(values: Sequence[Any]) -> Any:
+    """Put the rows of tensors at equal places of nested dicts, lists and tuples behind each other.
+
+    Args:
+        values: At least one; all have the same places. Flags and None, which have no rows, are
+            those of the last.
+
+    Raises:
+        CalibrationError: One has other places than the last, or a tensor of another shape.
+    """
+
+    def behind(last: Any, *others: Any) -> Any:
+        parts = [*others, last]
+        # one tensor beside a flag is an error of torch.cat, and not the flag
+        tensors = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(parts))
+        return torch.cat(parts) if tensors else last
+
+    try:
+        return pytree.tree_map(behind, values[-1], *values[:-1])
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CalibrationError(
+            f"inputs that belong together differ: {first_line(error)}; give all of them the same "
+            f"entries, of the same shapes but for the first axis"
+        ) from error
 
 
 def guided(output: Tensor, guidance_scale: float | None) -> Tensor:
@@ -307,17 +335,8 @@ def _pair_conditions(
             "guidance needs `unconditional` with the same keywords as `conditions`: "
             f"got {sorted(unconditional or {})} and {sorted(conditions)}"
         )
-    return {name: _concatenate(unconditional[name], conditions[name]) for name in conditions}
-
-
-def _concatenate(first: Any, second: Any) -> Any:
-    if isinstance(first, Tensor):
-        return torch.cat([first, second])
-    if isinstance(first, Mapping):
-        return {name: _concatenate(first[name], second[name]) for name in second}
-    if isinstance(first, (tuple, list)):
-        return type(first)(_concatenate(a, b) for a, b in zip(first, second, strict=True))
-    return second  # flags and None have no batch
+    paired: dict[str, Any] = concatenate([dict(unconditional), dict(conditions)])
+    return paired
 
 
 def _drop_learned_variance(output: Tensor, sample: Tensor, scheduler: Any) -> Tensor:

@@ -1,12 +1,13 @@
 """Refuse schedulers whose numbers cannot be those of a noise schedule."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpqdm_fx.calibration.calls import named_leaves
 from mpqdm_fx.errors import CalibrationError
 
 __all__ = ["check_scheduler", "check_scheduler_config"]
@@ -47,7 +48,9 @@ def check_scheduler_config(config: Mapping[str, Any], place: str) -> None:
     Raises:
         CalibrationError: A number is out of its range; names it.
     """
-    for name, value in _numbers(config, ""):
+    for name, value in named_leaves(config):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
         field = name.partition(".")[0]
         low, high = _RANGES.get(field, (-_LARGEST, _LARGEST))
         if not low <= value <= high:  # NaN lies in no range
@@ -80,15 +83,3 @@ def check_scheduler(scheduler: Any) -> None:
             raise CalibrationError(
                 f"{place}: {name} holds NaN (first at index {first}); check the betas of its config"
             )
-
-
-def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
-    """Every number of nested containers with its dotted name; truth values are none."""
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _numbers(entry, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list | tuple):
-        for index, entry in enumerate(value):
-            yield from _numbers(entry, f"{name}.{index}")
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield name, value

@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_call
-from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, Denoiser, denoise, take_rows
+from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, Denoiser, concatenate, denoise, take_rows
 from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.graph.containers import tensor_leaves
 from mpqdm_fx.graph.entry import in_float32, unwrap
 from mpqdm_fx.validation import Count, NonNegative, Seed, Some, checked
 
@@ -214,11 +215,11 @@ class Trajectories:
         if self.rows_per_timestep is not None:
             kept = []
             for at_timestep in calls:
-                merged = _join(at_timestep)
+                merged = concatenate(at_timestep)
                 rows = torch.randperm(len(merged["sample"]), generator=generator)
                 kept.append([take_rows(merged, rows[: self.rows_per_timestep])])
             calls = kept
-        timesteps = [_join(at_timestep) for at_timestep in calls]
+        timesteps = [concatenate(at_timestep) for at_timestep in calls]
         first_held_out = self.num_trajectories - self.held_out
         batches: list[dict[str, Any]] = []
         for held_out in (False, True):
@@ -227,7 +228,7 @@ class Trajectories:
                 for part in timesteps
             ]
             if self.shuffle:
-                everything = _join(parts)
+                everything = concatenate(parts)
                 order = torch.randperm(len(everything["sample"]), generator=generator)
                 parts = [take_rows(everything, order)]
             before = len(batches)
@@ -336,40 +337,15 @@ def make_conditions(
     check_call(made, "conditions")
     made = dict(made)
     for name, value in made.items():
-        if isinstance(value, list) and not any(_tensors(value, name)):
+        if isinstance(value, list) and not any(tensor_leaves(value)):
             raise CalibrationError(
                 f"condition {name} is a list without tensors; give a tensor whose first axis is "
                 f"the number of trajectories, {count}"
             )
-    for name, tensor in _tensors(made, ""):
+    for name, tensor in tensor_leaves(made):
         if tensor.ndim == 0 or len(tensor) != count:
             raise CalibrationError(
                 f"condition {name} has shape {tuple(tensor.shape)}; its first axis must be the "
                 f"number of trajectories, {count}"
             )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise CalibrationError(f"condition {name} holds NaN or infinite values")
     return made
-
-
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _tensors(entry, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, (tuple, list)):
-        for index, entry in enumerate(value):
-            yield from _tensors(entry, f"{name}.{index}")
-
-
-def _join(values: list[Any]) -> Any:
-    """Concatenate the tensors at equal places of nested dicts and tuples."""
-    first = values[0]
-    if isinstance(first, Tensor):
-        return torch.cat(values)
-    if isinstance(first, Mapping):
-        return {key: _join([value[key] for value in values]) for key in first}
-    if isinstance(first, (tuple, list)):
-        return type(first)(_join(list(entries)) for entries in zip(*values, strict=True))
-    return first

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, denoise, first_tensor, guided
+from mpqdm_fx.calibration.sampling import (
+    EXTRA_CHANNELS,
+    concatenate,
+    denoise,
+    first_tensor,
+    guided,
+    take_rows,
+)
 from mpqdm_fx.errors import CalibrationError
 
 __all__ = ["Batch", "Recorder", "Runs", "Start"]
@@ -46,8 +53,10 @@ class Start:
         """Some of the runs, int64 [n]; each group has ancestral noise of its own."""
         return Start(
             noise=self.noise[rows],
-            conditions=_rows(self.conditions, rows),
-            unconditional=None if self.unconditional is None else _rows(self.unconditional, rows),
+            conditions=take_rows(dict(self.conditions), rows),
+            unconditional=(
+                None if self.unconditional is None else take_rows(dict(self.unconditional), rows)
+            ),
             seed=self.seed + int(rows[0]),
         )
 
@@ -127,19 +136,8 @@ class Runs:
             return own
         plain = {**own, **start.unconditional}
         plain.pop(EXTRA_CHANNELS, None)
-        joined: dict[str, Any] = pytree.tree_map(_both, plain, own)
+        joined: dict[str, Any] = concatenate([plain, own])
         return joined
-
-
-def _both(unconditional: Any, conditional: Any) -> Any:
-    if isinstance(unconditional, Tensor):
-        return torch.cat([unconditional, conditional])
-    return conditional  # flags and None have no batch
-
-
-def _rows(tree: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-    result: dict[str, Any] = pytree.tree_map_only(Tensor, lambda t: t[rows], dict(tree))
-    return result
 
 
 def _moved(tree: Any, device: torch.device | str) -> Any:

@@ -2,67 +2,74 @@
 
 A name in a config.json decides which code runs. So it is looked up among the models or among the
 schedulers of diffusers, and what is found must be one.
+
+This file is also copied into exported folders, for the scheduler of `run.py`.
 """
 
 import importlib
-from typing import Any
+import importlib.util
+from typing import Any, Literal
 
 from mpqdm_fx.errors import ArtifactError
 
-__all__ = ["is_model_class", "model_class", "scheduler_class"]
+__all__ = ["Kind", "diffusers_class", "is_model_class"]
 
-_MODELS = ("diffusers.models", "ModelMixin")
-_SCHEDULERS = ("diffusers.schedulers", "SchedulerMixin")
+Kind = Literal["model", "scheduler"]
+
+_BASES: dict[Kind, str] = {"model": "ModelMixin", "scheduler": "SchedulerMixin"}
 
 
-def model_class(name: Any, place: str = "") -> Any:
-    """The model class of diffusers called `name`.
+def diffusers_class(kind: Kind, name: Any, place: str = "") -> Any:
+    """The class of diffusers called `name`.
 
     Args:
+        kind: What it must be.
         name: As a file has it.
         place: The file, for the message.
 
     Raises:
-        ArtifactError: diffusers has no such model; it may have something else of that name.
+        ArtifactError: diffusers has no such class; it may have something else of that name. Or the
+            class needs a package that is not installed.
     """
-    return _class(name, "model", *_MODELS, place)
-
-
-def scheduler_class(name: Any, place: str = "") -> Any:
-    """The scheduler class of diffusers called `name`.
-
-    Args:
-        name: As a file has it.
-        place: The file, for the message.
-
-    Raises:
-        ArtifactError: diffusers has no such scheduler; it may have something else of that name.
-    """
-    return _class(name, "scheduler", *_SCHEDULERS, place)
+    found = _named(kind, name)
+    if _proper(kind, found):
+        return found
+    where = f"{place}: " if place else ""
+    missing = _missing(found)
+    if missing:
+        raise ArtifactError(
+            f"{where}{name} of diffusers needs {' and '.join(missing)}, which is not installed: "
+            f"pip install {' '.join(missing)}"
+        )
+    raise ArtifactError(
+        f"{where}the installed diffusers has no {kind} class {repr(name)[:80]} (_class_name); "
+        f"correct the name, or update diffusers"
+    )
 
 
 def is_model_class(name: Any) -> bool:
     """Tell whether diffusers has a model class of that name."""
-    return _found(name, *_MODELS) is not None
+    return _proper("model", _named("model", name))
 
 
-def _class(name: Any, kind: str, package: str, base: str, place: str) -> Any:
-    found = _found(name, package, base)
-    if found is None:
-        where = f"{place}: " if place else ""
-        shown = repr(name)[:80]
-        raise ArtifactError(
-            f"{where}the installed diffusers has no {kind} class {shown} (_class_name); correct "
-            f"the name, or update diffusers"
-        )
-    return found
-
-
-def _found(name: Any, package: str, base: str) -> Any:
-    """The class if it is a proper subclass of the base that is defined in the package."""
+def _named(kind: Kind, name: Any) -> Any:
+    """What the package of the kind calls so, whatever it is; None if nothing."""
     if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
         return None
-    found = getattr(importlib.import_module(package), name, None)
-    root = getattr(importlib.import_module("diffusers"), base)
-    proper = isinstance(found, type) and issubclass(found, root) and found is not root
-    return found if proper and found.__module__.startswith(f"{package}.") else None
+    return getattr(importlib.import_module(f"diffusers.{kind}s"), name, None)
+
+
+def _proper(kind: Kind, found: Any) -> bool:
+    """Whether it is a proper subclass of the kind's base that is defined in its package."""
+    base = getattr(importlib.import_module("diffusers"), _BASES[kind])
+    proper = isinstance(found, type) and issubclass(found, base) and found is not base
+    return proper and found.__module__.startswith(f"diffusers.{kind}s.")
+
+
+def _missing(found: Any) -> list[str]:
+    """Packages that diffusers lacks for a class, in whose place it has a dummy then."""
+    if not isinstance(found, importlib.import_module("diffusers.utils").DummyObject):
+        return []
+    backends: list[str] = found._backends
+    absent = [name for name in backends if importlib.util.find_spec(name) is None]
+    return absent or backends

@@ -19,7 +19,7 @@ from torch.nn.modules.module import (
 from mpqdm_fx.errors import ArtifactError, first_line
 from mpqdm_fx.folders import MODEL_CONFIG
 from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.models.classes import model_class
+from mpqdm_fx.models.classes import diffusers_class
 
 __all__ = [
     "checked_model_config",
@@ -62,7 +62,7 @@ def checked_model_config(config: Mapping[str, Any], place: str) -> Any:
     """
     if "_class_name" not in config:
         raise ArtifactError(f"{place} has no _class_name: not a diffusers model")
-    found = model_class(config["_class_name"], place)
+    found = diffusers_class("model", config["_class_name"], place)
     for name, value in config.items():
         _check_sizes(value, name, place)
     return found

@@ -15,7 +15,7 @@ from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError, first_
 from mpqdm_fx.folders import SCHEDULER_CONFIG
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models import bundled
-from mpqdm_fx.models.classes import scheduler_class
+from mpqdm_fx.models.classes import diffusers_class
 from mpqdm_fx.models.config_fields import check_fields
 from mpqdm_fx.models.example_inputs import ModelInputs
 from mpqdm_fx.models.extra_channels import ExtraChannels, extra_channels_of
@@ -161,7 +161,7 @@ def scheduler_from_config(config: Mapping[str, Any], place: str) -> Any:
         ArtifactError: It names no scheduler of diffusers, or one that refuses it.
         CalibrationError: Its numbers are no schedule.
     """
-    found = scheduler_class(config.get("_class_name"), place)
+    found = diffusers_class("scheduler", config.get("_class_name"), place)
     check_scheduler_config(config, place)
     try:
         scheduler = found.from_config(config)
@@ -181,7 +181,7 @@ def _scheduler_of(root: Path) -> Any:
     if path.exists():
         return scheduler_from_config(read_json(path, finite=False), str(path))
     logger.warning("%s has no scheduler folder: DDIM with its default schedule is used", root)
-    return scheduler_class("DDIMScheduler")()
+    return diffusers_class("scheduler", "DDIMScheduler")()
 
 
 def make_source(

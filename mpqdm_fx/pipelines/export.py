@@ -32,7 +32,8 @@ from mpqdm_fx.folders import check_target, staged_directory
 from mpqdm_fx.graph.describe import module_settings
 from mpqdm_fx.io import expansion, sealed
 from mpqdm_fx.io.records import hash_tensor
-from mpqdm_fx.pipelines import program_files, runner
+from mpqdm_fx.models import classes
+from mpqdm_fx.pipelines import picture_files, program_files, runner
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.pipelines.layout import Size, layout_of, open_pipeline
 from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manifest
@@ -54,8 +55,10 @@ MINIMUM_SQNR_DB = 30.0
 RUNNER = {
     "run.py": runner,
     "program_files.py": program_files,
+    "picture_files.py": picture_files,
     "sealed.py": sealed,
     "expansion.py": expansion,
+    "classes.py": classes,
     "errors.py": errors,
 }
 

@@ -17,7 +17,7 @@ from mpqdm_fx.errors import ArtifactError, ConfigError, first_line
 from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.models.classes import is_model_class, scheduler_class
+from mpqdm_fx.models.classes import diffusers_class, is_model_class
 from mpqdm_fx.models.model_config import read_model_config
 from mpqdm_fx.models.weight_files import load_weights, refuse_missing
 from mpqdm_fx.pipelines.adapters import refuse_adapters
@@ -167,7 +167,7 @@ def _check_component(root: Path, part: str, entry: list[Any]) -> None:
             f"folder is missing"
         )
     if entry[0] == "diffusers" and not is_model_class(entry[1]):
-        scheduler_class(entry[1], place)
+        diffusers_class("scheduler", entry[1], place)
 
 
 def _loaded_model(folder: Path, library: str, name: str) -> Any:

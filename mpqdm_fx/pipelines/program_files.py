@@ -13,11 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.errors import ArtifactError, first_line
 from mpqdm_fx.io.expansion import expand, expansion_path
 from mpqdm_fx.io.sealed import Entry, SealedFolder, hashed_file, read_json, verified
 
-__all__ = ["FORMAT", "MANIFEST", "SCHEDULER", "VERSION", "ProgramFiles", "RunnerError"]
+__all__ = [
+    "FORMAT",
+    "LARGEST",
+    "MANIFEST",
+    "SCHEDULER",
+    "VERSION",
+    "ProgramFiles",
+    "RunnerError",
+    "refusals",
+]
 
 MANIFEST = "pipeline.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -64,7 +73,7 @@ _SHAPE: Mapping[str, Any] = {
     "expanded": dict,
     "files": dict,
 }
-_LARGEST = 1 << 14  # pixels of a side, steps, channels
+LARGEST = 1 << 14  # pixels of a side, steps, channels
 # c10::ScalarType, as the runtime reports it.
 _SCALAR_TYPES = {
     "uint8": 0,
@@ -79,6 +88,37 @@ _SCALAR_TYPES = {
 
 class RunnerError(ArtifactError):
     """What was asked for cannot be drawn with this folder; says why."""
+
+
+#: What is imported when it is needed, and the package that has it.
+_PACKAGES = {
+    "PIL": "pillow",
+    "diffusers": "diffusers",
+    "executorch": "executorch",
+    "transformers": "transformers",
+}
+
+
+@contextlib.contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Tell in one line what a library refuses; each has errors of its own.
+
+    Args:
+        what: What did not work; begins the message.
+
+    Raises:
+        RunnerError: The library raised whatever it was.
+    """
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except ImportError as error:
+        package = _PACKAGES.get((error.name or "").partition(".")[0])
+        fix = f"; pip install --upgrade {package}" if package else ""
+        raise RunnerError(f"{what}: {first_line(error)}{fix}") from error
+    except Exception as error:
+        raise RunnerError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
 class ProgramFiles:
@@ -147,7 +187,8 @@ class ProgramFiles:
             Outputs by name.
 
         Raises:
-            RunnerError: There is no such method, or an input is missing or of another shape.
+            RunnerError: There is no such method, an input is missing or of another shape, the
+                program fails, or ExecuTorch is not installed.
         """
         entry = self._find(part, size)
         if entry is None:
@@ -164,7 +205,8 @@ class ProgramFiles:
                 )
             values.append(value)
         names = [spec["name"] for spec in entry["outputs"]]
-        return _Outputs(zip(names, self._load(entry).execute(values), strict=True))
+        with refusals(f"{part}: its program does not run"):
+            return _Outputs(zip(names, self._load(entry).execute(values), strict=True))
 
     def _find(self, part: str, size: tuple[int, int] | None) -> Any:
         for entry in self.manifest["methods"]:
@@ -194,8 +236,8 @@ class ProgramFiles:
                 )
         except RuntimeError as error:
             raise ArtifactError(
-                f"{self.folder / file} cannot be loaded by ExecuTorch: {error}; it was made by "
-                f"another version"
+                f"{self.folder / file} cannot be loaded by ExecuTorch: {first_line(error)}; it was "
+                f"made by another version"
             ) from error
 
     def _method(self, program: Any, entry: Mapping[str, Any]) -> Any:
@@ -205,7 +247,8 @@ class ProgramFiles:
         try:
             method = program.load_method(entry["method"])
         except RuntimeError as error:
-            raise ArtifactError(f"{where} cannot be loaded by ExecuTorch: {error}") from error
+            reason = first_line(error)
+            raise ArtifactError(f"{where} cannot be loaded by ExecuTorch: {reason}") from error
         meta = method.metadata
         found = [meta.input_tensor_meta(index) for index in range(meta.num_inputs())]
         taken = [(list(spec.sizes()), spec.dtype()) for spec in found]
@@ -304,8 +347,8 @@ def _in_range(manifest: Mapping[str, Any]) -> bool:
     return (
         bool(sizes)
         and all(len(size) == 2 for size in sizes)
-        and all(1 <= number <= _LARGEST for number in numbers)
-        and latents["channels"] * max(math.prod(size) for size in sizes) <= _LARGEST**2
+        and all(1 <= number <= LARGEST for number in numbers)
+        and latents["channels"] * max(math.prod(size) for size in sizes) <= LARGEST**2
         and (width is None or width >= 4)
         and manifest["timesteps"] != []
         and all(spec["dtype"] in _SCALAR_TYPES for spec in specs)

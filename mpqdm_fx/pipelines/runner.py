@@ -1,8 +1,8 @@
 """Draw images with the programs of a folder that `mpqdm-fx export` wrote.
 
 This file is copied into that folder as `run.py`, with what it imports of the package beside it.
-They need numpy, ExecuTorch's runtime, the scheduler (diffusers, with torch) and the tokenizer
-(transformers).
+They need numpy, ExecuTorch's runtime, the scheduler (diffusers, with torch), the tokenizer
+(transformers) and, for picture files, pillow.
 
     python run.py "a cat" --seed 0 --steps 20 --guidance 7.5 --output cat.png
 """
@@ -12,6 +12,7 @@ import copy
 import importlib
 import inspect
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,8 +24,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.pipelines.program_files import SCHEDULER, ProgramFiles, RunnerError
+from mpqdm_fx.errors import ArtifactError, first_line
+from mpqdm_fx.models.classes import diffusers_class
+from mpqdm_fx.pipelines.picture_files import check_output, read_picture, write_picture
+from mpqdm_fx.pipelines.program_files import (
+    LARGEST,
+    SCHEDULER,
+    ProgramFiles,
+    RunnerError,
+    refusals,
+)
 
 __all__ = ["PipelineRunner", "RunnerError", "guidance_embedding", "main", "time_ids"]
 
@@ -134,8 +143,9 @@ class PipelineRunner:
             float32 [H, W, channels] in 0..1.
 
         Raises:
-            RunnerError: There is no program for the size, no row for a timestep, or a condition is
-                missing or too much.
+            RunnerError: There is no program for the size, no row for a timestep, a condition is
+                missing or too much, a number is out of range, the scheduler cannot draw, or a
+                package is not installed.
             ArtifactError: A file of the folder is not what was written.
         """
         defaults = self.manifest["defaults"]
@@ -143,33 +153,45 @@ class PipelineRunner:
         guidance = defaults["guidance"] if guidance is None else guidance
         size = self._size(height, width)
         self._check_conditions(prompt, image, mask)
-        if steps < 1:
-            raise RunnerError(f"steps is {steps}; give at least 1")
+        _check_numbers(steps, guidance, seed)
         generator = torch.Generator().manual_seed(seed)
         scheduler = self.scheduler(scheduler)
-        scheduler.set_timesteps(steps)
-        times = self._times(scheduler.timesteps)
+        named = type(scheduler).__name__
+        with refusals(f"{named} has no schedule of {steps} steps"):
+            scheduler.set_timesteps(steps)
+            times = self._times(scheduler.timesteps)
+        if not hasattr(scheduler, "init_noise_sigma"):
+            raise RunnerError(
+                f"{named} has no init_noise_sigma: schedulers of flow matching are not supported; "
+                f"give one of noise or v-prediction, such as DDIMScheduler"
+            )
         runs = [self._once(run) for run in self._conditions(prompt, negative, guidance, size)]
         spec = self.manifest["latents"]
         shape = (1, spec["channels"], *(side // spec["scale"] for side in size))
         latents = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
         extra = self._masked(image, mask, size, generator)
-        accepted = inspect.signature(scheduler.step).parameters
+        drawing = f"{named} cannot draw with this folder"
+        with refusals(drawing):
+            accepted = inspect.signature(scheduler.step).parameters
         options = {"generator": generator} if "generator" in accepted else {}
         for index, timestep in enumerate(scheduler.timesteps):
-            scaled = scheduler.scale_model_input(latents, timestep)
+            with refusals(drawing):
+                scaled = scheduler.scale_model_input(latents, timestep)
             call = {"sample": torch.cat([scaled, *extra], dim=1), "timestep": times[index]}
             noise, *plain = (
                 self.programs.run("denoiser", size, {**call, **run})["noise_pred"] for run in runs
             )
             if plain:
                 noise = plain[0] + guidance * (noise - plain[0])
-            latents = scheduler.step(noise, timestep, latents, return_dict=False, **options)[0]
+            with refusals(drawing):
+                latents = scheduler.step(noise, timestep, latents, return_dict=False, **options)[0]
             if callback is not None:
                 callback(index + 1, len(scheduler.timesteps))
         picture = latents
         if "vae_decoder" in self.manifest["parts"]:
             picture = self.programs.run("vae_decoder", size, {"latents": latents})["image"]
+        if bool(picture.isnan().any()):
+            raise RunnerError("the image is not a number (NaN); use less guidance or more steps")
         result: NDArray[np.float32] = (picture / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
         return result
 
@@ -180,22 +202,26 @@ class PipelineRunner:
             chosen: Class name of a diffusers scheduler; a scheduler is copied.
 
         Raises:
-            RunnerError: diffusers has no such class.
+            RunnerError: diffusers has no such class, or it refuses the settings.
         """
         if chosen is not None and not isinstance(chosen, str):
             return copy.deepcopy(chosen)
         config = self.programs.files.read_json(SCHEDULER, finite=False)
-        name = chosen or config.get("_class_name")
-        base = importlib.import_module("diffusers").SchedulerMixin
-        found: Any = getattr(importlib.import_module("diffusers.schedulers"), str(name), None)
-        proper = isinstance(found, type) and issubclass(found, base) and found is not base
-        if not proper:
-            raise RunnerError(f"diffusers has no scheduler {str(name)[:80]!r}")
-        return found.from_config(config)
+        own = chosen is None
+        with refusals("the scheduler cannot be made"):
+            try:
+                found = diffusers_class(
+                    "scheduler",
+                    config.get("_class_name") if own else chosen,
+                    str(self.folder / SCHEDULER) if own else "",
+                )
+            except ArtifactError as error:
+                raise RunnerError(str(error)) from None
+            return found.from_config(config)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         default = self.sizes[0]
-        size = (height or default[0], width or default[1])
+        size = (default[0] if height is None else height, default[1] if width is None else width)
         if size not in self.sizes:
             known = ", ".join(f"{h}x{w}" for h, w in self.sizes)
             raise RunnerError(
@@ -273,18 +299,19 @@ class PipelineRunner:
 
     def _tokens(self, part: str, prompt: str) -> Tensor:
         name = part.replace("text_encoder", "tokenizer")
-        if name not in self._tokenizers:
-            loader = importlib.import_module("transformers").AutoTokenizer
-            folder = self.programs.checked_folder(name)
-            self._tokenizers[name] = loader.from_pretrained(folder, local_files_only=True)
-        tokenizer = self._tokenizers[name]
-        ids: Tensor = tokenizer(
-            [prompt],
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
+        with refusals(f"the {name} cannot read the prompt"):
+            if name not in self._tokenizers:
+                loader = importlib.import_module("transformers").AutoTokenizer
+                folder = self.programs.checked_folder(name)
+                self._tokenizers[name] = loader.from_pretrained(folder, local_files_only=True)
+            tokenizer = self._tokenizers[name]
+            ids: Tensor = tokenizer(
+                [prompt],
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
         return ids
 
     def _masked(
@@ -310,6 +337,15 @@ def _unit(value: Any, shape: tuple[int, ...], name: str) -> Tensor:
     return torch.from_numpy(array.astype(np.float32) / np.float32(scale))
 
 
+def _check_numbers(steps: int, guidance: float, seed: int) -> None:
+    if not 1 <= steps <= LARGEST:
+        raise RunnerError(f"steps is {steps}; give at least 1 and at most {LARGEST}")
+    if not math.isfinite(guidance):
+        raise RunnerError(f"guidance is {guidance}; give a finite number")
+    if not -(2**63) <= seed < 2**64:
+        raise RunnerError(f"seed is {seed}; give at least -2**63 and less than 2**64")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw an image from the command line; an error is one line on stderr and exit status 2.
 
@@ -331,24 +367,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("image.png"))
     given = vars(parser.parse_args(arguments))
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    from PIL import Image
-
     output, folder = given.pop("output"), given.pop("folder")
     try:
+        check_output(output)
         runner = PipelineRunner(folder)
         if given["image"] is not None and given["mask"] is not None:
-            height, width = runner._size(given["height"], given["width"])
-            for name, mode in (("image", "RGB"), ("mask", "L")):
-                picture = Image.open(given[name]).convert(mode).resize((width, height))
-                given[name] = np.asarray(picture)
+            size = runner._size(given["height"], given["width"])
+            given["image"] = read_picture(given["image"], "RGB", size)
+            given["mask"] = read_picture(given["mask"], "L", size)
         pixels = runner(
             given.pop("prompt"),
             **given,
             callback=lambda step, count: logger.info("step %d of %d", step, count),
         )
-        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(output)
-    except (ArtifactError, OSError, RuntimeError) as error:
+        write_picture(pixels, output)
+    except ArtifactError as error:
         logger.error("error: %s", error)
+        return 2
+    except (OSError, RuntimeError) as error:
+        logger.error("error: %s", first_line(error))
         return 2
     logger.info("written to %s", output)
     return 0

@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import pytest
 import torch
 from diffusers import (
@@ -14,7 +16,13 @@ from diffusers import (
 )
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from mpqdm_fx.calibration.sampling import denoise, first_tensor, model_timesteps
+from mpqdm_fx.calibration.sampling import (
+    concatenate,
+    denoise,
+    first_tensor,
+    model_timesteps,
+    take_rows,
+)
 from mpqdm_fx.errors import CalibrationError, ConfigError
 
 SCHEDULERS = [
@@ -139,6 +147,70 @@ def test_nested_conditions_are_paired_at_every_leaf():
         unconditional={"added": {"a": torch.ones(3, 5), "b": (torch.ones(3),)}, "flag": None},
     )
     assert seen == [((6, 5), (6,), None)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"a": torch.zeros(3, 5)},
+        {"a": torch.zeros(3, 5), "b": None},
+        {"a": torch.zeros(3, 5), "b": (torch.zeros(3), torch.zeros(3))},
+        {"a": torch.zeros(3, 4), "b": (torch.zeros(3),)},
+        None,
+    ],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_halves_of_guidance_with_other_entries_are_refused(other, swapped):
+    halves = [{"added": {"a": torch.zeros(3, 5), "b": (torch.zeros(3),)}}, {"added": other}]
+    conditions, unconditional = reversed(halves) if swapped else halves
+    with pytest.raises(CalibrationError, match=r"belong together differ: .*same entries"):
+        denoise(
+            lambda sample, timestep, added: sample,
+            DDIMScheduler(),
+            noise(),
+            num_inference_steps=1,
+            seed=0,
+            conditions=conditions,
+            guidance_scale=2.0,
+            unconditional=unconditional,
+        )
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: list[torch.Tensor]
+
+
+def test_rows_are_taken_and_put_behind_each_other_in_every_container():
+    rows = torch.arange(4.0)
+    whole = {"a": rows, "b": Pair(rows[:, None], [rows + 1]), "flag": True, "none": None}
+    parts = [take_rows(whole, slice(0, 1)), take_rows(whole, torch.tensor([1, 2, 3]))]
+    assert [part["a"].tolist() for part in parts] == [[0], [1, 2, 3]]
+    joined = concatenate(parts)
+    assert isinstance(joined["b"], Pair)
+    assert torch.equal(joined["b"].first, whole["b"].first)
+    assert torch.equal(joined["b"].second[0], rows + 1)
+    assert torch.equal(joined["a"], rows)
+    assert joined["flag"] is True
+    assert joined["none"] is None
+
+
+def test_a_model_that_cannot_be_called_is_told_with_shapes_and_not_with_values():
+    def model(sample, timestep, added):
+        raise ValueError("no such input")
+
+    added = {"text": torch.full((3, 2), 0.625), "list": [torch.zeros(3)], "flag": True}
+    with pytest.raises(CalibrationError, match=r"ValueError: no such input; check") as told:
+        denoise(
+            model,
+            DDIMScheduler(),
+            noise(),
+            num_inference_steps=1,
+            seed=0,
+            conditions={"added": added},
+        )
+    assert "'added': {'text': (3, 2), 'list': [(3,)], 'flag': True}" in str(told.value)
+    assert "tensor" not in str(told.value)
 
 
 def test_guidance_without_unconditional_conditions_is_refused():

@@ -1,7 +1,10 @@
 """A folder becomes a model with inputs that are right, or is refused before anything is built."""
 
+import importlib
+import importlib.util
 import json
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -12,7 +15,7 @@ from mpqdm_fx.denoisers import draw
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError, MPQError
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.graph.unread import unread_inputs
-from mpqdm_fx.models.classes import is_model_class, model_class, scheduler_class
+from mpqdm_fx.models.classes import diffusers_class, is_model_class
 from mpqdm_fx.models.model_config import read_model_config
 from mpqdm_fx.models.sources import load_source, make_source
 from mpqdm_fx.result_folder import calibration_of
@@ -183,9 +186,9 @@ WRONG = [
 @pytest.mark.parametrize("name", WRONG)
 def test_only_models_and_schedulers_of_diffusers_are_found_by_name(name, copied):
     assert not is_model_class(name)
-    for find in (model_class, scheduler_class):
+    for kind in ("model", "scheduler"):
         with pytest.raises(ArtifactError, match="_class_name"):
-            find(name)
+            diffusers_class(kind, name)
     edit(copied / "scheduler" / "scheduler_config.json", _class_name=name)
     with pytest.raises(ArtifactError, match=r"scheduler_config\.json.*_class_name"):
         load(copied)
@@ -198,9 +201,26 @@ def test_only_models_and_schedulers_of_diffusers_are_found_by_name(name, copied)
 
 def test_a_scheduler_is_no_model_and_a_model_no_scheduler():
     with pytest.raises(ArtifactError, match="no model class 'DDIMScheduler'"):
-        model_class("DDIMScheduler")
+        diffusers_class("model", "DDIMScheduler")
     with pytest.raises(ArtifactError, match="no scheduler class 'UNet2DModel'"):
-        scheduler_class("UNet2DModel")
+        diffusers_class("scheduler", "UNet2DModel")
+
+
+def test_a_class_that_needs_another_package_is_refused_with_its_name(copied, monkeypatch):
+    # what diffusers has in the place of a class where torchsde is missing, as some hosts have it
+    dummies = importlib.import_module("diffusers.utils.dummy_torch_and_torchsde_objects")
+    name = "DPMSolverSDEScheduler"
+    monkeypatch.setattr(diffusers.schedulers, name, getattr(dummies, name))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda found: None if found == "torchsde" else real(found)
+    )
+    words = rf"{name} of diffusers needs torchsde, .*: pip install torchsde$"
+    with pytest.raises(ArtifactError, match=words):
+        diffusers_class("scheduler", name)
+    edit(copied / "scheduler" / "scheduler_config.json", _class_name=name)
+    with pytest.raises(ArtifactError, match=rf"scheduler_config\.json: {words}"):
+        load(copied)
 
 
 # -- configs -------------------------------------------------------------------------------------

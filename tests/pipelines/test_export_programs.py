@@ -137,9 +137,11 @@ def test_the_folder_is_whole_and_nothing_else_is_left(exported):
     _, result = exported
     names = {path.name for path in result.directory.iterdir()}
     assert names == {
+        "classes.py",
         "denoiser.pte",
         "errors.py",
         "expansion.py",
+        "picture_files.py",
         "pipeline.json",
         "program_files.py",
         "run.py",

@@ -235,7 +235,7 @@ def test_what_cannot_be_drawn_is_refused(stable_diffusion):
     for options, message in [
         ({"height": 32}, "no program for 32x16 pixels.*16x16, 24x16"),
         ({"steps": 0}, "at least 1"),
-        ({"scheduler": "NoSuchScheduler"}, "no scheduler 'NoSuchScheduler'"),
+        ({"scheduler": "NoSuchScheduler"}, "no scheduler class 'NoSuchScheduler'"),
         ({"mask": np.zeros((16, 16))}, "takes no image and mask"),
     ]:
         with pytest.raises(RunnerError, match=message):
