@@ -80,9 +80,14 @@ def hidden_folder(parent: Path, name: str, kind: str, *, mode: int = 0o777) -> I
     """
     while True:
         folder = parent / f".{name}.{secrets.token_hex(4)}.{kind}"
-        folder.mkdir(mode=mode)
         with contextlib.ExitStack() as stack:
+            # before it is made: a signal may raise as soon as it is
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            try:
+                folder.mkdir(mode=mode)
+            except FileExistsError:
+                stack.pop_all()  # it is another's
+                continue
             try:
                 lock = _lock(folder)
             except (FileNotFoundError, BlockingIOError):  # another process took it for abandoned

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import secrets
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import check_version, differences, first_difference, replacing, write_text
+from mpqdm_fx.files import (
+    check_version,
+    differences,
+    first_difference,
+    hidden_folder,
+    replacing,
+    write_text,
+)
 from mpqdm_fx.io.sealed import Entry, read_json
 
 JSON = st.recursive(
@@ -87,6 +96,32 @@ def test_checksum_never_holds_the_file(tmp_path, monkeypatch):
     path.write_bytes(b"abc")
     monkeypatch.setattr(type(path), "read_bytes", None)
     assert Entry.of(path).to_dict()["bytes"] == 3
+
+
+def test_a_signal_right_behind_the_making_of_a_folder_leaves_nothing(tmp_path, monkeypatch):
+    made, make = [], Path.mkdir
+
+    def stopped(path, **options):
+        make(path, **options)
+        made.append(path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", stopped)
+        with pytest.raises(KeyboardInterrupt), hidden_folder(tmp_path, "name", "part"):
+            pass
+    assert len(made) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_another_one_made_is_neither_taken_nor_removed(tmp_path, monkeypatch):
+    others = tmp_path / ".name.0123abcd.part"
+    others.mkdir()
+    names = iter(["0123abcd", "4567abcd"])
+    monkeypatch.setattr(secrets, "token_hex", lambda _: next(names))
+    with hidden_folder(tmp_path, "name", "part") as folder:
+        assert folder == tmp_path / ".name.4567abcd.part"
+    assert list(tmp_path.iterdir()) == [others]
 
 
 @given(value=JSON)
