@@ -15,6 +15,8 @@ from typing_in import typed
 
 QUANTIZE = ["quantize", "model", "--backend", "packed", "--weights", 2, "--allocation", "uniform"]
 QUANTIZE += ["--trajectories", 2, "--steps", 2, "--samples", 1, "--refinements", 0]
+#: Comes first where the step that runs takes more than three seconds, as on a busy machine.
+NOTICE = "stopping after the step that runs now; Ctrl-C again ends it at once"
 EXPECTED = {"config.json", "model.safetensors", "mpqdm.json", "parity.json"}
 
 
@@ -104,8 +106,9 @@ def test_the_process_itself_ends_with_one_line_and_the_status_of_the_signal(plac
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
-    assert (out, err.count("\n")) == ("", 1), err
-    assert err.startswith("stopped by SIGTERM; out holds nothing half-written")
+    lines = [line for line in err.splitlines() if line != NOTICE]
+    assert (out, len(lines)) == ("", 1), err
+    assert lines[0].startswith("stopped by SIGTERM; out holds nothing half-written")
     assert [path.name for path in place.iterdir()] == ["model"]
 
 

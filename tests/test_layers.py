@@ -4,7 +4,9 @@
 do. Imports inside functions run later but couple just as much, so each is listed with its reason.
 """
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from source_tree import imports, modules
@@ -93,6 +95,15 @@ def _row(module: str) -> int:
     rows = [index for index, row in enumerate(ROWS) if _package(module) in row]
     assert rows, f"{module} is in no row of the architecture: give it one in tests/test_layers.py"
     return rows[0]
+
+
+def test_the_table_of_the_design_has_the_same_packages_in_the_same_order():
+    text = (Path(__file__).parents[1] / "DESIGN.md").read_text(encoding="utf-8")
+    table = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    told = [name for line in table for name in re.findall(r"`(\w+)`", line)]
+    assert sorted(told) == sorted(name for row in ROWS for name in row)
+    rows = [next(index for index, row in enumerate(ROWS) if name in row) for name in told]
+    assert rows == sorted(rows)
 
 
 def _own(lazy: bool):

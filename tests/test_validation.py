@@ -105,7 +105,13 @@ def test_no_verb_of_the_package_is_missing_here():
         if any("Between" in str(h) for h in get_type_hints(f, include_extras=True).values())
     }
     assert bounded <= set(VERBS)
-    assert not [f for f in functions - bounded if _numbers(get_type_hints(f).get("return"))]
+    bare = {
+        f"{f.__name__}({name})"
+        for f in functions - bounded
+        for name in inspect.signature(f).parameters
+        if _numbers(get_type_hints(f).get(name))
+    }
+    assert not bare
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,11 @@ def expand(packed: Path, target: Path, *, content: Entry | None, name: object) -
     most = packed.stat().st_size * _MOST_EXPANSION if content is None else content.bytes
     part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     try:
-        with lzma.open(packed) as source, part.open("xb") as plain:
+        # .xz alone: an older format, which lzma would take too, has no checksum
+        with (
+            lzma.open(packed, format=lzma.FORMAT_XZ) as source,
+            part.open("xb") as plain,
+        ):
             while chunk := source.read(_CHUNK):
                 if plain.tell() + len(chunk) > most:
                     raise ArtifactError(

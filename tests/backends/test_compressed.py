@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from records import flip
 
 from mpqdm_fx.backends.xnnpack.compressed import (
     compress_program,
@@ -74,9 +75,7 @@ def test_a_file_is_not_trusted_because_its_name_fits(tmp_path, known):
     content = Entry.of(program(tmp_path))
     packed = compress_program(tmp_path / "net.pte")
     first = expand_program(packed)
-    forged = bytearray(first.read_bytes())
-    forged[1000] ^= 1
-    first.write_bytes(forged)
+    flip(first, 1000)
     assert expand_program(packed, content=content if known else None) == first
     assert Entry.of(first) == content
 
@@ -120,15 +119,20 @@ def test_a_compressed_file_takes_the_place_of_the_plain_one_and_its_expansions_g
     assert stored_files(plain) == ()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "no xz"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "no xz", "zeros", "lzma"])
 def test_damage_is_found_and_leaves_nothing_behind(damage, tmp_path):
     packed = compress_program(program(tmp_path))
-    content = bytearray(packed.read_bytes())
+    content = packed.read_bytes()
     if damage == "flipped":
-        content[len(content) // 2] ^= 1
-    packed.write_bytes(
-        {"flipped": content, "truncated": content[:-40], "no xz": b"not compressed"}[damage]
-    )
+        flip(packed)
+    else:  # zeros are a file of 0 bytes in the format before .xz, which has no checksum
+        other = {
+            "truncated": content[:-40],
+            "no xz": b"not compressed",
+            "zeros": bytes(len(content)),
+            "lzma": lzma.compress(b"program", format=lzma.FORMAT_ALONE),
+        }
+        packed.write_bytes(other[damage])
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(ArtifactError, match="damaged or truncated"):
         expand_program(packed)

@@ -11,7 +11,9 @@ import math
 import random
 import resource
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -22,8 +24,8 @@ from mpqdm_fx.errors import MPQError
 FEW, MANY = 500, 10_000
 AMOUNTS = [FEW, pytest.param(MANY, marks=pytest.mark.matrix)]
 
-_SECONDS = 20.0  # for one mutant, on a busy machine
-_BYTES = 2**30  # the process may grow by while all are read
+SECONDS = 20.0  # for one mutant, on a busy machine
+BYTES = 2**30  # the process may grow by while all are read
 
 _VALUES: list[Any] = [
     None,
@@ -157,8 +159,64 @@ def byte_mutants(original: bytes, count: int, seed: int) -> Iterator[bytes]:
         yield bytes(data)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of one mutant.
+
+    Attributes:
+        found: What was read; None if nothing was.
+        reason: Why it was refused.
+        fault: What else happened.
+        seconds: How long it took.
+    """
+
+    found: Any = None
+    reason: str | None = None
+    fault: str | None = None
+    seconds: float = 0.0
+
+
+def outcome_of(
+    read: Callable[[Any], Any], mutant: Any, refusal: type[BaseException] = MPQError
+) -> Outcome:
+    """Read one mutant."""
+    start = time.perf_counter()
+    told: dict[str, Any] = {}
+    try:
+        told["found"] = read(mutant)
+    except refusal as error:
+        told["reason"] = str(error)
+    except BaseException:
+        told["fault"] = traceback.format_exc()
+    return Outcome(**told, seconds=time.perf_counter() - start)
+
+
+def check_outcomes(outcomes: Iterable[Outcome], expected: Any, *, refused: float = 0.0) -> None:
+    """Each mutant was refused in one line, or gave what is expected, in bounded time.
+
+    Args:
+        outcomes: What came of each.
+        expected: What the original gives.
+        refused: Least share of mutants that must be refused, so that the test reaches a reader.
+
+    Raises:
+        AssertionError: Something else came of one.
+    """
+    counts = {True: 0, False: 0}
+    for number, outcome in enumerate(outcomes):
+        reason = outcome.reason
+        assert outcome.fault is None, f"mutant {number}: {outcome.fault}"
+        counts[reason is not None] += 1
+        if reason is None:
+            assert outcome.found == expected, f"mutant {number} was read as something else"
+        else:
+            assert len(reason.splitlines()) == 1, f"mutant {number}: {reason}"
+        assert outcome.seconds < SECONDS, f"mutant {number} took too long"
+    assert counts[True] >= refused * sum(counts.values()), counts
+
+
 def check_mutants(
-    mutants: Iterator[Any], read: Callable[[Any], Any], expected: Any, *, refused: float = 0.0
+    mutants: Iterable[Any], read: Callable[[Any], Any], expected: Any, *, refused: float = 0.0
 ) -> None:
     """Read every mutant: each is refused in an error of the package, or gives what is expected.
 
@@ -166,28 +224,17 @@ def check_mutants(
         mutants: The mutants.
         read: Writes one and reads it; its result is compared by `==`.
         expected: What the original gives.
-        refused: Least share of mutants that must be refused, so that the test reaches a reader.
+        refused: See `check_outcomes`.
 
     Raises:
-        AssertionError: Something else came of one.
+        AssertionError: Something else came of one, or memory grew by too much.
     """
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    counts = {True: 0, False: 0}
-    for number, mutant in enumerate(mutants):
-        start = time.perf_counter()
-        reason = None
-        try:
-            found = read(mutant)
-        except MPQError as error:
-            reason = str(error)
-        except BaseException as error:
-            raise AssertionError(f"mutant {number}: {type(error).__name__}: {error}") from error
-        counts[reason is not None] += 1
-        if reason is None:
-            assert found == expected, f"mutant {number} was read as something else"
-        else:
-            assert len(reason.splitlines()) == 1, f"mutant {number}: {reason}"
-        assert time.perf_counter() - start < _SECONDS, f"mutant {number} took too long"
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    assert grown < _BYTES, f"reading took {grown} bytes"
-    assert counts[True] >= refused * sum(counts.values()), counts
+    before = peak_bytes()
+    check_outcomes((outcome_of(read, mutant) for mutant in mutants), expected, refused=refused)
+    grown = peak_bytes() - before
+    assert grown < BYTES, f"reading took {grown} bytes"
+
+
+def peak_bytes() -> int:
+    """Most memory that this process had."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

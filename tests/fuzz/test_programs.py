@@ -1,16 +1,17 @@
-"""Mutants of programs and of exported folders: refused before ExecuTorch sees a byte of them."""
+"""Mutants of programs and of exported folders: refused, or the program that was written."""
 
 import importlib
 import json
+import logging
 import lzma
 import os
 import shutil
 import sys
-import traceback
 
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from forked import check_forked, read_forked
 from mutants import AMOUNTS, byte_mutants, check_mutants, json_mutants
 from small import TinyNet, net_calls, plain_unet
 from typer.testing import CliRunner
@@ -31,26 +32,6 @@ pytestmark = [
 ]
 
 
-def forked(run):
-    """Run in a forked process: its exit status, or a failure if a signal ended it."""
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            status = run()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    _, ended = os.waitpid(child, 0)
-    assert not os.WIFSIGNALED(ended), f"signal {os.WTERMSIG(ended)}"
-    status = os.WEXITSTATUS(ended)
-    if status == 2:
-        raise ArtifactError("refused in the child")
-    return status
-
-
 @pytest.fixture(scope="module")
 def lowered(tmp_path_factory):
     """A net's folder with a program."""
@@ -69,18 +50,12 @@ def test_bytes_of_a_program_that_were_changed_never_reach_the_runtime(lowered, t
     original = (root / "unet.pte").read_bytes()
     inputs = [torch.ones(shape) for shape in open_program(open_folder(root)).input_shapes]
 
-    def run():
-        try:
-            open_program(open_folder(root))(*inputs)
-        except ArtifactError:
-            return 2
-        return 0
-
     def read(mutant):
         (root / "unet.pte").write_bytes(mutant)
-        return forked(run)
+        return [output.tolist() for output in open_program(open_folder(root))(*inputs)]
 
-    check_mutants(byte_mutants(original, amount, seed=1), read, 0, refused=0.95)
+    expected = read_forked(read, original)
+    check_forked(byte_mutants(original, amount, seed=1), read, expected, refused=0.95)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
@@ -129,10 +104,24 @@ def exported(tmp_path_factory):
     return root / "out", runner
 
 
-def drawn(runner, folder, tmp_path):
-    """Exit status of the copied runner's command line, in a forked process."""
-    words = ["--folder", str(folder), "--steps", "1", "--output", str(tmp_path / "image.png")]
-    return forked(lambda: runner.main(words))
+def drawn(runner, folder, output):
+    """The picture that the copied runner's command line draws; its refusal as the package's."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    runner.logger.addHandler(handler)
+    try:
+        words = ["--folder", str(folder), "--steps", "1", "--output", str(output)]
+        status = runner.main(words)
+    finally:
+        runner.logger.removeHandler(handler)
+    if status == 2:
+        (error,) = [record.args[0] for record in records if record.levelno == logging.ERROR]
+        if isinstance(error, runner.ArtifactError):
+            raise ArtifactError(str(error))
+        raise error
+    assert status == 0
+    return output.read_bytes()
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
@@ -140,29 +129,32 @@ def test_an_exported_folder_whose_files_were_changed_is_refused(exported, tmp_pa
     folder, runner = exported
     copied = shutil.copytree(folder, tmp_path / "out")
     used = ["pipeline.json", "denoiser.pte.xz", "scheduler/scheduler_config.json"]
-    originals = {name: (copied / name).read_bytes() for name in used}
-    assert drawn(runner, copied, tmp_path) == 0
-    for seed, (name, original) in enumerate(originals.items()):
+    for seed, name in enumerate(used):
+        original = (copied / name).read_bytes()
 
         def read(mutant, name=name):
             (copied / name).write_bytes(mutant)
-            return drawn(runner, copied, tmp_path)
+            return drawn(runner, copied, tmp_path / "image.png")
 
-        check_mutants(byte_mutants(original, amount // 3, seed=seed), read, 0, refused=0.9)
+        expected = read_forked(read, original)
+        mutants = byte_mutants(original, amount // 3, seed=seed)
+        check_forked(mutants, read, expected, refused=0.9)
         (copied / name).write_bytes(original)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_an_exported_manifest_that_was_sealed_again_ends_in_one_line(exported, tmp_path, amount):
+    """Its digest is right: it draws a picture, or its schema and the programs have to tell."""
     folder, runner = exported
     copied = shutil.copytree(folder, tmp_path / "out")
     original = json.loads((copied / "pipeline.json").read_text())
 
     def read(mutant):
         (copied / "pipeline.json").write_text(json.dumps(seal(mutant)))
-        return drawn(runner, copied, tmp_path)
+        return bool(drawn(runner, copied, tmp_path / "image.png"))
 
-    check_mutants(json_mutants(original, amount // 2, seed=4), read, 0)
+    assert read_forked(read, original)
+    check_forked(json_mutants(original, amount // 2, seed=4), read, True, refused=0.5)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
@@ -177,6 +169,7 @@ def test_a_program_under_anothers_name_is_refused(exported, tmp_path, amount):
         changed = {**manifest, "methods": [{**manifest["methods"][0], "inputs": mutant}]}
         changed["files"] = listed_files(copied, "pipeline.json")
         (copied / "pipeline.json").write_text(json.dumps(seal(changed)))
-        return drawn(runner, copied, tmp_path)
+        return drawn(runner, copied, tmp_path / "image.png")
 
-    check_mutants(json_mutants(inputs, amount // 10, seed=5), read, 0)
+    expected = read_forked(read, inputs)
+    check_forked(json_mutants(inputs, amount // 10, seed=5), read, expected, refused=0.5)

@@ -7,12 +7,13 @@ import torch
 from mutants import AMOUNTS, byte_mutants, check_mutants, json_mutants
 from torch import nn
 
+from mpqdm_fx.backends.xnnpack.reference import CLOSE_DB
 from mpqdm_fx.calibration.sensitivity_table import LayerSensitivity, SensitivityTable
 from mpqdm_fx.distill.checkpoint import load_state, save_state, state_path
 from mpqdm_fx.graph.layers import WeightLayer
 from mpqdm_fx.graph.signature import InputSpec, Signature
 from mpqdm_fx.io.records import read_record, write_record
-from mpqdm_fx.io.sealed import read_json, seal
+from mpqdm_fx.io.sealed import read_json, seal, verified
 from mpqdm_fx.numerics.levels import RowLevels
 from mpqdm_fx.parity.inputs import read_calls, write_calls
 from mpqdm_fx.parity.sites import Site
@@ -142,14 +143,14 @@ def test_heads_that_were_hashed_again_are_checked_by_their_fields(tmp_path, make
     path, read = make(tmp_path)
     kind, version = _kind_of(path)
     record = read_record(path, kind, version, fix="")
-    depth = _depth(read())
+    expected = _kinds(read())
 
     def mutated(mutant):
         write_record(path, kind, version, mutant, record.tensors)
-        return _depth(read())
+        return _kinds(read())
 
     mutants = (m for m in json_mutants(record.head, amount, seed=2) if isinstance(m, dict))
-    check_mutants(mutants, mutated, depth, refused=0.5)
+    check_mutants(mutants, mutated, expected, refused=0.5)
 
 
 def _kind_of(path):
@@ -160,19 +161,48 @@ def _kind_of(path):
     return told["kind"], told["version"]
 
 
-def _depth(value):
-    """The kind of a state: what it is made of, not its numbers."""
-    return type(value).__name__, len(value)
+def _kinds(value):
+    """What a state of `plain` is made of, all the way down: dtypes, shapes, types, names.
+
+    Lists of numbers alone are of one kind: a history may have any length, and a shape any rank.
+    """
+    if isinstance(value, dict):
+        return {key: _kinds(entry) for key, entry in value.items()}
+    if not isinstance(value, list):
+        return type(value).__name__
+    if value and str(value[0]).startswith("torch."):
+        return value[:2]  # a tensor
+    kinds = [_kinds(entry) for entry in value]
+    for number in ("float", "int"):
+        if all(kind == number for kind in kinds):
+            return f"{number}s"
+    return kinds
+
+
+def test_states_of_other_kinds_are_told_apart():
+    state = [torch.zeros(2, 3), {"losses": [0.5], "updates": 3}, None]
+    assert _kinds(plain(state)) == [
+        ["torch.float32", [2, 3]], {"losses": "floats", "updates": "int"}, "NoneType",
+    ]  # fmt: skip
+    for other in (
+        [torch.zeros(3, 2), *state[1:]],
+        [torch.zeros(2, 3).half(), *state[1:]],
+        [state[0], {"losses": [1], "updates": 3}, None],
+        [state[0], {"losses": [0.5]}, None],
+        [*state, None],
+        state[:2],
+    ):
+        assert _kinds(plain(other)) != _kinds(plain(state))
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_calls_of_other_shapes_kinds_or_names_are_refused(tmp_path, amount):
     path, read = stored_calls(tmp_path)
-    expected = [len(part) for part in read()]
+    expected = _kinds(read())
 
     def mutated(mutant):
         path.write_bytes(mutant)
-        return [len(part) for part in read()]
+        return _kinds(read())
 
     check_mutants(byte_mutants(path.read_bytes(), amount, seed=3), mutated, expected)
 
@@ -196,9 +226,43 @@ def test_finished_programs_of_an_export_are_those_that_were_written(tmp_path, am
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
-@pytest.mark.parametrize("sealed", [True, False])
-def test_thresholds_that_were_changed_are_refused(tmp_path, amount, sealed):
-    path = tmp_path / "parity.json"
+def test_thresholds_that_were_changed_are_refused(tmp_path, amount):
+    written, path = thresholds(tmp_path)
+
+    def read(mutant):
+        path.write_text(json.dumps(mutant))
+        return Thresholds.from_dict(read_json(path), path)
+
+    mutants = json_mutants(read_json(path), amount, seed=5)
+    check_mutants(mutants, read, written, refused=0.9)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_thresholds_that_were_sealed_again_are_read_as_they_stand_or_refused(tmp_path, amount):
+    """Their digest is right: they may ask for other numbers, and for those that the file has."""
+    _, path = thresholds(tmp_path)
+    again = tmp_path / "again.json"
+
+    def read(mutant):
+        path.write_text(json.dumps(seal(mutant)))
+        found = Thresholds.from_dict(read_json(path), path)
+        found.write(again)
+        wanted = [
+            seen.wanted_db
+            for rung in found.rungs.values()
+            for seen in (rung.output, rung.previous, *rung.nodes.values(), *rung.own.values())
+        ]
+        written = verified(read_json(again), again)  # but for the digest: 1 and 1.0 are equal
+        return written == verified(read_json(path), path), all(
+            value <= CLOSE_DB for value in wanted
+        )
+
+    mutants = json_mutants(read_json(path), amount, seed=5)
+    check_mutants(mutants, read, (True, True), refused=0.3)
+
+
+def thresholds(root):
+    """Thresholds of one rung, and their file."""
     rung = RungThresholds(
         against="float",
         output=Seen(40.0),
@@ -207,15 +271,7 @@ def test_thresholds_that_were_changed_are_refused(tmp_path, amount, sealed):
         own={},
     )
     listed = {"parity.safetensors": {"bytes": 1, "sha256": "0" * 64}}
-    Thresholds(rungs={"quantized": rung}, files=listed, versions={"torch": "2"}).write(path)
-    original = read_json(path)
-
-    def read(mutant):
-        written = seal(mutant) if sealed and isinstance(mutant, dict) else mutant
-        path.write_text(json.dumps(written))
-        found = Thresholds.from_dict(read_json(path), path)
-        return type(found).__name__ if sealed else plain(len(found.rungs))
-
-    expected = "Thresholds" if sealed else 1
-    mutants = json_mutants(original, amount, seed=5)
-    check_mutants(mutants, read, expected, refused=0.3 if sealed else 0.9)
+    written = Thresholds(rungs={"quantized": rung}, files=listed, versions={"torch": "2"})
+    path = root / "parity.json"
+    written.write(path)
+    return written, path
