@@ -56,7 +56,7 @@ def read_graph(path: Path) -> Description:
         ArtifactError: The file is damaged or larger than any graph.
     """
     try:
-        decompressor = lzma.LZMADecompressor(memlimit=_MEMORY)
+        decompressor = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_MEMORY)
         text = decompressor.decompress(path.read_bytes(), max_length=_LIMIT)
         if not decompressor.eof or decompressor.unused_data:
             raise ArtifactError(f"{GRAPH} is damaged: it does not end where its graph does")
