@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from diffusers import DDIMScheduler
+from records import flip
 from small import plain_unet
 from test_cli import run
 
@@ -96,9 +97,7 @@ def test_sample_runs_the_program_and_expands_it_once(folder, tmp_path):
 
 def test_a_program_without_its_weights_or_with_damaged_ones_is_refused(folder, tmp_path):
     weights = folder / "unet.ptd.xz"
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
+    flip(weights)
     status, text = sample(folder, tmp_path / "grid.png")
     assert (status, "unet.ptd.xz is corrupted" in text) == (2, True)
     status, text = run("verify", folder)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from changed_unets import rounded_model
 from manifests import edit_manifest
+from records import flip
 from small import TinyNet, net_calls, tiny_unet, unet_calls
 
 from mpqdm_fx import manifest, storage
@@ -91,9 +92,7 @@ def test_a_folder_that_is_sealed_anew_takes_in_nobody_elses_files(quantized, tmp
     with pytest.raises(ArtifactError, match=r"thesis\.txt"), rewritten_folder(folder):
         pass
     (folder / "thesis.txt").unlink()
-    data = bytearray((folder / WEIGHTS).read_bytes())
-    data[-100] ^= 1
-    (folder / WEIGHTS).write_bytes(bytes(data))
+    flip(folder / WEIGHTS, -100)
     with pytest.raises(ArtifactError, match="checksum"), rewritten_folder(folder):
         pass
     assert (folder / MANIFEST).read_bytes() == before
@@ -172,9 +171,7 @@ def test_a_truncated_file_is_refused_by_name(copy_of_saved):
 
 
 def test_one_flipped_bit_is_refused(copy_of_saved):
-    data = bytearray((copy_of_saved / WEIGHTS).read_bytes())
-    data[-100] ^= 1
-    (copy_of_saved / WEIGHTS).write_bytes(bytes(data))
+    flip(copy_of_saved / WEIGHTS, -100)
     with pytest.raises(ArtifactError, match="checksum"):
         load(copy_of_saved)
 
@@ -212,9 +209,7 @@ def test_a_manifest_that_was_changed_is_refused(copy_of_saved):
 
 
 def test_checks_cannot_be_switched_off(copy_of_saved):
-    data = bytearray((copy_of_saved / WEIGHTS).read_bytes())
-    data[-100] ^= 1
-    (copy_of_saved / WEIGHTS).write_bytes(bytes(data))
+    flip(copy_of_saved / WEIGHTS, -100)
     edit_manifest(copy_of_saved, lambda manifest: manifest.update(files={}))
     with pytest.raises(ArtifactError, match=f"lists no {WEIGHTS}"):
         load(copy_of_saved)

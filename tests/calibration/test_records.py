@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import flip
 
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.errors import ArtifactError, CalibrationError
@@ -60,9 +61,7 @@ def test_a_shard_that_was_changed_meanwhile_is_refused(tmp_path):
     records = RecordedInputs(max_memory=1, directory=tmp_path)
     records.append({"x": torch.zeros(3)})
     (shard,) = records.shards
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    flip(shard, -1)
     with pytest.raises(ArtifactError, match=r"inputs-00000\.safetensors is corrupted"):
         list(records)
     shard.unlink()

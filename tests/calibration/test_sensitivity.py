@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from records import change_tensor, edit_record, flip
 from safetensors.torch import save_file
 from small import TinyNet, net_calls, tiny_unet, unet_calls
 
@@ -13,7 +14,7 @@ from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.trace import trace
-from mpqdm_fx.io.records import read_record, write_record
+from mpqdm_fx.io.records import write_record
 from mpqdm_fx.numerics.budget import LayerChoice, allocate_budget, total_bits, total_cost
 from mpqdm_fx.passes.round_weights import RoundWeights
 from mpqdm_fx.plan import BitPlan, LayerPlan
@@ -210,19 +211,6 @@ def test_damaged_and_foreign_files_are_refused(net, tmp_path):
         SensitivityTable.load(path)
 
 
-def _changed(table, path, change):
-    """The file of a table that was changed by one who knows the format: its hash fits again."""
-    record = read_record(table.save(path), "sensitivities", 2, fix="")
-    head, tensors = dict(record.head), dict(record.tensors)
-    change(head, tensors)
-    write_record(path, "sensitivities", 2, head, tensors)
-    return path
-
-
-def _swap(name, change):
-    return lambda _, tensors: tensors.update({name: change(tensors[name])})
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -234,25 +222,24 @@ def _swap(name, change):
         (lambda head, _: head["layers"][0].__setitem__(1, [10**9, 1]), "needs float64"),
         (lambda head, _: head["layers"][0].__setitem__(1, []), "at least one axis"),
         (lambda head, _: head["layers"][1].__setitem__(0, head["layers"][0][0]), "twice|needs"),
-        (_swap("0.uniform", lambda x: x[:, :7].contiguous()), "needs float64"),
-        (_swap("0.uniform", lambda x: x.float()), "needs float64"),
-        (_swap("1.sensitivity", lambda x: -x), "negative"),
-        (_swap("1.sensitivity", lambda x: x * float("nan")), "NaN"),
+        (change_tensor("0.uniform", lambda x: x[:, :7].contiguous()), "needs float64"),
+        (change_tensor("0.uniform", lambda x: x.float()), "needs float64"),
+        (change_tensor("1.sensitivity", lambda x: -x), "negative"),
+        (change_tensor("1.sensitivity", lambda x: x * float("nan")), "NaN"),
         (lambda _, tensors: tensors.pop("0.uniform"), "uniform is missing"),
         (lambda _, tensors: tensors.update({"99.uniform": torch.ones(1)}), "tensors of no layer"),
     ],
 )
 def test_a_table_that_is_none_is_refused_with_the_remedy(net, tmp_path, change, message):
-    path = _changed(net[2], tmp_path / "table.safetensors", change)
+    path = net[2].save(tmp_path / "table.safetensors")
+    edit_record(path, "sensitivities", 2, change)
     with pytest.raises(ArtifactError, match=rf"table\.safetensors.*({message}).*delete it"):
         SensitivityTable.load(path)
 
 
 def test_a_flipped_bit_and_a_newer_version_are_refused(net, tmp_path):
     path = net[2].save(tmp_path / "table.safetensors")
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 16
-    path.write_bytes(data)
+    flip(path, -3, bit=4)
     with pytest.raises(ArtifactError, match=r"is corrupted.*delete it"):
         SensitivityTable.load(path)
     write_record(path, "sensitivities", 9, {}, {})

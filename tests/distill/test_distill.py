@@ -2,13 +2,13 @@
 
 import copy
 import dataclasses
-import json
 import statistics
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from interruption import kill_at
+from records import edit_record, flip
 from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
 
 import mpqdm_fx
@@ -23,7 +23,6 @@ from mpqdm_fx.distill.student import make_student
 from mpqdm_fx.distill.train import Trainer
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.calling import example_inputs
-from mpqdm_fx.io.records import read_record, write_record
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.stages import normalized
 
@@ -204,21 +203,16 @@ def test_another_run_in_the_folder_is_refused_and_so_is_a_damaged_one(quantized,
     with pytest.raises(ConfigError, match="noise and conditions"):
         distilled(quantized, tmp_path, conditions=labels, updates=1)
     (file,) = tmp_path.iterdir()
-    whole = read_record(file, "distillation", 1, fix="")
+    whole = file.read_bytes()
     for change, message in (
         (lambda _, tensors: tensors.pop("adam.0.step"), r"'adam\.0\.step' is missing"),
         (lambda head, _: head["numbers"]["history"].update(updates=2), "has 2 updates of 1"),
     ):
-        head = json.loads(json.dumps(whole.head))
-        tensors = {name: value.clone() for name, value in whole.tensors.items()}
-        change(head, tensors)
-        write_record(file, "distillation", 1, head, tensors)
+        edit_record(file, "distillation", 1, change)
         with pytest.raises(ArtifactError, match=rf"{message}.*delete it to start anew"):
             distilled(quantized, tmp_path, updates=1)
-    write_record(file, "distillation", 1, whole.head, whole.tensors)
-    content = bytearray(file.read_bytes())
-    content[-9] ^= 1
-    file.write_bytes(content)
+        file.write_bytes(whole)
+    flip(file, -9)
     with pytest.raises(ArtifactError, match=r"is corrupted.*delete it to start anew"):
         distilled(quantized, tmp_path, updates=1)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from records import edit_record, flip
 
 from mpqdm_fx.distill.checkpoint import check_tensors, has_state, load_state, save_state
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.io.records import read_record, write_record
 
 HISTORY = {"updates": 3, "seconds": 1.5, "losses": [0.5], "resumed": 0}
 
@@ -82,9 +82,7 @@ def test_tensors_that_are_not_those_of_a_run_are_refused(change, message):
 def test_numbers_out_of_range_are_refused(tmp_path, change, message):
     save(tmp_path, {"seed": 0})
     (file,) = tmp_path.iterdir()
-    record = read_record(file, "distillation", 1, fix="")
-    change(record.head["numbers"])
-    write_record(file, "distillation", 1, record.head, record.tensors)
+    edit_record(file, "distillation", 1, lambda head, _: change(head["numbers"]))
     with pytest.raises(ArtifactError, match=rf"numbers\.{message}.*delete it to start anew"):
         load_state(tmp_path, {"seed": 0})
 
@@ -92,8 +90,6 @@ def test_numbers_out_of_range_are_refused(tmp_path, change, message):
 def test_a_flipped_bit_is_found(tmp_path):
     save(tmp_path, {"seed": 0})
     (file,) = tmp_path.iterdir()
-    content = bytearray(file.read_bytes())
-    content[-2] ^= 1
-    file.write_bytes(content)
+    flip(file, -2)
     with pytest.raises(ArtifactError, match=r"is corrupted.*delete it to start anew"):
         load_state(tmp_path, {"seed": 0})

@@ -33,6 +33,13 @@ from mpqdm_fx.workflow import distill_folder, quantize_to_folder
 __all__ = ["JOBS", "Ended", "run_job", "write_models"]
 
 INTERRUPTED = 130
+_RUN: dict[str, Any] = {
+    "trajectories": 2,
+    "steps": 2,
+    "samples": 1,
+    "resume": True,
+    "overwrite": True,
+}
 _EVENTS = frozenset({"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link"})
 
 
@@ -51,12 +58,8 @@ def quantize(models: Path, output: Path) -> None:
         MPQConfig(weight_bits=3, refinements=0),
         backend="packed",
         output=output,
-        trajectories=2,
-        steps=2,
-        samples=1,
-        resume=True,
-        overwrite=True,
         max_memory=200_000,
+        **_RUN,
     )
 
 
@@ -67,13 +70,9 @@ def quantize_program(models: Path, output: Path) -> None:
         MPQConfig(weight_bits=4, allocation="uniform", activation_mode="dynamic", refinements=0),
         backend="xnnpack",
         output=output,
-        trajectories=2,
-        steps=2,
-        samples=1,
-        resume=True,
-        overwrite=True,
         external_weights=True,
         compress=True,
+        **_RUN,
     )
 
 

@@ -6,6 +6,7 @@ import os
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from records import flip
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.sealed import (
@@ -98,9 +99,7 @@ def test_listed_files_are_read(sealed):
 
 @pytest.mark.parametrize("position", range(7))
 def test_a_flipped_bit_is_found_before_the_file_is_used(sealed, position):
-    content = bytearray(b"content")
-    content[position] ^= 4
-    (sealed.root / "a").write_bytes(content)
+    flip(sealed.root / "a", position, bit=2)
     for use in (lambda: sealed.read("a"), lambda: sealed.opened("a").__enter__(), sealed.check):
         with pytest.raises(ArtifactError, match="checksum"):
             use()

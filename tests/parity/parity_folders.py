@@ -1,15 +1,14 @@
 """Folders to verify, and ways to damage them."""
 
-import json
 from pathlib import Path
 
+from records import edit_json
 from small import TinyNet, net_calls
 
 from mpqdm_fx.api import lower, quantize
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.folders import open_folder, seal_folder
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
-from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.parity.thresholds import THRESHOLDS
 from mpqdm_fx.passes.round_weights import install_codes
 from mpqdm_fx.quantized import QuantizedModel
@@ -45,19 +44,7 @@ def double_a_scale(folder: Path, layer: str, channel: int = 0) -> None:
     write_model(changed, folder, program=open_folder(folder).manifest["program"])
 
 
-def edit(path: Path, change) -> None:
-    """Change a JSON file."""
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-
-
 def edit_thresholds(folder: Path, change) -> None:
-    """Change the thresholds as one who knows the format would: the digest fits again."""
-
-    def sealed(data):
-        change(data)
-        data.update(seal(data))
-
-    edit(folder / THRESHOLDS, sealed)
+    """Change the thresholds as one who knows the format would: the digests fit again."""
+    edit_json(folder / THRESHOLDS, change, sealed=True)
     seal_folder(folder)

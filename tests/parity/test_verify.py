@@ -8,7 +8,8 @@ import shutil
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from parity_folders import double_a_scale, edit, edit_thresholds, folder_of_net
+from parity_folders import double_a_scale, edit_thresholds, folder_of_net
+from records import edit_json
 from safetensors.torch import load_file, save_file
 from small import TinyNet, plain_unet, unet_calls
 
@@ -253,7 +254,7 @@ def _edited(change, *, resealed=True):
         if resealed:
             edit_thresholds(folder, change)
         else:
-            edit(folder / THRESHOLDS, change)
+            edit_json(folder / THRESHOLDS, change)
             seal_folder(folder)
 
     return damage

@@ -8,6 +8,7 @@ import pytest
 import tiny_pipelines
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from records import flip
 from small import plain_unet
 from test_pipeline_resume import export, manifest
 from typer.testing import CliRunner
@@ -120,9 +121,7 @@ def test_images_are_those_of_the_plain_files(folder, tmp_path):
 @pytest.mark.xnnpack
 @pytest.mark.parametrize("name", ["denoiser.pte.xz", "denoiser.ptd.xz"])
 def test_a_damaged_compressed_file_is_refused_and_leaves_nothing_behind(folder, name):
-    content = bytearray((folder / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / name).write_bytes(content)
+    flip(folder / name)
     with pytest.raises(ArtifactError, match="checksum"):
         PipelineRunner(folder, verify=True)
     with pytest.raises(ArtifactError, match=f"{name} is corrupted"):

@@ -1,13 +1,13 @@
 """Finished programs of an export wait unharmed for the rest, or are refused by name."""
 
-import json
 import lzma
 import math
 
 import pytest
+from records import edit_json, flip
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.io.sealed import Entry, seal
+from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.pipelines.work import WorkFolder
 
 RUN = {"pipeline": "DDPMPipeline", "settings": {"seed": 0}, "sizes": [[8, 8]]}
@@ -45,21 +45,11 @@ def test_a_finished_program_is_found_again_and_placed(work, tmp_path):
 
 
 def _flip(name):
-    def damage(folder):
-        content = bytearray((folder / name).read_bytes())
-        content[len(content) // 2] ^= 1
-        (folder / name).write_bytes(content)
-
-    return damage
+    return lambda folder: flip(folder / name)
 
 
 def _edit(change):
-    def damage(folder):
-        record = json.loads((folder / "denoiser.json").read_text())
-        change(record)
-        (folder / "denoiser.json").write_text(json.dumps(seal(record)))
-
-    return damage
+    return lambda folder: edit_json(folder / "denoiser.json", change, sealed=True)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from records import change_tensor, edit_record, flip
 from torch import nn
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.layers import WeightLayer
-from mpqdm_fx.io.records import read_record, write_record
 from mpqdm_fx.numerics.levels import RowLevels
 from mpqdm_fx.plan import LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
@@ -59,10 +59,8 @@ def test_no_flipped_bit_passes(data, tmp_path_factory):
     kept, body = Checkpoint(tmp_path_factory.mktemp("run"), RUN), layer()
     kept.save(solution(body))
     path = kept._path("body")
-    content = bytearray(path.read_bytes())
-    bit = data.draw(st.integers(0, 8 * len(content) - 1))
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
+    byte, bit = divmod(data.draw(st.integers(0, 8 * path.stat().st_size - 1)), 8)
+    flip(path, byte, bit=bit)
     try:
         found = kept.load(body)
     except ArtifactError as error:
@@ -140,10 +138,6 @@ def _plan(**changes):
     return lambda head, _: head["plan"].update(changes)
 
 
-def _tensor(name, change):
-    return lambda _, tensors: tensors.update({name: change(tensors[name])})
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -156,15 +150,15 @@ def _tensor(name, change):
         (_plan(bits=[[2, 2**62]]), "no width for each of 4 channels"),
         (_plan(shape=[4, 8]), "a Linear of shape"),
         (_plan(kind="Conv2d"), "a Conv2d of shape"),
-        (_tensor("codes", lambda x: x.float()), "codes is torch.float32"),
-        (_tensor("codes", lambda x: x[:, :8].contiguous()), "codes is torch.int8"),
-        (_tensor("codes", lambda x: x * 0), "not balanced"),
-        (_tensor("scale", lambda x: -x), "bfloat16"),
-        (_tensor("scale", lambda x: x * 1.001), "bfloat16"),
-        (_tensor("scale", lambda x: x * math.nan), "NaN"),
-        (_tensor("bias", lambda x: x[:3].clone()), "bias is"),
-        (_tensor("bias", lambda x: x.double()), "bias is torch.float64"),
-        (_tensor("bias", lambda x: x / 0), "infinity"),
+        (change_tensor("codes", lambda x: x.float()), "codes is torch.float32"),
+        (change_tensor("codes", lambda x: x[:, :8].contiguous()), "codes is torch.int8"),
+        (change_tensor("codes", lambda x: x * 0), "not balanced"),
+        (change_tensor("scale", lambda x: -x), "bfloat16"),
+        (change_tensor("scale", lambda x: x * 1.001), "bfloat16"),
+        (change_tensor("scale", lambda x: x * math.nan), "NaN"),
+        (change_tensor("bias", lambda x: x[:3].clone()), "bias is"),
+        (change_tensor("bias", lambda x: x.double()), "bias is torch.float64"),
+        (change_tensor("bias", lambda x: x / 0), "infinity"),
         (lambda _, tensors: tensors.pop("codes"), "it holds bias, scale"),
         (lambda _, tensors: tensors.update(more=torch.ones(1)), "it holds bias, codes, more"),
     ],
@@ -173,9 +167,6 @@ def test_what_does_not_fit_the_layer_is_refused_by_name(tmp_path, change, messag
     kept, body = Checkpoint(tmp_path, RUN), layer()
     kept.save(solution(body))
     path = kept._path("body")
-    record = read_record(path, "solved layer", 1, fix="")
-    head, tensors = dict(record.head), dict(record.tensors)
-    change(head, tensors)
-    write_record(path, "solved layer", 1, head, tensors)
+    edit_record(path, "solved layer", 1, change)
     with pytest.raises(ArtifactError, match=rf"layer-body.*{message}.*delete this file and resume"):
         kept.load(body)
