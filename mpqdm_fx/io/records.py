@@ -24,6 +24,7 @@ from mpqdm_fx.io.sealed import digest_of, parse_json
 __all__ = ["Record", "hash_tensor", "read_record", "write_record"]
 
 _HEAD = "record"
+_LARGEST_HEAD = 8 * 2**20  # characters; a distillation of 100,000 updates has two million
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,15 @@ def write_record(
         version: Of the kind's format.
         head: Plain JSON types with finite numbers.
         tensors: By name.
+
+    Raises:
+        ArtifactError: The head is larger than one that is read.
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    content = {"kind": kind, "version": version, "head": json.loads(json.dumps(head))}
+    text = json.dumps(head)
+    if len(text) > _LARGEST_HEAD:
+        raise ArtifactError(f"{path} cannot be written: its head has {len(text)} characters")
+    content = {"kind": kind, "version": version, "head": json.loads(text)}
     text = json.dumps({**content, "sha256": _hash(content, plain)}, allow_nan=False)
     with replacing(path) as part:
         save_file(plain, part, metadata={_HEAD: text})
@@ -87,6 +94,8 @@ def read_record(path: Path, kind: str, version: int, *, fix: str) -> Record:
         raise ArtifactError(f"{path} is damaged: {error}; {fix}") from None
     if text is None:
         raise ArtifactError(f"{path} is no file of this package, or of an older version; {fix}")
+    if len(text) > 2 * _LARGEST_HEAD:  # what is around it is short
+        raise ArtifactError(f"{path} is damaged: its head has {len(text)} characters; {fix}")
     content = parse_json(text.encode(), path, fix=fix)
     found = content.pop("sha256", None)
     if content.get("kind") != kind:

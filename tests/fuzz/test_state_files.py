@@ -5,13 +5,11 @@ import json
 import pytest
 import torch
 from mutants import AMOUNTS, byte_mutants, check_mutants, json_mutants
-from safetensors import SafetensorError
 from torch import nn
 
 from mpqdm_fx.backends.xnnpack.reference import CLOSE_DB
 from mpqdm_fx.calibration.sensitivity_table import LayerSensitivity, SensitivityTable
 from mpqdm_fx.distill.checkpoint import load_state, save_state, state_path
-from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.layers import WeightLayer
 from mpqdm_fx.graph.signature import InputSpec, Signature
 from mpqdm_fx.io.records import read_record, write_record
@@ -148,10 +146,7 @@ def test_heads_that_were_hashed_again_are_checked_by_their_fields(tmp_path, make
     expected = _kinds(read())
 
     def mutated(mutant):
-        try:
-            write_record(path, kind, version, mutant, record.tensors)
-        except SafetensorError as error:  # a head of more than 100 MB: no file can have it
-            raise ArtifactError("no file holds such a head") from error
+        write_record(path, kind, version, mutant, record.tensors)
         return _kinds(read())
 
     mutants = (m for m in json_mutants(record.head, amount, seed=2) if isinstance(m, dict))

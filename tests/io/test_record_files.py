@@ -67,6 +67,16 @@ def test_other_kinds_newer_versions_and_foreign_files_are_refused(tmp_path):
         read(tmp_path / "missing")
 
 
+def test_a_head_that_would_take_long_to_read_is_neither_written_nor_read(tmp_path):
+    path = tmp_path / "record"
+    with pytest.raises(ArtifactError, match=r"cannot be written: its head has \d+ characters"):
+        write(path, head={"numbers": [0] * 3_000_000})
+    assert not path.exists()
+    save_file(TENSORS, path, metadata={"record": "[" + "0," * 9_000_000 + "0]"})
+    with pytest.raises(ArtifactError, match=r"is damaged: its head has \d+ characters"):
+        read(path)
+
+
 def test_a_head_with_nan_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         write(tmp_path / "record", head={"x": float("nan")})
