@@ -15,6 +15,7 @@ from mpqdm_fx.cli_boundary import Command, run
 from mpqdm_fx.cli_distill import distill
 from mpqdm_fx.cli_export import export
 from mpqdm_fx.cli_quantize import plan, quantize
+from mpqdm_fx.cli_streams import say
 from mpqdm_fx.cli_verify import verify
 
 __all__ = ["app", "main"]
@@ -56,7 +57,7 @@ def sample(
     source, denoiser = open_denoiser(model, subfolder, form, variant)
     images = draw(source, denoiser, num=num, steps=steps, seed=seed)
     save_grid(pictures(images), output, columns=max(1, round(num**0.5)))
-    opt.say(console, f"{num} images written to {output}")
+    say(console, f"{num} images written to {output}")
 
 
 @app.command(cls=Command)
@@ -102,11 +103,11 @@ def trace(
     source = load_source(model, subfolder, variant)
     if explain:
         report = explain_trace(source.model, source.example_inputs)
-        opt.say(console, report)
+        say(console, report)
         if not report.ok:
             raise typer.Exit(code=1)
         return
-    opt.say(console, trace_model(source.model, source.example_inputs).graph)
+    say(console, trace_model(source.model, source.example_inputs).graph)
 
 
 @app.command(cls=Command)
@@ -127,7 +128,7 @@ def doctor(
     if as_json:
         console.print_json(json.dumps(found.to_dict()))
     else:
-        opt.say(console, found)
+        say(console, found)
     if max_delegates is not None and found.delegates > max_delegates:
         raise typer.Exit(code=1)
 

@@ -8,6 +8,7 @@ import typer
 
 from mpqdm_fx import cli_checks as checks
 from mpqdm_fx import cli_options as opt
+from mpqdm_fx.cli_streams import say
 
 __all__ = ["distill"]
 
@@ -82,4 +83,4 @@ def distill(
         console.print_json(json.dumps(plain(result.summary)))
         return
     console.print(summary_table(result.summary))
-    opt.say(console, f"written to {output}")
+    say(console, f"written to {output}")

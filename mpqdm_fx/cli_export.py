@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mpqdm_fx import cli_checks as checks
 from mpqdm_fx import cli_options as opt
+from mpqdm_fx.cli_streams import say
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 
@@ -107,7 +108,7 @@ def export(
         )
     console.print(table)
     run = shlex.quote(str(output / "run.py"))
-    opt.say(console, f"written to {output}; draw with: python {run}")
+    say(console, f"written to {output}; draw with: python {run}")
 
 
 def _bytes(manifest: Mapping[str, Any], *names: str | None) -> int:

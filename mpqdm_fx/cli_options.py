@@ -41,7 +41,6 @@ __all__ = [
     "activation_mode_of",
     "console",
     "memory_of",
-    "say",
     "seconds_of",
     "settings_of",
     "takes_settings",
@@ -115,17 +114,6 @@ def console() -> Console:
     """Where results are printed."""
     # A pipe has no width of its own; 130 columns hold the longest layer names.
     return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 130)
-
-
-def say(console: Console, text: object, *, style: str | None = None) -> None:
-    """Print a text as it is: what stands in brackets is no markup, and no path is broken in two.
-
-    Args:
-        console: Where to print it.
-        text: What to print.
-        style: Colour of all of it.
-    """
-    console.print(str(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 #: By name of the option: the setting that it becomes, type and help, default.

@@ -8,6 +8,7 @@ import typer
 
 from mpqdm_fx import cli_checks as checks
 from mpqdm_fx import cli_options as opt
+from mpqdm_fx.cli_streams import say
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 
@@ -95,7 +96,7 @@ def quantize(
         return
     console.print(layer_table(result.quantized.report))
     console.print(summary_table(result.summary))
-    opt.say(console, f"written to {output}")
+    say(console, f"written to {output}")
 
 
 @opt.takes_settings(without=("effective_bits", "weight_bytes", "seed"))

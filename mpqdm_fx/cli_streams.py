@@ -5,11 +5,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpqdm_fx.errors import MPQError
 
-__all__ = ["OutputError", "guarded_streams"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["OutputError", "guarded_streams", "say"]
 
 
 class OutputError(MPQError):
@@ -101,3 +104,14 @@ def _fill_descriptors() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
+
+
+def say(console: "Console", text: object, *, style: str | None = None) -> None:
+    """Print a text as it is: what stands in brackets is no markup, and no path is broken in two.
+
+    Args:
+        console: Where to print it.
+        text: What to print.
+        style: Colour of all of it.
+    """
+    console.print(str(text), style=style, markup=False, highlight=False, soft_wrap=True)

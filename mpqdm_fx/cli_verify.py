@@ -9,6 +9,7 @@ from rich.console import Console
 
 from mpqdm_fx import cli_checks as checks
 from mpqdm_fx import cli_options as opt
+from mpqdm_fx.cli_streams import say
 from mpqdm_fx.files import write_text
 
 __all__ = ["verify"]
@@ -45,11 +46,11 @@ def verify(
         console.print(rung_table(ladder))
         console.print(worst_table(ladder))
         for note in ladder.notes:
-            opt.say(console, f"note: {note}")
+            say(console, f"note: {note}")
     errors = Console(stderr=True)
     if store:
-        opt.say(errors, f"thresholds stored in {directory}")
+        say(errors, f"thresholds stored in {directory}")
         return
     if not ladder.passed:
-        opt.say(errors, f"error: {directory}: {ladder.failure}", style="red")
+        say(errors, f"error: {directory}: {ladder.failure}", style="red")
         raise typer.Exit(code=1)

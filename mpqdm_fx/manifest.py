@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mpqdm_fx.config import Levels
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.schema import Count, Name, Ratio, Shape, Strict, validated
 from mpqdm_fx.versions import FORMAT
@@ -28,6 +27,7 @@ StoredDType = DType | Literal["complex32", "complex64", "complex128"]
 Width = Annotated[int, Field(ge=1, le=8)]
 Batch = Annotated[int, Field(ge=1, le=2**20)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Levels = Literal["uniform", "codebook", "int4"]
 Fate = Literal["quantized", "float", "shared", "folded", "unused"]
 
 

@@ -8,7 +8,8 @@ from small import tiny_unet
 from typer.testing import CliRunner
 
 from mpqdm_fx import cli
-from mpqdm_fx.cli_options import activation_mode_of, say
+from mpqdm_fx.cli_options import activation_mode_of
+from mpqdm_fx.cli_streams import say
 from mpqdm_fx.errors import MPQError
 from mpqdm_fx.folders import seal_folder
 from mpqdm_fx.io.sealed import seal

@@ -14,6 +14,17 @@ from mpqdm_fx.cli_signals import Stopped, stoppable
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Signals that the caller of the tests ignores (nohup does) stay ignored by a command too."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_DFL if handler is signal.SIG_IGN else handler)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def installed():
     return [signal.getsignal(number) for number in SIGNALS], sys.unraisablehook
 

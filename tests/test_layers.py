@@ -75,6 +75,7 @@ LAZY = {
     ("denoisers", "backends"): "executorch is loaded only where a .pte is run",
     ("__init__", "exports"): "`mpqdm-fx --help` answers, and signals are handled, before torch is "
     "loaded",
+    ("cli_checks", "folders"): "`mpqdm-fx --help` answers without loading pydantic",
     ("cli", ""): "`mpqdm-fx --help` answers without loading torch",
     ("cli_distill", ""): "the same",
     ("cli_export", ""): "the same",

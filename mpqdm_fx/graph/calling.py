@@ -73,11 +73,19 @@ def _is_as_traced(signature: Signature, given: Mapping[str, Any]) -> bool:
         return False
     specs = {spec.name: spec for spec in signature.inputs}
     return all(
-        name in specs
-        and tensor.dtype == specs[name].dtype
-        and tensor.ndim == len(specs[name].shape)
+        name in specs and _is_like(tensor, specs[name], signature.dtype)
         for name, tensor in tensor_leaves(given)
     )
+
+
+def _is_like(tensor: Tensor, spec: InputSpec, dtype: torch.dtype) -> bool:
+    """Whether a tensor has an input's rank and kind of number, and not the caller's half precision.
+
+    Other precisions go in as they are: a graph that was cast (`graph.double()`) takes its own.
+    """
+    same = tensor.dtype == spec.dtype
+    floating = tensor.dtype.is_floating_point and spec.dtype.is_floating_point
+    return tensor.ndim == len(spec.shape) and (same or (floating and tensor.dtype != dtype))
 
 
 def example_inputs(

@@ -239,6 +239,8 @@ def _settings(node: fx.Node, rank: int) -> dict[str, Any] | None:
     """Settings of a convolution's node as its module holds them; None if one is no constant."""
     settings = {}
     for position, (name, default) in enumerate(_SETTINGS.items(), start=3):
+        if name == "padding" and str(node.target).endswith(".padding"):
+            default = "valid"  # the operator's own; torch.export leaves defaults out
         value = node.args[position] if len(node.args) > position else default
         if name != "groups" and not isinstance(value, str):
             value = _per_axis(value, rank)
