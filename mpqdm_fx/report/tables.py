@@ -83,8 +83,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_row(label, f"{times[backend]:.2f}", f"{times['float']:.2f}")
     for form, size in summary.get("peak_memory_bytes", {}).items():
         if form != "float" and size is not None:
-            other = summary["peak_memory_bytes"]["float"]
-            shown = f"{size / 2**20:.1f}", f"{other / 2**20:.1f}"
+            other = summary["peak_memory_bytes"]["float"]  # None where the system tells no peak
+            shown = f"{size / 2**20:.1f}", "" if other is None else f"{other / 2**20:.1f}"
             table.add_row(f"peak memory of load and one step, MiB ({form}; eager float)", *shown)
     program = summary.get("program")
     if program:

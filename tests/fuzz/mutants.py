@@ -101,7 +101,7 @@ def _change(value: Any, generator: random.Random) -> None:
         node[f"{key}_"] = node.pop(key)
     elif kind == 2 and isinstance(node, list):
         times = 1000 if generator.random() < 0.5 and len(json.dumps(node[key])) < 1000 else 1
-        node.extend([copy.deepcopy(node[key])] * times)
+        node.extend([copy.deepcopy(node[key]) for _ in range(times)])
     elif kind == 3:
         other, where = generator.choice(places)
         node[key] = copy.deepcopy(other[where]) if where in _keys(other) else None

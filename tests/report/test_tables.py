@@ -37,6 +37,13 @@ def test_a_summary_without_remarks_prints() -> None:
     assert "8.940" in printed(summary_table(SUMMARY))
 
 
+def test_a_peak_of_memory_that_the_system_does_not_tell_is_left_out() -> None:
+    told = printed(
+        summary_table({**SUMMARY, "peak_memory_bytes": {"packed": 3 * 2**20, "float": None}})
+    )
+    assert "3.0" in next(line for line in told.splitlines() if "peak memory" in line)
+
+
 def test_a_pattern_with_brackets_is_printed_as_it_is() -> None:
     reason = "override 're:mid[a-z]+[01]'"
     layer = LayerReport(
