@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -123,11 +124,13 @@ class Ended:
         code: 0 when it was through, minus the signal that killed it, or `INTERRUPTED`.
         seconds: Wall time.
         events: Files' events that it came to.
+        error: Traceback of what ended it, if that was no signal.
     """
 
     code: int
     seconds: float
     events: int
+    error: str = ""
 
 
 def run_job(
@@ -163,10 +166,10 @@ def run_job(
             os.kill(process.pid, killed_by)
     process.join(300)
     assert process.exitcode is not None, f"{name} hangs"
-    seconds, events = time.perf_counter() - start, 0
+    seconds, events, error = time.perf_counter() - start, 0, ""
     with contextlib.suppress(EOFError, ConnectionResetError):
-        events = mine.recv()
-    return Ended(code=process.exitcode, seconds=seconds, events=events)
+        events, error = mine.recv()
+    return Ended(code=process.exitcode, seconds=seconds, events=events, error=error)
 
 
 @functools.cache
@@ -200,10 +203,13 @@ def _child(
     pipe.send("started")
     try:
         JOBS[name](models, output)
-    except KeyboardInterrupt:
+        gc.collect()
+        pipe.send((count(), ""))
+    except KeyboardInterrupt:  # in what follows the job, too
         sys.exit(INTERRUPTED)
-    gc.collect()
-    pipe.send(count())
+    except Exception:
+        pipe.send((count(), traceback.format_exc()))
+        sys.exit(1)
 
 
 def _count_events(root: Path, signal_at: tuple[int, int] | None) -> Callable[[], int]:
