@@ -6,7 +6,7 @@ plain objects here, and are checked where that class is made.
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,7 @@ from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.schema import Count, Name, Ratio, Shape, Strict, validated
 from mpqdm_fx.versions import FORMAT
 
-__all__ = ["checked_manifest"]
+__all__ = ["STORED_DTYPES", "checked_manifest"]
 
 _LARGEST_INPUT = 2**30  # elements of one input: example inputs of these shapes are made
 _LARGEST_RUN = 2**25  # at the smallest batch and one more, with which a loaded model is run
@@ -22,8 +22,10 @@ _LARGEST_RUN = 2**25  # at the smallest batch and one more, with which a loaded 
 DType = Literal[
     "float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64"
 ]
-# of buffers; no input of a graph is complex
-StoredDType = DType | Literal["complex32", "complex64", "complex128"]
+StoredDType = DType | Literal["complex64"]  # of buffers; no input of a graph is complex
+STORED_DTYPES = frozenset({*get_args(DType), "complex64"})
+"""What tensors of a packed file may be."""
+
 Width = Annotated[int, Field(ge=1, le=8)]
 Batch = Annotated[int, Field(ge=1, le=2**20)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -138,6 +138,14 @@ def test_a_complex_buffer_is_saved_and_loaded(tmp_path):
     )
 
 
+def test_a_buffer_of_a_kind_that_no_file_holds_is_refused_by_name(tmp_path):
+    quantized = rounded_model(ComplexBuffer(), net_calls(1)[0])
+    quantized.rounded.get_buffer("table").data = torch.zeros(3, 1, 1, dtype=torch.complex128)
+    with pytest.raises(ArtifactError, match="table is complex128, which a packed file does not"):
+        save(quantized, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
 def test_a_model_that_load_would_refuse_is_not_written(tmp_path, monkeypatch):
     quantized = rounded_model(TinyNet(), net_calls(1)[0])
     monkeypatch.setattr(manifest, "_LARGEST_RUN", 10)

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.parameters import first_names
+from mpqdm_fx.manifest import STORED_DTYPES
 from mpqdm_fx.numerics.halves import fits_half
 from mpqdm_fx.numerics.packing import PackedLayer, pack_layer, storage_bits, unpack_layer
 from mpqdm_fx.numerics.packing import unpack_bits as unpack_integers
@@ -61,6 +62,9 @@ def write_packed(path: Path, rounded: fx.GraphModule, plan: BitPlan) -> dict[str
 
     Returns:
         The layout, plain JSON types: what `read_packed` needs beside the file.
+
+    Raises:
+        ArtifactError: A tensor is of a kind that no packed file holds.
     """
     parts: dict[str, list[Tensor]] = {"codes": [], "widths": [], "tables": [], "scales": []}
     layers = []
@@ -102,6 +106,11 @@ def _write_floats(
             continue
         stored = tensor.half() if fits_half(tensor) else tensor
         key = str(stored.dtype).removeprefix("torch.")
+        if key not in STORED_DTYPES:
+            raise ArtifactError(
+                f"{name} is {key}, which a packed file does not hold; convert it before the model "
+                f"is quantized, to one of {', '.join(sorted(STORED_DTYPES))}"
+            )
         by_dtype.setdefault(key, []).append(stored.flatten())
         layout.append([name, key, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
     for key, values in by_dtype.items():
