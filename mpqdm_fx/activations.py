@@ -5,12 +5,12 @@ so one range over all of it wastes codes; two remedies exist. `TimestepActivatio
 each group of noise levels. `DynamicActivation` computes the range of each sample or row at run
 time.
 
-Noise levels are told apart by the model's own `timestep` argument, as the model gets it and divided
-by nothing: `NoiseLevels` holds the values between the groups. That argument is what the model was
-trained to read as "how much noise is in this sample". A step index is not: step 3 of 20 and step 3
-of 50 hold different noise, while timestep 800 means the same noise to the model whichever scheduler
-asks for it, after however many steps, and whether it is whole or fractional. So ranges keyed by it
-survive another number of steps and another scheduler.
+Noise levels are told apart by the model's own argument (a timestep, a sigma, a log-SNR, a time in
+0..1), as the model gets it and divided by nothing: `NoiseLevels` holds the values between the
+groups. That argument is what the model was trained to read as "how much noise is in this sample". A
+step index is not: step 3 of 20 and step 3 of 50 hold different noise, while timestep 800 means the
+same noise to the model whichever scheduler asks for it, after however many steps, and whether it is
+whole or fractional. So ranges keyed by it survive another number of steps and another scheduler.
 """
 
 import itertools
@@ -105,8 +105,8 @@ class TimestepActivation:
     """Ranges of what a weight layer reads and writes, one pair for each group of noise levels.
 
     Attributes:
-        groups: In ascending order of the `timestep` argument, as `NoiseLevels` separates them. The
-            widths are the same in all of them.
+        groups: In ascending order of the noise level's argument, as `NoiseLevels` separates them.
+            The widths are the same in all of them.
     """
 
     groups: tuple[LayerActivation, ...]
@@ -152,16 +152,18 @@ KernelActivation = LayerActivation | DynamicActivation
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseLevels:
-    """Groups of noise levels, told apart by the model's own `timestep` argument.
+    """Groups of noise levels, told apart by what the model itself is told of them.
 
-    Group g holds the timesteps t with `boundaries[g-1] <= t < boundaries[g]`; the first and the
+    Group g holds the levels t with `boundaries[g-1] <= t < boundaries[g]`; the first and the
     last group are open. See the module's text for why the argument itself is the key.
 
     Attributes:
         boundaries: Values between the groups, finite and ascending; none makes one group.
+        argument: The model's argument that tells them; None finds it (`find_noise_argument`).
     """
 
     boundaries: tuple[float, ...]
+    argument: str | None = None
 
     def __post_init__(self) -> None:
         check_value(self.boundaries, Sequence[float], "boundaries")
@@ -180,34 +182,39 @@ class NoiseLevels:
         return len(self.boundaries) + 1
 
     @classmethod
-    def of(cls, timesteps: Tensor | Iterable[float], groups: int) -> Self:
-        """Part calibrated timesteps into groups of about equally many samples.
+    def of(
+        cls, levels: Tensor | Iterable[float], groups: int, *, argument: str | None = None
+    ) -> Self:
+        """Part calibrated noise levels into groups of about equally many samples.
 
-        A boundary lies halfway between two neighbouring calibrated values, so timesteps that were
-        not calibrated (of another number of steps) go to the group of the nearest one.
+        A boundary lies halfway between two neighbouring calibrated values, so levels that were not
+        calibrated (of another number of steps) go to the group of the nearest one. Halfway is the
+        geometric mean where all levels are positive and their ratios are more alike than their
+        differences (`_spaced_by_ratio`): the nearest of sigma 80 and 0.3 to 10 is 80.
 
         Args:
-            timesteps: The `timestep` argument of every calibrated sample, any shape and dtype.
-            groups: Number of groups wanted. With fewer distinct timesteps there are fewer groups,
+            levels: What the model is told of every calibrated sample, any shape and dtype.
+            groups: Number of groups wanted. With fewer distinct levels there are fewer groups,
                 which is logged.
+            argument: The model's argument that tells them.
 
         Raises:
-            CalibrationError: There are no timesteps, or NaN or infinity among them.
+            CalibrationError: There are no levels, or NaN or infinity among them.
             ConfigError: `groups` is below 1 or above the most that is allowed.
         """
         check_value(groups, Annotated[int, Between(1, MAX_TIMESTEP_GROUPS)], "groups")
-        given = timesteps if isinstance(timesteps, Tensor) else torch.tensor([*timesteps])
+        given = levels if isinstance(levels, Tensor) else torch.tensor([*levels])
         values = given.detach().flatten().to(device="cpu", dtype=torch.float64)
         if not len(values) or not bool(torch.isfinite(values).all()):
             raise CalibrationError(
-                "noise levels need finite calibrated timesteps, got "
+                "groups of noise levels need finite calibrated levels, got "
                 + ("NaN or infinity" if len(values) else "none")
             )
-        levels, counts = torch.unique(values, return_counts=True)
-        distinct = len(levels)
+        unique, counts = torch.unique(values, return_counts=True)
+        distinct = len(unique)
         if distinct < groups:
             logger.warning(
-                "calibration has %d distinct timesteps, too few for %d groups of noise levels; "
+                "calibration has %d distinct noise levels, too few for %d groups of noise levels; "
                 "going on with %d", distinct, groups, distinct,
             )  # fmt: skip
             groups = distinct
@@ -218,19 +225,35 @@ class NoiseLevels:
             # leave one level for each group that is still to come
             candidates = range(first, distinct - (groups - group))
             cuts.append(min(candidates, key=lambda cut: abs(share[cut] - group / groups)))
-        return cls(boundaries=tuple(float((levels[c] + levels[c + 1]) / 2) for c in cuts))
+        below, above = unique[cuts], unique[[cut + 1 for cut in cuts]]
+        by_ratio = _spaced_by_ratio(unique)
+        halfway = below.sqrt() * above.sqrt() if by_ratio else (below + above) / 2
+        return cls(boundaries=tuple(halfway.tolist()), argument=argument)
 
-    def group_of(self, timesteps: Tensor) -> Tensor:
-        """Group of each timestep.
+    def group_of(self, levels: Tensor) -> Tensor:
+        """Group of each noise level.
 
         Args:
-            timesteps: [B] or a single number (0-d), any dtype.
+            levels: [B] or a single number (0-d), any dtype.
 
         Returns:
             int64 [B], or [1] of a single number, values 0 to `count - 1`.
         """
-        boundaries = torch.tensor(self.boundaries, dtype=torch.float64, device=timesteps.device)
-        return torch.bucketize(timesteps.reshape(-1).to(torch.float64), boundaries, right=True)
+        boundaries = torch.tensor(self.boundaries, dtype=torch.float64, device=levels.device)
+        return torch.bucketize(levels.reshape(-1).to(torch.float64), boundaries, right=True)
+
+
+def _spaced_by_ratio(levels: Tensor) -> bool:
+    """Whether distinct ascending levels are spaced by ratios (sigmas) and not by differences.
+
+    The scale on which the gaps between neighbours are more alike (their deviation over their mean)
+    is taken for that of the model. Two levels have one gap, which tells nothing: by differences.
+    """
+    if len(levels) < 3 or not bool(levels[0] > 0):
+        return False
+    gaps = torch.stack([levels.diff(), levels.log().diff()])
+    differences, ratios = (gaps.std(1) / gaps.mean(1)).tolist()
+    return bool(ratios < differences)
 
 
 def activation_to_dict(activation: Activation) -> dict[str, Any]:

@@ -140,11 +140,14 @@ class MPQConfig:
         split_skips: Quantize the two halves of a skip concatenation with ranges of their own
             (Q-Diffusion's split shortcut) where a layer reads the concatenation directly.
         activation_mode: `"static"`: one range per tensor, what XNNPACK and torch.ao run;
-            `"timestep"`: one per group of noise levels, told apart by the model's `timestep`
-            argument; `"dynamic"`: computed at run time, per sample for convolutions, per row for
-            linear layers and per pixel for 1x1 convolutions, what XNNPACK runs too; `"float"`:
-            weights alone are quantized.
+            `"timestep"`: one per group of noise levels, told apart by the model's
+            `noise_argument`, whatever that is; `"dynamic"`: computed at run time, per sample for
+            convolutions, per row for linear layers and per pixel for 1x1 convolutions, what
+            XNNPACK runs too; `"float"`: weights alone are quantized.
         timestep_groups: Groups of noise levels, 1..64, for `activation_mode="timestep"`.
+        noise_argument: The model's argument that tells noise levels, a number per sample: sigma,
+            log-SNR, a time in 0..1, a timestep. Statistics, ranges by noise level and reports go
+            by it. None finds it: `timestep`, else `sigma` and the field's other names.
 
     Raises:
         ConfigError: A value is outside its range.
@@ -168,6 +171,7 @@ class MPQConfig:
     split_skips: bool = True
     activation_mode: ActivationMode = "static"
     timestep_groups: Annotated[int, Between(1, MAX_TIMESTEP_GROUPS)] = 5
+    noise_argument: str | None = None
 
     def __post_init__(self) -> None:
         check_value(self.overrides, Sequence, "overrides")

@@ -14,7 +14,7 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.cost import walk_memory
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.graph.quantizer_sites import find_timestep
+from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.stages import normalized
 from mpqdm_fx.sweep.measured import check_budget
 from mpqdm_fx.sweep.sweep import two_lanes
@@ -42,7 +42,8 @@ def check_feasible(
     """Refuse what calibration or solving would refuse minutes later.
 
     The model is traced only if there is something to look up in its graph: a budget, a limit of
-    memory, stored sensitivities, or an override that is no layer's name in the model itself.
+    memory, stored sensitivities, the argument of the noise level, or an override that is no layer's
+    name in the model itself.
 
     Args:
         model: Float model; it is not changed.
@@ -53,8 +54,8 @@ def check_feasible(
         batch_size: Rows of a calibration call.
 
     Raises:
-        ConfigError: An override matches no layer, the budget is below the smallest possible, or
-            the limit of memory is.
+        ConfigError: An override matches no layer, `noise_argument` names none, the budget is below
+            the smallest possible, or the limit of memory is.
         ArtifactError: The sensitivities are damaged, or of another model.
         TraceError: The model cannot be traced.
     """
@@ -64,7 +65,8 @@ def check_feasible(
     budget = config.effective_bits is not None or config.weight_bytes is not None
     names = [name for name, module in model.named_modules() if isinstance(module, _LAYERS)]
     unknown = any(not any(map(rule.matches, names)) for rule in config.rules)
-    if not (unknown or budget or max_memory is not None or table is not None):
+    told = config.noise_argument is not None
+    if not (unknown or budget or told or max_memory is not None or table is not None):
         return
     graph_module = normalized(model, inputs, config)
     config.check_overrides(weight_layers(graph_module, embeddings=True))
@@ -82,10 +84,10 @@ def _check_memory(
     max_memory: int,
     batch_size: int,
 ) -> None:
-    levels = [torch.arange(config.timestep_groups)]
-    timesteps = levels if find_timestep(graph_module) is not None else []
+    every = [torch.arange(config.timestep_groups)]
+    told = find_noise_argument(graph_module, config.noise_argument) is not None
     limits = layer_limits(graph_module, config)
-    lanes, _ = two_lanes(graph_module, timesteps, config, limits.skipped)
+    lanes, _ = two_lanes(graph_module, every if told else [], config, limits.skipped)
     call = example_inputs(graph_module.meta["signature"], batch_size=batch_size)
     _, smallest = walk_memory(lanes, [call])
     if max_memory < smallest:

@@ -11,6 +11,7 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.base import Pipeline
 from mpqdm_fx.graph.editing import copy_graph_module, prune, replace_module, shallow_clone
+from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.parameters import first_names
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.passes import NORMALIZE, SplitSkipConcat
@@ -39,6 +40,7 @@ def normalized(
 
     Raises:
         TraceError: The model cannot be traced.
+        ConfigError: It takes no argument of the name of the noise level's.
     """
     passes = NORMALIZE
     if not settings.split_skips:
@@ -51,6 +53,7 @@ def normalized(
     if graph_module.graph.eliminate_dead_code(is_impure_node=_has_effect):
         prune(graph_module)
         graph_module.recompile()
+    find_noise_argument(graph_module, settings.noise_argument)  # refuses a wrong name
     return graph_module
 
 

@@ -160,7 +160,10 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
         settings = MPQConfig.from_dict(manifest["settings"])
         ranges = {name: activation_from_dict(entry) for name, entry in manifest["ranges"].items()}
         boundaries = manifest["noise_levels"]
-        levels = None if boundaries is None else NoiseLevels(boundaries=tuple(boundaries))
+        levels = None
+        if boundaries is not None:
+            named = settings.noise_argument
+            levels = NoiseLevels(boundaries=tuple(boundaries), argument=named)
         QuantizeActivations(ranges=ranges, noise_levels=levels)  # refuses what does not fit
         with folder.files.opened(WEIGHTS) as path:
             weights = read_packed(path, manifest["weights"], name=folder.root / WEIGHTS)

@@ -188,3 +188,46 @@ def denoiser_calls(calls: int = 3, batch: int = 2, seed: int = 0) -> list[dict[s
         }
         for _ in range(calls)
     ]
+
+
+class TinyEDM(nn.Module):
+    """A preconditioned denoiser that is told sigma (Karras et al. 2022, equation 7, table 1)."""
+
+    data = 0.5  # standard deviation of what it was "trained" on
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        self.conv_in = nn.Conv2d(2, 8, 3, padding=1)
+        self.noise = nn.Linear(4, 8)
+        self.label = nn.Linear(1, 8)
+        self.act = nn.SiLU()
+        self.conv_out = nn.Conv2d(8, 2, 3, padding=1)
+
+    def forward(self, noisy: Tensor, sigma: Tensor, difficulty: Tensor) -> Tensor:
+        total = (sigma**2 + self.data**2)[:, None, None, None]
+        skip, scale = self.data**2 / total, total.rsqrt()
+        out = (sigma * self.data)[:, None, None, None] * scale
+        waves = torch.tensor([0.25, 0.5, 1.0, 2.0])
+        embedding = self.noise(torch.sin(sigma.log()[:, None] * waves))
+        embedding = embedding + self.label(difficulty[:, None])
+        h = self.conv_in(scale * noisy) + embedding[:, :, None, None]
+        return skip * noisy + out * self.conv_out(self.act(h))
+
+
+SIGMAS = (80.0, 20.0, 5.0, 1.0, 0.3)
+"""Noise levels of `edm_calls`."""
+
+
+def edm_calls(calls: int = 5, batch: int = 2, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Keyword arguments of `TinyEDM`, one sigma of `SIGMAS` in each call, in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = [SIGMAS[index % len(SIGMAS)] for index in range(calls)]
+    return [
+        {
+            "noisy": torch.randn(batch, 2, 6, 10, generator=generator) * (level**2 + 0.25) ** 0.5,
+            "sigma": torch.full((batch,), level),
+            "difficulty": torch.rand(batch, generator=generator),
+        }
+        for level in levels
+    ]

@@ -43,6 +43,7 @@ activations = st.integers(1, 8).flatmap(
 timesteps = st.one_of(
     st.lists(st.integers(0, 999), min_size=1, max_size=60),
     st.lists(st.floats(0, 1000, width=32), min_size=1, max_size=60),
+    st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=60),  # log-SNR
 )
 
 
@@ -64,8 +65,30 @@ def test_groups_are_as_many_as_asked_or_as_distinct_values(values, groups):
 @given(timesteps, st.integers(2, 6))
 def test_boundaries_lie_halfway_between_calibrated_neighbours(values, groups):
     known = sorted({float(torch.tensor(value)) for value in values})
-    halfway = {(a + b) / 2 for a, b in itertools.pairwise(known)}
-    assert set(NoiseLevels.of(torch.tensor(values), groups).boundaries) <= halfway
+    middles = [
+        {(a + b) / 2 for a, b in itertools.pairwise(known)},
+        {a**0.5 * b**0.5 for a, b in itertools.pairwise(known) if a > 0},
+    ]
+    boundaries = NoiseLevels.of(torch.tensor(values), groups).boundaries
+    near = [{b for b in boundaries if any(b == pytest.approx(m) for m in ms)} for ms in middles]
+    assert set(boundaries) in near, "all on one scale"
+
+
+@pytest.mark.parametrize(
+    ("values", "boundaries"),
+    [
+        ((80.0, 20.0, 5.0, 1.0, 0.3), (0.3**0.5, 5**0.5, 10.0, 40.0)),  # sigmas
+        ([2.0**k for k in range(-3, 4)], [2 ** (k + 0.5) for k in range(-3, 3)]),
+        (range(999, 0, -100), range(149, 999, 100)),  # timesteps, over three decades
+        ([0.0, 0.3, 1.0, 5.0], [0.15, 0.65, 3.0]),  # sigma 0 has no logarithm
+        ([-4.0, 0.0, 6.0], [-2.0, 3.0]),  # log-SNR
+        ([0.1, 0.5, 0.9], [0.3, 0.7]),  # a time in 0..1
+        ([0.3, 80.0], [40.15]),  # one gap tells no scale
+    ],
+)
+def test_halfway_is_on_the_scale_on_which_the_levels_are_spaced(values, boundaries):
+    levels = NoiseLevels.of(torch.tensor([*values]), len(values))
+    assert levels.boundaries == pytest.approx(tuple(boundaries))
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=12, max_size=60, unique=True), st.integers(2, 6))
@@ -93,12 +116,12 @@ def test_groups_do_not_depend_on_the_number_of_steps_or_on_the_dtype():
 
 def test_too_few_distinct_timesteps_are_logged(caplog):
     assert NoiseLevels.of([10, 10, 500], 5).boundaries == (255.0,)
-    assert "2 distinct timesteps" in caplog.text
+    assert "2 distinct noise levels" in caplog.text
 
 
 @pytest.mark.parametrize("values", [[], [float("nan")], [1.0, float("inf")]])
 def test_noise_levels_of_nothing_or_of_nan_are_refused(values):
-    with pytest.raises(CalibrationError, match="finite calibrated timesteps"):
+    with pytest.raises(CalibrationError, match="finite calibrated levels"):
         NoiseLevels.of(values, 3)
 
 

@@ -25,6 +25,7 @@ from mpqdm_fx.activations import (
 from mpqdm_fx.errors import DialectError
 from mpqdm_fx.graph.editing import add_module, free_name, infer_val, inherit_meta, replace_module
 from mpqdm_fx.graph.layers import WEIGHT_LAYERS, called_module
+from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.qdq import is_dequantize, is_quantize, qdq_parameters
 from mpqdm_fx.graph.quantizers import (
     ActivationQuantizer,
@@ -32,11 +33,9 @@ from mpqdm_fx.graph.quantizers import (
     NoiseLevelGroups,
     NoiseLevelQuantizer,
 )
-from mpqdm_fx.graph.signature import TIMESTEP_NAMES
 
 __all__ = [
     "QuantizerSite",
-    "find_timestep",
     "follows_batch",
     "insert_groups",
     "insert_quantizer",
@@ -232,23 +231,16 @@ def _repeated(ranges: tuple[ActivationRange, ...], count: int) -> tuple[Activati
     return ranges if len(ranges) == count else ranges * count
 
 
-def find_timestep(graph_module: fx.GraphModule) -> fx.Node | None:
-    """The placeholder that tells the model each sample's noise level, of shape [B] or 0-d."""
-    placeholders: list[fx.Node] = graph_module.graph.find_nodes(op="placeholder")
-    for node in placeholders:
-        value = node.meta.get("val")
-        if node.target in TIMESTEP_NAMES and (value is None or value.dim() <= 1):
-            return node
-    return None
-
-
-def follows_batch(graph_module: fx.GraphModule, value: fx.Node) -> bool:
-    """Whether a value's first axis is a whole multiple of the batch that the timesteps have.
+def follows_batch(value: fx.Node, noise_level: fx.Node) -> bool:
+    """Whether a value's first axis is a whole multiple of the batch that the noise levels have.
 
     Values without shape information are taken to.
+
+    Args:
+        value: What is to be quantized.
+        noise_level: The placeholder that tells it.
     """
-    timestep = find_timestep(graph_module)
-    told = None if timestep is None else timestep.meta.get("val")
+    told = noise_level.meta.get("val")
     seen = value.meta.get("val")
     if not isinstance(told, torch.Tensor) or not isinstance(seen, torch.Tensor):
         return True
@@ -284,24 +276,25 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 
 
 def insert_groups(graph_module: fx.GraphModule, levels: NoiseLevels) -> fx.Node:
-    """Insert the node that maps timesteps to groups, behind the placeholders.
+    """Insert the node that maps noise levels to groups, behind the placeholders.
 
     Args:
-        graph_module: Private copy to edit, in place, with a timestep (`find_timestep`).
+        graph_module: Private copy to edit, in place, that is told a noise level.
         levels: The groups.
 
     Raises:
-        DialectError: The graph takes no timestep, or the position in a schedule in its place.
+        DialectError: The graph takes no noise level, or the position in a schedule in its place.
+        ConfigError: It takes no argument of the name that the groups have.
     """
     if "timesteps" in graph_module.meta:
         raise DialectError(
-            "the graph has tables over a schedule and takes the position in it, not the timestep, "
-            "so noise levels cannot be told apart; quantize first, then tabulate"
+            "the graph has tables over a schedule and takes the position in it, not the noise "
+            "level, so noise levels cannot be told apart; quantize first, then tabulate"
         )
-    timestep = find_timestep(graph_module)
-    if timestep is None:
-        raise DialectError("the graph takes no `timestep`, so noise levels cannot be told apart")
-    return _insert(graph_module, NoiseLevelGroups(levels.boundaries), "noise_level", (timestep,))
+    told = find_noise_argument(graph_module, levels.argument)
+    if told is None:
+        raise DialectError("the graph is told no noise level, so these cannot be told apart")
+    return _insert(graph_module, NoiseLevelGroups(levels.boundaries), "noise_level", (told,))
 
 
 def insert_quantizer(

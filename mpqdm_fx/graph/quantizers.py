@@ -61,7 +61,7 @@ class NoiseLevelGroups(nn.Module):
     """Tells which group of noise levels each sample is in; see `activations.NoiseLevels`.
 
     Args:
-        boundaries: Timesteps between the groups, ascending.
+        boundaries: Noise levels between the groups, ascending.
 
     Raises:
         ConfigError: The boundaries are not finite and ascending.
@@ -75,9 +75,9 @@ class NoiseLevelGroups(nn.Module):
         # float64 holds every int64 timestep in use and every float32 one
         self.register_buffer("boundaries", torch.tensor(levels.boundaries, dtype=torch.float64))
 
-    def forward(self, timestep: Tensor) -> Tensor:
-        """Map timesteps, [B] or a single number (0-d), any dtype, to groups, int64 [B] or [1]."""
-        values = timestep.reshape(-1).to(self.boundaries.dtype)
+    def forward(self, levels: Tensor) -> Tensor:
+        """Map noise levels, [B] or a single number (0-d), any dtype, to groups, int64 [B], [1]."""
+        values = levels.reshape(-1).to(self.boundaries.dtype)
         return torch.bucketize(values, self.boundaries, right=True)
 
     def extra_repr(self) -> str:

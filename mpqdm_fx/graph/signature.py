@@ -12,10 +12,25 @@ from torch import nn
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.containers import constant_leaves, same_constant, tensor_leaves
 
-__all__ = ["TIMESTEP_NAMES", "InputSpec", "Signature", "bind_inputs", "tensor_leaves"]
+__all__ = [
+    "NOISE_NAMES",
+    "TIMESTEP_NAMES",
+    "InputSpec",
+    "Signature",
+    "bind_inputs",
+    "tensor_leaves",
+]
 
 TIMESTEP_NAMES = frozenset({"t", "timestep", "timesteps", "timestep_ratio"})
 """What diffusers models call the argument that tells them the noise level."""
+
+NOISE_NAMES = frozenset(
+    {
+        "sigma", "sigmas", "noise_level", "noise_levels", "noise_label", "noise_labels", "c_noise",
+        "log_snr", "logsnr", "log_sigma", "time", "times",
+    }
+)  # fmt: skip
+"""What other models call it; a number stays a single one (0-d), as the model's own code has it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,8 +234,10 @@ def bind_inputs(
     """Bind example inputs to the arguments of ``model.forward``.
 
     Python numbers and 0-d tensors for arguments that stand for tensors (timesteps, and whatever
-    forward annotates as a tensor) become tensors of shape [B], int64 for integers. Tensors are left
-    as they are. ``return_dict=False`` is added where forward accepts it.
+    forward annotates as a tensor) become tensors of shape [B], int64 for integers. A number under
+    another name of the noise level (`NOISE_NAMES`) becomes a 0-d tensor, which broadcasts as the
+    number does. Tensors are left as they are. ``return_dict=False`` is added where forward accepts
+    it.
 
     Args:
         model: The module to be traced.
@@ -332,10 +349,11 @@ def _number_to_tensor(name: str, parameter: inspect.Parameter, value: Any, batch
     if isinstance(value, torch.Tensor):
         single = value.ndim == 0 or (value.ndim == 1 and value.shape[0] == 1)
         return value.reshape(1).repeat(batch) if is_timestep and single else value
-    if not is_timestep and "Tensor" not in str(parameter.annotation):
+    is_tensor = is_timestep or "Tensor" in str(parameter.annotation)
+    if not is_tensor and name not in NOISE_NAMES:
         return value
     dtype = torch.int64 if isinstance(value, int) else torch.get_default_dtype()
-    return torch.full((batch,), value, dtype=dtype)
+    return torch.full((batch,) if is_tensor else (), value, dtype=dtype)
 
 
 def _fit_tensor(signature: Signature, value: Any, spec: InputSpec, batch: int) -> torch.Tensor:
@@ -360,7 +378,7 @@ def _fit_tensor(signature: Signature, value: Any, spec: InputSpec, batch: int) -
     if value.dtype != spec.dtype:
         # timesteps: schedulers mix int64 and float32; a conversion must not lose anything
         cast: torch.Tensor = value.to(spec.dtype)
-        if len(shape) != 1 or not torch.equal(cast.to(value.dtype), value):
+        if len(shape) > 1 or not torch.equal(cast.to(value.dtype), value):
             raise TraceError(
                 f"{model_class}: {spec.name} is {value.dtype}, but was traced as {spec.dtype}; "
                 f"convert it, or trace again with a {value.dtype} example"

@@ -18,7 +18,7 @@ from mpqdm_fx.graph.cost import shape_at
 from mpqdm_fx.graph.cuts import find_cuts
 from mpqdm_fx.graph.editing import add_module, free_name, insert_call
 from mpqdm_fx.graph.methods import build_methods, check_splittable, traced_sizes
-from mpqdm_fx.graph.quantizer_sites import find_timestep
+from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.signature import Signature
 
 __all__ = ["TimestepTable", "tabulate_timesteps"]
@@ -78,7 +78,9 @@ class TimestepTable(nn.Module):
 
 
 def tabulate_timesteps(
-    graph_module: fx.GraphModule, timesteps: Sequence[float] | Tensor
+    graph_module: fx.GraphModule,
+    timesteps: Sequence[float] | Tensor,
+    noise_argument: str | None = None,
 ) -> fx.GraphModule:
     """Replace what depends on the timestep alone by tables over a schedule.
 
@@ -92,25 +94,30 @@ def tabulate_timesteps(
 
     Args:
         graph_module: A traced graph, float or quantized; it is not changed.
-        timesteps: The schedule's timesteps in the order of the steps, finite, whole numbers if the
-            graph takes integers. They may repeat (a scheduler of second order).
+        timesteps: The schedule's timesteps, or sigmas, or whatever the model is told of the noise
+            level, in the order of the steps, finite, whole numbers if the graph takes integers.
+            They may repeat (a scheduler of second order).
+        noise_argument: The argument that they are given as; None finds it.
 
     Returns:
         A new graph; `meta["timesteps"]` holds the timesteps as a tuple. Modules and parameters that
         are left are shared.
 
     Raises:
-        ConfigError: There are no timesteps, or one does not fit the dtype that the graph takes.
-        DialectError: The graph takes no timestep of shape [B], has no signature, two lanes or
+        ConfigError: There are no timesteps, or one does not fit the dtype that the graph takes; or
+            the graph takes no such argument.
+        DialectError: The graph takes no noise level of shape [B], has no signature, two lanes or
             tables already, a node writes into its input, or a value mixes the timesteps of samples.
     """
     check_splittable(graph_module)
     if "timesteps" in graph_module.meta:
         raise DialectError("the graph has tables already; tabulate the graph that they came from")
-    placeholder = find_timestep(graph_module)
+    placeholder = find_noise_argument(graph_module, noise_argument)
     value = None if placeholder is None else placeholder.meta.get("val")
     if placeholder is None or not isinstance(value, Tensor) or value.dim() != 1:
-        raise DialectError("the graph takes no `timestep` of shape [B], so there is no time branch")
+        raise DialectError(
+            "the graph is told no noise level of shape [B], so there is no time branch"
+        )
     schedule = _schedule(timesteps, value.dtype)
     batch = value.shape[0]
 

@@ -27,9 +27,9 @@ from mpqdm_fx.activations import (
 from mpqdm_fx.errors import ConfigError, DialectError
 from mpqdm_fx.graph.base import GraphPass
 from mpqdm_fx.graph.layers import called_module, weight_layers
+from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.qdq import insert_pair, is_dequantize, is_quantize
 from mpqdm_fx.graph.quantizer_sites import (
-    find_timestep,
     follows_batch,
     insert_groups,
     insert_quantizer,
@@ -136,9 +136,9 @@ class QuantizeActivations(GraphPass):
        all other users keep the float value. An output-side pair replaces all uses of the output.
        Codes are int8, within the `bits` of the range: `-2**(bits-1)..2**(bits-1)-1`.
     2. Layers with a `TimestepActivation` get a `NoiseLevelQuantizer` at those same values. One
-       `NoiseLevelGroups` node reads the timesteps for all of them. A value that does not follow
-       the batch (a constant) cannot depend on the timestep: it gets a pair, with the first group's
-       range.
+       `NoiseLevelGroups` node reads the noise levels for all of them. A value that does not
+       follow the batch (a constant) cannot depend on the noise level: it gets a pair, with the
+       first group's range.
     3. Layers with a `DynamicActivation` read a `DynamicQuantizer`; their outputs stay float. Calls
        of one width and granularity that read one value share it: a range per sample for
        convolutions, per row for linear layers, per pixel for 1x1 convolutions (`row_axes`).
@@ -187,7 +187,7 @@ class QuantizeActivations(GraphPass):
 
         kinds: list[Activation] = [static(8), static(4), DynamicActivation(bits=8)]
         levels = None
-        if find_timestep(graph_module) is not None:
+        if find_noise_argument(graph_module) is not None:
             levels = NoiseLevels(boundaries=(2.5, 6.0))
             kinds.append(TimestepActivation(groups=(static(8), static(8, 3), static(8, -5))))
         mixed = {name: kinds[index % len(kinds)] for index, name in enumerate(layers)}
@@ -199,7 +199,8 @@ class QuantizeActivations(GraphPass):
 
         Raises:
             DialectError: One is not, or some layers have quantizers and others none; or ranges by
-                noise level are asked of a graph that is told no timesteps.
+                noise level are asked of a graph that is told none.
+            ConfigError: It takes no argument of the name that the noise levels have.
         """
         layers = weight_layers(graph_module)
         for name in self.ranges:
@@ -209,11 +210,12 @@ class QuantizeActivations(GraphPass):
                     f"collect ranges on the graph that is quantized"
                 )
         by_level = any(isinstance(a, TimestepActivation) for a in self.ranges.values())
-        if by_level and find_timestep(graph_module) is None:
+        if by_level and self._noise_argument(graph_module) is None:
             arguments = [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]
             raise DialectError(
-                f"ranges by noise level need an argument `timestep` of shape [batch], and this "
-                f"graph takes ({', '.join(arguments)}); use activation_mode='static' or 'dynamic'"
+                f"ranges by noise level need an argument `timestep` of shape [batch], or another "
+                f"that `noise_argument` names, and this graph takes ({', '.join(arguments)}); use "
+                f"activation_mode='static' or 'dynamic'"
             )
         done = [is_quantized_call(graph_module, call) for call in self._calls(graph_module)]
         if any(done) and not all(done):
@@ -240,12 +242,13 @@ class QuantizeActivations(GraphPass):
             if not isinstance(activation, DynamicActivation)
         }
         latest: dict[fx.Node, fx.Node] = {}
-        groups: fx.Node | None = None
+        told, groups = self._noise_argument(graph_module), None
         for site in activation_sites(calls, widths):
             source = latest.get(site.value, site.value)
             users = [u for u in source.users if site.calls is None or u in site.calls]
             activation = self.ranges[site.layer]
-            if isinstance(activation, TimestepActivation) and follows_batch(graph_module, source):
+            by_level = isinstance(activation, TimestepActivation)
+            if by_level and told is not None and follows_batch(source, told):
                 if groups is None:
                     assert self.noise_levels is not None
                     groups = insert_groups(graph_module, self.noise_levels)
@@ -263,6 +266,10 @@ class QuantizeActivations(GraphPass):
                 user.replace_input_with(source, restored)
             if site.calls is None:
                 latest[site.value] = restored
+
+    def _noise_argument(self, graph_module: fx.GraphModule) -> fx.Node | None:
+        named = self.noise_levels.argument if self.noise_levels else None
+        return find_noise_argument(graph_module, named)
 
     def _insert_dynamic(self, graph_module: fx.GraphModule, calls: Mapping[fx.Node, str]) -> None:
         shared: dict[tuple[fx.Node, int, int | tuple[int, ...]], fx.Node] = {}

@@ -13,7 +13,8 @@ from mpqdm_fx.calibration.allocate import layer_limits
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.cost import bind_sizes, node_cost, walk_memory
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.graph.quantizer_sites import find_timestep, quantizer_sites
+from mpqdm_fx.graph.noise_argument import find_noise_argument
+from mpqdm_fx.graph.quantizer_sites import quantizer_sites
 from mpqdm_fx.sweep.sweep import two_lanes
 from mpqdm_fx.sweep.work import layer_work
 from mpqdm_fx.validation import Bytes, checked
@@ -89,10 +90,10 @@ def estimate(
     """
     flops, bandwidth = _speed()
     # as many noise levels as asked for: what the calls hold does not matter
-    levels = [torch.arange(settings.timestep_groups)]
-    timesteps = levels if find_timestep(graph_module) is not None else []
+    every = [torch.arange(settings.timestep_groups)]
+    told = find_noise_argument(graph_module, settings.noise_argument) is not None
     skipped = layer_limits(graph_module, settings).skipped
-    lanes, _ = two_lanes(graph_module, timesteps, settings, skipped)
+    lanes, _ = two_lanes(graph_module, every if told else [], settings, skipped)
     sizes = bind_sizes(graph_module, calls[0])
     macs = {node: node_cost(graph_module, node, sizes) for node in graph_module.graph.nodes}
     forward = 2 * sum(macs.values()) * len(calls) / flops

@@ -32,9 +32,9 @@ from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.cost import bind_sizes, node_cost
 from mpqdm_fx.graph.lanes import error_lane_name, install_in_lane
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
+from mpqdm_fx.graph.noise_argument import noise_levels_of
 from mpqdm_fx.graph.quantizer_sites import (
     QuantizerSite,
-    find_timestep,
     quantizer_sites,
     read_activations,
     set_groups,
@@ -60,14 +60,9 @@ _CACHED = 64 * 2**20  # bytes of rows kept for layers that read the same value l
 _DECISION_ROWS = 2048
 
 
-def _timestep(graph_module: fx.GraphModule, call: Mapping[str, Any]) -> Tensor | None:
-    node = find_timestep(graph_module)
-    return None if node is None else call[str(node.target)]
-
-
 def two_lanes(
     graph_module: fx.GraphModule,
-    timesteps: Sequence[Tensor | None],
+    noise_levels: Sequence[Tensor | None],
     settings: MPQConfig,
     skipped: Collection[str] = (),
 ) -> tuple[fx.GraphModule, NoiseLevels | None]:
@@ -75,7 +70,7 @@ def two_lanes(
 
     Args:
         graph_module: Normalized graph.
-        timesteps: Timesteps of the calibration calls, which part the noise levels.
+        noise_levels: Those of the calibration calls (`noise_levels_of`), to be parted in groups.
         settings: The run's settings.
         skipped: Layers that stay in float, activations included.
 
@@ -83,19 +78,22 @@ def two_lanes(
         Graph of two lanes, before anything is rounded, and the groups of noise levels.
 
     Raises:
-        CalibrationError: Ranges by noise level, and the model takes no timestep.
+        CalibrationError: Ranges by noise level, and the model is told none.
     """
     levels = None
     mode = settings.activation_mode
     if mode == "timestep":
-        seen = [timestep for timestep in timesteps if timestep is not None]
+        seen = [told.flatten() for told in noise_levels if told is not None]
         if not seen:
+            arguments = [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]
             raise CalibrationError(
-                "activation_mode='timestep' needs a model that takes a `timestep`; use 'static' or "
-                "'dynamic'"
+                f"activation_mode='timestep' needs a model that is told each sample's noise level "
+                f"(`timestep`, `sigma`, ...), and this one takes ({', '.join(arguments)}); name "
+                f"the argument with noise_argument=, or use 'static' or 'dynamic'"
             )
-        flat = torch.cat([timestep.reshape(-1).double() for timestep in seen])
-        levels = NoiseLevels.of(flat, settings.timestep_groups)
+        levels = NoiseLevels.of(
+            torch.cat(seen), settings.timestep_groups, argument=settings.noise_argument
+        )
     quantized: fx.GraphModule = graph_module
     if mode != "float":
         in_float = {*ends_in_float(graph_module, mode), *skipped}
@@ -199,10 +197,10 @@ class Sweep:
         self._shards = shards or Shards(rank=0, world=1, total=len(calls))
         self._validation = frozenset(validation)
         self._checkpoint = checkpoint
-        timesteps = self._shards.gather([_timestep(graph_module, call) for call in calls])
+        told = self._shards.gather(noise_levels_of(graph_module, calls, settings))
         self._batches = self._shards.gather([batch_size_of(call) for call in calls])
         self.graph_module, self.noise_levels = two_lanes(
-            graph_module, timesteps, settings, limits.skipped
+            graph_module, told, settings, limits.skipped
         )
         self._sites = quantizer_sites(self.graph_module)
         self._ranges: dict[object, Any] = {}

@@ -178,7 +178,7 @@ def test_timesteps_that_the_graph_cannot_take_are_refused(text_unet):
 
 def test_graphs_without_a_time_branch_or_with_tables_are_refused(text_unet):
     net = trace(nn.Linear(2, 2), {"input": torch.randn(2, 2)})
-    with pytest.raises(DialectError, match="no `timestep`"):
+    with pytest.raises(DialectError, match="no noise level of shape"):
         tabulate_timesteps(net, [1])
     with pytest.raises(DialectError, match="tables already"):
         tabulate_timesteps(tabulate_timesteps(text_unet, [1]), [1])
