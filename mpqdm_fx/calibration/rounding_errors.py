@@ -28,6 +28,7 @@ from mpqdm_fx.numerics.grids import (
     quantize_uniform,
     round_scale,
     snap,
+    uniform_scales,
 )
 from mpqdm_fx.numerics.levels import RowLevels
 
@@ -40,8 +41,6 @@ _SAMPLE = 2**15  # weights of a larger layer that are fitted
 _CHUNK = 2**22  # weights rounded at once
 _FEEDBACK_CHANNELS = 16
 _MAX_GAIN = 2.0  # feedback from few rows may do harm; more than this is an accident of few channels
-
-_Quantize = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,19 +130,19 @@ def channel_errors(
     W = W.detach().float()
     if W.numel() <= max_numbers:
         energy = inputs.energy.float()
+        scales = uniform_scales(W, energy)
 
-        def fitted(bits: int, quantize: _Quantize) -> Tensor:
-            codes, scale = quantize(W, torch.full((len(W),), bits), energy)
+        def fitted(bits: int) -> Tensor:
+            codes, scale = quantize_codebook(W, torch.full((len(W),), bits), energy)
             return inputs.error(W - dequantize(codes, scale), 0, len(W))
 
         return (
-            _columns(MAX_BITS, lambda bits: fitted(bits, quantize_uniform)),
-            _columns(CODEBOOK_MAX_BITS, lambda bits: fitted(bits, quantize_codebook))
-            if codebooks
-            else None,
+            _columns(MAX_BITS, lambda bits: _error_at(W, inputs, scales[bits - 1], bits)),
+            _columns(CODEBOOK_MAX_BITS, fitted) if codebooks else None,
         )
     few = _FewChannels.of(W, inputs.energy, seed)
-    uniform = _columns(MAX_BITS, lambda bits: _error_at(W, inputs, few.scales(bits), bits))
+    scales = few.scales()
+    uniform = _columns(MAX_BITS, lambda bits: _error_at(W, inputs, scales[bits - 1], bits))
     if not codebooks:
         return uniform, None
     shares = [few.codebook_share(bits) for bits in range(1, CODEBOOK_MAX_BITS + 1)]
@@ -253,12 +252,17 @@ class _FewChannels:
             log_max=W.abs().amax(dim=1).clamp_min(1e-30).log(),
         )
 
-    def scales(self, bits: int) -> Tensor:
-        """Scales of all channels, float32 [O]: a power law in both measures, fitted to the few."""
-        _, scale = quantize_uniform(self.rows, torch.full((len(self.rows),), bits), self.energy)
+    def scales(self) -> list[Tensor]:
+        """Scales of all channels at 1..8 bits, float32 [O] each.
+
+        A power law in both measures, fitted to the few.
+        """
+        return [self._scale(fitted) for fitted in uniform_scales(self.rows, self.energy)]
+
+    def _scale(self, fitted: Tensor) -> Tensor:
         spread = self.log_rms - self.log_max
         known = spread[self.picked]
-        wanted = scale.log() - self.log_max[self.picked]
+        wanted = fitted.log() - self.log_max[self.picked]
         deviation = known - known.mean()
         share = (deviation * wanted).sum() / deviation.square().sum().clamp_min(1e-12)
         share = share.clamp(0, 1)

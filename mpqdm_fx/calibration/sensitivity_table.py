@@ -108,7 +108,16 @@ class LayerSensitivity:
             levels: `"codebook"` gives the costs of fitted levels too.
             fixed: Width that is decided already.
             feedback: Whether weights will be rounded with GPTQ's feedback, or to nearest.
+
+        Raises:
+            ConfigError: Fitted levels are asked for, and were not measured.
         """
+        if levels == "codebook" and self.codebook is None:
+            raise ConfigError(
+                f"{self.name}: the sensitivity table was measured without fitted levels, so it "
+                f'cannot share bits with levels="codebook"; measure it anew with codebooks=True '
+                f'(delete the file), or use levels="uniform"'
+            )
 
         def cost(errors: Tensor, gain: Tensor) -> Tensor:
             return self.sensitivity[:, None] * (errors * gain if feedback else errors)
@@ -166,7 +175,7 @@ class SensitivityTable:
 
     def costs(
         self,
-        levels: LevelKind = "codebook",
+        levels: LevelKind = "uniform",
         *,
         fixed: Mapping[str, int] | None = None,
         skip: Collection[str] = (),
@@ -181,7 +190,8 @@ class SensitivityTable:
             feedback: Whether weights will be rounded with GPTQ's feedback, or to nearest.
 
         Raises:
-            ConfigError: `fixed` or `skip` names a layer that the table does not have.
+            ConfigError: `fixed` or `skip` names a layer that the table does not have, or fitted
+                levels are asked for and were not measured.
         """
         pinned = dict(fixed or {})
         for name in (*pinned, *skip):

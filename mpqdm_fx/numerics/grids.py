@@ -5,8 +5,8 @@ they are -127..127. Balanced levels repair the 1-bit channels of MPQ-DM's affine
 no sign (BitsFusion, arXiv 2406.04333, measured the same defect), and run as plain symmetric int8.
 """
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ __all__ = [
     "scales_around",
     "snap",
     "uniform_levels",
+    "uniform_scales",
 ]
 
 MAX_BITS = 8
@@ -224,68 +225,152 @@ def quantize_uniform(
     widths = check_bits(bits, len(rows))
     if importance is not None:
         importance = check_importance(importance, rows.shape)
-    codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    scale = _scales(rows, widths, importance)
+    return snap(rows, scale, widths), scale
+
+
+def uniform_scales(W: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Scales of `quantize_uniform` at every width, which share what does not depend on it.
+
+    Args:
+        W: Weight rows [O, K], as there.
+        importance: Error weights, as there.
+
+    Returns:
+        float32 [8, O], of 1 to 8 bits.
+
+    Raises:
+        ConfigError: Shapes are wrong.
+        CalibrationError: Weights or importance are not finite, or importance is negative.
+    """
+    rows = check_weight(W)
+    if importance is not None:
+        importance = check_importance(importance, rows.shape)
+    parts = []
+    for part in row_chunks(*rows.shape):
+        own = torch.arange(len(rows), device=rows.device)[part]
+        search = _ScaleSearch.of(rows[part], importance_of(importance, own))
+        parts.append(torch.stack([search.scale(bits) for bits in range(1, MAX_BITS + 1)]))
+    return torch.cat(parts, dim=1)
+
+
+def _scales(rows: Tensor, widths: Tensor, importance: Tensor | None) -> Tensor:
+    """Best scale of each row at its own width, float32 [O]."""
     scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    for width in sorted(set(widths.tolist())):
-        members = (widths == width).nonzero()[:, 0].to(rows.device)
-        span = max(rows.shape[1], 2 ** _HALVINGS.get(width, 0) * min(rows.shape[1], 2**width))
-        for part in row_chunks(len(members), span):
-            index = members[part]
-            own = importance_of(importance, index)
-            scale[index] = _fit_scale(rows[index], width, own)
-            codes[index] = _snap_ratio(rows[index] / scale[index][:, None], width)
-    return codes, scale
+    for part in row_chunks(*rows.shape):
+        own = torch.arange(len(rows), device=rows.device)[part]
+        search = _ScaleSearch.of(rows[part], importance_of(importance, own))
+        for width in sorted(set(widths[part].tolist())):
+            members = (widths[part] == width).nonzero()[:, 0].to(rows.device)
+            scale[own[members]] = search.take(members).scale(width)
+    return scale
 
 
-def _fit_scale(W: Tensor, bits: int, importance: Tensor | None) -> Tensor:
-    """Return the best scale float32 [n] for rows [n, K] of one width."""
-    magnitude = W.abs()
-    h = unit_importance(importance, magnitude)
-    if h is not None:  # a weight of no importance may be clipped: it must not set the range
-        magnitude = magnitude * (h > 0)
-    top = _top(bits)
-    exponent = exponents(magnitude.amax(dim=1))  # |row| * 2^-exponent lies in [1/2, 1)
-    power = powers_of_two(exponent)
-    unit = (magnitude.to(torch.float64) / power[:, None]).to(torch.float32)
-    best = _search_scale(unit, h, bits)
-    best = torch.where(unit.amax(dim=1) > 0, best * power, 0.0)
-    scale = round_scale(best).clamp(max=max_scale(top))
-    on_grid, found = _grid_scale(W, bits)
-    return torch.where(found, on_grid, scale)
+@dataclass(frozen=True, kw_only=True)
+class _ScaleSearch:
+    """Rows made ready for a scale search at any width.
 
+    Attributes:
+        exact: ``|W|``, float64 [n, K].
+        maximum: Largest of each row, float64 [n].
+        power: Power of two of each row, float64 [n].
+        unit: Magnitudes over it that count, in [0, 1), float32 [n, K].
+        h: Importance, float32 [n, K], or None.
+        mean: Weighted mean of ``unit``, float64 [n].
+        ordered: ``unit`` sorted.
+    """
 
-def _search_scale(unit: Tensor, h: Tensor | None, bits: int) -> Tensor:
-    """Return the best bfloat16 scale, as float64 [n], for rows of magnitudes in [0, 1)."""
-    if h is None:
-        mean = unit.mean(dim=1, dtype=torch.float64)
-    else:
-        mean = (h * unit).sum(dim=1, dtype=torch.float64) / h.sum(dim=1, dtype=torch.float64)
-    if bits == 1:  # closed form: the weighted mean magnitude, whatever the codes
-        return round_scale(mean).to(torch.float64)
-    levels = uniform_levels(bits).to(unit.device, torch.float64)
-    levels = levels[levels >= 0]
-    errors: Callable[[Tensor], tuple[Tensor, Tensor]]
-    if unit.shape[1] <= _DIRECT * len(levels):
-        errors = partial(_direct_errors, unit, torch.ones_like(unit) if h is None else h, bits)
-    else:
-        errors = partial(_sorted_errors, SortedRows.of(unit, h), levels)
-    # A least-squares scale is at least (weighted mean magnitude) / top: <|w|,|q|> >= m1 sum |q|
-    # because |q| grows with |w|, and <q,q> <= top sum |q|. Above, one octave over the maximum.
-    low = (mean / levels[-1]).clamp_min(1e-100)
-    high = unit.amax(dim=1).to(torch.float64) / levels[(len(levels) - 1) // 2]
-    scale = torch.stack([low, torch.maximum(low, high)], dim=1)
-    for _ in range(_HALVINGS[bits]):  # geometric; sqrt rounds alike in every row, pow does not
-        middle = (scale[:, 1:] * scale[:, :-1]).sqrt()
-        between = torch.stack([scale[:, :-1], middle], dim=2).flatten(1)
-        scale = torch.cat([between, scale[:, -1:]], dim=1)
-    error, refit = errors(scale)
-    scale = refit.gather(1, error.topk(_KEPT, dim=1, largest=False).indices)
-    for _ in range(_REFITS - 1):
-        _, scale = errors(scale)
-    reach = 8 if bits >= _WIDE else 3  # wide levels: many narrow valleys around a scale
-    around = scales_around(scale, -reach, reach).flatten(1)
-    error, _ = errors(around)
-    return around.gather(1, error.argmin(dim=1, keepdim=True))[:, 0]
+    exact: Tensor
+    maximum: Tensor
+    power: Tensor
+    unit: Tensor
+    h: Tensor | None
+    mean: Tensor
+    ordered: SortedRows
+
+    @classmethod
+    def of(cls, W: Tensor, importance: Tensor | None) -> Self:
+        magnitude = W.abs()
+        exact = magnitude.to(torch.float64)
+        h = unit_importance(importance, magnitude)
+        counting = exact
+        if h is not None:  # a weight of no importance may be clipped: it must not set the range
+            counting = exact * (h > 0)
+        # |row| / power lies in [1/2, 1)
+        power = powers_of_two(exponents(counting.amax(dim=1)))
+        unit = (counting / power[:, None]).to(torch.float32)
+        if h is None:
+            mean = unit.mean(dim=1, dtype=torch.float64)
+        else:
+            mean = (h * unit).sum(dim=1, dtype=torch.float64) / h.sum(dim=1, dtype=torch.float64)
+        return cls(
+            exact=exact,
+            maximum=exact.amax(dim=1),
+            power=power,
+            unit=unit,
+            h=h,
+            mean=mean,
+            ordered=SortedRows.of(unit, h),
+        )
+
+    def take(self, rows: Tensor) -> "_ScaleSearch":
+        """Some of the rows."""
+        if len(rows) == len(self.power):
+            return self
+        return _ScaleSearch(
+            exact=self.exact[rows],
+            maximum=self.maximum[rows],
+            power=self.power[rows],
+            unit=self.unit[rows],
+            h=None if self.h is None else self.h[rows],
+            mean=self.mean[rows],
+            ordered=self.ordered.take(rows),
+        )
+
+    def scale(self, bits: int) -> Tensor:
+        """The best scale of each row, float32 [n]."""
+        parts = []
+        every = torch.arange(len(self.power), device=self.power.device)
+        for part in row_chunks(len(every), 2 ** _HALVINGS.get(bits, 0) * 2**bits):
+            parts.append(self.take(every[part])._scale(bits))
+        return torch.cat(parts)
+
+    def _scale(self, bits: int) -> Tensor:
+        best = torch.where(self.ordered.values[:, -1] > 0, self._search(bits) * self.power, 0.0)
+        scale = round_scale(best).clamp(max=max_scale(_top(bits)))
+        on_grid, found = _grid_scale(self.exact, self.maximum, bits)
+        return torch.where(found, on_grid, scale)
+
+    def _search(self, bits: int) -> Tensor:
+        """The best bfloat16 scale for the unit rows, as float64 [n]."""
+        if bits == 1:  # closed form: the weighted mean magnitude, whatever the codes
+            return round_scale(self.mean).to(torch.float64)
+        levels = uniform_levels(bits).to(self.unit.device, torch.float64)
+        levels = levels[levels >= 0]
+        # A least-squares scale is at least (weighted mean magnitude) / top: <|w|,|q|> >= m1 sum |q|
+        # because |q| grows with |w|, and <q,q> <= top sum |q|. Above, one octave over the maximum.
+        low = (self.mean / levels[-1]).clamp_min(1e-100)
+        high = self.ordered.values[:, -1].to(torch.float64) / levels[(len(levels) - 1) // 2]
+        scale = torch.stack([low, torch.maximum(low, high)], dim=1)
+        for _ in range(_HALVINGS[bits]):  # geometric; sqrt rounds alike in every row, pow does not
+            middle = (scale[:, 1:] * scale[:, :-1]).sqrt()
+            between = torch.stack([scale[:, :-1], middle], dim=2).flatten(1)
+            scale = torch.cat([between, scale[:, -1:]], dim=1)
+        error, refit = self._errors(scale, levels, bits)
+        scale = refit.gather(1, error.topk(_KEPT, dim=1, largest=False).indices)
+        for _ in range(_REFITS - 1):
+            _, scale = self._errors(scale, levels, bits)
+        reach = 8 if bits >= _WIDE else 3  # wide levels: many narrow valleys around a scale
+        around = scales_around(scale, -reach, reach).flatten(1)
+        error, _ = self._errors(around, levels, bits)
+        return around.gather(1, error.argmin(dim=1, keepdim=True))[:, 0]
+
+    def _errors(self, scale: Tensor, levels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """(squared error, least-squares refit) float64 [n, C] of scales [n, C]."""
+        if self.unit.shape[1] <= _DIRECT * len(levels):
+            h = torch.ones_like(self.unit) if self.h is None else self.h
+            return _direct_errors(self.unit, h, bits, scale)
+        return _sorted_errors(self.ordered, levels, scale)
 
 
 def _direct_errors(unit: Tensor, h: Tensor, bits: int, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,33 +387,35 @@ def _direct_errors(unit: Tensor, h: Tensor, bits: int, scale: Tensor) -> tuple[T
 def _sorted_errors(rows: SortedRows, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same from running sums, in one look-up per level [L] >= 0 and scale [n, C]."""
     mass, total = rows.all()
-    threshold = (levels[1:] + levels[:-1]) / 2 * scale[:, :, None]  # [n, C, L - 1]
+    # [n, L - 1, C]: scales ascend, and looking up what ascends is several times as fast
+    threshold = ((levels[1:] + levels[:-1]) / 2)[:, None] * scale[:, None, :]
     mass_below, total_below = rows.below(threshold)
     # sum of h |w| q and h q q, level by level: whatever reaches a threshold gains one level
-    gain = levels.diff()
-    cross = ((total[:, None, None] - total_below) * gain).sum(dim=2) + levels[0] * total[:, None]
-    gain = levels.square().diff()
-    power = ((mass[:, None, None] - mass_below) * gain).sum(dim=2)
+    cross = levels.diff() @ (total[:, None, None] - total_below) + levels[0] * total[:, None]
+    power = levels.square().diff() @ (mass[:, None, None] - mass_below)
     power = power + levels[0].square() * mass[:, None]
     error = rows.energy[:, None] - scale * (2 * cross - scale * power)
     return error, torch.where(power > 0, cross / power.clamp_min(1e-300), scale)
 
 
-def _grid_scale(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _grid_scale(exact: Tensor, maximum: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Find rows that lie on a grid already: (scale float32 [n], found bool [n]).
 
     The maximum of such a row is a level times a bfloat16 scale, which few rows satisfy; only
     those are compared element by element, finest scale first.
+
+    Args:
+        exact: ``|W|``, float64 [n, K].
+        maximum: Largest of each row, float64 [n].
+        bits: Width of the rows.
     """
-    exact = W.abs().to(torch.float64)
-    maximum = exact.amax(dim=1)
-    levels = uniform_levels(bits).to(W.device, torch.float64)
+    levels = uniform_levels(bits).to(exact.device, torch.float64)
     levels = levels[levels > 0].flip(0)
     scales = round_scale(maximum[:, None] / levels).to(torch.float64)  # [n, L]
     possible = (scales * levels == maximum[:, None]) & (scales * levels[0] <= _FLOAT_MAX)
     scale = torch.full_like(maximum, MIN_SCALE)
     found = maximum == 0
-    for level in range(len(levels)):
+    for level in possible.any(dim=0).nonzero()[:, 0].tolist():
         rows = (possible[:, level] & ~found).nonzero()[:, 0]
         for columns in (slice(0, 64), slice(None)):  # a few elements refuse most rows
             part, trial = exact[rows][:, columns], scales[rows, level][:, None]

@@ -1,6 +1,5 @@
 """The level sets of a layer's rows, and the nearest level of a value: what every rounding uses."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -71,22 +70,22 @@ class RowLevels:
         codes, scale = quantize_codebook(W, widths, importance)
         return cls(bits=widths, scale=scale, tables=_tables_of(codes, widths))
 
-    @classmethod
-    def stack(cls, parts: Sequence["RowLevels"]) -> Self:
-        """The level sets of several matrices, for rows that are rounded together.
+    def split(self, rows: int) -> list[Self]:
+        """The level sets of several matrices of so many rows each, that were fitted together.
 
         Args:
-            parts: At least one.
+            rows: Rows of one matrix.
         """
-        tables = None
-        if any(part.tables is not None for part in parts):
-            # Rows of uniform levels get theirs as a table: what counts is that all have one.
-            tables = torch.cat([part._as_tables() for part in parts])
-        return cls(
-            bits=torch.cat([part.bits for part in parts]),
-            scale=torch.cat([part.scale for part in parts]),
-            tables=tables,
-        )
+        starts = range(0, len(self.bits), rows)
+        return [
+            replace(
+                self,
+                bits=self.bits[start : start + rows],
+                scale=self.scale[start : start + rows],
+                tables=None if self.tables is None else self.tables[start : start + rows],
+            )
+            for start in starts
+        ]
 
     def _as_tables(self) -> Tensor:
         if self.tables is not None:

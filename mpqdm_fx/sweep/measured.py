@@ -77,6 +77,7 @@ def measured_plans(
             graph_module,
             calls,
             seed=settings.seed,
+            codebooks=settings.levels == "codebook",
             max_rows=min(settings.max_rows, _MAX_ROWS),
             max_memory=max_memory,
             half=half,

@@ -259,12 +259,10 @@ def _round(
     """Fit levels to the rows under each correction and round them, all in one run."""
     targets = [W if one.weight is None else W + one.weight for one in corrections]
     bits, importance = plan.bits_tensor(), gram.diagonal.float()
-    levels = [RowLevels.fit(target, bits, plan.levels, importance) for target in targets]
+    together = torch.cat(targets)  # rows do not meet
+    levels = RowLevels.fit(together, bits.repeat(len(targets)), plan.levels, importance)
     if settings.rounding == "nearest":
-        codes = [
-            own.snap(target).to(torch.int8) for own, target in zip(levels, targets, strict=True)
-        ]
+        codes = levels.snap(together).to(torch.int8)
     else:
-        together = gptq(torch.cat(targets), RowLevels.stack(levels), gram)
-        codes = list(torch.split(together, len(W)))
-    return list(zip(codes, levels, strict=True))
+        codes = gptq(together, levels, gram)
+    return list(zip(torch.split(codes, len(W)), levels.split(len(W)), strict=True))
