@@ -20,11 +20,13 @@ __all__ = [
     "MPQConfig",
     "Override",
     "Rounding",
+    "RowWeighting",
 ]
 
 Allocation = Literal["measured", "omq", "uniform"]
 Rounding = Literal["nearest", "gptq"]
 Levels = Literal["uniform", "codebook", "int4"]
+RowWeighting = Literal["output", "plain"]
 ActivationMode = Literal["static", "timestep", "dynamic", "float"]
 
 MAX_TIMESTEP_GROUPS = 64
@@ -122,7 +124,10 @@ class MPQConfig:
             calibration calls; 0.5 is the paper's mode.
         residuals: With `propagation="auto"`, let a layer whose output is added to another value
             make up for that value's error too (LoaQ, arXiv 2509.06297).
-        bias_correction: Refit every bias to the mean error of its layer.
+        bias_correction: Refit a bias to the mean error of its layer, where that lowers the error on
+            held-out calls.
+        row_weights: `"output"`: rows of a layer's statistics count by what errors do to the model's
+            output at their noise level; `"plain"`: all alike, as in the papers.
         effective_bits: With `allocation="measured"`, stored bits over all weights: codes, scales,
             tables, tags, layers left in float. Default: what `allocation="uniform"` takes at
             `weight_bits`, its layers of 8 bits included.
@@ -161,6 +166,7 @@ class MPQConfig:
     propagation: Annotated[float, Between(0, 1)] | Literal["auto"] = "auto"
     residuals: bool = False
     bias_correction: bool = True
+    row_weights: RowWeighting = "output"
     effective_bits: Annotated[float, Between(1, 32, hint=_LEAST)] | None = None
     weight_bytes: Bytes | None = None
     align: Annotated[int, Between(1, 4096)] = 1

@@ -10,14 +10,17 @@ for random v with E v v^T = I (Hutchinson 1989). One backward pass gives all lay
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from mpqdm_fx.activations import NoiseLevels
+from mpqdm_fx.calibration.noise_groups import NoiseGroups
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.calling import split_batch
 from mpqdm_fx.graph.cost import bind_sizes, value_bytes
@@ -25,9 +28,46 @@ from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_cl
 from mpqdm_fx.graph.layers import EMBEDDINGS, WeightLayer, weight_layers, weight_rows
 from mpqdm_fx.graph.signature import Signature, tensor_leaves
 
-__all__ = ["output_energies"]
+__all__ = ["GradientWatch", "OutputEnergies", "output_energies"]
 
 _MEMORY = 2**30  # bytes of activations kept for one backward pass; one sample may need more
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OutputEnergies:
+    """What errors of each layer's output do to the model's output.
+
+    Attributes:
+        channels: By layer, s [O] as above, mean over samples, float64; of an embedding table
+            [O, K], since each number of it is an output of its own.
+        groups: By layer, the sum of s over channels in each group of noise levels, mean over its
+            samples, float64 [G].
+        samples: Samples that were probed.
+    """
+
+    channels: Mapping[str, Tensor]
+    groups: Mapping[str, Tensor]
+    samples: int
+
+
+class GradientWatch(Protocol):
+    """What else wants to see the gradients of a backward pass."""
+
+    def kind(self, call: fx.Node) -> Hashable:
+        """Calls of one kind that read one value are seen as one reader of it."""
+
+    def inputs(self, call: fx.Node, x: Tensor, gradient: Tensor, importance: Tensor) -> None:
+        """Look at what a weight layer's call reads.
+
+        Args:
+            call: The first of the calls that read this value.
+            x: The value, float [n * B, ...], or without a batch axis.
+            gradient: That of <v, f> with respect to what all of them read, shape of x.
+            importance: Share of each sample in the mean, [B].
+        """
+
+    def outputs(self, call: fx.Node, y: Tensor, gradient: Tensor, importance: Tensor) -> None:
+        """Look at what a weight layer's call writes; see `inputs`."""
 
 
 def output_energies(
@@ -38,7 +78,9 @@ def output_energies(
     samples: int = 128,
     seed: int = 0,
     weights: Sequence[Tensor] | None = None,
-) -> tuple[dict[str, Tensor], int]:
+    groups: NoiseGroups | None = None,
+    watch: GradientWatch | None = None,
+) -> OutputEnergies:
     """Measure every weight layer of a float graph.
 
     Args:
@@ -48,10 +90,8 @@ def output_energies(
         samples: How many samples to probe; all, if there are fewer.
         seed: Of the directions.
         weights: Importance of each sample, one tensor [B] per call. Default: all alike.
-
-    Returns:
-        By layer, s [O] as above, mean over samples, float64; of an embedding table [O, K], since
-        each number of it is an output of its own. And the number of samples.
+        groups: Groups of noise levels; None for one group.
+        watch: Is shown what layers read and write, and the gradients there.
 
     Raises:
         CalibrationError: The weights do not fit the calls, the output does not depend on any weight
@@ -59,11 +99,13 @@ def output_energies(
     """
     if weights is not None and len(weights) != len(calls):
         raise CalibrationError(f"{len(weights)} tensors of weights for {len(calls)} calls")
-    probe = _Probe(_without_gradients(graph_module), seed)
+    groups = groups or NoiseGroups(levels=NoiseLevels(boundaries=()))
+    probe = _Probe(_without_gradients(graph_module), seed, groups, watch)
     parts = _parts(graph_module, calls, weights, samples)
     for inputs, importance in tqdm(parts, desc="sensitivities", unit="part", disable=None):
         probe.measure(inputs, probes, importance)
-    if not probe.weight > 0:
+    total = float(probe.weight.sum())
+    if not total > 0:
         raise CalibrationError("the weights of all probed samples are zero")
     for name, energy in probe.energy.items():
         if not bool(torch.isfinite(energy).all()):
@@ -71,31 +113,53 @@ def output_energies(
                 f"{name}: the model's output has no finite gradient here; check the calibration "
                 "data"
             )
-    return {name: energy / probe.weight for name, energy in probe.energy.items()}, probe.samples
+    return OutputEnergies(
+        channels={name: energy / total for name, energy in probe.energy.items()},
+        groups={name: _group_means(sums, probe.weight) for name, sums in probe.by_group.items()},
+        samples=probe.samples,
+    )
+
+
+def _group_means(sums: Tensor, weight: Tensor) -> Tensor:
+    """Mean of each group [G]; a group that was not probed gets the mean of all."""
+    means = sums / weight.clamp_min(1e-300)
+    return torch.where(weight > 0, means, sums.sum() / weight.sum())
 
 
 class _Probe(fx.Interpreter):
     """Runs the graph with gradients of activations alone, and sums what it sees."""
 
-    def __init__(self, graph_module: fx.GraphModule, seed: int) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        seed: int,
+        groups: NoiseGroups,
+        watch: GradientWatch | None,
+    ) -> None:
         super().__init__(graph_module)
+        self.groups = groups
+        self.watch = watch
         layers = weight_layers(graph_module, embeddings=True)
         self.layer_of = {node: layer for layer in layers.values() for node in layer.nodes}
         self.reaching = reaching_output(graph_module)
         self.energy: dict[str, Tensor] = {}
+        self.by_group: dict[str, Tensor] = {}
         for name, layer in layers.items():
             shape = weight_rows(layer.module).shape
             sums = shape if isinstance(layer.module, EMBEDDINGS) else shape[:1]
             self.energy[name] = torch.zeros(sums, dtype=torch.float64)
+            self.by_group[name] = torch.zeros(groups.count, dtype=torch.float64)
         self.generator = torch.Generator().manual_seed(seed)
-        self.watched: list[tuple[WeightLayer, Tensor, Tensor | None]] = []
+        self.watched: list[_Written] = []
+        self.read: dict[tuple[fx.Node, Hashable], _Read] = {}
         self.samples = 0
-        self.weight = 0.0
+        self.weight = torch.zeros(groups.count, dtype=torch.float64)
 
     def measure(self, inputs: Mapping[str, Any], probes: int, importance: Tensor) -> None:
         """Add one part of a call: tensors by placeholder name, importance [B]."""
         names = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
-        self.watched = []
+        self.watched, self.read = [], {}
+        own = self.groups.of_samples(inputs)
         with torch.enable_grad():
             output = self.run(*[inputs[name] for name in names])
             leaves = [
@@ -106,13 +170,20 @@ class _Probe(fx.Interpreter):
             if not leaves:
                 raise CalibrationError("the graph's output does not depend on any weight layer")
             for index in range(probes):
-                self._backward(leaves, importance, probes, retain=index < probes - 1)
-        self.watched = []
+                last = index == probes - 1
+                self._backward(leaves, importance, own, probes, retain=not last)
+        self.watched, self.read = [], {}
         self.samples += len(importance)
-        self.weight += float(importance.sum())
+        self.weight.index_add_(0, own, importance.double())
 
     def _backward(
-        self, leaves: list[Tensor], importance: Tensor, probes: int, *, retain: bool
+        self,
+        leaves: list[Tensor],
+        importance: Tensor,
+        groups: Tensor,
+        probes: int,
+        *,
+        retain: bool,
     ) -> None:
         signs = []
         for leaf in leaves:
@@ -120,25 +191,38 @@ class _Probe(fx.Interpreter):
             # The root of a sample's importance: squared, it weighs that sample's energies.
             root = importance.sqrt().repeat_interleave(max(1, len(leaf) // len(importance)))
             signs.append((draw * root.view(-1, *[1] * (leaf.dim() - 1))).to(leaf))
+        reads = [*self.read.values()]
         gradients = torch.autograd.grad(
             leaves,
-            [written for _, written, _ in self.watched],
+            [*(written.value for written in self.watched), *(read.value for read in reads)],
             signs,
             retain_graph=retain,
             allow_unused=True,
         )
-        for (layer, _, index), gradient in zip(self.watched, gradients, strict=True):
+        share = importance.double() / probes
+        for written, gradient in zip(self.watched, gradients[: len(self.watched)], strict=True):
             if gradient is None:
-                self._check_unused(layer)
+                self._check_unused(written.layer)
                 continue
-            energy = self.energy[layer.name]
-            squared = gradient.detach().double().square().cpu()
-            if index is not None:
-                rows = squared.reshape(-1, squared.shape[-1])
-                energy.index_add_(0, index.flatten().cpu(), rows / probes)
-                continue
+            self._add(written, gradient.detach(), groups, probes)
+            if self.watch is not None and written.index is None:
+                self.watch.outputs(written.call, written.value.detach(), gradient, share)
+        for read, gradient in zip(reads, gradients[len(self.watched) :], strict=True):
+            if gradient is not None:
+                assert self.watch is not None
+                self.watch.inputs(read.call, read.value.detach(), gradient, share)
+
+    def _add(self, written: "_Written", gradient: Tensor, groups: Tensor, probes: int) -> None:
+        """Add the squares of one gradient to the layer's energies."""
+        layer, energy = written.layer, self.energy[written.layer.name]
+        squared = gradient.double().square().cpu() / probes
+        if written.index is not None:
+            rows = squared.reshape(-1, squared.shape[-1])
+            energy.index_add_(0, written.index.flatten().cpu(), rows)
+        else:
             axis = -1 if isinstance(layer.module, nn.Linear) else squared.dim() - _spatial(layer)
-            energy += squared.movedim(axis, -1).flatten(0, -2).sum(dim=0) / probes
+            energy += squared.movedim(axis, -1).flatten(0, -2).sum(dim=0)
+        self.by_group[layer.name].index_add_(0, *_by_sample(squared, groups))
 
     def _check_unused(self, layer: WeightLayer) -> None:
         """Refuse a layer without gradient, unless it is written and never read."""
@@ -150,6 +234,21 @@ class _Probe(fx.Interpreter):
             'use allocation="uniform" or "omq"'
         )
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        """Arguments of a node; weight layers read through a door at which the gradient is seen."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        layer = self.layer_of.get(n)
+        if self.watch is None or layer is None or isinstance(layer.module, EMBEDDINGS):
+            return args, kwargs
+        source = n.args[0]
+        assert isinstance(source, fx.Node)
+        key = (source, self.watch.kind(n))
+        if key not in self.read:
+            x = args[0]
+            door = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            self.read[key] = _Read(call=n, value=door)
+        return (self.read[key].value, *args[1:]), kwargs
+
     def run_node(self, n: fx.Node) -> Any:
         """Execute a node; watch what weight layers write."""
         result = super().run_node(n)
@@ -158,12 +257,42 @@ class _Probe(fx.Interpreter):
             return result
         if not result.requires_grad:
             result = result.detach().requires_grad_()
+        index = None
         if isinstance(layer.module, EMBEDDINGS):
             source = n.args[0] if n.args else n.kwargs["input"]
-            self.watched.append((layer, result, self.env[source]))  # type: ignore[index]
-            return result
-        self.watched.append((layer, result, None))
+            index = self.env[source]  # type: ignore[index]
+        self.watched.append(_Written(call=n, layer=layer, value=result, index=index))
         return result
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Written:
+    """What a call of a weight layer wrote; of an embedding table also the rows it looked up."""
+
+    call: fx.Node
+    layer: WeightLayer
+    value: Tensor
+    index: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Read:
+    """What weight layers read, as they alone see it, and the first call that reads it."""
+
+    call: fx.Node
+    value: Tensor
+
+
+def _by_sample(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of values along the leading axis, and the group [n] that each belongs to.
+
+    Where the leading axis is no multiple of the samples, the value is shared by all of them: it
+    counts for every sample's group alike.
+    """
+    if len(values) % len(groups):
+        return groups, (values.sum() / len(groups)).expand(len(groups))
+    sums = values.reshape(len(values), -1).sum(dim=1)
+    return groups.repeat_interleave(len(values) // len(groups)), sums
 
 
 def reaching_output(graph_module: fx.GraphModule) -> set[fx.Node]:

@@ -67,15 +67,8 @@ class RecordedInputs:
 
     @property
     def held_out(self) -> tuple[int, ...]:
-        """Indices of the calls that corrections are judged by and not fitted to.
-
-        Those recorded as such; if there are none, the last quarter: calls come image by image, so
-        they belong to other images. A single call is not held out.
-        """
-        if self._held_out:
-            return tuple(self._held_out)
-        count = len(self)
-        return tuple(range(count - max(1, count // 4), count)) if count > 1 else ()
+        """Indices of the calls that were recorded as held out: they judge what others fit."""
+        return tuple(self._held_out)
 
     def append(self, inputs: Mapping[str, Any], *, held_out: bool = False) -> None:
         """Keep one call's arguments.

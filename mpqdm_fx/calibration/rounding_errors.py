@@ -57,23 +57,19 @@ class ChannelInputs:
     energy: Tensor
 
     @classmethod
-    def of(cls, fit: Tensor, held_out: Tensor, channels: int, *, center: bool) -> Self:
+    def of(cls, fit: Tensor, held_out: Tensor, channels: int) -> Self:
         """Prepare sampled rows.
 
         Args:
-            fit: Rows that give the energies and the mean, [P, K] or [P, G, K].
+            fit: Rows that give the energies, [P, K] or [P, G, K], less what a bias makes up for
+                (`LayerRows.fitted`).
             held_out: Rows that errors are measured on, in the same form.
             channels: Output channels O.
-            center: Subtract the mean row, since a bias makes up for what rounding does to it.
         """
-        fit, held_out = fit.float(), held_out.float()
-        if center:
-            mean = fit.double().mean(dim=0)
-            fit, held_out = fit - mean.float(), held_out - mean.float()
         energy = fit.double().square().mean(dim=0)
         if fit.dim() == 3:
             energy = energy.repeat_interleave(channels // len(energy), dim=0)
-        return cls(rows=held_out, energy=energy)
+        return cls(rows=held_out.float(), energy=energy)
 
     def error(self, difference: Tensor, first: int, channels: int) -> Tensor:
         """Mean squared output of some channels with these weights.
@@ -167,7 +163,6 @@ def feedback_gains(
     fit: Tensor,
     held_out: Tensor,
     *,
-    center: bool,
     codebooks: bool = True,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
@@ -178,10 +173,9 @@ def feedback_gains(
 
     Args:
         W: Weight rows, float [O, K].
-        fit: Input rows for the feedback, [N, K] or [N, G, K]; of a grouped layer, the first group
-            stands for all.
+        fit: Input rows for the feedback, [N, K] or [N, G, K], less what a bias makes up for; of a
+            grouped layer, the first group stands for all.
         held_out: Rows for the measurement, in the same form.
-        center: Whether a bias makes up for the mean.
         codebooks: Measure fitted levels too.
         seed: Of the sampled channels.
 
@@ -198,8 +192,8 @@ def feedback_gains(
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randperm(channels, generator=generator)[:_FEEDBACK_CHANNELS]
     rows = W.detach()[picked].float()
-    gram = Gram.of(fit, center=center)
-    tests = held_out.float() - gram.mean.float()
+    gram = Gram.of(fit)
+    tests = held_out.float()
     importance = gram.diagonal.float()
 
     def gains(kind: LevelKind, largest: int) -> Tensor:

@@ -14,15 +14,18 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, fx
 
+from mpqdm_fx.activations import NoiseLevels
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_calls
-from mpqdm_fx.calibration.probes import output_energies
+from mpqdm_fx.calibration.noise_groups import NoiseGroups
+from mpqdm_fx.calibration.probes import GradientWatch, OutputEnergies, output_energies
 from mpqdm_fx.calibration.rounding_errors import (
     MAX_NUMBERS,
     ChannelInputs,
     channel_errors,
     feedback_gains,
 )
+from mpqdm_fx.calibration.row_weights import RowWeights
 from mpqdm_fx.calibration.sensitivity_table import LayerSensitivity, SensitivityTable
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.calling import batch_size_of
@@ -38,6 +41,7 @@ from mpqdm_fx.graph.layers import (
 from mpqdm_fx.graph.walk import Walk
 from mpqdm_fx.numerics.gram import kept_rows
 from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, MAX_BITS
+from mpqdm_fx.numerics.layer_rows import LayerRows
 from mpqdm_fx.validation import Between, Bytes, Count, Seed, checked
 
 __all__ = ["measure_sensitivity"]
@@ -56,6 +60,8 @@ def measure_sensitivity(
     samples: Count = 128,
     seed: Seed = 0,
     weights: Sequence[Tensor] | None = None,
+    groups: NoiseGroups | None = None,
+    watch: GradientWatch | None = None,
     codebooks: bool = True,
     max_rows: Count = 4096,
     max_numbers: Annotated[int, Between(0, 2**62)] = MAX_NUMBERS,
@@ -74,6 +80,9 @@ def measure_sensitivity(
         seed: Of the directions and of all that is sampled.
         weights: Importance of each sample, one tensor [B] per call, for instance the square of what
             the sampler multiplies the model's output with at that timestep. Default: all alike.
+        groups: Groups of noise levels; rows of each count by what errors in them do to the output.
+            None for one group.
+        watch: Is shown the gradients of the probes.
         codebooks: Measure fitted levels too.
         max_rows: Input rows of a layer for the effect of GPTQ's feedback; best as many as the
             rounding will have.
@@ -99,11 +108,20 @@ def measure_sensitivity(
     for layer in layers.values():
         if not bool(torch.isfinite(layer.weight).all()):
             raise CalibrationError(f"{layer.name}: its weight holds NaN or infinity")
-    energies, probed = output_energies(
-        graph_module, calls, probes=probes, samples=samples, seed=seed, weights=weights
+    groups = groups or NoiseGroups(levels=NoiseLevels(boundaries=()))
+    energies = output_energies(
+        graph_module,
+        calls,
+        probes=probes,
+        samples=samples,
+        seed=seed,
+        weights=weights,
+        groups=groups,
+        watch=watch,
     )
+    row_weights = RowWeights(groups=groups, energies=energies.groups)
+    held_out = groups.held_out(calls)
     entries: dict[str, LayerSensitivity] = {}
-    batches = [batch_size_of(call) for call in calls]
     first_calls = {layer.nodes[0]: layer for layer in layers.values()}
     walk = Walk(
         graph_module,
@@ -117,18 +135,21 @@ def measure_sensitivity(
         found = first_calls.get(node)
         if found is None:
             continue
-        measure = _Measure(codebooks=codebooks, max_numbers=max_numbers, seed=seed)
+        measure = _Measure(
+            energies, codebooks=codebooks, max_numbers=max_numbers, seed=seed
+        )
         if isinstance(found.module, EMBEDDINGS):
-            entries[found.name] = measure.table(found, energies[found.name])
+            entries[found.name] = measure.table(found)
         else:
-            fit, held_out = _rows(walk, node, found, batches, max_rows, seed)
-            entries[found.name] = measure.layer(found, energies[found.name], fit, held_out)
+            sampled = _rows(walk, node, found, calls, row_weights, max_rows, seed)
+            entries[found.name] = measure.layer(found, *_parted(sampled, held_out, seed))
     return SensitivityTable(
         layers=tuple(entries[name] for name in layers),
         fingerprint=graph_fingerprint(graph_module),
         seed=seed,
         probes=probes,
-        samples=probed,
+        samples=energies.samples,
+        groups=groups,
     )
 
 
@@ -136,72 +157,84 @@ def _rows(
     walk: Walk,
     node: fx.Node,
     layer: WeightLayer,
-    batches: Sequence[int],
+    calls: Sequence[Mapping[str, Any]],
+    row_weights: RowWeights,
     max_rows: int,
     seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Sample a layer's input rows: three quarters to fit, one quarter to measure on.
-
-    Whole calls are held out where there are at least four.
-    """
+) -> list[LayerRows]:
+    """Sample a layer's input rows from every call."""
     source = node.args[0] if node.args else node.kwargs["input"]
     assert isinstance(source, fx.Node)
     generator = torch.Generator().manual_seed(seed)
     count = 0
-    rows: list[Tensor] = []
-    for value in walk.values(source):
+    rows: list[LayerRows] = []
+    for call, value in zip(calls, walk.values(source), strict=True):
+        total = output_positions(layer.module, value)
         if not count:  # at the first call; positions grow with the batch
             width = layer.weight[0].numel()
-            wanted = kept_rows(
-                width, output_positions(layer.module, value) * sum(batches) // batches[0], max_rows
-            )
+            available = total * sum(map(batch_size_of, calls)) // batch_size_of(calls[0])
+            wanted = kept_rows(width, available, max_rows)
             wanted = wanted if width <= wanted else min(wanted, _WIDE_ROWS)
-            count = -(-wanted // len(batches))
-        sampled = sample_rows(layer.module, value, count=count, generator=generator)
+            count = -(-wanted // len(calls))
+        positions = torch.randperm(total, generator=generator)[:count]
+        sampled = sample_rows(layer.module, value, positions=positions)
         if not bool(torch.isfinite(sampled).all()):
             raise CalibrationError(f"{layer.name}: it reads NaN or infinity")
-        rows.append(sampled.float().cpu())
-    if len(batches) >= 4:
-        fit = torch.cat([part for index, part in enumerate(rows) if index % 4 != 3])
-        held_out = torch.cat(rows[3::4])
+        samples = row_weights.groups.of_samples(call)
+        weights = row_weights.of_rows(layer.name, samples, positions, total)
+        rows.append(LayerRows(inputs=sampled.float().cpu(), shift=None, weights=weights))
+    return rows
+
+
+def _parted(
+    calls: Sequence[LayerRows], held_out: Sequence[int], seed: int
+) -> tuple[LayerRows, LayerRows]:
+    """Rows to fit to, and rows to measure on: of whole calls where there are at least four."""
+    generator = torch.Generator().manual_seed(seed)
+    if len(calls) >= 4:
+        rest = [rows for index, rows in enumerate(calls) if index not in held_out]
+        fit, test = LayerRows.join(rest), LayerRows.join([calls[index] for index in held_out])
     else:
-        joined = torch.cat(rows)
-        joined = joined[torch.randperm(len(joined), generator=generator)]
+        joined = LayerRows.join(calls)
+        order = torch.randperm(len(joined), generator=generator)
         quarter = -(-len(joined) // 4)
-        fit, held_out = joined[quarter:], joined[:quarter]
+        fit, test = joined.take(order[quarter:]), joined.take(order[:quarter])
         if not len(fit):  # a single row
-            fit = held_out
-    picked = torch.randperm(len(held_out), generator=generator)[:_TEST_ROWS]
-    return fit, held_out[picked]
+            fit = test
+    return fit, test.take(torch.randperm(len(test), generator=generator)[:_TEST_ROWS])
 
 
 class _Measure:
     """Makes the table's entries."""
 
-    def __init__(self, *, codebooks: bool, max_numbers: int, seed: int) -> None:
+    def __init__(
+        self, energies: OutputEnergies, *, codebooks: bool, max_numbers: int, seed: int
+    ) -> None:
+        self._energies = energies
         self._codebooks = codebooks
         self._max_numbers = max_numbers
         self._seed = seed
 
     def layer(
-        self, layer: WeightLayer, sensitivity: Tensor, fit: Tensor, held_out: Tensor
+        self, layer: WeightLayer, fit_rows: LayerRows, held_out_rows: LayerRows
     ) -> LayerSensitivity:
-        """Entry of a layer from its sensitivity [O] and its input rows."""
+        """Entry of a layer from its input rows."""
         weight = weight_rows(layer.module).cpu()
-        center = layer.module.bias is not None
-        inputs = ChannelInputs.of(fit, held_out, len(weight), center=center)
-        gains = feedback_gains(
-            weight, fit, held_out, center=center, codebooks=self._codebooks, seed=self._seed
-        )
-        return self._entry(layer, sensitivity, inputs, gains)
+        # a bias makes up for what rounding does to the mean
+        means = None if layer.module.bias is None else fit_rows.means()
+        fit, held_out = fit_rows.fitted(means).inputs, held_out_rows.fitted(means).inputs
+        inputs = ChannelInputs.of(fit, held_out, len(weight))
+        gains = feedback_gains(weight, fit, held_out, codebooks=self._codebooks, seed=self._seed)
+        return self._entry(layer, self._energies.channels[layer.name], inputs, gains)
 
-    def table(self, layer: WeightLayer, energy: Tensor) -> LayerSensitivity:
+    def table(self, layer: WeightLayer) -> LayerSensitivity:
         """Entry of an embedding table from its energies [O, K].
 
         A row is written where it is looked up, so each of its numbers is an output of its own, and
         nothing makes up for its error. A row that no sample looked up may be needed later: it
         counts as the average of those that were.
         """
+        energy = self._energies.channels[layer.name]
         used = energy.sum(dim=1) > 0
         typical = energy[used].mean(dim=0) if bool(used.any()) else torch.zeros_like(energy[0])
         energy = torch.where(used[:, None], energy, typical)
@@ -229,6 +262,7 @@ class _Measure:
             name=layer.name,
             shape=tuple(layer.weight.shape),
             sensitivity=sensitivity,
+            by_group=self._energies.groups[layer.name],
             uniform=uniform,
             uniform_gain=gains[0],
             codebook=codebook,

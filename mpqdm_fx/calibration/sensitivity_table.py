@@ -15,6 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from mpqdm_fx.activations import NoiseLevels
+from mpqdm_fx.calibration.noise_groups import NoiseGroups
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.io.records import read_record, write_record
@@ -25,12 +27,13 @@ from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, MAX_BITS
 
 __all__ = ["LayerSensitivity", "SensitivityTable"]
 
-_KIND, _VERSION = "sensitivities", 2
+_KIND, _VERSION = "sensitivities", 3
 _FIX = "delete it, and it is measured anew"
 
-#: Shape of each tensor of an entry: "O" stands for the layer's channels.
+#: Shape of each tensor of an entry: "O" stands for the layer's channels, "G" for noise levels.
 _SHAPES: Mapping[str, tuple[str | int, ...]] = {
     "sensitivity": ("O",),
+    "by_group": ("G",),
     "uniform": ("O", MAX_BITS),
     "codebook": ("O", CODEBOOK_MAX_BITS),
     "uniform_gain": (MAX_BITS,),
@@ -46,6 +49,8 @@ class _Head(Strict):
     seed: Count
     probes: Annotated[int, Field(ge=1, lt=2**31)]
     samples: Annotated[int, Field(ge=1, lt=2**31)]
+    boundaries: tuple[float, ...]
+    argument: Name | None
     layers: tuple[tuple[Name, Shape], ...]
 
 
@@ -58,6 +63,7 @@ class LayerSensitivity:
         shape: Shape of its weight; axis 0 runs over channels O (rows, for an embedding table).
         sensitivity: Squared error of the model's output per squared error of the channel's output,
             summed over the positions of one sample, mean over samples; float64 [O].
+        by_group: The same summed over channels, in each group of noise levels, float64 [G].
         uniform: Mean squared error of the channel's output with uniform levels at 1..8 bits, its
             weights rounded to nearest, float64 [O, 8].
         codebook: The same with fitted levels at 1..4 bits, float64 [O, 4], or None.
@@ -69,6 +75,7 @@ class LayerSensitivity:
     name: str
     shape: tuple[int, ...]
     sensitivity: Tensor
+    by_group: Tensor
     uniform: Tensor
     uniform_gain: Tensor
     codebook: Tensor | None = None
@@ -85,7 +92,8 @@ class LayerSensitivity:
                 if key.startswith("codebook"):
                     continue
                 raise ConfigError(f"{self.name}: {key} is missing")
-            wanted = tuple(self.shape[0] if size == "O" else size for size in symbols)
+            sizes = {"O": self.shape[0], "G": len(values) if values.dim() else 0}
+            wanted = tuple(sizes.get(size, size) for size in symbols)
             if values.shape != wanted or values.dtype != torch.float64:
                 raise ConfigError(
                     f"{self.name}: {key} is {values.dtype} {tuple(values.shape)}, a weight of "
@@ -145,6 +153,7 @@ class SensitivityTable:
         seed: Seed of the probes and of the sampled rows.
         probes: Random directions of the output per sample.
         samples: Samples that were probed.
+        groups: Groups of noise levels of `LayerSensitivity.by_group`.
         run: Identity of the run that measured them, where it is one that can be resumed.
     """
 
@@ -153,6 +162,7 @@ class SensitivityTable:
     seed: int
     probes: int
     samples: int
+    groups: NoiseGroups
     run: str | None = None
     _by_name: Mapping[str, LayerSensitivity] = field(init=False, repr=False)
 
@@ -160,6 +170,12 @@ class SensitivityTable:
         by_name = {layer.name: layer for layer in self.layers}
         if len(by_name) != len(self.layers):
             raise ConfigError("a sensitivity table names one layer twice")
+        for layer in self.layers:
+            if len(layer.by_group) != self.groups.count:
+                raise ConfigError(
+                    f"{layer.name}: by_group has {len(layer.by_group)} groups of noise levels, "
+                    f"the table {self.groups.count}"
+                )
         object.__setattr__(self, "_by_name", by_name)
 
     def layer(self, name: str) -> LayerSensitivity:
@@ -230,6 +246,8 @@ class SensitivityTable:
             "seed": self.seed,
             "probes": self.probes,
             "samples": self.samples,
+            "boundaries": list(self.groups.levels.boundaries),
+            "argument": self.groups.levels.argument,
             "layers": [[layer.name, list(layer.shape)] for layer in self.layers],
         }
         tensors = {
@@ -268,6 +286,9 @@ class SensitivityTable:
                 seed=head.seed,
                 probes=head.probes,
                 samples=head.samples,
+                groups=NoiseGroups(
+                    levels=NoiseLevels(boundaries=head.boundaries, argument=head.argument)
+                ),
                 run=head.run,
             )
         except ConfigError as error:

@@ -76,31 +76,26 @@ def cholesky(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Gram:
-    """Second moments of rows, centred or not.
+    """Second moments of rows.
 
     Attributes:
         count: Rows N.
-        centred: Whether the mean row was subtracted: for a layer whose bias takes it up.
-        mean: Mean row that was subtracted, float64 [K]; zeros if the rows are not centred.
-        diagonal: Mean square of each entry after centring, float64 [K].
+        diagonal: Mean square of each entry, float64 [K].
         matrix: H, float64 [K, K] (float32 if K is large), in the primal form; else None.
-        rows: Rows less the mean, float32 [N, K], in the dual form; else None.
+        rows: The rows, float32 [N, K], in the dual form; else None.
     """
 
     count: int
-    centred: bool
-    mean: Tensor
     diagonal: Tensor
     matrix: Tensor | None
     rows: Tensor | None
 
     @classmethod
-    def of(cls, rows: Tensor, *, center: bool, form: GramForm | None = None) -> Self:
+    def of(cls, rows: Tensor, *, form: GramForm | None = None) -> Self:
         """Accumulate the moments.
 
         Args:
-            rows: [N, K], any float dtype.
-            center: Subtract the mean row: for layers with a bias, which takes up the mean.
+            rows: [N, K], any float dtype; less what a bias takes up (`LayerRows.fitted`).
             form: `"primal"` or `"dual"`; by default dual where there are fewer rows than K.
 
         Raises:
@@ -110,20 +105,16 @@ class Gram:
         if rows.ndim != 2 or not rows.numel():
             raise ConfigError(f"statistics need rows [N, K], got shape {tuple(rows.shape)}")
         count, width = rows.shape
-        mean = rows.mean(dim=0, dtype=torch.float64)
-        if not bool(torch.isfinite(mean).all()):
+        exact = rows.float()
+        diagonal = _mean_square(exact)
+        if not bool(torch.isfinite(exact).all()):
             raise CalibrationError("calibration rows hold NaN or infinity")
-        if not center:
-            mean = torch.zeros_like(mean)
-        shifted = (rows.to(torch.float64) - mean).to(torch.float32) if center else rows.float()
         dual = (form or ("primal" if width <= count else "dual")) == "dual"
         return cls(
             count=count,
-            centred=center,
-            mean=mean,
-            diagonal=_mean_square(shifted),
-            matrix=None if dual else _second_moments(shifted),
-            rows=shifted if dual else None,
+            diagonal=diagonal,
+            matrix=None if dual else _second_moments(exact),
+            rows=exact if dual else None,
         )
 
     @property
@@ -165,20 +156,18 @@ class Gram:
         is QEP's correction `W C (H + ridge I)^-1` (arXiv 2504.09629, proposition 5.1).
 
         Args:
-            rows: The rows that these moments were accumulated from, [N, K], not centred. (The dual
-                form holds them already.)
-            targets: [N, O], not centred.
+            rows: The rows that these moments were accumulated from, [N, K]. (The dual form holds
+                them already.)
+            targets: [N, O].
             damping: Ridge in units of the average diagonal, positive.
 
         Returns:
-            B, float32 [O, K]. With centred moments the targets' mean is left to the bias.
+            B, float32 [O, K].
 
         Raises:
             CalibrationError: The moments are degenerate.
         """
         wanted = targets.to(torch.float64)
-        if self.centred:
-            wanted = wanted - wanted.mean(dim=0)
         if self.rows is not None:
             # X X^T / N: its chunks are columns of X
             kernel = _second_moments(self.rows.T.contiguous()) * (self.width / self.count)
@@ -189,7 +178,7 @@ class Gram:
             return torch.cat([(weights @ part.to(weights)).float() for part in parts], dim=1)
         assert self.matrix is not None
         factor, _ = cholesky(self.matrix.to(self.dtype), self.ridge(damping))
-        cross = _cross(rows, self.mean, wanted)
+        cross = _cross(rows, wanted)
         return torch.cholesky_solve(cross.to(self.dtype), factor).T.float()
 
 
@@ -213,11 +202,10 @@ def _second_moments(rows: Tensor) -> Tensor:
     return total.div_(len(rows))
 
 
-def _cross(rows: Tensor, mean: Tensor, targets: Tensor) -> Tensor:
-    """Centred rows^T targets / N, float64 [K, O]."""
+def _cross(rows: Tensor, targets: Tensor) -> Tensor:
+    """rows^T targets / N, float64 [K, O]."""
     total = torch.zeros(rows.shape[1], targets.shape[1], dtype=torch.float64, device=rows.device)
-    shift = mean.float()
     parts = zip(torch.split(rows, _CHUNK), torch.split(targets, _CHUNK), strict=True)
     for part, wanted in parts:
-        total += (part.float() - shift).T @ wanted.float()
+        total += part.float().T @ wanted.float()
     return total / len(rows)

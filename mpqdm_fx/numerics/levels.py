@@ -108,6 +108,17 @@ class RowLevels:
         """The same levels with other scales, rounded to bfloat16."""
         return replace(self, scale=round_scale(scale))
 
+    def unclipped(self, W: Tensor) -> Self:
+        """The same levels with scales at which the outermost one is each row's largest weight.
+
+        Args:
+            W: Weight rows [O, K]. Rows with a fitted table, and rows of zeros, keep their scale.
+        """
+        largest = W.abs().amax(dim=1).to(self.scale.device)
+        top = torch.where(self.bits == MAX_BITS, 127, 2**self.bits - 1).to(self.scale)
+        free = ~self.fitted.to(self.scale.device) & (largest > 0)
+        return self.with_scale(torch.where(free, largest / top, self.scale))
+
     def snap(self, values: Tensor) -> Tensor:
         """The nearest level of each value.
 

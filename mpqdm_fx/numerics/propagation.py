@@ -12,18 +12,17 @@ arXiv 2509.06297).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from mpqdm_fx.numerics.gram import Gram
+from mpqdm_fx.numerics.layer_rows import LayerRows
 
 __all__ = [
     "DAMPINGS",
     "PAPER_DAMPING",
     "Correction",
-    "LayerRows",
     "choose_correction",
     "fixed_correction",
     "output_error",
@@ -38,59 +37,6 @@ PAPER_DAMPING = 1.0
 _TRUST = 0.3  # |correction of a row| / |row| at most
 _RANGE_GROWTH = 1.25  # of a row of at most 4 bits: a wider range is a coarser grid
 _NARROW = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRows:
-    """What one layer read in both lanes, at the same positions of the same calls.
-
-    Attributes:
-        inputs: Rows X_hat of the quantized lane, float32 [N, K].
-        shift: X - X_hat, float32 [N, K]; None where both lanes are the same value.
-        residual: Float minus quantized lane of what the output is added to, float32 [N, O]; None
-            where there is none or it has no error.
-    """
-
-    inputs: Tensor
-    shift: Tensor | None
-    residual: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def group(self, index: int, channels: int) -> Self:
-        """One group of a grouped layer, whose inputs and shift are [N, G, K].
-
-        Args:
-            index: The group.
-            channels: Output channels of a group.
-
-        Returns:
-            Inputs and shift [N, K], and the residual of the group's own channels.
-        """
-        own = slice(index * channels, (index + 1) * channels)
-        return replace(
-            self,
-            inputs=self.inputs[:, index],
-            shift=None if self.shift is None else self.shift[:, index],
-            residual=None if self.residual is None else self.residual[:, own],
-        )
-
-    def targets(self, W: Tensor) -> list[Tensor]:
-        """What the output should gain over `X_hat W^T`, by source: the shift, then the residual.
-
-        Args:
-            W: Float weight rows [O, K].
-
-        Returns:
-            float64 [N, O] for each source that there is.
-        """
-        found = []
-        if self.shift is not None:
-            found.append((self.shift @ W.float().T).to(torch.float64))
-        if self.residual is not None:
-            found.append(self.residual.to(torch.float64))
-        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,17 +117,12 @@ def choose_correction(
     sources = train.targets(W)
     if not sources or not len(validation):
         return Correction()
-    wanted = [
-        target - source.mean(dim=0) * gram.centred  # the bias takes up the training mean
-        for target, source in zip(validation.targets(W), sources, strict=True)
-    ]
-    total = torch.stack(wanted).sum(dim=0)
+    total = torch.stack(validation.targets(W)).sum(dim=0)
     energy = float(total.square().sum())
-    centred = validation.inputs - gram.mean.float()
     best, best_gain = Correction(), 0.0
     for damping in dampings:
         weights = [gram.regress(train.inputs, source, damping) for source in sources]
-        outputs = [(centred @ weight.T).to(torch.float64) for weight in weights]
+        outputs = [(validation.inputs @ weight.T).to(torch.float64) for weight in weights]
         strengths, gain = _best_strengths(total, outputs)
         if gain > best_gain:
             best_gain = gain
@@ -238,27 +179,21 @@ def _limit(W: Tensor, weight: Tensor, bits: Tensor | None) -> Tensor:
     return factor[:, None] * weight
 
 
-def output_error(
-    W: Tensor, Q: Tensor, rows: LayerRows, mean: Tensor, means: Sequence[Tensor]
-) -> Tensor:
-    """Mean squared error of each output channel against the float lane, after the bias refit.
+def output_error(W: Tensor, Q: Tensor, rows: LayerRows) -> Tensor:
+    """Mean squared error of each output channel against the float lane.
 
-    `|X W^T + R - (X_hat Q^T + R_hat + bias)|^2 / N`, with the bias that is exact on the training
-    rows: their means are subtracted.
+    `|X W^T + R - (X_hat Q^T + R_hat)|^2 / N`. What a bias takes up is subtracted from the rows, and
+    what rows count is multiplied in, before: see `LayerRows.fitted`.
 
     Args:
         W: Float weight rows [O, K].
         Q: Rounded rows [O, K].
         rows: Rows to measure on.
-        mean: Mean training row that the bias takes up, [K]; zeros for a layer without bias.
-        means: Mean of each of the training rows' `targets`, [O] each; zeros for a layer without
-            bias.
 
     Returns:
         float64 [O].
     """
-    difference = (W.float() - Q.float()).T
-    error = ((rows.inputs - mean.float()) @ difference).to(torch.float64)
-    for target, centre in zip(rows.targets(W), means, strict=True):
-        error += target - centre
+    error = (rows.inputs @ (W.float() - Q.float()).T).to(torch.float64)
+    for target in rows.targets(W):
+        error += target
     return error.square().mean(dim=0)

@@ -14,7 +14,7 @@ from mpqdm_fx.graph.layers import output_positions, sample_rows
 from mpqdm_fx.graph.quantizers import DynamicQuantizer
 from mpqdm_fx.graph.walk import Walk
 from mpqdm_fx.numerics.gram import kept_rows
-from mpqdm_fx.numerics.propagation import LayerRows
+from mpqdm_fx.numerics.layer_rows import LayerRows
 from mpqdm_fx.sweep.shards import Shards
 
 __all__ = [
@@ -51,11 +51,13 @@ class CallRows:
         inputs: float32 [P, K] or [P, G, K].
         shift: X - X_hat, same shape, or None.
         positions: int64 [P], flat output positions the rows belong to.
+        total: Output positions of the whole call.
     """
 
     inputs: Tensor
     shift: Tensor | None
     positions: Tensor
+    total: int
 
 
 def rows_key(graph_module: fx.GraphModule, node: fx.Node, module: nn.Module) -> object:
@@ -135,7 +137,8 @@ def collect_rows(
         if x is not None:
             # The difference first, in the lanes' precision: X and X_hat are close.
             shift = sample_rows(module, x, positions=positions).float() - inputs
-        own.append(CallRows(inputs=inputs, shift=shift, positions=positions))
+        total = output_positions(module, x_hat)
+        own.append(CallRows(inputs=inputs, shift=shift, positions=positions, total=total))
     return shards.gather(own)
 
 
@@ -183,30 +186,32 @@ def _row_width(module: nn.Module) -> int:
 
 
 def join_rows(
-    calls: Sequence[CallRows], residuals: Sequence[Tensor] | None, wanted: Iterable[int]
+    calls: Sequence[CallRows],
+    residuals: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    wanted: Iterable[int],
 ) -> LayerRows:
     """Rows of some of the calls as one matrix.
 
     Args:
         calls: From `collect_rows`.
         residuals: The residual's error at the rows of each call [P, O], or None.
-        wanted: Indices of the calls.
+        weights: How much the rows of each call count [P].
+        wanted: Indices of the calls; of none, there are no rows.
     """
-    indices = list(wanted)
-    chosen = [calls[index] for index in indices]
-    if not chosen:
-        empty = calls[0]
-        return LayerRows(
-            inputs=empty.inputs[:0],
-            shift=None if empty.shift is None else empty.shift[:0],
-            residual=None if residuals is None else residuals[0][:0],
+    parts = [
+        LayerRows(
+            inputs=call.inputs,
+            shift=call.shift,
+            residual=None if residuals is None else residuals[index],
+            weights=weights[index],
         )
-    shifts = [call.shift for call in chosen if call.shift is not None]
-    return LayerRows(
-        inputs=torch.cat([call.inputs for call in chosen]),
-        shift=torch.cat(shifts) if shifts else None,
-        residual=None if residuals is None else torch.cat([residuals[i] for i in indices]),
-    )
+        for index, call in enumerate(calls)
+    ]
+    indices = list(wanted)
+    if not indices:
+        return parts[0].take(slice(0, 0))
+    return LayerRows.join([parts[index] for index in indices])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from torch import fx
 
 from mpqdm_fx.calibration.allocate import Limits, even_levels, fixed_plan, layer_limits
 from mpqdm_fx.calibration.count import bit_plan
+from mpqdm_fx.calibration.noise_groups import NoiseGroups
 from mpqdm_fx.calibration.pinning import pinned_layers
 from mpqdm_fx.calibration.sensitivity import measure_sensitivity
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
@@ -24,40 +25,39 @@ from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.shards import Shards
 
-__all__ = ["budget_bits", "check_budget", "measured_plans", "solve_budget"]
+__all__ = ["budget_bits", "check_budget", "measured_table", "solve_budget"]
 
 _MAX_ROWS = 4096
 
 TABLE = "sensitivity.safetensors"
 
 
-def measured_plans(
+def measured_table(
     graph_module: fx.GraphModule,
     calls: Sequence[Mapping[str, Any]],
     settings: MPQConfig,
-    limits: Limits,
     checkpoint: Checkpoint | None,
     shards: Shards,
     *,
+    groups: NoiseGroups,
     path: Path | None = None,
     max_memory: int | None = None,
     half: bool = False,
-) -> dict[str, LayerPlan]:
-    """Measure (or load) the sensitivities and solve for the settings' budget.
+) -> SensitivityTable:
+    """Measure (or load) the sensitivities.
 
     Args:
         graph_module: Normalized float graph.
         calls: All calibration calls.
         settings: The run's settings.
-        limits: Layers off the budget's choice; their bits count against it.
         checkpoint: Where the table is kept for a run that goes on.
         shards: The processes; the first one measures.
+        groups: Groups of noise levels of the calls.
         path: File that keeps the table for other budgets; read if it is there.
         max_memory: Bytes of activations held in memory.
         half: Hold activations as float16.
 
     Raises:
-        ConfigError: The budget is below what the smallest widths take.
         CalibrationError: Gradients or rows are not finite.
         ArtifactError: The file is damaged, or of another model.
     """
@@ -77,6 +77,7 @@ def measured_plans(
             graph_module,
             calls,
             seed=settings.seed,
+            groups=groups,
             codebooks=settings.levels == "codebook",
             max_rows=min(settings.max_rows, _MAX_ROWS),
             max_memory=max_memory,
@@ -86,7 +87,9 @@ def measured_plans(
             dataclasses.replace(table, run=run).save(path)
         return table
 
-    return solve_budget(graph_module, shards.once(make), settings, limits)
+    table = shards.once(make)
+    table.check(graph_module)
+    return table
 
 
 def solve_budget(

@@ -12,7 +12,10 @@ from torch import fx
 from mpqdm_fx.activations import Activation, NoiseLevels
 from mpqdm_fx.calibration.allocate import layer_limits
 from mpqdm_fx.calibration.count import bit_plan, tell_remarks
+from mpqdm_fx.calibration.noise_groups import NoiseGroups
+from mpqdm_fx.calibration.probes import output_energies
 from mpqdm_fx.calibration.records import RecordedInputs
+from mpqdm_fx.calibration.row_weights import RowWeights
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.editing import copy_graph_module
@@ -22,7 +25,7 @@ from mpqdm_fx.plan import BitPlan
 from mpqdm_fx.quantized import LayerReport
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.identity import run_identity
-from mpqdm_fx.sweep.measured import measured_plans
+from mpqdm_fx.sweep.measured import measured_table, solve_budget
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerSolution
 from mpqdm_fx.sweep.sweep import Sweep
@@ -91,35 +94,49 @@ def start_sweep(
     shards = Shards.of(len(calls))
     own = [calls[index] for index in shards.indices]
     limits = layer_limits(graph_module, settings)
-    if settings.propagation == "auto" and not records.held_out:
+    groups = NoiseGroups.of(graph_module, calls, settings)
+    held_out = records.held_out or groups.held_out(calls)
+    if settings.propagation == "auto" and not held_out:
         logger.warning(
             "propagation='auto' chooses strengths on held-out calls, and there is only one call: "
             "errors are not propagated; record more calls, or give a strength such as 0.5"
         )
     checkpoint = None
     if directory is not None and shards.rank == 0:
-        identity = run_identity(graph_module, calls, records.held_out, settings)
+        identity = run_identity(graph_module, calls, held_out, settings)
         checkpoint = Checkpoint(directory, identity, resume=resume)
-    plans = None
+    plans, energies = None, {}
     if settings.allocation == "measured":
-        plans = measured_plans(
+        table = measured_table(
             graph_module,
             calls,
             settings,
-            limits,
             checkpoint,
             shards,
+            groups=groups,
             path=None if sensitivity is None else Path(sensitivity),
             max_memory=max_memory,
             half=half,
         )
+        plans = solve_budget(graph_module, table, settings, limits)
+        groups = table.groups
+        energies = {layer.name: layer.by_group for layer in table.layers}
+    elif groups.count > 1 and settings.row_weights == "output":
+        energies = shards.once(
+            lambda: output_energies(
+                graph_module, calls, probes=1, seed=settings.seed, groups=groups
+            ).groups
+        )
+    if settings.row_weights != "output":
+        energies = {}
     return Sweep(
         graph_module,
         own,
         settings,
         limits=limits,
         plans=plans,
-        validation=records.held_out,
+        row_weights=RowWeights(groups=groups, energies=energies),
+        validation=held_out,
         shards=shards,
         checkpoint=checkpoint,
         max_memory=max_memory,

@@ -13,10 +13,10 @@ from mpqdm_fx.graph.layers import weight_rows
 from mpqdm_fx.numerics.gptq import gptq
 from mpqdm_fx.numerics.gram import Gram
 from mpqdm_fx.numerics.halves import fits_half
+from mpqdm_fx.numerics.layer_rows import LayerRows, RowMeans
 from mpqdm_fx.numerics.levels import RowLevels
 from mpqdm_fx.numerics.propagation import (
     Correction,
-    LayerRows,
     choose_correction,
     fixed_correction,
     output_error,
@@ -26,6 +26,8 @@ from mpqdm_fx.plan import LayerPlan
 
 PAPER_STRENGTH = 0.5
 """Propagation strength of QEP's main results (arXiv 2504.09629)."""
+
+_WIDE = 6  # bits from which rows rounded with feedback may do without clipping
 
 logger = logging.getLogger(__name__)
 
@@ -79,15 +81,71 @@ class LayerSolution:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Problem:
+    """The rows of one group of a layer, less what a bias takes up, each as often as it counts.
+
+    Attributes:
+        train: Rows that corrections and roundings are fitted to.
+        judge: Held-out rows, or the same where there are none.
+        gram: Moments of the training inputs.
+        means: Means of the training rows that a refitted bias takes up; None if it stays.
+    """
+
+    train: LayerRows
+    judge: LayerRows
+    gram: Gram
+    means: RowMeans | None
+
+    @classmethod
+    def of(cls, data: LayerData, *, refit: bool) -> "_Problem":
+        means = data.train.means() if refit else None
+        train = data.train.fitted(means)
+        judge = data.validation.fitted(means) if len(data.validation) else train
+        return cls(train=train, judge=judge, gram=Gram.of(train.inputs), means=means)
+
+    def error(self, W: Tensor, Q: Tensor) -> Tensor:
+        """Error of each channel on the rows that judge, float64 [O]."""
+        return output_error(W, Q, self.judge)
+
+    def signal(self, W: Tensor) -> float:
+        """Energy of the output on the rows that judge."""
+        return float((self.judge.inputs @ W.T).square().mean(dim=0, dtype=torch.float64).sum())
+
+    def mismatch(self, W: Tensor) -> float:
+        """Energy of the target's error that reaches the layer."""
+        targets = self.judge.targets(W)
+        return sum(float(target.square().mean(dim=0).sum()) for target in targets)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Candidate:
     codes: Tensor
     levels: RowLevels
     correction: Correction
-    error: Tensor  # [O], on the rows that choose
+    error: Tensor  # [O], on the rows that judge
 
     @property
     def weight(self) -> Tensor:
         return _dequantized(self.codes, self.levels)
+
+    @property
+    def total(self) -> float:
+        return float(self.error.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Result:
+    """What is installed for one group of a layer.
+
+    Attributes:
+        best: The rounding.
+        bias: What the bias gains, float64 [O], or None if it stays.
+        energies: Signal, mismatch, base error, error, float64 [4].
+    """
+
+    best: _Candidate
+    bias: Tensor | None
+    energies: Tensor
 
 
 def solve_layer(
@@ -95,9 +153,11 @@ def solve_layer(
 ) -> LayerSolution:
     """Correct and round one convolution or linear layer.
 
-    With `propagation="auto"` the layer is rounded without correction, with the one that the
-    held-out rows chose and with the paper's, in one run, and the one of least validation error is
-    kept; so is its refinement only if it lowers that error. No layer is worse than its base there.
+    Every correction has to lower the error on held-out rows, each row counted by what errors in it
+    do to the model's output. With `propagation="auto"` the layer is rounded without correction,
+    with the one that the held-out rows chose and with the paper's, in one run, and the one of least
+    error is kept; so is its refinement, and the refit of its bias. No layer is worse than its base
+    there.
 
     Args:
         module: The float layer; it is not changed.
@@ -111,11 +171,11 @@ def solve_layer(
     start = time.perf_counter()
     rows = weight_rows(module).float().to(data.train.inputs.device)
     bias = module.bias
-    centred = isinstance(bias, Tensor) and settings.bias_correction
+    refit = isinstance(bias, Tensor) and settings.bias_correction
     grouped = data.train.inputs.dim() == 3
     groups = data.train.inputs.shape[1] if grouped else 1
     channels = len(rows) // groups
-    found, shifts, sums = [], [], torch.zeros(4, dtype=torch.float64)
+    found: list[_Result] = []
     for index in range(groups):
         own = slice(index * channels, (index + 1) * channels)
         part = data
@@ -124,25 +184,20 @@ def solve_layer(
                 train=data.train.group(index, channels),
                 validation=data.validation.group(index, channels),
             )
-        one, shift, energies = _solve_rows(
-            rows[own], replace(plan, bits=plan.bits[own], shape=(channels, *plan.shape[1:])),
-            part, settings, centred=centred,
-        )  # fmt: skip
-        found.append(one)
-        shifts.append(shift)
-        sums += energies
-    codes = torch.cat([one.codes for one in found]).reshape(plan.shape)
+        own_plan = replace(plan, bits=plan.bits[own], shape=(channels, *plan.shape[1:]))
+        found.append(_solve_rows(rows[own], own_plan, part, settings, refit=refit))
     new_bias = None
-    if centred:
+    if any(one.bias is not None for one in found):
         assert isinstance(bias, Tensor)
-        new_bias = _stored(bias.detach() + torch.cat(shifts).to(bias), bias.detach())
-    signal, mismatch, base, error = sums.tolist()
+        gained = [rows.new_zeros(channels) if one.bias is None else one.bias for one in found]
+        new_bias = _stored(bias.detach() + torch.cat(gained).to(bias), bias.detach())
+    signal, mismatch, base, error = torch.stack([one.energies for one in found]).sum(0).tolist()
     signal = signal or 1.0
-    first = found[0].correction
+    first = found[0].best.correction
     return LayerSolution(
         plan=plan,
-        codes=codes.cpu(),
-        scale=torch.cat([one.levels.scale for one in found]).cpu(),
+        codes=torch.cat([one.best.codes for one in found]).reshape(plan.shape).cpu(),
+        scale=torch.cat([one.best.levels.scale for one in found]).cpu(),
         bias=new_bias,
         alpha=first.alpha,
         beta=first.beta,
@@ -164,56 +219,62 @@ def _stored(bias: Tensor, old: Tensor) -> Tensor:
 
 
 def _solve_rows(
-    W: Tensor, plan: LayerPlan, data: LayerData, settings: MPQConfig, *, centred: bool
-) -> tuple[_Candidate, Tensor, Tensor]:
-    """The rounding of one group, its bias shift [O], and (signal, mismatch, base, error)."""
-    train = data.train
-    gram = Gram.of(train.inputs, center=centred)
-    targets = train.targets(W)
-    means = [target.mean(dim=0) * centred for target in targets]
-    judge = data.validation if len(data.validation) else train
-    candidates = []
-    options = _corrections(W, plan, data, gram, settings)
-    for correction, (codes, levels) in zip(
-        options, _round(W, options, plan, gram, settings), strict=True
-    ):
-        error = output_error(W, _dequantized(codes, levels), judge, gram.mean, means)
-        candidates.append(
-            _Candidate(codes=codes, levels=levels, correction=correction, error=error)
-        )
-    base = candidates[0]
-    best = min(candidates, key=lambda one: float(one.error.sum()))
-    best = _refined(best, W, gram, judge, means, settings)
-    shift = torch.stack(means).sum(dim=0) if means else W.new_zeros(len(W), dtype=torch.float64)
-    shift = shift + (W - best.weight).to(torch.float64) @ gram.mean
-    signal = _signal(W, judge, gram)
-    mismatch = sum(
-        float((t - m).square().mean(dim=0).sum())
-        for t, m in zip(judge.targets(W), means, strict=True)
+    W: Tensor, plan: LayerPlan, data: LayerData, settings: MPQConfig, *, refit: bool
+) -> _Result:
+    """Round one group of a layer, with its bias refitted or left, whichever errs less."""
+    problem = _Problem.of(data, refit=refit)
+    base, best = _rounded(W, plan, problem, settings)
+    if refit:
+        kept = _Problem.of(data, refit=False)
+        same = replace(best, error=kept.error(W, best.weight))
+        if same.total < best.total:
+            # What the refit fits to a few rows does not hold on others.
+            problem = kept
+            base, best = _rounded(W, plan, problem, settings)
+            best = min(best, same, key=lambda one: one.total)
+    energies = torch.tensor(
+        [problem.signal(W), problem.mismatch(W), base.total, best.total], dtype=torch.float64
     )
-    energies = [signal, mismatch, float(base.error.sum()), float(best.error.sum())]
-    if not all(map(torch.isfinite, torch.tensor(energies))):
+    if not bool(torch.isfinite(energies).all()):
         raise CalibrationError(
             "its statistics are not finite; check the calibration data and the layers before it"
         )
-    return best, shift, torch.tensor(energies, dtype=torch.float64)
+    gained = None if problem.means is None else problem.means.bias(W, best.weight)
+    return _Result(best=best, bias=gained, energies=energies)
+
+
+def _rounded(
+    W: Tensor, plan: LayerPlan, problem: _Problem, settings: MPQConfig
+) -> tuple[_Candidate, _Candidate]:
+    """The rounding without correction, and the best one of all."""
+    options = _corrections(W, plan, problem, settings)
+    candidates = [
+        _Candidate(
+            codes=codes,
+            levels=levels,
+            correction=correction,
+            error=problem.error(W, _dequantized(codes, levels)),
+        )
+        for correction, (codes, levels) in zip(
+            options, _round(W, options, plan, problem.gram, settings), strict=True
+        )
+    ]
+    best = min(candidates, key=lambda one: one.total)
+    return candidates[0], _refined(best, W, problem, settings)
 
 
 def _refined(
-    found: _Candidate,
-    W: Tensor,
-    gram: Gram,
-    judge: LayerRows,
-    means: list[Tensor],
-    settings: MPQConfig,
+    found: _Candidate, W: Tensor, problem: _Problem, settings: MPQConfig
 ) -> _Candidate:
     """The chosen rounding refined, unless that does not help on the rows that judge."""
     if settings.rounding != "gptq" or not settings.refinements:
         return found
     target = W if found.correction.weight is None else W + found.correction.weight
-    codes, levels = refine(target, found.codes, found.levels, gram, passes=settings.refinements)
-    error = output_error(W, _dequantized(codes, levels), judge, gram.mean, means)
-    if float(error.sum()) > float(found.error.sum()):
+    codes, levels = refine(
+        target, found.codes, found.levels, problem.gram, passes=settings.refinements
+    )
+    error = problem.error(W, _dequantized(codes, levels))
+    if float(error.sum()) > found.total:
         return found
     return replace(found, codes=codes, levels=levels, error=error)
 
@@ -222,21 +283,15 @@ def _dequantized(codes: Tensor, levels: RowLevels) -> Tensor:
     return codes.float() * levels.scale[:, None].to(codes.device)
 
 
-def _signal(W: Tensor, rows: LayerRows, gram: Gram) -> float:
-    outputs = (rows.inputs - gram.mean.float()) @ W.T
-    return float(outputs.square().mean(dim=0, dtype=torch.float64).sum())
-
-
 def _corrections(
-    W: Tensor, plan: LayerPlan, data: LayerData, gram: Gram, settings: MPQConfig
+    W: Tensor, plan: LayerPlan, problem: _Problem, settings: MPQConfig
 ) -> list[Correction]:
     """What to try; with the automatic strength, no correction comes first."""
-    none = Correction()
+    none, train, gram = Correction(), problem.train, problem.gram
     if settings.propagation == "auto":
+        held_out = problem.judge if problem.judge is not train else train.take(slice(0, 0))
         try:
-            chosen = choose_correction(
-                W, data.train, gram, data.validation, bits=plan.bits_tensor()
-            )
+            chosen = choose_correction(W, train, gram, held_out, bits=plan.bits_tensor())
         except CalibrationError as error:
             logger.warning("%s: no correction, since %s", plan.name, error)
             return [none]
@@ -244,9 +299,9 @@ def _corrections(
             return [none]
         # The closed form does not see the rounding; where that tips the scales, the paper's
         # strength may do better, and it is there to be judged by the same rows.
-        return [none, chosen, fixed_correction(W, data.train, gram, PAPER_STRENGTH)]
+        return [none, chosen, fixed_correction(W, train, gram, PAPER_STRENGTH)]
     assert isinstance(settings.propagation, float | int)
-    return [fixed_correction(W, data.train, gram, float(settings.propagation))]
+    return [fixed_correction(W, train, gram, float(settings.propagation))]
 
 
 def _round(
@@ -261,8 +316,29 @@ def _round(
     bits, importance = plan.bits_tensor(), gram.diagonal.float()
     together = torch.cat(targets)  # rows do not meet
     levels = RowLevels.fit(together, bits.repeat(len(targets)), plan.levels, importance)
+    levels = _unclipped_where_better(together, levels, gram, settings)
     if settings.rounding == "nearest":
         codes = levels.snap(together).to(torch.int8)
     else:
         codes = gptq(together, levels, gram)
     return list(zip(torch.split(codes, len(W)), levels.split(len(W)), strict=True))
+
+
+def _unclipped_where_better(
+    W: Tensor, levels: RowLevels, gram: Gram, settings: MPQConfig
+) -> RowLevels:
+    """The levels with the scale that clips nothing in rows where that errs less.
+
+    The search takes the errors of a row's weights as independent. Those of clipped weights are not:
+    all of them pull one way. So the rows' own error decides, inputs correlated as they are. Narrow
+    rows that are rounded with feedback keep theirs: it makes up for the clipping.
+    """
+    whole = levels.unclipped(W)
+    errors = [
+        gram.quadratic(W - one.snap(W) * one.scale[:, None].to(W)) for one in (levels, whole)
+    ]
+    better = (errors[1] < errors[0]).to(levels.bits.device)
+    if settings.rounding != "nearest":
+        better &= levels.bits >= _WIDE
+    scale = torch.where(better.to(levels.scale.device), whole.scale, levels.scale)
+    return replace(levels, scale=scale)

@@ -24,8 +24,10 @@ from mpqdm_fx.calibration.allocate import (
     even_levels,
     fixed_plan,
 )
+from mpqdm_fx.calibration.noise_groups import NoiseGroups
 from mpqdm_fx.calibration.pinning import FIRST_LAYER, LAST_LAYER, pinned_layers
 from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
+from mpqdm_fx.calibration.row_weights import RowWeights
 from mpqdm_fx.config import ActivationMode, MPQConfig
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.calling import batch_size_of
@@ -157,6 +159,7 @@ class Sweep:
         settings: The run's settings.
         limits: Layers off the budget.
         plans: Bits by layer, where they are decided already (`allocation="measured"`).
+        row_weights: How much the rows of each noise level count; None for all alike.
         validation: Global indices of the calls that are held out to choose strengths.
         shards: Calls of this process among all; by default all are here.
         checkpoint: Where solved layers are kept, or None.
@@ -181,6 +184,7 @@ class Sweep:
         *,
         limits: Limits,
         plans: Mapping[str, LayerPlan] | None = None,
+        row_weights: RowWeights | None = None,
         validation: Sequence[int] = (),
         shards: Shards | None = None,
         checkpoint: Checkpoint | None = None,
@@ -194,11 +198,17 @@ class Sweep:
         self.solutions: dict[str, LayerSolution] = {}
         self.limits = limits
         self._plans = plans
+        self._row_weights = row_weights or RowWeights(
+            groups=NoiseGroups(levels=NoiseLevels(boundaries=())), energies={}
+        )
         self._shards = shards or Shards(rank=0, world=1, total=len(calls))
         self._validation = frozenset(validation)
         self._checkpoint = checkpoint
         told = self._shards.gather(noise_levels_of(graph_module, calls, settings))
         self._batches = self._shards.gather([batch_size_of(call) for call in calls])
+        self._groups = self._shards.gather(
+            [self._row_weights.groups.of_samples(call) for call in calls]
+        )
         self.graph_module, self.noise_levels = two_lanes(
             graph_module, told, settings, limits.skipped
         )
@@ -373,9 +383,13 @@ class Sweep:
         if self.settings.propagation == "auto" and self.settings.residuals:
             residuals = residual_of(self.graph_module, self.walk, pending.call, calls, self._shards)
         train = [i for i in range(self._shards.total) if i not in self._validation]
+        weights = [
+            self._row_weights.of_rows(pending.layer.name, groups, rows.positions, rows.total)
+            for groups, rows in zip(self._groups, calls, strict=True)
+        ]
         return LayerData(
-            train=join_rows(calls, residuals, train),
-            validation=join_rows(calls, residuals, sorted(self._validation)),
+            train=join_rows(calls, residuals, weights, train),
+            validation=join_rows(calls, residuals, weights, sorted(self._validation)),
         )
 
     def _remember(self, key: object, calls: list[CallRows]) -> None:

@@ -14,7 +14,7 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, sample_rows, weight_layers
-from mpqdm_fx.numerics.propagation import LayerRows
+from mpqdm_fx.numerics.layer_rows import LayerRows
 from mpqdm_fx.sweep.collect import row_positions, rows_of_each_call
 from mpqdm_fx.sweep.solve import LayerData, solve_layer
 from mpqdm_fx.sweep.sweep import install_solution

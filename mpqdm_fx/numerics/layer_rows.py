@@ -1,0 +1,172 @@
+"""What one layer reads in both lanes, row by row, and how much each row counts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["LayerRows", "RowMeans"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowMeans:
+    """Mean row of each part of a layer's rows, each row counted by its weight; float64.
+
+    Attributes:
+        inputs: [K].
+        shift: [K], or None where there is none.
+        residual: [O], or None where there is none.
+    """
+
+    inputs: Tensor
+    shift: Tensor | None
+    residual: Tensor | None
+
+    def bias(self, W: Tensor, Q: Tensor) -> Tensor:
+        """What a bias has to gain so that the mean output is that of the float lane.
+
+        Args:
+            W: Float weight rows [O, K].
+            Q: Rounded rows [O, K].
+
+        Returns:
+            float64 [O].
+        """
+        W = W.to(torch.float64)
+        gained = (W - Q.to(torch.float64)) @ self.inputs
+        if self.shift is not None:
+            gained = gained + W @ self.shift
+        return gained if self.residual is None else gained + self.residual
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRows:
+    """What one layer read in both lanes, at the same positions of the same calls.
+
+    Attributes:
+        inputs: Rows X_hat of the quantized lane, float32 [N, K].
+        shift: X - X_hat, float32 [N, K]; None where both lanes are the same value.
+        residual: Float minus quantized lane of what the output is added to, float32 [N, O]; None
+            where there is none or it has no error.
+        weights: How much an error in each row counts, float32 [N], positive; None for all alike.
+    """
+
+    inputs: Tensor
+    shift: Tensor | None
+    residual: Tensor | None = None
+    weights: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Rows of several calls, one after the other; a part that one lacks all have to lack."""
+
+        def joined(name: str) -> Tensor | None:
+            tensors = [getattr(part, name) for part in parts]
+            return None if any(tensor is None for tensor in tensors) else torch.cat(tensors)
+
+        inputs = joined("inputs")
+        assert inputs is not None
+        return cls(
+            inputs=inputs,
+            shift=joined("shift"),
+            residual=joined("residual"),
+            weights=joined("weights"),
+        )
+
+    def take(self, index: Tensor | slice) -> Self:
+        """Some of the rows."""
+        parts = {
+            name: None if (tensor := getattr(self, name)) is None else tensor[index]
+            for name in ("inputs", "shift", "residual", "weights")
+        }
+        return replace(self, **parts)
+
+    def group(self, index: int, channels: int) -> Self:
+        """One group of a grouped layer, whose inputs and shift are [N, G, K].
+
+        Args:
+            index: The group.
+            channels: Output channels of a group.
+
+        Returns:
+            Inputs and shift [N, K], and the residual of the group's own channels.
+        """
+        own = slice(index * channels, (index + 1) * channels)
+        return replace(
+            self,
+            inputs=self.inputs[:, index],
+            shift=None if self.shift is None else self.shift[:, index],
+            residual=None if self.residual is None else self.residual[:, own],
+        )
+
+    def means(self) -> RowMeans:
+        """Mean rows, each row counted by its weight; there has to be a row."""
+        if self.weights is None:
+
+            def mean(rows: Tensor) -> Tensor:
+                return rows.mean(dim=0, dtype=torch.float64)
+
+        else:
+            share = self.weights.to(torch.float64)
+            share = share / share.sum()
+
+            def mean(rows: Tensor) -> Tensor:
+                return share @ rows.to(torch.float64)
+
+        return RowMeans(
+            inputs=mean(self.inputs),
+            shift=None if self.shift is None else mean(self.shift),
+            residual=None if self.residual is None else mean(self.residual),
+        )
+
+    def fitted(self, means: RowMeans | None) -> Self:
+        """Rows whose plain sums of squares are the weighted ones, less what a bias takes up.
+
+        Args:
+            means: Mean rows that are subtracted: of the rows that the bias is fitted to. None for a
+                layer whose bias stays as it is.
+
+        Returns:
+            `sqrt(w) (row - mean)` for each row, with `w` scaled to a mean of 1; without weights.
+        """
+        root = None
+        if self.weights is not None and len(self.weights):
+            root = (self.weights / self.weights.mean()).sqrt()
+
+        def part(rows: Tensor | None, mean: Tensor | None) -> Tensor | None:
+            if rows is None:
+                return None
+            if mean is not None:
+                rows = (rows.to(torch.float64) - mean).to(torch.float32)
+            return rows if root is None else rows * root.view(-1, *[1] * (rows.dim() - 1))
+
+        inputs = part(self.inputs, None if means is None else means.inputs)
+        assert inputs is not None
+        return replace(
+            self,
+            inputs=inputs,
+            shift=part(self.shift, None if means is None else means.shift),
+            residual=part(self.residual, None if means is None else means.residual),
+            weights=None,
+        )
+
+    def targets(self, W: Tensor) -> list[Tensor]:
+        """What the output should gain over `X_hat W^T`, by source: the shift, then the residual.
+
+        Args:
+            W: Float weight rows [O, K].
+
+        Returns:
+            float64 [N, O] for each source that there is.
+        """
+        found = []
+        if self.shift is not None:
+            found.append((self.shift @ W.float().T).to(torch.float64))
+        if self.residual is not None:
+            found.append(self.residual.to(torch.float64))
+        return found
