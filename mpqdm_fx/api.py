@@ -39,8 +39,8 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 MODES: Mapping[Backend, tuple[ActivationMode, ...]] = {
     "torch_ao": ("static",),
-    "xnnpack": ("static", "dynamic"),
-    "packed": ("static", "timestep", "dynamic", "float"),
+    "xnnpack": ("measured", "static", "dynamic"),
+    "packed": ("measured", "static", "timestep", "dynamic", "float"),
 }
 """Activation modes that each backend runs. Layers of the modes named may be mixed in one model."""
 
@@ -148,6 +148,7 @@ def convert(
         calibration_calls=len(prepared.records),
         seconds=time.perf_counter() - start,
         versions=versions(),
+        activations=result.choices,
     )
     return assemble(
         result.rounded,

@@ -27,7 +27,7 @@ Allocation = Literal["measured", "omq", "uniform"]
 Rounding = Literal["nearest", "gptq"]
 Levels = Literal["uniform", "codebook", "int4"]
 RowWeighting = Literal["output", "plain"]
-ActivationMode = Literal["static", "timestep", "dynamic", "float"]
+ActivationMode = Literal["measured", "static", "timestep", "dynamic", "float"]
 
 MAX_TIMESTEP_GROUPS = 64
 """Most groups of noise levels; each has a table entry for every quantized value."""
@@ -176,6 +176,7 @@ class MPQConfig:
     seed: Seed = 0
     split_skips: bool = True
     activation_mode: ActivationMode = "static"
+    slowdown: Annotated[float, Between(1, 100)] = 1.1
     timestep_groups: Annotated[int, Between(1, MAX_TIMESTEP_GROUPS)] = 5
     noise_argument: str | None = None
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import Activation, NoiseLevels
 from mpqdm_fx.ambient import plain_torch, without_autocast
+from mpqdm_fx.calibration.activation_choice import ActivationChoice
 from mpqdm_fx.calibration.calls import check_call, check_indices, table_sizes
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
@@ -67,12 +68,15 @@ class QuantizationReport:
         calibration_calls: Recorded calls that the statistics come from.
         seconds: Wall time of `convert`.
         versions: Versions of this package and of torch.
+        activations: How the input of each layer is quantized, and what that costs, where it was
+            measured.
     """
 
     layers: tuple[LayerReport, ...]
     calibration_calls: int
     seconds: float
     versions: Mapping[str, str]
+    activations: tuple[ActivationChoice, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""
@@ -84,7 +88,8 @@ class QuantizationReport:
         layers = tuple(
             LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["layers"]
         )
-        return cls(**{**data, "layers": layers})
+        activations = tuple(ActivationChoice.from_dict(e) for e in data.get("activations", ()))
+        return cls(**{**data, "layers": layers, "activations": activations})
 
 
 class _TracedModel(nn.Module):

@@ -52,7 +52,9 @@ class NoiseGroups:
         node = find_noise_argument(graph_module, settings.noise_argument)
         if node is None:
             return cls(levels=NoiseLevels(boundaries=()))
-        told = [level for level in noise_levels_of(graph_module, calls, settings) if level is not None]
+        told = [
+            level for level in noise_levels_of(graph_module, calls, settings) if level is not None
+        ]
         every = torch.cat(told)
         groups = min(_MOST, len(torch.unique(every)))
         return cls(levels=NoiseLevels.of(every, groups, argument=str(node.target)))

@@ -28,7 +28,10 @@ from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_cl
 from mpqdm_fx.graph.layers import EMBEDDINGS, WeightLayer, weight_layers, weight_rows
 from mpqdm_fx.graph.signature import Signature, tensor_leaves
 
-__all__ = ["GradientWatch", "OutputEnergies", "output_energies"]
+__all__ = ["PROBES", "GradientWatch", "OutputEnergies", "output_energies"]
+
+PROBES = 2
+"""Random directions of the output, unless other many are asked for."""
 
 _MEMORY = 2**30  # bytes of activations kept for one backward pass; one sample may need more
 
@@ -42,11 +45,13 @@ class OutputEnergies:
             [O, K], since each number of it is an output of its own.
         groups: By layer, the sum of s over channels in each group of noise levels, mean over its
             samples, float64 [G].
+        output: Energy of the model's output, mean over samples.
         samples: Samples that were probed.
     """
 
     channels: Mapping[str, Tensor]
     groups: Mapping[str, Tensor]
+    output: float
     samples: int
 
 
@@ -56,17 +61,18 @@ class GradientWatch(Protocol):
     def kind(self, call: fx.Node) -> Hashable:
         """Calls of one kind that read one value are seen as one reader of it."""
 
-    def inputs(self, call: fx.Node, x: Tensor, gradient: Tensor, importance: Tensor) -> None:
-        """Look at what a weight layer's call reads.
+    def inputs(self, call: fx.Node, x: Tensor, gradient: Tensor, samples: int) -> None:
+        """Look at what weight layers read, once for each random direction.
 
         Args:
             call: The first of the calls that read this value.
             x: The value, float [n * B, ...], or without a batch axis.
-            gradient: That of <v, f> with respect to what all of them read, shape of x.
-            importance: Share of each sample in the mean, [B].
+            gradient: That of <v, f> with respect to what all of them read, shape of x; v has the
+                root of each sample's importance in it.
+            samples: B.
         """
 
-    def outputs(self, call: fx.Node, y: Tensor, gradient: Tensor, importance: Tensor) -> None:
+    def outputs(self, call: fx.Node, y: Tensor, gradient: Tensor, samples: int) -> None:
         """Look at what a weight layer's call writes; see `inputs`."""
 
 
@@ -74,7 +80,7 @@ def output_energies(
     graph_module: fx.GraphModule,
     calls: Sequence[Mapping[str, Any]],
     *,
-    probes: int = 2,
+    probes: int = PROBES,
     samples: int = 128,
     seed: int = 0,
     weights: Sequence[Tensor] | None = None,
@@ -116,6 +122,7 @@ def output_energies(
     return OutputEnergies(
         channels={name: energy / total for name, energy in probe.energy.items()},
         groups={name: _group_means(sums, probe.weight) for name, sums in probe.by_group.items()},
+        output=probe.output_energy / total,
         samples=probe.samples,
     )
 
@@ -153,6 +160,7 @@ class _Probe(fx.Interpreter):
         self.watched: list[_Written] = []
         self.read: dict[tuple[fx.Node, Hashable], _Read] = {}
         self.samples = 0
+        self.output_energy = 0.0
         self.weight = torch.zeros(groups.count, dtype=torch.float64)
 
     def measure(self, inputs: Mapping[str, Any], probes: int, importance: Tensor) -> None:
@@ -172,6 +180,10 @@ class _Probe(fx.Interpreter):
             for index in range(probes):
                 last = index == probes - 1
                 self._backward(leaves, importance, own, probes, retain=not last)
+            for leaf in leaves:
+                energy = leaf.detach().double().square().reshape(len(leaf), -1).sum(dim=1).cpu()
+                root = importance.repeat_interleave(max(1, len(leaf) // len(importance)))
+                self.output_energy += float(energy @ root.double())
         self.watched, self.read = [], {}
         self.samples += len(importance)
         self.weight.index_add_(0, own, importance.double())
@@ -199,18 +211,18 @@ class _Probe(fx.Interpreter):
             retain_graph=retain,
             allow_unused=True,
         )
-        share = importance.double() / probes
+        samples = len(importance)
         for written, gradient in zip(self.watched, gradients[: len(self.watched)], strict=True):
             if gradient is None:
                 self._check_unused(written.layer)
                 continue
             self._add(written, gradient.detach(), groups, probes)
             if self.watch is not None and written.index is None:
-                self.watch.outputs(written.call, written.value.detach(), gradient, share)
+                self.watch.outputs(written.call, written.value.detach(), gradient, samples)
         for read, gradient in zip(reads, gradients[len(self.watched) :], strict=True):
             if gradient is not None:
                 assert self.watch is not None
-                self.watch.inputs(read.call, read.value.detach(), gradient, share)
+                self.watch.inputs(read.call, read.value.detach(), gradient, samples)
 
     def _add(self, written: "_Written", gradient: Tensor, groups: Tensor, probes: int) -> None:
         """Add the squares of one gradient to the layer's energies."""

@@ -56,20 +56,23 @@ class _Sample:
         return ActivationRange(scale=scale, zero_point=zero_point, bits=bits)
 
 
-def search_static(values: Iterable[Tensor], bits: int, seed: int) -> ActivationRange:
+def search_static(
+    values: Iterable[Tensor], bits: int, seed: int, *, limit: int = MAX_VALUES
+) -> ActivationRange:
     """Find one range for all calls.
 
     Args:
         values: What the value was at each call, any shapes, float.
         bits: Width of the codes, 1 to 8.
-        seed: Seed of the bounded sample (2^17 numbers) that the error is measured on. The ends of
-            the range are searched from the smallest and largest value of all.
+        seed: Seed of the bounded sample that the error is measured on. The ends of the range are
+            searched from the smallest and largest value of all.
+        limit: Numbers in that sample.
 
     Raises:
         CalibrationError: There are no values, or NaN or infinity among them.
         ConfigError: `bits` is outside 1..8.
     """
-    sample = _Sample(torch.Generator().manual_seed(seed), MAX_VALUES)
+    sample = _Sample(torch.Generator().manual_seed(seed), limit)
     for value in values:
         sample.add(value)
     if not sample.seen:

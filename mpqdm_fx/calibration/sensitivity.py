@@ -18,7 +18,7 @@ from mpqdm_fx.activations import NoiseLevels
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.noise_groups import NoiseGroups
-from mpqdm_fx.calibration.probes import GradientWatch, OutputEnergies, output_energies
+from mpqdm_fx.calibration.probes import PROBES, OutputEnergies, output_energies
 from mpqdm_fx.calibration.rounding_errors import (
     MAX_NUMBERS,
     ChannelInputs,
@@ -56,12 +56,12 @@ def measure_sensitivity(
     graph_module: fx.GraphModule,
     calls: Sequence[Mapping[str, Any]],
     *,
-    probes: Count = 2,
+    probes: Count = PROBES,
     samples: Count = 128,
     seed: Seed = 0,
     weights: Sequence[Tensor] | None = None,
     groups: NoiseGroups | None = None,
-    watch: GradientWatch | None = None,
+    energies: OutputEnergies | None = None,
     codebooks: bool = True,
     max_rows: Count = 4096,
     max_numbers: Annotated[int, Between(0, 2**62)] = MAX_NUMBERS,
@@ -82,7 +82,7 @@ def measure_sensitivity(
             the sampler multiplies the model's output with at that timestep. Default: all alike.
         groups: Groups of noise levels; rows of each count by what errors in them do to the output.
             None for one group.
-        watch: Is shown the gradients of the probes.
+        energies: What `output_energies` found with these settings; None measures them.
         codebooks: Measure fitted levels too.
         max_rows: Input rows of a layer for the effect of GPTQ's feedback; best as many as the
             rounding will have.
@@ -109,16 +109,16 @@ def measure_sensitivity(
         if not bool(torch.isfinite(layer.weight).all()):
             raise CalibrationError(f"{layer.name}: its weight holds NaN or infinity")
     groups = groups or NoiseGroups(levels=NoiseLevels(boundaries=()))
-    energies = output_energies(
-        graph_module,
-        calls,
-        probes=probes,
-        samples=samples,
-        seed=seed,
-        weights=weights,
-        groups=groups,
-        watch=watch,
-    )
+    if energies is None:
+        energies = output_energies(
+            graph_module,
+            calls,
+            probes=probes,
+            samples=samples,
+            seed=seed,
+            weights=weights,
+            groups=groups,
+        )
     row_weights = RowWeights(groups=groups, energies=energies.groups)
     held_out = groups.held_out(calls)
     entries: dict[str, LayerSensitivity] = {}
@@ -135,9 +135,7 @@ def measure_sensitivity(
         found = first_calls.get(node)
         if found is None:
             continue
-        measure = _Measure(
-            energies, codebooks=codebooks, max_numbers=max_numbers, seed=seed
-        )
+        measure = _Measure(energies, codebooks=codebooks, max_numbers=max_numbers, seed=seed)
         if isinstance(found.module, EMBEDDINGS):
             entries[found.name] = measure.table(found)
         else:

@@ -93,7 +93,7 @@ class LayerSensitivity:
                     continue
                 raise ConfigError(f"{self.name}: {key} is missing")
             sizes = {"O": self.shape[0], "G": len(values) if values.dim() else 0}
-            wanted = tuple(sizes.get(size, size) for size in symbols)
+            wanted = tuple(sizes[s] if isinstance(s, str) else s for s in symbols)
             if values.shape != wanted or values.dtype != torch.float64:
                 raise ConfigError(
                     f"{self.name}: {key} is {values.dtype} {tuple(values.shape)}, a weight of "

@@ -23,6 +23,7 @@ __all__ = [
     "multiply_adds",
     "node_cost",
     "per_call",
+    "products",
     "shape_at",
     "tensor_bytes",
     "value_bytes",
@@ -148,9 +149,9 @@ def node_cost(graph_module: fx.GraphModule, node: fx.Node, sizes: Sizes | None =
     known = sizes or {}
     if node.op in ("placeholder", "get_attr", "output"):
         return 1
-    products = _products(graph_module, node, known)
-    if products is not None:
-        return max(1, products)
+    multiplications = products(graph_module, node, known)
+    if multiplications is not None:
+        return max(1, multiplications)
     schema = getattr(node.target, "_schema", None)
     is_view = schema is not None and any(r.alias_info is not None for r in schema.returns)
     if is_view or node.target is operator.getitem:
@@ -169,7 +170,7 @@ def multiply_adds(graph_module: fx.GraphModule, sizes: Sizes | None = None) -> i
         sizes: see `bind_sizes`; by default those that the graph was traced with.
     """
     known = sizes or {}
-    counts = (_products(graph_module, node, known) for node in graph_module.graph.nodes)
+    counts = (products(graph_module, node, known) for node in graph_module.graph.nodes)
     return sum(count for count in counts if count is not None)
 
 
@@ -181,8 +182,17 @@ def _elements(node: fx.Node, sizes: Sizes) -> int:
     )
 
 
-def _products(graph_module: fx.GraphModule, node: fx.Node, sizes: Sizes) -> int | None:
-    """Multiply-adds of a node; None if it is neither weight layer, matrix product nor attention."""
+def products(graph_module: fx.GraphModule, node: fx.Node, sizes: Sizes) -> int | None:
+    """Count the multiply-adds of a node.
+
+    Args:
+        graph_module: the graph's owner.
+        node: a node with `meta["val"]`.
+        sizes: see `bind_sizes`.
+
+    Returns:
+        None if it is neither weight layer, matrix product nor attention.
+    """
     layer = called_module(graph_module, node, *WEIGHT_LAYERS)
     if layer is not None:
         weight = layer.weight

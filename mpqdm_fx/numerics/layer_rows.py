@@ -80,11 +80,17 @@ class LayerRows:
 
     def take(self, index: Tensor | slice) -> Self:
         """Some of the rows."""
-        parts = {
-            name: None if (tensor := getattr(self, name)) is None else tensor[index]
-            for name in ("inputs", "shift", "residual", "weights")
-        }
-        return replace(self, **parts)
+
+        def taken(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return replace(
+            self,
+            inputs=self.inputs[index],
+            shift=taken(self.shift),
+            residual=taken(self.residual),
+            weights=taken(self.weights),
+        )
 
     def group(self, index: int, channels: int) -> Self:
         """One group of a grouped layer, whose inputs and shift are [N, G, K].

@@ -21,6 +21,7 @@ from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.requantize_copies import RequantizeCopies
 from mpqdm_fx.passes.reshape_unit_axes import ReshapeUnitAxes
 from mpqdm_fx.passes.round_weights import RoundWeights
+from mpqdm_fx.passes.scale_inputs import ScaleInputs
 from mpqdm_fx.passes.split_geglu import SplitGeglu
 from mpqdm_fx.passes.split_mixed_rows import SplitMixedRows
 from mpqdm_fx.passes.split_skip_concat import SplitSkipConcat
@@ -49,6 +50,7 @@ __all__ = [
     "RequantizeCopies",
     "ReshapeUnitAxes",
     "RoundWeights",
+    "ScaleInputs",
     "SplitGeglu",
     "SplitMixedRows",
     "SplitSkipConcat",

@@ -15,7 +15,7 @@ from mpqdm_fx.graph.cost import bind_sizes, node_cost, walk_memory
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.quantizer_sites import quantizer_sites
-from mpqdm_fx.sweep.sweep import two_lanes
+from mpqdm_fx.sweep.build_lanes import two_lanes
 from mpqdm_fx.sweep.work import layer_work
 from mpqdm_fx.validation import Bytes, checked
 

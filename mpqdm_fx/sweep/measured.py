@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mpqdm_fx.calibration.allocate import Limits, even_levels, fixed_plan, layer
 from mpqdm_fx.calibration.count import bit_plan
 from mpqdm_fx.calibration.noise_groups import NoiseGroups
 from mpqdm_fx.calibration.pinning import pinned_layers
+from mpqdm_fx.calibration.probes import OutputEnergies
 from mpqdm_fx.calibration.sensitivity import measure_sensitivity
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.config import Levels, MPQConfig
@@ -40,6 +41,7 @@ def measured_table(
     shards: Shards,
     *,
     groups: NoiseGroups,
+    energies: Callable[[], OutputEnergies],
     path: Path | None = None,
     max_memory: int | None = None,
     half: bool = False,
@@ -53,6 +55,7 @@ def measured_table(
         checkpoint: Where the table is kept for a run that goes on.
         shards: The processes; the first one measures.
         groups: Groups of noise levels of the calls.
+        energies: Makes `output_energies` of the calls, with these groups and the settings' seed.
         path: File that keeps the table for other budgets; read if it is there.
         max_memory: Bytes of activations held in memory.
         half: Hold activations as float16.
@@ -78,6 +81,7 @@ def measured_table(
             calls,
             seed=settings.seed,
             groups=groups,
+            energies=energies(),
             codebooks=settings.levels == "codebook",
             max_rows=min(settings.max_rows, _MAX_ROWS),
             max_memory=max_memory,

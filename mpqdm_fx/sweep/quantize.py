@@ -10,12 +10,11 @@ import torch
 from torch import fx
 
 from mpqdm_fx.activations import Activation, NoiseLevels
+from mpqdm_fx.calibration.activation_choice import ActivationChoice
 from mpqdm_fx.calibration.allocate import layer_limits
 from mpqdm_fx.calibration.count import bit_plan, tell_remarks
 from mpqdm_fx.calibration.noise_groups import NoiseGroups
-from mpqdm_fx.calibration.probes import output_energies
 from mpqdm_fx.calibration.records import RecordedInputs
-from mpqdm_fx.calibration.row_weights import RowWeights
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.editing import copy_graph_module
@@ -25,7 +24,7 @@ from mpqdm_fx.plan import BitPlan
 from mpqdm_fx.quantized import LayerReport
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.identity import run_identity
-from mpqdm_fx.sweep.measured import measured_table, solve_budget
+from mpqdm_fx.sweep.preparation import prepared_sweep
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerSolution
 from mpqdm_fx.sweep.sweep import Sweep
@@ -45,6 +44,7 @@ class GraphQuantization:
         activations: How each layer's activations are quantized.
         noise_levels: Groups of noise levels, for ranges by noise level.
         layers: One report per layer, in running order.
+        choices: How each input is quantized and what that costs, where it was measured.
     """
 
     rounded: fx.GraphModule
@@ -52,6 +52,7 @@ class GraphQuantization:
     activations: Mapping[str, Activation]
     noise_levels: NoiseLevels | None
     layers: tuple[LayerReport, ...]
+    choices: tuple[ActivationChoice, ...]
 
 
 def start_sweep(
@@ -105,37 +106,24 @@ def start_sweep(
     if directory is not None and shards.rank == 0:
         identity = run_identity(graph_module, calls, held_out, settings)
         checkpoint = Checkpoint(directory, identity, resume=resume)
-    plans, energies = None, {}
-    if settings.allocation == "measured":
-        table = measured_table(
-            graph_module,
-            calls,
-            settings,
-            checkpoint,
-            shards,
-            groups=groups,
-            path=None if sensitivity is None else Path(sensitivity),
-            max_memory=max_memory,
-            half=half,
-        )
-        plans = solve_budget(graph_module, table, settings, limits)
-        groups = table.groups
-        energies = {layer.name: layer.by_group for layer in table.layers}
-    elif groups.count > 1 and settings.row_weights == "output":
-        energies = shards.once(
-            lambda: output_energies(
-                graph_module, calls, probes=1, seed=settings.seed, groups=groups
-            ).groups
-        )
-    if settings.row_weights != "output":
-        energies = {}
+    prepared = prepared_sweep(
+        graph_module,
+        calls,
+        settings,
+        limits=limits,
+        groups=groups,
+        checkpoint=checkpoint,
+        shards=shards,
+        sensitivity=None if sensitivity is None else Path(sensitivity),
+        max_memory=max_memory,
+        half=half,
+    )
     return Sweep(
         graph_module,
         own,
         settings,
         limits=limits,
-        plans=plans,
-        row_weights=RowWeights(groups=groups, energies=energies),
+        prepared=prepared,
         validation=held_out,
         shards=shards,
         checkpoint=checkpoint,
@@ -175,6 +163,7 @@ def finish(sweep: Sweep) -> GraphQuantization:
         activations=sweep.activations,
         noise_levels=sweep.noise_levels,
         layers=tuple(_report(sweep.solutions[layer.name]) for layer in plan.layers),
+        choices=sweep.prepared.choices,
     )
 
 

@@ -263,9 +263,7 @@ def _rounded(
     return candidates[0], _refined(best, W, problem, settings)
 
 
-def _refined(
-    found: _Candidate, W: Tensor, problem: _Problem, settings: MPQConfig
-) -> _Candidate:
+def _refined(found: _Candidate, W: Tensor, problem: _Problem, settings: MPQConfig) -> _Candidate:
     """The chosen rounding refined, unless that does not help on the rows that judge."""
     if settings.rounding != "gptq" or not settings.refinements:
         return found
@@ -334,9 +332,7 @@ def _unclipped_where_better(
     rows that are rounded with feedback keep theirs: it makes up for the clipping.
     """
     whole = levels.unclipped(W)
-    errors = [
-        gram.quadratic(W - one.snap(W) * one.scale[:, None].to(W)) for one in (levels, whole)
-    ]
+    errors = [gram.quadratic(W - one.snap(W) * one.scale[:, None].to(W)) for one in (levels, whole)]
     better = (errors[1] < errors[0]).to(levels.bits.device)
     if settings.rounding != "nearest":
         better &= levels.bits >= _WIDE

@@ -8,14 +8,14 @@ call, however deep the model is.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.activations import Activation, NoiseLevels, placeholder_activations
+from mpqdm_fx.activations import Activation
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.allocate import (
     Limits,
@@ -24,11 +24,8 @@ from mpqdm_fx.calibration.allocate import (
     even_levels,
     fixed_plan,
 )
-from mpqdm_fx.calibration.noise_groups import NoiseGroups
-from mpqdm_fx.calibration.pinning import FIRST_LAYER, LAST_LAYER, pinned_layers
 from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
-from mpqdm_fx.calibration.row_weights import RowWeights
-from mpqdm_fx.config import ActivationMode, MPQConfig
+from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.cost import bind_sizes, node_cost
@@ -44,89 +41,22 @@ from mpqdm_fx.graph.quantizer_sites import (
 )
 from mpqdm_fx.graph.walk import Walk
 from mpqdm_fx.numerics.levels import RowLevels
-from mpqdm_fx.passes.carry_error_lane import CarryErrorLane
-from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.round_weights import install_codes
 from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.sweep.build_lanes import two_lanes
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.collect import CallRows, collect_rows, join_rows, residual_of, rows_key
+from mpqdm_fx.sweep.preparation import Preparation
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerData, LayerSolution, solve_layer
 from mpqdm_fx.sweep.work import layer_work
 
-__all__ = ["Sweep", "install_solution", "two_lanes"]
+__all__ = ["Sweep", "install_solution"]
 
 logger = logging.getLogger(__name__)
 
 _CACHED = 64 * 2**20  # bytes of rows kept for layers that read the same value later
 _DECISION_ROWS = 2048
-
-
-def two_lanes(
-    graph_module: fx.GraphModule,
-    noise_levels: Sequence[Tensor | None],
-    settings: MPQConfig,
-    skipped: Collection[str] = (),
-) -> tuple[fx.GraphModule, NoiseLevels | None]:
-    """The graph that the sweep walks: quantizers with unknown ranges, and the error's lane.
-
-    Args:
-        graph_module: Normalized graph.
-        noise_levels: Those of the calibration calls (`noise_levels_of`), to be parted in groups.
-        settings: The run's settings.
-        skipped: Layers that stay in float, activations included.
-
-    Returns:
-        Graph of two lanes, before anything is rounded, and the groups of noise levels.
-
-    Raises:
-        CalibrationError: Ranges by noise level, and the model is told none.
-    """
-    levels = None
-    mode = settings.activation_mode
-    if mode == "timestep":
-        seen = [told.flatten() for told in noise_levels if told is not None]
-        if not seen:
-            arguments = [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]
-            raise CalibrationError(
-                f"activation_mode='timestep' needs a model that is told each sample's noise level "
-                f"(`timestep`, `sigma`, ...), and this one takes ({', '.join(arguments)}); name "
-                f"the argument with noise_argument=, or use 'static' or 'dynamic'"
-            )
-        levels = NoiseLevels.of(
-            torch.cat(seen), settings.timestep_groups, argument=settings.noise_argument
-        )
-    quantized: fx.GraphModule = graph_module
-    if mode != "float":
-        in_float = {*ends_in_float(graph_module, mode), *skipped}
-        ranges = placeholder_activations(
-            {
-                name: settings.activation_bits_of(name)
-                for name in weight_layers(graph_module)
-                if name not in in_float
-            },
-            mode,
-            groups=levels.count if levels else 1,
-        )
-        quantized = QuantizeActivations(ranges=ranges, noise_levels=levels)(
-            graph_module
-        ).graph_module
-    return CarryErrorLane()(quantized).graph_module, levels
-
-
-def ends_in_float(graph_module: fx.GraphModule, mode: ActivationMode) -> set[str]:
-    """Layers whose activations stay in float: those that read the sample or write the noise.
-
-    Late in a run the noise that is left in the sample is smaller than one step of a range over all
-    timesteps: rounding the sample erases what the model is asked to predict. And the output has to
-    be as exact as all of the model is; a dynamic quantizer leaves it alone.
-
-    Args:
-        graph_module: Normalized graph.
-        mode: How activations are quantized.
-    """
-    ends = {FIRST_LAYER} if mode == "dynamic" else {FIRST_LAYER, LAST_LAYER}
-    return {name for name, why in pinned_layers(graph_module).items() if why in ends}
 
 
 def install_solution(module: nn.Module, solution: LayerSolution) -> nn.Module:
@@ -158,8 +88,8 @@ class Sweep:
         calls: Calibration calls of this process, in order (see `Shards`).
         settings: The run's settings.
         limits: Layers off the budget.
-        plans: Bits by layer, where they are decided already (`allocation="measured"`).
-        row_weights: How much the rows of each noise level count; None for all alike.
+        prepared: What was decided beforehand; None for nothing: each layer decides its own bits,
+            its rows count alike, and its activation is of the settings' mode.
         validation: Global indices of the calls that are held out to choose strengths.
         shards: Calls of this process among all; by default all are here.
         checkpoint: Where solved layers are kept, or None.
@@ -171,6 +101,7 @@ class Sweep:
     Attributes:
         source: The float graph.
         limits: Layers off the budget.
+        prepared: What was decided beforehand.
         graph_module: The graph of two lanes; the quantized lane's layers sit under `error_lane.`.
         solutions: Solved layers by name, in running order.
         noise_levels: Groups of noise levels, or None.
@@ -183,8 +114,7 @@ class Sweep:
         settings: MPQConfig,
         *,
         limits: Limits,
-        plans: Mapping[str, LayerPlan] | None = None,
-        row_weights: RowWeights | None = None,
+        prepared: Preparation | None = None,
         validation: Sequence[int] = (),
         shards: Shards | None = None,
         checkpoint: Checkpoint | None = None,
@@ -197,20 +127,17 @@ class Sweep:
         self.settings = settings
         self.solutions: dict[str, LayerSolution] = {}
         self.limits = limits
-        self._plans = plans
-        self._row_weights = row_weights or RowWeights(
-            groups=NoiseGroups(levels=NoiseLevels(boundaries=())), energies={}
-        )
+        self.prepared = prepared or Preparation.nothing()
         self._shards = shards or Shards(rank=0, world=1, total=len(calls))
         self._validation = frozenset(validation)
         self._checkpoint = checkpoint
         told = self._shards.gather(noise_levels_of(graph_module, calls, settings))
         self._batches = self._shards.gather([batch_size_of(call) for call in calls])
         self._groups = self._shards.gather(
-            [self._row_weights.groups.of_samples(call) for call in calls]
+            [self.prepared.row_weights.groups.of_samples(call) for call in calls]
         )
         self.graph_module, self.noise_levels = two_lanes(
-            graph_module, told, settings, limits.skipped
+            graph_module, told, settings, limits.skipped, self.prepared.kinds
         )
         self._sites = quantizer_sites(self.graph_module)
         self._ranges: dict[object, Any] = {}
@@ -322,7 +249,7 @@ class Sweep:
 
     def _check_bits(self, solution: LayerSolution) -> None:
         """Refuse a kept layer of another allocation: together they would miss the budget."""
-        planned = (self._plans or {}).get(solution.plan.name)
+        planned = (self.prepared.plans or {}).get(solution.plan.name)
         if planned is not None and planned.bits != solution.plan.bits:
             raise ConfigError(
                 f"{planned.name}: was solved with {solution.plan.mean_bits:.3f} bits before, and "
@@ -356,8 +283,8 @@ class Sweep:
             raise CalibrationError(f"{layer.name} ({kind}, weight {shape}): {error}") from error
 
     def _fixed(self, layer: WeightLayer) -> LayerPlan | None:
-        if self._plans is not None and layer.name in self._plans:
-            return self._plans[layer.name]
+        if self.prepared.plans is not None and layer.name in self.prepared.plans:
+            return self.prepared.plans[layer.name]
         if layer.name in self.limits.fixed:
             levels = even_levels(layer, self.settings)
             return fixed_plan(layer, *self.limits.fixed[layer.name], levels)
@@ -384,7 +311,9 @@ class Sweep:
             residuals = residual_of(self.graph_module, self.walk, pending.call, calls, self._shards)
         train = [i for i in range(self._shards.total) if i not in self._validation]
         weights = [
-            self._row_weights.of_rows(pending.layer.name, groups, rows.positions, rows.total)
+            self.prepared.row_weights.of_rows(
+                pending.layer.name, groups, rows.positions, rows.total
+            )
             for groups, rows in zip(self._groups, calls, strict=True)
         ]
         return LayerData(

@@ -1,0 +1,154 @@
+"""What is measured and decided before the sweep: bits, rows' weights, kinds of activations."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torch import fx
+
+from mpqdm_fx.activations import NoiseLevels
+from mpqdm_fx.calibration.activation_choice import ActivationChoice, choose_activations, kinds_of
+from mpqdm_fx.calibration.activation_costs import ActivationCosts
+from mpqdm_fx.calibration.allocate import Limits
+from mpqdm_fx.calibration.noise_groups import NoiseGroups
+from mpqdm_fx.calibration.probes import PROBES, OutputEnergies, output_energies
+from mpqdm_fx.calibration.row_weights import RowWeights
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.graph.cost import bind_sizes
+from mpqdm_fx.graph.speed import ActivationKind
+from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.sweep.checkpoint import Checkpoint
+from mpqdm_fx.sweep.measured import measured_table, solve_budget
+from mpqdm_fx.sweep.shards import Shards
+
+__all__ = ["Preparation", "prepared_sweep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What a sweep is told.
+
+    Attributes:
+        plans: Bits by layer, where they are decided beforehand; else None.
+        row_weights: How much the rows of each noise level count.
+        choices: How each input is quantized, where that is measured; else empty.
+    """
+
+    plans: Mapping[str, LayerPlan] | None
+    row_weights: RowWeights
+    choices: tuple[ActivationChoice, ...]
+
+    @classmethod
+    def nothing(cls) -> Self:
+        """Nothing is decided: each layer decides its own bits, and its rows count alike."""
+        one = NoiseGroups(levels=NoiseLevels(boundaries=()))
+        return cls(plans=None, row_weights=RowWeights(groups=one, energies={}), choices=())
+
+    @property
+    def kinds(self) -> dict[str, ActivationKind]:
+        """Kind of each layer's activation, where it is measured."""
+        return {name: choice.kind for choice in self.choices for name in choice.layers}
+
+
+@dataclass(kw_only=True)
+class _Probes:
+    """One run of the probes for whatever is measured with them, made when it is first needed."""
+
+    graph_module: fx.GraphModule
+    calls: Sequence[Mapping[str, Any]]
+    settings: MPQConfig
+    groups: NoiseGroups
+    costs: ActivationCosts | None
+    found: OutputEnergies | None = None
+
+    def energies(self) -> OutputEnergies:
+        if self.found is None:
+            self.found = output_energies(
+                self.graph_module,
+                self.calls,
+                seed=self.settings.seed,
+                groups=self.groups,
+                watch=self.costs,
+            )
+        return self.found
+
+
+def prepared_sweep(
+    graph_module: fx.GraphModule,
+    calls: Sequence[Mapping[str, Any]],
+    settings: MPQConfig,
+    *,
+    limits: Limits,
+    groups: NoiseGroups,
+    checkpoint: Checkpoint | None,
+    shards: Shards,
+    sensitivity: Path | None,
+    max_memory: int | None,
+    half: bool,
+) -> Preparation:
+    """Measure and decide; the first process does, for all.
+
+    Args: as of `start_sweep`; `groups` are the noise levels of the calls.
+
+    Raises:
+        ConfigError: The budget is below what the smallest widths take.
+        CalibrationError: Gradients or rows are not finite, or no gradient reaches a layer.
+        ArtifactError: A file of sensitivities is damaged, or of another model.
+    """
+    kinds = kinds_of(settings)
+
+    def costs_to_measure() -> ActivationCosts | None:
+        return ActivationCosts(graph_module, calls, settings, kinds) if kinds else None
+
+    probes = shards.once(
+        lambda: _Probes(
+            graph_module=graph_module,
+            calls=calls,
+            settings=settings,
+            groups=groups,
+            costs=costs_to_measure(),
+        )
+    )
+    plans = None
+    energies: Mapping[str, Any] = {}
+    if settings.allocation == "measured":
+        table = measured_table(
+            graph_module,
+            calls,
+            settings,
+            checkpoint,
+            shards,
+            groups=groups,
+            energies=probes.energies,
+            path=sensitivity,
+            max_memory=max_memory,
+            half=half,
+        )
+        plans = solve_budget(graph_module, table, settings, limits)
+        groups = table.groups
+        energies = {layer.name: layer.by_group for layer in table.layers}
+    elif groups.count > 1 and settings.row_weights == "output":
+        energies = shards.once(lambda: probes.energies().groups)
+    if settings.row_weights != "output":
+        energies = {}
+    return Preparation(
+        plans=plans,
+        row_weights=RowWeights(groups=groups, energies=energies),
+        choices=shards.once(lambda: _choices(probes, limits)),
+    )
+
+
+def _choices(probes: _Probes, limits: Limits) -> tuple[ActivationChoice, ...]:
+    if probes.costs is None:
+        return ()
+    found = probes.energies()
+    return choose_activations(
+        probes.graph_module,
+        probes.costs,
+        probes.costs.costs(found.samples, PROBES),
+        found.output,
+        probes.settings,
+        bind_sizes(probes.graph_module, probes.calls[0]),
+        limits.skipped,
+    )
