@@ -264,13 +264,15 @@ def denoise_in_batches(
 
 
 def take_rows(value: Any, rows: slice | Tensor) -> Any:
-    """Rows of every tensor in nested dicts, lists and tuples; flags and None stay.
+    """Rows of every tensor in nested dicts, lists and tuples; flags, None and 0-d tensors stay.
 
     Args:
         value: Tensors, or what holds them.
         rows: Which; int64 [n], or a slice.
     """
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor[rows], value)
+    return pytree.tree_map_only(
+        Tensor, lambda tensor: tensor[rows] if tensor.ndim else tensor, value
+    )
 
 
 def concatenate(values: Sequence[Any]) -> Any:
