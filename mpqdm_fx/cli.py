@@ -67,16 +67,19 @@ def evaluate(
     num: Annotated[int, typer.Option(min=1, help="Samples of the free-running metrics.")] = 256,
     steps: opt.SamplerStepsOption = 20,
     seed: opt.SeedOption = 90_000,
+    inputs: opt.InputsOption = None,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Measure a quantized folder against its float model on held-out, paired noise."""
-    if (model or checks.origin_of(directory)) == "digits":
+    if inputs is None and (model or checks.origin_of(directory)) == "digits":
         checks.check_packages("torchmetrics", "sklearn", purpose="evaluating the bundled model")
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.report.tables import metrics_table
     from mpqdm_fx.workflow import evaluate_folder
 
-    metrics = evaluate_folder(directory, model=model, num=num, steps=steps, seed=seed)
+    metrics = evaluate_folder(
+        directory, model=model, num=num, steps=steps, seed=seed, inputs=inputs
+    )
     if as_json:
         console.print_json(json.dumps(plain(metrics)))
     else:

@@ -24,6 +24,8 @@ __all__ = [
     "FolderArgument",
     "FolderOrModelArgument",
     "FourBitOption",
+    "HeldOutOption",
+    "InputsOption",
     "JsonOption",
     "MemoryOption",
     "ModelArgument",
@@ -59,7 +61,8 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="`digits`, a diffusers model folder, or a pipeline folder with --subfolder unet.",
+        help="`digits`, a diffusers model folder, a pipeline folder with --subfolder unet, or a "
+        "function that returns a module: module:function, path/to/file.py:function.",
     ),
 ]
 FolderOrModelArgument = Annotated[
@@ -70,6 +73,18 @@ SubfolderOption = Annotated[
 ]
 VariantOption = Annotated[
     str | None, typer.Option(help="Variant of the weight files, for example fp16.")
+]
+InputsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="Function that yields calls, dicts of the model's arguments, in place of denoising "
+        "runs; path/to/file.py:function for one of a file.",
+    ),
+]
+HeldOutOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Calls of --inputs at the end that judge corrections. Default: 1/4."),
 ]
 OverwriteOption = Annotated[
     bool,
@@ -182,6 +197,14 @@ _SETTINGS: Mapping[str, _Option] = {
             typer.Option(help="Strength of error propagation: auto, or 0 to 1 (the paper's: 0.5)."),
         ],
         str(DEFAULTS.propagation),
+    ),
+    "noise_argument": (
+        "noise_argument",
+        Annotated[
+            str | None,
+            typer.Option(help="The model's argument that tells noise levels. Default: found."),
+        ],
+        None,
     ),
     "override": (
         "override",

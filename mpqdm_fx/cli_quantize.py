@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from mpqdm_fx import cli_options as opt
 from mpqdm_fx.cli_streams import say
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mpqdm_fx.models.sources import Source
 
 __all__ = ["plan", "quantize"]
 
@@ -24,6 +27,8 @@ def quantize(
     trajectories: opt.TrajectoriesOption = 16,
     steps: opt.StepsOption = 20,
     samples: opt.SamplesOption = 16,
+    inputs: opt.InputsOption = None,
+    held_out: opt.HeldOutOption = None,
     resume: opt.ResumeOption = False,
     max_memory: opt.MemoryOption = None,
     device: opt.DeviceOption = None,
@@ -45,7 +50,6 @@ def quantize(
     from mpqdm_fx.api import BACKENDS
     from mpqdm_fx.feasibility import check_feasible, weights_of
     from mpqdm_fx.io.schema import plain
-    from mpqdm_fx.models.sources import load_source
     from mpqdm_fx.processes import joined
     from mpqdm_fx.report.tables import layer_table, summary_table
     from mpqdm_fx.result_folder import Form
@@ -61,13 +65,13 @@ def quantize(
         compress=compress,
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
-    source = load_source(model, subfolder, variant)
+    source = _source_of(model, subfolder, variant, inputs, held_out)
     if not resume:  # who resumes has some of it on the disk already
         # a byte each, until the run is through
         checks.check_space(output, weights_of(source.model))
     check_feasible(
         source.model, source.example_inputs, config, sensitivity=sensitivity, max_memory=memory,
-        batch_size=min(16, (trajectories - trajectories // 4) * steps),  # as of `calibration_of`
+        batch_size=_rows_of(source, trajectories, steps),
     )  # fmt: skip
     with joined():
         result = quantize_to_folder(
@@ -105,6 +109,7 @@ def plan(
     config: MPQConfig = opt.DEFAULTS,
     calls: Annotated[int, typer.Option(min=1, help="Calibration calls.")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a call.")] = 16,
+    inputs: opt.InputsOption = None,
     max_memory: opt.MemoryOption = None,
     subfolder: opt.SubfolderOption = None,
     variant: opt.VariantOption = None,
@@ -113,11 +118,13 @@ def plan(
     """Say what quantizing MODEL will take: time, memory, disk."""
     memory = opt.memory_of(max_memory)
     from mpqdm_fx.feasibility import check_feasible
-    from mpqdm_fx.models.sources import load_source
+    from mpqdm_fx.graph.calling import batch_size_of
     from mpqdm_fx.report.tables import estimate_table
     from mpqdm_fx.workflow import estimate_source
 
-    source = load_source(model, subfolder, variant)
+    source = _source_of(model, subfolder, variant, inputs)
+    if source.calls is not None:
+        calls, batch_size = len(source.calls), batch_size_of(source.example_inputs)
     check_feasible(source.model, source.example_inputs, config)
     found = estimate_source(source, config, calls=calls, batch_size=batch_size, max_memory=memory)
     console = opt.console()
@@ -125,3 +132,36 @@ def plan(
         console.print_json(json.dumps(found.to_dict()))
     else:
         console.print(estimate_table(found.to_dict()))
+
+
+def _source_of(
+    model: str,
+    subfolder: str | None,
+    variant: str | None,
+    inputs: str | None,
+    held_out: int | None = None,
+) -> "Source":
+    """The model, with the user's own calls where there are some."""
+    from mpqdm_fx.models.functions import calls_of, is_function
+    from mpqdm_fx.models.sources import load_source
+
+    if held_out is not None and inputs is None:
+        raise ConfigError("--held-out counts calls of --inputs; give these too, or leave it out")
+    if inputs is None and is_function(model):
+        raise ConfigError(
+            f"{model} is a function, and it is not known what its model is called with; give calls "
+            f"with --inputs module:function"
+        )
+    source = load_source(model, subfolder, variant)
+    if inputs is None:
+        return source
+    return source.with_calls(calls_of(inputs, source.model, held_out))
+
+
+def _rows_of(source: "Source", trajectories: int, steps: int) -> int:
+    """Rows of a calibration call."""
+    from mpqdm_fx.graph.calling import batch_size_of
+
+    if source.calls is not None:
+        return max(map(batch_size_of, source.calls))
+    return min(16, (trajectories - trajectories // 4) * steps)  # as of `calibration_of`

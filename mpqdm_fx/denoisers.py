@@ -16,6 +16,7 @@ from mpqdm_fx.graph.signature import InputSpec, Signature
 from mpqdm_fx.io.schema import Name, Strict, validated
 from mpqdm_fx.io.sealed import Entry, hashed_file
 from mpqdm_fx.models.config_fields import CLASSES
+from mpqdm_fx.models.functions import is_function
 from mpqdm_fx.models.model_config import checked_model_config
 from mpqdm_fx.models.sources import Source, load_source, make_source, scheduler_from_config
 from mpqdm_fx.storage import load
@@ -237,12 +238,18 @@ def source_of(folder: Path, model: str | None = None) -> Source:
         model: Where the model is, if not where the folder says, or if it does not say.
 
     Raises:
-        ArtifactError: It cannot be found; give `model`.
+        ArtifactError: It cannot be found, or is made by a function, which is not called on a
+            folder's word; give `model`.
     """
     if model is not None and SOURCE not in open_folder(folder).files:
         origin = Origin(model=model, subfolder=None)
     else:
         origin = origin_of(folder)
+    if model is None and is_function(origin.model):
+        raise ArtifactError(
+            f"the float model of {folder} was made by the function {origin.model}, which is called "
+            f"only if you say so: --model {origin.model}"
+        )
     try:
         return load_source(model or origin.model, origin.subfolder, origin.variant)
     except ConfigError as error:

@@ -33,14 +33,17 @@ __all__ = ["KERNEL_TOLERANCE", "check_outputs", "environment", "proof_inputs", "
 KERNEL_TOLERANCE = 1e-3
 """Largest difference that other kernels may make, in units of the output's root mean square."""
 
+_POSITIVE = "positive"
 
-def proof_inputs(signature: Signature) -> dict[str, Any]:
+
+def proof_inputs(signature: Signature, *, positive: bool = False) -> dict[str, Any]:
     """Inputs that are the same on every machine and in every version: bytes of SHAKE-128.
 
     Random generators promise neither; storing inputs would cost more than storing outputs.
 
     Args:
         signature: Signature of a traced graph.
+        positive: Make numbers per sample positive, for models that take their logarithm (sigma).
 
     Returns:
         Argument name to tensor or container, batch 1 where the graph takes that, else the traced
@@ -50,13 +53,15 @@ def proof_inputs(signature: Signature) -> dict[str, Any]:
     smallest = signature.batch_range[0] if signature.batch_range else signature.batch
     leaves, tree = pytree.tree_flatten(example_inputs(signature, batch_size=smallest))
     values = [
-        _values(leaf, seed) if isinstance(leaf, Tensor) else leaf
+        _values(leaf, seed, positive=positive and leaf.dim() <= 1)
+        if isinstance(leaf, Tensor)
+        else leaf
         for seed, leaf in enumerate(leaves)
     ]
     return dict(pytree.tree_unflatten(values, tree))
 
 
-def _values(like: Tensor, seed: int) -> Tensor:
+def _values(like: Tensor, seed: int, *, positive: bool) -> Tensor:
     if not like.numel():
         return like
     data = bytearray(hashlib.shake_128(f"mpqdm_fx {seed}".encode()).digest(like.numel()))
@@ -65,7 +70,7 @@ def _values(like: Tensor, seed: int) -> Tensor:
         return numbers % 8 > 0
     if not like.dtype.is_floating_point:
         return (numbers % 2).to(like.dtype)
-    return ((numbers.float() - 128) / 64).to(like.dtype)
+    return ((numbers.float() + 1 if positive else numbers.float() - 128) / 64).to(like.dtype)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -87,7 +92,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 def write_outputs(path: Path, quantized: QuantizedModel) -> dict[str, Any]:
     """Write what a model and its graph with float activations return for `proof_inputs`.
 
-    Two calls, of batch 1 where the graph takes that.
+    Two calls, of batch 1 where the graph takes that; three where the first gives NaN, which proves
+    nothing: then numbers per sample are positive.
 
     Args:
         path: The file, safetensors.
@@ -97,17 +103,22 @@ def write_outputs(path: Path, quantized: QuantizedModel) -> dict[str, Any]:
         `environment`, plain JSON types.
     """
     tensors = {}
-    for form, graph in (("quantized", quantized.graph_module), ("rounded", quantized.rounded)):
-        for index, output in enumerate(_run(graph, quantized)):
+    floats = _run(quantized.rounded, quantized, positive=False)
+    if positive := any(bool(output.isnan().any()) for output in floats):
+        floats = _run(quantized.rounded, quantized, positive=True)
+        tensors[_POSITIVE] = torch.ones(1)
+    found = _run(quantized.graph_module, quantized, positive=positive)
+    for form, outputs in (("quantized", found), ("rounded", floats)):
+        for index, output in enumerate(outputs):
             tensors[f"{form}.{index}"] = output.clone(memory_format=torch.contiguous_format)
     save_file(tensors, path)
     path.chmod(0o644)  # safetensors writes for the owner alone
     return environment(quantized.device)
 
 
-def _run(graph: fx.GraphModule, quantized: QuantizedModel) -> list[Tensor]:
+def _run(graph: fx.GraphModule, quantized: QuantizedModel, *, positive: bool) -> list[Tensor]:
     device = quantized.device
-    inputs = proof_inputs(quantized.signature)
+    inputs = proof_inputs(quantized.signature, positive=positive)
     inputs = pytree.tree_map_only(Tensor, lambda value: value.to(device), inputs)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         outputs = pytree.tree_leaves(graph(**inputs))
@@ -129,13 +140,13 @@ def check_outputs(path: Path, written_in: Mapping[str, Any], quantized: Quantize
             farther off than other kernels explain.
     """
     stored = _Stored(path)
-    found = _run(quantized.graph_module, quantized)
+    found = _run(quantized.graph_module, quantized, positive=stored.positive)
     wanted = stored.outputs("quantized", found)
     if same_bits(found, wanted):
         return
     here = environment(quantized.device)
     changed = ", ".join(key for key in here if here[key] != written_in.get(key))
-    floats = _run(quantized.rounded, quantized)
+    floats = _run(quantized.rounded, quantized, positive=stored.positive)
     kept = stored.outputs("rounded", floats)
     noise = _energy(_minus(wanted, kept)) + KERNEL_TOLERANCE**2 * _energy(wanted)
     far = _energy(_minus(floats, kept)) > KERNEL_TOLERANCE**2 * _energy(kept)
@@ -155,6 +166,11 @@ class _Stored:
             self.tensors = load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise ArtifactError(f"{OUTPUTS} is corrupted or truncated: {error}") from None
+
+    @property
+    def positive(self) -> bool:
+        """Whether the outputs are those of positive numbers per sample."""
+        return _POSITIVE in self.tensors
 
     def outputs(self, form: str, like: list[Tensor]) -> list[Tensor]:
         """The stored outputs of a form, which must have the number and shapes of those found."""

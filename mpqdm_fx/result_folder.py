@@ -1,9 +1,10 @@
 """The folder that a job gives: weights, program, scheduler, sample grid, thresholds, numbers."""
 
 import json
+import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -31,6 +32,7 @@ from mpqdm_fx.files import write_text
 from mpqdm_fx.folders import MANIFEST, open_folder, seal_folder, staged_directory
 from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.memory import peak_memory
+from mpqdm_fx.models.functions import GivenCalls
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity.verify import store_parity
 from mpqdm_fx.plan import Fate
@@ -41,7 +43,9 @@ from mpqdm_fx.storage import write_model
 from mpqdm_fx.summary import SUMMARY, write_summary
 from mpqdm_fx.validation import check_fields
 
-__all__ = ["Form", "calibration_of", "time_per_step", "write_folder"]
+__all__ = ["Form", "calibration_of", "held_out_of", "time_per_step", "write_folder"]
+
+logger = logging.getLogger(__name__)
 
 GRID = "samples.png"
 
@@ -121,8 +125,21 @@ def _check_mode(config: MPQConfig, backend: Backend) -> None:
 
 def calibration_of(
     source: Source, *, trajectories: int, steps: int, seed: int, batch_size: int = 16
-) -> Trajectories:
-    """Inputs along the float model's own denoising runs, all timesteps mixed in every batch."""
+) -> Trajectories | GivenCalls:
+    """Inputs along the float model's own denoising runs, all timesteps mixed in every batch.
+
+    Or the user's own calls, where there are some.
+
+    Raises:
+        ConfigError: There are none, and no scheduler for runs.
+    """
+    if source.calls is not None:
+        return source.calls
+    if source.scheduler is None:
+        raise ConfigError(
+            f"{source.name} is made by a function, and it is not known how its runs go; give calls "
+            f"with --inputs module:function"
+        )
     return Trajectories(
         source.model,
         source.scheduler,
@@ -134,6 +151,15 @@ def calibration_of(
         conditions=source.conditions(trajectories, seed),
         held_out=trajectories // 4,
     )
+
+
+def held_out_of(
+    source: Source, *, steps: int, seed: int
+) -> Trajectories | Sequence[Mapping[str, Any]]:
+    """Inputs that calibration does not see: further runs, or the user's held-out calls."""
+    if source.calls is not None:
+        return source.calls.held_out
+    return calibration_of(source, trajectories=4, steps=steps, seed=seed)  # type: ignore[return-value]
 
 
 def write_folder(
@@ -166,7 +192,8 @@ def write_folder(
     """
     backend = form.backend
     with staged_directory(output, overwrite=overwrite) as stage:
-        source.scheduler.save_pretrained(stage / "scheduler")
+        if source.scheduler is not None:
+            source.scheduler.save_pretrained(stage / "scheduler")
         origin = {"model": source.name, "subfolder": subfolder, "variant": source.variant}
         write_text(stage / SOURCE, json.dumps(origin))
         runner: Denoiser = quantized
@@ -185,13 +212,18 @@ def write_folder(
         graphs.clear()
         summary = {**_summarise(source, quantized, runner, backend), **(more or {})}
         summary["program"] = program
-        if samples:
+        if source.scheduler is None:
+            logger.info("no images are drawn and no peak is measured: the model has no scheduler")
+        elif samples:
             images = draw(source, runner, num=samples, steps=steps, seed=0)
             save_grid(pictures(images), stage / GRID, columns=max(1, round(samples**0.5)))
         peak = "pte" if backend == "xnnpack" else "packed"
+        known = source.scheduler is not None  # else another process cannot make a call
         summary["peak_memory_bytes"] = {
-            peak: peak_memory(peak, str(stage)),
-            "float": peak_memory("float", source.name, subfolder, source.variant),
+            peak: peak_memory(peak, str(stage)) if known else None,
+            "float": peak_memory("float", source.name, subfolder, source.variant)
+            if known
+            else None,
         }
         for name in program_names(open_folder(stage)):
             drop_expansions(stage / name)
@@ -228,7 +260,7 @@ def _write_program(
 def _summarise(
     source: Source, quantized: QuantizedModel, runner: Denoiser, backend: str
 ) -> dict[str, Any]:
-    held_out = calibration_of(source, trajectories=4, steps=20, seed=EVALUATION_SEED)
+    held_out = held_out_of(source, steps=20, seed=EVALUATION_SEED)
     plan = quantized.plan
     single = first_rows(next(iter(held_out)))
     timing = time_per_step({"float": source.model, backend: runner}, single)

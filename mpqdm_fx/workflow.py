@@ -17,10 +17,12 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.files import checkpoint_of, first_difference, is_empty_but_for_hidden
 from mpqdm_fx.folders import MANIFEST, check_target, open_folder
 from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.bundled import load_digits_classifier
+from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.sources import Source, load_source
 from mpqdm_fx.processes import is_first
 from mpqdm_fx.quantized import QuantizedModel
@@ -29,7 +31,8 @@ from mpqdm_fx.report.metrics import (
     evaluate_denoiser,
     x0_sqnr,
 )
-from mpqdm_fx.result_folder import Form, calibration_of, write_folder
+from mpqdm_fx.report.noise_levels import sqnr_by_noise_level
+from mpqdm_fx.result_folder import Form, calibration_of, held_out_of, write_folder
 from mpqdm_fx.stages import normalized
 from mpqdm_fx.storage import load
 from mpqdm_fx.summary import read_summary
@@ -89,12 +92,12 @@ def quantize_to_folder(
     """Quantize a source and write everything that belongs to it into one folder.
 
     Args:
-        source: Model and scheduler.
+        source: Model and scheduler, or model and calls (`Source.with_calls`).
         config: Settings.
         backend: `"xnnpack"` also writes `unet.pte`; `"torch_ao"` also checks that conversion
             succeeds and times it; packed weights are always written.
         output: Folder; it appears whole or not at all.
-        trajectories: Denoising runs to calibrate on.
+        trajectories: Denoising runs to calibrate on, where the source has no calls.
         steps: Steps of each.
         samples: Images in the grid, drawn by what the backend runs.
         subfolder: Part of a pipeline folder that the source came from.
@@ -232,6 +235,11 @@ def distill_folder(
     if has_state(state) and not resume:
         raise ConfigError(f"{state} holds a run that was not finished; resume it, or delete it")
     source, quantized = source_of(folder, model), load(folder)
+    if source.scheduler is None:
+        raise ConfigError(
+            f"{source.name} is made by a function, and training goes along denoising runs; train "
+            f"it in Python with a loop of your own: mpqdm_fx.distill.distill(..., scheduler=)"
+        )
     form.check(quantized.settings)
     trained = distill(
         quantized,
@@ -314,7 +322,13 @@ def diagnose_model(
 
 @checked
 def evaluate_folder(
-    folder: Path, *, model: str | None = None, num: Count = 256, steps: Count = 20, seed: Seed
+    folder: Path,
+    *,
+    model: str | None = None,
+    num: Count = 256,
+    steps: Count = 20,
+    seed: Seed,
+    inputs: str | None = None,
 ) -> dict[str, Any]:
     """Measure a saved model against the float model that it came from.
 
@@ -324,6 +338,8 @@ def evaluate_folder(
         num: Samples of the free-running metrics.
         steps: Steps of the scheduler.
         seed: Seed of noise and held-out trajectories.
+        inputs: Function that gives calls of the user's own, as of `calls_of`: outputs are compared
+            on them, also by noise level, and nothing is drawn.
 
     Returns:
         Metrics by name; Frechet distance and accuracy only for the bundled model, whose
@@ -331,6 +347,8 @@ def evaluate_folder(
     """
     source = source_of(folder, model)
     quantized = load(folder)
+    if inputs is not None:
+        return _compared(source, quantized, inputs)
     if source.name == "digits":
         return evaluate_denoiser(
             source.model,
@@ -341,7 +359,7 @@ def evaluate_folder(
             num_inference_steps=steps,
             seed=seed,
         ).to_dict()
-    held_out = calibration_of(source, trajectories=4, steps=steps, seed=seed)
+    held_out = held_out_of(source, steps=steps, seed=seed)
     expected = draw(source, source.model, num=num, steps=steps, seed=seed + 1)
     found = draw(source, quantized, num=num, steps=steps, seed=seed + 1)
     return {
@@ -351,3 +369,15 @@ def evaluate_folder(
         "num_inference_steps": steps,
         "seed": seed,
     }
+
+
+def _compared(source: Source, quantized: QuantizedModel, inputs: str) -> dict[str, Any]:
+    """Outputs on the user's own calls, together and by noise level."""
+    calls = calls_of(inputs, source.model, held_out=0).calls
+    node = find_noise_argument(quantized.graph_module, quantized.settings.noise_argument)
+    levels: dict[str, float] = {}
+    if node is not None:
+        name = str(node.target)
+        ratios = sqnr_by_noise_level(source.model, quantized, calls, noise_argument=name)
+        levels = {f"epsilon_sqnr_at_{name}_{level:g}": ratio for level, ratio in ratios.items()}
+    return {"epsilon_sqnr": epsilon_sqnr(source.model, quantized, calls), **levels}

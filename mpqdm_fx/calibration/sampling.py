@@ -1,5 +1,7 @@
 """Run a denoiser along a diffusers scheduler: one loop for every scheduler and every kind of model.
 
+A `Sampler` brings a loop of its own instead; see `calibration.samplers`.
+
 The loop is the one of the diffusers pipelines, without the pipeline: scale the noise, and at each
 timestep call the model, combine the two halves of classifier-free guidance (Ho and Salimans 2022,
 equation 6), and let the scheduler step. The scheduler given is copied, so the caller's stays as it
@@ -19,8 +21,16 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from mpqdm_fx.ambient import plain_torch
+from mpqdm_fx.calibration.samplers import (
+    Denoiser,
+    called,
+    first_tensor,
+    is_sampler,
+    run_sampler,
+)
 from mpqdm_fx.calibration.schedulers import check_scheduler
-from mpqdm_fx.errors import CalibrationError, ConfigError, MPQError, first_line
+from mpqdm_fx.errors import CalibrationError, ConfigError, first_line
+from mpqdm_fx.graph.containers import same_constant
 from mpqdm_fx.graph.entry import in_float32
 from mpqdm_fx.validation import Count, DerivedSeed, NonNegative, checked
 
@@ -28,6 +38,7 @@ __all__ = [
     "EXTRA_CHANNELS",
     "Denoiser",
     "StepCallback",
+    "check_loop",
     "concatenate",
     "denoise",
     "denoise_in_batches",
@@ -39,9 +50,6 @@ __all__ = [
 
 EXTRA_CHANNELS = "extra_channels"
 """Condition that the model gets as channels behind those of the noisy sample, [N, C, H, W]."""
-
-Denoiser = Callable[..., Any]
-"""What is called as `model(sample=..., timestep=..., **conditions)`."""
 
 StepCallback = Callable[[int, Tensor, Tensor], None]
 """Told `(step index, timestep, sample after the step)`."""
@@ -56,7 +64,7 @@ def denoise(
     scheduler: Any,
     noise: Tensor,
     *,
-    num_inference_steps: Count,
+    num_inference_steps: Count | None = None,
     seed: DerivedSeed,
     conditions: Mapping[str, Any] | None = None,
     guidance_scale: NonNegative | None = None,
@@ -75,29 +83,38 @@ def denoise(
             guidance B is twice the batch of `noise`, the unconditional half first. A module in half
             precision runs as a float32 copy.
         scheduler: a diffusers scheduler with `init_noise_sigma` (all but those of flow matching); a
-            copy of it is used.
+            copy of it is used. Or a `Sampler`, which names the model's arguments itself, combines
+            the halves of guidance itself, and knows its own steps.
         noise: standard normal, float [N, ...], not yet scaled by the scheduler's initial sigma.
-        num_inference_steps: how many steps the schedule has.
+        num_inference_steps: how many steps the schedule has; None with a `Sampler`.
         seed: of the noise that ancestral schedulers add at each step. Noise that was drawn with a
             generator of the same seed is another stream.
         conditions: further keyword arguments of the model, tensors (or dicts and tuples of them)
             with the batch N in front.
         guidance_scale: weight of classifier-free guidance; None runs the conditional half alone.
         unconditional: the conditions of the unconditional half, the same keywords as `conditions`.
-        callback: called after every step.
+        callback: called after every step of a scheduler.
         progress: show a progress bar over the steps.
 
     Returns:
         The samples, shape and dtype of `noise`.
 
     Raises:
-        ConfigError: a number is out of range, or the scheduler has no schedule of so many steps.
+        ConfigError: a number is out of range or missing, the scheduler has no schedule of so many
+            steps, or a `Sampler` is given what belongs to schedulers.
         CalibrationError: guidance without unconditional conditions, conditions that do not match,
             a scheduler that it cannot drive or whose numbers are no schedule, or a model output of
             another shape than the sample.
     """
+    check_loop(scheduler, num_inference_steps, guidance_scale)
     model = in_float32(model)
     inputs = dict(conditions or {})
+    # Callers draw `noise` by this very seed: with one stream for both, an ancestral scheduler would
+    # add the initial noise itself, and deviations would add up where variances have to.
+    generator = torch.Generator(noise.device).manual_seed((seed + _STEP_STREAM) % 2**63)
+    if is_sampler(scheduler):
+        return run_sampler(scheduler, model, noise, inputs, generator)
+    assert num_inference_steps is not None
     paired = guidance_scale is not None
     if paired:
         inputs = _pair_conditions(unconditional, inputs)
@@ -109,9 +126,6 @@ def denoise(
             f"not supported; give one of noise or v-prediction, such as DDIMScheduler"
         )
     scheduler = scheduled(scheduler, num_inference_steps, device=noise.device)
-    # Callers draw `noise` by this very seed: with one stream for both, an ancestral scheduler would
-    # add the initial noise itself, and deviations would add up where variances have to.
-    generator = torch.Generator(noise.device).manual_seed((seed + _STEP_STREAM) % 2**63)
     step_arguments = (
         {"generator": generator}
         if "generator" in inspect.signature(scheduler.step).parameters
@@ -133,7 +147,7 @@ def denoise(
             if extra is not None:
                 model_input = torch.cat([model_input, extra], dim=1)
             call = {"sample": model_input, "timestep": timestep.repeat(len(model_input)), **inputs}
-            output = first_tensor(_called(model, call))
+            output = first_tensor(called(model, call))
             output = _drop_learned_variance(output.to(sample.dtype), sample, scheduler)
             output = _guided_mean(output, sample.shape[1], guidance_scale)
             sample = scheduler.step(
@@ -142,6 +156,43 @@ def denoise(
             if callback is not None:
                 callback(index, timestep, sample)
     return sample
+
+
+def check_loop(
+    loop: Any, num_inference_steps: int | None, guidance_scale: float | None = None
+) -> None:
+    """Refuse a loop without what it needs, or with what it has no use for.
+
+    Args:
+        loop: A diffusers scheduler, or a `Sampler`.
+        num_inference_steps: As of `denoise`.
+        guidance_scale: As of `denoise`.
+
+    Raises:
+        ConfigError: A scheduler without a number of steps, a sampler with one or with guidance, or
+            something that is neither.
+        CalibrationError: A scheduler's numbers are no schedule.
+    """
+    name = type(loop).__name__
+    if not is_sampler(loop):
+        if not hasattr(loop, "set_timesteps"):
+            raise ConfigError(
+                f"{name} is no scheduler of diffusers, and no sampler: it has no method "
+                f"sample(model, noise, conditions, generator)"
+            )
+        if num_inference_steps is None:
+            raise ConfigError(f"{name} needs num_inference_steps, the steps of a run")
+        return check_scheduler(loop)
+    if num_inference_steps is not None:
+        raise ConfigError(
+            f"{name} is a sampler, which knows its own steps; leave num_inference_steps out"
+        )
+    if guidance_scale is not None:
+        raise ConfigError(
+            f"{name} is a sampler, which combines the halves of guidance itself; leave "
+            f"guidance_scale out"
+        )
+    return None
 
 
 def scheduled(scheduler: Any, steps: int, *, device: torch.device | str = "cpu") -> Any:
@@ -169,26 +220,12 @@ def scheduled(scheduler: Any, steps: int, *, device: torch.device | str = "cpu")
     return own
 
 
-def _called(model: Denoiser, call: Mapping[str, Any]) -> Any:
-    """The model's output; its own complaints about the inputs say which these were."""
-    try:
-        return model(**call)
-    except (MPQError, torch.OutOfMemoryError):
-        raise
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        shapes = pytree.tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), dict(call))
-        raise CalibrationError(
-            f"the model cannot be called with inputs of the shapes {shapes}: "
-            f"{type(error).__name__}: {first_line(error)}; check that the conditions belong to it"
-        ) from error
-
-
 def denoise_in_batches(
     model: Denoiser,
     scheduler: Any,
     noise: Tensor,
     *,
-    num_inference_steps: int,
+    num_inference_steps: int | None,
     seed: int,
     conditions: Mapping[str, Any],
     batch_size: int = 16,
@@ -200,7 +237,7 @@ def denoise_in_batches(
         model: as of `denoise`.
         scheduler: as of `denoise`.
         noise: standard normal, float [N, ...].
-        num_inference_steps: how many steps the schedule has.
+        num_inference_steps: as of `denoise`.
         seed: of the noise that ancestral schedulers add.
         conditions: tensors, or dicts and tuples of them, with N in front.
         batch_size: samples at once.
@@ -227,31 +264,38 @@ def denoise_in_batches(
 
 
 def take_rows(value: Any, rows: slice | Tensor) -> Any:
-    """Rows of every tensor in nested dicts, lists and tuples; flags and None stay.
+    """Rows of every tensor in nested dicts, lists and tuples; flags, None and 0-d tensors stay.
 
     Args:
         value: Tensors, or what holds them.
         rows: Which; int64 [n], or a slice.
     """
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor[rows], value)
+    return pytree.tree_map_only(
+        Tensor, lambda tensor: tensor[rows] if tensor.ndim else tensor, value
+    )
 
 
 def concatenate(values: Sequence[Any]) -> Any:
     """Put the rows of tensors at equal places of nested dicts, lists and tuples behind each other.
 
     Args:
-        values: At least one; all have the same places. Flags and None, which have no rows, are
-            those of the last.
+        values: At least one; all have the same places. Flags, numbers and None have no rows, and
+            are the same in all.
 
     Raises:
-        CalibrationError: One has other places than the last, or a tensor of another shape.
+        CalibrationError: One has other places than the last, a tensor of another shape, or another
+            flag or number.
     """
 
     def behind(last: Any, *others: Any) -> Any:
         parts = [*others, last]
         # one tensor beside a flag is an error of torch.cat, and not the flag
         tensors = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(parts))
-        return torch.cat(parts) if tensors else last
+        if tensors:
+            return torch.cat(parts)
+        if not all(same_constant(part, last) for part in parts):
+            raise ValueError(f"{parts[0]!r} and {last!r} have no rows to be put together")
+        return last
 
     try:
         return pytree.tree_map(behind, values[-1], *values[:-1])
@@ -260,7 +304,7 @@ def concatenate(values: Sequence[Any]) -> Any:
     except (RuntimeError, TypeError, ValueError) as error:
         raise CalibrationError(
             f"inputs that belong together differ: {first_line(error)}; give all of them the same "
-            f"entries, of the same shapes but for the first axis"
+            f"entries, of the same shapes but for the first axis, and a tensor where values differ"
         ) from error
 
 
@@ -299,23 +343,6 @@ def model_timesteps(scheduler: Any) -> Tensor:
     if timesteps.is_floating_point() and not torch.equal(timesteps, timesteps.round()):
         return timesteps.float()
     return timesteps.long()
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the tensor in a model's output: itself, `.sample` of an output object, or entry 0.
-
-    Raises:
-        CalibrationError: there is no tensor to be found.
-    """
-    found = getattr(output, "sample", None) if not isinstance(output, Tensor) else output
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
-        raise CalibrationError(
-            f"the model returned {type(output).__name__}; expected a tensor, a tuple that starts "
-            "with one, or an output with .sample"
-        )
-    return found
 
 
 def _check_extra(extra: Any, rows: int, noise: Tensor) -> None:

@@ -14,12 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_call
-from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, Denoiser, concatenate, denoise, take_rows
-from mpqdm_fx.calibration.schedulers import check_scheduler
+from mpqdm_fx.calibration.samplers import Denoiser, check_scheduled, is_sampler, rows_of
+from mpqdm_fx.calibration.sampling import (
+    EXTRA_CHANNELS,
+    check_loop,
+    concatenate,
+    denoise,
+    take_rows,
+)
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.containers import tensor_leaves
 from mpqdm_fx.graph.entry import in_float32, unwrap
@@ -44,34 +51,36 @@ _RUN = "__run"  # which run a recorded row belongs to, until the rows are in bat
 class Trajectories:
     """The inputs a model gets along its own denoising runs, as batches of keyword arguments.
 
-    Iterating yields dicts `{"sample", "timestep", **conditions}`, exactly as the model was called:
-    with guidance both halves of each pair are there. Every trajectory contributes every timestep of
-    the schedule. The runs are made once, at the first iteration, with a progress bar; the same
-    settings give the same batches, however often they are read.
+    Iterating yields dicts `{"sample", "timestep", **conditions}`, or of what a `Sampler` calls the
+    model with, exactly as the model was called: with guidance both halves of each pair are there.
+    Every trajectory contributes every timestep of the schedule (every call of a sampler). The runs
+    are made once, at the first iteration, with a progress bar; the same settings give the same
+    batches, however often they are read.
 
     Args:
-        model: the float denoiser, called as `model(sample=..., timestep=..., **conditions)`; one in
-            half precision runs as a float32 copy.
-        scheduler: a diffusers scheduler; it is copied.
+        model: the float denoiser, called as `model(sample=..., timestep=..., **conditions)`, or as
+            the sampler calls it; one in half precision runs as a float32 copy.
+        scheduler: a diffusers scheduler; it is copied. Or a `Sampler`: a loop of one's own.
         sample_shape: shape of one sample without the batch axis; None reads `model.config`.
         num_trajectories: how many runs from different noise.
-        num_inference_steps: steps in each run.
+        num_inference_steps: steps in each run; None with a sampler, which has its own.
         batch_size: rows in a batch (model rows: with guidance a run has two at each timestep). The
-            last batch may be smaller.
+            last batch may be smaller. A sampler makes so many runs at once.
         seed: of the noise, of conditions made by a function, of ancestral noise, and of the order.
         conditions: further keyword arguments of the model. A mapping holds tensors with
             `num_trajectories` in front; a function is called once with the number of trajectories
-            and a generator seeded by `seed`. Channels behind the noisy ones, such as the mask and
-            the masked image of inpainting, are the condition `"extra_channels"`; batches hold them
-            as channels of `sample`, as the model was called.
-        guidance_scale: weight of classifier-free guidance, None for none.
+            and a generator seeded by `seed`. A sampler gets those of its runs. With a scheduler,
+            channels behind the noisy ones, such as the mask and the masked image of inpainting, are
+            the condition `"extra_channels"`; batches hold them as channels of `sample`, as the
+            model was called.
+        guidance_scale: weight of classifier-free guidance, None for none and with a sampler.
         unconditional: conditions of the unconditional half, in the same form.
         shuffle: True mixes trajectories and timesteps, so that each batch holds many noise levels;
             False keeps the order of the runs, one timestep in a batch.
         held_out: so many of the runs, the last ones, fill batches of their own at the end; see
             `held_out_calls`.
-        rows_per_timestep: with a number, only so many of the model's rows at each timestep are
-            kept, drawn with `seed` without replacement; None keeps all.
+        rows_per_timestep: with a number, only so many of the model's rows at each timestep (at each
+            of a sampler's calls) are kept, drawn with `seed` without replacement; None keeps all.
 
     Raises:
         ConfigError: a number is out of range.
@@ -87,7 +96,7 @@ class Trajectories:
         scheduler: Any,
         *,
         num_trajectories: Count,
-        num_inference_steps: Count,
+        num_inference_steps: Count | None = None,
         batch_size: Count,
         seed: Seed,
         sample_shape: tuple[Count, ...] | None = None,
@@ -102,7 +111,9 @@ class Trajectories:
             raise ConfigError(
                 f"held_out is {held_out}; it must leave some of the {num_trajectories} runs"
             )
-        check_scheduler(scheduler)
+        check_loop(scheduler, num_inference_steps, guidance_scale)
+        if not is_sampler(scheduler):
+            check_scheduled(model)
         self.model = model
         self.scheduler = scheduler
         self.num_trajectories = num_trajectories
@@ -155,29 +166,36 @@ class Trajectories:
         return self._batches
 
     def _record(self) -> tuple[Tensor, list[list[dict[str, Any]]]]:
-        """Run all trajectories; return final samples and, per timestep, the calls made there."""
+        """Run all trajectories; return final samples and the calls at each step, or call."""
         # a dict: second-order schedulers (Heun, ...) call the model more often than they have steps
         calls: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
         step = 0
         model = in_float32(self.model)
+        sampler = self.scheduler if is_sampler(self.scheduler) else None
 
         def recording_model(**inputs: Any) -> Any:
-            calls[step].append({**inputs, _RUN: runs})
+            nonlocal step
+            if sampler is None:
+                calls[step].append({**inputs, _RUN: runs.repeat(pairs)})
+                return model(**inputs)
+            times = rows_of(inputs, len(runs), sampler) // len(runs)
+            # the loop may go on with the same tensors in place
+            own = pytree.tree_map_only(Tensor, torch.clone, inputs)
+            calls[step].append({**own, _RUN: runs.repeat(times)})
+            step += 1
             return model(**inputs)
 
         pairs = 1 if self.guidance_scale is None else 2
-        chunk = max(1, self.batch_size // pairs)
         finals = []
         with tqdm(
-            total=self.num_trajectories * self.num_inference_steps,
+            total=self.num_trajectories * (self.num_inference_steps or 1),
             desc="trajectories",
-            unit="step",
+            unit="step" if sampler is None else "run",
             disable=None,
         ) as bar:
-            for start in range(0, self.num_trajectories, chunk):
-                rows = slice(start, start + chunk)
+            for start, rows in self._chunks(pairs):
                 noise = self._noise[rows]
-                runs = torch.arange(start, start + len(noise)).repeat(pairs)
+                runs = torch.arange(start, start + len(noise))
 
                 def advance(index: int, timestep: Tensor, sample: Tensor) -> None:
                     nonlocal step
@@ -199,16 +217,30 @@ class Trajectories:
                             if self._unconditional is None
                             else take_rows(self._unconditional, rows)
                         ),
-                        callback=advance,
+                        callback=advance if sampler is None else None,
                     )
                 )
+                if sampler is not None:
+                    bar.update(len(noise))
         samples = torch.cat(finals)
         if not torch.isfinite(samples).all():
             raise CalibrationError(
                 "the model's own denoising run gave NaN or infinite samples; check the float model "
-                "and that scheduler and conditions belong to it"
+                "and that scheduler (or sampler) and conditions belong to it"
             )
         return samples, [calls[index] for index in sorted(calls)]
+
+    def _chunks(self, pairs: int) -> Iterator[tuple[int, slice]]:
+        """Runs that are made at once: the first one's number, and their rows."""
+        chunk = max(1, self.batch_size // pairs)
+        ends = [self.num_trajectories]
+        if is_sampler(self.scheduler):  # the order of the rows in its calls is its own affair
+            ends.insert(0, self.num_trajectories - self.held_out)
+        first = 0
+        for end in ends:
+            for start in range(first, end, chunk):
+                yield start, slice(start, min(start + chunk, end))
+            first = end
 
     def _arrange(self, calls: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -216,7 +248,7 @@ class Trajectories:
             kept = []
             for at_timestep in calls:
                 merged = concatenate(at_timestep)
-                rows = torch.randperm(len(merged["sample"]), generator=generator)
+                rows = torch.randperm(len(merged[_RUN]), generator=generator)
                 kept.append([take_rows(merged, rows[: self.rows_per_timestep])])
             calls = kept
         timesteps = [concatenate(at_timestep) for at_timestep in calls]
@@ -229,12 +261,11 @@ class Trajectories:
             ]
             if self.shuffle:
                 everything = concatenate(parts)
-                order = torch.randperm(len(everything["sample"]), generator=generator)
+                order = torch.randperm(len(everything[_RUN]), generator=generator)
                 parts = [take_rows(everything, order)]
             before = len(batches)
             for part in parts:
-                del part[_RUN]
-                every = torch.arange(len(part["sample"]))
+                every = torch.arange(len(part.pop(_RUN)))
                 for rows in torch.split(every, self.batch_size):
                     batches += [take_rows(part, rows)] if len(rows) else []
             self._held_out_batches = len(batches) - before

@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.ambient import plain_torch
+from mpqdm_fx.calibration.samplers import check_scheduled, is_sampler
+from mpqdm_fx.calibration.sampling import check_loop
 from mpqdm_fx.calibration.trajectories import Conditions, make_conditions, sample_shape_of
 from mpqdm_fx.distill.called import Called
 from mpqdm_fx.distill.config import DistillConfig
@@ -86,10 +88,11 @@ def distill(
         quantized: The model to start from; it is not changed.
         teacher: The float model that it was quantized from.
         config: Settings.
-        scheduler: A diffusers scheduler, the one of deployment; it is copied.
+        scheduler: A diffusers scheduler, the one of deployment; it is copied. Or a `Sampler`, whose
+            every call is an example (`config.steps` is not used).
         sample_shape: Shape of one sample without the batch; None reads the model's config.
         conditions: Further arguments of the model, as `Trajectories` takes them.
-        unconditional: Those of the unconditional half of guidance.
+        unconditional: Those of the unconditional half of guidance, with a scheduler.
         directory: Folder for checkpoints, from which the same call goes on to the same bits (with
             a budget of updates; one of time depends on the clock). None keeps none.
         device: Where to train, for example `"cuda"`; the result lies on the CPU.
@@ -100,9 +103,13 @@ def distill(
     Raises:
         ConfigError: `teacher` has not the graph of the model that was quantized, the folder holds
             another run, features are named that the model does not have, or the batch of its graph
-            is fixed to another one.
+            is fixed to another one; or a sampler is given guidance.
         CalibrationError: A run or the loss leaves the finite numbers, or conditions do not fit.
     """
+    own_loop = is_sampler(scheduler)
+    check_loop(scheduler, None if own_loop else config.steps, config.guidance_scale)
+    if not own_loop:
+        check_scheduled(teacher)
     start = _start(config, sample_shape or sample_shape_of(teacher), conditions, unconditional)
     _check_batch(quantized.signature, config)
     teacher = unwrap(teacher)
@@ -137,7 +144,7 @@ def distill(
         graph,
         runs,
         config,
-        identity=_identity(quantized, fingerprint, config, recorder, runs.start),
+        identity=_identity(quantized, fingerprint, config, recorder, runs),
         directory=None if directory is None else Path(directory),
         effects=_effects(model, recorder, config, runs) if config.final_share else None,
         on_policy=_own_runs(model, recorder, runs) if config.on_policy else None,
@@ -255,13 +262,19 @@ def _identity(
     float_model: str,
     config: DistillConfig,
     recorder: Recorder,
-    start: Start,
+    runs: Runs,
 ) -> Mapping[str, Any]:
     settings = config.to_dict()
     # a run may be given more time, and go on
     del settings["seconds"]
-    digest = hashlib.sha256()
-    for value in pytree.tree_leaves((start.noise, start.conditions, start.unconditional)):
+    digest, start, loop = hashlib.sha256(), runs.start, recorder.scheduler
+    given: Any = (start.noise, start.conditions, start.unconditional)
+    if is_sampler(loop):  # its settings are its own affair, but they show in what it does
+        told = {"sampler": f"{type(loop).__module__}.{type(loop).__qualname__}"}
+        given = (given, dict(runs.inputs))
+    else:
+        told = json.loads(loop.to_json_string())
+    for value in pytree.tree_leaves(given):
         if isinstance(value, Tensor):
             hash_tensor(digest, value)
         else:
@@ -271,7 +284,7 @@ def _identity(
         "float model": float_model,
         "quantized model": graph_fingerprint(quantized.graph_module),
         "activation bits": quantized.settings.activation_bits,
-        "scheduler": json.loads(recorder.scheduler.to_json_string()),
+        "scheduler": told,
         "noise and conditions": digest.hexdigest(),
         "versions": versions(),
     }

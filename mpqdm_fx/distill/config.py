@@ -30,7 +30,7 @@ class DistillConfig:
         seconds: Wall time of the training, None for no limit; one of the two is needed. The
             learning rates fall linearly to 0 over the run, whichever measures it.
         trajectories: Denoising runs of the float model that give the data.
-        steps: Steps of each.
+        steps: Steps of each; a `Sampler` has its own.
         batch_size: Rows in an update, over all processes.
         rank: Rank of the trained change of a weight, 0 trains none (QALoRA, EfficientDM, arXiv
             2310.03270).

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mpqdm_fx.calibration.sampling import first_tensor
+from mpqdm_fx.calibration.samplers import first_tensor, is_sampler
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.runs import Predict, Recorder, Start
 
@@ -100,7 +100,11 @@ def measure_effects(student: Predict, recorder: Recorder, start: Start) -> Effec
     """
     groups = torch.split(torch.arange(len(start)), recorder.batch_size)
     total = len(groups) * recorder.steps
-    with tqdm(total=total, desc="effects of steps", unit="step") as bar:
+    with tqdm(
+        total=None if is_sampler(recorder.scheduler) else total,
+        desc="effects of steps",
+        unit="step",
+    ) as bar:
         parts = [_measure_part(student, recorder, start.rows(rows), bar) for rows in groups]
     return Effects(
         error=torch.stack([part.error for part in parts]).sum(0),
@@ -110,18 +114,23 @@ def measure_effects(student: Predict, recorder: Recorder, start: Start) -> Effec
 
 def _measure_part(student: Predict, recorder: Recorder, start: Start, bar: Any) -> Effects:
     answers: list[Tensor] = []
+    counts: list[int] = []
 
     def recorded(**inputs: Any) -> Tensor:
+        counts.append(recorder.examples_in(inputs, start))
         answers.append(first_tensor(recorder.teacher(**inputs)))
         return answers[-1]
 
     finished = recorder.denoise(recorded, start)
-    error, moved = [], []
-    for place in range(len(answers)):
+    error: list[float] = []
+    moved: list[float] = []
+    for place, count in enumerate(counts):
         deviant = _Deviant(student, recorder.teacher, answers, place)
-        moved.append(_energy(recorder.denoise(deviant, start) - finished))
+        distance = _energy(recorder.denoise(deviant, start) - finished)
         found, right = (recorder.noise_of(a, start) for a in (deviant.answer, answers[place]))
-        error.append(_energy(found - right))
+        # the examples of one call share what it does
+        moved += [distance / count] * count
+        error += [_energy(found - right) / count] * count
         bar.update()
     return Effects(
         error=torch.tensor(error, dtype=torch.float64),

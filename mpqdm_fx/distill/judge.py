@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpqdm_fx.calibration.sampling import first_tensor, guided
+from mpqdm_fx.calibration.samplers import first_tensor
+from mpqdm_fx.calibration.sampling import guided
 from mpqdm_fx.distill.runs import Predict, Recorder, Runs
 from mpqdm_fx.distill.student import Student
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.calibration.sampling import first_tensor, guided
+from mpqdm_fx.calibration.samplers import first_tensor
+from mpqdm_fx.calibration.sampling import guided
 from mpqdm_fx.distill.called import Called
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.features import feature_nodes, with_features

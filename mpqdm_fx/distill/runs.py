@@ -2,10 +2,11 @@
 
 Data-free (EfficientDM, section 3.2): noise is drawn, the float model denoises it with the very
 scheduler and guidance of deployment, and every call on the way is an example. Runs of the student
-can be added: the latents it gets itself into, with the float model's answer to them.
+can be added: the latents it gets itself into, with the float model's answer to them. A `Sampler` is
+recorded as it calls the model: each row of a call is an example, whatever its arguments are.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
+from mpqdm_fx.calibration.samplers import first_tensor, is_sampler, rows_of
 from mpqdm_fx.calibration.sampling import (
     EXTRA_CHANNELS,
     concatenate,
     denoise,
-    first_tensor,
     guided,
     take_rows,
 )
@@ -93,24 +94,26 @@ class Runs:
     """Recorded runs.
 
     Attributes:
-        samples: What the model was given, [runs, calls, C, H, W], scaled by the scheduler.
-        timesteps: [runs, calls].
+        inputs: What the model was given at each call, tensors [runs, calls, ...]: `sample`, scaled
+            by the scheduler, and `timestep`; all that a sampler gave.
         targets: (Guided) answers of the float model, [runs, calls, C, H, W].
         start: What they started from.
+        conditioned: Whether `inputs` hold the conditions too, as of samplers; else those of `start`
+            are theirs.
     """
 
-    samples: Tensor
-    timesteps: Tensor
+    inputs: Mapping[str, Any]
     targets: Tensor
     start: Start
+    conditioned: bool = False
 
     @property
     def calls(self) -> int:
         """Calls in a run."""
-        return self.samples.shape[1]
+        return self.targets.shape[1]
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.targets)
 
     def batch(self, runs: Tensor, calls: Tensor) -> Batch:
         """The rows (run, call).
@@ -127,8 +130,12 @@ class Runs:
         )
 
     def _inputs(self, runs: Tensor, calls: Tensor) -> dict[str, Any]:
+        drawn: dict[str, Any] = pytree.tree_map_only(
+            Tensor, lambda tensor: tensor[runs, calls], dict(self.inputs)
+        )
+        if self.conditioned:
+            return drawn
         start = self.start.rows(runs)
-        drawn = {"sample": self.samples[runs, calls], "timestep": self.timesteps[runs, calls]}
         # what was recorded has the extra channels already
         own = {**start.conditions, **drawn}
         own.pop(EXTRA_CHANNELS, None)
@@ -150,8 +157,8 @@ class Recorder:
 
     Attributes:
         teacher: The float model; its answers are the targets.
-        scheduler: A diffusers scheduler; it is copied.
-        steps: Steps of a run.
+        scheduler: A diffusers scheduler; it is copied. Or a `Sampler`.
+        steps: Steps of a run; a sampler has its own.
         guidance_scale: Weight of guidance, None for none.
         batch_size: Runs at once.
         device: Where the models are; what is recorded stays on the CPU.
@@ -175,7 +182,7 @@ class Recorder:
             model,
             self.scheduler,
             start.noise.to(self.device),
-            num_inference_steps=self.steps,
+            num_inference_steps=None if is_sampler(self.scheduler) else self.steps,
             seed=start.seed,
             conditions=_moved(start.conditions, self.device),
             unconditional=_moved(start.unconditional, self.device),
@@ -185,7 +192,15 @@ class Recorder:
 
     def noise_of(self, output: Tensor, start: Start) -> Tensor:
         """The (guided) noise in an answer; a learned variance is none to be matched."""
+        if is_sampler(self.scheduler):  # it alone knows what an answer is
+            return output
         return guided(output, self.guidance_scale)[:, : start.noise.shape[1]]
+
+    def examples_in(self, inputs: Mapping[str, Any], start: Start) -> int:
+        """How many examples of each run a call holds: several if a sampler joins halves."""
+        if not is_sampler(self.scheduler):
+            return 1
+        return rows_of(inputs, len(start), self.scheduler) // len(start)
 
     @torch.no_grad()
     def record(self, walker: Predict, start: Start, *, progress: str | None = None) -> Runs:
@@ -200,14 +215,27 @@ class Recorder:
             CalibrationError: The runs leave the finite numbers, or an argument has the wrong
                 length.
         """
-        total = len(start) * self.steps
+        total = len(start) * (1 if is_sampler(self.scheduler) else self.steps)
         with tqdm(total=total, desc=progress, unit="step", disable=progress is None) as bar:
             parts = [
                 self._part(walker, start.rows(rows), bar)
                 for rows in torch.split(torch.arange(len(start)), self.batch_size)
             ]
-        samples, timesteps, targets = (torch.cat(part) for part in zip(*parts, strict=True))
-        if not bool(torch.isfinite(targets).all() and torch.isfinite(samples).all()):
+        counts = {part.calls for part in parts}
+        if len(counts) > 1:
+            raise CalibrationError(
+                f"{type(self.scheduler).__name__} calls the model {min(counts)} times in one batch "
+                f"and {max(counts)} times in another; training goes by the place of a call in its "
+                f"run, so give a loop with a fixed number"
+            )
+        joined = Runs(
+            inputs=concatenate([dict(part.inputs) for part in parts]),
+            targets=torch.cat([part.targets for part in parts]),
+            start=start,
+            conditioned=is_sampler(self.scheduler),
+        )
+        leaves = [joined.targets, *pytree.tree_leaves(dict(joined.inputs))]
+        if not all(bool(t.isfinite().all()) for t in leaves if isinstance(t, Tensor)):
             raise CalibrationError(
                 "denoising runs gave NaN or infinite values; check the model and that the "
                 "scheduler belongs to it"
@@ -215,21 +243,50 @@ class Recorder:
                 else "the trained model's own runs gave NaN or infinite values; train with "
                 "on_policy=0, or lower the rates"
             )
-        return Runs(samples=samples, timesteps=timesteps, targets=targets, start=start)
+        return joined
 
-    def _part(self, walker: Predict, start: Start, bar: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples, timesteps and targets of runs that are made at once."""
-        samples: list[Tensor] = []
-        timesteps: list[Tensor] = []
+    def _part(self, walker: Predict, start: Start, bar: Any) -> Runs:
+        """Runs that are made at once."""
+        inputs: list[dict[str, Any]] = []
         targets: list[Tensor] = []
 
-        def watched(**inputs: Any) -> Tensor:
-            answer = first_tensor(walker(**inputs))
-            right = answer if walker is self.teacher else first_tensor(self.teacher(**inputs))
-            samples.append(inputs["sample"][-len(start) :].cpu())
-            timesteps.append(inputs["timestep"][-len(start) :].cpu())
-            targets.append(self.noise_of(right, start).cpu())
+        def watched(**given: Any) -> Tensor:
+            answer = first_tensor(walker(**given))
+            right = answer if walker is self.teacher else first_tensor(self.teacher(**given))
+            for example, target in self._examples(given, right, start):
+                inputs.append(_copied(example))
+                targets.append(_copied(target))
             return answer
 
-        self.denoise(watched, start, lambda index, timestep, sample: bar.update(len(sample)))
-        return torch.stack(samples, 1), torch.stack(timesteps, 1), torch.stack(targets, 1)
+        if is_sampler(self.scheduler):
+            self.denoise(watched, start)
+            bar.update(len(start))
+        else:
+            self.denoise(watched, start, lambda index, timestep, sample: bar.update(len(sample)))
+        return Runs(inputs=_stacked(inputs), targets=torch.stack(targets, 1), start=start)
+
+    def _examples(
+        self, given: Mapping[str, Any], right: Tensor, start: Start
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """The examples in one call, each with a row for each run: inputs and target."""
+        if not is_sampler(self.scheduler):
+            # the conditional half; conditions are those of the start
+            half = slice(-len(start), None)
+            yield {n: given[n][half] for n in ("sample", "timestep")}, self.noise_of(right, start)
+            return
+        count = self.examples_in(given, start)
+        for rows in torch.split(torch.arange(count * len(start)), len(start)):
+            yield take_rows(dict(given), rows), right[rows]
+
+
+def _copied(tree: Any) -> Any:
+    """On the CPU, in memory of its own: a loop may go on with the same tensors in place."""
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), tree)
+
+
+def _stacked(calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of several calls, tensors [rows, calls, ...]."""
+    apart = [pytree.tree_map_only(Tensor, lambda t: t[None], call) for call in calls]
+    joined = concatenate(apart)
+    stacked: dict[str, Any] = pytree.tree_map_only(Tensor, lambda t: t.transpose(0, 1), joined)
+    return stacked

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, distributed, fx, nn
+from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from mpqdm_fx.distill.checkpoint import (
@@ -266,8 +267,7 @@ class Trainer:
             "generator": self.generator.get_state(),
         }
         if self._own is not None:
-            tensors["own.samples"] = self._own.samples
-            tensors["own.targets"] = self._own.targets
+            tensors |= _own_tensors(self._own)
         save_state(
             self.directory,
             self.identity,
@@ -306,9 +306,12 @@ class Trainer:
             resumed=numbers.history.updates,
         )
         self.weight, self._recent = numbers.weight, list(numbers.recent)
-        if "own.samples" in tensors:
+        if "own.targets" in tensors:
+            own = _own_tensors(self.runs)
+            leaves = iter([tensors[name] for name in own if name != "own.targets"])
+            inputs = pytree.tree_map_only(Tensor, lambda _: next(leaves), dict(self.runs.inputs))
             self._own = dataclasses.replace(
-                self.runs, samples=tensors["own.samples"], targets=tensors["own.targets"]
+                self.runs, inputs=inputs, targets=tensors["own.targets"]
             )
         logger.info("going on at update %d", self.history.updates)
 
@@ -336,13 +339,17 @@ class Trainer:
             yield {**moments, f"adam.{index}.step": torch.zeros(())}
         if self._draw_own is not None:
             drawn = slice(min(len(self.runs), self.config.batch_size))
-            yield {
-                "own.samples": self.runs.samples[drawn],
-                "own.targets": self.runs.targets[drawn],
-            }
+            yield {name: value[drawn] for name, value in _own_tensors(self.runs).items()}
         if self.config.relation == "queue":
             kept = {name: rows for name, rows in found.items() if name.startswith("memory.")}
             for index in range(len(kept)):
                 rows = kept.get(f"memory.{index}", torch.empty(0))
                 fits = rows.dim() == 2 and len(rows) <= self.config.memory
                 yield {f"memory.{index}": rows if fits else torch.empty(0)}
+
+
+def _own_tensors(runs: Runs) -> dict[str, Tensor]:
+    """The tensors of the student's own runs, by their names in a checkpoint."""
+    leaves = [leaf for leaf in pytree.tree_leaves(dict(runs.inputs)) if isinstance(leaf, Tensor)]
+    inputs = {f"own.inputs.{index}": leaf.contiguous() for index, leaf in enumerate(leaves)}
+    return {**inputs, "own.targets": runs.targets}

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -13,12 +13,14 @@ from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS
 from mpqdm_fx.calibration.schedulers import check_scheduler, check_scheduler_config
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError, first_line
 from mpqdm_fx.folders import SCHEDULER_CONFIG
+from mpqdm_fx.graph.containers import tensor_leaves
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models import bundled
 from mpqdm_fx.models.classes import diffusers_class
 from mpqdm_fx.models.config_fields import check_fields
 from mpqdm_fx.models.example_inputs import ModelInputs
 from mpqdm_fx.models.extra_channels import ExtraChannels, extra_channels_of
+from mpqdm_fx.models.functions import GivenCalls, is_function, model_of
 from mpqdm_fx.models.model_config import read_model_config
 from mpqdm_fx.models.weight_files import load_weights
 
@@ -34,13 +36,14 @@ class Source:
     Attributes:
         name: What the user called it.
         model: The model in evaluation mode, or what is called like it.
-        scheduler: A diffusers scheduler.
+        scheduler: A diffusers scheduler; None for a model that a function made.
         example_inputs: Keyword arguments of one call, batch 2.
         sample_shape: Shape of one noisy sample, without the batch axis and without channels that
             are no noise.
         inputs: What the model takes, by its config; None for a model that diffusers does not know.
         extra: What it takes behind the noisy channels, None for nothing.
         variant: Variant of its weight files.
+        calls: Calls of the user's own, to calibrate on and to measure with; None draws them.
     """
 
     name: str
@@ -51,6 +54,14 @@ class Source:
     inputs: ModelInputs | None = None
     extra: ExtraChannels | None = None
     variant: str | None = None
+    calls: GivenCalls | None = None
+
+    def with_calls(self, calls: GivenCalls) -> "Source":
+        """The source with calls of the user's own."""
+        example = calls.calls[0]
+        first = next((t for _, t in tensor_leaves(example) if t.ndim > 1), torch.empty(0))
+        shape = self.sample_shape or tuple(first.shape[1:])
+        return replace(self, calls=calls, example_inputs=example, sample_shape=shape)
 
     def conditions(self, count: int, seed: int) -> dict[str, Any]:
         """Conditions for `count` samples: balanced class labels, seeded random embeddings.
@@ -114,8 +125,9 @@ def load_source(model: str, subfolder: str | None = None, variant: str | None = 
     """Load a model by name or path.
 
     Args:
-        model: `"digits"`, a diffusers model folder (config.json and safetensors), or a pipeline
-            folder together with `subfolder`.
+        model: `"digits"`, a diffusers model folder (config.json and safetensors), a pipeline
+            folder together with `subfolder`, or a function that returns a module (`module:function`
+            or `path/to/file.py:function`; it has no scheduler and no inputs of its own).
         subfolder: Folder of the denoiser inside a pipeline folder, for example `"unet"`.
         variant: Variant of the weight files, for example `"fp16"`; computed in float32 all the
             same.
@@ -129,11 +141,17 @@ def load_source(model: str, subfolder: str | None = None, variant: str | None = 
         if variant is not None:
             raise ConfigError(f"the bundled model has no variant {variant!r}; leave it out")
         return make_source("digits", bundled.load_digits_unet(), bundled.load_digits_scheduler())
+    if is_function(model):
+        if subfolder is not None or variant is not None:
+            raise ConfigError(f"{model} is a function; leave --subfolder and --variant out")
+        return Source(
+            name=model, model=model_of(model), scheduler=None, example_inputs={}, sample_shape=()
+        )
     root = Path(model)
     if not root.is_dir():
         raise ConfigError(
             f"{model!r} is neither a bundled model (digits) nor a folder; give a diffusers model "
-            f"folder, or a pipeline folder with --subfolder unet"
+            f"folder, a pipeline folder with --subfolder unet, or a function, module:function"
         )
     if (root / "model_index.json").exists() and subfolder is None:
         raise ConfigError(
@@ -200,7 +218,7 @@ def make_source(
     Args:
         name: What the user called it.
         model: A UNet of diffusers, or what is called like it.
-        scheduler: A diffusers scheduler.
+        scheduler: A diffusers scheduler; None for a model that a function made.
         class_name: Name of the UNet's class; by default the model's.
         config: Settings of the UNet; by default the model's.
         root: Pipeline folder that it came from, which may tell more.

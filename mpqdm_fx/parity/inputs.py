@@ -1,6 +1,6 @@
 """The inputs that all rungs are run on: a few timesteps, drawn once, kept beside the weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mpqdm_fx.calibration.sampling import take_rows
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.files import replacing
 from mpqdm_fx.graph.calling import example_inputs
-from mpqdm_fx.graph.signature import TIMESTEP_NAMES, Signature, tensor_leaves
+from mpqdm_fx.graph.signature import NOISE_NAMES, TIMESTEP_NAMES, Signature, tensor_leaves
 from mpqdm_fx.models.sources import Source
 
 __all__ = ["INPUTS", "random_calls", "read_calls", "source_calls", "write_calls"]
@@ -34,6 +35,12 @@ def source_calls(source: Source, signature: Signature) -> list[Call]:
         source: The float model with its scheduler.
         signature: Signature of its graph.
     """
+    data: Iterable[Call]
+    if source.calls is not None:
+        every = source.calls.held_out
+        # spread over them, which may be in the order of the noise levels
+        data = [_first_row(every[len(every) * k // _COUNT]) for k in range(min(_COUNT, len(every)))]
+        return [_as_traced(call, signature) for call in data]
     data = Trajectories(
         source.model,
         source.scheduler,
@@ -45,16 +52,23 @@ def source_calls(source: Source, signature: Signature) -> list[Call]:
         conditions=source.conditions(1, _SEED),
         shuffle=False,
     )
+    return [_as_traced(call, signature) for call in data]
+
+
+def _as_traced(call: Call, signature: Signature) -> Call:
     dtypes = {spec.name: spec.dtype for spec in signature.inputs}
-    calls: list[Call] = []
-    for call in data:
-        cast = _map(call, lambda name, tensor: tensor.to(dtypes.get(name, tensor.dtype)))
-        calls.append(signature.normalize((), cast))
-    return calls
+    cast = _map(call, lambda name, tensor: tensor.to(dtypes.get(name, tensor.dtype)))
+    return signature.normalize((), cast)
+
+
+def _first_row(call: Call) -> Call:
+    return {name: take_rows(value, slice(0, 1)) for name, value in call.items()}
 
 
 def random_calls(signature: Signature) -> list[Call]:
     """Seeded random inputs at timesteps from the first to the last of a usual schedule.
+
+    Other noise levels are positive numbers: of a negative sigma nothing but NaN would be compared.
 
     Args:
         signature: Signature of a graph.
@@ -67,7 +81,11 @@ def random_calls(signature: Signature) -> list[Call]:
             _map(
                 drawn,
                 lambda name, value, step=step: (
-                    torch.full_like(value, step) if name in TIMESTEP_NAMES else value
+                    torch.full_like(value, step)
+                    if name in TIMESTEP_NAMES
+                    else value.abs() + 0.125
+                    if name in NOISE_NAMES
+                    else value
                 ),
             )
         )

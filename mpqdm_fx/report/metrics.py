@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_calls
-from mpqdm_fx.calibration.sampling import Denoiser, denoise, first_tensor
+from mpqdm_fx.calibration.samplers import Denoiser, first_tensor, is_sampler
+from mpqdm_fx.calibration.sampling import denoise_in_batches
 from mpqdm_fx.calibration.trajectories import Trajectories, balanced_class_labels
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.entry import in_float32
@@ -63,7 +64,7 @@ class EvaluationResult:
         accuracy: share of the quantized model's samples that are classified as their class, 0..1.
         reference_accuracy: the same of the float model's samples.
         num_samples: samples drawn from each model.
-        num_inference_steps: steps of the schedule.
+        num_inference_steps: steps of the schedule; None with a `Sampler`.
         seed: of the evaluation.
     """
 
@@ -73,10 +74,10 @@ class EvaluationResult:
     accuracy: float
     reference_accuracy: float
     num_samples: int
-    num_inference_steps: int
+    num_inference_steps: int | None
     seed: int
 
-    def to_dict(self) -> dict[str, float | int | str]:
+    def to_dict(self) -> dict[str, float | int | str | None]:
         """Return the result for JSON; infinities become the strings "inf" and "-inf"."""
         return {
             name: str(value) if isinstance(value, float) and math.isinf(value) else value
@@ -93,7 +94,7 @@ class ReferenceRun:
         outputs: the float model's output for each batch, each [batch, ...].
         images: its final samples [N, ...].
         labels: the classes asked for, int64 [N].
-        num_inference_steps: steps of the schedule.
+        num_inference_steps: steps of the schedule; None with a `Sampler`.
         batch_size: rows in a batch.
         seed: of noise and trajectories.
     """
@@ -102,7 +103,7 @@ class ReferenceRun:
     outputs: tuple[Tensor, ...]
     images: Tensor
     labels: Tensor
-    num_inference_steps: int
+    num_inference_steps: int | None
     batch_size: int
     seed: int
 
@@ -208,7 +209,7 @@ def run_reference(
     sample_shape: tuple[Count, ...] = (1, 16, 16),
     num_classes: Count = 10,
     num_samples: Count = 256,
-    num_inference_steps: Count = 20,
+    num_inference_steps: Count | None = None,
     rows_per_timestep: Count = 12,
     batch_size: Count = 32,
     seed: Seed = EVALUATION_SEED,
@@ -217,11 +218,11 @@ def run_reference(
 
     Args:
         reference: the float model; its keyword for labels is `class_labels`.
-        scheduler: its diffusers scheduler.
+        scheduler: its diffusers scheduler, or a `Sampler`, whose conditions are `class_labels`.
         sample_shape: shape of one sample.
         num_classes: classes that take turns.
         num_samples: final samples to draw.
-        num_inference_steps: steps of the schedule.
+        num_inference_steps: steps of the schedule, by default 20; a sampler has its own.
         rows_per_timestep: held-out inputs at each timestep.
         batch_size: rows in a batch.
         seed: must differ from the calibration's: then noise and trajectories are held out.
@@ -229,6 +230,8 @@ def run_reference(
     Returns:
         The run.
     """
+    if num_inference_steps is None and not is_sampler(scheduler):
+        num_inference_steps = 20
     trajectories = Trajectories(
         reference,
         scheduler,
@@ -312,7 +315,7 @@ def evaluate_denoiser(
     sample_shape: tuple[Count, ...] = (1, 16, 16),
     num_classes: Count = 10,
     num_samples: Count = 256,
-    num_inference_steps: Count = 20,
+    num_inference_steps: Count | None = None,
     batch_size: Count = 32,
     seed: Seed = EVALUATION_SEED,
 ) -> EvaluationResult:
@@ -321,12 +324,12 @@ def evaluate_denoiser(
     Args:
         reference: the float model.
         quantized: the quantized model, called like the float one.
-        scheduler: the diffusers scheduler of both.
+        scheduler: the diffusers scheduler of both, or a `Sampler`; as of `run_reference`.
         classifier: judge of classes and space of features.
         sample_shape: shape of one sample.
         num_classes: classes that take turns.
         num_samples: final samples from each model.
-        num_inference_steps: steps of the schedule.
+        num_inference_steps: steps of the schedule, by default 20; a sampler has its own.
         batch_size: rows in a call.
         seed: must differ from the calibration's.
 
@@ -360,23 +363,19 @@ def _draw(
     labels: Tensor,
     *,
     sample_shape: tuple[int, ...],
-    num_inference_steps: int,
-    batch_size: int,
     seed: int,
+    num_inference_steps: int | None,
+    batch_size: int,
 ) -> Tensor:
     noise = torch.randn(len(labels), *sample_shape, generator=torch.Generator().manual_seed(seed))
-    return torch.cat(
-        [
-            denoise(
-                model,
-                scheduler,
-                noise[start : start + batch_size],
-                num_inference_steps=num_inference_steps,
-                seed=seed + start,
-                conditions={"class_labels": labels[start : start + batch_size]},
-            )
-            for start in range(0, len(labels), batch_size)
-        ]
+    return denoise_in_batches(
+        model,
+        scheduler,
+        noise,
+        num_inference_steps=num_inference_steps,
+        seed=seed,
+        conditions={"class_labels": labels},
+        batch_size=batch_size,
     )
 
 

@@ -90,7 +90,7 @@ def test_runs_hold_what_the_model_was_given_and_answered(parts):
         assert torch.allclose(
             tiny_unet()(**batch.inputs).sample, batch.target, rtol=1e-4, atol=1e-5
         )
-    assert torch.equal(batch.previous["sample"][0], runs.samples[2, 2])
+    assert torch.equal(batch.previous["sample"][0], runs.inputs["sample"][2, 2])
     assert torch.equal(batch.previous["sample"][1], batch.inputs["sample"][1])
 
 
@@ -302,7 +302,7 @@ def test_what_judges_is_not_what_was_trained_on(quantized, parts):
     held_out = _held_out(recorder, config, runs)
     assert len(held_out) == 3
     assert torch.equal(held_out.start.conditions["class_labels"], LABELS["class_labels"][:3])
-    assert not torch.isclose(held_out.samples[:, 0], runs.samples[:3, 0]).any()
+    assert not torch.isclose(held_out.inputs["sample"][:, 0], runs.inputs["sample"][:3, 0]).any()
     found = Judge(model=tiny_unet(), recorder=recorder).errors(held_out)
     assert found.share < 1e-9  # the float model itself
     shifted = Judge(model=lambda **inputs: tiny_unet()(**inputs).sample + 0.5, recorder=recorder)

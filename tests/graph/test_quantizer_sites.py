@@ -16,8 +16,8 @@ from mpqdm_fx.activations import (
 from mpqdm_fx.errors import ConfigError, DialectError
 from mpqdm_fx.graph.editing import copy_graph_module
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.quantizer_sites import (
-    find_timestep,
     quantizer_sites,
     read_activations,
     row_axes,
@@ -159,7 +159,7 @@ def test_impossible_settings_are_refused(graph):
 def test_a_float_graph_has_no_sites_and_no_activations(graph):
     assert quantizer_sites(graph) == {}
     assert read_activations(graph) == {}
-    assert find_timestep(graph).target == "timestep"
+    assert find_noise_argument(graph).target == "timestep"
 
 
 def test_an_unused_range_is_read_back_as_the_one_in_use(graph):

@@ -1,0 +1,88 @@
+"""How far a quantized model is from the float one at each noise level."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpqdm_fx.activations import NoiseLevels
+from mpqdm_fx.ambient import plain_torch
+from mpqdm_fx.calibration.calls import check_calls
+from mpqdm_fx.calibration.samplers import Denoiser, first_tensor
+from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.graph.calling import batch_size_of
+from mpqdm_fx.graph.entry import in_float32
+from mpqdm_fx.graph.signature import NOISE_NAMES, TIMESTEP_NAMES
+from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.validation import Count, checked
+
+__all__ = ["sqnr_by_noise_level"]
+
+
+@plain_torch()
+@checked
+@torch.no_grad()
+def sqnr_by_noise_level(
+    reference: Denoiser,
+    quantized: Denoiser,
+    inputs: Iterable[Mapping[str, Any]],
+    *,
+    noise_argument: str | None = None,
+    most: Count = 8,
+) -> dict[float, float]:
+    """Compare two denoisers' outputs on the same inputs, apart for each noise level.
+
+    Args:
+        reference: The float model, called with each batch as keywords.
+        quantized: The other model, called the same way.
+        inputs: Batches of keyword arguments, for instance held-out `Trajectories`.
+        noise_argument: The argument that tells noise levels; None finds it by its name.
+        most: With more distinct noise levels, they are put together in so many groups of about
+            equally many samples; each is called by the mean of its levels.
+
+    Returns:
+        Decibels by noise level (what the model is told), largest level first.
+
+    Raises:
+        ConfigError: No argument tells noise levels.
+        CalibrationError: There is no batch, or one cannot be used.
+    """
+    batches = list(inputs)
+    check_calls(batches, "batch")
+    if not batches:
+        raise CalibrationError("sqnr_by_noise_level got no batch of inputs; give at least one")
+    name = _argument(batches[0], noise_argument)
+    model = in_float32(reference)
+    expected, found = (
+        torch.cat([first_tensor(one(**batch)) for batch in batches]) for one in (model, quantized)
+    )
+    told = torch.cat([_told(batch[name], batch_size_of(batch)) for batch in batches])
+    levels = NoiseLevels.of(told, min(most, len(told.unique())))
+    groups = levels.group_of(told)
+    ratios = {}
+    for group in reversed(groups.unique().tolist()):
+        rows = groups == group
+        ratios[float(told[rows].mean())] = sqnr_db(expected[rows], found[rows])
+    return ratios
+
+
+def _argument(batch: Mapping[str, Any], name: str | None) -> str:
+    if name is not None and name in batch:
+        return name
+    known: Sequence[str] = [
+        n for names in (TIMESTEP_NAMES, NOISE_NAMES) for n in batch if n in names
+    ]
+    if name is not None or not known:
+        raise ConfigError(
+            f"{'no argument' if name is None else f'no argument {name!r}'} tells the noise level; "
+            f"name one of ({', '.join(batch)}) with noise_argument="
+        )
+    return known[0]
+
+
+def _told(value: Any, batch: int) -> Tensor:
+    # of float32 the decimal that was meant: 0.3, not 0.30000001
+    levels = torch.as_tensor(value).detach().flatten().cpu()
+    exact = torch.tensor([float(f"{level:.7g}") for level in levels.tolist()], dtype=torch.float64)
+    return exact.expand(batch) if len(exact) == 1 else exact
