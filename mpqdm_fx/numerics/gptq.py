@@ -105,14 +105,15 @@ def _round_block(wanted: Tensor, snapper: ColumnSnapper, upper: Tensor) -> Tenso
     """Codes of one block [O, b]; `upper` is its unit upper factor [b, b]."""
     columns = wanted.T.contiguous()  # a column is a row here: contiguous
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
-    couplings = upper.T.contiguous()
+    given, couplings = errors.T, upper.T.contiguous().unbind()
+    parts = zip(columns.unbind(), codes.unbind(), errors.unbind(), strict=True)
     with one_thread():
-        for index in range(len(columns)):
-            value = columns[index]
+        for index, (column, code, error) in enumerate(parts):
+            value = column
             if index:
-                value = torch.addmv(value, errors[:index].T, couplings[index, :index])
-            codes[index] = snapper(value)
-            torch.sub(columns[index], codes[index], out=errors[index])
+                value = torch.addmv(column, given[:, :index], couplings[index][:index])
+            code.copy_(snapper(value))
+            torch.sub(column, code, out=error)
     return codes.T
 
 

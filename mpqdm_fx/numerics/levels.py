@@ -76,16 +76,22 @@ class RowLevels:
         Args:
             rows: Rows of one matrix.
         """
-        starts = range(0, len(self.bits), rows)
-        return [
-            replace(
-                self,
-                bits=self.bits[start : start + rows],
-                scale=self.scale[start : start + rows],
-                tables=None if self.tables is None else self.tables[start : start + rows],
-            )
-            for start in starts
-        ]
+        every = torch.arange(len(self.bits), device=self.scale.device)
+        return [self.take(part) for part in torch.split(every, rows)]
+
+    def take(self, rows: Tensor) -> Self:
+        """The level sets of some of the rows.
+
+        Args:
+            rows: int64, their indices.
+        """
+        here = rows.to(self.scale.device)
+        return replace(
+            self,
+            bits=self.bits[rows.to(self.bits.device)],
+            scale=self.scale[here],
+            tables=None if self.tables is None else self.tables[here],
+        )
 
     def _as_tables(self) -> Tensor:
         if self.tables is not None:
@@ -175,7 +181,7 @@ class ColumnSnapper:
         codes = ratio.mul(0.5).floor_().mul_(2).add_(1)
         if self._wide is not None:
             codes = torch.where(self._wide, ratio.round(), codes)
-        codes = torch.minimum(torch.maximum(codes, self._bottom), self._top)
+        codes.clamp_(self._bottom, self._top)
         if self._rows is not None:
             codes[self._rows] = self._fitted(ratio[self._rows])
         return codes
