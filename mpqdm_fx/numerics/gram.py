@@ -27,6 +27,7 @@ DUAL_ROWS = 2048
 
 _DOUBLE_WIDTH = 4096  # wider factors are float32, as in GPTQ; their ridge is at least 1e-3
 _CHUNK = 1024  # rows per float32 product; the sum over chunks is float64
+_BLOCK = 192  # columns of a product
 _TRIES = 6  # ridges, each ten times the one before
 
 
@@ -239,11 +240,18 @@ def _mean_square(rows: Tensor) -> Tensor:
 
 
 def _second_moments(rows: Tensor) -> Tensor:
-    """X^T X / N: float32 products of chunks of rows, summed in the factor's precision."""
+    """X^T X / N: float32 products of chunks of rows, summed in the factor's precision.
+
+    Blocks below the diagonal are those above it, transposed.
+    """
     width = rows.shape[1]
     total = torch.zeros(width, width, dtype=_factor_dtype(width), device=rows.device)
+    blocks = [slice(start, start + _BLOCK) for start in range(0, width, _BLOCK)]
     for part in torch.split(rows, _CHUNK):
-        total += part.T @ part
+        for block in blocks:
+            total[block, block.start :] += part[:, block].T @ part[:, block.start :]
+    for block in blocks:
+        total[block.stop :, block] = total[block, block.stop :].T
     return total.div_(len(rows))
 
 

@@ -414,12 +414,24 @@ def _grid_scale(exact: Tensor, maximum: Tensor, bits: int) -> tuple[Tensor, Tens
     scales = round_scale(maximum[:, None] / levels).to(torch.float64)  # [n, L]
     possible = (scales * levels == maximum[:, None]) & (scales * levels[0] <= _FLOAT_MAX)
     scale = torch.full_like(maximum, MIN_SCALE)
+    rows, level = possible.nonzero(as_tuple=True)  # by row, then by level
+    for columns in (slice(0, 8), slice(0, 64), slice(None)):  # a few elements refuse most of them
+        parts = row_chunks(len(rows), len(range(*columns.indices(exact.shape[1]))))
+        held = [
+            _lies_on(exact[rows[part]][:, columns], scales[rows[part], level[part]], bits)
+            for part in parts
+        ]
+        kept = torch.cat(held) if held else torch.zeros(0, dtype=torch.bool)
+        rows, level = rows[kept], level[kept]
+    # backwards, so that each row ends with its finest scale
+    scale[rows.flip(0)] = scales[rows, level].flip(0)
     found = maximum == 0
-    for level in possible.any(dim=0).nonzero()[:, 0].tolist():
-        rows = (possible[:, level] & ~found).nonzero()[:, 0]
-        for columns in (slice(0, 64), slice(None)):  # a few elements refuse most rows
-            part, trial = exact[rows][:, columns], scales[rows, level][:, None]
-            codes = _snap_ratio((part / trial).to(torch.float32), bits).to(torch.float64)
-            rows = rows[(codes * trial == part).all(dim=1)]
-        scale[rows], found[rows] = scales[rows, level], True
+    found[rows] = True
     return scale.to(torch.float32), found
+
+
+def _lies_on(exact: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Which rows [n, K] of magnitudes are levels times their scale [n], bool [n]."""
+    trial = scale[:, None]
+    codes = _snap_ratio((exact / trial).to(torch.float32), bits).to(torch.float64)
+    return (codes * trial == exact).all(dim=1)

@@ -167,7 +167,10 @@ class _Samples:
         """
         below = torch.searchsorted(self.values, lowest.to(torch.float32))
         inside = torch.searchsorted(self.values, highest.to(torch.float32))
-        total, squares = self.total[-1] - self.total[inside], self.squares[-1] - self.squares[inside]
+        total, squares = (
+            self.total[-1] - self.total[inside],
+            self.squares[-1] - self.squares[inside],
+        )
         low = self.squares[below] - lowest * (2 * self.total[below] - lowest * below)
         return low + squares - highest * (2 * total - highest * (len(self.values) - inside))
 
