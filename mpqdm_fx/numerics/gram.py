@@ -116,7 +116,7 @@ class Gram:
             raise CalibrationError("calibration rows hold NaN or infinity")
         if not center:
             mean = torch.zeros_like(mean)
-        shifted = (rows.to(torch.float64) - mean).to(torch.float32) if center else rows.float()
+        shifted = _shifted(rows, mean) if center else rows.float()
         dual = (form or ("primal" if width <= count else "dual")) == "dual"
         return cls(
             count=count,
@@ -230,6 +230,14 @@ class Regression:
 
 def _factor_dtype(size: int) -> torch.dtype:
     return torch.float64 if size <= _DOUBLE_WIDTH else torch.float32
+
+
+def _shifted(rows: Tensor, mean: Tensor) -> Tensor:
+    """Rows less a float64 row, rounded once to float32."""
+    result = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    for part, out in zip(torch.split(rows, _CHUNK), torch.split(result, _CHUNK), strict=True):
+        out.copy_(part.to(torch.float64).sub_(mean))
+    return result
 
 
 def _mean_square(rows: Tensor) -> Tensor:

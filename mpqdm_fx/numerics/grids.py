@@ -5,7 +5,9 @@ they are -127..127. Balanced levels repair the 1-bit channels of MPQ-DM's affine
 no sign (BitsFusion, arXiv 2406.04333, measured the same defect), and run as plain symmetric int8.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -49,6 +51,8 @@ _HALVINGS = {2: 6, 3: 6, 4: 6, 5: 6, 6: 6, 7: 5, 8: 5}  # of the searched interv
 _KEPT = 3  # best candidates of the coarse search that are refitted
 _REFITS = 3
 _WIDE = 6  # from this width on, more bfloat16 neighbours of a refitted scale are tried
+_PRUNED = 4  # from this width on, bounds are worth more than they cost
+_ROUNDING = 1e-11  # of a row's energy: far above what rounding does to sums
 _DIRECT = 2  # rows shorter than this times their levels are evaluated weight by weight
 
 
@@ -329,11 +333,9 @@ class _ScaleSearch:
 
     def scale(self, bits: int) -> Tensor:
         """The best scale of each row, float32 [n]."""
-        parts = []
         every = torch.arange(len(self.power), device=self.power.device)
-        for part in row_chunks(len(every), 2 ** _HALVINGS.get(bits, 0) * 2**bits):
-            parts.append(self.take(every[part])._scale(bits))
-        return torch.cat(parts)
+        parts = row_chunks(len(every), 2 ** _HALVINGS.get(bits, 0) * 2**bits)
+        return torch.cat([self.take(every[part])._scale(bits) for part in parts])
 
     def _scale(self, bits: int) -> Tensor:
         best = torch.where(self.ordered.values[:, -1] > 0, self._search(bits) * self.power, 0.0)
@@ -356,21 +358,67 @@ class _ScaleSearch:
             middle = (scale[:, 1:] * scale[:, :-1]).sqrt()
             between = torch.stack([scale[:, :-1], middle], dim=2).flatten(1)
             scale = torch.cat([between, scale[:, -1:]], dim=1)
-        error, refit = self._errors(scale, levels, bits)
+        direct = self.unit.shape[1] <= _DIRECT * len(levels)
+        errors: _Errors = partial(_sorted_errors, self.ordered, levels)
+        if direct:
+            h = torch.ones_like(self.unit) if self.h is None else self.h
+            errors = partial(_direct_errors, self.unit, h, bits)
+        few = bits >= _PRUNED and not direct
+        error, refit = (
+            _hopeful_errors(errors, self.ordered, levels, scale) if few else errors(scale)
+        )
         scale = refit.gather(1, error.topk(_KEPT, dim=1, largest=False).indices)
         for _ in range(_REFITS - 1):
-            _, scale = self._errors(scale, levels, bits)
+            _, scale = errors(scale)
         reach = 8 if bits >= _WIDE else 3  # wide levels: many narrow valleys around a scale
         around = scales_around(scale, -reach, reach).flatten(1)
-        error, _ = self._errors(around, levels, bits)
+        if few:
+            around = _without_repeats(around)
+        error, _ = errors(around)
         return around.gather(1, error.argmin(dim=1, keepdim=True))[:, 0]
 
-    def _errors(self, scale: Tensor, levels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        """(squared error, least-squares refit) float64 [n, C] of scales [n, C]."""
-        if self.unit.shape[1] <= _DIRECT * len(levels):
-            h = torch.ones_like(self.unit) if self.h is None else self.h
-            return _direct_errors(self.unit, h, bits, scale)
-        return _sorted_errors(self.ordered, levels, scale)
+
+_Errors = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""(squared error, least-squares refit) float64 [n, C] of scales [n, C]."""
+
+
+def _hopeful_errors(
+    errors: _Errors, rows: SortedRows, levels: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`errors` of ascending scales that can be among the `_KEPT` best; infinity for the others.
+
+    What a scale clips is at least `(sum of h (|w| - top))^2 / sum of h`, over the weights above its
+    outermost level `top` (Cauchy and Schwarz); few scales clip less than the third best errs.
+    """
+    mass, total = rows.all()
+    top = levels[-1] * scale
+    mass_below, total_below = rows.below(top)
+    above, beyond = mass[:, None] - mass_below, total[:, None] - total_below
+    bound = (beyond - top * above).clamp_min(0).square() / above.clamp_min(1e-300)
+    spacing = (levels[1] - levels[0]) * scale
+    likely = bound + mass[:, None] * spacing.square() / 12
+    first = likely.topk(2 * _KEPT, dim=1, largest=False).indices.sort(dim=1).values
+    error, refit = torch.full_like(scale, torch.inf), scale.clone()
+
+    def evaluate(places: Tensor) -> None:
+        for whole, part in zip((error, refit), errors(scale.gather(1, places)), strict=True):
+            whole.scatter_(1, places, part)
+
+    evaluate(first)
+    third = error.topk(_KEPT, dim=1, largest=False).values[:, -1:]
+    hopeful = (bound <= third + _ROUNDING * rows.energy[:, None]) & error.isinf()
+    count = int(hopeful.sum(dim=1).max())
+    if count:  # as many for each row: some of the hopeless in addition
+        evaluate(hopeful.to(torch.uint8).topk(count, dim=1).indices.sort(dim=1).values)
+    return error, refit
+
+
+def _without_repeats(scale: Tensor) -> Tensor:
+    """The distinct scales of each row [n, C], ascending, the last ones repeated."""
+    scale = scale.sort(dim=1).values
+    places = torch.nn.functional.pad((scale.diff(dim=1) > 0).cumsum(dim=1), (1, 0))
+    result = scale[:, -1:].expand(-1, int(places.max()) + 1).clone()
+    return result.scatter_(1, places, scale)
 
 
 def _direct_errors(unit: Tensor, h: Tensor, bits: int, scale: Tensor) -> tuple[Tensor, Tensor]:
