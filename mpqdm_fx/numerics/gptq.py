@@ -103,7 +103,8 @@ def _blocks(width: int, size: int) -> Iterator[slice]:
 
 def _round_block(wanted: Tensor, snapper: ColumnSnapper, upper: Tensor) -> Tensor:
     """Codes of one block [O, b]; `upper` is its unit upper factor [b, b]."""
-    columns = wanted.T.contiguous()  # a column is a row here: contiguous
+    # A column is a row here: contiguous. In the snapper's units, of two levels' distance.
+    columns = wanted.T.contiguous() / 2
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     given, couplings = errors.T, upper.T.contiguous().unbind()
     parts = zip(columns.unbind(), codes.unbind(), errors.unbind(), strict=True)
@@ -112,9 +113,9 @@ def _round_block(wanted: Tensor, snapper: ColumnSnapper, upper: Tensor) -> Tenso
             value = column
             if index:
                 value = torch.addmv(column, given[:, :index], couplings[index][:index])
-            code.copy_(snapper(value))
+            snapper(value, code)
             torch.sub(column, code, out=error)
-    return codes.T
+    return 2 * codes.T
 
 
 class _Feedback(Protocol):

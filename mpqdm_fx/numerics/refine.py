@@ -208,7 +208,8 @@ def _descend_block(codes: Tensor, gradient: Tensor, own: Tensor, snapper: Column
         own: `H + ridge I` among them, [b, b].
         snapper: The rows' levels.
     """
-    before, slopes = codes.T.contiguous(), gradient.T.contiguous()  # a column is a row here
+    # A column is a row here: contiguous. In the snapper's units, of two levels' distance.
+    before, slopes = codes.T.contiguous() / 2, gradient.T.contiguous() / 2
     steps, couplings = (1 / own.diagonal()).unbind(), own.contiguous().unbind()
     changes = torch.empty_like(before)
     given = changes.T
@@ -217,5 +218,6 @@ def _descend_block(codes: Tensor, gradient: Tensor, own: Tensor, snapper: Column
         for index, (code, slope, change) in enumerate(columns):
             if index:
                 slope = torch.addmv(slope, given[:, :index], couplings[index][:index])
-            torch.sub(code, snapper(torch.addcmul(code, slope, steps[index])), out=change)
-    return changes.T
+            snapper(torch.addcmul(code, slope, steps[index]), change)
+            torch.sub(code, change, out=change)
+    return 2 * changes.T
