@@ -16,8 +16,8 @@ from mpqdm_fx.graph.cost import walk_memory
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.stages import normalized
-from mpqdm_fx.sweep.measured import check_budget
 from mpqdm_fx.sweep.build_lanes import two_lanes
+from mpqdm_fx.sweep.measured import check_budget
 
 __all__ = ["check_feasible", "weights_of"]
 

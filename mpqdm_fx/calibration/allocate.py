@@ -13,10 +13,11 @@ from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers, weight_rows
 from mpqdm_fx.numerics.allocation import PROMOTED_FRACTIONS, omq_search, output_errors
 from mpqdm_fx.numerics.codebook import quantize_codebook
-from mpqdm_fx.numerics.grids import dequantize, quantize_uniform
+from mpqdm_fx.numerics.grids import dequantize
 from mpqdm_fx.numerics.int4 import quantize_int4
 from mpqdm_fx.numerics.outliers import kurtosis, smoothing_factors
 from mpqdm_fx.numerics.packing import storage_bits
+from mpqdm_fx.numerics.scales import quantize_uniform
 from mpqdm_fx.plan import LayerPlan
 
 __all__ = [

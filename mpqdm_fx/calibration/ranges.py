@@ -1,5 +1,6 @@
 """Fixed activation ranges of a value that was seen over many calls, by least squared error."""
 
+import functools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,15 +20,53 @@ logger = logging.getLogger(__name__)
 MAX_VALUES = 2**17
 
 
+@dataclass(frozen=True, eq=False)
+class _Draw:
+    """Which values are in a sample once another call has added its own.
+
+    Attributes:
+        chosen: Which of the call's values, int32; None for all.
+        kept: Which of those that were there before, int32; None for all.
+        count: Values in the sample.
+        seen: Values of all calls so far.
+        state: The generator's, for the next draw.
+    """
+
+    chosen: Tensor | None
+    kept: Tensor | None
+    count: int
+    seen: int
+    state: Tensor
+
+
+# A draw takes as long as all else that a call adds, and most values have the sizes of another one.
+@functools.lru_cache(maxsize=64)
+def _drawn(last: _Draw | None, seed: int, limit: int, size: int) -> _Draw:
+    """The draw of a call of so many values, after those of the calls before it."""
+    generator = torch.Generator()
+    if last is None:
+        generator.manual_seed(seed)
+    else:
+        generator.set_state(last.state)
+    before, seen = (0, 0) if last is None else (last.count, last.seen)
+    seen += size
+    if seen <= limit:
+        return _Draw(None, None, before + size, seen, generator.get_state())
+    share = round(limit * size / seen)
+    chosen = torch.randint(size, (share,), generator=generator).to(torch.int32)
+    kept = torch.randperm(before, generator=generator)[: limit - share].to(torch.int32)
+    return _Draw(chosen, kept, share + len(kept), seen, generator.get_state())
+
+
 @dataclass
 class _Sample:
     """Ends of all values seen, and a random sample of them in which every call has its share."""
 
-    generator: torch.Generator
+    seed: int
     limit: int
     minimum: float = float("inf")
     maximum: float = float("-inf")
-    seen: int = 0
+    draw: _Draw | None = None
     kept: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def add(self, value: Tensor) -> None:
@@ -41,15 +80,11 @@ class _Sample:
                 f"calibration data and the weights of the layers before it"
             )
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
-        total = self.seen + flat.numel()
-        if total > self.limit:
-            share = round(self.limit * flat.numel() / total)
-            chosen = torch.randint(flat.numel(), (share,), generator=self.generator)
-            flat = flat[chosen.to(flat.device)]
-            old = torch.randperm(len(self.kept), generator=self.generator)
-            self.kept = self.kept[old[: self.limit - share]]
+        self.draw = _drawn(self.draw, self.seed, self.limit, flat.numel())
+        if self.draw.chosen is not None and self.draw.kept is not None:
+            flat = flat[self.draw.chosen.to(flat.device)]
+            self.kept = self.kept[self.draw.kept]
         self.kept = torch.cat([self.kept, flat.float().cpu()])
-        self.seen = total
 
     def search(self, bits: int) -> ActivationRange:
         scale, zero_point = search_range(self.kept, self.minimum, self.maximum, bits)
@@ -72,10 +107,10 @@ def search_static(
         CalibrationError: There are no values, or NaN or infinity among them.
         ConfigError: `bits` is outside 1..8.
     """
-    sample = _Sample(torch.Generator().manual_seed(seed), limit)
+    sample = _Sample(seed, limit)
     for value in values:
         sample.add(value)
-    if not sample.seen:
+    if sample.draw is None:
         raise CalibrationError("an activation range needs at least one call with values")
     return sample.search(bits)
 
@@ -101,14 +136,14 @@ def search_by_noise_level(
         CalibrationError: There are no values, or NaN or infinity among them.
         ConfigError: `bits` is outside 1..8, or a group is outside 0..count - 1.
     """
-    samples = [_Sample(torch.Generator().manual_seed(seed), MAX_VALUES) for _ in range(count)]
+    samples = [_Sample(seed, MAX_VALUES) for _ in range(count)]
     for value, group in zip(values, groups, strict=True):
         rows = group.repeat_interleave(value.shape[0] // len(group))
         for index in torch.unique(group).tolist():
             if not 0 <= index < count:
                 raise ConfigError(f"a sample is in group {index} of {count} noise levels")
             samples[index].add(value[rows == index])
-    found = {index: sample.search(bits) for index, sample in enumerate(samples) if sample.seen}
+    found = {index: sample.search(bits) for index, sample in enumerate(samples) if sample.draw}
     if not found:
         raise CalibrationError("an activation range needs at least one call with values")
     missing = [index for index in range(count) if index not in found]

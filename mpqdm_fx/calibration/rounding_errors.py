@@ -21,16 +21,9 @@ from torch import Tensor
 from mpqdm_fx.numerics.codebook import LevelKind, quantize_codebook
 from mpqdm_fx.numerics.gptq import gptq
 from mpqdm_fx.numerics.gram import Gram
-from mpqdm_fx.numerics.grids import (
-    CODEBOOK_MAX_BITS,
-    MAX_BITS,
-    dequantize,
-    quantize_uniform,
-    round_scale,
-    snap,
-    uniform_scales,
-)
+from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, MAX_BITS, dequantize, round_scale, snap
 from mpqdm_fx.numerics.levels import RowLevels
+from mpqdm_fx.numerics.scales import quantize_uniform, uniform_scales
 
 __all__ = ["MAX_NUMBERS", "ChannelInputs", "channel_errors", "feedback_gains"]
 

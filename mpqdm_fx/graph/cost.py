@@ -214,6 +214,8 @@ _BIAS_FIRST = (_aten.addmm.default, _aten.baddbmm.default)
 
 def tensor_bytes(value: Any) -> int:
     """Count the bytes of the tensors in a nested value; a view counts as much as a copy."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
     leaves = pytree.tree_leaves(value)
     return sum(t.numel() * t.element_size() for t in leaves if isinstance(t, torch.Tensor))
 

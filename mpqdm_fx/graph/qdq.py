@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
-from mpqdm_fx.graph.editing import infer_val, inherit_meta
+from mpqdm_fx.graph.editing import inherit_meta
 
 __all__ = ["insert_pair", "is_dequantize", "is_quantize", "qdq_ops", "qdq_parameters"]
 
@@ -76,5 +77,9 @@ def insert_pair(
         )
     for node in (codes, restored):
         inherit_meta(node, source)
-        infer_val(graph_module, node)
+    value = source.meta.get("val")
+    if isinstance(value, FakeTensor):  # what running them would give, without their many ops
+        with torch.no_grad(), value.fake_mode:
+            codes.meta["val"] = value.to(parameters[-1])
+            restored.meta["val"] = codes.meta["val"].to(dtype)
     return restored

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 #: A value is that of a node at a call.
 Key = tuple[fx.Node, int]
 
+
+_LEAF = pytree.tree_flatten(torch.empty(0))[1]
 
 _KIND, _VERSION = "value", 1
 _FIX = "leave the files of a running process alone, and start it again"
@@ -67,15 +69,23 @@ class _Layout:
 
 @dataclass(slots=True)
 class _Entry:
-    """One value. `leaves` holds all of it, or what is no tensor while the tensors are on disk."""
+    """One value. `leaves` holds all of it, or what is no tensor while the tensors are on disk.
+
+    `layouts` of the tensors are noted when they go there for the first time.
+    """
 
     spec: pytree.TreeSpec
     leaves: list[Any]
     bytes: int
     halved: frozenset[int]
-    layouts: dict[int, _Layout]
+    layouts: dict[int, _Layout] = field(default_factory=dict)
     path: Path | None = None
     in_memory: bool = True
+
+
+def _flatten(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """As pytree does, and at once for a tensor, which nearly every value is."""
+    return ([value], _LEAF) if isinstance(value, Tensor) else pytree.tree_flatten(value)
 
 
 class ValueStore:
@@ -124,10 +134,9 @@ class ValueStore:
 
     def put(self, key: Key, value: Any, *, pinned: frozenset[Key] = frozenset()) -> None:
         """Hold a value in memory, while those that are pinned stay there."""
-        leaves, spec = pytree.tree_flatten(value)
+        leaves, spec = _flatten(value)
         halved = frozenset(self._shrink(leaves)) if self._half else frozenset()
-        tensors = {i: _Layout.of(t) for i, t in enumerate(leaves) if isinstance(t, Tensor)}
-        entry = _Entry(spec, leaves, tensor_bytes(leaves), halved, tensors)
+        entry = _Entry(spec, leaves, sum(map(tensor_bytes, leaves)), halved)
         self.reserve(entry.bytes, pinned)
         node, call = key
         self._entries.setdefault(node, {})[call] = entry
@@ -137,8 +146,9 @@ class ValueStore:
         """Return a value without holding it in memory if it is on disk."""
         entry = self._entries[key[0]][key[1]]
         leaves = entry.leaves if entry.in_memory else self._read(entry)
-        leaves = [x.float() if i in entry.halved else x for i, x in enumerate(leaves)]
-        return pytree.tree_unflatten(leaves, entry.spec)
+        if entry.halved:
+            leaves = [x.float() if i in entry.halved else x for i, x in enumerate(leaves)]
+        return leaves[0] if entry.spec is _LEAF else pytree.tree_unflatten(leaves, entry.spec)
 
     def load(self, keys: Iterable[Key]) -> None:
         """Bring values into memory, all at once."""
@@ -206,6 +216,9 @@ class ValueStore:
 
     def _evict(self, key: Key) -> None:
         entry = self._entries[key[0]][key[1]]
+        if entry.path is None:
+            tensors = ((i, x) for i, x in enumerate(entry.leaves) if isinstance(x, Tensor))
+            entry.layouts = {i: _Layout.of(x) for i, x in tensors}
         if entry.path is None and entry.layouts:
             if self._scratch is None:
                 self._scratch = Scratch("mpqdm_fx_values", self._directory)
@@ -213,8 +226,8 @@ class ValueStore:
             self._files += 1
             packed = {str(i): x.pack(entry.leaves[i]) for i, x in entry.layouts.items()}
             # a copy of its own for each: safetensors refuses tensors that share memory
-            tensors = {i: t.clone() for i, t in packed.items()}
-            write_record(entry.path, _KIND, _VERSION, {"value": entry.path.name}, tensors)
+            copies = {i: t.clone() for i, t in packed.items()}
+            write_record(entry.path, _KIND, _VERSION, {"value": entry.path.name}, copies)
         entry.leaves = [None if i in entry.layouts else x for i, x in enumerate(entry.leaves)]
         entry.in_memory = False
         self._release(key, entry)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.numerics.grids import MAX_BITS, dequantize, quantize_uniform
+from mpqdm_fx.numerics.grids import MAX_BITS, dequantize
+from mpqdm_fx.numerics.scales import quantize_uniform
 
 __all__ = [
     "PROMOTED_FRACTIONS",

@@ -15,7 +15,6 @@ from mpqdm_fx.numerics.grids import (
     check_bits,
     dequantize,
     max_scale,
-    quantize_uniform,
     round_scale,
     scales_around,
     uniform_levels,
@@ -30,6 +29,7 @@ from mpqdm_fx.numerics.rows import (
     row_chunks,
     unit_importance,
 )
+from mpqdm_fx.numerics.scales import quantize_uniform
 
 __all__ = ["LevelKind", "code_ranks", "codebook_tables", "quantize_codebook"]
 

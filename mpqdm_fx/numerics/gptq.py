@@ -103,17 +103,19 @@ def _blocks(width: int, size: int) -> Iterator[slice]:
 
 def _round_block(wanted: Tensor, snapper: ColumnSnapper, upper: Tensor) -> Tensor:
     """Codes of one block [O, b]; `upper` is its unit upper factor [b, b]."""
-    columns = wanted.T.contiguous()  # a column is a row here: contiguous
+    # A column is a row here: contiguous. In the snapper's units, of two levels' distance.
+    columns = wanted.T.contiguous() / 2
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
-    couplings = upper.T.contiguous()
+    given, couplings = errors.T, upper.T.contiguous().unbind()
+    parts = zip(columns.unbind(), codes.unbind(), errors.unbind(), strict=True)
     with one_thread():
-        for index in range(len(columns)):
-            value = columns[index]
+        for index, (column, code, error) in enumerate(parts):
+            value = column
             if index:
-                value = torch.addmv(value, errors[:index].T, couplings[index, :index])
-            codes[index] = snapper(value)
-            torch.sub(columns[index], codes[index], out=errors[index])
-    return codes.T
+                value = torch.addmv(column, given[:, :index], couplings[index][:index])
+            snapper(value, code)
+            torch.sub(column, code, out=error)
+    return 2 * codes.T
 
 
 class _Feedback(Protocol):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
 
-__all__ = ["DUAL_ROWS", "Gram", "GramForm", "cholesky", "kept_rows"]
+__all__ = ["DUAL_ROWS", "Gram", "GramForm", "Regression", "cholesky", "kept_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ DUAL_ROWS = 2048
 
 _DOUBLE_WIDTH = 4096  # wider factors are float32, as in GPTQ; their ridge is at least 1e-3
 _CHUNK = 1024  # rows per float32 product; the sum over chunks is float64
+_BLOCK = 192  # columns of a product
 _TRIES = 6  # ridges, each ten times the one before
 
 
@@ -167,23 +168,65 @@ class Gram:
         Raises:
             CalibrationError: The moments are degenerate.
         """
+        return self.regression(rows, targets).solve(damping)
+
+    def regression(self, rows: Tensor, targets: Tensor) -> "Regression":
+        """`regress` for several ridges: what does not depend on them, once.
+
+        Args:
+            rows: As of `regress`.
+            targets: As of `regress`.
+        """
         wanted = targets.to(torch.float64)
         if self.rows is not None:
             # X X^T / N: its chunks are columns of X
             kernel = _second_moments(self.rows.T.contiguous()) * (self.width / self.count)
-            factor, _ = cholesky(kernel.to(self.dtype), self.ridge(damping))
-            weights = torch.cholesky_solve(wanted.to(self.dtype), factor).T / self.count
-            # Not in float32: what no row explains is 1 / ridge times larger here, and cancels.
-            parts = torch.split(self.rows, _CHUNK, dim=1)
-            return torch.cat([(weights @ part.to(weights)).float() for part in parts], dim=1)
+            return Regression(gram=self, matrix=kernel.to(self.dtype), wanted=wanted.to(self.dtype))
         assert self.matrix is not None
-        factor, _ = cholesky(self.matrix.to(self.dtype), self.ridge(damping))
-        cross = _cross(rows, wanted)
-        return torch.cholesky_solve(cross.to(self.dtype), factor).T.float()
+        cross = _cross(rows, wanted).to(self.dtype)
+        return Regression(gram=self, matrix=self.matrix.to(self.dtype), wanted=cross)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression:
+    """A ridge regression up to the ridge; from `Gram.regression`.
+
+    Attributes:
+        gram: Moments of the rows.
+        matrix: H [K, K], or the kernel X X^T / N [N, N] in the dual form.
+        wanted: X^T Y / N [K, O], or the targets Y [N, O] in the dual form.
+    """
+
+    gram: Gram
+    matrix: Tensor
+    wanted: Tensor
+
+    def solve(self, damping: float) -> Tensor:
+        """B, float32 [O, K], for one ridge in units of the average diagonal; see `Gram.regress`.
+
+        Raises:
+            CalibrationError: The moments are degenerate.
+        """
+        factor, _ = cholesky(self.matrix, self.gram.ridge(damping))
+        solved = torch.cholesky_solve(self.wanted, factor).T
+        if self.gram.rows is None:
+            return solved.float()
+        weights = solved / self.gram.count
+        # Not in float32: what no row explains is 1 / ridge times larger here, and cancels.
+        parts = torch.split(self.gram.rows, _CHUNK, dim=1)
+        return torch.cat([(weights @ part.to(weights)).float() for part in parts], dim=1)
 
 
 def _factor_dtype(size: int) -> torch.dtype:
     return torch.float64 if size <= _DOUBLE_WIDTH else torch.float32
+
+
+def _shifted(rows: Tensor, mean: Tensor) -> Tensor:
+    """Rows less a float64 row, rounded once to float32."""
+    result = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    for part, out in zip(torch.split(rows, _CHUNK), torch.split(result, _CHUNK), strict=True):
+        out.copy_(part.to(torch.float64).sub_(mean))
+    return result
 
 
 def _mean_square(rows: Tensor) -> Tensor:
@@ -194,11 +237,18 @@ def _mean_square(rows: Tensor) -> Tensor:
 
 
 def _second_moments(rows: Tensor) -> Tensor:
-    """X^T X / N: float32 products of chunks of rows, summed in the factor's precision."""
+    """X^T X / N: float32 products of chunks of rows, summed in the factor's precision.
+
+    Blocks below the diagonal are those above it, transposed.
+    """
     width = rows.shape[1]
     total = torch.zeros(width, width, dtype=_factor_dtype(width), device=rows.device)
+    blocks = [slice(start, start + _BLOCK) for start in range(0, width, _BLOCK)]
     for part in torch.split(rows, _CHUNK):
-        total += part.T @ part
+        for block in blocks:
+            total[block, block.start :] += part[:, block].T @ part[:, block.start :]
+    for block in blocks:
+        total[block.stop :, block] = total[block, block.stop :].T
     return total.div_(len(rows))
 
 

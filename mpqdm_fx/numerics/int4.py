@@ -8,13 +8,7 @@ many levels, one of them 0, one more below it than above.
 import torch
 from torch import Tensor
 
-from mpqdm_fx.numerics.grids import (
-    check_bits,
-    max_scale,
-    quantize_uniform,
-    round_scale,
-    scales_around,
-)
+from mpqdm_fx.numerics.grids import check_bits, max_scale, round_scale, scales_around
 from mpqdm_fx.numerics.rows import (
     check_importance,
     check_weight,
@@ -24,6 +18,7 @@ from mpqdm_fx.numerics.rows import (
     row_chunks,
     unit_importance,
 )
+from mpqdm_fx.numerics.scales import quantize_uniform
 
 __all__ = ["INT4_BITS", "int4_levels", "quantize_int4", "snap_int4"]
 

@@ -11,11 +11,11 @@ from mpqdm_fx.numerics.grids import (
     CODEBOOK_MAX_BITS,
     MAX_BITS,
     check_bits,
-    quantize_uniform,
     round_scale,
     uniform_levels,
 )
 from mpqdm_fx.numerics.int4 import INT4_BITS, int4_levels, quantize_int4
+from mpqdm_fx.numerics.scales import quantize_uniform
 
 __all__ = ["ColumnSnapper", "RowLevels"]
 
@@ -76,16 +76,22 @@ class RowLevels:
         Args:
             rows: Rows of one matrix.
         """
-        starts = range(0, len(self.bits), rows)
-        return [
-            replace(
-                self,
-                bits=self.bits[start : start + rows],
-                scale=self.scale[start : start + rows],
-                tables=None if self.tables is None else self.tables[start : start + rows],
-            )
-            for start in starts
-        ]
+        every = torch.arange(len(self.bits), device=self.scale.device)
+        return [self.take(part) for part in torch.split(every, rows)]
+
+    def take(self, rows: Tensor) -> Self:
+        """The level sets of some of the rows.
+
+        Args:
+            rows: int64, their indices.
+        """
+        here = rows.to(self.scale.device)
+        return replace(
+            self,
+            bits=self.bits[rows.to(self.bits.device)],
+            scale=self.scale[here],
+            tables=None if self.tables is None else self.tables[here],
+        )
 
     def _as_tables(self) -> Tensor:
         if self.tables is not None:
@@ -159,42 +165,49 @@ class RowLevels:
 
 
 class ColumnSnapper:
-    """The nearest level of single columns in units of the rows' scales: few small kernels.
+    """The nearest level of single columns: few small kernels.
 
     Rounding with error feedback meets one column at a time, and most of its time is the overhead of
-    these calls.
+    these calls. Columns are in units of twice the rows' scales, where balanced levels are a half
+    away from whole numbers; halves and doubles of floats are exact.
     """
 
     def __init__(self, levels: RowLevels, like: Tensor) -> None:
         bits = levels.bits.to(like.device)
-        top = torch.where(bits == MAX_BITS, 127, 2**bits - 1).to(like)
+        top = torch.where(bits == MAX_BITS, 127, 2**bits - 1).to(like) / 2
         self._top, self._bottom = top, -top
         wide = bits == MAX_BITS
         self._wide = wide if bool(wide.any()) else None
         self._rows = self._tables = self._middle = None
         if levels.tables is not None:
             rows = levels.fitted.to(like.device).nonzero()[:, 0]
-            tables = levels.tables.to(like)[rows]
+            tables = levels.tables.to(like)[rows] / 2
             self._tables = tables
             self._middle = ((tables[:, 1:] + tables[:, :-1]) / 2).contiguous()
             self._rows = None if len(rows) == len(bits) else rows
 
-    def __call__(self, ratio: Tensor) -> Tensor:
-        """Codes of one column [O], in the dtype that `like` had."""
-        if self._tables is not None and self._rows is None:
-            return self._fitted(ratio)
-        codes = ratio.mul(0.5).floor_().mul_(2).add_(1)
-        if self._wide is not None:
-            codes = torch.where(self._wide, ratio.round(), codes)
-        codes = torch.minimum(torch.maximum(codes, self._bottom), self._top)
-        if self._rows is not None:
-            codes[self._rows] = self._fitted(ratio[self._rows])
-        return codes
+    def __call__(self, values: Tensor, out: Tensor) -> None:
+        """Write the levels nearest to one column.
 
-    def _fitted(self, ratio: Tensor) -> Tensor:
+        Args:
+            values: The column [O], in the dtype that `like` had, in units of twice the scales.
+            out: Where its levels go, in the same units.
+        """
+        if self._tables is not None and self._rows is None:
+            out.copy_(self._fitted(values))
+            return
+        torch.floor(values, out=out)
+        out.add_(0.5)
+        if self._wide is not None:
+            torch.where(self._wide, values.mul(2).round_().mul_(0.5), out, out=out)
+        out.clamp_(self._bottom, self._top)
+        if self._rows is not None:
+            out[self._rows] = self._fitted(values[self._rows])
+
+    def _fitted(self, values: Tensor) -> Tensor:
         assert self._tables is not None
         assert self._middle is not None
-        index = torch.searchsorted(self._middle, ratio[:, None])
+        index = torch.searchsorted(self._middle, values[:, None])
         return self._tables.gather(1, index)[:, 0]
 
 

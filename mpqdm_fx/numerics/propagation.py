@@ -120,8 +120,9 @@ def choose_correction(
     total = torch.stack(validation.targets(W)).sum(dim=0)
     energy = float(total.square().sum())
     best, best_gain = Correction(), 0.0
+    regressions = [gram.regression(train.inputs, source) for source in sources]
     for damping in dampings:
-        weights = [gram.regress(train.inputs, source, damping) for source in sources]
+        weights = [regression.solve(damping) for regression in regressions]
         outputs = [(validation.inputs @ weight.T).to(torch.float64) for weight in weights]
         strengths, gain = _best_strengths(total, outputs)
         if gain > best_gain:
@@ -179,21 +180,21 @@ def _limit(W: Tensor, weight: Tensor, bits: Tensor | None) -> Tensor:
     return factor[:, None] * weight
 
 
-def output_error(W: Tensor, Q: Tensor, rows: LayerRows) -> Tensor:
+def output_error(difference: Tensor, inputs: Tensor, targets: Sequence[Tensor]) -> Tensor:
     """Mean squared error of each output channel against the float lane.
 
     `|X W^T + R - (X_hat Q^T + R_hat)|^2 / N`. What a bias takes up is subtracted from the rows, and
     what rows count is multiplied in, before: see `LayerRows.fitted`.
 
     Args:
-        W: Float weight rows [O, K].
-        Q: Rounded rows [O, K].
-        rows: Rows to measure on.
+        difference: Float less rounded weight rows W - Q, [O, K].
+        inputs: Rows X_hat to measure on, float32 [N, K].
+        targets: `LayerRows.targets` of these rows and W.
 
     Returns:
         float64 [O].
     """
-    error = (rows.inputs @ (W.float() - Q.float()).T).to(torch.float64)
-    for target in rows.targets(W):
+    error = (inputs @ difference.float().T).to(torch.float64)
+    for target in targets:
         error += target
     return error.square().mean(dim=0)

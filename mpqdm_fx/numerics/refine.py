@@ -6,7 +6,8 @@ best code of one weight with all others fixed (coordinate descent, as in QuantEa
 arXiv 2309.01885). Rows do not meet, so each row keeps what lowered its error.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -45,65 +46,157 @@ def refine(
     Returns:
         Codes and levels; no row's damped error is above what it was.
     """
-    best, best_levels = codes, levels
-    best_error = _errors(W, codes, levels, gram, damping)
-    current, current_levels = codes, levels
+    if not passes:
+        return codes, levels
+    moments = _Moments(gram, damping)
+    wanted = W.to(gram.dtype)
+    image = moments.image(wanted)
+    state = _State.of(wanted, codes.to(gram.dtype), levels, moments)
+    best, best_scale, best_error = codes.clone(), levels.scale.clone(), state.error()
+    active = torch.arange(len(W), device=W.device)
     for _ in range(passes):
-        current_levels = _refit_scale(W, current, current_levels, gram, damping)
-        current = _descend(W, current, current_levels, gram, damping)
-        error = _errors(W, current, current_levels, gram, damping)
-        better = error < best_error
-        if not bool(better.any()):
+        state = state.refitted(wanted, image)
+        state.descend()
+        error = state.error()
+        # A row that did not improve would start from the same place again.
+        better = (error < best_error).nonzero()[:, 0]
+        if not len(better):
             break
-        best_error = torch.where(better, error, best_error)
-        best = torch.where(better[:, None], current, best)
-        scale = torch.where(better.to(levels.scale.device), current_levels.scale, best_levels.scale)
-        best_levels = replace(best_levels, scale=scale)
-        current, current_levels = best, best_levels
-    return best, best_levels
+        active, best_error = active[better], error[better]
+        wanted, image, state = wanted[better], image[better], state.take(better)
+        best[active] = state.codes.to(torch.int8)
+        best_scale[active.to(best_scale.device)] = state.levels.scale
+    return best, replace(levels, scale=best_scale)
 
 
-def _errors(W: Tensor, codes: Tensor, levels: RowLevels, gram: Gram, damping: float) -> Tensor:
-    difference = W.to(gram.dtype) - codes.to(gram.dtype) * levels.scale.to(gram.dtype)[:, None]
-    penalty = gram.ridge(damping) * difference.square().sum(dim=1).to(torch.float64)
-    return gram.quadratic(difference) + penalty
+class _Moments:
+    """Products with `H + ridge I`, in the precision of factors.
+
+    A matrix E [O, K] has an image that all of them follow from: in the primal form
+    `E (H + ridge I)` [O, K], in the dual form `E X^T / sqrt(N)` [O, N].
+    """
+
+    def __init__(self, gram: Gram, damping: float) -> None:
+        self.ridge = gram.ridge(damping)
+        self.dtype = gram.dtype
+        self._matrix = self._rows = None
+        if gram.matrix is not None:
+            self._matrix = gram.matrix.to(gram.dtype, copy=True)
+            self._matrix.diagonal().add_(self.ridge)
+        else:
+            assert gram.rows is not None
+            self._rows = gram.rows.to(gram.dtype) / gram.count**0.5
+
+    def image(self, left: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Image of a matrix, or of one that has these columns alone."""
+        if self._matrix is not None:
+            return left @ self._matrix[columns]
+        assert self._rows is not None
+        return left @ self._rows[:, columns].T
+
+    def inner(self, left: Tensor, left_image: Tensor, right: Tensor, right_image: Tensor) -> Tensor:
+        """`diag(left (H + ridge I) right^T)`, float64 [O]."""
+        if self._matrix is not None:
+            return (left_image * right).sum(dim=1, dtype=torch.float64)
+        shared = (left_image * right_image).sum(dim=1, dtype=torch.float64)
+        return shared + self.ridge * (left * right).sum(dim=1, dtype=torch.float64)
+
+    def gradient(self, left: Tensor, image: Tensor, columns: slice) -> Tensor:
+        """`left (H + ridge I)` at some columns, [O, b]."""
+        if self._matrix is not None:
+            return image[:, columns]
+        assert self._rows is not None
+        return image @ self._rows[:, columns] + self.ridge * left[:, columns]
+
+    def among(self, columns: slice) -> Tensor:
+        """`H + ridge I` among some columns, [b, b]."""
+        if self._matrix is not None:
+            return self._matrix[columns, columns]
+        assert self._rows is not None
+        own = self._rows[:, columns].T @ self._rows[:, columns]
+        own.diagonal().add_(self.ridge)
+        return own
 
 
-def _refit_scale(
-    W: Tensor, codes: Tensor, levels: RowLevels, gram: Gram, damping: float
-) -> RowLevels:
-    """Least-squares scale of each row for its codes; kept where it is a positive number."""
-    q = codes.to(gram.dtype)
-    ridge = gram.ridge(damping)
-    moved = gram.multiply(q) + ridge * q.to(torch.float64)
-    cross = (moved * W.to(torch.float64)).sum(dim=1)
-    power = (moved * q.to(torch.float64)).sum(dim=1)
-    scale = (cross / power.clamp_min(1e-300)).to(levels.scale.device)
-    # `max_scale`: any int8 level that the descent may move to stays a finite float32.
-    usable = torch.isfinite(scale) & (scale > MIN_SCALE) & (scale < max_scale(_TOP))
-    return levels.with_scale(torch.where(usable, scale.float(), levels.scale))
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """Codes on their way, in units of each row's scale, in which all rows have integer levels.
 
+    Attributes:
+        moments: Of the rows' inputs.
+        levels: Level sets.
+        codes: Float [O, K].
+        errors: `W / scale - codes`.
+        image: Image of the errors.
+    """
 
-def _descend(W: Tensor, codes: Tensor, levels: RowLevels, gram: Gram, damping: float) -> Tensor:
-    """One round of coordinate descent: each weight to the level nearest to its conditional best."""
-    # In units of each row's scale, in which all rows have integer levels.
-    target = W.to(gram.dtype)
-    target = target / levels.scale.to(target)[:, None]
-    result = codes.to(gram.dtype)
-    ridge = gram.ridge(damping)
-    errors = target - result
-    state = _Gradient(gram, errors)
-    snapper = levels.snapper(target)
-    for start in range(0, gram.width, _BLOCK):
-        columns = slice(start, min(start + _BLOCK, gram.width))
-        own = state.moments(columns)
-        own.diagonal().add_(ridge)
-        gradient = state.gradient(columns) + ridge * errors[:, columns]
-        changes = _descend_block(result[:, columns], gradient, own, snapper)
-        result[:, columns] -= changes
-        errors[:, columns] += changes
-        state.commit(columns, changes)
-    return result.to(torch.int8)
+    moments: _Moments
+    levels: RowLevels
+    codes: Tensor
+    errors: Tensor
+    image: Tensor
+
+    @classmethod
+    def of(cls, W: Tensor, codes: Tensor, levels: RowLevels, moments: _Moments) -> Self:
+        errors = W / levels.scale.to(W)[:, None] - codes
+        return cls(
+            moments=moments,
+            levels=levels,
+            codes=codes,
+            errors=errors,
+            image=moments.image(errors),
+        )
+
+    @property
+    def _scale(self) -> Tensor:
+        return self.levels.scale.to(self.codes)[:, None]
+
+    def error(self) -> Tensor:
+        """Damped error of each row in the units of the weights, float64 [O]."""
+        units = self.moments.inner(self.errors, self.image, self.errors, self.image)
+        return units * self._scale[:, 0].to(torch.float64).square()
+
+    def take(self, rows: Tensor) -> "_State":
+        """Some of the rows."""
+        return _State(
+            moments=self.moments,
+            levels=self.levels.take(rows),
+            codes=self.codes[rows],
+            errors=self.errors[rows],
+            image=self.image[rows],
+        )
+
+    def refitted(self, W: Tensor, image: Tensor) -> "_State":
+        """The same codes with the least-squares scale, where that is a positive number.
+
+        Args:
+            W: Target rows [O, K].
+            image: Their image.
+        """
+        own = image / self._scale - self.image  # of the codes
+        cross = self.moments.inner(self.codes, own, W, image)
+        power = self.moments.inner(self.codes, own, self.codes, own)
+        scale = (cross / power.clamp_min(1e-300)).to(self.levels.scale.device)
+        # `max_scale`: any int8 level that the descent may move to stays a finite float32.
+        usable = torch.isfinite(scale) & (scale > MIN_SCALE) & (scale < max_scale(_TOP))
+        levels = self.levels.with_scale(torch.where(usable, scale.float(), self.levels.scale))
+        return _State.of(W, self.codes.clone(), levels, self.moments)
+
+    def descend(self) -> None:
+        """One round of coordinate descent: each weight to the level nearest to its best, in place.
+
+        A weight's best is conditional: all others are fixed.
+        """
+        snapper, width = self.levels.snapper(self.codes), self.codes.shape[1]
+        for start in range(0, width, _BLOCK):
+            columns = slice(start, min(start + _BLOCK, width))
+            gradient = self.moments.gradient(self.errors, self.image, columns)
+            changes = _descend_block(
+                self.codes[:, columns], gradient, self.moments.among(columns), snapper
+            )
+            self.codes[:, columns] -= changes
+            self.errors[:, columns] += changes
+            self.image.add_(self.moments.image(changes, columns))
 
 
 def _descend_block(codes: Tensor, gradient: Tensor, own: Tensor, snapper: ColumnSnapper) -> Tensor:
@@ -115,48 +208,16 @@ def _descend_block(codes: Tensor, gradient: Tensor, own: Tensor, snapper: Column
         own: `H + ridge I` among them, [b, b].
         snapper: The rows' levels.
     """
-    before, slopes = codes.T.contiguous(), gradient.T.contiguous()  # a column is a row here
-    step = 1 / own.diagonal()
+    # A column is a row here: contiguous. In the snapper's units, of two levels' distance.
+    before, slopes = codes.T.contiguous() / 2, gradient.T.contiguous() / 2
+    steps, couplings = (1 / own.diagonal()).unbind(), own.contiguous().unbind()
     changes = torch.empty_like(before)
+    given = changes.T
+    columns = zip(before.unbind(), slopes.unbind(), changes.unbind(), strict=True)
     with one_thread():
-        for index in range(len(before)):
-            slope = slopes[index]
+        for index, (code, slope, change) in enumerate(columns):
             if index:
-                slope = torch.addmv(slope, changes[:index].T, own[index, :index])
-            wanted = torch.addcmul(before[index], slope, step[index])
-            torch.sub(before[index], snapper(wanted), out=changes[index])
-    return changes.T
-
-
-class _Gradient:
-    """`E H`, block by block, kept up to date while E changes."""
-
-    def __init__(self, gram: Gram, errors: Tensor) -> None:
-        self._gram = gram
-        self._matrix = None if gram.matrix is None else gram.matrix.to(errors)
-        self._x = None if gram.rows is None else gram.rows.to(errors)
-        if self._matrix is not None:
-            self._state = errors @ self._matrix  # E H
-        else:
-            assert self._x is not None
-            self._state = errors @ self._x.T  # the output error, [O, N]
-
-    def moments(self, columns: slice) -> Tensor:
-        if self._matrix is not None:
-            return self._matrix[columns, columns].clone()
-        assert self._x is not None
-        x = self._x[:, columns]
-        return x.T @ x / self._gram.count
-
-    def gradient(self, columns: slice) -> Tensor:
-        if self._matrix is not None:
-            return self._state[:, columns].clone()
-        assert self._x is not None
-        return self._state @ self._x[:, columns] / self._gram.count
-
-    def commit(self, columns: slice, change: Tensor) -> None:
-        if self._matrix is not None:
-            self._state += change @ self._matrix[columns]
-        else:
-            assert self._x is not None
-            self._state += change @ self._x[:, columns].T
+                slope = torch.addmv(slope, given[:, :index], couplings[index][:index])
+            snapper(torch.addcmul(code, slope, steps[index]), change)
+            torch.sub(code, change, out=change)
+    return 2 * changes.T

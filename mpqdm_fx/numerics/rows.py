@@ -16,6 +16,7 @@ __all__ = [
     "importance_of",
     "powers_of_two",
     "row_chunks",
+    "running_sum",
     "unit_importance",
 ]
 
@@ -156,15 +157,15 @@ class SortedRows:
             ordered = _sorted(values.clone(memory_format=torch.contiguous_format))
             exact = ordered.to(torch.float64)
             energy = exact.square().sum(dim=1)
-            return cls(values=ordered, count=None, total=_running_sum(exact), energy=energy)
+            return cls(values=ordered, count=None, total=running_sum(exact), energy=energy)
         ordered, order = _sorted_with_order(values)
         exact = ordered.to(torch.float64)
         h = importance.gather(1, order).to(torch.float64)
         mass = h * exact
         return cls(
             values=ordered,
-            count=_running_sum(h),
-            total=_running_sum(mass),
+            count=running_sum(h),
+            total=running_sum(mass),
             energy=(mass * exact).sum(dim=1),
         )
 
@@ -231,7 +232,7 @@ class SortedRows:
         return self.energy[:, None] + (levels * (levels * mass - 2 * total)).sum(dim=2)
 
 
-def _running_sum(values: Tensor) -> Tensor:
+def running_sum(values: Tensor) -> Tensor:
     """Sums of the first 0, 1, ..., K values of each row, float64 [n, K + 1]."""
     sums = values.new_zeros(len(values), values.shape[1] + 1)
     torch.cumsum(values, dim=1, out=sums[:, 1:])

@@ -16,8 +16,9 @@ from mpqdm_fx.errors import CalibrationError, DialectError
 from mpqdm_fx.graph.base import GraphPass
 from mpqdm_fx.graph.layers import replace_module, weight_layers, weight_rows
 from mpqdm_fx.numerics.codebook import quantize_codebook
-from mpqdm_fx.numerics.grids import dequantize, quantize_uniform
+from mpqdm_fx.numerics.grids import dequantize
 from mpqdm_fx.numerics.int4 import INT4_BITS, quantize_int4
+from mpqdm_fx.numerics.scales import quantize_uniform
 from mpqdm_fx.plan import BitPlan, LayerPlan
 
 __all__ = ["RoundWeights", "install_codes"]

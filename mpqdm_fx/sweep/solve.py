@@ -2,7 +2,9 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -82,39 +84,51 @@ class LayerSolution:
 
 @dataclass(frozen=True, kw_only=True)
 class _Problem:
-    """The rows of one group of a layer, less what a bias takes up, each as often as it counts.
+    """One group of a layer: rows less what a bias takes up, each as often as it counts.
 
     Attributes:
+        W: Float weight rows [O, K].
         train: Rows that corrections and roundings are fitted to.
         judge: Held-out rows, or the same where there are none.
+        targets: What the output should gain on the rows that judge.
         gram: Moments of the training inputs.
         means: Means of the training rows that a refitted bias takes up; None if it stays.
     """
 
+    W: Tensor
     train: LayerRows
     judge: LayerRows
+    targets: Sequence[Tensor]
     gram: Gram
     means: RowMeans | None
 
     @classmethod
-    def of(cls, data: LayerData, *, refit: bool) -> "_Problem":
+    def of(cls, W: Tensor, data: LayerData, *, refit: bool) -> Self:
         means = data.train.means() if refit else None
         train = data.train.fitted(means)
         judge = data.validation.fitted(means) if len(data.validation) else train
-        return cls(train=train, judge=judge, gram=Gram.of(train.inputs), means=means)
+        return cls(
+            W=W,
+            train=train,
+            judge=judge,
+            targets=judge.targets(W),
+            gram=Gram.of(train.inputs),
+            means=means,
+        )
 
-    def error(self, W: Tensor, Q: Tensor) -> Tensor:
-        """Error of each channel on the rows that judge, float64 [O]."""
-        return output_error(W, Q, self.judge)
+    def error(self, Q: Tensor) -> Tensor:
+        """Error of each channel of the rounded rows on the rows that judge, float64 [O]."""
+        return output_error(self.W - Q, self.judge.inputs, self.targets)
 
-    def signal(self, W: Tensor) -> float:
+    @property
+    def signal(self) -> float:
         """Energy of the output on the rows that judge."""
-        return float((self.judge.inputs @ W.T).square().mean(dim=0, dtype=torch.float64).sum())
+        return float((self.judge.inputs @ self.W.T).square().mean(dim=0, dtype=torch.float64).sum())
 
-    def mismatch(self, W: Tensor) -> float:
+    @property
+    def mismatch(self) -> float:
         """Energy of the target's error that reaches the layer."""
-        targets = self.judge.targets(W)
-        return sum(float(target.square().mean(dim=0).sum()) for target in targets)
+        return sum(float(target.square().mean(dim=0).sum()) for target in self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,18 +236,18 @@ def _solve_rows(
     W: Tensor, plan: LayerPlan, data: LayerData, settings: MPQConfig, *, refit: bool
 ) -> _Result:
     """Round one group of a layer, with its bias refitted or left, whichever errs less."""
-    problem = _Problem.of(data, refit=refit)
-    base, best = _rounded(W, plan, problem, settings)
+    problem = _Problem.of(W, data, refit=refit)
+    base, best = _rounded(plan, problem, settings)
     if refit:
-        kept = _Problem.of(data, refit=False)
-        same = replace(best, error=kept.error(W, best.weight))
+        kept = _Problem.of(W, data, refit=False)
+        same = replace(best, error=kept.error(best.weight))
         if same.total < best.total:
             # What the refit fits to a few rows does not hold on others.
             problem = kept
-            base, best = _rounded(W, plan, problem, settings)
+            base, best = _rounded(plan, problem, settings)
             best = min(best, same, key=lambda one: one.total)
     energies = torch.tensor(
-        [problem.signal(W), problem.mismatch(W), base.total, best.total], dtype=torch.float64
+        [problem.signal, problem.mismatch, base.total, best.total], dtype=torch.float64
     )
     if not bool(torch.isfinite(energies).all()):
         raise CalibrationError(
@@ -244,34 +258,34 @@ def _solve_rows(
 
 
 def _rounded(
-    W: Tensor, plan: LayerPlan, problem: _Problem, settings: MPQConfig
+    plan: LayerPlan, problem: _Problem, settings: MPQConfig
 ) -> tuple[_Candidate, _Candidate]:
     """The rounding without correction, and the best one of all."""
-    options = _corrections(W, plan, problem, settings)
+    options = _corrections(plan, problem, settings)
     candidates = [
         _Candidate(
             codes=codes,
             levels=levels,
             correction=correction,
-            error=problem.error(W, _dequantized(codes, levels)),
+            error=problem.error(_dequantized(codes, levels)),
         )
         for correction, (codes, levels) in zip(
-            options, _round(W, options, plan, problem.gram, settings), strict=True
+            options, _round(options, plan, problem, settings), strict=True
         )
     ]
     best = min(candidates, key=lambda one: one.total)
-    return candidates[0], _refined(best, W, problem, settings)
+    return candidates[0], _refined(best, problem, settings)
 
 
-def _refined(found: _Candidate, W: Tensor, problem: _Problem, settings: MPQConfig) -> _Candidate:
+def _refined(found: _Candidate, problem: _Problem, settings: MPQConfig) -> _Candidate:
     """The chosen rounding refined, unless that does not help on the rows that judge."""
     if settings.rounding != "gptq" or not settings.refinements:
         return found
-    target = W if found.correction.weight is None else W + found.correction.weight
+    target = _corrected(problem.W, found.correction)
     codes, levels = refine(
         target, found.codes, found.levels, problem.gram, passes=settings.refinements
     )
-    error = problem.error(W, _dequantized(codes, levels))
+    error = problem.error(_dequantized(codes, levels))
     if float(error.sum()) > found.total:
         return found
     return replace(found, codes=codes, levels=levels, error=error)
@@ -281,11 +295,13 @@ def _dequantized(codes: Tensor, levels: RowLevels) -> Tensor:
     return codes.float() * levels.scale[:, None].to(codes.device)
 
 
-def _corrections(
-    W: Tensor, plan: LayerPlan, problem: _Problem, settings: MPQConfig
-) -> list[Correction]:
+def _corrected(W: Tensor, correction: Correction) -> Tensor:
+    return W if correction.weight is None else W + correction.weight
+
+
+def _corrections(plan: LayerPlan, problem: _Problem, settings: MPQConfig) -> list[Correction]:
     """What to try; with the automatic strength, no correction comes first."""
-    none, train, gram = Correction(), problem.train, problem.gram
+    none, W, train, gram = Correction(), problem.W, problem.train, problem.gram
     if settings.propagation == "auto":
         held_out = problem.judge if problem.judge is not train else train.take(slice(0, 0))
         try:
@@ -303,14 +319,10 @@ def _corrections(
 
 
 def _round(
-    W: Tensor,
-    corrections: list[Correction],
-    plan: LayerPlan,
-    gram: Gram,
-    settings: MPQConfig,
+    corrections: Sequence[Correction], plan: LayerPlan, problem: _Problem, settings: MPQConfig
 ) -> list[tuple[Tensor, RowLevels]]:
     """Fit levels to the rows under each correction and round them, all in one run."""
-    targets = [W if one.weight is None else W + one.weight for one in corrections]
+    gram, targets = problem.gram, [_corrected(problem.W, one) for one in corrections]
     bits, importance = plan.bits_tensor(), gram.diagonal.float()
     together = torch.cat(targets)  # rows do not meet
     levels = RowLevels.fit(together, bits.repeat(len(targets)), plan.levels, importance)
@@ -319,7 +331,7 @@ def _round(
         codes = levels.snap(together).to(torch.int8)
     else:
         codes = gptq(together, levels, gram)
-    return list(zip(torch.split(codes, len(W)), levels.split(len(W)), strict=True))
+    return list(zip(torch.split(codes, len(problem.W)), levels.split(len(problem.W)), strict=True))
 
 
 def _unclipped_where_better(

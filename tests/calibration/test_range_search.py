@@ -33,7 +33,7 @@ def test_few_values_are_searched_whole_whatever_the_seed(seed, bits, sample_seed
 
 
 def test_of_many_values_every_call_has_its_share():
-    sample = module._Sample(torch.Generator().manual_seed(0), 4000)
+    sample = module._Sample(0, 4000)
     for level in range(1, 9):
         sample.add(torch.full((level, 1000), float(level)))
     kept = torch.bincount(sample.kept.long(), minlength=9)[1:]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mpqdm_fx.calibration.rounding_errors import ChannelInputs, channel_errors, feedback_gains
-from mpqdm_fx.numerics.grids import dequantize, quantize_uniform
+from mpqdm_fx.numerics.grids import dequantize
+from mpqdm_fx.numerics.scales import quantize_uniform
 
 
 def _rows(count, width, seed=0, *, correlated=False, shift=0.0):

@@ -16,7 +16,8 @@ from mpqdm_fx.numerics.allocation import (
     output_errors,
 )
 from mpqdm_fx.numerics.codebook import quantize_codebook
-from mpqdm_fx.numerics.grids import dequantize, quantize_uniform
+from mpqdm_fx.numerics.grids import dequantize
+from mpqdm_fx.numerics.scales import quantize_uniform
 
 scores = st.lists(st.floats(-5, 100, width=32), min_size=1, max_size=40).map(torch.tensor)
 tied_scores = st.lists(st.integers(0, 3).map(float), min_size=1, max_size=40).map(torch.tensor)

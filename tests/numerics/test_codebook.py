@@ -10,8 +10,9 @@ from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.numerics import codebook
 from mpqdm_fx.numerics import rows as rows_module
 from mpqdm_fx.numerics.codebook import code_ranks, codebook_tables, quantize_codebook
-from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, dequantize, quantize_uniform
+from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, dequantize
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.numerics.scales import quantize_uniform
 
 TINY = torch.finfo(torch.float32).tiny
 

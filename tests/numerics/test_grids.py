@@ -15,13 +15,13 @@ from mpqdm_fx.numerics.grids import (
     MIN_SCALE,
     dequantize,
     max_scale,
-    quantize_uniform,
     round_scale,
     scales_around,
     snap,
     uniform_levels,
 )
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.numerics.scales import quantize_uniform
 
 BITS = range(1, MAX_BITS + 1)
 TINY = torch.finfo(torch.float32).tiny

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.numerics.gptq import gptq
 from mpqdm_fx.numerics.gram import Gram
-from mpqdm_fx.numerics.grids import dequantize, quantize_uniform, round_scale
+from mpqdm_fx.numerics.grids import dequantize, round_scale
 from mpqdm_fx.numerics.int4 import int4_levels, quantize_int4
 from mpqdm_fx.numerics.levels import RowLevels
 from mpqdm_fx.numerics.packing import pack_layer, storage_bits, unpack_layer
+from mpqdm_fx.numerics.scales import quantize_uniform
 
 
 def weights(seed: int, rows: int, columns: int) -> torch.Tensor:

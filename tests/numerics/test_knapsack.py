@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.numerics.knapsack import choose_options
 
-_options = st.lists(
-    st.tuples(st.integers(0, 100), st.integers(0, 20)), min_size=0, max_size=2
-).map(lambda extra: [(50, 0), *extra])
+_options = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 20)), min_size=0, max_size=2).map(
+    lambda extra: [(50, 0), *extra]
+)
 
 
 @given(items=st.lists(_options, min_size=1, max_size=5), budget=st.integers(0, 60))

@@ -7,8 +7,9 @@ from numerics_strategies import importances, weight_rows, weights_and_bits
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.numerics.codebook import quantize_codebook
-from mpqdm_fx.numerics.grids import dequantize, quantize_uniform, uniform_levels
+from mpqdm_fx.numerics.grids import dequantize, uniform_levels
 from mpqdm_fx.numerics.levels import RowLevels
+from mpqdm_fx.numerics.scales import quantize_uniform
 
 kinds = st.sampled_from(["uniform", "codebook"])
 QUANTIZE = {"uniform": quantize_uniform, "codebook": quantize_codebook}

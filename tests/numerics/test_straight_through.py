@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from mpqdm_fx.graph.qdq import qdq_ops
 from mpqdm_fx.numerics.dynamic import fake_quantize_dynamic
-from mpqdm_fx.numerics.grids import dequantize, quantize_uniform, snap
+from mpqdm_fx.numerics.grids import dequantize, snap
+from mpqdm_fx.numerics.scales import quantize_uniform
 from mpqdm_fx.numerics.straight_through import (
     fake_quantize_affine,
     fake_quantize_dynamic_ste,

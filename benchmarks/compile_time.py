@@ -1,0 +1,313 @@
+"""CPU seconds of quantizing a model, stage by stage; two checkouts side by side.
+
+    python benchmarks/compile_time.py digits captions unet
+    python benchmarks/compile_time.py digits --against ../before        # another checkout
+    python benchmarks/compile_time.py --own terrain.py:terrain          # a model of one's own
+
+Each model is quantized in a process of its own on one thread, first by the other checkout, then by
+this one, in the same run. Seconds are CPU seconds of the process, so a busy machine changes little.
+Stages are measured from outside, by wrapping functions of the package; what a stage calls that is
+a stage of its own does not count twice. `same integers` compares codes, scales, biases and ranges.
+
+The function of `--own` takes nothing and returns the model, its calls (keyword arguments; the last
+quarter is held out) and a dict of settings.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+STAGES: Mapping[str, Sequence[tuple[str, str]]] = {
+    "trace": [("api", "prepare")],
+    "sensitivities: gradients": [("calibration.probes", "output_energies")],
+    "sensitivities: feedback": [("calibration.rounding_errors", "feedback_gains")],
+    "sensitivities: rounding errors": [("calibration.rounding_errors", "channel_errors")],
+    "sensitivities: other": [("calibration.sensitivity", "measure_sensitivity")],
+    "bits": [("sweep.measured", "solve_budget")],
+    "ranges": [
+        ("calibration.ranges", "search_static"),
+        ("calibration.ranges", "search_by_noise_level"),
+    ],
+    "execution": [("graph.walk", "Walk.__next__")],
+    "solving: rows": [("sweep.collect", "collect_rows")],
+    "solving: statistics": [("numerics.gram", "Gram.of")],
+    "solving: corrections": [
+        ("numerics.propagation", "choose_correction"),
+        ("numerics.propagation", "fixed_correction"),
+    ],
+    "solving: levels": [("numerics.levels", "RowLevels.fit")],
+    "solving: rounding": [("numerics.gptq", "gptq")],
+    "solving: refinement": [("numerics.refine", "refine")],
+    "solving: other": [("sweep.solve", "solve_layer")],
+    "sweep: other": [("api", "convert")],
+    "storing": [("storage", "save")],
+}
+"""What is measured: stage -> places in the package, as module and name."""
+
+Case = tuple[nn.Module, Sequence[Mapping[str, Any]], dict[str, Any]]
+"""A model, its calls, and the settings it is quantized with."""
+
+
+class Stopwatch:
+    """CPU seconds by stage, each second in the innermost stage that is running."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._running: list[str] = []
+        self._since = time.process_time()
+
+    def _switch(self) -> None:
+        now = time.process_time()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+    def wrap(self, function: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        """The function, timed."""
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._switch()
+            self._running.append(stage)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._switch()
+                self._running.pop()
+
+        return timed
+
+    def install(self) -> None:
+        """Wrap everything of `STAGES`, wherever the package has imported it."""
+        for stage, places in STAGES.items():
+            for place, name in places:
+                owner: Any = importlib.import_module(f"mpqdm_fx.{place}")
+                *classes, attribute = name.split(".")
+                for class_name in classes:
+                    owner = getattr(owner, class_name)
+                found = vars(owner)[attribute]
+                if isinstance(found, classmethod):
+                    setattr(owner, attribute, classmethod(self.wrap(found.__func__, stage)))
+                    continue
+                timed = self.wrap(found, stage)
+                setattr(owner, attribute, timed)
+                for module_name, module in list(sys.modules.items()):
+                    if module_name.startswith("mpqdm_fx") and vars(module).get(attribute) is found:
+                        setattr(module, attribute, timed)
+
+
+def digits() -> Case:
+    """The bundled model at its defaults."""
+    from mpqdm_fx.models.sources import load_source
+    from mpqdm_fx.result_folder import calibration_of
+
+    source = load_source("digits")
+    return source.model, list(calibration_of(source, trajectories=16, steps=20, seed=0)), {}
+
+
+def captions() -> Case:
+    """A text-conditioned UNet of 2.1 M parameters, 320 samples of 16x16, W2A4 with static ranges.
+
+    Its weights are random: they say nothing about quality, and time does not depend on them.
+    """
+    unet = _unet(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+    )
+    settings = {"weight_bits": 2, "activation_bits": 4, "activation_mode": "static"}
+    return unet, _calls(10, (32, 3, 16, 16), (32, 5, 32)), settings
+
+
+def unet() -> Case:
+    """Stable Diffusion 1.5's UNet, eight times narrower, on 8 inputs of 64x64."""
+    made = _unet(
+        sample_size=64,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=2,
+        block_out_channels=(40, 80, 160, 160),
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    return made, _calls(8, (1, 4, 64, 64), (1, 77, 768)), {}
+
+
+MODELS: Mapping[str, Callable[[], Case]] = {"digits": digits, "captions": captions, "unet": unet}
+
+
+def _unet(**config: Any) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**config).eval()
+
+
+def _calls(
+    count: int, sample: tuple[int, ...], states: tuple[int, ...]
+) -> list[dict[str, torch.Tensor]]:
+    """Seeded calls, timesteps spread over the schedule."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "sample": torch.randn(sample, generator=generator),
+            "timestep": torch.randint(1, 1000, sample[:1], generator=generator),
+            "encoder_hidden_states": torch.randn(states, generator=generator),
+        }
+        for _ in range(count)
+    ]
+
+
+def own_model(place: str) -> Case:
+    """What a function of a file returns, given as FILE.py:FUNCTION."""
+    file, _, function = place.rpartition(":")
+    spec = importlib.util.spec_from_file_location("own_model", file)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: Case = getattr(module, function)()
+    return found
+
+
+def measure(case: Callable[[], Case]) -> dict[str, Any]:
+    """Quantize one model in this process, and store it."""
+    from mpqdm_fx import MPQConfig, api, storage
+    from mpqdm_fx.numerics.metrics import sqnr_db
+
+    model, calls, settings = case()
+    watch = Stopwatch()
+    watch.install()
+    start = time.process_time()
+    prepared = api.prepare(model, MPQConfig(**settings), calls[0])
+    for index, call in enumerate(calls):
+        if index < len(calls) - len(calls) // 4:
+            prepared.record(**call)
+        else:
+            with prepared.held_out():
+                prepared.record(**call)
+    quantized = api.convert(prepared)
+    with tempfile.TemporaryDirectory() as folder:
+        storage.save(quantized, Path(folder) / "model")
+    total = time.process_time() - start
+    with torch.no_grad():
+        answers = [_first(net(**calls[-1])) for net in (model, quantized)]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": {stage: watch.seconds[stage] for stage in STAGES},
+        "total": total,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "db": sqnr_db(*answers),
+        "integers": _digest(quantized),
+    }
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def _digest(quantized: Any) -> str:
+    """Of all weights, codes, scales and biases, and of the ranges of activations."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(quantized.rounded.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    digest.update(repr(sorted(quantized.ranges.items())).encode())
+    return digest.hexdigest()
+
+
+def run(arguments: Sequence[str], checkout: Path) -> dict[str, Any]:
+    """`measure` in a process of its own that imports the package from a checkout."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, __file__, *arguments, "--worker", str(file)]
+        environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, env=environment, check=True)
+        found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def table(name: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: one row a stage; with two results, their ratio."""
+    heads = ["before", "after", "ratio"] if len(results) == 2 else ["CPU seconds"]
+    parameters = results[0]["parameters"] / 1e6
+    lines = [
+        f"| {name}, {parameters:.1f} M parameters | {' | '.join(heads)} |",
+        "|---" + "|---:" * len(heads) + "|",
+    ]
+
+    def row(label: str, values: Iterable[float], places: int = 1) -> None:
+        numbers = list(values)
+        cells = [f"{value:.{places}f}" for value in numbers]
+        if len(numbers) == 2:
+            cells.append(f"{numbers[1] / numbers[0]:.2f}" if numbers[0] else "")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+
+    for stage in STAGES:
+        row(stage, (result["seconds"][stage] for result in results))
+    row("**total**", (result["total"] for result in results))
+    row("peak memory, GiB", (result["peak_gib"] for result in results), 2)
+    row("output, dB", (result["db"] for result in results), 3)
+    if len(results) == 2:
+        same = results[0]["integers"] == results[1]["integers"]
+        lines.append(f"| same integers | | | {'yes' if same else 'no'} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Quantize, print a table for each model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []], metavar="|".join(MODELS))
+    parser.add_argument("--own", help="FILE.py:FUNCTION that returns (model, calls, settings)")
+    parser.add_argument("--against", type=Path, help="another checkout of the package")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(1)
+    if arguments.worker:
+        case = MODELS[arguments.models[0]] if arguments.models else own_model
+        found = measure(case if arguments.models else functools.partial(case, arguments.own))
+        arguments.worker.write_text(json.dumps(found))
+        return
+    checkouts = [Path(__file__).resolve().parents[1]]
+    if arguments.against:
+        checkouts.insert(0, arguments.against.resolve())
+    wanted = [(name, [name]) for name in arguments.models]
+    if arguments.own:
+        wanted.append((arguments.own, ["--own", arguments.own]))
+    if not wanted:
+        parser.error(f"give models ({', '.join(MODELS)}), or --own")
+    for name, options in wanted:
+        print(table(name, [run(options, checkout) for checkout in checkouts]), flush=True)
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
