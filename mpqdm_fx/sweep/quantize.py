@@ -119,7 +119,7 @@ def start_sweep(
         half=half,
     )
     return Sweep(
-        graph_module,
+        prepared.graph_module,
         own,
         settings,
         limits=limits,

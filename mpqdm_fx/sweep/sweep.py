@@ -127,7 +127,7 @@ class Sweep:
         self.settings = settings
         self.solutions: dict[str, LayerSolution] = {}
         self.limits = limits
-        self.prepared = prepared or Preparation.nothing()
+        self.prepared = prepared or Preparation.nothing(graph_module)
         self._shards = shards or Shards(rank=0, world=1, total=len(calls))
         self._validation = frozenset(validation)
         self._checkpoint = checkpoint
