@@ -56,6 +56,8 @@ def quick_form(target: object) -> Callable[..., Tensor] | None:
     (`torch.fake_quantize_per_tensor_affine`, which does both at once, is slower than even those,
     and maps NaN to another level.)
     """
+    if getattr(target, "namespace", None) != "quantized_decomposed":
+        return None  # before the ops are registered, which takes a second
     ops = qdq_ops()
     if target is ops.quantize_per_tensor.default:
         return _quantize

@@ -20,7 +20,7 @@ __all__ = [
     "unit_importance",
 ]
 
-MAX_CHUNK = 1 << 22  # elements held at once by a search: about 150 MB with all its float64 copies
+MAX_CHUNK = 1 << 21  # elements held at once by a search: about 150 MB with all its float64 copies
 
 
 def check_weight(W: Tensor) -> Tensor:
