@@ -234,10 +234,10 @@ def table(rows: Mapping[str, Row]) -> str:
         levels = " ".join(f"{mean(lambda row, s=s: row['sqnr_db_at'][s]):.1f}" for s in sigmas)
         program = ["", "", ""]
         if all("program" in row for row in group):
+            ratio = mean(lambda row: row["program"]["time_ratio"])
             program = [
                 f"{mean(lambda row: row['program']['sqnr_db']):.2f}",
-                f"{mean(lambda row: row['program']['milliseconds']['program']):.1f}"
-                f" ({mean(lambda row: row['program']['time_ratio']):.2f})",
+                f"{mean(lambda row: row['program']['milliseconds']['program']):.1f} ({ratio:.2f})",
                 f"{mean(lambda row: row['program']['bytes']):,.0f}",
             ]
         everything = f"{mean(lambda row: row['sqnr_db']):.2f}"
