@@ -34,6 +34,7 @@ class Preparation:
         plans: Bits by layer, where they are decided beforehand; else None.
         row_weights: How much the rows of each noise level count.
         choices: How each input is quantized, where that is measured; else empty.
+        original: The float graph.
         graph_module: The graph that is quantized: the channels of inputs are scaled where that was
             chosen.
     """
@@ -41,6 +42,7 @@ class Preparation:
     plans: Mapping[str, LayerPlan] | None
     row_weights: RowWeights
     choices: tuple[ActivationChoice, ...]
+    original: fx.GraphModule
     graph_module: fx.GraphModule
 
     @classmethod
@@ -51,6 +53,7 @@ class Preparation:
             plans=None,
             row_weights=RowWeights(groups=one, energies={}),
             choices=(),
+            original=graph_module,
             graph_module=graph_module,
         )
 
@@ -171,6 +174,7 @@ def prepared_sweep(
     if settings.row_weights != "output":
         energies = {}
     return Preparation(
+        original=graph_module,
         graph_module=scaled,
         plans=plans,
         row_weights=RowWeights(groups=groups, energies=energies),
