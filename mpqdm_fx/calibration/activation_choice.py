@@ -52,6 +52,14 @@ class ActivationChoice:
     cost: float
     slowdown: float
 
+    @property
+    def told(self) -> str:
+        """What was chosen, in words."""
+        if self.kind == "float":
+            return "float"
+        scaled = {0.0: "", 0.5: ", channels nearer", 1.0: ", channels alike"}
+        return f"{self.kind}{scaled.get(self.exponent, '')}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""
         return asdict(self)
