@@ -315,13 +315,13 @@ def diagnose_model(
     """
     if (Path(name) / MANIFEST).exists():
         quantized = load(Path(name))
-        inputs = example_inputs(quantized.signature, batch_size=1)
+        example = example_inputs(quantized.signature, batch_size=1)
         four_bit = (open_folder(name).manifest["program"] or {}).get("four_bit", "whole")
-        return diagnose(quantized.rounded, inputs, quantized.ranges or None, four_bit=four_bit)
+        return diagnose(quantized.rounded, example, quantized.ranges or None, four_bit=four_bit)
     source = load_with_calls(name, subfolder, variant, inputs)
     graph_module = normalized(source.model, source.example_inputs, MPQConfig())
-    inputs = example_inputs(graph_module.meta["signature"], batch_size=1)
-    return diagnose(graph_module, inputs)
+    example = example_inputs(graph_module.meta["signature"], batch_size=1)
+    return diagnose(graph_module, example)
 
 
 @checked
