@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import NoiseLevels, activation_from_dict, activation_to_dict
 from mpqdm_fx.ambient import plain_torch
@@ -35,6 +35,7 @@ from mpqdm_fx.io.schema import plain
 from mpqdm_fx.manifest import checked_manifest
 from mpqdm_fx.models.model_config import model_from_config
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
+from mpqdm_fx.passes.scale_inputs import SCALES, ScaleInputs
 from mpqdm_fx.plain import given_config, plain_config, plain_signature
 from mpqdm_fx.proof import check_outputs, write_outputs
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
@@ -181,9 +182,9 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
                 folder.root,
             )
             skeleton = model or _skeleton(folder)
-            rounded = _traced(skeleton, signature, settings, weights)
+            rounded = _traced(skeleton, signature, settings, weights, report)
         else:
-            rounded = _proven(folder, model, signature, settings, weights)
+            rounded = _proven(folder, model, signature, settings, weights, report)
         config = None
         if MODEL_CONFIG in folder.files:
             config = given_config(folder.files.read_json(MODEL_CONFIG, finite=False))
@@ -211,12 +212,13 @@ def _proven(
     signature: Signature,
     settings: MPQConfig,
     weights: PackedWeights,
+    report: QuantizationReport,
 ) -> fx.GraphModule:
     """The rounded graph as the folder describes it, or of a model that fits that description."""
     with folder.files.opened(GRAPH) as path:
         description = read_graph(path)
     if model is not None:
-        rounded = _traced(model, signature, settings, weights)
+        rounded = _traced(model, signature, settings, weights, report)
         check_same_graph(rounded, description)
         return rounded
     if (code := code_in(description)) is not None:
@@ -237,7 +239,11 @@ def _rebuilt(
 
 
 def _traced(
-    model: nn.Module, signature: Signature, settings: MPQConfig, weights: PackedWeights
+    model: nn.Module,
+    signature: Signature,
+    settings: MPQConfig,
+    weights: PackedWeights,
+    report: QuantizationReport,
 ) -> fx.GraphModule:
     """The rounded graph of a model, which is not changed."""
     # A copy, since the saved tensors are put into its modules. Computed weights cannot be copied.
@@ -245,7 +251,19 @@ def _traced(
     graph_module = normalized(skeleton, example_call(signature), settings)
     traced = graph_module.meta["signature"]
     graph_module.meta["signature"] = dataclasses.replace(traced, dtype=signature.dtype)
-    return restore(graph_module, weights)
+    scale = ScaleInputs(factors=_factors(weights, report))
+    return restore(scale(graph_module).graph_module, weights)
+
+
+def _factors(weights: PackedWeights, report: QuantizationReport) -> dict[str, Tensor]:
+    """What the inputs of layers are divided by; layers that share an input share the factors."""
+    found: dict[str, Tensor] = {}
+    for choice in report.activations:
+        held = [f"{SCALES}.{name}" for name in choice.layers]
+        inverse = next((weights.floats[name] for name in held if name in weights.floats), None)
+        if inverse is not None:
+            found.update(dict.fromkeys(choice.layers, inverse.float().reciprocal().flatten()))
+    return found
 
 
 def _skeleton(folder: ModelFolder) -> nn.Module:
