@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -86,35 +87,42 @@ class LayerSolution:
 class _Problem:
     """One group of a layer: rows less what a bias takes up, each as often as it counts.
 
+    What only a rounding needs is made when it is asked for: to judge takes less.
+
     Attributes:
         W: Float weight rows [O, K].
-        train: Rows that corrections and roundings are fitted to.
-        judge: Held-out rows, or the same where there are none.
-        targets: What the output should gain on the rows that judge.
-        gram: Moments of the training inputs.
+        data: Its rows as they were collected.
         means: Means of the training rows that a refitted bias takes up; None if it stays.
     """
 
     W: Tensor
-    train: LayerRows
-    judge: LayerRows
-    targets: Sequence[Tensor]
-    gram: Gram
+    data: LayerData
     means: RowMeans | None
 
     @classmethod
     def of(cls, W: Tensor, data: LayerData, *, refit: bool) -> Self:
-        means = data.train.means() if refit else None
-        train = data.train.fitted(means)
-        judge = data.validation.fitted(means) if len(data.validation) else train
-        return cls(
-            W=W,
-            train=train,
-            judge=judge,
-            targets=judge.targets(W),
-            gram=Gram.of(train.inputs),
-            means=means,
-        )
+        return cls(W=W, data=data, means=data.train.means() if refit else None)
+
+    @cached_property
+    def train(self) -> LayerRows:
+        """Rows that corrections and roundings are fitted to."""
+        return self.data.train.fitted(self.means)
+
+    @cached_property
+    def judge(self) -> LayerRows:
+        """Held-out rows, or the same where there are none."""
+        held_out = self.data.validation
+        return held_out.fitted(self.means) if len(held_out) else self.train
+
+    @cached_property
+    def targets(self) -> list[Tensor]:
+        """What the output should gain on the rows that judge."""
+        return self.judge.targets(self.W)
+
+    @cached_property
+    def gram(self) -> Gram:
+        """Moments of the training inputs."""
+        return Gram.of(self.train.inputs)
 
     def error(self, Q: Tensor) -> Tensor:
         """Error of each channel of the rounded rows on the rows that judge, float64 [O]."""
