@@ -89,20 +89,21 @@ def _assert_same(found, expected):
 
 def test_energies_are_the_squared_gradients_of_a_scalar_output(scalar_graph):
     calls = scalar_calls()
-    energies, samples = output_energies(scalar_graph, calls, probes=1)
-    assert samples == 5
-    _assert_same(energies, _expected(calls))
+    found = output_energies(scalar_graph, calls, probes=1)
+    assert found.samples == 5
+    _assert_same(found.channels, _expected(calls))
 
 
 def test_more_directions_of_a_scalar_output_change_nothing(scalar_graph):
     calls = scalar_calls()
-    _assert_same(output_energies(scalar_graph, calls, probes=3, seed=4)[0], _expected(calls))
+    found = output_energies(scalar_graph, calls, probes=3, seed=4)
+    _assert_same(found.channels, _expected(calls))
 
 
 def test_a_direction_covers_all_outputs_on_average():
     graph = trace(TinyNet(), net_calls()[0])
     calls = net_calls(calls=1, batch=2)
-    energies, _ = output_energies(graph, calls, probes=300)
+    energies = output_energies(graph, calls, probes=300).channels
     # The last layer's output is the model's output: each of its 60 positions has energy 1.
     torch.testing.assert_close(energies["conv_out"], torch.full((3,), 60.0).double())
     model, x = TinyNet(), calls[0]["x"]
@@ -115,26 +116,26 @@ def test_a_direction_covers_all_outputs_on_average():
 
 def test_splitting_calls_into_parts_changes_nothing(scalar_graph, monkeypatch):
     calls = scalar_calls(batches=(5,))
-    whole, _ = output_energies(scalar_graph, calls, probes=1)
+    whole = output_energies(scalar_graph, calls, probes=1).channels
     monkeypatch.setattr(probes_module, "_MEMORY", 1)
-    parts, samples = output_energies(scalar_graph, calls, probes=1)
-    assert samples == 5
-    _assert_same(parts, whole)
+    parts = output_energies(scalar_graph, calls, probes=1)
+    assert parts.samples == 5
+    _assert_same(parts.channels, whole)
 
 
 def test_few_samples_are_taken_from_all_calls(scalar_graph):
     calls = scalar_calls(batches=(2,) * 8)
-    energies, samples = output_energies(scalar_graph, calls, probes=1, samples=8)
-    assert samples == 8
-    _assert_same(energies, _expected([calls[index] for index in (1, 3, 5, 7)]))
+    found = output_energies(scalar_graph, calls, probes=1, samples=8)
+    assert found.samples == 8
+    _assert_same(found.channels, _expected([calls[index] for index in (1, 3, 5, 7)]))
 
 
 def test_a_weight_counts_as_many_samples(scalar_graph):
     call = scalar_calls(batches=(3,))[0]
     weights = [torch.tensor([2.0, 0.0, 1.0])]
-    energies, _ = output_energies(scalar_graph, [call], probes=1, weights=weights)
+    found = output_energies(scalar_graph, [call], probes=1, weights=weights)
     repeated = {name: tensor[[0, 0, 2]] for name, tensor in call.items()}
-    _assert_same(energies, _expected([repeated]))
+    _assert_same(found.channels, _expected([repeated]))
 
 
 def test_the_graph_is_left_as_it_was(scalar_graph):
@@ -170,7 +171,7 @@ def test_a_layer_that_nothing_reads_has_no_energy():
     (used,) = (node for node in graph_module.graph.nodes if node.target == "used")
     output.replace_input_with(output.all_input_nodes[0], used)
     graph_module.recompile()
-    energies, _ = output_energies(graph_module, calls)
+    energies = output_energies(graph_module, calls).channels
     assert energies["cut"].tolist() == [0, 0]
     torch.testing.assert_close(energies["used"], torch.ones(2).double())
 

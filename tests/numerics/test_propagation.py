@@ -193,7 +193,7 @@ def test_bias_takes_up_what_the_training_rows_miss_on_average(seed, channels):
         expected = (missing(rows) - missing(train).mean(dim=0)).square().mean(dim=0)
         fitted = rows.fitted(means)
         found = output_error(W - Q, fitted.inputs, fitted.targets(W))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @given(seeds, dampings, st.sampled_from(FORMS))
