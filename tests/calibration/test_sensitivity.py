@@ -232,7 +232,7 @@ def test_damaged_and_foreign_files_are_refused(net, tmp_path):
 )
 def test_a_table_that_is_none_is_refused_with_the_remedy(net, tmp_path, change, message):
     path = net[2].save(tmp_path / "table.safetensors")
-    edit_record(path, "sensitivities", 2, change)
+    edit_record(path, "sensitivities", 3, change)
     with pytest.raises(ArtifactError, match=rf"table\.safetensors.*({message}).*delete it"):
         SensitivityTable.load(path)
 
