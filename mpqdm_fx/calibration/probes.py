@@ -101,13 +101,13 @@ def output_energies(
 
     Raises:
         CalibrationError: The weights do not fit the calls, the output does not depend on any weight
-            layer, or a gradient is not finite.
+            layer, or what a layer writes or a gradient is not finite.
     """
     if weights is not None and len(weights) != len(calls):
         raise CalibrationError(f"{len(weights)} tensors of weights for {len(calls)} calls")
     groups = groups or NoiseGroups(levels=NoiseLevels(boundaries=()))
     probe = _Probe(_without_gradients(graph_module), seed, groups, watch)
-    parts = _parts(graph_module, calls, weights, samples)
+    parts = _parts(graph_module, calls, weights, samples, groups)
     for inputs, importance in tqdm(parts, desc="sensitivities", unit="part", disable=None):
         probe.measure(inputs, probes, importance)
     total = float(probe.weight.sum())
@@ -116,8 +116,7 @@ def output_energies(
     for name, energy in probe.energy.items():
         if not bool(torch.isfinite(energy).all()):
             raise CalibrationError(
-                f"{name}: the model's output has no finite gradient here; check the calibration "
-                "data"
+                f"{name}: the output has no finite gradient here; check the calibration data"
             )
     return OutputEnergies(
         channels={name: energy / total for name, energy in probe.energy.items()},
@@ -267,6 +266,10 @@ class _Probe(fx.Interpreter):
         layer = self.layer_of.get(n)
         if layer is None:
             return result
+        if not bool(torch.isfinite(result).all()):
+            raise CalibrationError(
+                f"{layer.name}: it writes NaN or infinity; check the calibration data and weights"
+            )
         if not result.requires_grad:
             result = result.detach().requires_grad_()
         index = None
@@ -346,8 +349,13 @@ def _parts(
     calls: Sequence[Mapping[str, Any]],
     weights: Sequence[Tensor] | None,
     samples: int,
+    groups: NoiseGroups,
 ) -> list[tuple[dict[str, Any], Tensor]]:
-    """Split calls into parts of few samples and take evenly as many as are wanted."""
+    """Split calls into parts of few samples and take evenly as many as are wanted.
+
+    Evenly over the noise levels first: calls along runs repeat their levels, and every so many of
+    them may all have the same one.
+    """
     signature: Signature = graph_module.meta["signature"]
     parts: list[tuple[dict[str, Any], Tensor]] = []
     for index, call in enumerate(calls):
@@ -370,7 +378,10 @@ def _parts(
         parts += zip(pieces, torch.split(importance, counts), strict=True)
     mean = sum(len(importance) for _, importance in parts) / len(parts)
     wanted = min(len(parts), max(1, math.ceil(samples / mean)))
-    return [parts[(2 * place + 1) * len(parts) // (2 * wanted)] for place in range(wanted)]
+    level = [float(groups.of_samples(piece).double().mean()) for piece, _ in parts]
+    order = sorted(range(len(parts)), key=level.__getitem__)
+    taken = [order[(2 * place + 1) * len(parts) // (2 * wanted)] for place in range(wanted)]
+    return [parts[place] for place in sorted(taken)]
 
 
 def _samples(signature: Signature, call: Mapping[str, Any]) -> int:
