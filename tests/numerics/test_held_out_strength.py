@@ -113,7 +113,9 @@ def test_the_damping_of_most_gain_wins_and_its_share_is_what_it_removes(drawn):
     assert 1 - energy(left) / energy(total) == pytest.approx(found.explained, abs=1e-5)
 
 
-@given(held_out(residual=True, centers=(False,)), st.lists(st.integers(1, 8), min_size=3, max_size=3))
+@given(
+    held_out(residual=True, centers=(False,)), st.lists(st.integers(1, 8), min_size=3, max_size=3)
+)
 def test_rows_of_the_correction_are_only_scaled_down_into_their_bounds(drawn, bits):
     W, train, validation = drawn
     W[0] = 0  # has no norm to trust
