@@ -236,8 +236,10 @@ def table(rows: Mapping[str, Row]) -> str:
         if all("program" in row for row in group):
             program = [
                 f"{mean(lambda row: row['program']['sqnr_db']):.2f}",
-                f"{mean(lambda row: row['program']['milliseconds']['program']):.1f}"
-                f" ({mean(lambda row: row['program']['time_ratio']):.2f})",
+                (
+                    f"{mean(lambda row: row['program']['milliseconds']['program']):.1f}"
+                    f" ({mean(lambda row: row['program']['time_ratio']):.2f})"
+                ),
                 f"{mean(lambda row: row['program']['bytes']):,.0f}",
             ]
         everything = f"{mean(lambda row: row['sqnr_db']):.2f}"

@@ -251,7 +251,7 @@ def _sorted(values: Tensor) -> Tensor:
 
 
 def _sorted_with_order(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of float32 [n, K] in ascending order, and where they were; of equal ones the first first.
+    """Rows of float32 [n, K] in ascending order, and where they were; equal ones keep their order.
 
     Sorted as one integer of 64 bits a value: the float's bits, made to ascend as it does, above its
     place.

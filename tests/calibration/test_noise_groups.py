@@ -88,9 +88,11 @@ def test_samples_are_grouped_by_their_own_level(kind):
 
 
 def test_calls_of_several_levels_count_as_one_group():
-    alike, mixed = calls_of("sigma", [0, 1]), []
-    for levels in ([80.0, 1.0], [0.002, 80.0], [5.0, 20.5], [1.0, 80.0]):
-        mixed.append({**alike[0], "sigma": torch.tensor(levels)})
+    alike = calls_of("sigma", [0, 1])
+    mixed = [
+        {**alike[0], "sigma": torch.tensor(levels)}
+        for levels in ([80.0, 1.0], [0.002, 80.0], [5.0, 20.5], [1.0, 80.0])
+    ]
     calls = [mixed[0], alike[0], mixed[1], mixed[2], alike[1], mixed[3]]
     groups = NoiseGroups(levels=NoiseLevels(boundaries=(0.1, 2.0, 10.0, 40.0), argument="sigma"))
     assert groups.held_out(calls) == (5,)

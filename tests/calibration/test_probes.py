@@ -189,7 +189,7 @@ def test_bad_calls_are_refused(scalar_graph):
     with pytest.raises(CalibrationError, match="are zero"):
         output_energies(scalar_graph, calls, weights=[torch.zeros(3), torch.zeros(2)])
     calls[0]["x"][0, 0, 0, 0] = float("inf")
-    with pytest.raises(CalibrationError, match="^conv: it writes NaN or infinity"):
+    with pytest.raises(CalibrationError, match=r"^conv: it writes NaN or infinity"):
         output_energies(scalar_graph, calls)
 
 
@@ -208,7 +208,7 @@ def test_a_gradient_that_is_not_finite_is_refused_with_the_layer():
     calls = [{"x": torch.randn(4, 3)}]
     graph_module = trace(Steep(), calls[0])
     assert bool(torch.isfinite(graph_module(**calls[0])).all())
-    with pytest.raises(CalibrationError, match="^first: the output has no finite gradient"):
+    with pytest.raises(CalibrationError, match=r"^first: the output has no finite gradient"):
         output_energies(graph_module, calls)
 
 

@@ -49,7 +49,7 @@ def test_layers_that_read_one_value_with_the_same_factors_share_the_product():
     call = {"x": torch.randn(3, 4, 6)}
     same, other = powers(6), powers(6, seed=1)
     assert not torch.equal(same, other)
-    graph_module, result = scaled(Shared(), call, {"q": same, "k": same.clone(), "v": other})
+    _, result = scaled(Shared(), call, {"q": same, "k": same.clone(), "v": other})
     layers = weight_layers(result.graph_module)
     read = {name: layer.nodes[0].args[0] for name, layer in layers.items()}
     assert read["q"] is read["k"]
@@ -128,7 +128,7 @@ def test_a_second_run_changes_nothing():
 def test_factors_that_are_no_powers_of_two_are_refused_by_name(value):
     factor = powers(6)
     factor[2] = value
-    with pytest.raises(DialectError, match="^q: factors of its input are powers of two"):
+    with pytest.raises(DialectError, match=r"^q: factors of its input are powers of two"):
         ScaleInputs(factors={"k": powers(6), "q": factor})
 
 
