@@ -197,8 +197,8 @@ def _best_shrink(
     sample: _Samples, low: float, high: float, lower: Tensor, upper: Tensor, bits: int
 ) -> tuple[float, float]:
     """Return the pair of ratios, one of ``lower`` and one of ``upper``, of least error."""
-    lower = lower.unique_consecutive() if low < 0 else lower[:1]
-    upper = upper.unique_consecutive() if high > 0 else upper[:1]
+    lower = torch.unique_consecutive(lower) if low < 0 else lower[:1]
+    upper = torch.unique_consecutive(upper) if high > 0 else upper[:1]
     pairs = torch.cartesian_prod(lower, upper)
     scale, zero_point = _qparams(low * pairs[:, 0], high * pairs[:, 1], bits)
     quant_min, quant_max = _limits(bits)

@@ -79,7 +79,8 @@ class _Moments:
     def __init__(self, gram: Gram, damping: float) -> None:
         self.ridge = gram.ridge(damping)
         self.dtype = gram.dtype
-        self._matrix = self._rows = None
+        self._matrix: Tensor | None = None
+        self._rows: Tensor | None = None
         if gram.matrix is not None:
             self._matrix = gram.matrix.to(gram.dtype, copy=True)
             self._matrix.diagonal().add_(self.ridge)

@@ -58,10 +58,10 @@ def sqnr_by_noise_level(
         torch.cat([first_tensor(one(**batch)) for batch in batches]) for one in (model, quantized)
     )
     told = torch.cat([_told(batch[name], batch_size_of(batch)) for batch in batches])
-    levels = NoiseLevels.of(told, min(most, len(told.unique())))
+    levels = NoiseLevels.of(told, min(most, len(torch.unique(told))))
     groups = levels.group_of(told)
     ratios = {}
-    for group in reversed(groups.unique().tolist()):
+    for group in reversed(torch.unique(groups).tolist()):
         rows = groups == group
         ratios[float(told[rows].mean())] = sqnr_db(expected[rows], found[rows])
     return ratios
