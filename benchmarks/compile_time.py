@@ -31,7 +31,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import large_unet
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 STAGES: Mapping[str, Sequence[tuple[str, str]]] = {
@@ -127,7 +129,8 @@ def captions() -> Case:
 
     Its weights are random: they say nothing about quality, and time does not depend on them.
     """
-    unet = _unet(
+    torch.manual_seed(0)
+    made = UNet2DConditionModel(
         sample_size=16,
         in_channels=3,
         out_channels=3,
@@ -139,50 +142,25 @@ def captions() -> Case:
         cross_attention_dim=32,
         attention_head_dim=8,
     )
+    generator = torch.Generator().manual_seed(0)
+    calls = [
+        {
+            "sample": torch.randn(32, 3, 16, 16, generator=generator),
+            "timestep": torch.randint(1, 1000, (32,), generator=generator),
+            "encoder_hidden_states": torch.randn(32, 5, 32, generator=generator),
+        }
+        for _ in range(10)
+    ]
     settings = {"weight_bits": 2, "activation_bits": 4, "activation_mode": "static"}
-    return unet, _calls(10, (32, 3, 16, 16), (32, 5, 32)), settings
+    return made.eval(), calls, settings
 
 
 def unet() -> Case:
     """Stable Diffusion 1.5's UNet, eight times narrower, on 8 inputs of 64x64."""
-    made = _unet(
-        sample_size=64,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=2,
-        block_out_channels=(40, 80, 160, 160),
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        cross_attention_dim=768,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
-    return made, _calls(8, (1, 4, 64, 64), (1, 77, 768)), {}
+    return large_unet.model(8), large_unet.calls(), {}
 
 
 MODELS: Mapping[str, Callable[[], Case]] = {"digits": digits, "captions": captions, "unet": unet}
-
-
-def _unet(**config: Any) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    return UNet2DConditionModel(**config).eval()
-
-
-def _calls(
-    count: int, sample: tuple[int, ...], states: tuple[int, ...]
-) -> list[dict[str, torch.Tensor]]:
-    """Seeded calls, timesteps spread over the schedule."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        {
-            "sample": torch.randn(sample, generator=generator),
-            "timestep": torch.randint(1, 1000, sample[:1], generator=generator),
-            "encoder_hidden_states": torch.randn(states, generator=generator),
-        }
-        for _ in range(count)
-    ]
 
 
 def own_model(place: str) -> Case:
@@ -200,6 +178,7 @@ def own_model(place: str) -> Case:
 def measure(case: Callable[[], Case]) -> dict[str, Any]:
     """Quantize one model in this process, and store it."""
     from mpqdm_fx import MPQConfig, api, storage
+    from mpqdm_fx.calibration.sampling import first_tensor
     from mpqdm_fx.numerics.metrics import sqnr_db
 
     model, calls, settings = case()
@@ -218,7 +197,7 @@ def measure(case: Callable[[], Case]) -> dict[str, Any]:
         storage.save(quantized, Path(folder) / "model")
     total = time.process_time() - start
     with torch.no_grad():
-        answers = [_first(net(**calls[-1])) for net in (model, quantized)]
+        answers = [first_tensor(net(**calls[-1])) for net in (model, quantized)]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": {stage: watch.seconds[stage] for stage in STAGES},
@@ -227,10 +206,6 @@ def measure(case: Callable[[], Case]) -> dict[str, Any]:
         "db": sqnr_db(*answers),
         "integers": _digest(quantized),
     }
-
-
-def _first(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def _digest(quantized: Any) -> str:
@@ -284,7 +259,7 @@ def table(name: str, results: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     """Quantize, print a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", choices=[*MODELS, []], metavar="|".join(MODELS))
+    parser.add_argument("models", nargs="*", help=", ".join(MODELS))
     parser.add_argument("--own", help="FILE.py:FUNCTION that returns (model, calls, settings)")
     parser.add_argument("--against", type=Path, help="another checkout of the package")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -302,7 +277,7 @@ def main() -> None:
     wanted = [(name, [name]) for name in arguments.models]
     if arguments.own:
         wanted.append((arguments.own, ["--own", arguments.own]))
-    if not wanted:
+    if not wanted or not set(arguments.models) <= set(MODELS):
         parser.error(f"give models ({', '.join(MODELS)}), or --own")
     for name, options in wanted:
         print(table(name, [run(options, checkout) for checkout in checkouts]), flush=True)

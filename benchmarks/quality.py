@@ -137,12 +137,12 @@ def measure(
     methods: list[str],
     samples: int,
     output: Path,
-    sensitivity: Path,
+    folder: Path,
 ) -> None:
     """Quantize and measure every cell of one seed that is missing; write after each.
 
-    Sensitivities do not depend on the cell: they are measured once and kept in a file, so the
-    seconds of all cells but the first are without them.
+    Sensitivities depend on the kind of levels alone: they are measured once for each and kept in a
+    file of the folder, so the seconds of all cells but the first of a kind are without them.
     """
     bench = Bench.of(seed, samples)
     cells = [(s, m) for s in settings for m in methods]
@@ -154,7 +154,8 @@ def measure(
             continue
         start = time.perf_counter()
         bench.prepared.settings = config
-        quantized = convert(bench.prepared, sensitivity=sensitivity)
+        table_file = folder / f"sensitivity {config.levels}.safetensors"
+        quantized = convert(bench.prepared, sensitivity=table_file)
         seconds = time.perf_counter() - start
         row = {
             **bench.measured(quantized),
@@ -239,7 +240,7 @@ def main() -> None:
                     arguments.methods,
                     arguments.samples,
                     arguments.output,
-                    Path(folder) / "sensitivity.safetensors",
+                    Path(folder),
                 )
     print(table(read(arguments.output), arguments.seeds))
 

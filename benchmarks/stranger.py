@@ -130,7 +130,7 @@ class Bench:
 
     def result(self, bits: int, mode: str, method: str, seed: int, name: str) -> Row:
         """One row of the table."""
-        calls = calls_along(self.network, self.count, seed)
+        calls, file = calls_along(self.network, self.count, seed), name.replace(" ", "_")
         start = time.perf_counter()
         if method == "nearest":
             model = nearest(self.network, bits, mode, calls)
@@ -143,10 +143,10 @@ class Bench:
         if isinstance(model, QuantizedModel):
             row["effective_bits"] = round(model.plan.effective_bits, 4)
             if self.pte is not None and mode != "float":
-                told, runs = self._program(model, self.pte / f"{name}.pte")
+                told, runs = self._program(model, self.pte / f"{file}.pte")
                 row["program"] = told
         if self.pictures is not None:
-            self._picture(runs, self.pictures / f"{name}.png")
+            self._picture(runs, self.pictures / f"{file}.png")
         return row
 
     def _program(self, model: QuantizedModel, path: Path) -> tuple[Row, Callable[..., Any]]:
@@ -213,14 +213,14 @@ def wanted(arguments: argparse.Namespace) -> Iterator[tuple[int, str, str, int, 
                     name = (
                         f"W{bits} {mode} {method}{own} {arguments.calls}x{len(SIGMAS)} seed{seed}"
                     )
-                    yield bits, mode, method, seed, name.replace(" ", "_").replace("/", "_")
+                    yield bits, mode, method, seed, name
 
 
 def table(rows: Mapping[str, Row]) -> str:
     """All results, means over seeds, as Markdown."""
     groups: dict[str, list[Row]] = {}
     for name, row in rows.items():
-        groups.setdefault(name.rpartition("_seed")[0].replace("_", " "), []).append(row)
+        groups.setdefault(name.rpartition(" seed")[0], []).append(row)
     sigmas = [f"{sigma:g}" for sigma in SIGMAS]
     lines = [
         f"| what | seeds | all | sigma {' / '.join(sigmas)} | program | ms (ratio) | bytes | s |",
@@ -234,12 +234,10 @@ def table(rows: Mapping[str, Row]) -> str:
         levels = " ".join(f"{mean(lambda row, s=s: row['sqnr_db_at'][s]):.1f}" for s in sigmas)
         program = ["", "", ""]
         if all("program" in row for row in group):
+            ratio = mean(lambda row: row["program"]["time_ratio"])
             program = [
                 f"{mean(lambda row: row['program']['sqnr_db']):.2f}",
-                (
-                    f"{mean(lambda row: row['program']['milliseconds']['program']):.1f}"
-                    f" ({mean(lambda row: row['program']['time_ratio']):.2f})"
-                ),
+                f"{mean(lambda row: row['program']['milliseconds']['program']):.1f} ({ratio:.2f})",
                 f"{mean(lambda row: row['program']['bytes']):,.0f}",
             ]
         everything = f"{mean(lambda row: row['sqnr_db']):.2f}"

@@ -24,8 +24,9 @@ from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.quantized import PreparedModel, QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized, positional_inputs
+from mpqdm_fx.sweep.finish import finish
 from mpqdm_fx.sweep.measured import check_budget
-from mpqdm_fx.sweep.quantize import finish, start_sweep
+from mpqdm_fx.sweep.quantize import start_sweep
 from mpqdm_fx.sweep.sweep import Sweep
 from mpqdm_fx.validation import Bytes, Count, check_value, checked
 from mpqdm_fx.versions import versions
@@ -149,6 +150,7 @@ def convert(
         seconds=time.perf_counter() - start,
         versions=versions(),
         activations=result.choices,
+        judged=result.judged,
     )
     return assemble(
         result.rounded,

@@ -97,13 +97,14 @@ def trace(
     ] = False,
     subfolder: opt.SubfolderOption = None,
     variant: opt.VariantOption = None,
+    inputs: opt.InputsOption = None,
 ) -> None:
     """Trace MODEL to its module-level graph and print it."""
     from mpqdm_fx.graph.explain import explain as explain_trace
     from mpqdm_fx.graph.trace import trace as trace_model
-    from mpqdm_fx.models.sources import load_source
+    from mpqdm_fx.models.sources import load_with_calls
 
-    source = load_source(model, subfolder, variant)
+    source = load_with_calls(model, subfolder, variant, inputs)
     if explain:
         report = explain_trace(source.model, source.example_inputs)
         say(console, report)
@@ -121,13 +122,14 @@ def doctor(
     ] = None,
     subfolder: opt.SubfolderOption = None,
     variant: opt.VariantOption = None,
+    inputs: opt.InputsOption = None,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Say how many delegates XNNPACK would take MODEL in, and why what stays out does."""
     checks.check_packages("executorch", purpose="doctor")
     from mpqdm_fx.workflow import diagnose_model
 
-    found = diagnose_model(model, subfolder, variant)
+    found = diagnose_model(model, subfolder, variant, inputs)
     if as_json:
         console.print_json(json.dumps(found.to_dict()))
     else:

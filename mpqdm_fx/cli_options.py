@@ -151,11 +151,22 @@ _SETTINGS: Mapping[str, _Option] = {
         Annotated[
             str,
             typer.Option(
-                help="auto (dynamic on xnnpack, else static), static, timestep (ranges by noise "
-                "level), dynamic or float."
+                help="auto (dynamic on xnnpack, else static), measured (dynamic or static for each "
+                "input), static, timestep (ranges by noise level), dynamic or float."
             ),
         ],
         "auto",
+    ),
+    "slowdown": (
+        "slowdown",
+        Annotated[
+            float,
+            typer.Option(
+                help="How much longer a program may take for inputs that stay in float: 1.1 for a "
+                "tenth, 1 for none."
+            ),
+        ],
+        DEFAULTS.slowdown,
     ),
     "allocation": (
         "allocation",

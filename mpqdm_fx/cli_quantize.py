@@ -50,6 +50,7 @@ def quantize(
     from mpqdm_fx.api import BACKENDS
     from mpqdm_fx.feasibility import check_feasible, weights_of
     from mpqdm_fx.io.schema import plain
+    from mpqdm_fx.models.sources import load_with_calls
     from mpqdm_fx.processes import joined
     from mpqdm_fx.report.tables import layer_table, summary_table
     from mpqdm_fx.result_folder import Form
@@ -65,7 +66,7 @@ def quantize(
         compress=compress,
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
-    source = _source_of(model, subfolder, variant, inputs, held_out)
+    source = load_with_calls(model, subfolder, variant, inputs, held_out)
     if not resume:  # who resumes has some of it on the disk already
         # a byte each, until the run is through
         checks.check_space(output, weights_of(source.model))
@@ -119,10 +120,11 @@ def plan(
     memory = opt.memory_of(max_memory)
     from mpqdm_fx.feasibility import check_feasible
     from mpqdm_fx.graph.calling import batch_size_of
+    from mpqdm_fx.models.sources import load_with_calls
     from mpqdm_fx.report.tables import estimate_table
     from mpqdm_fx.workflow import estimate_source
 
-    source = _source_of(model, subfolder, variant, inputs)
+    source = load_with_calls(model, subfolder, variant, inputs)
     if source.calls is not None:
         calls, batch_size = len(source.calls), batch_size_of(source.example_inputs)
     check_feasible(source.model, source.example_inputs, config)
@@ -132,30 +134,6 @@ def plan(
         console.print_json(json.dumps(found.to_dict()))
     else:
         console.print(estimate_table(found.to_dict()))
-
-
-def _source_of(
-    model: str,
-    subfolder: str | None,
-    variant: str | None,
-    inputs: str | None,
-    held_out: int | None = None,
-) -> "Source":
-    """The model, with the user's own calls where there are some."""
-    from mpqdm_fx.models.functions import calls_of, is_function
-    from mpqdm_fx.models.sources import load_source
-
-    if held_out is not None and inputs is None:
-        raise ConfigError("--held-out counts calls of --inputs; give these too, or leave it out")
-    if inputs is None and is_function(model):
-        raise ConfigError(
-            f"{model} is a function, and it is not known what its model is called with; give calls "
-            f"with --inputs module:function"
-        )
-    source = load_source(model, subfolder, variant)
-    if inputs is None:
-        return source
-    return source.with_calls(calls_of(inputs, source.model, held_out))
 
 
 def _rows_of(source: "Source", trajectories: int, steps: int) -> int:

@@ -126,6 +126,8 @@ class MPQConfig:
             make up for that value's error too (LoaQ, arXiv 2509.06297).
         bias_correction: Refit a bias to the mean error of its layer, where that lowers the error on
             held-out calls.
+        judge: Compare the result with plain rounding at the same bits (nearest levels, scales that
+            clip nothing) at the model's output on held-out calls, and take that where it errs less.
         row_weights: `"output"`: rows of a layer's statistics count by what errors do to the model's
             output at their noise level; `"plain"`: all alike, as in the papers.
         effective_bits: With `allocation="measured"`, stored bits over all weights: codes, scales,
@@ -166,6 +168,7 @@ class MPQConfig:
     propagation: Annotated[float, Between(0, 1)] | Literal["auto"] = "auto"
     residuals: bool = False
     bias_correction: bool = True
+    judge: bool = True
     row_weights: RowWeighting = "output"
     effective_bits: Annotated[float, Between(1, 32, hint=_LEAST)] | None = None
     weight_bytes: Bytes | None = None

@@ -165,7 +165,7 @@ def open_denoiser(
         variant: Variant of a float model's weight files.
 
     Raises:
-        ConfigError: The form is unknown.
+        ConfigError: The form is unknown, or there is no scheduler to draw with.
         ArtifactError: The folder lacks that form or is damaged.
     """
     if form not in ("auto", "pte", "packed", "float"):
@@ -183,6 +183,11 @@ def open_denoiser(
     names = program_names(folder)
     if form == "pte" and not names:
         raise ArtifactError(f"{root} has no {PROGRAM}; quantize with --backend xnnpack")
+    if SCHEDULER_CONFIG not in folder.files and is_function(origin_of(root).model):
+        raise ConfigError(
+            f"the float model of {root} was made by a function, and has no scheduler to draw with; "
+            f"draw in Python with a loop of your own: mpqdm_fx.calibration.sampling.denoise"
+        )
     denoiser = load(root) if form == "packed" or not names else program_denoiser(folder)
     return _saved_source(folder, denoiser), denoiser
 

@@ -18,6 +18,7 @@ from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.calling import in_dtype, join_outputs, pack_output, split_batch
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.plan import BitPlan
+from mpqdm_fx.sweep.judge import Judgement
 
 __all__ = ["LayerReport", "PreparedModel", "QuantizationReport", "QuantizedModel"]
 
@@ -70,6 +71,7 @@ class QuantizationReport:
         versions: Versions of this package and of torch.
         activations: How the input of each layer is quantized, and what that costs, where it was
             measured.
+        judged: What was chosen and plain rounding, compared at the model's output.
     """
 
     layers: tuple[LayerReport, ...]
@@ -77,6 +79,7 @@ class QuantizationReport:
     seconds: float
     versions: Mapping[str, str]
     activations: tuple[ActivationChoice, ...] = ()
+    judged: tuple[Judgement, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""
@@ -89,7 +92,8 @@ class QuantizationReport:
             LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["layers"]
         )
         activations = tuple(ActivationChoice.from_dict(e) for e in data.get("activations", ()))
-        return cls(**{**data, "layers": layers, "activations": activations})
+        judged = tuple(Judgement.from_dict(entry) for entry in data.get("judged", ()))
+        return cls(**{**data, "layers": layers, "activations": activations, "judged": judged})
 
 
 class _TracedModel(nn.Module):

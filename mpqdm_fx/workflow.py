@@ -23,7 +23,7 @@ from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.functions import calls_of
-from mpqdm_fx.models.sources import Source, load_source
+from mpqdm_fx.models.sources import Source, load_with_calls
 from mpqdm_fx.processes import is_first
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.metrics import (
@@ -297,7 +297,10 @@ def estimate_source(
 
 
 def diagnose_model(
-    name: str, subfolder: str | None = None, variant: str | None = None
+    name: str,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    inputs: str | None = None,
 ) -> Diagnosis:
     """What XNNPACK would take of a model, at batch 1.
 
@@ -305,19 +308,20 @@ def diagnose_model(
         name: A float model (see `load_source`), or a folder written by `quantize`.
         subfolder: Part of a pipeline folder.
         variant: Variant of a float model's weight files.
+        inputs: Calls of a float model, as of `load_with_calls`.
 
     Raises:
         LoweringError: ExecuTorch is missing, or an activation mode does not run.
     """
     if (Path(name) / MANIFEST).exists():
         quantized = load(Path(name))
-        inputs = example_inputs(quantized.signature, batch_size=1)
+        example = example_inputs(quantized.signature, batch_size=1)
         four_bit = (open_folder(name).manifest["program"] or {}).get("four_bit", "whole")
-        return diagnose(quantized.rounded, inputs, quantized.ranges or None, four_bit=four_bit)
-    source = load_source(name, subfolder, variant)
+        return diagnose(quantized.rounded, example, quantized.ranges or None, four_bit=four_bit)
+    source = load_with_calls(name, subfolder, variant, inputs)
     graph_module = normalized(source.model, source.example_inputs, MPQConfig())
-    inputs = example_inputs(graph_module.meta["signature"], batch_size=1)
-    return diagnose(graph_module, inputs)
+    example = example_inputs(graph_module.meta["signature"], batch_size=1)
+    return diagnose(graph_module, example)
 
 
 @checked

@@ -90,8 +90,20 @@ def test_a_function_alone_is_refused_with_what_is_missing(file, folder):
     status, text = run("distill", folder, "--model", f"{file}:model", "--output", file.parent / "d")
     assert status == 2
     assert "a loop of your own" in text
-    status, text = run("plan", f"{file}:model", "--held-out", 2)
+    for command in ("plan", "trace", "doctor"):
+        status, text = run(command, f"{file}:model")
+        assert status == 2
+        assert "give calls with --inputs" in text
+    assert run("quantize", "digits", "--held-out", 2, "--backend", "packed")[0] == 2
+    status, text = run("sample", folder, "--output", file.parent / "grid.png")
     assert status == 2
+    assert "no scheduler to draw with" in text
+
+
+def test_a_function_is_traced_with_the_calls_of_another(file):
+    status, text = run("trace", f"{file}:model", "--inputs", f"{file}:calls")
+    assert status == 0
+    assert "%sigma" in text
 
 
 def test_a_plan_counts_the_calls_that_are_given(file):

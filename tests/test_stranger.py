@@ -10,6 +10,7 @@ import torch
 from small import SIGMAS, TinyEDM, edm_calls
 from torch import nn
 
+from mpqdm_fx import MPQConfig, quantize
 from mpqdm_fx.calibration.samplers import is_sampler
 from mpqdm_fx.numerics.metrics import sqnr_db
 
@@ -111,3 +112,21 @@ def test_all_of_the_table_is_made_by_default(stranger):
 
 def test_the_loop_is_a_sampler(stranger):
     assert is_sampler(stranger.Renoising())
+
+
+@pytest.mark.matrix
+@pytest.mark.xnnpack
+def test_a_programs_row_has_its_error_bytes_and_time(stranger, tmp_path):
+    bench = object.__new__(stranger.Bench)
+    bench.network, bench.held_out = TinyEDM(), edm_calls(5, seed=9)
+    with torch.no_grad():
+        bench.floats = [bench.network(**call) for call in bench.held_out]
+    settings = MPQConfig(weight_bits=8, activation_mode="dynamic", refinements=0)
+    quantized = quantize(bench.network, settings, edm_calls())
+    told, run = bench._program(quantized, tmp_path / "programs" / "row.pte")
+    assert told["sqnr_db"] > 30
+    assert set(told["sqnr_db_at"]) == {f"{sigma:g}" for sigma in SIGMAS}
+    assert told["bytes"] == (tmp_path / "programs" / "row.pte").stat().st_size
+    assert told["milliseconds"].keys() == {"program", "float"}
+    assert told["time_ratio"] > 0
+    assert bool(run(**bench.held_out[0])[0].isfinite().all())

@@ -7,20 +7,28 @@ from typing import Any, Self
 import sympy  # type: ignore[import-untyped]
 from torch import fx
 
-from mpqdm_fx.calibration.activation_costs import ActivationCosts
 from mpqdm_fx.calibration.pinning import FIRST_LAYER, LAST_LAYER, pinned_layers
 from mpqdm_fx.config import ActivationMode, MPQConfig
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
-from mpqdm_fx.graph.speed import ActivationKind, layer_time, other_time, weight_bytes
+from mpqdm_fx.graph.speed import (
+    ActivationKind,
+    InputOption,
+    layer_time,
+    other_time,
+    weight_bytes,
+)
 from mpqdm_fx.numerics.knapsack import choose_options
 
-__all__ = ["ActivationChoice", "choose_activations", "ends_in_float", "kinds_of"]
+__all__ = ["ActivationChoice", "choose_activations", "ends_in_float", "options_of"]
 
-_KINDS: Mapping[ActivationMode, tuple[ActivationKind, ...]] = {
-    "static": ("static", "float"),
-    "dynamic": ("dynamic", "float"),
-    "measured": ("static", "dynamic", "float"),
+_QUANTIZED: Mapping[ActivationMode, tuple[ActivationKind, ...]] = {
+    "static": ("static",),
+    "dynamic": ("dynamic",),
+    "measured": ("static", "dynamic"),
 }
+_EXPONENTS = (0.0, 0.5, 1.0)
+_BISECTIONS = 12  # of the price of a byte
+_FLOAT = InputOption(kind="float")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +38,27 @@ class ActivationChoice:
     Attributes:
         layers: Layers that share the input, in graph order.
         kind: What was chosen.
+        exponent: How far the channels are brought to one size before (`passes.ScaleInputs`).
         quantized_cost: Squared error of the model's output from this input alone, over the output's
-            energy, if it is quantized the cheapest way.
+            energy, if it is quantized as it is.
         cost: The same as it was chosen.
         slowdown: Time that the choice takes over the fastest one, over the whole program's.
     """
 
     layers: tuple[str, ...]
     kind: ActivationKind
+    exponent: float
     quantized_cost: float
     cost: float
     slowdown: float
+
+    @property
+    def told(self) -> str:
+        """What was chosen, in words."""
+        if self.kind == "float":
+            return "float"
+        scaled = {0.0: "", 0.5: ", channels nearer", 1.0: ", channels alike"}
+        return f"{self.kind}{scaled.get(self.exponent, '')}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""
@@ -52,81 +70,146 @@ class ActivationChoice:
         return cls(**{**data, "layers": tuple(data["layers"])})
 
 
-def kinds_of(settings: MPQConfig) -> tuple[ActivationKind, ...]:
-    """Kinds that are chosen between; none if the mode or the budget leaves no choice."""
-    chosen = settings.slowdown > 1 or settings.activation_mode == "measured"
-    return _KINDS.get(settings.activation_mode, ()) if chosen else ()
+def options_of(settings: MPQConfig) -> tuple[InputOption, ...]:
+    """What is chosen between for every input; nothing if mode or budget leave no choice."""
+    kinds = _QUANTIZED.get(settings.activation_mode, ())
+    if not kinds or (settings.slowdown == 1 and settings.activation_mode != "measured"):
+        return ()
+    quantized = (InputOption(kind=kind, exponent=e) for e in _EXPONENTS for kind in kinds)
+    return (*quantized, _FLOAT)
 
 
 def choose_activations(
     graph_module: fx.GraphModule,
-    costs: ActivationCosts,
-    measured: Mapping[str, Mapping[ActivationKind, float]],
+    units: Mapping[str, Sequence[str]],
+    costs: Mapping[str, Mapping[InputOption, float]],
     energy: float,
     settings: MPQConfig,
     sizes: Mapping[sympy.Symbol, int],
     skipped: Collection[str] = (),
 ) -> tuple[ActivationChoice, ...]:
-    """Choose the kind of every input so that the output's error is least within the budget.
+    """Choose how every input is treated so that the output's error is least within the budget.
 
     The budget is `settings.slowdown` over the program in which every input is quantized the fastest
-    way, as `graph.speed` predicts it: so much more time and weight bytes together (a layer with a
-    float input has float weights in a program). Inputs of other widths than 8 bits, and those for
-    which an override gives the width, are quantized.
+    way, as `graph.speed` predicts it: so much more time, and so much more bytes of weights (a layer
+    with a float input has float weights in a program). Inputs of other widths than 8 bits, and
+    those for which an override gives the width, are quantized as they are.
 
     Args:
         graph_module: Normalized float graph.
-        costs: The units.
-        measured: Cost of each kind by unit; see `ActivationCosts.costs`.
+        units: Layers that get one option.
+        costs: Cost of each option by unit; see `ActivationCosts.costs`.
         energy: Mean energy of the model's output.
         settings: Mode and budget.
         sizes: Symbols of the graph's shapes; see `cost.bind_sizes`.
         skipped: Layers that are in float whatever is chosen.
     """
-    kinds = kinds_of(settings)
     layers = weight_layers(graph_module)
-    units = {
-        unit: [layers[name] for name in names if name not in skipped]
-        for unit, names in costs.units.items()
-    }
-    units = {unit: own for unit, own in units.items() if own}
     ends = ends_in_float(graph_module, settings.activation_mode)
-    options = {unit: _allowed(own, kinds, settings, ends) for unit, own in units.items()}
-    times = {
-        unit: {k: sum(layer_time(graph_module, one, k, sizes) for one in own) for k in kinds}
-        for unit, own in units.items()
-    }
-    sizes_of = {
-        unit: {k: sum(weight_bytes(one, k) for one in own) for k in kinds}
-        for unit, own in units.items()
-    }
-    fastest = {unit: min(times[unit][k] for k in kinds if k != "float") for unit in units}
-    in_all = sum(fastest.values()) + other_time(graph_module, sizes)
-    all_bytes = sum(sizes_of[unit][kinds[0]] for unit in units)
-
-    def share(unit: str, kind: ActivationKind) -> float:
-        longer = max(0.0, times[unit][kind] - fastest[unit]) / in_all
-        larger = (sizes_of[unit][kind] - sizes_of[unit][kinds[0]]) / all_bytes
-        return longer + larger
-
-    uses = [[share(unit, kind) for kind in options[unit]] for unit in units]
-    # the fastest option is free, also where it has a smaller share of time than of bytes
-    uses = [[use - min(row) for use in row] for row in uses]
-    chosen = choose_options(
-        [[measured[unit][kind] for kind in options[unit]] for unit in units],
-        uses,
-        settings.slowdown - 1,
-    )
+    menus = []
+    for unit, names in units.items():
+        own = [layers[name] for name in names if name not in skipped]
+        if own:
+            menus.append(_menu(graph_module, own, costs[unit], settings, sizes, ends))
+    in_all = sum(menu.fastest for menu in menus) + other_time(graph_module, sizes)
+    weights = sum(menu.smallest for menu in menus)
+    chosen = _chosen(menus, (settings.slowdown - 1) * in_all, (settings.slowdown - 1) * weights)
     return tuple(
         ActivationChoice(
-            layers=tuple(layer.name for layer in units[unit]),
-            kind=options[unit][index],
-            quantized_cost=min(measured[unit][k] for k in kinds if k != "float") / energy,
-            cost=measured[unit][options[unit][index]] / energy,
-            slowdown=max(0.0, times[unit][options[unit][index]] - fastest[unit]) / in_all,
+            layers=menu.layers,
+            kind=menu.options[index].kind,
+            exponent=menu.options[index].exponent,
+            quantized_cost=menu.plain / energy,
+            cost=menu.costs[index] / energy,
+            slowdown=menu.times[index] / in_all,
         )
-        for unit, index in zip(units, chosen, strict=True)
+        for menu, index in zip(menus, chosen, strict=True)
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Menu:
+    """What one unit can have.
+
+    Attributes:
+        layers: Its layers.
+        options: What there is.
+        costs: Squared error of the output, by option.
+        times: Time over the fastest way to quantize it, by option.
+        bytes: Bytes of weights over the smallest, by option.
+        plain: Cost of the fastest way.
+        fastest: Its time.
+        smallest: Its bytes.
+    """
+
+    layers: tuple[str, ...]
+    options: tuple[InputOption, ...]
+    costs: tuple[float, ...]
+    times: tuple[float, ...]
+    bytes: tuple[float, ...]
+    plain: float
+    fastest: float
+    smallest: float
+
+
+def _menu(
+    graph_module: fx.GraphModule,
+    layers: Sequence[WeightLayer],
+    costs: Mapping[InputOption, float],
+    settings: MPQConfig,
+    sizes: Mapping[sympy.Symbol, int],
+    ends: Collection[str],
+) -> _Menu:
+    def time(option: InputOption) -> float:
+        return sum(layer_time(graph_module, layer, option, sizes) for layer in layers)
+
+    def size(option: InputOption) -> int:
+        return sum(weight_bytes(layer, option) for layer in layers)
+
+    plain = min((one for one in costs if one.kind != "float" and not one.exponent), key=time)
+    options = _allowed(layers, tuple(costs), settings, ends)
+    least = min(size(option) for option in options)
+    fastest = time(plain)
+    return _Menu(
+        layers=tuple(layer.name for layer in layers),
+        options=options,
+        costs=tuple(costs[option] for option in options),
+        # where float is faster than int8 (few outputs of many inputs), it takes nothing
+        times=tuple(max(0.0, time(option) - fastest) for option in options),
+        bytes=tuple(float(size(option) - least) for option in options),
+        plain=costs[plain],
+        fastest=fastest,
+        smallest=size(plain),
+    )
+
+
+def _chosen(menus: Sequence[_Menu], time: float, size: float) -> list[int]:
+    """Options of least cost within the time; what their bytes cost is raised until they fit too."""
+    costs = [menu.costs for menu in menus]
+    times = [[one - min(menu.times) for one in menu.times] for menu in menus]
+
+    def solve(price: float) -> tuple[list[int], float]:
+        priced = [
+            [cost + price * extra for cost, extra in zip(menu.costs, menu.bytes, strict=True)]
+            for menu in menus
+        ]
+        found = choose_options(priced, times, time)
+        return found, sum(menu.bytes[i] for menu, i in zip(menus, found, strict=True))
+
+    found, taken = solve(0.0)
+    if taken <= size:
+        return found
+    low, high = 0.0, max(max(row) for row in costs) / max(size, 1.0) or 1.0
+    while (upper := solve(high))[1] > size:
+        high *= 8
+    for _ in range(_BISECTIONS):
+        middle = (low * high) ** 0.5 if low else high / 8
+        tried = solve(middle)
+        if tried[1] > size:
+            low = middle
+        else:
+            high, upper = middle, tried
+    return upper[0]
 
 
 def ends_in_float(graph_module: fx.GraphModule, mode: ActivationMode) -> set[str]:
@@ -146,11 +229,11 @@ def ends_in_float(graph_module: fx.GraphModule, mode: ActivationMode) -> set[str
 
 def _allowed(
     layers: Sequence[WeightLayer],
-    kinds: Sequence[ActivationKind],
+    options: Sequence[InputOption],
     settings: MPQConfig,
     ends: Collection[str],
-) -> list[ActivationKind]:
-    """Kinds that a unit may have."""
+) -> tuple[InputOption, ...]:
+    """What a unit may have."""
     given = any(
         rule.activation_bits is not None and rule.matches(layer.name)
         for rule in settings.rules
@@ -158,5 +241,7 @@ def _allowed(
     )
     narrow = any(settings.activation_bits_of(layer.name) != 8 for layer in layers)
     if narrow and any(layer.name in ends for layer in layers):
-        return ["float"]
-    return [kind for kind in kinds if kind != "float" or not (given or narrow)]
+        return (_FLOAT,)
+    if given or narrow:
+        return tuple(one for one in options if one.kind != "float" and not one.exponent)
+    return tuple(options)

@@ -2,22 +2,27 @@
 
 To first order the error e of a value changes the output by J e, and E_v <v, J e>^2 = |J e|^2 for
 random signs v. `<v, J e>` is the sum over a sample's positions of gradient times error, from the
-backward pass that `probes` makes anyway. The square is taken after that sum: errors of a coarse
-step are systematic, and the sum of squares, which takes them as independent, is 3 to 90 times too
-small for them. Errors of different values are taken as independent.
+backward pass that `probes` makes anyway. The square is taken after that sum, over all layers that
+read the same numbers: errors of a coarse step are systematic, and the sum of squares, which takes
+them as independent, is 3 to 90 times too small for them. Errors of different values are taken as
+independent.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import OUTPUT_BITS, ActivationRange
+from mpqdm_fx.calibration.channel_maxima import ChannelMaxima
 from mpqdm_fx.calibration.ranges import search_static
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.graph.quantizer_sites import row_axes
-from mpqdm_fx.graph.speed import ActivationKind
+from mpqdm_fx.graph.same_values import value_key
+from mpqdm_fx.graph.speed import InputOption
 from mpqdm_fx.graph.walk import Walk
 from mpqdm_fx.numerics.dynamic import fake_quantize_dynamic
 from mpqdm_fx.numerics.ranges import fake_quantize
@@ -27,18 +32,30 @@ __all__ = ["ActivationCosts"]
 _RANGE_VALUES = 2**13  # numbers that a range is searched on, for its cost alone
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Reader:
+    """How a weight layer's calls read their input: equal ones see the same rounded numbers."""
+
+    values: Hashable
+    bits: int
+    axes: int | tuple[int, ...]
+
+
 class ActivationCosts:
     """Costs of the inputs of all weight layers; a `GradientWatch` of `output_energies`.
 
     Args:
         graph_module: Normalized float graph.
-        calls: Calibration calls, for static ranges.
+        calls: Calibration calls: for the sizes of channels, and for static ranges.
         settings: Widths and seed.
-        kinds: What is to be measured.
+        options: What is to be measured.
+        max_memory: Bytes of activations held in memory.
+        half: Hold activations as float16.
 
     Attributes:
-        units: Layers that share an input, directly or through others, and so get one kind: by name
-            of the first of them in graph order.
+        units: Layers that read the same numbers, directly or through others, and so get one
+            option: by name of the first of them in graph order.
+        maxima: Largest values of the channels that they read.
     """
 
     def __init__(
@@ -46,115 +63,154 @@ class ActivationCosts:
         graph_module: fx.GraphModule,
         calls: Sequence[Mapping[str, Any]],
         settings: MPQConfig,
-        kinds: Sequence[ActivationKind],
+        options: Sequence[InputOption],
+        *,
+        max_memory: int | None = None,
+        half: bool = False,
     ) -> None:
         layers = weight_layers(graph_module)
-        self._layer_of = {node.name: name for name, layer in layers.items() for node in layer.nodes}
-        self._kind_of = {
-            name: (settings.activation_bits_of(name), row_axes(layer.module))
+        self._layer_of = {call.name: layer for layer in layers.values() for call in layer.nodes}
+        self._readers = {
+            call.name: _Reader(
+                values=value_key(graph_module, call.args[0]),
+                bits=settings.activation_bits_of(name),
+                axes=row_axes(layer.module),
+            )
             for name, layer in layers.items()
+            for call in layer.nodes
         }
-        self.units = _units(graph_module, self._layer_of, self._kind_of)
+        self.units = _units(layers, self._readers)
         self._unit_of = {name: unit for unit, names in self.units.items() for name in names}
-        self._kinds = [kind for kind in kinds if kind != "float"]
-        self._sums = {unit: dict.fromkeys(kinds, 0.0) for unit in self.units}
+        self._options = [option for option in options if option.kind != "float"]
+        self._sums = {unit: dict.fromkeys(options, 0.0) for unit in self.units}
+        self._now: dict[tuple[str, Hashable, InputOption], Tensor] = {}
         self._shown = 0
-        self._ranges: dict[tuple[str, str], ActivationRange] = {}
-        if "static" in kinds:
-            self._ranges = _static_ranges(graph_module, calls, settings)
+        self._ranges: dict[tuple[str, str, float], ActivationRange] = {}
+        with_memory = {"max_memory": max_memory, "half": half}
+        self.maxima = ChannelMaxima.of(graph_module, calls, self.units, **with_memory)  # type: ignore[arg-type]
+        if any(option.kind == "static" for option in options):
+            self._search_ranges(graph_module, calls, settings, **with_memory)  # type: ignore[arg-type]
 
-    def costs(self, samples: int, probes: int) -> dict[str, dict[ActivationKind, float]]:
-        """Squared error of the model's output by unit and kind, mean over samples.
-
-        Args:
-            samples: Samples that were shown.
-            probes: Random directions of each.
-        """
-        scale = 1.0 / (samples * probes)
+    def costs(self) -> dict[str, dict[InputOption, float]]:
+        """Squared error of the model's output by unit and option, mean over samples and probes."""
+        scale = 1.0 / max(1, self._shown)
         return {
-            unit: {kind: total * scale for kind, total in sums.items()}  # type: ignore[misc]
+            unit: {option: total * scale for option, total in sums.items()}
             for unit, sums in self._sums.items()
         }
 
     def kind(self, call: fx.Node) -> Hashable:
         """Calls of one width and granularity that read one value share a quantizer."""
-        return self._kind_of[self._layer_of[call.name]]
+        return self._readers[call.name]
 
     def inputs(self, call: fx.Node, x: Tensor, gradient: Tensor, samples: int) -> None:
         """Add what rounding a value does to the output for its readers."""
-        bits, axes = self._kind_of[self._layer_of[call.name]]
-        for kind in self._kinds:
-            if kind == "dynamic":
-                self._add(call, kind, fake_quantize_dynamic(x, bits, axes) - x, gradient, samples)
+        reader, layer = self._readers[call.name], self._layer_of[call.name]
+        for option in self._options:
+            factor = self._factor(layer, option)
+            scaled = x if factor is None else x / factor
+            if option.kind == "dynamic":
+                rounded = fake_quantize_dynamic(scaled, reader.bits, reader.axes)
             else:
-                self._add(call, kind, self._static_error(call, "input", x), gradient, samples)
+                rounded = _rounded(scaled, self._ranges[call.name, "input", option.exponent])
+            error = rounded - scaled
+            self._add(call, option, error if factor is None else error * factor, gradient, samples)
 
     def outputs(self, call: fx.Node, y: Tensor, gradient: Tensor, samples: int) -> None:
         """Add what rounding an output does: static layers write integers."""
-        if "static" in self._kinds:
-            self._add(call, "static", self._static_error(call, "output", y), gradient, samples)
+        for option in self._options:
+            if option.kind == "static":
+                error = _rounded(y, self._ranges[call.name, "output", 0.0]) - y
+                self._add(call, option, error, gradient, samples, side=call.name)
 
-    def _static_error(self, call: fx.Node, side: str, value: Tensor) -> Tensor:
-        chosen = self._ranges[call.name, side]
-        return fake_quantize(value, chosen.scale, chosen.zero_point, chosen.bits) - value
+    def finish(self, samples: int) -> None:
+        """Square what one random direction brought together."""
+        for (unit, _, option), changes in self._now.items():
+            self._sums[unit][option] += float(changes.square().sum())
+        self._now.clear()
+        self._shown += samples
 
     def _add(
-        self, call: fx.Node, kind: ActivationKind, error: Tensor, gradient: Tensor, samples: int
+        self,
+        call: fx.Node,
+        option: InputOption,
+        error: Tensor,
+        gradient: Tensor,
+        samples: int,
+        *,
+        side: Hashable = None,
     ) -> None:
-        product = (gradient * error).double()
-        rows = samples if len(product) % samples == 0 else 1
-        changes = product.reshape(rows, -1).sum(dim=1)
-        unit = self._unit_of[self._layer_of[call.name]]
-        self._sums[unit][kind] += float(changes.square().sum())
+        rows = samples if len(error) % samples == 0 else 1
+        product = gradient.reshape(rows, 1, -1).double() @ error.reshape(rows, -1, 1).double()
+        changes = product.flatten().cpu()
+        if rows != samples:  # a value that all samples share
+            changes = torch.cat([changes, changes.new_zeros(samples - 1)])
+        unit = self._unit_of[self._layer_of[call.name].name]
+        key = (unit, side or self._readers[call.name], option)
+        self._now[key] = self._now[key] + changes if key in self._now else changes
+
+    def _factor(self, layer: WeightLayer, option: InputOption) -> Tensor | None:
+        """Factors of the channels that a layer reads, in the shape of its input's last axes."""
+        if not option.exponent:
+            return None
+        factor = self.maxima.factor(self._unit_of[layer.name], option.exponent)
+        trailing = 0 if isinstance(layer.module, nn.Linear) else layer.weight.dim() - 2
+        return factor.view(-1, *[1] * trailing)
+
+    def _search_ranges(
+        self,
+        graph_module: fx.GraphModule,
+        calls: Sequence[Mapping[str, Any]],
+        settings: MPQConfig,
+        *,
+        max_memory: int | None,
+        half: bool,
+    ) -> None:
+        """Find the range of what each call reads and writes."""
+        walk = Walk(graph_module, calls, progress="ranges", max_memory=max_memory, half=half)
+
+        def search(node: fx.Node, bits: int, factor: Tensor | None) -> ActivationRange:
+            values = walk.values(node)
+            scaled = values if factor is None else (value / factor for value in values)
+            return search_static(scaled, bits, settings.seed, limit=_RANGE_VALUES)
+
+        written: fx.Node | None = None
+        for node in walk:
+            if written is not None and written in walk.alive:
+                self._ranges[written.name, "output", 0.0] = search(written, OUTPUT_BITS, None)
+            written = None
+            if node.name in self._readers:
+                source, bits = node.args[0], self._readers[node.name].bits
+                assert isinstance(source, fx.Node)
+                for option in self._options:
+                    if option.kind == "static":
+                        factor = self._factor(self._layer_of[node.name], option)
+                        key = (node.name, "input", option.exponent)
+                        self._ranges[key] = search(source, bits, factor)
+                written = node
+
+
+def _rounded(value: Tensor, chosen: ActivationRange) -> Tensor:
+    return fake_quantize(value, chosen.scale, chosen.zero_point, chosen.bits)
 
 
 def _units(
-    graph_module: fx.GraphModule,
-    layer_of: Mapping[str, str],
-    kind_of: Mapping[str, Hashable],
+    layers: Mapping[str, WeightLayer], readers: Mapping[str, _Reader]
 ) -> dict[str, tuple[str, ...]]:
-    """Layers that have to be quantized alike, because they share a quantizer."""
-    first_reader: dict[tuple[fx.Node, Hashable], str] = {}
-    unit_of: dict[str, str] = {}
+    """Layers that have to be quantized alike, because they read the same rounded numbers."""
+    first_of: dict[_Reader, str] = {}
+    above: dict[str, str] = {}
 
     def root(name: str) -> str:
-        while unit_of[name] != name:
-            name = unit_of[name]
+        while above[name] != name:
+            name = above[name]
         return name
 
-    for node in graph_module.graph.nodes:
-        name = layer_of.get(node.name)
-        if name is None:
-            continue
-        unit_of.setdefault(name, name)
-        first = first_reader.setdefault((node.args[0], kind_of[name]), name)
-        unit_of[root(name)] = root(first)
+    for name, layer in layers.items():
+        above.setdefault(name, name)
+        for call in layer.nodes:
+            above[root(name)] = root(first_of.setdefault(readers[call.name], name))
     units: dict[str, list[str]] = {}
-    for name in unit_of:
+    for name in layers:
         units.setdefault(root(name), []).append(name)
     return {names[0]: tuple(names) for names in units.values()}
-
-
-def _static_ranges(
-    graph_module: fx.GraphModule, calls: Sequence[Mapping[str, Any]], settings: MPQConfig
-) -> dict[tuple[str, str], ActivationRange]:
-    """Range of what each call reads and writes, by the call's name and the side."""
-    layers = weight_layers(graph_module)
-    layer_of = {node: name for name, layer in layers.items() for node in layer.nodes}
-    found: dict[tuple[str, str], ActivationRange] = {}
-    walk = Walk(graph_module, calls, progress="ranges")
-
-    def search(node: fx.Node, bits: int) -> ActivationRange:
-        return search_static(walk.values(node), bits, settings.seed, limit=_RANGE_VALUES)
-
-    written: fx.Node | None = None
-    for node in walk:
-        if written is not None and written in walk.alive:
-            found[written.name, "output"] = search(written, OUTPUT_BITS)
-        written = None
-        if node in layer_of:
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            found[node.name, "input"] = search(source, settings.activation_bits_of(layer_of[node]))
-            written = node
-    return found

@@ -75,6 +75,9 @@ class GradientWatch(Protocol):
     def outputs(self, call: fx.Node, y: Tensor, gradient: Tensor, samples: int) -> None:
         """Look at what a weight layer's call writes; see `inputs`."""
 
+    def finish(self, samples: int) -> None:
+        """All of one random direction was shown, for B samples."""
+
 
 def output_energies(
     graph_module: fx.GraphModule,
@@ -222,6 +225,8 @@ class _Probe(fx.Interpreter):
             if gradient is not None:
                 assert self.watch is not None
                 self.watch.inputs(read.call, read.value.detach(), gradient, samples)
+        if self.watch is not None:
+            self.watch.finish(samples)
 
     def _add(self, written: "_Written", gradient: Tensor, groups: Tensor, probes: int) -> None:
         """Add the squares of one gradient to the layer's energies."""

@@ -119,7 +119,7 @@ def channel_errors(
     W = W.detach().float()
     if W.numel() <= max_numbers:
         energy = inputs.energy.float()
-        scales = [*uniform_scales(W, energy)]
+        scales = list(uniform_scales(W, energy))
 
         def fitted(bits: int) -> Tensor:
             codes, scale = quantize_codebook(W, torch.full((len(W),), bits), energy)

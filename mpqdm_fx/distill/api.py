@@ -106,16 +106,16 @@ def distill(
             is fixed to another one; or a sampler is given guidance.
         CalibrationError: A run or the loss leaves the finite numbers, or conditions do not fit.
     """
-    own_loop = is_sampler(scheduler)
-    check_loop(scheduler, None if own_loop else config.steps, config.guidance_scale)
-    if not own_loop:
-        check_scheduled(teacher)
     start = _start(config, sample_shape or sample_shape_of(teacher), conditions, unconditional)
     _check_batch(quantized.signature, config)
     teacher = unwrap(teacher)
     graph = normalized(teacher, example_call(quantized.signature), quantized.settings)
     if (other := first_difference(describe(graph), describe(quantized.rounded))) is not None:
         raise ConfigError(f"the float model is not the one that was quantized: {other}")
+    own_loop = is_sampler(scheduler)
+    check_loop(scheduler, None if own_loop else config.steps, config.guidance_scale)
+    if not own_loop:
+        check_scheduled(teacher)
     fingerprint = graph_fingerprint(graph)
     student = _moved(make_student(quantized, graph, config), device)
     graph = _moved(graph, device)

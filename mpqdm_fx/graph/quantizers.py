@@ -145,8 +145,9 @@ class NoiseLevelQuantizer(ActivationQuantizer):
 
         zero_point = for_rows(self.zero_points)
         low, high = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
-        codes = torch.round(x.to(torch.float32) * for_rows(self.inverses)) + zero_point
-        return ((codes.clamp(low, high) - zero_point) * for_rows(self.scales)).to(x.dtype)
+        codes = (x.to(torch.float32) * for_rows(self.inverses)).round_().add_(zero_point)
+        codes.clamp_(low, high).sub_(zero_point)
+        return codes.mul_(for_rows(self.scales)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Settings, for print."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.containers import constant_leaves, same_constant, tensor_leaves
+from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
 
 __all__ = [
     "NOISE_NAMES",
@@ -20,17 +21,6 @@ __all__ = [
     "bind_inputs",
     "tensor_leaves",
 ]
-
-TIMESTEP_NAMES = frozenset({"t", "timestep", "timesteps", "timestep_ratio"})
-"""What diffusers models call the argument that tells them the noise level."""
-
-NOISE_NAMES = frozenset(
-    {
-        "sigma", "sigmas", "noise_level", "noise_levels", "noise_label", "noise_labels", "c_noise",
-        "log_snr", "logsnr", "log_sigma", "time", "times",
-    }
-)  # fmt: skip
-"""What other models call it; a number stays a single one (0-d), as the model's own code has it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ proportions. They are for choosing between layers, not for promising millisecond
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import sympy  # type: ignore[import-untyped]
@@ -16,9 +17,24 @@ from torch import fx
 from mpqdm_fx.graph.cost import node_cost, products, shape_at
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 
-__all__ = ["ActivationKind", "layer_time", "other_time", "weight_bytes"]
+__all__ = ["ActivationKind", "InputOption", "layer_time", "other_time", "weight_bytes"]
 
 ActivationKind = Literal["float", "static", "dynamic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOption:
+    """One way to treat what a layer reads.
+
+    Attributes:
+        kind: How it is quantized.
+        exponent: How far its channels are brought to one size before (`passes.ScaleInputs`): 0 not
+            at all, 1 wholly.
+    """
+
+    kind: ActivationKind
+    exponent: float = 0.0
+
 
 _Sizes = Mapping[sympy.Symbol, int]
 
@@ -30,31 +46,34 @@ _BYTES: Mapping[ActivationKind, int] = {"float": 4, "static": 1, "dynamic": 1}
 
 
 def layer_time(
-    graph_module: fx.GraphModule, layer: WeightLayer, kind: ActivationKind, sizes: _Sizes
+    graph_module: fx.GraphModule, layer: WeightLayer, option: InputOption, sizes: _Sizes
 ) -> float:
     """Time of all calls of a weight layer.
 
     Args:
         graph_module: Its graph.
         layer: The layer.
-        kind: How its activations are quantized.
+        option: How its input is treated.
         sizes: Symbols of the graph's shapes; see `cost.bind_sizes`.
     """
     total = 0.0
     for call in layer.nodes:
         multiplications = node_cost(graph_module, call, sizes)
-        if kind == "float":
+        read = _elements(call.args[0], sizes)
+        if option.kind == "float":
             total += multiplications
             continue
-        total += _INT8_PRODUCT * multiplications + _QUANTIZE * _elements(call.args[0], sizes)
-        if kind == "static":
+        total += _INT8_PRODUCT * multiplications + _QUANTIZE * read
+        if option.kind == "static":
             total += _QUANTIZE * _elements(call, sizes)
-    return total + _WEIGHT_BYTE * weight_bytes(layer, kind) * len(layer.nodes)
+        if option.exponent:
+            total += _ELEMENT * read
+    return total + _WEIGHT_BYTE * weight_bytes(layer, option) * len(layer.nodes)
 
 
-def weight_bytes(layer: WeightLayer, kind: ActivationKind) -> int:
+def weight_bytes(layer: WeightLayer, option: InputOption) -> int:
     """Bytes of a layer's weights in a program: int8 kernels have int8 weights, float ones float."""
-    return layer.weight.numel() * _BYTES[kind]
+    return layer.weight.numel() * _BYTES[option.kind]
 
 
 def other_time(graph_module: fx.GraphModule, sizes: _Sizes) -> float:

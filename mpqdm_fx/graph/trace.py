@@ -38,9 +38,10 @@ from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
 from mpqdm_fx.graph.functional import functionalized, refuse_counters, refuse_writes
 from mpqdm_fx.graph.layouts import reshape_views
 from mpqdm_fx.graph.leaves import check_modules
+from mpqdm_fx.graph.noise_names import TIMESTEP_NAMES
 from mpqdm_fx.graph.parameters import note_parameters
 from mpqdm_fx.graph.raise_modules import raise_leaf_modules
-from mpqdm_fx.graph.signature import TIMESTEP_NAMES, Signature, bind_inputs
+from mpqdm_fx.graph.signature import Signature, bind_inputs
 from mpqdm_fx.graph.unread import unread_inputs
 
 __all__ = ["same_bits", "trace"]

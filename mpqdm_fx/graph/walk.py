@@ -16,6 +16,7 @@ from mpqdm_fx.graph.cost import Sizes, bind_calls, node_cost, per_call, value_by
 from mpqdm_fx.graph.editing import writes_in_place
 from mpqdm_fx.graph.lanes import float_of, is_lane, twin_of
 from mpqdm_fx.graph.liveness import readers
+from mpqdm_fx.graph.qdq import quick_form
 from mpqdm_fx.graph.value_store import Key, ValueStore
 
 __all__ = ["Walk"]
@@ -262,7 +263,7 @@ class Walk:
         if self._device is not None and "device" in kwargs:
             kwargs = {**kwargs, "device": self._device}
         assert callable(node.target)
-        return node.target(*args, **kwargs)
+        return (quick_form(node.target) or node.target)(*args, **kwargs)
 
     def _call_module(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if self._device is None:

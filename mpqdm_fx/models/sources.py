@@ -20,11 +20,11 @@ from mpqdm_fx.models.classes import diffusers_class
 from mpqdm_fx.models.config_fields import check_fields
 from mpqdm_fx.models.example_inputs import ModelInputs
 from mpqdm_fx.models.extra_channels import ExtraChannels, extra_channels_of
-from mpqdm_fx.models.functions import GivenCalls, is_function, model_of
+from mpqdm_fx.models.functions import GivenCalls, calls_of, is_function, model_of
 from mpqdm_fx.models.model_config import read_model_config
 from mpqdm_fx.models.weight_files import load_weights
 
-__all__ = ["Source", "load_source", "make_source", "scheduler_from_config"]
+__all__ = ["Source", "load_source", "load_with_calls", "make_source", "scheduler_from_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,40 @@ def load_source(model: str, subfolder: str | None = None, variant: str | None = 
     scheduler = _scheduler_of(root)
     loaded = _load_model(root / subfolder if subfolder else root, variant)
     return make_source(model, loaded, scheduler, root=root, variant=variant)
+
+
+def load_with_calls(
+    model: str,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    inputs: str | None = None,
+    held_out: int | None = None,
+) -> Source:
+    """Load a model, and the calls of the user's own where there are some.
+
+    Args:
+        model: As of `load_source`.
+        subfolder: As of `load_source`.
+        variant: As of `load_source`.
+        inputs: Function that gives the calls, as of `calls_of`; needed where a function makes the
+            model.
+        held_out: As of `calls_of`.
+
+    Raises:
+        ConfigError: See `load_source` and `calls_of`; or what is needed is not given.
+        CalibrationError: The calls cannot be used.
+    """
+    if inputs is None and held_out is not None:
+        raise ConfigError("--held-out counts calls of --inputs; give these too, or leave it out")
+    if inputs is None and is_function(model):
+        raise ConfigError(
+            f"{model} is a function, and it is not known what its model is called with; give calls "
+            f"with --inputs module:function"
+        )
+    source = load_source(model, subfolder, variant)
+    if inputs is None:
+        return source
+    return source.with_calls(calls_of(inputs, source.model, held_out))
 
 
 def _load_model(folder: Path, variant: str | None) -> Any:

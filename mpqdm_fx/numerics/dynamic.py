@@ -67,5 +67,5 @@ def fake_quantize_dynamic(x: Tensor, bits: int, axes: int | tuple[int, ...]) -> 
     inverse, zero_point = dynamic_qparams(minimum, maximum, bits)
     # Clamped before rounding, as the kernels do; both bounds are whole, so the order is the same.
     quant_min, quant_max = -float(1 << (bits - 1)), float((1 << (bits - 1)) - 1)
-    steps = (values * inverse).clamp(quant_min - zero_point, quant_max - zero_point).round()
-    return (steps * inverse.reciprocal()).to(x.dtype)
+    steps = (values * inverse).clamp_(quant_min - zero_point, quant_max - zero_point).round_()
+    return steps.mul_(inverse.reciprocal()).to(x.dtype)

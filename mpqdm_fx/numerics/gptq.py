@@ -156,7 +156,8 @@ def _unit_upper(matrix: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 class _PrimalFeedback:
     def __init__(self, gram: Gram, order: Tensor, damping: float, rows: int) -> None:
         assert gram.matrix is not None
-        matrix = gram.matrix.to(gram.dtype)[order][:, order]
+        # rows are gathered twice: a row lies together, a column does not
+        matrix = gram.matrix.to(gram.dtype)[order].T.contiguous()[order].T
         upper, self._pivots = _unit_upper(matrix, gram.ridge(damping))
         self._upper = upper
         self._errors = upper.new_zeros(rows, gram.width)

@@ -181,7 +181,16 @@ class _State:
         # `max_scale`: any int8 level that the descent may move to stays a finite float32.
         usable = torch.isfinite(scale) & (scale > MIN_SCALE) & (scale < max_scale(_TOP))
         levels = self.levels.with_scale(torch.where(usable, scale.float(), self.levels.scale))
-        return _State.of(W, self.codes.clone(), levels, self.moments)
+        if self.moments.dtype != torch.float64:
+            return _State.of(W, self.codes.clone(), levels, self.moments)
+        step = levels.scale.to(W)[:, None]  # what cancels here leaves enough digits of a double
+        return _State(
+            moments=self.moments,
+            levels=levels,
+            codes=self.codes.clone(),
+            errors=W / step - self.codes,
+            image=image / step - own,
+        )
 
     def descend(self) -> None:
         """One round of coordinate descent: each weight to the level nearest to its best, in place.

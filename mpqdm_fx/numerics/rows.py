@@ -20,7 +20,7 @@ __all__ = [
     "unit_importance",
 ]
 
-MAX_CHUNK = 1 << 22  # elements held at once by a search: about 150 MB with all its float64 copies
+MAX_CHUNK = 1 << 21  # elements held at once by a search: about 150 MB with all its float64 copies
 
 
 def check_weight(W: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def _sorted(values: Tensor) -> Tensor:
 
 
 def _sorted_with_order(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of float32 [n, K] in ascending order, and where they were; equal ones keep their order.
+    """Rows of float32 [n, K] in ascending order, and where they were; ties keep their order.
 
     Sorted as one integer of 64 bits a value: the float's bits, made to ascend as it does, above its
     place.

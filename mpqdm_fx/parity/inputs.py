@@ -14,7 +14,8 @@ from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.files import replacing
 from mpqdm_fx.graph.calling import example_inputs
-from mpqdm_fx.graph.signature import NOISE_NAMES, TIMESTEP_NAMES, Signature, tensor_leaves
+from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
+from mpqdm_fx.graph.signature import Signature, tensor_leaves
 from mpqdm_fx.models.sources import Source
 
 __all__ = ["INPUTS", "random_calls", "read_calls", "source_calls", "write_calls"]

@@ -247,11 +247,8 @@ class QuantizeActivations(GraphPass):
             source = latest.get(site.value, site.value)
             users = [u for u in source.users if site.calls is None or u in site.calls]
             activation = self.ranges[site.layer]
-            if (
-                isinstance(activation, TimestepActivation)
-                and told is not None
-                and follows_batch(source, told)
-            ):
+            follows = told is not None and follows_batch(source, told)
+            if isinstance(activation, TimestepActivation) and follows:
                 if groups is None:
                     assert self.noise_levels is not None
                     groups = insert_groups(graph_module, self.noise_levels)

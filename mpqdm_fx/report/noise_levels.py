@@ -13,7 +13,7 @@ from mpqdm_fx.calibration.samplers import Denoiser, first_tensor
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.entry import in_float32
-from mpqdm_fx.graph.signature import NOISE_NAMES, TIMESTEP_NAMES
+from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.validation import Count, checked
 
@@ -58,10 +58,10 @@ def sqnr_by_noise_level(
         torch.cat([first_tensor(one(**batch)) for batch in batches]) for one in (model, quantized)
     )
     told = torch.cat([_told(batch[name], batch_size_of(batch)) for batch in batches])
-    levels = NoiseLevels.of(told, min(most, len(torch.unique(told))))
+    levels = NoiseLevels.of(told, min(most, len(set(told.tolist()))))
     groups = levels.group_of(told)
     ratios = {}
-    for group in reversed(torch.unique(groups).tolist()):
+    for group in reversed(range(levels.count)):
         rows = groups == group
         ratios[float(told[rows].mean())] = sqnr_db(expected[rows], found[rows])
     return ratios

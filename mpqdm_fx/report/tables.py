@@ -1,6 +1,7 @@
 """Tables for the terminal."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,16 @@ from rich.text import Text
 
 from mpqdm_fx.quantized import LayerReport, QuantizationReport
 
-__all__ = ["estimate_table", "layer_table", "metrics_table", "summary_table"]
+__all__ = [
+    "activation_table",
+    "estimate_table",
+    "judgement_table",
+    "layer_table",
+    "metrics_table",
+    "summary_table",
+]
+
+_SHOWN = 12  # inputs whose rounding costs most
 
 
 def layer_table(report: QuantizationReport) -> Table:
@@ -36,6 +46,59 @@ def layer_table(report: QuantizationReport) -> Table:
             f"{layer.alpha:.2f}" if layer.alpha else "",
             Text(layer.reason or ""),  # may name a pattern with brackets, which are no markup
         )
+    return table
+
+
+def activation_table(report: QuantizationReport) -> Table:
+    """One row per input, the dearest first: what its rounding alone does, and what was chosen.
+
+    `as it is` is the noise of the model's output from rounding this input to 8 bits as it is, in dB
+    below the output, `chosen` the same with what was chosen; inputs that cost least share a row.
+    """
+    table = Table(title="inputs of layers", header_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("input of", no_wrap=True)
+    for heading in ("as it is dB", "chosen dB", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("what was chosen")
+    ordered = sorted(report.activations, key=lambda one: -one.quantized_cost)
+    for one in ordered[:_SHOWN]:
+        first, *others = one.layers
+        table.add_row(
+            first + (f" and {len(others)} more" if others else ""),
+            _noise(one.quantized_cost),
+            _noise(one.cost),
+            f"{one.slowdown:+.1%}" if one.slowdown >= 5e-4 else "",
+            one.told,
+        )
+    rest = ordered[_SHOWN:]
+    if rest:
+        counts = Counter(one.told for one in rest)
+        table.add_row(
+            f"{len(rest)} others",
+            _noise(sum(one.quantized_cost for one in rest)),
+            _noise(sum(one.cost for one in rest)),
+            f"{sum(one.slowdown for one in rest):+.1%}",
+            ", ".join(f"{count} {told}" for told, count in counts.most_common()),
+        )
+    return table
+
+
+def _noise(share: float) -> str:
+    return f"{-10 * math.log10(share):.1f}" if share > 0 else ""
+
+
+def judgement_table(report: QuantizationReport) -> Table:
+    """The recipe and plain rounding at the model's output, on held-out calls, by noise level."""
+    table = Table(title="held-out calls, output SQNR dB", header_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("all", justify="right")
+    groups = max((len(one.sqnr_db) for one in report.judged), default=0)
+    for index in range(groups if groups > 1 else 0):
+        table.add_column(f"level {index + 1}", justify="right")
+    for one in report.judged:
+        levels = ["" if db is None else f"{db:.1f}" for db in one.sqnr_db]
+        name = one.recipe + (" (taken)" if one.chosen else "")
+        table.add_row(name, f"{one.decibels:.1f}", *(levels if groups > 1 else ()))
     return table
 
 

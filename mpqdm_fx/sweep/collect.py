@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.graph.lanes import float_of, is_quantizer, twin_of
+from mpqdm_fx.graph.lanes import float_of, twin_of
 from mpqdm_fx.graph.layers import output_positions, sample_rows
-from mpqdm_fx.graph.quantizers import DynamicQuantizer
+from mpqdm_fx.graph.same_values import value_key
 from mpqdm_fx.graph.walk import Walk
 from mpqdm_fx.numerics.gram import kept_rows
 from mpqdm_fx.numerics.layer_rows import LayerRows
@@ -61,40 +61,12 @@ class CallRows:
 
 
 def rows_key(graph_module: fx.GraphModule, node: fx.Node, module: nn.Module) -> object:
-    """Equal for calls whose rows are equal: one input, one receptive field.
-
-    Two nodes count as one input if they apply the same function without tensors (an activation)
-    to one value, so that `time_emb_proj(silu(emb))` of all blocks share their statistics.
-    """
+    """Equal for calls whose rows are equal: one input (`value_key`), one receptive field."""
     geometry = "linear"
     if not isinstance(module, nn.Linear):
         names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
         geometry = str([getattr(module, name) for name in names])
-    return (_value_key(graph_module, node), geometry)
-
-
-def _value_key(graph_module: fx.GraphModule, node: object) -> object:
-    if not isinstance(node, fx.Node):
-        return repr(node)
-    if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        if not _is_function(module):
-            return node.name
-        own: object = (type(module).__name__, module.extra_repr())
-    elif is_quantizer(graph_module, node):
-        own = (str(node.target), repr(node.args[1:]))
-    else:
-        return node.name
-    return (own, tuple(_value_key(graph_module, source) for source in node.all_input_nodes))
-
-
-def _is_function(module: nn.Module) -> bool:
-    """Whether its type and `extra_repr` say all: PyTorch's own without tensors, or our quantizer.
-
-    Somebody else's module may hold what its `extra_repr` does not tell.
-    """
-    known = type(module).__module__.startswith("torch.nn.") or isinstance(module, DynamicQuantizer)
-    return known and not any(True for _ in (*module.parameters(), *module.buffers()))
+    return (value_key(graph_module, node), geometry)
 
 
 def collect_rows(

@@ -18,6 +18,7 @@ from mpqdm_fx.calibration.sensitivity import measure_sensitivity
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.config import Levels, MPQConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.numerics.budget import allocate_budget
 from mpqdm_fx.numerics.grids import MAX_BITS
@@ -35,6 +36,7 @@ TABLE = "sensitivity.safetensors"
 
 def measured_table(
     graph_module: fx.GraphModule,
+    scaled: fx.GraphModule,
     calls: Sequence[Mapping[str, Any]],
     settings: MPQConfig,
     checkpoint: Checkpoint | None,
@@ -49,7 +51,8 @@ def measured_table(
     """Measure (or load) the sensitivities.
 
     Args:
-        graph_module: Normalized float graph.
+        graph_module: Normalized float graph, which the table is of.
+        scaled: The same with scaled inputs, whose weights are rounded.
         calls: All calibration calls.
         settings: The run's settings.
         checkpoint: Where the table is kept for a run that goes on.
@@ -77,7 +80,7 @@ def measured_table(
                 )
             return found
         table = measure_sensitivity(
-            graph_module,
+            scaled,
             calls,
             seed=settings.seed,
             groups=groups,
@@ -87,8 +90,10 @@ def measured_table(
             max_memory=max_memory,
             half=half,
         )
+        # what errors of a channel do is a matter of the model, however its inputs are scaled
+        table = dataclasses.replace(table, fingerprint=graph_fingerprint(graph_module), run=run)
         if path is not None:
-            dataclasses.replace(table, run=run).save(path)
+            table.save(path)
         return table
 
     table = shards.once(make)
@@ -111,7 +116,6 @@ def solve_budget(
         ConfigError: The budget is below what the smallest widths take.
         ArtifactError: The table is of another model.
     """
-    table.check(graph_module)
     layers = weight_layers(graph_module, embeddings=True)
     fixed = {name: bits for name, (bits, _) in limits.fixed.items()}
     costs = table.costs(

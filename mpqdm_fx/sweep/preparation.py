@@ -5,18 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from torch import fx
+from torch import Tensor, fx
 
 from mpqdm_fx.activations import NoiseLevels
-from mpqdm_fx.calibration.activation_choice import ActivationChoice, choose_activations, kinds_of
+from mpqdm_fx.calibration.activation_choice import ActivationChoice, choose_activations, options_of
 from mpqdm_fx.calibration.activation_costs import ActivationCosts
 from mpqdm_fx.calibration.allocate import Limits
 from mpqdm_fx.calibration.noise_groups import NoiseGroups
-from mpqdm_fx.calibration.probes import PROBES, OutputEnergies, output_energies
+from mpqdm_fx.calibration.probes import GradientWatch, OutputEnergies, output_energies
 from mpqdm_fx.calibration.row_weights import RowWeights
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.cost import bind_sizes
-from mpqdm_fx.graph.speed import ActivationKind
+from mpqdm_fx.graph.speed import ActivationKind, InputOption
+from mpqdm_fx.passes.scale_inputs import ScaleInputs
 from mpqdm_fx.plan import LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.measured import measured_table, solve_budget
@@ -33,17 +34,28 @@ class Preparation:
         plans: Bits by layer, where they are decided beforehand; else None.
         row_weights: How much the rows of each noise level count.
         choices: How each input is quantized, where that is measured; else empty.
+        original: The float graph.
+        graph_module: The graph that is quantized: the channels of inputs are scaled where that was
+            chosen.
     """
 
     plans: Mapping[str, LayerPlan] | None
     row_weights: RowWeights
     choices: tuple[ActivationChoice, ...]
+    original: fx.GraphModule
+    graph_module: fx.GraphModule
 
     @classmethod
-    def nothing(cls) -> Self:
+    def nothing(cls, graph_module: fx.GraphModule) -> Self:
         """Nothing is decided: each layer decides its own bits, and its rows count alike."""
         one = NoiseGroups(levels=NoiseLevels(boundaries=()))
-        return cls(plans=None, row_weights=RowWeights(groups=one, energies={}), choices=())
+        return cls(
+            plans=None,
+            row_weights=RowWeights(groups=one, energies={}),
+            choices=(),
+            original=graph_module,
+            graph_module=graph_module,
+        )
 
     @property
     def kinds(self) -> dict[str, ActivationKind]:
@@ -59,19 +71,54 @@ class _Probes:
     calls: Sequence[Mapping[str, Any]]
     settings: MPQConfig
     groups: NoiseGroups
-    costs: ActivationCosts | None
     found: OutputEnergies | None = None
 
-    def energies(self) -> OutputEnergies:
+    def energies(self, watch: GradientWatch | None = None) -> OutputEnergies:
+        """What `output_energies` finds; a watch is shown the gradients of the first run."""
         if self.found is None:
             self.found = output_energies(
                 self.graph_module,
                 self.calls,
                 seed=self.settings.seed,
                 groups=self.groups,
-                watch=self.costs,
+                watch=watch,
             )
         return self.found
+
+    def choose(
+        self,
+        options: Sequence[InputOption],
+        limits: Limits,
+        max_memory: int | None,
+        half: bool,
+    ) -> tuple[tuple[ActivationChoice, ...], dict[str, Tensor]]:
+        """How each input is quantized, and the factors of those whose channels are scaled."""
+        costs = ActivationCosts(
+            self.graph_module,
+            self.calls,
+            self.settings,
+            options,
+            max_memory=max_memory,
+            half=half,
+        )
+        found = self.energies(costs)
+        choices = choose_activations(
+            self.graph_module,
+            costs.units,
+            costs.costs(),
+            found.output,
+            self.settings,
+            bind_sizes(self.graph_module, self.calls[0]),
+            limits.skipped,
+        )
+        unit_of = {name: unit for unit, names in costs.units.items() for name in names}
+        factors = {
+            name: costs.maxima.factor(unit_of[name], choice.exponent)
+            for choice in choices
+            if choice.exponent
+            for name in choice.layers
+        }
+        return choices, factors
 
 
 def prepared_sweep(
@@ -96,25 +143,19 @@ def prepared_sweep(
         CalibrationError: Gradients or rows are not finite, or no gradient reaches a layer.
         ArtifactError: A file of sensitivities is damaged, or of another model.
     """
-    kinds = kinds_of(settings)
-
-    def costs_to_measure() -> ActivationCosts | None:
-        return ActivationCosts(graph_module, calls, settings, kinds) if kinds else None
-
-    probes = shards.once(
-        lambda: _Probes(
-            graph_module=graph_module,
-            calls=calls,
-            settings=settings,
-            groups=groups,
-            costs=costs_to_measure(),
-        )
-    )
+    probes = _Probes(graph_module=graph_module, calls=calls, settings=settings, groups=groups)
+    options = options_of(settings)
+    choices: tuple[ActivationChoice, ...] = ()
+    factors: Mapping[str, Tensor] = {}
+    if options:
+        choices, factors = shards.once(lambda: probes.choose(options, limits, max_memory, half))
+    scaled = ScaleInputs(factors=factors)(graph_module).graph_module
     plans = None
-    energies: Mapping[str, Any] = {}
+    energies: Mapping[str, Tensor] = {}
     if settings.allocation == "measured":
         table = measured_table(
             graph_module,
+            scaled,
             calls,
             settings,
             checkpoint,
@@ -125,7 +166,7 @@ def prepared_sweep(
             max_memory=max_memory,
             half=half,
         )
-        plans = solve_budget(graph_module, table, settings, limits)
+        plans = solve_budget(scaled, table, settings, limits)
         groups = table.groups
         energies = {layer.name: layer.by_group for layer in table.layers}
     elif groups.count > 1 and settings.row_weights == "output":
@@ -133,22 +174,9 @@ def prepared_sweep(
     if settings.row_weights != "output":
         energies = {}
     return Preparation(
+        original=graph_module,
+        graph_module=scaled,
         plans=plans,
         row_weights=RowWeights(groups=groups, energies=energies),
-        choices=shards.once(lambda: _choices(probes, limits)),
-    )
-
-
-def _choices(probes: _Probes, limits: Limits) -> tuple[ActivationChoice, ...]:
-    if probes.costs is None:
-        return ()
-    found = probes.energies()
-    return choose_activations(
-        probes.graph_module,
-        probes.costs,
-        probes.costs.costs(found.samples, PROBES),
-        found.output,
-        probes.settings,
-        bind_sizes(probes.graph_module, probes.calls[0]),
-        limits.skipped,
+        choices=choices,
     )

@@ -46,6 +46,7 @@ from mpqdm_fx.plan import LayerPlan
 from mpqdm_fx.sweep.build_lanes import two_lanes
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.collect import CallRows, collect_rows, join_rows, residual_of, rows_key
+from mpqdm_fx.sweep.judge import output_powers
 from mpqdm_fx.sweep.preparation import Preparation
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerData, LayerSolution, solve_layer
@@ -100,6 +101,8 @@ class Sweep:
 
     Attributes:
         source: The float graph.
+        calls: Calibration calls of this process.
+        shards: Which of all calls they are.
         limits: Layers off the budget.
         prepared: What was decided beforehand.
         graph_module: The graph of two lanes; the quantized lane's layers sit under `error_lane.`.
@@ -124,16 +127,17 @@ class Sweep:
         device: torch.device | str | None = None,
     ) -> None:
         self.source = graph_module
+        self.calls = calls
         self.settings = settings
         self.solutions: dict[str, LayerSolution] = {}
         self.limits = limits
-        self.prepared = prepared or Preparation.nothing()
-        self._shards = shards or Shards(rank=0, world=1, total=len(calls))
+        self.prepared = prepared or Preparation.nothing(graph_module)
+        self.shards = shards or Shards(rank=0, world=1, total=len(calls))
         self._validation = frozenset(validation)
         self._checkpoint = checkpoint
-        told = self._shards.gather(noise_levels_of(graph_module, calls, settings))
-        self._batches = self._shards.gather([batch_size_of(call) for call in calls])
-        self._groups = self._shards.gather(
+        told = self.shards.gather(noise_levels_of(graph_module, calls, settings))
+        self._batches = self.shards.gather([batch_size_of(call) for call in calls])
+        self._groups = self.shards.gather(
             [self.prepared.row_weights.groups.of_samples(call) for call in calls]
         )
         self.graph_module, self.noise_levels = two_lanes(
@@ -172,6 +176,32 @@ class Sweep:
         for _ in self:
             pass
 
+    def output_powers(self, graph_module: fx.GraphModule | None) -> Tensor:
+        """Energy of the output and of its error on the held-out calls; see `judge.output_powers`.
+
+        Args:
+            graph_module: A quantized graph; None for the quantized lane, once the sweep is over.
+
+        Returns:
+            float64 [G, 2], sums over the calls of all processes; over all calls if none is held
+            out.
+        """
+        groups = self.prepared.row_weights.groups
+        judges = self._validation or frozenset(range(self.shards.total))
+        own = []
+        for index, call, both in zip(
+            self.shards.indices, self.calls, self.walk.outputs, strict=True
+        ):
+            if index not in judges:
+                own.append(torch.zeros(groups.count, 2, dtype=torch.float64))
+                continue
+            reference, output = both
+            if graph_module is not None:
+                with torch.no_grad():
+                    output = graph_module(**call)
+            own.append(output_powers(groups, call, reference, output))
+        return torch.stack(self.shards.gather(own)).sum(dim=0)
+
     def delta(self, node: fx.Node) -> float:
         """Relative error of a value in the quantized lane; see `Walk.delta`."""
         return self.walk.delta(node)
@@ -199,7 +229,7 @@ class Sweep:
         work = {}
         for twin, pending in self._waiting.items():
             layer = pending.layer
-            macs = node_cost(self.source, layer.nodes[0], sizes) * self._shards.total
+            macs = node_cost(self.source, layer.nodes[0], sizes) * self.shards.total
             positions = macs // max(1, layer.weight.numel())
             work[twin] = layer_work(layer, positions, self.settings).weight
         return work
@@ -223,25 +253,25 @@ class Sweep:
             set_groups(self.graph_module, site.node, found)
 
     def _search_range(self, site: QuantizerSite) -> Any:
-        values = self._shards.stream(self.walk.values(site.value))
+        values = self.shards.stream(self.walk.values(site.value))
         seed = self.settings.seed
         if site.kind == "static":
             return search_static(values, site.bits, seed)
         assert self.noise_levels is not None
         group = site.node.args[1]
         assert isinstance(group, fx.Node)
-        groups = self._shards.stream(self.walk.values(group))
+        groups = self.shards.stream(self.walk.values(group))
         return search_by_noise_level(values, groups, site.bits, self.noise_levels.count, seed)
 
     def _solve(self, twin: fx.Node, pending: _Pending) -> None:
         """Quantize one layer and install it in the quantized lane."""
         name, kept = pending.layer.name, self._checkpoint
-        solution = self._shards.once(lambda: kept.load(pending.layer) if kept else None)
+        solution = self.shards.once(lambda: kept.load(pending.layer) if kept else None)
         if solution is not None:
             self._check_bits(solution)
         else:
             solution = self._solution(twin, pending)
-            if kept and self._shards.rank == 0:
+            if kept and self.shards.rank == 0:
                 kept.save(solution)
         self.solutions[name] = solution
         module = self.graph_module.get_submodule(str(twin.target))
@@ -264,7 +294,7 @@ class Sweep:
                 layer, self._fixed(layer) or fixed_plan(layer, 8, "embedding table")
             )
         data = self._data(twin, pending)
-        return self._shards.once(lambda: self._solve_with(layer, data))
+        return self.shards.once(lambda: self._solve_with(layer, data))
 
     def _solve_with(self, layer: WeightLayer, data: LayerData) -> LayerSolution:
         try:
@@ -302,14 +332,14 @@ class Sweep:
                 twin,
                 max_rows=self.settings.max_rows,
                 seed=self.settings.seed,
-                shards=self._shards,
+                shards=self.shards,
                 batches=self._batches,
             )
             self._remember(key, calls)
         residuals = None
         if self.settings.propagation == "auto" and self.settings.residuals:
-            residuals = residual_of(self.graph_module, self.walk, pending.call, calls, self._shards)
-        train = [i for i in range(self._shards.total) if i not in self._validation]
+            residuals = residual_of(self.graph_module, self.walk, pending.call, calls, self.shards)
+        train = [i for i in range(self.shards.total) if i not in self._validation]
         weights = [
             self.prepared.row_weights.of_rows(
                 pending.layer.name, groups, rows.positions, rows.total

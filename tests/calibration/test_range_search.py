@@ -99,3 +99,21 @@ def test_no_values_and_groups_out_of_range_are_refused():
         search_by_noise_level([], [], 8, 2, 0)
     with pytest.raises(ConfigError, match="group 2"):
         search_by_noise_level(calls(0, 1), [torch.tensor([2])], 8, 2, 0)
+
+
+@pytest.mark.parametrize("sizes", [(300,), (900, 50, 400, 700), (20, 30, 5000, 1, 80)])
+def test_draws_that_are_kept_are_those_of_a_generator_of_its_own(sizes):
+    values = [torch.arange(1.0, size + 1) + 10_000 * call for call, size in enumerate(sizes)]
+    generator, kept, seen = torch.Generator().manual_seed(5), torch.empty(0), 0
+    for value in values:
+        seen += len(value)
+        if seen > 600:
+            share = round(600 * len(value) / seen)
+            value = value[torch.randint(len(value), (share,), generator=generator)]
+            kept = kept[torch.randperm(len(kept), generator=generator)[: 600 - share]]
+        kept = torch.cat([kept, value])
+    for _ in range(2):  # the second time from what is kept
+        sample = module._Sample(5, 600)
+        for value in values:
+            sample.add(value)
+        assert torch.equal(sample.kept, kept)

@@ -1,5 +1,7 @@
 """The modules that round activations: equal to the plain formula, and exportable."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,11 +10,18 @@ from torch import nn
 
 from mpqdm_fx.activations import NoiseLevels
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.editing import infer_val
+from mpqdm_fx.graph.qdq import insert_pair, qdq_ops, quick_form
 from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelGroups, NoiseLevelQuantizer
+from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.numerics.dynamic import fake_quantize_dynamic
 from mpqdm_fx.numerics.ranges import fake_quantize
 
 SCALES, ZERO_POINTS = [0.1, 0.013, 0.5], [0, -7, 3]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def values(seed: int, *shape: int) -> torch.Tensor:
@@ -126,3 +135,62 @@ def test_dynamic_quantizer_exports_with_a_dynamic_batch_bit_for_bit(axes):
 def test_impossible_quantizers_are_refused(make):
     with pytest.raises(ConfigError):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_an_inserted_pair_has_the_values_that_running_it_would_give(dtype, channels_last):
+    class Double(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    x = torch.randn(2, 3, 4, 5).to(dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    graph_module = trace(Double(), {"x": x})
+    (source,) = graph_module.graph.find_nodes(op="placeholder")
+    restored = insert_pair(graph_module, source, (0.05, 3, -128, 127, torch.int8))
+    for node in (restored.args[0], restored):
+        found = node.meta["val"]
+        infer_val(graph_module, node)
+        want = node.meta["val"]
+        assert found.dtype == want.dtype
+        assert found.shape == want.shape
+        assert found.stride() == want.stride()
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    bits=st.integers(1, 8),
+    log_scale=st.floats(-30, 30),
+    zero_point=st.integers(-128, 127),
+    half=st.booleans(),
+    channels_last=st.booleans(),
+)
+def test_quick_forms_have_the_bits_of_the_ops(
+    seed, bits, log_scale, zero_point, half, channels_last
+):
+    dtype = torch.float16 if half else torch.float32
+    scale = float(torch.tensor(10.0**log_scale))
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    parameters = (scale, max(low, min(high, zero_point)), low, high, torch.int8)
+    special = [math.nan, math.inf, -math.inf, 3e38, -3e38, 1e20, 1e-40, -1e-45, 0.0, -0.0]
+    ties = scale * (torch.arange(10) - 4.5)
+    x = torch.cat([scale * values(seed, 40) * 2**bits, torch.tensor(special), ties])
+    x = x.reshape(2, 3, 2, 5).to(dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    ops, before = qdq_ops(), x.clone()
+    quantize, dequantize = ops.quantize_per_tensor.default, ops.dequantize_per_tensor.default
+    codes = quantize(x, *parameters)
+    found = quick_form(quantize)(x, *parameters)
+    assert torch.equal(found, codes)
+    assert found.stride() == codes.stride()
+    assert same_bits(x, before)
+    for kwargs in ({}, {"out_dtype": dtype}):
+        want = dequantize(codes, *parameters, **kwargs)
+        got = quick_form(dequantize)(codes, *parameters, **kwargs)
+        assert got.dtype == want.dtype
+        assert got.stride() == want.stride()
+        assert same_bits(got, want)
+    assert quick_form(torch.ops.aten.relu.default) is None

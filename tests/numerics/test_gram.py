@@ -222,3 +222,23 @@ def test_as_many_rows_are_kept_as_fill_the_matrix_or_as_the_dual_form_takes(widt
     else:
         assert kept == min(wanted, DUAL_ROWS)
         assert kept < width
+
+
+@pytest.mark.parametrize("width", [5, 192, 193, 400])
+def test_moments_are_symmetric_and_those_of_the_whole_product(width):
+    rows = torch.randn(1500, width, generator=torch.Generator().manual_seed(width))
+    matrix = Gram.of(rows, center=False, form="primal").matrix
+    block = gram_module._BLOCK
+    assert torch.equal(matrix[:block, block:], matrix[block:, :block].T)
+    torch.testing.assert_close(matrix, matrix.T, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(matrix, rows.double().T @ rows.double() / 1500, rtol=1e-4, atol=1e-5)
+
+
+@given(moments(), st.integers(1, 4), st.integers(0, 2**16))
+def test_one_regression_serves_all_ridges(known, outputs, seed):
+    rows = known.rows
+    targets = torch.randn(len(rows), outputs, generator=torch.Generator().manual_seed(seed))
+    regression = known.gram.regression(rows, targets)
+    for damping in (0.01, 1.0, 10.0):
+        again = known.gram.regress(rows, targets, damping)
+        assert torch.equal(regression.solve(damping), again)

@@ -155,3 +155,29 @@ def test_wrong_widths_and_weights_are_refused():
         RowLevels.fit(torch.ones(2, 2), torch.tensor([4]), "codebook")
     with pytest.raises(CalibrationError):
         RowLevels.fit(torch.tensor([[1.0, float("nan")]]), torch.tensor([4]), "codebook")
+
+
+@given(weights_and_bits(), kinds, st.integers(1, 3))
+def test_matrices_that_are_fitted_together_have_the_levels_of_each_alone(drawn, kind, count):
+    W, bits = drawn
+    parts = [W * (1 + index) for index in range(count)]
+    together = RowLevels.fit(torch.cat(parts), bits.repeat(count), kind).split(len(W))
+    assert len(together) == count
+    for part, found in zip(parts, together, strict=True):
+        alone = RowLevels.fit(part, bits, kind)
+        assert torch.equal(found.bits, alone.bits)
+        assert torch.equal(found.scale, alone.scale)
+        assert (found.tables is None) == (alone.tables is None)
+        assert torch.equal(found.snap(part), alone.snap(part))
+
+
+@given(fitted(), st.integers(0, 9))
+def test_columns_are_snapped_as_whole_matrices_are(drawn, seed):
+    W, levels, _ = drawn
+    ratio = torch.randn(W.shape, generator=torch.Generator().manual_seed(seed)).double() * 9
+    snapper = levels.snapper(ratio)
+    whole = levels.with_scale(torch.ones_like(levels.scale)).snap(ratio)
+    for column, want in zip(ratio.T, whole.T, strict=True):
+        found = torch.empty_like(column)
+        snapper(column / 2, found)
+        assert torch.equal(2 * found, want)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numerics_strategies import make_rows
@@ -11,6 +11,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers the op
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.numerics import ranges
 from mpqdm_fx.numerics.ranges import affine_qparams, fake_quantize, search_range
+from mpqdm_fx.numerics.rows import SortedRows
 
 BITS = st.integers(1, 8)
 finite = st.floats(-1e30, 1e30)
@@ -164,3 +165,40 @@ def test_settings_out_of_range_are_refused():
         affine_qparams(1.0, -1.0, 8)
     with pytest.raises(ConfigError, match="2 steps"):
         search_range(torch.ones(3), 0.0, 1.0, 8, steps=1)
+
+
+def exhaustive(x, low, high, bits, steps=24):
+    """The search with the error of every pair, level by level."""
+    unit = max(high, -low)
+    rows = SortedRows.of((x.double() / unit).float()[None], None)
+    quant_min, quant_max = limits(bits)
+
+    def best(lower, upper):
+        pairs = torch.cartesian_prod(
+            lower if low < 0 else lower[:1], upper if high > 0 else upper[:1]
+        )
+        scale, zero_point = ranges._qparams(
+            low / unit * pairs[:, 0], high / unit * pairs[:, 1], bits
+        )
+        codes = torch.arange(quant_min, quant_max + 1, dtype=torch.float64)
+        levels = (codes - zero_point[:, None]) * scale[:, None]
+        return pairs[int(rows.error(levels[None])[0].argmin())].tolist()
+
+    ratio = 64.0 ** -torch.linspace(0, 1, steps, dtype=torch.float64)
+    found = best(ratio, ratio)
+    fine = 64.0 ** (torch.linspace(-1, 1, steps, dtype=torch.float64) / (steps - 1))
+    a, b = best(*((fine * shrink).clamp_max(1.0) for shrink in found))
+    found, whole = affine_qparams(low * a, high * b, bits), affine_qparams(low, high, bits)
+    return found if loss(x, found, bits) < loss(x, whole, bits) else whole
+
+
+@given(samples(), BITS, st.floats(1, 3))
+@settings(max_examples=40)
+def test_pairs_that_are_left_out_are_never_the_best(x, bits, reach):
+    low, high = min(float(x.min()) * reach, 0.0), max(float(x.max()) * reach, 0.0)
+    found = search_range(x, low, high, bits)
+    if low < high:
+        want = exhaustive(x, low, high, bits)
+        # of pairs whose errors differ by the rounding of sums alone, either may come
+        tie = math.isclose(loss(x, found, bits), loss(x, want, bits), rel_tol=1e-9, abs_tol=1e-300)
+        assert found == want or tie

@@ -21,7 +21,7 @@ from mpqdm_fx.numerics.gptq import gptq
 from mpqdm_fx.numerics.gram import Gram
 from mpqdm_fx.numerics.grids import dequantize, scales_around, uniform_levels
 from mpqdm_fx.numerics.levels import RowLevels
-from mpqdm_fx.numerics.refine import refine
+from mpqdm_fx.numerics.refine import _Moments, _State, refine
 
 dampings = st.sampled_from([0.01, 0.1, 1.0])
 NOISE = 1e-6  # of float32 sums, relative to what the weights themselves would cost
@@ -149,3 +149,18 @@ def test_extreme_weights_stay_finite(known, unit, bits):
     refined, moved = refine(W, codes, levels, known.gram, passes=2)
     assert bool(torch.isfinite(dequantize(refined, moved.scale)).all())
     assert bool((moved.scale > 0).all())
+
+
+@given(rounded(), st.integers(1, 3), dampings)
+def test_products_that_are_carried_along_stay_those_of_the_errors(drawn, passes, damping):
+    known, W, levels, codes = drawn
+    moments = _Moments(known.gram, damping)
+    wanted = W.to(moments.dtype)
+    state = _State.of(wanted, codes.to(moments.dtype), levels, moments)
+    for _ in range(passes):
+        state = state.refitted(wanted, moments.image(wanted))
+        state.descend()
+    again = _State.of(wanted, state.codes, state.levels, moments)
+    scale = float(moments.image(wanted / again._scale).abs().max()) + 1e-30
+    assert float((state.image - again.image).abs().max()) <= 1e-6 * scale
+    torch.testing.assert_close(state.errors, again.errors, rtol=1e-6, atol=1e-6)

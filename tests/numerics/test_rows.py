@@ -78,3 +78,30 @@ def test_no_importance_is_the_importance_of_ones(h):
     assert mass.tolist() == [3.0]
     assert total.tolist() == [-0.25]
     assert rows.energy.tolist() == [1.3125]
+
+
+@given(weight_rows(), st.booleans(), st.booleans())
+def test_rows_are_sorted_as_torch_sorts_them(W, coarse, negative):
+    values = (W / W.abs().amax().clamp_min(1e-30) * 3).round() if coarse else W  # ties, and -0
+    values = values if negative else values.abs()
+    want = torch.sort(values, dim=1, stable=True)
+    h = torch.rand(values.shape, generator=torch.Generator().manual_seed(0))
+    weighted, plain = SortedRows.of(values, h), SortedRows.of(values, None)
+    assert torch.equal(weighted.values, want.values)
+    assert torch.equal(plain.values, want.values)
+    exact = h.gather(1, want.indices).double().cumsum(dim=1)
+    assert torch.equal(weighted.count[:, 1:], exact)
+    assert bool((weighted.count[:, 0] == 0).all())
+
+
+@given(weight_rows(), st.data())
+def test_some_rows_are_those_sorted_alone(W, data):
+    h = data.draw(importances(W.shape))
+    h = None if h is None else h.float().expand_as(W).contiguous()
+    picked = torch.tensor(data.draw(st.lists(st.integers(0, len(W) - 1), min_size=1, max_size=4)))
+    taken = SortedRows.of(W, h).take(picked)
+    alone = SortedRows.of(W[picked], None if h is None else h[picked])
+    assert torch.equal(taken.values, alone.values)
+    assert torch.equal(taken.total, alone.total)
+    assert torch.equal(taken.energy, alone.energy)
+    assert (taken.count is None) == (h is None)

@@ -6,6 +6,7 @@ from sweeps import quantized, recorded, settings_of, traced
 
 from mpqdm_fx.calibration.allocate import layer_limits
 from mpqdm_fx.calibration.sensitivity import measure_sensitivity
+from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.plan import BitPlan
 from mpqdm_fx.sweep.measured import solve_budget
@@ -94,3 +95,21 @@ def test_a_table_of_another_model_is_refused(net, table, tmp_path):
     graph, calls = traced(TinyNet(seed=1), net_calls())
     with pytest.raises(ArtifactError, match="another model"):
         start_sweep(graph, recorded(calls), settings_of(allocation="measured"), sensitivity=path)
+
+
+@pytest.mark.parametrize("levels", ["uniform", "codebook", "int4"])
+def test_fitted_levels_are_measured_only_where_the_settings_can_use_them(net, tmp_path, levels):
+    graph, calls = net
+    path = tmp_path / "table.safetensors"
+    settings = settings_of(allocation="measured", effective_bits=4.0, levels=levels)
+    start_sweep(graph, recorded(calls), settings, sensitivity=path)
+    found = SensitivityTable.load(path)
+    assert all((layer.codebook is not None) == (levels == "codebook") for layer in found.layers)
+
+
+def test_a_table_without_fitted_levels_refuses_to_share_bits_with_them(net):
+    graph, calls = net
+    plain = measure_sensitivity(graph, calls, probes=1, max_rows=256, codebooks=False)
+    assert _plan(net, plain, effective_bits=4.0).effective_bits <= 4.0
+    with pytest.raises(ConfigError, match=r"without fitted levels.*codebooks=True"):
+        _plan(net, plain, effective_bits=4.0, levels="codebook")

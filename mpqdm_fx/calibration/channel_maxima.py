@@ -1,0 +1,88 @@
+"""How large the channels are that weight layers read, and what brings them to one size."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.walk import Walk
+from mpqdm_fx.passes.scale_inputs import power_of_two
+
+__all__ = ["ChannelMaxima"]
+
+_FLOOR = 2.0**-8
+"""Of the largest channel: one that was silent over the calibration calls may wake up later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelMaxima:
+    """Largest magnitude of every channel that the layers of a unit read, over calibration calls.
+
+    Attributes:
+        values: float32 [C] by unit.
+    """
+
+    values: Mapping[str, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        graph_module: fx.GraphModule,
+        calls: Sequence[Mapping[str, Any]],
+        units: Mapping[str, Sequence[str]],
+        *,
+        max_memory: int | None = None,
+        half: bool = False,
+    ) -> Self:
+        """Run the graph once.
+
+        Args:
+            graph_module: Normalized float graph.
+            calls: Calibration calls.
+            units: Names of layers that read the same channels, by the unit's name.
+            max_memory: Bytes of activations held in memory.
+            half: Hold activations as float16.
+        """
+        layers = weight_layers(graph_module)
+        unit_of = {
+            call: (unit, layers[name])
+            for unit, names in units.items()
+            for name in names
+            for call in layers[name].nodes
+        }
+        found: dict[str, Tensor] = {}
+        seen: set[tuple[str, object]] = set()
+        walk = Walk(graph_module, calls, progress="channels", max_memory=max_memory, half=half)
+        for node in walk:
+            if node not in unit_of:
+                continue
+            unit, layer = unit_of[node]
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            if (unit, source) in seen:
+                continue
+            seen.add((unit, source))
+            axis = -1 if isinstance(layer.module, nn.Linear) else 1 - layer.weight.dim()
+            for value in walk.values(source):
+                rows = value.movedim(axis, -1)
+                largest = rows.reshape(-1, rows.shape[-1]).abs().amax(dim=0).float().cpu()
+                found[unit] = torch.maximum(found.get(unit, largest), largest)
+        return cls(values=found)
+
+    def factor(self, unit: str, exponent: float) -> Tensor:
+        """Powers of two next to the maxima's power, about 1 on average, float32 [C].
+
+        Args:
+            unit: Name of the unit.
+            exponent: 0 leaves the channels as they are, 1 brings all to one size. In between the
+                weights take a part of the spread: they are rounded as well.
+        """
+        largest = self.values[unit]
+        floor = float(largest.max()) * _FLOOR
+        if not floor > 0:
+            return torch.ones_like(largest)
+        logarithm = largest.clamp_min(floor).double().log2()
+        return power_of_two(torch.exp2(exponent * (logarithm - logarithm.mean())))

@@ -1,0 +1,124 @@
+"""What a few lines of PyTorch would do: nearest rounding with scales that clip nothing.
+
+It is what every recipe is compared with at the model's output, so it takes nothing from them: the
+graph before channels are scaled, biases as they are, every input quantized with the range of what
+was seen.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpqdm_fx.activations import (
+    OUTPUT_BITS,
+    Activation,
+    ActivationRange,
+    DynamicActivation,
+    LayerActivation,
+)
+from mpqdm_fx.calibration.activation_choice import ends_in_float
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.graph.editing import copy_graph_module, replace_module
+from mpqdm_fx.graph.layers import weight_layers, weight_rows
+from mpqdm_fx.graph.walk import Walk
+from mpqdm_fx.numerics.levels import RowLevels
+from mpqdm_fx.numerics.ranges import affine_qparams
+from mpqdm_fx.passes.round_weights import install_codes
+from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.sweep.shards import Shards
+
+__all__ = ["plain_activations", "plain_weights"]
+
+
+def plain_weights(graph_module: fx.GraphModule, plans: Iterable[LayerPlan]) -> fx.GraphModule:
+    """Round every weight to the nearest of the uniform levels up to its row's largest.
+
+    Args:
+        graph_module: Normalized float graph; it is not changed.
+        plans: Bits of the layers; their kind of levels does not matter.
+
+    Returns:
+        The rounded graph.
+    """
+    rounded = copy_graph_module(graph_module)
+    layers = weight_layers(graph_module, embeddings=True)
+    for plan in plans:
+        module = layers[plan.name].module
+        rows, bits = weight_rows(module).float(), plan.bits_tensor()
+        levels = RowLevels(bits=bits, scale=torch.ones(len(bits)), tables=None).unclipped(rows)
+        codes = levels.snap(rows).to(torch.int8).reshape(plan.shape)
+        replace_module(rounded, plan.name, install_codes(module, codes, levels.scale))
+    return rounded
+
+
+def plain_activations(
+    graph_module: fx.GraphModule,
+    calls: Sequence[Mapping[str, Any]],
+    settings: MPQConfig,
+    shards: Shards,
+    skipped: Collection[str] = (),
+) -> dict[str, Activation]:
+    """Quantize every input but that of the ends: dynamic, or static from smallest to largest value.
+
+    Args:
+        graph_module: Normalized float graph.
+        calls: Calibration calls of this process.
+        settings: Mode and widths; ranges by noise level become one range.
+        shards: Which calls are here.
+        skipped: Layers that stay in float.
+
+    Returns:
+        Activation by layer.
+    """
+    mode = settings.activation_mode
+    if mode == "float":
+        return {}
+    in_float = {*ends_in_float(graph_module, mode), *skipped}
+    bits = {
+        name: settings.activation_bits_of(name)
+        for name in weight_layers(graph_module)
+        if name not in in_float
+    }
+    if mode in ("dynamic", "measured"):
+        return {name: DynamicActivation(bits=width) for name, width in bits.items()}
+    seen = _extremes(graph_module, calls, shards)
+    return {
+        name: LayerActivation(
+            input=_range(seen[name, "input"], width),
+            output=_range(seen[name, "output"], OUTPUT_BITS),
+        )
+        for name, width in bits.items()
+    }
+
+
+def _range(extremes: tuple[float, float], bits: int) -> ActivationRange:
+    scale, zero_point = affine_qparams(*extremes, bits)
+    return ActivationRange(scale=scale, zero_point=zero_point, bits=bits)
+
+
+def _extremes(
+    graph_module: fx.GraphModule, calls: Sequence[Mapping[str, Any]], shards: Shards
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Smallest and largest value that each layer reads and writes."""
+    layer_of = {n: name for name, one in weight_layers(graph_module).items() for n in one.nodes}
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    walk = Walk(graph_module, calls, progress="extremes" if shards.rank == 0 else None)
+
+    def add(key: tuple[str, str], values: Iterable[Tensor]) -> None:
+        for low, high in shards.gather([tuple(map(float, torch.aminmax(v))) for v in values]):
+            least, most = found.get(key, (low, high))
+            found[key] = (min(least, low), max(most, high))
+
+    written: fx.Node | None = None
+    for node in walk:
+        if written is not None and written in walk.alive:
+            add((layer_of[written], "output"), walk.values(written))
+        written = None
+        if node in layer_of:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            add((layer_of[node], "input"), walk.values(source))
+            written = node
+    return found
