@@ -120,6 +120,26 @@ class StoredLayerReport(Strict):
     rows: Count
 
 
+class StoredChoice(Strict):
+    """See `calibration.activation_choice.ActivationChoice`."""
+
+    layers: Annotated[tuple[Name, ...], Field(min_length=1)]
+    kind: Literal["float", "static", "dynamic"]
+    exponent: Share
+    quantized_cost: Ratio
+    cost: Ratio
+    slowdown: Annotated[float, Field(ge=0)]
+
+
+class StoredJudgement(Strict):
+    """See `sweep.judge.Judgement`."""
+
+    recipe: str
+    sqnr_db: tuple[float | None, ...]
+    error: Ratio
+    chosen: bool
+
+
 class StoredReport(Strict):
     """See `quantized.QuantizationReport`."""
 
@@ -127,6 +147,8 @@ class StoredReport(Strict):
     calibration_calls: Count
     seconds: Annotated[float, Field(ge=0)]
     versions: dict[str, str]
+    activations: tuple[StoredChoice, ...] = ()
+    judged: tuple[StoredJudgement, ...] = ()
 
 
 class StoredFile(Strict):

@@ -8,8 +8,6 @@ independent errors e_ip change the output by
 for random v with E v v^T = I (Hutchinson 1989). One backward pass gives all layers' terms for a v.
 """
 
-import dataclasses
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,19 +19,15 @@ from tqdm import tqdm
 
 from mpqdm_fx.activations import NoiseLevels
 from mpqdm_fx.calibration.noise_groups import NoiseGroups
+from mpqdm_fx.calibration.probed_parts import probed_parts
 from mpqdm_fx.errors import CalibrationError
-from mpqdm_fx.graph.calling import split_batch
-from mpqdm_fx.graph.cost import bind_sizes, value_bytes
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
 from mpqdm_fx.graph.layers import EMBEDDINGS, WeightLayer, weight_layers, weight_rows
-from mpqdm_fx.graph.signature import Signature, tensor_leaves
 
 __all__ = ["PROBES", "GradientWatch", "OutputEnergies", "output_energies"]
 
 PROBES = 2
 """Random directions of the output, unless other many are asked for."""
-
-_MEMORY = 2**30  # bytes of activations kept for one backward pass; one sample may need more
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,7 +104,7 @@ def output_energies(
         raise CalibrationError(f"{len(weights)} tensors of weights for {len(calls)} calls")
     groups = groups or NoiseGroups(levels=NoiseLevels(boundaries=()))
     probe = _Probe(_without_gradients(graph_module), seed, groups, watch)
-    parts = _parts(graph_module, calls, weights, samples, groups)
+    parts = probed_parts(graph_module, calls, weights, samples, groups)
     for inputs, importance in tqdm(parts, desc="sensitivities", unit="part", disable=None):
         probe.measure(inputs, probes, importance)
     total = float(probe.weight.sum())
@@ -347,59 +341,3 @@ def _without_gradients(graph_module: fx.GraphModule) -> fx.GraphModule:
             }
         replace_module(copied, target, clones[module])
     return copied
-
-
-def _parts(
-    graph_module: fx.GraphModule,
-    calls: Sequence[Mapping[str, Any]],
-    weights: Sequence[Tensor] | None,
-    samples: int,
-    groups: NoiseGroups,
-) -> list[tuple[dict[str, Any], Tensor]]:
-    """Split calls into parts of few samples and take evenly as many as are wanted.
-
-    Evenly over the noise levels first: calls along runs repeat their levels, and every so many of
-    them may all have the same one.
-    """
-    signature: Signature = graph_module.meta["signature"]
-    parts: list[tuple[dict[str, Any], Tensor]] = []
-    for index, call in enumerate(calls):
-        size = max(1, min(samples, _MEMORY // max(1, _sample_bytes(graph_module, call))))
-        pieces = [dict(call)]
-        if signature.batch_range is not None:
-            low, high = signature.batch_range
-            size = max(low, size if high is None else min(size, high))
-            narrow = dataclasses.replace(signature, batch_range=(low, size))
-            pieces = split_batch(narrow, call)
-        counts = [_samples(signature, piece) for piece in pieces]
-        importance = torch.ones(sum(counts)) if weights is None else weights[index].float().cpu()
-        if importance.shape != (sum(counts),) or not bool(
-            (importance.isfinite() & (importance >= 0)).all()
-        ):
-            raise CalibrationError(
-                f"weights of call {index} have shape {tuple(importance.shape)}; give one number "
-                f"that is finite and not negative for each of its {sum(counts)} samples"
-            )
-        parts += zip(pieces, torch.split(importance, counts), strict=True)
-    mean = sum(len(importance) for _, importance in parts) / len(parts)
-    wanted = min(len(parts), max(1, math.ceil(samples / mean)))
-    level = [float(groups.of_samples(piece).double().mean()) for piece, _ in parts]
-    order = sorted(range(len(parts)), key=level.__getitem__)
-    taken = [order[(2 * place + 1) * len(parts) // (2 * wanted)] for place in range(wanted)]
-    return [parts[place] for place in sorted(taken)]
-
-
-def _samples(signature: Signature, call: Mapping[str, Any]) -> int:
-    """Batch size of a call."""
-    specs = {spec.name: spec for spec in signature.inputs if spec.batch_axis == 0}
-    for name, tensor in tensor_leaves(call):
-        if name in specs and tensor.ndim > 1:
-            return len(tensor) // specs[name].batch_multiple
-    return signature.batch
-
-
-def _sample_bytes(graph_module: fx.GraphModule, call: Mapping[str, Any]) -> int:
-    """Bytes of all activations of one sample."""
-    sizes = bind_sizes(graph_module, call)
-    total = sum(value_bytes(node, sizes) for node in graph_module.graph.nodes)
-    return total // _samples(graph_module.meta["signature"], call)

@@ -6,7 +6,7 @@ from small import SIGMAS, TinyNet, net_calls
 from torch import nn
 
 from mpqdm_fx.activations import NoiseLevels
-from mpqdm_fx.calibration import probes as probes_module
+from mpqdm_fx.calibration import probed_parts
 from mpqdm_fx.calibration.noise_groups import NoiseGroups
 from mpqdm_fx.calibration.probes import output_energies
 from mpqdm_fx.config import MPQConfig
@@ -120,7 +120,7 @@ def test_a_direction_covers_all_outputs_on_average():
 def test_splitting_calls_into_parts_changes_nothing(scalar_graph, monkeypatch):
     calls = scalar_calls(batches=(5,))
     whole = output_energies(scalar_graph, calls, probes=1).channels
-    monkeypatch.setattr(probes_module, "_MEMORY", 1)
+    monkeypatch.setattr(probed_parts, "_MEMORY", 1)
     parts = output_energies(scalar_graph, calls, probes=1)
     assert parts.samples == 5
     _assert_same(parts.channels, whole)
@@ -237,7 +237,7 @@ def test_energies_of_a_noise_level_are_those_of_its_samples_alone(scalar_graph, 
     expected = [_expected(_part(calls, group)) for group in (0, 1)]
     sums = {name: torch.stack([part[name].sum() for part in expected]) for name in expected[0]}
     _assert_same(found.groups, sums)
-    monkeypatch.setattr(probes_module, "_MEMORY", 1)  # sample by sample
+    monkeypatch.setattr(probed_parts, "_MEMORY", 1)  # sample by sample
     alone = output_energies(scalar_graph, calls, probes=1, groups=_groups())
     _assert_same(alone.groups, sums)
 
@@ -316,9 +316,13 @@ class Seen:
 
     def __init__(self, kinds=()):
         self.kinds, self.read, self.written = dict(kinds), {}, {}
+        self.finished = 0
 
     def kind(self, call):
         return self.kinds.get(call.name, 8)
+
+    def finish(self, _samples):
+        self.finished += 1
 
     def inputs(self, call, x, gradient, samples):
         assert samples == len(x)
@@ -333,6 +337,7 @@ def test_a_watch_sees_the_gradient_of_what_weight_layers_alone_read():
     model, x = Readers(), torch.randn(3, 5, 6)
     watch = Seen()
     energies = output_energies(trace(model, {"x": x}), [{"x": x}], probes=1, watch=watch)
+    assert watch.finished == 1  # random direction
     assert set(watch.read) == {"first", "left", "twice", "twice_1"}  # left stands for right too
     assert set(watch.written) == {"first", "left", "right", "twice", "twice_1"}
     h = model.first(x).detach()

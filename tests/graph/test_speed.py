@@ -7,19 +7,21 @@ from torch import nn
 
 from mpqdm_fx.graph.cost import bind_sizes, multiply_adds
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.graph.speed import layer_time, other_time, weight_bytes
+from mpqdm_fx.graph.speed import InputOption, layer_time, other_time, weight_bytes
 from mpqdm_fx.graph.trace import trace
 
 KINDS = ("float", "static", "dynamic")
+OPTIONS = {kind: InputOption(kind=kind) for kind in KINDS}
 
 
-def timed(layer, shape):
+def timed(layer, shape, exponent=0.0):
     """Time of each kind of a model that is one layer."""
     call = {"input": torch.randn(shape)}
     graph_module = trace(nn.Sequential(layer), call)
     sizes = bind_sizes(graph_module, call)
     (found,) = weight_layers(graph_module).values()
-    return {kind: layer_time(graph_module, found, kind, sizes) for kind in KINDS}
+    options = {kind: InputOption(kind=kind, exponent=exponent) for kind in KINDS}
+    return {kind: layer_time(graph_module, found, own, sizes) for kind, own in options.items()}
 
 
 @pytest.mark.parametrize(
@@ -54,10 +56,19 @@ def test_a_layer_of_one_row_takes_the_time_of_fetching_its_weights():
     assert times["float"] / times["dynamic"] == pytest.approx(4, rel=0.1)
 
 
+def test_channels_that_are_scaled_cost_a_product_of_each_number_read():
+    layer, shape = nn.Conv2d(16, 8, 3, padding=1), (2, 16, 9, 9)
+    plain, half, full = (timed(layer, shape, exponent) for exponent in (0.0, 0.5, 1.0))
+    assert half == full
+    assert plain["float"] == full["float"]
+    extra = {kind: full[kind] - plain[kind] for kind in ("static", "dynamic")}
+    assert extra["static"] == extra["dynamic"] > 2 * 16 * 9 * 9
+
+
 def test_weights_are_bytes_for_integer_kernels_and_floats_for_float_ones():
     graph_module = trace(TinyNet(), net_calls()[0])
     for layer in weight_layers(graph_module).values():
-        float_bytes, *others = (weight_bytes(layer, kind) for kind in KINDS)
+        float_bytes, *others = (weight_bytes(layer, option) for option in OPTIONS.values())
         assert float_bytes == layer.weight.numel() * 4
         assert others == [layer.weight.numel()] * 2
 
@@ -68,7 +79,7 @@ def test_a_layer_that_is_called_twice_takes_twice_as_long(kind):
     call = {"x": torch.randn(3, 16)}
     graph_module = trace(Twice(nn.Linear(16, 16)), call)
     (layer,) = weight_layers(graph_module).values()
-    found = layer_time(graph_module, layer, kind, bind_sizes(graph_module, call))
+    found = layer_time(graph_module, layer, OPTIONS[kind], bind_sizes(graph_module, call))
     assert found == pytest.approx(2 * once)
 
 
@@ -77,7 +88,9 @@ def test_times_grow_with_the_batch_but_for_the_weights(kind):
     graph_module = trace(TinyNet(), net_calls()[0])
     layer = weight_layers(graph_module)["body"]
     one, two, four = (
-        layer_time(graph_module, layer, kind, bind_sizes(graph_module, net_calls(batch=batch)[0]))
+        layer_time(
+            graph_module, layer, OPTIONS[kind], bind_sizes(graph_module, net_calls(batch=batch)[0])
+        )
         for batch in (1, 2, 4)
     )
     assert 0 < two - one == pytest.approx((four - two) / 2)

@@ -227,7 +227,7 @@ def test_as_many_rows_are_kept_as_fill_the_matrix_or_as_the_dual_form_takes(widt
 @pytest.mark.parametrize("width", [5, 192, 193, 400])
 def test_moments_are_symmetric_and_those_of_the_whole_product(width):
     rows = torch.randn(1500, width, generator=torch.Generator().manual_seed(width))
-    matrix = Gram.of(rows, center=False, form="primal").matrix
+    matrix = Gram.of(rows, form="primal").matrix
     block = gram_module._BLOCK
     assert torch.equal(matrix[:block, block:], matrix[block:, :block].T)
     torch.testing.assert_close(matrix, matrix.T, rtol=1e-5, atol=1e-6)

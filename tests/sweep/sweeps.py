@@ -7,7 +7,8 @@ from torch import fx
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.trace import trace
-from mpqdm_fx.sweep.quantize import GraphQuantization, finish, start_sweep
+from mpqdm_fx.sweep.finish import GraphQuantization, finish
+from mpqdm_fx.sweep.quantize import start_sweep
 
 
 def traced(model: Any, calls: list[dict[str, Any]]) -> tuple[fx.GraphModule, list[dict[str, Any]]]:

@@ -12,7 +12,8 @@ from mpqdm_fx.models.bundled import load_digits_unet
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.sweep import sweep as sweep_module
 from mpqdm_fx.sweep.collect import rows_of_each_call
-from mpqdm_fx.sweep.quantize import finish, start_sweep
+from mpqdm_fx.sweep.finish import finish
+from mpqdm_fx.sweep.quantize import start_sweep
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.sweep import Sweep
 from mpqdm_fx.testing.rerun import rerun_for_every_layer
