@@ -1,6 +1,8 @@
 import copy
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +53,27 @@ def test_loading_gives_the_same_integers_and_bit_equal_outputs(quantized, saved)
         assert torch.equal(loaded.codes(layer.name), quantized.codes(layer.name))
     call = unet_calls(1, seed=5)[0]
     assert torch.equal(loaded(**call).sample, quantized(**call).sample)
+
+
+def test_what_was_chosen_for_inputs_and_judged_at_the_output_is_kept(quantized, saved):
+    report = quantized.report
+    assert {choice.kind for choice in report.activations} >= {"static"}
+    assert sum(one.chosen for one in report.judged) == 1
+    loaded = load(saved).report
+    assert loaded.activations == report.activations
+    assert loaded.judged == report.judged
+
+
+def test_an_error_without_measure_is_kept(quantized, tmp_path):
+    # of an output of zeros every error is infinite
+    report = quantized.report
+    endless = [replace(one, error=math.inf) for one in report.judged]
+    choices = [replace(one, cost=math.inf, quantized_cost=math.nan) for one in report.activations]
+    other = copy.copy(quantized)
+    other.report = replace(report, judged=tuple(endless), activations=tuple(choices))
+    loaded = load(save(other, tmp_path / "model")).report
+    assert loaded.judged == other.report.judged
+    assert [one.cost for one in loaded.activations] == [math.inf] * len(choices)
 
 
 def test_the_weights_file_has_the_bytes_that_the_plan_counts(quantized, saved):
@@ -244,6 +267,9 @@ def test_checks_cannot_be_switched_off(copy_of_saved):
         (("settings", "weight_bits"), 64),
         (("settings", "hidden"), 1),
         (("report", "layers", 0, "bytes"), "many"),
+        (("report", "activations", 0, "kind"), "int4"),
+        (("report", "activations", 0, "layers"), []),
+        (("report", "judged", 0, "chosen"), 1),
         (("hidden",), 1),
     ],
 )
