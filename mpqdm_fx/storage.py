@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import NoiseLevels, activation_from_dict, activation_to_dict
 from mpqdm_fx.ambient import plain_torch
@@ -35,6 +35,7 @@ from mpqdm_fx.io.schema import plain
 from mpqdm_fx.manifest import checked_manifest
 from mpqdm_fx.models.model_config import model_from_config
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
+from mpqdm_fx.passes.scale_inputs import SCALES, ScaleInputs
 from mpqdm_fx.plain import given_config, plain_config, plain_signature
 from mpqdm_fx.proof import check_outputs, write_outputs
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
@@ -181,9 +182,9 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
                 folder.root,
             )
             skeleton = model or _skeleton(folder)
-            rounded = _traced(skeleton, signature, settings, weights)
+            rounded = _traced(skeleton, signature, settings, weights, report)
         else:
-            rounded = _proven(folder, model, signature, settings, weights)
+            rounded = _proven(folder, model, signature, settings, weights, report)
         config = None
         if MODEL_CONFIG in folder.files:
             config = given_config(folder.files.read_json(MODEL_CONFIG, finite=False))
@@ -211,12 +212,13 @@ def _proven(
     signature: Signature,
     settings: MPQConfig,
     weights: PackedWeights,
+    report: QuantizationReport,
 ) -> fx.GraphModule:
     """The rounded graph as the folder describes it, or of a model that fits that description."""
     with folder.files.opened(GRAPH) as path:
         description = read_graph(path)
     if model is not None:
-        rounded = _traced(model, signature, settings, weights)
+        rounded = _traced(model, signature, settings, weights, report)
         check_same_graph(rounded, description)
         return rounded
     if (code := code_in(description)) is not None:
@@ -237,7 +239,11 @@ def _rebuilt(
 
 
 def _traced(
-    model: nn.Module, signature: Signature, settings: MPQConfig, weights: PackedWeights
+    model: nn.Module,
+    signature: Signature,
+    settings: MPQConfig,
+    weights: PackedWeights,
+    report: QuantizationReport,
 ) -> fx.GraphModule:
     """The rounded graph of a model, which is not changed."""
     # A copy, since the saved tensors are put into its modules. Computed weights cannot be copied.
@@ -245,7 +251,21 @@ def _traced(
     graph_module = normalized(skeleton, example_call(signature), settings)
     traced = graph_module.meta["signature"]
     graph_module.meta["signature"] = dataclasses.replace(traced, dtype=signature.dtype)
-    return restore(graph_module, weights)
+    return restore(_scaled(graph_module, weights, report), weights)
+
+
+def _scaled(
+    graph_module: fx.GraphModule, weights: PackedWeights, report: QuantizationReport
+) -> fx.GraphModule:
+    """The graph with the products that the saved one has before layers whose inputs are scaled."""
+    factors: dict[str, Tensor] = {}
+    for choice in report.activations:
+        # layers that share an input have the same factors, once for each value that they read
+        held = (weights.floats.get(f"{SCALES}.{name}") for name in choice.layers)
+        inverse = next((tensor for tensor in held if tensor is not None), None)
+        if inverse is not None:
+            factors |= dict.fromkeys(choice.layers, inverse.flatten().reciprocal())
+    return ScaleInputs(factors=factors)(graph_module).graph_module
 
 
 def _skeleton(folder: ModelFolder) -> nn.Module:

@@ -129,6 +129,24 @@ def test_a_result_whose_manifest_is_damaged_is_not_replaced(quantized, tmp_path)
         save(quantized, folder, overwrite=True)
 
 
+def test_a_model_whose_inputs_are_scaled_loads_by_itself_and_into_a_skeleton(tmp_path):
+    model = tiny_unet()
+    with torch.no_grad():  # a few channels of what most layers read are far larger
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter[::7] *= 60
+    config = MPQConfig(allocation="uniform", rounding="nearest", judge=False)
+    quantized = quantize(model, config, unet_calls())
+    shared = [choice for choice in quantized.report.activations if len(choice.layers) > 1]
+    assert any(choice.exponent for choice in shared)
+    folder = save(quantized, tmp_path / "model")
+    call = unet_calls(1, seed=3)[0]
+    for loaded in (load(folder), load(folder, model=tiny_unet(seed=7))):
+        assert torch.equal(loaded(**call).sample, quantized(**call).sample)
+    again = save(load(folder, model=tiny_unet(seed=7)), tmp_path / "again")
+    assert (again / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
 def test_a_model_that_is_no_diffusers_class_loads_by_itself_and_into_a_skeleton(tmp_path):
     quantized = quantize(TinyNet(), MPQConfig(), net_calls())
     folder = save(quantized, tmp_path / "net")

@@ -27,8 +27,9 @@ def recorded(calls: list[dict[str, Any]]) -> RecordedInputs:
 
 
 def settings_of(**settings: Any) -> MPQConfig:
-    """Settings that make tests quick: few rows, one refinement."""
-    return MPQConfig(**{"max_rows": 256, "refinements": 1, "allocation": "uniform", **settings})
+    """Settings that make tests quick: few rows, one refinement; what the sweep made is kept."""
+    quick = {"max_rows": 256, "refinements": 1, "allocation": "uniform", "judge": False}
+    return MPQConfig(**{**quick, **settings})
 
 
 def quantized(
