@@ -265,7 +265,8 @@ def _scaled(
         inverse = next((tensor for tensor in held if tensor is not None), None)
         if inverse is not None:
             factors |= dict.fromkeys(choice.layers, inverse.flatten().reciprocal())
-    return ScaleInputs(factors=factors)(graph_module).graph_module
+    scaled: fx.GraphModule = ScaleInputs(factors=factors)(graph_module).graph_module
+    return scaled
 
 
 def _skeleton(folder: ModelFolder) -> nn.Module:
