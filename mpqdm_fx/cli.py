@@ -144,7 +144,12 @@ def inspect(directory: opt.FolderArgument, as_json: opt.JsonOption = False) -> N
     from mpqdm_fx.folders import open_folder
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.quantized import QuantizationReport
-    from mpqdm_fx.report.tables import layer_table, summary_table
+    from mpqdm_fx.report.tables import (
+        activation_table,
+        judgement_table,
+        layer_table,
+        summary_table,
+    )
     from mpqdm_fx.summary import SUMMARY, read_summary
 
     folder = open_folder(directory)
@@ -153,7 +158,12 @@ def inspect(directory: opt.FolderArgument, as_json: opt.JsonOption = False) -> N
     if as_json:
         console.print_json(json.dumps(plain(manifest["report"])))
         return
-    console.print(layer_table(QuantizationReport.from_dict(manifest["report"])))
+    report = QuantizationReport.from_dict(manifest["report"])
+    console.print(layer_table(report))
+    if report.activations:
+        console.print(activation_table(report))
+    if report.judged:
+        console.print(judgement_table(report))
     if SUMMARY in folder.files:
         console.print(summary_table(read_summary(folder)))
 

@@ -52,7 +52,12 @@ def quantize(
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.models.sources import load_with_calls
     from mpqdm_fx.processes import joined
-    from mpqdm_fx.report.tables import layer_table, summary_table
+    from mpqdm_fx.report.tables import (
+        activation_table,
+        judgement_table,
+        layer_table,
+        summary_table,
+    )
     from mpqdm_fx.result_folder import Form
     from mpqdm_fx.workflow import check_start, quantize_to_folder
 
@@ -99,7 +104,12 @@ def quantize(
     if as_json:
         console.print_json(json.dumps(plain(result.summary)))
         return
-    console.print(layer_table(result.quantized.report))
+    report = result.quantized.report
+    console.print(layer_table(report))
+    if report.activations:
+        console.print(activation_table(report))
+    if report.judged:
+        console.print(judgement_table(report))
     console.print(summary_table(result.summary))
     say(console, f"written to {output}")
 

@@ -126,15 +126,15 @@ class StoredChoice(Strict):
     layers: Annotated[tuple[Name, ...], Field(min_length=1)]
     kind: Literal["float", "static", "dynamic"]
     exponent: Share
-    quantized_cost: Ratio
-    cost: Ratio
+    quantized_cost: Annotated[float, Field(ge=0)]
+    cost: Annotated[float, Field(ge=0)]
     slowdown: Annotated[float, Field(ge=0)]
 
 
 class StoredJudgement(Strict):
     """See `sweep.judge.Judgement`."""
 
-    recipe: str
+    recipe: Name
     sqnr_db: tuple[float | None, ...]
     error: Ratio
     chosen: bool

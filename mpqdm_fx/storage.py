@@ -251,22 +251,19 @@ def _traced(
     graph_module = normalized(skeleton, example_call(signature), settings)
     traced = graph_module.meta["signature"]
     graph_module.meta["signature"] = dataclasses.replace(traced, dtype=signature.dtype)
-    return restore(_scaled(graph_module, weights, report), weights)
+    scale = ScaleInputs(factors=_factors(weights, report))
+    return restore(scale(graph_module).graph_module, weights)
 
 
-def _scaled(
-    graph_module: fx.GraphModule, weights: PackedWeights, report: QuantizationReport
-) -> fx.GraphModule:
-    """The graph with the products that the saved one has before layers whose inputs are scaled."""
-    factors: dict[str, Tensor] = {}
+def _factors(weights: PackedWeights, report: QuantizationReport) -> dict[str, Tensor]:
+    """What the inputs of layers are divided by; layers that share an input share the factors."""
+    found: dict[str, Tensor] = {}
     for choice in report.activations:
-        # layers that share an input have the same factors, once for each value that they read
-        held = (weights.floats.get(f"{SCALES}.{name}") for name in choice.layers)
-        inverse = next((tensor for tensor in held if tensor is not None), None)
+        held = [f"{SCALES}.{name}" for name in choice.layers]
+        inverse = next((weights.floats[name] for name in held if name in weights.floats), None)
         if inverse is not None:
-            factors |= dict.fromkeys(choice.layers, inverse.flatten().reciprocal())
-    scaled: fx.GraphModule = ScaleInputs(factors=factors)(graph_module).graph_module
-    return scaled
+            found.update(dict.fromkeys(choice.layers, inverse.float().reciprocal().flatten()))
+    return found
 
 
 def _skeleton(folder: ModelFolder) -> nn.Module:
