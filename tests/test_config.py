@@ -15,7 +15,9 @@ configs = st.builds(
     levels=st.sampled_from(["uniform", "codebook"]),
     seed=st.integers(0, 2**31),
     split_skips=st.booleans(),
-    activation_mode=st.sampled_from(["static", "timestep", "dynamic", "float"]),
+    activation_mode=st.sampled_from(["measured", "static", "timestep", "dynamic", "float"]),
+    slowdown=st.floats(1, 100),
+    row_weights=st.sampled_from(["output", "plain"]),
     timestep_groups=st.integers(1, 64),
     overrides=st.lists(
         st.one_of(
@@ -45,11 +47,19 @@ def test_an_impossible_number_of_noise_levels_is_refused_with_the_range(groups):
         MPQConfig(timestep_groups=groups)
 
 
+@pytest.mark.parametrize("slowdown", [0.99, 0, -1, 101, float("nan"), float("inf"), "2", None])
+def test_an_impossible_slowdown_is_refused_with_the_range(slowdown):
+    with pytest.raises(ConfigError, match=r"slowdown=.*1 to 100"):
+        MPQConfig(slowdown=slowdown)
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "choices"),
     [
         ("allocation", "best", "'omq' or 'uniform'"),
         ("levels", "log", "'uniform', 'codebook' or 'int4'"),
+        ("row_weights", "timestep", "'output' or 'plain'"),
+        ("activation_mode", "int8", "'dynamic' or 'float'"),
     ],
 )
 def test_an_unknown_word_is_refused_with_the_choices(setting, value, choices):

@@ -1,6 +1,8 @@
 import copy
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +53,25 @@ def test_loading_gives_the_same_integers_and_bit_equal_outputs(quantized, saved)
         assert torch.equal(loaded.codes(layer.name), quantized.codes(layer.name))
     call = unet_calls(1, seed=5)[0]
     assert torch.equal(loaded(**call).sample, quantized(**call).sample)
+
+
+def test_what_was_chosen_for_inputs_and_judged_at_the_output_is_kept(quantized, saved):
+    report = quantized.report
+    assert {choice.kind for choice in report.activations} >= {"static"}
+    assert sum(one.chosen for one in report.judged) == 1
+    loaded = load(saved).report
+    assert loaded.activations == report.activations
+    assert loaded.judged == report.judged
+
+
+def test_an_error_without_measure_is_kept(quantized, tmp_path):
+    # of an output of zeros every error is infinite
+    report = quantized.report
+    endless = [replace(one, error=math.inf) for one in report.judged]
+    other = copy.copy(quantized)
+    other.report = replace(report, judged=tuple(endless))
+    loaded = load(save(other, tmp_path / "model")).report
+    assert loaded.judged == other.report.judged
 
 
 def test_the_weights_file_has_the_bytes_that_the_plan_counts(quantized, saved):
@@ -104,6 +125,24 @@ def test_a_result_whose_manifest_is_damaged_is_not_replaced(quantized, tmp_path)
     (folder / MANIFEST).write_text("{")
     with pytest.raises(ArtifactError, match="damaged"):
         save(quantized, folder, overwrite=True)
+
+
+def test_a_model_whose_inputs_are_scaled_loads_by_itself_and_into_a_skeleton(tmp_path):
+    model = tiny_unet()
+    with torch.no_grad():  # a few channels of what most layers read are far larger
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter[::7] *= 60
+    config = MPQConfig(allocation="uniform", rounding="nearest", judge=False)
+    quantized = quantize(model, config, unet_calls())
+    shared = [choice for choice in quantized.report.activations if len(choice.layers) > 1]
+    assert any(choice.exponent for choice in shared)
+    folder = save(quantized, tmp_path / "model")
+    call = unet_calls(1, seed=3)[0]
+    for loaded in (load(folder), load(folder, model=tiny_unet(seed=7))):
+        assert torch.equal(loaded(**call).sample, quantized(**call).sample)
+    again = save(load(folder, model=tiny_unet(seed=7)), tmp_path / "again")
+    assert (again / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
 
 def test_a_model_that_is_no_diffusers_class_loads_by_itself_and_into_a_skeleton(tmp_path):
@@ -244,6 +283,9 @@ def test_checks_cannot_be_switched_off(copy_of_saved):
         (("settings", "weight_bits"), 64),
         (("settings", "hidden"), 1),
         (("report", "layers", 0, "bytes"), "many"),
+        (("report", "activations", 0, "kind"), "int4"),
+        (("report", "activations", 0, "layers"), []),
+        (("report", "judged", 0, "chosen"), 1),
         (("hidden",), 1),
     ],
 )

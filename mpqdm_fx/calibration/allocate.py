@@ -86,8 +86,10 @@ def check_weight(layer: WeightLayer) -> None:
         )
 
 
-def fixed_plan(layer: WeightLayer, bits: int, reason: str, levels: Levels = "uniform") -> LayerPlan:
-    """A plan of equal bits for a layer that is off the budget."""
+def fixed_plan(
+    layer: WeightLayer, bits: int, reason: str | None, levels: Levels = "uniform"
+) -> LayerPlan:
+    """A plan of equal bits; the reason says why a layer is off the budget, None that it is not."""
     shape = tuple(layer.weight.shape)
     return LayerPlan(
         name=layer.name,

@@ -8,8 +8,6 @@ independent errors e_ip change the output by
 for random v with E v v^T = I (Hutchinson 1989). One backward pass gives all layers' terms for a v.
 """
 
-import dataclasses
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,19 +19,15 @@ from tqdm import tqdm
 
 from mpqdm_fx.activations import NoiseLevels
 from mpqdm_fx.calibration.noise_groups import NoiseGroups
+from mpqdm_fx.calibration.probed_parts import probed_parts
 from mpqdm_fx.errors import CalibrationError
-from mpqdm_fx.graph.calling import split_batch
-from mpqdm_fx.graph.cost import bind_sizes, value_bytes
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
 from mpqdm_fx.graph.layers import EMBEDDINGS, WeightLayer, weight_layers, weight_rows
-from mpqdm_fx.graph.signature import Signature, tensor_leaves
 
 __all__ = ["PROBES", "GradientWatch", "OutputEnergies", "output_energies"]
 
 PROBES = 2
 """Random directions of the output, unless other many are asked for."""
-
-_MEMORY = 2**30  # bytes of activations kept for one backward pass; one sample may need more
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,13 +98,13 @@ def output_energies(
 
     Raises:
         CalibrationError: The weights do not fit the calls, the output does not depend on any weight
-            layer, or a gradient is not finite.
+            layer, or what a layer writes or a gradient is not finite.
     """
     if weights is not None and len(weights) != len(calls):
         raise CalibrationError(f"{len(weights)} tensors of weights for {len(calls)} calls")
     groups = groups or NoiseGroups(levels=NoiseLevels(boundaries=()))
     probe = _Probe(_without_gradients(graph_module), seed, groups, watch)
-    parts = _parts(graph_module, calls, weights, samples)
+    parts = probed_parts(graph_module, calls, weights, samples, groups)
     for inputs, importance in tqdm(parts, desc="sensitivities", unit="part", disable=None):
         probe.measure(inputs, probes, importance)
     total = float(probe.weight.sum())
@@ -119,8 +113,7 @@ def output_energies(
     for name, energy in probe.energy.items():
         if not bool(torch.isfinite(energy).all()):
             raise CalibrationError(
-                f"{name}: the model's output has no finite gradient here; check the calibration "
-                "data"
+                f"{name}: the output has no finite gradient here; check the calibration data"
             )
     return OutputEnergies(
         channels={name: energy / total for name, energy in probe.energy.items()},
@@ -272,6 +265,10 @@ class _Probe(fx.Interpreter):
         layer = self.layer_of.get(n)
         if layer is None:
             return result
+        if not bool(torch.isfinite(result).all()):
+            raise CalibrationError(
+                f"{layer.name}: it writes NaN or infinity; check the calibration data and weights"
+            )
         if not result.requires_grad:
             result = result.detach().requires_grad_()
         index = None
@@ -344,51 +341,3 @@ def _without_gradients(graph_module: fx.GraphModule) -> fx.GraphModule:
             }
         replace_module(copied, target, clones[module])
     return copied
-
-
-def _parts(
-    graph_module: fx.GraphModule,
-    calls: Sequence[Mapping[str, Any]],
-    weights: Sequence[Tensor] | None,
-    samples: int,
-) -> list[tuple[dict[str, Any], Tensor]]:
-    """Split calls into parts of few samples and take evenly as many as are wanted."""
-    signature: Signature = graph_module.meta["signature"]
-    parts: list[tuple[dict[str, Any], Tensor]] = []
-    for index, call in enumerate(calls):
-        size = max(1, min(samples, _MEMORY // max(1, _sample_bytes(graph_module, call))))
-        pieces = [dict(call)]
-        if signature.batch_range is not None:
-            low, high = signature.batch_range
-            size = max(low, size if high is None else min(size, high))
-            narrow = dataclasses.replace(signature, batch_range=(low, size))
-            pieces = split_batch(narrow, call)
-        counts = [_samples(signature, piece) for piece in pieces]
-        importance = torch.ones(sum(counts)) if weights is None else weights[index].float().cpu()
-        if importance.shape != (sum(counts),) or not bool(
-            (importance.isfinite() & (importance >= 0)).all()
-        ):
-            raise CalibrationError(
-                f"weights of call {index} have shape {tuple(importance.shape)}; give one number "
-                f"that is finite and not negative for each of its {sum(counts)} samples"
-            )
-        parts += zip(pieces, torch.split(importance, counts), strict=True)
-    mean = sum(len(importance) for _, importance in parts) / len(parts)
-    wanted = min(len(parts), max(1, math.ceil(samples / mean)))
-    return [parts[(2 * place + 1) * len(parts) // (2 * wanted)] for place in range(wanted)]
-
-
-def _samples(signature: Signature, call: Mapping[str, Any]) -> int:
-    """Batch size of a call."""
-    specs = {spec.name: spec for spec in signature.inputs if spec.batch_axis == 0}
-    for name, tensor in tensor_leaves(call):
-        if name in specs and tensor.ndim > 1:
-            return len(tensor) // specs[name].batch_multiple
-    return signature.batch
-
-
-def _sample_bytes(graph_module: fx.GraphModule, call: Mapping[str, Any]) -> int:
-    """Bytes of all activations of one sample."""
-    sizes = bind_sizes(graph_module, call)
-    total = sum(value_bytes(node, sizes) for node in graph_module.graph.nodes)
-    return total // _samples(graph_module.meta["signature"], call)

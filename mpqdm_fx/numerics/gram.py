@@ -221,14 +221,6 @@ def _factor_dtype(size: int) -> torch.dtype:
     return torch.float64 if size <= _DOUBLE_WIDTH else torch.float32
 
 
-def _shifted(rows: Tensor, mean: Tensor) -> Tensor:
-    """Rows less a float64 row, rounded once to float32."""
-    result = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    for part, out in zip(torch.split(rows, _CHUNK), torch.split(result, _CHUNK), strict=True):
-        out.copy_(part.to(torch.float64).sub_(mean))
-    return result
-
-
 def _mean_square(rows: Tensor) -> Tensor:
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for part in torch.split(rows, _CHUNK):

@@ -52,7 +52,8 @@ class ScaleInputs(GraphPass):
         """
         super().__post_init__()
         for name, factor in self.factors.items():
-            if not torch.equal(factor, power_of_two(factor)):
+            finite = bool((factor.isfinite() & factor.reciprocal().isfinite()).all())
+            if not finite or not torch.equal(factor, power_of_two(factor)):
                 raise DialectError(f"{name}: factors of its input are powers of two")
 
     @classmethod

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from mpqdm_fx.calibration.allocate import fixed_plan
+from mpqdm_fx.calibration.row_weights import RowWeights
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
-from mpqdm_fx.graph.layers import WeightLayer, sample_rows, weight_layers
+from mpqdm_fx.graph.layers import WeightLayer, output_positions, sample_rows, weight_layers
 from mpqdm_fx.numerics.layer_rows import LayerRows
 from mpqdm_fx.sweep.collect import row_positions, rows_of_each_call
 from mpqdm_fx.sweep.solve import LayerData, solve_layer
@@ -52,6 +53,7 @@ def rerun_for_every_layer(
     calls: Sequence[Mapping[str, Any]],
     settings: MPQConfig,
     held_out: Collection[int],
+    row_weights: RowWeights,
 ) -> fx.GraphModule:
     """Solve one layer after the other; the float and the rounded model run from the start for each.
 
@@ -60,6 +62,7 @@ def rerun_for_every_layer(
         calls: Calibration calls.
         settings: Uniform bits and float activations.
         held_out: Indices of the calls that judge corrections.
+        row_weights: How much the rows of each noise level count.
 
     Returns:
         The rounded graph.
@@ -67,7 +70,7 @@ def rerun_for_every_layer(
     rounded = copy_graph_module(graph_module)
     batches = [batch_size_of(call) for call in calls]
     for name, layer in weight_layers(graph_module).items():
-        parts: list[tuple[Tensor, Tensor]] = []
+        parts: list[LayerRows] = []
         source = layer.nodes[0].args[0]
         count = 0
         for index, call in enumerate(calls):
@@ -81,17 +84,18 @@ def rerun_for_every_layer(
                 sample_rows(layer.module, value, positions=positions).float()
                 for value in (exact, noisy)
             )
-            parts.append((x_hat, x - x_hat))
+            weights = row_weights.of_rows(
+                name,
+                row_weights.groups.of_samples(call),
+                positions,
+                output_positions(layer.module, noisy),
+            )
+            parts.append(LayerRows(inputs=x_hat, shift=x - x_hat, weights=weights))
         data = LayerData(
-            train=_rows([part for index, part in enumerate(parts) if index not in held_out]),
-            validation=_rows([parts[index] for index in sorted(held_out)]),
+            train=LayerRows.join([part for i, part in enumerate(parts) if i not in held_out]),
+            validation=LayerRows.join([parts[index] for index in sorted(held_out)]),
         )
         plan = fixed_plan(layer, settings.weight_bits, "all alike")
         solution = solve_layer(layer.module, plan, data, settings)
         replace_module(rounded, name, install_solution(layer.module, solution))
     return rounded
-
-
-def _rows(parts: Sequence[tuple[Tensor, Tensor]]) -> LayerRows:
-    inputs, shifts = zip(*parts, strict=True)
-    return LayerRows(inputs=torch.cat(inputs), shift=torch.cat(shifts))

@@ -6,10 +6,13 @@ import pytest
 import torch
 from records import change_tensor, edit_record, flip
 from safetensors.torch import save_file
-from small import TinyNet, net_calls, tiny_unet, unet_calls
+from small import TinyEDM, TinyNet, edm_calls, net_calls, tiny_unet, unet_calls
 
+from mpqdm_fx.calibration.noise_groups import NoiseGroups
+from mpqdm_fx.calibration.probes import output_energies
 from mpqdm_fx.calibration.sensitivity import measure_sensitivity
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
+from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.layers import weight_layers
@@ -122,6 +125,40 @@ def test_the_table_depends_on_the_seed_alone(net):
     assert not torch.equal(first.layers[0].sensitivity, other.layers[0].sensitivity)
 
 
+def test_the_table_tells_noise_levels_apart(tmp_path):
+    calls = edm_calls(10)
+    graph = trace(TinyEDM(), calls[0])
+    groups = NoiseGroups.of(graph, calls, MPQConfig())
+    table = measure_sensitivity(graph, calls, groups=groups)
+    assert table.groups == groups
+    for layer in table.layers:
+        # each group has as many samples
+        torch.testing.assert_close(layer.by_group.mean(), layer.sensitivity.sum())
+    loaded = SensitivityTable.load(table.save(tmp_path / "table.safetensors"))
+    assert loaded.groups == groups
+    assert torch.equal(loaded.layers[0].by_group, table.layers[0].by_group)
+
+
+def test_rows_of_a_noise_level_at_which_errors_do_nothing_have_no_say():
+    calls = edm_calls(10)
+    graph = trace(TinyEDM(), calls[0])
+    groups = NoiseGroups.of(graph, calls, MPQConfig())
+    energies = output_energies(graph, calls, groups=groups)
+    one = torch.tensor([0.0, 0, 0, 0, 1]).double()  # sigma 80 alone
+    only = dataclasses.replace(energies, groups=dict.fromkeys(energies.groups, one))
+    loud = [
+        {**call, "difficulty": call["difficulty"] + 3 * (float(call["sigma"][0]) < 80)}
+        for call in calls
+    ]
+    options = {"groups": groups, "codebooks": False}
+    tables = [measure_sensitivity(graph, data, energies=only, **options) for data in (calls, loud)]
+    weighted, moved = (table.layer("conv_out").uniform for table in tables)
+    torch.testing.assert_close(weighted, moved, rtol=0.01, atol=0)
+    plain = [measure_sensitivity(graph, data, codebooks=False) for data in (calls, loud)]
+    first, second = (table.layer("conv_out").uniform for table in plain)
+    assert float((second / first).mean()) > 1.1
+
+
 def test_few_calls_are_enough(net):
     graph, calls, _ = net
     table = measure_sensitivity(graph, [{"x": calls[0]["x"][:1]}], codebooks=False)
@@ -227,12 +264,18 @@ def test_damaged_and_foreign_files_are_refused(net, tmp_path):
         (change_tensor("1.sensitivity", lambda x: -x), "negative"),
         (change_tensor("1.sensitivity", lambda x: x * float("nan")), "NaN"),
         (lambda _, tensors: tensors.pop("0.uniform"), "uniform is missing"),
+        (lambda _, tensors: tensors.pop("1.by_group"), "by_group is missing"),
+        (change_tensor("1.by_group", lambda x: x.repeat(2)), "by_group has 2 groups"),
+        (change_tensor("1.by_group", lambda x: -x), "negative"),
+        (lambda head, _: head.update(boundaries=[5.0]), "by_group has 1 groups"),
+        (lambda head, _: head.update(boundaries=[5.0, 5.0]), "not ascending"),
+        (lambda head, _: head.pop("argument"), "argument"),
         (lambda _, tensors: tensors.update({"99.uniform": torch.ones(1)}), "tensors of no layer"),
     ],
 )
 def test_a_table_that_is_none_is_refused_with_the_remedy(net, tmp_path, change, message):
     path = net[2].save(tmp_path / "table.safetensors")
-    edit_record(path, "sensitivities", 2, change)
+    edit_record(path, "sensitivities", 3, change)
     with pytest.raises(ArtifactError, match=rf"table\.safetensors.*({message}).*delete it"):
         SensitivityTable.load(path)
 

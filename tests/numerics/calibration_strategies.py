@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpqdm_fx.numerics.gram import Gram, GramForm
+from mpqdm_fx.numerics.layer_rows import LayerRows
 from mpqdm_fx.numerics.levels import RowLevels
-from mpqdm_fx.numerics.propagation import LayerRows
 
 INPUT_FAMILIES = ("white", "coupled", "low_rank", "shared", "outlier_column", "dead_column")
 FORMS: tuple[GramForm, ...] = ("primal", "dual")
@@ -44,7 +44,7 @@ def make_inputs(pairs: int, width: int, family: str, seed: int, offset: int = 0)
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Rows, their moments, and the same moments in float64 by definition."""
+    """Rows as statistics take them, their moments, and the same in float64 by definition."""
 
     rows: Tensor
     gram: Gram
@@ -56,10 +56,21 @@ class Moments:
         return self.H + (damping * mean or damping) * torch.eye(len(self.H), dtype=torch.float64)
 
 
+def fitted_rows(rows: LayerRows, *, center: bool) -> LayerRows:
+    """Return rows as statistics take them: for a layer with a bias that is refitted, or without."""
+    return rows.fitted(rows.means() if center else None)
+
+
+def fitted_inputs(rows: Tensor, *, center: bool) -> Tensor:
+    """Return the same of inputs alone."""
+    return fitted_rows(LayerRows(inputs=rows, shift=None), center=center).inputs
+
+
 def make_moments(rows: Tensor, *, center: bool = False, form: GramForm | None = None) -> Moments:
     """Accumulate rows, and do it once more by the definition."""
     x = rows.double() - rows.double().mean(dim=0) * center
-    return Moments(rows=rows, gram=Gram.of(rows, center=center, form=form), H=x.T @ x / len(x))
+    fitted = fitted_inputs(rows, center=center)
+    return Moments(rows=fitted, gram=Gram.of(fitted, form=form), H=x.T @ x / len(x))
 
 
 @st.composite

@@ -5,6 +5,7 @@ import torch
 from calibration_strategies import (
     FORMS,
     damped_error,
+    fitted_inputs,
     input_rows,
     integers,
     levels_for,
@@ -74,10 +75,9 @@ def test_codes_are_those_of_the_textbook_in_both_orders_and_forms(
 def test_both_forms_round_to_the_same_codes(rows, center, damping, act_order, data):
     W = data.draw(weights_for(rows.shape[1]))
     levels = data.draw(levels_for(W))
+    fitted = fitted_inputs(rows, center=center)
     primal, dual = (
-        gptq(
-            W, levels, Gram.of(rows, center=center, form=form), damping=damping, act_order=act_order
-        )
+        gptq(W, levels, Gram.of(fitted, form=form), damping=damping, act_order=act_order)
         for form in FORMS
     )
     assert torch.equal(primal, dual)
@@ -135,7 +135,7 @@ def test_weights_on_their_levels_keep_them(drawn, data):
 def test_without_correlation_it_is_nearest_rounding(width, form, act_order, data):
     diagonal = integers(data.draw(st.integers(0, 99)), width, reach=7)
     rows = torch.cat([diagonal.diag(), -diagonal.diag()])  # each row moves one column
-    gram = Gram.of(rows, center=False, form=form)
+    gram = Gram.of(rows, form=form)
     W = data.draw(weights_for(width))
     levels = data.draw(levels_for(W))
     nearest = levels.snap(W.double()).to(torch.int8)
@@ -194,7 +194,7 @@ def test_units_of_inputs_and_weights_do_not_matter(drawn, exponent, data):
     W = data.draw(weights_for(drawn.gram.width))
     levels = data.draw(levels_for(W))
     form = "dual" if drawn.gram.matrix is None else "primal"
-    scaled = Gram.of(drawn.rows * 2.0**exponent, center=drawn.gram.centred, form=form)
+    scaled = Gram.of(drawn.rows * 2.0**exponent, form=form)
     codes = gptq(W, levels, drawn.gram)
     assert torch.equal(gptq(W, levels, scaled), codes)
     wider = levels.with_scale(levels.scale * 2.0**exponent)
@@ -227,7 +227,7 @@ def test_singular_moments_are_damped_without_a_warning(form, family, caplog):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_of_zeros_leave_nearest_rounding(form):
-    gram = Gram.of(torch.zeros(4, 6), center=True, form=form)
+    gram = Gram.of(torch.zeros(4, 6), form=form)
     W = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     levels = RowLevels.fit(W, torch.tensor([2, 4, 8]), "codebook")
     assert torch.equal(gptq(W, levels, gram), levels.snap(W).to(torch.int8))
@@ -236,7 +236,7 @@ def test_rows_of_zeros_leave_nearest_rounding(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_moments_that_are_not_finite_are_refused(form):
     huge = torch.full((4, 3), 1e30)  # finite, but its square is not in float32
-    gram = Gram.of(huge, center=False, form=form)
+    gram = Gram.of(huge, form=form)
     W = torch.ones(1, 3)
     levels = RowLevels.fit(W, torch.tensor([4]), "uniform")
     with pytest.raises(CalibrationError, match="degenerate or holds NaN"):

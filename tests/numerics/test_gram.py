@@ -2,13 +2,23 @@ import logging
 
 import pytest
 import torch
-from calibration_strategies import FORMS, input_rows, integers, make_inputs, make_moments, moments
+from calibration_strategies import (
+    FORMS,
+    fitted_inputs,
+    fitted_rows,
+    input_rows,
+    integers,
+    make_inputs,
+    make_moments,
+    moments,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.numerics import gram as gram_module
 from mpqdm_fx.numerics.gram import DUAL_ROWS, Gram, cholesky, kept_rows
+from mpqdm_fx.numerics.layer_rows import LayerRows
 
 dampings = st.sampled_from([0.01, 0.1, 1.0, 10.0])
 
@@ -53,8 +63,7 @@ def test_moments_are_those_of_the_definition_whatever_the_chunks(rows, center, f
         patch.setattr(gram_module, "_CHUNK", chunk)
         found = make_moments(rows, center=center, form=form)
     gram, H = found.gram, found.H
-    assert (gram.count, gram.width, gram.centred) == (*rows.shape, center)
-    assert torch.equal(gram.mean, rows.double().mean(dim=0) * center)
+    assert (gram.count, gram.width) == rows.shape
     assert torch.equal(gram.diagonal, H.diagonal())
     assert gram.mean_diagonal == pytest.approx(float(H.diagonal().mean()))
     left = integers(data.draw(st.integers(0, 99)), 3, gram.width)
@@ -66,21 +75,30 @@ def test_moments_are_those_of_the_definition_whatever_the_chunks(rows, center, f
 
 @given(input_rows())
 def test_the_dual_form_is_chosen_where_rows_are_fewer_than_their_width(rows):
-    gram = Gram.of(rows, center=False)
+    gram = Gram.of(rows)
     assert (gram.rows is not None) == (len(rows) < rows.shape[1])
     assert (gram.matrix is None) == (gram.rows is not None)
 
 
-@given(moments(), dampings, st.integers(1, 4), st.integers(0, 99))
+@given(
+    input_rows(),
+    st.booleans(),
+    st.sampled_from(FORMS),
+    dampings,
+    st.integers(1, 4),
+    st.integers(0, 99),
+)
 def test_regression_is_ridge_regression_with_a_free_intercept_if_centred(
-    drawn, damping, outputs, seed
+    rows, center, form, damping, outputs, seed
 ):
-    targets = integers(seed, len(drawn.rows), outputs) + 2
-    B = drawn.gram.regress(drawn.rows, targets, damping)
-    ridge = drawn.gram.ridge(damping)
-    expected = ridge_by_least_squares(drawn.rows, targets, ridge, intercept=drawn.gram.centred)
+    targets = integers(seed, len(rows), outputs) + 2
+    fitted = fitted_rows(LayerRows(inputs=rows, shift=None, residual=targets), center=center)
+    gram = Gram.of(fitted.inputs, form=form)
+    B = gram.regress(fitted.inputs, fitted.residual, damping)
+    expected = ridge_by_least_squares(rows, targets, gram.ridge(damping), intercept=center)
     assert B.dtype == torch.float32
-    assert h_norm(B - expected, drawn.H) <= 1e-5 * h_norm(expected, drawn.H) + 1e-5
+    H = make_moments(rows, center=center).H
+    assert h_norm(B - expected, H) <= 1e-5 * h_norm(expected, H) + 1e-5
 
 
 @given(input_rows(), dampings, st.integers(0, 99))
@@ -96,8 +114,10 @@ def test_conjugate_gradients_without_a_matrix_come_within_one_percent(rows, damp
 @given(input_rows(), st.booleans(), dampings, st.integers(0, 99))
 def test_both_forms_regress_to_the_same_weights(rows, center, damping, seed):
     targets = integers(seed, len(rows), 3)
+    fitted = fitted_rows(LayerRows(inputs=rows, shift=None, residual=targets), center=center)
     primal, dual = (
-        Gram.of(rows, center=center, form=form).regress(rows, targets, damping) for form in FORMS
+        Gram.of(fitted.inputs, form=form).regress(fitted.inputs, fitted.residual, damping)
+        for form in FORMS
     )
     H = make_moments(rows, center=center).H
     assert h_norm(primal - dual, H) <= 1e-5 * h_norm(primal, H) + 1e-5  # targets are about 2
@@ -108,7 +128,7 @@ def test_units_of_the_inputs_only_divide_the_regression(drawn, exponent, damping
     targets = integers(1, len(drawn.rows), 2)
     form = "dual" if drawn.gram.matrix is None else "primal"
     scaled = drawn.rows * 2.0**exponent
-    gram = Gram.of(scaled, center=drawn.gram.centred, form=form)
+    gram = Gram.of(scaled, form=form)
     B = drawn.gram.regress(drawn.rows, targets, damping)
     if bool((drawn.gram.diagonal > 0).any()):
         assert torch.equal(gram.regress(scaled, targets, damping) * 2.0**exponent, B)
@@ -116,27 +136,27 @@ def test_units_of_the_inputs_only_divide_the_regression(drawn, exponent, damping
 
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_of_zeros_have_a_ridge_and_regress_to_nothing(form):
-    gram = Gram.of(torch.zeros(4, 3), center=False, form=form)
+    gram = Gram.of(torch.zeros(4, 3), form=form)
     assert gram.ridge(0.01) > 0
     assert not gram.regress(torch.zeros(4, 3), torch.ones(4, 2), 0.01).any()
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_rows_of_any_dtype_count_as_float32(form, dtype):
+def test_rows_of_any_dtype_count_as_float32(form, dtype, center):
     rows, targets = make_inputs(8, 5, "coupled", 0, 2), integers(0, 16, 2)
-    found = [
-        Gram.of(x, center=True, form=form).regress(x, targets, 0.1) for x in (rows, rows.to(dtype))
-    ]
+    fitted = [fitted_inputs(x, center=center) for x in (rows, rows.to(dtype))]
+    found = [Gram.of(x, form=form).regress(x, targets, 0.1) for x in fitted]
     assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_large_factors_are_float32_and_close(form, monkeypatch):
     rows, targets = make_inputs(8, 5, "coupled", 0), integers(0, 16, 2)
-    exact = Gram.of(rows, center=True, form=form).regress(rows, targets, 0.1)
+    exact = Gram.of(rows, form=form).regress(rows, targets, 0.1)
     monkeypatch.setattr(gram_module, "_DOUBLE_WIDTH", 4)
-    gram = Gram.of(rows, center=True, form=form)
+    gram = Gram.of(rows, form=form)
     assert gram.dtype == torch.float32
     torch.testing.assert_close(gram.regress(rows, targets, 0.1), exact, rtol=1e-3, atol=1e-4)
 
@@ -147,13 +167,13 @@ def test_rows_that_are_not_finite_are_refused(value, form):
     rows = torch.ones(3, 4)
     rows[1, 2] = value
     with pytest.raises(CalibrationError, match="NaN or infinity"):
-        Gram.of(rows, center=False, form=form)
+        Gram.of(rows, form=form)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (3,), (2, 3, 4)])
 def test_what_is_no_matrix_of_rows_is_refused(shape):
     with pytest.raises(ConfigError, match=r"rows \[N, K\]"):
-        Gram.of(torch.ones(shape), center=False)
+        Gram.of(torch.ones(shape))
 
 
 @given(input_rows(), st.floats(1e-3, 10))
@@ -207,7 +227,7 @@ def test_as_many_rows_are_kept_as_fill_the_matrix_or_as_the_dual_form_takes(widt
 @pytest.mark.parametrize("width", [5, 192, 193, 400])
 def test_moments_are_symmetric_and_those_of_the_whole_product(width):
     rows = torch.randn(1500, width, generator=torch.Generator().manual_seed(width))
-    matrix = Gram.of(rows, center=False, form="primal").matrix
+    matrix = Gram.of(rows, form="primal").matrix
     block = gram_module._BLOCK
     assert torch.equal(matrix[:block, block:], matrix[block:, :block].T)
     torch.testing.assert_close(matrix, matrix.T, rtol=1e-5, atol=1e-6)

@@ -93,7 +93,7 @@ def test_error_feedback_stays_on_the_levels_of_every_width(seed):
     bits = torch.tensor([2, 3, 4, 4, 6, 8])
     W, x = weights(seed, 6, 16), torch.randn(64, 16, generator=generator)
     levels = RowLevels.fit(W, bits, "int4")
-    codes = gptq(W, levels, Gram.of(x, center=False))
+    codes = gptq(W, levels, Gram.of(x))
     pack_layer(codes, bits, "int4")  # refuses what is no level
     assert set(codes[2:4].unique().tolist()) <= set(int4_levels().tolist())
     assert bool((codes[0].int() % 2 != 0).all())

@@ -120,6 +120,23 @@ def test_other_scales_are_rounded_to_bfloat16_and_keep_the_levels(drawn, factor)
     assert moved.tables is levels.tables
 
 
+@given(fitted())
+def test_unclipped_levels_are_at_most_half_a_spacing_from_every_weight(drawn):
+    W, levels, _ = drawn
+    moved = levels.unclipped(W)
+    assert torch.equal(moved.scale.bfloat16().float(), moved.scale)
+    error = (W.double() - moved.snap(W.double()) * moved.scale.double()[:, None]).abs().amax(dim=1)
+    half = moved.scale.double() * torch.where(levels.bits == 8, 0.5, 1.0)
+    assert bool((error <= half * (1 + 1e-6))[~levels.fitted].all())
+    used = moved.snap(W).abs().amax(dim=1)
+    top = torch.where(levels.bits == 8, 127, 2**levels.bits - 1)
+    free = ~levels.fitted & (W.abs().amax(dim=1) > 0)
+    assert torch.equal(used[free], top[free].float())  # and no level is wasted
+    assert torch.equal(moved.scale[~free], levels.scale[~free])
+    assert moved.bits is levels.bits
+    assert moved.tables is levels.tables
+
+
 @given(st.data())
 def test_snap_of_part_of_the_columns_is_that_part(data):
     W = data.draw(weight_rows())

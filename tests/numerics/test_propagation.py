@@ -9,6 +9,7 @@ from calibration_strategies import (
     FORMS,
     INPUT_FAMILIES,
     energy,
+    fitted_rows,
     integers,
     lanes,
     make_inputs,
@@ -21,10 +22,10 @@ from torch import nn
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import sample_rows, weight_rows
 from mpqdm_fx.numerics.gram import Gram
+from mpqdm_fx.numerics.layer_rows import LayerRows
 from mpqdm_fx.numerics.levels import RowLevels
 from mpqdm_fx.numerics.propagation import (
     Correction,
-    LayerRows,
     choose_correction,
     fixed_correction,
     output_error,
@@ -53,7 +54,7 @@ def by_definition(W, rows):
 
 
 def full_correction(W, rows, damping=NO_RIDGE, form="primal"):
-    gram = Gram.of(rows.inputs, center=False, form=form)
+    gram = Gram.of(rows.inputs, form=form)
     return fixed_correction(W, rows, gram, 1.0, damping=damping).weight.double()
 
 
@@ -62,9 +63,9 @@ def full_correction(W, rows, damping=NO_RIDGE, form="primal"):
 
 @given(weights_for(6), st.sampled_from(INPUT_FAMILIES), strengths, st.booleans(), seeds)
 def test_one_lane_needs_no_correction(W, family, alpha, center, seed):
-    inputs = make_inputs(8, 6, family, seed)
-    gram = Gram.of(inputs, center=center)
-    rows = LayerRows(inputs=inputs, shift=None)
+    rows = LayerRows(inputs=make_inputs(8, 6, family, seed), shift=None)
+    rows = fitted_rows(rows, center=center)
+    gram = Gram.of(rows.inputs)
     assert fixed_correction(W, rows, gram, alpha) == Correction()
     assert choose_correction(W, rows, gram, rows) == Correction()
 
@@ -72,8 +73,8 @@ def test_one_lane_needs_no_correction(W, family, alpha, center, seed):
 @given(weights_for(6), st.sampled_from(INPUT_FAMILIES), st.sampled_from(FORMS), seeds)
 def test_two_equal_lanes_are_corrected_by_exactly_nothing(W, family, form, seed):
     inputs = make_inputs(8, 6, family, seed)
-    gram = Gram.of(inputs, center=True, form=form)
-    rows = LayerRows(inputs=inputs, shift=inputs - inputs)
+    rows = fitted_rows(LayerRows(inputs=inputs, shift=inputs - inputs), center=True)
+    gram = Gram.of(rows.inputs, form=form)
     fixed = fixed_correction(W, rows, gram, 0.5)
     assert torch.equal(W + fixed.weight, W)
     assert choose_correction(W, rows, gram, rows) == Correction()
@@ -81,7 +82,7 @@ def test_two_equal_lanes_are_corrected_by_exactly_nothing(W, family, form, seed)
 
 def test_strength_zero_and_no_validation_rows_are_no_correction():
     W, rows = integers(0, 3, 4), lanes(1, 16, 4)
-    gram = Gram.of(rows.inputs, center=False)
+    gram = Gram.of(rows.inputs)
     assert fixed_correction(W, rows, gram, 0.0) == Correction()
     empty = LayerRows(inputs=rows.inputs[:0], shift=rows.shift[:0])
     assert choose_correction(W, rows, gram, empty) == Correction()
@@ -121,7 +122,7 @@ def test_strength_is_a_penalty_on_leaving_the_base_layers_output(problem, alpha)
     stacked = torch.cat([Y, mu**0.5 * Y])
     wanted = torch.cat([target, mu**0.5 * Y @ W.double().T])
     best = torch.linalg.lstsq(stacked, wanted).solution.T
-    gram = Gram.of(rows.inputs, center=False, form="primal")
+    gram = Gram.of(rows.inputs, form="primal")
     found = fixed_correction(W, rows, gram, alpha, damping=NO_RIDGE)
     assert (found.alpha, found.damping) == (alpha, NO_RIDGE)
     difference = energy(Y @ (W.double() + found.weight.double() - best).T)
@@ -131,7 +132,7 @@ def test_strength_is_a_penalty_on_leaving_the_base_layers_output(problem, alpha)
 @given(problems(), strengths, dampings, st.sampled_from(FORMS))
 def test_strength_is_full_strength_for_the_interpolated_input(problem, alpha, damping, form):
     W, rows = problem
-    gram = Gram.of(rows.inputs, center=False, form=form)
+    gram = Gram.of(rows.inputs, form=form)
     part = LayerRows(inputs=rows.inputs, shift=alpha * rows.shift)
     torch.testing.assert_close(
         fixed_correction(W, rows, gram, alpha, damping=damping).weight,
@@ -165,7 +166,7 @@ def test_error_is_that_of_the_statistics_of_the_rows(problem, seed):
     W, rows = problem
     X, Y, target = by_definition(W, rows)
     Q = W + integers(seed, *W.shape)
-    found = output_error(W, Q, rows, torch.zeros(W.shape[1]), [torch.zeros(len(W))])
+    found = output_error(W - Q, rows.inputs, rows.targets(W))
     direct = (target - Y @ Q.double().T).square().mean(dim=0)
     torch.testing.assert_close(found, direct, rtol=1e-6, atol=1e-6)
     N, D, V = len(Y), Q.double() - W.double(), W.double()
@@ -186,19 +187,22 @@ def test_bias_takes_up_what_the_training_rows_miss_on_average(seed, channels):
         _, Y, target = by_definition(W, rows)
         return target - Y @ Q.double().T + (0 if rows.residual is None else rows.residual.double())
 
-    mean = train.inputs.double().mean(dim=0)
-    means = [target.mean(dim=0) for target in train.targets(W)]
+    means = train.means()
+    torch.testing.assert_close(means.bias(W, Q), missing(train).mean(dim=0), rtol=0, atol=1e-9)
     for rows in (train, other):
         expected = (missing(rows) - missing(train).mean(dim=0)).square().mean(dim=0)
-        found = output_error(W, Q, rows, mean, means)
+        fitted = rows.fitted(means)
+        found = output_error(W - Q, fitted.inputs, fitted.targets(W))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @given(seeds, dampings, st.sampled_from(FORMS))
 def test_centred_correction_ignores_constant_shifts(seed, damping, form):
-    W, rows = integers(seed, 3, 5), lanes(seed, 12, 5, offset=3)
-    gram = Gram.of(rows.inputs, center=True, form=form)
-    moved = LayerRows(inputs=rows.inputs, shift=rows.shift + integers(seed, 5, reach=9))
+    W, drawn = integers(seed, 3, 5), lanes(seed, 12, 5, offset=3)
+    far = LayerRows(inputs=drawn.inputs, shift=drawn.shift + integers(seed, 5, reach=9))
+    means, far_means = drawn.means(), far.means()
+    rows, moved = drawn.fitted(means), far.fitted(far_means)
+    gram = Gram.of(rows.inputs, form=form)
     torch.testing.assert_close(
         fixed_correction(W, rows, gram, 1.0, damping=damping).weight,
         fixed_correction(W, moved, gram, 1.0, damping=damping).weight,
@@ -207,8 +211,8 @@ def test_centred_correction_ignores_constant_shifts(seed, damping, form):
     )
     validation = lanes(seed + 9, 12, 5, offset=1)
     far = LayerRows(inputs=validation.inputs, shift=validation.shift + integers(seed, 5, reach=9))
-    near = choose_correction(W, rows, gram, validation)
-    same = choose_correction(W, moved, gram, far)
+    near = choose_correction(W, rows, gram, validation.fitted(means))
+    same = choose_correction(W, moved, gram, far.fitted(far_means))
     assert (near.weight is None) == (same.weight is None)
     assert same.alpha == pytest.approx(near.alpha, abs=1e-4)
 
@@ -230,8 +234,10 @@ def test_correction_turns_with_the_inputs(seed, width, damping, center, form):
     def turned(rows):
         return LayerRows(inputs=rows.inputs @ R, shift=rows.shift @ R, residual=rows.residual)
 
-    gram = Gram.of(train.inputs, center=center, form=form)
-    turned_gram = Gram.of(turned(train).inputs, center=center, form=form)
+    means = train.means() if center else None
+    train, validation = train.fitted(means), validation.fitted(means)
+    gram = Gram.of(train.inputs, form=form)
+    turned_gram = Gram.of(turned(train).inputs, form=form)
     fixed = fixed_correction(W, train, gram, 0.5, damping=damping)
     moved = fixed_correction(W @ R, turned(train), turned_gram, 0.5, damping=damping)
     torch.testing.assert_close(moved.weight, fixed.weight @ R, rtol=1e-3, atol=1e-3)
@@ -247,7 +253,7 @@ def test_correction_turns_with_the_inputs(seed, width, damping, center, form):
 @given(seeds, strengths, dampings, st.sampled_from(FORMS))
 def test_rows_of_weights_are_corrected_one_by_one_at_a_given_strength(seed, alpha, damping, form):
     W, rows = integers(seed, 4, 5), lanes(seed, 12, 5)
-    gram = Gram.of(rows.inputs, center=False, form=form)
+    gram = Gram.of(rows.inputs, form=form)
     together = fixed_correction(W, rows, gram, alpha, damping=damping).weight
     for row in range(4):
         alone = fixed_correction(W[row : row + 1], rows, gram, alpha, damping=damping).weight
@@ -260,9 +266,10 @@ def test_both_forms_choose_the_same_correction(seed, center, residual):
         integers(seed, 3, 10),
         (lanes(s, 4, 10, channels=3 * residual) for s in (seed, seed + 9)),
     )
+    means = train.means() if center else None
+    train, validation = train.fitted(means), validation.fitted(means)
     primal, dual = (
-        choose_correction(W, train, Gram.of(train.inputs, center=center, form=form), validation)
-        for form in FORMS
+        choose_correction(W, train, Gram.of(train.inputs, form=form), validation) for form in FORMS
     )
     assert dual.explained == pytest.approx(primal.explained, abs=1e-4)
     if primal.damping == dual.damping and primal.weight is not None:
@@ -296,7 +303,7 @@ def test_targets_of_all_groups_are_the_convolution_of_the_shift(
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_whose_moments_are_not_finite_are_refused(form):
     inputs = torch.full((4, 3), 1e30)
-    gram = Gram.of(inputs, center=False, form=form)
+    gram = Gram.of(inputs, form=form)
     rows = LayerRows(inputs=inputs, shift=torch.ones(4, 3))
     for correct in (
         lambda: fixed_correction(torch.ones(2, 3), rows, gram, 0.5),

@@ -6,6 +6,7 @@ from calibration_strategies import (
     FORMS,
     INPUT_FAMILIES,
     damped_error,
+    fitted_inputs,
     levels_for,
     make_inputs,
     moments,
@@ -111,12 +112,12 @@ def test_rows_of_all_widths_at_once_are_the_runs_of_each_row_stacked(drawn, pass
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("family", INPUT_FAMILIES)
 def test_both_forms_refine_to_the_same_codes_and_scales(family, seed):
-    rows = make_inputs(5, 12, family, seed, offset=3)
+    rows = fitted_inputs(make_inputs(5, 12, family, seed, offset=3), center=True)
     W = torch.randn(6, 12, generator=torch.Generator().manual_seed(seed))
     levels = RowLevels.fit(W, torch.tensor([1, 2, 3, 4, 5, 8]), "codebook")
     found = []
     for form in FORMS:
-        gram = Gram.of(rows, center=True, form=form)
+        gram = Gram.of(rows, form=form)
         found.append(refine(W, levels.snap(W).to(torch.int8), levels, gram, passes=2))
     (primal, primal_levels), (dual, dual_levels) = found
     assert torch.equal(primal, dual)
@@ -129,7 +130,7 @@ def test_more_columns_than_a_block_are_refined_as_well(form):
     x = torch.randn(64, 300, generator=generator).cumsum(dim=1)
     W = torch.randn(4, 300, generator=generator)
     levels = RowLevels.fit(W, torch.tensor([1, 2, 4, 8]), "codebook")
-    gram = Gram.of(x, center=False, form=form)
+    gram = Gram.of(x, form=form)
     codes = levels.snap(W).to(torch.int8)
     refined, moved = refine(W, codes, levels, gram, passes=2)
     H = x.double().T @ x.double() / 64

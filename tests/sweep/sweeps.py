@@ -7,7 +7,8 @@ from torch import fx
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.trace import trace
-from mpqdm_fx.sweep.quantize import GraphQuantization, finish, start_sweep
+from mpqdm_fx.sweep.finish import GraphQuantization, finish
+from mpqdm_fx.sweep.quantize import start_sweep
 
 
 def traced(model: Any, calls: list[dict[str, Any]]) -> tuple[fx.GraphModule, list[dict[str, Any]]]:
@@ -26,8 +27,9 @@ def recorded(calls: list[dict[str, Any]]) -> RecordedInputs:
 
 
 def settings_of(**settings: Any) -> MPQConfig:
-    """Settings that make tests quick: few rows, one refinement."""
-    return MPQConfig(**{"max_rows": 256, "refinements": 1, "allocation": "uniform", **settings})
+    """Settings that make tests quick: few rows, one refinement; what the sweep made is kept."""
+    quick = {"max_rows": 256, "refinements": 1, "allocation": "uniform", "judge": False}
+    return MPQConfig(**{**quick, **settings})
 
 
 def quantized(

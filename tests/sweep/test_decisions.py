@@ -80,7 +80,7 @@ def test_codebooks_are_kept_where_their_table_is_short(unet):
     ("mode", "kept"), [("static", {"conv_in", "conv_out"}), ("dynamic", {"conv_in"})]
 )
 def test_the_ends_of_the_model_keep_float_activations(unet, mode, kept):
-    result = quantized(*unet, activation_mode=mode)
+    result = quantized(*unet, activation_mode=mode, slowdown=1)
     planned = {layer.name for layer in result.plan.layers}
     assert planned - set(result.activations) == {*kept, "class_embedding"}
 
@@ -96,13 +96,14 @@ def test_non_finite_weights_are_refused_with_layer_and_count():
         quantized(graph, normalized)
 
 
-def test_activations_that_turn_infinite_are_refused_with_the_layer():
+@pytest.mark.parametrize("slowdown", [1, 1.1])
+def test_activations_that_turn_infinite_are_refused_with_the_layer(slowdown):
     model = tiny_unet()
     with torch.no_grad():
         model.down_blocks[0].resnets[0].norm2.weight.fill_(1e38)
         model.down_blocks[0].resnets[0].conv2.weight.fill_(1e10)
     with pytest.raises(CalibrationError, match=r"down_blocks\.0\.resnets\.0\.conv2"):
-        quantized(*traced(model, unet_calls(2)))
+        quantized(*traced(model, unet_calls(2)), slowdown=slowdown)
 
 
 def test_no_data_is_refused(unet):

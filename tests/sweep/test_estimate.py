@@ -7,7 +7,8 @@ from sweeps import recorded, settings_of, traced
 
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.sweep.estimate import estimate
-from mpqdm_fx.sweep.quantize import finish, start_sweep
+from mpqdm_fx.sweep.finish import finish
+from mpqdm_fx.sweep.quantize import start_sweep
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from sweeps import recorded, settings_of, traced
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.sweep.quantize import finish, start_sweep
+from mpqdm_fx.sweep.finish import finish
+from mpqdm_fx.sweep.quantize import start_sweep
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from mpqdm_fx.models.bundled import load_digits_unet
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.sweep import sweep as sweep_module
 from mpqdm_fx.sweep.collect import rows_of_each_call
-from mpqdm_fx.sweep.quantize import finish, start_sweep
+from mpqdm_fx.sweep.finish import finish
+from mpqdm_fx.sweep.quantize import start_sweep
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.sweep import Sweep
 from mpqdm_fx.testing.rerun import rerun_for_every_layer
@@ -30,9 +31,12 @@ def _by_settings(graph_module, **settings):
 
 
 def _assert_one_sweep_is_the_rerun(graph_module, calls, settings):
-    records = recorded(calls)
-    result = finish(start_sweep(graph_module, records, settings))
-    expected = rerun_for_every_layer(graph_module, calls, settings, records.held_out)
+    sweep = start_sweep(graph_module, recorded(calls), settings)
+    result = finish(sweep)
+    weights = sweep.prepared.row_weights
+    assert weights.energies  # so rows of some noise levels count more than others
+    held_out = weights.groups.held_out(calls)
+    expected = rerun_for_every_layer(graph_module, calls, settings, held_out, weights)
     for name, layer in weight_layers(result.rounded).items():
         other = expected.get_submodule(name)
         assert torch.equal(layer.module.weight_codes, other.weight_codes), name
