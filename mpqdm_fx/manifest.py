@@ -118,6 +118,7 @@ class StoredLayerReport(Strict):
     beta: float
     damping: float
     rows: Count
+    refitted: bool = False
 
 
 class StoredChoice(Strict):

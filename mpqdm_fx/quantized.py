@@ -41,6 +41,7 @@ class LayerReport:
         beta: See `alpha`.
         damping: Ridge of the correction in units of the average second moment.
         rows: Input rows that the layer was fitted to.
+        refitted: Whether its bias was refitted: that has to lower the error on held-out rows.
         fraction: Share of channels that OMQ promoted, and as many demoted.
         reason: Why the layer is off the budget, or None.
     """
@@ -58,6 +59,7 @@ class LayerReport:
     beta: float = 0.0
     damping: float = 0.0
     rows: int = 0
+    refitted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,14 @@ def judgement_table(report: QuantizationReport) -> Table:
         levels = ["" if db is None else f"{db:.1f}" for db in one.sqnr_db]
         name = one.recipe + (" (taken)" if one.chosen else "")
         table.add_row(name, f"{one.decibels:.1f}", *(levels if groups > 1 else ()))
+    fitted = [layer for layer in report.layers if layer.rows]
+    propagated = sum(1 for layer in fitted if layer.alpha or layer.beta)
+    refitted = sum(1 for layer in fitted if layer.refitted)
+    if fitted:
+        table.caption = (
+            f"kept where held-out calls agree: errors propagated into {propagated}, "
+            f"biases refitted in {refitted} of {len(fitted)} layers"
+        )
     return table
 
 

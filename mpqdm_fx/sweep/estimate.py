@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from mpqdm_fx.calibration.activation_choice import options_of
 from mpqdm_fx.calibration.allocate import layer_limits
+from mpqdm_fx.calibration.probes import PROBES
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.cost import bind_sizes, node_cost, walk_memory
 from mpqdm_fx.graph.layers import weight_layers
@@ -25,7 +27,7 @@ _COLUMN = 8e-5  # seconds of interpreter and small kernels for one column of one
 _RANGE = 0.05  # seconds to search the range of one activation
 _ERRORS = 120  # times that measuring rounding errors at all widths goes over a layer's weights
 _BACKWARD = 2  # times the work of a forward run
-_PROBES = 2
+_JUDGED = 0.5  # two ways to round, on a quarter of the calls
 # Convolutions, factorisations and tall products against one square product in the cache, and passes
 # over a large layer against a sum in the cache; fitted to the 310 layers of an 860 M UNet.
 _PRODUCT_SHARE = 0.5
@@ -40,9 +42,10 @@ class Estimate:
         layers: Weight layers.
         weights: Their weights.
         calls: Calibration calls.
-        forward_seconds: Both lanes, all calls.
+        forward_seconds: Both lanes, all calls, and the comparison with plain rounding.
         solve_seconds: Statistics, corrections and roundings.
-        sensitivity_seconds: Jacobian probes and error tables of `allocation="measured"`.
+        sensitivity_seconds: Jacobian probes, error tables of `allocation="measured"`, and what is
+            measured to choose how inputs are quantized.
         peak_bytes: Model, rounded copy, activations and the largest layer's statistics.
         activation_bytes: Of that, activations of all calls.
         smallest_limit: The smallest `max_memory` that activations can do with.
@@ -112,10 +115,17 @@ def estimate(
         largest = max(largest, work.bytes)
     seconds += len(quantizer_sites(lanes)) * _RANGE * _ranges(settings)
     weights = sum(layer.weight.numel() for layer in layers.values())
+    one_lane = forward / 2
     sensitivity = 0.0
     if settings.allocation == "measured":
-        sensitivity = forward * (0.5 + _PROBES * (1 + _BACKWARD) / 2)
-        sensitivity += weights * _ERRORS / bandwidth + gains
+        sensitivity = one_lane + weights * _ERRORS / bandwidth + gains
+    options = options_of(settings)
+    if options or settings.allocation == "measured" or settings.row_weights == "output":
+        sensitivity += one_lane * PROBES * (1 + _BACKWARD)
+    if options:  # sizes of channels, and static ranges
+        sensitivity += one_lane * (2 if any(one.kind == "static" for one in options) else 1)
+    if settings.judge:
+        forward += one_lane * (_JUDGED + (settings.activation_mode == "static"))
     parameters = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())
     return Estimate(
         layers=len(layers),

@@ -194,6 +194,7 @@ def _report(plan: LayerPlan, solution: LayerSolution | None) -> LayerReport:
         beta=solution.beta,
         damping=solution.damping,
         rows=solution.rows,
+        refitted=solution.bias is not None,
         fraction=plan.fraction,
         reason=plan.reason,
     )

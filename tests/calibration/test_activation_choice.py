@@ -24,7 +24,7 @@ FLOAT = InputOption(kind="float")
 
 
 class SumOfLinears(nn.Module):
-    """One number per sample: two linear layers that read the same numbers behind two activations."""
+    """One number per sample, from two layers that read the same numbers behind activations."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -91,7 +91,7 @@ def _dynamic(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _plain_outputs(net: OutlierNet, bits: int, calls: list[Tensor]) -> list[Tensor]:
-    """What a few lines of PyTorch give: nearest weights, dynamic inputs but for the first layer's."""
+    """What a few lines of PyTorch give: nearest weights, dynamic inputs but the first one's."""
 
     def conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
         weight = _plainly_rounded(layer.weight, bits)
@@ -135,7 +135,9 @@ def test_the_default_is_never_worse_at_the_output_than_plain_rounding_on_held_ou
 def test_plain_rounding_is_taken_where_it_errs_less_and_the_report_says_so() -> None:
     net = OutlierNet(0, 10.0, [1], in_weights=True).eval()
     calls = _calls(0)
-    config = MPQConfig(weight_bits=8, allocation="uniform", rounding="nearest", activation_mode="float")
+    config = MPQConfig(
+        weight_bits=8, allocation="uniform", rounding="nearest", activation_mode="float"
+    )
     # corrections fitted to rows of another world: all calls that fit are of one constant picture
     calls = [torch.full_like(x, 1e-3) if i < CALLS - HELD_OUT else x for i, x in enumerate(calls)]
     kept, judged = (
