@@ -133,7 +133,7 @@ class StoredChoice(Strict):
 
 
 class StoredJudgement(Strict):
-    """See `sweep.judge.Judgement`."""
+    """See `calibration.judgement.Judgement`."""
 
     recipe: Name
     sqnr_db: tuple[float | None, ...]

@@ -12,13 +12,13 @@ from mpqdm_fx.activations import Activation, NoiseLevels
 from mpqdm_fx.ambient import plain_torch, without_autocast
 from mpqdm_fx.calibration.activation_choice import ActivationChoice
 from mpqdm_fx.calibration.calls import check_call, check_indices, table_sizes
+from mpqdm_fx.calibration.judgement import Judgement
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.calling import in_dtype, join_outputs, pack_output, split_batch
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.plan import BitPlan
-from mpqdm_fx.sweep.judge import Judgement
 
 __all__ = ["LayerReport", "PreparedModel", "QuantizationReport", "QuantizedModel"]
 

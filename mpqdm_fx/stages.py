@@ -17,10 +17,11 @@ from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.passes import NORMALIZE, SplitSkipConcat
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.round_weights import install_codes
+from mpqdm_fx.passes.scale_inputs import ScaleInputs, factors_of
 from mpqdm_fx.plan import BitPlan
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 
-__all__ = ["assemble", "normalized", "positional_inputs", "reassembled", "restore"]
+__all__ = ["assemble", "in_form_of", "normalized", "positional_inputs", "reassembled", "restore"]
 
 
 def normalized(
@@ -55,6 +56,24 @@ def normalized(
         graph_module.recompile()
     find_noise_argument(graph_module, settings.noise_argument)  # refuses a wrong name
     return graph_module
+
+
+def in_form_of(quantized: QuantizedModel, model: nn.Module, example_inputs: Any) -> fx.GraphModule:
+    """Trace the float model of a quantized one into the form that was quantized.
+
+    Args:
+        quantized: The quantized model.
+        model: Its float model; it is not changed.
+        example_inputs: As of `normalized`.
+
+    Raises:
+        TraceError: The model cannot be traced.
+        DialectError: It is another model.
+    """
+    graph_module = normalized(model, example_inputs, quantized.settings)
+    scale = ScaleInputs(factors=factors_of(quantized.rounded))
+    result: fx.GraphModule = scale(graph_module).graph_module
+    return result
 
 
 def _has_effect(node: fx.Node) -> bool:

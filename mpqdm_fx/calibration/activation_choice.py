@@ -113,6 +113,7 @@ def choose_activations(
             menus.append(_menu(graph_module, own, costs[unit], settings, sizes, ends))
     in_all = sum(menu.fastest for menu in menus) + other_time(graph_module, sizes)
     weights = sum(menu.smallest for menu in menus)
+    energy = energy or 1.0  # a model that writes zeros: nothing costs anything
     chosen = _chosen(menus, (settings.slowdown - 1) * in_all, (settings.slowdown - 1) * weights)
     return tuple(
         ActivationChoice(

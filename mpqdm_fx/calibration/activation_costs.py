@@ -19,6 +19,7 @@ from mpqdm_fx.activations import OUTPUT_BITS, ActivationRange
 from mpqdm_fx.calibration.channel_maxima import ChannelMaxima
 from mpqdm_fx.calibration.ranges import search_static
 from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.graph.quantizer_sites import row_axes
 from mpqdm_fx.graph.same_values import value_key
@@ -169,15 +170,22 @@ class ActivationCosts:
         """Find the range of what each call reads and writes."""
         walk = Walk(graph_module, calls, progress="ranges", max_memory=max_memory, half=half)
 
-        def search(node: fx.Node, bits: int, factor: Tensor | None) -> ActivationRange:
+        def search(
+            node: fx.Node, bits: int, factor: Tensor | None, place: tuple[str, str]
+        ) -> ActivationRange:
             values = walk.values(node)
             scaled = values if factor is None else (value / factor for value in values)
-            return search_static(scaled, bits, settings.seed, limit=_RANGE_VALUES)
+            try:
+                return search_static(scaled, bits, settings.seed, limit=_RANGE_VALUES)
+            except CalibrationError as error:
+                layer, side = self._layer_of[place[0]].name, place[1]
+                raise CalibrationError(f"{layer}, {side}: {error}") from error
 
         written: fx.Node | None = None
         for node in walk:
             if written is not None and written in walk.alive:
-                self._ranges[written.name, "output", 0.0] = search(written, OUTPUT_BITS, None)
+                place = (written.name, "output")
+                self._ranges[*place, 0.0] = search(written, OUTPUT_BITS, None, place)
             written = None
             if node.name in self._readers:
                 source, bits = node.args[0], self._readers[node.name].bits
@@ -185,8 +193,8 @@ class ActivationCosts:
                 for option in self._options:
                     if option.kind == "static":
                         factor = self._factor(self._layer_of[node.name], option)
-                        key = (node.name, "input", option.exponent)
-                        self._ranges[key] = search(source, bits, factor)
+                        place = (node.name, "input")
+                        self._ranges[*place, option.exponent] = search(source, bits, factor, place)
                 written = node
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.walk import Walk
-from mpqdm_fx.passes.scale_inputs import power_of_two
+from mpqdm_fx.numerics.outliers import power_of_two
 
 __all__ = ["ChannelMaxima"]
 

@@ -24,7 +24,7 @@ from mpqdm_fx.distill.judge import Errors, Judge
 from mpqdm_fx.distill.runs import Recorder, Runs, Start
 from mpqdm_fx.distill.student import Student, freeze, make_student
 from mpqdm_fx.distill.train import History, Trainer
-from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.errors import ConfigError, DialectError
 from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.graph.describe import describe, first_difference
 from mpqdm_fx.graph.entry import unwrap
@@ -32,7 +32,7 @@ from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.io.records import hash_tensor
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.stages import normalized
+from mpqdm_fx.stages import in_form_of
 from mpqdm_fx.validation import Count, checked
 from mpqdm_fx.versions import versions
 
@@ -109,9 +109,7 @@ def distill(
     start = _start(config, sample_shape or sample_shape_of(teacher), conditions, unconditional)
     _check_batch(quantized.signature, config)
     teacher = unwrap(teacher)
-    graph = normalized(teacher, example_call(quantized.signature), quantized.settings)
-    if (other := first_difference(describe(graph), describe(quantized.rounded))) is not None:
-        raise ConfigError(f"the float model is not the one that was quantized: {other}")
+    graph = _float_graph(quantized, teacher)
     own_loop = is_sampler(scheduler)
     check_loop(scheduler, None if own_loop else config.steps, config.guidance_scale)
     if not own_loop:
@@ -182,6 +180,19 @@ def _distilled(
         after=after.share,
         improved=improved,
     )
+
+
+def _float_graph(quantized: QuantizedModel, teacher: nn.Module) -> fx.GraphModule:
+    """The float model's graph in the form that was quantized; refuses another model's."""
+    other: object
+    try:
+        graph = in_form_of(quantized, teacher, example_call(quantized.signature))
+        other = first_difference(describe(graph), describe(quantized.rounded))
+    except DialectError as error:  # it lacks a layer whose input is scaled
+        other = error
+    if other is not None:
+        raise ConfigError(f"the float model is not the one that was quantized: {other}")
+    return graph
 
 
 def _check_batch(signature: Signature, config: DistillConfig) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mpqdm_fx.errors import ConfigError
 
-__all__ = ["kurtosis", "smoothing_factors"]
+__all__ = ["kurtosis", "power_of_two", "smoothing_factors"]
 
 _MIN_PEAK = 1e-5
 _FACTOR_RANGE = (1e-2, 1e2)
@@ -71,3 +71,8 @@ def smoothing_factors(activation_max: Tensor, weight_max: Tensor) -> Tensor:
     peak_x = activation_max.detach().to(torch.float64).clamp_min(_MIN_PEAK)
     peak_w = weight_max.detach().to(torch.float64).clamp_min(_MIN_PEAK)
     return (peak_x / peak_w).sqrt().clamp(*_FACTOR_RANGE)
+
+
+def power_of_two(values: Tensor) -> Tensor:
+    """The power of two next to each positive value on a logarithmic scale, float32."""
+    return torch.exp2(values.double().log2().round()).float()

@@ -22,7 +22,7 @@ from mpqdm_fx.parity.ladder import Ladder
 from mpqdm_fx.parity.measure import Form, Measured, measure
 from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.stages import normalized, positional_inputs
+from mpqdm_fx.stages import in_form_of, positional_inputs
 from mpqdm_fx.storage import load
 
 __all__ = ["store_parity", "verify"]
@@ -158,7 +158,7 @@ def _measure(
         )
         forms.append(Form(name="float", run=lambda number, _: outputs[number]))
     else:
-        graph = normalized(model, example_call(signature), quantized.settings)
+        graph = in_form_of(quantized, model, example_call(signature))
         forms.append(Form(name="float", graph=graph))
     forms.append(Form(name="quantized", graph=_graph(quantized)))
     if runner is None:

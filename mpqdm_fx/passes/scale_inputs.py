@@ -18,8 +18,9 @@ from mpqdm_fx.errors import DialectError
 from mpqdm_fx.graph.base import GraphPass
 from mpqdm_fx.graph.editing import add_tensor, insert_call, replace_module, shallow_clone
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
+from mpqdm_fx.numerics.outliers import power_of_two
 
-__all__ = ["SCALES", "ScaleInputs", "is_scaled", "power_of_two"]
+__all__ = ["SCALES", "ScaleInputs", "factors_of", "is_scaled"]
 
 _aten = torch.ops.aten
 
@@ -106,11 +107,6 @@ class ScaleInputs(GraphPass):
         return bool(wanted)
 
 
-def power_of_two(values: Tensor) -> Tensor:
-    """The power of two next to each positive value on a logarithmic scale, float32."""
-    return torch.exp2(values.double().log2().round()).float()
-
-
 def is_scaled(call: fx.Node) -> bool:
     """Whether a weight layer's call reads the product with inverse factors."""
     product = call.args[0]
@@ -122,6 +118,21 @@ def is_scaled(call: fx.Node) -> bool:
         and held.op == "get_attr"
         and str(held.target).startswith(f"{SCALES}.")
     )
+
+
+def factors_of(graph_module: fx.GraphModule) -> dict[str, Tensor]:
+    """Factors of a graph's scaled inputs by layer: with them its float model gets the same form.
+
+    Args:
+        graph_module: A graph after `ScaleInputs`, rounded or not.
+    """
+    found = {}
+    for name, layer in weight_layers(graph_module).items():
+        if is_scaled(layer.nodes[0]):
+            held = layer.nodes[0].args[0].args[1]  # type: ignore[union-attr]
+            inverse = graph_module.get_buffer(str(held.target))  # type: ignore[union-attr]
+            found[name] = inverse.detach().float().reciprocal().flatten().cpu()
+    return found
 
 
 def _channels(layer: WeightLayer) -> int:

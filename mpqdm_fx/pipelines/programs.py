@@ -22,7 +22,7 @@ from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.manifest import method_entry
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.stages import normalized, reassembled
+from mpqdm_fx.stages import in_form_of, normalized, reassembled
 
 __all__ = [
     "DENOISE",
@@ -262,7 +262,7 @@ def _at_shapes(part: Part, quantized: QuantizedModel, inputs: Call) -> Quantized
     wanted = {name: tuple(value.shape) for name, value in tensor_leaves(dict(inputs))}
     if all(wanted.get(spec.name) == spec.shape_at(1) for spec in signature.inputs):
         return quantized
-    graph = normalized(part.module, dict(inputs), quantized.settings)
+    graph = in_form_of(quantized, part.module, dict(inputs))
     for name in weight_layers(quantized.rounded, embeddings=True):
         replace_module(graph, name, quantized.rounded.get_submodule(name))
     return reassembled(quantized, graph)

@@ -120,7 +120,8 @@ def estimate(
     if settings.allocation == "measured":
         sensitivity = one_lane + weights * _ERRORS / bandwidth + gains
     options = options_of(settings)
-    if options or settings.allocation == "measured" or settings.row_weights == "output":
+    by_level = told and settings.row_weights == "output"
+    if options or settings.allocation == "measured" or by_level:
         sensitivity += one_lane * PROBES * (1 + _BACKWARD)
     if options:  # sizes of channels, and static ranges
         sensitivity += one_lane * (2 if any(one.kind == "static" for one in options) else 1)

@@ -12,6 +12,7 @@ from mpqdm_fx.activations import Activation, NoiseLevels
 from mpqdm_fx.calibration.activation_choice import ActivationChoice
 from mpqdm_fx.calibration.allocate import fixed_plan
 from mpqdm_fx.calibration.count import bit_plan, tell_remarks
+from mpqdm_fx.calibration.judgement import Judgement
 from mpqdm_fx.calibration.pinning import pinned_layers
 from mpqdm_fx.graph.editing import copy_graph_module
 from mpqdm_fx.graph.lanes import error_lane_name
@@ -19,7 +20,6 @@ from mpqdm_fx.graph.layers import replace_module, weight_layers
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.quantized import LayerReport
-from mpqdm_fx.sweep.judge import Judgement
 from mpqdm_fx.sweep.plain_rounding import plain_activations, plain_weights
 from mpqdm_fx.sweep.solve import LayerSolution
 from mpqdm_fx.sweep.sweep import Sweep
@@ -105,10 +105,12 @@ def _judged(sweep: Sweep, found: GraphQuantization) -> GraphQuantization:
     even = _even_plans(sweep, graph_module)
     if even is not None:
         candidates[f"plain rounding with {settings.weight_bits} bits"] = even
-    activations = plain_activations(
-        graph_module, sweep.calls, settings, sweep.shards, sweep.limits.skipped
-    )
-    quantize = QuantizeActivations(ranges=activations)
+    activations, levels = found.activations, found.noise_levels
+    if levels is None:
+        activations = plain_activations(
+            graph_module, sweep.calls, settings, sweep.shards, sweep.limits.skipped
+        )
+    quantize = QuantizeActivations(ranges=activations, noise_levels=levels)
     judged = [Judgement.of(RECIPE, sweep.output_powers(None))]
     for name, own in candidates.items():
         rounded = plain_weights(graph_module, own)
@@ -131,7 +133,7 @@ def _judged(sweep: Sweep, found: GraphQuantization) -> GraphQuantization:
         rounded=rounded,
         plan=plan,
         activations=activations,
-        noise_levels=None,
+        noise_levels=levels,
         layers=tuple(_report(one, None) for one in plan.layers),
         choices=(),
         judged=told,

@@ -65,7 +65,7 @@ def plain_activations(
     Args:
         graph_module: Normalized float graph.
         calls: Calibration calls of this process.
-        settings: Mode and widths; ranges by noise level become one range.
+        settings: Mode and widths.
         shards: Which calls are here.
         skipped: Layers that stay in float.
 

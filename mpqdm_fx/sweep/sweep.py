@@ -24,6 +24,7 @@ from mpqdm_fx.calibration.allocate import (
     even_levels,
     fixed_plan,
 )
+from mpqdm_fx.calibration.judgement import output_powers
 from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError, ConfigError
@@ -46,7 +47,6 @@ from mpqdm_fx.plan import LayerPlan
 from mpqdm_fx.sweep.build_lanes import two_lanes
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.collect import CallRows, collect_rows, join_rows, residual_of, rows_key
-from mpqdm_fx.sweep.judge import output_powers
 from mpqdm_fx.sweep.preparation import Preparation
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerData, LayerSolution, solve_layer
@@ -177,14 +177,14 @@ class Sweep:
             pass
 
     def output_powers(self, graph_module: fx.GraphModule | None) -> Tensor:
-        """Energy of the output and of its error on the held-out calls; see `judge.output_powers`.
+        """Energy of the output and of its error on the held-out calls, by noise level.
 
         Args:
             graph_module: A quantized graph; None for the quantized lane, once the sweep is over.
 
         Returns:
-            float64 [G, 2], sums over the calls of all processes; over all calls if none is held
-            out.
+            float64 [G, 2] as of `judgement.output_powers`, sums over the calls of all processes;
+            over all calls if none is held out.
         """
         groups = self.prepared.row_weights.groups
         judges = self._validation or frozenset(range(self.shards.total))

@@ -8,7 +8,8 @@ from torch import nn
 from mpqdm_fx.errors import DialectError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.trace import trace
-from mpqdm_fx.passes.scale_inputs import SCALES, ScaleInputs, is_scaled, power_of_two
+from mpqdm_fx.numerics.outliers import power_of_two
+from mpqdm_fx.passes.scale_inputs import SCALES, ScaleInputs, is_scaled
 
 
 def powers(channels, seed=0):
