@@ -167,7 +167,8 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
         weights, _, activations = setting[1:].partition("A")
         bench.prepared.settings = MPQConfig(
             weight_bits=int(weights), activation_bits=int(activations), seed=bench.seed,
-            activation_mode="timestep", timestep_groups=5, **json.loads(options),
+            activation_mode="timestep", timestep_groups=5, row_weights="plain", judge=False,
+            **json.loads(options),
         )  # fmt: skip
         return convert(bench.prepared, sensitivity=sensitivity_file(bench, arguments))
 

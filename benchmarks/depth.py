@@ -58,6 +58,8 @@ def main() -> None:
         levels="uniform",
         rounding="nearest",
         propagation=0.5,
+        row_weights="plain",
+        judge=False,
         activation_mode="float",
         max_rows=512,
     )

@@ -77,7 +77,8 @@ def _start(
     weights, _, activations = setting[1:].partition("A")
     bench.prepared.settings = MPQConfig(
         weight_bits=int(weights), activation_bits=int(activations), seed=seed,
-        activation_mode="timestep", timestep_groups=5, **json.loads(options),
+        activation_mode="timestep", timestep_groups=5, row_weights="plain", judge=False,
+        **json.loads(options),
     )  # fmt: skip
     return convert(bench.prepared, sensitivity=sensitivity)
 

@@ -198,7 +198,8 @@ def main() -> None:
         if given.mode != "float":
             settings = MPQConfig(
                 weight_bits=8, activation_mode=given.mode, allocation="uniform",
-                levels="uniform", rounding="nearest", refinements=0, propagation=0.0,
+                levels="uniform", rounding="nearest", refinements=0, propagation=0.0, slowdown=1,
+                judge=False,
             )  # fmt: skip
             quantized = quantize(unet, settings, [call, call])
             graph, ranges = quantized.rounded, quantized.ranges

@@ -61,6 +61,8 @@ def lower_form(form: str, path: Path, narrower: int) -> dict[str, Any]:
             refinements=0,
             propagation=0.0,
             bias_correction=False,
+            slowdown=1,
+            judge=False,
         )
         quantized = quantize(unet, settings, data[::4])
         graph, ranges = quantized.rounded, quantized.ranges

@@ -94,6 +94,8 @@ def ours(bits: int, mode: str) -> Callable[[UNet2DModel, Path], dict[str, Any]]:
             levels="uniform",
             rounding="nearest",
             propagation=0.0,
+            slowdown=1,
+            judge=False,
         )
         calls = [inputs(seed) for seed in range(4)]
         quantized: QuantizedModel = quantize(unet, settings, calls)

@@ -47,11 +47,13 @@ SHORTCUTS = {"pattern": "*conv_shortcut*", "activation_bits": 8}
 
 _PLAIN = {
     "allocation": "uniform", "levels": "uniform", "refinements": 0, "propagation": 0.0,
-    "bias_correction": False,
+    "bias_correction": False, "row_weights": "plain", "judge": False, "slowdown": 1,
 }  # fmt: skip
 _AUTO = {**_PLAIN, "propagation": "auto", "bias_correction": True}
 _FULL = {**_AUTO, "refinements": 4, "allocation": "measured", "levels": "codebook"}
 METHODS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "default+dynamic": {"activation_mode": "dynamic"},
     "rtn": {**_PLAIN, "rounding": "nearest"},
     "gptq": _PLAIN,
     "rtn+qep.5": {**_PLAIN, "rounding": "nearest", "propagation": 0.5, "bias_correction": True},

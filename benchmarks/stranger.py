@@ -47,6 +47,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "nearest": {},
     "gptq": {
         "allocation": "uniform", "refinements": 0, "propagation": 0.0, "bias_correction": False,
+        "row_weights": "plain", "judge": False, "slowdown": 1,
     },
     "default": {},
 }  # fmt: skip

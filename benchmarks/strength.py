@@ -49,6 +49,8 @@ def compare(weights: int, seed: int) -> list[tuple[str, float, float]]:
         allocation="uniform",
         levels="uniform",
         refinements=0,
+        row_weights="plain",
+        judge=False,
         seed=seed,
     )
     prepared = prepare(source.model, settings, next(iter(calibration)))
