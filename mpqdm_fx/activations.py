@@ -167,6 +167,7 @@ class NoiseLevels:
 
     def __post_init__(self) -> None:
         check_value(self.boundaries, Sequence[float], "boundaries")
+        check_value(self.argument, str | None, "argument")
         values = tuple(map(float, self.boundaries))
         object.__setattr__(self, "boundaries", values)
         if not all(a < b for a, b in itertools.pairwise(values)):

@@ -176,7 +176,7 @@ def test_trace_explain_says_what_was_found(model_folder):
         ),
         (
             ["quantize", "digits", "--activation-mode", "timestep"],
-            'activation_mode="static" or "dynamic"',
+            'activation_mode="measured" or "static" or "dynamic"',
         ),
         (["quantize", "digits", "--activation-mode", "timestep"], 'backend="packed"'),
         (["quantize", "digits", "--activations", 6], "activations of 8 bits, not 6"),

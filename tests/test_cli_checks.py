@@ -163,7 +163,7 @@ def test_no_command_begins_with_what_it_cannot_end_with(place, monkeypatch, caps
 OLDER = [
     (["quantize", "model", "--backend", "packed", "--output", "out", "--overwrite"], "move it, or"),
     (["verify", "out", "--store"], "does not list all of its files; it is left as it is"),
-    (["sample", "out"], "which lists no scheduler/scheduler_config.json; quantize the model again"),
+    (["sample", "out"], "which lists no source.json; quantize the model again"),
     (["evaluate", "out"], "which lists no source.json; quantize the model again"),
     (["distill", "out"], "which lists no summary.json; quantize the model again"),
 ]

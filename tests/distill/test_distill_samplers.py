@@ -17,8 +17,9 @@ from mpqdm_fx.distill.runs import Recorder, Start
 from mpqdm_fx.errors import CalibrationError, ConfigError
 
 SETTINGS = mpqdm_fx.MPQConfig(
-    weight_bits=2, allocation="uniform", rounding="nearest", propagation=0.0, bias_correction=False,
-    activation_bits=4, overrides=[{"pattern": "*", "weight_bits": 2}],
+    weight_bits=1, allocation="uniform", rounding="nearest", propagation=0.0, bias_correction=False,
+    activation_bits=4, overrides=[{"pattern": "*", "weight_bits": 1}], row_weights="plain",
+    judge=False,
 )  # fmt: skip
 CONFIG = DistillConfig(updates=6, trajectories=4, batch_size=8, rank=2, ema=0.5, held_out=4)
 DIFFICULTY = {"difficulty": torch.linspace(0, 1, 4)}

@@ -7,7 +7,9 @@ import torch
 from mutants import AMOUNTS, byte_mutants, check_mutants, json_mutants
 from torch import nn
 
+from mpqdm_fx.activations import NoiseLevels
 from mpqdm_fx.backends.xnnpack.reference import CLOSE_DB
+from mpqdm_fx.calibration.noise_groups import NoiseGroups
 from mpqdm_fx.calibration.sensitivity_table import LayerSensitivity, SensitivityTable
 from mpqdm_fx.distill.checkpoint import load_state, save_state, state_path
 from mpqdm_fx.graph.layers import WeightLayer
@@ -78,16 +80,21 @@ def sensitivities(root):
         name="body",
         shape=(4, 9),
         sensitivity=torch.rand(4, dtype=torch.float64),
+        by_group=torch.rand(2, dtype=torch.float64),
         uniform=torch.rand(4, 8, dtype=torch.float64),
         uniform_gain=torch.rand(8, dtype=torch.float64),
     )
-    table = SensitivityTable(layers=(layer,), fingerprint="0" * 64, seed=0, probes=1, samples=2)
+    groups = NoiseGroups(levels=NoiseLevels(boundaries=(5.0,), argument="timestep"))
+    table = SensitivityTable(
+        layers=(layer,), fingerprint="0" * 64, seed=0, probes=1, samples=2, groups=groups
+    )
     path = table.save(root / "table.safetensors")
 
     def read():
         found = SensitivityTable.load(path)
         tensors = [
-            [e.name, e.shape, e.sensitivity, e.uniform, e.uniform_gain] for e in found.layers
+            [e.name, e.shape, e.sensitivity, e.by_group, e.uniform, e.uniform_gain]
+            for e in found.layers
         ]
         return plain([tensors, found.fingerprint, found.seed, found.probes, found.samples])
 

@@ -6,10 +6,11 @@ from small import Twice
 from torch import nn
 
 from mpqdm_fx.errors import DialectError
+from mpqdm_fx.graph.describe import describe
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.numerics.outliers import power_of_two
-from mpqdm_fx.passes.scale_inputs import SCALES, ScaleInputs, is_scaled
+from mpqdm_fx.passes.scale_inputs import SCALES, ScaleInputs, factors_of, is_scaled
 
 
 def powers(channels, seed=0):
@@ -147,3 +148,15 @@ def test_the_next_power_of_two_is_the_one_on_the_logarithmic_scale():
     values = torch.tensor([1.0, 1.4, 1.42, 2.8, 2.9, 0.7, 0.72, 1e-3, 3e8])
     expected = torch.tensor([1.0, 1.0, 2.0, 2.0, 4.0, 0.5, 1.0, 2.0**-10, 2.0**28])
     assert torch.equal(power_of_two(values), expected)
+
+
+def test_the_factors_of_a_graph_bring_its_float_model_into_the_same_form():
+    call = {"x": torch.randn(3, 4, 6)}
+    wanted = {"q": powers(6), "k": powers(6), "v": powers(6, seed=1)}
+    plain, result = scaled(Shared(), call, wanted)
+    found = factors_of(result.graph_module)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], factor) for name, factor in wanted.items())
+    again = ScaleInputs(factors=found)(plain).graph_module
+    assert describe(again) == describe(result.graph_module)
+    assert factors_of(plain) == {}
