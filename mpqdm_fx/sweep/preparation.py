@@ -48,10 +48,9 @@ class Preparation:
     @classmethod
     def nothing(cls, graph_module: fx.GraphModule) -> Self:
         """Nothing is decided: each layer decides its own bits, and its rows count alike."""
-        one = NoiseGroups(levels=NoiseLevels(boundaries=()))
         return cls(
             plans=None,
-            row_weights=RowWeights(groups=one, energies={}),
+            row_weights=RowWeights(groups=_one_group(), energies={}),
             choices=(),
             original=graph_module,
             graph_module=graph_module,
@@ -61,6 +60,10 @@ class Preparation:
     def kinds(self) -> dict[str, ActivationKind]:
         """Kind of each layer's activation, where it is measured."""
         return {name: choice.kind for choice in self.choices for name in choice.layers}
+
+
+def _one_group() -> NoiseGroups:
+    return NoiseGroups(levels=NoiseLevels(boundaries=()))
 
 
 @dataclass(kw_only=True)
@@ -143,7 +146,8 @@ def prepared_sweep(
         CalibrationError: Gradients or rows are not finite, or no gradient reaches a layer.
         ArtifactError: A file of sensitivities is damaged, or of another model.
     """
-    probes = _Probes(graph_module=graph_module, calls=calls, settings=settings, groups=groups)
+    weighed = groups if settings.row_weights == "output" else _one_group()
+    probes = _Probes(graph_module=graph_module, calls=calls, settings=settings, groups=weighed)
     options = options_of(settings)
     choices: tuple[ActivationChoice, ...] = ()
     factors: Mapping[str, Tensor] = {}
@@ -160,19 +164,18 @@ def prepared_sweep(
             settings,
             checkpoint,
             shards,
-            groups=groups,
+            groups=weighed,
             energies=probes.energies,
             path=sensitivity,
             max_memory=max_memory,
             half=half,
         )
         plans = solve_budget(scaled, table, settings, limits)
-        groups = table.groups
-        energies = {layer.name: layer.by_group for layer in table.layers}
-    elif groups.count > 1 and settings.row_weights == "output":
+        if settings.row_weights == "output":
+            groups = table.groups
+            energies = {layer.name: layer.by_group for layer in table.layers}
+    elif weighed.count > 1:
         energies = shards.once(lambda: probes.energies().groups)
-    if settings.row_weights != "output":
-        energies = {}
     return Preparation(
         original=graph_module,
         graph_module=scaled,
