@@ -28,7 +28,7 @@ from mpqdm_fx.stages import normalized
 
 SETTINGS = mpqdm_fx.MPQConfig(
     weight_bits=2, allocation="uniform", refinements=0, propagation=0.0, bias_correction=False,
-    levels="uniform",
+    levels="uniform", slowdown=1, row_weights="plain", judge=False,
 )  # fmt: skip
 CONFIG = DistillConfig(updates=6, trajectories=4, steps=4, batch_size=8, rank=2, ema=0.5)
 LABELS = {"class_labels": torch.arange(4)}
@@ -326,9 +326,8 @@ def test_effects_do_not_depend_on_how_many_runs_go_at_once(quantized, parts):
         )
         for size in (4, 3)
     )  # fmt: skip
-    # batches of other sizes differ in last bits, which turns single roundings
-    assert torch.allclose(one.error, other.error, rtol=1e-2)
-    assert torch.allclose(one.moved, other.moved, rtol=1e-2)
+    assert torch.allclose(one.error, other.error, rtol=1e-3)
+    assert torch.allclose(one.moved, other.moved, rtol=1e-3)
 
 
 def test_a_fixed_batch_is_refused_before_anything_runs(quantized):

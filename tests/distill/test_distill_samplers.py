@@ -72,9 +72,9 @@ def test_effects_are_measured_for_every_example(sampler):
 @pytest.mark.parametrize("sampler", [Heun(), Consistency(SIGMAS), Guided()])
 def test_training_lowers_the_error_on_runs_that_it_has_not_seen(quantized, sampler):
     result = trained(
-        quantized, sampler, updates=300, base="float", ema=0.0, correct_mean=False, final_share=0.0
+        quantized, sampler, updates=600, base="float", ema=0.0, correct_mean=False, final_share=0.0
     )
-    assert result.after < 0.95 * result.before
+    assert result.after < 0.9 * result.before
     assert result.improved
     assert result.quantized.plan == quantized.plan
 
