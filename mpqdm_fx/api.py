@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 from mpqdm_fx.ambient import plain_torch
@@ -333,7 +334,7 @@ def lower(
             f"{quantized.settings.narrowest_activation_bits}; quantize with activation_bits=8"
         )
     example = example_inputs(quantized.signature, batch_size=batch_size)
-    inputs = positional_inputs(quantized.rounded, example)
+    inputs = _in_domain(quantized.rounded, positional_inputs(quantized.rounded, example))
     if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
         raise LoweringError(
             "an XNNPACK program takes tensors alone, and a list among the inputs holds constants "
@@ -349,6 +350,22 @@ def lower(
         external_weights=external_weights,
         four_bit=four_bit,
     )
+
+
+def _in_domain(graph_module: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Random inputs, their numbers per sample positive where the graph gives NaN for others.
+
+    Models that are told a sigma take its logarithm.
+    """
+    with torch.no_grad():
+        outputs = tree_leaves(graph_module(*inputs))
+    if not any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in outputs):
+        return inputs
+
+    def positive(leaf: Tensor) -> Tensor:
+        return leaf.abs() + 0.5 if leaf.is_floating_point() and leaf.dim() <= 1 else leaf
+
+    return tuple(tree_map_only(Tensor, positive, inputs))
 
 
 def _check_layers(graph_module: fx.GraphModule, config: MPQConfig, model_name: str) -> None:

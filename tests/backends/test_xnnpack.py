@@ -20,12 +20,15 @@ from rounded_nets import (
     rounded,
     widen_inputs,
 )
+from small import TinyEDM, edm_calls
 from torch import nn
 
+import mpqdm_fx
 from mpqdm_fx.backends.fit_channels import round_biases
 from mpqdm_fx.backends.xnnpack import convert
 from mpqdm_fx.backends.xnnpack.edge import to_edge
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
+from mpqdm_fx.backends.xnnpack.reference import Reference
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
 from mpqdm_fx.graph.base import Pipeline
@@ -281,3 +284,19 @@ def test_lowering_leaves_the_root_logger_and_the_collector_as_they_were():
         to_edge(None)
     assert list(logging.getLogger().handlers) == root
     assert gc.get_threshold() == threshold
+
+
+def test_a_model_that_takes_a_logarithm_of_its_noise_level_is_tried_on_numbers(tmp_path):
+    settings = mpqdm_fx.MPQConfig(weight_bits=8, activation_mode="dynamic", allocation="uniform")
+    quantized = mpqdm_fx.quantize(TinyEDM(), settings, edm_calls())
+    program = mpqdm_fx.lower(quantized, "xnnpack", output=tmp_path / "edm.pte")
+    assert math.isfinite(program.sqnr_db)
+    assert program.sqnr_db > 40
+
+
+def test_a_reference_that_is_no_number_is_refused():
+    graph = trace(TinyEDM().eval(), edm_calls(1)[0])
+    call = {**edm_calls(1)[0], "sigma": torch.tensor([-1.0, 2.0])}
+    inputs = tuple(call[str(node.target)] for node in graph.graph.find_nodes(op="placeholder"))
+    with pytest.raises(LoweringError, match="returns NaN or infinity for the inputs"):
+        Reference.of_float(graph, inputs)

@@ -63,7 +63,8 @@ class Reference:
             graph: Float graph.
             inputs: Its inputs, in order.
         """
-        return cls(outputs=_leaves(graph(*inputs)), bound_db=CLOSE_DB, quality_db=None)
+        outputs = _finite(_leaves(graph(*inputs)))
+        return cls(outputs=outputs, bound_db=CLOSE_DB, quality_db=None)
 
     @classmethod
     def of_quantized(
@@ -76,7 +77,7 @@ class Reference:
             quantized: The same with quantized ones.
             inputs: Inputs of both, in order.
         """
-        outputs = _leaves(quantized(*inputs))
+        outputs = _finite(_leaves(quantized(*inputs)))
         quality = _sqnr(_leaves(rounded(*inputs)), outputs)
         nudged = [_leaves(Nudged(quantized, seed=seed).run(*inputs)) for seed in range(_DRAWS)]
         stability = _sqnr(outputs, nudged[0])
@@ -141,6 +142,17 @@ class Nudged(fx.Interpreter):
 
 def _leaves(value: Any) -> tuple[Tensor, ...]:
     return tuple(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _finite(outputs: list[Tensor]) -> list[Tensor]:
+    """Refuse outputs that nothing can be compared with."""
+    if not all(bool(torch.isfinite(output).all()) for output in outputs):
+        raise LoweringError(
+            "the graph returns NaN or infinity for the inputs that its program is tried on, so the "
+            "program could not be compared with it; lower it with inputs that it takes "
+            "(backends.xnnpack.lower.lower_xnnpack)"
+        )
+    return outputs
 
 
 def _sqnr(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
