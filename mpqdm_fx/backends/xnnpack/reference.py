@@ -144,7 +144,7 @@ def _leaves(value: Any) -> tuple[Tensor, ...]:
     return tuple(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
 
 
-def _finite(outputs: list[Tensor]) -> list[Tensor]:
+def _finite(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Refuse outputs that nothing can be compared with."""
     if not all(bool(torch.isfinite(output).all()) for output in outputs):
         raise LoweringError(
