@@ -83,6 +83,7 @@ def choose_activations(
     graph_module: fx.GraphModule,
     units: Mapping[str, Sequence[str]],
     costs: Mapping[str, Mapping[InputOption, float]],
+    weights: Mapping[str, Mapping[float, float]],
     energy: float,
     settings: MPQConfig,
     sizes: Mapping[sympy.Symbol, int],
@@ -99,6 +100,7 @@ def choose_activations(
         graph_module: Normalized float graph.
         units: Layers that get one option.
         costs: Cost of each option by unit; see `ActivationCosts.costs`.
+        weights: What rounding its weights costs by unit and exponent; see `weight_costs`.
         energy: Mean energy of the model's output.
         settings: Mode and budget.
         sizes: Symbols of the graph's shapes; see `cost.bind_sizes`.
@@ -110,18 +112,20 @@ def choose_activations(
     for unit, names in units.items():
         own = [layers[name] for name in names if name not in skipped]
         if own:
-            menus.append(_menu(graph_module, own, costs[unit], settings, sizes, ends))
+            menus.append(
+                _menu(graph_module, own, costs[unit], weights[unit], settings, sizes, ends)
+            )
     in_all = sum(menu.fastest for menu in menus) + other_time(graph_module, sizes)
-    weights = sum(menu.smallest for menu in menus)
+    smallest = sum(menu.smallest for menu in menus)
     energy = energy or 1.0  # a model that writes zeros: nothing costs anything
-    chosen = _chosen(menus, (settings.slowdown - 1) * in_all, (settings.slowdown - 1) * weights)
+    chosen = _chosen(menus, (settings.slowdown - 1) * in_all, (settings.slowdown - 1) * smallest)
     return tuple(
         ActivationChoice(
             layers=menu.layers,
             kind=menu.options[index].kind,
             exponent=menu.options[index].exponent,
             quantized_cost=menu.plain / energy,
-            cost=menu.costs[index] / energy,
+            cost=menu.errors[index] / energy,
             slowdown=menu.times[index] / in_all,
         )
         for menu, index in zip(menus, chosen, strict=True)
@@ -135,7 +139,8 @@ class _Menu:
     Attributes:
         layers: Its layers.
         options: What there is.
-        costs: Squared error of the output, by option.
+        errors: Squared error of the output from the input, by option.
+        costs: The same from the input and the weights that it meets.
         times: Time over the fastest way to quantize it, by option.
         bytes: Bytes of weights over the smallest, by option.
         plain: Cost of the fastest way.
@@ -145,6 +150,7 @@ class _Menu:
 
     layers: tuple[str, ...]
     options: tuple[InputOption, ...]
+    errors: tuple[float, ...]
     costs: tuple[float, ...]
     times: tuple[float, ...]
     bytes: tuple[float, ...]
@@ -157,6 +163,7 @@ def _menu(
     graph_module: fx.GraphModule,
     layers: Sequence[WeightLayer],
     costs: Mapping[InputOption, float],
+    weights: Mapping[float, float],
     settings: MPQConfig,
     sizes: Mapping[sympy.Symbol, int],
     ends: Collection[str],
@@ -174,7 +181,8 @@ def _menu(
     return _Menu(
         layers=tuple(layer.name for layer in layers),
         options=options,
-        costs=tuple(costs[option] for option in options),
+        errors=tuple(costs[option] for option in options),
+        costs=tuple(costs[option] + weights[option.exponent] for option in options),
         # where float is faster than int8 (few outputs of many inputs), it takes nothing
         times=tuple(max(0.0, time(option) - fastest) for option in options),
         bytes=tuple(float(size(option) - least) for option in options),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import OUTPUT_BITS, ActivationRange
-from mpqdm_fx.calibration.channel_maxima import ChannelMaxima
+from mpqdm_fx.calibration.channel_sizes import ChannelSizes
 from mpqdm_fx.calibration.ranges import search_static
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError
@@ -56,7 +56,7 @@ class ActivationCosts:
     Attributes:
         units: Layers that read the same numbers, directly or through others, and so get one
             option: by name of the first of them in graph order.
-        maxima: Largest values of the channels that they read.
+        sizes: How large the channels are that they read.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ActivationCosts:
         self._shown = 0
         self._ranges: dict[tuple[str, str, float], ActivationRange] = {}
         with_memory = {"max_memory": max_memory, "half": half}
-        self.maxima = ChannelMaxima.of(graph_module, calls, self.units, **with_memory)  # type: ignore[arg-type]
+        self.sizes = ChannelSizes.of(graph_module, calls, self.units, **with_memory)  # type: ignore[arg-type]
         if any(option.kind == "static" for option in options):
             self._search_ranges(graph_module, calls, settings, **with_memory)  # type: ignore[arg-type]
 
@@ -154,7 +154,7 @@ class ActivationCosts:
         """Factors of the channels that a layer reads, in the shape of its input's last axes."""
         if not option.exponent:
             return None
-        factor = self.maxima.factor(self._unit_of[layer.name], option.exponent)
+        factor = self.sizes.factor(self._unit_of[layer.name], option.exponent)
         trailing = 0 if isinstance(layer.module, nn.Linear) else layer.weight.dim() - 2
         return factor.view(-1, *[1] * trailing)
 

@@ -24,10 +24,13 @@ from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
 from mpqdm_fx.graph.layers import EMBEDDINGS, WeightLayer, weight_layers, weight_rows
 
-__all__ = ["PROBES", "GradientWatch", "OutputEnergies", "output_energies"]
+__all__ = ["PROBES", "SAMPLES", "GradientWatch", "OutputEnergies", "output_energies"]
 
 PROBES = 2
 """Random directions of the output, unless other many are asked for."""
+
+SAMPLES = 128
+"""Samples that are probed, unless other many are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +81,7 @@ def output_energies(
     calls: Sequence[Mapping[str, Any]],
     *,
     probes: int = PROBES,
-    samples: int = 128,
+    samples: int = SAMPLES,
     seed: int = 0,
     weights: Sequence[Tensor] | None = None,
     groups: NoiseGroups | None = None,

@@ -29,6 +29,21 @@ class RowWeights:
     groups: NoiseGroups
     energies: Mapping[str, Tensor]
 
+    def of_samples(self, layer: str, samples: Tensor) -> Tensor:
+        """Weights of samples.
+
+        Args:
+            layer: Name of the layer that reads them.
+            samples: Group of each sample, int64 [B]; see `NoiseGroups.of_samples`.
+
+        Returns:
+            float32 [B]; 1 in the group that counts most.
+        """
+        energy = self.energies.get(layer)
+        if energy is None or not float(energy.max()) > 0:
+            return torch.ones(len(samples))
+        return (energy / energy.max()).clamp_min(_LEAST).float()[samples]
+
     def of_rows(self, layer: str, samples: Tensor, positions: Tensor, total: int) -> Tensor:
         """Weights of some rows of a call.
 
@@ -41,8 +56,4 @@ class RowWeights:
         Returns:
             float32 [P]; 1 in the group that counts most.
         """
-        energy = self.energies.get(layer)
-        if energy is None or not float(energy.max()) > 0:
-            return torch.ones(len(positions))
-        weight = (energy / energy.max()).clamp_min(_LEAST).float()
-        return weight[samples[positions * len(samples) // total]]
+        return self.of_samples(layer, samples)[positions * len(samples) // total]

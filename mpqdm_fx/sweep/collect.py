@@ -15,6 +15,7 @@ from mpqdm_fx.graph.same_values import value_key
 from mpqdm_fx.graph.walk import Walk
 from mpqdm_fx.numerics.gram import kept_rows
 from mpqdm_fx.numerics.layer_rows import LayerRows
+from mpqdm_fx.sweep.draws import RowDraw
 from mpqdm_fx.sweep.shards import Shards
 
 __all__ = [
@@ -22,9 +23,9 @@ __all__ = [
     "collect_rows",
     "join_rows",
     "residual_of",
-    "row_positions",
     "rows_key",
-    "rows_of_each_call",
+    "rows_of_all_calls",
+    "seeded",
 ]
 
 _VIEWS = frozenset(
@@ -51,12 +52,14 @@ class CallRows:
         inputs: float32 [P, K] or [P, G, K].
         shift: X - X_hat, same shape, or None.
         positions: int64 [P], flat output positions the rows belong to.
+        stands_for: How many rows of its sample each stands for, float32 [P].
         total: Output positions of the whole call.
     """
 
     inputs: Tensor
     shift: Tensor | None
     positions: Tensor
+    stands_for: Tensor
     total: int
 
 
@@ -78,7 +81,7 @@ def collect_rows(
     max_rows: int,
     seed: int,
     shards: Shards,
-    batches: Sequence[int],
+    weights: Sequence[Tensor],
 ) -> list[CallRows]:
     """Sample the rows that a weight layer reads, in both lanes, from every call.
 
@@ -88,9 +91,11 @@ def collect_rows(
         module: The layer.
         twin: The layer's call in the quantized lane.
         max_rows: Rows over all calls of all processes.
-        seed: Of the positions; they depend on the call's index and the layer's input alone.
+        seed: Of the positions; beside the weights they depend on the call's index and the layer's
+            input alone.
         shards: Which calls are here; rows of the others are fetched.
-        batches: Batch size of every call of all processes.
+        weights: How much each sample counts [B], for every call of all processes: more rows are
+            taken of those that count more.
 
     Returns:
         One entry per call, in global order.
@@ -98,26 +103,38 @@ def collect_rows(
     lane_input = twin.args[0]
     assert isinstance(lane_input, fx.Node)
     float_input = float_of(graph_module, lane_input) or lane_input
-    count = 0
+    batches = [len(weight) for weight in weights]
+    draw: RowDraw | None = None
     own = []
     lanes = zip(walk.values(lane_input), _float_values(walk, float_input, lane_input), strict=True)
     for index, (x_hat, x) in zip(shards.indices, lanes, strict=True):
-        count = count or rows_of_each_call(module, x_hat, batches, index, max_rows)
-        positions = row_positions(module, x_hat, count, (seed, float_input.name, index))
+        total = output_positions(module, x_hat)
+        if draw is None:
+            wanted = rows_of_all_calls(module, x_hat, batches, index, max_rows)
+            draw = RowDraw.of(weights, max(1, total // batches[index]), wanted)
+        generator = seeded(seed, float_input.name, index)
+        positions = draw.positions(index, total, generator)
         inputs = sample_rows(module, x_hat, positions=positions).float()
         shift = None
         if x is not None:
             # The difference first, in the lanes' precision: X and X_hat are close.
             shift = sample_rows(module, x, positions=positions).float() - inputs
-        total = output_positions(module, x_hat)
-        own.append(CallRows(inputs=inputs, shift=shift, positions=positions, total=total))
+        own.append(
+            CallRows(
+                inputs=inputs,
+                shift=shift,
+                positions=positions,
+                stands_for=draw.stands_for(index, positions, total),
+                total=total,
+            )
+        )
     return shards.gather(own)
 
 
-def rows_of_each_call(
+def rows_of_all_calls(
     module: nn.Module, x: Tensor, batches: Sequence[int], index: int, max_rows: int
 ) -> int:
-    """How many rows a layer takes from each call at most.
+    """How many rows a layer takes from all calls at most.
 
     Args:
         module: The layer.
@@ -127,24 +144,20 @@ def rows_of_each_call(
         max_rows: The most rows over all calls.
     """
     available = output_positions(module, x) * sum(batches) // batches[index]
-    return -(-kept_rows(_row_width(module), available, max_rows) // len(batches))
+    return kept_rows(_row_width(module), available, max_rows)
 
 
-def row_positions(module: nn.Module, x: Tensor, count: int, key: tuple[int, str, int]) -> Tensor:
-    """Flat output positions of a layer whose rows are taken, ascending int64.
+def seeded(seed: int, name: str, index: int) -> torch.Generator:
+    """A generator for the rows of one call.
 
     Args:
-        module: The layer.
-        x: What it reads at one call.
-        count: The most rows.
-        key: Seed, name of the float node that is read, index of the call; nothing else matters.
+        seed: The run's seed.
+        name: Of the float node that is read.
+        index: Of the call; nothing else matters.
     """
-    seed, name, index = key
     hashed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
     mixed = ((seed << 40) ^ hashed ^ (index << 20)) % 2**63  # large seeds keep their lower bits
-    generator = torch.Generator().manual_seed(mixed)
-    total = output_positions(module, x)
-    return torch.randperm(total, generator=generator)[:count].sort().values
+    return torch.Generator().manual_seed(mixed)
 
 
 def _float_values(walk: Walk, node: fx.Node, lane: fx.Node) -> Iterable[Any]:

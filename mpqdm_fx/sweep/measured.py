@@ -27,7 +27,7 @@ from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.shards import Shards
 
-__all__ = ["budget_bits", "check_budget", "measured_table", "solve_budget"]
+__all__ = ["budget_bits", "check_budget", "mean_bits", "measured_table", "solve_budget"]
 
 _MAX_ROWS = 4096
 
@@ -187,6 +187,23 @@ def _stored_bits(layer: WeightLayer, bits: int) -> int:
     channels = layer.weight.shape[0]
     shape = (channels, layer.weight.numel() // channels)
     return storage_bits(shape, torch.full((channels,), bits), "uniform").total
+
+
+def mean_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limits) -> float:
+    """Average bits, scales and all, of the weights whose bits are not fixed.
+
+    Args: as of `budget_bits`.
+    """
+    if settings.allocation != "measured":
+        return settings.weight_bits
+    left = budget_bits(graph_module, settings, limits)
+    numbers = 0
+    for name, layer in weight_layers(graph_module, embeddings=True).items():
+        if name in limits.fixed:
+            left -= _stored_bits(layer, limits.fixed[name][0])
+        elif name not in limits.skipped:
+            numbers += layer.weight.numel()
+    return left / max(1, numbers)
 
 
 def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limits) -> int:

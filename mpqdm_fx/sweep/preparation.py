@@ -1,6 +1,6 @@
 """What is measured and decided before the sweep: bits, rows' weights, kinds of activations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,15 +12,18 @@ from mpqdm_fx.calibration.activation_choice import ActivationChoice, choose_acti
 from mpqdm_fx.calibration.activation_costs import ActivationCosts
 from mpqdm_fx.calibration.allocate import Limits
 from mpqdm_fx.calibration.noise_groups import NoiseGroups
-from mpqdm_fx.calibration.probes import GradientWatch, OutputEnergies, output_energies
+from mpqdm_fx.calibration.probed_parts import probed_parts
+from mpqdm_fx.calibration.probes import SAMPLES, GradientWatch, OutputEnergies, output_energies
 from mpqdm_fx.calibration.row_weights import RowWeights
+from mpqdm_fx.calibration.weight_costs import weight_costs
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.cost import bind_sizes
+from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.speed import ActivationKind, InputOption
 from mpqdm_fx.passes.scale_inputs import ScaleInputs
 from mpqdm_fx.plan import LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
-from mpqdm_fx.sweep.measured import measured_table, solve_budget
+from mpqdm_fx.sweep.measured import mean_bits, measured_table, solve_budget
 from mpqdm_fx.sweep.shards import Shards
 
 __all__ = ["Preparation", "prepared_sweep"]
@@ -96,9 +99,10 @@ class _Probes:
         half: bool,
     ) -> tuple[tuple[ActivationChoice, ...], dict[str, Tensor]]:
         """How each input is quantized, and the factors of those whose channels are scaled."""
+        probed = probed_parts(self.graph_module, self.calls, None, SAMPLES, self.groups)
         costs = ActivationCosts(
             self.graph_module,
-            self.calls,
+            [part for part, _ in probed],
             self.settings,
             options,
             max_memory=max_memory,
@@ -109,6 +113,7 @@ class _Probes:
             self.graph_module,
             costs.units,
             costs.costs(),
+            self._weight_costs(costs, found, {option.exponent for option in options}, limits),
             found.output,
             self.settings,
             bind_sizes(self.graph_module, self.calls[0]),
@@ -116,12 +121,34 @@ class _Probes:
         )
         unit_of = {name: unit for unit, names in costs.units.items() for name in names}
         factors = {
-            name: costs.maxima.factor(unit_of[name], choice.exponent)
+            name: costs.sizes.factor(unit_of[name], choice.exponent)
             for choice in choices
             if choice.exponent
             for name in choice.layers
         }
         return choices, factors
+
+    def _weight_costs(
+        self,
+        costs: ActivationCosts,
+        found: OutputEnergies,
+        exponents: Collection[float],
+        limits: Limits,
+    ) -> dict[str, dict[float, float]]:
+        """What rounding the weights costs, by unit of inputs and exponent."""
+        layers = weight_layers(self.graph_module)
+        quantized = {name: layer for name, layer in layers.items() if name not in limits.skipped}
+        return weight_costs(
+            quantized,
+            costs.units,
+            costs.sizes,
+            found.channels,
+            sorted(exponents),
+            fixed={name: bits for name, (bits, _) in limits.fixed.items()},
+            mean_bits=mean_bits(self.graph_module, self.settings, limits),
+            feedback=self.settings.rounding != "nearest",
+            seed=self.settings.seed,
+        )
 
 
 def prepared_sweep(

@@ -28,7 +28,6 @@ from mpqdm_fx.calibration.judgement import output_powers
 from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.cost import bind_sizes, node_cost
 from mpqdm_fx.graph.lanes import error_lane_name, install_in_lane
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
@@ -136,7 +135,6 @@ class Sweep:
         self._validation = frozenset(validation)
         self._checkpoint = checkpoint
         told = self.shards.gather(noise_levels_of(graph_module, calls, settings))
-        self._batches = self.shards.gather([batch_size_of(call) for call in calls])
         self._groups = self.shards.gather(
             [self.prepared.row_weights.groups.of_samples(call) for call in calls]
         )
@@ -323,6 +321,7 @@ class Sweep:
     def _data(self, twin: fx.Node, pending: _Pending) -> LayerData:
         """Rows of the layer, shared by the layers that read the same value."""
         key = rows_key(self.graph_module, twin.args[0], pending.layer.module)  # type: ignore[arg-type]
+        name, row_weights = pending.layer.name, self.prepared.row_weights
         calls = self._rows.get(key)
         if calls is None:
             calls = collect_rows(
@@ -333,7 +332,7 @@ class Sweep:
                 max_rows=self.settings.max_rows,
                 seed=self.settings.seed,
                 shards=self.shards,
-                batches=self._batches,
+                weights=[row_weights.of_samples(name, groups) for groups in self._groups],
             )
             self._remember(key, calls)
         residuals = None
@@ -341,9 +340,7 @@ class Sweep:
             residuals = residual_of(self.graph_module, self.walk, pending.call, calls, self.shards)
         train = [i for i in range(self.shards.total) if i not in self._validation]
         weights = [
-            self.prepared.row_weights.of_rows(
-                pending.layer.name, groups, rows.positions, rows.total
-            )
+            row_weights.of_rows(name, groups, rows.positions, rows.total) * rows.stands_for
             for groups, rows in zip(self._groups, calls, strict=True)
         ]
         return LayerData(

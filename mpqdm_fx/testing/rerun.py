@@ -16,7 +16,8 @@ from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, output_positions, sample_rows, weight_layers
 from mpqdm_fx.numerics.layer_rows import LayerRows
-from mpqdm_fx.sweep.collect import row_positions, rows_of_each_call
+from mpqdm_fx.sweep.collect import rows_of_all_calls, seeded
+from mpqdm_fx.sweep.draws import RowDraw
 from mpqdm_fx.sweep.solve import LayerData, solve_layer
 from mpqdm_fx.sweep.sweep import install_solution
 
@@ -72,24 +73,22 @@ def rerun_for_every_layer(
     for name, layer in weight_layers(graph_module).items():
         parts: list[LayerRows] = []
         source = layer.nodes[0].args[0]
-        count = 0
+        samples = [row_weights.groups.of_samples(call) for call in calls]
+        counted = [row_weights.of_samples(name, own) for own in samples]
+        draw: RowDraw | None = None
         for index, call in enumerate(calls):
             exact, noisy = (_read(graph, layer, call) for graph in (graph_module, rounded))
-            count = count or rows_of_each_call(
-                layer.module, noisy, batches, index, settings.max_rows
-            )
-            key = (settings.seed, str(source), index)
-            positions = row_positions(layer.module, noisy, count, key)
+            total = output_positions(layer.module, noisy)
+            if draw is None:
+                wanted = rows_of_all_calls(layer.module, noisy, batches, index, settings.max_rows)
+                draw = RowDraw.of(counted, max(1, total // batches[index]), wanted)
+            positions = draw.positions(index, total, seeded(settings.seed, str(source), index))
             x, x_hat = (
                 sample_rows(layer.module, value, positions=positions).float()
                 for value in (exact, noisy)
             )
-            weights = row_weights.of_rows(
-                name,
-                row_weights.groups.of_samples(call),
-                positions,
-                output_positions(layer.module, noisy),
-            )
+            weights = row_weights.of_rows(name, samples[index], positions, total)
+            weights = weights * draw.stands_for(index, positions, total)
             parts.append(LayerRows(inputs=x_hat, shift=x - x_hat, weights=weights))
         data = LayerData(
             train=LayerRows.join([part for i, part in enumerate(parts) if i not in held_out]),

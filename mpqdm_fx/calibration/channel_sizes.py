@@ -11,21 +11,23 @@ from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.walk import Walk
 from mpqdm_fx.numerics.outliers import power_of_two
 
-__all__ = ["ChannelMaxima"]
+__all__ = ["ChannelSizes"]
 
 _FLOOR = 2.0**-8
 """Of the largest channel: one that was silent over the calibration calls may wake up later."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChannelMaxima:
-    """Largest magnitude of every channel that the layers of a unit read, over calibration calls.
+class ChannelSizes:
+    """How large every channel is that the layers of a unit read, over calibration calls.
 
     Attributes:
-        values: float32 [C] by unit.
+        largest: Largest magnitude, float32 [C] by unit.
+        mean_square: Mean square, float64 [C] by unit.
     """
 
-    values: Mapping[str, Tensor]
+    largest: Mapping[str, Tensor]
+    mean_square: Mapping[str, Tensor]
 
     @classmethod
     def of(
@@ -53,7 +55,9 @@ class ChannelMaxima:
             for name in names
             for call in layers[name].nodes
         }
-        found: dict[str, Tensor] = {}
+        maxima: dict[str, Tensor] = {}
+        squares: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
         seen: set[tuple[str, object]] = set()
         walk = Walk(graph_module, calls, progress="channels", max_memory=max_memory, half=half)
         for node in walk:
@@ -67,10 +71,15 @@ class ChannelMaxima:
             seen.add((unit, source))
             axis = -1 if isinstance(layer.module, nn.Linear) else 1 - layer.weight.dim()
             for value in walk.values(source):
-                rows = value.movedim(axis, -1)
-                largest = rows.reshape(-1, rows.shape[-1]).abs().amax(dim=0).float().cpu()
-                found[unit] = torch.maximum(found.get(unit, largest), largest)
-        return cls(values=found)
+                rows = value.movedim(axis, -1).float()
+                rows = rows.reshape(-1, rows.shape[-1])
+                largest = rows.abs().amax(dim=0).cpu()
+                maxima[unit] = torch.maximum(maxima.get(unit, largest), largest)
+                energy = rows.square().sum(dim=0, dtype=torch.float64).cpu()
+                squares[unit] = squares[unit] + energy if unit in squares else energy
+                counts[unit] = counts.get(unit, 0) + len(rows)
+        means = {unit: energy / max(1, counts[unit]) for unit, energy in squares.items()}
+        return cls(largest=maxima, mean_square=means)
 
     def factor(self, unit: str, exponent: float) -> Tensor:
         """Powers of two next to the maxima's power, about 1 on average, float32 [C].
@@ -80,7 +89,7 @@ class ChannelMaxima:
             exponent: 0 leaves the channels as they are, 1 brings all to one size. In between the
                 weights take a part of the spread: they are rounded as well.
         """
-        largest = self.values[unit]
+        largest = self.largest[unit]
         floor = float(largest.max()) * _FLOOR
         if not floor > 0:
             return torch.ones_like(largest)
