@@ -1,6 +1,6 @@
 """How much the rows of each sample count in a layer's statistics: what errors in them do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,15 @@ class RowWeights:
         if energy is None or not float(energy.max()) > 0:
             return torch.ones(len(samples))
         return (energy / energy.max()).clamp_min(_LEAST).float()[samples]
+
+    def of_input(self, layers: Sequence[str], samples: Tensor) -> Tensor:
+        """Weights of samples to all layers that read one value, mean over these, float32 [B].
+
+        Args:
+            layers: Their names.
+            samples: Group of each sample, int64 [B].
+        """
+        return torch.stack([self.of_samples(name, samples) for name in layers]).mean(dim=0)
 
     def of_rows(self, layer: str, samples: Tensor, positions: Tensor, total: int) -> Tensor:
         """Weights of some rows of a call.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.graph.lanes import float_of, twin_of
-from mpqdm_fx.graph.layers import output_positions, sample_rows
+from mpqdm_fx.graph.layers import output_positions, sample_rows, weight_layers
 from mpqdm_fx.graph.same_values import value_key
 from mpqdm_fx.graph.walk import Walk
 from mpqdm_fx.numerics.gram import kept_rows
@@ -22,6 +22,7 @@ __all__ = [
     "CallRows",
     "collect_rows",
     "join_rows",
+    "readers_of_inputs",
     "residual_of",
     "rows_key",
     "rows_of_all_calls",
@@ -70,6 +71,23 @@ def rows_key(graph_module: fx.GraphModule, node: fx.Node, module: nn.Module) -> 
         names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
         geometry = str([getattr(module, name) for name in names])
     return (value_key(graph_module, node), geometry)
+
+
+def readers_of_inputs(graph_module: fx.GraphModule) -> dict[str, list[str]]:
+    """All layers that read the rows that a layer reads, itself among them, by its name.
+
+    Args:
+        graph_module: Normalized float graph.
+    """
+    together: dict[object, list[str]] = {}
+    found = {}
+    for name, layer in weight_layers(graph_module).items():
+        source = layer.nodes[0].args[0]
+        assert isinstance(source, fx.Node)
+        own = together.setdefault(rows_key(graph_module, source, layer.module), [])
+        own.append(name)
+        found[name] = own
+    return found
 
 
 def collect_rows(

@@ -45,7 +45,14 @@ from mpqdm_fx.passes.round_weights import install_codes
 from mpqdm_fx.plan import LayerPlan
 from mpqdm_fx.sweep.build_lanes import two_lanes
 from mpqdm_fx.sweep.checkpoint import Checkpoint
-from mpqdm_fx.sweep.collect import CallRows, collect_rows, join_rows, residual_of, rows_key
+from mpqdm_fx.sweep.collect import (
+    CallRows,
+    collect_rows,
+    join_rows,
+    readers_of_inputs,
+    residual_of,
+    rows_key,
+)
 from mpqdm_fx.sweep.preparation import Preparation
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerData, LayerSolution, solve_layer
@@ -145,6 +152,7 @@ class Sweep:
         self._ranges: dict[object, Any] = {}
         self._rows: dict[object, list[CallRows]] = {}
         self._waiting = self._pending_layers()
+        self._readers = readers_of_inputs(graph_module)
         self.walk = Walk(
             self.graph_module,
             calls,
@@ -332,7 +340,9 @@ class Sweep:
                 max_rows=self.settings.max_rows,
                 seed=self.settings.seed,
                 shards=self.shards,
-                weights=[row_weights.of_samples(name, groups) for groups in self._groups],
+                weights=[
+                    row_weights.of_input(self._readers[name], groups) for groups in self._groups
+                ],
             )
             self._remember(key, calls)
         residuals = None

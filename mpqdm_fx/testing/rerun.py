@@ -16,7 +16,7 @@ from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, output_positions, sample_rows, weight_layers
 from mpqdm_fx.numerics.layer_rows import LayerRows
-from mpqdm_fx.sweep.collect import rows_of_all_calls, seeded
+from mpqdm_fx.sweep.collect import readers_of_inputs, rows_of_all_calls, seeded
 from mpqdm_fx.sweep.draws import RowDraw
 from mpqdm_fx.sweep.solve import LayerData, solve_layer
 from mpqdm_fx.sweep.sweep import install_solution
@@ -70,11 +70,12 @@ def rerun_for_every_layer(
     """
     rounded = copy_graph_module(graph_module)
     batches = [batch_size_of(call) for call in calls]
+    readers = readers_of_inputs(graph_module)
     for name, layer in weight_layers(graph_module).items():
         parts: list[LayerRows] = []
         source = layer.nodes[0].args[0]
         samples = [row_weights.groups.of_samples(call) for call in calls]
-        counted = [row_weights.of_samples(name, own) for own in samples]
+        counted = [row_weights.of_input(readers[name], own) for own in samples]
         draw: RowDraw | None = None
         for index, call in enumerate(calls):
             exact, noisy = (_read(graph, layer, call) for graph in (graph_module, rounded))

@@ -1,5 +1,7 @@
 """What rounding an input costs at the output, and which option every input gets for it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from mpqdm_fx.calibration.activation_choice import (
     options_of,
 )
 from mpqdm_fx.calibration.activation_costs import ActivationCosts
-from mpqdm_fx.calibration.channel_maxima import ChannelMaxima
+from mpqdm_fx.calibration.channel_sizes import ChannelSizes
 from mpqdm_fx.calibration.probes import output_energies
 from mpqdm_fx.graph.cost import bind_sizes
 from mpqdm_fx.graph.speed import InputOption
@@ -64,14 +66,25 @@ def _calls(*shape: int, count: int = 3) -> list[dict[str, Tensor]]:
 
 
 def _choices(
-    model: nn.Module, calls: list[dict[str, Tensor]], **given: object
+    model: nn.Module,
+    calls: list[dict[str, Tensor]],
+    weight_cost: Callable[[float], float] = lambda exponent: 0.0,
+    **given: object,
 ) -> dict[str, ActivationChoice]:
     graph = trace(model.eval(), calls[0])
     settings = MPQConfig(**{"activation_mode": "dynamic", **given})  # type: ignore[arg-type]
     costs = ActivationCosts(graph, calls, settings, options_of(settings))
     found = output_energies(graph, calls, watch=costs)
     sizes = bind_sizes(graph, calls[0])
-    chosen = choose_activations(graph, costs.units, costs.costs(), found.output, settings, sizes)
+    chosen = choose_activations(
+        graph,
+        costs.units,
+        costs.costs(),
+        {unit: {e: weight_cost(e) for e in (0.0, 0.5, 1.0)} for unit in costs.units},
+        found.output,
+        settings,
+        sizes,
+    )
     return {name: choice for choice in chosen for name in choice.layers}
 
 
@@ -145,11 +158,28 @@ def test_without_a_budget_nothing_is_measured() -> None:
 
 
 def test_factors_are_powers_of_two_and_silent_channels_stay_within_bounds() -> None:
-    maxima = ChannelMaxima(values={"unit": torch.tensor([0.0, 1e-30, 1.0, 300.0])})
+    largest = {"unit": torch.tensor([0.0, 1e-30, 1.0, 300.0])}
+    sizes = ChannelSizes(largest=largest, mean_square={})
     for exponent in (0.5, 1.0):
-        factor = maxima.factor("unit", exponent)
+        factor = sizes.factor("unit", exponent)
         assert torch.equal(factor.log2(), factor.log2().round())
         assert float(factor.max() / factor.min()) <= 2 ** (8 * exponent + 1)
-    assert torch.equal(
-        ChannelMaxima(values={"unit": torch.zeros(3)}).factor("unit", 1.0), torch.ones(3)
-    )
+    silent = ChannelSizes(largest={"unit": torch.zeros(3)}, mean_square={})
+    assert torch.equal(silent.factor("unit", 1.0), torch.ones(3))
+
+
+def test_channels_are_measured_over_all_calls() -> None:
+    model, calls = Outliers().eval(), _calls(2, 3, 16, 16)
+    graph = trace(model, calls[0])
+    sizes = ChannelSizes.of(graph, calls, {"first": ("first",)})
+    x = torch.cat([call["x"] for call in calls]).movedim(1, -1).reshape(-1, 3)
+    torch.testing.assert_close(sizes.largest["first"], x.abs().amax(dim=0))
+    torch.testing.assert_close(sizes.mean_square["first"], x.double().square().mean(dim=0))
+
+
+def test_what_scaling_costs_the_weights_counts() -> None:
+    calls = _calls(2, 3, 16, 16)
+    free = _choices(Outliers(), calls)
+    dear = _choices(Outliers(), calls, weight_cost=lambda exponent: 1e3 * exponent)
+    assert any(choice.exponent for choice in free.values())
+    assert not any(choice.exponent for choice in dear.values())

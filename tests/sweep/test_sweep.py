@@ -11,7 +11,7 @@ from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.models.bundled import load_digits_unet
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.sweep import sweep as sweep_module
-from mpqdm_fx.sweep.collect import rows_of_each_call
+from mpqdm_fx.sweep.collect import rows_of_all_calls
 from mpqdm_fx.sweep.finish import finish
 from mpqdm_fx.sweep.quantize import start_sweep
 from mpqdm_fx.sweep.shards import Shards
@@ -179,14 +179,14 @@ def test_one_process_streams_without_holding_more_than_a_call():
     assert list(stream) == list("cde")
 
 
-def test_rows_of_a_call_do_not_depend_on_which_call_is_looked_at_first():
+def test_how_many_rows_there_are_does_not_depend_on_which_call_is_looked_at():
     layer = torch.nn.Conv2d(3, 4, 3, padding=1)
     batches = [1, 16, 16, 7]
     found = {
-        rows_of_each_call(layer, torch.zeros(batch, 3, 8, 8), batches, index, 512)
+        rows_of_all_calls(layer, torch.zeros(batch, 3, 8, 8), batches, index, 512)
         for index, batch in enumerate(batches)
     }
-    assert found == {128}
+    assert found == {512}
 
 
 def test_decisions_see_all_calls_alike(monkeypatch):
