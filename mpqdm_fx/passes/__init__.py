@@ -7,11 +7,14 @@ from mpqdm_fx.passes.decompose_attention import DecomposeAttention
 from mpqdm_fx.passes.decompose_group_norm import DecomposeGroupNorm
 from mpqdm_fx.passes.decompose_layer_norm import DecomposeLayerNorm
 from mpqdm_fx.passes.decompose_upsample import DecomposeUpsample
+from mpqdm_fx.passes.divide_reciprocals import DivideReciprocals
 from mpqdm_fx.passes.drop_assertions import DropAssertions
 from mpqdm_fx.passes.drop_dropout import DropDropout
 from mpqdm_fx.passes.drop_noop_casts import DropNoopCasts
 from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.passes.drop_unit_factors import DropUnitFactors
+from mpqdm_fx.passes.exclude_padding import ExcludePadding
+from mpqdm_fx.passes.float_scalars import FloatScalars
 from mpqdm_fx.passes.fold_batch_norm import FoldBatchNorm
 from mpqdm_fx.passes.fold_constants import FoldConstants
 from mpqdm_fx.passes.linearize_pointwise import LinearizePointwise
@@ -22,6 +25,7 @@ from mpqdm_fx.passes.requantize_copies import RequantizeCopies
 from mpqdm_fx.passes.reshape_unit_axes import ReshapeUnitAxes
 from mpqdm_fx.passes.round_weights import RoundWeights
 from mpqdm_fx.passes.scale_inputs import ScaleInputs
+from mpqdm_fx.passes.slice_chunks import SliceChunks
 from mpqdm_fx.passes.split_geglu import SplitGeglu
 from mpqdm_fx.passes.split_mixed_rows import SplitMixedRows
 from mpqdm_fx.passes.split_skip_concat import SplitSkipConcat
@@ -36,11 +40,14 @@ __all__ = [
     "DecomposeGroupNorm",
     "DecomposeLayerNorm",
     "DecomposeUpsample",
+    "DivideReciprocals",
     "DropAssertions",
     "DropDropout",
     "DropNoopCasts",
     "DropNoopSlices",
     "DropUnitFactors",
+    "ExcludePadding",
+    "FloatScalars",
     "FoldBatchNorm",
     "FoldConstants",
     "LinearizePointwise",
@@ -51,6 +58,7 @@ __all__ = [
     "ReshapeUnitAxes",
     "RoundWeights",
     "ScaleInputs",
+    "SliceChunks",
     "SplitGeglu",
     "SplitMixedRows",
     "SplitSkipConcat",

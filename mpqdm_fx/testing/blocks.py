@@ -247,6 +247,30 @@ def crop(b: GraphBuilder, block: Block) -> None:
     b.set_image(x, channels, (height - cut, width))
 
 
+def pool(b: GraphBuilder, block: Block) -> None:
+    """Emit an average pooling by 2; 3x3 with padding in variant 1, rounded up in variant 2."""
+    channels, height, width = b.shape
+    if block.variant == 1:
+        args: tuple[object, ...] = ([3, 3], [1, 1], [1, 1])
+        size = (height, width)
+    elif block.variant == 2:
+        args = ([2, 2], [2, 2], [0, 0], True)
+        size = (-(-height // 2), -(-width // 2))
+    else:
+        window = [min(2, height), min(2, width)]
+        args = (window, []) if block.variant else (window, window, 0)
+        size = (height // window[0], width // window[1])
+    b.set_image(b.call(_aten.avg_pool2d.default, b.image, *args), channels, size)
+
+
+def preconditioned(b: GraphBuilder, block: Block) -> None:
+    """Emit an image times the reciprocal of its mean square plus one."""
+    squares = b.call(_aten.mul.Tensor, b.image, b.image)
+    total = b.call(_aten.add.Tensor, b.call(_aten.mean.dim, squares, [1], True), 1)
+    scaled = b.call(_aten.mul.Tensor, b.image, b.call(_aten.reciprocal.default, total))
+    b.set_image(scaled, b.shape[0])
+
+
 def batch_norm(b: GraphBuilder, block: Block) -> None:
     """Emit a convolution and a batch norm; variant 1 without affine parameters."""
     conv(b, block)
@@ -315,6 +339,8 @@ EMITTERS: Mapping[str, Callable[[GraphBuilder, Block], None]] = {
         cast,
         assertion,
         crop,
+        pool,
+        preconditioned,
         dead,
     )
 }

@@ -89,6 +89,36 @@ class Time(nn.Module):
         return {**Image.inputs(), "timestep": torch.tensor([3, 900])}
 
 
+class Guided(nn.Module):
+    """What guided diffusion's blocks are made of: halving, scale and shift, one layer for q, k, v.
+
+    Its input is scaled by a reciprocal, as preconditioned models do it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm1, self.norm2 = nn.GroupNorm(2, 8), nn.GroupNorm(4, 8)
+        self.halve, self.shifts = nn.AvgPool2d(2), nn.Linear(4, 16)
+        self.qkv, self.proj = nn.Conv2d(8, 24, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x, embedding):
+        h = self.conv1(x * (1 / (embedding[:, 0].square() + 1).sqrt())[:, None, None, None])
+        h = self.halve(functional.silu(self.norm1(h)))
+        scale, shift = self.shifts(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv2(functional.silu(self.norm2(h) * (1 + scale) + shift))
+        q, k, v = self.qkv(h).flatten(2).chunk(3, dim=1)
+        weights = torch.softmax(torch.einsum("bct,bcs->bts", q, k / 3), dim=-1)
+        mixed = torch.einsum("bts,bcs->bct", weights, v)
+        return h + self.proj(mixed.unflatten(2, h.shape[2:]))
+
+    @staticmethod
+    def inputs():
+        generator = torch.Generator().manual_seed(3)
+        embedding = torch.randn(2, 4, generator=generator)
+        return {"x": torch.randn(2, 3, 6, 10, generator=generator), "embedding": embedding}
+
+
 def traced(kind):
     torch.manual_seed(0)
     net = kind().eval()
@@ -101,7 +131,7 @@ def traced(kind):
 
 
 #: What stays outside the delegate: XNNPACK knows no integers, so a timestep is cast outside.
-OUTSIDE = {Image: {}, Tokens: {}, Time: {"dim_order_ops__to_dim_order_copy_default": 1}}
+OUTSIDE = {Image: {}, Tokens: {}, Time: {"dim_order_ops__to_dim_order_copy_default": 1}, Guided: {}}
 
 
 @pytest.mark.parametrize("kind", OUTSIDE)
@@ -117,7 +147,7 @@ def test_float_net_is_one_delegate(kind, tmp_path):
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("kind", [Image, Tokens])
+@pytest.mark.parametrize("kind", [Image, Tokens, Guided])
 def test_static_int8_net_is_one_delegate_and_only_layers_are_quantized(kind, tmp_path):
     graph, inputs = traced(kind)
     graph = round_to_grid(graph)

@@ -16,8 +16,11 @@ from mpqdm_fx.passes.decompose_attention import DecomposeAttention
 from mpqdm_fx.passes.decompose_group_norm import DecomposeGroupNorm
 from mpqdm_fx.passes.decompose_layer_norm import DecomposeLayerNorm
 from mpqdm_fx.passes.decompose_upsample import DecomposeUpsample
+from mpqdm_fx.passes.divide_reciprocals import DivideReciprocals
 from mpqdm_fx.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.passes.drop_unit_factors import DropUnitFactors
+from mpqdm_fx.passes.exclude_padding import ExcludePadding
+from mpqdm_fx.passes.float_scalars import FloatScalars
 from mpqdm_fx.passes.fold_constants import FoldConstants
 from mpqdm_fx.passes.linearize_pointwise import LinearizePointwise
 from mpqdm_fx.passes.normalize_padding import NormalizePadding
@@ -25,6 +28,7 @@ from mpqdm_fx.passes.pin_layouts import PinLayouts
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.requantize_copies import RequantizeCopies
 from mpqdm_fx.passes.reshape_unit_axes import ReshapeUnitAxes
+from mpqdm_fx.passes.slice_chunks import SliceChunks
 from mpqdm_fx.passes.unshare_dequantize import UnshareDequantize
 from mpqdm_fx.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
 
@@ -43,6 +47,10 @@ DECOMPOSE = Pipeline(
         DecomposeGroupNorm(),
         DecomposeLayerNorm(),
         DecomposeUpsample(),
+        FloatScalars(),
+        DivideReciprocals(),
+        ExcludePadding(),
+        SliceChunks(),
         CastEarly(),
         ReshapeUnitAxes(),
     )

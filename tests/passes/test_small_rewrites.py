@@ -1,0 +1,102 @@
+"""Cuts, reciprocals, poolings and whole numbers: written as XNNPACK knows them, bit for bit."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from norm_cases import draw, targets, traced
+from test_time_branch import changed
+from torch import nn
+from torch.nn import functional
+
+from mpqdm_fx.passes import DivideReciprocals, ExcludePadding, FloatScalars, SliceChunks
+
+aten = torch.ops.aten
+
+
+@given(
+    size=st.integers(1, 9),
+    parts=st.integers(1, 4),
+    axis=st.sampled_from([1, 2, -1]),
+    split=st.booleans(),
+    taken=st.integers(-4, 3),
+)
+def test_parts_are_slices(size, parts, axis, split, taken):
+    shape = [2, 3, 3]
+    shape[axis] = size
+    x = draw(*shape).float()
+    found = len(x.split(parts, axis) if split else x.chunk(parts, axis))
+    index = taken % found
+
+    def function(m, x):
+        cut = x.split(parts, dim=axis) if split else x.chunk(parts, dim=axis)
+        return cut[index] * 2
+
+    graph = changed(SliceChunks(), traced(function, x), x)
+    assert not targets(graph) & {aten.chunk.default, aten.split.Tensor}
+
+
+def test_parts_of_given_sizes_are_slices():
+    x = draw(2, 7, 3).float()
+    graph = traced(lambda m, x: torch.split(x, [2, 1, 4], dim=1)[2] * 2, x)
+    assert aten.slice.Tensor in targets(changed(SliceChunks(), graph, x))
+
+
+def test_a_reciprocal_is_a_division():
+    x = draw(3, 4).float()
+    x[0, :3] = torch.tensor([-0.0, float("inf"), 1e-42])
+    graph = changed(DivideReciprocals(), traced(lambda m, x: x.reciprocal() * 2, x), x)
+    assert aten.reciprocal.default not in targets(graph)
+
+
+POOLINGS = {
+    "module": (nn.AvgPool2d(2), True),
+    "stride": (nn.AvgPool2d(3, stride=1), True),
+    "divisor": (nn.AvgPool2d(2, divisor_override=3), True),
+    "without padding": (nn.AvgPool2d(2, count_include_pad=False), False),
+    "padded": (nn.AvgPool2d(3, padding=1), False),
+    "rounded up": (nn.AvgPool2d(2, ceil_mode=True), False),
+}
+
+
+@pytest.mark.parametrize("kind", POOLINGS)
+def test_padding_is_excluded_where_there_is_none(kind):
+    pooling, changes = POOLINGS[kind]
+    x = draw(2, 3, 5, 6).float()
+    graph = traced(lambda m, x: functional.silu(pooling(x)), x)
+    plain = changed(ExcludePadding(), graph, x)
+    assert (plain is not None) == changes
+    if changes:
+        (node,) = plain.graph.find_nodes(op="call_function", target=aten.avg_pool2d.default)
+        assert node.args[5] is False
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: 1 + x,
+        lambda m, x: x - 3,
+        lambda m, x: 2 - x,
+        lambda m, x: x * 7,
+        lambda m, x: x / 3,
+        lambda m, x: torch.add(x, 5, alpha=2),
+    ],
+)
+def test_whole_numbers_beside_fractions_are_fractions(function):
+    x = draw(3, 4).float()
+    graph = changed(FloatScalars(), traced(function, x), x)
+    numbers = [
+        operand
+        for node in graph.graph.nodes
+        for operand in node.args
+        if node.op == "call_function" and isinstance(operand, int | float)
+    ]
+    assert [type(number) for number in numbers] == [float]
+
+
+@pytest.mark.parametrize(
+    "function", [lambda m, x: x + 1.5, lambda m, x: x.long() + 1, lambda m, x: x.long() / 2]
+)
+def test_other_numbers_stay(function):
+    x = draw(3, 4).float() * 10
+    assert changed(FloatScalars(), traced(function, x), x) is None
