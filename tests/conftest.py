@@ -1,7 +1,7 @@
 """Hypothesis profiles and one torch thread for every test.
 
-HYPOTHESIS_PROFILE chooses the profile: dev (20 examples, default), ci (100, the same ones every
-time), nightly (1000).
+HYPOTHESIS_PROFILE chooses the profile: dev (20 examples, default) and ci (100), the same ones every
+time; nightly (1000, others every time), which belongs to the matrix.
 """
 
 import os
@@ -12,7 +12,12 @@ from hypothesis import HealthCheck, settings
 _SLOW_IS_FINE = (HealthCheck.too_slow, HealthCheck.data_too_large)
 
 settings.register_profile(
-    "dev", max_examples=20, deadline=None, suppress_health_check=_SLOW_IS_FINE
+    "dev",
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=_SLOW_IS_FINE,
 )
 settings.register_profile(
     "ci",

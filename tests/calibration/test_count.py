@@ -187,7 +187,7 @@ def test_a_loaded_model_has_the_same_count_and_numbers(
 
 
 def test_weights_in_float_are_said_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    config = MPQConfig(allocation="uniform", max_rows=64, refinements=0)
+    config = MPQConfig(allocation="uniform", max_rows=64, refinements=0, judge=False)
     with caplog.at_level(logging.WARNING, "mpqdm_fx.calibration.count"):
         plan = quantize(made("attention"), config, net_calls(2)).plan
     (message,) = caplog.messages

@@ -29,8 +29,9 @@ def folder(tmp_path_factory):
     index = json.dumps({"_class_name": "DDIMPipeline"})
     (root / "pipeline" / "model_index.json").write_text(index)
     settings = MPQConfig(
-        weight_bits=2, allocation="uniform", levels="codebook", refinements=0, propagation=0.0
-    )
+        weight_bits=2, allocation="uniform", levels="codebook", refinements=0, propagation=0.0,
+        slowdown=1, row_weights="plain", judge=False,
+    )  # fmt: skip
     quantize_to_folder(
         load_source(str(root / "pipeline"), "unet"), settings, backend="packed",
         output=root / "out", trajectories=4, steps=3, samples=0, subfolder="unet",

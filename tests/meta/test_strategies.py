@@ -135,7 +135,7 @@ def _is_arithmetic(op) -> bool:
 def test_every_kind_and_the_awkward_cases_are_drawn():
     seen: set[str] = set()
 
-    @settings(max_examples=150, derandomize=True, database=None)
+    @settings(max_examples=300, derandomize=True, database=None)
     @given(case=graphs())
     def look(case):
         seen.update(block.kind for block in case.spec.blocks)
