@@ -35,6 +35,11 @@ class NoiseGroups:
     levels: NoiseLevels
 
     @classmethod
+    def one(cls) -> Self:
+        """All samples in one group."""
+        return cls(levels=NoiseLevels(boundaries=()))
+
+    @classmethod
     def of(
         cls, graph_module: fx.GraphModule, calls: Sequence[Mapping[str, Any]], settings: MPQConfig
     ) -> Self:
@@ -51,7 +56,7 @@ class NoiseGroups:
         """
         node = find_noise_argument(graph_module, settings.noise_argument)
         if node is None:
-            return cls(levels=NoiseLevels(boundaries=()))
+            return cls.one()
         told = [
             level for level in noise_levels_of(graph_module, calls, settings) if level is not None
         ]

@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from mpqdm_fx.activations import NoiseLevels
 from mpqdm_fx.calibration.noise_groups import NoiseGroups
 from mpqdm_fx.calibration.probed_parts import probed_parts
 from mpqdm_fx.errors import CalibrationError
@@ -105,7 +104,7 @@ def output_energies(
     """
     if weights is not None and len(weights) != len(calls):
         raise CalibrationError(f"{len(weights)} tensors of weights for {len(calls)} calls")
-    groups = groups or NoiseGroups(levels=NoiseLevels(boundaries=()))
+    groups = groups or NoiseGroups.one()
     probe = _Probe(_without_gradients(graph_module), seed, groups, watch)
     parts = probed_parts(graph_module, calls, weights, samples, groups)
     for inputs, importance in tqdm(parts, desc="sensitivities", unit="part", disable=None):

@@ -33,7 +33,6 @@ MAX_NUMBERS = 2**18
 _SAMPLE = 2**15  # weights of a larger layer that are fitted
 _CHUNK = 2**22  # weights rounded at once
 _FEEDBACK_CHANNELS = 16
-_GAIN_WIDTHS = (1, 2, 3, 4, 6, 8)  # what lies between is interpolated: gains change slowly there
 _MAX_GAIN = 2.0  # feedback from few rows may do harm; more than this is an accident of few channels
 
 
@@ -191,9 +190,8 @@ def feedback_gains(
     importance = gram.diagonal.float()
 
     def gains(kind: LevelKind, largest: int) -> Tensor:
-        widths = [width for width in _GAIN_WIDTHS if width <= largest]
-        stacked = rows.repeat(len(widths), 1)
-        bits = torch.tensor(widths).repeat_interleave(len(rows))
+        stacked = rows.repeat(largest, 1)
+        bits = torch.arange(1, largest + 1).repeat_interleave(len(rows))
         levels = RowLevels.fit(stacked, bits, kind, importance)
         nearest = levels.snap(stacked)
         fed_back = gptq(stacked, levels, gram)
@@ -201,15 +199,8 @@ def feedback_gains(
             (tests @ (stacked - codes.float() * levels.scale[:, None]).T).double().square().sum(0)
             for codes in (fed_back, nearest)
         ]
-        after, before = (error.view(len(widths), -1).sum(dim=1) for error in errors)
-        found = torch.where(before > 0, after / before.clamp_min(1e-300), 1.0).clamp(0, _MAX_GAIN)
-        known = dict(zip(widths, found.tolist(), strict=True))
-        # the widths that are left out lie in the middle of two
-        every = [
-            known[w] if w in known else (known[w - 1] * known[w + 1]) ** 0.5
-            for w in range(1, largest + 1)
-        ]
-        return torch.tensor(every, dtype=torch.float64)
+        after, before = (error.view(largest, -1).sum(dim=1) for error in errors)
+        return torch.where(before > 0, after / before.clamp_min(1e-300), 1.0).clamp(0, _MAX_GAIN)
 
     return gains("uniform", MAX_BITS), gains("codebook", CODEBOOK_MAX_BITS) if codebooks else None
 

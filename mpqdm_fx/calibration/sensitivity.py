@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, fx
 
-from mpqdm_fx.activations import NoiseLevels
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.noise_groups import NoiseGroups
@@ -108,7 +107,7 @@ def measure_sensitivity(
     for layer in layers.values():
         if not bool(torch.isfinite(layer.weight).all()):
             raise CalibrationError(f"{layer.name}: its weight holds NaN or infinity")
-    groups = groups or NoiseGroups(levels=NoiseLevels(boundaries=()))
+    groups = groups or NoiseGroups.one()
     if energies is None:
         energies = output_energies(
             graph_module,

@@ -148,7 +148,7 @@ class LayerRows:
             if rows is None:
                 return None
             if mean is not None:
-                rows = rows - mean.to(rows)  # rounds no more than the rows themselves are
+                rows = (rows.to(torch.float64) - mean).to(torch.float32)
             return rows if root is None else rows * root.view(-1, *[1] * (rows.dim() - 1))
 
         inputs = part(self.inputs, None if means is None else means.inputs)

@@ -5,18 +5,16 @@ padding, also where there is none. `nn.AvgPool2d(2)`, which halves an image in m
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from mpqdm_fx.graph.base import GraphPass
+from mpqdm_fx.graph.norms import argument
 
 __all__ = ["ExcludePadding"]
 
 _aten = torch.ops.aten
-_NAMES = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-_DEFAULTS: tuple[Any, ...] = ([], 0, False, True, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,19 +30,16 @@ class ExcludePadding(GraphPass):
         for node in graph_module.graph.find_nodes(
             op="call_function", target=_aten.avg_pool2d.default
         ):
-            given = dict(zip(_NAMES, node.args[1:], strict=False)) | dict(node.kwargs)
-            full = {
-                name: given.get(name, default)
-                for name, default in zip(_NAMES[1:], _DEFAULTS, strict=True)
-            }
-            padding = full["padding"]
+            kernel_size = argument(node, 1, "kernel_size", None)
+            stride = argument(node, 2, "stride", []) or kernel_size
+            padding = argument(node, 3, "padding", 0)
             padded = any(padding) if isinstance(padding, list | tuple) else padding != 0
-            if padded or full["ceil_mode"] or not full["count_include_pad"]:
+            counted = argument(node, 5, "count_include_pad", True)
+            if padded or argument(node, 4, "ceil_mode", False) or not counted:
                 continue
-            stride = full["stride"] or given["kernel_size"]
-            override = full["divisor_override"]
-            settings = (given["kernel_size"], stride, padding, False, False)
-            node.args = (node.args[0], *settings, *(() if override is None else (override,)))
+            divisor = argument(node, 6, "divisor_override", None)
+            settings = (kernel_size, stride, padding, False, False)
+            node.args = (node.args[0], *settings, *(() if divisor is None else (divisor,)))
             node.kwargs = {}
             modified = True
         return modified

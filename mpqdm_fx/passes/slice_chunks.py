@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from mpqdm_fx.graph.base import GraphPass
 from mpqdm_fx.graph.editing import insert_call
+from mpqdm_fx.graph.norms import argument
 
 __all__ = ["SliceChunks"]
 
@@ -51,7 +52,7 @@ class SliceChunks(GraphPass):
 
 
 def _axis(node: fx.Node) -> int:
-    axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    axis = argument(node, 2, "dim", 0)
     assert isinstance(axis, int)
     source = node.args[0]
     assert isinstance(source, fx.Node)

@@ -7,7 +7,6 @@ from typing import Any, Self
 
 from torch import Tensor, fx
 
-from mpqdm_fx.activations import NoiseLevels
 from mpqdm_fx.calibration.activation_choice import ActivationChoice, choose_activations, options_of
 from mpqdm_fx.calibration.activation_costs import ActivationCosts
 from mpqdm_fx.calibration.allocate import Limits
@@ -53,7 +52,7 @@ class Preparation:
         """Nothing is decided: each layer decides its own bits, and its rows count alike."""
         return cls(
             plans=None,
-            row_weights=RowWeights(groups=_one_group(), energies={}),
+            row_weights=RowWeights(groups=NoiseGroups.one(), energies={}),
             choices=(),
             original=graph_module,
             graph_module=graph_module,
@@ -63,10 +62,6 @@ class Preparation:
     def kinds(self) -> dict[str, ActivationKind]:
         """Kind of each layer's activation, where it is measured."""
         return {name: choice.kind for choice in self.choices for name in choice.layers}
-
-
-def _one_group() -> NoiseGroups:
-    return NoiseGroups(levels=NoiseLevels(boundaries=()))
 
 
 @dataclass(kw_only=True)
@@ -173,7 +168,7 @@ def prepared_sweep(
         CalibrationError: Gradients or rows are not finite, or no gradient reaches a layer.
         ArtifactError: A file of sensitivities is damaged, or of another model.
     """
-    weighed = groups if settings.row_weights == "output" else _one_group()
+    weighed = groups if settings.row_weights == "output" else NoiseGroups.one()
     probes = _Probes(graph_module=graph_module, calls=calls, settings=settings, groups=weighed)
     options = options_of(settings)
     choices: tuple[ActivationChoice, ...] = ()
