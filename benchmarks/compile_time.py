@@ -117,8 +117,8 @@ class Stopwatch:
 
 def digits() -> Case:
     """The bundled model at its defaults."""
+    from mpqdm_fx.jobs.result_folder import calibration_of
     from mpqdm_fx.models.sources import load_source
-    from mpqdm_fx.result_folder import calibration_of
 
     source = load_source("digits")
     return source.model, list(calibration_of(source, trajectories=16, steps=20, seed=0)), {}

@@ -1,5 +1,5 @@
 """`python -m mpqdm_fx`: the command line, also for torchrun."""
 
-from mpqdm_fx.cli import main
+from mpqdm_fx.cli.app import main
 
 main()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mpqdm_fx.cli import app
+from mpqdm_fx.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -21,13 +21,15 @@ from mpqdm_fx.config import MPQConfig, Override
 from mpqdm_fx.denoisers import draw
 from mpqdm_fx.distill import DistillConfig, distill
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.jobs.estimate import estimate_source
+from mpqdm_fx.jobs.evaluate import evaluate_folder
+from mpqdm_fx.jobs.quantize import quantize_to_folder
+from mpqdm_fx.jobs.result_folder import Form
 from mpqdm_fx.models.train_digits import TrainConfig
 from mpqdm_fx.plan import BitPlan, FloatTensor, LayerPlan
 from mpqdm_fx.report.metrics import run_reference
-from mpqdm_fx.result_folder import Form
 from mpqdm_fx.sweep.estimate import estimate
 from mpqdm_fx.validation import Between, check_value, checked
-from mpqdm_fx.workflow import estimate_source, evaluate_folder, quantize_to_folder
 
 RECORDS = [
     MPQConfig(),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mpqdm_fx import cli
-from mpqdm_fx.cli_boundary import run
+from mpqdm_fx.cli import app as cli
+from mpqdm_fx.cli.boundary import run
 
 
 def typed(monkeypatch, capsys, *arguments, app=cli.app):

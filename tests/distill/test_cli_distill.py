@@ -10,13 +10,14 @@ from small import tiny_unet
 from typer.testing import CliRunner
 
 import mpqdm_fx
-from mpqdm_fx import cli
-from mpqdm_fx.cli_options import seconds_of
+from mpqdm_fx.cli import app as cli
+from mpqdm_fx.cli.options import seconds_of
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
+from mpqdm_fx.jobs.distill import distill_folder
+from mpqdm_fx.jobs.quantize import quantize_to_folder
 from mpqdm_fx.models.sources import load_source
-from mpqdm_fx.workflow import distill_folder, quantize_to_folder
 
 SHORT = ["--trajectories", "4", "--steps", "3", "--batch-size", "4", "--samples", "0"]
 
@@ -54,7 +55,7 @@ def test_a_folder_that_holds_other_files_is_refused_before_the_work(tmp_path, mo
     def begun(*arguments, **options):
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr("mpqdm_fx.workflow.quantize", begun)
+    monkeypatch.setattr("mpqdm_fx.jobs.quantize.quantize", begun)
     with pytest.raises(ArtifactError, match="holds other files"):
         quantize_to_folder(
             load_source("digits"), MPQConfig(), backend="packed", output=tmp_path, samples=0

@@ -28,8 +28,9 @@ from mpqdm_fx import MPQConfig, export_pipeline, result_folder
 from mpqdm_fx.distill import train
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.io.exchange import staged_folder
+from mpqdm_fx.jobs.distill import distill_folder
+from mpqdm_fx.jobs.quantize import quantize_to_folder
 from mpqdm_fx.models.sources import load_source
-from mpqdm_fx.workflow import distill_folder, quantize_to_folder
 
 __all__ = ["JOBS", "Ended", "run_job", "write_models"]
 

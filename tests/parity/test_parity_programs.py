@@ -7,9 +7,9 @@ from diffusers import DDIMScheduler
 from small import tiny_condition_unet, tiny_unet
 
 from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.jobs.quantize import quantize_to_folder
 from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.parity.verify import verify
-from mpqdm_fx.workflow import quantize_to_folder
 
 pytestmark = [pytest.mark.xnnpack, pytest.mark.matrix]
 

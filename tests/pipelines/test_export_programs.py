@@ -14,8 +14,8 @@ from test_runner_loop import diffusers_image
 from typer.testing import CliRunner
 
 import mpqdm_fx.pipelines.export as export_module
-from mpqdm_fx import cli
 from mpqdm_fx.backends.xnnpack.convert import converted_graph, decomposed, quantized_graph
+from mpqdm_fx.cli import app as cli
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.pipelines.parts import ImageDecoder

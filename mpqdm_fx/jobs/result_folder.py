@@ -43,11 +43,26 @@ from mpqdm_fx.storage import write_model
 from mpqdm_fx.summary import SUMMARY, write_summary
 from mpqdm_fx.validation import check_fields
 
-__all__ = ["Form", "calibration_of", "held_out_of", "time_per_step", "write_folder"]
+__all__ = ["FolderResult", "Form", "calibration_of", "held_out_of", "time_per_step", "write_folder"]
 
 logger = logging.getLogger(__name__)
 
 GRID = "samples.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderResult:
+    """What a job made.
+
+    Attributes:
+        directory: The folder.
+        quantized: The quantized model.
+        summary: Numbers for the printed table, plain JSON types.
+    """
+
+    directory: Path
+    quantized: QuantizedModel
+    summary: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

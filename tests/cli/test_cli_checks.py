@@ -11,15 +11,17 @@ from small import tiny_unet
 from torch import nn
 from typing_in import typed
 
-from mpqdm_fx import cli_checks, workflow
-from mpqdm_fx.cli_boundary import INTERNAL
+from mpqdm_fx.cli import checks
+from mpqdm_fx.cli.boundary import INTERNAL
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.feasibility import weights_of
 from mpqdm_fx.folders import seal_folder
+from mpqdm_fx.jobs import distill as distill_job
+from mpqdm_fx.jobs import quantize as quantize_job
+from mpqdm_fx.jobs.result_folder import Form
 from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.pipelines import export
-from mpqdm_fx.result_folder import Form
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def made(tmp_path_factory):
     tiny_unet().save_pretrained(root / "model")
     DDIMScheduler().save_pretrained(root / "model" / "scheduler")
     settings = MPQConfig(weight_bits=2, allocation="uniform", refinements=0, propagation=0.0)
-    workflow.quantize_to_folder(
+    quantize_job.quantize_to_folder(
         load_source(str(root / "model")), settings, backend="packed", output=root / "out",
         trajectories=2, steps=2, samples=0,
     )  # fmt: skip
@@ -150,7 +152,7 @@ CASES = [
 
 @pytest.mark.parametrize(("words", "message"), CASES)
 def test_no_command_begins_with_what_it_cannot_end_with(place, monkeypatch, capsys, words, message):
-    monkeypatch.setattr(workflow, "calibration_of", None)  # whoever calibrates would call it
+    monkeypatch.setattr(quantize_job, "calibration_of", None)  # whoever calibrates would call it
     before = listed(place)
     status, out, err = typed(monkeypatch, capsys, *words)
     # libraries that are imported meanwhile may say something of their own
@@ -225,7 +227,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 
 @pytest.mark.parametrize("words", [["quantize", "model", *NEW], ["distill", "out"]])
 def test_a_disk_that_is_too_small_is_told_before(place, monkeypatch, capsys, words):
-    monkeypatch.setattr(workflow, "calibration_of", None)
+    monkeypatch.setattr(quantize_job, "calibration_of", None)
     used = shutil.disk_usage(place)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: used)
     status, _, err = typed(monkeypatch, capsys, *words)
@@ -237,8 +239,8 @@ def test_a_disk_that_may_do_is_not_refused(place, monkeypatch, capsys):
     """Hidden expansions, variants that are not loaded and layers that are solved cost nothing."""
     begun = []
     for module, name in [
-        (workflow, "quantize_to_folder"),
-        (workflow, "distill_folder"),
+        (quantize_job, "quantize_to_folder"),
+        (distill_job, "distill_folder"),
         (export, "export_pipeline"),
     ]:
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: begun.append(name))
@@ -262,9 +264,9 @@ def test_of_a_link_both_disks_may_take_the_result(tmp_path, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: used._replace(free=0 if path == small else 100)
     )
-    cli_checks.check_space(small / "out", 100)
+    checks.check_space(small / "out", 100)
     with pytest.raises(ConfigError, match="are written at least"):
-        cli_checks.check_space(small / "out", 101)
+        checks.check_space(small / "out", 101)
 
 
 def test_weights_that_layers_share_take_space_once():
@@ -275,14 +277,14 @@ def test_weights_that_layers_share_take_space_once():
 
 
 def test_the_space_that_there_is_suffices(tmp_path):
-    cli_checks.check_space(tmp_path / "a" / "b", 1)
+    checks.check_space(tmp_path / "a" / "b", 1)
     with pytest.raises(ConfigError, match=r"has .* MiB left"):
-        cli_checks.check_space(tmp_path / "a" / "b", 2**62)
+        checks.check_space(tmp_path / "a" / "b", 2**62)
 
 
 def start(place, *, resume=False, **changed):
     settings = MPQConfig(weight_bits=2, allocation="uniform", **changed)
-    workflow.check_start(Form(backend="packed"), settings, place / "new", resume=resume)
+    quantize_job.check_start(Form(backend="packed"), settings, place / "new", resume=resume)
 
 
 def unfinished(place, settings):
@@ -334,7 +336,7 @@ def test_somebody_elses_folder_is_never_taken_for_an_unfinished_run(place):
 )
 def test_a_device_is_taken_where_it_is_there(device, available):
     if available:
-        cli_checks.check_device(device)
+        checks.check_device(device)
     else:
         with pytest.raises(ConfigError, match=f"--device {device}: torch cannot compute there"):
-            cli_checks.check_device(device)
+            checks.check_device(device)

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from mpqdm_fx import cli_checks as checks
-from mpqdm_fx import cli_options as opt
-from mpqdm_fx.cli_streams import say
+from mpqdm_fx.cli import checks as checks
+from mpqdm_fx.cli import options as opt
+from mpqdm_fx.cli.streams import say
 
 __all__ = ["distill"]
 
@@ -53,9 +53,9 @@ def distill(
     from mpqdm_fx.distill.config import DistillConfig
     from mpqdm_fx.folders import WEIGHTS, open_folder
     from mpqdm_fx.io.schema import plain
+    from mpqdm_fx.jobs.distill import distill_folder
     from mpqdm_fx.processes import joined
     from mpqdm_fx.report.tables import summary_table
-    from mpqdm_fx.workflow import distill_folder
 
     checks.check_device(device)
     # the plan stays, so the packed weights of the result are of the same size

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mpqdm_fx import cli_checks as checks
-from mpqdm_fx import cli_options as opt
-from mpqdm_fx.cli_streams import say
+from mpqdm_fx.cli import checks as checks
+from mpqdm_fx.cli import options as opt
+from mpqdm_fx.cli.streams import say
 from mpqdm_fx.files import write_text
 
 __all__ = ["verify"]

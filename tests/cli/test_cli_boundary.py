@@ -16,7 +16,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from typing_in import typed
 
-from mpqdm_fx.cli_boundary import KINDS, Command, tell
+from mpqdm_fx.cli.boundary import KINDS, Command, tell
 from mpqdm_fx.errors import ConfigError
 
 
@@ -226,7 +226,7 @@ def test_what_typer_refuses_stays_in_its_own_words(monkeypatch, capsys):
 
 PRINT = """
 import sys, typer
-from mpqdm_fx.cli_boundary import Command, run
+from mpqdm_fx.cli.boundary import Command, run
 app = typer.Typer()
 @app.command(cls=Command)
 def show() -> None:

@@ -23,9 +23,9 @@ from rich.console import Console
 from safetensors import SafetensorError
 from typer.core import TyperCommand
 
-from mpqdm_fx.cli_checks import EXTRAS
-from mpqdm_fx.cli_signals import Stopped, stoppable
-from mpqdm_fx.cli_streams import OutputError, guarded_streams, say
+from mpqdm_fx.cli.checks import EXTRAS
+from mpqdm_fx.cli.signals import Stopped, stoppable
+from mpqdm_fx.cli.streams import OutputError, guarded_streams, say
 from mpqdm_fx.errors import MPQError
 from mpqdm_fx.versions import versions
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mpqdm_fx.cli_signals import Stopped, stoppable
+from mpqdm_fx.cli.signals import Stopped, stoppable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -132,7 +132,7 @@ def test_other_threads_install_nothing():
 
 BUSY = """
 import hashlib, os
-from mpqdm_fx.cli_signals import stoppable
+from mpqdm_fx.cli.signals import stoppable
 with stoppable():
     os.write(1, b"begun")
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in which Python delivers nothing

@@ -7,9 +7,9 @@ from rich.console import Console
 from small import tiny_unet
 from typer.testing import CliRunner
 
-from mpqdm_fx import cli
-from mpqdm_fx.cli_options import activation_mode_of
-from mpqdm_fx.cli_streams import say
+from mpqdm_fx.cli import app as cli
+from mpqdm_fx.cli.options import activation_mode_of
+from mpqdm_fx.cli.streams import say
 from mpqdm_fx.errors import MPQError
 from mpqdm_fx.folders import seal_folder
 from mpqdm_fx.io.sealed import seal

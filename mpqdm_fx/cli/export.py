@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from mpqdm_fx import cli_checks as checks
-from mpqdm_fx import cli_options as opt
-from mpqdm_fx.cli_streams import say
+from mpqdm_fx.cli import checks as checks
+from mpqdm_fx.cli import options as opt
+from mpqdm_fx.cli.streams import say
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpqdm_fx import cli_checks as checks
-from mpqdm_fx import cli_options as opt
-from mpqdm_fx.cli_streams import say
+from mpqdm_fx.cli import checks as checks
+from mpqdm_fx.cli import options as opt
+from mpqdm_fx.cli.streams import say
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 
@@ -50,6 +50,8 @@ def quantize(
     from mpqdm_fx.api import BACKENDS
     from mpqdm_fx.feasibility import check_feasible, weights_of
     from mpqdm_fx.io.schema import plain
+    from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
+    from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.models.sources import load_with_calls
     from mpqdm_fx.processes import joined
     from mpqdm_fx.report.tables import (
@@ -58,8 +60,6 @@ def quantize(
         layer_table,
         summary_table,
     )
-    from mpqdm_fx.result_folder import Form
-    from mpqdm_fx.workflow import check_start, quantize_to_folder
 
     if backend not in BACKENDS:
         raise ConfigError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
@@ -130,9 +130,9 @@ def plan(
     memory = opt.memory_of(max_memory)
     from mpqdm_fx.feasibility import check_feasible
     from mpqdm_fx.graph.calling import batch_size_of
+    from mpqdm_fx.jobs.estimate import estimate_source
     from mpqdm_fx.models.sources import load_with_calls
     from mpqdm_fx.report.tables import estimate_table
-    from mpqdm_fx.workflow import estimate_source
 
     source = load_with_calls(model, subfolder, variant, inputs)
     if source.calls is not None:

@@ -10,11 +10,12 @@ from small import plain_unet
 from test_cli import run
 
 import mpqdm_fx
-from mpqdm_fx import workflow
 from mpqdm_fx.backends.xnnpack.convert import decomposed
 from mpqdm_fx.backends.xnnpack.doctor import Diagnosis
 from mpqdm_fx.backends.xnnpack.four_bit import four_bit_layers
 from mpqdm_fx.folders import open_folder
+from mpqdm_fx.jobs import diagnose as diagnose_job
+from mpqdm_fx.jobs import quantize as quantize_job
 
 pytestmark = pytest.mark.xnnpack
 
@@ -131,7 +132,7 @@ def test_evaluate_inspect_and_doctor_take_the_folder(folder, monkeypatch):
         asked.append(options)
         return Diagnosis(delegates=1, delegated=1, outside=())
 
-    monkeypatch.setattr(workflow, "diagnose", diagnose)
+    monkeypatch.setattr(diagnose_job, "diagnose", diagnose)
     assert run("doctor", folder)[0] == 0
     assert asked == [{"four_bit": "never"}]
 
@@ -151,7 +152,7 @@ def test_evaluate_inspect_and_doctor_take_the_folder(folder, monkeypatch):
 )
 def test_conflicts_are_said_before_any_work(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(workflow, "calibration_of", None)  # whoever calibrates would call it
+    monkeypatch.setattr(quantize_job, "calibration_of", None)  # whoever calibrates would call it
     status, text = run(*arguments)
     assert (status, message in text) == (2, True), text
     assert list(tmp_path.iterdir()) == []

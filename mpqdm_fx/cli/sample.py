@@ -1,0 +1,37 @@
+"""The command `mpqdm-fx sample`: pictures that a folder or a float model draws."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mpqdm_fx.cli import checks
+from mpqdm_fx.cli import options as opt
+from mpqdm_fx.cli.streams import say
+
+__all__ = ["sample"]
+
+
+def sample(
+    model: opt.FolderOrModelArgument,
+    num: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 16,
+    steps: opt.SamplerStepsOption = 20,
+    output: Annotated[Path, typer.Option(help="Picture to write (.png).")] = Path("grid.png"),
+    form: Annotated[
+        str, typer.Option("--from", help="What runs: auto, pte, packed or float.")
+    ] = "auto",
+    subfolder: opt.SubfolderOption = None,
+    variant: opt.VariantOption = None,
+    seed: opt.SeedOption = 0,
+) -> None:
+    """Draw images with a program, packed weights, or the float model."""
+    checks.check_output_file(output, "--output", reads=[model], suffix=".png")
+    if form == "pte" or (form == "auto" and checks.has_program(model)):
+        checks.check_packages("executorch", purpose="running a program")
+    from mpqdm_fx.denoisers import draw, open_denoiser, pictures
+    from mpqdm_fx.report.images import save_grid
+
+    source, denoiser = open_denoiser(model, subfolder, form, variant)
+    images = draw(source, denoiser, num=num, steps=steps, seed=seed)
+    save_grid(pictures(images), output, columns=max(1, round(num**0.5)))
+    say(opt.console(), f"{num} images written to {output}")

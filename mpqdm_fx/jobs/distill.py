@@ -1,0 +1,104 @@
+"""From a quantized folder to a trained one."""
+
+from pathlib import Path
+
+from mpqdm_fx.denoisers import origin_of, source_of
+from mpqdm_fx.distill.api import distill
+from mpqdm_fx.distill.checkpoint import has_state
+from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.files import checkpoint_of
+from mpqdm_fx.folders import check_target, open_folder
+from mpqdm_fx.io.exchange import remove_folder
+from mpqdm_fx.jobs.result_folder import (
+    FolderResult,
+    Form,
+    write_folder,
+)
+from mpqdm_fx.jobs.unfinished import check_ours
+from mpqdm_fx.processes import is_first
+from mpqdm_fx.storage import load
+from mpqdm_fx.summary import read_summary
+from mpqdm_fx.validation import Some, checked
+
+__all__ = ["distill_folder"]
+
+
+@checked
+def distill_folder(
+    folder: Path,
+    config: DistillConfig,
+    *,
+    output: Path,
+    model: str | None = None,
+    samples: Some = 16,
+    resume: bool = False,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> FolderResult | None:
+    """Train a quantized folder against its float model, and write what comes out like `quantize`.
+
+    Args:
+        folder: Folder written by `quantize`; it is not changed.
+        config: Settings of the training. Models with text are trained on seeded random embeddings.
+        output: Folder; it appears whole or not at all, with the forms that `folder` has.
+        model: The float model, if it is no longer where it was.
+        samples: Images in the grid.
+        resume: Go on with a run that was killed. Its state lies beside `output`, in a folder of
+            that name and `.checkpoint`, until the run is through.
+        device: Where to train.
+        overwrite: Whether `output` may be a result that is replaced.
+
+    Returns:
+        What was made; None in the other processes of a run with several, which write nothing.
+
+    Raises:
+        MPQError: One of the steps cannot be done; no half of a result is left behind.
+    """
+    if config.guided:
+        raise ConfigError(
+            "guidance_scale needs embeddings of the unconditional half, which a folder has not; "
+            "give them to mpqdm_fx.distill.distill(..., unconditional=)"
+        )
+    opened = open_folder(folder)
+    summary = read_summary(opened)
+    form = Form.of(summary["backend"], opened.manifest["program"])
+    check_target(output, overwrite=overwrite)
+    state = checkpoint_of(output)
+    check_ours(state, has_state(state))
+    if has_state(state) and not resume:
+        raise ConfigError(f"{state} holds a run that was not finished; resume it, or delete it")
+    source, quantized = source_of(folder, model), load(folder)
+    if source.scheduler is None:
+        raise ConfigError(
+            f"{source.name} is made by a function, and training goes along denoising runs; train "
+            f"it in Python with a loop of your own: mpqdm_fx.distill.distill(..., scheduler=)"
+        )
+    form.check(quantized.settings)
+    trained = distill(
+        quantized,
+        source.model,
+        config,
+        scheduler=source.scheduler,
+        sample_shape=source.sample_shape,
+        conditions=source.conditions(config.trajectories, config.seed),
+        directory=state,
+        device=device,
+    )
+    if not is_first():
+        return None
+    told = {
+        "settings": config.to_dict(),
+        "updates": trained.history.updates,
+        "seconds": trained.history.seconds,
+        "error_before": trained.before,
+        "error_after": trained.after,
+        "improved": trained.improved,
+        "epsilon_sqnr_db_before": summary["epsilon_sqnr_db"],
+    }
+    found = write_folder(
+        trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
+        subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,
+    )  # fmt: skip
+    remove_folder(state)
+    return FolderResult(directory=output, quantized=trained.quantized, summary=found)

@@ -1,0 +1,137 @@
+"""From a float model to a folder."""
+
+from pathlib import Path
+
+from mpqdm_fx.api import Backend, quantize
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.files import checkpoint_of, first_difference
+from mpqdm_fx.folders import check_target
+from mpqdm_fx.io.exchange import remove_folder
+from mpqdm_fx.io.schema import plain
+from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.jobs.result_folder import (
+    FolderResult,
+    Form,
+    calibration_of,
+    write_folder,
+)
+from mpqdm_fx.jobs.unfinished import check_ours
+from mpqdm_fx.models.sources import Source
+from mpqdm_fx.processes import is_first
+from mpqdm_fx.sweep.checkpoint import HEADER
+from mpqdm_fx.validation import Bytes, Count, Some, checked
+from mpqdm_fx.versions import versions
+
+__all__ = ["check_start", "quantize_to_folder"]
+
+
+@checked
+def quantize_to_folder(
+    source: Source,
+    config: MPQConfig,
+    *,
+    backend: Backend,
+    output: Path,
+    trajectories: Count = 16,
+    steps: Count = 20,
+    samples: Some = 16,
+    subfolder: str | None = None,
+    resume: bool = False,
+    max_memory: Bytes | None = None,
+    device: str | None = None,
+    sensitivity: Path | None = None,
+    four_bit: FourBit = "whole",
+    external_weights: bool = False,
+    compress: bool = False,
+    overwrite: bool = False,
+) -> FolderResult | None:
+    """Quantize a source and write everything that belongs to it into one folder.
+
+    Args:
+        source: Model and scheduler, or model and calls (`Source.with_calls`).
+        config: Settings.
+        backend: `"xnnpack"` also writes `unet.pte`; `"torch_ao"` also checks that conversion
+            succeeds and times it; packed weights are always written.
+        output: Folder; it appears whole or not at all.
+        trajectories: Denoising runs to calibrate on, where the source has no calls.
+        steps: Steps of each.
+        samples: Images in the grid, drawn by what the backend runs.
+        subfolder: Part of a pipeline folder that the source came from.
+        resume: Go on with the solved layers of a run that was killed. They lie beside `output`,
+            in a folder of that name and `.checkpoint`, until the run is through.
+        max_memory: Bytes of activations held in memory; the rest goes to disk.
+        device: Where to calibrate and to solve, for example `"cuda"`.
+        sensitivity: File that keeps the sensitivities for runs with other budgets.
+        four_bit: Which weights the program stores at four bits, as of `lower`.
+        external_weights: Write the program's weights to a file of their own, `unet.ptd`.
+        compress: Store the program's files as `.xz`, which are expanded when they are first run.
+        overwrite: Whether `output` may be a result that is replaced.
+
+    Returns:
+        What was made; None in the other processes of a run with several, which write nothing.
+
+    Raises:
+        MPQError: One of the steps cannot be done; no half of a result is left behind.
+    """
+    form = Form(
+        backend=backend, four_bit=four_bit, external_weights=external_weights, compress=compress
+    )
+    check_start(form, config, output, resume=resume, overwrite=overwrite)
+    data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
+    solved = checkpoint_of(output)
+    quantized = quantize(
+        source.model,
+        config,
+        data,
+        directory=solved,
+        resume=resume,
+        max_activations=max_memory,
+        device=device,
+        sensitivity=sensitivity,
+    )
+    if not is_first():
+        return None
+    summary = write_folder(
+        quantized, source, output, form=form, steps=steps, samples=samples, subfolder=subfolder,
+        overwrite=overwrite,
+    )  # fmt: skip
+    remove_folder(solved)
+    return FolderResult(directory=output, quantized=quantized, summary=summary)
+
+
+def check_start(
+    form: Form, config: MPQConfig, output: Path, *, resume: bool, overwrite: bool = False
+) -> None:
+    """Refuse what `quantize_to_folder` could not end with, before the model is loaded.
+
+    Args:
+        form: What is to be written.
+        config: Settings.
+        output: Folder to appear.
+        resume: Go on with a run that was stopped.
+        overwrite: Whether `output` may be a result that is replaced.
+
+    Raises:
+        ConfigError: Settings do not fit the backend, or an unfinished run lies beside `output` that
+            has other settings, or is not to be resumed.
+        ArtifactError: `output` holds something else.
+        LoweringError: ExecuTorch is missing.
+    """
+    form.check(config)
+    check_target(output, overwrite=overwrite)
+    solved = checkpoint_of(output)
+    header = solved / HEADER
+    check_ours(solved, header.is_file())
+    if not header.is_file():
+        return
+    found = read_json(header, fix="delete the folder to start anew")
+    for key, wanted in {"settings": config.to_dict(), "versions": versions()}.items():
+        if (other := first_difference(found.get(key), plain(wanted))) is not None:
+            raise ConfigError(
+                f"{solved} holds an unfinished run: {other}; use what it was started with, or "
+                f"delete it"
+            )
+    if not resume and any(solved.glob("layer-*")):
+        raise ConfigError(f"{solved} holds a run that was not finished; resume it, or delete it")
