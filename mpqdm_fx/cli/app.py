@@ -1,10 +1,5 @@
 """The command line: quantize, distill, export, plan, sample, evaluate, verify, trace and more."""
 
-import logging
-import os
-import warnings
-from typing import Annotated
-
 import typer
 
 from mpqdm_fx.cli.boundary import Command, run
@@ -14,6 +9,7 @@ from mpqdm_fx.cli.evaluate import evaluate
 from mpqdm_fx.cli.export import export
 from mpqdm_fx.cli.inspect import inspect
 from mpqdm_fx.cli.quantize import plan, quantize
+from mpqdm_fx.cli.running import QuietOption, VerboseOption, remember, takes_loudness
 from mpqdm_fx.cli.sample import sample
 from mpqdm_fx.cli.trace import trace
 from mpqdm_fx.cli.verify import verify
@@ -29,23 +25,14 @@ app = typer.Typer(
 for command in (
     quantize, distill, export, plan, sample, evaluate, verify, trace, doctor, inspect,
 ):  # fmt: skip
-    app.command(cls=Command)(command)
+    app.command(cls=Command)(takes_loudness(command))
 
 
 @app.callback()
 def _options(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every stage.")] = False,
+    context: typer.Context, verbose: VerboseOption = False, quiet: QuietOption = False
 ) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("mpqdm_fx").setLevel(logging.INFO if verbose else logging.WARNING)
-    if not verbose:
-        # Deprecations and missing GPU extensions of the libraries underneath: nothing to act on.
-        warnings.simplefilter("ignore")
-        # they set their loggers when they are imported
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-        os.environ.setdefault("TORCH_LOGS", "-all")
-        for library in ("torch", "torchao", "diffusers", "executorch"):
-            logging.getLogger(library).setLevel(logging.ERROR)
+    remember(context, verbose=verbose, quiet=quiet)
 
 
 def main() -> None:

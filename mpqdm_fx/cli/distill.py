@@ -8,7 +8,7 @@ import typer
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, say
 
 __all__ = ["distill"]
 
@@ -50,6 +50,7 @@ def distill(
     checks.check_output_folder(output, directory, model)
     if checks.has_program(directory):
         checks.check_packages("executorch", purpose="a folder with a program")
+    announce(f"training {directory} to {output}: {budget or f'{updates} updates'}")
     from mpqdm_fx.distill.config import DistillConfig
     from mpqdm_fx.folders import WEIGHTS, open_folder
     from mpqdm_fx.io.schema import plain

@@ -7,6 +7,7 @@ import typer
 
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
+from mpqdm_fx.cli.streams import announce
 
 __all__ = ["evaluate"]
 
@@ -23,6 +24,7 @@ def evaluate(
     """Measure a quantized folder against its float model on held-out, paired noise."""
     if inputs is None and (model or checks.origin_of(directory)) == "digits":
         checks.check_packages("torchmetrics", "sklearn", purpose="evaluating the bundled model")
+    announce(f"evaluating {directory} against its float model: {inputs or f'{num} samples'}")
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.evaluate import evaluate_folder
     from mpqdm_fx.report.tables import metrics_table

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from mpqdm_fx.cli import streams
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 
@@ -41,6 +43,7 @@ __all__ = [
     "TrajectoriesOption",
     "VariantOption",
     "activation_mode_of",
+    "bits_of",
     "console",
     "memory_of",
     "seconds_of",
@@ -124,11 +127,17 @@ CompressOption = Annotated[
 
 _Option = tuple[str, Any, Any]
 
+_ENDLESS = 100_000  # columns
+
 
 def console() -> Console:
-    """Where results are printed."""
-    # A pipe has no width of its own; 130 columns hold the longest layer names.
-    return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 130)
+    """Where results are printed; the line of progress goes.
+
+    A pipe has no width: nothing is folded there, unless COLUMNS says how wide it is.
+    """
+    streams.finish_line()
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _ENDLESS
+    return Console(width=wide, quiet=not streams.prints_results())
 
 
 #: By name of the option: the setting that it becomes, type and help, default.
@@ -278,6 +287,20 @@ def takes_settings(
         return run
 
     return decorate
+
+
+def bits_of(config: MPQConfig) -> str:
+    """Bits of weights and activations in words."""
+    weights = f"{config.weight_bits:g}-bit weights"
+    if config.weight_bytes is not None:
+        weights = f"weights in {config.weight_bytes:,} bytes"
+    elif config.effective_bits is not None:
+        weights = f"{config.effective_bits:g} effective bits a weight"
+    mode = config.activation_mode
+    kinds = {"static": "", "measured": "", "timestep": " by noise level", "dynamic": ""}
+    kind = kinds.get(mode, "")
+    bits = "float" if mode == "float" else f"{config.activation_bits}-bit"
+    return f"{weights}, {bits} activations{kind}"
 
 
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}

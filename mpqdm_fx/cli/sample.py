@@ -7,7 +7,7 @@ import typer
 
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, say
 
 __all__ = ["sample"]
 
@@ -28,6 +28,7 @@ def sample(
     checks.check_output_file(output, "--output", reads=[model], suffix=".png")
     if form == "pte" or (form == "auto" and checks.has_program(model)):
         checks.check_packages("executorch", purpose="running a program")
+    announce(f"drawing {num} images of {model} to {output}")
     from mpqdm_fx.denoisers import draw, open_denoiser, pictures
     from mpqdm_fx.report.images import save_grid
 

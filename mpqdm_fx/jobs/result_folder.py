@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import torch
 
+from mpqdm_fx import progress
 from mpqdm_fx.api import BACKENDS, MODES, Backend, lower
 from mpqdm_fx.backends.xnnpack.compressed import compress_program, drop_expansions
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
@@ -223,9 +224,11 @@ def write_folder(
             runner = program_denoiser(open_folder(stage))
         elif backend == "torch_ao":
             runner = _positional(lower(quantized, "torch_ao"), quantized)
-        store_parity(quantized, source, stage, graphs[0] if graphs else None)
+        with progress.stage("comparing forms"):
+            store_parity(quantized, source, stage, graphs[0] if graphs else None)
         graphs.clear()
-        summary = {**_summarise(source, quantized, runner, backend), **(more or {})}
+        with progress.stage("measuring"):
+            summary = {**_summarise(source, quantized, runner, backend), **(more or {})}
         summary["program"] = program
         if source.scheduler is None:
             logger.info("no images are drawn and no peak is measured: the model has no scheduler")
@@ -234,14 +237,16 @@ def write_folder(
             save_grid(pictures(images), stage / GRID, columns=max(1, round(samples**0.5)))
         peak = "pte" if backend == "xnnpack" else "packed"
         known = source.scheduler is not None  # else another process cannot make a call
-        summary["peak_memory_bytes"] = {
-            peak: peak_memory(peak, str(stage)) if known else None,
-            "float": peak_memory("float", source.name, subfolder, source.variant)
-            if known
-            else None,
-        }
+        with progress.stage("peak memory"):
+            summary["peak_memory_bytes"] = {
+                peak: peak_memory(peak, str(stage)) if known else None,
+                "float": peak_memory("float", source.name, subfolder, source.variant)
+                if known
+                else None,
+            }
         for name in program_names(open_folder(stage)):
             drop_expansions(stage / name)
+        progress.leave_log(stage)
         summary["files"] = {
             path.name: path.stat().st_size
             for path in sorted(stage.iterdir())

@@ -16,9 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
-from tqdm.auto import tqdm
-
-from mpqdm_fx import errors
+from mpqdm_fx import errors, progress
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
@@ -191,7 +189,7 @@ def export_pipeline(
     limits = {"resume": resume, "max_activations": max_memory, "device": device}
     quantized: dict[str, QuantizedModel] = {}
     records: dict[str, dict[str, Any]] = {}
-    for part in tqdm(layout.parts.values(), desc="export", unit="part", disable=None):
+    for part in progress.each(layout.parts.values(), lambda part: part.name):
         record = work.finished(part.name)
         if record is None:
             judged = _judge(

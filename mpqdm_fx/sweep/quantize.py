@@ -97,6 +97,6 @@ def start_sweep(
         checkpoint=checkpoint,
         max_memory=max_memory,
         half=half,
-        progress="quantize" if shards.rank == 0 else None,
+        progress="rounding" if shards.rank == 0 else None,
         device=device,
     )
