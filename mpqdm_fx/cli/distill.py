@@ -51,12 +51,12 @@ def distill(
     if checks.has_program(directory):
         checks.check_packages("executorch", purpose="a folder with a program")
     announce(f"training {directory} to {output}: {budget or f'{updates} updates'}")
+    from mpqdm_fx.cli.screens.result import ResultScreen
     from mpqdm_fx.distill.config import DistillConfig
     from mpqdm_fx.folders import WEIGHTS, open_folder
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.distill import distill_folder
     from mpqdm_fx.processes import joined
-    from mpqdm_fx.report.tables import summary_table
 
     checks.check_device(device)
     # the plan stays, so the packed weights of the result are of the same size
@@ -83,5 +83,5 @@ def distill(
     if as_json:
         console.print_json(json.dumps(plain(result.summary)))
         return
-    console.print(summary_table(result.summary))
+    console.print(ResultScreen(result.summary, result.quantized.report, output))
     say(console, f"written to {output}")

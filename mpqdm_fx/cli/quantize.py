@@ -49,18 +49,13 @@ def quantize(
         checks.check_packages("executorch", purpose="--backend xnnpack")
     announce(f"quantizing {model} to {output}: {opt.bits_of(config)}, {backend}")
     from mpqdm_fx.api import BACKENDS
+    from mpqdm_fx.cli.screens.result import ResultScreen
     from mpqdm_fx.feasibility import check_feasible, weights_of
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.models.sources import load_with_calls
     from mpqdm_fx.processes import joined
-    from mpqdm_fx.report.tables import (
-        activation_table,
-        judgement_table,
-        layer_table,
-        summary_table,
-    )
 
     if backend not in BACKENDS:
         raise ConfigError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
@@ -105,13 +100,7 @@ def quantize(
     if as_json:
         console.print_json(json.dumps(plain(result.summary)))
         return
-    report = result.quantized.report
-    console.print(layer_table(report))
-    if report.activations:
-        console.print(activation_table(report))
-    if report.judged:
-        console.print(judgement_table(report))
-    console.print(summary_table(result.summary))
+    console.print(ResultScreen(result.summary, result.quantized.report, output))
     say(console, f"written to {output}")
 
 

@@ -34,7 +34,7 @@ def verify(
     if checks.has_program(directory):
         checks.check_packages("executorch", purpose="a folder with a program")
     announce(f"{'measuring thresholds of' if store else 'verifying'} {directory}")
-    from mpqdm_fx.parity.tables import rung_table, worst_table
+    from mpqdm_fx.cli.screens.parity import rung_table, worst_table
     from mpqdm_fx.parity.verify import verify as verify_folder
 
     ladder = verify_folder(directory, model=model, store=store)

@@ -15,7 +15,7 @@ from mpqdm_fx.denoisers import origin_of
 from mpqdm_fx.folders import MANIFEST, SCHEDULER_CONFIG, WEIGHTS, open_folder, seal_folder
 from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.proof import proof_inputs
-from mpqdm_fx.report.tables import summary_table
+from mpqdm_fx.cli.screens.result import summary_table
 from mpqdm_fx.storage import load, save
 from mpqdm_fx.summary import read_summary
 
