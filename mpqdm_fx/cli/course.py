@@ -73,13 +73,19 @@ class Course:
     @property
     def total(self) -> float | None:
         """Seconds that the whole run will take; None as long as nothing is known."""
-        whole = sum(self._expected.values())
         passed, _ = self._passed()
+        whole = self._whole()
         if not whole or not (self._sure or passed > _PRIOR * whole):
             return None
         pace = self._pace()
         to_come = list(self._expected.values())[self._place + 1 :]
         return self.seconds + self._left(pace) + pace * sum(to_come)
+
+    def _whole(self) -> float:
+        """What all stages were expected to take that came or may still come."""
+        running = [self._expected.get(stage.name, 0.0) for stage, _ in self._open[:1]]
+        to_come = list(self._expected.values())[self._place + 1 :]
+        return self._foretold + sum(running) + sum(to_come)
 
     def _left(self, pace: float) -> float:
         """Seconds to the end of the stage that runs."""
@@ -107,7 +113,7 @@ class Course:
 
     def _pace(self) -> float:
         foretold, measured = self._passed()
-        prior = _PRIOR * sum(self._expected.values())
+        prior = _PRIOR * self._whole()
         return (measured + prior) / (foretold + prior) if foretold + prior else 1.0
 
     def __str__(self) -> str:

@@ -43,7 +43,6 @@ __all__ = [
     "TrajectoriesOption",
     "VariantOption",
     "activation_mode_of",
-    "bits_of",
     "console",
     "memory_of",
     "seconds_of",
@@ -287,20 +286,6 @@ def takes_settings(
         return run
 
     return decorate
-
-
-def bits_of(config: MPQConfig) -> str:
-    """Bits of weights and activations in words."""
-    weights = f"{config.weight_bits:g}-bit weights"
-    if config.weight_bytes is not None:
-        weights = f"weights in {config.weight_bytes:,} bytes"
-    elif config.effective_bits is not None:
-        weights = f"{config.effective_bits:g} effective bits a weight"
-    mode = config.activation_mode
-    kinds = {"static": "", "measured": "", "timestep": " by noise level", "dynamic": ""}
-    kind = kinds.get(mode, "")
-    bits = "float" if mode == "float" else f"{config.activation_bits}-bit"
-    return f"{weights}, {bits} activations{kind}"
 
 
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}

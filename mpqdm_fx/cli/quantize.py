@@ -8,6 +8,7 @@ import typer
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
+from mpqdm_fx.cli.screens.start import bits_of
 from mpqdm_fx.cli.streams import announce, say
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
@@ -47,7 +48,7 @@ def quantize(
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
     if backend == "xnnpack":
         checks.check_packages("executorch", purpose="--backend xnnpack")
-    announce(f"quantizing {model} to {output}: {opt.bits_of(config)}, {backend}")
+    announce(f"quantizing {model} to {output}: {bits_of(config)}, {backend}")
     from mpqdm_fx.api import BACKENDS
     from mpqdm_fx.cli.screens.result import ResultScreen
     from mpqdm_fx.feasibility import check_feasible, weights_of
@@ -118,7 +119,7 @@ def plan(
 ) -> None:
     """Say what quantizing MODEL will take: time, memory, disk."""
     memory = opt.memory_of(max_memory)
-    announce(f"planning {model}: {opt.bits_of(config)}; nothing is written")
+    announce(f"planning {model}: {bits_of(config)}; nothing is written")
     from mpqdm_fx.feasibility import check_feasible
     from mpqdm_fx.graph.calling import batch_size_of
     from mpqdm_fx.jobs.estimate import estimate_source

@@ -226,12 +226,10 @@ class _Line:
             (folder / LOG).write_text(said, encoding="utf-8")
 
     def _tick(self) -> None:
-        while True:
+        while not self._over.wait(_SECOND):
             with self._lock:
-                if self._over.is_set():
-                    return
-                self._draw()
-            self._over.wait(_SECOND)
+                if not self._over.is_set():
+                    self._draw()
 
     def _draw(self) -> None:
         text = Text(str(self._course), no_wrap=True, overflow="ellipsis")

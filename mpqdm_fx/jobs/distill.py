@@ -10,6 +10,7 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target, open_folder
 from mpqdm_fx.io.exchange import remove_folder
+from mpqdm_fx.jobs.foretold import distill_stages
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
     Form,
@@ -17,6 +18,7 @@ from mpqdm_fx.jobs.result_folder import (
 )
 from mpqdm_fx.jobs.unfinished import check_ours
 from mpqdm_fx.processes import is_first
+from mpqdm_fx.progress import expect
 from mpqdm_fx.storage import load
 from mpqdm_fx.summary import read_summary
 from mpqdm_fx.validation import Some, checked
@@ -75,6 +77,7 @@ def distill_folder(
             f"it in Python with a loop of your own: mpqdm_fx.distill.distill(..., scheduler=)"
         )
     form.check(quantized.settings)
+    expect(lambda: distill_stages(source, config, form.backend, samples))
     trained = distill(
         quantized,
         source.model,

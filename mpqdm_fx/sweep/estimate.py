@@ -21,7 +21,7 @@ from mpqdm_fx.sweep.build_lanes import two_lanes
 from mpqdm_fx.sweep.work import layer_work
 from mpqdm_fx.validation import Bytes, checked
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "estimate", "stage_seconds"]
 
 _COLUMN = 8e-5  # seconds of interpreter and small kernels for one column of one rounding
 _RANGE = 0.05  # seconds to search the range of one activation
@@ -140,6 +140,27 @@ def estimate(
         smallest_limit=smallest,
         disk_bytes=weights + max(0, peak - held),
     )
+
+
+def stage_seconds(found: Estimate, settings: MPQConfig) -> dict[str, float]:
+    """Seconds by stage of a sweep, as progress names them.
+
+    Args:
+        found: The estimate.
+        settings: The run's settings.
+    """
+    shares = {"channels": 2.0, "ranges": 6.0, "sensitivities": 11.0, "rounding errors": 19.0}
+    if settings.allocation != "measured":
+        del shares["rounding errors"]
+    if not any(option.kind == "static" for option in options_of(settings)):
+        del shares["ranges"]
+    part = found.sensitivity_seconds / sum(shares.values())
+    judging = 0.2 * found.forward_seconds if settings.judge else 0.0
+    return {
+        **{name: part * share for name, share in shares.items()},
+        "rounding": found.forward_seconds + found.solve_seconds - judging,
+        "judging": judging,
+    }
 
 
 def _ranges(settings: MPQConfig) -> int:

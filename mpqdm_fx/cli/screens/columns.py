@@ -13,7 +13,6 @@ __all__ = ["Column", "Columns", "fold"]
 
 _GAP = "  "
 _LEAST = {"name": 30, "text": 16}  # columns that these may be folded or wrapped to
-_FRAGMENT = 5  # characters of a part of a name that are dropped rather than shown
 
 
 def fold(name: str, width: int) -> str:
@@ -25,23 +24,30 @@ def fold(name: str, width: int) -> str:
     """
     if cell_len(name) <= width:
         return name
+    return _at_whole_parts(name, width) or _anywhere(name, width)
+
+
+def _at_whole_parts(name: str, width: int) -> str | None:
+    """The fold that leaves out whole parts of a name; None if little would be left."""
+    parts = name.split(".")
+    best, most = None, 0.6 * width
+    for first in range(1, len(parts)):
+        for last in range(first + 1, len(parts)):
+            head, tail = ".".join(parts[:first]), ".".join(parts[last:])
+            # the end tells layers apart: a beginning counts up to half of the room
+            worth = min(cell_len(head), width / 2) + cell_len(tail)
+            if cell_len(head) + 1 + cell_len(tail) <= width and worth > most:
+                best, most = f"{head}…{tail}", worth
+    return best
+
+
+def _anywhere(name: str, width: int) -> str:
     for kept in range(min(width, len(name)) - 1, 1, -1):
         head = max(1, kept * 2 // 5)
-        folded = f"{_whole(name[:head], name)}…{_whole_end(name[len(name) - kept + head :])}"
+        folded = f"{name[:head]}…{name[len(name) - kept + head :]}"
         if cell_len(folded) <= width:
             return folded
     return "…"
-
-
-def _whole(head: str, name: str) -> str:
-    """A beginning without the fragment of a part of the name."""
-    kept, dot, fragment = head.rpartition(".")
-    return kept if dot and len(fragment) < _FRAGMENT and name != head else head
-
-
-def _whole_end(tail: str) -> str:
-    fragment, dot, kept = tail.partition(".")
-    return kept if dot and kept and len(fragment) < _FRAGMENT else tail
 
 
 @dataclass(frozen=True, kw_only=True)
