@@ -16,7 +16,6 @@ import typer
 from rich.console import Console
 from rich.control import Control
 from rich.segment import ControlType
-from rich.text import Text
 
 from mpqdm_fx.cli import streams
 from mpqdm_fx.cli.course import Course
@@ -232,11 +231,12 @@ class _Line:
                     self._draw()
 
     def _draw(self) -> None:
-        text = Text(str(self._course), no_wrap=True, overflow="ellipsis")
         with self._console:  # one write
             self._erase()
-            # the last column stays free: terminals go on to the next line there
-            self._console.print(text, end="", width=self._console.width - 1)
+            self._console.print(
+                str(self._course), end="", markup=False, no_wrap=True, overflow="ellipsis",
+                width=self._console.width - 1,  # terminals go on to a new line behind the last
+            )  # fmt: skip
             self._drawn = True
 
     def _erase(self) -> None:

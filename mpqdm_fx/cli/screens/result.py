@@ -71,7 +71,8 @@ def _told(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "size", size
     times, threads = summary["milliseconds_per_step"], summary["threads"]
     count = "1 thread" if threads == 1 else f"{threads} threads"
-    yield "time", f"{times[backend]:.1f} ms a step, was {times['float']:.1f} (batch 1, {count})"
+    now, was_then = (_milliseconds(times[form]) for form in (backend, "float"))
+    yield "time", f"{now} ms a step, was {was_then} (batch 1, {count})"
     peaks = dict(summary["peak_memory_bytes"])
     was = peaks.pop("float")
     for peak in peaks.values():
@@ -85,6 +86,10 @@ def _told(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "whole program", _whole(program, backend)
     for remark in summary["remarks"]:
         yield "note", remark
+
+
+def _milliseconds(time: float) -> str:
+    return f"{time:.1f}" if time >= 10 else f"{time:.2f}"
 
 
 def _sizes(summary: Mapping[str, Any]) -> tuple[int, int]:
