@@ -15,9 +15,10 @@ def in_terminal(code, *arguments, columns=80):
     """Run Python code in a pseudo-terminal; return its status and all that it wrote there."""
     pid, descriptor = pty.fork()
     if pid == 0:
-        os.environ["TERM"] = "xterm-256color"
-        os.environ.pop("COLUMNS", None)
-        os.execv(sys.executable, [sys.executable, "-c", code, *arguments])
+        # an environment of its own: readline sets COLUMNS past Python in the one that is inherited
+        told = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+        words = [sys.executable, "-c", code, *arguments]
+        os.execve(sys.executable, words, told | {"TERM": "xterm-256color"})
     fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     parts = []
     while True:

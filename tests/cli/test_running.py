@@ -37,7 +37,9 @@ app = typer.Typer()
 def options(context: typer.Context, verbose: VerboseOption = False, quiet: QuietOption = False):
     remember(context, verbose=verbose, quiet=quiet)
 
-def job(output: str = "", how: str = "well", slow: bool = False, as_json: opt.JsonOption = False) -> None:
+def job(
+    output: str = "", how: str = "well", slow: bool = False, as_json: opt.JsonOption = False
+) -> None:
     streams.announce("quantizing digits to out")
     expect(lambda: {"rounding": 2.0, "lowering": 2.0})
     noise("noise")
