@@ -115,9 +115,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
-    config = load_config(
-        str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True
-    )
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True)
     build(config)
     page = (tmp_path / "site" / "reference" / "python" / "index.html").read_text(encoding="utf-8")
     assert "weight_bits" in page
