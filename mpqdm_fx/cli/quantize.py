@@ -10,7 +10,6 @@ from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.streams import say
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpqdm_fx.models.sources import Source
@@ -22,7 +21,7 @@ __all__ = ["plan", "quantize"]
 def quantize(
     model: opt.ModelArgument,
     config: MPQConfig = opt.DEFAULTS,
-    backend: Annotated[str, typer.Option(help="xnnpack, torch_ao or packed.")] = "xnnpack",
+    backend: opt.BackendOption = "xnnpack",
     output: opt.OutputOption = Path("out"),
     trajectories: opt.TrajectoriesOption = 16,
     steps: opt.StepsOption = 20,
@@ -47,7 +46,6 @@ def quantize(
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
     if backend == "xnnpack":
         checks.check_packages("executorch", purpose="--backend xnnpack")
-    from mpqdm_fx.api import BACKENDS
     from mpqdm_fx.feasibility import check_feasible, weights_of
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
@@ -61,12 +59,10 @@ def quantize(
         summary_table,
     )
 
-    if backend not in BACKENDS:
-        raise ConfigError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
     checks.check_device(device)
     form = Form(
         backend=backend,
-        four_bit=four_bit,  # type: ignore[arg-type]  # `check_start` checks it
+        four_bit=four_bit,
         external_weights=external_weights,
         compress=compress,
     )
