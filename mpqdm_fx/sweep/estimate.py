@@ -13,6 +13,7 @@ from mpqdm_fx.calibration.activation_choice import options_of
 from mpqdm_fx.calibration.allocate import layer_limits
 from mpqdm_fx.calibration.probes import PROBES
 from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.cost import bind_sizes, node_cost, walk_memory
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.noise_argument import find_noise_argument
@@ -46,6 +47,7 @@ class Estimate:
         solve_seconds: Statistics, corrections and roundings.
         sensitivity_seconds: Jacobian probes, error tables of `allocation="measured"`, and what is
             measured to choose how inputs are quantized.
+        row_seconds: One row through the float model.
         peak_bytes: Model, rounded copy, activations and the largest layer's statistics.
         activation_bytes: Of that, activations of all calls.
         smallest_limit: The smallest `max_memory` that activations can do with.
@@ -58,6 +60,7 @@ class Estimate:
     forward_seconds: float
     solve_seconds: float
     sensitivity_seconds: float
+    row_seconds: float
     peak_bytes: int
     activation_bytes: int
     smallest_limit: int
@@ -135,6 +138,7 @@ def estimate(
         forward_seconds=forward,
         solve_seconds=seconds,
         sensitivity_seconds=sensitivity,
+        row_seconds=one_lane / len(calls) / batch_size_of(calls[0]),
         peak_bytes=2 * parameters + weights + held + largest,
         activation_bytes=held,
         smallest_limit=smallest,

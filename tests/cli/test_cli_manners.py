@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from typing import get_args
 
 import pytest
@@ -138,20 +137,29 @@ def test_a_setting_is_refused_by_the_name_of_its_option(parameter):
 @pytest.mark.parametrize(
     ("message", "told"),
     [
-        ("give effective_bits or weight_bytes, not both", "give --effective-bits or --weight-bytes, not both"),
-        ('choose activation_mode="a" or "b" or backend="packed"', "choose --activation-mode a or b or --backend packed"),
-        ("effective_bits is a budget for allocation='measured'", "--effective-bits is a budget for --allocation measured"),
+        (
+            "give effective_bits or weight_bytes, not both",
+            "give --effective-bits or --weight-bytes, not both",
+        ),
+        (
+            'choose activation_mode="a" or "b" or backend="packed"',
+            "choose --activation-mode a or b or --backend packed",
+        ),
+        (
+            "effective_bits is a budget for allocation='measured'",
+            "--effective-bits is a budget for --allocation measured",
+        ),
         ("num_trajectories=2: too few; resume=True", "--trajectories 2: too few; --resume"),
         ("updates=..., seconds=..., or both", "--updates ..., --budget ..., or both"),
         ("override 'a*' matches no layer", "--override 'a*' matches no layer"),
         # words of the language, paths and keys of files are no options
         ("levels of noise in 3 steps; seed of it", "levels of noise in 3 steps; seed of it"),
-        ("/tmp/weight_bits/x, a.weight_bits, 'weight_bits'", "/tmp/weight_bits/x, a.weight_bits, 'weight_bits'"),
+        ("/tmp/weight_bits/x, a.weight_bits, 'weight_bits'", None),
     ],
-)  # fmt: skip
+)
 def test_a_message_names_options_and_leaves_other_words(message, told):
     names = ("trajectories", "resume", "updates", "budget")
-    assert as_typed(message, {name: option_of(name) for name in names}) == told
+    assert as_typed(message, {name: option_of(name) for name in names}) == (told or message)
 
 
 def test_the_version_is_that_of_the_package(monkeypatch, capsys):
@@ -182,7 +190,7 @@ sys.argv = ["mpqdm-fx", *sys.argv[1:]]
 try:
     app.main()
 finally:
-    heavy = [name for name in ("torch", "diffusers", "pydantic_core_") if name in sys.modules]
+    heavy = [name for name in ("torch", "diffusers", "safetensors.torch") if name in sys.modules]
     print("loaded", heavy, "seconds", time.process_time(), file=sys.stderr)
 """
 
@@ -198,4 +206,3 @@ def test_an_answer_that_needs_no_model_loads_no_torch(words, tmp_path):
     # 0.2 to 0.4 s of a free core; twice that where neighbours share its caches
     assert float(done.stderr.split()[-1]) < 1.2
     assert list(tmp_path.iterdir()) == []
-    assert time.process_time() > 0
