@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mpqdm_fx.cli.panels import BITS, CALIBRATION, RUN
-from mpqdm_fx.cli.values import bits_of
+from mpqdm_fx.cli.values import whole_bits
 from mpqdm_fx.config import ActivationMode, Allocation, Levels, MPQConfig, Rounding
 
 __all__ = ["SETTINGS", "SeedOption"]
@@ -29,7 +29,7 @@ SETTINGS: Mapping[str, _Option] = {
         Annotated[
             int,
             typer.Option(
-                parser=bits_of,
+                parser=whole_bits,
                 metavar="BITS",
                 help="Average bits of a weight, 1 to 8; or --effective-bits.",
                 rich_help_panel=BITS,

@@ -9,10 +9,10 @@ import typer
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 
-__all__ = ["activation_mode_of", "bits_of", "memory_of", "seconds_of", "settings_of"]
+__all__ = ["activation_mode_of", "memory_of", "seconds_of", "settings_of", "whole_bits"]
 
 
-def bits_of(text: str) -> int:
+def whole_bits(text: str) -> int:
     """Whole bits, as typed.
 
     Raises:

@@ -2,23 +2,33 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
 from mpqdm_fx.calibration.allocate import layer_limits
 from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.graph.calling import batch_size_of, example_inputs
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.jobs.result_folder import Form
 from mpqdm_fx.models.sources import Source
+from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.stages import normalized
-from mpqdm_fx.sweep.estimate import Estimate, estimate
+from mpqdm_fx.sweep.estimate import Estimate, estimate, row_seconds
 from mpqdm_fx.sweep.measured import expected_bytes
 from mpqdm_fx.validation import Bytes, Count, Some, checked
 
-__all__ = ["Finish", "RunEstimate", "estimate_finish", "estimate_run"]
+__all__ = [
+    "Finish",
+    "RunEstimate",
+    "TrainingEstimate",
+    "estimate_finish",
+    "estimate_run",
+    "estimate_training",
+    "in_words",
+]
 
 # Seconds of one core, measured on `digits` and on a UNet of 860 M parameters. What comes behind the
 # sweep is the work of interpreters (export, partitioning, one process for each peak of memory).
@@ -30,6 +40,8 @@ _PROCESS = 6.0
 _TIMED_CALLS = 44  # of the float model and of what the backend runs
 _MEASURED_ROWS = 80  # held-out runs: 4 of 20 steps
 _MEASURED_PASSES = 7  # that they are drawn, and gone over by the float and the quantized model
+_STUDENT = 2.0  # what a quantized graph takes against a float one
+_TRAINED = 3.0  # forward and backward against forward
 _LAYER_BYTES = 4500  # of a program's graph
 _CALL_ROWS = 16  # as of `calibration_of`
 
@@ -42,15 +54,20 @@ class Finish:
         lower_seconds: Lowering to the backend.
         compare_seconds: All forms of the model against each other, layer by layer.
         measure_seconds: Noise SQNR, time of a step, peaks of memory, the grid of samples.
-        weight_bytes: Packed weights, and all that stays in float.
-        program_bytes: The program; 0 if there is none.
     """
 
     lower_seconds: float
     compare_seconds: float
     measure_seconds: float
-    weight_bytes: int
-    program_bytes: int
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of each stage, in running order."""
+        return {
+            "lowering": self.lower_seconds,
+            "comparing all forms": self.compare_seconds,
+            "measuring": self.measure_seconds,
+        }
 
     @property
     def seconds(self) -> float:
@@ -67,12 +84,16 @@ class RunEstimate:
         finish: What comes behind them.
         trace_seconds: Tracing the model, once more.
         record_seconds: Denoising runs of the float model to calibrate on.
+        weight_bytes: Packed weights of the result, and all that stays in float.
+        program_bytes: Its program; 0 if there is none.
     """
 
     sweep: Estimate
     finish: Finish
     trace_seconds: float
     record_seconds: float
+    weight_bytes: int
+    program_bytes: int
 
     @property
     def stages(self) -> dict[str, float]:
@@ -83,9 +104,7 @@ class RunEstimate:
             "sensitivities": self.sweep.sensitivity_seconds,
             "both lanes forward": self.sweep.forward_seconds,
             "corrections and roundings": self.sweep.solve_seconds,
-            "lowering": self.finish.lower_seconds,
-            "comparing all forms": self.finish.compare_seconds,
-            "measuring": self.finish.measure_seconds,
+            **self.finish.stages,
         }
 
     @property
@@ -99,8 +118,8 @@ class RunEstimate:
             **self.sweep.to_dict(),
             "stages": self.stages,
             "seconds": self.seconds,
-            "weight_bytes": self.finish.weight_bytes,
-            "program_bytes": self.finish.program_bytes,
+            "weight_bytes": self.weight_bytes,
+            "program_bytes": self.program_bytes,
         }
 
 
@@ -135,16 +154,27 @@ def estimate_run(
     calls, rows = _calls_of(source, trajectories, steps)
     inputs = example_inputs(graph_module.meta["signature"], batch_size=rows)
     sweep = estimate(graph_module, [inputs] * calls, config, max_memory=max_memory)
-    drawn = source.calls is None
-    images = samples * steps if source.scheduler is not None else 0
+    layers = weight_layers(graph_module, embeddings=True)
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    stored, remainder = expected_bytes(graph_module, config, layer_limits(graph_module, config))
+    program = weights + 2 * remainder + len(layers) * _LAYER_BYTES
     return RunEstimate(
         sweep=sweep,
         finish=estimate_finish(
-            graph_module, config, form, row_seconds=sweep.row_seconds, images=images
+            graph_module,
+            form,
+            row_seconds=sweep.row_seconds,
+            images=_images(source, samples, steps),
         ),
         trace_seconds=traced,
-        record_seconds=sweep.row_seconds * calls * rows if drawn else 0.0,
+        record_seconds=0.0 if source.calls is not None else sweep.row_seconds * calls * rows,
+        weight_bytes=stored + remainder,
+        program_bytes=program if form.backend == "xnnpack" else 0,
     )
+
+
+def _images(source: Source, samples: int, steps: int) -> int:
+    return samples * steps if source.scheduler is not None else 0
 
 
 def _calls_of(source: Source, trajectories: int, steps: int) -> tuple[int, int]:
@@ -157,36 +187,115 @@ def _calls_of(source: Source, trajectories: int, steps: int) -> tuple[int, int]:
 
 
 def estimate_finish(
-    graph_module: fx.GraphModule,
-    config: MPQConfig,
-    form: Form,
-    *,
-    row_seconds: float,
-    images: int,
+    graph_module: fx.GraphModule, form: Form, *, row_seconds: float, images: int
 ) -> Finish:
     """What lowering, comparing and measuring a quantized graph would take.
 
     Args:
         graph_module: Normalized graph.
-        config: Settings that it is quantized with.
         form: What is to be written.
         row_seconds: Time of the float model for one row.
         images: Rows of the grid's pictures, over all steps.
     """
     layers = weight_layers(graph_module, embeddings=True)
     weights = sum(layer.weight.numel() for layer in layers.values())
-    stored, remainder = expected_bytes(graph_module, config, layer_limits(graph_module, config))
     lower = {
         "xnnpack": len(layers) * _LOWER_LAYER + weights * _LOWER_WEIGHT,
         "torch_ao": len(layers) * _CONVERT_LAYER,
         "packed": 0.0,
     }[form.backend]
-    has_program = form.backend == "xnnpack"
+    forms = 2 if form.backend == "xnnpack" else 1
     rows = _MEASURED_PASSES * _MEASURED_ROWS + _TIMED_CALLS + images
     return Finish(
         lower_seconds=lower,
-        compare_seconds=len(layers) * _COMPARE_LAYER * (2 if has_program else 1),
+        compare_seconds=len(layers) * _COMPARE_LAYER * forms,
         measure_seconds=rows * row_seconds + 2 * _PROCESS,
-        weight_bytes=stored + remainder,
-        program_bytes=weights + 2 * remainder + len(layers) * _LAYER_BYTES if has_program else 0,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingEstimate:
+    """What `distill_folder` is expected to take.
+
+    Attributes:
+        data_seconds: Runs of the float model, and what each step's error does to the sample.
+        update_seconds: One update.
+        training_seconds: All updates, or the time that a budget leaves for them.
+        judge_seconds: Errors on held-out runs, before and after.
+        finish: What comes behind the training, where it helped.
+    """
+
+    data_seconds: float
+    update_seconds: float
+    training_seconds: float
+    judge_seconds: float
+    finish: Finish
+
+    @property
+    def others(self) -> float:
+        """All but the training itself."""
+        return self.data_seconds + self.judge_seconds + self.finish.seconds
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of each stage, in running order."""
+        return {
+            "runs of the float model": self.data_seconds,
+            "training": self.training_seconds,
+            "judging": self.judge_seconds,
+            **self.finish.stages,
+        }
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.training_seconds + self.others
+
+    def __str__(self) -> str:
+        stages = [f"{name} {in_words(s)}" for name, s in self.stages.items() if s >= 1]
+        return f"about {in_words(self.seconds)} in all: {', '.join(stages)}"
+
+
+def in_words(seconds: float) -> str:
+    """`45 s`, `12 min` or `3.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def estimate_training(
+    quantized: QuantizedModel,
+    source: Source,
+    config: DistillConfig,
+    *,
+    form: Form,
+    samples: int,
+) -> TrainingEstimate:
+    """What training a folder would take on this machine.
+
+    Args:
+        quantized: The model that training starts from.
+        source: The float model.
+        config: Settings; `seconds` count all of it, so that the rest is for training.
+        form: What is to be written.
+        samples: Images in the grid.
+    """
+    graph = quantized.rounded
+    row = row_seconds(graph, example_inputs(quantized.signature))
+    runs = (config.trajectories + config.held_out) * config.steps
+    effects = config.effect_runs * config.steps**2 / 2 if config.final_share else 0
+    judged = (config.trajectories + 3 * config.held_out) * config.steps
+    update = config.batch_size * row * _STUDENT * _TRAINED
+    found = TrainingEstimate(
+        data_seconds=(runs + effects) * row,
+        update_seconds=update,
+        training_seconds=math.inf if config.updates is None else config.updates * update,
+        judge_seconds=judged * row * _STUDENT,
+        finish=estimate_finish(
+            graph, form, row_seconds=row, images=_images(source, samples, config.steps)
+        ),
+    )
+    if config.seconds is None:
+        return found
+    left = max(0.0, config.seconds - found.others)
+    return replace(found, training_seconds=min(found.training_seconds, left))

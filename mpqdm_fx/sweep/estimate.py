@@ -22,7 +22,7 @@ from mpqdm_fx.sweep.build_lanes import two_lanes
 from mpqdm_fx.sweep.work import layer_work
 from mpqdm_fx.validation import Bytes, checked
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "estimate", "row_seconds"]
 
 _COLUMN = 8e-5  # seconds of interpreter and small kernels for one column of one rounding
 _RANGE = 0.05  # seconds to search the range of one activation
@@ -144,6 +144,13 @@ def estimate(
         smallest_limit=smallest,
         disk_bytes=weights + max(0, peak - held),
     )
+
+
+def row_seconds(graph_module: fx.GraphModule, call: Mapping[str, Any]) -> float:
+    """Seconds that a graph takes for one row of a call, told by its multiply-adds."""
+    sizes = bind_sizes(graph_module, call)
+    macs = sum(node_cost(graph_module, node, sizes) for node in graph_module.graph.nodes)
+    return macs / _speed()[0] / batch_size_of(call)
 
 
 def _ranges(settings: MPQConfig) -> int:
