@@ -38,7 +38,8 @@ from mpqdm_fx.parity.verify import store_parity
 from mpqdm_fx.plan import Fate
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.images import save_grid
-from mpqdm_fx.report.metrics import EVALUATION_SEED, epsilon_sqnr
+from mpqdm_fx.report.metrics import epsilon_sqnr
+from mpqdm_fx.report.reference import EVALUATION_SEED
 from mpqdm_fx.storage import write_model
 from mpqdm_fx.summary import SUMMARY, write_summary
 from mpqdm_fx.validation import check_fields
