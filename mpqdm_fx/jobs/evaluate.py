@@ -11,7 +11,8 @@ from torch import Tensor
 from mpqdm_fx.denoisers import source_of
 from mpqdm_fx.folders import open_folder
 from mpqdm_fx.graph.noise_argument import find_noise_argument
-from mpqdm_fx.jobs.result_folder import FolderResult, held_out_of
+from mpqdm_fx.jobs.calibration import held_out_of
+from mpqdm_fx.jobs.result_folder import FolderResult
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.sources import Source
