@@ -8,7 +8,7 @@ import typer
 
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.gates import GateOption, MetricsOption, end_with_gates, print_gates
+from mpqdm_fx.cli.gates import GateOption, MetricsOption, end_with_gates, print_gates, with_gates
 from mpqdm_fx.report.gates import parse_gates
 
 __all__ = ["evaluate"]
@@ -32,7 +32,7 @@ def evaluate(
     lpips: Annotated[
         Path | None, typer.Option(metavar="PATH", help="TorchScript file of LPIPS.")
     ] = None,
-    metrics: MetricsOption = False,  # noqa: ARG001 - its callback ends the command
+    metrics: MetricsOption = False,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Measure a quantized folder against its float model on held-out, paired noise."""
@@ -57,11 +57,7 @@ def evaluate(
     )
     console = opt.console()
     if as_json:
-        told = found.metrics
-        if gates:
-            verdicts = [verdict.to_dict() for verdict in found.verdicts]
-            told = {**told, "gates": verdicts, "passed": found.passed}
-        console.print_json(json.dumps(plain(told)))
+        console.print_json(json.dumps(plain(with_gates(found.metrics, found.verdicts))))
     else:
         console.print(evaluation_table(found.metrics))
         print_gates(console, found.verdicts)

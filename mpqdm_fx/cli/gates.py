@@ -1,7 +1,7 @@
 """The option `--gate`: what a result must measure, and what is printed of it."""
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -9,7 +9,7 @@ from rich.console import Console
 from mpqdm_fx.cli.streams import say
 from mpqdm_fx.report.gates import METRICS, Verdict, catalogue
 
-__all__ = ["GateOption", "MetricsOption", "end_with_gates", "print_gates"]
+__all__ = ["GateOption", "MetricsOption", "end_with_gates", "print_gates", "with_gates"]
 
 GateOption = Annotated[
     list[str] | None,
@@ -36,6 +36,19 @@ MetricsOption = Annotated[
         "--metrics", is_eager=True, callback=_print_catalogue, help="List all metrics and exit."
     ),
 ]
+
+
+def with_gates(numbers: Mapping[str, Any], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """What `--json` prints: a command's numbers, and its gates where there are some.
+
+    Args:
+        numbers: The command's own.
+        verdicts: Of `gates.judge`.
+    """
+    if not verdicts:
+        return dict(numbers)
+    told = [verdict.to_dict() for verdict in verdicts]
+    return {**numbers, "gates": told, "passed": all(verdict.passed for verdict in verdicts)}
 
 
 def print_gates(console: Console, verdicts: Sequence[Verdict]) -> None:

@@ -8,9 +8,11 @@ import typer
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
+from mpqdm_fx.cli.gates import GateOption, end_with_gates, print_gates, with_gates
 from mpqdm_fx.cli.streams import say
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.report.gates import parse_gates
 
 if TYPE_CHECKING:
     from mpqdm_fx.models.sources import Source
@@ -37,12 +39,14 @@ def quantize(
     external_weights: opt.ExternalWeightsOption = False,
     compress: opt.CompressOption = False,
     overwrite: opt.OverwriteOption = False,
+    gate: GateOption = None,
     subfolder: opt.SubfolderOption = None,
     variant: opt.VariantOption = None,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Quantize MODEL into a folder: packed weights, program, sample grid, numbers."""
     memory = opt.memory_of(max_memory)
+    gates = parse_gates(gate)
     checks.check_output_folder(output, model)
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
     if backend == "xnnpack":
@@ -50,6 +54,7 @@ def quantize(
     from mpqdm_fx.api import BACKENDS
     from mpqdm_fx.feasibility import check_feasible, weights_of
     from mpqdm_fx.io.schema import plain
+    from mpqdm_fx.jobs.evaluate import check_gates, judge_result
     from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.models.sources import load_with_calls
@@ -72,6 +77,7 @@ def quantize(
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
     source = load_with_calls(model, subfolder, variant, inputs, held_out)
+    check_gates(gates, source, form.backend)
     if not resume:  # who resumes has some of it on the disk already
         # a byte each, until the run is through
         checks.check_space(output, weights_of(source.model))
@@ -100,9 +106,11 @@ def quantize(
         )
     if result is None:
         return
+    verdicts = judge_result(gates, result, source, steps=steps)
     console = opt.console()
     if as_json:
-        console.print_json(json.dumps(plain(result.summary)))
+        console.print_json(json.dumps(plain(with_gates(result.summary, verdicts))))
+        end_with_gates(verdicts, output)
         return
     report = result.quantized.report
     console.print(layer_table(report))
@@ -111,7 +119,9 @@ def quantize(
     if report.judged:
         console.print(judgement_table(report))
     console.print(summary_table(result.summary))
+    print_gates(console, verdicts)
     say(console, f"written to {output}")
+    end_with_gates(verdicts, output)
 
 
 @opt.takes_settings(without=("effective_bits", "weight_bytes", "seed"))

@@ -70,11 +70,6 @@ class FolderEvaluation:
     metrics: dict[str, Any]
     verdicts: tuple[Verdict, ...]
 
-    @property
-    def passed(self) -> bool:
-        """Whether every gate was kept."""
-        return all(verdict.passed for verdict in self.verdicts)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:

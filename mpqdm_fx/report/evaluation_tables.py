@@ -1,4 +1,4 @@
-"""Tables of an evaluation: what was measured, in words, and what was wanted. 80 columns hold them."""
+"""Tables of an evaluation, within 80 columns: what was measured, in words, what was wanted."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -74,10 +74,10 @@ class Metric:
 
 def _metrics() -> Iterable[Metric]:
     for name, unit, direction, source, meaning in (
-        ("epsilon_sqnr", "dB", "up", "evaluation", "output of one call against float, same inputs"),
-        ("x0_sqnr", "dB", "up", "evaluation", "samples against float's, from the same noise"),
-        ("psnr", "dB", "up", "evaluation", "the same samples as pictures (not of latents)"),
-        ("ssim", "", "up", "evaluation", "structural likeness of these pictures, up to 1"),
+        ("epsilon_sqnr", "dB", "up", "evaluation", "one call against float, same inputs"),
+        ("x0_sqnr", "dB", "up", "evaluation", "samples against float, same noise"),
+        ("psnr", "dB", "up", "evaluation", "these samples as pictures (no latents)"),
+        ("ssim", "", "up", "evaluation", "likeness of these pictures, up to 1"),
         ("accuracy", "share", "up", "evaluation", "samples that show their class (digits)"),
         ("frechet_distance", "", "down", "evaluation", "FD of a classifier's features (digits)"),
         ("kernel_distance", "", "down", "evaluation", "KID of the same features (digits)"),
@@ -85,11 +85,11 @@ def _metrics() -> Iterable[Metric]:
         ("inception_kernel_distance", "", "down", "evaluation", "KID, with --inception PATH"),
         ("lpips", "", "down", "evaluation", "perceptual distance, with --lpips PATH"),
         ("backend_sqnr", "dB", "up", "summary", "as epsilon_sqnr, of what the backend runs"),
-        ("bytes", "bytes", "down", "summary", "program with its weights; else packed weights"),
+        ("bytes", "bytes", "down", "summary", "program and its weights; else packed ones"),
         ("parameter_bytes", "bytes", "down", "summary", "codes, scales, tables, what is float"),
         ("effective_bits", "bits", "down", "summary", "stored bits a weight, all overhead"),
-        ("ms", "ms", "down", "summary", "one call of what the backend runs, batch 1"),
-        ("speedup", "times", "up", "summary", "ms of the float model in eager mode, over ms"),
+        ("ms", "ms", "down", "summary", "one call of the backend, batch 1"),
+        ("speedup", "times", "up", "summary", "ms of the float model (eager) over ms"),
         ("peak_memory", "bytes", "down", "summary", "peak of loading and one call"),
         ("program_sqnr", "dB", "up", "summary", "program against the graph it was made of"),
         ("subgraphs", "", "down", "summary", "parts of the program that XNNPACK runs"),
@@ -288,7 +288,9 @@ def expected_summary(backend: str, *, drawn: bool) -> tuple[str, ...]:
     """
     without = () if backend == "xnnpack" else ("program_sqnr", "subgraphs")
     without += () if drawn else ("peak_memory",)
-    return tuple(m.name for m in METRICS.values() if m.source == "summary" and m.name not in without)
+    return tuple(
+        m.name for m in METRICS.values() if m.source == "summary" and m.name not in without
+    )
 
 
 def summary_metrics(summary: Mapping[str, Any]) -> dict[str, float]:

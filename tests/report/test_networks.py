@@ -66,7 +66,7 @@ def test_a_missing_or_foreign_file_is_refused_and_nothing_is_downloaded(tmp_path
     with pytest.raises(ArtifactError, match="nothing is downloaded"):
         open_networks(tmp_path / "inception.pt")
     (tmp_path / "other.pt").write_bytes(b"no network")
-    with pytest.raises(ArtifactError, match="--lpips .*other.pt: no TorchScript"):
+    with pytest.raises(ArtifactError, match=r"--lpips .*other\.pt: no TorchScript"):
         open_networks(lpips=tmp_path / "other.pt")
 
 

@@ -78,41 +78,33 @@ def test_more_noise_is_worse_for_both():
 
 
 def direct_kernel_distance(first, second):
-    """Equation 4 of Binkowski et al. 2018, sum by sum."""
+    """Mean kernel within each set, less that between them, pair by pair."""
     x, y = first.double().numpy(), second.double().numpy()
-    n, dim = x.shape
 
-    def kernel(a, b):
-        return (float(a @ b) / dim + 1) ** 3
+    def mean(these, those):
+        return np.mean([(float(a @ b) / x.shape[1] + 1) ** 3 for a in these for b in those])
 
-    total = 0.0
-    for i in range(n):
-        for j in range(n):
-            if i != j:
-                total += (kernel(x[i], x[j]) + kernel(y[i], y[j])) / (n * (n - 1))
-            total -= 2 * kernel(x[i], y[j]) / n**2
-    return total
+    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
 
 
 def test_kernel_distance_equals_the_direct_sum():
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(20, 6, generator=generator)
-    second = 1.4 * torch.randn(20, 6, generator=generator) + 0.5
+    second = 1.4 * torch.randn(30, 6, generator=generator) + 0.5
     expected = direct_kernel_distance(first, second)
-    assert kernel_distance(first, second) == pytest.approx(expected, rel=1e-6)
+    assert kernel_distance(first, second) == pytest.approx(expected, rel=1e-9)
 
 
-def test_kernel_distance_is_the_same_every_time_and_leaves_the_random_state_alone():
-    first, second = torch.randn(30, 4), torch.randn(30, 4) + 1
-    state = torch.get_rng_state()
-    assert kernel_distance(first, second) == kernel_distance(first, second)
-    assert torch.equal(torch.get_rng_state(), state)
+def test_kernel_distance_of_pairs_is_zero_for_equal_sets_and_grows_with_the_noise():
+    features = 20 * torch.randn(30, 4, generator=torch.Generator().manual_seed(1))
+    near, far = (features + s * noisy(torch.zeros(30, 4), 1.0) for s in (0.1, 3.0))
+    assert kernel_distance(features, features) == pytest.approx(0, abs=1e-6)
+    assert 0 <= kernel_distance(features, near) < kernel_distance(features, far)
 
 
 @pytest.mark.parametrize(
     ("function", "first", "second", "message"),
     [
-        (kernel_distance, (5, 4), (6, 4), "5 and 6 samples"),
         (kernel_distance, (5, 4), (5, 3), "kernel_distance"),
         (kernel_distance, (1, 4), (1, 4), "at least 2"),
         (psnr, (2, 1, 8, 8), (3, 1, 8, 8), "of one shape"),
