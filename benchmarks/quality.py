@@ -27,7 +27,7 @@ from tqdm import tqdm
 from mpqdm_fx import MPQConfig, convert, prepare
 from mpqdm_fx.files import write_text
 from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.jobs.result_folder import calibration_of
+from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.sources import Source, load_source
 from mpqdm_fx.quantized import PreparedModel, QuantizedModel

@@ -5,7 +5,7 @@ from typing import Any
 
 from mpqdm_fx.denoisers import draw, source_of
 from mpqdm_fx.graph.noise_argument import find_noise_argument
-from mpqdm_fx.jobs.result_folder import held_out_of
+from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.sources import Source

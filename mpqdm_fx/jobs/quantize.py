@@ -11,10 +11,10 @@ from mpqdm_fx.folders import check_target
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
     Form,
-    calibration_of,
     write_folder,
 )
 from mpqdm_fx.jobs.unfinished import check_ours

@@ -4,7 +4,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +15,6 @@ from mpqdm_fx.api import BACKENDS, MODES, Backend, lower
 from mpqdm_fx.backends.xnnpack.compressed import compress_program, drop_expansions
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
-from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.denoisers import (
     PROGRAM,
@@ -31,8 +30,8 @@ from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.files import write_text
 from mpqdm_fx.folders import MANIFEST, open_folder, seal_folder, staged_directory
 from mpqdm_fx.io.sealed import Entry
+from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.memory import peak_memory
-from mpqdm_fx.models.functions import GivenCalls
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity.verify import store_parity
 from mpqdm_fx.plan import Fate
@@ -43,7 +42,7 @@ from mpqdm_fx.storage import write_model
 from mpqdm_fx.summary import SUMMARY, write_summary
 from mpqdm_fx.validation import check_fields
 
-__all__ = ["FolderResult", "Form", "calibration_of", "held_out_of", "time_per_step", "write_folder"]
+__all__ = ["FolderResult", "Form", "time_per_step", "write_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -136,45 +135,6 @@ def _check_mode(config: MPQConfig, backend: Backend) -> None:
             f"{backend} does not run activation_mode={config.activation_mode!r}; choose "
             f"activation_mode={modes} or backend={doors}"
         )
-
-
-def calibration_of(
-    source: Source, *, trajectories: int, steps: int, seed: int, batch_size: int = 16
-) -> Trajectories | GivenCalls:
-    """Inputs along the float model's own denoising runs, all timesteps mixed in every batch.
-
-    Or the user's own calls, where there are some.
-
-    Raises:
-        ConfigError: There are none, and no scheduler for runs.
-    """
-    if source.calls is not None:
-        return source.calls
-    if source.scheduler is None:
-        raise ConfigError(
-            f"{source.name} is made by a function, and it is not known how its runs go; give calls "
-            f"with --inputs module:function"
-        )
-    return Trajectories(
-        source.model,
-        source.scheduler,
-        num_trajectories=trajectories,
-        num_inference_steps=steps,
-        batch_size=batch_size,
-        seed=seed,
-        sample_shape=source.sample_shape,
-        conditions=source.conditions(trajectories, seed),
-        held_out=trajectories // 4,
-    )
-
-
-def held_out_of(
-    source: Source, *, steps: int, seed: int
-) -> Trajectories | Sequence[Mapping[str, Any]]:
-    """Inputs that calibration does not see: further runs, or the user's held-out calls."""
-    if source.calls is not None:
-        return source.calls.held_out
-    return calibration_of(source, trajectories=4, steps=steps, seed=seed)  # type: ignore[return-value]
 
 
 def write_folder(
