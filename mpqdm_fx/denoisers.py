@@ -39,6 +39,7 @@ __all__ = [
     "program_denoiser",
     "program_names",
     "runner_denoiser",
+    "saved_source",
     "source_of",
 ]
 
@@ -189,10 +190,10 @@ def open_denoiser(
             f"draw in Python with a loop of your own: mpqdm_fx.calibration.sampling.denoise"
         )
     denoiser = load(root) if form == "packed" or not names else program_denoiser(folder)
-    return _saved_source(folder, denoiser), denoiser
+    return saved_source(folder, denoiser), denoiser
 
 
-def _saved_source(folder: ModelFolder, model: Denoiser) -> Source:
+def saved_source(folder: ModelFolder, model: Denoiser) -> Source:
     """Inputs and scheduler as saved: sampling needs no float model."""
     folder.require(SCHEDULER_CONFIG)
     place = str(folder.root / SCHEDULER_CONFIG)
