@@ -49,12 +49,13 @@ def bits_chart(part: Part) -> Chart:
         axes.set_ylabel("bits per weight")
 
     pinned = sum(1 for layer in layers if layer.reason)
+    off = f"; {pinned} layers are off the budget (pale)" if pinned else ""
     return chart(
         "bits",
         "Bits along the model",
         f"Average bits per weight of {len(layers)} layers, from {bits_text(_least(layers))} to "
         f"{bits_text(max((la.mean_bits for la in layers), default=0))}; {part.mean_bits:.2f} on "
-        f"average over the budget (dashed); {pinned} layers are off the budget (pale).",
+        f"average over the budget (dashed){off}.",
         draw,
         height=2.5,
         narrow_height=2.1,

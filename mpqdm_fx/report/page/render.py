@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.report.page import charts, text
 from mpqdm_fx.report.page.details import LayerRow, layer_rows
 from mpqdm_fx.report.page.gallery import Gallery
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Card", "PartView", "cards_of", "page_environment", "render_report"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_SHOWN = 12  # inputs whose rounding costs most
+_MAIN = ("weight_bits", "activation_bits", "activation_mode", "allocation", "rounding", "levels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ class PartView:
         charts: By name.
         layers: Rows of the table of layers.
         inputs: Rows of the table of inputs, the dearest first.
-        settings: Settings that are not the default, then the others.
+        settings: Settings that were chosen, and the main ones.
+        defaults: All others.
     """
 
     part: Part
@@ -61,6 +63,7 @@ class PartView:
     layers: tuple[LayerRow, ...]
     inputs: tuple[tuple[str, str, str, str, str], ...]
     settings: tuple[tuple[str, str], ...]
+    defaults: tuple[tuple[str, str], ...]
 
 
 def render_report(record: ReportRecord, gallery: Gallery | None) -> str:
@@ -208,20 +211,15 @@ def _verdict(record: ReportRecord) -> str:
     sentences = []
     for part in record.parts:
         size = text.times_text(part.float32_bytes / part.shipped_bytes)
-        sentence = f"{size} smaller than float32"
+        sentences.append(f"{size} smaller than float32.")
         if part.epsilon_sqnr_db is not None:
-            db, word = text.db_text(part.epsilon_sqnr_db), word_of_sqnr(part.epsilon_sqnr_db)
-            sentence += f", and its noise prediction is {word} to float ({db} dB)"
-            if word == "as float":
-                sentence = sentence.replace("is as float to float", "is as float's")
-        sentences.append(f"{sentence}.")
+            ratio = text.ratio_text(part.epsilon_sqnr_db)
+            word = word_of_sqnr(part.epsilon_sqnr_db)
+            sentences.append(f"Its noise prediction against float's: {word} ({ratio}).")
     pictures = record.pictures
     if pictures is not None and pictures.x0_sqnr_db is not None:
-        ratio = pictures.x0_sqnr_db
-        sentences.append(
-            f"{pictures.count} whole runs from the same noise end in {word_of_x0(ratio)} "
-            f"({text.db_text(ratio)} dB)."
-        )
+        ratio, word = text.ratio_text(pictures.x0_sqnr_db), word_of_x0(pictures.x0_sqnr_db)
+        sentences.append(f"{pictures.count} whole runs from the same noise: {word} ({ratio}).")
     return " ".join(sentences)
 
 
@@ -238,13 +236,22 @@ def _view(part: Part) -> PartView:
         )
         if one is not None
     }
+    usual = MPQConfig().to_dict()
+    told = {
+        key: value
+        for key, value in part.settings.items()
+        if key in _MAIN or value != usual.get(key)
+    }
     return PartView(
         part=part,
         cards=cards_of(part),
         charts=drawn,
         layers=tuple(layer_rows(part)),
         inputs=_inputs(part.activations),
-        settings=tuple((key, _setting(value)) for key, value in part.settings.items()),
+        settings=tuple((key, _setting(value)) for key, value in told.items()),
+        defaults=tuple(
+            (key, _setting(value)) for key, value in part.settings.items() if key not in told
+        ),
     )
 
 

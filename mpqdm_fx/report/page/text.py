@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-__all__ = ["bits_text", "bytes_text", "db_text", "folded", "shape_text", "share_text", "times_text"]
+__all__ = ["bits_text", "bytes_text", "db_text", "folded", "ratio_text", "shape_text", "share_text", "times_text"]
 
 
 def bytes_text(size: float) -> str:
@@ -21,6 +21,11 @@ def db_text(value: float | None) -> str:
     if math.isinf(value) and value > 0:
         return "exact"
     return f"{value:.1f}"
+
+
+def ratio_text(value: float) -> str:
+    """Decibels with their unit."""
+    return db_text(value) if math.isinf(value) else f"{db_text(value)} dB"
 
 
 def bits_text(bits: float) -> str:

@@ -1,9 +1,21 @@
 "use strict";
-// Opens the row of a layer whose bar is clicked, sorts rows, copies the command.
+// Shows the first rows of many layers, opens the row whose bar is clicked, sorts, copies the command.
+const expand = (list) => {
+  list.classList.remove("short");
+  list.parentElement.querySelector(".more").hidden = true;
+};
+document.querySelectorAll(".layers").forEach((list) => {
+  const more = list.parentElement.querySelector(".more");
+  if (list.querySelectorAll("details").length <= 12) return;
+  list.classList.add("short");
+  more.hidden = false;
+  more.addEventListener("click", () => expand(list));
+});
 document.querySelectorAll("[data-layer]").forEach((bar) => {
   bar.addEventListener("click", () => {
     const row = document.getElementById("layer-" + bar.dataset.layer);
     if (row) {
+      expand(row.parentElement);
       row.open = true;
       row.scrollIntoView({ block: "center", behavior: "smooth" });
       row.querySelector("summary").focus({ preventScroll: true });
