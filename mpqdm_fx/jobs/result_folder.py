@@ -1,6 +1,5 @@
 """The folder that a job gives: weights, program, scheduler, sample grid, thresholds, numbers."""
 
-import json
 import logging
 import statistics
 import time
@@ -20,11 +19,13 @@ from mpqdm_fx.denoisers import (
     PROGRAM,
     SOURCE,
     Denoiser,
+    Origin,
     draw,
     first_rows,
     pictures,
     program_denoiser,
     program_names,
+    zoom_of,
 )
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.files import write_text
@@ -169,8 +170,7 @@ def write_folder(
     with staged_directory(output, overwrite=overwrite) as stage:
         if source.scheduler is not None:
             source.scheduler.save_pretrained(stage / "scheduler")
-        origin = {"model": source.name, "subfolder": subfolder, "variant": source.variant}
-        write_text(stage / SOURCE, json.dumps(origin))
+        write_text(stage / SOURCE, Origin.of(source, subfolder).model_dump_json())
         runner: Denoiser = quantized
         program: dict[str, Any] | None = None
         graphs: list[Any] = []
@@ -190,8 +190,9 @@ def write_folder(
         if source.scheduler is None:
             logger.info("no images are drawn and no peak is measured: the model has no scheduler")
         elif samples:
-            images = draw(source, runner, num=samples, steps=steps, seed=0)
-            save_grid(pictures(images), stage / GRID, columns=max(1, round(samples**0.5)))
+            images = pictures(draw(source, runner, num=samples, steps=steps, seed=0), source)
+            columns = max(1, round(samples**0.5))
+            save_grid(images, stage / GRID, columns=columns, zoom=zoom_of(images))
         peak = "pte" if backend == "xnnpack" else "packed"
         known = source.scheduler is not None  # else another process cannot make a call
         summary["peak_memory_bytes"] = {
@@ -249,7 +250,7 @@ def _summarise(
         "float_remainder_bytes": plan.float_bytes,
         "float32_bytes": 4 * plan.num_parameters,
         "parameters": {fate: plan.count(fate) for fate in get_args(Fate)},
-        "remarks": list(plan.remarks),
+        "remarks": [*plan.remarks, *source.remarks],
         "epsilon_sqnr_db": epsilon_sqnr(source.model, quantized, held_out),
         "backend_epsilon_sqnr_db": epsilon_sqnr(source.model, runner, held_out),
         "milliseconds_per_step": timing,
