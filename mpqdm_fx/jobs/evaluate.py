@@ -9,6 +9,7 @@ from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.sources import Source
+from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.metrics import (
     epsilon_sqnr,
@@ -61,6 +62,7 @@ def evaluate_folder(
             num_inference_steps=steps,
             seed=seed,
         ).to_dict()
+    source = as_recorded(source, folder, model=model)
     held_out = held_out_of(source, steps=steps, seed=seed)
     expected = draw(source, source.model, num=num, steps=steps, seed=seed + 1)
     found = draw(source, quantized, num=num, steps=steps, seed=seed + 1)

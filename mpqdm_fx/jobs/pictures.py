@@ -2,18 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import cycle, islice
 
-import torch
 from torch import Tensor
 
-from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.denoisers import Denoiser, draw
-from mpqdm_fx.errors import MPQError
-from mpqdm_fx.folders import MODEL_CONFIG
-from mpqdm_fx.models.model_config import read_model_config
 from mpqdm_fx.models.sources import Source
-from mpqdm_fx.models.weight_files import load_weights
 
 __all__ = ["Drawn", "draw_pictures"]
 
@@ -28,7 +22,8 @@ class Drawn:
         samples: Samples [N, *sample_shape] by denoiser.
         images: The same as pictures [N, 1 or 3, H, W], about -1 to 1; empty if they are none.
         labels: What each sample was to show; empty if nothing is said.
-        note: What the pictures are, where they are not the model's own output.
+        note: What the pictures are, where they are not the model's own output, or why there are
+            none.
         steps: Steps of the scheduler.
         seed: Seed of the noise.
     """
@@ -48,7 +43,6 @@ def draw_pictures(
     num: int,
     steps: int,
     seed: int = 0,
-    subfolder: str | None = None,
 ) -> Drawn:
     """Draw with each denoiser from the same noise and conditions.
 
@@ -61,70 +55,45 @@ def draw_pictures(
         num: Samples of each.
         steps: Steps of the scheduler.
         seed: Seed of the noise.
-        subfolder: Part of a pipeline folder that the source came from.
     """
     samples = {
         name: draw(source, denoiser, num=num, steps=steps, seed=seed)
         for name, denoiser in denoisers.items()
     }
-    labels, said = _labels(source, num, seed)
-    images, note = _images(source, samples, subfolder)
+    images, note = _images(source, samples)
     return Drawn(
         samples=samples,
         images=images,
-        labels=labels,
-        note=" ".join(part for part in (note, said) if part),
+        labels=_labels(source, num, seed),
+        note=note,
         steps=steps,
         seed=seed,
     )
 
 
-def _labels(source: Source, num: int, seed: int) -> tuple[tuple[str, ...], str]:
-    """What samples are asked to show, and what is to be said of it."""
+def _labels(source: Source, num: int, seed: int) -> tuple[str, ...]:
+    """What samples are asked to show; empty if nothing that can be told."""
+    if source.components is not None and source.components.prompts:
+        return tuple(islice(cycle(source.components.prompts), num))
     if source.inputs is None or source.extra is not None:
-        return (), ""
-    conditions = source.conditions(num, seed)
-    classes = conditions.get("class_labels")
+        return ()
+    classes = source.conditions(num, seed).get("class_labels")
     if isinstance(classes, Tensor) and classes.ndim == 1 and not classes.is_floating_point():
-        return tuple(f"class {int(label)}" for label in classes), ""
-    if isinstance(conditions.get("encoder_hidden_states"), Tensor):
-        return (), "They are conditioned on seeded random embeddings, not on prompts."
-    return (), ""
+        return tuple(f"class {int(label)}" for label in classes)
+    return ()
 
 
-def _images(
-    source: Source, samples: Mapping[str, Tensor], subfolder: str | None
-) -> tuple[dict[str, Tensor], str]:
+def _images(source: Source, samples: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Pictures of samples, and what is to be said of them."""
     first = next(iter(samples.values()))
     if first.ndim != 4:
-        return {}, f"Samples of shape {tuple(first.shape[1:])} are no pictures."
+        return {}, f"samples of shape {tuple(first.shape[1:])} are no pictures"
+    if source.components is not None:
+        decoded = {name: source.components.pictures(value) for name, value in samples.items()}
+        if all(value is not None for value in decoded.values()):
+            return {name: value for name, value in decoded.items() if value is not None}, ""
     if first.shape[1] in _IMAGE_CHANNELS:
         return dict(samples), ""
-    why = "the model did not come from a pipeline with one"
-    folder = Path(source.name) / "vae"
-    if subfolder is not None and (folder / MODEL_CONFIG).is_file():
-        try:
-            return _decoded(folder, samples, source.variant), ""
-        except (MPQError, RuntimeError, AttributeError) as error:
-            why = f"the pipeline's cannot decode them ({error})"
     scale = first[:, :1].abs().max().clamp_min(1e-6)
     grey = {name: value[:, :1] / scale for name, value in samples.items()}
-    return grey, f"These are latents, first channel, not decoded by a VAE: {why}."
-
-
-@plain_torch()
-@torch.no_grad()
-def _decoded(
-    folder: Path, samples: Mapping[str, Tensor], variant: str | None
-) -> dict[str, Tensor]:
-    """Latents through a pipeline's VAE, as its pipelines do it."""
-    found, config = read_model_config(folder)
-    vae = load_weights(found, config, folder, variant)
-    scaling, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-
-    def decode(latents: Tensor) -> Tensor:
-        parts = [vae.decode(row[None] / scaling + shift).sample for row in latents]  # type: ignore[operator]
-        images: Tensor = torch.cat(parts)
-        return images
-
-    return {name: decode(value) for name, value in samples.items()}
+    return grey, "These are latents, their first channel: no pipeline with a VAE decodes them."

@@ -27,6 +27,7 @@ from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
 from mpqdm_fx.jobs.report import gallery_of_drawn, measured_of, picture_numbers, record_of
 from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.sources import Source
+from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.report.comparison import compare_all
 from mpqdm_fx.report.gather import Measured, part_of
@@ -173,7 +174,6 @@ def draw_folder(
         num=num,
         steps=steps or (stored.steps if stored is not None else _STEPS),
         seed=seed,
-        subfolder=None if found.origin is None else found.origin.subfolder,
     )
     return drawn, ""
 
@@ -181,7 +181,8 @@ def draw_folder(
 def _source(folder: ModelFolder, model: str | None) -> tuple[Source | None, str]:
     """The float model, or why there is none."""
     try:
-        return source_of(folder.root, model), ""
+        source = source_of(folder.root, model)
+        return as_recorded(source, folder.root, model=model), ""
     except MPQError as error:
         return None, str(error)
 

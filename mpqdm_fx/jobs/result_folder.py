@@ -1,6 +1,5 @@
 """The folder that a job gives: weights, program, scheduler, sample grid, thresholds, numbers."""
 
-import json
 import logging
 import statistics
 import time
@@ -20,6 +19,7 @@ from mpqdm_fx.denoisers import (
     PROGRAM,
     SOURCE,
     Denoiser,
+    Origin,
     first_rows,
     program_denoiser,
     program_names,
@@ -176,8 +176,7 @@ def write_folder(
     with staged_directory(output, overwrite=overwrite) as stage:
         if source.scheduler is not None:
             source.scheduler.save_pretrained(stage / "scheduler")
-        origin = {"model": source.name, "subfolder": subfolder, "variant": source.variant}
-        write_text(stage / SOURCE, json.dumps(origin))
+        write_text(stage / SOURCE, Origin.of(source, subfolder).model_dump_json())
         runner: Denoiser = quantized
         program: dict[str, Any] | None = None
         graphs: list[Any] = []
@@ -196,9 +195,9 @@ def write_folder(
         calls = list(held_out_of(source, steps=20, seed=EVALUATION_SEED))
         compared = _compared(source, quantized, runner, calls)
         timing = time_per_step({"float": source.model, backend: runner}, first_rows(calls[0]))
-        summary = {**_summarise(quantized, backend, compared, timing), **(more or {})}
+        summary = {**_summarise(source, quantized, backend, compared, timing), **(more or {})}
         summary |= {"program": program, "command": command}
-        drawn = _draw(source, runner, stage, steps=steps, samples=samples, subfolder=subfolder)
+        drawn = _draw(source, runner, stage, steps=steps, samples=samples)
         peak = "pte" if backend == "xnnpack" else "packed"
         known = source.scheduler is not None  # else another process cannot make a call
         summary["peak_memory_bytes"] = {
@@ -258,7 +257,7 @@ def _sizes(stage: Path) -> dict[str, int]:
 
 
 def _draw(
-    source: Source, runner: Denoiser, stage: Path, *, steps: int, samples: int, subfolder: str | None
+    source: Source, runner: Denoiser, stage: Path, *, steps: int, samples: int
 ) -> Drawn | None:
     """Samples of the float model and of what the backend runs, from the same noise."""
     if source.scheduler is None:
@@ -267,7 +266,7 @@ def _draw(
     if not samples:
         return None
     both = {"float": source.model, "quantized": runner}
-    drawn = draw_pictures(source, both, num=samples, steps=steps, subfolder=subfolder)
+    drawn = draw_pictures(source, both, num=samples, steps=steps)
     if drawn.images:
         save_rows(list(drawn.images.items()), stage / GRID)
     return drawn
@@ -294,6 +293,7 @@ def _compared(
 
 
 def _summarise(
+    source: Source,
     quantized: QuantizedModel,
     backend: str,
     compared: Mapping[str, Comparison],
@@ -311,7 +311,7 @@ def _summarise(
         "float_remainder_bytes": plan.float_bytes,
         "float32_bytes": 4 * plan.num_parameters,
         "parameters": {fate: plan.count(fate) for fate in get_args(Fate)},
-        "remarks": list(plan.remarks),
+        "remarks": [*plan.remarks, *source.remarks],
         "epsilon_sqnr_db": own.sqnr_db,
         "backend_epsilon_sqnr_db": compared.get("backend", own).sqnr_db,
         "milliseconds_per_step": dict(timing),

@@ -159,7 +159,7 @@ def part_of(
         ),
         program=None if program is None else _program(program),
         trained=_training(told.get("distilled")),
-        remarks=plan.remarks,
+        remarks=tuple(told.get("remarks", plan.remarks)),
         missing=missing,
     )
 

@@ -13,7 +13,7 @@ from mpqdm_fx.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["check_images", "pixels_of", "save_grid", "save_rows", "zoom_of"]
+__all__ = ["check_images", "pixels_of", "save_grid", "save_rows"]
 
 _GREY = 96  # between images
 _PAPER, _INK = 255, 32
@@ -71,7 +71,7 @@ def save_rows(
         if images.shape != shape:
             raise ConfigError(f"save_rows: {label} has {tuple(images.shape)}, not {tuple(shape)}")
     font = ImageFont.load_default(_LABEL)
-    zoom, indent = zoom_of(shape), _MARGIN + round(max(font.getlength(name) for name, _ in rows))
+    zoom, indent = _zoom(shape), _MARGIN + round(max(font.getlength(name) for name, _ in rows))
     starts = range(0, shape[0], columns)
     blocks = [
         [(label, _picture(_tiled(images[start : start + columns], columns, zoom)))
@@ -116,7 +116,7 @@ def pixels_of(images: Tensor) -> Tensor:
     return ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def zoom_of(shape: Sequence[int]) -> int:
+def _zoom(shape: Sequence[int]) -> int:
     """Side of a pixel that makes small images large enough to look at, in picture pixels.
 
     Args:
