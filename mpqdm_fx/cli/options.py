@@ -91,6 +91,16 @@ OverwriteOption = Annotated[
     typer.Option("--overwrite", help="Replace the result that is there; other files never are."),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(help="File of prompts to calibrate on, one a line. Default: 64 built-in ones."),
+]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Guidance scale of the runs; up to 1 is none. Default: the pipeline's own."
+    ),
+]
 TrajectoriesOption = Annotated[int, typer.Option(min=1, help="Denoising runs to calibrate on.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Steps of each run.")]
 SamplerStepsOption = Annotated[int, typer.Option(min=1, help="Steps of the scheduler.")]

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,6 @@ from mpqdm_fx.cli.streams import say
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.report.gates import parse_gates
-
-if TYPE_CHECKING:
-    from mpqdm_fx.models.sources import Source
 
 __all__ = ["plan", "quantize"]
 
@@ -28,6 +25,8 @@ def quantize(
     output: opt.OutputOption = Path("out"),
     trajectories: opt.TrajectoriesOption = 16,
     steps: opt.StepsOption = 20,
+    prompts: opt.PromptsOption = None,
+    guidance: opt.GuidanceOption = None,
     samples: opt.SamplesOption = 16,
     inputs: opt.InputsOption = None,
     held_out: opt.HeldOutOption = None,
@@ -51,13 +50,18 @@ def quantize(
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
     if backend == "xnnpack":
         checks.check_packages("executorch", purpose="--backend xnnpack")
+    if checks.has_text_encoder(model):
+        checks.check_packages("transformers", purpose="a pipeline with a text encoder")
     from mpqdm_fx.api import BACKENDS
     from mpqdm_fx.feasibility import check_feasible, weights_of
     from mpqdm_fx.io.schema import plain
+    from mpqdm_fx.jobs.calibration import rows_of
     from mpqdm_fx.jobs.evaluate import check_gates, judge_result
     from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.models.sources import load_with_calls
+    from mpqdm_fx.pipelines.components import in_pipeline
+    from mpqdm_fx.pipelines.prompts import read_prompts
     from mpqdm_fx.processes import joined
     from mpqdm_fx.report.tables import (
         activation_table,
@@ -76,14 +80,18 @@ def quantize(
         compress=compress,
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
-    source = load_with_calls(model, subfolder, variant, inputs, held_out)
+    given = None if prompts is None else read_prompts(prompts)
+    source = in_pipeline(
+        load_with_calls(model, subfolder, variant, inputs, held_out),
+        prompts=given, guidance=guidance,
+    )  # fmt: skip
     check_gates(gates, source, form.backend)
     if not resume:  # who resumes has some of it on the disk already
         # a byte each, until the run is through
         checks.check_space(output, weights_of(source.model))
     check_feasible(
         source.model, source.example_inputs, config, sensitivity=sensitivity, max_memory=memory,
-        batch_size=_rows_of(source, trajectories, steps),
+        batch_size=rows_of(source, trajectories, steps),
     )  # fmt: skip
     with joined():
         result = quantize_to_folder(
@@ -154,12 +162,3 @@ def plan(
         console.print_json(json.dumps(found.to_dict()))
     else:
         console.print(estimate_table(found.to_dict()))
-
-
-def _rows_of(source: "Source", trajectories: int, steps: int) -> int:
-    """Rows of a calibration call."""
-    from mpqdm_fx.graph.calling import batch_size_of
-
-    if source.calls is not None:
-        return max(map(batch_size_of, source.calls))
-    return min(16, (trajectories - trajectories // 4) * steps)  # as of `calibration_of`

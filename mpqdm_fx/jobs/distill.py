@@ -1,5 +1,6 @@
 """From a quantized folder to a trained one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from mpqdm_fx.denoisers import origin_of, source_of
@@ -10,12 +11,14 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target, open_folder
 from mpqdm_fx.io.exchange import remove_folder
+from mpqdm_fx.jobs.calibration import warn_of
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
     Form,
     write_folder,
 )
 from mpqdm_fx.jobs.unfinished import check_ours
+from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.processes import is_first
 from mpqdm_fx.storage import load
 from mpqdm_fx.summary import read_summary
@@ -40,7 +43,8 @@ def distill_folder(
 
     Args:
         folder: Folder written by `quantize`; it is not changed.
-        config: Settings of the training. Models with text are trained on seeded random embeddings.
+        config: Settings of the training. A denoiser of a pipeline is trained on the prompts that
+            it was calibrated on, and with their guidance if `guidance_scale` is None; 1 is none.
         output: Folder; it appears whole or not at all, with the forms that `folder` has.
         model: The float model, if it is no longer where it was.
         samples: Images in the grid.
@@ -55,11 +59,6 @@ def distill_folder(
     Raises:
         MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
-    if config.guided:
-        raise ConfigError(
-            "guidance_scale needs embeddings of the unconditional half, which a folder has not; "
-            "give them to mpqdm_fx.distill.distill(..., unconditional=)"
-        )
     opened = open_folder(folder)
     summary = read_summary(opened)
     form = Form.of(summary["backend"], opened.manifest["program"])
@@ -74,6 +73,10 @@ def distill_folder(
             f"{source.name} is made by a function, and training goes along denoising runs; train "
             f"it in Python with a loop of your own: mpqdm_fx.distill.distill(..., scheduler=)"
         )
+    source = as_recorded(source, folder, model=model, guidance=config.guidance_scale)
+    warn_of(source)
+    given = source.runs(config.trajectories, config.seed)
+    config = replace(config, guidance_scale=given.get("guidance_scale"))
     form.check(quantized.settings)
     trained = distill(
         quantized,
@@ -81,7 +84,8 @@ def distill_folder(
         config,
         scheduler=source.scheduler,
         sample_shape=source.sample_shape,
-        conditions=source.conditions(config.trajectories, config.seed),
+        conditions=given["conditions"],
+        unconditional=given.get("unconditional"),
         directory=state,
         device=device,
     )

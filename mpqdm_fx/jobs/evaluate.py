@@ -16,6 +16,7 @@ from mpqdm_fx.jobs.result_folder import FolderResult
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.sources import Source
+from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.gates import (
     METRICS,
@@ -115,7 +116,7 @@ class Evaluation:
                 model,
                 scheduler,
                 held_out_of(source, steps=steps, seed=seed),
-                source.conditions(num, seed + 1),
+                source.runs(num, seed + 1),
                 num,
                 sample_shape=source.sample_shape,
                 num_inference_steps=steps,
@@ -203,6 +204,8 @@ def evaluate_folder(
     if inputs is not None:
         metrics = _compared(source, quantized, inputs)
     else:
+        if source.name != _BUNDLED:
+            source = as_recorded(source, folder, model=model)
         found = Evaluation.of(source, num=num, steps=steps, seed=seed, networks=networks)
         metrics = _told(found.measure(quantized))
     return FolderEvaluation(metrics=metrics, verdicts=judge(gates, {**told, **_known(metrics)}))

@@ -1,6 +1,7 @@
 """From a float model to a folder."""
 
 from pathlib import Path
+from typing import Any
 
 from mpqdm_fx.api import Backend, quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
@@ -12,6 +13,7 @@ from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.jobs.calibration import calibration_of
+from mpqdm_fx.jobs.command_text import quantize_command
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
     Form,
@@ -95,10 +97,48 @@ def quantize_to_folder(
         return None
     summary = write_folder(
         quantized, source, output, form=form, steps=steps, samples=samples, subfolder=subfolder,
-        overwrite=overwrite,
+        overwrite=overwrite, sensitivity=sensitivity, command=_command(
+            source, config, form, output,
+            trajectories=trajectories, steps=steps, samples=samples, subfolder=subfolder,
+        ),
     )  # fmt: skip
     remove_folder(solved)
     return FolderResult(directory=output, quantized=quantized, summary=summary)
+
+
+def _command(
+    source: Source,
+    config: MPQConfig,
+    form: Form,
+    output: Path,
+    *,
+    trajectories: int,
+    steps: int,
+    samples: int,
+    subfolder: str | None,
+) -> str | None:
+    """The command line that does the same; None if calls were given in Python."""
+    calls = source.calls
+    if calls is not None and calls.name is None:
+        return None
+    calibration: dict[str, Any] = {"--trajectories": trajectories, "--steps": steps}
+    if calls is not None:
+        calibration = {"--inputs": calls.name, "--held-out": len(calls.held_out_calls)}
+    return quantize_command(
+        source.name,
+        config,
+        {
+            "--subfolder": subfolder,
+            "--variant": source.variant,
+            "--backend": form.backend,
+            **calibration,
+            "--samples": samples,
+            "--four-bit": form.four_bit if form.backend == "xnnpack" else None,
+            "--external-weights": form.external_weights,
+            "--compress": form.compress,
+            "--output": output,
+        },
+    )
 
 
 def check_start(

@@ -157,7 +157,7 @@ def evaluate_against(
     if shows_pictures(tuple(images.shape[1:])):
         found |= {"psnr": psnr(run.images, images), "ssim": ssim(run.images, images)}
     if classifier is not None:
-        labels = run.conditions["class_labels"]
+        labels = run.runs["conditions"]["class_labels"]
         features = classifier.features(run.images), classifier.features(images)
         found |= {
             "frechet_distance": frechet_distance(*features),

@@ -37,7 +37,8 @@ class ReferenceRun:
         inputs: Batches of keyword arguments from held-out trajectories.
         outputs: The float model's output for each batch, each [batch, ...].
         images: Its final samples [N, ...].
-        conditions: What they were drawn with, keyword arguments of batch N.
+        runs: What they were drawn with: conditions of batch N, and guidance where there is some,
+            keyword arguments of `denoise_in_batches`.
         num_inference_steps: Steps of the schedule; None with a `Sampler`.
         batch_size: Rows in a batch.
         seed: Of noise and trajectories; samples have the next one.
@@ -46,17 +47,17 @@ class ReferenceRun:
     inputs: tuple[Mapping[str, Any], ...]
     outputs: tuple[Tensor, ...]
     images: Tensor
-    conditions: Mapping[str, Any]
+    runs: Mapping[str, Any]
     num_inference_steps: int | None
     batch_size: int
     seed: int
 
     def draw(self, model: Denoiser, scheduler: Any) -> Tensor:
-        """A model's samples [N, ...] from the noise and the conditions of `images`."""
+        """A model's samples [N, ...] from the noise and under the conditions of `images`."""
         return _draw(
             model,
             scheduler,
-            self.conditions,
+            self.runs,
             len(self.images),
             sample_shape=tuple(self.images.shape[1:]),
             num_inference_steps=self.num_inference_steps,
@@ -120,7 +121,7 @@ def run_reference(
         reference,
         scheduler,
         trajectories,
-        {"class_labels": torch.arange(num_samples) % num_classes},
+        {"conditions": {"class_labels": torch.arange(num_samples) % num_classes}},
         num_samples,
         sample_shape=sample_shape,
         num_inference_steps=num_inference_steps,
@@ -133,7 +134,7 @@ def reference_run(
     reference: Denoiser,
     scheduler: Any,
     inputs: Iterable[Mapping[str, Any]],
-    conditions: Mapping[str, Any],
+    runs: Mapping[str, Any],
     num_samples: int,
     *,
     sample_shape: tuple[int, ...],
@@ -147,7 +148,7 @@ def reference_run(
         reference: The float model.
         scheduler: Its diffusers scheduler, or a `Sampler`.
         inputs: Batches of keyword arguments that calibration does not see.
-        conditions: Of the samples, keyword arguments of batch `num_samples`.
+        runs: How samples are drawn, as of `ReferenceRun`, for `num_samples`.
         num_samples: Final samples to draw.
         sample_shape: Shape of one sample.
         num_inference_steps: Steps of the schedule; None with a `Sampler`.
@@ -160,10 +161,10 @@ def reference_run(
         inputs=batches,
         outputs=tuple(outputs_of(reference, batches)),
         images=_draw(
-            reference, scheduler, conditions, num_samples, sample_shape=shape,
+            reference, scheduler, runs, num_samples, sample_shape=shape,
             num_inference_steps=steps, batch_size=batch_size, seed=seed + 1,
         ),
-        conditions=conditions,
+        runs=runs,
         num_inference_steps=num_inference_steps,
         batch_size=batch_size,
         seed=seed,
@@ -181,7 +182,7 @@ def outputs_of(model: Denoiser, batches: Iterable[Mapping[str, Any]]) -> list[Te
 def _draw(
     model: Denoiser,
     scheduler: Any,
-    conditions: Mapping[str, Any],
+    runs: Mapping[str, Any],
     count: int,
     *,
     sample_shape: tuple[int, ...],
@@ -196,6 +197,6 @@ def _draw(
         noise,
         num_inference_steps=num_inference_steps,
         seed=seed,
-        conditions=conditions,
         batch_size=batch_size,
+        **runs,
     )
