@@ -6,12 +6,9 @@ from typing import Any
 from mpqdm_fx.api import Backend, quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.files import checkpoint_of, first_difference
+from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target
 from mpqdm_fx.io.exchange import remove_folder
-from mpqdm_fx.io.schema import plain
-from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.command_text import quantize_command
 from mpqdm_fx.jobs.result_folder import (
@@ -19,14 +16,14 @@ from mpqdm_fx.jobs.result_folder import (
     Form,
     write_folder,
 )
-from mpqdm_fx.jobs.unfinished import check_ours
+from mpqdm_fx.jobs.unfinished import check_unfinished
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.processes import is_first
 from mpqdm_fx.sweep.checkpoint import HEADER
 from mpqdm_fx.validation import Bytes, Count, Some, checked
 from mpqdm_fx.versions import versions
 
-__all__ = ["check_start", "quantize_to_folder"]
+__all__ = ["check_start", "command_of", "quantize_to_folder"]
 
 
 @checked
@@ -97,7 +94,7 @@ def quantize_to_folder(
         return None
     summary = write_folder(
         quantized, source, output, form=form, steps=steps, samples=samples, subfolder=subfolder,
-        overwrite=overwrite, sensitivity=sensitivity, command=_command(
+        overwrite=overwrite, sensitivity=sensitivity, command=command_of(
             source, config, form, output,
             trajectories=trajectories, steps=steps, samples=samples, subfolder=subfolder,
         ),
@@ -106,7 +103,7 @@ def quantize_to_folder(
     return FolderResult(directory=output, quantized=quantized, summary=summary)
 
 
-def _command(
+def command_of(
     source: Source,
     config: MPQConfig,
     form: Form,
@@ -161,17 +158,5 @@ def check_start(
     """
     form.check(config)
     check_target(output, overwrite=overwrite)
-    solved = checkpoint_of(output)
-    header = solved / HEADER
-    check_ours(solved, header.is_file())
-    if not header.is_file():
-        return
-    found = read_json(header, fix="delete the folder to start anew")
-    for key, wanted in {"settings": config.to_dict(), "versions": versions()}.items():
-        if (other := first_difference(found.get(key), plain(wanted))) is not None:
-            raise ConfigError(
-                f"{solved} holds an unfinished run: {other}; use what it was started with, or "
-                f"delete it"
-            )
-    if not resume and any(solved.glob("layer-*")):
-        raise ConfigError(f"{solved} holds a run that was not finished; resume it, or delete it")
+    told = {"settings": config.to_dict(), "versions": versions()}
+    check_unfinished(checkpoint_of(output), HEADER, told, resume=resume, parts="layer-*")
