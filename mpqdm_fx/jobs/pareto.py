@@ -27,7 +27,7 @@ from mpqdm_fx.jobs.report import can_render
 from mpqdm_fx.jobs.result_folder import FolderResult, Form, write_folder
 from mpqdm_fx.jobs.unfinished import check_unfinished
 from mpqdm_fx.models.sources import Source
-from mpqdm_fx.quantized import PreparedModel, QuantizedModel
+from mpqdm_fx.quantized import PreparedModel
 from mpqdm_fx.report.gates import Gate, check_measured
 from mpqdm_fx.report.pareto_page import render_pareto
 from mpqdm_fx.report.reference import EVALUATION_SEED
@@ -211,73 +211,98 @@ def pareto_to_folder(
             source.model, source.example_inputs, settings, sensitivity=sensitivity,
             max_memory=max_memory,
         )  # fmt: skip
+    root = checkpoint_of(output)
+    run = _Run(
+        source=source,
+        form=form,
+        root=root,
+        table=sensitivity or root / _TABLE,
+        judge_of=Judge(source, evaluation),
+        trajectories=trajectories,
+        steps=steps,
+        samples=samples,
+        subfolder=subfolder,
+    )
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
     prepared = prepare_on(source.model, config, data)
-    root = checkpoint_of(output)
-    table = sensitivity or root / _TABLE
     calls = list(prepared.records)
     identity = run_identity(prepared.graph_module, calls, prepared.records.held_out, config)
     Checkpoint(root, {**identity, "evaluation": evaluation}, resume=resume)
-    judge_of = Judge(source, evaluation)
-    points = []
     for index, (budget, settings) in enumerate(every.items()):
-        place = root / f"bits-{budget:g}"
-        if not place.is_dir():
+        if not run.place(budget).is_dir():
             logger.info("budget %d of %d: %g bits", index + 1, len(every), budget)
-            command = command_of(
-                source, settings, form, Path("out"), trajectories=trajectories, steps=steps,
-                samples=samples, subfolder=subfolder,
-            )  # fmt: skip
-            start = time.perf_counter()
             prepared.settings = settings
-            quantized = _converted(prepared, place, table, max_memory, device)
-            seconds = time.perf_counter() - start
-            write_point(place, quantized, judge_of, budget, seconds, command, subfolder)
-            remove_folder(_solving(place))
-        points.append(read_point(place))
+            run.solve(prepared, budget, max_memory, device)
+    points = [read_point(run.place(budget)) for budget in every]
     chosen = smallest(points, pick)
+    made = None
     with staged_directory(output, PARETO, overwrite=overwrite) as stage:
         for point in points:
             shutil.copytree(root / point.folder, stage / point.folder)
-        made = None
         if chosen is not None:
-            quantized = load(root / chosen.folder)
-            summary = write_folder(
-                quantized, source, stage / PICKED, form=form, steps=steps, samples=samples,
-                subfolder=subfolder, command=chosen.command, sensitivity=table,
-            )  # fmt: skip
-            made = FolderResult(directory=output / PICKED, quantized=quantized, summary=summary)
-        judge_of.write_strip(stage / STRIP)
+            found = run.write_picked(chosen, stage)
+            made = chosen, replace(found, directory=output / PICKED)
+        run.judge_of.write_strip(stage / STRIP)
         record = _record(source, config, points, pick, chosen, evaluation)
         if can_render():
             write_text(stage / PAGE, render_pareto(record, _strips(stage, points)))
         content = seal({**plain(record), "files": listed_files(stage, PARETO)})
         write_text(stage / PARETO, json.dumps(content, indent=1, allow_nan=False))
     remove_folder(root)
-    picked = None if chosen is None or made is None else (chosen, made)
-    return Curve(directory=output, points=tuple(points), picked=picked)
+    return Curve(directory=output, points=tuple(points), picked=made)
 
 
-def _solving(place: Path) -> Path:
-    """Where the solved layers of a budget are kept until it is through."""
-    return place.with_name(f"solving-{place.name}")
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What all budgets share; `root` holds them until the result appears."""
 
+    source: Source
+    form: Form
+    root: Path
+    table: Path
+    judge_of: Judge
+    trajectories: int
+    steps: int
+    samples: int
+    subfolder: str | None
 
-def _converted(
-    prepared: PreparedModel,
-    place: Path,
-    table: Path,
-    max_memory: int | None,
-    device: str | None,
-) -> QuantizedModel:
-    return convert(
-        prepared,
-        directory=_solving(place),
-        resume=True,  # it is this run's own: the folder above says so
-        max_memory=max_memory,
-        device=device,
-        sensitivity=table,
-    )
+    def place(self, bits: float) -> Path:
+        """Folder of a budget."""
+        return self.root / f"bits-{bits:g}"
+
+    def solve(
+        self, prepared: PreparedModel, bits: float, max_memory: int | None, device: str | None
+    ) -> None:
+        """Quantize to one budget and write its folder; layers that a killed run solved are kept."""
+        place = self.place(bits)
+        solving = place.with_name(f"solving-{place.name}")
+        start = time.perf_counter()
+        quantized = convert(
+            prepared,
+            directory=solving,
+            resume=True,  # it is this run's own: the folder above says so
+            max_memory=max_memory,
+            device=device,
+            sensitivity=self.table,
+        )
+        seconds = time.perf_counter() - start
+        command = command_of(
+            self.source, prepared.settings, self.form, Path("out"),
+            trajectories=self.trajectories, steps=self.steps, samples=self.samples,
+            subfolder=self.subfolder,
+        )  # fmt: skip
+        write_point(place, quantized, self.judge_of, bits, seconds, command, self.subfolder)
+        remove_folder(solving)
+
+    def write_picked(self, point: Point, stage: Path) -> FolderResult:
+        """Write the result folder of a budget."""
+        quantized = load(self.root / point.folder)
+        summary = write_folder(
+            quantized, self.source, stage / PICKED, form=self.form, steps=self.steps,
+            samples=self.samples, subfolder=self.subfolder, command=point.command,
+            sensitivity=self.table,
+        )  # fmt: skip
+        return FolderResult(directory=stage / PICKED, quantized=quantized, summary=summary)
 
 
 def _record(
