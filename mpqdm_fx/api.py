@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 from mpqdm_fx.ambient import plain_torch
-from mpqdm_fx.backends.xnnpack.four_bit import FourBit
+from mpqdm_fx.backends.names import BACKENDS, Backend, FourBit
 from mpqdm_fx.calibration.calls import check_call, check_calls, check_example
 from mpqdm_fx.calibration.records import DEFAULT_MAX_MEMORY, RecordedInputs
 from mpqdm_fx.config import ActivationMode, MPQConfig
@@ -36,9 +36,6 @@ __all__ = ["BACKENDS", "MODES", "Backend", "convert", "lower", "open_sweep", "pr
 __all__ += ["prepare_on", "quantize"]
 
 logger = logging.getLogger(__name__)
-
-Backend = Literal["torch_ao", "xnnpack", "packed"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 MODES: Mapping[Backend, tuple[ActivationMode, ...]] = {
     "torch_ao": ("static",),

@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
@@ -12,37 +13,69 @@ from mpqdm_fx.cli.gates import GateOption, end_with_gates, print_gates, with_gat
 from mpqdm_fx.cli.streams import say
 from mpqdm_fx.report.gates import parse_gates
 
-__all__ = ["distill"]
+__all__ = ["Relation", "distill"]
+
+Relation = Literal["none", "trd", "queue", "feature"]
+"""As of `DistillConfig`, which loads torch."""
 
 
 def distill(
     directory: opt.FolderArgument,
     budget: Annotated[
-        str | None, typer.Option(help="Time to train, for example 90s, 5m or 1.5h. Default: 5m.")
+        str | None,
+        typer.Option(
+            help="Time for all of it, lowering and measuring included, for example 90s, 5m or "
+            "1.5h. Default: 5m.",
+            rich_help_panel=opt.RUN,
+        ),
     ] = None,
     updates: Annotated[
         int | None,
-        typer.Option(min=1, help="Updates to make; with --budget, whichever ends first."),
+        typer.Option(
+            min=1,
+            help="Updates to make; with --budget, whichever ends first.",
+            rich_help_panel=opt.RUN,
+        ),
     ] = None,
     output: opt.OutputOption = Path("distilled"),
     model: opt.FloatModelOption = None,
     trajectories: opt.TrajectoriesOption = 64,
     steps: opt.StepsOption = 20,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in an update.")] = 32,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows in an update.", rich_help_panel=opt.CALIBRATION)
+    ] = 32,
     rank: Annotated[
-        int, typer.Option(min=0, help="Rank of the trained change of a weight; 0 trains none.")
+        int,
+        typer.Option(
+            min=0,
+            help="Rank of the trained change of a weight; 0 trains none.",
+            rich_help_panel=opt.CALIBRATION,
+        ),
     ] = 8,
     relation: Annotated[
-        str, typer.Option(help="Second loss: none, trd, queue or feature.")
+        Relation,
+        typer.Option(
+            case_sensitive=False,
+            help="Second loss (MPQ-DM's is trd); none helped where it was measured.",
+            rich_help_panel=opt.CALIBRATION,
+        ),
     ] = "none",
     recompute: Annotated[
-        int, typer.Option(min=0, help="Parts of the graph to compute twice, for less memory.")
+        int,
+        typer.Option(
+            min=0,
+            help="Parts of the graph to compute twice, for less memory.",
+            rich_help_panel=opt.RUN,
+        ),
     ] = 0,
     samples: opt.SamplesOption = 16,
     resume: opt.ResumeOption = False,
     overwrite: opt.OverwriteOption = False,
     gate: GateOption = None,
-    device: Annotated[str, typer.Option(help="Where to train, for example cuda.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(help="Where to train, for example cuda.", rich_help_panel=opt.RUN),
+    ] = "cpu",
     seed: opt.SeedOption = 0,
     as_json: opt.JsonOption = False,
 ) -> None:
@@ -77,7 +110,7 @@ def distill(
         steps=steps,
         batch_size=batch_size,
         rank=rank,
-        relation=relation,  # type: ignore[arg-type]  # it is checked there
+        relation=relation,
         recompute=recompute,
         seed=seed,
     )
@@ -85,6 +118,7 @@ def distill(
         result = distill_folder(
             directory, config, output=output, model=model, samples=samples, resume=resume,
             device=device, overwrite=overwrite,
+            foretold=lambda times: say(Console(stderr=True), times),
         )  # fmt: skip
     if result is None:
         return

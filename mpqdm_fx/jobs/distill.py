@@ -1,5 +1,7 @@
 """From a quantized folder to a trained one."""
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target, open_folder
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.jobs.calibration import warn_of
+from mpqdm_fx.jobs.copied_folder import copy_folder
+from mpqdm_fx.jobs.estimate import TrainingEstimate, estimate_training
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
     Form,
@@ -38,13 +42,15 @@ def distill_folder(
     resume: bool = False,
     device: str = "cpu",
     overwrite: bool = False,
+    foretold: Callable[[TrainingEstimate], None] | None = None,
 ) -> FolderResult | None:
     """Train a quantized folder against its float model, and write what comes out like `quantize`.
 
     Args:
         folder: Folder written by `quantize`; it is not changed.
-        config: Settings of the training. A denoiser of a pipeline is trained on the prompts that
-            it was calibrated on, and with their guidance if `guidance_scale` is None; 1 is none.
+        config: Settings of the training; `seconds` count all of the job: data, training, lowering
+            and measuring. A denoiser of a pipeline is trained on the prompts that it was calibrated
+            on, and with their guidance if `guidance_scale` is None; 1 is none.
         output: Folder; it appears whole or not at all, with the forms that `folder` has.
         model: The float model, if it is no longer where it was.
         samples: Images in the grid.
@@ -52,13 +58,16 @@ def distill_folder(
             that name and `.checkpoint`, until the run is through.
         device: Where to train.
         overwrite: Whether `output` may be a result that is replaced.
+        foretold: Called with what the job will take, before it begins.
 
     Returns:
-        What was made; None in the other processes of a run with several, which write nothing.
+        What was made, a copy of `folder` where training did not help; None in the other processes
+        of a run with several, which write nothing.
 
     Raises:
         MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
+    start = time.perf_counter()
     opened = open_folder(folder)
     summary = read_summary(opened)
     form = Form.of(summary["backend"], opened.manifest["program"])
@@ -78,6 +87,17 @@ def distill_folder(
     given = source.runs(config.trajectories, config.seed)
     config = replace(config, guidance_scale=given.get("guidance_scale"))
     form.check(quantized.settings)
+    times = estimate_training(quantized, source, config, form=form, samples=samples)
+    if foretold is not None and is_first():
+        foretold(times)
+    if config.seconds is not None:
+        left = config.seconds - times.others - (time.perf_counter() - start)
+        if left <= 0:
+            raise ConfigError(
+                f"seconds={config.seconds:g}: nothing is left for training, all else takes "
+                f"{times.others:.0f} seconds; give more time, or updates=... alone"
+            )
+        config = replace(config, seconds=left)
     trained = distill(
         quantized,
         source.model,
@@ -100,6 +120,12 @@ def distill_folder(
         "improved": trained.improved,
         "epsilon_sqnr_db_before": summary["epsilon_sqnr_db"],
     }
+    if trained.quantized is quantized:  # the very model: lowering it again would give the same
+        found = copy_folder(
+            opened, output, origin=model, more={"distilled": told}, overwrite=overwrite
+        )
+        remove_folder(state)
+        return FolderResult(directory=output, quantized=quantized, summary=found)
     found = write_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
         subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,

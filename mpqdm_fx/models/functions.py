@@ -18,7 +18,7 @@ from torch import nn
 from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.errors import CalibrationError, ConfigError, first_line
 
-__all__ = ["GivenCalls", "calls_of", "is_function", "model_of"]
+__all__ = ["GivenCalls", "calls_of", "model_of"]
 
 
 class GivenCalls:
@@ -57,11 +57,6 @@ class GivenCalls:
     def held_out(self) -> list[dict[str, Any]]:
         """The calls that are held out; all of them if none are."""
         return [self.calls[index] for index in self.held_out_calls] or self.calls
-
-
-def is_function(name: str) -> bool:
-    """Whether a name on the command line is a function's and no folder's."""
-    return ":" in name and not Path(name).exists()
 
 
 def model_of(name: str) -> nn.Module:

@@ -21,8 +21,9 @@ from mpqdm_fx.models.classes import diffusers_class
 from mpqdm_fx.models.config_fields import check_fields
 from mpqdm_fx.models.example_inputs import ModelInputs
 from mpqdm_fx.models.extra_channels import ExtraChannels, extra_channels_of
-from mpqdm_fx.models.functions import GivenCalls, calls_of, is_function, model_of
+from mpqdm_fx.models.functions import GivenCalls, calls_of, model_of
 from mpqdm_fx.models.model_config import read_model_config
+from mpqdm_fx.models.names import BUNDLED, check_name, is_function
 from mpqdm_fx.models.weight_files import load_weights
 
 __all__ = [
@@ -241,22 +242,18 @@ def load_source(model: str, subfolder: str | None = None, variant: str | None = 
         ArtifactError: The folder is damaged.
         CalibrationError: The scheduler's numbers are no schedule.
     """
-    if model == "digits":
+    if model == BUNDLED:
         if variant is not None:
             raise ConfigError(f"the bundled model has no variant {variant!r}; leave it out")
-        return make_source("digits", bundled.load_digits_unet(), bundled.load_digits_scheduler())
+        return make_source(BUNDLED, bundled.load_digits_unet(), bundled.load_digits_scheduler())
     if is_function(model):
         if subfolder is not None or variant is not None:
             raise ConfigError(f"{model} is a function; leave --subfolder and --variant out")
         return Source(
             name=model, model=model_of(model), scheduler=None, example_inputs={}, sample_shape=()
         )
+    check_name(model)
     root = Path(model)
-    if not root.is_dir():
-        raise ConfigError(
-            f"{model!r} is neither a bundled model (digits) nor a folder; give a diffusers model "
-            f"folder, a pipeline folder with --subfolder unet, or a function, module:function"
-        )
     if (root / "model_index.json").exists() and subfolder is None:
         raise ConfigError(
             f"{model} is a pipeline folder; say which part to quantize, e.g. --subfolder unet"
