@@ -228,6 +228,8 @@ def denoise_in_batches(
     num_inference_steps: int | None,
     seed: int,
     conditions: Mapping[str, Any],
+    guidance_scale: float | None = None,
+    unconditional: Mapping[str, Any] | None = None,
     batch_size: int = 16,
     progress: bool = False,
 ) -> Tensor:
@@ -240,6 +242,8 @@ def denoise_in_batches(
         num_inference_steps: as of `denoise`.
         seed: of the noise that ancestral schedulers add.
         conditions: tensors, or dicts and tuples of them, with N in front.
+        guidance_scale: as of `denoise`.
+        unconditional: as of `denoise`.
         batch_size: samples at once.
         progress: show a progress bar for each batch.
 
@@ -257,6 +261,8 @@ def denoise_in_batches(
             num_inference_steps=num_inference_steps,
             seed=seed + start,
             conditions=take_rows(dict(conditions), rows),
+            guidance_scale=guidance_scale,
+            unconditional=None if unconditional is None else take_rows(dict(unconditional), rows),
             progress=progress,
         )
         parts.append(part)

@@ -125,6 +125,21 @@ SamplesOption = Annotated[int, typer.Option(min=0, help="Images in the grid.", r
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on with a run that was killed.", rich_help_panel=RUN)
 ]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of prompts to calibrate on, one a line. Default: 64 built-in ones.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Guidance scale of the runs; up to 1 is none. Default: the pipeline's own.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
 MemoryOption = Annotated[
     str | None,
     typer.Option(

@@ -16,7 +16,6 @@ __all__ = [
     "estimate_table",
     "judgement_table",
     "layer_table",
-    "metrics_table",
     "summary_table",
 ]
 
@@ -201,13 +200,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def metrics_table(metrics: Mapping[str, Any]) -> Table:
-    """One row per metric."""
-    table = Table(title="against the float model", header_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
-    return table
