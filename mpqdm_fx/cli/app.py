@@ -14,6 +14,7 @@ from mpqdm_fx.cli.evaluate import evaluate
 from mpqdm_fx.cli.export import export
 from mpqdm_fx.cli.inspect import inspect
 from mpqdm_fx.cli.quantize import plan, quantize
+from mpqdm_fx.cli.report import report
 from mpqdm_fx.cli.sample import sample
 from mpqdm_fx.cli.trace import trace
 from mpqdm_fx.cli.verify import verify
@@ -27,7 +28,7 @@ app = typer.Typer(
     help="Compile diffusion UNets into extremely low-bit programs for phone CPUs.",
 )
 for command in (
-    quantize, distill, export, plan, sample, evaluate, verify, trace, doctor, inspect,
+    quantize, distill, export, plan, sample, evaluate, verify, trace, doctor, inspect, report,
 ):  # fmt: skip
     app.command(cls=Command)(command)
 

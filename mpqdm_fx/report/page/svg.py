@@ -167,7 +167,7 @@ def _svg(
 
 
 def _inlined(svg: str, name: str, label: str, wide: bool, titles: Sequence[str]) -> str:
-    """matplotlib's file as an element of a page."""
+    """Matplotlib's file as an element of a page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     box = re.search(r'viewBox="([^"]+)"', svg)
