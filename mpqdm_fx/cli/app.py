@@ -16,6 +16,7 @@ from mpqdm_fx.cli.export import export
 from mpqdm_fx.cli.inspect import inspect
 from mpqdm_fx.cli.pareto import pareto
 from mpqdm_fx.cli.quantize import plan, quantize
+from mpqdm_fx.cli.report import report
 from mpqdm_fx.cli.sample import sample
 from mpqdm_fx.cli.trace import trace
 from mpqdm_fx.cli.usage import Command, Group
@@ -30,7 +31,8 @@ app = typer.Typer(
     help="Compile diffusion UNets into extremely low-bit programs for phone CPUs.",
 )
 for command in (
-    quantize, distill, export, pareto, plan, sample, evaluate, verify, trace, doctor, inspect,
+    quantize, distill, export, pareto, plan, sample, evaluate, verify, report, trace, doctor,
+    inspect,
 ):  # fmt: skip
     app.command(cls=Command, epilog=epilog_of(command.__name__))(command)
 

@@ -18,6 +18,7 @@ from mpqdm_fx.jobs.result_folder import (
 )
 from mpqdm_fx.jobs.unfinished import check_unfinished
 from mpqdm_fx.models.sources import Source
+from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.processes import is_first
 from mpqdm_fx.sweep.checkpoint import HEADER
 from mpqdm_fx.validation import Bytes, Count, Some, checked
@@ -114,10 +115,12 @@ def command_of(
     samples: int,
     subfolder: str | None,
 ) -> str | None:
-    """The command line that does the same; None if calls were given in Python."""
-    calls = source.calls
+    """The command line that does the same; None if calls or prompts are of nobody knows where."""
+    calls, beside = source.calls, source.components
     if calls is not None and calls.name is None:
         return None
+    if beside is not None and beside.prompts not in ((), DEFAULT_PROMPTS):
+        return None  # of a file of the user's
     calibration: dict[str, Any] = {"--trajectories": trajectories, "--steps": steps}
     if calls is not None:
         calibration = {"--inputs": calls.name, "--held-out": len(calls.held_out_calls)}
@@ -129,6 +132,7 @@ def command_of(
             "--variant": source.variant,
             "--backend": form.backend,
             **calibration,
+            "--guidance": beside.scale if beside is not None and beside.prompts else None,
             "--samples": samples,
             "--four-bit": form.four_bit if form.backend == "xnnpack" else None,
             "--external-weights": form.external_weights,

@@ -59,10 +59,9 @@ class Comparison:
 
     def __str__(self) -> str:
         """A line for all calls, and one for each noise level."""
-        lines = [
-            f"output SQNR {self.sqnr_db:.1f} dB ({word_of_sqnr(self.sqnr_db)}), "
-            f"{self.samples} samples in {self.calls} calls"
-        ]
+        word = word_of_sqnr(self.sqnr_db)
+        told = f"{self.samples} samples in {self.calls} calls"
+        lines = [f"output SQNR {self.sqnr_db:.1f} dB ({word}), {told}"]
         width = max((len(f"{one.level:g}") for one in self.levels), default=0)
         lines += [
             f"  at {self.noise_argument} {one.level:>{width}g}  {one.sqnr_db:6.1f} dB"

@@ -43,9 +43,7 @@ def save_grid(images: Tensor, path: str | Path, columns: int = 8, *, zoom: int =
     return _write(_picture(_tiled(images, columns, zoom)), Path(path))
 
 
-def save_rows(
-    rows: Sequence[tuple[str, Tensor]], path: str | Path, *, columns: int = 16
-) -> Path:
+def save_rows(rows: Sequence[tuple[str, Tensor]], path: str | Path, *, columns: int = 16) -> Path:
     """Write batches of images as labelled rows, one below the other, image below image.
 
     Of many images there are several blocks of such rows. The file appears whole or not at all.

@@ -242,7 +242,9 @@ def judged_chart(part: Part) -> Chart | None:
         axes.set_xticks(range(1, groups + 1))
         axes.set_xlabel("group of noise levels, 1 has the least noise")
         axes.set_ylabel("output SQNR, dB")
-        axes.legend(loc="lower right" if wide else "upper left", bbox_to_anchor=None if wide else (0, -0.28))
+        axes.legend(
+            loc="lower right" if wide else "upper left", bbox_to_anchor=None if wide else (0, -0.28)
+        )
         axes.margins(y=0.15)
         _room(axes)
 
@@ -314,8 +316,8 @@ def bytes_chart(part: Part) -> Chart:
     return chart(
         "bytes",
         "Where the bytes are",
-        f"Packed weights take {bytes_text(part.stored_bytes)} of the {bytes_text(part.float32_bytes)} "
-        f"of float32: {kinds}.{told}",
+        f"Packed weights take {bytes_text(part.stored_bytes)}, float32 "
+        f"{bytes_text(part.float32_bytes)}: {kinds}.{told}",
         draw,
         height=1.0 + 0.45 * len(names),
         narrow_height=1.5 + 0.4 * len(names),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mpqdm_fx.report.images import check_images, pixels_of
+from mpqdm_fx.report.page.text import TIMES
 
 __all__ = ["DIFFERENCE", "Gallery", "Row", "gallery_of"]
 
@@ -69,7 +70,7 @@ def gallery_of(images: Mapping[str, Tensor], *, labels: Sequence[str], note: str
         rows.append(_row(name, row))
         if row is not first:
             apart = (row.clamp(-1, 1) - first.clamp(-1, 1)).abs() / 2 * DIFFERENCE
-            title = f"difference ×{DIFFERENCE}"
+            title = f"difference {TIMES}{DIFFERENCE}"
             if len(images) > 2:
                 title = f"{name}, {title}"
             rows.append(_row(title, apart * 2 - 1))

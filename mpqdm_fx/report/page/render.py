@@ -135,7 +135,7 @@ def _size(part: Part) -> Card:
 
 def _time(part: Part) -> Card:
     if part.milliseconds is None:
-        return Card(name="Time a step", value="–", told="not measured")
+        return Card(name="Time a step", value=text.NONE, told="not measured")
     told = ""
     if part.float_milliseconds:
         told = f"eager float takes {part.float_milliseconds:.1f} ms; "
@@ -152,7 +152,7 @@ def _time(part: Part) -> Card:
 
 def _memory(part: Part) -> Card:
     if part.peak_bytes is None:
-        return Card(name="Peak memory", value="–", told="not measured")
+        return Card(name="Peak memory", value=text.NONE, told="not measured")
     value, _, unit = text.bytes_text(part.peak_bytes).partition(" ")
     other = part.float_peak_bytes
     return Card(
@@ -168,7 +168,7 @@ def _quality(part: Part) -> Card:
     db = part.backend_epsilon_sqnr_db
     db = part.epsilon_sqnr_db if db is None else db
     if db is None:
-        return Card(name="Noise SQNR", value="–", told="not measured")
+        return Card(name="Noise SQNR", value=text.NONE, told="not measured")
     exact = math.isinf(db)
     return Card(
         name="Noise SQNR",
@@ -276,7 +276,7 @@ def _below(share: float) -> str:
 
 def _setting(value: Any) -> str:
     if value is None:
-        return "–"
+        return text.NONE
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
