@@ -7,7 +7,7 @@ import typer
 
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, say
 
 __all__ = ["doctor"]
 
@@ -24,6 +24,7 @@ def doctor(
 ) -> None:
     """Say how many delegates XNNPACK would take MODEL in, and why what stays out does."""
     checks.check_packages("executorch", purpose="doctor")
+    announce(f"asking XNNPACK what it takes of {model}")
     from mpqdm_fx.jobs.diagnose import diagnose_model
 
     found = diagnose_model(model, subfolder, variant, inputs)

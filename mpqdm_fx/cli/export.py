@@ -11,7 +11,8 @@ from rich.table import Table
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.screens.start import bits_of
+from mpqdm_fx.cli.streams import announce, say
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 
@@ -66,6 +67,8 @@ def export(
     checks.check_packages("executorch", purpose="export")
     if checks.has_text_encoder(model):
         checks.check_packages("transformers", purpose="a pipeline with a text encoder")
+    form = "float" if in_float else bits_of(config)
+    announce(f"exporting {model} to {output}: {form}")
     from mpqdm_fx.pipelines.export import export_pipeline
     from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
 

@@ -7,7 +7,7 @@ import typer
 
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, say
 
 __all__ = ["sample"]
 
@@ -30,6 +30,7 @@ def sample(
     checks.check_output_file(output, "--output", reads=[model], suffix=".png")
     if form == "pte" or (form == "auto" and checks.has_program(model)):
         checks.check_packages("executorch", purpose="running a program")
+    announce(f"drawing {num} images of {model} to {output}")
     from mpqdm_fx.denoisers import draw, open_denoiser, pictures, zoom_of
     from mpqdm_fx.jobs.calibration import warn_of
     from mpqdm_fx.pipelines.components import as_drawn

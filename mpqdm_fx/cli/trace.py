@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, say
 
 __all__ = ["trace"]
 
@@ -20,6 +20,7 @@ def trace(
     inputs: opt.InputsOption = None,
 ) -> None:
     """Trace MODEL to its module-level graph and print it."""
+    announce(f"tracing {model}")
     from mpqdm_fx.graph.explain import explain as explain_trace
     from mpqdm_fx.graph.trace import trace as trace_model
     from mpqdm_fx.models.sources import load_with_calls

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli import streams
+from mpqdm_fx.cli.streams import announce, say
 from mpqdm_fx.files import write_text
 
 __all__ = ["verify"]
@@ -32,7 +33,8 @@ def verify(
         checks.check_output_folder(directory, option="DIR", resumable=False)
     if checks.has_program(directory):
         checks.check_packages("executorch", purpose="a folder with a program")
-    from mpqdm_fx.parity.tables import rung_table, worst_table
+    announce(f"{'measuring thresholds of' if store else 'verifying'} {directory}")
+    from mpqdm_fx.cli.screens.parity import rung_table, worst_table
     from mpqdm_fx.parity.verify import verify as verify_folder
 
     ladder = verify_folder(directory, model=model, store=store)
@@ -47,7 +49,7 @@ def verify(
         console.print(worst_table(ladder))
         for note in ladder.notes:
             say(console, f"note: {note}")
-    errors = Console(stderr=True)
+    errors = Console(file=streams.errors())
     if store:
         say(errors, f"thresholds stored in {directory}")
         return

@@ -11,6 +11,7 @@ from mpqdm_fx.folders import check_target
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.command_text import quantize_command
+from mpqdm_fx.jobs.foretold import quantize_stages
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
     Form,
@@ -20,6 +21,7 @@ from mpqdm_fx.jobs.unfinished import check_unfinished
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.processes import is_first
+from mpqdm_fx.progress import expect
 from mpqdm_fx.sweep.checkpoint import HEADER
 from mpqdm_fx.validation import Bytes, Count, Some, checked
 from mpqdm_fx.versions import versions
@@ -79,6 +81,7 @@ def quantize_to_folder(
         backend=backend, four_bit=four_bit, external_weights=external_weights, compress=compress
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
+    expect(lambda: quantize_stages(source, config, backend, samples))
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
     solved = checkpoint_of(output)
     quantized = quantize(

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import torch
 
+from mpqdm_fx import progress
 from mpqdm_fx.api import BACKENDS, MODES, Backend, lower
 from mpqdm_fx.backends.xnnpack.compressed import compress_program, drop_expansions
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
@@ -190,38 +191,43 @@ def write_folder(
         elif backend == "torch_ao":
             runner = _positional(lower(quantized, "torch_ao"), quantized)
         floats = in_form_of(quantized, source.model, example_call(quantized.signature))
-        store_parity(quantized, source, stage, graphs[0] if graphs else None, floats=floats)
+        with progress.stage("comparing forms"):
+            store_parity(quantized, source, stage, graphs[0] if graphs else None, floats=floats)
         graphs.clear()
-        calls = list(held_out_of(source, steps=20, seed=EVALUATION_SEED))
-        compared = _compared(source, quantized, runner, calls)
-        timing = time_per_step({"float": source.model, backend: runner}, first_rows(calls[0]))
+        with progress.stage("measuring"):
+            calls = list(held_out_of(source, steps=20, seed=EVALUATION_SEED))
+            compared = _compared(source, quantized, runner, calls)
+            timing = time_per_step({"float": source.model, backend: runner}, first_rows(calls[0]))
         summary = {**_summarise(source, quantized, backend, compared, timing), **(more or {})}
         summary |= {"program": program, "command": command}
         drawn = _draw(source, runner, stage, steps=steps, samples=samples)
         peak = "pte" if backend == "xnnpack" else "packed"
         known = source.scheduler is not None  # else another process cannot make a call
-        summary["peak_memory_bytes"] = {
-            peak: peak_memory(peak, str(stage)) if known else None,
-            "float": peak_memory("float", source.name, subfolder, source.variant)
-            if known
-            else None,
-        }
+        with progress.stage("peak memory"):
+            summary["peak_memory_bytes"] = {
+                peak: peak_memory(peak, str(stage)) if known else None,
+                "float": peak_memory("float", source.name, subfolder, source.variant)
+                if known
+                else None,
+            }
         for name in program_names(open_folder(stage)):
             drop_expansions(stage / name)
+        progress.leave_log(stage)
         summary["files"] = _sizes(stage)
         if can_render():
-            write_report(
-                stage,
-                quantized,
-                source,
-                measured=measured_of(
-                    quantized, source, calls,
-                    floats=floats, compared=compared, sensitivity=sensitivity,
-                ),
-                drawn=drawn,
-                summary=summary,
-                why_no_pictures=_why_none(source, samples),
-            )  # fmt: skip
+            with progress.stage("report"):
+                write_report(
+                    stage,
+                    quantized,
+                    source,
+                    measured=measured_of(
+                        quantized, source, calls,
+                        floats=floats, compared=compared, sensitivity=sensitivity,
+                    ),
+                    drawn=drawn,
+                    summary=summary,
+                    why_no_pictures=_why_none(source, samples),
+                )  # fmt: skip
             summary["files"] = _sizes(stage)
         write_summary(stage, summary)
         seal_folder(stage)

@@ -16,9 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
-from tqdm.auto import tqdm
-
-from mpqdm_fx import errors
+from mpqdm_fx import errors, progress
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
@@ -26,7 +24,7 @@ from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.sampling import scheduled
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.feasibility import check_feasible
+from mpqdm_fx.feasibility import check_feasible, weights_of
 from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target, staged_directory
 from mpqdm_fx.graph.describe import module_settings
@@ -61,6 +59,9 @@ RUNNER = {
     "classes.py": classes,
     "errors.py": errors,
 }
+
+
+_SECONDS_A_WEIGHT = 2e-4  # of the bundled model; what has passed corrects it (`progress.expect`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +192,10 @@ def export_pipeline(
     limits = {"resume": resume, "max_activations": max_memory, "device": device}
     quantized: dict[str, QuantizedModel] = {}
     records: dict[str, dict[str, Any]] = {}
-    for part in tqdm(layout.parts.values(), desc="export", unit="part", disable=None):
+    progress.expect(
+        lambda: {p.name: _SECONDS_A_WEIGHT * weights_of(p.module) for p in layout.parts.values()}
+    )
+    for part in progress.each(layout.parts.values(), lambda part: part.name):
         record = work.finished(part.name)
         if record is None:
             judged = _judge(
