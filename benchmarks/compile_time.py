@@ -117,7 +117,7 @@ class Stopwatch:
 
 def digits() -> Case:
     """The bundled model at its defaults."""
-    from mpqdm_fx.jobs.result_folder import calibration_of
+    from mpqdm_fx.jobs.calibration import calibration_of
     from mpqdm_fx.models.sources import load_source
 
     source = load_source("digits")

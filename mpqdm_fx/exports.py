@@ -19,6 +19,7 @@ from mpqdm_fx.pipelines.export import export_pipeline
 from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.quantized import PreparedModel, QuantizedModel
 from mpqdm_fx.storage import load, save
+from mpqdm_fx.versions import versions
 
 __all__ = [
     "ArtifactError",
@@ -37,6 +38,7 @@ __all__ = [
     "QuantizedModel",
     "TraceError",
     "Trajectories",
+    "__version__",
     "convert",
     "export_pipeline",
     "load",
@@ -48,3 +50,5 @@ __all__ = [
     "trace",
     "verify",
 ]
+
+__version__ = versions()["mpqdm-fx"]

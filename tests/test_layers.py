@@ -71,6 +71,7 @@ LAZY = {
     ("denoisers", "backends"): "executorch is loaded only where a .pte is run",
     ("__init__", "exports"): "`mpqdm-fx --help` answers, and signals are handled, before torch is "
     "loaded",
+    ("__init__", "versions"): "and `mpqdm-fx --version` too",
     ("cli", ""): "`mpqdm-fx --help` answers without loading torch",
 }
 

@@ -21,13 +21,13 @@ from mpqdm_fx.config import MPQConfig, Override
 from mpqdm_fx.denoisers import draw
 from mpqdm_fx.distill import DistillConfig, distill
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.jobs.estimate import estimate_source
+from mpqdm_fx.jobs.estimate import estimate_run
 from mpqdm_fx.jobs.evaluate import evaluate_folder
 from mpqdm_fx.jobs.quantize import quantize_to_folder
 from mpqdm_fx.jobs.result_folder import Form
 from mpqdm_fx.models.train_digits import TrainConfig
 from mpqdm_fx.plan import BitPlan, FloatTensor, LayerPlan
-from mpqdm_fx.report.metrics import run_reference
+from mpqdm_fx.report.reference import run_reference
 from mpqdm_fx.sweep.estimate import estimate
 from mpqdm_fx.validation import Between, check_value, checked
 
@@ -49,7 +49,7 @@ RECORDS = [
 VERBS = [
     mpqdm_fx.prepare, mpqdm_fx.convert, mpqdm_fx.open_sweep, mpqdm_fx.quantize, mpqdm_fx.lower,
     mpqdm_fx.export_pipeline, Trajectories.__init__, RecordedInputs.__init__, denoise, distill,
-    measure_sensitivity, draw, run_reference, estimate, estimate_source,
+    measure_sensitivity, draw, run_reference, estimate, estimate_run,
     evaluate_folder, quantize_to_folder,
 ]  # fmt: skip
 

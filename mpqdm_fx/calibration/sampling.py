@@ -226,6 +226,8 @@ def denoise_in_batches(
     num_inference_steps: int | None,
     seed: int,
     conditions: Mapping[str, Any],
+    guidance_scale: float | None = None,
+    unconditional: Mapping[str, Any] | None = None,
     batch_size: int = 16,
     progress: bool = False,
 ) -> Tensor:
@@ -238,6 +240,8 @@ def denoise_in_batches(
         num_inference_steps: as of `denoise`.
         seed: of the noise that ancestral schedulers add.
         conditions: tensors, or dicts and tuples of them, with N in front.
+        guidance_scale: as of `denoise`.
+        unconditional: as of `denoise`.
         batch_size: samples at once.
         progress: tell of the steps as a stage.
 
@@ -258,6 +262,10 @@ def denoise_in_batches(
                 num_inference_steps=num_inference_steps,
                 seed=seed + start,
                 conditions=take_rows(dict(conditions), rows),
+                guidance_scale=guidance_scale,
+                unconditional=None
+                if unconditional is None
+                else take_rows(dict(unconditional), rows),
                 callback=None if own_loop else lambda *step: advance(len(step[-1])),
             )
             if own_loop:

@@ -21,15 +21,16 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 from safetensors import SafetensorError
-from typer.core import TyperCommand
 
 from mpqdm_fx.cli.checks import EXTRAS
 from mpqdm_fx.cli.signals import Stopped, stoppable
+from mpqdm_fx.cli.spelling import as_typed
 from mpqdm_fx.cli.streams import OutputError, guarded_streams, say
+from mpqdm_fx.cli.usage import USAGE_ERROR, usage_line
 from mpqdm_fx.errors import MPQError
 from mpqdm_fx.versions import versions
 
-__all__ = ["INTERNAL", "KINDS", "Command", "Kind", "Told", "run", "tell"]
+__all__ = ["INTERNAL", "KINDS", "Kind", "Told", "run", "tell"]
 
 INTERNAL = 70
 """Exit status of what should not happen (`EX_SOFTWARE` of sysexits.h)."""
@@ -64,21 +65,11 @@ class Kind:
     line: Callable[[Any, Places], str]
 
 
-class Command(TyperCommand):
-    """A command that leaves what was typed for the line of an error (see `run`)."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        if isinstance(ctx.obj, dict):
-            ctx.obj.update(ctx.params, command=ctx.info_name)
-        return super().invoke(ctx)
-
-
 def run(app: typer.Typer) -> NoReturn:
     """Run a command line and exit; nothing it installs outlives it.
 
     Args:
-        app: Commands of class `Command`.
+        app: Commands of class `cli.usage.Command`.
     """
     places: dict[str, Any] = {}
     status = 0
@@ -86,7 +77,7 @@ def run(app: typer.Typer) -> NoReturn:
         with guarded_streams():
             try:
                 with stoppable():
-                    app(obj=places)
+                    status = app(obj=places, prog_name="mpqdm-fx", standalone_mode=False) or 0
             except SystemExit:
                 raise
             except BaseException as error:
@@ -118,7 +109,7 @@ def tell(error: BaseException, places: Places) -> Told:
     return Told(INTERNAL, f"internal error ({cause}), please report it with {_log(error)}")
 
 
-_RESUMABLE = ("quantize", "distill", "export")
+_RESUMABLE = ("quantize", "distill", "export", "pareto")
 
 
 def _stopped(error: Stopped, places: Places) -> str:
@@ -228,7 +219,8 @@ def _says_extra(error: ImportError, _: Places) -> str:
 
 #: In this order: the first kind that holds is told.
 KINDS: tuple[Kind, ...] = (
-    Kind(_any_of(MPQError), lambda error, _: str(error)),
+    Kind(_any_of(USAGE_ERROR), lambda error, _: usage_line(error)),
+    Kind(_any_of(MPQError), lambda error, places: as_typed(str(error), places.get("options", {}))),
     Kind(_is_memory, _says_memory),
     Kind(
         _numbered(errno.ENOSPC, errno.EDQUOT),

@@ -10,10 +10,12 @@ from pathlib import Path
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.models.names import BUNDLED, check_name
 
 __all__ = [
     "EXTRAS",
     "check_device",
+    "check_name",
     "check_output_file",
     "check_output_folder",
     "check_packages",
@@ -23,8 +25,6 @@ __all__ = [
     "has_text_encoder",
     "origin_of",
 ]
-
-_BUNDLED = "digits"  # the name goes before a folder's
 
 EXTRAS: Mapping[str, str] = {
     "executorch": "executorch",
@@ -62,7 +62,7 @@ def check_output_folder(
             f"whole; start from another folder, or give another name"
         )
     for read in reads:
-        if read is None or str(read) == _BUNDLED or not Path(read).exists():
+        if read is None or str(read) == BUNDLED or not Path(read).exists():
             continue
         place = Path(read).resolve()
         if target.is_relative_to(place) or place.is_relative_to(target):

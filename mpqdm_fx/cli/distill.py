@@ -2,44 +2,80 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
+from mpqdm_fx.cli.gates import GateOption, end_with_gates, print_gates, with_gates
 from mpqdm_fx.cli.streams import announce, say
+from mpqdm_fx.report.gates import parse_gates
 
-__all__ = ["distill"]
+__all__ = ["Relation", "distill"]
+
+Relation = Literal["none", "trd", "queue", "feature"]
+"""As of `DistillConfig`, which loads torch."""
 
 
 def distill(
     directory: opt.FolderArgument,
     budget: Annotated[
-        str | None, typer.Option(help="Time to train, for example 90s, 5m or 1.5h. Default: 5m.")
+        str | None,
+        typer.Option(
+            help="Time for all of it, lowering and measuring included, for example 90s, 5m or "
+            "1.5h. Default: 5m.",
+            rich_help_panel=opt.RUN,
+        ),
     ] = None,
     updates: Annotated[
         int | None,
-        typer.Option(min=1, help="Updates to make; with --budget, whichever ends first."),
+        typer.Option(
+            min=1,
+            help="Updates to make; with --budget, whichever ends first.",
+            rich_help_panel=opt.RUN,
+        ),
     ] = None,
     output: opt.OutputOption = Path("distilled"),
     model: opt.FloatModelOption = None,
     trajectories: opt.TrajectoriesOption = 64,
     steps: opt.StepsOption = 20,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in an update.")] = 32,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows in an update.", rich_help_panel=opt.CALIBRATION)
+    ] = 32,
     rank: Annotated[
-        int, typer.Option(min=0, help="Rank of the trained change of a weight; 0 trains none.")
+        int,
+        typer.Option(
+            min=0,
+            help="Rank of the trained change of a weight; 0 trains none.",
+            rich_help_panel=opt.CALIBRATION,
+        ),
     ] = 8,
     relation: Annotated[
-        str, typer.Option(help="Second loss: none, trd, queue or feature.")
+        Relation,
+        typer.Option(
+            case_sensitive=False,
+            help="Second loss (MPQ-DM's is trd); none helped where it was measured.",
+            rich_help_panel=opt.CALIBRATION,
+        ),
     ] = "none",
     recompute: Annotated[
-        int, typer.Option(min=0, help="Parts of the graph to compute twice, for less memory.")
+        int,
+        typer.Option(
+            min=0,
+            help="Parts of the graph to compute twice, for less memory.",
+            rich_help_panel=opt.RUN,
+        ),
     ] = 0,
     samples: opt.SamplesOption = 16,
     resume: opt.ResumeOption = False,
     overwrite: opt.OverwriteOption = False,
-    device: Annotated[str, typer.Option(help="Where to train, for example cuda.")] = "cpu",
+    gate: GateOption = None,
+    device: Annotated[
+        str,
+        typer.Option(help="Where to train, for example cuda.", rich_help_panel=opt.RUN),
+    ] = "cpu",
     seed: opt.SeedOption = 0,
     as_json: opt.JsonOption = False,
 ) -> None:
@@ -47,20 +83,27 @@ def distill(
     if budget is None and updates is None:
         budget = "5m"
     seconds = opt.seconds_of(budget)
+    gates = parse_gates(gate)
     checks.check_output_folder(output, directory, model)
     if checks.has_program(directory):
         checks.check_packages("executorch", purpose="a folder with a program")
     announce(f"training {directory} to {output}: {budget or f'{updates} updates'}")
     from mpqdm_fx.cli.screens.result import ResultScreen
+    from mpqdm_fx.denoisers import source_of
     from mpqdm_fx.distill.config import DistillConfig
     from mpqdm_fx.folders import WEIGHTS, open_folder
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.distill import distill_folder
+    from mpqdm_fx.jobs.evaluate import check_gates, judge_result
     from mpqdm_fx.processes import joined
+    from mpqdm_fx.summary import read_summary
 
     checks.check_device(device)
+    opened = open_folder(directory)
+    if gates:
+        check_gates(gates, source_of(directory, model), read_summary(opened)["backend"])
     # the plan stays, so the packed weights of the result are of the same size
-    checks.check_space(output, open_folder(directory).files.entries[WEIGHTS].bytes)
+    checks.check_space(output, opened.files.entries[WEIGHTS].bytes)
     config = DistillConfig(
         seconds=seconds,
         updates=updates,
@@ -68,7 +111,7 @@ def distill(
         steps=steps,
         batch_size=batch_size,
         rank=rank,
-        relation=relation,  # type: ignore[arg-type]  # it is checked there
+        relation=relation,
         recompute=recompute,
         seed=seed,
     )
@@ -76,12 +119,18 @@ def distill(
         result = distill_folder(
             directory, config, output=output, model=model, samples=samples, resume=resume,
             device=device, overwrite=overwrite,
+            foretold=lambda times: say(Console(stderr=True), times),
         )  # fmt: skip
     if result is None:
         return
+    source = source_of(directory, model) if gates else None
+    verdicts = judge_result(gates, result, source, steps=steps) if source is not None else ()
     console = opt.console()
     if as_json:
-        console.print_json(json.dumps(plain(result.summary)))
+        console.print_json(json.dumps(plain(with_gates(result.summary, verdicts))))
+        end_with_gates(verdicts, output)
         return
     console.print(ResultScreen(result.summary, result.quantized.report, output))
+    print_gates(console, verdicts)
     say(console, f"written to {output}")
+    end_with_gates(verdicts, output)

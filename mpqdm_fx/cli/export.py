@@ -88,7 +88,7 @@ def export(
         device=device,
         sensitivity=sensitivity,
         tabulate=tabulate,
-        four_bit=four_bit,  # type: ignore[arg-type]  # it is checked there
+        four_bit=four_bit,
         external_weights=external_weights,
         compress=compress,
         overwrite=overwrite,

@@ -8,12 +8,14 @@ import typer
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
+from mpqdm_fx.cli.gates import GateOption, end_with_gates, print_gates, with_gates
 from mpqdm_fx.cli.screens.start import bits_of
 from mpqdm_fx.cli.streams import announce, say
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.report.gates import parse_gates
 
 if TYPE_CHECKING:
+    from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.models.sources import Source
 
 __all__ = ["plan", "quantize"]
@@ -23,10 +25,12 @@ __all__ = ["plan", "quantize"]
 def quantize(
     model: opt.ModelArgument,
     config: MPQConfig = opt.DEFAULTS,
-    backend: Annotated[str, typer.Option(help="xnnpack, torch_ao or packed.")] = "xnnpack",
+    backend: opt.BackendOption = "xnnpack",
     output: opt.OutputOption = Path("out"),
     trajectories: opt.TrajectoriesOption = 16,
     steps: opt.StepsOption = 20,
+    prompts: opt.PromptsOption = None,
+    guidance: opt.GuidanceOption = None,
     samples: opt.SamplesOption = 16,
     inputs: opt.InputsOption = None,
     held_out: opt.HeldOutOption = None,
@@ -38,44 +42,69 @@ def quantize(
     external_weights: opt.ExternalWeightsOption = False,
     compress: opt.CompressOption = False,
     overwrite: opt.OverwriteOption = False,
+    gate: GateOption = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Write nothing; say what it will take, as `plan` does.",
+            rich_help_panel=opt.RUN,
+        ),
+    ] = False,
     subfolder: opt.SubfolderOption = None,
     variant: opt.VariantOption = None,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Quantize MODEL into a folder: packed weights, program, sample grid, numbers."""
+    checks.check_name(model)
     memory = opt.memory_of(max_memory)
+    gates = parse_gates(gate)
     checks.check_output_folder(output, model)
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
     if backend == "xnnpack":
         checks.check_packages("executorch", purpose="--backend xnnpack")
+    if checks.has_text_encoder(model):
+        checks.check_packages("transformers", purpose="a pipeline with a text encoder")
     announce(f"quantizing {model} to {output}: {bits_of(config)}, {backend}")
-    from mpqdm_fx.api import BACKENDS
     from mpqdm_fx.cli.screens.result import ResultScreen
     from mpqdm_fx.feasibility import check_feasible, weights_of
     from mpqdm_fx.io.schema import plain
+    from mpqdm_fx.jobs.calibration import rows_of
+    from mpqdm_fx.jobs.evaluate import check_gates, judge_result
     from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.models.sources import load_with_calls
+    from mpqdm_fx.pipelines.components import in_pipeline
+    from mpqdm_fx.pipelines.prompts import read_prompts
     from mpqdm_fx.processes import joined
 
-    if backend not in BACKENDS:
-        raise ConfigError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
     checks.check_device(device)
     form = Form(
         backend=backend,
-        four_bit=four_bit,  # type: ignore[arg-type]  # `check_start` checks it
+        four_bit=four_bit,
         external_weights=external_weights,
         compress=compress,
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
-    source = load_with_calls(model, subfolder, variant, inputs, held_out)
+    given = None if prompts is None else read_prompts(prompts)
+    source = in_pipeline(
+        load_with_calls(model, subfolder, variant, inputs, held_out),
+        prompts=given, guidance=guidance,
+    )  # fmt: skip
+    check_gates(gates, source, form.backend)
     if not resume:  # who resumes has some of it on the disk already
         # a byte each, until the run is through
         checks.check_space(output, weights_of(source.model))
     check_feasible(
         source.model, source.example_inputs, config, sensitivity=sensitivity, max_memory=memory,
-        batch_size=_rows_of(source, trajectories, steps),
+        batch_size=rows_of(source, trajectories, steps),
     )  # fmt: skip
+    if dry_run:
+        _foretell(
+            source, config, form, trajectories=trajectories, steps=steps, samples=samples,
+            memory=memory, as_json=as_json,
+        )  # fmt: skip
+        return
     with joined():
         result = quantize_to_folder(
             source,
@@ -97,51 +126,72 @@ def quantize(
         )
     if result is None:
         return
+    verdicts = judge_result(gates, result, source, steps=steps)
     console = opt.console()
     if as_json:
-        console.print_json(json.dumps(plain(result.summary)))
+        console.print_json(json.dumps(plain(with_gates(result.summary, verdicts))))
+        end_with_gates(verdicts, output)
         return
     console.print(ResultScreen(result.summary, result.quantized.report, output))
+    print_gates(console, verdicts)
     say(console, f"written to {output}")
+    end_with_gates(verdicts, output)
 
 
-@opt.takes_settings(without=("effective_bits", "weight_bytes", "seed"))
+@opt.takes_settings()
 def plan(
     model: opt.ModelArgument,
     config: MPQConfig = opt.DEFAULTS,
-    calls: Annotated[int, typer.Option(min=1, help="Calibration calls.")] = 20,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a call.")] = 16,
+    backend: opt.BackendOption = "xnnpack",
+    trajectories: opt.TrajectoriesOption = 16,
+    steps: opt.StepsOption = 20,
+    samples: opt.SamplesOption = 16,
     inputs: opt.InputsOption = None,
+    held_out: opt.HeldOutOption = None,
     max_memory: opt.MemoryOption = None,
+    four_bit: opt.FourBitOption = "whole",
     subfolder: opt.SubfolderOption = None,
     variant: opt.VariantOption = None,
     as_json: opt.JsonOption = False,
 ) -> None:
-    """Say what quantizing MODEL will take: time, memory, disk."""
+    """Say what quantizing MODEL will take: time, memory, disk, size; as quantize --dry-run."""
+    checks.check_name(model)
     memory = opt.memory_of(max_memory)
     announce(f"planning {model}: {bits_of(config)}; nothing is written")
     from mpqdm_fx.feasibility import check_feasible
-    from mpqdm_fx.graph.calling import batch_size_of
-    from mpqdm_fx.jobs.estimate import estimate_source
+    from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.models.sources import load_with_calls
+
+    form = Form(backend=backend, four_bit=four_bit)
+    source = load_with_calls(model, subfolder, variant, inputs, held_out)
+    check_feasible(source.model, source.example_inputs, config)
+    _foretell(
+        source, config, form, trajectories=trajectories, steps=steps, samples=samples,
+        memory=memory, as_json=as_json,
+    )  # fmt: skip
+
+
+def _foretell(
+    source: "Source",
+    config: MPQConfig,
+    form: "Form",
+    *,
+    trajectories: int,
+    steps: int,
+    samples: int,
+    memory: int | None,
+    as_json: bool,
+) -> None:
+    """Print what a run will take."""
+    from mpqdm_fx.jobs.estimate import estimate_run
     from mpqdm_fx.report.tables import estimate_table
 
-    source = load_with_calls(model, subfolder, variant, inputs)
-    if source.calls is not None:
-        calls, batch_size = len(source.calls), batch_size_of(source.example_inputs)
-    check_feasible(source.model, source.example_inputs, config)
-    found = estimate_source(source, config, calls=calls, batch_size=batch_size, max_memory=memory)
+    found = estimate_run(
+        source, config, form=form, trajectories=trajectories, steps=steps, samples=samples,
+        max_memory=memory,
+    ).to_dict()  # fmt: skip
     console = opt.console()
     if as_json:
-        console.print_json(json.dumps(found.to_dict()))
+        console.print_json(json.dumps(found))
     else:
-        console.print(estimate_table(found.to_dict()))
-
-
-def _rows_of(source: "Source", trajectories: int, steps: int) -> int:
-    """Rows of a calibration call."""
-    from mpqdm_fx.graph.calling import batch_size_of
-
-    if source.calls is not None:
-        return max(map(batch_size_of, source.calls))
-    return min(16, (trajectories - trajectories // 4) * steps)  # as of `calibration_of`
+        console.print(estimate_table(found))

@@ -1,5 +1,8 @@
 """From a quantized folder to a trained one."""
 
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from mpqdm_fx.denoisers import origin_of, source_of
@@ -10,6 +13,9 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target, open_folder
 from mpqdm_fx.io.exchange import remove_folder
+from mpqdm_fx.jobs.calibration import warn_of
+from mpqdm_fx.jobs.copied_folder import copy_folder
+from mpqdm_fx.jobs.estimate import TrainingEstimate, estimate_training
 from mpqdm_fx.jobs.foretold import distill_stages
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
@@ -17,6 +23,7 @@ from mpqdm_fx.jobs.result_folder import (
     write_folder,
 )
 from mpqdm_fx.jobs.unfinished import check_ours
+from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.processes import is_first
 from mpqdm_fx.progress import expect
 from mpqdm_fx.storage import load
@@ -37,12 +44,15 @@ def distill_folder(
     resume: bool = False,
     device: str = "cpu",
     overwrite: bool = False,
+    foretold: Callable[[TrainingEstimate], None] | None = None,
 ) -> FolderResult | None:
     """Train a quantized folder against its float model, and write what comes out like `quantize`.
 
     Args:
         folder: Folder written by `quantize`; it is not changed.
-        config: Settings of the training. Models with text are trained on seeded random embeddings.
+        config: Settings of the training; `seconds` count all of the job: data, training, lowering
+            and measuring. A denoiser of a pipeline is trained on the prompts that it was calibrated
+            on, and with their guidance if `guidance_scale` is None; 1 is none.
         output: Folder; it appears whole or not at all, with the forms that `folder` has.
         model: The float model, if it is no longer where it was.
         samples: Images in the grid.
@@ -50,18 +60,16 @@ def distill_folder(
             that name and `.checkpoint`, until the run is through.
         device: Where to train.
         overwrite: Whether `output` may be a result that is replaced.
+        foretold: Called with what the job will take, before it begins.
 
     Returns:
-        What was made; None in the other processes of a run with several, which write nothing.
+        What was made, a copy of `folder` where training did not help; None in the other processes
+        of a run with several, which write nothing.
 
     Raises:
         MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
-    if config.guided:
-        raise ConfigError(
-            "guidance_scale needs embeddings of the unconditional half, which a folder has not; "
-            "give them to mpqdm_fx.distill.distill(..., unconditional=)"
-        )
+    start = time.perf_counter()
     opened = open_folder(folder)
     summary = read_summary(opened)
     form = Form.of(summary["backend"], opened.manifest["program"])
@@ -76,7 +84,22 @@ def distill_folder(
             f"{source.name} is made by a function, and training goes along denoising runs; train "
             f"it in Python with a loop of your own: mpqdm_fx.distill.distill(..., scheduler=)"
         )
+    source = as_recorded(source, folder, model=model, guidance=config.guidance_scale)
+    warn_of(source)
+    given = source.runs(config.trajectories, config.seed)
+    config = replace(config, guidance_scale=given.get("guidance_scale"))
     form.check(quantized.settings)
+    times = estimate_training(quantized, source, config, form=form, samples=samples)
+    if foretold is not None and is_first():
+        foretold(times)
+    if config.seconds is not None:
+        left = config.seconds - times.others - (time.perf_counter() - start)
+        if left <= 0:
+            raise ConfigError(
+                f"seconds={config.seconds:g}: nothing is left for training, all else takes "
+                f"{times.others:.0f} seconds; give more time, or updates=... alone"
+            )
+        config = replace(config, seconds=left)
     expect(lambda: distill_stages(source, config, form.backend, samples))
     trained = distill(
         quantized,
@@ -84,7 +107,8 @@ def distill_folder(
         config,
         scheduler=source.scheduler,
         sample_shape=source.sample_shape,
-        conditions=source.conditions(config.trajectories, config.seed),
+        conditions=given["conditions"],
+        unconditional=given.get("unconditional"),
         directory=state,
         device=device,
     )
@@ -99,6 +123,12 @@ def distill_folder(
         "improved": trained.improved,
         "epsilon_sqnr_db_before": summary["epsilon_sqnr_db"],
     }
+    if trained.quantized is quantized:  # the very model: lowering it again would give the same
+        found = copy_folder(
+            opened, output, origin=model, more={"distilled": told}, overwrite=overwrite
+        )
+        remove_folder(state)
+        return FolderResult(directory=output, quantized=quantized, summary=found)
     found = write_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
         subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,

@@ -18,7 +18,7 @@ from torch import nn
 from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.errors import CalibrationError, ConfigError, first_line
 
-__all__ = ["GivenCalls", "calls_of", "is_function", "model_of"]
+__all__ = ["GivenCalls", "calls_of", "model_of"]
 
 
 class GivenCalls:
@@ -27,18 +27,20 @@ class GivenCalls:
     Args:
         calls: Keyword arguments of each call.
         held_out: So many of them, the last ones, judge corrections and are not fitted to.
+        name: The function, as it was named; None for calls of another origin.
 
     Raises:
         ConfigError: None is left to be fitted to.
     """
 
-    def __init__(self, calls: list[dict[str, Any]], held_out: int) -> None:
+    def __init__(self, calls: list[dict[str, Any]], held_out: int, name: str | None = None) -> None:
         if not 0 <= held_out < len(calls):
             raise ConfigError(
                 f"--held-out {held_out}: of the {len(calls)} calls some have to be left; give 0 to "
                 f"{len(calls) - 1}"
             )
         self.calls = calls
+        self.name = name
         self.held_out_calls = range(len(calls) - held_out, len(calls))
 
     def __len__(self) -> int:
@@ -53,11 +55,6 @@ class GivenCalls:
     def held_out(self) -> list[dict[str, Any]]:
         """The calls that are held out; all of them if none are."""
         return [self.calls[index] for index in self.held_out_calls] or self.calls
-
-
-def is_function(name: str) -> bool:
-    """Whether a name on the command line is a function's and no folder's."""
-    return ":" in name and not Path(name).exists()
 
 
 def model_of(name: str) -> nn.Module:
@@ -118,7 +115,7 @@ def calls_of(name: str, model: nn.Module, held_out: int | None = None) -> GivenC
     for index, call in enumerate(calls):
         _check_names(call, model, f"{place}: call {index}")
     check_calls(calls, f"{place}: call")
-    return GivenCalls(calls, len(calls) // 4 if held_out is None else held_out)
+    return GivenCalls(calls, len(calls) // 4 if held_out is None else held_out, name)
 
 
 def _check_names(call: Mapping[str, Any], model: nn.Module, place: str) -> None:

@@ -17,13 +17,12 @@ from torch.nn import functional
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.models.extra_channels import random_masks
+from mpqdm_fx.pipelines.conditions import Call, encode_prompts, with_numbers
 from mpqdm_fx.pipelines.layout import Layout, Size
-from mpqdm_fx.pipelines.runner import guidance_embedding, time_ids
+from mpqdm_fx.pipelines.runner import time_ids
 from mpqdm_fx.validation import Count, NonNegative, Seed, check_fields
 
 __all__ = ["DenoiserCalls", "PipelineInputs"]
-
-Call = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,33 +76,15 @@ class PipelineInputs:
 
     def _conditions(self, prompts: list[str]) -> tuple[Call, Call]:
         """What the denoiser gets beside latents and timestep, with and without the prompts."""
-        layout, count = self.layout, len(prompts)
         if not prompts:
             return {}, {}
-        with torch.no_grad():
-            # one prompt at a time, as programs do; the pipeline's own rules for both halves
-            rows = [
-                layout.pipeline.encode_prompt(
-                    prompt=prompt,
-                    device="cpu",
-                    num_images_per_prompt=1,
-                    do_classifier_free_guidance=True,
-                )
-                for prompt in prompts
-            ]
-        states, negative_states, *pooled = (
-            torch.cat(column).float() for column in zip(*rows, strict=True)
+        layout, count = self.layout, len(prompts)
+        plain, negative = with_numbers(
+            encode_prompts(layout.pipeline, prompts),
+            size=self.size,
+            guidance=self.guidance,
+            guidance_width=layout.settings["time_cond_proj_dim"],
         )
-        plain: Call = {"encoder_hidden_states": states}
-        negative: Call = {"encoder_hidden_states": negative_states}
-        if pooled:
-            times = time_ids(*self.size).repeat(count, 1)
-            plain["added_cond_kwargs"] = {"text_embeds": pooled[0], "time_ids": times}
-            negative["added_cond_kwargs"] = {"text_embeds": pooled[1], "time_ids": times}
-        width = layout.settings["time_cond_proj_dim"]
-        if width is not None:
-            embedding = guidance_embedding(self.guidance, width).repeat(count, 1)
-            plain["timestep_cond"] = negative["timestep_cond"] = embedding
         if layout.kind == "inpainting":
             masked = self._masked_latents(count)
             plain, negative = {**plain, **masked}, {**negative, **masked}

@@ -13,6 +13,7 @@ from mpqdm_fx.calibration.activation_choice import options_of
 from mpqdm_fx.calibration.allocate import layer_limits
 from mpqdm_fx.calibration.probes import PROBES
 from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.cost import bind_sizes, node_cost, walk_memory
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.noise_argument import find_noise_argument
@@ -21,7 +22,7 @@ from mpqdm_fx.sweep.build_lanes import two_lanes
 from mpqdm_fx.sweep.work import layer_work
 from mpqdm_fx.validation import Bytes, checked
 
-__all__ = ["Estimate", "estimate", "stage_seconds"]
+__all__ = ["Estimate", "estimate", "row_seconds", "stage_seconds"]
 
 _COLUMN = 8e-5  # seconds of interpreter and small kernels for one column of one rounding
 _RANGE = 0.05  # seconds to search the range of one activation
@@ -46,6 +47,7 @@ class Estimate:
         solve_seconds: Statistics, corrections and roundings.
         sensitivity_seconds: Jacobian probes, error tables of `allocation="measured"`, and what is
             measured to choose how inputs are quantized.
+        row_seconds: One row through the float model.
         peak_bytes: Model, rounded copy, activations and the largest layer's statistics.
         activation_bytes: Of that, activations of all calls.
         smallest_limit: The smallest `max_memory` that activations can do with.
@@ -58,6 +60,7 @@ class Estimate:
     forward_seconds: float
     solve_seconds: float
     sensitivity_seconds: float
+    row_seconds: float
     peak_bytes: int
     activation_bytes: int
     smallest_limit: int
@@ -135,11 +138,19 @@ def estimate(
         forward_seconds=forward,
         solve_seconds=seconds,
         sensitivity_seconds=sensitivity,
+        row_seconds=one_lane / len(calls) / batch_size_of(calls[0]),
         peak_bytes=2 * parameters + weights + held + largest,
         activation_bytes=held,
         smallest_limit=smallest,
         disk_bytes=weights + max(0, peak - held),
     )
+
+
+def row_seconds(graph_module: fx.GraphModule, call: Mapping[str, Any]) -> float:
+    """Seconds that a graph takes for one row of a call, told by its multiply-adds."""
+    sizes = bind_sizes(graph_module, call)
+    macs = sum(node_cost(graph_module, node, sizes) for node in graph_module.graph.nodes)
+    return macs / _speed()[0] / batch_size_of(call)
 
 
 def stage_seconds(found: Estimate, settings: MPQConfig) -> dict[str, float]:

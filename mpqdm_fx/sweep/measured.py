@@ -27,7 +27,14 @@ from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.shards import Shards
 
-__all__ = ["budget_bits", "check_budget", "mean_bits", "measured_table", "solve_budget"]
+__all__ = [
+    "budget_bits",
+    "check_budget",
+    "expected_bytes",
+    "mean_bits",
+    "measured_table",
+    "solve_budget",
+]
 
 _MAX_ROWS = 4096
 
@@ -233,6 +240,18 @@ def budget_bits(graph_module: fx.GraphModule, settings: MPQConfig, limits: Limit
             bits = limits.fixed[name][0]
         total += _stored_bits(layer, bits)
     return total
+
+
+def expected_bytes(
+    graph_module: fx.GraphModule, settings: MPQConfig, limits: Limits
+) -> tuple[int, int]:
+    """Stored bytes of all weights, and of norms, biases and constants, before bits are decided.
+
+    Args: as of `budget_bits`.
+    """
+    plan = _draft(graph_module, limits)
+    in_float = sum(tensor.numel * tensor.bits for tensor in plan.float_weights)
+    return (budget_bits(graph_module, settings, limits) + in_float) // 8, plan.float_bytes
 
 
 def _draft(graph_module: fx.GraphModule, limits: Limits) -> BitPlan:

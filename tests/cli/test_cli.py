@@ -8,8 +8,10 @@ from small import tiny_unet
 from typer.testing import CliRunner
 
 from mpqdm_fx.cli import app as cli
+from mpqdm_fx.cli.boundary import tell
 from mpqdm_fx.cli.options import activation_mode_of
 from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.usage import USAGE_ERROR
 from mpqdm_fx.errors import MPQError
 from mpqdm_fx.folders import seal_folder
 from mpqdm_fx.io.sealed import seal
@@ -28,12 +30,15 @@ def model_folder(tmp_path_factory):
 
 def run(*arguments):
     """Run the command line as `main` does; return exit status and all that was printed."""
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    if isinstance(result.exception, MPQError):
-        return 2, str(result.exception)
+    places = {}
+    typed = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(cli.app, typed, obj=places, standalone_mode=False)
+    if isinstance(result.exception, MPQError | USAGE_ERROR):
+        told = tell(result.exception, places)
+        return told.status, told.line
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return result.exit_code, result.output
+    return result.return_value or result.exit_code, result.output
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +67,8 @@ def test_quantize_leaves_packed_weights_config_scheduler_and_a_grid(quantized_fo
         "parity.json",
         "parity.safetensors",
         "proof.safetensors",
+        "report.html",
+        "report.json",
         "samples.png",
         "scheduler",
         "source.json",
@@ -167,26 +174,29 @@ def test_trace_explain_says_what_was_found(model_folder):
         (["quantize", "nowhere"], "neither a bundled model"),
         (["quantize", "{pipeline}"], "--subfolder unet"),
         (["trace", "{pipeline}", "--subfolder", "unet", "--variant", "fp16"], "no --variant"),
-        (["quantize", "digits", "--weights", 9], "1 to 8"),
-        (["quantize", "digits", "--allocation", "best"], "'omq' or 'uniform'"),
+        (["quantize", "digits", "--weights", 9], "--weights 9: give an integer from 1 to 8"),
+        (
+            ["quantize", "digits", "--allocation", "best"],
+            "choose one of 'measured', 'omq', 'uniform'",
+        ),
         (["quantize", "digits", "--backend", "tflite"], "choose one of"),
         (
             ["quantize", "digits", "--activation-mode", "late"],
-            "'static', 'timestep', 'dynamic' or 'float'",
+            "'static', 'timestep', 'dynamic', 'float'",
         ),
         (
             ["quantize", "digits", "--activation-mode", "timestep"],
-            'activation_mode="measured" or "static" or "dynamic"',
+            "--activation-mode measured or static or dynamic",
         ),
-        (["quantize", "digits", "--activation-mode", "timestep"], 'backend="packed"'),
+        (["quantize", "digits", "--activation-mode", "timestep"], "--backend packed"),
         (["quantize", "digits", "--activations", 6], "activations of 8 bits, not 6"),
         (
             ["quantize", "digits", "--activation-mode", "dynamic", "--backend", "torch_ao"],
-            'backend="xnnpack" or "packed"',
+            "--backend xnnpack or packed",
         ),
         (["quantize", "digits", "--override", "conv_in"], "PATTERN=BITS"),
         (["quantize", "digits", "--override", "conv_in=W4A"], "PATTERN=W4A8"),
-        (["quantize", "digits", "--override", "conv_in=W9A8"], "weight_bits=9"),
+        (["quantize", "digits", "--override", "conv_in=W9A8"], "PATTERN=BITS (1 to 8)"),
         (["quantize", "digits", "--override", "convin=W4A8"], "nearest names: conv_in"),
         (["sample", "{pipeline}", "--from", "pte"], "not written by mpqdm-fx"),
         (["inspect", "{pipeline}"], "mpqdm.json"),

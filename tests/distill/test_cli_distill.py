@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 import mpqdm_fx
 from mpqdm_fx.cli import app as cli
+from mpqdm_fx.cli.boundary import tell
 from mpqdm_fx.cli.options import seconds_of
+from mpqdm_fx.cli.usage import USAGE_ERROR
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
@@ -41,12 +43,15 @@ def folder(tmp_path_factory):
 
 
 def run(*arguments):
-    result = CliRunner().invoke(cli.app, ["distill", *map(str, arguments)])
-    if isinstance(result.exception, MPQError):
-        return 2, str(result.exception)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
+    places = {}
+    typed = ["distill", *map(str, arguments)]
+    result = CliRunner().invoke(cli.app, typed, obj=places, standalone_mode=False)
+    if isinstance(result.exception, MPQError | USAGE_ERROR):
+        told = tell(result.exception, places)
+        return told.status, told.line
+    if result.exception is not None:
         raise result.exception
-    return result.exit_code, result.output
+    return result.return_value or result.exit_code, result.output
 
 
 def test_a_folder_that_holds_other_files_is_refused_before_the_work(tmp_path, monkeypatch):
@@ -87,6 +92,41 @@ def test_training_writes_a_folder_like_the_one_it_read(folder, tmp_path):
     assert any(not torch.equal(before.codes(name), after.codes(name)) for name in names)
 
 
+def test_training_that_does_not_help_gives_a_copy_and_its_budget_counts_all(
+    folder, tmp_path, monkeypatch
+):
+    def lowered(*arguments, **options):
+        raise AssertionError("the same model was lowered and measured again")
+
+    monkeypatch.setattr("mpqdm_fx.jobs.distill.write_folder", lowered)
+    output = tmp_path / "trained"
+    config = DistillConfig(
+        updates=3, seconds=1000.0, trajectories=4, steps=3, batch_size=4, weight_rate=50.0,
+        scale_rate=1.0, ema=0.0,
+    )  # fmt: skip
+    told = []
+    result = distill_folder(folder, config, output=output, samples=0, foretold=told.append)
+    assert result.summary["distilled"]["improved"] is False
+    assert list(tmp_path.iterdir()) == [output]
+    old, new = (json.loads((f / "summary.json").read_text()) for f in (folder, output))
+    trained = new.pop("distilled")
+    assert trained["updates"] == 3
+    assert "distilled" not in old
+    assert new == old
+    same = {path.name for path in folder.iterdir()} - {"summary.json", "mpqdm.json"}
+    for name in same - {"scheduler"}:
+        assert (output / name).read_bytes() == (folder / name).read_bytes()
+    before, after = (mpqdm_fx.load(f) for f in (folder, output))
+    for layer in before.plan.layers:
+        assert torch.equal(before.codes(layer.name), after.codes(layer.name))
+    (times,) = told
+    assert times.seconds == sum(times.stages.values())
+    assert "in all" in str(times)
+    # the budget is for all of the job: what the rest takes comes off it
+    assert 0 < trained["settings"]["seconds"] < 1000 - times.others
+    assert times.training_seconds <= 1000 - times.others
+
+
 def test_a_killed_run_goes_on_with_resume_and_not_without(folder, tmp_path, monkeypatch):
     output = tmp_path / "trained"
     kill_at(monkeypatch, 2)
@@ -107,8 +147,9 @@ def test_a_killed_run_goes_on_with_resume_and_not_without(folder, tmp_path, monk
     [
         (["nowhere"], "nowhere"),
         (["{folder}", "--budget", "soon"], "90s, 5m or 1.5h"),
-        (["{folder}", "--relation", "cosine"], "'none', 'trd', 'queue' or 'feature'"),
+        (["{folder}", "--relation", "cosine"], "choose one of 'none', 'trd', 'queue', 'feature'"),
         (["{folder}", "--updates", "1", "--output", "{file}"], "is a file"),
+        (["{folder}", "--budget", "1s", *SHORT], "--budget 1: nothing is left for training"),
     ],
 )
 def test_bad_input_gets_one_clear_error_and_nothing_is_written(

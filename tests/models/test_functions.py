@@ -6,7 +6,8 @@ import pytest
 from small import TinyEDM
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.models.functions import calls_of, is_function, model_of
+from mpqdm_fx.models.functions import calls_of, model_of
+from mpqdm_fx.models.names import is_function
 
 FILE = """
 import torch

@@ -15,7 +15,7 @@ from mpqdm_fx.denoisers import draw
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError, MPQError
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.graph.unread import unread_inputs
-from mpqdm_fx.jobs.result_folder import calibration_of
+from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.models.classes import diffusers_class, is_model_class
 from mpqdm_fx.models.model_config import read_model_config
 from mpqdm_fx.models.sources import load_source, make_source

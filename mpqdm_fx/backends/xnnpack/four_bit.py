@@ -6,12 +6,13 @@ told by exactly that range. Codes are the same integers as at eight bits, and so
 
 import re
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.activations import DynamicActivation, KernelActivation
+from mpqdm_fx.backends.names import FourBit
 from mpqdm_fx.config import ActivationMode
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers
@@ -26,10 +27,6 @@ __all__ = [
     "four_bit_layers",
     "split_mixed_layers",
 ]
-
-FourBit = Literal["never", "whole", "split"]
-"""Which weights are stored at four bits: none, those of layers that fit as a whole, or also those
-of layers of which only some channels fit, split from the others."""
 
 #: Most levels of a channel that four bits can tell apart.
 FOUR_BIT_LEVELS = 16

@@ -1,0 +1,54 @@
+"""A folder whose model stays what it was: copied, with one more record in its summary."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpqdm_fx.denoisers import SOURCE
+from mpqdm_fx.files import write_text
+from mpqdm_fx.folders import MANIFEST, ModelFolder, seal_folder, staged_directory
+from mpqdm_fx.summary import read_summary, write_summary
+
+__all__ = ["copy_folder"]
+
+
+def copy_folder(
+    folder: ModelFolder,
+    output: Path,
+    *,
+    more: Mapping[str, Any],
+    origin: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Copy a folder's listed files, each compared with its hash, and seal the copy.
+
+    Args:
+        folder: The folder; it is not changed.
+        output: Folder; it appears whole or not at all.
+        more: Further numbers for the summary, plain JSON types.
+        origin: Where the float model is now; None leaves what the folder says.
+        overwrite: Whether `output` may be a result that is replaced.
+
+    Returns:
+        The summary, plain JSON types.
+
+    Raises:
+        ArtifactError: A file is not what was written, or `output` cannot be replaced.
+    """
+    summary = {**read_summary(folder), **more}
+    with staged_directory(output, overwrite=overwrite) as stage:
+        for name in (*folder.files.entries, MANIFEST):
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            if name == MANIFEST:
+                shutil.copyfile(folder.root / name, stage / name)
+                continue
+            with folder.files.opened(name) as path:
+                shutil.copyfile(path, stage / name)
+        if origin is not None:
+            told = {**folder.files.read_json(SOURCE), "model": origin}
+            write_text(stage / SOURCE, json.dumps(told))
+        write_summary(stage, summary)
+        seal_folder(stage)
+    return summary
