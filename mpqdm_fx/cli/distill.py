@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
@@ -119,7 +118,7 @@ def distill(
         result = distill_folder(
             directory, config, output=output, model=model, samples=samples, resume=resume,
             device=device, overwrite=overwrite,
-            foretold=lambda times: say(Console(stderr=True), times),
+            foretold=announce,
         )  # fmt: skip
     if result is None:
         return

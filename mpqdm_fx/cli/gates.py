@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import complain, say
 from mpqdm_fx.report.gates import METRICS, Verdict, catalogue
 
 __all__ = ["GateOption", "MetricsOption", "end_with_gates", "print_gates", "with_gates"]
@@ -76,6 +76,5 @@ def end_with_gates(verdicts: Sequence[Verdict], what: object) -> None:
     """
     failed = [str(verdict.gate) for verdict in verdicts if not verdict.passed]
     if failed:
-        errors = Console(stderr=True)
-        say(errors, f"error: {what}: not reached: {', '.join(failed)}", style="red")
+        complain(f"error: {what}: not reached: {', '.join(failed)}")
         raise typer.Exit(code=1)

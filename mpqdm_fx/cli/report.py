@@ -8,7 +8,7 @@ import typer
 
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, say
 
 __all__ = ["report"]
 
@@ -27,6 +27,7 @@ def report(
     checks.check_output_file(output, "--output", reads=[directory], suffix=".html")
     numbers = output.with_suffix(".json")
     checks.check_output_file(numbers, "--output", reads=[directory])
+    announce(f"reporting on {directory} to {output}")
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.report_folder import report_folder
 

@@ -20,6 +20,7 @@ __all__ = [
     "Log",
     "OutputError",
     "announce",
+    "complain",
     "diverted",
     "errors",
     "finish_line",
@@ -222,6 +223,18 @@ def errors() -> TextIO:
 def libraries() -> TextIO:
     """Where libraries print."""
     return sys.stderr
+
+
+def complain(text: object) -> None:
+    """Print an error where the user reads it, whatever libraries do.
+
+    Args:
+        text: One line.
+    """
+    from rich.console import Console
+
+    finish_line()
+    say(Console(file=errors()), text, style="red")
 
 
 @contextmanager

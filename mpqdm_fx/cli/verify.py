@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli import streams
-from mpqdm_fx.cli.streams import announce, say
+from mpqdm_fx.cli.streams import announce, complain, say
 from mpqdm_fx.files import write_text
 
 __all__ = ["verify"]
@@ -49,10 +47,9 @@ def verify(
         console.print(worst_table(ladder))
         for note in ladder.notes:
             say(console, f"note: {note}")
-    errors = Console(file=streams.errors())
     if store:
-        say(errors, f"thresholds stored in {directory}")
+        announce(f"thresholds stored in {directory}")
         return
     if not ladder.passed:
-        say(errors, f"error: {directory}: {ladder.failure}", style="red")
+        complain(f"error: {directory}: {ladder.failure}")
         raise typer.Exit(code=1)

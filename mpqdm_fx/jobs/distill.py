@@ -100,7 +100,7 @@ def distill_folder(
                 f"{times.others:.0f} seconds; give more time, or updates=... alone"
             )
         config = replace(config, seconds=left)
-    expect(lambda: distill_stages(source, config, form.backend, samples))
+    expect(lambda: distill_stages(source, config, times, samples, form.backend))
     trained = distill(
         quantized,
         source.model,

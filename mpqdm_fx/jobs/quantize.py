@@ -11,7 +11,8 @@ from mpqdm_fx.folders import check_target
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.command_text import quantize_command
-from mpqdm_fx.jobs.foretold import quantize_stages
+from mpqdm_fx.jobs.estimate import finish_of
+from mpqdm_fx.jobs.foretold import finish_stages, quantize_stages
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
     Form,
@@ -96,6 +97,7 @@ def quantize_to_folder(
     )
     if not is_first():
         return None
+    expect(lambda: finish_stages(finish_of(quantized, source, form, samples=samples, steps=steps)))
     summary = write_folder(
         quantized, source, output, form=form, steps=steps, samples=samples, subfolder=subfolder,
         overwrite=overwrite, sensitivity=sensitivity, command=command_of(

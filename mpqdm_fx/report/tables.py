@@ -6,6 +6,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from mpqdm_fx.report.units import duration
+
 __all__ = ["estimate_table"]
 
 
@@ -18,8 +20,8 @@ def estimate_table(found: Mapping[str, Any]) -> Table:
     table.add_row("weights", f"{found['weights']:,}")
     table.add_row("calibration calls", f"{found['calls']:,}")
     for stage, seconds in found["stages"].items():
-        table.add_row(f"  {stage}", _duration(seconds))
-    table.add_row("time in all", _duration(found["seconds"]))
+        table.add_row(f"  {stage}", duration(seconds))
+    table.add_row("time in all", duration(found["seconds"]))
     for name, label in (
         ("activation_bytes", "  activations of all calls"),
         ("smallest_limit", "  smallest --max-memory that can do"),
@@ -31,9 +33,3 @@ def estimate_table(found: Mapping[str, Any]) -> Table:
         if found[name]:
             table.add_row(label, f"{found[name] / 2**20:,.1f} MiB")
     return table
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

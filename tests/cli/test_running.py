@@ -1,5 +1,6 @@
 """What surrounds a command: one line of progress, and silence of the libraries."""
 
+import inspect
 import logging
 import os
 import re
@@ -13,8 +14,8 @@ from typing_in import typed
 
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli import streams
-from mpqdm_fx.cli.boundary import Command
 from mpqdm_fx.cli.running import QuietOption, VerboseOption, remember, takes_loudness
+from mpqdm_fx.cli.usage import Command
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.progress import stage
 
@@ -22,7 +23,8 @@ JOB = """
 import logging, os, sys, time, typer
 from pathlib import Path
 from mpqdm_fx.cli import options as opt, streams
-from mpqdm_fx.cli.boundary import Command, run
+from mpqdm_fx.cli.boundary import run
+from mpqdm_fx.cli.usage import Command
 from mpqdm_fx.cli.running import QuietOption, VerboseOption, remember, takes_loudness
 from mpqdm_fx.progress import expect, leave_log, stage
 
@@ -219,3 +221,10 @@ def test_only_the_first_process_of_several_shows_progress(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     status, _, err = typed(monkeypatch, capfd, "job", app=command_of(body))
     assert (status, err) == (0, "a warning\n")
+
+
+def test_no_command_prints_errors_where_libraries_print():
+    # only the end of the command line does: there, nothing is led away any more
+    folder = Path(inspect.getfile(streams)).parent
+    found = {path.name for path in folder.rglob("*.py") if "stderr=True" in path.read_text()}
+    assert found == {"boundary.py"}

@@ -11,9 +11,10 @@ from rich.text import Text
 from mpqdm_fx.cli.screens.columns import Column, Columns
 from mpqdm_fx.cli.screens.layers import ORDERS
 from mpqdm_fx.quantized import QuantizationReport
-from mpqdm_fx.report.quality import sqnr_in_words
+from mpqdm_fx.report.units import amount, duration
+from mpqdm_fx.report.words import word_of_sqnr
 
-__all__ = ["ResultScreen", "amount", "duration", "summary_table"]
+__all__ = ["ResultScreen", "summary_table"]
 
 _REPORT = "report.html"
 _WORST = 5
@@ -80,7 +81,8 @@ def _told(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             told = "" if was is None else f", was {amount(was)}"
             yield "peak memory", f"{amount(peak)} to load and run a step{told}"
     decibels = summary["backend_epsilon_sqnr_db"]
-    yield "noise SQNR", f"{decibels:.1f} dB, {sqnr_in_words(decibels)}"
+    word = word_of_sqnr(decibels)
+    yield "noise SQNR", f"{decibels:.1f} dB, {word}: predicted noise of one call against float"
     if trained := summary.get("distilled"):
         yield "training", _training(trained)
     yield "whole program", _whole(program, backend)
@@ -160,22 +162,3 @@ def summary_table(summary: Mapping[str, Any]) -> Columns:
             table.add("program against converted graph, LSB", f"{program['max_lsb']:.0f}", "")
         table.add("program: seconds to lower", f"{program['seconds']:.0f}", "")
     return table
-
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-
-
-def amount(size: float) -> str:
-    """Bytes with three digits and a unit: `886 KiB`, `6.65 MiB`."""
-    for unit in _UNITS:
-        if size < 999.5 or unit == _UNITS[-1]:
-            break
-        size /= 1024
-    return f"{size:.3g} {unit}" if size < 999.5 else f"{size:,.0f} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """A time with one unit: `90 s`, `5 min`, `2.5 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

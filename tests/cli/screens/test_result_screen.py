@@ -10,11 +10,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from mpqdm_fx.cli.screens.layers import layer_table
-from mpqdm_fx.cli.screens.result import ResultScreen, amount, summary_table
+from mpqdm_fx.cli.screens.result import ResultScreen, summary_table
 from mpqdm_fx.cli.screens.start import bits_of
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.quantized import LayerReport, QuantizationReport
-from mpqdm_fx.report.quality import QUALITY, sqnr_in_words
 
 SUMMARY = {
     "backend": "packed",
@@ -83,7 +82,7 @@ def test_a_result_is_a_dozen_lines_that_say_what_it_is(tmp_path):
     assert lines[0] == "size          weights 120 B, were 800 B (15.0%); unet.pte 2 MiB"
     assert "22.5 ms a step, was 55.0" in lines[1]
     assert "3 MiB to load and run a step, was 6 MiB" in lines[2]
-    assert "20.0 dB, fair: pictures differ visibly" in lines[3]
+    assert "20.0 dB, close: predicted noise of one call against float" in lines[3]
     assert "yes, 1 delegate with 1,281 nodes; outside 1: embedding" in lines[4]
     worst = [line.split()[-5] for line in lines[5:]]
     assert worst == [f"blocks.{index}" for index in (8, 7, 6, 5, 4)]
@@ -192,24 +191,6 @@ def test_layers_are_sorted_and_the_rest_is_counted() -> None:
     assert rows[5] == "1 more layers"
     rows = printed(layer_table(layers, order="name")).splitlines()
     assert [row.split()[0] for row in rows[3:6]] == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "0.977 KiB"), (906_712, "885 KiB"), (6_977_540, "6.65 MiB"),
-     (2**40 * 5000, "5,000 TiB")],
-)  # fmt: skip
-def test_an_amount_has_three_digits_and_a_unit(size, text):
-    assert amount(size) == text
-
-
-def test_the_better_the_ratio_the_better_the_word():
-    bounds = [least for least, _ in QUALITY]
-    assert bounds == sorted(bounds, reverse=True)
-    assert sqnr_in_words(math.inf) == "equal"
-    assert [sqnr_in_words(db).partition(":")[0] for db in (30, 29.9, 21, -5)] == [
-        "very close", "close", "fair", "poor",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
