@@ -51,7 +51,8 @@ def run(*arguments):
         return told.status, told.line
     if result.exception is not None:
         raise result.exception
-    return result.return_value or result.exit_code, result.output
+    status = result.return_value or result.exit_code
+    return status, result.stdout if status == 0 else result.output
 
 
 def test_a_folder_that_holds_other_files_is_refused_before_the_work(tmp_path, monkeypatch):
