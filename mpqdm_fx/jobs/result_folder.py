@@ -32,6 +32,7 @@ from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
+from mpqdm_fx.jobs.presets import write_recipe
 from mpqdm_fx.jobs.report import can_render, measured_of, write_report
 from mpqdm_fx.memory import peak_memory
 from mpqdm_fx.models.sources import Source
@@ -178,6 +179,7 @@ def write_folder(
         if source.scheduler is not None:
             source.scheduler.save_pretrained(stage / "scheduler")
         write_text(stage / SOURCE, Origin.of(source, subfolder).model_dump_json())
+        write_recipe(stage, quantized.settings)
         runner: Denoiser = quantized
         program: dict[str, Any] | None = None
         graphs: list[Any] = []
