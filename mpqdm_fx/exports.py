@@ -18,12 +18,14 @@ from mpqdm_fx.parity.verify import verify
 from mpqdm_fx.pipelines.export import export_pipeline
 from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.quantized import PreparedModel, QuantizedModel
+from mpqdm_fx.report.comparison import Comparison, compare
 from mpqdm_fx.storage import load, save
 
 __all__ = [
     "ArtifactError",
     "BitPlan",
     "CalibrationError",
+    "Comparison",
     "ConfigError",
     "DialectError",
     "GraphPass",
@@ -37,6 +39,7 @@ __all__ = [
     "QuantizedModel",
     "TraceError",
     "Trajectories",
+    "compare",
     "convert",
     "export_pipeline",
     "load",

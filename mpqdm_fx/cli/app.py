@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mpqdm_fx.cli.boundary import Command, run
+from mpqdm_fx.cli.compare import compare
 from mpqdm_fx.cli.distill import distill
 from mpqdm_fx.cli.doctor import doctor
 from mpqdm_fx.cli.evaluate import evaluate
@@ -28,7 +29,8 @@ app = typer.Typer(
     help="Compile diffusion UNets into extremely low-bit programs for phone CPUs.",
 )
 for command in (
-    quantize, distill, export, plan, sample, evaluate, verify, trace, doctor, inspect, report,
+    quantize, distill, export, plan, sample, evaluate, report, compare,
+    verify, trace, doctor, inspect,
 ):  # fmt: skip
     app.command(cls=Command)(command)
 

@@ -12,6 +12,7 @@ from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target, open_folder
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.jobs.calibration import warn_of
+from mpqdm_fx.jobs.command_text import distill_command
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
     Form,
@@ -103,6 +104,9 @@ def distill_folder(
     found = write_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
         subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,
+        command=distill_command(
+            folder, config, {"--model": model, "--samples": samples, "--output": output}
+        ),
     )  # fmt: skip
     remove_folder(state)
     return FolderResult(directory=output, quantized=trained.quantized, summary=found)
