@@ -296,8 +296,7 @@ class QuantizedModel(_TracedModel):
             + _counts(_kind(self.ranges.get(layer.name)) for layer in plan.layers),
             "recipe": f"{settings.allocation} bits, {settings.rounding} rounding, "
             f"{settings.levels} levels, propagation {settings.propagation}",
-            "output": "; ".join(f"{one.decibels:.1f} dB {one.recipe}" for one in report.judged)
-            or "not judged against plain rounding",
+            "output": _judged(report.judged) or "not judged against plain rounding",
             "worst layers": _worst(report.layers) or "not measured",
             "in float": plan.float_remark or "at most 1 % of the weights",
             "made": f"{report.calibration_calls} calls, {report.seconds:.0f} s, "
@@ -321,6 +320,7 @@ class QuantizedModel(_TracedModel):
 
 
 _COLUMNS = 80
+_NAME = 22  # columns of a layer's name
 _MADE_WITH = ("mpqdm-fx", "torch")
 
 
@@ -341,9 +341,20 @@ def _kind(activation: Activation | None) -> str:
     return names.get(type(activation), "dynamic")
 
 
+def _judged(judged: Iterable[Judgement]) -> str:
+    """What was taken, then the next best."""
+    ordered = sorted(judged, key=lambda one: (not one.chosen, one.error))
+    return "; ".join(f"{one.decibels:.1f} dB {one.recipe}" for one in ordered[:2])
+
+
 def _worst(layers: Iterable[LayerReport]) -> str:
     known = sorted((layer.sqnr_db, layer.name) for layer in layers if layer.sqnr_db is not None)
-    return ", ".join(f"{name} {db:.1f} dB" for db, name in known[:2])
+    return ", ".join(f"{_folded(name)} {db:.1f} dB" for db, name in known[:2])
+
+
+def _folded(name: str) -> str:
+    """A long name without its middle."""
+    return name if len(name) <= _NAME else f"{name[:6]}..{name[8 - _NAME :]}"
 
 
 def _cut(line: str) -> str:
