@@ -19,7 +19,10 @@ def report(
     model: opt.FloatModelOption = None,
     inputs: opt.InputsOption = None,
     sensitivity: opt.SensitivityOption = None,
-    samples: opt.SamplesOption = 16,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=0, help="Pictures to draw. Default: as many as the folder's own, or 16."),
+    ] = None,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Write a page about a quantized folder: pictures, errors, bits and bytes, layer by layer."""

@@ -14,6 +14,7 @@ from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target, open_folder
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.jobs.calibration import warn_of
+from mpqdm_fx.jobs.command_text import distill_command
 from mpqdm_fx.jobs.copied_folder import copy_folder
 from mpqdm_fx.jobs.estimate import TrainingEstimate, estimate_training
 from mpqdm_fx.jobs.foretold import distill_stages
@@ -132,6 +133,9 @@ def distill_folder(
     found = write_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
         subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,
+        command=distill_command(
+            folder, config, {"--model": model, "--samples": samples, "--output": output}
+        ),
     )  # fmt: skip
     remove_folder(state)
     return FolderResult(directory=output, quantized=trained.quantized, summary=found)
