@@ -214,7 +214,7 @@ def heat_chart(part: Part) -> Chart | None:
             image, ax=axes, pad=0.015 if wide else 0.02, aspect=18,
             location="right" if wide else "bottom",
         )  # fmt: skip
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.set_label("layer SQNR, dB")
 
     return chart(
@@ -222,7 +222,7 @@ def heat_chart(part: Part) -> Chart | None:
         "Every layer at every noise level",
         f"Signal-to-noise ratio of every layer's output in the running model, errors of earlier "
         f"layers included: {len(layers)} layers by {len(levels)} noise levels, {low:.0f} dB "
-        f"(red) to {high:.0f} dB (green).",
+        f"(red) to {high:.0f} dB (teal).",
         draw,
         height=2.7,
         narrow_height=2.9,

@@ -104,6 +104,7 @@ def page_environment() -> "Environment":
         "bytes": text.bytes_text,
         "db": text.db_text,
         "share": text.share_text,
+        "last_part": lambda name: Path(name).name or name,
         "raw": Markup,
         "breakable": _breakable,
         "capitalize_first": lambda sentence: sentence[:1].upper() + sentence[1:].rstrip("."),

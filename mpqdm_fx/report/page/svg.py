@@ -43,7 +43,7 @@ _VARIABLES = {
 }  # fmt: skip
 
 _WIDE, _NARROW = 10.0, 3.7  # inches of 72 units: text of 8 units is as large on either screen
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # one type of matplotlib's for each of its 300 keys
     "svg.fonttype": "none",  # text stays text
     "font.family": "DejaVu Sans",
     "font.size": 8,
