@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from tqdm import tqdm
 
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.backends.names import BACKENDS, Backend, FourBit
@@ -23,6 +22,7 @@ from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.progress import stage, tracked
 from mpqdm_fx.quantized import PreparedModel, QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized, positional_inputs
 from mpqdm_fx.sweep.finish import finish
@@ -279,10 +279,11 @@ def prepare_on(
     except StopIteration:
         raise CalibrationError("`calibration` is empty; give at least one call") from None
     check_call(first, "calibration call 0")
-    prepared = prepare(model, config, first, max_memory=max_memory)
+    with stage("tracing"):
+        prepared = prepare(model, config, first, max_memory=max_memory)
     held_out = getattr(calibration, "held_out_calls", ())
     every = itertools.chain([first], iterator)
-    for index, inputs in enumerate(tqdm(every, desc="calibration", unit="call", disable=None)):
+    for index, inputs in enumerate(tracked(every, "recording calls")):
         # Recording alone: `convert` runs the float graph once over everything anyway.
         with prepared.held_out() if index in held_out else contextlib.nullcontext():
             prepared.record(**inputs)

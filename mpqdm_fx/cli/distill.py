@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.gates import GateOption, end_with_gates, print_gates, with_gates
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, say
 from mpqdm_fx.report.gates import parse_gates
 
 __all__ = ["Relation", "distill"]
@@ -87,6 +86,8 @@ def distill(
     checks.check_output_folder(output, directory, model)
     if checks.has_program(directory):
         checks.check_packages("executorch", purpose="a folder with a program")
+    announce(f"training {directory} to {output}: {budget or f'{updates} updates'}")
+    from mpqdm_fx.cli.screens.result import ResultScreen
     from mpqdm_fx.denoisers import source_of
     from mpqdm_fx.distill.config import DistillConfig
     from mpqdm_fx.folders import WEIGHTS, open_folder
@@ -94,7 +95,6 @@ def distill(
     from mpqdm_fx.jobs.distill import distill_folder
     from mpqdm_fx.jobs.evaluate import check_gates, judge_result
     from mpqdm_fx.processes import joined
-    from mpqdm_fx.report.tables import summary_table
     from mpqdm_fx.summary import read_summary
 
     checks.check_device(device)
@@ -118,7 +118,7 @@ def distill(
         result = distill_folder(
             directory, config, output=output, model=model, samples=samples, resume=resume,
             device=device, overwrite=overwrite,
-            foretold=lambda times: say(Console(stderr=True), times),
+            foretold=announce,
         )  # fmt: skip
     if result is None:
         return
@@ -129,7 +129,7 @@ def distill(
         console.print_json(json.dumps(plain(with_gates(result.summary, verdicts))))
         end_with_gates(verdicts, output)
         return
-    console.print(summary_table(result.summary))
+    console.print(ResultScreen(result.summary, result.quantized.report, output))
     print_gates(console, verdicts)
     say(console, f"written to {output}")
     end_with_gates(verdicts, output)

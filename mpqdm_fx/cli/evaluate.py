@@ -9,6 +9,7 @@ import typer
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.gates import GateOption, MetricsOption, end_with_gates, print_gates, with_gates
+from mpqdm_fx.cli.streams import announce
 from mpqdm_fx.report.gates import parse_gates
 
 __all__ = ["evaluate"]
@@ -45,6 +46,7 @@ def evaluate(
     networks = inception is not None or lpips is not None
     if inputs is None and (networks or (model or checks.origin_of(directory)) == "digits"):
         checks.check_packages("torchmetrics", "sklearn", purpose="evaluating the bundled model")
+    announce(f"evaluating {directory} against its float model: {inputs or f'{num} samples'}")
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.evaluate import evaluate_folder
     from mpqdm_fx.report.evaluation_tables import evaluation_table

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from mpqdm_fx.cli.panels import RUN
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import complain, say
 from mpqdm_fx.report.gates import METRICS, Verdict, catalogue
 
 __all__ = ["GateOption", "MetricsOption", "end_with_gates", "print_gates", "with_gates"]
@@ -82,6 +82,5 @@ def end_with_gates(verdicts: Sequence[Verdict], what: object) -> None:
     """
     failed = [str(verdict.gate) for verdict in verdicts if not verdict.passed]
     if failed:
-        errors = Console(stderr=True)
-        say(errors, f"error: {what}: not reached: {', '.join(failed)}", style="red")
+        complain(f"error: {what}: not reached: {', '.join(failed)}")
         raise typer.Exit(code=1)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 
 from mpqdm_fx.backends.names import Backend, FourBit
+from mpqdm_fx.cli import streams
 from mpqdm_fx.cli.panels import BITS, CALIBRATION, MODEL, PROGRAM, RUN
 from mpqdm_fx.cli.recipes import PresetOption, RecipeOption, preset_values, with_typed
 from mpqdm_fx.cli.settings import SETTINGS, SeedOption
@@ -199,11 +201,17 @@ CompressOption = Annotated[
     ),
 ]
 
+_ENDLESS = 100_000  # columns
+
 
 def console() -> Console:
-    """Where results are printed."""
-    # A pipe has no width of its own; 130 columns hold the longest layer names.
-    return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 130)
+    """Where results are printed; the line of progress goes.
+
+    A pipe has no width: nothing is folded there, unless COLUMNS says how wide it is.
+    """
+    streams.finish_line()
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _ENDLESS
+    return Console(width=wide, quiet=not streams.prints_results())
 
 
 _Command = Callable[..., None]

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, complain, say
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.report.gates import parse_gates
@@ -69,6 +68,8 @@ def pareto(
         checks.check_packages("executorch", purpose="--backend xnnpack")
     if model == "digits":
         checks.check_packages("torchmetrics", "sklearn", purpose="evaluating the bundled model")
+    told = ", ".join(f"{budget:g}" for budget in budgets)
+    announce(f"quantizing {model} to {output}: {told} bits a weight")
     from mpqdm_fx.feasibility import weights_of
     from mpqdm_fx.jobs.pareto import check_pareto, evaluation_of, pareto_to_folder
     from mpqdm_fx.jobs.result_folder import Form
@@ -113,7 +114,7 @@ def pareto(
             say(console, f"picked: {curve.picked[1].directory}")
     if gates is not None and curve.picked is None:
         wanted = " and ".join(map(str, gates))
-        say(Console(stderr=True), f"error: {output}: no budget reaches {wanted}", style="red")
+        complain(f"error: {output}: no budget reaches {wanted}")
         raise typer.Exit(code=1)
 
 

@@ -9,7 +9,8 @@ import typer
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.gates import GateOption, end_with_gates, print_gates, with_gates
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.screens.start import bits_of
+from mpqdm_fx.cli.streams import announce, say
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.report.gates import parse_gates
 
@@ -64,6 +65,8 @@ def quantize(
         checks.check_packages("executorch", purpose="--backend xnnpack")
     if checks.has_text_encoder(model):
         checks.check_packages("transformers", purpose="a pipeline with a text encoder")
+    announce(f"quantizing {model} to {output}: {bits_of(config)}, {backend}")
+    from mpqdm_fx.cli.screens.result import ResultScreen
     from mpqdm_fx.feasibility import check_feasible, weights_of
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.calibration import rows_of
@@ -74,12 +77,6 @@ def quantize(
     from mpqdm_fx.pipelines.components import in_pipeline
     from mpqdm_fx.pipelines.prompts import read_prompts
     from mpqdm_fx.processes import joined
-    from mpqdm_fx.report.tables import (
-        activation_table,
-        judgement_table,
-        layer_table,
-        summary_table,
-    )
 
     checks.check_device(device)
     form = Form(
@@ -135,13 +132,7 @@ def quantize(
         console.print_json(json.dumps(plain(with_gates(result.summary, verdicts))))
         end_with_gates(verdicts, output)
         return
-    report = result.quantized.report
-    console.print(layer_table(report))
-    if report.activations:
-        console.print(activation_table(report))
-    if report.judged:
-        console.print(judgement_table(report))
-    console.print(summary_table(result.summary))
+    console.print(ResultScreen(result.summary, result.quantized.report, output))
     print_gates(console, verdicts)
     say(console, f"written to {output}")
     end_with_gates(verdicts, output)
@@ -166,6 +157,7 @@ def plan(
     """Say what quantizing MODEL will take: time, memory, disk, size; as quantize --dry-run."""
     checks.check_name(model)
     memory = opt.memory_of(max_memory)
+    announce(f"planning {model}: {bits_of(config)}; nothing is written")
     from mpqdm_fx.feasibility import check_feasible
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.models.sources import load_with_calls

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, complain, say
 from mpqdm_fx.files import write_text
 
 __all__ = ["verify"]
@@ -19,20 +18,36 @@ def verify(
     directory: opt.FolderArgument,
     model: opt.FloatModelOption = None,
     store: Annotated[
-        bool, typer.Option("--store", help="Store what is measured now as thresholds.")
+        bool,
+        typer.Option(
+            "--store", help="Store what is measured now as thresholds.", rich_help_panel=opt.RUN
+        ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="File for all numbers, for example verify.json.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File for all numbers, for example verify.json.",
+            rich_help_panel=opt.RUN,
+        ),
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the file that is there.", rich_help_panel=opt.RUN
+        ),
+    ] = False,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Compare float, quantized, converted, edge and .pte layer by layer; exit 1 if one is short."""
-    checks.check_output_file(output, "--output", reads=[directory])
+    checks.check_output_file(output, "--output", reads=[directory], overwrite=overwrite)
     if store:
         checks.check_output_folder(directory, option="DIR", resumable=False)
     if checks.has_program(directory):
         checks.check_packages("executorch", purpose="a folder with a program")
-    from mpqdm_fx.parity.tables import rung_table, worst_table
+    announce(f"{'measuring thresholds of' if store else 'verifying'} {directory}")
+    from mpqdm_fx.cli.screens.parity import rung_table, worst_table
     from mpqdm_fx.parity.verify import verify as verify_folder
 
     ladder = verify_folder(directory, model=model, store=store)
@@ -47,10 +62,9 @@ def verify(
         console.print(worst_table(ladder))
         for note in ladder.notes:
             say(console, f"note: {note}")
-    errors = Console(stderr=True)
     if store:
-        say(errors, f"thresholds stored in {directory}")
+        announce(f"thresholds stored in {directory}")
         return
     if not ladder.passed:
-        say(errors, f"error: {directory}: {ladder.failure}", style="red")
+        complain(f"error: {directory}: {ladder.failure}")
         raise typer.Exit(code=1)

@@ -14,8 +14,10 @@ from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target, open_folder
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.jobs.calibration import warn_of
+from mpqdm_fx.jobs.command_text import distill_command
 from mpqdm_fx.jobs.copied_folder import copy_folder
 from mpqdm_fx.jobs.estimate import TrainingEstimate, estimate_training
+from mpqdm_fx.jobs.foretold import distill_stages
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
     Form,
@@ -24,6 +26,7 @@ from mpqdm_fx.jobs.result_folder import (
 from mpqdm_fx.jobs.unfinished import check_ours
 from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.processes import is_first
+from mpqdm_fx.progress import expect
 from mpqdm_fx.storage import load
 from mpqdm_fx.summary import read_summary
 from mpqdm_fx.validation import Some, checked
@@ -98,6 +101,7 @@ def distill_folder(
                 f"{times.others:.0f} seconds; give more time, or updates=... alone"
             )
         config = replace(config, seconds=left)
+    expect(lambda: distill_stages(source, config, times, samples, form.backend))
     trained = distill(
         quantized,
         source.model,
@@ -129,6 +133,9 @@ def distill_folder(
     found = write_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
         subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,
+        command=distill_command(
+            folder, config, {"--model": model, "--samples": samples, "--output": output}
+        ),
     )  # fmt: skip
     remove_folder(state)
     return FolderResult(directory=output, quantized=trained.quantized, summary=found)

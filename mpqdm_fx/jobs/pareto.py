@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mpqdm_fx import progress
 from mpqdm_fx.api import convert, prepare_on
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
@@ -22,6 +23,7 @@ from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.jobs.budgets import STRIP, Judge, Point, read_point, smallest, write_point
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.evaluate import evaluated_metrics
+from mpqdm_fx.jobs.foretold import pareto_stages
 from mpqdm_fx.jobs.quantize import command_of
 from mpqdm_fx.jobs.report import can_render
 from mpqdm_fx.jobs.result_folder import FolderResult, Form, write_folder
@@ -223,6 +225,9 @@ def pareto_to_folder(
         samples=samples,
         subfolder=subfolder,
     )
+    progress.expect(
+        lambda: pareto_stages(source, every, form, samples=samples if pick is not None else None)
+    )
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
     prepared = prepare_on(source.model, config, data)
     calls = list(prepared.records)
@@ -232,7 +237,8 @@ def pareto_to_folder(
         if not run.place(budget).is_dir():
             logger.info("budget %d of %d: %g bits", index + 1, len(every), budget)
             prepared.settings = settings
-            run.solve(prepared, budget, max_memory, device)
+            with progress.stage(f"{budget:g} bits"):
+                run.solve(prepared, budget, max_memory, device)
     points = [read_point(run.place(budget)) for budget in every]
     chosen = smallest(points, pick)
     made = None

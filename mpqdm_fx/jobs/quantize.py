@@ -11,6 +11,8 @@ from mpqdm_fx.folders import check_target
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.command_text import quantize_command
+from mpqdm_fx.jobs.estimate import finish_of
+from mpqdm_fx.jobs.foretold import finish_stages, quantize_stages
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
     Form,
@@ -18,7 +20,9 @@ from mpqdm_fx.jobs.result_folder import (
 )
 from mpqdm_fx.jobs.unfinished import check_unfinished
 from mpqdm_fx.models.sources import Source
+from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.processes import is_first
+from mpqdm_fx.progress import expect
 from mpqdm_fx.sweep.checkpoint import HEADER
 from mpqdm_fx.validation import Bytes, Count, Some, checked
 from mpqdm_fx.versions import versions
@@ -78,6 +82,7 @@ def quantize_to_folder(
         backend=backend, four_bit=four_bit, external_weights=external_weights, compress=compress
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
+    expect(lambda: quantize_stages(source, config, backend, samples))
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
     solved = checkpoint_of(output)
     quantized = quantize(
@@ -92,6 +97,7 @@ def quantize_to_folder(
     )
     if not is_first():
         return None
+    expect(lambda: finish_stages(finish_of(quantized, source, form, samples=samples, steps=steps)))
     summary = write_folder(
         quantized, source, output, form=form, steps=steps, samples=samples, subfolder=subfolder,
         overwrite=overwrite, sensitivity=sensitivity, command=command_of(
@@ -114,10 +120,12 @@ def command_of(
     samples: int,
     subfolder: str | None,
 ) -> str | None:
-    """The command line that does the same; None if calls were given in Python."""
-    calls = source.calls
+    """The command line that does the same; None if calls or prompts are of nobody knows where."""
+    calls, beside = source.calls, source.components
     if calls is not None and calls.name is None:
         return None
+    if beside is not None and beside.prompts not in ((), DEFAULT_PROMPTS):
+        return None  # of a file of the user's
     calibration: dict[str, Any] = {"--trajectories": trajectories, "--steps": steps}
     if calls is not None:
         calibration = {"--inputs": calls.name, "--held-out": len(calls.held_out_calls)}
@@ -129,6 +137,7 @@ def command_of(
             "--variant": source.variant,
             "--backend": form.backend,
             **calibration,
+            "--guidance": beside.scale if beside is not None and beside.prompts else None,
             "--samples": samples,
             "--four-bit": form.four_bit if form.backend == "xnnpack" else None,
             "--external-weights": form.external_weights,

@@ -37,13 +37,14 @@ from mpqdm_fx.report.reference import EVALUATION_SEED
 from mpqdm_fx.stages import in_form_of
 from mpqdm_fx.storage import load
 from mpqdm_fx.summary import SUMMARY, read_summary
-from mpqdm_fx.validation import Count, Some, checked
+from mpqdm_fx.validation import Some, checked
 
 __all__ = ["FolderReport", "draw_folder", "open_report", "report_folder"]
 
 logger = logging.getLogger(__name__)
 
 _STEPS = 20  # of runs whose number of steps no folder says
+_PICTURES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def report_folder(
     model: str | None = None,
     inputs: str | None = None,
     sensitivity: Path | None = None,
-    samples: Some = 16,
+    samples: Some | None = None,
 ) -> ReportRecord:
     """Write a folder's page, and its numbers beside it.
 
@@ -85,7 +86,7 @@ def report_folder(
         model: The float model, if it is no longer where it was.
         inputs: Function that gives calls to measure on, as of `calls_of`.
         sensitivity: File of the sensitivities.
-        samples: Pictures to draw.
+        samples: Pictures to draw; by default as many as the folder's own, or 16.
 
     Returns:
         The numbers.
@@ -94,6 +95,9 @@ def report_folder(
         ArtifactError: The folder or one of its files is damaged.
     """
     found = open_report(directory, model=model, inputs=inputs, sensitivity=sensitivity)
+    stored = found.record.pictures
+    if samples is None:
+        samples = stored.count if stored is not None else _PICTURES
     drawn, why = draw_folder(found, num=samples)
     pictures = None if drawn is None else picture_numbers(drawn)
     missing = {key: text for key, text in found.record.missing.items() if key != "gallery"}
@@ -146,7 +150,7 @@ def open_report(
 
 
 def draw_folder(
-    found: FolderReport, *, num: Count | int, steps: Count | None = None, seed: int = 0
+    found: FolderReport, *, num: int, steps: int | None = None, seed: int = 0
 ) -> tuple[Drawn | None, str]:
     """Pictures of the float model, where it is, and of what the folder runs.
 

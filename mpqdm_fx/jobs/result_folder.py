@@ -1,8 +1,6 @@
 """The folder that a job gives: weights, program, scheduler, sample grid, thresholds, numbers."""
 
 import logging
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 
+from mpqdm_fx import progress
 from mpqdm_fx.api import BACKENDS, MODES, Backend, lower
 from mpqdm_fx.backends.xnnpack.compressed import compress_program, drop_expansions
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
@@ -41,12 +40,13 @@ from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.comparison import Comparison, compare_all
 from mpqdm_fx.report.images import save_rows
 from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.timing import time_per_step
 from mpqdm_fx.stages import in_form_of
 from mpqdm_fx.storage import write_model
 from mpqdm_fx.summary import SUMMARY, write_summary
 from mpqdm_fx.validation import check_fields
 
-__all__ = ["FolderResult", "Form", "time_per_step", "write_folder"]
+__all__ = ["FolderResult", "Form", "write_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -192,38 +192,43 @@ def write_folder(
         elif backend == "torch_ao":
             runner = _positional(lower(quantized, "torch_ao"), quantized)
         floats = in_form_of(quantized, source.model, example_call(quantized.signature))
-        store_parity(quantized, source, stage, graphs[0] if graphs else None, floats=floats)
+        with progress.stage("comparing forms"):
+            store_parity(quantized, source, stage, graphs[0] if graphs else None, floats=floats)
         graphs.clear()
-        calls = list(held_out_of(source, steps=20, seed=EVALUATION_SEED))
-        compared = _compared(source, quantized, runner, calls)
-        timing = time_per_step({"float": source.model, backend: runner}, first_rows(calls[0]))
+        with progress.stage("measuring"):
+            calls = list(held_out_of(source, steps=20, seed=EVALUATION_SEED))
+            compared = _compared(source, quantized, runner, calls)
+            timing = time_per_step({"float": source.model, backend: runner}, first_rows(calls[0]))
         summary = {**_summarise(source, quantized, backend, compared, timing), **(more or {})}
         summary |= {"program": program, "command": command}
         drawn = _draw(source, runner, stage, steps=steps, samples=samples)
         peak = "pte" if backend == "xnnpack" else "packed"
         known = source.scheduler is not None  # else another process cannot make a call
-        summary["peak_memory_bytes"] = {
-            peak: peak_memory(peak, str(stage)) if known else None,
-            "float": peak_memory("float", source.name, subfolder, source.variant)
-            if known
-            else None,
-        }
+        with progress.stage("peak memory"):
+            summary["peak_memory_bytes"] = {
+                peak: peak_memory(peak, str(stage)) if known else None,
+                "float": peak_memory("float", source.name, subfolder, source.variant)
+                if known
+                else None,
+            }
         for name in program_names(open_folder(stage)):
             drop_expansions(stage / name)
+        progress.leave_log(stage)
         summary["files"] = _sizes(stage)
         if can_render():
-            write_report(
-                stage,
-                quantized,
-                source,
-                measured=measured_of(
-                    quantized, source, calls,
-                    floats=floats, compared=compared, sensitivity=sensitivity,
-                ),
-                drawn=drawn,
-                summary=summary,
-                why_no_pictures=_why_none(source, samples),
-            )  # fmt: skip
+            with progress.stage("report"):
+                write_report(
+                    stage,
+                    quantized,
+                    source,
+                    measured=measured_of(
+                        quantized, source, calls,
+                        floats=floats, compared=compared, sensitivity=sensitivity,
+                    ),
+                    drawn=drawn,
+                    summary=summary,
+                    why_no_pictures=_why_none(source, samples),
+                )  # fmt: skip
             summary["files"] = _sizes(stage)
         write_summary(stage, summary)
         seal_folder(stage)
@@ -320,27 +325,6 @@ def _summarise(
         "threads": torch.get_num_threads(),
         "seconds_to_quantize": quantized.report.seconds,
     }
-
-
-def time_per_step(
-    models: dict[str, Denoiser], inputs: dict[str, Any], *, rounds: int = 21
-) -> dict[str, float]:
-    """Median milliseconds of one call of each model, interleaved, after a warm-up call each.
-
-    Args:
-        models: Callables by name.
-        inputs: Keyword arguments of the call.
-        rounds: Timed calls of each.
-    """
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with torch.no_grad():
-        for index in range(rounds + 1):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(**inputs)
-                if index:
-                    times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _positional(graph_module: Callable[..., Any], quantized: QuantizedModel) -> Denoiser:

@@ -33,9 +33,7 @@ class GivenCalls:
         ConfigError: None is left to be fitted to.
     """
 
-    def __init__(
-        self, calls: list[dict[str, Any]], held_out: int, name: str | None = None
-    ) -> None:
+    def __init__(self, calls: list[dict[str, Any]], held_out: int, name: str | None = None) -> None:
         if not 0 <= held_out < len(calls):
             raise ConfigError(
                 f"--held-out {held_out}: of the {len(calls)} calls some have to be left; give 0 to "

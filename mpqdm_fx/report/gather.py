@@ -152,9 +152,7 @@ def part_of(
             for one in report.activations
         ),
         judged=tuple(
-            Judged(
-                recipe=one.recipe, sqnr_db=one.decibels, by_group=one.sqnr_db, chosen=one.chosen
-            )
+            Judged(recipe=one.recipe, sqnr_db=one.decibels, by_group=one.sqnr_db, chosen=one.chosen)
             for one in report.judged
         ),
         program=None if program is None else _program(program),
@@ -164,9 +162,7 @@ def part_of(
     )
 
 
-def _ratios(
-    measured: Measured, summary: Mapping[str, Any]
-) -> tuple[float | None, float | None]:
+def _ratios(measured: Measured, summary: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """SQNR of the noise: what the folder says, else what was measured now."""
     found = []
     for key, one in (
@@ -205,9 +201,7 @@ def _layers(
     )
 
 
-def _layer(
-    planned: LayerPlan, told: LayerReport, measured: Measured, place: Place
-) -> LayerNumbers:
+def _layer(planned: LayerPlan, told: LayerReport, measured: Measured, place: Place) -> LayerNumbers:
     counts = Counter(planned.bits)
     return LayerNumbers(
         name=planned.name,
@@ -282,4 +276,3 @@ def _training(told: Mapping[str, Any] | None) -> TrainingNumbers | None:
         return None
     names = TrainingNumbers.model_fields
     return TrainingNumbers(**{name: told[name] for name in names})
-

@@ -113,10 +113,6 @@ class _Outputs(fx.Interpreter):
         return result
 
 
-def _powers(
-    reference: Sequence[Tensor], found: Sequence[Tensor], batch: int
-) -> list[Tensor]:
+def _powers(reference: Sequence[Tensor], found: Sequence[Tensor], batch: int) -> list[Tensor]:
     pairs = zip(reference, found, strict=False)
-    return [
-        row_powers(want, got, batch) for want, got in pairs if want.shape == got.shape
-    ]
+    return [row_powers(want, got, batch) for want, got in pairs if want.shape == got.shape]

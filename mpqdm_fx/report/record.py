@@ -75,7 +75,7 @@ class LayerNumbers(Strict):
 
 
 class LevelNumbers(Strict):
-    """Output's error at one noise level: of the fake-quantized graph, and of what the backend runs."""
+    """Output's error at one noise level: of the quantized graph, and of what the backend runs."""
 
     level: float
     samples: Count

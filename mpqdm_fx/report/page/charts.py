@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["bits_chart", "bytes_chart", "heat_chart", "judged_chart", "levels_chart", "solve_chart"]
+__all__ = [
+    "band_places",
+    "bits_chart",
+    "bytes_chart",
+    "finite_or_nan",
+    "heat_chart",
+    "judged_chart",
+    "levels_chart",
+    "solve_chart",
+]
 
 _ORDER = "layer, in running order"
 
@@ -36,7 +45,7 @@ def bits_chart(part: Part) -> Chart:
 
     def draw(figure: "Figure", wide: bool) -> None:
         axes = figure.subplots()
-        _bands(axes, layers, wide)
+        band_places(axes, layers, wide)
         colours = [FAINT if layer.reason else ACCENT for layer in layers]
         bars = axes.bar(
             range(len(layers)), [la.mean_bits for la in layers], width=0.82, color=colours
@@ -77,7 +86,7 @@ def solve_chart(part: Part) -> Chart | None:
 
     def draw(figure: "Figure", wide: bool) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        _bands(top, layers, wide)
+        band_places(top, layers, wide)
         top.set_xlabel("")
         for i in both:
             ends = [layers[i].base_sqnr_db or 0, layers[i].sqnr_db or 0]
@@ -129,18 +138,21 @@ def levels_chart(part: Part) -> Chart | None:
     levels = [one.level for one in part.levels]
     own = [one.sqnr_db for one in part.levels]
     theirs = [one.backend_sqnr_db for one in part.levels]
-    apart = any(_finite(a) and _finite(b) and abs(a - b) > 0.05 for a, b in zip(own, theirs))  # noqa: B905
+    pairs = zip(finite_or_nan(own), finite_or_nan(theirs), strict=True)
+    apart = any(abs(a - b) > 0.05 for a, b in pairs)  # not of NaN
 
     def draw(figure: "Figure", wide: bool) -> None:
         axes = figure.subplots()
-        axes.plot(_drawn(own), "o-", color=ACCENT, linewidth=1.6, markersize=4, label="graph")
+        axes.plot(
+            finite_or_nan(own), "o-", color=ACCENT, linewidth=1.6, markersize=4, label="graph"
+        )
         if apart:
             axes.plot(
-                _drawn(theirs), "s--", color=SECOND, linewidth=1.2, markersize=3,
+                finite_or_nan(theirs), "s--", color=SECOND, linewidth=1.2, markersize=3,
                 label=str(part.backend),
             )  # fmt: skip
             axes.legend(loc="best")
-        for index, value in enumerate(_drawn(own)):
+        for index, value in enumerate(finite_or_nan(own)):
             if wide and not math.isnan(value):
                 axes.annotate(
                     f"{value:.1f}", (index, value), xytext=(0, 7), textcoords="offset points",
@@ -178,7 +190,7 @@ def heat_chart(part: Part) -> Chart | None:
     if not levels or all(layer.by_level is None for layer in layers):
         return None
     blank = (math.nan,) * len(levels)
-    rows = [_drawn(layer.by_level) if layer.by_level else blank for layer in layers]
+    rows = [finite_or_nan(layer.by_level) if layer.by_level else blank for layer in layers]
     values = [[row[level] for row in rows] for level in range(len(levels))]
     finite = sorted(v for row in values for v in row if not math.isnan(v))
     low, high = finite[len(finite) // 50], finite[-1 - len(finite) // 50]
@@ -242,7 +254,9 @@ def judged_chart(part: Part) -> Chart | None:
         axes.set_xticks(range(1, groups + 1))
         axes.set_xlabel("group of noise levels, 1 has the least noise")
         axes.set_ylabel("output SQNR, dB")
-        axes.legend(loc="lower right" if wide else "upper left", bbox_to_anchor=None if wide else (0, -0.28))
+        axes.legend(
+            loc="lower right" if wide else "upper left", bbox_to_anchor=None if wide else (0, -0.28)
+        )
         axes.margins(y=0.15)
         _room(axes)
 
@@ -314,8 +328,8 @@ def bytes_chart(part: Part) -> Chart:
     return chart(
         "bytes",
         "Where the bytes are",
-        f"Packed weights take {bytes_text(part.stored_bytes)} of the {bytes_text(part.float32_bytes)} "
-        f"of float32: {kinds}.{told}",
+        f"Packed weights take {bytes_text(part.stored_bytes)}, float32 "
+        f"{bytes_text(part.float32_bytes)}: {kinds}.{told}",
         draw,
         height=1.0 + 0.45 * len(names),
         narrow_height=1.5 + 0.4 * len(names),
@@ -335,12 +349,12 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _drawn(values: Sequence[float]) -> tuple[float, ...]:
+def finite_or_nan(values: Sequence[float]) -> tuple[float, ...]:
     """What cannot be drawn, an exact value among them, is left out."""
     return tuple(value if math.isfinite(value) else math.nan for value in values)
 
 
-def _bands(axes: "Axes", layers: Sequence[LayerNumbers], wide: bool) -> None:
+def band_places(axes: "Axes", layers: Sequence[LayerNumbers], wide: bool) -> None:
     """Where the model goes down, is in the middle, and goes up."""
     for index, (_, start, end) in enumerate(_places(layers)):
         if index % 2:

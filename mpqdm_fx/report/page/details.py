@@ -118,10 +118,10 @@ def _box(spread: Spread, what: str) -> str:
     smallest, lower, middle, upper, largest = (
         14 + (_WIDTH - 28) * (value - low) / span for value in scale
     )
+    wide = max(upper - lower, 2)
     body = [
         f'<line x1="{smallest:.1f}" x2="{largest:.1f}" y1="42" y2="42" class="whisker"/>',
-        f'<rect x="{lower:.1f}" y="30" width="{max(upper - lower, 2):.1f}" height="24" rx="2" '
-        f'class="box"/>',
+        f'<rect x="{lower:.1f}" y="30" width="{wide:.1f}" height="24" rx="2" class="box"/>',
         f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="27" y2="57" class="median"/>',
         *(f'<circle cx="{x:.1f}" cy="42" r="3" class="end"/>' for x in (smallest, largest)),
         _text(min(max(middle, 40), _WIDTH - 40), 19, f"median {_number(points[2])}", "value"),
@@ -159,8 +159,7 @@ def _line(values: Sequence[float], levels: Sequence[LevelNumbers]) -> str:
         _text(_WIDTH - 2, 91, f"{levels[-1].level:.4g}", "tick", "end"),
     ]
     told = ", ".join(
-        f"{db_text(value)} dB at {one.level:.4g}"
-        for value, one in zip(values, levels, strict=True)
+        f"{db_text(value)} dB at {one.level:.4g}" for value, one in zip(values, levels, strict=True)
     )
     return _drawing(told, body)
 

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from mpqdm_fx.report.images import check_images, pixels_of
+from mpqdm_fx.report.page.text import TIMES
 
 __all__ = ["DIFFERENCE", "Gallery", "Row", "gallery_of"]
 
 DIFFERENCE = 8  # what differences are multiplied by to be seen
 _MOST = 16  # pictures in a row
+_LONGEST = 10  # characters of a label
 _SIDE = 256  # larger pictures are made smaller
 _LOSSLESS = 64 * 64  # pixels of a picture that is stored exactly
 
@@ -38,7 +40,8 @@ class Gallery:
 
     Attributes:
         rows: Column by column from the same noise.
-        labels: What each column was to show; empty if nothing is said.
+        labels: Short names of the columns; empty if nothing is said.
+        prompts: What each column was to show, where that is too long for a label.
         note: What the pictures are, where they are not the model's own output.
         side: Width and height of a picture in pixels, as it is stored.
         left_out: Pictures that were drawn and are not here.
@@ -46,6 +49,7 @@ class Gallery:
 
     rows: tuple[Row, ...]
     labels: tuple[str, ...]
+    prompts: tuple[str, ...]
     note: str
     side: tuple[int, int]
     left_out: int
@@ -69,15 +73,18 @@ def gallery_of(images: Mapping[str, Tensor], *, labels: Sequence[str], note: str
         rows.append(_row(name, row))
         if row is not first:
             apart = (row.clamp(-1, 1) - first.clamp(-1, 1)).abs() / 2 * DIFFERENCE
-            title = f"difference ×{DIFFERENCE}"
+            title = f"difference {TIMES}{DIFFERENCE}"
             if len(images) > 2:
                 title = f"{name}, {title}"
             rows.append(_row(title, apart * 2 - 1))
+    shown = tuple(labels[:_MOST])
+    long = any(len(label) > _LONGEST for label in shown)
     height, width = first.shape[-2:]
     scale = min(1.0, _SIDE / max(height, width))
     return Gallery(
         rows=tuple(rows),
-        labels=tuple(labels[:_MOST]),
+        labels=tuple(str(i + 1) for i in range(len(shown))) if long else shown,
+        prompts=shown if long else (),
         note=note,
         side=(round(width * scale), round(height * scale)),
         left_out=max(0, len(first) - _MOST),

@@ -18,7 +18,7 @@ from mpqdm_fx.report.words import word_of_sqnr, word_of_x0
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["Card", "PartView", "cards_of", "page_environment", "render_report"]
+__all__ = ["Card", "PartView", "cards_of", "page_environment", "render_report", "setting_text"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MAIN = ("weight_bits", "activation_bits", "activation_mode", "allocation", "rounding", "levels")
@@ -135,7 +135,7 @@ def _size(part: Part) -> Card:
 
 def _time(part: Part) -> Card:
     if part.milliseconds is None:
-        return Card(name="Time a step", value="–", told="not measured")
+        return Card(name="Time a step", value=text.NONE, told="not measured")
     told = ""
     if part.float_milliseconds:
         told = f"eager float takes {part.float_milliseconds:.1f} ms; "
@@ -152,7 +152,7 @@ def _time(part: Part) -> Card:
 
 def _memory(part: Part) -> Card:
     if part.peak_bytes is None:
-        return Card(name="Peak memory", value="–", told="not measured")
+        return Card(name="Peak memory", value=text.NONE, told="not measured")
     value, _, unit = text.bytes_text(part.peak_bytes).partition(" ")
     other = part.float_peak_bytes
     return Card(
@@ -168,7 +168,7 @@ def _quality(part: Part) -> Card:
     db = part.backend_epsilon_sqnr_db
     db = part.epsilon_sqnr_db if db is None else db
     if db is None:
-        return Card(name="Noise SQNR", value="–", told="not measured")
+        return Card(name="Noise SQNR", value=text.NONE, told="not measured")
     exact = math.isinf(db)
     return Card(
         name="Noise SQNR",
@@ -248,9 +248,9 @@ def _view(part: Part) -> PartView:
         charts=drawn,
         layers=tuple(layer_rows(part)),
         inputs=_inputs(part.activations),
-        settings=tuple((key, _setting(value)) for key, value in told.items()),
+        settings=tuple((key, setting_text(value)) for key, value in told.items()),
         defaults=tuple(
-            (key, _setting(value)) for key, value in part.settings.items() if key not in told
+            (key, setting_text(value)) for key, value in part.settings.items() if key not in told
         ),
     )
 
@@ -274,13 +274,14 @@ def _below(share: float) -> str:
     return f"{-10 * math.log10(share):.1f}" if share > 0 else "none"
 
 
-def _setting(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """A setting's value in words."""
     if value is None:
-        return "–"
+        return text.NONE
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        return "; ".join(map(_setting, value)) or "none"
+        return "; ".join(map(setting_text, value)) or "none"
     if isinstance(value, dict):
         given = {key: entry for key, entry in value.items() if entry not in (None, False)}
         return ", ".join(f"{key} {entry}" for key, entry in given.items())

@@ -3,7 +3,21 @@
 import math
 from collections.abc import Sequence
 
-__all__ = ["bits_text", "bytes_text", "db_text", "folded", "ratio_text", "shape_text", "share_text", "times_text"]
+__all__ = [
+    "NONE",
+    "TIMES",
+    "bits_text",
+    "bytes_text",
+    "db_text",
+    "ratio_text",
+    "shape_text",
+    "share_text",
+    "times_text",
+]
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+NONE = "\N{EN DASH}"
+"""Stands where there is no number."""
 
 
 def bytes_text(size: float) -> str:
@@ -40,22 +54,9 @@ def share_text(share: float) -> str:
 
 def times_text(ratio: float) -> str:
     """How many times."""
-    return f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
-
-
-def folded(name: str, length: int) -> str:
-    """A long name without its middle.
-
-    Args:
-        name: A layer's name.
-        length: Most characters.
-    """
-    if len(name) <= length:
-        return name
-    head = (length - 1) // 3
-    return f"{name[:head]}…{name[len(name) - (length - 1 - head) :]}"
+    return f"{ratio:.1f}{TIMES}" if ratio < 10 else f"{ratio:.0f}{TIMES}"
 
 
 def shape_text(shape: Sequence[int]) -> str:
     """A shape."""
-    return "×".join(map(str, shape))
+    return TIMES.join(map(str, shape))
