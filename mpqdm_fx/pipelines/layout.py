@@ -19,7 +19,7 @@ from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.classes import diffusers_class, is_model_class
 from mpqdm_fx.models.model_config import read_model_config
-from mpqdm_fx.models.names import unknown_model
+from mpqdm_fx.models.names import BUNDLED, unknown_model
 from mpqdm_fx.models.weight_files import load_weights, refuse_missing
 from mpqdm_fx.pipelines.adapters import refuse_adapters
 from mpqdm_fx.pipelines.parts import (
@@ -124,7 +124,7 @@ def open_pipeline(source: Any) -> Any:
         _check_class(type(source).__name__)
         return source
     root = Path(source)
-    if not root.is_dir():
+    if not root.is_dir() and str(source) != BUNDLED:
         raise unknown_model(str(source))
     if not (root / "model_index.json").is_file():
         raise ConfigError(

@@ -114,7 +114,7 @@ CASES = [
     (["sample", "out", "--output", "out/a/grid.png"], "out holds a result and no other files"),
     (["quantize", "model", *NEW, "--sensitivity", "out/s"], "out holds a result and no other"),
     # endings
-    (["sample", "out", "--output", "grid.jpg"], "ends in .png"),
+    (["sample", "out", "--output", "grid.gif"], "ends in .png or .jpg"),
     (["sample", "out", "--output", "grid"], "ends in .png"),
     # devices that no machine has
     (["quantize", "model", "--device", "cuda:99"], "--device cuda:99: torch cannot compute there"),
