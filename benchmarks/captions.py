@@ -52,7 +52,7 @@ from mpqdm_fx.distill.api import Distilled, distill
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.quantized import PreparedModel, QuantizedModel
 from mpqdm_fx.report.images import save_grid
-from mpqdm_fx.report.metrics import EVALUATION_SEED
+from mpqdm_fx.report.reference import EVALUATION_SEED
 
 STEPS, GUIDANCE = 10, 3.0
 SETTINGS = ("W2A6", "W2A4")

@@ -31,13 +31,8 @@ from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.sources import Source, load_source
 from mpqdm_fx.quantized import PreparedModel, QuantizedModel
-from mpqdm_fx.report.metrics import (
-    EVALUATION_SEED,
-    FeatureClassifier,
-    ReferenceRun,
-    evaluate_against,
-    run_reference,
-)
+from mpqdm_fx.report.metrics import FeatureClassifier, evaluate_against
+from mpqdm_fx.report.reference import EVALUATION_SEED, ReferenceRun, run_reference
 
 SETTINGS = ("W8A8", "W4A8", "W3A8", "W2A8", "W3A6", "W2A6", "W4A4", "W2A4", "W4", "W3", "W2")
 METRICS = ("epsilon_sqnr", "x0_sqnr", "frechet_distance", "accuracy")

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from tqdm import tqdm
 
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.backends.names import BACKENDS, Backend, FourBit
@@ -23,6 +22,7 @@ from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.progress import stage, tracked
 from mpqdm_fx.quantized import PreparedModel, QuantizationReport, QuantizedModel
 from mpqdm_fx.stages import assemble, normalized, positional_inputs
 from mpqdm_fx.sweep.finish import finish
@@ -32,7 +32,8 @@ from mpqdm_fx.sweep.sweep import Sweep
 from mpqdm_fx.validation import Bytes, Count, check_value, checked
 from mpqdm_fx.versions import versions
 
-__all__ = ["BACKENDS", "MODES", "Backend", "convert", "lower", "open_sweep", "prepare", "quantize"]
+__all__ = ["BACKENDS", "MODES", "Backend", "convert", "lower", "open_sweep", "prepare"]
+__all__ += ["prepare_on", "quantize"]
 
 logger = logging.getLogger(__name__)
 
@@ -222,14 +223,40 @@ def quantize(
     Args:
         model: Float model; it is not changed.
         config: Settings.
-        calibration: Keyword arguments of each call, for example `Trajectories(...)`. Its
-            `held_out_calls`, where it has them, judge corrections; else its last quarter does.
+        calibration: As of `prepare_on`.
         max_memory: Bytes of recorded inputs held in memory while they are recorded.
         directory: Folder for solved layers: a run that was killed goes on there.
         resume: Go on with what the folder holds.
         max_activations: Bytes of activations held in memory while layers are solved.
         device: Where to compute, for example `"cuda"`; by default where the model is.
         sensitivity: File of the sensitivities; see `convert`.
+    """
+    return convert(
+        prepare_on(model, config, calibration, max_memory=max_memory),
+        directory=directory,
+        resume=resume,
+        max_memory=max_activations,
+        device=device,
+        sensitivity=sensitivity,
+    )
+
+
+@checked
+def prepare_on(
+    model: nn.Module,
+    config: MPQConfig,
+    calibration: Iterable[Mapping[str, Any]],
+    *,
+    max_memory: Bytes = DEFAULT_MAX_MEMORY,
+) -> PreparedModel:
+    """`prepare`, and record the calibration data; `convert` can follow with several settings.
+
+    Args:
+        model: Float model; it is not changed.
+        config: Settings. The result's `settings` may be set to others with the same `split_skips`.
+        calibration: Keyword arguments of each call, for example `Trajectories(...)`. Its
+            `held_out_calls`, where it has them, judge corrections; else its last quarter does.
+        max_memory: Bytes of recorded inputs held in memory while they are recorded.
 
     Raises:
         CalibrationError: There is no calibration data, or it holds NaN or infinity.
@@ -252,21 +279,15 @@ def quantize(
     except StopIteration:
         raise CalibrationError("`calibration` is empty; give at least one call") from None
     check_call(first, "calibration call 0")
-    prepared = prepare(model, config, first, max_memory=max_memory)
+    with stage("tracing"):
+        prepared = prepare(model, config, first, max_memory=max_memory)
     held_out = getattr(calibration, "held_out_calls", ())
     every = itertools.chain([first], iterator)
-    for index, inputs in enumerate(tqdm(every, desc="calibration", unit="call", disable=None)):
+    for index, inputs in enumerate(tracked(every, "recording calls")):
         # Recording alone: `convert` runs the float graph once over everything anyway.
         with prepared.held_out() if index in held_out else contextlib.nullcontext():
             prepared.record(**inputs)
-    return convert(
-        prepared,
-        directory=directory,
-        resume=resume,
-        max_memory=max_activations,
-        device=device,
-        sensitivity=sensitivity,
-    )
+    return prepared
 
 
 @plain_torch()

@@ -40,7 +40,9 @@ __all__ = [
     "program_denoiser",
     "program_names",
     "runner_denoiser",
+    "saved_source",
     "source_of",
+    "zoom_of",
 ]
 
 PROGRAM = "unet.pte"
@@ -61,11 +63,28 @@ class Origin(Strict):
         model: Its name or folder.
         subfolder: Part of a pipeline folder.
         variant: Variant of its weight files; older folders do not say.
+        prompts: Prompts that were calibrated on; None where nothing encoded them.
+        guidance: Guidance scale of these runs.
     """
 
     model: Name
     subfolder: Name | None
     variant: Name | None = None
+    prompts: tuple[str, ...] | None = None
+    guidance: float | None = None
+
+    @classmethod
+    def of(cls, source: Source, subfolder: str | None) -> "Origin":
+        """Where a source came from, and what its runs were conditioned on."""
+        beside = source.components
+        told = beside if beside is not None and beside.prompts else None
+        return cls(
+            model=source.name,
+            subfolder=subfolder,
+            variant=source.variant,
+            prompts=None if told is None else told.prompts,
+            guidance=None if told is None else told.scale,
+        )
 
 
 def first_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,10 +212,10 @@ def open_denoiser(
             f"draw in Python with a loop of your own: mpqdm_fx.calibration.sampling.denoise"
         )
     denoiser = load(root) if form == "packed" or not names else program_denoiser(folder)
-    return _saved_source(folder, denoiser), denoiser
+    return saved_source(folder, denoiser), denoiser
 
 
-def _saved_source(folder: ModelFolder, model: Denoiser) -> Source:
+def saved_source(folder: ModelFolder, model: Denoiser) -> Source:
     """Inputs and scheduler as saved: sampling needs no float model."""
     folder.require(SCHEDULER_CONFIG)
     place = str(folder.root / SCHEDULER_CONFIG)
@@ -206,7 +225,7 @@ def _saved_source(folder: ModelFolder, model: Denoiser) -> Source:
         config = folder.files.read_json(MODEL_CONFIG, finite=False)
         checked_model_config(config, str(folder.root / MODEL_CONFIG))
         times = next((spec.shape[-1] for spec in signature.inputs if _is_time_ids(spec)), 0)
-        return make_source(
+        source = make_source(
             str(folder.root),
             model,
             scheduler,
@@ -214,6 +233,7 @@ def _saved_source(folder: ModelFolder, model: Denoiser) -> Source:
             config=config,
             aesthetic=times == 5,
         )
+        return _as_traced(source, signature)
     inputs = example_inputs(signature)
     return Source(
         name=str(folder.root),
@@ -233,6 +253,12 @@ def origin_of(folder: Path) -> Origin:
     opened = open_folder(folder)
     opened.require(SOURCE)
     return validated(Origin, opened.files.read_json(SOURCE), folder / SOURCE)
+
+
+def _as_traced(source: Source, signature: Signature) -> Source:
+    """A source with texts as long as those that a graph was traced for."""
+    text = next((spec for spec in signature.inputs if spec.name == "encoder_hidden_states"), None)
+    return source if text is None or len(text.shape) != 3 else source.with_context(text.shape[1])
 
 
 def _is_time_ids(spec: InputSpec) -> bool:
@@ -260,11 +286,12 @@ def source_of(folder: Path, model: str | None = None) -> Source:
             f"only if you say so: --model {origin.model}"
         )
     try:
-        return load_source(model or origin.model, origin.subfolder, origin.variant)
+        source = load_source(model or origin.model, origin.subfolder, origin.variant)
     except ConfigError as error:
         raise ArtifactError(
             f"the float model of {folder} is gone ({error}); give --model"
         ) from None
+    return _as_traced(source, signature_from_dict(open_folder(folder).manifest["signature"]))
 
 
 @checked
@@ -298,22 +325,33 @@ def draw(
         noise,
         num_inference_steps=steps,
         seed=seed,
-        conditions=source.conditions(num, seed),
+        **source.runs(num, seed),
         batch_size=batch_size,
         progress=True,
     )
 
 
-def pictures(samples: Tensor) -> Tensor:
-    """Samples as images: what has 1 or 3 channels as it is, of latents the first channel.
+def pictures(samples: Tensor, source: Source) -> Tensor:
+    """Samples as images: latents decoded by the pipeline's VAE.
+
+    Without a decoder, what has 1 or 3 channels is shown as it is, of latents the first channel.
 
     Args:
         samples: [N, C, H, W].
+        source: What drew them, with the components of its pipeline.
 
     Returns:
-        [N, 1 or 3, H, W]; latents are scaled to the range -1..1 over all samples.
+        [N, 1 or 3, H', W']; a first channel is scaled to the range -1..1 over all samples.
     """
+    decoded = None if source.components is None else source.components.pictures(samples)
+    if decoded is not None:
+        return decoded
     if samples.shape[1] in (1, 3):
         return samples
     first = samples[:, :1]
     return first / first.abs().max().clamp_min(1e-6)
+
+
+def zoom_of(images: Tensor) -> int:
+    """Side of one pixel in a grid: small pictures are enlarged to 256 pixels and four times."""
+    return min(4, max(1, 256 // max(images.shape[2:])))

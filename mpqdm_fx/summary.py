@@ -58,7 +58,10 @@ class _Training(Strict):
 
 
 class Summary(Strict):
-    """Numbers of a folder; sizes in bytes, ratios in dB. Not every system tells peaks of memory."""
+    """Numbers of a folder; sizes in bytes, ratios in dB. Not every system tells peaks of memory.
+
+    `command` is the command line that makes the folder again, where there is one.
+    """
 
     backend: Name
     settings: dict[str, Any]
@@ -79,6 +82,7 @@ class Summary(Strict):
     peak_memory_bytes: dict[str, Count | None]
     files: dict[str, Count]
     distilled: _Training | None = None
+    command: str | None = None
 
     @model_validator(mode="after")
     def _compared(self) -> "Summary":

@@ -16,7 +16,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         [
             {"errors"},
-            {"ambient", "numerics", "versions", "files", "processes", "validation"},
+            {"ambient", "numerics", "versions", "files", "processes", "progress", "validation"},
             {"io"},
             {"manifest"},
             {"folders"},  # what this package writes: opened with checks, replaced whole

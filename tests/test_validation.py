@@ -27,7 +27,7 @@ from mpqdm_fx.jobs.quantize import quantize_to_folder
 from mpqdm_fx.jobs.result_folder import Form
 from mpqdm_fx.models.train_digits import TrainConfig
 from mpqdm_fx.plan import BitPlan, FloatTensor, LayerPlan
-from mpqdm_fx.report.metrics import run_reference
+from mpqdm_fx.report.reference import run_reference
 from mpqdm_fx.sweep.estimate import estimate
 from mpqdm_fx.validation import Between, check_value, checked
 

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from mpqdm_fx.calibration.noise_groups import NoiseGroups
 from mpqdm_fx.calibration.probed_parts import probed_parts
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
 from mpqdm_fx.graph.layers import EMBEDDINGS, WeightLayer, weight_layers, weight_rows
+from mpqdm_fx.progress import tracked
 
 __all__ = ["PROBES", "SAMPLES", "GradientWatch", "OutputEnergies", "output_energies"]
 
@@ -107,7 +107,7 @@ def output_energies(
     groups = groups or NoiseGroups.one()
     probe = _Probe(_without_gradients(graph_module), seed, groups, watch)
     parts = probed_parts(graph_module, calls, weights, samples, groups)
-    for inputs, importance in tqdm(parts, desc="sensitivities", unit="part", disable=None):
+    for inputs, importance in tracked(parts, "sensitivities"):
         probe.measure(inputs, probes, importance)
     total = float(probe.weight.sum())
     if not total > 0:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from tqdm.auto import tqdm
 
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.samplers import (
@@ -32,6 +31,7 @@ from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import CalibrationError, ConfigError, first_line
 from mpqdm_fx.graph.containers import same_constant
 from mpqdm_fx.graph.entry import in_float32
+from mpqdm_fx.progress import stage, tracked
 from mpqdm_fx.validation import Count, DerivedSeed, NonNegative, checked
 
 __all__ = [
@@ -133,12 +133,10 @@ def denoise(
     )
     timesteps = model_timesteps(scheduler)
     sample: Tensor = noise * scheduler.init_noise_sigma
-    steps = tqdm(
+    steps = tracked(
         zip(scheduler.timesteps, timesteps, strict=True),
-        total=len(timesteps),
-        desc="denoise",
-        unit="step",
-        disable=None if progress else True,
+        "denoising" if progress else None,
+        len(timesteps),
     )
     with torch.no_grad():
         for index, (scheduler_timestep, timestep) in enumerate(steps):
@@ -228,6 +226,8 @@ def denoise_in_batches(
     num_inference_steps: int | None,
     seed: int,
     conditions: Mapping[str, Any],
+    guidance_scale: float | None = None,
+    unconditional: Mapping[str, Any] | None = None,
     batch_size: int = 16,
     progress: bool = False,
 ) -> Tensor:
@@ -240,26 +240,37 @@ def denoise_in_batches(
         num_inference_steps: as of `denoise`.
         seed: of the noise that ancestral schedulers add.
         conditions: tensors, or dicts and tuples of them, with N in front.
+        guidance_scale: as of `denoise`.
+        unconditional: as of `denoise`.
         batch_size: samples at once.
-        progress: show a progress bar for each batch.
+        progress: tell of the steps as a stage.
 
     Returns:
         The samples, shape and dtype of `noise`.
     """
     model = in_float32(model)  # one copy for all batches
     parts = []
-    for start in range(0, len(noise), batch_size):
-        rows = slice(start, start + batch_size)
-        part = denoise(
-            model,
-            scheduler,
-            noise[rows],
-            num_inference_steps=num_inference_steps,
-            seed=seed + start,
-            conditions=take_rows(dict(conditions), rows),
-            progress=progress,
-        )
-        parts.append(part)
+    own_loop = is_sampler(scheduler)  # it says nothing of its steps
+    total = len(noise) * (1 if own_loop else num_inference_steps or 1)
+    with stage("drawing" if progress else None, total, "run" if own_loop else "step") as advance:
+        for start in range(0, len(noise), batch_size):
+            rows = slice(start, start + batch_size)
+            part = denoise(
+                model,
+                scheduler,
+                noise[rows],
+                num_inference_steps=num_inference_steps,
+                seed=seed + start,
+                conditions=take_rows(dict(conditions), rows),
+                guidance_scale=guidance_scale,
+                unconditional=None
+                if unconditional is None
+                else take_rows(dict(unconditional), rows),
+                callback=None if own_loop else lambda *step: advance(len(step[-1])),
+            )
+            if own_loop:
+                advance(len(part))
+            parts.append(part)
     return torch.cat(parts)
 
 

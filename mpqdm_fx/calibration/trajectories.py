@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from tqdm.auto import tqdm
 
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_call
@@ -30,6 +29,7 @@ from mpqdm_fx.calibration.sampling import (
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.containers import tensor_leaves
 from mpqdm_fx.graph.entry import in_float32, unwrap
+from mpqdm_fx.progress import stage
 from mpqdm_fx.validation import Count, NonNegative, Seed, Some, checked
 
 __all__ = [
@@ -187,12 +187,11 @@ class Trajectories:
 
         pairs = 1 if self.guidance_scale is None else 2
         finals = []
-        with tqdm(
-            total=self.num_trajectories * (self.num_inference_steps or 1),
-            desc="trajectories",
+        with stage(
+            "float model's runs",
+            self.num_trajectories * (self.num_inference_steps or 1),
             unit="step" if sampler is None else "run",
-            disable=None,
-        ) as bar:
+        ) as advance_by:
             for start, rows in self._chunks(pairs):
                 noise = self._noise[rows]
                 runs = torch.arange(start, start + len(noise))
@@ -200,7 +199,7 @@ class Trajectories:
                 def advance(index: int, timestep: Tensor, sample: Tensor) -> None:
                     nonlocal step
                     step = index + 1
-                    bar.update(len(sample))
+                    advance_by(len(sample))
 
                 step = 0
                 finals.append(
@@ -221,7 +220,7 @@ class Trajectories:
                     )
                 )
                 if sampler is not None:
-                    bar.update(len(noise))
+                    advance_by(len(noise))
         samples = torch.cat(finals)
         if not torch.isfinite(samples).all():
             raise CalibrationError(

@@ -1,20 +1,21 @@
 """The command line: quantize, distill, export, plan, sample, evaluate, verify, trace and more."""
 
-import logging
-import os
-import warnings
 from typing import Annotated
 
 import typer
 
 from mpqdm_fx.cli.boundary import run
+from mpqdm_fx.cli.compare import compare
 from mpqdm_fx.cli.distill import distill
 from mpqdm_fx.cli.doctor import doctor
 from mpqdm_fx.cli.evaluate import evaluate
 from mpqdm_fx.cli.examples import epilog_of
 from mpqdm_fx.cli.export import export
 from mpqdm_fx.cli.inspect import inspect
+from mpqdm_fx.cli.pareto import pareto
 from mpqdm_fx.cli.quantize import plan, quantize
+from mpqdm_fx.cli.report import report
+from mpqdm_fx.cli.running import QuietOption, VerboseOption, remember, takes_loudness
 from mpqdm_fx.cli.sample import sample
 from mpqdm_fx.cli.trace import trace
 from mpqdm_fx.cli.usage import Command, Group
@@ -29,9 +30,10 @@ app = typer.Typer(
     help="Compile diffusion UNets into extremely low-bit programs for phone CPUs.",
 )
 for command in (
-    quantize, distill, export, plan, sample, evaluate, verify, trace, doctor, inspect,
+    quantize, distill, export, pareto, plan, sample, evaluate, report, compare, verify, trace,
+    doctor, inspect,
 ):  # fmt: skip
-    app.command(cls=Command, epilog=epilog_of(command.__name__))(command)
+    app.command(cls=Command, epilog=epilog_of(command.__name__))(takes_loudness(command))
 
 
 def _tell_version(wanted: bool) -> None:
@@ -44,24 +46,17 @@ def _tell_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
             "--version", callback=_tell_version, is_eager=True, help="Print the version and end."
         ),
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every stage.")] = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
 ) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("mpqdm_fx").setLevel(logging.INFO if verbose else logging.WARNING)
-    if not verbose:
-        # Deprecations and missing GPU extensions of the libraries underneath: nothing to act on.
-        warnings.simplefilter("ignore")
-        # they set their loggers when they are imported
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-        os.environ.setdefault("TORCH_LOGS", "-all")
-        for library in ("torch", "torchao", "diffusers", "executorch"):
-            logging.getLogger(library).setLevel(logging.ERROR)
+    remember(context, verbose=verbose, quiet=quiet)
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ def tell(error: BaseException, places: Places) -> Told:
     return Told(INTERNAL, f"internal error ({cause}), please report it with {_log(error)}")
 
 
-_RESUMABLE = ("quantize", "distill", "export")
+_RESUMABLE = ("quantize", "distill", "export", "pareto")
 
 
 def _stopped(error: Stopped, places: Places) -> str:

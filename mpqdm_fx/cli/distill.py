@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.gates import GateOption, end_with_gates, print_gates, with_gates
+from mpqdm_fx.cli.streams import announce, say
+from mpqdm_fx.report.gates import parse_gates
 
 __all__ = ["Relation", "distill"]
 
@@ -69,6 +70,7 @@ def distill(
     samples: opt.SamplesOption = 16,
     resume: opt.ResumeOption = False,
     overwrite: opt.OverwriteOption = False,
+    gate: GateOption = None,
     device: Annotated[
         str,
         typer.Option(help="Where to train, for example cuda.", rich_help_panel=opt.RUN),
@@ -80,19 +82,27 @@ def distill(
     if budget is None and updates is None:
         budget = "5m"
     seconds = opt.seconds_of(budget)
+    gates = parse_gates(gate)
     checks.check_output_folder(output, directory, model)
     if checks.has_program(directory):
         checks.check_packages("executorch", purpose="a folder with a program")
+    announce(f"training {directory} to {output}: {budget or f'{updates} updates'}")
+    from mpqdm_fx.cli.screens.result import ResultScreen
+    from mpqdm_fx.denoisers import source_of
     from mpqdm_fx.distill.config import DistillConfig
     from mpqdm_fx.folders import WEIGHTS, open_folder
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.distill import distill_folder
+    from mpqdm_fx.jobs.evaluate import check_gates, judge_result
     from mpqdm_fx.processes import joined
-    from mpqdm_fx.report.tables import summary_table
+    from mpqdm_fx.summary import read_summary
 
     checks.check_device(device)
+    opened = open_folder(directory)
+    if gates:
+        check_gates(gates, source_of(directory, model), read_summary(opened)["backend"])
     # the plan stays, so the packed weights of the result are of the same size
-    checks.check_space(output, open_folder(directory).files.entries[WEIGHTS].bytes)
+    checks.check_space(output, opened.files.entries[WEIGHTS].bytes)
     config = DistillConfig(
         seconds=seconds,
         updates=updates,
@@ -108,13 +118,18 @@ def distill(
         result = distill_folder(
             directory, config, output=output, model=model, samples=samples, resume=resume,
             device=device, overwrite=overwrite,
-            foretold=lambda times: say(Console(stderr=True), times),
+            foretold=announce,
         )  # fmt: skip
     if result is None:
         return
+    source = source_of(directory, model) if gates else None
+    verdicts = judge_result(gates, result, source, steps=steps) if source is not None else ()
     console = opt.console()
     if as_json:
-        console.print_json(json.dumps(plain(result.summary)))
+        console.print_json(json.dumps(plain(with_gates(result.summary, verdicts))))
+        end_with_gates(verdicts, output)
         return
-    console.print(summary_table(result.summary))
+    console.print(ResultScreen(result.summary, result.quantized.report, output))
+    print_gates(console, verdicts)
     say(console, f"written to {output}")
+    end_with_gates(verdicts, output)

@@ -7,7 +7,7 @@ import typer
 
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, say
 from mpqdm_fx.config import MPQConfig
 
 __all__ = ["doctor"]
@@ -45,6 +45,7 @@ def doctor(
     """Say how many delegates XNNPACK would take MODEL in, and why what stays out does."""
     checks.check_name(model)
     checks.check_packages("executorch", purpose="doctor")
+    announce(f"asking XNNPACK what it takes of {model}")
     from mpqdm_fx.jobs.diagnose import diagnose_model
 
     found = diagnose_model(

@@ -1,23 +1,44 @@
 """The command `mpqdm-fx inspect`: what stands in a quantized folder."""
 
 import json
+from enum import StrEnum
+from typing import Annotated
+
+import typer
 
 from mpqdm_fx.cli import options as opt
 
-__all__ = ["inspect"]
+__all__ = ["Order", "inspect"]
 
 
-def inspect(directory: opt.FolderArgument, as_json: opt.JsonOption = False) -> None:
+class Order(StrEnum):
+    """What layers are sorted by."""
+
+    bits = "bits"
+    bytes = "bytes"
+    sqnr = "sqnr"
+    name = "name"
+
+
+def inspect(
+    directory: opt.FolderArgument,
+    sort: Annotated[
+        Order | None,
+        typer.Option(
+            case_sensitive=False,
+            help="Layers by: fewest bits, most bytes, lowest SQNR, or name. Default: the model's "
+            "order.",
+        ),
+    ] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Show that many layers.")] = None,
+    as_json: opt.JsonOption = False,
+) -> None:
     """Show a quantized folder: layer, shape, mean bits, bytes, SQNR."""
+    from mpqdm_fx.cli.screens.layers import activation_table, judgement_table, layer_table
+    from mpqdm_fx.cli.screens.result import summary_table
     from mpqdm_fx.folders import open_folder
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.quantized import QuantizationReport
-    from mpqdm_fx.report.tables import (
-        activation_table,
-        judgement_table,
-        layer_table,
-        summary_table,
-    )
     from mpqdm_fx.summary import SUMMARY, read_summary
 
     folder = open_folder(directory)
@@ -27,10 +48,11 @@ def inspect(directory: opt.FolderArgument, as_json: opt.JsonOption = False) -> N
         opt.console().print_json(json.dumps(plain(manifest["report"])))
         return
     report = QuantizationReport.from_dict(manifest["report"])
-    opt.console().print(layer_table(report))
+    console = opt.console()
+    console.print(layer_table(report, order=sort, top=top))
     if report.activations:
-        opt.console().print(activation_table(report))
+        console.print(activation_table(report))
     if report.judged:
-        opt.console().print(judgement_table(report))
+        console.print(judgement_table(report))
     if SUMMARY in folder.files:
-        opt.console().print(summary_table(read_summary(folder)))
+        console.print(summary_table(read_summary(folder)))

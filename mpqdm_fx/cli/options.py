@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -11,10 +12,13 @@ import typer
 from rich.console import Console
 
 from mpqdm_fx.backends.names import Backend, FourBit
+from mpqdm_fx.cli import streams
 from mpqdm_fx.cli.panels import BITS, CALIBRATION, MODEL, PROGRAM, RUN
+from mpqdm_fx.cli.recipes import PresetOption, RecipeOption, preset_values, with_typed
 from mpqdm_fx.cli.settings import SETTINGS, SeedOption
 from mpqdm_fx.cli.values import activation_mode_of, memory_of, seconds_of, settings_of
 from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import ConfigError
 
 __all__ = [
     "BITS",
@@ -125,6 +129,21 @@ SamplesOption = Annotated[int, typer.Option(min=0, help="Images in the grid.", r
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on with a run that was killed.", rich_help_panel=RUN)
 ]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of prompts to calibrate on, one a line. Default: 64 built-in ones.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Guidance scale of the runs; up to 1 is none. Default: the pipeline's own.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
 MemoryOption = Annotated[
     str | None,
     typer.Option(
@@ -182,11 +201,17 @@ CompressOption = Annotated[
     ),
 ]
 
+_ENDLESS = 100_000  # columns
+
 
 def console() -> Console:
-    """Where results are printed."""
-    # A pipe has no width of its own; 130 columns hold the longest layer names.
-    return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 130)
+    """Where results are printed; the line of progress goes.
+
+    A pipe has no width: nothing is folded there, unless COLUMNS says how wide it is.
+    """
+    streams.finish_line()
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _ENDLESS
+    return Console(width=wide, quiet=not streams.prints_results())
 
 
 _Command = Callable[..., None]
@@ -211,20 +236,39 @@ def takes_settings(
 
     def decorate(command: _Command) -> _Command:
         @functools.wraps(command)
-        def run(**given: Any) -> None:
-            typed = {options[name][0]: given.pop(name) for name in options}
-            typed["activation_mode"] = activation_mode_of(
-                typed["activation_mode"],
+        def run(context: typer.Context, **given: Any) -> None:
+            preset, recipe = given.pop("preset"), given.pop("recipe")
+            typed = {name for name in given if _is_typed(context, name)}
+            if preset is not None:
+                if recipe is not None:
+                    raise ConfigError("--preset and --config: give one of the two")
+                given |= preset_values(preset, given, typed)
+            values = {options[name][0]: given.pop(name) for name in options}
+            values["activation_mode"] = activation_mode_of(
+                values["activation_mode"],
                 backend=given.get("backend", "xnnpack"),
-                activations=typed["activation_bits"],
+                activations=values["activation_bits"],
             )
-            command(**given, config=settings_of(**typed))
+            settings = settings_of(**values)
+            if recipe is not None:
+                fields = {options[name][0] for name in typed & options.keys()}
+                settings = with_typed(recipe, settings, fields)
+            command(**given, config=settings)
 
-        parameters: list[inspect.Parameter] = []
+        parameters = [
+            inspect.Parameter(
+                "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+            )
+        ]
         for parameter in inspect.signature(command).parameters.values():
             if parameter.name != "config":
                 parameters.append(parameter)
                 continue
+            recipes = {"preset": PresetOption, "recipe": RecipeOption}
+            parameters += [
+                inspect.Parameter(name, parameter.kind, default=None, annotation=kind)
+                for name, kind in recipes.items()
+            ]
             parameters += [
                 inspect.Parameter(
                     name, parameter.kind, default=defaults.get(name, default), annotation=kind
@@ -236,3 +280,9 @@ def takes_settings(
         return run
 
     return decorate
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed, and is no default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

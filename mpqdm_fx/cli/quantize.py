@@ -8,8 +8,11 @@ import typer
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.gates import GateOption, end_with_gates, print_gates, with_gates
+from mpqdm_fx.cli.screens.start import bits_of
+from mpqdm_fx.cli.streams import announce, say
 from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.report.gates import parse_gates
 
 if TYPE_CHECKING:
     from mpqdm_fx.jobs.result_folder import Form
@@ -26,6 +29,8 @@ def quantize(
     output: opt.OutputOption = Path("out"),
     trajectories: opt.TrajectoriesOption = 16,
     steps: opt.StepsOption = 20,
+    prompts: opt.PromptsOption = None,
+    guidance: opt.GuidanceOption = None,
     samples: opt.SamplesOption = 16,
     inputs: opt.InputsOption = None,
     held_out: opt.HeldOutOption = None,
@@ -37,6 +42,7 @@ def quantize(
     external_weights: opt.ExternalWeightsOption = False,
     compress: opt.CompressOption = False,
     overwrite: opt.OverwriteOption = False,
+    gate: GateOption = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -52,22 +58,25 @@ def quantize(
     """Quantize MODEL into a folder: packed weights, program, sample grid, numbers."""
     checks.check_name(model)
     memory = opt.memory_of(max_memory)
+    gates = parse_gates(gate)
     checks.check_output_folder(output, model)
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
     if backend == "xnnpack":
         checks.check_packages("executorch", purpose="--backend xnnpack")
+    if checks.has_text_encoder(model):
+        checks.check_packages("transformers", purpose="a pipeline with a text encoder")
+    announce(f"quantizing {model} to {output}: {bits_of(config)}, {backend}")
+    from mpqdm_fx.cli.screens.result import ResultScreen
     from mpqdm_fx.feasibility import check_feasible, weights_of
     from mpqdm_fx.io.schema import plain
+    from mpqdm_fx.jobs.calibration import rows_of
+    from mpqdm_fx.jobs.evaluate import check_gates, judge_result
     from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.models.sources import load_with_calls
+    from mpqdm_fx.pipelines.components import in_pipeline
+    from mpqdm_fx.pipelines.prompts import read_prompts
     from mpqdm_fx.processes import joined
-    from mpqdm_fx.report.tables import (
-        activation_table,
-        judgement_table,
-        layer_table,
-        summary_table,
-    )
 
     checks.check_device(device)
     form = Form(
@@ -77,13 +86,18 @@ def quantize(
         compress=compress,
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
-    source = load_with_calls(model, subfolder, variant, inputs, held_out)
+    given = None if prompts is None else read_prompts(prompts)
+    source = in_pipeline(
+        load_with_calls(model, subfolder, variant, inputs, held_out),
+        prompts=given, guidance=guidance,
+    )  # fmt: skip
+    check_gates(gates, source, form.backend)
     if not resume:  # who resumes has some of it on the disk already
         # a byte each, until the run is through
         checks.check_space(output, weights_of(source.model))
     check_feasible(
         source.model, source.example_inputs, config, sensitivity=sensitivity, max_memory=memory,
-        batch_size=_rows_of(source, trajectories, steps),
+        batch_size=rows_of(source, trajectories, steps),
     )  # fmt: skip
     if dry_run:
         _foretell(
@@ -112,18 +126,16 @@ def quantize(
         )
     if result is None:
         return
+    verdicts = judge_result(gates, result, source, steps=steps)
     console = opt.console()
     if as_json:
-        console.print_json(json.dumps(plain(result.summary)))
+        console.print_json(json.dumps(plain(with_gates(result.summary, verdicts))))
+        end_with_gates(verdicts, output)
         return
-    report = result.quantized.report
-    console.print(layer_table(report))
-    if report.activations:
-        console.print(activation_table(report))
-    if report.judged:
-        console.print(judgement_table(report))
-    console.print(summary_table(result.summary))
+    console.print(ResultScreen(result.summary, result.quantized.report, output))
+    print_gates(console, verdicts)
     say(console, f"written to {output}")
+    end_with_gates(verdicts, output)
 
 
 @opt.takes_settings()
@@ -145,6 +157,7 @@ def plan(
     """Say what quantizing MODEL will take: time, memory, disk, size; as quantize --dry-run."""
     checks.check_name(model)
     memory = opt.memory_of(max_memory)
+    announce(f"planning {model}: {bits_of(config)}; nothing is written")
     from mpqdm_fx.feasibility import check_feasible
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.models.sources import load_with_calls
@@ -182,12 +195,3 @@ def _foretell(
         console.print_json(json.dumps(found))
     else:
         console.print(estimate_table(found))
-
-
-def _rows_of(source: "Source", trajectories: int, steps: int) -> int:
-    """Rows of a calibration call."""
-    from mpqdm_fx.graph.calling import batch_size_of
-
-    if source.calls is not None:
-        return max(map(batch_size_of, source.calls))
-    return min(16, (trajectories - trajectories // 4) * steps)  # as of `calibration_of`

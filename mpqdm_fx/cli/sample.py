@@ -1,17 +1,19 @@
 """The command `mpqdm-fx sample`: pictures that a folder or a float model draws."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, say
 
 __all__ = ["Form", "sample"]
+
+logger = logging.getLogger(__name__)
 
 Form = Literal["auto", "pte", "packed", "float"]
 """As of `denoisers.FORMS`, which loads torch."""
@@ -50,20 +52,29 @@ def sample(
     subfolder: opt.SubfolderOption = None,
     variant: opt.VariantOption = None,
     seed: opt.SeedOption = 0,
+    prompts: opt.PromptsOption = None,
+    guidance: opt.GuidanceOption = None,
     as_json: opt.JsonOption = False,
 ) -> None:
-    """Draw images with a program, packed weights, or the float model."""
+    """Draw images with a program, packed weights, or the float model; prompts take turns."""
     checks.check_output_file(
         output, "--output", reads=[model], suffixes=_PICTURES, overwrite=overwrite
     )
     checks.check_name(model)
     form = _form_that_runs(model, form)
-    from mpqdm_fx.denoisers import draw, open_denoiser, pictures
+    announce(f"drawing {num} images of {model} to {output}")
+    from mpqdm_fx.denoisers import draw, open_denoiser, pictures, zoom_of
+    from mpqdm_fx.jobs.calibration import warn_of
+    from mpqdm_fx.pipelines.components import as_drawn
+    from mpqdm_fx.pipelines.prompts import read_prompts
     from mpqdm_fx.report.images import save_grid
 
     source, denoiser = open_denoiser(model, subfolder, form, variant)
-    images = draw(source, denoiser, num=num, steps=steps, seed=seed)
-    save_grid(pictures(images), output, columns=max(1, round(num**0.5)))
+    given = None if prompts is None else read_prompts(prompts)
+    source = as_drawn(source, model, prompts=given, guidance=guidance)
+    warn_of(source)
+    images = pictures(draw(source, denoiser, num=num, steps=steps, seed=seed), source)
+    save_grid(images, output, columns=max(1, round(num**0.5)), zoom=zoom_of(images))
     if as_json:
         told = {"output": str(output), "images": num, "steps": steps, "seed": seed, "from": form}
         opt.console().print_json(json.dumps(told))
@@ -85,9 +96,9 @@ def _form_that_runs(model: str, form: Form) -> Form:
         return "packed"
     if checks.is_installed("executorch"):
         return "pte"
-    say(
-        Console(stderr=True),
-        f"the program of {model} needs executorch, which is not installed: drawing from its packed "
-        f"weights, whose pictures differ a little",
+    logger.warning(
+        "the program of %s needs executorch, which is not installed: drawing from its packed "
+        "weights, whose pictures differ a little",
+        model,
     )
     return "packed"

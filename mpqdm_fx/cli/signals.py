@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mpqdm_fx.cli.streams import errors
+
 __all__ = ["Stopped", "stoppable"]
 
 #: Ctrl-C, `kill` and the end of a batch job, and a closed terminal (which Windows does not have).
@@ -115,9 +117,7 @@ def _watch(descriptor: int, handled: set[int]) -> None:
         waiting = first is not None and not told
         if not select.select([descriptor], [], [], _PATIENCE_SECONDS if waiting else None)[0]:
             told = True
-            sys.stderr.write(
-                "stopping after the step that runs now; Ctrl-C again ends it at once\n"
-            )
+            errors().write("stopping after the step that runs now; Ctrl-C again ends it at once\n")
             continue
         number = os.read(descriptor, 1)
         if not number:

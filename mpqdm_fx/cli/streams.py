@@ -1,18 +1,36 @@
 """Standard output and error of the command line: what they cannot take is told, once."""
 
 import contextlib
+import faulthandler
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from mpqdm_fx.errors import MPQError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["OutputError", "guarded_streams", "say"]
+__all__ = [
+    "Line",
+    "Log",
+    "OutputError",
+    "announce",
+    "complain",
+    "diverted",
+    "errors",
+    "finish_line",
+    "guarded_streams",
+    "libraries",
+    "printing",
+    "prints_results",
+    "say",
+    "showing",
+]
 
 
 class OutputError(MPQError):
@@ -43,7 +61,7 @@ def guarded_streams() -> Iterator[None]:
             )
         if strict:
             output.reconfigure(errors="backslashreplace")
-        sys.stdout = _Guard(output, _refuse)
+        sys.stdout = _Guard(output, _refuse, _step_aside)
         yield
     finally:
         sys.stdout, sys.stderr = output, errors
@@ -54,12 +72,20 @@ def guarded_streams() -> Iterator[None]:
 class _Guard:
     """A text stream whose failures go to a function; after the first one it takes everything."""
 
-    def __init__(self, stream: Any, failed: Callable[[OSError], None]) -> None:
+    def __init__(
+        self,
+        stream: Any,
+        failed: Callable[[OSError], None],
+        before: Callable[[], None] | None = None,
+    ) -> None:
         self._stream = stream
+        self._before = before
         self._failed = failed
         self._lost = False
 
     def write(self, text: str) -> int:
+        if self._before is not None:
+            self._before()
         with self._told():
             return int(self._stream.write(text))
         return len(text)
@@ -115,3 +141,166 @@ def say(console: "Console", text: object, *, style: str | None = None) -> None:
         style: Colour of all of it.
     """
     console.print(str(text), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------- what libraries print
+
+#: Of the process, like its file descriptors; a signal's thread reads them too.
+_errors: TextIO | None = None
+_results = True
+_line: "Line | None" = None
+
+
+class Log:
+    """A file that takes what libraries print on standard error.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def text(self) -> str:
+        """All of it; "" if nothing was printed."""
+        text = self.path.read_text(encoding="utf-8", errors="backslashreplace")
+        return text if text.strip() else ""
+
+    def tail(self, characters: int = 10_000) -> str:
+        """The end of it."""
+        return self.text()[-characters:]
+
+
+@contextmanager
+def diverted() -> Iterator[Log]:
+    """Lead what is printed on standard error into a file; `errors` still reaches the user.
+
+    It takes the descriptor, so that libraries in C and child processes are heard as well. The file
+    lies among temporary files and goes with the block; only a process that is killed leaves it.
+    """
+    global _errors
+    outer, before = _errors, sys.stderr
+    with contextlib.ExitStack() as stack:
+        descriptor, name = tempfile.mkstemp(".log", "mpqdm-fx-")
+        stack.callback(Path(name).unlink, missing_ok=True)
+        stack.callback(os.close, descriptor)
+        os.set_inheritable(descriptor, False)
+        own = os.dup(2)
+        stack.callback(os.close, own)
+        if _descriptor_of(before) == 2:
+            encoding = getattr(before, "encoding", None) or "utf-8"
+            terminal = open(own, "w", 1, encoding, "backslashreplace", closefd=False)  # noqa: SIM115
+            stack.callback(terminal.close)
+            _errors = _Guard(terminal, lambda error: None)  # type: ignore[assignment]
+        else:
+            _errors = before  # it was replaced, and is no file of ours
+        if not faulthandler.is_enabled():
+            faulthandler.enable(own)
+            stack.callback(faulthandler.disable)
+        os.dup2(descriptor, 2)
+        sys.stderr = open(descriptor, "w", 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
+        try:
+            yield Log(Path(name))
+        finally:
+            sys.stderr.flush()
+            sys.stderr = before
+            os.dup2(own, 2)
+            _errors = outer
+
+
+def _descriptor_of(stream: Any) -> int | None:
+    try:
+        return int(stream.fileno())
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def errors() -> TextIO:
+    """Where errors and progress are printed, whatever libraries do."""
+    return sys.stderr if _errors is None else _errors
+
+
+def libraries() -> TextIO:
+    """Where libraries print."""
+    return sys.stderr
+
+
+def complain(text: object) -> None:
+    """Print an error where the user reads it, whatever libraries do.
+
+    Args:
+        text: One line.
+    """
+    from rich.console import Console
+
+    finish_line()
+    say(Console(file=errors()), text, style="red")
+
+
+@contextmanager
+def printing(results: bool) -> Iterator[None]:
+    """Say whether results are printed in the block.
+
+    Args:
+        results: Whether.
+    """
+    global _results
+    before, _results = _results, results
+    try:
+        yield
+    finally:
+        _results = before
+
+
+def prints_results() -> bool:
+    """Whether results are printed."""
+    return _results
+
+
+class Line(Protocol):
+    """A line of progress at the bottom of the terminal."""
+
+    def erase(self) -> None:
+        """Take it off for what is printed now."""
+
+    def finish(self) -> None:
+        """Take it off for good."""
+
+    def say(self, text: object) -> None:
+        """Print a line of text above it."""
+
+
+@contextmanager
+def showing(line: Line | None) -> Iterator[None]:
+    """Have a line of progress in the block, which makes way for what is printed.
+
+    Args:
+        line: The line; None for none.
+    """
+    global _line
+    before, _line = _line, line
+    try:
+        yield
+    finally:
+        _line = before
+
+
+def announce(text: object) -> None:
+    """Say at once what a command is about to do, where progress is shown.
+
+    Args:
+        text: One line.
+    """
+    if _line is not None:
+        _line.say(text)
+
+
+def finish_line() -> None:
+    """Take the line of progress away: what follows is the command's result."""
+    if _line is not None:
+        _line.finish()
+
+
+def _step_aside() -> None:
+    if _line is not None:
+        _line.erase()

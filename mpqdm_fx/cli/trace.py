@@ -8,7 +8,7 @@ import typer
 
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, say
 
 __all__ = ["trace"]
 
@@ -30,6 +30,7 @@ def trace(
 ) -> None:
     """Trace MODEL to its module-level graph and print it."""
     checks.check_name(model)
+    announce(f"tracing {model}")
     from mpqdm_fx.graph.describe import describe
     from mpqdm_fx.graph.explain import explain as explain_trace
     from mpqdm_fx.graph.trace import trace as trace_model

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, complain, say
 from mpqdm_fx.files import write_text
 
 __all__ = ["verify"]
@@ -47,7 +46,8 @@ def verify(
         checks.check_output_folder(directory, option="DIR", resumable=False)
     if checks.has_program(directory):
         checks.check_packages("executorch", purpose="a folder with a program")
-    from mpqdm_fx.parity.tables import rung_table, worst_table
+    announce(f"{'measuring thresholds of' if store else 'verifying'} {directory}")
+    from mpqdm_fx.cli.screens.parity import rung_table, worst_table
     from mpqdm_fx.parity.verify import verify as verify_folder
 
     ladder = verify_folder(directory, model=model, store=store)
@@ -62,10 +62,9 @@ def verify(
         console.print(worst_table(ladder))
         for note in ladder.notes:
             say(console, f"note: {note}")
-    errors = Console(stderr=True)
     if store:
-        say(errors, f"thresholds stored in {directory}")
+        announce(f"thresholds stored in {directory}")
         return
     if not ladder.passed:
-        say(errors, f"error: {directory}: {ladder.failure}", style="red")
+        complain(f"error: {directory}: {ladder.failure}")
         raise typer.Exit(code=1)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mpqdm_fx.calibration.samplers import first_tensor, is_sampler
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.runs import Predict, Recorder, Start
+from mpqdm_fx.progress import Stage, stage
 
 __all__ = ["Effects", "Importance", "importance", "measure_effects"]
 
@@ -99,20 +99,16 @@ def measure_effects(student: Predict, recorder: Recorder, start: Start) -> Effec
         start: What the runs start from.
     """
     groups = torch.split(torch.arange(len(start)), recorder.batch_size)
-    total = len(groups) * recorder.steps
-    with tqdm(
-        total=None if is_sampler(recorder.scheduler) else total,
-        desc="effects of steps",
-        unit="step",
-    ) as bar:
-        parts = [_measure_part(student, recorder, start.rows(rows), bar) for rows in groups]
+    total = None if is_sampler(recorder.scheduler) else len(groups) * recorder.steps
+    with stage("effects of steps", total) as advance:
+        parts = [_measure_part(student, recorder, start.rows(rows), advance) for rows in groups]
     return Effects(
         error=torch.stack([part.error for part in parts]).sum(0),
         moved=torch.stack([part.moved for part in parts]).sum(0),
     )
 
 
-def _measure_part(student: Predict, recorder: Recorder, start: Start, bar: Any) -> Effects:
+def _measure_part(student: Predict, recorder: Recorder, start: Start, advance: Stage) -> Effects:
     answers: list[Tensor] = []
     counts: list[int] = []
 
@@ -131,7 +127,7 @@ def _measure_part(student: Predict, recorder: Recorder, start: Start, bar: Any) 
         # the examples of one call share what it does
         moved += [distance / count] * count
         error += [_energy(found - right) / count] * count
-        bar.update()
+        advance()
     return Effects(
         error=torch.tensor(error, dtype=torch.float64),
         moved=torch.tensor(moved, dtype=torch.float64),

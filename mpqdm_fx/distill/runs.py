@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from tqdm.auto import tqdm
 
 from mpqdm_fx.calibration.samplers import first_tensor, is_sampler, rows_of
 from mpqdm_fx.calibration.sampling import (
@@ -24,6 +23,7 @@ from mpqdm_fx.calibration.sampling import (
     take_rows,
 )
 from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.progress import Stage, stage
 
 __all__ = ["Batch", "Recorder", "Runs", "Start"]
 
@@ -209,16 +209,16 @@ class Recorder:
         Args:
             walker: Decides where the runs go.
             start: What they start from.
-            progress: Text of a progress bar, None for none.
+            progress: Name of the stage that is told, None for none.
 
         Raises:
             CalibrationError: The runs leave the finite numbers, or an argument has the wrong
                 length.
         """
         total = len(start) * (1 if is_sampler(self.scheduler) else self.steps)
-        with tqdm(total=total, desc=progress, unit="step", disable=progress is None) as bar:
+        with stage(progress, total) as advance:
             parts = [
-                self._part(walker, start.rows(rows), bar)
+                self._part(walker, start.rows(rows), advance)
                 for rows in torch.split(torch.arange(len(start)), self.batch_size)
             ]
         counts = {part.calls for part in parts}
@@ -245,7 +245,7 @@ class Recorder:
             )
         return joined
 
-    def _part(self, walker: Predict, start: Start, bar: Any) -> Runs:
+    def _part(self, walker: Predict, start: Start, advance: Stage) -> Runs:
         """Runs that are made at once."""
         inputs: list[dict[str, Any]] = []
         targets: list[Tensor] = []
@@ -260,9 +260,9 @@ class Recorder:
 
         if is_sampler(self.scheduler):
             self.denoise(watched, start)
-            bar.update(len(start))
+            advance(len(start))
         else:
-            self.denoise(watched, start, lambda index, timestep, sample: bar.update(len(sample)))
+            self.denoise(watched, start, lambda index, timestep, sample: advance(len(sample)))
         return Runs(inputs=_stacked(inputs), targets=torch.stack(targets, 1), start=start)
 
     def _examples(

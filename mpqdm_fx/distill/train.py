@@ -13,7 +13,6 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, distributed, fx, nn
 from torch.utils import _pytree as pytree
-from tqdm.auto import tqdm
 
 from mpqdm_fx.distill.checkpoint import (
     RESTART,
@@ -33,6 +32,7 @@ from mpqdm_fx.distill.runs import Batch, Runs
 from mpqdm_fx.distill.student import Student
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
 from mpqdm_fx.processes import processes
+from mpqdm_fx.progress import stage
 
 __all__ = ["History", "Trainer"]
 
@@ -127,23 +127,16 @@ class Trainer:
             CalibrationError: The loss is no finite number.
         """
         started, before, saved = time.perf_counter(), self.history.seconds, time.perf_counter()
-        bar = tqdm(
-            total=self.config.updates,
-            initial=self.history.updates,
-            desc="distill",
-            unit="update",
-            disable=None if self._rank == 0 else True,
-        )
+        training = stage("training" if self._rank == 0 else None, total=1.0, unit="budget")
         while (progress := self._progress()) < 1.0:
             set_progress(self.optimiser, progress)
             self._update()
             self.history.seconds = before + time.perf_counter() - started
-            bar.update()
-            bar.set_postfix_str(self._told(progress), refresh=False)
+            training(progress - training.done, note=self._told())
             if self.directory is not None and time.perf_counter() - saved > _SAVE_SECONDS:
                 self.save()
                 saved = time.perf_counter()
-        bar.close()
+        training.close()
         self.save()
         self.average.copy_to(self._trained)
         return self.history
@@ -161,11 +154,10 @@ class Trainer:
             distributed.broadcast(share, src=0)
         return float(share)
 
-    def _told(self, progress: float) -> str:
-        left = self.history.seconds * (1 - progress) / max(progress, 1e-9)
+    def _told(self) -> str:
         loss = sum(self._recent[-50:]) / max(1, len(self._recent[-50:]))
         quality = -10 * math.log10(loss) if loss > 0 else math.inf
-        return f"{quality:.2f} dB, {left / 60:.0f} min left"
+        return f"update {self.history.updates}, {quality:.2f} dB"
 
     def _update(self) -> None:
         batch = self._batch()

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from tqdm import tqdm
 
 from mpqdm_fx.errors import ConfigError, DialectError
 from mpqdm_fx.graph.cost import shape_at
@@ -20,6 +19,7 @@ from mpqdm_fx.graph.editing import add_module, free_name, insert_call
 from mpqdm_fx.graph.methods import build_methods, check_splittable, traced_sizes
 from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.signature import Signature
+from mpqdm_fx.progress import tracked
 
 __all__ = ["TimestepTable", "tabulate_timesteps"]
 
@@ -162,7 +162,7 @@ def _schedule(timesteps: Sequence[float] | Tensor, dtype: torch.dtype) -> Tensor
 def _tables(time: fx.GraphModule, name: str, schedule: Tensor, batch: int) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {}
     with torch.no_grad():
-        for timestep in tqdm(schedule, desc="tabulate timesteps", disable=None):
+        for timestep in tracked(schedule, "tabulating timesteps"):
             for key, value in time(**{name: timestep.repeat(batch)}).items():
                 rows.setdefault(key, []).append(value[0].clone())
         tables = {key: torch.stack(values) for key, values in rows.items()}

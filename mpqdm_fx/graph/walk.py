@@ -9,7 +9,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from mpqdm_fx.errors import CalibrationError, DialectError
 from mpqdm_fx.graph.cost import Sizes, bind_calls, node_cost, per_call, value_bytes, walk_memory
@@ -18,6 +17,7 @@ from mpqdm_fx.graph.lanes import float_of, is_lane, twin_of
 from mpqdm_fx.graph.liveness import readers
 from mpqdm_fx.graph.qdq import quick_form
 from mpqdm_fx.graph.value_store import Key, ValueStore
+from mpqdm_fx.progress import Stage, stage
 
 __all__ = ["Walk"]
 
@@ -50,7 +50,7 @@ class Walk:
         directory: where to make the temporary folder for values on disk.
         device: where to compute; modules whose tensors lie elsewhere are called with copies.
             Default: everything stays where it is.
-        progress: label of a progress bar, weighted by `cost.node_cost`; None for no bar.
+        progress: name of the stage that is told, weighted by `cost.node_cost`; None for none.
         before: multiply-adds that the caller spends on a node before it is executed; for the bar.
 
     Attributes:
@@ -104,7 +104,7 @@ class Walk:
         self.executions = 0
         self.outputs: list[Any] = []
         self._before = before or {}
-        self._bar = self._progress(progress)
+        self._stage = self._stage_of(progress)
 
     def __iter__(self) -> Self:
         """Return the walk itself: a second loop goes on where the first one stopped."""
@@ -135,7 +135,7 @@ class Walk:
         self._next = None
         self._store.close()
         self._attributes.clear()
-        self._bar.close()
+        self._stage.close()
 
     @property
     def peak_bytes(self) -> int:
@@ -212,10 +212,10 @@ class Walk:
             self._attributes[node] = self._moved(value)
         self._done.add(node)
         self._later.clear()
-        self._bar.update(self._before.get(node, 0))
+        self._stage(self._before.get(node, 0))
         ending = self._ending(node)
         sizes = per_call(self._sizes, lambda known: value_bytes(node, known, half=self._half))
-        costs = None if self._bar.disable else per_call(self._sizes, self._cost_of(node))
+        costs = per_call(self._sizes, self._cost_of(node)) if self._stage.is_told else None
         for call, arguments in enumerate(self._calls):
             self._call = call
             if node.op == "placeholder":
@@ -228,7 +228,7 @@ class Walk:
                 if finished in self._store:
                     self._store.free((finished, call))
             if costs is not None:
-                self._bar.update(costs[call])
+                self._stage(costs[call])
         for finished in ending:
             self._attributes.pop(finished, None)
 
@@ -322,14 +322,13 @@ class Walk:
     def _cost_of(self, node: fx.Node) -> Callable[[Sizes], int]:
         return lambda sizes: node_cost(self._graph_module, node, sizes)
 
-    def _progress(self, label: str | None) -> "tqdm[Any]":
-        if label is None:
-            return tqdm(disable=True)
+    def _stage_of(self, name: str | None) -> Stage:
+        if name is None:
+            return stage(None)
         nodes = self._graph_module.graph.nodes
         total = sum(sum(per_call(self._sizes, self._cost_of(node))) for node in nodes)
         total += sum(self._before.values())
-        # No smoothing: the costs of neighbouring nodes are too different for a recent rate.
-        return tqdm(total=total, desc=label, unit="MAC", unit_scale=True, smoothing=0, disable=None)
+        return stage(name, total=total, unit="MAC")
 
 
 def _check(graph_module: fx.GraphModule, calls: Sequence[Mapping[str, Any]]) -> None:

@@ -1,21 +1,29 @@
 """What a job calibrates on, and what it measures with: denoising runs, or the user's own calls."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.models.functions import GivenCalls
 from mpqdm_fx.models.sources import Source
 
-__all__ = ["calibration_of", "held_out_of"]
+__all__ = ["calibration_of", "held_out_of", "rows_of", "warn_of"]
+
+logger = logging.getLogger(__name__)
+
+BATCH = 16
+_HELD_OUT_RUNS = 4
 
 
 def calibration_of(
-    source: Source, *, trajectories: int, steps: int, seed: int, batch_size: int = 16
+    source: Source, *, trajectories: int, steps: int, seed: int
 ) -> Trajectories | GivenCalls:
     """Inputs along the float model's own denoising runs, all timesteps mixed in every batch.
 
+    A denoiser of a pipeline is conditioned on the pipeline's prompts, with both halves of guidance.
     Or the user's own calls, where there are some.
 
     Raises:
@@ -23,6 +31,41 @@ def calibration_of(
     """
     if source.calls is not None:
         return source.calls
+    warn_of(source)
+    return _runs(source, trajectories=trajectories, steps=steps, seed=seed)
+
+
+def held_out_of(
+    source: Source, *, steps: int, seed: int
+) -> Trajectories | Sequence[Mapping[str, Any]]:
+    """Inputs that calibration does not see: further runs, or the user's held-out calls."""
+    if source.calls is not None:
+        return source.calls.held_out
+    return _runs(source, trajectories=_HELD_OUT_RUNS, steps=steps, seed=seed, unseen=True)
+
+
+def rows_of(source: Source, trajectories: int, steps: int) -> int:
+    """Rows of the largest call of `calibration_of`."""
+    if source.calls is not None:
+        return max(map(batch_size_of, source.calls))
+    guided = source.components is not None and source.components.guidance is not None
+    return min(BATCH, (trajectories - trajectories // 4) * steps * (2 if guided else 1))
+
+
+def warn_of(source: Source) -> None:
+    """Log what is to be known of a source's runs."""
+    for remark in source.remarks:
+        logger.warning("%s", remark)
+
+
+def _runs(
+    source: Source,
+    *,
+    trajectories: int,
+    steps: int,
+    seed: int,
+    unseen: bool = False,
+) -> Trajectories:
     if source.scheduler is None:
         raise ConfigError(
             f"{source.name} is made by a function, and it is not known how its runs go; give calls "
@@ -33,18 +76,9 @@ def calibration_of(
         source.scheduler,
         num_trajectories=trajectories,
         num_inference_steps=steps,
-        batch_size=batch_size,
+        batch_size=BATCH,
         seed=seed,
         sample_shape=source.sample_shape,
-        conditions=source.conditions(trajectories, seed),
         held_out=trajectories // 4,
+        **source.runs(trajectories, seed, unseen=unseen),
     )
-
-
-def held_out_of(
-    source: Source, *, steps: int, seed: int
-) -> Trajectories | Sequence[Mapping[str, Any]]:
-    """Inputs that calibration does not see: further runs, or the user's held-out calls."""
-    if source.calls is not None:
-        return source.calls.held_out
-    return calibration_of(source, trajectories=4, steps=steps, seed=seed)  # type: ignore[return-value]

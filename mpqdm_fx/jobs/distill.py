@@ -13,15 +13,20 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target, open_folder
 from mpqdm_fx.io.exchange import remove_folder
+from mpqdm_fx.jobs.calibration import warn_of
+from mpqdm_fx.jobs.command_text import distill_command
 from mpqdm_fx.jobs.copied_folder import copy_folder
 from mpqdm_fx.jobs.estimate import TrainingEstimate, estimate_training
+from mpqdm_fx.jobs.foretold import distill_stages
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
     Form,
     write_folder,
 )
 from mpqdm_fx.jobs.unfinished import check_ours
+from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.processes import is_first
+from mpqdm_fx.progress import expect
 from mpqdm_fx.storage import load
 from mpqdm_fx.summary import read_summary
 from mpqdm_fx.validation import Some, checked
@@ -47,7 +52,8 @@ def distill_folder(
     Args:
         folder: Folder written by `quantize`; it is not changed.
         config: Settings of the training; `seconds` count all of the job: data, training, lowering
-            and measuring. Models with text are trained on seeded random embeddings.
+            and measuring. A denoiser of a pipeline is trained on the prompts that it was calibrated
+            on, and with their guidance if `guidance_scale` is None; 1 is none.
         output: Folder; it appears whole or not at all, with the forms that `folder` has.
         model: The float model, if it is no longer where it was.
         samples: Images in the grid.
@@ -64,11 +70,6 @@ def distill_folder(
     Raises:
         MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
-    if config.guided:
-        raise ConfigError(
-            "guidance_scale needs embeddings of the unconditional half, which a folder has not; "
-            "give them to mpqdm_fx.distill.distill(..., unconditional=)"
-        )
     start = time.perf_counter()
     opened = open_folder(folder)
     summary = read_summary(opened)
@@ -84,6 +85,10 @@ def distill_folder(
             f"{source.name} is made by a function, and training goes along denoising runs; train "
             f"it in Python with a loop of your own: mpqdm_fx.distill.distill(..., scheduler=)"
         )
+    source = as_recorded(source, folder, model=model, guidance=config.guidance_scale)
+    warn_of(source)
+    given = source.runs(config.trajectories, config.seed)
+    config = replace(config, guidance_scale=given.get("guidance_scale"))
     form.check(quantized.settings)
     times = estimate_training(quantized, source, config, form=form, samples=samples)
     if config.seconds is not None:
@@ -96,13 +101,15 @@ def distill_folder(
         config = replace(config, seconds=left)
     if foretold is not None and is_first():
         foretold(times)
+    expect(lambda: distill_stages(source, config, times, samples, form.backend))
     trained = distill(
         quantized,
         source.model,
         config,
         scheduler=source.scheduler,
         sample_shape=source.sample_shape,
-        conditions=source.conditions(config.trajectories, config.seed),
+        conditions=given["conditions"],
+        unconditional=given.get("unconditional"),
         directory=state,
         device=device,
     )
@@ -126,6 +133,9 @@ def distill_folder(
     found = write_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
         subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,
+        command=distill_command(
+            folder, config, {"--model": model, "--samples": samples, "--output": output}
+        ),
     )  # fmt: skip
     remove_folder(state)
     return FolderResult(directory=output, quantized=trained.quantized, summary=found)

@@ -15,6 +15,7 @@ from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.jobs.result_folder import Form
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.report.units import duration
 from mpqdm_fx.stages import normalized
 from mpqdm_fx.sweep.estimate import Estimate, estimate, row_seconds
 from mpqdm_fx.sweep.measured import expected_bytes
@@ -27,7 +28,7 @@ __all__ = [
     "estimate_finish",
     "estimate_run",
     "estimate_training",
-    "in_words",
+    "finish_of",
 ]
 
 # Seconds of one core, measured on `digits` and on a UNet of 860 M parameters. What comes behind the
@@ -213,6 +214,23 @@ def estimate_finish(
     )
 
 
+def finish_of(
+    quantized: QuantizedModel, source: Source, form: Form, *, samples: int, steps: int
+) -> Finish:
+    """What lowering, comparing and measuring a quantized model would take.
+
+    Args:
+        quantized: The model.
+        source: The float model.
+        form: What is to be written.
+        samples: Images in the grid.
+        steps: Steps of each.
+    """
+    graph = quantized.rounded
+    row = row_seconds(graph, example_inputs(quantized.signature))
+    return estimate_finish(graph, form, row_seconds=row, images=_images(source, samples, steps))
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingEstimate:
     """What `distill_folder` is expected to take.
@@ -252,15 +270,8 @@ class TrainingEstimate:
         return self.training_seconds + self.others
 
     def __str__(self) -> str:
-        stages = [f"{name} {in_words(s)}" for name, s in self.stages.items() if s >= 1]
-        return f"about {in_words(self.seconds)} in all: {', '.join(stages)}"
-
-
-def in_words(seconds: float) -> str:
-    """`45 s`, `12 min` or `3.5 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        stages = [f"{name} {duration(s)}" for name, s in self.stages.items() if s >= 1]
+        return f"about {duration(self.seconds)} in all: {', '.join(stages)}"
 
 
 def estimate_training(

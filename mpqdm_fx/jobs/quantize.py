@@ -1,30 +1,33 @@
 """From a float model to a folder."""
 
 from pathlib import Path
+from typing import Any
 
 from mpqdm_fx.api import Backend, quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.files import checkpoint_of, first_difference
+from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target
 from mpqdm_fx.io.exchange import remove_folder
-from mpqdm_fx.io.schema import plain
-from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.jobs.calibration import calibration_of
+from mpqdm_fx.jobs.command_text import quantize_command
+from mpqdm_fx.jobs.estimate import finish_of
+from mpqdm_fx.jobs.foretold import finish_stages, quantize_stages
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
     Form,
     write_folder,
 )
-from mpqdm_fx.jobs.unfinished import check_ours
+from mpqdm_fx.jobs.unfinished import check_unfinished
 from mpqdm_fx.models.sources import Source
+from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.processes import is_first
+from mpqdm_fx.progress import expect
 from mpqdm_fx.sweep.checkpoint import HEADER
 from mpqdm_fx.validation import Bytes, Count, Some, checked
 from mpqdm_fx.versions import versions
 
-__all__ = ["check_start", "quantize_to_folder"]
+__all__ = ["check_start", "command_of", "quantize_to_folder"]
 
 
 @checked
@@ -79,6 +82,7 @@ def quantize_to_folder(
         backend=backend, four_bit=four_bit, external_weights=external_weights, compress=compress
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
+    expect(lambda: quantize_stages(source, config, backend, samples))
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
     solved = checkpoint_of(output)
     quantized = quantize(
@@ -93,12 +97,54 @@ def quantize_to_folder(
     )
     if not is_first():
         return None
+    expect(lambda: finish_stages(finish_of(quantized, source, form, samples=samples, steps=steps)))
     summary = write_folder(
         quantized, source, output, form=form, steps=steps, samples=samples, subfolder=subfolder,
-        overwrite=overwrite,
+        overwrite=overwrite, sensitivity=sensitivity, command=command_of(
+            source, config, form, output,
+            trajectories=trajectories, steps=steps, samples=samples, subfolder=subfolder,
+        ),
     )  # fmt: skip
     remove_folder(solved)
     return FolderResult(directory=output, quantized=quantized, summary=summary)
+
+
+def command_of(
+    source: Source,
+    config: MPQConfig,
+    form: Form,
+    output: Path,
+    *,
+    trajectories: int,
+    steps: int,
+    samples: int,
+    subfolder: str | None,
+) -> str | None:
+    """The command line that does the same; None if calls or prompts are of nobody knows where."""
+    calls, beside = source.calls, source.components
+    if calls is not None and calls.name is None:
+        return None
+    if beside is not None and beside.prompts not in ((), DEFAULT_PROMPTS):
+        return None  # of a file of the user's
+    calibration: dict[str, Any] = {"--trajectories": trajectories, "--steps": steps}
+    if calls is not None:
+        calibration = {"--inputs": calls.name, "--held-out": len(calls.held_out_calls)}
+    return quantize_command(
+        source.name,
+        config,
+        {
+            "--subfolder": subfolder,
+            "--variant": source.variant,
+            "--backend": form.backend,
+            **calibration,
+            "--guidance": beside.scale if beside is not None and beside.prompts else None,
+            "--samples": samples,
+            "--four-bit": form.four_bit if form.backend == "xnnpack" else None,
+            "--external-weights": form.external_weights,
+            "--compress": form.compress,
+            "--output": output,
+        },
+    )
 
 
 def check_start(
@@ -121,17 +167,5 @@ def check_start(
     """
     form.check(config)
     check_target(output, overwrite=overwrite)
-    solved = checkpoint_of(output)
-    header = solved / HEADER
-    check_ours(solved, header.is_file())
-    if not header.is_file():
-        return
-    found = read_json(header, fix="delete the folder to start anew")
-    for key, wanted in {"settings": config.to_dict(), "versions": versions()}.items():
-        if (other := first_difference(found.get(key), plain(wanted))) is not None:
-            raise ConfigError(
-                f"{solved} holds an unfinished run: {other}; use what it was started with, or "
-                f"delete it"
-            )
-    if not resume and any(solved.glob("layer-*")):
-        raise ConfigError(f"{solved} holds a run that was not finished; resume it, or delete it")
+    told = {"settings": config.to_dict(), "versions": versions()}
+    check_unfinished(checkpoint_of(output), HEADER, told, resume=resume, parts="layer-*")

@@ -1,16 +1,14 @@
 """The folder that a job gives: weights, program, scheduler, sample grid, thresholds, numbers."""
 
-import json
 import logging
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from mpqdm_fx import progress
 from mpqdm_fx.api import BACKENDS, MODES, Backend, lower
 from mpqdm_fx.backends.xnnpack.compressed import compress_program, drop_expansions
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
@@ -20,29 +18,35 @@ from mpqdm_fx.denoisers import (
     PROGRAM,
     SOURCE,
     Denoiser,
-    draw,
+    Origin,
     first_rows,
-    pictures,
     program_denoiser,
     program_names,
 )
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.files import write_text
 from mpqdm_fx.folders import MANIFEST, open_folder, seal_folder, staged_directory
+from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.jobs.calibration import held_out_of
+from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
+from mpqdm_fx.jobs.presets import write_recipe
+from mpqdm_fx.jobs.report import can_render, measured_of, write_report
 from mpqdm_fx.memory import peak_memory
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.parity.verify import store_parity
 from mpqdm_fx.plan import Fate
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.report.images import save_grid
-from mpqdm_fx.report.metrics import EVALUATION_SEED, epsilon_sqnr
+from mpqdm_fx.report.comparison import Comparison, compare_all
+from mpqdm_fx.report.images import save_rows
+from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.timing import time_per_step
+from mpqdm_fx.stages import in_form_of
 from mpqdm_fx.storage import write_model
 from mpqdm_fx.summary import SUMMARY, write_summary
 from mpqdm_fx.validation import check_fields
 
-__all__ = ["FolderResult", "Form", "time_per_step", "write_folder"]
+__all__ = ["FolderResult", "Form", "write_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,8 +152,10 @@ def write_folder(
     subfolder: str | None = None,
     overwrite: bool = False,
     more: Mapping[str, Any] | None = None,
+    command: str | None = None,
+    sensitivity: Path | None = None,
 ) -> dict[str, Any]:
-    """Lower, draw, measure, and write it all.
+    """Lower, draw, measure, report, and write it all.
 
     Args:
         quantized: The model.
@@ -157,10 +163,12 @@ def write_folder(
         output: Folder; it appears whole or not at all.
         form: What it holds beside the packed weights.
         steps: Steps of the sampling runs.
-        samples: Images in the grid, drawn by what the backend runs.
+        samples: Images that the float model and what the backend runs draw from the same noise.
         subfolder: Part of a pipeline folder that the source came from.
         overwrite: Whether `output` may be a result that is replaced.
         more: Further numbers for the summary, plain JSON types.
+        command: The command line that makes the folder again.
+        sensitivity: File of the sensitivities, for the report.
 
     Returns:
         Numbers for the printed table, plain JSON types.
@@ -169,8 +177,8 @@ def write_folder(
     with staged_directory(output, overwrite=overwrite) as stage:
         if source.scheduler is not None:
             source.scheduler.save_pretrained(stage / "scheduler")
-        origin = {"model": source.name, "subfolder": subfolder, "variant": source.variant}
-        write_text(stage / SOURCE, json.dumps(origin))
+        write_text(stage / SOURCE, Origin.of(source, subfolder).model_dump_json())
+        write_recipe(stage, quantized.settings)
         runner: Denoiser = quantized
         program: dict[str, Any] | None = None
         graphs: list[Any] = []
@@ -183,30 +191,45 @@ def write_folder(
             runner = program_denoiser(open_folder(stage))
         elif backend == "torch_ao":
             runner = _positional(lower(quantized, "torch_ao"), quantized)
-        store_parity(quantized, source, stage, graphs[0] if graphs else None)
+        floats = in_form_of(quantized, source.model, example_call(quantized.signature))
+        with progress.stage("comparing forms"):
+            store_parity(quantized, source, stage, graphs[0] if graphs else None, floats=floats)
         graphs.clear()
-        summary = {**_summarise(source, quantized, runner, backend), **(more or {})}
-        summary["program"] = program
-        if source.scheduler is None:
-            logger.info("no images are drawn and no peak is measured: the model has no scheduler")
-        elif samples:
-            images = draw(source, runner, num=samples, steps=steps, seed=0)
-            save_grid(pictures(images), stage / GRID, columns=max(1, round(samples**0.5)))
+        with progress.stage("measuring"):
+            calls = list(held_out_of(source, steps=20, seed=EVALUATION_SEED))
+            compared = _compared(source, quantized, runner, calls)
+            timing = time_per_step({"float": source.model, backend: runner}, first_rows(calls[0]))
+        summary = {**_summarise(source, quantized, backend, compared, timing), **(more or {})}
+        summary |= {"program": program, "command": command}
+        drawn = _draw(source, runner, stage, steps=steps, samples=samples)
         peak = "pte" if backend == "xnnpack" else "packed"
         known = source.scheduler is not None  # else another process cannot make a call
-        summary["peak_memory_bytes"] = {
-            peak: peak_memory(peak, str(stage)) if known else None,
-            "float": peak_memory("float", source.name, subfolder, source.variant)
-            if known
-            else None,
-        }
+        with progress.stage("peak memory"):
+            summary["peak_memory_bytes"] = {
+                peak: peak_memory(peak, str(stage)) if known else None,
+                "float": peak_memory("float", source.name, subfolder, source.variant)
+                if known
+                else None,
+            }
         for name in program_names(open_folder(stage)):
             drop_expansions(stage / name)
-        summary["files"] = {
-            path.name: path.stat().st_size
-            for path in sorted(stage.iterdir())
-            if path.is_file() and path.name != MANIFEST  # which lists this file, with its size
-        }
+        progress.leave_log(stage)
+        summary["files"] = _sizes(stage)
+        if can_render():
+            with progress.stage("report"):
+                write_report(
+                    stage,
+                    quantized,
+                    source,
+                    measured=measured_of(
+                        quantized, source, calls,
+                        floats=floats, compared=compared, sensitivity=sensitivity,
+                    ),
+                    drawn=drawn,
+                    summary=summary,
+                    why_no_pictures=_why_none(source, samples),
+                )  # fmt: skip
+            summary["files"] = _sizes(stage)
         write_summary(stage, summary)
         seal_folder(stage)
     return summary
@@ -232,13 +255,59 @@ def _write_program(
     return lowered.to_dict(), expanded
 
 
+def _sizes(stage: Path) -> dict[str, int]:
+    return {
+        path.name: path.stat().st_size
+        for path in sorted(stage.iterdir())
+        if path.is_file() and path.name != MANIFEST  # which lists the summary, with its size
+    }
+
+
+def _draw(
+    source: Source, runner: Denoiser, stage: Path, *, steps: int, samples: int
+) -> Drawn | None:
+    """Samples of the float model and of what the backend runs, from the same noise."""
+    if source.scheduler is None:
+        logger.info("no images are drawn and no peak is measured: the model has no scheduler")
+        return None
+    if not samples:
+        return None
+    both = {"float": source.model, "quantized": runner}
+    drawn = draw_pictures(source, both, num=samples, steps=steps)
+    if drawn.images:
+        save_rows(list(drawn.images.items()), stage / GRID)
+    return drawn
+
+
+def _why_none(source: Source, samples: int) -> str:
+    if source.scheduler is None:
+        return "the model has no scheduler to draw with"
+    return "" if samples else "no samples were asked for (--samples 0)"
+
+
+def _compared(
+    source: Source,
+    quantized: QuantizedModel,
+    runner: Denoiser,
+    calls: Sequence[Mapping[str, Any]],
+) -> dict[str, Comparison]:
+    """Outputs on held-out calls against the float model's: of the graph, and of what runs."""
+    models: dict[str, Denoiser] = {"quantized": quantized}
+    if runner is not quantized:
+        models["backend"] = runner
+    named = quantized.settings.noise_argument
+    return compare_all(source.model, models, calls, noise_argument=named)
+
+
 def _summarise(
-    source: Source, quantized: QuantizedModel, runner: Denoiser, backend: str
+    source: Source,
+    quantized: QuantizedModel,
+    backend: str,
+    compared: Mapping[str, Comparison],
+    timing: Mapping[str, float],
 ) -> dict[str, Any]:
-    held_out = held_out_of(source, steps=20, seed=EVALUATION_SEED)
     plan = quantized.plan
-    single = first_rows(next(iter(held_out)))
-    timing = time_per_step({"float": source.model, backend: runner}, single)
+    own = compared["quantized"]
     return {
         "backend": backend,
         "settings": quantized.settings.to_dict(),
@@ -249,34 +318,13 @@ def _summarise(
         "float_remainder_bytes": plan.float_bytes,
         "float32_bytes": 4 * plan.num_parameters,
         "parameters": {fate: plan.count(fate) for fate in get_args(Fate)},
-        "remarks": list(plan.remarks),
-        "epsilon_sqnr_db": epsilon_sqnr(source.model, quantized, held_out),
-        "backend_epsilon_sqnr_db": epsilon_sqnr(source.model, runner, held_out),
-        "milliseconds_per_step": timing,
+        "remarks": [*plan.remarks, *source.remarks],
+        "epsilon_sqnr_db": own.sqnr_db,
+        "backend_epsilon_sqnr_db": compared.get("backend", own).sqnr_db,
+        "milliseconds_per_step": dict(timing),
         "threads": torch.get_num_threads(),
         "seconds_to_quantize": quantized.report.seconds,
     }
-
-
-def time_per_step(
-    models: dict[str, Denoiser], inputs: dict[str, Any], *, rounds: int = 21
-) -> dict[str, float]:
-    """Median milliseconds of one call of each model, interleaved, after a warm-up call each.
-
-    Args:
-        models: Callables by name.
-        inputs: Keyword arguments of the call.
-        rounds: Timed calls of each.
-    """
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with torch.no_grad():
-        for index in range(rounds + 1):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(**inputs)
-                if index:
-                    times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _positional(graph_module: Callable[..., Any], quantized: QuantizedModel) -> Denoiser:

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.models.dataset import DigitsSplit, shift_randomly
+from mpqdm_fx.progress import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def train_classifier(
         optimizer, max_lr=2e-3, total_steps=epochs * steps_per_epoch
     )
     classifier.train()
-    for _ in tqdm(range(epochs), desc="classifier", unit="epoch", disable=None):
+    for _ in tracked(range(epochs), "training the classifier"):
         order = torch.randperm(len(split.train_labels), generator=generator)
         for step in range(steps_per_epoch):
             chosen = order[step * batch_size : (step + 1) * batch_size]

@@ -40,6 +40,7 @@ class ModelInputs:
         text_width: Width of the pooled text of SDXL's kind, where the pipeline's folder says it.
         aesthetic: Whether its sizes are those of SDXL's refiner, with an aesthetic score; None
             where the folder does not say.
+        context_length: Tokens of a text.
 
     Raises:
         ConfigError: The class or a setting is unknown, or settings contradict each other.
@@ -49,6 +50,7 @@ class ModelInputs:
     config: Config = field(repr=False)
     text_width: int | None = None
     aesthetic: bool | None = None
+    context_length: int = CONTEXT_LENGTH
 
     def __post_init__(self) -> None:
         check_fields(self.class_name, self.config)
@@ -93,6 +95,7 @@ class ModelInputs:
             self.config,
             text_width=self.text_width,
             aesthetic=self.aesthetic,
+            context_length=self.context_length,
             batch=batch,
             seed=seed,
         )
@@ -164,7 +167,10 @@ def _video(draw: Draw) -> Named:
 
 def _unet_3d(draw: Draw) -> Named:
     yield from _video(draw)
-    yield "encoder_hidden_states", draw.normal(CONTEXT_LENGTH, draw.config["cross_attention_dim"])
+    yield (
+        "encoder_hidden_states",
+        draw.normal(draw.context_length, draw.config["cross_attention_dim"]),
+    )
     yield from guidance(draw)
 
 
@@ -174,7 +180,7 @@ def _motion(draw: Draw) -> Named:
         raise unknown(draw, "encoder_hid_dim_type")
     if draw.config["addition_embed_type"] not in (None, "text_time"):
         raise unknown(draw, "addition_embed_type")
-    states = draw.normal(CONTEXT_LENGTH, draw.config["cross_attention_dim"])
+    states = draw.normal(draw.context_length, draw.config["cross_attention_dim"])
     yield "encoder_hidden_states", states.repeat_interleave(_USUAL_FRAMES, dim=0)
     yield from guidance(draw)
     yield from added(draw)
@@ -198,7 +204,7 @@ def _i2vgen(draw: Draw) -> Named:
     yield "image_latents", latents
     width = draw.config["cross_attention_dim"]
     yield "image_embeddings", draw.normal(width)
-    yield "encoder_hidden_states", draw.normal(CONTEXT_LENGTH, width)
+    yield "encoder_hidden_states", draw.normal(draw.context_length, width)
 
 
 def _cascade(draw: Draw) -> Named:
@@ -208,7 +214,7 @@ def _cascade(draw: Draw) -> Named:
     yield "timestep_ratio", torch.full((draw.batch,), 0.5)
     yield "clip_text_pooled", draw.normal(1, config["clip_text_pooled_in_channels"])
     if config["clip_text_in_channels"]:
-        yield "clip_text", draw.normal(CONTEXT_LENGTH, config["clip_text_in_channels"])
+        yield "clip_text", draw.normal(draw.context_length, config["clip_text_in_channels"])
     if config["clip_image_in_channels"]:
         yield "clip_img", draw.normal(1, config["clip_image_in_channels"])
     if config["effnet_in_channels"]:
@@ -219,7 +225,7 @@ def _uvit(draw: Draw) -> Named:
     config = draw.config
     shape = (draw.batch, *draw.sides())
     yield "input_ids", torch.randint(config["vocab_size"], shape, generator=draw.generator)
-    yield "encoder_hidden_states", draw.normal(CONTEXT_LENGTH, config["encoder_hidden_size"])
+    yield "encoder_hidden_states", draw.normal(draw.context_length, config["encoder_hidden_size"])
     yield "pooled_text_emb", draw.normal(config["cond_embed_dim"])
     count = config["micro_cond_embed_dim"] // config["micro_cond_encode_dim"]
     yield "micro_conds", sizes(draw, count)
@@ -232,7 +238,7 @@ def _controlled(draw: Draw) -> Named:
     yield "timestep", draw.timestep()
     width = config["cross_attention_dim"]
     width = width if isinstance(width, int) else width[0]
-    yield "encoder_hidden_states", draw.normal(CONTEXT_LENGTH, width)
+    yield "encoder_hidden_states", draw.normal(draw.context_length, width)
     scale = 2 ** (len(config["ctrl_conditioning_embedding_out_channels"]) - 1)
     sides = (scale * side for side in draw.sides())
     yield "controlnet_cond", draw.normal(config["ctrl_conditioning_channels"], *sides).clamp(0, 1)

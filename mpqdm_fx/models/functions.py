@@ -27,18 +27,20 @@ class GivenCalls:
     Args:
         calls: Keyword arguments of each call.
         held_out: So many of them, the last ones, judge corrections and are not fitted to.
+        name: The function, as it was named; None for calls of another origin.
 
     Raises:
         ConfigError: None is left to be fitted to.
     """
 
-    def __init__(self, calls: list[dict[str, Any]], held_out: int) -> None:
+    def __init__(self, calls: list[dict[str, Any]], held_out: int, name: str | None = None) -> None:
         if not 0 <= held_out < len(calls):
             raise ConfigError(
                 f"--held-out {held_out}: of the {len(calls)} calls some have to be left; give 0 to "
                 f"{len(calls) - 1}"
             )
         self.calls = calls
+        self.name = name
         self.held_out_calls = range(len(calls) - held_out, len(calls))
 
     def __len__(self) -> int:
@@ -113,7 +115,7 @@ def calls_of(name: str, model: nn.Module, held_out: int | None = None) -> GivenC
     for index, call in enumerate(calls):
         _check_names(call, model, f"{place}: call {index}")
     check_calls(calls, f"{place}: call")
-    return GivenCalls(calls, len(calls) // 4 if held_out is None else held_out)
+    return GivenCalls(calls, len(calls) // 4 if held_out is None else held_out, name)
 
 
 def _check_names(call: Mapping[str, Any], model: nn.Module, place: str) -> None:

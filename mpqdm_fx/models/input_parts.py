@@ -43,6 +43,7 @@ class Draw:
         config: All of its settings.
         text_width: Width of the pooled text; None if nobody said.
         aesthetic: Whether sizes end with an aesthetic score; None if nobody said.
+        context_length: Tokens of a text.
         batch: Batch size.
         generator: Of the random numbers.
     """
@@ -54,6 +55,7 @@ class Draw:
         *,
         text_width: int | None,
         aesthetic: bool | None,
+        context_length: int,
         batch: int,
         seed: int,
     ) -> None:
@@ -61,6 +63,7 @@ class Draw:
         self.config = config
         self.text_width = text_width
         self.aesthetic = aesthetic
+        self.context_length = context_length
         self.batch = batch
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -117,10 +120,13 @@ def context(draw: Draw) -> Named:
     if kind == "image_proj" or not (attends or config["addition_embed_type"] == "text"):
         yield "encoder_hidden_states", None
     elif kind in ("text_proj", "text_image_proj", "text_proj_rms"):
-        yield "encoder_hidden_states", draw.normal(CONTEXT_LENGTH, config["encoder_hid_dim"])
+        yield "encoder_hidden_states", draw.normal(draw.context_length, config["encoder_hid_dim"])
     elif kind is None:
         width = _cross_width(draw)
-        yield "encoder_hidden_states", None if width is None else draw.normal(CONTEXT_LENGTH, width)
+        yield (
+            "encoder_hidden_states",
+            None if width is None else draw.normal(draw.context_length, width),
+        )
     else:
         raise unknown(draw, "encoder_hid_dim_type")
 

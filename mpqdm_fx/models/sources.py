@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS
 from mpqdm_fx.calibration.schedulers import check_scheduler, check_scheduler_config
@@ -25,9 +26,45 @@ from mpqdm_fx.models.model_config import read_model_config
 from mpqdm_fx.models.names import BUNDLED, check_name, is_function
 from mpqdm_fx.models.weight_files import load_weights
 
-__all__ = ["Source", "load_source", "load_with_calls", "make_source", "scheduler_from_config"]
+__all__ = [
+    "Components",
+    "Source",
+    "load_source",
+    "load_with_calls",
+    "make_source",
+    "scheduler_from_config",
+]
 
 logger = logging.getLogger(__name__)
+
+
+# Conditions that are numbers of the run, and no embeddings of anything.
+_ENCODED = ("encoder_hidden_states", "text_embeds")
+_NUMBERS = ("time_ids", "timestep_cond", "encoder_attention_mask")
+
+
+class Components(Protocol):
+    """What stands beside a denoiser in its pipeline; see `pipelines.components`."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Prompts that runs take turns with; none where nothing encodes them."""
+
+    @property
+    def scale(self) -> float:
+        """Guidance scale as the pipeline takes it."""
+
+    @property
+    def guidance(self) -> float | None:
+        """Weight of classifier-free guidance in runs; None calls the denoiser once a step."""
+
+    def halves(
+        self, base: Mapping[str, Any], count: int, *, unseen: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Conditions of so many runs over made ones, with the prompts and without them."""
+
+    def pictures(self, samples: Tensor) -> Tensor | None:
+        """Latents as images; None if nothing decodes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +82,8 @@ class Source:
         extra: What it takes behind the noisy channels, None for nothing.
         variant: Variant of its weight files.
         calls: Calls of the user's own, to calibrate on and to measure with; None draws them.
+        components: The rest of its pipeline, which gives prompts their embeddings; None without
+            one, or for a source that need not know of it.
     """
 
     name: str
@@ -56,6 +95,7 @@ class Source:
     extra: ExtraChannels | None = None
     variant: str | None = None
     calls: GivenCalls | None = None
+    components: Components | None = None
 
     def with_calls(self, calls: GivenCalls) -> "Source":
         """The source with calls of the user's own."""
@@ -63,6 +103,13 @@ class Source:
         first = next((t for _, t in tensor_leaves(example) if t.ndim > 1), torch.empty(0))
         shape = self.sample_shape or tuple(first.shape[1:])
         return replace(self, calls=calls, example_inputs=example, sample_shape=shape)
+
+    def with_context(self, length: int) -> "Source":
+        """The source with texts of so many tokens, which its encoder or its graph has."""
+        if self.inputs is None or self.inputs.context_length == length:
+            return self
+        inputs = replace(self.inputs, context_length=length)
+        return replace(self, inputs=inputs, example_inputs=inputs.example())
 
     def conditions(self, count: int, seed: int) -> dict[str, Any]:
         """Conditions for `count` samples: balanced class labels, seeded random embeddings.
@@ -87,13 +134,70 @@ class Source:
                 for name, value in self.example_inputs.items()
                 if name not in ("sample", "timestep")
             }
+        return self._with_extra(self._made(count, seed), count, seed)
+
+    def runs(self, count: int, seed: int, *, unseen: bool = False) -> dict[str, Any]:
+        """What denoising runs are conditioned on: the pipeline's prompts where it encodes them.
+
+        Args:
+            count: Number of runs.
+            seed: Seed of what is made at random.
+            unseen: Take turns with the prompts from the last one backwards, so that runs which
+                judge have others than those that were calibrated on.
+
+        Returns:
+            Arguments of `denoise` and `Trajectories`: `conditions`, and for guidance
+            `guidance_scale` and `unconditional`.
+
+        Raises:
+            ConfigError: As `conditions`.
+        """
+        beside = self.components
+        if beside is None or not beside.prompts:
+            return {"conditions": self.conditions(count, seed)}
+        plain, negative = beside.halves(self._made(count, seed), count, unseen=unseen)
+        plain = self._with_extra(plain, count, seed)
+        if beside.guidance is None:
+            return {"conditions": plain}
+        if EXTRA_CHANNELS in plain:  # both halves see the picture
+            negative[EXTRA_CHANNELS] = plain[EXTRA_CHANNELS]
+        return {
+            "conditions": plain,
+            "guidance_scale": beside.guidance,
+            "unconditional": negative,
+        }
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is to be known of the runs: which embeddings are random numbers."""
+        if self.calls is not None or self.inputs is None or not self.inputs.is_denoiser:
+            return ()
+        told = () if self.components is None or not self.components.prompts else _ENCODED
+        random = [
+            name
+            for name, value in tensor_leaves(self._made(1, 0))
+            if value.is_floating_point() and name.rpartition(".")[2] not in (*told, *_NUMBERS)
+        ]
+        if not random:
+            return ()
+        why = getattr(self.components, "unencoded", None) or "no text encoder belongs to it"
+        reason = "" if told else f": {why}"
+        remark = f"runs are conditioned on seeded random numbers as {', '.join(random)}{reason}"
+        return (f"{remark}; what they say of real prompts is not known",)
+
+    def _made(self, count: int, seed: int) -> dict[str, Any]:
+        """Conditions made of the config alone, without extra channels."""
+        assert self.inputs is not None
         conditions = self.inputs.conditions(count, seed)
-        if self.extra is None:
-            return conditions
-        if "class_labels" in conditions and self._is_told_noise:
+        if self.extra is not None and "class_labels" in conditions and self._is_told_noise:
             # how much their picture has; these pictures have none
             conditions["class_labels"] = torch.zeros_like(conditions["class_labels"])
-        conditions[EXTRA_CHANNELS] = self.extra.draw(
+        return conditions
+
+    def _with_extra(self, conditions: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
+        if self.extra is None:
+            return conditions
+        extra = self.extra.draw(
             self.model,
             self.scheduler,
             self.sample_shape[1:],
@@ -101,7 +205,7 @@ class Source:
             count=count,
             seed=seed,
         )
-        return conditions
+        return {**conditions, EXTRA_CHANNELS: extra}
 
     @property
     def _is_told_noise(self) -> bool:

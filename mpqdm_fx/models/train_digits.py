@@ -26,7 +26,6 @@ from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.files import replacing, write_text
@@ -39,6 +38,7 @@ from mpqdm_fx.models.dataset import (
     shift_randomly,
 )
 from mpqdm_fx.models.network import TRAIN_TIMESTEPS, build_scheduler, build_unet
+from mpqdm_fx.progress import stage
 from mpqdm_fx.validation import Count, Positive, Seed, Share, Some, check_fields
 
 logger = logging.getLogger(__name__)
@@ -293,12 +293,12 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[st
     trainer = DigitsTrainer(config, split, output)
     if resume:
         trainer.load_checkpoint()
-    bar = tqdm(total=config.steps, initial=trainer.step, desc="denoiser", unit="step", disable=None)
+    training = stage("training the denoiser", config.steps)
+    training(trainer.step)
     started = time.monotonic() - trainer.wall_seconds
     while trainer.step < config.steps:
         loss = trainer.train_step()
-        bar.update()
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        training(note=f"loss {loss:.4f}")
         trainer.wall_seconds = time.monotonic() - started
         last = trainer.step == config.steps
         if last or trainer.step % config.evaluate_every == 0:
@@ -306,7 +306,7 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[st
             write_json(output / LOG_NAME, describe_run(trainer, classifier_facts))
         if last or trainer.step % config.checkpoint_every == 0:
             trainer.save_checkpoint()
-    bar.close()
+    training.close()
     return finish(trainer, classifier, classifier_facts)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from mpqdm_fx.backends.xnnpack.reference import NUDGE, Nudged
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.numerics.metrics import power_sums, ratio_db
 from mpqdm_fx.parity.ladder import Ladder, NodeParity, Rung
 from mpqdm_fx.parity.sites import WEIGHT_OPS, Site, matching_sites, sites
+from mpqdm_fx.progress import tracked
 
 __all__ = ["Form", "Measured", "measure"]
 
@@ -121,7 +121,7 @@ def measure(
     ]
     outputs: dict[str, list[Sequence[Tensor]]] = {form.name: [] for form in forms}
     with torch.no_grad():
-        for number, inputs in enumerate(tqdm(calls, desc="verify", unit="call", disable=None)):
+        for number, inputs in enumerate(tracked(calls, "comparing forms")):
             values: dict[str, dict[fx.Node, Tensor]] = {}
             for form in forms:
                 wanted = {

@@ -109,7 +109,12 @@ def verify(
 
 @plain_torch()
 def store_parity(
-    quantized: QuantizedModel, source: Source, folder: Path, graphs: Any = None
+    quantized: QuantizedModel,
+    source: Source,
+    folder: Path,
+    graphs: Any = None,
+    *,
+    floats: fx.GraphModule | None = None,
 ) -> Ladder | None:
     """Measure a model that was just quantized, and store inputs and thresholds.
 
@@ -121,6 +126,7 @@ def store_parity(
         source: Its float model.
         folder: Folder that holds its files.
         graphs: `ProgramGraphs` of the program in the folder; None if there is none.
+        floats: The float graph in the form that was quantized, if it was traced already.
 
     Returns:
         The ladder; None if the model is too large.
@@ -135,7 +141,9 @@ def store_parity(
         )  # fmt: skip
         return None
     runner = None if graphs is None else open_program(open_folder(folder))
-    measured = _measure(quantized, calls, source.model, [], runner, graphs, stability=True)
+    measured = _measure(
+        quantized, calls, source.model, [], runner, graphs, stability=True, floats=floats
+    )
     return _store(measured, calls, folder).judge(measured.ladder)
 
 
@@ -148,6 +156,7 @@ def _measure(
     graphs: Any,
     *,
     stability: bool,
+    floats: fx.GraphModule | None = None,
 ) -> Measured:
     signature, notes = quantized.signature, []
     forms = []
@@ -158,7 +167,9 @@ def _measure(
         )
         forms.append(Form(name="float", run=lambda number, _: outputs[number]))
     else:
-        graph = in_form_of(quantized, model, example_call(signature))
+        graph = floats
+        if graph is None:
+            graph = in_form_of(quantized, model, example_call(signature))
         forms.append(Form(name="float", graph=graph))
     forms.append(Form(name="quantized", graph=_graph(quantized)))
     if runner is None:

@@ -1,8 +1,6 @@
 """Which pipelines can be exported, how one is loaded, and what its parts are."""
 
 import copy
-import importlib
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +11,12 @@ import torch
 from torch import nn
 
 from mpqdm_fx.calibration.schedulers import check_scheduler
-from mpqdm_fx.errors import ArtifactError, ConfigError, first_line
+from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.foreign_models import check_model
-from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.models.classes import diffusers_class, is_model_class
-from mpqdm_fx.models.model_config import read_model_config
 from mpqdm_fx.models.names import BUNDLED, unknown_model
-from mpqdm_fx.models.weight_files import load_weights, refuse_missing
 from mpqdm_fx.pipelines.adapters import refuse_adapters
+from mpqdm_fx.pipelines.folder import load_pipeline, read_index
 from mpqdm_fx.pipelines.parts import (
     ImageDecoder,
     ImageEncoder,
@@ -50,7 +45,6 @@ SUPPORTED: dict[str, Kind] = {
 
 # Components that a program has no use for; they need not be in the folder either.
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-_LIBRARIES = ("diffusers", "transformers", "mpqdm_fx.component")
 _INPAINTING_CHANNELS = 9
 _USUAL_SIDE = 64  # of latents, where a model does not say
 
@@ -126,82 +120,11 @@ def open_pipeline(source: Any) -> Any:
     root = Path(source)
     if not root.is_dir() and str(source) != BUNDLED:
         raise unknown_model(str(source))
-    if not (root / "model_index.json").is_file():
-        raise ConfigError(
-            f"{root} is no pipeline folder: model_index.json is missing; give a folder written by "
-            f"save_pretrained of a diffusers pipeline"
-        )
-    index = read_json(root / "model_index.json")
-    name = str(index.get("_class_name"))
-    _check_class(name)
+    index = read_index(root)
+    _check_class(str(index.get("_class_name")))
     if index.get("safety_checker") not in (None, [None, None]):
         _say_unchecked()
-    unused = {part: None for part in _UNUSED if part in index}
-    loaded = {}
-    for part, entry in index.items():
-        if part.startswith("_") or part in unused or not isinstance(entry, list):
-            continue
-        if entry != [None, None]:
-            _check_component(root, part, entry)
-            loaded[part] = _loaded_model(root / part, *entry)
-    loader = getattr(importlib.import_module("diffusers"), name)
-    try:
-        return loader.from_pretrained(
-            root,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            dtype=torch.float32,
-            use_safetensors=True,
-            **unused,
-            **{part: model for part, model in loaded.items() if model is not None},
-        )
-    except Exception as error:  # whatever diffusers says to a folder
-        raise ArtifactError(f"{root}: diffusers could not load it: {first_line(error)}") from None
-
-
-def _check_component(root: Path, part: str, entry: list[Any]) -> None:
-    """Refuse a component that is no model, scheduler or tokenizer, before diffusers imports it."""
-    place = f"{root / 'model_index.json'}: {part[:80]}"
-    if len(entry) != 2 or entry[0] not in _LIBRARIES or not isinstance(entry[1], str):
-        raise ArtifactError(f"{place} is {str(entry)[:80]}; it must be one of diffusers' parts")
-    if Path(part).name != part or not (root / part).is_dir():
-        raise ArtifactError(
-            f"{root} is not whole: model_index.json names {part!r} ({entry[1]}), and its "
-            f"folder is missing"
-        )
-    if entry[0] == "diffusers" and not is_model_class(entry[1]):
-        diffusers_class("scheduler", entry[1], place)
-
-
-def _loaded_model(folder: Path, library: str, name: str) -> Any:
-    """A component with weights, every one of them from its files; None for other components."""
-    if library == "diffusers" and is_model_class(name):
-        found, config = read_model_config(folder)
-        return load_weights(found, config, folder)
-    return _encoder(folder, name) if library == "transformers" else None
-
-
-def _encoder(folder: Path, name: str) -> Any:
-    """A model of transformers; None for a tokenizer and the like."""
-    transformers: Any = importlib.import_module("transformers")
-    found: Any = getattr(transformers, name, None)
-    is_model = inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)
-    if not is_model:
-        return None
-    try:
-        model, information = found.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except Exception as error:  # whatever transformers says to a folder
-        raise ArtifactError(
-            f"{folder}: transformers could not load it: {first_line(error)}"
-        ) from None
-    refuse_missing(information, folder)
-    return model.eval()
+    return load_pipeline(root, index, leave_out=lambda part: part in _UNUSED)
 
 
 def _check_class(name: str) -> None:

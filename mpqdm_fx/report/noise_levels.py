@@ -17,7 +17,7 @@ from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.validation import Count, checked
 
-__all__ = ["sqnr_by_noise_level"]
+__all__ = ["noise_argument_of", "sqnr_by_noise_level", "told_levels"]
 
 
 @plain_torch()
@@ -57,7 +57,7 @@ def sqnr_by_noise_level(
     expected, found = (
         torch.cat([first_tensor(one(**batch)) for batch in batches]) for one in (model, quantized)
     )
-    told = torch.cat([_told(batch[name], batch_size_of(batch)) for batch in batches])
+    told = told_levels(batches, name)
     levels = NoiseLevels.of(told, min(most, len(set(told.tolist()))))
     groups = levels.group_of(told)
     ratios = {}
@@ -67,18 +67,38 @@ def sqnr_by_noise_level(
     return ratios
 
 
+def noise_argument_of(batch: Mapping[str, Any]) -> str | None:
+    """The argument of a call that tells its noise levels, by its name; None if none does."""
+    for names in (TIMESTEP_NAMES, NOISE_NAMES):
+        for name in batch:
+            if name in names:
+                return name
+    return None
+
+
+def told_levels(batches: Sequence[Mapping[str, Any]], name: str) -> Tensor:
+    """The noise level of every sample, as the model is told it.
+
+    Args:
+        batches: Keyword arguments of each call.
+        name: The argument that tells it.
+
+    Returns:
+        float64 [N], N samples of all calls.
+    """
+    return torch.cat([_told(batch[name], batch_size_of(batch)) for batch in batches])
+
+
 def _argument(batch: Mapping[str, Any], name: str | None) -> str:
     if name is not None and name in batch:
         return name
-    known: Sequence[str] = [
-        n for names in (TIMESTEP_NAMES, NOISE_NAMES) for n in batch if n in names
-    ]
-    if name is not None or not known:
+    known = None if name is not None else noise_argument_of(batch)
+    if known is None:
         raise ConfigError(
             f"{'no argument' if name is None else f'no argument {name!r}'} tells the noise level; "
             f"name one of ({', '.join(batch)}) with noise_argument="
         )
-    return known[0]
+    return known
 
 
 def _told(value: Any, batch: int) -> Tensor:

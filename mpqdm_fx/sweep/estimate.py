@@ -22,7 +22,7 @@ from mpqdm_fx.sweep.build_lanes import two_lanes
 from mpqdm_fx.sweep.work import layer_work
 from mpqdm_fx.validation import Bytes, checked
 
-__all__ = ["Estimate", "estimate", "row_seconds"]
+__all__ = ["Estimate", "estimate", "row_seconds", "stage_seconds"]
 
 _COLUMN = 8e-5  # seconds of interpreter and small kernels for one column of one rounding
 _RANGE = 0.05  # seconds to search the range of one activation
@@ -151,6 +151,27 @@ def row_seconds(graph_module: fx.GraphModule, call: Mapping[str, Any]) -> float:
     sizes = bind_sizes(graph_module, call)
     macs = sum(node_cost(graph_module, node, sizes) for node in graph_module.graph.nodes)
     return macs / _speed()[0] / batch_size_of(call)
+
+
+def stage_seconds(found: Estimate, settings: MPQConfig) -> dict[str, float]:
+    """Seconds by stage of a sweep, as progress names them.
+
+    Args:
+        found: The estimate.
+        settings: The run's settings.
+    """
+    shares = {"channels": 2.0, "ranges": 6.0, "sensitivities": 11.0, "rounding errors": 19.0}
+    if settings.allocation != "measured":
+        del shares["rounding errors"]
+    if not any(option.kind == "static" for option in options_of(settings)):
+        del shares["ranges"]
+    part = found.sensitivity_seconds / sum(shares.values())
+    judging = 0.2 * found.forward_seconds if settings.judge else 0.0
+    return {
+        **{name: part * share for name, share in shares.items()},
+        "rounding": found.forward_seconds + found.solve_seconds - judging,
+        "judging": judging,
+    }
 
 
 def _ranges(settings: MPQConfig) -> int:

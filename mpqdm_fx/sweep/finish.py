@@ -19,6 +19,7 @@ from mpqdm_fx.graph.lanes import error_lane_name
 from mpqdm_fx.graph.layers import replace_module, weight_layers
 from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.plan import BitPlan, LayerPlan
+from mpqdm_fx.progress import stage
 from mpqdm_fx.quantized import LayerReport
 from mpqdm_fx.sweep.plain_rounding import plain_activations, plain_weights
 from mpqdm_fx.sweep.solve import LayerSolution
@@ -67,7 +68,10 @@ def finish(sweep: Sweep) -> GraphQuantization:
     sweep.run()
     _tell_short(sweep)
     found = _swept(sweep)
-    return _judged(sweep, found) if sweep.settings.judge else found
+    if not sweep.settings.judge:
+        return found
+    with stage("judging" if sweep.shards.rank == 0 else None):
+        return _judged(sweep, found)
 
 
 def _swept(sweep: Sweep) -> GraphQuantization:

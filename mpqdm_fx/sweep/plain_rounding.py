@@ -104,7 +104,7 @@ def _extremes(
     """Smallest and largest value that each layer reads and writes."""
     layer_of = {n: name for name, one in weight_layers(graph_module).items() for n in one.nodes}
     found: dict[tuple[str, str], tuple[float, float]] = {}
-    walk = Walk(graph_module, calls, progress="extremes" if shards.rank == 0 else None)
+    walk = Walk(graph_module, calls, progress="plain rounding" if shards.rank == 0 else None)
 
     def add(key: tuple[str, str], values: Iterable[Tensor]) -> None:
         for low, high in shards.gather([tuple(map(float, torch.aminmax(v))) for v in values]):

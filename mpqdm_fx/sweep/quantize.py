@@ -1,7 +1,9 @@
 """Set up the sweep of a whole graph: decide under the budget what is decided beforehand."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,7 +14,9 @@ from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.progress import expect
 from mpqdm_fx.sweep.checkpoint import Checkpoint
+from mpqdm_fx.sweep.estimate import estimate, stage_seconds
 from mpqdm_fx.sweep.identity import run_identity
 from mpqdm_fx.sweep.preparation import prepared_sweep
 from mpqdm_fx.sweep.shards import Shards
@@ -70,6 +74,7 @@ def start_sweep(
             "propagation='auto' chooses strengths on held-out calls, and there is only one call: "
             "errors are not propagated; record more calls, or give a strength such as 0.5"
         )
+    expect(lambda: _foretold(graph_module, calls, settings, max_memory))
     checkpoint = None
     if directory is not None and shards.rank == 0:
         identity = run_identity(graph_module, calls, held_out, settings)
@@ -97,6 +102,16 @@ def start_sweep(
         checkpoint=checkpoint,
         max_memory=max_memory,
         half=half,
-        progress="quantize" if shards.rank == 0 else None,
+        progress="rounding" if shards.rank == 0 else None,
         device=device,
     )
+
+
+def _foretold(
+    graph_module: fx.GraphModule,
+    calls: Sequence[Mapping[str, Any]],
+    settings: MPQConfig,
+    max_memory: int | None,
+) -> dict[str, float]:
+    """Seconds by stage, for progress."""
+    return stage_seconds(estimate(graph_module, calls, settings, max_memory=max_memory), settings)

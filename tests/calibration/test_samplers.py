@@ -11,7 +11,9 @@ from mpqdm_fx.calibration.samplers import is_sampler
 from mpqdm_fx.calibration.sampling import concatenate, denoise, denoise_in_batches
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.report.metrics import epsilon_sqnr, run_reference, x0_sqnr
+from mpqdm_fx.report.metrics import epsilon_sqnr
+from mpqdm_fx.report.reference import run_reference
+from mpqdm_fx.report.sample_metrics import x0_sqnr
 
 SHAPE = (2, 6, 10)
 DIFFICULTY = {"difficulty": torch.linspace(0, 1, 6)}

@@ -38,7 +38,8 @@ def run(*arguments):
         return told.status, told.line
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return result.return_value or result.exit_code, result.output
+    status = result.return_value or result.exit_code
+    return status, result.stdout if status == 0 else result.output
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,9 @@ def quantized_folder(model_folder, tmp_path_factory):
     )  # fmt: skip
     assert status == 0, text
     assert f"written to {output}\n" in text
-    assert "effective bits" in text
-    assert "ms per step" in text
+    assert "ms a step" in text
+    assert "dB, " in text
+    assert max(map(len, text.splitlines()[:5])) <= 80
     return output
 
 
@@ -67,6 +69,8 @@ def test_quantize_leaves_packed_weights_config_scheduler_and_a_grid(quantized_fo
         "parity.json",
         "parity.safetensors",
         "proof.safetensors",
+        "report.html",
+        "report.json",
         "samples.png",
         "scheduler",
         "source.json",
@@ -92,7 +96,9 @@ def test_inspect_prints_every_layer(quantized_folder):
     assert layers["conv_in"]["reason"] == "first layer"
     status, text = run("inspect", quantized_folder)
     assert status == 0
-    assert "SQNR" in text
+    assert {*layers} <= set(text.split())  # whole names: a pipe has no width
+    assert "effective bits" in text
+    assert run("inspect", quantized_folder, "--sort", "BYTES", "--top", 2)[0] == 0
 
 
 def test_inspect_names_a_damaged_summary(quantized_folder, tmp_path):

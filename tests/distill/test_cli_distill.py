@@ -51,7 +51,8 @@ def run(*arguments):
         return told.status, told.line
     if result.exception is not None:
         raise result.exception
-    return result.return_value or result.exit_code, result.output
+    status = result.return_value or result.exit_code
+    return status, result.stdout if status == 0 else result.output
 
 
 def test_a_folder_that_holds_other_files_is_refused_before_the_work(tmp_path, monkeypatch):
@@ -68,9 +69,9 @@ def test_a_folder_that_holds_other_files_is_refused_before_the_work(tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_guidance_is_refused_where_nothing_is_unconditional(folder, tmp_path):
+def test_guidance_is_refused_where_no_text_is_encoded(folder, tmp_path):
     config = DistillConfig(updates=1, guidance_scale=3.0)
-    with pytest.raises(ConfigError, match="unconditional="):
+    with pytest.raises(ConfigError, match="takes no text; leave prompts and guidance out"):
         distill_folder(folder, config, output=tmp_path / "trained")
 
 

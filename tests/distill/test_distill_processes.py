@@ -38,6 +38,7 @@ with joined():
 """
 
 
+@pytest.mark.matrix
 def test_two_processes_train_what_one_trains(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(paths=[str(Path(__file__).parent.parent)]))

@@ -94,8 +94,8 @@ def codes(chosen):
     ("job", "share", "chosen"),
     [
         ("quantize", 0.6, signal.SIGKILL),
-        ("distill", 0.5, signal.SIGTERM),
-        ("export", 0.8, signal.SIGKILL),
+        pytest.param("distill", 0.5, signal.SIGTERM, marks=pytest.mark.matrix),
+        pytest.param("export", 0.8, signal.SIGKILL, marks=pytest.mark.matrix),
         ("replace", 0.45, signal.SIGINT),
     ],
 )

@@ -10,12 +10,12 @@ from mutants import AMOUNTS, byte_mutants, check_mutants, json_mutants, text_mut
 from small import TinyNet, net_calls
 
 from mpqdm_fx.api import quantize
+from mpqdm_fx.cli.screens.result import summary_table
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.denoisers import origin_of
 from mpqdm_fx.folders import MANIFEST, SCHEDULER_CONFIG, WEIGHTS, open_folder, seal_folder
 from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.proof import proof_inputs
-from mpqdm_fx.report.tables import summary_table
 from mpqdm_fx.storage import load, save
 from mpqdm_fx.summary import read_summary
 

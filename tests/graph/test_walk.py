@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reporters import Told
 from small import TinyNet, condition_calls, net_calls, tiny_condition_unet, tiny_unet, unet_calls
 from torch import fx, nn
 
@@ -17,6 +18,7 @@ from mpqdm_fx.graph.qdq import is_dequantize
 from mpqdm_fx.graph.trace import same_bits, trace
 from mpqdm_fx.graph.walk import Walk
 from mpqdm_fx.passes import CarryErrorLane, QuantizeActivations
+from mpqdm_fx.progress import reporting
 from mpqdm_fx.testing import graphs
 
 
@@ -336,40 +338,35 @@ def test_parameters_and_gradients_are_left_alone():
     assert all(p.grad is None for p in graph.parameters())
 
 
-def test_progress_is_the_cost_of_what_is_executed(monkeypatch):
-    class Bar:
-        disable = False
-
-        def __init__(self, total, desc, **_):
-            self.total, self.label, self.steps, self.closed = total, desc, [], False
-            bars.append(self)
-
-        def update(self, amount):
-            self.steps.append(amount)
-
-        def close(self):
-            self.closed = True
-
-    bars = []
-    monkeypatch.setattr("mpqdm_fx.graph.walk.tqdm", Bar)
+def test_progress_is_the_cost_of_what_is_executed():
     graph, _, calls = traced("net")
     mix = next(node for node in graph.graph.nodes if node.target == "mix")
-    walk = Walk(graph, calls, progress="sweep", before={mix: 12_345})
-    (bar,) = bars
+    told = Told()
+    with reporting(told):
+        walk = Walk(graph, calls, progress="sweep", before={mix: 12_345})
     for node in walk:
         if node.target == "body":
-            assert not bar.closed
-            before = len(bar.steps)
+            assert not told.closed_names
+            before = len(told.amounts)
         if node.target == "mix":
             # 16 channels of 3x3x12 at 60 pixels, for two samples; the last call has one
             each = 16 * 108 * 60
-            assert each * 2 in bar.steps[before:]
-            assert each in bar.steps[before:]
-            assert bar.steps.count(12_345) == 0
-    assert bar.steps.count(12_345) == 1  # the caller's work on that node
-    assert sum(bar.steps) == bar.total
-    assert bar.closed
-    assert bar.label == "sweep"
+            assert each * 2 in told.amounts[before:]
+            assert each in told.amounts[before:]
+            assert told.amounts.count(12_345) == 0
+    assert told.amounts.count(12_345) == 1  # the caller's work on that node
+    (stage,) = told.stages
+    assert sum(told.amounts) == stage.done == stage.total
+    assert told.closed_names == ["sweep"]
+
+
+def test_a_walk_without_a_name_tells_nothing():
+    graph, _, calls = traced("net")
+    told = Told()
+    with reporting(told):
+        for _ in Walk(graph, calls):
+            pass
+    assert not told.stages
 
 
 def test_a_device_is_where_values_and_constants_are():

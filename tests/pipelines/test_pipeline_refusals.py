@@ -10,7 +10,8 @@ from eager_programs import eager_export
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from mpqdm_fx import ArtifactError, ConfigError, MPQConfig, cli, export_pipeline
+from mpqdm_fx import ArtifactError, ConfigError, MPQConfig, export_pipeline
+from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import MPQError
 from mpqdm_fx.pipelines.adapters import adapter_layers, refuse_adapters
 from mpqdm_fx.pipelines.layout import open_pipeline
@@ -198,7 +199,7 @@ def test_prompt_files_hold_one_prompt_a_line(tmp_path):
 
 
 def test_there_are_32_different_default_prompts():
-    assert len(set(DEFAULT_PROMPTS)) == 32
+    assert len(set(DEFAULT_PROMPTS)) == 64
     assert all(prompt == prompt.strip() for prompt in DEFAULT_PROMPTS)
 
 

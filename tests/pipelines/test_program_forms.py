@@ -14,9 +14,10 @@ from test_pipeline_resume import export, manifest
 from typer.testing import CliRunner
 
 import mpqdm_fx.pipelines.export as export_module
-from mpqdm_fx import ConfigError, cli
+from mpqdm_fx import ConfigError
 from mpqdm_fx.backends.xnnpack.compressed import expand_program
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
+from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.folders import listed_files
 from mpqdm_fx.io.sealed import seal

@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.report.images import save_grid
+from mpqdm_fx.report.images import save_grid, save_rows
 
 
 def test_grid_shows_each_image_in_its_cell(tmp_path):
@@ -32,3 +32,34 @@ def test_writing_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
 def test_what_is_no_image_is_refused(tmp_path, shape):
     with pytest.raises(ConfigError, match="save_grid"):
         save_grid(torch.zeros(shape), tmp_path / "grid.png")
+
+
+def test_rows_stand_one_below_the_other_in_the_same_columns(tmp_path):
+    rows = [
+        ("float", torch.full((3, 1, 64, 64), -1.0)),
+        ("quantized", torch.full((3, 1, 64, 64), 1.0)),
+    ]
+    picture = Image.open(save_rows(rows, tmp_path / "rows.png", columns=2))
+    left = picture.width - 8 - 65  # the middle of the last of two columns
+    column = [picture.getpixel((left + 32, y)) for y in range(picture.height)]
+    assert column.count(0) == 64
+    assert column.count(255) >= 64
+    assert column.index(0) < len(column) - 1 - column[::-1].index(255)
+    assert picture.height > 4 * 64  # the third image has a block of its own
+    # labels are written left of the images, in both rows
+    dark = [y for y in range(8, 8 + 2 * 66) for x in range(8, 70) if picture.getpixel((x, y)) < 128]
+    assert min(dark) < 8 + 66 < max(dark)
+
+
+def test_rows_of_other_shapes_are_refused(tmp_path):
+    rows = [("float", torch.zeros(2, 1, 4, 4)), ("quantized", torch.zeros(3, 1, 4, 4))]
+    with pytest.raises(ConfigError, match="quantized has"):
+        save_rows(rows, tmp_path / "rows.png")
+
+
+@pytest.mark.parametrize(("side", "shown"), [(8, 64), (16, 64), (64, 64), (128, 128)])
+def test_small_images_are_enlarged_and_large_ones_left(tmp_path, side, shown):
+    rows = [("float", torch.zeros(1, 1, side, side))]
+    picture = Image.open(save_rows(rows, tmp_path / "rows.png"))
+    row = [picture.getpixel((x, picture.height // 2)) for x in range(picture.width)]
+    assert row.count(128) == shown

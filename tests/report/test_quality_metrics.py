@@ -9,15 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.report.metrics import (
-    class_accuracy,
-    epsilon_sqnr,
-    evaluate_against,
-    evaluate_denoiser,
-    frechet_distance,
-    run_reference,
-    x0_sqnr,
-)
+from mpqdm_fx.report.metrics import epsilon_sqnr, evaluate_against, evaluate_denoiser
+from mpqdm_fx.report.reference import run_reference
+from mpqdm_fx.report.sample_metrics import class_accuracy, frechet_distance, x0_sqnr
 
 
 def gaussian(count, dim, seed, scale=1.0, shift=0.0):

@@ -35,7 +35,7 @@ with joined():
 """
 
 
-@pytest.mark.parametrize("mode", ["static", "timestep"])
+@pytest.mark.parametrize("mode", ["static", pytest.param("timestep", marks=pytest.mark.matrix)])
 def test_two_processes_quantize_to_the_same_weights_as_one(tmp_path, mode):
     here = Path(__file__).parent
     script = tmp_path / "run.py"

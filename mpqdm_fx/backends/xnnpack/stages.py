@@ -4,7 +4,7 @@ import logging
 import time
 from typing import Self
 
-from tqdm import tqdm
+from mpqdm_fx.progress import stage
 
 __all__ = ["Stages"]
 
@@ -14,17 +14,16 @@ _STAGES = ("decompose", "convert", "export", "lower", "serialise", "execute")
 
 
 class Stages:
-    """Progress over the stages of a lowering: a bar, and one line each in the log."""
+    """Progress over the stages of a lowering, and one line each in the log."""
 
     def __enter__(self) -> Self:
         self._start = time.perf_counter()
-        self._bar = tqdm(total=len(_STAGES), desc="XNNPACK", unit="stage", disable=None)
+        self._stage = stage("lowering", len(_STAGES), "stage")
         return self
 
     def __call__(self, name: str) -> None:
         """Enter a stage; stages that were left out count as done."""
-        self._bar.n = _STAGES.index(name)
-        self._bar.set_postfix_str(name)
+        self._stage(_STAGES.index(name) - self._stage.done, note=name)
         logger.info("XNNPACK: %s (%.0f s)", name, self.seconds)
 
     @property
@@ -33,6 +32,4 @@ class Stages:
         return time.perf_counter() - self._start
 
     def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self._bar.update(len(_STAGES) - self._bar.n)
-        self._bar.close()
+        self._stage.close(finished=error[0] is None)

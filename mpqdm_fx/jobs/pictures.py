@@ -1,0 +1,99 @@
+"""Samples that several denoisers draw from the same noise, as pictures."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+from torch import Tensor
+
+from mpqdm_fx.denoisers import Denoiser, draw
+from mpqdm_fx.models.sources import Source
+
+__all__ = ["Drawn", "draw_pictures"]
+
+_IMAGE_CHANNELS = (1, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What several denoisers drew from the same noise.
+
+    Attributes:
+        samples: Samples [N, *sample_shape] by denoiser.
+        images: The same as pictures [N, 1 or 3, H, W], about -1 to 1; empty if they are none.
+        labels: What each sample was to show; empty if nothing is said.
+        note: What the pictures are, where they are not the model's own output, or why there are
+            none.
+        steps: Steps of the scheduler.
+        seed: Seed of the noise.
+    """
+
+    samples: Mapping[str, Tensor]
+    images: Mapping[str, Tensor]
+    labels: tuple[str, ...]
+    note: str
+    steps: int
+    seed: int
+
+
+def draw_pictures(
+    source: Source,
+    denoisers: Mapping[str, Denoiser],
+    *,
+    num: int,
+    steps: int,
+    seed: int = 0,
+) -> Drawn:
+    """Draw with each denoiser from the same noise and conditions.
+
+    Latents are decoded by the VAE of the pipeline that the model came from, where there is one;
+    else their first channel is shown, in grey, all on one scale.
+
+    Args:
+        source: Shapes, scheduler and conditions.
+        denoisers: By name; the first one gives the scale of latents.
+        num: Samples of each.
+        steps: Steps of the scheduler.
+        seed: Seed of the noise.
+    """
+    samples = {
+        name: draw(source, denoiser, num=num, steps=steps, seed=seed)
+        for name, denoiser in denoisers.items()
+    }
+    images, note = _images(source, samples)
+    return Drawn(
+        samples=samples,
+        images=images,
+        labels=_labels(source, num, seed),
+        note=note,
+        steps=steps,
+        seed=seed,
+    )
+
+
+def _labels(source: Source, num: int, seed: int) -> tuple[str, ...]:
+    """What samples are asked to show; empty if nothing that can be told."""
+    if source.components is not None and source.components.prompts:
+        return tuple(islice(cycle(source.components.prompts), num))
+    if source.inputs is None or source.extra is not None:
+        return ()
+    classes = source.conditions(num, seed).get("class_labels")
+    if isinstance(classes, Tensor) and classes.ndim == 1 and not classes.is_floating_point():
+        return tuple(f"class {int(label)}" for label in classes)
+    return ()
+
+
+def _images(source: Source, samples: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Pictures of samples, and what is to be said of them."""
+    first = next(iter(samples.values()))
+    if first.ndim != 4:
+        return {}, f"samples of shape {tuple(first.shape[1:])} are no pictures"
+    if source.components is not None:
+        decoded = {name: source.components.pictures(value) for name, value in samples.items()}
+        if all(value is not None for value in decoded.values()):
+            return {name: value for name, value in decoded.items() if value is not None}, ""
+    if first.shape[1] in _IMAGE_CHANNELS:
+        return dict(samples), ""
+    scale = first[:, :1].abs().max().clamp_min(1e-6)
+    grey = {name: value[:, :1] / scale for name, value in samples.items()}
+    return grey, "These are latents, their first channel: no pipeline with a VAE decodes them."

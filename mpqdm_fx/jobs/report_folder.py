@@ -1,0 +1,269 @@
+"""The report of a folder that exists: what it stores, and what can be measured now."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpqdm_fx.backends.packed import read_packed
+from mpqdm_fx.denoisers import (
+    SOURCE,
+    Denoiser,
+    Origin,
+    origin_of,
+    program_denoiser,
+    program_names,
+    saved_source,
+    source_of,
+)
+from mpqdm_fx.errors import ConfigError, MPQError
+from mpqdm_fx.files import write_text
+from mpqdm_fx.folders import SCHEDULER_CONFIG, WEIGHTS, ModelFolder, open_folder
+from mpqdm_fx.graph.calling import example_call
+from mpqdm_fx.io.schema import validated
+from mpqdm_fx.jobs.calibration import held_out_of
+from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
+from mpqdm_fx.jobs.report import gallery_of_drawn, measured_of, picture_numbers, record_of
+from mpqdm_fx.models.functions import calls_of
+from mpqdm_fx.models.sources import Source
+from mpqdm_fx.pipelines.components import as_recorded
+from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
+from mpqdm_fx.report.comparison import compare_all
+from mpqdm_fx.report.gather import Measured, part_of
+from mpqdm_fx.report.page.render import render_report
+from mpqdm_fx.report.record import RECORD, ReportRecord, write_record
+from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.stages import in_form_of
+from mpqdm_fx.storage import load
+from mpqdm_fx.summary import SUMMARY, read_summary
+from mpqdm_fx.validation import Some, checked
+
+__all__ = ["FolderReport", "draw_folder", "open_report", "report_folder"]
+
+logger = logging.getLogger(__name__)
+
+_STEPS = 20  # of runs whose number of steps no folder says
+_PICTURES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderReport:
+    """A folder's numbers, and what draws its pictures.
+
+    Attributes:
+        folder: The folder, all of its files checked.
+        record: Its numbers.
+        denoiser: What its backend runs; None if nothing can be run here.
+        origin: Where its float model is; None if it does not say.
+        source: The float model; None if it cannot be loaded.
+        saved: Scheduler and shapes as the folder has them; None without a scheduler.
+    """
+
+    folder: ModelFolder
+    record: ReportRecord
+    denoiser: Denoiser | None
+    origin: Origin | None
+    source: Source | None
+    saved: Source | None
+
+
+@checked
+def report_folder(
+    directory: Path,
+    output: Path,
+    *,
+    model: str | None = None,
+    inputs: str | None = None,
+    sensitivity: Path | None = None,
+    samples: Some | None = None,
+) -> ReportRecord:
+    """Write a folder's page, and its numbers beside it.
+
+    Args:
+        directory: Folder written by `quantize`, `distill` or `save`; it is not changed.
+        output: The page, `.html`; the numbers get its name with `.json`.
+        model: The float model, if it is no longer where it was.
+        inputs: Function that gives calls to measure on, as of `calls_of`.
+        sensitivity: File of the sensitivities.
+        samples: Pictures to draw; by default as many as the folder's own, or 16.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        ArtifactError: The folder or one of its files is damaged.
+    """
+    found = open_report(directory, model=model, inputs=inputs, sensitivity=sensitivity)
+    stored = found.record.pictures
+    if samples is None:
+        samples = stored.count if stored is not None else _PICTURES
+    drawn, why = draw_folder(found, num=samples)
+    pictures = None if drawn is None else picture_numbers(drawn)
+    missing = {key: text for key, text in found.record.missing.items() if key != "gallery"}
+    if drawn is None:
+        missing["gallery"] = why
+    record = found.record.model_copy(update={"pictures": pictures, "missing": missing})
+    page = render_report(record, gallery_of_drawn(drawn))
+    write_record(record, output.with_suffix(".json"))
+    write_text(output, page)
+    return record
+
+
+def open_report(
+    directory: Path,
+    *,
+    model: str | None = None,
+    inputs: str | None = None,
+    sensitivity: Path | None = None,
+) -> FolderReport:
+    """The numbers of a folder: what it stores, else what can be measured.
+
+    Args: as of `report_folder`.
+
+    Raises:
+        ArtifactError: The folder or one of its files is damaged.
+        ConfigError: Calls are given, and the model cannot be run on them.
+    """
+    folder = open_folder(directory)
+    folder.files.check()
+    source, no_source = _source(folder, model)
+    quantized, not_loaded = _loaded(folder)
+    why = no_source or not_loaded
+    if inputs is not None and why:
+        raise ConfigError(f"nothing can be measured on --inputs {inputs}: {why}")
+    if RECORD in folder.files and inputs is None and sensitivity is None:
+        record = validated(ReportRecord, folder.files.read_json(RECORD), folder.root / RECORD)
+    else:
+        measured = _measured(quantized, source, inputs, sensitivity, why)
+        record = _record(folder, source, measured)
+    if no_source:
+        record = record.model_copy(update={"missing": {**record.missing, "float": no_source}})
+    return FolderReport(
+        folder=folder,
+        record=record,
+        denoiser=_runner(folder, quantized),
+        origin=origin_of(folder.root) if SOURCE in folder.files else None,
+        source=source,
+        saved=saved_source(folder, quantized) if SCHEDULER_CONFIG in folder.files else None,
+    )
+
+
+def draw_folder(
+    found: FolderReport, *, num: int, steps: int | None = None, seed: int = 0
+) -> tuple[Drawn | None, str]:
+    """Pictures of the float model, where it is, and of what the folder runs.
+
+    Args:
+        found: The folder.
+        num: Pictures of each.
+        steps: Steps of the scheduler; by default as the folder's own pictures were drawn.
+        seed: Seed of the noise.
+
+    Returns:
+        The pictures, or None and the reason.
+    """
+    source = found.source if found.source is not None else found.saved
+    if num == 0:
+        return None, "no samples were asked for (--samples 0)"
+    if source is None or source.scheduler is None:
+        return None, "the model has no scheduler to draw with"
+    if found.denoiser is None:
+        return None, "neither weights nor program can be run here"
+    models: dict[str, Denoiser] = {} if found.source is None else {"float": source.model}
+    stored = found.record.pictures
+    drawn = draw_pictures(
+        source,
+        {**models, "quantized": found.denoiser},
+        num=num,
+        steps=steps or (stored.steps if stored is not None else _STEPS),
+        seed=seed,
+    )
+    return drawn, ""
+
+
+def _source(folder: ModelFolder, model: str | None) -> tuple[Source | None, str]:
+    """The float model, or why there is none."""
+    try:
+        source = source_of(folder.root, model)
+        return as_recorded(source, folder.root, model=model), ""
+    except MPQError as error:
+        return None, str(error)
+
+
+def _loaded(folder: ModelFolder) -> tuple[QuantizedModel | None, str]:
+    """The quantized model, or why it cannot be loaded: it may have code of its own."""
+    try:
+        return load(folder.root), ""
+    except MPQError as error:
+        return None, str(error)
+
+
+def _runner(folder: ModelFolder, quantized: QuantizedModel | None) -> Denoiser | None:
+    """The program if there is one that can be run here, else the packed weights."""
+    if program_names(folder):
+        try:
+            return program_denoiser(folder)
+        except MPQError as error:
+            logger.warning("the packed weights draw in place of the program: %s", error)
+    return quantized
+
+
+def _measured(
+    quantized: QuantizedModel | None,
+    source: Source | None,
+    inputs: str | None,
+    sensitivity: Path | None,
+    why: str,
+) -> Measured:
+    """What can be measured of a folder that keeps no record of it."""
+    if quantized is None or source is None:
+        return Measured(missing=dict.fromkeys(("levels", "kurtosis"), why))
+    if inputs is not None:
+        calls = calls_of(inputs, source.model, held_out=0).calls
+    elif source.scheduler is None:
+        no_calls = f"{source.name} has no scheduler; give calls with --inputs module:function"
+        return Measured(missing=dict.fromkeys(("levels", "kurtosis"), no_calls))
+    else:
+        calls = list(held_out_of(source, steps=_STEPS, seed=EVALUATION_SEED))
+    compared = compare_all(
+        source.model,
+        {"quantized": quantized},
+        calls,
+        noise_argument=quantized.settings.noise_argument,
+    )
+    return measured_of(
+        quantized,
+        source,
+        calls,
+        floats=in_form_of(quantized, source.model, example_call(quantized.signature)),
+        compared=compared,
+        sensitivity=sensitivity,
+    )
+
+
+def _record(folder: ModelFolder, source: Source | None, measured: Measured) -> ReportRecord:
+    manifest: Mapping[str, Any] = folder.manifest
+    with folder.files.opened(WEIGHTS) as path:
+        plan = read_packed(path, manifest["weights"], name=folder.root / WEIGHTS).plan
+    summary = read_summary(folder) if SUMMARY in folder.files else None
+    part = part_of(
+        "unet",
+        manifest["signature"]["model_class"],
+        plan=plan,
+        report=QuantizationReport.from_dict(manifest["report"]),
+        settings=manifest["settings"],
+        measured=measured,
+        summary=summary,
+    )
+    name = part.model_class if source is None else source.name
+    if SOURCE in folder.files:
+        name = origin_of(folder.root).model
+    return record_of(
+        name,
+        part,
+        versions=manifest["versions"],
+        command=(summary or {}).get("command"),
+        drawn=None,
+        missing={},
+    )

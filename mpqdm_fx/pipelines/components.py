@@ -1,0 +1,301 @@
+"""What stands beside a denoiser in its pipeline's folder: text encoders, prompts, and a VAE.
+
+A folder of `quantize` holds the denoiser alone; the rest stays where it was, and is loaded for as
+long as it is needed: the text encoders until the prompts are encoded, the VAE for a decoding.
+"""
+
+import importlib
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpqdm_fx.calibration.sampling import concatenate
+from mpqdm_fx.denoisers import SOURCE, origin_of
+from mpqdm_fx.errors import ArtifactError, ConfigError, first_line
+from mpqdm_fx.folders import MANIFEST, MODEL_CONFIG, open_folder
+from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.models.sources import Source
+from mpqdm_fx.pipelines.conditions import (
+    Call,
+    Halves,
+    default_guidance,
+    encode_prompts,
+    with_numbers,
+)
+from mpqdm_fx.pipelines.folder import INDEX, load_model, load_pipeline, read_index
+from mpqdm_fx.pipelines.layout import SUPPORTED
+from mpqdm_fx.pipelines.parts import ImageDecoder
+from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
+
+__all__ = ["PipelineComponents", "as_drawn", "as_recorded", "in_pipeline"]
+
+logger = logging.getLogger(__name__)
+
+_DECODERS = ("vae", "vqvae")
+_DECODED = 4  # images at once: a decoder's activations are many times its latents
+_ENCODING = ("prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance")
+
+
+class PipelineComponents:
+    """The other components of the pipeline that a denoiser is part of.
+
+    Args:
+        root: The pipeline's folder.
+        source: The denoiser, with its scheduler and the inputs that it takes.
+        prompts: Runs take turns with them; None takes `DEFAULT_PROMPTS`.
+        guidance: Guidance scale of runs, up to 1 for none; None takes the pipeline's default.
+        variant: Variant of weight files, where a component has it.
+
+    Raises:
+        ConfigError: Prompts or guidance are given, and the pipeline encodes no text.
+        ArtifactError: A component of a supported pipeline is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        source: Source,
+        *,
+        prompts: Sequence[str] | None = None,
+        guidance: float | None = None,
+        variant: str | None = None,
+    ) -> None:
+        self._root, self._variant = root, variant
+        self._index = read_index(root)
+        self._shape = source.sample_shape
+        inputs = source.inputs
+        assert inputs is not None  # a pipeline's denoiser is a model of diffusers
+        self._width = inputs.config.get("time_cond_proj_dim")
+        self._encoded: dict[str, Halves] = {}
+        self.prompts: tuple[str, ...] = tuple(DEFAULT_PROMPTS if prompts is None else prompts)
+        #: Why embeddings are random numbers; None if they are the text encoders'.
+        self.unencoded = self._refusal(inputs.conditions(1, 0))
+        if self.unencoded is not None:
+            if prompts is not None or guidance is not None:
+                raise ConfigError(f"{root}: {self.unencoded}; leave prompts and guidance out")
+            self.prompts, self.scale = (), 1.0
+        else:
+            self.scale = default_guidance(self._class()) if guidance is None else guidance
+
+    @property
+    def guidance(self) -> float | None:
+        """Weight of classifier-free guidance in runs; None calls the denoiser once a step."""
+        return self.scale if self.scale > 1 and self._width is None and self.prompts else None
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of an encoded prompt; None where nothing encodes them."""
+        if not self.prompts:
+            return None
+        plain, _ = self._encoded[self.prompts[0]]
+        return int(plain["encoder_hidden_states"].shape[1])
+
+    def halves(self, base: Mapping[str, Any], count: int, *, unseen: bool = False) -> Halves:
+        """Conditions of so many runs, with the prompts and without them.
+
+        Args:
+            base: Conditions where the pipeline has none.
+            count: Runs.
+            unseen: Take turns from the last prompt backwards: those that were not calibrated on.
+        """
+        if not self.prompts:
+            return dict(base), dict(base)
+        turns = reversed(self.prompts) if unseen else self.prompts
+        chosen = list(islice(cycle(turns), count))
+        self._encode(chosen)
+        texts = tuple(
+            concatenate([self._encoded[prompt][half] for prompt in chosen]) for half in (0, 1)
+        )
+        scale = self._scale_of_decoder()
+        told = with_numbers(
+            texts,
+            size=(scale * self._shape[1], scale * self._shape[2]),
+            guidance=self.scale,
+            guidance_width=self._width,
+        )
+        return _over(base, told[0]), _over(base, told[1])
+
+    def pictures(self, samples: Tensor) -> Tensor | None:
+        """Latents as the pipeline's VAE decodes them, [N, channels, H, W]; None if it has none.
+
+        Args:
+            samples: [N, C, h, w], as the scheduler leaves them.
+        """
+        name = self._decoder()
+        if name is None:
+            return None
+        decoder = ImageDecoder(load_model(self._root / name, self._variant)).eval()
+        with torch.no_grad():
+            return torch.cat([decoder(rows) for rows in samples.float().split(_DECODED)])
+
+    def _refusal(self, base: Mapping[str, Any]) -> str | None:
+        """Why the pipeline's text encoders cannot condition the denoiser, if they cannot."""
+        if not isinstance(base.get("encoder_hidden_states"), Tensor):
+            return "the denoiser takes no text"
+        name = str(self._index.get("_class_name"))
+        entry = self._index.get("text_encoder")
+        if entry in (None, [None, None]):
+            return f"the {name} has no text encoder"
+        encode = getattr(self._class(), "encode_prompt", None)
+        parameters = inspect.signature(encode).parameters if callable(encode) else {}
+        if not set(_ENCODING) <= set(parameters):
+            return f"a {name} has a way of its own to encode prompts"
+        try:
+            self._encode(self.prompts[:1])
+        except ArtifactError as error:
+            if name in SUPPORTED:
+                raise
+            return f"the {name}'s text encoder cannot be used ({error})"
+        halves = self._encoded[self.prompts[0]]
+        found, wanted = _widths(halves[0]), _widths(base)
+        if found == wanted:
+            return None
+        return f"the {name}'s prompts have embeddings of {found} numbers, its UNet takes {wanted}"
+
+    def _encode(self, prompts: Sequence[str]) -> None:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        if not missing:
+            return
+        logger.info("encoding %d prompts", len(missing))
+        pipeline = load_pipeline(
+            self._root, self._index, variant=self._variant,
+            leave_out=lambda part: not part.startswith(("text_encoder", "tokenizer", "scheduler")),
+        )  # fmt: skip
+        for prompt in missing:
+            try:
+                self._encoded[prompt] = encode_prompts(pipeline, [prompt])
+            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                raise ArtifactError(
+                    f"{self._root}: {self._index['_class_name']}.encode_prompt failed: "
+                    f"{first_line(error)}"
+                ) from error
+
+    def _class(self) -> Any:
+        diffusers: Any = importlib.import_module("diffusers")
+        return getattr(diffusers, str(self._index.get("_class_name")), None)
+
+    def _decoder(self) -> str | None:
+        """The decoder's name, if it takes what the scheduler leaves."""
+        for name in _DECODERS:
+            if self._index.get(name) not in (None, [None, None]):
+                channels = self._decoder_config(name).get("latent_channels")
+                return name if channels == self._shape[0] else None
+        return None
+
+    def _decoder_config(self, name: str) -> Mapping[str, Any]:
+        return read_json(self._root / name / MODEL_CONFIG, finite=False)
+
+    def _scale_of_decoder(self) -> int:
+        name = self._decoder()
+        return (
+            1 if name is None else 2 ** (len(self._decoder_config(name)["block_out_channels"]) - 1)
+        )
+
+
+def in_pipeline(
+    source: Source,
+    *,
+    model: str | None = None,
+    prompts: Sequence[str] | None = None,
+    guidance: float | None = None,
+) -> Source:
+    """A source with the other components of its pipeline, where it comes from one.
+
+    Args:
+        source: The denoiser.
+        model: Its pipeline's folder, if not what the source is called.
+        prompts: As of `PipelineComponents`.
+        guidance: As of `PipelineComponents`.
+
+    Raises:
+        ConfigError: Prompts or guidance are given for what has no text encoder.
+        ArtifactError: See `PipelineComponents`.
+    """
+    root = Path(model or source.name)
+    if source.inputs is None or not source.inputs.is_denoiser or not (root / INDEX).is_file():
+        if prompts is not None or guidance is not None:
+            raise ConfigError(
+                f"{root} is no pipeline with a text encoder; leave prompts and guidance out"
+            )
+        return source
+    components = PipelineComponents(
+        root, source, prompts=prompts, guidance=guidance, variant=source.variant
+    )
+    length = components.context_length
+    source = source if length is None else source.with_context(length)
+    return replace(source, components=components)
+
+
+def as_recorded(
+    source: Source,
+    folder: Path,
+    *,
+    model: str | None = None,
+    prompts: Sequence[str] | None = None,
+    guidance: float | None = None,
+) -> Source:
+    """A source with the pipeline that a folder's model came from, and what it was calibrated on.
+
+    Where the pipeline is gone the source stays what it is.
+
+    Args:
+        source: The denoiser, float or not.
+        folder: Folder written by `quantize`.
+        model: Where the pipeline is, if not where the folder says.
+        prompts: In the place of the folder's.
+        guidance: In the place of the folder's.
+
+    Raises:
+        ConfigError: Prompts or guidance are given, and there is no text encoder for them.
+        ArtifactError: See `PipelineComponents`.
+    """
+    origin = origin_of(folder)
+    place = model or origin.model
+    if prompts is None and guidance is None and not (Path(place) / INDEX).is_file():
+        return source
+    return in_pipeline(
+        source,
+        model=place,
+        prompts=origin.prompts if prompts is None else prompts,
+        guidance=origin.guidance if guidance is None else guidance,
+    )
+
+
+def as_drawn(
+    source: Source, name: str, *, prompts: Sequence[str] | None, guidance: float | None
+) -> Source:
+    """What `open_denoiser` gave, with the pipeline that it belongs to; see `as_recorded`.
+
+    Args:
+        source: The denoiser.
+        name: A folder written by `quantize`, or a model's name.
+        prompts: To draw; None takes what the folder was calibrated on.
+        guidance: Guidance scale; None takes what the folder was calibrated with.
+    """
+    if (Path(name) / MANIFEST).exists() and SOURCE in open_folder(Path(name)).files:
+        return as_recorded(source, Path(name), prompts=prompts, guidance=guidance)
+    return in_pipeline(source, prompts=prompts, guidance=guidance)
+
+
+def _over(base: Mapping[str, Any], told: Call) -> Call:
+    """Conditions of the pipeline in the place of made ones; the others stay."""
+    merged = {**base, **told}
+    if "added_cond_kwargs" in told:
+        merged["added_cond_kwargs"] = {
+            **base.get("added_cond_kwargs", {}), **told["added_cond_kwargs"],
+        }  # fmt: skip
+    return merged
+
+
+def _widths(conditions: Mapping[str, Any]) -> list[int]:
+    """Widths of the text's embeddings, and of the pooled one where there is one."""
+    pooled = conditions.get("added_cond_kwargs", {}).get("text_embeds")
+    found = (conditions["encoder_hidden_states"], pooled)
+    return [tensor.shape[-1] for tensor in found if isinstance(tensor, Tensor)]

@@ -1,0 +1,278 @@
+"""From what a quantized model and its folder hold to the numbers of a report."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
+from mpqdm_fx.numerics.outliers import kurtosis
+from mpqdm_fx.plan import BitPlan, LayerPlan
+from mpqdm_fx.quantized import LayerReport, QuantizationReport
+from mpqdm_fx.report.comparison import Comparison
+from mpqdm_fx.report.record import (
+    ActivationNumbers,
+    BytesByKind,
+    Judged,
+    LayerNumbers,
+    LevelNumbers,
+    Part,
+    Place,
+    ProgramNumbers,
+    Spread,
+    TrainingNumbers,
+)
+
+__all__ = ["Measured", "kurtosis_of", "part_of", "sensitivity_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is measured with the float model at hand; empty where it was not.
+
+    Attributes:
+        quantized: Outputs of the fake-quantized graph against the float model's.
+        backend: The same of what the backend runs.
+        by_level: Each layer's SQNR at each noise level of `quantized`, by its name.
+        kurtosis: Kurtosis of each channel's float weights by layer, float64 [O].
+        sensitivity: Sensitivity of each channel by layer, float64 [O].
+        missing: Why something was not measured, by what it is called on the page.
+    """
+
+    quantized: Comparison | None = None
+    backend: Comparison | None = None
+    by_level: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    kurtosis: Mapping[str, Tensor] = field(default_factory=dict)
+    sensitivity: Mapping[str, Tensor] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+def kurtosis_of(floats: fx.GraphModule, plan: BitPlan) -> dict[str, Tensor]:
+    """Kurtosis of the float weights of every channel, by layer.
+
+    Args:
+        floats: Float graph in the form that was quantized.
+        plan: Names the layers.
+    """
+    found = {}
+    for layer in plan.layers:
+        weight = floats.get_parameter(f"{layer.name}.weight")
+        found[layer.name] = kurtosis(weight.flatten(1))
+    return found
+
+
+def sensitivity_of(table: SensitivityTable, plan: BitPlan) -> dict[str, Tensor]:
+    """Sensitivities of the channels of the layers that a plan has, by layer.
+
+    Args:
+        table: What was measured; of another model's layers nothing is taken.
+        plan: Names the layers.
+    """
+    return {
+        layer.name: layer.sensitivity
+        for layer in table.layers
+        if layer.name in plan and plan.layer(layer.name).shape == layer.shape
+    }
+
+
+def part_of(
+    name: str,
+    model_class: str,
+    *,
+    plan: BitPlan,
+    report: QuantizationReport,
+    settings: Mapping[str, Any],
+    measured: Measured,
+    summary: Mapping[str, Any] | None = None,
+) -> Part:
+    """The numbers of one quantized model.
+
+    Args:
+        name: What the model is in its pipeline, for example `unet`.
+        model_class: Its class.
+        plan: Its bits.
+        report: What quantization did.
+        settings: The run's settings.
+        measured: What was measured with the float model.
+        summary: Its folder's summary; None where there is none.
+    """
+    told: Mapping[str, Any] = summary or {}
+    backend = told.get("backend")
+    times, peaks = told.get("milliseconds_per_step", {}), told.get("peak_memory_bytes", {})
+    own_peaks = [size for form, size in peaks.items() if form != "float"]
+    program = told.get("program")
+    missing = dict(measured.missing)
+    if summary is None:
+        why = "the folder has no summary: it was written by save, which measures nothing"
+        missing |= dict.fromkeys(("speed", "memory", "disk", "delegation"), why)
+    elif program is None:
+        missing["delegation"] = f"there is no program: the folder was made for {backend}"
+    if peaks and None in own_peaks:
+        missing["memory"] = "no peak was measured: the model has no scheduler, or no /proc is here"
+    if not measured.sensitivity:
+        missing.setdefault(
+            "sensitivity", "a folder does not keep sensitivities; give the file of --sensitivity"
+        )
+    ratios = _ratios(measured, told)
+    return Part(
+        name=name,
+        model_class=model_class,
+        backend=backend,
+        settings=dict(settings),
+        mean_bits=plan.mean_bits,
+        effective_bits=plan.effective_bits,
+        num_weights=plan.num_weights,
+        float32_bytes=4 * plan.num_parameters,
+        bytes=_bytes_of(plan),
+        files=dict(told.get("files", {})),
+        milliseconds=times.get(backend),
+        float_milliseconds=times.get("float"),
+        threads=told.get("threads"),
+        peak_bytes=own_peaks[0] if own_peaks else None,
+        float_peak_bytes=peaks.get("float"),
+        seconds_to_quantize=report.seconds,
+        calibration_calls=report.calibration_calls,
+        epsilon_sqnr_db=ratios[0],
+        backend_epsilon_sqnr_db=ratios[1],
+        noise_argument=None if measured.quantized is None else measured.quantized.noise_argument,
+        levels=_levels(measured),
+        layers=_layers(plan, report, measured),
+        activations=tuple(
+            ActivationNumbers(
+                layers=one.layers,
+                chosen=one.told,
+                quantized_cost=one.quantized_cost,
+                cost=one.cost,
+                slowdown=one.slowdown,
+            )
+            for one in report.activations
+        ),
+        judged=tuple(
+            Judged(recipe=one.recipe, sqnr_db=one.decibels, by_group=one.sqnr_db, chosen=one.chosen)
+            for one in report.judged
+        ),
+        program=None if program is None else _program(program),
+        trained=_training(told.get("distilled")),
+        remarks=tuple(told.get("remarks", plan.remarks)),
+        missing=missing,
+    )
+
+
+def _ratios(measured: Measured, summary: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """SQNR of the noise: what the folder says, else what was measured now."""
+    found = []
+    for key, one in (
+        ("epsilon_sqnr_db", measured.quantized),
+        ("backend_epsilon_sqnr_db", measured.backend),
+    ):
+        found.append(summary.get(key, None if one is None else one.sqnr_db))
+    return found[0], found[1]
+
+
+def _levels(measured: Measured) -> tuple[LevelNumbers, ...]:
+    own = measured.quantized
+    if own is None:
+        return ()
+    others = (measured.backend or own).levels
+    return tuple(
+        LevelNumbers(
+            level=one.level,
+            samples=one.samples,
+            sqnr_db=one.sqnr_db,
+            backend_sqnr_db=other.sqnr_db,
+        )
+        for one, other in zip(own.levels, others, strict=True)
+    )
+
+
+def _layers(
+    plan: BitPlan, report: QuantizationReport, measured: Measured
+) -> tuple[LayerNumbers, ...]:
+    told = {layer.name: layer for layer in report.layers}
+    is_unet = any(layer.name.startswith(("down_blocks.", "up_blocks.")) for layer in plan.layers)
+    last = plan.layers[-1].name if plan.layers else ""
+    return tuple(
+        _layer(layer, told[layer.name], measured, _place(layer.name, last) if is_unet else "model")
+        for layer in plan.layers
+    )
+
+
+def _layer(planned: LayerPlan, told: LayerReport, measured: Measured, place: Place) -> LayerNumbers:
+    counts = Counter(planned.bits)
+    return LayerNumbers(
+        name=planned.name,
+        kind=planned.kind,
+        place=place,
+        shape=planned.shape,
+        mean_bits=planned.mean_bits,
+        bits={str(width): counts[width] for width in sorted(counts)},
+        bytes=told.bytes,
+        sqnr_db=told.sqnr_db,
+        base_sqnr_db=told.base_sqnr_db,
+        alpha=told.alpha,
+        beta=told.beta,
+        rows=told.rows,
+        refitted=told.refitted,
+        reason=told.reason,
+        by_level=measured.by_level.get(planned.name),
+        kurtosis=_spread(measured.kurtosis.get(planned.name)),
+        sensitivity=_spread(measured.sensitivity.get(planned.name)),
+    )
+
+
+def _place(name: str, last: str) -> Place:
+    """Where a layer is in a UNet of diffusers, by its name."""
+    for prefix, place in (("down_", "down"), ("mid_", "mid"), ("up_", "up")):
+        if name.startswith(prefix):
+            return place  # type: ignore[return-value]
+    return "exit" if name.startswith("conv_out") or name == last else "entry"
+
+
+def _spread(values: Tensor | None) -> Spread | None:
+    if values is None or not len(values):
+        return None
+    points = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
+    found = torch.quantile(values.double(), points).tolist()
+    if not all(map(math.isfinite, found)):
+        return None
+    return Spread(
+        smallest=found[0], lower=found[1], middle=found[2], upper=found[3], largest=found[4]
+    )
+
+
+def _bytes_of(plan: BitPlan) -> BytesByKind:
+    kinds = ("codes", "scales", "tables", "widths")
+    sums = {
+        kind: sum(-(-getattr(layer.storage, kind) // 8) for layer in plan.layers) for kind in kinds
+    }
+    floats = sum(t.numel * t.bits // 8 for t in plan.float_weights)
+    return BytesByKind(**sums, float_weights=floats, float_remainder=plan.float_bytes)
+
+
+def _program(told: Mapping[str, Any]) -> ProgramNumbers:
+    return ProgramNumbers(
+        file=told["path"],
+        bytes=told["bytes"],
+        weights_bytes=told["weights_bytes"],
+        subgraphs=told["subgraphs"],
+        delegated=told["delegated"],
+        undelegated=told["undelegated"],
+        outside=dict(told["refusals"]),
+        float_layers=dict(told["float_layers"]),
+        eight_bit_layers=dict(told["eight_bit_layers"]),
+        four_bit_layers=tuple(told["four_bit_layers"]),
+        sqnr_db=told["sqnr_db"],
+        max_lsb=told["max_lsb"],
+        seconds=told["seconds"],
+    )
+
+
+def _training(told: Mapping[str, Any] | None) -> TrainingNumbers | None:
+    if told is None:
+        return None
+    names = TrainingNumbers.model_fields
+    return TrainingNumbers(**{name: told[name] for name in names})

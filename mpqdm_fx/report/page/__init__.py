@@ -1,0 +1,1 @@
+"""The page `report.html`: its pictures, its charts, its text."""

@@ -1,0 +1,168 @@
+"""One layer's row of a page, and the small drawings that open behind it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from mpqdm_fx.report.page.text import bits_text, bytes_text, db_text, shape_text
+from mpqdm_fx.report.record import LayerNumbers, LevelNumbers, Part, Spread
+
+__all__ = ["LayerRow", "layer_rows"]
+
+_WIDTH, _HEIGHT = 260, 96  # of a drawing, in its own units
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """A row of the table of layers.
+
+    Attributes:
+        index: Place in running order.
+        layer: Its numbers.
+        shape: Its weight's shape.
+        bits: Average bits.
+        bytes: Stored bytes.
+        sqnr: Its own SQNR.
+        gain: What propagation brought.
+        drawings: Title and `<svg>` of what opens behind it.
+        missing: Why others are not there.
+    """
+
+    index: int
+    layer: LayerNumbers
+    shape: str
+    bits: str
+    bytes: str
+    sqnr: str
+    gain: str
+    drawings: tuple[tuple[str, str], ...]
+    missing: tuple[str, ...]
+
+
+def layer_rows(part: Part) -> list[LayerRow]:
+    """Rows of all layers of a part, in running order."""
+    return [_row(part, index, layer) for index, layer in enumerate(part.layers)]
+
+
+def _row(part: Part, index: int, layer: LayerNumbers) -> LayerRow:
+    drawings = [("Channels by their bits", _bits(layer))]
+    missing = []
+    if layer.kurtosis is not None:
+        drawings.append(("Kurtosis of channels (3 is Gaussian)", _box(layer.kurtosis, "kurtosis")))
+    elif "kurtosis" in part.missing:
+        missing.append(f"No kurtosis: {part.missing['kurtosis']}.")
+    if layer.sensitivity is not None:
+        drawings.append(("Sensitivity of channels", _box(layer.sensitivity, "sensitivity")))
+    elif "sensitivity" in part.missing:
+        missing.append(f"No sensitivity: {part.missing['sensitivity']}.")
+    if layer.by_level:
+        drawings.append(("SQNR by noise level, dB", _line(layer.by_level, part.levels)))
+    return LayerRow(
+        index=index,
+        layer=layer,
+        shape=shape_text(layer.shape),
+        bits=bits_text(layer.mean_bits),
+        bytes=bytes_text(layer.bytes),
+        sqnr=db_text(layer.sqnr_db),
+        gain=_gain(layer),
+        drawings=tuple(drawings),
+        missing=tuple(missing),
+    )
+
+
+def _gain(layer: LayerNumbers) -> str:
+    if layer.sqnr_db is None or layer.base_sqnr_db is None:
+        return ""
+    gain = layer.sqnr_db - layer.base_sqnr_db
+    return f"{gain:+.1f}" if math.isfinite(gain) and abs(gain) >= 0.05 else ""
+
+
+def _drawing(label: str, body: Sequence[str]) -> str:
+    return (
+        f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {_WIDTH} {_HEIGHT}">'
+        f"{''.join(body)}</svg>"
+    )
+
+
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "middle") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
+    )
+
+
+def _bits(layer: LayerNumbers) -> str:
+    """A bar for each width, as high as it has channels."""
+    widths = range(1, 9)
+    counts = [layer.bits.get(str(width), 0) for width in widths]
+    most, step = max(counts), _WIDTH / len(widths)
+    body = [f'<line x1="0" x2="{_WIDTH}" y1="76" y2="76" class="rule"/>']
+    for width, count in zip(widths, counts, strict=True):
+        x, height = (width - 1) * step, 56 * count / most
+        if count:
+            body.append(
+                f'<rect x="{x + 4:.1f}" y="{76 - height:.1f}" width="{step - 8:.1f}" '
+                f'height="{max(height, 1):.1f}" rx="1.5" class="fill"/>'
+            )
+            body.append(_text(x + step / 2, 71 - height, str(count), "value"))
+        body.append(_text(x + step / 2, 91, f"{width}", "tick"))
+    told = ", ".join(f"{count} at {width} bits" for width, count in layer.bits.items())
+    return _drawing(f"Channels of {layer.name}: {told}", body)
+
+
+def _box(spread: Spread, what: str) -> str:
+    """Extremes and quartiles on a logarithmic axis, or a straight one if a value is not above 0."""
+    points = [spread.smallest, spread.lower, spread.middle, spread.upper, spread.largest]
+    scale = [math.log10(p) for p in points] if points[0] > 0 else points
+    low, span = scale[0], (scale[-1] - scale[0]) or 1.0
+    smallest, lower, middle, upper, largest = (
+        14 + (_WIDTH - 28) * (value - low) / span for value in scale
+    )
+    wide = max(upper - lower, 2)
+    body = [
+        f'<line x1="{smallest:.1f}" x2="{largest:.1f}" y1="42" y2="42" class="whisker"/>',
+        f'<rect x="{lower:.1f}" y="30" width="{wide:.1f}" height="24" rx="2" class="box"/>',
+        f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="27" y2="57" class="median"/>',
+        *(f'<circle cx="{x:.1f}" cy="42" r="3" class="end"/>' for x in (smallest, largest)),
+        _text(min(max(middle, 40), _WIDTH - 40), 19, f"median {_number(points[2])}", "value"),
+        _text(2, 78, _number(points[0]), "tick", "start"),
+        _text(_WIDTH - 2, 78, _number(points[4]), "tick", "end"),
+    ]
+    names = ("smallest", "lower quartile", "median", "upper quartile", "largest")
+    told = ", ".join(f"{name} {_number(p)}" for name, p in zip(names, points, strict=True))
+    return _drawing(f"{what}: {told}", body)
+
+
+def _line(values: Sequence[float], levels: Sequence[LevelNumbers]) -> str:
+    """Decibels from the most noise on the left to the least on the right."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return _drawing("exact at every noise level", [_text(_WIDTH / 2, 48, "exact", "value")])
+    low, span = min(finite), (max(finite) - min(finite)) or 1.0
+    step = (_WIDTH - 40) / max(1, len(values) - 1)
+    points = [
+        (20 + index * step, 62 - 36 * (value - low) / span)
+        for index, value in enumerate(values)
+        if math.isfinite(value)
+    ]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    body = [f'<polyline points="{path}" class="trace"/>']
+    body += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" class="fill"/>' for x, y in points]
+    ends = {0, len(points) - 1}
+    body += [
+        _text(x, y - 8, f"{value:.0f}", "value")
+        for index, ((x, y), value) in enumerate(zip(points, finite, strict=True))
+        if index in ends or value in (min(finite), max(finite))
+    ]
+    body += [
+        _text(2, 91, f"{levels[0].level:.4g}", "tick", "start"),
+        _text(_WIDTH - 2, 91, f"{levels[-1].level:.4g}", "tick", "end"),
+    ]
+    told = ", ".join(
+        f"{db_text(value)} dB at {one.level:.4g}" for value, one in zip(values, levels, strict=True)
+    )
+    return _drawing(told, body)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"

@@ -1,0 +1,231 @@
+"""What `report.json` holds: every number of `report.html`, in plain JSON types.
+
+Sizes are in bytes, times in milliseconds unless the name says otherwise, ratios in dB; an exact
+ratio is the text `"inf"`. What is not known is null, and `missing` says why.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from mpqdm_fx.files import write_text
+from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, plain
+
+__all__ = [
+    "PAGE",
+    "RECORD",
+    "ActivationNumbers",
+    "BytesByKind",
+    "Judged",
+    "LayerNumbers",
+    "LevelNumbers",
+    "Part",
+    "PictureNumbers",
+    "Place",
+    "ProgramNumbers",
+    "ReportRecord",
+    "Spread",
+    "TrainingNumbers",
+    "write_record",
+]
+
+RECORD, PAGE = "report.json", "report.html"
+
+Place = Literal["entry", "down", "mid", "up", "exit", "model"]
+"""Where a layer is in a UNet; `model` in a model that is none."""
+
+
+class Spread(Strict):
+    """How values are spread over the channels of a layer: extremes and quartiles."""
+
+    smallest: float
+    lower: float
+    middle: float
+    upper: float
+    largest: float
+
+
+class LayerNumbers(Strict):
+    """One quantized layer, in running order.
+
+    `bits` counts channels by their width. `sqnr_db` is of the layer alone on held-out rows,
+    `base_sqnr_db` the same without error propagation, whose strength is `alpha` (of the residual
+    `beta`). `by_level` is the ratio of the layer's output in the running model at each of
+    `Part.levels`. `kurtosis` is of the float weights of its channels, `sensitivity` the squared
+    error of the model's output per squared error of a channel's.
+    """
+
+    name: Name
+    kind: Name
+    place: Place
+    shape: tuple[Count, ...]
+    mean_bits: float
+    bits: dict[str, Count]
+    bytes: Count
+    sqnr_db: Ratio | None
+    base_sqnr_db: Ratio | None
+    alpha: float
+    beta: float
+    rows: Count
+    refitted: bool
+    reason: str | None
+    by_level: tuple[Ratio, ...] | None
+    kurtosis: Spread | None
+    sensitivity: Spread | None
+
+
+class LevelNumbers(Strict):
+    """Output's error at one noise level: of the quantized graph, and of what the backend runs."""
+
+    level: float
+    samples: Count
+    sqnr_db: Ratio
+    backend_sqnr_db: Ratio
+
+
+class BytesByKind(Strict):
+    """Stored bytes of the packed weights, by what they are for."""
+
+    codes: Count
+    scales: Count
+    tables: Count
+    widths: Count
+    float_weights: Count
+    float_remainder: Count
+
+
+class ActivationNumbers(Strict):
+    """What was chosen for the input of some layers; costs are shares of the output's energy."""
+
+    layers: tuple[Name, ...]
+    chosen: Name
+    quantized_cost: float
+    cost: float
+    slowdown: float
+
+
+class Judged(Strict):
+    """One way to round the model, at its output on held-out calls, by group of noise levels."""
+
+    recipe: Name
+    sqnr_db: Ratio
+    by_group: tuple[float | None, ...]
+    chosen: bool
+
+
+class ProgramNumbers(Strict):
+    """What a lowering made; `outside` counts nodes on portable kernels by their kind."""
+
+    file: Name
+    bytes: Count
+    weights_bytes: Count
+    subgraphs: Count
+    delegated: Count
+    undelegated: Count
+    outside: dict[str, Count]
+    float_layers: dict[str, str]
+    eight_bit_layers: dict[str, str]
+    four_bit_layers: tuple[str, ...]
+    sqnr_db: Ratio
+    max_lsb: Ratio | None
+    seconds: float
+
+
+class TrainingNumbers(Strict):
+    """What `distill` did; see `summary.Summary.distilled`."""
+
+    updates: Count
+    seconds: float
+    error_before: Ratio
+    error_after: Ratio
+    improved: bool
+    epsilon_sqnr_db_before: Ratio
+
+
+class PictureNumbers(Strict):
+    """Samples of both models from the same noise."""
+
+    count: Count
+    steps: Count
+    seed: Count
+    labels: tuple[str, ...]
+    x0_sqnr_db: Ratio | None
+    by_picture: tuple[Ratio, ...]
+
+
+class Part(Strict):
+    """One quantized model."""
+
+    name: Name
+    model_class: Name
+    backend: Name | None
+    settings: dict[str, Any]
+    mean_bits: float
+    effective_bits: float
+    num_weights: Count
+    float32_bytes: Count
+    bytes: BytesByKind
+    files: dict[str, Count]
+    milliseconds: float | None
+    float_milliseconds: float | None
+    threads: Count | None
+    peak_bytes: Count | None
+    float_peak_bytes: Count | None
+    seconds_to_quantize: float
+    calibration_calls: Count
+    epsilon_sqnr_db: Ratio | None
+    backend_epsilon_sqnr_db: Ratio | None
+    noise_argument: Name | None
+    levels: tuple[LevelNumbers, ...]
+    layers: tuple[LayerNumbers, ...]
+    activations: tuple[ActivationNumbers, ...]
+    judged: tuple[Judged, ...]
+    program: ProgramNumbers | None
+    trained: TrainingNumbers | None
+    remarks: tuple[str, ...]
+    missing: dict[str, str]
+
+    @property
+    def stored_bytes(self) -> int:
+        """All bytes of the packed weights."""
+        kinds: dict[str, int] = self.bytes.model_dump()
+        return sum(kinds.values())
+
+    @property
+    def program_bytes(self) -> int | None:
+        """Bytes of the program on disk, with weights that are apart; None without one."""
+        if self.program is None:
+            return None
+        found = [size for name, size in self.files.items() if name.startswith("unet.pt")]
+        return sum(found) or self.program.bytes + self.program.weights_bytes
+
+    @property
+    def shipped_bytes(self) -> int:
+        """Bytes of what is shipped: the program, else the packed weights."""
+        return self.stored_bytes if self.program_bytes is None else self.program_bytes
+
+
+class ReportRecord(Strict):
+    """A folder's report.
+
+    `command` repeats the run; `missing` says, by section of the page, why it is not there.
+    """
+
+    format: Literal["mpqdm_fx report"] = "mpqdm_fx report"
+    version: Literal[1] = 1
+    model: Name
+    command: str | None
+    versions: dict[str, str]
+    pictures: PictureNumbers | None
+    parts: tuple[Part, ...]
+    missing: dict[str, str]
+
+
+def write_record(record: ReportRecord, path: Path) -> None:
+    """Write a report's numbers.
+
+    Args:
+        record: The numbers.
+        path: The file; it appears whole.
+    """
+    write_text(path, json.dumps(plain(record.model_dump()), indent=1, allow_nan=False))

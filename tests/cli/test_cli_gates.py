@@ -1,0 +1,140 @@
+"""`--gate` as typed: what is judged, what is refused before any work, what is printed."""
+
+import json
+
+import pytest
+import torch
+from small import tiny_unet
+from test_cli import run
+
+from mpqdm_fx.cli.options import console
+from mpqdm_fx.jobs import evaluate as evaluate_job
+from mpqdm_fx.jobs import quantize as quantize_job
+from mpqdm_fx.report.evaluation_tables import evaluation_table, gate_table
+from mpqdm_fx.report.gates import METRICS, judge, parse_gates
+
+QUICK = ["--backend", "packed", "--allocation", "uniform", "--refinements", 0]
+QUICK += ["--trajectories", 2, "--steps", 3, "--samples", 0]
+EVALUATE = ["--num", 4, "--steps", 2]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    from diffusers import DDIMScheduler
+
+    root = tmp_path_factory.mktemp("model")
+    tiny_unet().save_pretrained(root)
+    DDIMScheduler().save_pretrained(root / "scheduler")
+    return root
+
+
+@pytest.fixture(scope="module")
+def quantized(model_folder, tmp_path_factory):
+    """A folder that kept two gates of three, and what was printed."""
+    output = tmp_path_factory.mktemp("cli") / "out"
+    gates = ["--gate", "x0_sqnr>=1", "--gate", "bytes<=2 MB", "--gate", "bytes<=1B"]
+    status, text = run("quantize", model_folder, *QUICK, *gates, "--output", output)
+    assert status == 1, text
+    return output, text
+
+
+def test_quantize_judges_its_result_and_leaves_it_where_a_gate_fails(quantized):
+    output, text = quantized
+    assert "x0_sqnr" in text
+    assert "2,000,000 B" in text
+    assert text.count("passed") == 2
+    assert text.count("FAILED") == 1
+    assert f"{(output / 'model.safetensors').stat().st_size:,} B" in text
+    assert f"written to {output}" in text
+    assert f"error: {output}: not reached: bytes<=1bytes" in text
+
+
+def test_evaluate_judges_what_it_measures_and_what_the_folder_tells(quantized):
+    gates = ["--gate", "epsilon_sqnr>=5", "--gate", "ms<=3600s"]
+    status, text = run("evaluate", quantized[0], *EVALUATE, *gates)
+    assert status == 0, text
+    assert text.count("passed") == 2
+    status, text = run("evaluate", quantized[0], *EVALUATE, "--gate", "x0_sqnr>=900", "--json")
+    assert status == 1
+    found = json.loads(text[: text.rindex("}") + 1])
+    assert (found["passed"], found["gates"][0]["wanted"]) == (False, 900.0)
+    assert found["x0_sqnr"] == found["gates"][0]["measured"]
+
+
+def test_evaluate_says_what_its_numbers_mean(quantized):
+    status, text = run("evaluate", quantized[0], *EVALUATE)
+    assert status == 0
+    assert any(word in text for word in ("very close", "close", "rough"))
+    assert "psnr" in text
+    assert "4 samples of the same noise, 2 steps, seed 90000" in text
+
+
+def test_networks_from_the_disk_give_their_metrics(quantized, tmp_path):
+    class Flat(torch.nn.Module):
+        def forward(
+            self, images: torch.Tensor, resize_images: bool = False, return_lpips: bool = False
+        ) -> torch.Tensor:
+            return images.flatten(1) / 255
+
+    path = tmp_path / "vgg16.pt"
+    torch.jit.script(Flat()).save(str(path))
+    status, text = run("evaluate", quantized[0], *EVALUATE, "--lpips", path, "--json")
+    assert status == 0, text
+    assert json.loads(text)["lpips"] > 0
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "distill"])
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("beauty>=1", "there is no metric beauty; metrics: epsilon_sqnr"),
+        ("ms>=1", "of ms less is better"),
+        ("ms<=1dB", "ms has no unit dB"),
+        ("accuracy>=90%", "accuracy (samples that show their class (digits)) is not measured of"),
+    ],
+)
+def test_a_wrong_gate_is_refused_before_any_work(
+    quantized, model_folder, tmp_path, monkeypatch, command, gate, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quantize_job, "calibration_of", None)  # whoever calibrates would call it
+    monkeypatch.setattr(evaluate_job, "load", None)
+    model = model_folder if command == "quantize" else quantized[0]
+    options = ["--output", "new"] if command != "evaluate" else []
+    packed = ["--backend", "packed"] if command == "quantize" else []
+    status, text = run(command, model, "--gate", gate, *options, *packed)
+    assert (status, message in text) == (2, True), text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "distill"])
+def test_help_names_every_metric(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    status, text = run(command, "--help")
+    assert status == 0
+    assert all(name in text for name in METRICS)
+
+
+def test_the_catalogue_is_printed_without_a_folder():
+    status, text = run("evaluate", "--metrics")
+    assert status == 0
+    assert all(f"  {name} " in text for name in METRICS)
+
+
+def test_both_tables_fit_80_columns():
+    metrics = {name: -1234.5678 if metric.unit == "dB" else 1.0 for name, metric in METRICS.items()}
+    verdicts = judge(
+        parse_gates(["bytes<=123456789012B", "inception_kernel_distance<=1e-9"]), metrics
+    )
+    shown = console()
+    shown.width = 80
+    with shown.capture() as printed:
+        shown.print(
+            evaluation_table({**metrics, "num_samples": 256, "num_inference_steps": 20, "seed": 9})
+        )
+        shown.print(gate_table(verdicts))
+    text = printed.get()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert "-1234.57 dB" in text
+    assert "123,456,789,012 B" in text

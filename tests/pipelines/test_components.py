@@ -1,0 +1,398 @@
+"""A pipeline's denoiser is calibrated, trained, judged and shown as the pipeline draws."""
+
+import json
+import shutil
+
+import pytest
+import tiny_pipelines
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import mpqdm_fx
+from mpqdm_fx.cli import app as cli
+from mpqdm_fx.denoisers import draw, pictures, source_of, zoom_of
+from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
+from mpqdm_fx.jobs import distill as distill_job
+from mpqdm_fx.jobs import quantize as quantize_job
+from mpqdm_fx.jobs import result_folder
+from mpqdm_fx.jobs.calibration import calibration_of, held_out_of
+from mpqdm_fx.jobs.evaluate import evaluate_folder
+from mpqdm_fx.models.sources import load_source
+from mpqdm_fx.pipelines.components import as_recorded, in_pipeline
+from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
+from mpqdm_fx.pipelines.layout import layout_of
+from mpqdm_fx.report.images import save_grid
+
+PROMPTS = ("a cat", "a dog", "pears", "a map", "a key", "a bee")
+CHEAP = ["--weights", 8, "--allocation", "uniform", "--levels", "uniform", "--rounding", "nearest"]
+CHEAP += ["--refinements", 0, "--propagation", 0, "--slowdown", 1]
+CHEAP += ["--backend", "packed", "--subfolder", "unet"]
+RUNS = ["--trajectories", 4, "--steps", 2, "--samples", 2]
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing but the interpreter catches it."""
+
+
+def run(*words):
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    if isinstance(result.exception, MPQError):
+        return 2, str(result.exception)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout if result.exit_code == 0 else result.output
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipeline")
+    made = tiny_pipelines.stable_diffusion(root)
+    made.save_pretrained(root / "sd")
+    (root / "prompts.txt").write_text("\n".join(PROMPTS))
+    return made, root / "sd"
+
+
+@pytest.fixture(scope="module")
+def quantized(pipeline, tmp_path_factory):
+    output = tmp_path_factory.mktemp("quantized") / "out"
+    words = ["--prompts", pipeline[1].parent / "prompts.txt", "--guidance", 3, "--output", output]
+    status, text = run("quantize", pipeline[1], *CHEAP, *RUNS, *words)
+    assert status == 0, text
+    return output
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Folders without the processes that measure peaks of memory, which take the longest."""
+    monkeypatch.setattr(result_folder, "peak_memory", lambda *_: None)
+
+
+def source_in(folder, **options):
+    return in_pipeline(load_source(str(folder), "unet"), **options)
+
+
+def without_encoder(folder, target):
+    shutil.copytree(folder, target)
+    index = json.loads((target / "model_index.json").read_text())
+    index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+    (target / "model_index.json").write_text(json.dumps(index))
+    shutil.rmtree(target / "text_encoder")
+    return target
+
+
+def states_of(pipeline, prompts):
+    """What the text encoder itself says, without anything of the package or of the pipeline."""
+    ids = pipeline.tokenizer(
+        list(prompts), padding="max_length", max_length=tiny_pipelines.LENGTH, truncation=True,
+        return_tensors="pt",
+    ).input_ids  # fmt: skip
+    with torch.no_grad():
+        return torch.cat([pipeline.text_encoder(row[None])[0] for row in ids])
+
+
+def count_of(row, rows):
+    return sum(torch.allclose(row, other, atol=1e-6) for other in rows)
+
+
+# -- calibration ---------------------------------------------------------------------------------
+
+
+def test_every_run_is_calibrated_on_its_prompts_embeddings_and_on_the_empty_ones(pipeline):
+    made, folder = pipeline
+    source = source_in(folder, prompts=PROMPTS)
+    calls = list(calibration_of(source, trajectories=4, steps=3, seed=0))
+    rows = torch.cat([call["encoder_hidden_states"] for call in calls])
+    assert len(rows) == 4 * 3 * 2
+    for state in states_of(made, PROMPTS[:4]):
+        assert count_of(state, rows) == 3
+    assert count_of(states_of(made, [""])[0], rows) == 4 * 3
+
+
+def test_guidance_doubles_the_rows_and_none_leaves_the_prompts_alone(pipeline):
+    folder, sizes = pipeline[1], {}
+    for guidance in (1.0, 3.0):
+        source = source_in(folder, prompts=PROMPTS, guidance=guidance)
+        calls = list(calibration_of(source, trajectories=4, steps=3, seed=0))
+        sizes[guidance] = sum(len(call["sample"]) for call in calls)
+    assert sizes == {1.0: 4 * 3, 3.0: 2 * 4 * 3}
+
+
+@pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_xl"])
+def test_a_denoiser_alone_is_calibrated_on_what_an_export_is_calibrated_on(tmp_path, kind):
+    pipeline = getattr(tiny_pipelines, kind)(tmp_path)
+    pipeline.save_pretrained(tmp_path / "p")
+    layout = layout_of(pipeline)
+    exported = PipelineInputs(
+        layout=layout, size=layout.default_size, prompts=PROMPTS, steps=3, guidance=4.0,
+        trajectories=4, batch_size=16, seed=0,
+    )  # fmt: skip
+    source = source_in(tmp_path / "p", prompts=PROMPTS, guidance=4.0)
+    alone = list(calibration_of(source, trajectories=4, steps=3, seed=0))
+    whole = list(DenoiserCalls(exported.runs))
+    assert len(alone) == len(whole)
+    for found, expected in zip(alone, whole, strict=True):
+        torch.testing.assert_close(found, {**expected, "timestep": found["timestep"]})
+        assert torch.equal(found["timestep"].float(), expected["timestep"])
+
+
+def test_what_judges_has_prompts_that_were_not_calibrated_on(pipeline):
+    made, folder = pipeline
+    source = source_in(folder, prompts=PROMPTS, guidance=1.0)
+    rows = torch.cat(
+        [call["encoder_hidden_states"] for call in held_out_of(source, steps=2, seed=9)]
+    )
+    seen = [count_of(state, rows) for state in states_of(made, PROMPTS)]
+    assert seen == [0, 0, 2, 2, 2, 2]
+
+
+def test_the_guidance_is_the_pipelines_own_if_none_is_given(pipeline, tmp_path):
+    assert source_in(pipeline[1]).runs(1, 0)["guidance_scale"] == 7.5
+    tiny_pipelines.stable_diffusion_xl(tmp_path).save_pretrained(tmp_path / "xl")
+    assert source_in(tmp_path / "xl").runs(1, 0)["guidance_scale"] == 5.0
+
+
+def test_embedded_guidance_is_that_of_the_runs_and_calls_once(tmp_path):
+    tiny_pipelines.stable_diffusion(tmp_path, time_cond_proj_dim=6).save_pretrained(tmp_path / "p")
+    runs = source_in(tmp_path / "p", guidance=4.0).runs(2, 0)
+    assert runs.keys() == {"conditions"}
+    told = runs["conditions"]["timestep_cond"]
+    assert torch.equal(told[0], told[1])
+    assert not torch.equal(
+        told, source_in(tmp_path / "p", guidance=5.0).runs(2, 0)["conditions"]["timestep_cond"]
+    )
+
+
+# -- without a text encoder ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_pipeline_without_an_encoder_warns_and_says_so_in_its_summary(pipeline, tmp_path, caplog):
+    folder = without_encoder(pipeline[1], tmp_path / "bare")
+    status, text = run("quantize", folder, *CHEAP, *RUNS, "--output", tmp_path / "out")
+    assert status == 0, text
+    words = (
+        "seeded random numbers as encoder_hidden_states: the StableDiffusionPipeline has no text"
+    )
+    assert words in caplog.text
+    remarks = json.loads((tmp_path / "out" / "summary.json").read_text())["remarks"]
+    assert sum(words in remark for remark in remarks) == 1
+
+
+def test_a_pipeline_with_an_encoder_has_nothing_to_remark(quantized):
+    assert json.loads((quantized / "summary.json").read_text())["remarks"] == []
+
+
+@pytest.mark.parametrize("option", [["--guidance", 2], ["--prompts", "prompts"]])
+def test_prompts_and_guidance_are_refused_where_nothing_encodes_them(
+    pipeline, tmp_path, option, monkeypatch
+):
+    folder = without_encoder(pipeline[1], tmp_path / "bare")
+    (tmp_path / "prompts").write_text("a cat\n")
+    monkeypatch.chdir(tmp_path)
+    status, text = run("quantize", folder, *CHEAP, *option, "--output", tmp_path / "out")
+    assert status == 2, text
+    assert "has no text encoder; leave prompts and guidance out" in text
+    status, text = run("quantize", "digits", *option, "--output", tmp_path / "out")
+    assert (status, "no pipeline with a text encoder" in text) == (2, True), text
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_that_is_not_whole_is_an_error_and_no_random_numbers(pipeline, tmp_path):
+    shutil.copytree(pipeline[1], tmp_path / "sd")
+    next((tmp_path / "sd" / "text_encoder").glob("*.safetensors")).unlink()
+    with pytest.raises(ArtifactError, match="text_encoder"):
+        source_in(tmp_path / "sd")
+
+
+def test_an_encoder_of_another_width_is_told_and_not_used(pipeline, tmp_path):
+    shutil.copytree(pipeline[1], tmp_path / "sd")
+    torch.manual_seed(0)
+    tiny_pipelines._unet(cross_attention_dim=24).save_pretrained(tmp_path / "sd" / "unet")
+    source = source_in(tmp_path / "sd")
+    assert "embeddings of [16] numbers, its UNet takes [24]" in source.remarks[0]
+
+
+# -- pictures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_xl", "latent_diffusion"])
+def test_pictures_are_what_the_pipelines_vae_makes_of_the_latents(tmp_path, kind):
+    made = getattr(tiny_pipelines, kind)(tmp_path)
+    made.save_pretrained(tmp_path / "p")
+    latents = torch.randn(5, *source_in(tmp_path / "p").sample_shape)
+    found = pictures(latents, source_in(tmp_path / "p"))
+    vae = getattr(made, "vae", None) or made.vqvae
+    scaled = latents / vae.config.scaling_factor
+    if vae.config.get("latents_mean") is not None:
+        mean, std = (
+            torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1)
+            for name in ("mean", "std")
+        )
+        scaled = scaled * std + mean
+    with torch.no_grad():
+        torch.testing.assert_close(found, vae.decode(scaled, return_dict=False)[0])
+    assert found.shape == (5, 3, 16, 16)
+
+
+def test_pictures_of_pixels_are_the_samples(tmp_path):
+    tiny_pipelines.ddpm(tmp_path).save_pretrained(tmp_path / "p")
+    samples = torch.randn(2, 1, 8, 8)
+    assert torch.equal(pictures(samples, source_in(tmp_path / "p")), samples)
+
+
+def test_the_grid_of_a_folder_shows_its_prompts_as_the_pipeline_draws_them(
+    pipeline, quantized, tmp_path
+):
+    model = mpqdm_fx.load(quantized)
+    source = source_in(pipeline[1], prompts=PROMPTS, guidance=3.0)
+    images = pictures(draw(source, model, num=2, steps=2, seed=0), source)
+    save_grid(images, tmp_path / "grid.png", columns=1, zoom=zoom_of(images))
+    expected = Image.open(tmp_path / "grid.png")
+    assert Image.open(quantized / "samples.png").tobytes() == expected.tobytes()
+    words = ["--num", 2, "--steps", 2, "--output", tmp_path / "sample.png"]
+    status, text = run("sample", quantized, *words)
+    assert status == 0, text
+    assert Image.open(tmp_path / "sample.png").tobytes() == expected.tobytes()
+
+
+def test_other_prompts_and_guidance_draw_other_pictures(quantized, tmp_path):
+    (tmp_path / "prompts").write_text("a house on a hill\n")
+    drawn = {}
+    for name, options in {
+        "own": [], "prompts": ["--prompts", tmp_path / "prompts"], "guidance": ["--guidance", 1],
+    }.items():  # fmt: skip
+        words = ["--num", 1, "--steps", 2, "--output", tmp_path / f"{name}.png", *options]
+        status, text = run("sample", quantized, *words)
+        assert status == 0, text
+        drawn[name] = Image.open(tmp_path / f"{name}.png").tobytes()
+    assert len(set(drawn.values())) == 3
+
+
+# -- folders -------------------------------------------------------------------------------------
+
+
+def test_a_folder_remembers_prompts_and_guidance(quantized, pipeline):
+    origin = json.loads((quantized / "source.json").read_text())
+    assert (tuple(origin["prompts"]), origin["guidance"]) == (PROMPTS, 3.0)
+    source = as_recorded(source_of(quantized), quantized)
+    assert source.runs(1, 0)["guidance_scale"] == 3.0
+
+
+def test_a_folder_is_judged_on_prompts(quantized, monkeypatch):
+    rows = []
+    real = mpqdm_fx.QuantizedModel.forward
+
+    def seen(self, **call):
+        rows.append(call["encoder_hidden_states"])
+        return real(self, **call)
+
+    monkeypatch.setattr(mpqdm_fx.QuantizedModel, "forward", seen)
+    metrics = evaluate_folder(quantized, num=2, steps=2, seed=1)
+    assert metrics["epsilon_sqnr"] > 15
+    source = as_recorded(source_of(quantized), quantized)
+    wanted = source.runs(6, 0)["conditions"]["encoder_hidden_states"]
+    every = torch.cat(rows)
+    assert all(count_of(state, every) for state in wanted)
+
+
+def test_where_the_pipeline_is_gone_folders_draw_from_random_numbers_and_say_so(
+    pipeline, quantized, tmp_path, caplog
+):
+    words = ["sample", quantized, "--num", 1, "--steps", 2, "--output", tmp_path / "grid.png"]
+    moved = pipeline[1].rename(pipeline[1].with_name("moved"))
+    try:
+        status, text = run(*words)
+        refused = run(*words, "--guidance", 2)
+    finally:
+        moved.rename(pipeline[1])
+    assert status == 0, text
+    assert "seeded random numbers as encoder_hidden_states" in caplog.text
+    assert refused[0] == 2
+    assert "no pipeline with a text encoder" in refused[1]
+
+
+# -- training ------------------------------------------------------------------------------------
+
+TRAIN = {
+    "updates": 1,
+    "trajectories": 4,
+    "steps": 2,
+    "batch_size": 4,
+    "effect_runs": 2,
+    "held_out": 2,
+}
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_training_has_the_prompts_and_the_guidance_of_the_calibration(
+    pipeline, quantized, tmp_path, monkeypatch
+):
+    seen = {}
+    real = distill_job.distill
+
+    def recorded(model, teacher, config, **options):
+        seen.update(options, config=config)
+        return real(model, teacher, config, **options)
+
+    monkeypatch.setattr(distill_job, "distill", recorded)
+    config = DistillConfig(**TRAIN)
+    distill_job.distill_folder(quantized, config, output=tmp_path / "out", samples=1)
+    assert seen["config"].guidance_scale == 3.0
+    states = seen["conditions"]["encoder_hidden_states"]
+    torch.testing.assert_close(states, states_of(pipeline[0], PROMPTS[:4]))
+    empty = seen["unconditional"]["encoder_hidden_states"]
+    torch.testing.assert_close(empty, states_of(pipeline[0], [""] * 4))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["distilled"]["settings"]["guidance_scale"] == 3.0
+    origins = [json.loads((f / "source.json").read_text()) for f in (quantized, tmp_path / "out")]
+    assert origins[0] == origins[1]
+
+
+def test_training_without_guidance_has_the_prompts_alone(quantized, tmp_path, monkeypatch):
+    seen = {}
+
+    def stop(model, teacher, config, **options):
+        seen.update(options, config=config)
+        raise Killed
+
+    monkeypatch.setattr(distill_job, "distill", stop)
+    config = DistillConfig(**TRAIN, guidance_scale=1.0)
+    with pytest.raises(Killed):
+        distill_job.distill_folder(quantized, config, output=tmp_path / "out")
+    assert seen["config"].guidance_scale is None
+    assert seen["unconditional"] is None
+    assert len(seen["conditions"]["encoder_hidden_states"]) == 4
+
+
+# -- going on ------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_gives_the_same_bits_and_is_refused_other_prompts(
+    pipeline, quantized, tmp_path, monkeypatch
+):
+    output, prompts = tmp_path / "out", pipeline[1].parent / "prompts.txt"
+    words = ["quantize", pipeline[1], *CHEAP, *RUNS, "--guidance", 3, "--output", output]
+
+    def die(*arguments, **options):
+        raise Killed
+
+    monkeypatch.setattr(quantize_job, "write_folder", die)
+    with pytest.raises(Killed):
+        run(*words, "--prompts", prompts)
+    monkeypatch.undo()
+    monkeypatch.setattr(result_folder, "peak_memory", lambda *_: None)
+    assert not output.exists()
+    (tmp_path / "others.txt").write_text("a house\n")
+    status, text = run(*words, "--resume", "--prompts", tmp_path / "others.txt")
+    assert (status, "calibration" in text) == (2, True), text
+    status, text = run(*words, "--resume", "--prompts", prompts)
+    assert status == 0, text
+    for name in ("model.safetensors", "samples.png", "source.json"):
+        assert (output / name).read_bytes() == (quantized / name).read_bytes()
+
+
+def test_prompts_without_a_pipeline_are_refused_in_python(tmp_path):
+    with pytest.raises(ConfigError, match="no pipeline with a text encoder"):
+        in_pipeline(load_source("digits"), prompts=["a cat"])
