@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 
 __all__ = [
+    "FORMS",
     "PROGRAM",
     "SOURCE",
     "Denoiser",
@@ -47,6 +48,9 @@ __all__ = [
 PROGRAM = "unet.pte"
 PROGRAM_WEIGHTS = "unet.ptd"
 SOURCE = "source.json"
+
+FORMS = ("auto", "pte", "packed", "float")
+"""What `open_denoiser` opens."""
 
 Denoiser = Callable[..., Any]
 """Called with the model's keyword arguments."""
@@ -187,8 +191,8 @@ def open_denoiser(
         ConfigError: The form is unknown, or there is no scheduler to draw with.
         ArtifactError: The folder lacks that form or is damaged.
     """
-    if form not in ("auto", "pte", "packed", "float"):
-        raise ConfigError(f"--from {form}: choose auto, pte, packed or float")
+    if form not in FORMS:
+        raise ConfigError(f"--from {form}: choose one of {', '.join(FORMS)}")
     root = Path(name)
     if not (root / MANIFEST).exists():
         if form in ("pte", "packed"):

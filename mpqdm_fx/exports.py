@@ -18,6 +18,7 @@ from mpqdm_fx.parity.verify import verify
 from mpqdm_fx.pipelines.export import export_pipeline
 from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.quantized import PreparedModel, QuantizedModel
+from mpqdm_fx.report.comparison import Comparison, compare
 from mpqdm_fx.storage import load, save
 from mpqdm_fx.versions import versions
 
@@ -25,6 +26,7 @@ __all__ = [
     "ArtifactError",
     "BitPlan",
     "CalibrationError",
+    "Comparison",
     "ConfigError",
     "DialectError",
     "GraphPass",
@@ -39,6 +41,7 @@ __all__ = [
     "TraceError",
     "Trajectories",
     "__version__",
+    "compare",
     "convert",
     "export_pipeline",
     "load",

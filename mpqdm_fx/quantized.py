@@ -1,6 +1,7 @@
 """The two models that users hold: prepared (records its inputs) and quantized."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.activations import Activation, NoiseLevels
+from mpqdm_fx.activations import (
+    Activation,
+    LayerActivation,
+    NoiseLevels,
+    TimestepActivation,
+)
 from mpqdm_fx.ambient import plain_torch, without_autocast
 from mpqdm_fx.calibration.activation_choice import ActivationChoice
 from mpqdm_fx.calibration.calls import check_call, check_indices, table_sizes
@@ -277,6 +283,32 @@ class QuantizedModel(_TracedModel):
         self.plan.layer(name)
         return self.rounded.get_buffer(f"{name}.weight_codes")
 
+    def summary(self) -> str:
+        """What this model is, in ten lines of at most 80 columns; `print` shows the same."""
+        plan, report, settings = self.plan, self.report, self.settings
+        stored, whole = plan.weight_bytes + plan.float_bytes, 4 * plan.num_parameters
+        facts = {
+            "weights": f"{plan.num_weights:,}, {plan.mean_bits:.2f} bits over the budget, "
+            f"{plan.effective_bits:.2f} with all overhead",
+            "channels": _shares(Counter(bits for la in plan.layers for bits in la.bits)),
+            "bytes": f"{stored:,} of {whole:,} in float32, {whole / max(stored, 1):.1f} times less",
+            "activations": f"{settings.activation_bits} bits, {settings.activation_mode}: "
+            + _counts(_kind(self.ranges.get(layer.name)) for layer in plan.layers),
+            "recipe": f"{settings.allocation} bits, {settings.rounding} rounding, "
+            f"{settings.levels} levels, propagation {settings.propagation}",
+            "output": _judged(report.judged) or "not judged against plain rounding",
+            "worst layers": _worst(report.layers) or "not measured",
+            "in float": plan.float_remark or "at most 1 % of the weights",
+            "made": f"{report.calibration_calls} calls, {report.seconds:.0f} s, "
+            + ", ".join(f"{name} {v}" for name, v in report.versions.items() if name in _MADE_WITH),
+        }
+        lines = [f"{self.signature.model_class}, quantized: {len(plan.layers)} layers"]
+        lines += [f"  {name:<13}{told}" for name, told in facts.items()]
+        return "\n".join(_cut(line) for line in lines)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the fake-quantized graph on the model's own arguments.
 
@@ -285,3 +317,45 @@ class QuantizedModel(_TracedModel):
         """
         given, return_dict = self._bound(args, kwargs)
         return self._output(self._parts(given), return_dict=return_dict)
+
+
+_COLUMNS = 80
+_NAME = 22  # columns of a layer's name
+_MADE_WITH = ("mpqdm-fx", "torch")
+
+
+def _shares(counts: Counter[int]) -> str:
+    total = sum(counts.values())
+    told = [f"{counts[bits] / total:.0%} at {bits}" for bits in sorted(counts)]
+    return f"{total:,}: {', '.join(told)} bits" if told else "none"
+
+
+def _counts(kinds: Iterable[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).most_common())
+
+
+def _kind(activation: Activation | None) -> str:
+    if activation is None:
+        return "float"
+    names = {LayerActivation: "static", TimestepActivation: "by noise level"}
+    return names.get(type(activation), "dynamic")
+
+
+def _judged(judged: Iterable[Judgement]) -> str:
+    """What was taken, then the next best."""
+    ordered = sorted(judged, key=lambda one: (not one.chosen, one.error))
+    return "; ".join(f"{one.decibels:.1f} dB {one.recipe}" for one in ordered[:2])
+
+
+def _worst(layers: Iterable[LayerReport]) -> str:
+    known = sorted((layer.sqnr_db, layer.name) for layer in layers if layer.sqnr_db is not None)
+    return ", ".join(f"{_folded(name)} {db:.1f} dB" for db, name in known[:2])
+
+
+def _folded(name: str) -> str:
+    """A long name without its middle."""
+    return name if len(name) <= _NAME else f"{name[:6]}..{name[8 - _NAME :]}"
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _COLUMNS else f"{line[: _COLUMNS - 3]}..."

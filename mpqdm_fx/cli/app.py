@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from mpqdm_fx.cli.boundary import run
+from mpqdm_fx.cli.compare import compare
 from mpqdm_fx.cli.distill import distill
 from mpqdm_fx.cli.doctor import doctor
 from mpqdm_fx.cli.evaluate import evaluate
@@ -29,8 +30,8 @@ app = typer.Typer(
     help="Compile diffusion UNets into extremely low-bit programs for phone CPUs.",
 )
 for command in (
-    quantize, distill, export, pareto, plan, sample, evaluate, verify, report, trace, doctor,
-    inspect,
+    quantize, distill, export, pareto, plan, sample, evaluate, report, compare, verify, trace,
+    doctor, inspect,
 ):  # fmt: skip
     app.command(cls=Command, epilog=epilog_of(command.__name__))(takes_loudness(command))
 

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mpqdm_fx.errors import ConfigError
@@ -23,6 +23,8 @@ __all__ = [
     "check_writable",
     "has_program",
     "has_text_encoder",
+    "is_installed",
+    "is_result",
     "origin_of",
 ]
 
@@ -84,7 +86,8 @@ def check_output_file(
     *,
     reads: Iterable[str | Path] = (),
     replaced: Path | None = None,
-    suffix: str | None = None,
+    suffixes: Sequence[str] = (),
+    overwrite: bool = True,
 ) -> None:
     """Refuse a file that cannot be written.
 
@@ -93,11 +96,13 @@ def check_output_file(
         option: How it was typed.
         reads: Folders that the command reads: what lies in them is not written over.
         replaced: Folder that the command replaces: nothing else can be kept there.
-        suffix: Ending that it must have.
+        suffixes: Endings, of which it must have one; nothing is any.
+        overwrite: Whether one that is there may be replaced.
 
     Raises:
-        ConfigError: It is a folder or no plain file, has another ending, is a file of what is
-            read, lies in a folder of `quantize`, or its parent cannot be written.
+        ConfigError: It is a folder or no plain file, has another ending, is there and is not to
+            be replaced, is a file of what is read, lies in a folder of `quantize`, or its parent
+            cannot be written.
     """
     from mpqdm_fx.folders import MANIFEST
 
@@ -106,11 +111,16 @@ def check_output_file(
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "no plain file"
         raise ConfigError(f"{option} {path}: this is {kind}; give a file's name")
-    if suffix is not None and path.suffix.lower() != suffix:
-        raise ConfigError(f"{option} {path}: give a name that ends in {suffix}")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ConfigError(f"{option} {path}: give a name that ends in {' or '.join(suffixes)}")
     for read in reads:
         if path.exists() and path.resolve().is_relative_to(Path(read).resolve()):
             raise ConfigError(f"{option} {path}: a file of {read}, which is read; give another")
+    if path.exists() and not overwrite:
+        raise ConfigError(
+            f"{option} {path}: it is there; give another name, or say that it may be replaced "
+            f"(--overwrite)"
+        )
     for folder in (place := path.parent.resolve(), *place.parents):
         if (folder / MANIFEST).exists():  # a file more, and the folder would not be replaced
             raise ConfigError(
@@ -170,11 +180,19 @@ def check_packages(*packages: str, purpose: str) -> None:
         ConfigError: One is missing; says what to install.
     """
     for package in packages:
-        if importlib.util.find_spec(package) is None:
+        if not is_installed(package):
             raise ConfigError(
                 f"{purpose} needs {package}, which is not installed: "
                 f'pip install "mpqdm-fx[{EXTRAS[package]}]"'
             )
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, by its import name; it is not."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # it was taken out of this process
+        return False
 
 
 def check_device(device: str | None) -> None:
@@ -198,6 +216,13 @@ def check_device(device: str | None) -> None:
             f"--device {device}: torch cannot compute there: {first}; leave the option out to "
             f"compute on the CPU"
         ) from None
+
+
+def is_result(name: str | Path) -> bool:
+    """Whether a name is a folder of `quantize`."""
+    from mpqdm_fx.folders import MANIFEST
+
+    return (Path(name) / MANIFEST).exists()
 
 
 def has_program(folder: str | Path) -> bool:

@@ -8,14 +8,34 @@ import typer
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.streams import announce, say
+from mpqdm_fx.config import MPQConfig
 
 __all__ = ["doctor"]
 
 
+@opt.takes_settings(
+    without=(
+        "slowdown", "effective_bits", "weight_bytes", "rounding", "refinements", "propagation",
+        "noise_argument", "seed",
+    )
+)  # fmt: skip
 def doctor(
     model: opt.FolderOrModelArgument,
+    config: MPQConfig = opt.DEFAULTS,
+    four_bit: opt.FourBitOption = "whole",
+    in_float: Annotated[
+        bool,
+        typer.Option(
+            "--float",
+            help="Judge the float program of a float model, in place of the one of these settings.",
+            rich_help_panel=opt.PROGRAM,
+        ),
+    ] = False,
     max_delegates: Annotated[
-        int | None, typer.Option(min=1, help="Exit with status 1 if there would be more.")
+        int | None,
+        typer.Option(
+            min=1, help="Exit with status 1 if there would be more.", rich_help_panel=opt.PROGRAM
+        ),
     ] = None,
     subfolder: opt.SubfolderOption = None,
     variant: opt.VariantOption = None,
@@ -23,11 +43,15 @@ def doctor(
     as_json: opt.JsonOption = False,
 ) -> None:
     """Say how many delegates XNNPACK would take MODEL in, and why what stays out does."""
+    checks.check_name(model)
     checks.check_packages("executorch", purpose="doctor")
     announce(f"asking XNNPACK what it takes of {model}")
     from mpqdm_fx.jobs.diagnose import diagnose_model
 
-    found = diagnose_model(model, subfolder, variant, inputs)
+    found = diagnose_model(
+        model, None if in_float else config, four_bit=four_bit, subfolder=subfolder,
+        variant=variant, inputs=inputs,
+    )  # fmt: skip
     if as_json:
         opt.console().print_json(json.dumps(found.to_dict()))
     else:

@@ -18,7 +18,10 @@ __all__ = ["evaluate"]
 def evaluate(
     directory: opt.FolderArgument,
     model: opt.FloatModelOption = None,
-    num: Annotated[int, typer.Option(min=1, help="Samples of the free-running metrics.")] = 256,
+    num: Annotated[
+        int,
+        typer.Option(min=1, help="Samples of the free-running metrics.", rich_help_panel=opt.RUN),
+    ] = 256,
     steps: opt.SamplerStepsOption = 20,
     seed: opt.SeedOption = 90_000,
     inputs: opt.InputsOption = None,
@@ -28,10 +31,12 @@ def evaluate(
         typer.Option(
             metavar="PATH",
             help="TorchScript file of Inception's features, for FID and KID; never downloaded.",
+            rich_help_panel=opt.RUN,
         ),
     ] = None,
     lpips: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="TorchScript file of LPIPS.")
+        Path | None,
+        typer.Option(metavar="PATH", help="TorchScript file of LPIPS.", rich_help_panel=opt.RUN),
     ] = None,
     metrics: MetricsOption = False,
     as_json: opt.JsonOption = False,

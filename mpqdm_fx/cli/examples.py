@@ -17,6 +17,10 @@ EXAMPLES: Mapping[str, tuple[str, str]] = {
         "mpqdm-fx export sd15 --size 512x512 -o exported",
         "mpqdm-fx export sd15 --weights 4 --prompts prompts.txt -o exported",
     ),
+    "pareto": (
+        "mpqdm-fx pareto digits --bits 2,3,4 -o pareto",
+        "mpqdm-fx pareto digits --bits 2,2.5,3 --pick 'x0_sqnr>=20' -o pareto",
+    ),
     "plan": (
         "mpqdm-fx plan digits --weights 2",
         "mpqdm-fx plan sd15 --subfolder unet --max-memory 4GiB",
@@ -27,7 +31,15 @@ EXAMPLES: Mapping[str, tuple[str, str]] = {
     ),
     "evaluate": (
         "mpqdm-fx evaluate out",
-        "mpqdm-fx evaluate out --inputs calls.py:held_out --json",
+        "mpqdm-fx evaluate out --gate 'x0_sqnr>=20' --gate 'bytes<=2MB' --json",
+    ),
+    "report": (
+        "mpqdm-fx report out",
+        "mpqdm-fx report out -o report.html --overwrite",
+    ),
+    "compare": (
+        "mpqdm-fx compare out distilled",
+        "mpqdm-fx compare w2 w3 w4 -o compare.html",
     ),
     "verify": (
         "mpqdm-fx verify out",

@@ -2,12 +2,10 @@
 
 import json
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
@@ -29,12 +27,8 @@ def export(
         list[str] | None,
         typer.Option(help="HEIGHTxWIDTH in pixels that can be drawn; repeat it for more."),
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts to calibrate on, one a line.")
-    ] = None,
-    guidance: Annotated[
-        float, typer.Option(help="Guidance scale to calibrate at, and the runner's default.")
-    ] = 7.5,
+    prompts: opt.PromptsOption = None,
+    guidance: opt.GuidanceOption = None,
     steps: opt.StepsOption = 20,
     trajectories: opt.TrajectoriesOption = 16,
     tabulate: Annotated[
@@ -56,6 +50,13 @@ def export(
     four_bit: opt.FourBitOption = "whole",
     external_weights: opt.ExternalWeightsOption = False,
     compress: opt.CompressOption = False,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Prompts in samples.png: float above programs.")
+    ] = 4,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what it will take: time, memory, disk, size by part."),
+    ] = False,
     overwrite: opt.OverwriteOption = False,
     as_json: opt.JsonOption = False,
 ) -> None:
@@ -69,22 +70,37 @@ def export(
         checks.check_packages("transformers", purpose="a pipeline with a text encoder")
     form = "float" if in_float else bits_of(config)
     announce(f"exporting {model} to {output}: {form}")
+    from mpqdm_fx.pipelines.estimate import estimate_export
     from mpqdm_fx.pipelines.export import export_pipeline
     from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
+    from mpqdm_fx.report.pipelines import export_estimate_table, export_table
 
     checks.check_device(device)
+    console = opt.console()
+    runs: dict[str, Any] = {
+        "sizes": sizes,
+        "prompts": DEFAULT_PROMPTS if prompts is None else read_prompts(prompts),
+        "steps": steps,
+        "guidance": guidance,
+        "trajectories": trajectories,
+        "max_memory": memory,
+        "samples": samples,
+    }
+    settings = None if in_float else config
+    if dry_run:
+        expected = estimate_export(model, settings, **runs).to_dict()
+        if as_json:
+            console.print_json(json.dumps(expected))
+        else:
+            console.print(export_estimate_table(expected))
+        return
     result = export_pipeline(
         model,
-        None if in_float else config,
+        settings,
         output,
-        sizes=sizes,
-        prompts=DEFAULT_PROMPTS if prompts is None else read_prompts(prompts),
-        steps=steps,
-        guidance=guidance,
-        trajectories=trajectories,
+        **runs,
         minimum_sqnr_db=minimum_sqnr,
         resume=resume,
-        max_memory=memory,
         device=device,
         sensitivity=sensitivity,
         tabulate=tabulate,
@@ -93,29 +109,12 @@ def export(
         compress=compress,
         overwrite=overwrite,
     )
-    console = opt.console()
     if as_json:
         console.print_json(json.dumps(result.manifest))
         return
-    table = Table("program", "method", "precision", "bytes of its files", "SQNR dB", "subgraphs")
-    for method in result.manifest["methods"]:
-        part = result.manifest["parts"][method["part"]]
-        found = part["quantized_sqnr_db"] if part["precision"] != "float" else None
-        table.add_row(
-            method["file"],
-            method["method"],
-            part["precision"],
-            f"{_bytes(result.manifest, method['file'], method['weights']):,}",
-            "" if found is None else f"{float(found):.1f}",
-            str(method["subgraphs"]),
-        )
-    console.print(table)
+    console.print(export_table(result.summary))
     run = shlex.quote(str(output / "run.py"))
     say(console, f"written to {output}; draw with: python {run}")
-
-
-def _bytes(manifest: Mapping[str, Any], *names: str | None) -> int:
-    return sum(int(manifest["files"][name]["bytes"]) for name in names if name is not None)
 
 
 def _size_of(text: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from mpqdm_fx.cli.panels import RUN
 from mpqdm_fx.cli.streams import complain, say
 from mpqdm_fx.report.gates import METRICS, Verdict, catalogue
 
@@ -17,6 +18,7 @@ GateOption = Annotated[
         metavar="METRIC>=NUMBER",
         help="What must be measured, for example x0_sqnr>=20, 'ms<=40' or bytes<=2MB; repeat it "
         f"for more. Exit status 1 if one fails. Metrics: {', '.join(METRICS)}.",
+        rich_help_panel=RUN,
     ),
 ]
 
@@ -33,7 +35,11 @@ def _print_catalogue(wanted: bool) -> None:
 MetricsOption = Annotated[
     bool,
     typer.Option(
-        "--metrics", is_eager=True, callback=_print_catalogue, help="List all metrics and exit."
+        "--metrics",
+        is_eager=True,
+        callback=_print_catalogue,
+        help="List all metrics and exit.",
+        rich_help_panel=RUN,
     ),
 ]
 

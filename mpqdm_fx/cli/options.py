@@ -14,9 +14,11 @@ from rich.console import Console
 from mpqdm_fx.backends.names import Backend, FourBit
 from mpqdm_fx.cli import streams
 from mpqdm_fx.cli.panels import BITS, CALIBRATION, MODEL, PROGRAM, RUN
+from mpqdm_fx.cli.recipes import PresetOption, RecipeOption, preset_values, with_typed
 from mpqdm_fx.cli.settings import SETTINGS, SeedOption
 from mpqdm_fx.cli.values import activation_mode_of, memory_of, seconds_of, settings_of
 from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.errors import ConfigError
 
 __all__ = [
     "BITS",
@@ -39,6 +41,7 @@ __all__ = [
     "MemoryOption",
     "ModelArgument",
     "OutputOption",
+    "OverwriteFileOption",
     "OverwriteOption",
     "ResumeOption",
     "SamplerStepsOption",
@@ -119,6 +122,10 @@ TrajectoriesOption = Annotated[
 ]
 StepsOption = Annotated[
     int, typer.Option(min=1, help="Steps of each run.", rich_help_panel=CALIBRATION)
+]
+OverwriteFileOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the file that is there.", rich_help_panel=RUN),
 ]
 SamplerStepsOption = Annotated[
     int, typer.Option(min=1, help="Steps of the scheduler.", rich_help_panel=RUN)
@@ -234,20 +241,39 @@ def takes_settings(
 
     def decorate(command: _Command) -> _Command:
         @functools.wraps(command)
-        def run(**given: Any) -> None:
-            typed = {options[name][0]: given.pop(name) for name in options}
-            typed["activation_mode"] = activation_mode_of(
-                typed["activation_mode"],
+        def run(context: typer.Context, **given: Any) -> None:
+            preset, recipe = given.pop("preset"), given.pop("recipe")
+            typed = {name for name in given if _is_typed(context, name)}
+            if preset is not None:
+                if recipe is not None:
+                    raise ConfigError("--preset and --config: give one of the two")
+                given |= preset_values(preset, given, typed)
+            values = {options[name][0]: given.pop(name) for name in options}
+            values["activation_mode"] = activation_mode_of(
+                values["activation_mode"],
                 backend=given.get("backend", "xnnpack"),
-                activations=typed["activation_bits"],
+                activations=values["activation_bits"],
             )
-            command(**given, config=settings_of(**typed))
+            settings = settings_of(**values)
+            if recipe is not None:
+                fields = {options[name][0] for name in typed & options.keys()}
+                settings = with_typed(recipe, settings, fields)
+            command(**given, config=settings)
 
-        parameters: list[inspect.Parameter] = []
+        parameters = [
+            inspect.Parameter(
+                "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+            )
+        ]
         for parameter in inspect.signature(command).parameters.values():
             if parameter.name != "config":
                 parameters.append(parameter)
                 continue
+            recipes = {"preset": PresetOption, "recipe": RecipeOption}
+            parameters += [
+                inspect.Parameter(name, parameter.kind, default=None, annotation=kind)
+                for name, kind in recipes.items()
+            ]
             parameters += [
                 inspect.Parameter(
                     name, parameter.kind, default=defaults.get(name, default), annotation=kind
@@ -259,3 +285,9 @@ def takes_settings(
         return run
 
     return decorate
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed, and is no default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

@@ -24,12 +24,11 @@ def pareto(
             metavar="BITS,...",
             help="Budgets, for example 2,2.5,3,4: whole ones as of --weights, others as of "
             "--effective-bits.",
+            rich_help_panel=opt.BITS,
         ),
     ] = "2,3,4,6",
     config: MPQConfig = opt.DEFAULTS,
-    backend: Annotated[
-        str, typer.Option(help="What the picked folder is for: xnnpack, torch_ao or packed.")
-    ] = "xnnpack",
+    backend: opt.BackendOption = "xnnpack",
     output: opt.OutputOption = Path("pareto"),
     pick: Annotated[
         list[str] | None,
@@ -37,11 +36,15 @@ def pareto(
             metavar="METRIC>=NUMBER",
             help="Make a result folder, OUTPUT/picked, of the smallest budget that reaches this; "
             "repeat it for more. Exit status 1 if none does. Metrics: as of `evaluate --gate`.",
+            rich_help_panel=opt.RUN,
         ),
     ] = None,
     trajectories: opt.TrajectoriesOption = 16,
     steps: opt.StepsOption = 20,
-    num: Annotated[int, typer.Option(min=2, help="Samples that each budget is judged by.")] = 64,
+    num: Annotated[
+        int,
+        typer.Option(min=2, help="Samples that each budget is judged by.", rich_help_panel=opt.RUN),
+    ] = 64,
     samples: opt.SamplesOption = 16,
     inputs: opt.InputsOption = None,
     held_out: opt.HeldOutOption = None,
@@ -55,6 +58,7 @@ def pareto(
     as_json: opt.JsonOption = False,
 ) -> None:
     """Quantize MODEL to several budgets in one run; table and page of size against quality."""
+    checks.check_name(model)
     budgets = _bits_of(bits)
     gates = parse_gates(pick, "--pick") if pick else None
     memory = opt.memory_of(max_memory)
@@ -66,15 +70,12 @@ def pareto(
         checks.check_packages("torchmetrics", "sklearn", purpose="evaluating the bundled model")
     told = ", ".join(f"{budget:g}" for budget in budgets)
     announce(f"quantizing {model} to {output}: {told} bits a weight")
-    from mpqdm_fx.api import BACKENDS
     from mpqdm_fx.feasibility import weights_of
     from mpqdm_fx.jobs.pareto import check_pareto, evaluation_of, pareto_to_folder
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.models.sources import load_with_calls
     from mpqdm_fx.report.pareto_table import pareto_table
 
-    if backend not in BACKENDS:
-        raise ConfigError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
     checks.check_device(device)
     form = Form(backend=backend)
     check_pareto(

@@ -68,16 +68,17 @@ def takes_loudness(command: Callable[..., None]) -> Callable[..., None]:
         before = context.meta.get(_KEY, _Loudness())
         loudness = _Loudness(verbose=verbose or before.verbose, quiet=quiet or before.quiet)
         with _surroundings(loudness, results=not loudness.quiet or given.get("as_json", False)):
-            command(**given)
+            command(**given, **({"context": context} if wants_context else {}))
 
-    signature = inspect.signature(command)
+    parameters = dict(inspect.signature(command).parameters)
+    wants_context = parameters.pop("context", None) is not None
     keyword = inspect.Parameter.KEYWORD_ONLY
     added = [
         inspect.Parameter("verbose", keyword, default=False, annotation=VerboseOption),
         inspect.Parameter("quiet", keyword, default=False, annotation=QuietOption),
         inspect.Parameter("context", keyword, annotation=typer.Context),
     ]
-    own = [entry.replace(kind=keyword) for entry in signature.parameters.values()]
+    own = [entry.replace(kind=keyword) for entry in parameters.values()]
     run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
     run.__annotations__ = {entry.name: entry.annotation for entry in [*own, *added]}
     return run

@@ -1,7 +1,9 @@
 """The command `mpqdm-fx sample`: pictures that a folder or a float model draws."""
 
+import json
+import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -9,27 +11,52 @@ from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.streams import announce, say
 
-__all__ = ["sample"]
+__all__ = ["Form", "sample"]
+
+logger = logging.getLogger(__name__)
+
+Form = Literal["auto", "pte", "packed", "float"]
+"""As of `denoisers.FORMS`, which loads torch."""
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def sample(
     model: opt.FolderOrModelArgument,
-    num: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 16,
+    num: Annotated[int, typer.Option(min=1, help="Images to draw.", rich_help_panel=opt.RUN)] = 16,
     steps: opt.SamplerStepsOption = 20,
-    output: Annotated[Path, typer.Option(help="Picture to write (.png).")] = Path("grid.png"),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help=f"Picture to write: {', '.join(_PICTURES)}.",
+            rich_help_panel=opt.RUN,
+        ),
+    ] = Path("grid.png"),
+    overwrite: opt.OverwriteFileOption = False,
     form: Annotated[
-        str, typer.Option("--from", help="What runs: auto, pte, packed or float.")
+        Form,
+        typer.Option(
+            "--from",
+            case_sensitive=False,
+            help="What runs: auto is the program if there is one.",
+            rich_help_panel=opt.PROGRAM,
+        ),
     ] = "auto",
     subfolder: opt.SubfolderOption = None,
     variant: opt.VariantOption = None,
     seed: opt.SeedOption = 0,
     prompts: opt.PromptsOption = None,
     guidance: opt.GuidanceOption = None,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Draw images with a program, packed weights, or the float model; prompts take turns."""
-    checks.check_output_file(output, "--output", reads=[model], suffix=".png")
-    if form == "pte" or (form == "auto" and checks.has_program(model)):
-        checks.check_packages("executorch", purpose="running a program")
+    checks.check_output_file(
+        output, "--output", reads=[model], suffixes=_PICTURES, overwrite=overwrite
+    )
+    checks.check_name(model)
+    form = _form_that_runs(model, form)
     announce(f"drawing {num} images of {model} to {output}")
     from mpqdm_fx.denoisers import draw, open_denoiser, pictures, zoom_of
     from mpqdm_fx.jobs.calibration import warn_of
@@ -43,4 +70,30 @@ def sample(
     warn_of(source)
     images = pictures(draw(source, denoiser, num=num, steps=steps, seed=seed), source)
     save_grid(images, output, columns=max(1, round(num**0.5)), zoom=zoom_of(images))
+    if as_json:
+        told = {"output": str(output), "images": num, "steps": steps, "seed": seed, "from": form}
+        opt.console().print_json(json.dumps(told))
+        return
     say(opt.console(), f"{num} images written to {output}")
+
+
+def _form_that_runs(model: str, form: Form) -> Form:
+    """What `auto` stands for here.
+
+    Raises:
+        ConfigError: A program was asked for, and what runs it is not installed.
+    """
+    if form == "pte":
+        checks.check_packages("executorch", purpose="running a program")
+    if form != "auto" or not checks.is_result(model):
+        return "float" if form == "auto" else form
+    if not checks.has_program(model):
+        return "packed"
+    if checks.is_installed("executorch"):
+        return "pte"
+    logger.warning(
+        "the program of %s needs executorch, which is not installed: drawing from its packed "
+        "weights, whose pictures differ a little",
+        model,
+    )
+    return "packed"

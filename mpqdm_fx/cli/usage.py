@@ -31,8 +31,8 @@ class Command(TyperCommand):
         """Its parameters, panel by panel in the order of all commands; `--help` goes last."""
         params = _plain(super().get_params(ctx))
         for one in params:
-            if "--help" in one.opts:
-                one.rich_help_panel = RUN
+            if one.opts[0].startswith("-") and one.rich_help_panel is None:
+                one.rich_help_panel = RUN  # of which every command has one
         return sorted(params, key=lambda one: _ORDER.index(one.rich_help_panel))
 
 
@@ -60,7 +60,8 @@ def usage_line(error: Any) -> str:
         error: A `USAGE_ERROR`.
     """
     command = error.ctx.command_path if error.ctx is not None else "mpqdm-fx"
-    return f"{_told(error) or 'no command was given'}; see {command} --help"
+    told = _told(error) or "no command was given"
+    return f"{told} See {command} --help" if told.endswith("?") else f"{told}; see {command} --help"
 
 
 def _told(error: Any) -> str:

@@ -18,15 +18,25 @@ def verify(
     directory: opt.FolderArgument,
     model: opt.FloatModelOption = None,
     store: Annotated[
-        bool, typer.Option("--store", help="Store what is measured now as thresholds.")
+        bool,
+        typer.Option(
+            "--store", help="Store what is measured now as thresholds.", rich_help_panel=opt.RUN
+        ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="File for all numbers, for example verify.json.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File for all numbers, for example verify.json.",
+            rich_help_panel=opt.RUN,
+        ),
     ] = None,
+    overwrite: opt.OverwriteFileOption = False,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Compare float, quantized, converted, edge and .pte layer by layer; exit 1 if one is short."""
-    checks.check_output_file(output, "--output", reads=[directory])
+    checks.check_output_file(output, "--output", reads=[directory], overwrite=overwrite)
     if store:
         checks.check_output_folder(directory, option="DIR", resumable=False)
     if checks.has_program(directory):

@@ -53,6 +53,33 @@ class TraceReport:
         """Number of graph nodes without placeholders and output."""
         return sum(count for _, count in self.nodes)
 
+    def __str__(self) -> str:
+        told = self._found if self.ok else self._refused
+        return "\n".join(line for line in told if line)
+
+    @property
+    def _found(self) -> list[str]:
+        low, high = self.batch_range or (0, 0)
+        rows = f"{low} or more" if high is None else f"{low} to {high}"
+        batch = f"any batch of {rows} rows" if self.batch_range else f"a fixed batch: {self.note}"
+        kinds = max((len(kind) for kind, _ in self.nodes), default=0)
+        return [
+            f"{self.model_class} is traced, bit-equal to the model ({self.seconds:.1f} s)",
+            f"takes {batch}",
+            f"{self.weight_layers} layers can be quantized, of {self.total_nodes} nodes:",
+            *(f"  {kind:<{kinds}}  {count}" for kind, count in self.nodes),
+        ]
+
+    @property
+    def _refused(self) -> list[str]:
+        return [
+            f"{self.model_class} cannot be traced: {self.refusal}",
+            f"  where: {self.path}" if self.path else "",
+            f"  line: {self.line}" if self.line else "",
+            f"  code: {self.code}" if self.code else "",
+            f"  remedy: {self.suggestion}" if self.suggestion else "",
+        ]
+
 
 def explain(
     model: nn.Module,

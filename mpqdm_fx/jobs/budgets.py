@@ -13,6 +13,7 @@ from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, plain, validated
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.evaluate import Evaluation, evaluated_metrics
+from mpqdm_fx.jobs.presets import write_recipe
 from mpqdm_fx.models.sources import Source
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.gates import METRICS, Gate, judge
@@ -114,6 +115,7 @@ def write_point(
         if source.scheduler is not None:
             source.scheduler.save_pretrained(stage / "scheduler")
         write_text(stage / SOURCE, Origin.of(source, subfolder).model_dump_json())
+        write_recipe(stage, quantized.settings)
         if images is not None:
             judge_of.write_strip(stage / STRIP, images)
         write_model(quantized, stage)

@@ -2,11 +2,13 @@
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.distill.config import DistillConfig
 
-__all__ = ["quantize_command", "typed"]
+__all__ = ["distill_command", "quantize_command", "typed"]
 
 #: Settings that have an option, and the option.
 _OPTIONS: Mapping[str, str] = {
@@ -46,6 +48,38 @@ def quantize_command(model: str, config: MPQConfig, options: Mapping[str, Any]) 
         told[_OPTIONS[name]] = getattr(config, name)
     told["--override"] = [_override(rule) for rule in config.to_dict()["overrides"]]
     return typed("quantize", [model], {**told, **options})
+
+
+#: Settings of a training that have an option, and the option.
+_TRAINING: Mapping[str, str] = {
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        "updates", "trajectories", "steps", "batch_size", "rank", "relation", "recompute", "seed",
+    )
+}  # fmt: skip
+
+
+def distill_command(folder: Path, config: DistillConfig, options: Mapping[str, Any]) -> str | None:
+    """The `mpqdm-fx distill` that was asked for; None if no command line asks for these settings.
+
+    Args:
+        folder: What was trained.
+        config: Settings of the training.
+        options: As of `quantize_command`.
+    """
+    usual, given = DistillConfig(updates=1).to_dict(), config.to_dict()
+    told: dict[str, Any] = {}
+    if config.seconds is not None:
+        told["--budget"] = f"{config.seconds:g}s"
+    for name, value in given.items():
+        if name in ("seconds", "guidance_scale") or value is None or value == usual[name]:
+            continue
+        if name not in _TRAINING:
+            return None
+        told[_TRAINING[name]] = value
+    if config.updates is not None:
+        told["--updates"] = config.updates
+    return typed("distill", [str(folder)], {**told, **options})
 
 
 def typed(command: str, arguments: list[str], options: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target, open_folder
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.jobs.calibration import warn_of
+from mpqdm_fx.jobs.command_text import distill_command
 from mpqdm_fx.jobs.copied_folder import copy_folder
 from mpqdm_fx.jobs.estimate import TrainingEstimate, estimate_training
 from mpqdm_fx.jobs.foretold import distill_stages
@@ -90,16 +91,16 @@ def distill_folder(
     config = replace(config, guidance_scale=given.get("guidance_scale"))
     form.check(quantized.settings)
     times = estimate_training(quantized, source, config, form=form, samples=samples)
-    if foretold is not None and is_first():
-        foretold(times)
     if config.seconds is not None:
         left = config.seconds - times.others - (time.perf_counter() - start)
         if left <= 0:
             raise ConfigError(
-                f"seconds={config.seconds:g}: nothing is left for training, all else takes "
-                f"{times.others:.0f} seconds; give more time, or updates=... alone"
+                f"seconds={config.seconds:g} leaves nothing for training: all else takes about "
+                f"{times.others:.0f}; give more, or updates=N alone"
             )
         config = replace(config, seconds=left)
+    if foretold is not None and is_first():
+        foretold(times)
     expect(lambda: distill_stages(source, config, times, samples, form.backend))
     trained = distill(
         quantized,
@@ -132,6 +133,9 @@ def distill_folder(
     found = write_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
         subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,
+        command=distill_command(
+            folder, config, {"--model": model, "--samples": samples, "--output": output}
+        ),
     )  # fmt: skip
     remove_folder(state)
     return FolderResult(directory=output, quantized=trained.quantized, summary=found)

@@ -1,8 +1,6 @@
 """The folder that a job gives: weights, program, scheduler, sample grid, thresholds, numbers."""
 
 import logging
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
+from mpqdm_fx.jobs.presets import write_recipe
 from mpqdm_fx.jobs.report import can_render, measured_of, write_report
 from mpqdm_fx.memory import peak_memory
 from mpqdm_fx.models.sources import Source
@@ -41,12 +40,13 @@ from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.comparison import Comparison, compare_all
 from mpqdm_fx.report.images import save_rows
 from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.timing import time_per_step
 from mpqdm_fx.stages import in_form_of
 from mpqdm_fx.storage import write_model
 from mpqdm_fx.summary import SUMMARY, write_summary
 from mpqdm_fx.validation import check_fields
 
-__all__ = ["FolderResult", "Form", "time_per_step", "write_folder"]
+__all__ = ["FolderResult", "Form", "write_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +178,7 @@ def write_folder(
         if source.scheduler is not None:
             source.scheduler.save_pretrained(stage / "scheduler")
         write_text(stage / SOURCE, Origin.of(source, subfolder).model_dump_json())
+        write_recipe(stage, quantized.settings)
         runner: Denoiser = quantized
         program: dict[str, Any] | None = None
         graphs: list[Any] = []
@@ -324,27 +325,6 @@ def _summarise(
         "threads": torch.get_num_threads(),
         "seconds_to_quantize": quantized.report.seconds,
     }
-
-
-def time_per_step(
-    models: dict[str, Denoiser], inputs: dict[str, Any], *, rounds: int = 21
-) -> dict[str, float]:
-    """Median milliseconds of one call of each model, interleaved, after a warm-up call each.
-
-    Args:
-        models: Callables by name.
-        inputs: Keyword arguments of the call.
-        rounds: Timed calls of each.
-    """
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with torch.no_grad():
-        for index in range(rounds + 1):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(**inputs)
-                if index:
-                    times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _positional(graph_module: Callable[..., Any], quantized: QuantizedModel) -> Denoiser:

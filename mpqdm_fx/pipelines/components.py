@@ -22,13 +22,19 @@ from mpqdm_fx.errors import ArtifactError, ConfigError, first_line
 from mpqdm_fx.folders import MANIFEST, MODEL_CONFIG, open_folder
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.sources import Source
-from mpqdm_fx.pipelines.conditions import Call, Halves, encode_prompts, with_numbers
+from mpqdm_fx.pipelines.conditions import (
+    Call,
+    Halves,
+    default_guidance,
+    encode_prompts,
+    with_numbers,
+)
 from mpqdm_fx.pipelines.folder import INDEX, load_model, load_pipeline, read_index
 from mpqdm_fx.pipelines.layout import SUPPORTED
 from mpqdm_fx.pipelines.parts import ImageDecoder
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 
-__all__ = ["PipelineComponents", "as_drawn", "as_recorded", "default_guidance", "in_pipeline"]
+__all__ = ["PipelineComponents", "as_drawn", "as_recorded", "in_pipeline"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +79,7 @@ class PipelineComponents:
         self.unencoded = self._refusal(inputs.conditions(1, 0))
         if self.unencoded is not None:
             if prompts is not None or guidance is not None:
-                raise ConfigError(
-                    f"{root}: {self.unencoded}; leave prompts and guidance out, and embeddings are "
-                    f"random numbers"
-                )
+                raise ConfigError(f"{root}: {self.unencoded}; leave prompts and guidance out")
             self.prompts, self.scale = (), 1.0
         else:
             self.scale = default_guidance(self._class()) if guidance is None else guidance
@@ -130,7 +133,7 @@ class PipelineComponents:
             return None
         decoder = ImageDecoder(load_model(self._root / name, self._variant)).eval()
         with torch.no_grad():
-            return torch.cat([decoder(rows) for rows in samples.float().split(_DECODED)])
+            return torch.cat([decoder(rows) for rows in torch.split(samples.float(), _DECODED)])
 
     def _refusal(self, base: Mapping[str, Any]) -> str | None:
         """Why the pipeline's text encoders cannot condition the denoiser, if they cannot."""
@@ -194,17 +197,6 @@ class PipelineComponents:
         return (
             1 if name is None else 2 ** (len(self._decoder_config(name)["block_out_channels"]) - 1)
         )
-
-
-def default_guidance(pipeline_class: Any) -> float:
-    """The guidance scale that a pipeline's class draws with if it is told none; 1 if it has none.
-
-    Args:
-        pipeline_class: A pipeline class of diffusers.
-    """
-    parameter = inspect.signature(pipeline_class.__call__).parameters.get("guidance_scale")
-    default = None if parameter is None else parameter.default
-    return float(default) if isinstance(default, int | float) else 1.0
 
 
 def in_pipeline(

@@ -4,6 +4,7 @@ One road for every calibration: `PipelineInputs` takes it for `export`, `Pipelin
 the denoiser alone.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from mpqdm_fx.pipelines.runner import guidance_embedding, time_ids
 
-__all__ = ["Call", "Halves", "encode_prompts", "with_numbers"]
+__all__ = ["Call", "Halves", "default_guidance", "encode_prompts", "with_numbers"]
 
 Call = dict[str, Any]
 Halves = tuple[Call, Call]
@@ -75,3 +76,14 @@ def with_numbers(
             more["timestep_cond"] = embedding.repeat(count, 1)
         told.append(more)
     return told[0], told[1]
+
+
+def default_guidance(pipeline_class: Any) -> float:
+    """The guidance scale that a pipeline's class draws with if it is told none; 1 if it has none.
+
+    Args:
+        pipeline_class: A pipeline class of diffusers.
+    """
+    parameter = inspect.signature(pipeline_class.__call__).parameters.get("guidance_scale")
+    default = None if parameter is None else parameter.default
+    return float(default) if isinstance(default, int | float) else 1.0

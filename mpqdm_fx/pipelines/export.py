@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -32,15 +33,16 @@ from mpqdm_fx.io import expansion, sealed
 from mpqdm_fx.io.records import hash_tensor
 from mpqdm_fx.models import classes
 from mpqdm_fx.pipelines import picture_files, program_files, runner
-from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
-from mpqdm_fx.pipelines.layout import Size, layout_of, open_pipeline
+from mpqdm_fx.pipelines.finish import finish
+from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs, inputs_of
+from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manifest
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import Judged, quantize_part, sqnr_of, write_programs
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.work import WorkFolder
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.validation import Between, Bytes, Count, NonNegative, check_value, checked
+from mpqdm_fx.validation import Between, Bytes, Count, NonNegative, Some, check_value, checked
 from mpqdm_fx.versions import versions
 
 __all__ = ["MINIMUM_SQNR_DB", "ExportResult", "export_pipeline"]
@@ -73,11 +75,13 @@ class ExportResult:
         quantized: Quantized parts by name. A part that stayed in float, or whose programs a
             resumed run found finished, has none.
         manifest: The content of `pipeline.json`.
+        summary: The content of `summary.json`: sizes, times, peaks of memory, quality.
     """
 
     directory: Path
     quantized: Mapping[str, QuantizedModel]
     manifest: Mapping[str, Any]
+    summary: Mapping[str, Any]
 
 
 @plain_torch()
@@ -90,7 +94,7 @@ def export_pipeline(
     sizes: Sequence[Size] | None = None,
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     steps: Count = 20,
-    guidance: NonNegative = 7.5,
+    guidance: NonNegative | None = None,
     trajectories: Count = 16,
     batch_size: Count = 8,
     minimum_sqnr_db: Annotated[float, Between(-300, 300)] = MINIMUM_SQNR_DB,
@@ -103,6 +107,8 @@ def export_pipeline(
     external_weights: bool = False,
     compress: bool = False,
     overwrite: bool = False,
+    samples: Some = 4,
+    measure: bool = True,
 ) -> ExportResult:
     """Turn a diffusers pipeline into a folder of ExecuTorch programs and a runner.
 
@@ -124,6 +130,7 @@ def export_pipeline(
         prompts: Prompts to calibrate on.
         steps: Steps of the calibration runs, and the runner's default.
         guidance: Guidance scale of the calibration runs, and the runner's default; up to 1 none.
+            Default: the pipeline's own.
         trajectories: Denoising runs to calibrate on.
         batch_size: Rows in a calibration call.
         minimum_sqnr_db: A quantized text encoder or VAE below this stays in float.
@@ -139,6 +146,10 @@ def export_pipeline(
         compress: Store programs and weights as `.xz`; the runner expands them when they are first
             run.
         overwrite: Whether `output` may be an export that is replaced.
+        samples: Columns of `samples.png`: pictures of the pipeline in float above those of the
+            programs, of the first prompts. 0 draws none.
+        measure: Measure time and peak memory of every part, as a program and in float; peaks of
+            the float parts only where `pipeline` is a folder.
 
     Returns:
         What was made.
@@ -153,13 +164,9 @@ def export_pipeline(
     _check_settings(config, prompts, four_bit)
     require_executorch()
     target = check_target(output, MANIFEST, overwrite=overwrite)
-    layout = layout_of(open_pipeline(pipeline))
-    chosen = layout.check_sizes(sizes)
-    if layout.kind == "unconditional":
-        guidance = 1.0
-    inputs = PipelineInputs(
-        layout=layout,
-        size=chosen[0],
+    inputs, chosen = inputs_of(
+        pipeline,
+        sizes,
         prompts=tuple(prompts),
         steps=steps,
         guidance=guidance,
@@ -167,6 +174,7 @@ def export_pipeline(
         batch_size=batch_size,
         seed=0 if config is None else config.seed,
     )
+    layout, guidance = inputs.layout, inputs.guidance
     if config is not None:
         check_feasible(
             layout.unet, inputs.example("denoiser", chosen[0]), config,
@@ -228,7 +236,8 @@ def export_pipeline(
         for file, module in RUNNER.items():
             (stage / file).write_text(_apart(module), encoding="utf-8")
         methods = [entry for record in records.values() for entry in record["methods"]]
-        manifest = write_manifest(
+        write = partial(
+            write_manifest,
             stage,
             layout,
             sizes=chosen,
@@ -239,8 +248,11 @@ def export_pipeline(
             timesteps=timesteps,
             expanded=expanded,
         )
+        root = Path(pipeline) if isinstance(pipeline, (str, Path)) else None
+        summary = finish(stage, inputs, write(), samples=samples, measure=measure, root=root)
+        manifest = write()  # which now lists summary and samples too
     work.remove()
-    return ExportResult(directory=target, quantized=quantized, manifest=manifest)
+    return ExportResult(directory=target, quantized=quantized, manifest=manifest, summary=summary)
 
 
 def _check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: FourBit) -> None:

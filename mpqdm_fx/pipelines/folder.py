@@ -18,7 +18,7 @@ from mpqdm_fx.models.classes import diffusers_class, is_model_class
 from mpqdm_fx.models.model_config import read_model_config
 from mpqdm_fx.models.weight_files import load_weights, refuse_missing
 
-__all__ = ["INDEX", "load_model", "load_pipeline", "read_index"]
+__all__ = ["INDEX", "load_model", "load_part", "load_pipeline", "part_class", "read_index"]
 
 INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers", "mpqdm_fx.component")
@@ -95,6 +95,36 @@ def load_model(folder: Path, variant: str | None = None) -> Any:
     """
     found, config = read_model_config(folder)
     return load_weights(found, config, folder, _variant_of(folder, variant))
+
+
+def part_class(root: Path, part: str) -> Any:
+    """The class of a component, imported, whose weights are not loaded.
+
+    Args:
+        root: The pipeline's folder.
+        part: The component's name.
+
+    Raises:
+        ArtifactError: The index does not name it, or names no such class.
+    """
+    entry = _entry(root, part)
+    if entry[0] == "transformers":
+        return getattr(importlib.import_module("transformers"), entry[1], None)
+    return diffusers_class("model", entry[1], f"{root / INDEX}: {part}")
+
+
+def load_part(root: Path, part: str) -> Any:
+    """One component with weights; see `load_pipeline`."""
+    library, name = _entry(root, part)
+    return _loaded(root / part, library, name, None)
+
+
+def _entry(root: Path, part: str) -> list[str]:
+    entry = read_index(root).get(part)
+    if not isinstance(entry, list):
+        raise ArtifactError(f"{root / INDEX} names no {part}")
+    _check_component(root, part, entry)
+    return entry
 
 
 def _pipeline_class(index: Mapping[str, Any]) -> Any:

@@ -17,12 +17,12 @@ from torch.nn import functional
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.models.extra_channels import random_masks
-from mpqdm_fx.pipelines.conditions import Call, encode_prompts, with_numbers
-from mpqdm_fx.pipelines.layout import Layout, Size
+from mpqdm_fx.pipelines.conditions import Call, default_guidance, encode_prompts, with_numbers
+from mpqdm_fx.pipelines.layout import Layout, Size, layout_of, open_pipeline
 from mpqdm_fx.pipelines.runner import time_ids
 from mpqdm_fx.validation import Count, NonNegative, Seed, check_fields
 
-__all__ = ["DenoiserCalls", "PipelineInputs"]
+__all__ = ["DenoiserCalls", "PipelineInputs", "inputs_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,16 @@ class PipelineInputs:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    def guided(self) -> bool:
+        """Whether a step calls the denoiser twice."""
+        plain = self.layout.kind != "unconditional"
+        return plain and self.guidance > 1 and self.layout.settings["time_cond_proj_dim"] is None
+
     @cached_property
     def runs(self) -> Trajectories:
         """The float pipeline's denoising runs."""
         layout = self.layout
-        guided = self.guidance > 1 and layout.settings["time_cond_proj_dim"] is None
         prompts = list(itertools.islice(itertools.cycle(self.prompts), self.trajectories))
         conditions = self._conditions(prompts if layout.kind != "unconditional" else [])
         plain, negative = conditions
@@ -69,8 +74,8 @@ class PipelineInputs:
             seed=self.seed,
             sample_shape=layout.latent_shape(self.size),
             conditions=plain,
-            guidance_scale=self.guidance if guided and plain else None,
-            unconditional=negative if guided and plain else None,
+            guidance_scale=self.guidance if self.guided else None,
+            unconditional=negative if self.guided else None,
             held_out=self.trajectories // 4,
         )
 
@@ -106,6 +111,19 @@ class PipelineInputs:
             latents = torch.cat([encoder(image[None])[0] for image in images])
         small = functional.interpolate(masks, size=latents.shape[-2:])
         return {EXTRA_CHANNELS: torch.cat([small, latents], dim=1)}
+
+    def picture(self, index: int) -> dict[str, Any]:
+        """What the runner is shown beside the prompt: image and mask of inpainting, else nothing.
+
+        Args:
+            index: Number of the drawing.
+        """
+        if self.layout.kind != "inpainting":
+            return {}
+        images, masks = self._pictures
+        row = index % len(images)
+        image = (images[row] / 2 + 0.5).permute(1, 2, 0)
+        return {"image": image.numpy(), "mask": masks[row, 0].numpy()}
 
     def calls(self, part: str) -> list[Call]:
         """Calibration calls of every part but the denoiser, in batches.
@@ -161,6 +179,29 @@ class PipelineInputs:
         prompts = list(self.prompts[:1]) if self.layout.kind != "unconditional" else []
         plain, _ = self._conditions(prompts)
         return {name: value for name, value in plain.items() if name != EXTRA_CHANNELS}
+
+
+def inputs_of(
+    pipeline: Any, sizes: Sequence[Size] | None, *, guidance: float | None, **settings: Any
+) -> tuple[PipelineInputs, tuple[Size, ...]]:
+    """Open a pipeline; how its parts are called, and the sizes that it is to draw.
+
+    Args:
+        pipeline: As of `open_pipeline`.
+        sizes: As of `Layout.check_sizes`.
+        guidance: Guidance scale; None takes the pipeline's own.
+        **settings: The other fields of `PipelineInputs`.
+
+    Raises:
+        MPQError: See `open_pipeline`, `layout_of` and `Layout.check_sizes`.
+    """
+    layout = layout_of(open_pipeline(pipeline))
+    chosen = layout.check_sizes(sizes)
+    if layout.kind == "unconditional":
+        guidance = 1.0
+    elif guidance is None:
+        guidance = default_guidance(type(layout.pipeline))
+    return PipelineInputs(layout=layout, size=chosen[0], guidance=guidance, **settings), chosen
 
 
 class DenoiserCalls:

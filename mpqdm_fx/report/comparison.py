@@ -60,12 +60,12 @@ class Comparison:
     def __str__(self) -> str:
         """A line for all calls, and one for each noise level."""
         word = word_of_sqnr(self.sqnr_db)
-        told = f"{self.samples} samples in {self.calls} calls"
+        told = f"{_counted(self.samples, 'sample')} in {_counted(self.calls, 'call')}"
         lines = [f"output SQNR {self.sqnr_db:.1f} dB ({word}), {told}"]
         width = max((len(f"{one.level:g}") for one in self.levels), default=0)
         lines += [
             f"  at {self.noise_argument} {one.level:>{width}g}  {one.sqnr_db:6.1f} dB"
-            f"  ({one.samples} samples)"
+            f"  ({_counted(one.samples, 'sample')})"
             for one in self.levels
         ]
         return "\n".join(lines)
@@ -175,6 +175,10 @@ def row_powers(expected: Tensor, found: Tensor, batch: int) -> Tensor:
     both = torch.stack([exact, exact - found.detach().cpu().double()]).square()
     rows = batch if exact.ndim and len(exact) and len(exact) % batch == 0 else 1
     return both.reshape(2, rows, -1).sum(dim=2).T
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _by_level(sums: Tensor, told: Tensor, most: int) -> tuple[LevelSqnr, ...]:

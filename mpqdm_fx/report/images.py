@@ -23,11 +23,11 @@ _SMALLEST = 64  # side of an image in a picture of labelled rows, in picture pix
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int = 8, *, zoom: int = 4) -> Path:
-    """Write a batch of images as one PNG, row by row; the file appears whole or not at all.
+    """Write a batch of images as one picture, row by row; the file appears whole or not at all.
 
     Args:
         images: float [N, 1 or 3, H, W] in [-1, 1]; values outside are clipped.
-        path: the file to write; its folder is made if absent.
+        path: the file to write, .png, .jpg or .webp; its folder is made if absent.
         columns: images in a row.
         zoom: side of one pixel in the picture, in picture pixels.
 
@@ -152,8 +152,13 @@ def _write(picture: "Image", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format=_format_of(path), quality=95)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _format_of(path: Path) -> str:
+    """Pillow's name of a file type; PNG where the ending is none of pictures."""
+    return {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG")

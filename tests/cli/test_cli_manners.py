@@ -45,7 +45,8 @@ def test_every_command_ends_its_help_with_two_examples_that_parse(name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_a_panel_and_a_help(name):
     command = COMMANDS[name]
-    options = [one for one in command.params if one.opts[0].startswith("-")]
+    params = command.get_params(command.make_context(name, ["x"]))
+    options = [one for one in params if one.opts[0].startswith("-")]
     assert options
     for one in options:
         assert one.rich_help_panel in (MODEL, BITS, CALIBRATION, PROGRAM, RUN), one.name

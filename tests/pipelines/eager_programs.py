@@ -14,6 +14,9 @@ from mpqdm_fx.pipelines.program_files import ProgramFiles
 from mpqdm_fx.pipelines.programs import PartMethod, method_name, part_methods
 from mpqdm_fx.pipelines.runner import PipelineRunner
 
+#: What these files cannot be drawn and measured with.
+UNMEASURED = {"samples": 0, "measure": False}
+
 
 def _specs(pairs):
     return tuple(
@@ -122,5 +125,6 @@ def eager_export(pipeline, output, monkeypatch, config=None, *, split=False, **o
     monkeypatch.setattr(
         "mpqdm_fx.pipelines.export.write_programs", eager_writer(models, split=split)
     )
+    options = {**UNMEASURED, **options}
     result = export_pipeline(pipeline, config, output, **options)
     return result, EagerRunner(output, models)

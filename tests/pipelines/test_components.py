@@ -16,6 +16,7 @@ from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
 from mpqdm_fx.jobs import distill as distill_job
 from mpqdm_fx.jobs import quantize as quantize_job
+from mpqdm_fx.jobs import result_folder
 from mpqdm_fx.jobs.calibration import calibration_of, held_out_of
 from mpqdm_fx.jobs.evaluate import evaluate_folder
 from mpqdm_fx.models.sources import load_source
@@ -29,6 +30,10 @@ CHEAP = ["--weights", 8, "--allocation", "uniform", "--levels", "uniform", "--ro
 CHEAP += ["--refinements", 0, "--propagation", 0, "--slowdown", 1]
 CHEAP += ["--backend", "packed", "--subfolder", "unet"]
 RUNS = ["--trajectories", 4, "--steps", 2, "--samples", 2]
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing but the interpreter catches it."""
 
 
 def run(*words):
@@ -56,6 +61,12 @@ def quantized(pipeline, tmp_path_factory):
     status, text = run("quantize", pipeline[1], *CHEAP, *RUNS, *words)
     assert status == 0, text
     return output
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Folders without the processes that measure peaks of memory, which take the longest."""
+    monkeypatch.setattr(result_folder, "peak_memory", lambda *_: None)
 
 
 def source_in(folder, **options):
@@ -156,6 +167,7 @@ def test_embedded_guidance_is_that_of_the_runs_and_calls_once(tmp_path):
 # -- without a text encoder ----------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_pipeline_without_an_encoder_warns_and_says_so_in_its_summary(pipeline, tmp_path, caplog):
     folder = without_encoder(pipeline[1], tmp_path / "bare")
     status, text = run("quantize", folder, *CHEAP, *RUNS, "--output", tmp_path / "out")
@@ -313,8 +325,10 @@ TRAIN = {
 }
 
 
-def trained_with(quantized, output, monkeypatch, **settings):
-    """Train; return the settings and conditions of the training, and the folder's summary."""
+@pytest.mark.usefixtures("unmeasured")
+def test_training_has_the_prompts_and_the_guidance_of_the_calibration(
+    pipeline, quantized, tmp_path, monkeypatch
+):
     seen = {}
     real = distill_job.distill
 
@@ -323,15 +337,8 @@ def trained_with(quantized, output, monkeypatch, **settings):
         return real(model, teacher, config, **options)
 
     monkeypatch.setattr(distill_job, "distill", recorded)
-    config = DistillConfig(**TRAIN, **settings)
-    distill_job.distill_folder(quantized, config, output=output, samples=1)
-    return seen
-
-
-def test_training_has_the_prompts_and_the_guidance_of_the_calibration(
-    pipeline, quantized, tmp_path, monkeypatch
-):
-    seen = trained_with(quantized, tmp_path / "out", monkeypatch)
+    config = DistillConfig(**TRAIN)
+    distill_job.distill_folder(quantized, config, output=tmp_path / "out", samples=1)
     assert seen["config"].guidance_scale == 3.0
     states = seen["conditions"]["encoder_hidden_states"]
     torch.testing.assert_close(states, states_of(pipeline[0], PROMPTS[:4]))
@@ -344,16 +351,22 @@ def test_training_has_the_prompts_and_the_guidance_of_the_calibration(
 
 
 def test_training_without_guidance_has_the_prompts_alone(quantized, tmp_path, monkeypatch):
-    seen = trained_with(quantized, tmp_path / "out", monkeypatch, guidance_scale=1.0)
+    seen = {}
+
+    def stop(model, teacher, config, **options):
+        seen.update(options, config=config)
+        raise Killed
+
+    monkeypatch.setattr(distill_job, "distill", stop)
+    config = DistillConfig(**TRAIN, guidance_scale=1.0)
+    with pytest.raises(Killed):
+        distill_job.distill_folder(quantized, config, output=tmp_path / "out")
     assert seen["config"].guidance_scale is None
     assert seen["unconditional"] is None
+    assert len(seen["conditions"]["encoder_hidden_states"]) == 4
 
 
 # -- going on ------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for a signal: nothing but the interpreter catches it."""
 
 
 def test_a_resumed_run_gives_the_same_bits_and_is_refused_other_prompts(
@@ -369,6 +382,7 @@ def test_a_resumed_run_gives_the_same_bits_and_is_refused_other_prompts(
     with pytest.raises(Killed):
         run(*words, "--prompts", prompts)
     monkeypatch.undo()
+    monkeypatch.setattr(result_folder, "peak_memory", lambda *_: None)
     assert not output.exists()
     (tmp_path / "others.txt").write_text("a house\n")
     status, text = run(*words, "--resume", "--prompts", tmp_path / "others.txt")

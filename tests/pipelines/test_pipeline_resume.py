@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tiny_pipelines
-from eager_programs import eager_writer
+from eager_programs import UNMEASURED, eager_writer
 
 from mpqdm_fx import ArtifactError, ConfigError, export_pipeline
 
@@ -39,7 +39,7 @@ def export(pipeline, output, monkeypatch, *, dies_at=None, **options):
     monkeypatch.setattr(
         "mpqdm_fx.pipelines.export.write_programs", writer_that_dies_at(dies_at, written)
     )
-    settings = {"config": None, **OPTIONS, **options}
+    settings = {"config": None, **OPTIONS, **UNMEASURED, **options}
     if dies_at is None:
         export_pipeline(pipeline, settings.pop("config"), output, **settings)
     else:

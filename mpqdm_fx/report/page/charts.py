@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["bits_chart", "bytes_chart", "heat_chart", "judged_chart", "levels_chart", "solve_chart"]
+__all__ = [
+    "band_places",
+    "bits_chart",
+    "bytes_chart",
+    "finite_or_nan",
+    "heat_chart",
+    "judged_chart",
+    "levels_chart",
+    "solve_chart",
+]
 
 _ORDER = "layer, in running order"
 
@@ -36,13 +45,14 @@ def bits_chart(part: Part) -> Chart:
 
     def draw(figure: "Figure", wide: bool) -> None:
         axes = figure.subplots()
-        _bands(axes, layers, wide)
+        band_places(axes, layers, wide)
         colours = [FAINT if layer.reason else ACCENT for layer in layers]
         bars = axes.bar(
             range(len(layers)), [la.mean_bits for la in layers], width=0.82, color=colours
         )
         for index, bar in enumerate(bars):
             bar.set_gid(f"layer-{index}")
+            bar.set_clip_on(False)
         axes.axhline(part.mean_bits, color=SECOND, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_ylim(0, 8.6)
         axes.set_yticks([0, 2, 4, 6, 8])
@@ -77,11 +87,11 @@ def solve_chart(part: Part) -> Chart | None:
 
     def draw(figure: "Figure", wide: bool) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        _bands(top, layers, wide)
+        band_places(top, layers, wide)
         top.set_xlabel("")
-        for i in both:
-            ends = [layers[i].base_sqnr_db or 0, layers[i].sqnr_db or 0]
-            top.plot([i, i], ends, color=ACCENT, linewidth=1.4, alpha=0.45)
+        # one line with gaps: a line for each of many layers would make a large page
+        ends = [y for i in both for y in (layers[i].base_sqnr_db, layers[i].sqnr_db, math.nan)]
+        top.plot([i for i in both for _ in range(3)], ends, color=ACCENT, linewidth=1.4, alpha=0.45)
         top.plot(
             both, [layers[i].base_sqnr_db for i in both], "o", markersize=2.6, color=FAINT,
             label="without propagation",
@@ -93,7 +103,8 @@ def solve_chart(part: Part) -> Chart | None:
         top.set_ylabel("layer SQNR, dB")
         top.legend(loc="upper right", ncols=1 + wide, bbox_to_anchor=(1, 1.02), handlelength=1)
         _room(top)
-        bottom.bar(range(len(layers)), [la.alpha for la in layers], width=0.82, color=SECOND)
+        edges = [index - 0.5 for index in range(len(layers) + 1)]
+        bottom.stairs([la.alpha for la in layers], edges, fill=True, color=SECOND)
         bottom.set_ylim(0, 1.05)
         bottom.set_yticks([0, 1])
         bottom.set_ylabel("strength")
@@ -129,18 +140,21 @@ def levels_chart(part: Part) -> Chart | None:
     levels = [one.level for one in part.levels]
     own = [one.sqnr_db for one in part.levels]
     theirs = [one.backend_sqnr_db for one in part.levels]
-    apart = any(_finite(a) and _finite(b) and abs(a - b) > 0.05 for a, b in zip(own, theirs))  # noqa: B905
+    pairs = zip(finite_or_nan(own), finite_or_nan(theirs), strict=True)
+    apart = any(abs(a - b) > 0.05 for a, b in pairs)  # not of NaN
 
     def draw(figure: "Figure", wide: bool) -> None:
         axes = figure.subplots()
-        axes.plot(_drawn(own), "o-", color=ACCENT, linewidth=1.6, markersize=4, label="graph")
+        axes.plot(
+            finite_or_nan(own), "o-", color=ACCENT, linewidth=1.6, markersize=4, label="graph"
+        )
         if apart:
             axes.plot(
-                _drawn(theirs), "s--", color=SECOND, linewidth=1.2, markersize=3,
+                finite_or_nan(theirs), "s--", color=SECOND, linewidth=1.2, markersize=3,
                 label=str(part.backend),
             )  # fmt: skip
             axes.legend(loc="best")
-        for index, value in enumerate(_drawn(own)):
+        for index, value in enumerate(finite_or_nan(own)):
             if wide and not math.isnan(value):
                 axes.annotate(
                     f"{value:.1f}", (index, value), xytext=(0, 7), textcoords="offset points",
@@ -178,7 +192,7 @@ def heat_chart(part: Part) -> Chart | None:
     if not levels or all(layer.by_level is None for layer in layers):
         return None
     blank = (math.nan,) * len(levels)
-    rows = [_drawn(layer.by_level) if layer.by_level else blank for layer in layers]
+    rows = [finite_or_nan(layer.by_level) if layer.by_level else blank for layer in layers]
     values = [[row[level] for row in rows] for level in range(len(levels))]
     finite = sorted(v for row in values for v in row if not math.isnan(v))
     low, high = finite[len(finite) // 50], finite[-1 - len(finite) // 50]
@@ -202,7 +216,7 @@ def heat_chart(part: Part) -> Chart | None:
             image, ax=axes, pad=0.015 if wide else 0.02, aspect=18,
             location="right" if wide else "bottom",
         )  # fmt: skip
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.set_label("layer SQNR, dB")
 
     return chart(
@@ -210,7 +224,7 @@ def heat_chart(part: Part) -> Chart | None:
         "Every layer at every noise level",
         f"Signal-to-noise ratio of every layer's output in the running model, errors of earlier "
         f"layers included: {len(layers)} layers by {len(levels)} noise levels, {low:.0f} dB "
-        f"(red) to {high:.0f} dB (green).",
+        f"(red) to {high:.0f} dB (teal).",
         draw,
         height=2.7,
         narrow_height=2.9,
@@ -337,12 +351,12 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _drawn(values: Sequence[float]) -> tuple[float, ...]:
+def finite_or_nan(values: Sequence[float]) -> tuple[float, ...]:
     """What cannot be drawn, an exact value among them, is left out."""
     return tuple(value if math.isfinite(value) else math.nan for value in values)
 
 
-def _bands(axes: "Axes", layers: Sequence[LayerNumbers], wide: bool) -> None:
+def band_places(axes: "Axes", layers: Sequence[LayerNumbers], wide: bool) -> None:
     """Where the model goes down, is in the middle, and goes up."""
     for index, (_, start, end) in enumerate(_places(layers)):
         if index % 2:

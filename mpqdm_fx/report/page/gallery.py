@@ -16,7 +16,8 @@ __all__ = ["DIFFERENCE", "Gallery", "Row", "gallery_of"]
 
 DIFFERENCE = 8  # what differences are multiplied by to be seen
 _MOST = 16  # pictures in a row
-_SIDE = 256  # larger pictures are made smaller
+_LONGEST = 10  # characters of a label
+_SIDE = 192  # larger pictures are made smaller
 _LOSSLESS = 64 * 64  # pixels of a picture that is stored exactly
 
 
@@ -39,7 +40,8 @@ class Gallery:
 
     Attributes:
         rows: Column by column from the same noise.
-        labels: What each column was to show; empty if nothing is said.
+        labels: Short names of the columns; empty if nothing is said.
+        prompts: What each column was to show, where that is too long for a label.
         note: What the pictures are, where they are not the model's own output.
         side: Width and height of a picture in pixels, as it is stored.
         left_out: Pictures that were drawn and are not here.
@@ -47,6 +49,7 @@ class Gallery:
 
     rows: tuple[Row, ...]
     labels: tuple[str, ...]
+    prompts: tuple[str, ...]
     note: str
     side: tuple[int, int]
     left_out: int
@@ -74,11 +77,14 @@ def gallery_of(images: Mapping[str, Tensor], *, labels: Sequence[str], note: str
             if len(images) > 2:
                 title = f"{name}, {title}"
             rows.append(_row(title, apart * 2 - 1))
+    shown = tuple(labels[:_MOST])
+    long = any(len(label) > _LONGEST for label in shown)
     height, width = first.shape[-2:]
     scale = min(1.0, _SIDE / max(height, width))
     return Gallery(
         rows=tuple(rows),
-        labels=tuple(labels[:_MOST]),
+        labels=tuple(str(i + 1) for i in range(len(shown))) if long else shown,
+        prompts=shown if long else (),
         note=note,
         side=(round(width * scale), round(height * scale)),
         left_out=max(0, len(first) - _MOST),
@@ -105,6 +111,6 @@ def _address(pixels: Tensor) -> str:
     if exact:
         picture.save(file, format="PNG", optimize=True)
     else:
-        picture.save(file, format="JPEG", quality=88)
+        picture.save(file, format="JPEG", quality=85)
     kind = "png" if exact else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.report.page import charts, text
-from mpqdm_fx.report.page.details import LayerRow, layer_rows
+from mpqdm_fx.report.page.details import BIT_AXIS, LayerRow, layer_rows
 from mpqdm_fx.report.page.gallery import Gallery
 from mpqdm_fx.report.page.svg import Chart
 from mpqdm_fx.report.record import ActivationNumbers, Part, ReportRecord
@@ -18,7 +18,7 @@ from mpqdm_fx.report.words import word_of_sqnr, word_of_x0
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["Card", "PartView", "cards_of", "page_environment", "render_report"]
+__all__ = ["Card", "PartView", "cards_of", "page_environment", "render_report", "setting_text"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MAIN = ("weight_bits", "activation_bits", "activation_mode", "allocation", "rounding", "levels")
@@ -104,11 +104,13 @@ def page_environment() -> "Environment":
         "bytes": text.bytes_text,
         "db": text.db_text,
         "share": text.share_text,
+        "last_part": lambda name: Path(name).name or name,
         "raw": Markup,
         "breakable": _breakable,
         "capitalize_first": lambda sentence: sentence[:1].upper() + sentence[1:].rstrip("."),
     }
     environment.globals["file_rows"] = _file_rows
+    environment.globals["bit_axis"] = Markup(BIT_AXIS)
     for name in ("page.css", "page.js"):
         content = (_TEMPLATES / name).read_text(encoding="utf-8")
         environment.globals[name.replace(".", "_")] = Markup(content)
@@ -248,9 +250,9 @@ def _view(part: Part) -> PartView:
         charts=drawn,
         layers=tuple(layer_rows(part)),
         inputs=_inputs(part.activations),
-        settings=tuple((key, _setting(value)) for key, value in told.items()),
+        settings=tuple((key, setting_text(value)) for key, value in told.items()),
         defaults=tuple(
-            (key, _setting(value)) for key, value in part.settings.items() if key not in told
+            (key, setting_text(value)) for key, value in part.settings.items() if key not in told
         ),
     )
 
@@ -274,13 +276,14 @@ def _below(share: float) -> str:
     return f"{-10 * math.log10(share):.1f}" if share > 0 else "none"
 
 
-def _setting(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """A setting's value in words."""
     if value is None:
         return text.NONE
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        return "; ".join(map(_setting, value)) or "none"
+        return "; ".join(map(setting_text, value)) or "none"
     if isinstance(value, dict):
         given = {key: entry for key, entry in value.items() if entry not in (None, False)}
         return ", ".join(f"{key} {entry}" for key, entry in given.items())

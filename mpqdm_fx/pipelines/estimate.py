@@ -1,0 +1,209 @@
+"""Time, memory, disk and size of an export, told before any of its work."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.pipelines.inputs import PipelineInputs, inputs_of
+from mpqdm_fx.pipelines.layout import Size
+from mpqdm_fx.pipelines.parts import Part
+from mpqdm_fx.pipelines.programs import side_settings
+from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
+from mpqdm_fx.stages import normalized
+from mpqdm_fx.sweep.estimate import estimate
+from mpqdm_fx.validation import Bytes, Count, NonNegative, Some, checked
+
+__all__ = ["ExportEstimate", "PartEstimate", "estimate_export"]
+
+# Seconds of one core, measured on UNets of 0.1 and 860 M parameters: export, partitioning, writing.
+_LOWER_LAYER = 0.9  # norms and attention between two layers included
+_LOWER_WEIGHT = 3e-7
+_PROCESS = 6.0  # that measures one peak: mostly imports
+_TIMED = 6  # calls of a part, and as many of its program
+_JUDGED = 2  # a part's held-out calls, once in float and once quantized, which is as slow
+_LAYER_BYTES = 2800  # of a layer in one method's graph
+_PROGRAM = 0.6  # what a program's call takes of the float one's
+_SCALES = 4  # bytes of a channel's scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartEstimate:
+    """What one part is expected to take, and to become.
+
+    Attributes:
+        parameters: Its parameters.
+        float_bytes: Of them in float32.
+        program_bytes: Of its program, if it is quantized where that is asked for.
+        call_seconds: Of one call in float, batch 1, measured.
+        quantize_seconds: Calibration, rounding and judging; the denoiser's with its runs.
+        lower_seconds: Lowering for all sizes.
+        measure_seconds: Time and peaks of memory.
+        peak_bytes: While it is quantized.
+    """
+
+    parameters: int
+    float_bytes: int
+    program_bytes: int
+    call_seconds: float
+    quantize_seconds: float
+    lower_seconds: float
+    measure_seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportEstimate:
+    """What `export_pipeline` is expected to take on this machine.
+
+    Attributes:
+        parts: By name, in running order.
+        draw_seconds: `samples.png`.
+        disk_bytes: Finished programs and solved layers beside the output, at most.
+    """
+
+    parts: Mapping[str, PartEstimate]
+    draw_seconds: float
+    disk_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        parts = self.parts.values()
+        spent = (p.quantize_seconds + p.lower_seconds + p.measure_seconds for p in parts)
+        return sum(spent) + self.draw_seconds
+
+    @property
+    def bytes(self) -> int:
+        """Of all programs."""
+        return sum(part.program_bytes for part in self.parts.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of memory: all parts in float, and what the largest needs beside them."""
+        extra = max(part.peak_bytes - part.float_bytes for part in self.parts.values())
+        return sum(part.float_bytes for part in self.parts.values()) + max(0, extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+            "disk_bytes": self.disk_bytes,
+            "bytes": self.bytes,
+            "draw_seconds": self.draw_seconds,
+            "parts": {name: asdict(part) for name, part in self.parts.items()},
+        }
+
+
+@checked
+def estimate_export(
+    pipeline: Any,
+    config: MPQConfig | None,
+    *,
+    sizes: Sequence[Size] | None = None,
+    prompts: Sequence[str] = DEFAULT_PROMPTS,
+    steps: Count = 20,
+    guidance: NonNegative | None = None,
+    trajectories: Count = 16,
+    batch_size: Count = 8,
+    max_memory: Bytes | None = None,
+    samples: Some = 4,
+    measure: bool = True,
+) -> ExportEstimate:
+    """Estimate an export without running it: each part is traced, and called twice.
+
+    Args: as of `export_pipeline`.
+
+    Raises:
+        MPQError: The pipeline cannot be opened, or a part cannot be traced.
+    """
+    inputs, chosen = inputs_of(
+        pipeline, sizes, prompts=tuple(prompts), steps=steps, guidance=guidance,
+        trajectories=trajectories, batch_size=batch_size, seed=0 if config is None else config.seed,
+    )  # fmt: skip
+    parts, solved = {}, 0
+    for part in inputs.layout.parts.values():
+        found, disk = _part(part, inputs, config, chosen, measure, max_memory)
+        parts[part.name] = found
+        solved = max(solved, disk)
+    drawing = samples * (1 + _PROGRAM) * _image_seconds(parts, inputs)
+    total = sum(part.program_bytes for part in parts.values())
+    return ExportEstimate(parts=parts, draw_seconds=drawing, disk_bytes=total + solved)
+
+
+def _image_seconds(parts: Mapping[str, PartEstimate], inputs: PipelineInputs) -> float:
+    """One picture in float."""
+    calls = inputs.steps * (2 if inputs.guided else 1)
+    once = (part.call_seconds for name, part in parts.items() if name != "denoiser")
+    return calls * parts["denoiser"].call_seconds + sum(once)
+
+
+def _part(
+    part: Part,
+    inputs: PipelineInputs,
+    config: MPQConfig | None,
+    sizes: Sequence[Size],
+    measure: bool,
+    max_memory: int | None,
+) -> tuple[PartEstimate, int]:
+    """A part's numbers, and bytes on the disk while it is quantized."""
+    example = inputs.example(part.name, inputs.size)
+    settings = MPQConfig() if config is None else config
+    settings = settings if part.stepped else side_settings(settings)
+    graph = normalized(part.module, dict(example), settings)
+    call_seconds = _call_seconds(part, example)
+    calls, rows = _calls(part, inputs)
+    layers = weight_layers(graph, embeddings=True)
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    tensors = [t for t in graph.state_dict().values() if t.is_floating_point()]
+    read = sum(tensor.numel() for tensor in tensors)  # a last layer may be there for nothing
+    quantize, peak, disk, stored = 0.0, 4 * read, 0, 4 * read
+    if config is not None:
+        batch = example_inputs(graph.meta["signature"], batch_size=rows)
+        sweep = estimate(graph, [batch] * calls, settings, max_memory=max_memory)
+        quantize = sweep.seconds + _JUDGED * call_seconds * calls * rows / 4
+        peak, disk = sweep.peak_bytes, sweep.disk_bytes
+        channels = sum(layer.weight.shape[0] for layer in layers.values())
+        stored = weights + 4 * (read - weights) + _SCALES * channels
+    if part.stepped:
+        quantize += call_seconds * calls * rows if config is not None else 0.0
+    methods = len(sizes) if part.sized else 1
+    lower = methods * (len(layers) * _LOWER_LAYER + weights * _LOWER_WEIGHT)
+    found = PartEstimate(
+        parameters=part.parameters,
+        float_bytes=4 * part.parameters,
+        program_bytes=stored + methods * len(layers) * _LAYER_BYTES,
+        call_seconds=call_seconds,
+        quantize_seconds=quantize,
+        lower_seconds=lower,
+        measure_seconds=(2 * _PROCESS + 2 * _TIMED * call_seconds) if measure else 0.0,
+        peak_bytes=peak,
+    )
+    return found, disk
+
+
+def _calls(part: Part, inputs: PipelineInputs) -> tuple[int, int]:
+    """Calibration calls of a part, and rows of one."""
+    if part.name.startswith("text_encoder"):
+        rows = 1 + len(inputs.prompts)
+    elif part.stepped:
+        rows = inputs.trajectories * inputs.steps * (2 if inputs.guided else 1)
+    else:
+        return inputs.trajectories, 1
+    batch = min(rows, inputs.batch_size)
+    return math.ceil(rows / batch), batch
+
+
+def _call_seconds(part: Part, example: Mapping[str, Any]) -> float:
+    with torch.no_grad():
+        part.module(**example)
+        start = time.perf_counter()
+        part.module(**example)
+    return time.perf_counter() - start

@@ -1,0 +1,162 @@
+"""What an exported folder is compared with: its pipeline in float, by pictures, time and memory.
+
+Both are run by the same runner, so that they differ by nothing but the programs.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mpqdm_fx.backends.xnnpack.compressed import drop_expansions
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.graph.containers import tensor_leaves
+from mpqdm_fx.pipelines.inputs import PipelineInputs
+from mpqdm_fx.pipelines.memory import nested, part_peak
+from mpqdm_fx.pipelines.parts import Part
+from mpqdm_fx.pipelines.program_files import ProgramFiles
+from mpqdm_fx.pipelines.runner import PipelineRunner
+from mpqdm_fx.report.images import save_grid
+from mpqdm_fx.report.timing import time_per_step
+
+__all__ = ["GRID", "FloatPrograms", "draw_samples", "drop_expanded", "measure_parts"]
+
+logger = logging.getLogger(__name__)
+
+GRID = "samples.png"
+_ROUNDS = 5  # timed calls: a step of a large pipeline takes seconds
+
+
+class FloatPrograms(ProgramFiles):
+    """The pipeline's own modules in the place of a folder's programs.
+
+    Args:
+        folder: An exported folder.
+        inputs: The pipeline that it was exported from, and how its parts are called.
+    """
+
+    def __init__(self, folder: Path, inputs: PipelineInputs) -> None:
+        super().__init__(folder)
+        self._inputs = inputs
+
+    def has(self, part: str, size: tuple[int, int] | None = None) -> bool:
+        """Whether the pipeline has a part; it computes nothing of the denoiser once per image."""
+        found = self._inputs.layout.parts.get(part)
+        return found is not None and found.sized == (size is not None)
+
+    def run(
+        self, part: str, size: tuple[int, int] | None, inputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Run a part as torch does; see `ProgramFiles.run`."""
+        found = self._inputs.layout.parts[part]
+        wanted = dict(tensor_leaves(self._inputs.example(part, size or self._inputs.size)))
+        call = {name: inputs[name] for name in wanted}
+        table = self.manifest["timesteps"]
+        if table is not None and found.stepped:
+            call["timestep"] = torch.tensor([table[int(call["timestep"])]])
+        with torch.no_grad():
+            outputs = pytree.tree_leaves(found.module(**nested(call)))
+        return dict(zip(found.outputs, outputs, strict=True))
+
+
+def draw_samples(folder: Path, inputs: PipelineInputs, count: int) -> str | None:
+    """Write `samples.png`: above what the pipeline draws in float, below what the programs draw.
+
+    A column has one prompt and the same noise.
+
+    Args:
+        folder: An exported folder whose manifest is written.
+        inputs: The pipeline, its prompts, and the size, steps and guidance to draw with.
+        count: Columns.
+
+    Returns:
+        Why there are no pictures; None if they are there.
+    """
+    programs, original = PipelineRunner(folder), PipelineRunner(folder)
+    original.programs = FloatPrograms(folder, inputs)
+    rows: list[Tensor] = []
+    try:
+        for runner in (original, programs):
+            for index in range(count):
+                logger.info("drawing sample %d of %d", len(rows) + 1, 2 * count)
+                rows.append(_drawn(runner, inputs, index))
+    except ArtifactError as error:
+        logger.warning("no samples are drawn: %s", error)
+        return f"no samples are drawn: {error}"
+    images = torch.stack(rows) * 2 - 1
+    zoom = max(1, 64 // max(images.shape[2:]))
+    save_grid(images, folder / GRID, columns=count, zoom=zoom)
+    return None
+
+
+def _drawn(runner: PipelineRunner, inputs: PipelineInputs, index: int) -> Tensor:
+    """One picture, float [C, H, W] in 0..1."""
+    conditional = inputs.layout.kind != "unconditional"
+    pixels = runner.sample(
+        inputs.prompts[index % len(inputs.prompts)] if conditional else None,
+        seed=index,
+        **inputs.picture(index),
+    )
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def measure_parts(
+    folder: Path, inputs: PipelineInputs, *, root: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Time and peak memory of every part, as a program and in float.
+
+    Args:
+        folder: An exported folder whose manifest is written.
+        inputs: The pipeline, and how its parts are called.
+        root: The pipeline's folder; None for one in memory, of which no peaks are measured.
+
+    Returns:
+        By part: `milliseconds` of one call and `peak_memory_bytes` of loading it and of one call,
+        both of `"program"` and `"float"`, and `"once"` the milliseconds of what the denoiser
+        computes once per image.
+    """
+    programs = ProgramFiles(folder)
+    found = {}
+    for part in inputs.layout.parts.values():
+        logger.info("measuring %s", part.name)
+        example = inputs.example(part.name, inputs.size)
+        if part.stepped and programs.manifest["timesteps"] is not None:
+            example = {**example, "timestep": torch.zeros(1, dtype=torch.int64)}
+        found[part.name] = {
+            "milliseconds": _milliseconds(programs, part, inputs, example),
+            "peak_memory_bytes": {
+                "program": part_peak("program", folder, part.name, example),
+                "float": None if root is None else part_peak("float", root, part.name, example),
+            },
+        }
+    return found
+
+
+def _milliseconds(
+    programs: ProgramFiles, part: Part, inputs: PipelineInputs, example: Mapping[str, Any]
+) -> dict[str, float]:
+    given = dict(tensor_leaves(dict(example)))
+    size = inputs.size if part.sized else None
+    original = FloatPrograms(programs.folder, inputs)
+    times = {}
+    if part.sized and programs.has(part.name, None):
+        once = given
+        given = {**given, **programs.run(part.name, None, once)}
+        times = time_per_step(
+            {"once": lambda: programs.run(part.name, None, once)}, {}, rounds=_ROUNDS
+        )
+    called = {
+        "float": lambda: original.run(part.name, size, given),
+        "program": lambda: programs.run(part.name, size, given),
+    }
+    return {**time_per_step(called, {}, rounds=_ROUNDS), **times}
+
+
+def drop_expanded(folder: Path) -> None:
+    """Remove what compressed programs were expanded to while they were run."""
+    for path in sorted(folder.glob("*.xz")):
+        drop_expansions(path)

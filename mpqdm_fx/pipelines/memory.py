@@ -1,0 +1,125 @@
+"""Peak memory of one part of a pipeline, measured in a process of its own.
+
+`python -m mpqdm_fx.pipelines.memory FORM FOLDER PART INPUTS` prints the bytes by which loading the
+part and running it once raises the peak of a process that has imported everything already.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mpqdm_fx.backends.xnnpack.runner import require_executorch
+from mpqdm_fx.errors import MPQError
+from mpqdm_fx.graph.containers import tensor_leaves
+from mpqdm_fx.memory import process_bytes
+from mpqdm_fx.pipelines.folder import load_part, part_class, read_index
+from mpqdm_fx.pipelines.parts import ImageDecoder, ImageEncoder, TextEncoder
+from mpqdm_fx.pipelines.program_files import ProgramFiles
+
+__all__ = ["COMPONENTS", "main", "nested", "part_peak"]
+
+#: Components of a pipeline that a part is made of.
+COMPONENTS: Mapping[str, tuple[str, ...]] = {
+    "text_encoder": ("text_encoder",),
+    "text_encoder_2": ("text_encoder_2",),
+    "denoiser": ("unet",),
+    "vae_decoder": ("vae", "vqvae"),
+    "vae_encoder": ("vae",),
+}
+# Last hidden states or the last but one: the same memory.
+_WRAPPERS: Mapping[str, Callable[[Any], Any]] = {
+    "text_encoder": TextEncoder,
+    "text_encoder_2": TextEncoder,
+    "vae_decoder": ImageDecoder,
+    "vae_encoder": ImageEncoder,
+}
+
+
+def part_peak(
+    form: Literal["program", "float"], folder: Path, part: str, inputs: Mapping[str, Any]
+) -> int | None:
+    """Measure one part: its program, or its component as torch runs it.
+
+    Args:
+        form: `"program"` of an exported folder, or `"float"` of a pipeline's folder.
+        folder: The folder.
+        part: The part's name.
+        inputs: Keyword arguments of one call, batch 1.
+
+    Returns:
+        Bytes above the imports; None where the system does not tell (no /proc).
+
+    Raises:
+        MPQError: The part could not be run.
+    """
+    if not Path("/proc/self/status").exists():
+        return None
+    with tempfile.TemporaryDirectory(prefix="mpqdm-fx-") as scratch:
+        file = Path(scratch) / "inputs.safetensors"
+        given = {name: value.contiguous() for name, value in tensor_leaves(dict(inputs))}
+        save_file(given, file)
+        command = [sys.executable, "-m", __name__, form, str(folder), part, str(file)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = result.stderr.strip()[-300:]
+        raise MPQError(f"measuring the memory of {part} of {folder} failed: {reason}")
+    return int(result.stdout.split()[-1])
+
+
+def nested(named: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Keyword arguments of a part's module from tensors by dotted names."""
+    call: dict[str, Any] = {}
+    for name, value in named.items():
+        *path, last = name.split(".")
+        place = call
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = value
+    return call
+
+
+def main(arguments: list[str]) -> None:
+    """Load, run once, print the rise of the peak in bytes."""
+    form, name, part, file = arguments
+    inputs, folder = load_file(file), Path(name)
+    if form == "program":
+        require_executorch()
+    else:
+        component = _component(folder, part)
+        part_class(folder, component)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # peak := current
+    before = process_bytes("VmRSS")
+    with torch.no_grad():
+        if form == "program":
+            _run_program(ProgramFiles(folder), part, inputs)
+        else:
+            module = load_part(folder, component)
+            _WRAPPERS.get(part, lambda found: found)(module)(**nested(inputs))
+    typer.echo(max(0, process_bytes("VmHWM") - before))
+
+
+def _component(folder: Path, part: str) -> str:
+    index = read_index(folder)
+    return next(name for name in COMPONENTS[part] if index.get(name) not in (None, [None, None]))
+
+
+def _run_program(programs: ProgramFiles, part: str, inputs: dict[str, Tensor]) -> None:
+    methods = [entry for entry in programs.manifest["methods"] if entry["part"] == part]
+    sizes = [entry["size"] for entry in methods if entry["size"] is not None]
+    if sizes and any(entry["size"] is None for entry in methods):  # once per image
+        inputs = {**inputs, **programs.run(part, None, inputs)}
+    programs.run(part, tuple(sizes[0]) if sizes else None, inputs)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,88 @@
+"""Tables of an exported pipeline, and of what an export will take: part by part."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+__all__ = ["export_estimate_table", "export_table"]
+
+
+def export_table(summary: Mapping[str, Any]) -> Table:
+    """The parts of an exported folder: size, time and memory, as a program and in float."""
+    table = _table("part", "precision", "MiB", "was", "ms", "was", "peak MiB", "was", "SQNR dB")
+    for name, part in summary["parts"].items():
+        times = part["milliseconds"] or {}
+        peaks = part["peak_memory_bytes"] or {}
+        found = part["quantized_sqnr_db"] if part["precision"] != "float" else None
+        table.add_row(
+            name,
+            part["precision"],
+            _mebibytes(part["bytes"]),
+            _mebibytes(part["float32_bytes"]),
+            _number(times.get("program")),
+            _number(times.get("float")),
+            _mebibytes(peaks.get("program")),
+            _mebibytes(peaks.get("float")),
+            _number(found),
+        )
+    table.add_section()
+    step = summary["milliseconds_per_step"] or {}
+    table.add_row(
+        "all, and a step",
+        "",
+        _mebibytes(summary["bytes"]),
+        _mebibytes(summary["float32_bytes"]),
+        _number(step.get("program")),
+        _number(step.get("float")),
+    )
+    return table
+
+
+def export_estimate_table(expected: Mapping[str, Any]) -> Table:
+    """What an export will take: time, memory, disk, and the size of every part."""
+    table = _table("part", "parameters", "MiB", "was", "quantize", "lower", "measure")
+    for name, part in expected["parts"].items():
+        table.add_row(
+            name,
+            f"{part['parameters']:,}",
+            _mebibytes(part["program_bytes"]),
+            _mebibytes(part["float_bytes"]),
+            *(_duration(part[f"{work}_seconds"]) for work in ("quantize", "lower", "measure")),
+        )
+    table.add_section()
+    for label, value in (
+        ("time in all", _duration(expected["seconds"])),
+        ("  drawing samples", _duration(expected["draw_seconds"])),
+        ("programs", f"{_mebibytes(expected['bytes'])} MiB"),
+        ("peak memory", f"{_mebibytes(expected['peak_bytes'])} MiB"),
+        ("disk while it runs", f"{_mebibytes(expected['disk_bytes'])} MiB"),
+    ):
+        table.add_row(label, value)
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _mebibytes(count: float | None) -> str:
+    if count is None:
+        return ""
+    size = count / 2**20
+    return f"{size:,.2f}" if size < 10 else f"{size:,.0f}"
+
+
+def _number(value: float | str | None) -> str:
+    return "" if value is None else f"{float(value):,.1f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,195 @@
+"""`mpqdm-fx pareto` as typed: several budgets of one model in one run."""
+
+import json
+
+import pytest
+import torch
+from small import plain_unet
+from test_cli import run
+
+import mpqdm_fx
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.files import checkpoint_of
+from mpqdm_fx.folders import check_target
+from mpqdm_fx.io.sealed import read_json, verified
+from mpqdm_fx.jobs import pareto as job
+from mpqdm_fx.jobs.calibration import calibration_of
+from mpqdm_fx.jobs.pareto import PARETO, budget_settings
+from mpqdm_fx.jobs.presets import read_recipe
+from mpqdm_fx.models.sources import load_source
+
+QUICK = ["--backend", "packed", "--refinements", 0, "--propagation", 0, "--trajectories", 2]
+QUICK += ["--steps", 3, "--num", 4, "--samples", 0]
+ASKED = ["--bits", "3,2", "--pick", "epsilon_sqnr>=1"]
+
+
+class Killed(BaseException):
+    """Ends a run as a signal does."""
+
+
+class Counted:
+    """Counts the calls of a function of the job."""
+
+    def __init__(self, function, monkeypatch, most=None):
+        self.calls, self._function, self._most = 0, function, most
+        monkeypatch.setattr(job, function.__name__, self)
+
+    def __call__(self, *arguments, **options):
+        if self.calls == self._most:
+            raise Killed
+        self.calls += 1
+        return self._function(*arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    from diffusers import DDIMScheduler
+
+    root = tmp_path_factory.mktemp("model")
+    plain_unet().save_pretrained(root)
+    DDIMScheduler().save_pretrained(root / "scheduler")
+    return root
+
+
+@pytest.fixture(scope="module")
+def curve(model_folder, tmp_path_factory):
+    """A run that was killed in its second budget and went on, and what was seen of it."""
+    output = tmp_path_factory.mktemp("cli") / "curve"
+    seen = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        Counted(job.convert, monkeypatch, most=1)
+        with pytest.raises(Killed):
+            run("pareto", model_folder, *QUICK, *ASKED, "--output", output)
+    assert not output.exists()
+    seen["left"] = {path.name for path in checkpoint_of(output).iterdir()}
+    seen["without"] = run("pareto", model_folder, *QUICK, *ASKED, "--output", output)
+    other = ["--output", output, "--resume", "--seed", 1]
+    seen["other"] = run("pareto", model_folder, *QUICK, *ASKED, *other)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        converted = Counted(job.convert, monkeypatch)
+        seen["status"], seen["text"] = run(
+            "pareto", model_folder, *QUICK, *ASKED, "--output", output, "--resume"
+        )
+        seen["converted"] = converted.calls
+    return output, seen
+
+
+def test_a_run_that_was_killed_goes_on_with_the_budgets_that_are_left(curve):
+    _, seen = curve
+    assert seen["left"] >= {"bits-2", "sensitivity.safetensors", "sweep.json"}
+    assert "bits-3" not in seen["left"]
+    assert (seen["status"], seen["converted"]) == (0, 1), seen["text"]
+
+
+def test_a_killed_run_is_not_taken_for_another_one(curve):
+    _, seen = curve
+    status, text = seen["without"]
+    assert (status, "resume it, or delete it" in text) == (2, True)
+    status, text = seen["other"]
+    assert (status, "settings.seed was 0, is 1" in text or "seed was 0, is 1" in text) == (2, True)
+
+
+def test_the_folder_is_whole_and_its_numbers_are_those_of_the_budgets(curve):
+    output, seen = curve
+    assert {path.name for path in output.iterdir()} == {
+        "bits-2", "bits-3", "picked", "pareto.html", "pareto.json", "strip.png",
+    }  # fmt: skip
+    record = verified(read_json(output / PARETO), output)
+    assert [point["bits"] for point in record["points"]] == [2.0, 3.0]
+    assert record["picked"] == 2.0
+    small, large = (point["metrics"] for point in record["points"])
+    assert small["parameter_bytes"] < large["parameter_bytes"]
+    assert small["epsilon_sqnr"] < large["epsilon_sqnr"]
+    assert small["bytes"] == (output / "bits-2" / "model.safetensors").stat().st_size
+    assert {"x0_sqnr", "psnr", "ssim", "effective_bits", "seconds"} <= set(small)
+    assert "*2" in seen["text"]
+    assert f"picked: {output / 'picked'}" in seen["text"]
+    assert not checkpoint_of(output).exists()
+    assert check_target(output, PARETO, overwrite=True) == output
+
+
+def test_every_budget_has_the_codes_of_a_run_of_its_own(curve, model_folder):
+    output, _ = curve
+    source = load_source(str(model_folder))
+    settings = MPQConfig(weight_bits=2, refinements=0, propagation=0.0)
+    data = calibration_of(source, trajectories=2, steps=3, seed=0)
+    alone = mpqdm_fx.quantize(source.model, settings, data)
+    for folder in ("picked", "bits-2"):
+        found = mpqdm_fx.load(output / folder)
+        assert found.plan == alone.plan
+        assert all(torch.equal(found.codes(p.name), alone.codes(p.name)) for p in alone.plan.layers)
+
+
+def test_what_was_picked_is_a_result_like_any_other(curve):
+    output, _ = curve
+    status, text = run("inspect", output / "picked", "--json")
+    assert status == 0
+    assert json.loads(text)["layers"]
+    assert read_recipe(output / "picked").weight_bits == 2
+    status, text = run("evaluate", output / "bits-3", "--num", 4, "--steps", 2, "--json")
+    assert (status, json.loads(text)["epsilon_sqnr"] > 1) == (0, True)
+
+
+def test_the_page_holds_every_chart_and_a_row_of_pictures_for_each_budget(curve):
+    page = (curve[0] / "pareto.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert page.count("<svg") == 2 * 2  # two metrics, for wide and for narrow screens
+    for told in (
+        "2 bits",
+        "3 bits",
+        "2 bits is the smallest budget that reaches epsilon_sqnr&gt;=1",
+    ):
+        assert told in page
+    assert "mpqdm-fx quantize" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert len(page) < 5e6
+
+
+def test_what_all_budgets_share_is_made_once(model_folder, tmp_path, monkeypatch):
+    from mpqdm_fx.sweep import measured
+
+    calibrated = Counted(job.calibration_of, monkeypatch)
+    tables = []
+    measure = measured.measure_sensitivity
+
+    def measure_once(*arguments, **options):
+        tables.append(measure(*arguments, **options))
+        return tables[-1]
+
+    monkeypatch.setattr(measured, "measure_sensitivity", measure_once)
+    options = ["--bits", "2,2.5", "--pick", "epsilon_sqnr>=900", "--output", tmp_path / "out"]
+    status, text = run("pareto", model_folder, *QUICK, *options)
+    assert (status, "no budget reaches epsilon_sqnr>=900" in text) == (1, True), text
+    assert (calibrated.calls, len(tables)) == (1, 1)
+    assert not (tmp_path / "out" / "picked").exists()
+    found = [p["metrics"] for p in read_json(tmp_path / "out" / PARETO)["points"]]
+    assert found[1]["effective_bits"] == pytest.approx(2.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", "two"], "write numbers from 1 to 8"),
+        (["--bits", ""], "write numbers from 1 to 8"),
+        (["--bits", "2,9"], "write numbers from 1 to 8"),
+        (["--bits", "nan"], "write numbers from 1 to 8"),
+        (["--bits", "2,3,2.0"], "a budget is there twice"),
+        (["--bits", "2.5", "--allocation", "uniform"], "is a budget for"),
+        (["--pick", "beauty>=1"], "--pick 'beauty>=1': there is no metric beauty"),
+        (["--pick", "ms<=1"], "is not measured of budgets of"),
+        (["--backend", "xnnpack", "--activations", 4, "--pick", "ssim>=0"], "of 8 bits, not 4"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_any_work(
+    model_folder, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job, "prepare_on", None)  # whoever begins would call it
+    status, text = run("pareto", model_folder, "--backend", "packed", *options)
+    assert (status, message in text) == (2, True), text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_bits_are_those_of_weights_and_others_those_of_effective_bits():
+    assert budget_settings(MPQConfig(), 3) == MPQConfig(weight_bits=3)
+    assert budget_settings(MPQConfig(), 2.5) == MPQConfig(effective_bits=2.5)

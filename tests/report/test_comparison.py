@@ -1,0 +1,95 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small import SIGMAS, TinyDenoiser, TinyEDM, denoiser_calls, edm_calls
+
+import mpqdm_fx
+from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.report.comparison import compare, compare_all, row_powers
+from mpqdm_fx.report.metrics import epsilon_sqnr
+from mpqdm_fx.report.noise_levels import sqnr_by_noise_level
+
+
+class Off:
+    """A denoiser whose output is off by a share."""
+
+    def __init__(self, model, share):
+        self.model, self.share = model, share
+
+    def __call__(self, **call):
+        return self.model(**call) * (1 + self.share)
+
+
+def test_one_number_and_one_by_noise_level_as_the_functions_of_each_say():
+    model, calls = TinyEDM(), edm_calls()
+    other = TinyEDM(seed=1)
+    found = compare(model, other, calls)
+    assert found.sqnr_db == pytest.approx(epsilon_sqnr(model, other, calls), abs=1e-9)
+    apart = sqnr_by_noise_level(model, other, calls)
+    assert {one.level: one.sqnr_db for one in found.levels} == pytest.approx(apart, abs=1e-9)
+    assert [one.level for one in found.levels] == pytest.approx(SIGMAS)
+    assert (found.noise_argument, found.calls, found.samples) == ("sigma", 5, 10)
+
+
+def test_it_reads_as_a_line_for_all_and_one_for_each_level():
+    found = mpqdm_fx.compare(TinyEDM(), Off(TinyEDM(), 0.01), edm_calls())
+    first, *levels = str(found).splitlines()
+    assert first == "output SQNR 40.0 dB (as float), 10 samples in 5 calls"
+    assert levels[0] == "  at sigma  80    40.0 dB  (2 samples)"
+    assert len(levels) == len(SIGMAS)
+
+
+def test_equal_models_are_exact_and_one_without_noise_levels_has_no_levels():
+    layer = torch.nn.Conv2d(2, 2, 1)
+
+    def model(x):
+        return layer(x)
+
+    found = compare(model, model, [{"x": torch.ones(2, 2, 3, 3)}])
+    assert math.isinf(found.sqnr_db)
+    assert found.levels == ()
+    assert found.noise_argument is None
+
+
+def test_several_models_are_compared_with_one_run_of_the_reference():
+    runs = []
+    model = TinyDenoiser()
+
+    def counted(**call):
+        runs.append(call)
+        return model(**call)
+
+    found = compare_all(counted, {"a": Off(model, 0.1), "b": Off(model, 0.01)}, denoiser_calls())
+    assert len(runs) == 3
+    assert found["a"].sqnr_db == pytest.approx(20, abs=1e-4)
+    assert found["b"].sqnr_db == pytest.approx(40, abs=1e-4)
+
+
+def test_no_call_no_such_argument_and_other_shapes_are_refused():
+    model = TinyDenoiser()
+    with pytest.raises(CalibrationError, match="no call"):
+        compare(model, model, [])
+    with pytest.raises(ConfigError, match="'sigma'"):
+        compare(model, model, denoiser_calls(), noise_argument="sigma")
+    with pytest.raises(ConfigError, match="not of one model"):
+        compare(model, lambda **call: model(**call)[:, :1], denoiser_calls())
+
+
+@given(
+    rows=st.integers(1, 4),
+    width=st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+    batch=st.integers(1, 4),
+)
+def test_powers_of_samples_add_up_to_those_of_all(rows, width, seed, batch):
+    generator = torch.Generator().manual_seed(seed)
+    want = torch.randn(rows * batch, width, generator=generator)
+    got = want + 0.1 * torch.randn(rows * batch, width, generator=generator)
+    powers = row_powers(want, got, batch)
+    assert powers.shape == (batch, 2)
+    signal, noise = powers.sum(dim=0).tolist()
+    assert 10 * math.log10(signal / noise) == pytest.approx(sqnr_db(want, got), abs=1e-9)

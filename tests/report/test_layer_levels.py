@@ -1,0 +1,61 @@
+import math
+
+import pytest
+import torch
+from small import TinyDenoiser, denoiser_calls
+
+from mpqdm_fx.api import quantize
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.graph.calling import example_call
+from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.report.comparison import compare
+from mpqdm_fx.report.layer_levels import sqnr_by_layer
+from mpqdm_fx.stages import in_form_of
+
+
+@pytest.fixture(scope="module")
+def measured():
+    model, calls = TinyDenoiser(), denoiser_calls(calls=4)
+    config = MPQConfig(weight_bits=3, allocation="uniform", refinements=0, activation_mode="float")
+    quantized = quantize(model, config, calls)
+    floats = in_form_of(quantized, model, example_call(quantized.signature))
+    names = [layer.name for layer in quantized.plan.layers]
+    levels = compare(model, quantized, calls).levels
+    found = sqnr_by_layer(floats, quantized.graph_module, names, calls, levels)
+    return model, quantized, calls, levels, names, found
+
+
+def test_every_layer_has_a_ratio_at_every_noise_level(measured):
+    *_, levels, names, found = measured
+    assert sorted(found) == sorted(names)
+    assert {len(ratios) for ratios in found.values()} == {len(levels)}
+
+
+def test_the_last_layers_ratios_are_the_outputs(measured):
+    *_, levels, _, found = measured
+    assert found["conv_out"] == pytest.approx([one.sqnr_db for one in levels], abs=1e-3)
+
+
+def test_a_layer_is_compared_as_the_running_models_have_it(measured):
+    model, quantized, calls, levels, _, found = measured
+    seen = {}
+    for name, one in (("float", model), ("quantized", quantized.graph_module)):
+        hook = one.conv_in.register_forward_hook(lambda *args, n=name: seen.update({n: args[2]}))
+        one(**calls[0])
+        hook.remove()
+    told = calls[0]["timestep"].double()
+    nearest = [min(levels, key=lambda one, t=t: abs(one.level - t)) for t in told.tolist()]
+    alone = [levels.index(one) for one in nearest if one.samples == 1]
+    rows = [nearest.index(levels[index]) for index in alone]
+    assert rows
+    for index, row in zip(alone, rows, strict=True):
+        want = sqnr_db(seen["float"][row], seen["quantized"][row])
+        assert found["conv_in"][index] == pytest.approx(want, abs=1e-3)
+
+
+def test_a_model_against_itself_is_exact_everywhere(measured):
+    model, quantized, calls, levels, names, _ = measured
+    floats = in_form_of(quantized, model, example_call(quantized.signature))
+    with torch.no_grad():
+        found = sqnr_by_layer(floats, floats, names, calls, levels)
+    assert all(math.isinf(ratio) for ratios in found.values() for ratio in ratios)

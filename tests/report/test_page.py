@@ -1,0 +1,172 @@
+"""The page as a file: whole, self-contained, and with words for every drawing."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from pages import marks, read_page
+
+from mpqdm_fx.io.schema import validated
+from mpqdm_fx.report.page.gallery import gallery_of
+from mpqdm_fx.report.page.render import render_report
+from mpqdm_fx.report.page.text import bytes_text
+from mpqdm_fx.report.record import ReportRecord, Spread
+
+
+@pytest.fixture(scope="module")
+def html(three_bits):
+    return (three_bits / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return read_page(html)
+
+
+@pytest.fixture(scope="module")
+def numbers(three_bits):
+    return json.loads((three_bits / "report.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def record(numbers):
+    return validated(ReportRecord, numbers, "report.json")
+
+
+def every_number(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for entry in value for number in every_number(entry)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def test_the_page_is_small_and_loads_nothing_from_elsewhere(html, page):
+    assert len(html.encode()) < 5_000_000
+    addresses = re.findall(r"""(?:src|href|url\()\s*=?\s*["']?([^"')\s>]+)""", html)
+    assert addresses
+    assert {a for a in addresses if not a.startswith(("data:", "#"))} == set()
+    for tag in ("link", "iframe", "object"):
+        assert page.all(tag) == []
+    assert [script.attributes for script in page.all("script")] == [{}]
+    assert "@import" not in html
+    assert "http" not in html
+
+
+def test_every_drawing_has_marks_a_role_and_words(page):
+    drawings = [svg for svg in page.all("svg") if "aria-hidden" not in svg.attributes]
+    assert len(drawings) > 20
+    for drawing in drawings:
+        assert drawing.attributes["role"] == "img"
+        assert len(drawing.attributes["aria-label"]) > 5
+        assert marks(drawing) > 0, drawing.attributes["aria-label"]
+    assert all(picture.attributes["alt"] for picture in page.all("img"))
+
+
+def test_every_chart_is_there_for_both_screens_with_a_title_axes_and_its_numbers(page):
+    charts = [one for one in page.all("figure") if one.attributes.get("class") == "chart"]
+    assert {chart.attributes["id"] for chart in charts} >= {
+        "bits", "bytes", "levels", "heat", "solve", "judged",
+    }  # fmt: skip
+    for chart in charts:
+        assert chart.all("h3")[0].text
+        assert [svg.attributes["class"] for svg in chart.all("svg")] == ["wide", "narrow"]
+        assert len(chart.all("table")) == 1
+        for svg in chart.all("svg"):
+            assert "axes_1" in " ".join(g.attributes.get("id", "") for g in svg.all("g"))
+            words = [text.text for text in svg.all("text")]
+            assert any(re.search(r"dB|bits|MB|kB", word) for word in words), "no unit"
+
+
+def test_a_chart_says_the_same_numbers_as_its_words_and_its_table(page, record):
+    part = record.parts[0]
+    levels, sizes = (
+        next(one for one in page.all("figure") if one.attributes.get("id") == name)
+        for name in ("levels", "bytes")
+    )
+    for svg in sizes.all("svg"):
+        assert bytes_text(part.stored_bytes) in [text.text for text in svg.all("text")]
+    told = [f"{one.sqnr_db:.1f}" for one in part.levels]
+    assert [text.text for text in levels.all("svg")[0].all("text") if text.text in told] == told
+    rows = [[cell.text for cell in row.all("td")] for row in levels.all("tr")[1:]]
+    assert rows == [[one, one] for one in told]
+
+
+def test_a_page_of_a_large_model_stays_small(record):
+    layer, picture = record.parts[0].layers[0], torch.rand(16, 3, 512, 512) * 2 - 1
+    name = "up_blocks.1.attentions.2.transformer_blocks.9.attn2.to_out.0"
+    spread = Spread(smallest=1.2345, lower=2.3456, middle=3.4567, upper=4.5678, largest=50.678)
+    large = layer.model_copy(
+        update={"name": name, "bits": {"2": 100, "3": 200, "4": 300}, "sensitivity": spread}
+    )
+    part = record.parts[0].model_copy(update={"layers": (large,) * 750})  # of Stable Diffusion XL
+    several = record.model_copy(update={"parts": (part,)})
+    gallery = gallery_of({"float": picture, "quantized": -picture}, labels=(), note="")
+    assert len(render_report(several, gallery).encode()) < 5_000_000
+
+
+def test_colours_are_the_pages_own_so_that_both_themes_are_right(html):
+    assert "#0101" not in html
+    assert "prefers-color-scheme: dark" in html
+    used = set(re.findall(r"var\((--[\w-]+)", html))
+    assert used - set(re.findall(r"(--[\w-]+):", html)) == set()
+
+
+def test_names_inside_drawings_are_no_others_twice(html):
+    names = re.findall(r'\bid="([^"]+)"', html)
+    assert len(names) == len(set(names))
+    wanted = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', html)
+    assert {one or other for one, other in wanted} <= set(names)
+
+
+def test_every_number_of_the_record_is_finite_and_known_or_explained(numbers, record):
+    found = every_number(numbers)
+    assert len(found) > 100
+    assert all(math.isfinite(number) for number in found)
+    part = record.parts[0]
+    assert part.milliseconds is not None
+    assert part.backend_epsilon_sqnr_db == part.epsilon_sqnr_db
+    assert part.program is None
+    assert part.missing["delegation"] == "there is no program: the folder was made for packed"
+    assert part.missing["sensitivity"] == 'allocation="uniform" measures none'
+    assert sum(entry.bytes for entry in part.layers) == sum(
+        getattr(part.bytes, kind) for kind in ("codes", "scales", "tables", "widths")
+    )
+    assert all(sum(layer.bits.values()) == layer.shape[0] for layer in part.layers)
+
+
+def test_what_is_missing_is_said_on_the_page_and_no_zero_stands_there(page, record):
+    text = page.text
+    for sentence in record.parts[0].missing.values():
+        assert sentence.lower().rstrip(".") in text.lower()
+    assert "XNNPACK subgraph" not in text
+
+
+def test_the_command_of_the_page_is_that_of_the_record(page, record, three_bits):
+    (command,) = [one for one in page.all("code") if one.attributes.get("id") == "command"]
+    assert command.text == record.command
+    assert record.command.startswith("mpqdm-fx quantize ")
+    assert record.command.endswith(f"--output {three_bits}")
+
+
+def test_a_page_without_float_model_draws_no_chart_of_errors_and_says_why(record):
+    why = "the float model is gone"
+    part = record.parts[0].model_copy(
+        update={
+            "levels": (), "missing": {"levels": why, "kurtosis": why}, "judged": (),
+            "layers": tuple(
+                layer.model_copy(update={"by_level": None, "kurtosis": None, "sqnr_db": None})
+                for layer in record.parts[0].layers
+            ),
+        }
+    )  # fmt: skip
+    bare = record.model_copy(
+        update={"parts": (part,), "pictures": None, "missing": {"gallery": why, "float": why}}
+    )
+    page = read_page(render_report(bare, None))
+    charts = {one.attributes["id"] for one in page.all("figure") if "id" in one.attributes}
+    assert charts == {"bits", "bytes"}
+    assert page.text.lower().count(why) >= 3
+    assert page.all("img") == []
