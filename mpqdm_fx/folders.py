@@ -93,7 +93,7 @@ def open_folder(directory: str | Path) -> ModelFolder:
     root = Path(directory)
     path = root / MANIFEST
     if not root.is_dir():
-        raise ArtifactError(f"{root} is not a folder")
+        raise ArtifactError(f"{root} is not a folder; give one that mpqdm-fx quantize wrote")
     if not path.exists():
         raise ArtifactError(f"{root} has no {MANIFEST}: it was not written by mpqdm-fx quantize")
     data = read_json(path)
@@ -171,7 +171,7 @@ def check_target(output: str | Path, manifest: str = MANIFEST, *, overwrite: boo
     if not overwrite:
         raise ArtifactError(
             f"{target} holds a result; give another folder, or say that it may be replaced "
-            f"(--overwrite, overwrite=True)"
+            f"(overwrite=True)"
         )
     return target
 

@@ -18,7 +18,11 @@ def compare(
         list[Path],
         typer.Argument(metavar="DIR DIR...", help="Folders written by `mpqdm-fx quantize`."),
     ],
-    output: Annotated[Path, typer.Option(help="Page to write (.html).")] = Path("compare.html"),
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Page to write (.html).", rich_help_panel=opt.RUN),
+    ] = Path("compare.html"),
+    overwrite: opt.OverwriteFileOption = False,
     model: opt.FloatModelOption = None,
     samples: opt.SamplesOption = 8,
     steps: Annotated[
@@ -29,7 +33,9 @@ def compare(
 ) -> None:
     """Put several folders of one float model side by side: all numbers, pictures of one noise."""
     checks.check_packages("matplotlib", "jinja2", purpose="a page")
-    checks.check_output_file(output, "--output", reads=directories, suffix=".html")
+    checks.check_output_file(
+        output, "--output", reads=directories, suffixes=(".html",), overwrite=overwrite
+    )
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.compare import compare_folders
 

@@ -33,6 +33,14 @@ EXAMPLES: Mapping[str, tuple[str, str]] = {
         "mpqdm-fx evaluate out",
         "mpqdm-fx evaluate out --gate 'x0_sqnr>=20' --gate 'bytes<=2MB' --json",
     ),
+    "report": (
+        "mpqdm-fx report out",
+        "mpqdm-fx report out -o report.html --overwrite",
+    ),
+    "compare": (
+        "mpqdm-fx compare out distilled",
+        "mpqdm-fx compare w2 w3 w4 -o compare.html",
+    ),
     "verify": (
         "mpqdm-fx verify out",
         "mpqdm-fx verify out -o verify.json",

@@ -41,6 +41,7 @@ __all__ = [
     "MemoryOption",
     "ModelArgument",
     "OutputOption",
+    "OverwriteFileOption",
     "OverwriteOption",
     "ResumeOption",
     "SamplerStepsOption",
@@ -121,6 +122,10 @@ TrajectoriesOption = Annotated[
 ]
 StepsOption = Annotated[
     int, typer.Option(min=1, help="Steps of each run.", rich_help_panel=CALIBRATION)
+]
+OverwriteFileOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the file that is there.", rich_help_panel=RUN),
 ]
 SamplerStepsOption = Annotated[
     int, typer.Option(min=1, help="Steps of the scheduler.", rich_help_panel=RUN)

@@ -15,7 +15,11 @@ __all__ = ["report"]
 
 def report(
     directory: opt.FolderArgument,
-    output: Annotated[Path, typer.Option(help="Page to write (.html).")] = Path("report.html"),
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Page to write (.html).", rich_help_panel=opt.RUN),
+    ] = Path("report.html"),
+    overwrite: opt.OverwriteFileOption = False,
     model: opt.FloatModelOption = None,
     inputs: opt.InputsOption = None,
     sensitivity: opt.SensitivityOption = None,
@@ -27,9 +31,11 @@ def report(
 ) -> None:
     """Write a page about a quantized folder: pictures, errors, bits and bytes, layer by layer."""
     checks.check_packages("matplotlib", "jinja2", purpose="a report")
-    checks.check_output_file(output, "--output", reads=[directory], suffix=".html")
+    checks.check_output_file(
+        output, "--output", reads=[directory], suffixes=(".html",), overwrite=overwrite
+    )
     numbers = output.with_suffix(".json")
-    checks.check_output_file(numbers, "--output", reads=[directory])
+    checks.check_output_file(numbers, "--output", reads=[directory], overwrite=overwrite)
     announce(f"reporting on {directory} to {output}")
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.report_folder import report_folder

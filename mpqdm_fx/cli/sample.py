@@ -34,12 +34,7 @@ def sample(
             rich_help_panel=opt.RUN,
         ),
     ] = Path("grid.png"),
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace the picture that is there.", rich_help_panel=opt.RUN
-        ),
-    ] = False,
+    overwrite: opt.OverwriteFileOption = False,
     form: Annotated[
         Form,
         typer.Option(

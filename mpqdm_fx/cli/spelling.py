@@ -70,7 +70,7 @@ def as_typed(message: str, options: Mapping[str, str]) -> str:
         message,
     )
     message = re.sub(rf"{outside[0]}`?(?P<name>{names})`?{outside[1]}", bare, message)
-    return re.sub(r"\boverride (?=['\"])", "--override ", message)
+    return re.sub(r"(?<![\w-])override (?=['\"])", "--override ", message)
 
 
 def _unquoted(text: str) -> str:

@@ -60,7 +60,8 @@ def usage_line(error: Any) -> str:
         error: A `USAGE_ERROR`.
     """
     command = error.ctx.command_path if error.ctx is not None else "mpqdm-fx"
-    return f"{_told(error) or 'no command was given'}; see {command} --help"
+    told = _told(error) or "no command was given"
+    return f"{told} See {command} --help" if told.endswith("?") else f"{told}; see {command} --help"
 
 
 def _told(error: Any) -> str:

@@ -84,17 +84,15 @@ def activation_mode_of(text: str, *, backend: str, activations: int) -> str:
     return "dynamic" if backend == "xnnpack" and activations == 8 else "static"
 
 
-def settings_of(*, overrides: list[str] | None, propagation: str, **settings: Any) -> MPQConfig:
+def settings_of(*, overrides: list[str] | None = None, **settings: Any) -> MPQConfig:
     """Settings from what was typed.
 
     Raises:
         ConfigError: A word or number is out of range.
     """
-    return MPQConfig(
-        overrides=[_override_of(text) for text in overrides or ()],
-        propagation=_strength_of(propagation),  # type: ignore[arg-type]  # MPQConfig checks it
-        **settings,
-    )
+    if "propagation" in settings:
+        settings["propagation"] = _strength_of(settings["propagation"])  # MPQConfig checks it
+    return MPQConfig(overrides=[_override_of(text) for text in overrides or ()], **settings)
 
 
 def _strength_of(text: str) -> float | str:

@@ -32,12 +32,7 @@ def verify(
             rich_help_panel=opt.RUN,
         ),
     ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace the file that is there.", rich_help_panel=opt.RUN
-        ),
-    ] = False,
+    overwrite: opt.OverwriteFileOption = False,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Compare float, quantized, converted, edge and .pte layer by layer; exit 1 if one is short."""

@@ -91,16 +91,16 @@ def distill_folder(
     config = replace(config, guidance_scale=given.get("guidance_scale"))
     form.check(quantized.settings)
     times = estimate_training(quantized, source, config, form=form, samples=samples)
-    if foretold is not None and is_first():
-        foretold(times)
     if config.seconds is not None:
         left = config.seconds - times.others - (time.perf_counter() - start)
         if left <= 0:
             raise ConfigError(
-                f"seconds={config.seconds:g}: nothing is left for training, all else takes "
-                f"{times.others:.0f} seconds; give more time, or updates=... alone"
+                f"seconds={config.seconds:g} leaves nothing for training: all else takes about "
+                f"{times.others:.0f}; give more, or updates=N alone"
             )
         config = replace(config, seconds=left)
+    if foretold is not None and is_first():
+        foretold(times)
     expect(lambda: distill_stages(source, config, times, samples, form.backend))
     trained = distill(
         quantized,

@@ -30,17 +30,19 @@ def check_name(name: str) -> None:
 
 def unknown_model(name: str) -> ConfigError:
     """The error of a name that no model has; one of the Hugging Face Hub says how to get it."""
-    hub = _HUB_NAME.fullmatch(name) and not Path(name).parent.is_dir()
-    place = name.rpartition("/")[2]
+    if Path(name).is_file():
+        return ConfigError(
+            f"{name!r} is a file; give the folder that it lies in, or the function of a .py file "
+            f"that returns the model: {name}:function"
+        )
     remedy = (
-        f"if it is one of the Hugging Face Hub, download it: hf download {name} --local-dir "
-        f"{place}; then give {place}, for a pipeline with --subfolder unet"
-        if hub
-        else f"give a diffusers model folder, a pipeline folder with --subfolder unet, or a "
-        f"function, module:function{_near(name)}"
+        "give a diffusers model folder, a pipeline folder with --subfolder unet, or a function, "
+        "module:function"
     )
+    if _HUB_NAME.fullmatch(name) and not Path(name).parent.is_dir():
+        place = name.rpartition("/")[2]
+        remedy = (
+            f"if it is one of the Hugging Face Hub, download it: hf download {name} --local-dir "
+            f"{place}; then give {place}, for a pipeline with --subfolder unet"
+        )
     return ConfigError(f"{name!r} is neither a bundled model ({BUNDLED}) nor a folder; {remedy}")
-
-
-def _near(name: str) -> str:
-    return f" ({name} is a file)" if Path(name).is_file() else ""

@@ -13,7 +13,7 @@ from torch import Tensor
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS
 from mpqdm_fx.calibration.schedulers import check_scheduler, check_scheduler_config
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError, first_line
-from mpqdm_fx.folders import SCHEDULER_CONFIG
+from mpqdm_fx.folders import MANIFEST, SCHEDULER_CONFIG
 from mpqdm_fx.graph.containers import tensor_leaves
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models import bundled
@@ -254,6 +254,10 @@ def load_source(model: str, subfolder: str | None = None, variant: str | None = 
         )
     check_name(model)
     root = Path(model)
+    if (root / MANIFEST).exists():
+        raise ConfigError(
+            f"{model} was written by mpqdm-fx quantize; give the float model that it was made of"
+        )
     if (root / "model_index.json").exists() and subfolder is None:
         raise ConfigError(
             f"{model} is a pipeline folder; say which part to quantize, e.g. --subfolder unet"

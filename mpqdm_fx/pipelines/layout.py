@@ -14,7 +14,7 @@ from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.foreign_models import check_model
-from mpqdm_fx.models.names import unknown_model
+from mpqdm_fx.models.names import BUNDLED, unknown_model
 from mpqdm_fx.pipelines.adapters import refuse_adapters
 from mpqdm_fx.pipelines.folder import load_pipeline, read_index
 from mpqdm_fx.pipelines.parts import (
@@ -118,7 +118,7 @@ def open_pipeline(source: Any) -> Any:
         _check_class(type(source).__name__)
         return source
     root = Path(source)
-    if not root.is_dir():
+    if not root.is_dir() and str(source) != BUNDLED:
         raise unknown_model(str(source))
     index = read_index(root)
     _check_class(str(index.get("_class_name")))

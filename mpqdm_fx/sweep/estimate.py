@@ -26,6 +26,7 @@ __all__ = ["Estimate", "estimate", "row_seconds", "stage_seconds"]
 
 _COLUMN = 8e-5  # seconds of interpreter and small kernels for one column of one rounding
 _RANGE = 0.05  # seconds to search the range of one activation
+_TABLE = 0.08  # seconds of interpreter and small kernels for the error table of one layer
 _ERRORS = 120  # times that measuring rounding errors at all widths goes over a layer's weights
 _BACKWARD = 2  # times the work of a forward run
 _JUDGED = 0.5  # two ways to round, on a quarter of the calls
@@ -121,7 +122,8 @@ def estimate(
     one_lane = forward / 2
     sensitivity = 0.0
     if settings.allocation == "measured":
-        sensitivity = one_lane + weights * _ERRORS / bandwidth + gains
+        tables = weights * _ERRORS / bandwidth + len(layers) * _TABLE
+        sensitivity = one_lane + tables + gains
     options = options_of(settings)
     by_level = told and settings.row_weights == "output"
     if options or settings.allocation == "measured" or by_level:

@@ -114,7 +114,7 @@ def test_sample_writes_a_picture_that_depends_on_the_seed_alone(quantized_folder
     pictures = []
     for seed in (0, 0, 1):
         picture = tmp_path / "[red]grid.png"
-        options = ["--num", 4, "--steps", 2, "--seed", seed, "--from", form]
+        options = ["--num", 4, "--steps", 2, "--seed", seed, "--from", form, "--overwrite"]
         status, text = run("sample", quantized_folder, *options, "--output", picture)
         assert status == 0, text
         assert f"4 images written to {picture}\n" in text
@@ -166,10 +166,63 @@ def test_verify_without_thresholds_is_an_error_with_the_remedy(quantized_folder,
     assert not (folder / "parity.json").exists()
 
 
-def test_trace_explain_says_what_was_found(model_folder):
-    status, text = run("trace", model_folder, "--subfolder", "unet", "--explain")
+def test_trace_explain_says_in_words_what_was_found(model_folder):
+    options = ["trace", model_folder, "--subfolder", "unet", "--explain"]
+    status, text = run(*options)
     assert status == 0
-    assert "UNet2DModel" in text
+    assert text.startswith("UNet2DModel is traced, bit-equal to the model (")
+    assert "layers can be quantized, of " in text
+    assert "TraceReport" not in text
+    status, text = run(*options, "--json")
+    found = json.loads(text)
+    assert (status, found["ok"], found["model_class"]) == (0, True, "UNet2DModel")
+
+
+def test_trace_gives_its_graph_as_json(model_folder):
+    status, text = run("trace", model_folder, "--subfolder", "unet", "--json")
+    assert status == 0
+    found = json.loads(text)
+    assert found["modules"]["conv_in"]
+    assert {"placeholder", "output"} <= {node[1] for node in found["nodes"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("a.jpg", b"\xff\xd8\xff"), ("a.WEBP", b"RIFF"), ("a.png", b"\x89PNG")]
+)
+def test_a_picture_has_the_file_type_that_was_asked_for(quantized_folder, tmp_path, name, start):
+    picture = tmp_path / name
+    options = ["sample", quantized_folder, "--num", 2, "--steps", 1, "-o", picture]
+    status, text = run(*options, "--json")
+    assert status == 0, text
+    assert picture.read_bytes().startswith(start)
+    told = json.loads(text)
+    assert (told["output"], told["images"], told["from"]) == (str(picture), 2, "packed")
+    before = picture.read_bytes()
+    status, text = run(*options)
+    assert (status, "(--overwrite)" in text) == (2, True)
+    assert picture.read_bytes() == before
+    assert run(*options, "--overwrite")[0] == 0
+
+
+def test_plan_foretells_what_a_dry_run_of_quantize_does_and_both_write_nothing(
+    model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    options = [model_folder, "--subfolder", "unet", "--weights", 3, "--trajectories", 4, "--json"]
+    planned = run("plan", *options)
+    dry = run("quantize", *options, "--dry-run", "-o", tmp_path / "new")
+    assert (planned[0], dry[0]) == (0, 0), dry[1]
+    planned, dry = json.loads(planned[1]), json.loads(dry[1])
+    measured = {"seconds", "stages", "row_seconds"}
+    measured |= {name for name in planned if name.endswith("_seconds")}
+    assert planned["stages"].keys() == dry["stages"].keys()
+    assert {k: v for k, v in planned.items() if k not in measured} == {
+        k: v for k, v in dry.items() if k not in measured
+    }
+    assert planned["seconds"] == pytest.approx(sum(planned["stages"].values()))
+    for stage in ("trace", "sensitivities", "lowering", "comparing all forms", "measuring"):
+        assert planned["stages"][stage] > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -251,7 +304,7 @@ def test_quantize_plan_and_export_have_the_options_of_the_settings():
         assert settings | {"rounding", "refinements", "override"} <= set(options)
         assert "config" not in options
         assert options["activation_mode"].default == "auto"
-    assert {"weight_bytes", "effective_bits", "seed"} <= set(quantize) & set(export) - set(plan)
+    assert {"weight_bytes", "effective_bits", "seed"} <= set(quantize) & set(export) & set(plan)
     assert [options["weights"].default for options in (quantize, plan, export)] == [4, 4, 8]
 
 

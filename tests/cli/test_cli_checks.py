@@ -114,7 +114,7 @@ CASES = [
     (["sample", "out", "--output", "out/a/grid.png"], "out holds a result and no other files"),
     (["quantize", "model", *NEW, "--sensitivity", "out/s"], "out holds a result and no other"),
     # endings
-    (["sample", "out", "--output", "grid.jpg"], "ends in .png"),
+    (["sample", "out", "--output", "grid.gif"], "ends in .png or .jpg"),
     (["sample", "out", "--output", "grid"], "ends in .png"),
     # devices that no machine has
     (["quantize", "model", "--device", "cuda:99"], "--device cuda:99: torch cannot compute there"),
@@ -205,7 +205,6 @@ def test_a_folder_whose_float_model_is_gone_says_so_at_once(place, monkeypatch, 
         (["export", "."], "transformers", "pipelines"),
         (["doctor", "model"], "executorch", "executorch"),
         (["sample", "out", "--from", "pte"], "executorch", "executorch"),
-        (["sample", "program"], "executorch", "executorch"),
         (["verify", "program"], "executorch", "executorch"),
         (["distill", "program"], "executorch", "executorch"),
         (["evaluate", "out", "--model", "digits"], "torchmetrics", "report"),
@@ -223,6 +222,16 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     assert status == 2
     assert f"{package}, which is not installed" in err
     assert f'pip install "mpqdm-fx[{extra}]"' in err
+
+
+def test_packed_weights_draw_where_a_program_cannot_run(place, monkeypatch, capsys):
+    (place / "out" / "unet.pte").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    words = ["sample", "out", "--num", 1, "--steps", 1, "-o", "new.png"]
+    status, out, err = typed(monkeypatch, capsys, *words)
+    assert (status, out) == (0, "1 images written to new.png\n"), err
+    assert "drawing from its packed weights" in err
+    assert (place / "new.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("words", [["quantize", "model", *NEW], ["distill", "out"]])

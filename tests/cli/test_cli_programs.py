@@ -46,7 +46,7 @@ def folder(written, tmp_path):
 
 
 def sample(folder, picture, *options):
-    words = ["--num", 2, "--steps", 2, "--output", picture, *options]
+    words = ["--num", 2, "--steps", 2, "--output", picture, "--overwrite", *options]
     return run("sample", folder, *words)
 
 
@@ -140,12 +140,12 @@ def test_evaluate_inspect_and_doctor_take_the_folder(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quantize", "digits", "--four-bit", "half"], "give 'never', 'whole' or 'split'"),
+        (["quantize", "digits", "--four-bit", "half"], "choose one of 'never', 'whole', 'split'"),
         (["quantize", "digits", "--four-bit", "split", "--activation-mode", "static"], "static"),
-        (["quantize", "digits", "--backend", "packed", "--compress"], 'backend="xnnpack"'),
+        (["quantize", "digits", "--backend", "packed", "--compress"], "--backend xnnpack"),
         (["quantize", "digits", "--backend", "packed", "--four-bit", "split"], "packed writes no"),
         (["quantize", "digits", "--backend", "torch_ao", "--external-weights"], "torch_ao writes"),
-        (["export", "nowhere", "--four-bit", "half"], "give 'never', 'whole' or 'split'"),
+        (["export", "nowhere", "--four-bit", "half"], "choose one of 'never', 'whole', 'split'"),
         (["export", "nowhere", "--four-bit", "split", "--activation-mode", "static"], "static"),
         (["export", "nowhere", "--four-bit", "split", "--float"], "these are float"),
     ],
