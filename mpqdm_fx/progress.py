@@ -9,7 +9,7 @@ A reporter is installed for a block of code (`reporting`): the command line's dr
 whole run. Where none is, each stage is a bar of tqdm on a terminal or in a notebook.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -184,7 +184,7 @@ def tracked(
         name: As of `stage`.
         total: Number of items; None for their length, if they have one.
     """
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with stage(name, total) as advance:
         for item in items:

@@ -167,7 +167,7 @@ class _Line:
     def __init__(self, log: "streams.Log | None", *, live: bool) -> None:
         self._course = Course()
         self._log = log
-        self._console = Console(file=streams.errors(), highlight=False)  # type: ignore[arg-type]
+        self._console = Console(file=streams.errors(), highlight=False)
         self._live = live and self._console.is_terminal and not self._console.is_dumb_terminal
         self._lock = threading.RLock()
         self._over = threading.Event()
@@ -234,8 +234,10 @@ class _Line:
     def _draw(self) -> None:
         with self._console:  # one write
             self._erase()
+            plain = self._console.options.ascii_only
             self._console.print(
-                str(self._course), end="", markup=False, no_wrap=True, overflow="ellipsis",
+                str(self._course).replace("·", "-" if plain else "·"),
+                end="", markup=False, no_wrap=True, overflow="crop" if plain else "ellipsis",
                 width=self._console.width - 1,  # terminals go on to a new line behind the last
             )  # fmt: skip
             self._drawn = True

@@ -136,6 +136,7 @@ class Trainer:
             if self.directory is not None and time.perf_counter() - saved > _SAVE_SECONDS:
                 self.save()
                 saved = time.perf_counter()
+        training(1.0 - training.done)
         training.close()
         self.save()
         self.average.copy_to(self._trained)

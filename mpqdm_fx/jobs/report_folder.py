@@ -1,7 +1,7 @@
 """The report of a folder that exists: what it stores, and what can be measured now."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,13 +139,16 @@ def open_report(
         record = _record(folder, source, measured)
     if no_source:
         record = record.model_copy(update={"missing": {**record.missing, "float": no_source}})
+    denoiser, saved = _runner(folder, quantized), None
+    if denoiser is not None and SCHEDULER_CONFIG in folder.files:
+        saved = saved_source(folder, denoiser)
     return FolderReport(
         folder=folder,
         record=record,
-        denoiser=_runner(folder, quantized),
+        denoiser=denoiser,
         origin=origin_of(folder.root) if SOURCE in folder.files else None,
         source=source,
-        saved=saved_source(folder, quantized) if SCHEDULER_CONFIG in folder.files else None,
+        saved=saved,
     )
 
 
@@ -220,7 +223,7 @@ def _measured(
     if quantized is None or source is None:
         return Measured(missing=dict.fromkeys(("levels", "kurtosis"), why))
     if inputs is not None:
-        calls = calls_of(inputs, source.model, held_out=0).calls
+        calls: Sequence[Mapping[str, Any]] = calls_of(inputs, source.model, held_out=0).calls
     elif source.scheduler is None:
         no_calls = f"{source.name} has no scheduler; give calls with --inputs module:function"
         return Measured(missing=dict.fromkeys(("levels", "kurtosis"), no_calls))

@@ -133,7 +133,7 @@ class PipelineComponents:
             return None
         decoder = ImageDecoder(load_model(self._root / name, self._variant)).eval()
         with torch.no_grad():
-            return torch.cat([decoder(rows) for rows in samples.float().split(_DECODED)])
+            return torch.cat([decoder(rows) for rows in torch.split(samples.float(), _DECODED)])
 
     def _refusal(self, base: Mapping[str, Any]) -> str | None:
         """Why the pipeline's text encoders cannot condition the denoiser, if they cannot."""

@@ -28,7 +28,7 @@ _LOWER_WEIGHT = 3e-7
 _PROCESS = 6.0  # that measures one peak: mostly imports
 _TIMED = 6  # calls of a part, and as many of its program
 _JUDGED = 2  # a part's held-out calls, once in float and once quantized, which is as slow
-_LAYER_BYTES = 4500  # of a layer in one method's graph
+_LAYER_BYTES = 2800  # of a layer in one method's graph
 _PROGRAM = 0.6  # what a program's call takes of the float one's
 _SCALES = 4  # bytes of a channel's scale
 
@@ -163,22 +163,22 @@ def _part(
     layers = weight_layers(graph, embeddings=True)
     weights = sum(layer.weight.numel() for layer in layers.values())
     tensors = [t for t in graph.state_dict().values() if t.is_floating_point()]
-    parameters = sum(tensor.numel() for tensor in tensors)
-    quantize, peak, disk, stored = 0.0, 4 * parameters, 0, 4 * parameters
+    read = sum(tensor.numel() for tensor in tensors)  # a last layer may be there for nothing
+    quantize, peak, disk, stored = 0.0, 4 * read, 0, 4 * read
     if config is not None:
         batch = example_inputs(graph.meta["signature"], batch_size=rows)
         sweep = estimate(graph, [batch] * calls, settings, max_memory=max_memory)
         quantize = sweep.seconds + _JUDGED * call_seconds * calls * rows / 4
         peak, disk = sweep.peak_bytes, sweep.disk_bytes
         channels = sum(layer.weight.shape[0] for layer in layers.values())
-        stored = weights + 4 * (parameters - weights) + _SCALES * channels
+        stored = weights + 4 * (read - weights) + _SCALES * channels
     if part.stepped:
         quantize += call_seconds * calls * rows if config is not None else 0.0
     methods = len(sizes) if part.sized else 1
     lower = methods * (len(layers) * _LOWER_LAYER + weights * _LOWER_WEIGHT)
     found = PartEstimate(
-        parameters=parameters,
-        float_bytes=4 * parameters,
+        parameters=part.parameters,
+        float_bytes=4 * part.parameters,
         program_bytes=stored + methods * len(layers) * _LAYER_BYTES,
         call_seconds=call_seconds,
         quantize_seconds=quantize,

@@ -85,8 +85,8 @@ def _sizes(part: Part, manifest: Mapping[str, Any]) -> dict[str, int]:
     }
     return {
         "bytes": sum(int(manifest["files"][name]["bytes"]) for name in names),
-        "parameters": (count := sum(one.numel() for one in part.module.parameters())),
-        "float32_bytes": 4 * count,
+        "parameters": part.parameters,
+        "float32_bytes": 4 * part.parameters,
     }
 
 

@@ -39,6 +39,13 @@ class Part:
     sized: bool
     stepped: tuple[str, ...] = ()
 
+    @property
+    def parameters(self) -> int:
+        """Numbers that it reads: of a VAE those of one half."""
+        unread = getattr(self.module, "unread", ())
+        named = self.module.named_parameters()
+        return sum(value.numel() for name, value in named if not name.startswith(unread))
+
 
 class TextEncoder(nn.Module):
     """Token numbers to the last hidden state, as Stable Diffusion 1 and 2 are conditioned.
@@ -86,6 +93,9 @@ class ImageDecoder(nn.Module):
             none of the supported pipelines reads it.
     """
 
+    #: Parameters of the other half.
+    unread = ("vae.encoder.", "vae.quant_conv.")
+
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
@@ -116,6 +126,9 @@ class ImageEncoder(nn.Module):
     Args:
         vae: `AutoencoderKL`.
     """
+
+    #: Parameters of the other half.
+    unread = ("vae.decoder.", "vae.post_quant_conv.")
 
     def __init__(self, vae: Any) -> None:
         super().__init__()

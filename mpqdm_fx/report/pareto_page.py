@@ -2,6 +2,7 @@
 
 import base64
 import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ from mpqdm_fx.report.gates import METRICS, Gate, parse_gates
 from mpqdm_fx.report.page.render import page_environment
 from mpqdm_fx.report.page.svg import ACCENT, INK, LINE, SECOND, Chart, Table, chart
 from mpqdm_fx.report.page.text import bytes_text
-from mpqdm_fx.report.words import word_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,24 +73,18 @@ def _columns(points: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _heading(name: str) -> str:
-    return name.replace("_", " ").replace("sqnr", "SQNR")
+    return re.sub("sqnr|psnr|ssim", lambda found: found[0].upper(), name.replace("_", " "))
 
 
 def _row(point: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     metrics = point["metrics"]
     size = metrics["parameter_bytes"]
-    cells = []
-    for name in _columns(points):
-        value, word = metrics.get(name, math.nan), ""
-        if name in ("epsilon_sqnr", "x0_sqnr"):
-            word = f" ({word_of(name, value)})"
-        cells.append(shown(name, value) + word)
     return (
         f"{point['bits']:g}",
         f"{metrics['effective_bits']:.3f}",
         bytes_text(size),
         f"{100 * size / point['float32_bytes']:.1f} %",
-        *cells,
+        *(shown(name, metrics.get(name, math.nan)) for name in _columns(points)),
     )
 
 

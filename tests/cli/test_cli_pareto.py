@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from small import tiny_unet
+from small import plain_unet
 from test_cli import run
 
 import mpqdm_fx
@@ -15,6 +15,7 @@ from mpqdm_fx.io.sealed import read_json, verified
 from mpqdm_fx.jobs import pareto as job
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.pareto import PARETO, budget_settings
+from mpqdm_fx.jobs.presets import read_recipe
 from mpqdm_fx.models.sources import load_source
 
 QUICK = ["--backend", "packed", "--refinements", 0, "--propagation", 0, "--trajectories", 2]
@@ -45,7 +46,7 @@ def model_folder(tmp_path_factory):
     from diffusers import DDIMScheduler
 
     root = tmp_path_factory.mktemp("model")
-    tiny_unet().save_pretrained(root)
+    plain_unet().save_pretrained(root)
     DDIMScheduler().save_pretrained(root / "scheduler")
     return root
 
@@ -123,7 +124,8 @@ def test_what_was_picked_is_a_result_like_any_other(curve):
     output, _ = curve
     status, text = run("inspect", output / "picked", "--json")
     assert status == 0
-    assert json.loads(text)["summary"]["settings"]["weight_bits"] == 2
+    assert json.loads(text)["layers"]
+    assert read_recipe(output / "picked").weight_bits == 2
     status, text = run("evaluate", output / "bits-3", "--num", 4, "--steps", 2, "--json")
     assert (status, json.loads(text)["epsilon_sqnr"] > 1) == (0, True)
 

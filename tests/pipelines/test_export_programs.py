@@ -146,8 +146,10 @@ def test_the_folder_is_whole_and_nothing_else_is_left(exported):
         "pipeline.json",
         "program_files.py",
         "run.py",
+        "samples.png",
         "scheduler",
         "sealed.py",
+        "summary.json",
         "text_encoder.pte",
         "tokenizer",
         "vae_decoder.pte",
@@ -155,6 +157,43 @@ def test_the_folder_is_whole_and_nothing_else_is_left(exported):
     assert not list(result.directory.parent.glob(".out-*"))
     assert not (result.directory.parent / "out.checkpoint").exists()
     PipelineRunner(result.directory, verify=True)
+
+
+def test_the_picture_has_the_pipelines_own_images_above_those_of_the_programs(exported):
+    pipeline, result = exported
+    image = np.asarray(Image.open(result.directory / "samples.png"))
+    prompts, side, zoom = result.summary["prompts"], 16, 4
+    assert prompts == ["a cat", "a dog", "three pears on a table", "a map"]
+    assert image.shape == (zoom * (2 * (side + 1) + 1), zoom * (4 * (side + 1) + 1), 3)
+    runner = PipelineRunner(result.directory)
+    for index, prompt in enumerate(prompts):
+        numbers = {"num_inference_steps": 3, "guidance_scale": 3.0, "seed": index}
+        expected = diffusers_image(pipeline, prompt, **numbers), runner.sample(prompt, seed=index)
+        for row, drawn in enumerate(expected):
+            top, left = (1 + (side + 1) * place for place in (row, index))
+            found = image[zoom * top : zoom * (top + side), zoom * left : zoom * (left + side)]
+            found = found[::zoom, ::zoom].astype(np.float32) / 255
+            assert np.abs(found - drawn).max() < 0.6 / 255 + 1e-4
+
+
+def test_the_summary_has_sizes_times_and_peaks_of_every_part(exported):
+    _, result = exported
+    told = json.loads((result.directory / "summary.json").read_text())
+    assert told == json.loads(json.dumps(result.summary))
+    sizes = {path.name: path.stat().st_size for path in result.directory.iterdir()}
+    for name, part in told["parts"].items():
+        assert part["bytes"] == sizes[f"{name}.pte"]
+        assert part["precision"] == result.manifest["parts"][name]["precision"]
+        assert all(value > 0 for value in part["milliseconds"].values())
+        peaks = part["peak_memory_bytes"]
+        assert part["bytes"] < peaks["program"] < peaks["float"]
+    assert told["bytes"] == sum(part["bytes"] for part in told["parts"].values())
+    unet = result.summary["parts"]["denoiser"]
+    parameters = sum(value.numel() for value in exported[0].unet.parameters())
+    assert (unet["parameters"], unet["float32_bytes"]) == (parameters, 4 * parameters)
+    step = told["milliseconds_per_step"]
+    assert step["program"] == 2 * unet["milliseconds"]["program"]
+    assert told["denoiser_sqnr_db"] == result.manifest["parts"]["denoiser"]["quantized_sqnr_db"]
 
 
 def test_parts_below_the_bound_stay_in_float_and_the_manifest_says_so(exported):

@@ -5,11 +5,14 @@ import math
 import re
 
 import pytest
+import torch
 from pages import marks, read_page
 
 from mpqdm_fx.io.schema import validated
+from mpqdm_fx.report.page.gallery import gallery_of
 from mpqdm_fx.report.page.render import render_report
-from mpqdm_fx.report.record import ReportRecord
+from mpqdm_fx.report.page.text import bytes_text
+from mpqdm_fx.report.record import ReportRecord, Spread
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def test_the_page_is_small_and_loads_nothing_from_elsewhere(html, page):
 
 
 def test_every_drawing_has_marks_a_role_and_words(page):
-    drawings = page.all("svg")
+    drawings = [svg for svg in page.all("svg") if "aria-hidden" not in svg.attributes]
     assert len(drawings) > 20
     for drawing in drawings:
         assert drawing.attributes["role"] == "img"
@@ -75,6 +78,33 @@ def test_every_chart_is_there_for_both_screens_with_a_title_axes_and_its_numbers
             assert "axes_1" in " ".join(g.attributes.get("id", "") for g in svg.all("g"))
             words = [text.text for text in svg.all("text")]
             assert any(re.search(r"dB|bits|MB|kB", word) for word in words), "no unit"
+
+
+def test_a_chart_says_the_same_numbers_as_its_words_and_its_table(page, record):
+    part = record.parts[0]
+    levels, sizes = (
+        next(one for one in page.all("figure") if one.attributes.get("id") == name)
+        for name in ("levels", "bytes")
+    )
+    for svg in sizes.all("svg"):
+        assert bytes_text(part.stored_bytes) in [text.text for text in svg.all("text")]
+    told = [f"{one.sqnr_db:.1f}" for one in part.levels]
+    assert [text.text for text in levels.all("svg")[0].all("text") if text.text in told] == told
+    rows = [[cell.text for cell in row.all("td")] for row in levels.all("tr")[1:]]
+    assert rows == [[one, one] for one in told]
+
+
+def test_a_page_of_a_large_model_stays_small(record):
+    layer, picture = record.parts[0].layers[0], torch.rand(16, 3, 512, 512) * 2 - 1
+    name = "up_blocks.1.attentions.2.transformer_blocks.9.attn2.to_out.0"
+    spread = Spread(smallest=1.2345, lower=2.3456, middle=3.4567, upper=4.5678, largest=50.678)
+    large = layer.model_copy(
+        update={"name": name, "bits": {"2": 100, "3": 200, "4": 300}, "sensitivity": spread}
+    )
+    part = record.parts[0].model_copy(update={"layers": (large,) * 750})  # of Stable Diffusion XL
+    several = record.model_copy(update={"parts": (part,)})
+    gallery = gallery_of({"float": picture, "quantized": -picture}, labels=(), note="")
+    assert len(render_report(several, gallery).encode()) < 5_000_000
 
 
 def test_colours_are_the_pages_own_so_that_both_themes_are_right(html):

@@ -14,7 +14,7 @@ _EMPTY = (
     _OPEN
     + """
 const shown = e => e.getClientRects().length > 0 && getComputedStyle(e).visibility !== 'hidden';
-return [...document.querySelectorAll('svg')].filter(shown).filter(svg => {
+return [...document.querySelectorAll('svg:not([aria-hidden])')].filter(shown).filter(svg => {
   const box = svg.getBoundingClientRect();
   const inside = [...svg.querySelectorAll('path, rect, use, line, circle, polyline, image')]
     .filter(e => { const b = e.getBoundingClientRect(); return b.width + b.height > 0; });

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-__all__ = ["Column", "Columns", "fold"]
+__all__ = ["Column", "Columns", "fold", "unbroken"]
 
 _GAP = "  "
 _LEAST = {"name": 30, "text": 16}  # columns that these may be folded or wrapped to
@@ -100,11 +100,12 @@ class Columns:
         """Lay it out; yields lines."""
         shown = _fitting(self.columns, options.max_width)
         widths = _widths(shown, options.max_width)
-        yield Text(self.title, style="bold", no_wrap=True)
         headings = [[column.heading] for column in shown]
-        yield from (_line(text, "bold") for text in _lines(shown, widths, headings))
-        yield Text("─" * min(options.max_width, sum(widths) + len(_GAP) * (len(widths) - 1)))
-        yield from map(_line, _body(shown, widths))
+        for text in (self.title, *_lines(shown, widths, headings)):
+            yield unbroken(text, options, "bold")
+        rule = "─" * min(options.max_width, sum(widths) + len(_GAP) * (len(widths) - 1))
+        for text in (rule, *_body(shown, widths)):
+            yield unbroken(text, options)
         if self.note:
             yield Text(self.note)
         yield Text("")
@@ -115,8 +116,19 @@ class Columns:
         return _body(shown, _widths(shown, width))
 
 
-def _line(text: str, style: str = "") -> Text:
-    return Text(text, style=style, no_wrap=True, overflow="ignore")
+_ASCII = str.maketrans("─…±", "-~+")
+
+
+def unbroken(text: str, options: ConsoleOptions, style: str = "") -> Text:
+    """A line that is printed as it is, in what the terminal's encoding has.
+
+    Args:
+        text: The line.
+        options: Of the terminal.
+        style: Its style.
+    """
+    shown = text.translate(_ASCII) if options.ascii_only else text
+    return Text(shown, style=style, no_wrap=True, overflow="ignore")
 
 
 def _body(columns: Sequence[Column], widths: Sequence[int]) -> Iterator[str]:

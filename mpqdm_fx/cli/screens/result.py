@@ -1,14 +1,13 @@
 """The end of a run: a dozen lines by which to judge the result, and all numbers as a table."""
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.padding import Padding
-from rich.text import Text
 
-from mpqdm_fx.cli.screens.columns import Column, Columns
+from mpqdm_fx.cli.screens.columns import Column, Columns, unbroken
 from mpqdm_fx.cli.screens.layers import ORDERS
 from mpqdm_fx.quantized import QuantizationReport
 from mpqdm_fx.report.units import amount, duration
@@ -39,28 +38,25 @@ class ResultScreen:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield its lines."""
         width = min(options.max_width, _WIDEST)
-        for label, value in _told(self.summary):
-            text = Text.assemble((f"{label:<{_LABEL}}", "bold"), value)
-            lines = text.wrap(console, width - _LABEL) if len(text) > width else [text]
-            yield lines[0]
-            for line in lines[1:]:
-                yield Padding(line, (0, 0, 0, _LABEL), expand=False)
-        yield from self._worst(width)
-        if (self.folder / _REPORT).is_file():
-            yield _row("report", str(self.folder / _REPORT))
+        for label, value in self._lines(width):
+            line = unbroken(f"{label:<{_LABEL}}{value}", options)
+            line.stylize("bold", 0, _LABEL)
+            yield line
 
-    def _worst(self, width: int) -> Iterator[Text]:
+    def _lines(self, width: int) -> Iterator[tuple[str, str]]:
+        """Labels and values, each a line."""
+        for label, value in _told(self.summary):
+            for index, line in enumerate(textwrap.wrap(value, width - _LABEL)):
+                yield "" if index else label, line
         layers = [] if self.report is None else list(self.report.layers)
         worst = sorted((one for one in layers if one.sqnr_db is not None), key=ORDERS["sqnr"])
         names = Columns("", [Column(heading="", kind="name"), *(Column(heading="") for _ in "12")])
         for layer in worst[:_WORST]:
             names.add(layer.name, f"{layer.mean_bits:.2f} bits", f"{layer.sqnr_db:.1f} dB")
         for index, line in enumerate(names.rows(width - _LABEL)):
-            yield _row("" if index else "worst layers", line)
-
-
-def _row(label: str, value: str) -> Text:
-    return Text.assemble((f"{label:<{_LABEL}}", "bold"), value, no_wrap=True, overflow="ignore")
+            yield "" if index else "worst layers", line
+        if (self.folder / _REPORT).is_file():
+            yield "report", str(self.folder / _REPORT)
 
 
 def _told(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -52,6 +52,7 @@ def bits_chart(part: Part) -> Chart:
         )
         for index, bar in enumerate(bars):
             bar.set_gid(f"layer-{index}")
+            bar.set_clip_on(False)
         axes.axhline(part.mean_bits, color=SECOND, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_ylim(0, 8.6)
         axes.set_yticks([0, 2, 4, 6, 8])
@@ -88,9 +89,9 @@ def solve_chart(part: Part) -> Chart | None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         band_places(top, layers, wide)
         top.set_xlabel("")
-        for i in both:
-            ends = [layers[i].base_sqnr_db or 0, layers[i].sqnr_db or 0]
-            top.plot([i, i], ends, color=ACCENT, linewidth=1.4, alpha=0.45)
+        # one line with gaps: a line for each of many layers would make a large page
+        ends = [y for i in both for y in (layers[i].base_sqnr_db, layers[i].sqnr_db, math.nan)]
+        top.plot([i for i in both for _ in range(3)], ends, color=ACCENT, linewidth=1.4, alpha=0.45)
         top.plot(
             both, [layers[i].base_sqnr_db for i in both], "o", markersize=2.6, color=FAINT,
             label="without propagation",
@@ -102,7 +103,8 @@ def solve_chart(part: Part) -> Chart | None:
         top.set_ylabel("layer SQNR, dB")
         top.legend(loc="upper right", ncols=1 + wide, bbox_to_anchor=(1, 1.02), handlelength=1)
         _room(top)
-        bottom.bar(range(len(layers)), [la.alpha for la in layers], width=0.82, color=SECOND)
+        edges = [index - 0.5 for index in range(len(layers) + 1)]
+        bottom.stairs([la.alpha for la in layers], edges, fill=True, color=SECOND)
         bottom.set_ylim(0, 1.05)
         bottom.set_yticks([0, 1])
         bottom.set_ylabel("strength")
@@ -214,7 +216,7 @@ def heat_chart(part: Part) -> Chart | None:
             image, ax=axes, pad=0.015 if wide else 0.02, aspect=18,
             location="right" if wide else "bottom",
         )  # fmt: skip
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.set_label("layer SQNR, dB")
 
     return chart(
@@ -222,7 +224,7 @@ def heat_chart(part: Part) -> Chart | None:
         "Every layer at every noise level",
         f"Signal-to-noise ratio of every layer's output in the running model, errors of earlier "
         f"layers included: {len(layers)} layers by {len(levels)} noise levels, {low:.0f} dB "
-        f"(red) to {high:.0f} dB (green).",
+        f"(red) to {high:.0f} dB (teal).",
         draw,
         height=2.7,
         narrow_height=2.9,

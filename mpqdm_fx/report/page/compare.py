@@ -54,8 +54,18 @@ _NUMBERS: tuple[tuple[str, _Number, _Text, bool | None], ...] = (
     ("worst layer SQNR, dB", lambda p: _worst(p), text.db_text, True),
     ("ms a step, batch 1", lambda p: p.milliseconds, _decimals(1), False),
     ("peak memory", lambda p: p.peak_bytes, text.bytes_text, False),
-    ("XNNPACK subgraphs", lambda p: p.program and p.program.subgraphs, _decimals(0), False),
-    ("nodes outside them", lambda p: p.program and p.program.undelegated, _decimals(0), False),
+    (
+        "XNNPACK subgraphs",
+        lambda p: p.program.subgraphs if p.program else None,
+        _decimals(0),
+        False,
+    ),
+    (
+        "nodes outside them",
+        lambda p: p.program.undelegated if p.program else None,
+        _decimals(0),
+        False,
+    ),
     ("layers", lambda p: len(p.layers), _decimals(0), None),
     ("seconds to quantize", lambda p: p.seconds_to_quantize, _decimals(0), None),
 )

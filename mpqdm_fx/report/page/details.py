@@ -8,9 +8,21 @@ from html import escape
 from mpqdm_fx.report.page.text import bits_text, bytes_text, db_text, shape_text
 from mpqdm_fx.report.record import LayerNumbers, LevelNumbers, Part, Spread
 
-__all__ = ["LayerRow", "layer_rows"]
+__all__ = ["BIT_AXIS", "LayerRow", "layer_rows"]
 
 _WIDTH, _HEIGHT = 260, 96  # of a drawing, in its own units
+
+
+#: What every drawing of bits stands on, once in a page: a line and the eight widths.
+BIT_AXIS = (
+    '<svg width="0" height="0" aria-hidden="true" class="hidden"><defs><g id="bit-axis">'
+    f'<path d="M0 76H{_WIDTH}" class="rule"/>'
+    + "".join(
+        f'<text x="{(width - 0.5) * _WIDTH / 8:.0f}" y="91" class="t">{width}</text>'
+        for width in range(1, 9)
+    )
+    + "</g></defs></svg>"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,29 +97,23 @@ def _drawing(label: str, body: Sequence[str]) -> str:
     )
 
 
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "middle") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
-    )
+def _text(x: float, y: float, text: str, kind: str = "v") -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}" class="{kind}">{escape(text)}</text>'
 
 
 def _bits(layer: LayerNumbers) -> str:
     """A bar for each width, as high as it has channels."""
-    widths = range(1, 9)
-    counts = [layer.bits.get(str(width), 0) for width in widths]
-    most, step = max(counts), _WIDTH / len(widths)
-    body = [f'<line x1="0" x2="{_WIDTH}" y1="76" y2="76" class="rule"/>']
-    for width, count in zip(widths, counts, strict=True):
-        x, height = (width - 1) * step, 56 * count / most
-        if count:
-            body.append(
-                f'<rect x="{x + 4:.1f}" y="{76 - height:.1f}" width="{step - 8:.1f}" '
-                f'height="{max(height, 1):.1f}" rx="1.5" class="fill"/>'
-            )
-            body.append(_text(x + step / 2, 71 - height, str(count), "value"))
-        body.append(_text(x + step / 2, 91, f"{width}", "tick"))
+    most, step = max(layer.bits.values()), _WIDTH / 8
+    body = ['<use href="#bit-axis"/>']
+    for width, count in layer.bits.items():
+        x, height = (int(width) - 1) * step, max(1.0, 56 * count / most)
+        body.append(
+            f'<rect x="{x + 4:.0f}" y="{76 - height:.0f}" width="{step - 8:.0f}" '
+            f'height="{height:.0f}"/>'
+        )
+        body.append(_text(x + step / 2, 71 - height, str(count)))
     told = ", ".join(f"{count} at {width} bits" for width, count in layer.bits.items())
-    return _drawing(f"Channels of {layer.name}: {told}", body)
+    return _drawing(f"Channels: {told}", body)
 
 
 def _box(spread: Spread, what: str) -> str:
@@ -120,24 +126,22 @@ def _box(spread: Spread, what: str) -> str:
     )
     wide = max(upper - lower, 2)
     body = [
-        f'<line x1="{smallest:.1f}" x2="{largest:.1f}" y1="42" y2="42" class="whisker"/>',
-        f'<rect x="{lower:.1f}" y="30" width="{wide:.1f}" height="24" rx="2" class="box"/>',
-        f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="27" y2="57" class="median"/>',
-        *(f'<circle cx="{x:.1f}" cy="42" r="3" class="end"/>' for x in (smallest, largest)),
-        _text(min(max(middle, 40), _WIDTH - 40), 19, f"median {_number(points[2])}", "value"),
-        _text(2, 78, _number(points[0]), "tick", "start"),
-        _text(_WIDTH - 2, 78, _number(points[4]), "tick", "end"),
+        f'<path d="M{smallest:.0f} 42H{largest:.0f}"/>',
+        f'<rect x="{lower:.0f}" y="30" width="{wide:.0f}" height="24" class="box"/>',
+        f'<path d="M{middle:.0f} 27V57" class="median"/>',
+        _text(min(max(middle, 40), _WIDTH - 40), 19, f"median {_number(points[2])}"),
+        _text(2, 78, _number(points[0]), "s"),
+        _text(_WIDTH - 2, 78, _number(points[4]), "e"),
     ]
-    names = ("smallest", "lower quartile", "median", "upper quartile", "largest")
-    told = ", ".join(f"{name} {_number(p)}" for name, p in zip(names, points, strict=True))
-    return _drawing(f"{what}: {told}", body)
+    told = ", ".join(map(_number, points))
+    return _drawing(f"{what}: smallest, quartiles and largest {told}", body)
 
 
 def _line(values: Sequence[float], levels: Sequence[LevelNumbers]) -> str:
     """Decibels from the most noise on the left to the least on the right."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
-        return _drawing("exact at every noise level", [_text(_WIDTH / 2, 48, "exact", "value")])
+        return _drawing("exact at every noise level", [_text(_WIDTH / 2, 48, "exact")])
     low, span = min(finite), (max(finite) - min(finite)) or 1.0
     step = (_WIDTH - 40) / max(1, len(values) - 1)
     points = [
@@ -145,23 +149,18 @@ def _line(values: Sequence[float], levels: Sequence[LevelNumbers]) -> str:
         for index, value in enumerate(values)
         if math.isfinite(value)
     ]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    body = [f'<polyline points="{path}" class="trace"/>']
-    body += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" class="fill"/>' for x, y in points]
-    ends = {0, len(points) - 1}
-    body += [
-        _text(x, y - 8, f"{value:.0f}", "value")
-        for index, ((x, y), value) in enumerate(zip(points, finite, strict=True))
-        if index in ends or value in (min(finite), max(finite))
-    ]
-    body += [
-        _text(2, 91, f"{levels[0].level:.4g}", "tick", "start"),
-        _text(_WIDTH - 2, 91, f"{levels[-1].level:.4g}", "tick", "end"),
-    ]
-    told = ", ".join(
-        f"{db_text(value)} dB at {one.level:.4g}" for value, one in zip(values, levels, strict=True)
-    )
-    return _drawing(told, body)
+    path = " ".join(f"{x:.0f},{y:.0f}" for x, y in points)
+    body = [f'<polyline points="{path}"/>']
+    told = {0, len(points) - 1, finite.index(low), finite.index(max(finite))}
+    for index, ((x, y), value) in enumerate(zip(points, finite, strict=True)):
+        # neighbours of a told one would stand on it
+        if index in told and not (index - 1 in told and index not in (0, len(points) - 1)):
+            body.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="2.5"/>')
+            body.append(_text(x, y - 8, f"{value:.0f}"))
+    body.append(_text(2, 91, f"{levels[0].level:.4g}", "s"))
+    body.append(_text(_WIDTH - 2, 91, f"{levels[-1].level:.4g}", "e"))
+    every = ", ".join(db_text(value) for value in values)
+    return _drawing(f"dB from most to least noise: {every}", body)
 
 
 def _number(value: float) -> str:

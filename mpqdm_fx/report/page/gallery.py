@@ -17,7 +17,7 @@ __all__ = ["DIFFERENCE", "Gallery", "Row", "gallery_of"]
 DIFFERENCE = 8  # what differences are multiplied by to be seen
 _MOST = 16  # pictures in a row
 _LONGEST = 10  # characters of a label
-_SIDE = 256  # larger pictures are made smaller
+_SIDE = 192  # larger pictures are made smaller
 _LOSSLESS = 64 * 64  # pixels of a picture that is stored exactly
 
 
@@ -111,6 +111,6 @@ def _address(pixels: Tensor) -> str:
     if exact:
         picture.save(file, format="PNG", optimize=True)
     else:
-        picture.save(file, format="JPEG", quality=88)
+        picture.save(file, format="JPEG", quality=85)
     kind = "png" if exact else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.report.page import charts, text
-from mpqdm_fx.report.page.details import LayerRow, layer_rows
+from mpqdm_fx.report.page.details import BIT_AXIS, LayerRow, layer_rows
 from mpqdm_fx.report.page.gallery import Gallery
 from mpqdm_fx.report.page.svg import Chart
 from mpqdm_fx.report.record import ActivationNumbers, Part, ReportRecord
@@ -104,11 +104,13 @@ def page_environment() -> "Environment":
         "bytes": text.bytes_text,
         "db": text.db_text,
         "share": text.share_text,
+        "last_part": lambda name: Path(name).name or name,
         "raw": Markup,
         "breakable": _breakable,
         "capitalize_first": lambda sentence: sentence[:1].upper() + sentence[1:].rstrip("."),
     }
     environment.globals["file_rows"] = _file_rows
+    environment.globals["bit_axis"] = Markup(BIT_AXIS)
     for name in ("page.css", "page.js"):
         content = (_TEMPLATES / name).read_text(encoding="utf-8")
         environment.globals[name.replace(".", "_")] = Markup(content)

@@ -43,7 +43,7 @@ _VARIABLES = {
 }  # fmt: skip
 
 _WIDE, _NARROW = 10.0, 3.7  # inches of 72 units: text of 8 units is as large on either screen
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # one type of matplotlib's for each of its 300 keys
     "svg.fonttype": "none",  # text stays text
     "font.family": "DejaVu Sans",
     "font.size": 8,
@@ -180,11 +180,28 @@ def _inlined(svg: str, name: str, label: str, wide: bool, titles: Sequence[str])
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     svg = re.sub(r"(font: [\d.]+px) [^;\"]+", r"\1 var(--sans)", svg)
+    svg = re.sub(r' (?:d|x|y|transform|points)="[^"]*"', _rounded, svg)
+    svg = re.sub(r"<g clip-path=[^>]*>\s*(?:<use [^>]*/>\s*)+</g>", _styled_once, svg)
     # clip paths and markers have names by content, which several charts of a page may share
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
 
     def layer(match: "re.Match[str]") -> str:
-        tooltip = html.escape(titles[int(match[1])])
-        return f'<g data-layer="{match[1]}"><title>{tooltip}</title>'
+        tooltip = f"<title>{html.escape(titles[int(match[1])])}</title>" if wide else ""
+        return f'<g data-layer="{match[1]}">{tooltip}'
 
     return re.sub(rf'<g id="{name}-layer-(\d+)">', layer, svg)
+
+
+def _rounded(attribute: "re.Match[str]") -> str:
+    """Places in tenths: of the 720 units that a page is wide, nobody sees less."""
+    return re.sub(r"(\d\.\d)\d+", r"\1", attribute[0])
+
+
+def _styled_once(match: "re.Match[str]") -> str:
+    """Markers of one line, whose style is told once for all of them."""
+    group = match[0]
+    style = re.search(r'<use [^>]*style="([^"]*)"', group)
+    if style is None:
+        return group
+    plain = re.sub(r'(<use [^>]*?) style="[^"]*"', r"\1", group)
+    return plain.replace("<g ", f'<g style="{style[1]}" ', 1)

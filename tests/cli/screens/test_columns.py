@@ -1,5 +1,6 @@
 """Tables: no number is ever cut, and no line is wider than the terminal."""
 
+import io
 import math
 import re
 
@@ -189,3 +190,15 @@ def test_a_spare_column_without_a_cell_is_left_out():
     table = Columns("", [Column(heading="layer", kind="name"), Column(heading="alpha", spare=1)])
     table.add("conv", "")
     assert "alpha" not in printed(80, table)
+
+
+def test_a_terminal_without_such_characters_gets_others():
+    table = Columns("", [Column(heading="layer", kind="name"), Column(heading="bits")])
+    table.add("a." * 60 + "to_q", "±25%")
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Console(file=file, width=80).print(table)
+    file.flush()
+    text = file.buffer.getvalue().decode("ascii")
+    assert "~" in text
+    assert "+25%" in text
+    assert "-----" in text

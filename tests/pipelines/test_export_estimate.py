@@ -1,0 +1,109 @@
+"""What an export takes is told before it, and what it is compared with is the pipeline itself."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_pipelines
+from eager_programs import eager_export
+from test_pipeline_kinds import pixels
+from test_runner_loop import diffusers_image
+from typer.testing import CliRunner
+
+from mpqdm_fx.cli import app as cli
+from mpqdm_fx.pipelines.estimate import estimate_export
+from mpqdm_fx.pipelines.inputs import PipelineInputs, inputs_of
+from mpqdm_fx.pipelines.layout import layout_of
+from mpqdm_fx.pipelines.measure import FloatPrograms
+from mpqdm_fx.pipelines.runner import PipelineRunner
+
+KINDS = [
+    "stable_diffusion", "stable_diffusion_xl", "inpainting", "ddpm", "ddim", "latent_diffusion",
+]  # fmt: skip
+RUNS = {"steps": 3, "guidance": 3.0, "trajectories": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tabulate"), [*((kind, False) for kind in KINDS), ("stable_diffusion", True)]
+)
+def test_what_programs_are_compared_with_draws_as_diffusers_does(
+    tmp_path, monkeypatch, kind, tabulate
+):
+    pipeline = getattr(tiny_pipelines, kind)(tmp_path)
+    output = tmp_path / "out"
+    eager_export(pipeline, output, monkeypatch, tabulate=tabulate, split=tabulate, **RUNS)
+    inputs, _ = inputs_of(pipeline, None, prompts=("a cat",), batch_size=8, seed=0, **RUNS)
+    runner = PipelineRunner(output)
+    runner.programs = FloatPrograms(output, inputs)
+    prompt = [] if runner.manifest["kind"] == "unconditional" else ["a cat"]
+    guided = {"guidance_scale": 3.0} if prompt else {}
+    own, theirs = pixels(runner)
+    expected = diffusers_image(pipeline, *prompt, num_inference_steps=3, **guided, **theirs)
+    assert np.abs(runner.sample(*prompt, **own) - expected).max() < 1e-4
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Neither runs of the float model, nor files."""
+
+    def begun(self):
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr(PipelineInputs, "runs", property(begun))
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_dry_run_tells_every_part_and_writes_nothing(tmp_path):
+    pipeline = tiny_pipelines.stable_diffusion(tmp_path)
+    pipeline.save_pretrained(tmp_path / "sd")
+    before = sorted(tmp_path.rglob("*"))
+    run = dry_run(tmp_path / "sd", "--output", tmp_path / "out", "--json")
+    assert sorted(tmp_path.rglob("*")) == before
+    told = json.loads(run.stdout)
+    assert list(told["parts"]) == ["text_encoder", "denoiser", "vae_decoder"]
+    unet = sum(value.numel() for value in pipeline.unet.parameters())
+    assert told["parts"]["denoiser"]["parameters"] == unet
+    assert told["bytes"] == sum(part["program_bytes"] for part in told["parts"].values())
+    works = ("quantize_seconds", "lower_seconds", "measure_seconds")
+    spent = sum(part[work] for part in told["parts"].values() for work in works)
+    assert told["seconds"] == pytest.approx(spent + told["draw_seconds"])
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_dry_run_prints_a_table_that_fits_eighty_columns(tmp_path):
+    tiny_pipelines.latent_diffusion(tmp_path).save_pretrained(tmp_path / "p")
+    lines = dry_run(tmp_path / "p", "--output", tmp_path / "out").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    for words in ("denoiser", "vae_decoder", "time in all", "peak memory", "disk while it runs"):
+        assert sum(words in line for line in lines) == 1
+
+
+def dry_run(*words):
+    run = CliRunner().invoke(cli.app, ["export", *map(str, words), "--dry-run"])
+    assert run.exit_code == 0, run.output
+    return run
+
+
+def estimated(pipeline, config=None, **options):
+    return estimate_export(pipeline, config, **{**RUNS, "prompts": ["a cat"], **options})
+
+
+@pytest.mark.usefixtures("no_work")
+def test_what_is_asked_for_is_what_costs(tmp_path):
+    pipeline = tiny_pipelines.latent_diffusion(tmp_path)
+    plain, quantized = estimated(pipeline), estimated(pipeline, tiny_pipelines.cheap_settings())
+    for name, part in quantized.parts.items():
+        assert part.program_bytes < plain.parts[name].program_bytes
+        assert part.quantize_seconds > plain.parts[name].quantize_seconds == 0
+    other = estimated(pipeline, sizes=[(16, 16), (24, 16)], samples=0, measure=False)
+    for name, part in other.parts.items():
+        assert part.lower_seconds == 2 * plain.parts[name].lower_seconds
+        assert part.measure_seconds == 0 < plain.parts[name].measure_seconds
+    assert other.draw_seconds == 0 < plain.draw_seconds
+
+
+def test_a_half_of_a_vae_counts_its_own_parameters(tmp_path):
+    pipeline = tiny_pipelines.inpainting(tmp_path)
+    parts = layout_of(pipeline).parts
+    every = sum(value.numel() for value in pipeline.vae.parameters())
+    assert parts["vae_encoder"].parameters + parts["vae_decoder"].parameters == every
