@@ -26,6 +26,7 @@ def distill(
     model: opt.FloatModelOption = None,
     trajectories: opt.TrajectoriesOption = 64,
     steps: opt.StepsOption = 20,
+    guidance: opt.GuidanceOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in an update.")] = 32,
     rank: Annotated[
         int, typer.Option(min=0, help="Rank of the trained change of a weight; 0 trains none.")
@@ -69,6 +70,7 @@ def distill(
         rank=rank,
         relation=relation,  # type: ignore[arg-type]  # it is checked there
         recompute=recompute,
+        guidance_scale=None if guidance is None else max(guidance, 1.0),  # up to 1 is none
         seed=seed,
     )
     with joined():

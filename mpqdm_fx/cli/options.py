@@ -98,7 +98,8 @@ PromptsOption = Annotated[
 GuidanceOption = Annotated[
     float | None,
     typer.Option(
-        min=0, help="Guidance scale of the runs; up to 1 is none. Default: the pipeline's own."
+        min=0,
+        help="Guidance scale of the runs; up to 1 is none. Default: the pipeline's or folder's.",
     ),
 ]
 TrajectoriesOption = Annotated[int, typer.Option(min=1, help="Denoising runs to calibrate on.")]
