@@ -46,6 +46,11 @@ def run(*words):
     return result.exit_code, result.output
 
 
+def unmeasure(monkeypatch):
+    """Leave out the processes that measure peaks of memory, which take the longest."""
+    monkeypatch.setattr(result_folder, "peak_memory", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipeline")
@@ -59,15 +64,16 @@ def pipeline(tmp_path_factory):
 def quantized(pipeline, tmp_path_factory):
     output = tmp_path_factory.mktemp("quantized") / "out"
     words = ["--prompts", pipeline[1].parent / "prompts.txt", "--guidance", 3, "--output", output]
-    status, text = run("quantize", pipeline[1], *CHEAP, *RUNS, *words)
+    with pytest.MonkeyPatch.context() as patch:
+        unmeasure(patch)
+        status, text = run("quantize", pipeline[1], *CHEAP, *RUNS, *words)
     assert status == 0, text
     return output
 
 
 @pytest.fixture
 def unmeasured(monkeypatch):
-    """Folders without the processes that measure peaks of memory, which take the longest."""
-    monkeypatch.setattr(result_folder, "peak_memory", lambda *_: None)
+    unmeasure(monkeypatch)
 
 
 def source_in(folder, **options):
@@ -419,7 +425,7 @@ def test_a_resumed_run_gives_the_same_bits_and_is_refused_other_prompts(
     with pytest.raises(Killed):
         run(*words, "--prompts", prompts)
     monkeypatch.undo()
-    monkeypatch.setattr(result_folder, "peak_memory", lambda *_: None)
+    unmeasure(monkeypatch)
     assert not output.exists()
     (tmp_path / "others.txt").write_text("a house\n")
     status, text = run(*words, "--resume", "--prompts", tmp_path / "others.txt")
