@@ -1,7 +1,7 @@
 """Recorded inputs of a prepared model: bounded in memory, the rest in safetensors shards."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ class RecordedInputs:
         directory: Where to make the folder for shards, which goes with this object; default the
             system's place for temporary files.
 
+    Attributes:
+        measured: What was measured of exactly these calls, by all else that it depends on; another
+            budget of the same model finds it there. Empty again when a call is added.
+
     Raises:
         ConfigError: `max_memory` is no positive integer.
     """
@@ -42,6 +46,7 @@ class RecordedInputs:
     def __init__(
         self, *, max_memory: Bytes = DEFAULT_MAX_MEMORY, directory: str | Path | None = None
     ) -> None:
+        self.measured: dict[Hashable, Any] = {}
         self._max_memory = max_memory
         self._scratch: Scratch | None = None
         self._directory = Path(directory) if directory is not None else None
@@ -82,6 +87,7 @@ class RecordedInputs:
                 named.
         """
         check_call(inputs, self.place)
+        self.measured.clear()
         leaves, spec = pytree.tree_flatten(dict(inputs))
         constants = {i: v for i, v in enumerate(leaves) if not isinstance(v, torch.Tensor)}
         # Clones: a caller may reuse its buffers, and views would keep whole batches alive.

@@ -145,7 +145,7 @@ GuidanceOption = Annotated[
     float | None,
     typer.Option(
         min=0,
-        help="Guidance scale of the runs; up to 1 is none. Default: the pipeline's own.",
+        help="Guidance scale of the runs; up to 1 is none. Default: the pipeline's or folder's.",
         rich_help_panel=CALIBRATION,
     ),
 ]

@@ -41,6 +41,8 @@ def pareto(
     ] = None,
     trajectories: opt.TrajectoriesOption = 16,
     steps: opt.StepsOption = 20,
+    prompts: opt.PromptsOption = None,
+    guidance: opt.GuidanceOption = None,
     num: Annotated[
         int,
         typer.Option(min=2, help="Samples that each budget is judged by.", rich_help_panel=opt.RUN),
@@ -66,6 +68,8 @@ def pareto(
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
     if backend == "xnnpack" and gates is not None:
         checks.check_packages("executorch", purpose="--backend xnnpack")
+    if checks.has_text_encoder(model):
+        checks.check_packages("transformers", purpose="a pipeline with a text encoder")
     if model == "digits":
         checks.check_packages("torchmetrics", "sklearn", purpose="evaluating the bundled model")
     told = ", ".join(f"{budget:g}" for budget in budgets)
@@ -74,6 +78,8 @@ def pareto(
     from mpqdm_fx.jobs.pareto import check_pareto, evaluation_of, pareto_to_folder
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.models.sources import load_with_calls
+    from mpqdm_fx.pipelines.components import in_pipeline
+    from mpqdm_fx.pipelines.prompts import read_prompts
     from mpqdm_fx.report.pareto_table import pareto_table
 
     checks.check_device(device)
@@ -82,7 +88,11 @@ def pareto(
         form, config, budgets, output, evaluation=evaluation_of(num=num, steps=steps),
         picks=gates is not None, resume=resume, overwrite=overwrite,
     )  # fmt: skip
-    source = load_with_calls(model, subfolder, variant, inputs, held_out)
+    given = None if prompts is None else read_prompts(prompts)
+    source = in_pipeline(
+        load_with_calls(model, subfolder, variant, inputs, held_out),
+        prompts=given, guidance=guidance,
+    )  # fmt: skip
     if not resume:
         checks.check_space(output, len(budgets) * weights_of(source.model))
     curve = pareto_to_folder(

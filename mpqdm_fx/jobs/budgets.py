@@ -65,7 +65,8 @@ class Judge:
     def evaluation(self) -> Evaluation | None:
         """What the float model does; None where nothing can be drawn."""
         if self._made is None and self._draws:
-            self._made = Evaluation.of(self.source, **self._options)
+            num, steps, seed = (self._options[name] for name in ("num", "steps", "seed"))
+            self._made = Evaluation.of(self.source, num=num, steps=steps, seed=seed)
         return self._made
 
     def measure(self, quantized: QuantizedModel) -> tuple[dict[str, float], Tensor | None]:

@@ -286,11 +286,11 @@ def expected_summary(backend: str, *, drawn: bool) -> tuple[str, ...]:
         backend: What the job writes for.
         drawn: Whether the source has a scheduler; else no peak of memory is measured.
     """
-    without = () if backend == "xnnpack" else ("program_sqnr", "subgraphs")
-    without += () if drawn else ("peak_memory",)
-    return tuple(
-        m.name for m in METRICS.values() if m.source == "summary" and m.name not in without
-    )
+    without: set[str] = set() if backend == "xnnpack" else {"program_sqnr", "subgraphs"}
+    if not drawn:
+        without.add("peak_memory")
+    told = (metric.name for metric in METRICS.values() if metric.source == "summary")
+    return tuple(name for name in told if name not in without)
 
 
 def summary_metrics(summary: Mapping[str, Any]) -> dict[str, float]:

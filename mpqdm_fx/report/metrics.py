@@ -171,8 +171,8 @@ def evaluate_against(
         num_samples=len(run.images),
         num_inference_steps=run.num_inference_steps,
         seed=run.seed,
-        **found,  # type: ignore[arg-type]
-        **_judged_by(networks or Networks(), run.images, images),  # type: ignore[arg-type]
+        **found,
+        **_judged_by(networks or Networks(), run.images, images),
     )
 
 

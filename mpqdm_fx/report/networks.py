@@ -104,7 +104,7 @@ def _opened(path: Path | None, option: str) -> Any:
             f"TorchScript file"
         )
     try:
-        return torch.jit.load(path, map_location="cpu").eval()
+        return torch.jit.load(path, map_location="cpu").eval()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError, OSError) as error:
         raise ArtifactError(
             f"{option} {path}: no TorchScript file, or a damaged one: {first_line(error)}"
@@ -124,7 +124,8 @@ def _in_batches(network: Any, pixels: Tensor, option: str, **options: bool) -> T
     if network is None:
         raise ConfigError(f"{option} PATH is missing: the network's file")
     try:
-        found = torch.cat([network(part, **options) for part in pixels.split(_BATCH)])
+        parts = torch.split(pixels, _BATCH)
+        found = torch.cat([network(part, **options) for part in parts])
     except (RuntimeError, ValueError, TypeError) as error:  # of TorchScript: RuntimeErrors
         raise ConfigError(
             f"{option}: the network does not take pictures {tuple(pixels.shape)} with "

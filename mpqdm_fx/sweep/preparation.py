@@ -1,7 +1,7 @@
 """What is measured and decided before the sweep: bits, rows' weights, kinds of activations."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from mpqdm_fx.calibration.row_weights import RowWeights
 from mpqdm_fx.calibration.weight_costs import weight_costs
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.cost import bind_sizes
+from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.speed import ActivationKind, InputOption
 from mpqdm_fx.passes.scale_inputs import ScaleInputs
@@ -72,6 +73,7 @@ class _Probes:
     calls: Sequence[Mapping[str, Any]]
     settings: MPQConfig
     groups: NoiseGroups
+    measured: dict[Hashable, Any]
     found: OutputEnergies | None = None
 
     def energies(self, watch: GradientWatch | None = None) -> OutputEnergies:
@@ -94,16 +96,7 @@ class _Probes:
         half: bool,
     ) -> tuple[tuple[ActivationChoice, ...], dict[str, Tensor]]:
         """How each input is quantized, and the factors of those whose channels are scaled."""
-        probed = probed_parts(self.graph_module, self.calls, None, SAMPLES, self.groups)
-        costs = ActivationCosts(
-            self.graph_module,
-            [part for part, _ in probed],
-            self.settings,
-            options,
-            max_memory=max_memory,
-            half=half,
-        )
-        found = self.energies(costs)
+        costs, found = self._measured(options, max_memory, half)
         choices = choose_activations(
             self.graph_module,
             costs.units,
@@ -122,6 +115,26 @@ class _Probes:
             for name in choice.layers
         }
         return choices, factors
+
+    def _measured(
+        self, options: Sequence[InputOption], max_memory: int | None, half: bool
+    ) -> tuple[ActivationCosts, OutputEnergies]:
+        """Costs of the inputs and energies of the channels: the same for every budget."""
+        without = replace(self.settings, weight_bits=8, effective_bits=None, weight_bytes=None)
+        key = (graph_fingerprint(self.graph_module), without, self.groups, tuple(options), half)
+        if key not in self.measured:
+            probed = probed_parts(self.graph_module, self.calls, None, SAMPLES, self.groups)
+            costs = ActivationCosts(
+                self.graph_module,
+                [part for part, _ in probed],
+                self.settings,
+                options,
+                max_memory=max_memory,
+                half=half,
+            )
+            self.measured[key] = costs, self.energies(costs)
+        costs, self.found = self.measured[key]
+        return costs, self.found
 
     def _weight_costs(
         self,
@@ -155,13 +168,15 @@ def prepared_sweep(
     groups: NoiseGroups,
     checkpoint: Checkpoint | None,
     shards: Shards,
+    measured: dict[Hashable, Any],
     sensitivity: Path | None,
     max_memory: int | None,
     half: bool,
 ) -> Preparation:
     """Measure and decide; the first process does, for all.
 
-    Args: as of `start_sweep`; `groups` are the noise levels of the calls.
+    Args: as of `start_sweep`; `groups` are the noise levels of the calls, `measured` is what was
+        measured of them already (`RecordedInputs.measured`).
 
     Raises:
         ConfigError: The budget is below what the smallest widths take.
@@ -169,7 +184,9 @@ def prepared_sweep(
         ArtifactError: A file of sensitivities is damaged, or of another model.
     """
     weighed = groups if settings.row_weights == "output" else NoiseGroups.one()
-    probes = _Probes(graph_module=graph_module, calls=calls, settings=settings, groups=weighed)
+    probes = _Probes(
+        graph_module=graph_module, calls=calls, settings=settings, groups=weighed, measured=measured
+    )
     options = options_of(settings)
     choices: tuple[ActivationChoice, ...] = ()
     factors: Mapping[str, Tensor] = {}

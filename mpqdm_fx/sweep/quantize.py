@@ -87,6 +87,7 @@ def start_sweep(
         groups=groups,
         checkpoint=checkpoint,
         shards=shards,
+        measured=records.measured,
         sensitivity=None if sensitivity is None else Path(sensitivity),
         max_memory=max_memory,
         half=half,

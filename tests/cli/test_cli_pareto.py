@@ -17,6 +17,7 @@ from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.pareto import PARETO, budget_settings
 from mpqdm_fx.jobs.presets import read_recipe
 from mpqdm_fx.models.sources import load_source
+from mpqdm_fx.sweep import measured
 
 QUICK = ["--backend", "packed", "--refinements", 0, "--propagation", 0, "--trajectories", 2]
 QUICK += ["--steps", 3, "--num", 4, "--samples", 0]
@@ -28,11 +29,11 @@ class Killed(BaseException):
 
 
 class Counted:
-    """Counts the calls of a function of the job."""
+    """Counts the calls of a module's function; one call more than `most` ends the run."""
 
-    def __init__(self, function, monkeypatch, most=None):
+    def __init__(self, function, monkeypatch, most=None, module=job):
         self.calls, self._function, self._most = 0, function, most
-        monkeypatch.setattr(job, function.__name__, self)
+        monkeypatch.setattr(module, function.__name__, self)
 
     def __call__(self, *arguments, **options):
         if self.calls == self._most:
@@ -56,6 +57,8 @@ def curve(model_folder, tmp_path_factory):
     """A run that was killed in its second budget and went on, and what was seen of it."""
     output = tmp_path_factory.mktemp("cli") / "curve"
     seen = {}
+    tables = pytest.MonkeyPatch()
+    measuring = Counted(measured.measure_sensitivity, tables, module=measured)
     with pytest.MonkeyPatch.context() as monkeypatch:
         Counted(job.convert, monkeypatch, most=1)
         with pytest.raises(Killed):
@@ -71,6 +74,8 @@ def curve(model_folder, tmp_path_factory):
             "pareto", model_folder, *QUICK, *ASKED, "--output", output, "--resume"
         )
         seen["converted"] = converted.calls
+    tables.undo()
+    seen["tables"] = measuring.calls
     return output, seen
 
 
@@ -145,25 +150,19 @@ def test_the_page_holds_every_chart_and_a_row_of_pictures_for_each_budget(curve)
     assert len(page) < 5e6
 
 
-def test_what_all_budgets_share_is_made_once(model_folder, tmp_path, monkeypatch):
-    from mpqdm_fx.sweep import measured
+def test_sensitivities_are_measured_once_for_all_budgets(curve):
+    assert curve[1]["tables"] == 1  # before the run was killed; the second half read them
 
-    calibrated = Counted(job.calibration_of, monkeypatch)
-    tables = []
-    measure = measured.measure_sensitivity
 
-    def measure_once(*arguments, **options):
-        tables.append(measure(*arguments, **options))
-        return tables[-1]
-
-    monkeypatch.setattr(measured, "measure_sensitivity", measure_once)
-    options = ["--bits", "2,2.5", "--pick", "epsilon_sqnr>=900", "--output", tmp_path / "out"]
+def test_without_a_budget_that_is_good_enough_none_is_picked(model_folder, tmp_path):
+    output = tmp_path / "out"
+    options = ["--bits", "2.5", "--pick", "epsilon_sqnr>=900", "--output", output]
     status, text = run("pareto", model_folder, *QUICK, *options)
     assert (status, "no budget reaches epsilon_sqnr>=900" in text) == (1, True), text
-    assert (calibrated.calls, len(tables)) == (1, 1)
-    assert not (tmp_path / "out" / "picked").exists()
-    found = [p["metrics"] for p in read_json(tmp_path / "out" / PARETO)["points"]]
-    assert found[1]["effective_bits"] == pytest.approx(2.5, abs=0.01)
+    assert not (output / "picked").exists()
+    record = read_json(output / PARETO)
+    assert record["picked"] is None
+    assert record["points"][0]["metrics"]["effective_bits"] == pytest.approx(2.5, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from mpqdm_fx.calibration.sensitivity import measure_sensitivity
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.plan import BitPlan
+from mpqdm_fx.sweep import preparation
 from mpqdm_fx.sweep.measured import solve_budget
 from mpqdm_fx.sweep.quantize import start_sweep
 
@@ -113,3 +114,38 @@ def test_a_table_without_fitted_levels_refuses_to_share_bits_with_them(net):
     assert _plan(net, plain, effective_bits=4.0).effective_bits <= 4.0
     with pytest.raises(ConfigError, match=r"without fitted levels.*codebooks=True"):
         _plan(net, plain, effective_bits=4.0, levels="codebook")
+
+
+@pytest.mark.parametrize("mode", ["static", "measured"])
+def test_another_budget_finds_what_was_measured_of_the_same_inputs(
+    net, tmp_path, monkeypatch, mode
+):
+    graph, calls = net
+    probed = []
+    probe = preparation.output_energies
+
+    def count(*arguments, **options):
+        probed.append(probe(*arguments, **options))
+        return probed[-1]
+
+    monkeypatch.setattr(preparation, "output_energies", count)
+    path, records = tmp_path / "table.safetensors", recorded(calls)
+
+    def prepared(bits, kept, **settings):
+        config = settings_of(
+            allocation="measured", activation_mode=mode, slowdown=1.5, effective_bits=bits,
+            **settings,
+        )  # fmt: skip
+        return start_sweep(graph, kept, config, sensitivity=path).prepared
+
+    prepared(3.0, records)
+    shared = prepared(4.0, records)
+    assert len(probed) == 1
+    alone = prepared(4.0, recorded(calls))
+    assert len(probed) == 2
+    assert shared.plans == alone.plans
+    assert shared.choices == alone.choices
+    prepared(4.0, records, seed=1)  # other directions
+    records.append(calls[0])
+    prepared(4.0, records)
+    assert len(probed) == 4
