@@ -227,7 +227,7 @@ def finish_of(
         steps: Steps of each.
     """
     graph = quantized.rounded
-    row = row_seconds(graph, example_inputs(quantized.signature)) * (2 if config.guided else 1)
+    row = row_seconds(graph, example_inputs(quantized.signature))
     return estimate_finish(graph, form, row_seconds=row, images=_images(source, samples, steps))
 
 

@@ -134,8 +134,9 @@ def test_verbose_shows_all_before_or_after_the_name(words):
         assert text in err.splitlines()
 
 
-def test_what_libraries_print_is_a_file_of_the_result(tmp_path):
-    assert in_pipes(JOB, "job", "--output", str(tmp_path))[0] == 0
+@pytest.mark.parametrize("more", [[], ["--quiet"]])
+def test_what_libraries_print_is_a_file_of_the_result(tmp_path, more):
+    assert in_pipes(JOB, "job", "--output", str(tmp_path), *more)[0] == 0
     text = (tmp_path / "log.txt").read_text()
     assert text == "noise in C\nnoise in Python\nnoise by a stranger\n"
 
@@ -156,6 +157,17 @@ def test_a_process_that_is_killed_says_where_and_leaves_the_log(tmp_path, monkey
     assert "Fatal Python error: Aborted" in err
     (log,) = tmp_path.glob("mpqdm-fx-*.log")
     assert "noise in C" in log.read_text()
+
+
+def test_a_command_that_needs_no_temporary_folder_runs_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.mkstemp", refused)
+    with streams.diverted() as log:
+        os.write(2, b"noise")
+        assert log.text() == ""
+
+
+def refused(*_, **__):
+    raise OSError("no usable temporary directory")
 
 
 # ---------------------------------------------------------------- in this process
