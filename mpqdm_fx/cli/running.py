@@ -35,6 +35,8 @@ QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print nothing but errors, and what --json asks for.")
 ]
 
+logger = logging.getLogger(__name__)
+
 _SECOND = 1.0
 _KEY = "mpqdm_fx.loudness"
 
@@ -243,7 +245,11 @@ class _Line(_Unseen):
 
     def expected(self, seconds: Callable[[], Mapping[str, float]]) -> None:
         """Take over what is expected."""
-        known = seconds()
+        try:
+            known = seconds()
+        except Exception as error:  # a guess at the time is no reason to end an hour's work
+            logger.info("what is to come cannot be foretold: %r", error)
+            return
         with self._lock:
             self._course.expect(known)
 

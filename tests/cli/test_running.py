@@ -17,7 +17,7 @@ from mpqdm_fx.cli import streams
 from mpqdm_fx.cli.running import QuietOption, VerboseOption, remember, takes_loudness
 from mpqdm_fx.cli.usage import Command
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.progress import stage
+from mpqdm_fx.progress import expect, stage
 
 JOB = """
 import logging, os, sys, time, typer
@@ -234,6 +234,22 @@ def test_only_the_first_process_of_several_shows_progress(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     status, _, err = typed(monkeypatch, capfd, "job", app=command_of(body))
     assert (status, err) == (0, "a warning\n")
+
+
+def test_a_guess_that_fails_does_not_end_the_work(monkeypatch, capfd):
+    def guess():
+        raise ZeroDivisionError
+
+    def body():
+        expect(guess)
+        with stage("rounding"):
+            pass
+
+    status, _, err = typed(monkeypatch, capfd, "job", app=command_of(body))
+    assert status == 0
+    assert err.startswith("rounding, after")
+    status, _, err = typed(monkeypatch, capfd, "job", "-v", app=command_of(body))
+    assert "what is to come cannot be foretold: ZeroDivisionError()" in err
 
 
 def test_no_command_prints_errors_where_libraries_print():
