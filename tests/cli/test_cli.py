@@ -69,6 +69,7 @@ def test_quantize_leaves_packed_weights_config_scheduler_and_a_grid(quantized_fo
         "parity.json",
         "parity.safetensors",
         "proof.safetensors",
+        "recipe.json",
         "report.html",
         "report.json",
         "samples.png",
