@@ -26,7 +26,7 @@ import pyte
 REPOSITORY = Path(__file__).parents[1]
 SCREENS = REPOSITORY / "docs" / "screens"
 WIDTHS = (80, 120)
-_LINES = 2000  # a screen as high as the longest output
+_LINES = 500  # a screen as high as the longest output
 _STATES = 6  # of the line of progress that are shown
 _ERASE = b"\r\x1b[2K"
 
@@ -110,11 +110,11 @@ def standing(written: bytes, columns: int) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def states(written: bytes, columns: int) -> Iterator[str]:
+def states(written: bytes) -> Iterator[str]:
     """Some of the states that the line of progress had, one a stage."""
     found: dict[str, str] = {}
     for part in written.split(_ERASE)[1:]:
-        state = standing(part.partition(b"\r\n")[0], columns).strip()
+        state = part.partition(b"\r\n")[0].decode().strip()
         stage = re.match(r"\[\d+/\d+\] [a-z' ]*", state)
         if stage is not None:
             found[stage[0]] = state
@@ -153,7 +153,7 @@ def write(screen: Screen, width: int | None, work: Path) -> int:
     else:
         status, raw = in_terminal(words, width, work)
         text += standing(raw, width)
-        on_the_way = "\n".join(states(raw, width))
+        on_the_way = "\n".join(states(raw))
         text += f"\n(the line of progress, on the way)\n{on_the_way}\n" if on_the_way else ""
     path = SCREENS / f"{screen.name}-{named}.txt"
     path.write_text(text, encoding="utf-8")

@@ -40,6 +40,7 @@ def distill(
     model: opt.FloatModelOption = None,
     trajectories: opt.TrajectoriesOption = 64,
     steps: opt.StepsOption = 20,
+    guidance: opt.GuidanceOption = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Rows in an update.", rich_help_panel=opt.CALIBRATION)
     ] = 32,
@@ -112,6 +113,7 @@ def distill(
         rank=rank,
         relation=relation,
         recompute=recompute,
+        guidance_scale=None if guidance is None else max(guidance, 1.0),  # up to 1 is none
         seed=seed,
     )
     with joined():

@@ -145,7 +145,7 @@ GuidanceOption = Annotated[
     float | None,
     typer.Option(
         min=0,
-        help="Guidance scale of the runs; up to 1 is none. Default: the pipeline's own.",
+        help="Guidance scale of the runs; up to 1 is none. Default: the pipeline's or folder's.",
         rich_help_panel=CALIBRATION,
     ),
 ]
@@ -210,13 +210,12 @@ _ENDLESS = 100_000  # columns
 
 
 def console() -> Console:
-    """Where results are printed; the line of progress goes.
+    """Where results are printed; the line of progress goes before the first of them.
 
     A pipe has no width: nothing is folded there, unless COLUMNS says how wide it is.
     """
-    streams.finish_line()
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _ENDLESS
-    return Console(width=wide, quiet=not streams.prints_results())
+    return Console(file=streams.results(), width=wide, quiet=not streams.prints_results())
 
 
 _Command = Callable[..., None]

@@ -28,6 +28,7 @@ __all__ = [
     "libraries",
     "printing",
     "prints_results",
+    "results",
     "say",
     "showing",
 ]
@@ -299,6 +300,22 @@ def finish_line() -> None:
     """Take the line of progress away: what follows is the command's result."""
     if _line is not None:
         _line.finish()
+
+
+class _Results:
+    """Standard output for results: before the first one is written, the line of progress goes."""
+
+    def write(self, text: str) -> int:
+        finish_line()
+        return sys.stdout.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+
+def results() -> TextIO:
+    """Where results are printed."""
+    return _Results()  # type: ignore[return-value]
 
 
 def _step_aside() -> None:

@@ -227,7 +227,7 @@ def finish_of(
         steps: Steps of each.
     """
     graph = quantized.rounded
-    row = row_seconds(graph, example_inputs(quantized.signature))
+    row = row_seconds(graph, example_inputs(quantized.signature)) * (2 if config.guided else 1)
     return estimate_finish(graph, form, row_seconds=row, images=_images(source, samples, steps))
 
 
@@ -292,7 +292,7 @@ def estimate_training(
         samples: Images in the grid.
     """
     graph = quantized.rounded
-    row = row_seconds(graph, example_inputs(quantized.signature))
+    row = row_seconds(graph, example_inputs(quantized.signature)) * (2 if config.guided else 1)
     runs = (config.trajectories + config.held_out) * config.steps
     effects = config.effect_runs * config.steps**2 / 2 if config.final_share else 0
     judged = (config.trajectories + 3 * config.held_out) * config.steps

@@ -109,7 +109,8 @@ class Source:
         if self.inputs is None or self.inputs.context_length == length:
             return self
         inputs = replace(self.inputs, context_length=length)
-        return replace(self, inputs=inputs, example_inputs=inputs.example())
+        example = inputs.example() if self.calls is None else self.example_inputs
+        return replace(self, inputs=inputs, example_inputs=example)
 
     def conditions(self, count: int, seed: int) -> dict[str, Any]:
         """Conditions for `count` samples: balanced class labels, seeded random embeddings.

@@ -38,8 +38,11 @@ __all__ = ["PipelineComponents", "as_drawn", "as_recorded", "in_pipeline"]
 
 logger = logging.getLogger(__name__)
 
+_ENCODERS = ("text_encoder", "text_encoder_2")
 _DECODERS = ("vae", "vqvae")
 _DECODED = 4  # images at once: a decoder's activations are many times its latents
+_SIZES = 6  # original, crop and target of SDXL; its refiner has four and a score
+_NEGATIVE_SCORE = 2.5  # of the refiner's unconditional half, diffusers' default
 _ENCODING = ("prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance")
 
 
@@ -110,17 +113,14 @@ class PipelineComponents:
         turns = reversed(self.prompts) if unseen else self.prompts
         chosen = list(islice(cycle(turns), count))
         self._encode(chosen)
-        texts = tuple(
-            concatenate([self._encoded[prompt][half] for prompt in chosen]) for half in (0, 1)
-        )
-        scale = self._scale_of_decoder()
+        plain, negative = zip(*(self._encoded[prompt] for prompt in chosen), strict=True)
         told = with_numbers(
-            texts,
-            size=(scale * self._shape[1], scale * self._shape[2]),
+            (concatenate(plain), concatenate(negative)),
+            size=self._size(base),
             guidance=self.scale,
             guidance_width=self._width,
         )
-        return _over(base, told[0]), _over(base, told[1])
+        return _over(base, told[0]), _over(_without_score(base), told[1])
 
     def pictures(self, samples: Tensor) -> Tensor | None:
         """Latents as the pipeline's VAE decodes them, [N, channels, H, W]; None if it has none.
@@ -128,10 +128,10 @@ class PipelineComponents:
         Args:
             samples: [N, C, h, w], as the scheduler leaves them.
         """
-        name = self._decoder()
-        if name is None:
+        found = self._decoder()
+        if found is None:
             return None
-        decoder = ImageDecoder(load_model(self._root / name, self._variant)).eval()
+        decoder = ImageDecoder(load_model(self._root / found[0], self._variant)).eval()
         with torch.no_grad():
             return torch.cat([decoder(rows) for rows in torch.split(samples.float(), _DECODED)])
 
@@ -140,9 +140,12 @@ class PipelineComponents:
         if not isinstance(base.get("encoder_hidden_states"), Tensor):
             return "the denoiser takes no text"
         name = str(self._index.get("_class_name"))
-        entry = self._index.get("text_encoder")
-        if entry in (None, [None, None]):
+        encoders = [encoder for encoder in _ENCODERS if self._has(encoder)]
+        if not encoders:
             return f"the {name} has no text encoder"
+        missing = [encoder for encoder in encoders if not (self._root / encoder).is_dir()]
+        if missing:
+            return f"the {name}'s folder lacks its {missing[0]}"
         encode = getattr(self._class(), "encode_prompt", None)
         parameters = inspect.signature(encode).parameters if callable(encode) else {}
         if not set(_ENCODING) <= set(parameters):
@@ -181,22 +184,24 @@ class PipelineComponents:
         diffusers: Any = importlib.import_module("diffusers")
         return getattr(diffusers, str(self._index.get("_class_name")), None)
 
-    def _decoder(self) -> str | None:
-        """The decoder's name, if it takes what the scheduler leaves."""
+    def _has(self, component: str) -> bool:
+        return self._index.get(component) not in (None, [None, None])
+
+    def _decoder(self) -> tuple[str, Mapping[str, Any]] | None:
+        """Name and config of the decoder, if it takes what the scheduler leaves."""
         for name in _DECODERS:
-            if self._index.get(name) not in (None, [None, None]):
-                channels = self._decoder_config(name).get("latent_channels")
-                return name if channels == self._shape[0] else None
+            if self._has(name) and (self._root / name).is_dir():
+                config = read_json(self._root / name / MODEL_CONFIG, finite=False)
+                return (name, config) if config.get("latent_channels") == self._shape[0] else None
         return None
 
-    def _decoder_config(self, name: str) -> Mapping[str, Any]:
-        return read_json(self._root / name / MODEL_CONFIG, finite=False)
-
-    def _scale_of_decoder(self) -> int:
-        name = self._decoder()
-        return (
-            1 if name is None else 2 ** (len(self._decoder_config(name)["block_out_channels"]) - 1)
-        )
+    def _size(self, base: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Height and width in pixels; None where the denoiser is told no six sizes (SDXL)."""
+        told, found = base.get("added_cond_kwargs", {}).get("time_ids"), self._decoder()
+        if told is None or told.shape[1] != _SIZES or found is None:
+            return None
+        scale = 2 ** (len(found[1]["block_out_channels"]) - 1)
+        return scale * self._shape[1], scale * self._shape[2]
 
 
 def in_pipeline(
@@ -292,6 +297,16 @@ def _over(base: Mapping[str, Any], told: Call) -> Call:
             **base.get("added_cond_kwargs", {}), **told["added_cond_kwargs"],
         }  # fmt: skip
     return merged
+
+
+def _without_score(base: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Conditions of the unconditional half: SDXL's refiner is told a low aesthetic score."""
+    times = base.get("added_cond_kwargs", {}).get("time_ids")
+    if times is None or times.shape[1] != _SIZES - 1:
+        return base
+    times = times.clone()
+    times[:, -1] = _NEGATIVE_SCORE
+    return {**base, "added_cond_kwargs": {**base["added_cond_kwargs"], "time_ids": times}}
 
 
 def _widths(conditions: Mapping[str, Any]) -> list[int]:

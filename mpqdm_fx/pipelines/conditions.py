@@ -54,13 +54,13 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Halves:
 
 
 def with_numbers(
-    halves: Halves, *, size: tuple[int, int], guidance: float, guidance_width: int | None
+    halves: Halves, *, size: tuple[int, int] | None, guidance: float, guidance_width: int | None
 ) -> Halves:
     """Add what the denoiser is told beside the prompts: image sizes (SDXL), guidance (LCM).
 
     Args:
         halves: Of `encode_prompts`.
-        size: Height and width of the image in pixels.
+        size: Height and width of the image in pixels; None leaves sizes out.
         guidance: Guidance scale.
         guidance_width: Width of its embedding; None for a denoiser that is called twice instead.
     """
@@ -68,7 +68,7 @@ def with_numbers(
     told = []
     for half in halves:
         more = dict(half)
-        if "added_cond_kwargs" in more:
+        if "added_cond_kwargs" in more and size is not None:
             times = time_ids(*size).repeat(count, 1)
             more["added_cond_kwargs"] = {**more["added_cond_kwargs"], "time_ids": times}
         if guidance_width is not None:

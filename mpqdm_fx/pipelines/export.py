@@ -35,7 +35,7 @@ from mpqdm_fx.models import classes
 from mpqdm_fx.pipelines import picture_files, program_files, runner
 from mpqdm_fx.pipelines.finish import finish
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs, inputs_of
-from mpqdm_fx.pipelines.layout import Size
+from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manifest
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import Judged, quantize_part, sqnr_of, write_programs
@@ -63,7 +63,8 @@ RUNNER = {
 }
 
 
-_SECONDS_A_WEIGHT = 2e-4  # of the bundled model; what has passed corrects it (`progress.expect`)
+_SECONDS_A_WEIGHT = 2e-4  # quantizing and lowering the bundled model
+_END_SHARE = 0.15  # drawing, and measuring, against all parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +201,7 @@ def export_pipeline(
     limits = {"resume": resume, "max_activations": max_memory, "device": device}
     quantized: dict[str, QuantizedModel] = {}
     records: dict[str, dict[str, Any]] = {}
-    progress.expect(
-        lambda: {p.name: _SECONDS_A_WEIGHT * weights_of(p.module) for p in layout.parts.values()}
-    )
+    progress.expect(lambda: _foretold(layout, samples=samples, measure=measure))
     for part in progress.each(layout.parts.values(), lambda part: part.name):
         record = work.finished(part.name)
         if record is None:
@@ -248,11 +247,20 @@ def export_pipeline(
             timesteps=timesteps,
             expanded=expanded,
         )
+        progress.leave_log(stage)
         root = Path(pipeline) if isinstance(pipeline, (str, Path)) else None
         summary = finish(stage, inputs, write(), samples=samples, measure=measure, root=root)
         manifest = write()  # which now lists summary and samples too
     work.remove()
     return ExportResult(directory=target, quantized=quantized, manifest=manifest, summary=summary)
+
+
+def _foretold(layout: Layout, *, samples: int, measure: bool) -> dict[str, float]:
+    """Seconds by stage, in running order; what has passed corrects them (`progress.expect`)."""
+    parts = {p.name: _SECONDS_A_WEIGHT * weights_of(p.module) for p in layout.parts.values()}
+    every = sum(parts.values())
+    ends = {"drawing": samples > 0, "measuring": measure}
+    return parts | {name: _END_SHARE * every for name, does in ends.items() if does}
 
 
 def _check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: FourBit) -> None:

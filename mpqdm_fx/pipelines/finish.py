@@ -12,6 +12,7 @@ from mpqdm_fx.io.schema import plain
 from mpqdm_fx.pipelines.inputs import PipelineInputs
 from mpqdm_fx.pipelines.measure import draw_samples, drop_expanded, measure_parts
 from mpqdm_fx.pipelines.parts import Part
+from mpqdm_fx.progress import stage
 from mpqdm_fx.summary import SUMMARY
 
 __all__ = ["finish"]
@@ -41,8 +42,10 @@ def finish(
     Returns:
         The content of `summary.json`.
     """
-    remark = draw_samples(folder, inputs, samples) if samples else None
-    measured = measure_parts(folder, inputs, root=root) if measure else {}
+    with stage("drawing" if samples else None):
+        remark = draw_samples(folder, inputs, samples) if samples else None
+    with stage("measuring" if measure else None):
+        measured = measure_parts(folder, inputs, root=root) if measure else {}
     drop_expanded(folder)
     parts = {
         part.name: {

@@ -51,6 +51,7 @@ def job(
         print("a print of the user's", flush=True)
         logging.getLogger("mpqdm_fx.graph").warning("a warning of ours")
         logging.getLogger("mpqdm_fx.graph").info("an info of ours")
+    console = opt.console()  # before the end, as some commands have it
     if how == "badly":
         raise TypeError("a defect")
     if how == "killed":
@@ -60,9 +61,9 @@ def job(
     if output:
         leave_log(Path(output))
     if as_json:
-        opt.console().print_json('{"done": 1}')
+        console.print_json('{"done": 1}')
     else:
-        opt.console().print("done")
+        console.print("done")
 
 app.command(cls=Command)(takes_loudness(job))
 run(app)

@@ -24,10 +24,11 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from small import plain_unet, tiny_unet
 
-from mpqdm_fx import MPQConfig, export_pipeline, result_folder
+from mpqdm_fx import MPQConfig, export_pipeline
 from mpqdm_fx.distill import train
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.io.exchange import staged_folder
+from mpqdm_fx.jobs import result_folder
 from mpqdm_fx.jobs.distill import distill_folder
 from mpqdm_fx.jobs.quantize import quantize_to_folder
 from mpqdm_fx.models.sources import load_source
@@ -102,6 +103,8 @@ def export(models: Path, output: Path) -> None:
         trajectories=2,
         resume=True,
         overwrite=True,
+        samples=1,
+        measure=False,
     )
 
 

@@ -19,6 +19,7 @@ from mpqdm_fx.jobs import quantize as quantize_job
 from mpqdm_fx.jobs import result_folder
 from mpqdm_fx.jobs.calibration import calibration_of, held_out_of
 from mpqdm_fx.jobs.evaluate import evaluate_folder
+from mpqdm_fx.models.functions import GivenCalls
 from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.pipelines.components import as_recorded, in_pipeline
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
@@ -45,6 +46,11 @@ def run(*words):
     return result.exit_code, result.stdout if result.exit_code == 0 else result.output
 
 
+def unmeasure(monkeypatch):
+    """Leave out the processes that measure peaks of memory, which take the longest."""
+    monkeypatch.setattr(result_folder, "peak_memory", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipeline")
@@ -58,25 +64,27 @@ def pipeline(tmp_path_factory):
 def quantized(pipeline, tmp_path_factory):
     output = tmp_path_factory.mktemp("quantized") / "out"
     words = ["--prompts", pipeline[1].parent / "prompts.txt", "--guidance", 3, "--output", output]
-    status, text = run("quantize", pipeline[1], *CHEAP, *RUNS, *words)
+    with pytest.MonkeyPatch.context() as patch:
+        unmeasure(patch)
+        status, text = run("quantize", pipeline[1], *CHEAP, *RUNS, *words)
     assert status == 0, text
     return output
 
 
 @pytest.fixture
 def unmeasured(monkeypatch):
-    """Folders without the processes that measure peaks of memory, which take the longest."""
-    monkeypatch.setattr(result_folder, "peak_memory", lambda *_: None)
+    unmeasure(monkeypatch)
 
 
 def source_in(folder, **options):
     return in_pipeline(load_source(str(folder), "unet"), **options)
 
 
-def without_encoder(folder, target):
+def without_encoder(folder, target, **told):
+    """A copy without the (first) text encoder, whose index says other things."""
     shutil.copytree(folder, target)
     index = json.loads((target / "model_index.json").read_text())
-    index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+    index |= {"text_encoder": [None, None], "tokenizer": [None, None], **told}
     (target / "model_index.json").write_text(json.dumps(index))
     shutil.rmtree(target / "text_encoder")
     return target
@@ -164,6 +172,15 @@ def test_embedded_guidance_is_that_of_the_runs_and_calls_once(tmp_path):
     )
 
 
+def test_calls_of_ones_own_stay_what_they_are(pipeline):
+    source = load_source(str(pipeline[1]), "unet")
+    own = [{**source.example_inputs, "encoder_hidden_states": torch.ones(2, 5, 16)}]
+    found = in_pipeline(source.with_calls(GivenCalls(own, held_out=0)))
+    assert found.example_inputs is own[0]
+    assert calibration_of(found, trajectories=2, steps=2, seed=0) is found.calls
+    assert found.remarks == ()
+
+
 # -- without a text encoder ----------------------------------------------------------------------
 
 
@@ -206,12 +223,38 @@ def test_an_encoder_that_is_not_whole_is_an_error_and_no_random_numbers(pipeline
         source_in(tmp_path / "sd")
 
 
+def test_a_folder_that_lacks_its_encoder_is_told(pipeline, tmp_path):
+    shutil.copytree(pipeline[1], tmp_path / "sd")
+    shutil.rmtree(tmp_path / "sd" / "text_encoder")
+    assert "folder lacks its text_encoder; what" in source_in(tmp_path / "sd").remarks[0]
+
+
 def test_an_encoder_of_another_width_is_told_and_not_used(pipeline, tmp_path):
     shutil.copytree(pipeline[1], tmp_path / "sd")
     torch.manual_seed(0)
     tiny_pipelines._unet(cross_attention_dim=24).save_pretrained(tmp_path / "sd" / "unet")
     source = source_in(tmp_path / "sd")
     assert "embeddings of [16] numbers, its UNet takes [24]" in source.remarks[0]
+
+
+def test_the_refiner_is_told_its_scores_beside_the_second_encoders_text(tmp_path):
+    pipeline = tiny_pipelines.stable_diffusion_xl(tmp_path)
+    pipeline.save_pretrained(tmp_path / "p")
+    told = {"requires_aesthetics_score": True}
+    told["_class_name"] = "StableDiffusionXLImg2ImgPipeline"
+    folder = without_encoder(tmp_path / "p", tmp_path / "refiner", **told)
+    tiny_pipelines._unet(
+        cross_attention_dim=24, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=5 * 8 + 24,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    runs = source_in(folder, prompts=PROMPTS).runs(2, 0)
+    scores = [
+        runs[half]["added_cond_kwargs"]["time_ids"] for half in ("conditions", "unconditional")
+    ]
+    assert scores[0].tolist() == [[64, 64, 0, 0, 6.0]] * 2
+    assert scores[1].tolist() == [[64, 64, 0, 0, 2.5]] * 2
+    _, _, pooled, _ = pipeline.encode_prompt(PROMPTS[0], device="cpu")
+    torch.testing.assert_close(runs["conditions"]["added_cond_kwargs"]["text_embeds"][:1], pooled)
 
 
 # -- pictures ------------------------------------------------------------------------------------
@@ -382,7 +425,7 @@ def test_a_resumed_run_gives_the_same_bits_and_is_refused_other_prompts(
     with pytest.raises(Killed):
         run(*words, "--prompts", prompts)
     monkeypatch.undo()
-    monkeypatch.setattr(result_folder, "peak_memory", lambda *_: None)
+    unmeasure(monkeypatch)
     assert not output.exists()
     (tmp_path / "others.txt").write_text("a house\n")
     status, text = run(*words, "--resume", "--prompts", tmp_path / "others.txt")

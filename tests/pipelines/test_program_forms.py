@@ -81,13 +81,16 @@ def folder(exported, tmp_path):
 def test_the_folder_and_its_manifest_name_both_files(exported):
     output, text = exported
     names = {path.name for path in output.iterdir() if "denoiser" in path.name}
+    # though the programs were drawn with and measured
     assert names == {"denoiser.pte.xz", "denoiser.ptd.xz"}
     (entry,) = manifest(output)["methods"]
     assert (entry["file"], entry["weights"]) == ("denoiser.pte.xz", "denoiser.ptd.xz")
     assert entry["four_bit_layers"] > 0
     files = manifest(output)["files"]
     size = sum(files[name]["bytes"] for name in names)
-    assert f"{size:,}" in text
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["bytes"] == summary["parts"]["denoiser"]["bytes"] == size
+    assert f" {size / 2**20:,.2f} " in text
     PipelineRunner(output, verify=True)
 
 
