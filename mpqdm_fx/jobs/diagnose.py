@@ -72,15 +72,12 @@ def diagnose_model(
 def _rounded(graph_module: fx.GraphModule, config: MPQConfig) -> fx.GraphModule:
     """Every weight on the nearest level of the layer's bits."""
     limits = layer_limits(graph_module, config)
-    plan = BitPlan(
-        layers=tuple(
-            fixed_plan(
-                layer,
-                *limits.fixed.get(name, (config.weight_bits, None)),
-                levels=even_levels(layer, config),
-            )
-            for name, layer in weight_layers(graph_module, embeddings=True).items()
-            if name not in limits.skipped
-        )
-    )
-    return RoundWeights(plan=plan)(graph_module).graph_module
+    plans = []
+    for name, layer in weight_layers(graph_module, embeddings=True).items():
+        if name not in limits.skipped:
+            bits, reason = limits.fixed.get(name, (config.weight_bits, None))
+            plans.append(fixed_plan(layer, bits, reason, even_levels(layer, config)))
+    rounded: fx.GraphModule = RoundWeights(plan=BitPlan(layers=tuple(plans)))(
+        graph_module
+    ).graph_module
+    return rounded
