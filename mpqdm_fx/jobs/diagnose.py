@@ -59,7 +59,9 @@ def diagnose_model(
     if config is not None:
         Form(backend="xnnpack", four_bit=four_bit).check(config)
     source = load_with_calls(name, subfolder, variant, inputs)
-    graph_module = normalized(source.model, source.example_inputs, config or MPQConfig())
+    graph_module = normalized(
+        source.model, source.example_inputs, config or MPQConfig(), fractional_timesteps=True
+    )
     example = example_inputs(graph_module.meta["signature"], batch_size=1)
     if config is None:
         return diagnose(graph_module, example)
