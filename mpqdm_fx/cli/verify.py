@@ -8,7 +8,7 @@ import typer
 
 from mpqdm_fx.cli import checks as checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import announce, complain, say
+from mpqdm_fx.cli.streams import announce, complain
 from mpqdm_fx.files import write_text
 
 __all__ = ["verify"]
@@ -56,7 +56,7 @@ def verify(
         console.print(rung_table(ladder))
         console.print(worst_table(ladder))
         for note in ladder.notes:
-            say(console, f"note: {note}")
+            console.print(f"note: {note}", markup=False, highlight=False)
     if store:
         announce(f"thresholds stored in {directory}")
         return
