@@ -13,7 +13,7 @@ from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.graph.calling import batch_size_of, example_inputs
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.jobs.result_folder import Form
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.units import duration
 from mpqdm_fx.stages import normalized

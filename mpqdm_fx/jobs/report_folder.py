@@ -26,7 +26,7 @@ from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
 from mpqdm_fx.jobs.report import gallery_of_drawn, measured_of, picture_numbers, record_of
 from mpqdm_fx.models.functions import calls_of
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.report.comparison import compare_all
