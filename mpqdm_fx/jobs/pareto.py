@@ -77,7 +77,7 @@ def budget_settings(config: MPQConfig, bits: float) -> MPQConfig:
     """Settings of one budget: whole bits as of `--weights`, others as of `--effective-bits`.
 
     Args:
-        config: Settings of all.
+        config: Settings of all; a budget of theirs does not count.
         bits: Average bits of a weight.
 
     Raises:
@@ -86,8 +86,8 @@ def budget_settings(config: MPQConfig, bits: float) -> MPQConfig:
     if not math.isfinite(bits):
         raise ConfigError(f"--bits {bits}: give a number of bits from 1 to 8")
     if bits == int(bits):
-        return replace(config, weight_bits=int(bits), effective_bits=None)
-    return replace(config, effective_bits=bits)
+        return replace(config, weight_bits=int(bits), effective_bits=None, weight_bytes=None)
+    return replace(config, effective_bits=bits, weight_bytes=None)
 
 
 def evaluation_of(*, num: int, steps: int) -> dict[str, int]:

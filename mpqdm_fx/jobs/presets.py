@@ -70,7 +70,15 @@ PRESETS: Mapping[PresetName, Preset] = {
         program={"compress": True},
     ),
 }
-"""By name. What each costs and gives on the bundled model is in the README."""
+"""By name.
+
+Measured on the bundled model with ranges computed at run time, seed 0, one thread: CPU seconds to
+quantize, noise SQNR, SQNR of 64 samples, their Frechet distance, bytes of all parameters.
+
+    quick      20 s   35.8 dB   19.2 dB   1.4   906,712
+    balanced   44 s   47.8 dB   26.5 dB   0.2   906,584
+    small      54 s   37.8 dB   18.5 dB   2.0   478,295
+"""
 
 
 def write_recipe(stage: Path, settings: MPQConfig) -> None:

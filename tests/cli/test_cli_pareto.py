@@ -192,3 +192,9 @@ def test_what_cannot_end_well_is_refused_before_any_work(
 def test_whole_bits_are_those_of_weights_and_others_those_of_effective_bits():
     assert budget_settings(MPQConfig(), 3) == MPQConfig(weight_bits=3)
     assert budget_settings(MPQConfig(), 2.5) == MPQConfig(effective_bits=2.5)
+
+
+@pytest.mark.parametrize("budget", [{"weight_bytes": 900}, {"effective_bits": 3.5}])
+@pytest.mark.parametrize("bits", [2, 2.5])
+def test_a_budget_of_a_recipe_does_not_stand_in_the_way(budget, bits):
+    assert budget_settings(MPQConfig(**budget), bits) == budget_settings(MPQConfig(), bits)
