@@ -29,7 +29,8 @@ from mpqdm_fx.files import write_text
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.models.bundled import load_digits_classifier
-from mpqdm_fx.models.sources import Source, load_source
+from mpqdm_fx.models.source import Source
+from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.quantized import PreparedModel, QuantizedModel
 from mpqdm_fx.report.metrics import FeatureClassifier, evaluate_against
 from mpqdm_fx.report.reference import EVALUATION_SEED, ReferenceRun, run_reference

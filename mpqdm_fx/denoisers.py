@@ -18,7 +18,8 @@ from mpqdm_fx.io.sealed import Entry, hashed_file
 from mpqdm_fx.models.config_fields import CLASSES
 from mpqdm_fx.models.model_config import checked_model_config
 from mpqdm_fx.models.names import is_function
-from mpqdm_fx.models.sources import Source, load_source, make_source, scheduler_from_config
+from mpqdm_fx.models.source import Source
+from mpqdm_fx.models.sources import load_source, make_source, scheduler_from_config
 from mpqdm_fx.storage import load
 from mpqdm_fx.validation import Count, DerivedSeed, checked
 

@@ -11,7 +11,7 @@ from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack_float
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.denoisers import draw, runner_denoiser
 from mpqdm_fx.graph.calling import example_inputs
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 from mpqdm_fx.stages import normalized
 
 

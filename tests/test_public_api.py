@@ -82,6 +82,9 @@ def test_the_library_never_prints(module):
         for node in ast.walk(tree(module))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in {"print", "sys.stdout.write"}
     ]
+    if module == "mpqdm_fx.cli.streams":  # where the results of commands go through
+        assert len(calls) == 1
+        return
     assert not calls, f"{module} prints in lines {calls}; use logging"
 
 

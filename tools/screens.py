@@ -127,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder to run the commands in")
     parser.add_argument("--only", nargs="*", help="names of screens, by default all")
+    parser.add_argument("--width", nargs="*", help="80, 120 or pipe, by default all")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     SCREENS.mkdir(exist_ok=True)
@@ -135,6 +136,7 @@ def main() -> None:
         for screen in SCREENS_OF
         if given.only is None or screen.name in given.only
         for width in (*WIDTHS, None)
+        if given.width is None or str(width or "pipe") in given.width
         for status in (write(screen, width, given.work),)
         if status != screen.status
     ]

@@ -84,6 +84,7 @@ def export(
         "guidance": guidance,
         "trajectories": trajectories,
         "max_memory": memory,
+        "four_bit": four_bit,  # it is checked there
         "samples": samples,
     }
     settings = None if in_float else config
@@ -104,7 +105,6 @@ def export(
         device=device,
         sensitivity=sensitivity,
         tabulate=tabulate,
-        four_bit=four_bit,
         external_weights=external_weights,
         compress=compress,
         overwrite=overwrite,

@@ -16,7 +16,7 @@ from mpqdm_fx.report.gates import parse_gates
 
 if TYPE_CHECKING:
     from mpqdm_fx.jobs.result_folder import Form
-    from mpqdm_fx.models.sources import Source
+    from mpqdm_fx.models.source import Source
 
 __all__ = ["plan", "quantize"]
 

@@ -20,7 +20,7 @@ from rich.segment import ControlType
 from mpqdm_fx.cli import streams
 from mpqdm_fx.cli.course import Course
 from mpqdm_fx.errors import MPQError
-from mpqdm_fx.progress import SILENT, Stage, reporting
+from mpqdm_fx.progress import Stage, reporting
 
 __all__ = ["LOG", "QuietOption", "VerboseOption", "remember", "takes_loudness"]
 
@@ -34,6 +34,8 @@ VerboseOption = Annotated[
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print nothing but errors, and what --json asks for.")
 ]
+
+logger = logging.getLogger(__name__)
 
 _SECOND = 1.0
 _KEY = "mpqdm_fx.loudness"
@@ -96,7 +98,7 @@ def _surroundings(loudness: _Loudness, *, results: bool) -> Iterator[None]:
         stack.enter_context(streams.printing(results))
         line = None if loudness.quiet or others else _Line(log, live=not loudness.verbose)
         stack.enter_context(_logged(loudness, line))
-        stack.enter_context(reporting(SILENT if line is None else line))
+        stack.enter_context(reporting(line or _Unseen(log)))
         stack.enter_context(streams.showing(line))
         if line is not None:
             stack.enter_context(line)
@@ -154,7 +156,35 @@ class _Handler(logging.Handler):
             streams.say(Console(file=streams.errors()), text)
 
 
-class _Line:
+class _Unseen:
+    """A reporter that shows nothing; what libraries print is kept all the same.
+
+    Args:
+        log: What libraries print, if that is kept.
+    """
+
+    def __init__(self, log: "streams.Log | None") -> None:
+        self._log = log
+
+    def opened(self, stage: Stage) -> None:
+        """A stage begins."""
+
+    def moved(self, stage: Stage, amount: float) -> None:
+        """A stage goes on."""
+
+    def closed(self, stage: Stage, finished: bool) -> None:
+        """A stage is over."""
+
+    def expected(self, seconds: Callable[[], Mapping[str, float]]) -> None:
+        """Nobody wants to know."""
+
+    def leave_log(self, folder: Path) -> None:
+        """Write what libraries printed so far, if they did."""
+        if self._log is not None and (said := self._log.text()):
+            (folder / LOG).write_text(said, encoding="utf-8")
+
+
+class _Line(_Unseen):
     """The reporter of the command line: a line that is drawn anew each second.
 
     Where standard error is no terminal, each stage is a line when it begins.
@@ -165,8 +195,8 @@ class _Line:
     """
 
     def __init__(self, log: "streams.Log | None", *, live: bool) -> None:
+        super().__init__(log)
         self._course = Course()
-        self._log = log
         self._console = Console(file=streams.errors(), highlight=False)
         self._live = live and self._console.is_terminal and not self._console.is_dumb_terminal
         self._lock = threading.RLock()
@@ -180,6 +210,8 @@ class _Line:
 
     def __exit__(self, *error: object) -> None:
         self.finish()
+        if self._live:
+            self._thread.join()
 
     def finish(self) -> None:
         """Take the line away; results or an error follow."""
@@ -206,9 +238,6 @@ class _Line:
             if own and not self._live and not self._over.is_set():
                 streams.say(self._console, self._course.begun)
 
-    def moved(self, stage: Stage, amount: float) -> None:
-        """The next second shows it."""
-
     def closed(self, stage: Stage, finished: bool) -> None:
         """A stage is over."""
         with self._lock:
@@ -216,14 +245,13 @@ class _Line:
 
     def expected(self, seconds: Callable[[], Mapping[str, float]]) -> None:
         """Take over what is expected."""
-        known = seconds()
+        try:
+            known = seconds()
+        except Exception as error:  # a guess at the time is no reason to end an hour's work
+            logger.info("what is to come cannot be foretold: %r", error)
+            return
         with self._lock:
             self._course.expect(known)
-
-    def leave_log(self, folder: Path) -> None:
-        """Write what libraries printed so far, if they did."""
-        if self._log is not None and (said := self._log.text()):
-            (folder / LOG).write_text(said, encoding="utf-8")
 
     def _tick(self) -> None:
         while not self._over.wait(_SECOND):

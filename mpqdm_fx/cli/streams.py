@@ -182,8 +182,11 @@ def diverted() -> Iterator[Log]:
     global _errors
     outer, before = _errors, sys.stderr
     with contextlib.ExitStack() as stack:
-        descriptor, name = tempfile.mkstemp(".log", "mpqdm-fx-")
-        stack.callback(Path(name).unlink, missing_ok=True)
+        try:
+            descriptor, name = tempfile.mkstemp(".log", "mpqdm-fx-")
+            stack.callback(Path(name).unlink, missing_ok=True)
+        except OSError:  # no folder takes temporary files: who needs one says so
+            descriptor, name = os.open(os.devnull, os.O_WRONLY), os.devnull
         stack.callback(os.close, descriptor)
         os.set_inheritable(descriptor, False)
         own = os.dup(2)

@@ -14,7 +14,7 @@ from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.evaluate import Evaluation, evaluated_metrics
 from mpqdm_fx.jobs.presets import write_recipe
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.gates import METRICS, Gate, judge
 from mpqdm_fx.report.images import save_grid

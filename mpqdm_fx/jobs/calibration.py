@@ -8,7 +8,7 @@ from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.models.functions import GivenCalls
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 
 __all__ = ["calibration_of", "held_out_of", "rows_of", "warn_of"]
 

@@ -59,7 +59,9 @@ def diagnose_model(
     if config is not None:
         Form(backend="xnnpack", four_bit=four_bit).check(config)
     source = load_with_calls(name, subfolder, variant, inputs)
-    graph_module = normalized(source.model, source.example_inputs, config or MPQConfig())
+    graph_module = normalized(
+        source.model, source.example_inputs, config or MPQConfig(), fractional_timesteps=True
+    )
     example = example_inputs(graph_module.meta["signature"], batch_size=1)
     if config is None:
         return diagnose(graph_module, example)
@@ -72,15 +74,12 @@ def diagnose_model(
 def _rounded(graph_module: fx.GraphModule, config: MPQConfig) -> fx.GraphModule:
     """Every weight on the nearest level of the layer's bits."""
     limits = layer_limits(graph_module, config)
-    plan = BitPlan(
-        layers=tuple(
-            fixed_plan(
-                layer,
-                *limits.fixed.get(name, (config.weight_bits, None)),
-                levels=even_levels(layer, config),
-            )
-            for name, layer in weight_layers(graph_module, embeddings=True).items()
-            if name not in limits.skipped
-        )
-    )
-    return RoundWeights(plan=plan)(graph_module).graph_module
+    plans = []
+    for name, layer in weight_layers(graph_module, embeddings=True).items():
+        if name not in limits.skipped:
+            bits, reason = limits.fixed.get(name, (config.weight_bits, None))
+            plans.append(fixed_plan(layer, bits, reason, even_levels(layer, config)))
+    rounded: fx.GraphModule = RoundWeights(plan=BitPlan(layers=tuple(plans)))(
+        graph_module
+    ).graph_module
+    return rounded

@@ -13,7 +13,7 @@ from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.graph.calling import batch_size_of, example_inputs
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.jobs.result_folder import Form
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.units import duration
 from mpqdm_fx.stages import normalized
@@ -38,6 +38,7 @@ _LOWER_WEIGHT = 3e-7
 _CONVERT_LAYER = 0.1
 _COMPARE_LAYER = 0.06  # twice with a program, which has more forms
 _PROCESS = 7.0
+_REPORT = 6.0  # the page: errors by layer and noise level, charts
 _TIMED_CALLS = 44  # of the float model and of what the backend runs
 _MEASURED_ROWS = 80  # held-out runs: 4 of 20 steps
 _MEASURED_PASSES = 7  # that they are drawn, and gone over by the float and the quantized model
@@ -54,7 +55,7 @@ class Finish:
     Attributes:
         lower_seconds: Lowering to the backend.
         compare_seconds: All forms of the model against each other, layer by layer.
-        measure_seconds: Noise SQNR, time of a step, peaks of memory, the grid of samples.
+        measure_seconds: Noise SQNR, time of a step, peaks of memory, the grid of samples, the page.
     """
 
     lower_seconds: float
@@ -210,7 +211,7 @@ def estimate_finish(
     return Finish(
         lower_seconds=lower,
         compare_seconds=len(layers) * _COMPARE_LAYER * forms,
-        measure_seconds=rows * row_seconds + 2 * _PROCESS,
+        measure_seconds=rows * row_seconds + 2 * _PROCESS + _REPORT,
     )
 
 
@@ -227,7 +228,7 @@ def finish_of(
         steps: Steps of each.
     """
     graph = quantized.rounded
-    row = row_seconds(graph, example_inputs(quantized.signature)) * (2 if config.guided else 1)
+    row = row_seconds(graph, example_inputs(quantized.signature))
     return estimate_finish(graph, form, row_seconds=row, images=_images(source, samples, steps))
 
 

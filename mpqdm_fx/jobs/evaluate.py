@@ -15,7 +15,7 @@ from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.result_folder import FolderResult
 from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.functions import calls_of
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.gates import (

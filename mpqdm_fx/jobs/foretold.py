@@ -12,7 +12,7 @@ from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.jobs.estimate import Finish, TrainingEstimate
 from mpqdm_fx.jobs.report import can_render
 from mpqdm_fx.jobs.result_folder import Form
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 
 __all__ = ["distill_stages", "finish_stages", "folder_stages", "pareto_stages", "quantize_stages"]
 

@@ -28,7 +28,7 @@ from mpqdm_fx.jobs.quantize import command_of
 from mpqdm_fx.jobs.report import can_render
 from mpqdm_fx.jobs.result_folder import FolderResult, Form, write_folder
 from mpqdm_fx.jobs.unfinished import check_unfinished
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 from mpqdm_fx.quantized import PreparedModel
 from mpqdm_fx.report.gates import Gate, check_measured
 from mpqdm_fx.report.pareto_page import render_pareto

@@ -7,7 +7,7 @@ from itertools import cycle, islice
 from torch import Tensor
 
 from mpqdm_fx.denoisers import Denoiser, draw
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 
 __all__ = ["Drawn", "draw_pictures"]
 

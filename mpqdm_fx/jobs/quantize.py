@@ -19,7 +19,7 @@ from mpqdm_fx.jobs.result_folder import (
     write_folder,
 )
 from mpqdm_fx.jobs.unfinished import check_unfinished
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.processes import is_first
 from mpqdm_fx.progress import expect

@@ -11,7 +11,7 @@ from torch import fx
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.files import write_text
 from mpqdm_fx.jobs.pictures import Drawn
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.comparison import Comparison

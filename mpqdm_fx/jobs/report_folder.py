@@ -33,7 +33,7 @@ from mpqdm_fx.jobs.report import (
     with_command,
 )
 from mpqdm_fx.models.functions import calls_of
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.report.comparison import compare_all

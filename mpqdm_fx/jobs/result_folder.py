@@ -33,7 +33,7 @@ from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
 from mpqdm_fx.jobs.presets import write_recipe
 from mpqdm_fx.jobs.report import can_render, measured_of, write_report
 from mpqdm_fx.memory import peak_memory
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 from mpqdm_fx.parity.verify import store_parity
 from mpqdm_fx.plan import Fate
 from mpqdm_fx.quantized import QuantizedModel

@@ -16,7 +16,7 @@ from mpqdm_fx.files import replacing
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
 from mpqdm_fx.graph.signature import Signature, tensor_leaves
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 
 __all__ = ["INPUTS", "random_calls", "read_calls", "source_calls", "write_calls"]
 

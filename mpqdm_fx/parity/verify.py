@@ -16,7 +16,7 @@ from mpqdm_fx.folders import ModelFolder, check_target, open_folder, rewritten_f
 from mpqdm_fx.graph.calling import example_call, example_inputs
 from mpqdm_fx.graph.cost import bind_sizes, value_bytes
 from mpqdm_fx.io.sealed import Entry
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 from mpqdm_fx.parity.inputs import INPUTS, Call, random_calls, read_calls, source_calls, write_calls
 from mpqdm_fx.parity.ladder import Ladder
 from mpqdm_fx.parity.measure import Form, Measured, measure

@@ -21,7 +21,7 @@ from mpqdm_fx.denoisers import SOURCE, origin_of
 from mpqdm_fx.errors import ArtifactError, ConfigError, first_line
 from mpqdm_fx.folders import MANIFEST, MODEL_CONFIG, open_folder
 from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.models.sources import Source
+from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.conditions import (
     Call,
     Halves,

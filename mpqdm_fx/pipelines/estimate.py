@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.pipelines.export import check_settings
 from mpqdm_fx.pipelines.inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.parts import Part
@@ -114,16 +116,18 @@ def estimate_export(
     trajectories: Count = 16,
     batch_size: Count = 8,
     max_memory: Bytes | None = None,
+    four_bit: FourBit = "whole",
     samples: Some = 4,
     measure: bool = True,
 ) -> ExportEstimate:
     """Estimate an export without running it: each part is traced, and called twice.
 
-    Args: as of `export_pipeline`.
+    Args: as of `export_pipeline`. Weights count eight bits, of which `four_bit` may halve some.
 
     Raises:
-        MPQError: The pipeline cannot be opened, or a part cannot be traced.
+        MPQError: Settings have no program, the pipeline cannot be opened, or a part not traced.
     """
+    check_settings(config, prompts, four_bit)
     inputs, chosen = inputs_of(
         pipeline, sizes, prompts=tuple(prompts), steps=steps, guidance=guidance,
         trajectories=trajectories, batch_size=batch_size, seed=0 if config is None else config.seed,

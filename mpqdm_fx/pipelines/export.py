@@ -45,7 +45,7 @@ from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.validation import Between, Bytes, Count, NonNegative, Some, check_value, checked
 from mpqdm_fx.versions import versions
 
-__all__ = ["MINIMUM_SQNR_DB", "ExportResult", "export_pipeline"]
+__all__ = ["MINIMUM_SQNR_DB", "ExportResult", "check_settings", "export_pipeline"]
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def export_pipeline(
         DialectError: There are to be tables, and the denoiser has no time branch of its own.
         MPQError: A part cannot be traced, quantized or lowered; nothing is left at `output`.
     """
-    _check_settings(config, prompts, four_bit)
+    check_settings(config, prompts, four_bit)
     require_executorch()
     target = check_target(output, MANIFEST, overwrite=overwrite)
     inputs, chosen = inputs_of(
@@ -263,7 +263,14 @@ def _foretold(layout: Layout, *, samples: int, measure: bool) -> dict[str, float
     return parts | {name: _END_SHARE * every for name, does in ends.items() if does}
 
 
-def _check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: FourBit) -> None:
+def check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: FourBit) -> None:
+    """Refuse settings that no export runs.
+
+    Args: as of `export_pipeline`.
+
+    Raises:
+        ConfigError: There is no prompt, or programs do not run the settings.
+    """
     check_value(prompts, Sequence[str], "prompts")
     if not prompts:
         raise ConfigError("prompts: give a sequence of at least one prompt")

@@ -135,6 +135,15 @@ def test_a_setting_is_refused_by_the_name_of_its_option(parameter):
     assert not others & set(re.findall(r"\w+", line)), line
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_every_command_is_told_as_it_is_typed(name):
+    options = {one.name: max(one.opts, key=len) for one in COMMANDS[name].params}
+    for parameter, option in options.items():
+        field = SETTINGS[parameter][0] if parameter in SETTINGS else parameter
+        told = as_typed(f"{field}=3 (int): give 'a' or 'b'", options)
+        assert told == f"{option} 3: give 'a' or 'b'"
+
+
 @pytest.mark.parametrize(
     ("message", "told"),
     [

@@ -17,7 +17,7 @@ from mpqdm_fx.cli import streams
 from mpqdm_fx.cli.running import QuietOption, VerboseOption, remember, takes_loudness
 from mpqdm_fx.cli.usage import Command
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.progress import stage
+from mpqdm_fx.progress import expect, stage
 
 JOB = """
 import logging, os, sys, time, typer
@@ -134,8 +134,9 @@ def test_verbose_shows_all_before_or_after_the_name(words):
         assert text in err.splitlines()
 
 
-def test_what_libraries_print_is_a_file_of_the_result(tmp_path):
-    assert in_pipes(JOB, "job", "--output", str(tmp_path))[0] == 0
+@pytest.mark.parametrize("more", [[], ["--quiet"]])
+def test_what_libraries_print_is_a_file_of_the_result(tmp_path, more):
+    assert in_pipes(JOB, "job", "--output", str(tmp_path), *more)[0] == 0
     text = (tmp_path / "log.txt").read_text()
     assert text == "noise in C\nnoise in Python\nnoise by a stranger\n"
 
@@ -156,6 +157,17 @@ def test_a_process_that_is_killed_says_where_and_leaves_the_log(tmp_path, monkey
     assert "Fatal Python error: Aborted" in err
     (log,) = tmp_path.glob("mpqdm-fx-*.log")
     assert "noise in C" in log.read_text()
+
+
+def test_a_command_that_needs_no_temporary_folder_runs_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.mkstemp", refused)
+    with streams.diverted() as log:
+        os.write(2, b"noise")
+        assert log.text() == ""
+
+
+def refused(*_, **__):
+    raise OSError("no usable temporary directory")
 
 
 # ---------------------------------------------------------------- in this process
@@ -222,6 +234,22 @@ def test_only_the_first_process_of_several_shows_progress(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     status, _, err = typed(monkeypatch, capfd, "job", app=command_of(body))
     assert (status, err) == (0, "a warning\n")
+
+
+def test_a_guess_that_fails_does_not_end_the_work(monkeypatch, capfd):
+    def guess():
+        raise ZeroDivisionError
+
+    def body():
+        expect(guess)
+        with stage("rounding"):
+            pass
+
+    status, _, err = typed(monkeypatch, capfd, "job", app=command_of(body))
+    assert status == 0
+    assert err.startswith("rounding, after")
+    status, _, err = typed(monkeypatch, capfd, "job", "-v", app=command_of(body))
+    assert "what is to come cannot be foretold: ZeroDivisionError()" in err
 
 
 def test_no_command_prints_errors_where_libraries_print():

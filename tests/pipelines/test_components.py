@@ -332,7 +332,7 @@ def test_a_folder_is_judged_on_prompts(quantized, monkeypatch):
         return real(self, **call)
 
     monkeypatch.setattr(mpqdm_fx.QuantizedModel, "forward", seen)
-    metrics = evaluate_folder(quantized, num=2, steps=2, seed=1)
+    metrics = evaluate_folder(quantized, num=2, steps=2, seed=1).metrics
     assert metrics["epsilon_sqnr"] > 15
     source = as_recorded(source_of(quantized), quantized)
     wanted = source.runs(6, 0)["conditions"]["encoder_hidden_states"]

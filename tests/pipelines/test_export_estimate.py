@@ -11,6 +11,7 @@ from test_runner_loop import diffusers_image
 from typer.testing import CliRunner
 
 from mpqdm_fx.cli import app as cli
+from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.estimate import estimate_export
 from mpqdm_fx.pipelines.inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.layout import layout_of
@@ -100,6 +101,14 @@ def test_what_is_asked_for_is_what_costs(tmp_path):
         assert part.lower_seconds == 2 * plain.parts[name].lower_seconds
         assert part.measure_seconds == 0 < plain.parts[name].measure_seconds
     assert other.draw_seconds == 0 < plain.draw_seconds
+
+
+def test_a_dry_run_refuses_what_the_export_refuses(tmp_path):
+    pipeline = tiny_pipelines.latent_diffusion(tmp_path)
+    with pytest.raises(ConfigError, match="programs run 8-bit activations"):
+        estimated(pipeline, tiny_pipelines.cheap_settings(activation_bits=4))
+    with pytest.raises(ConfigError, match="at least one prompt"):
+        estimated(pipeline, prompts=[])
 
 
 def test_a_half_of_a_vae_counts_its_own_parameters(tmp_path):
