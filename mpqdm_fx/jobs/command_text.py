@@ -56,7 +56,7 @@ _TRAINING: Mapping[str, str] = {
     for name in (
         "updates", "trajectories", "steps", "batch_size", "rank", "relation", "recompute", "seed",
     )
-}  # fmt: skip
+} | {"guidance_scale": "--guidance"}  # fmt: skip
 
 
 def distill_command(folder: Path, config: DistillConfig, options: Mapping[str, Any]) -> str | None:
@@ -72,7 +72,7 @@ def distill_command(folder: Path, config: DistillConfig, options: Mapping[str, A
     if config.seconds is not None:
         told["--budget"] = f"{config.seconds:g}s"
     for name, value in given.items():
-        if name in ("seconds", "guidance_scale") or value is None or value == usual[name]:
+        if name == "seconds" or value is None or value == usual[name]:
             continue
         if name not in _TRAINING:
             return None

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ def copy_folder(
     more: Mapping[str, Any],
     origin: str | None = None,
     overwrite: bool = False,
+    retell: Callable[[Path, Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Copy a folder's listed files, each compared with its hash, and seal the copy.
 
@@ -30,6 +31,7 @@ def copy_folder(
         more: Further numbers for the summary, plain JSON types.
         origin: Where the float model is now; None leaves what the folder says.
         overwrite: Whether `output` may be a result that is replaced.
+        retell: Called with the copy and its summary, to write its report anew.
 
     Returns:
         The summary, plain JSON types.
@@ -49,6 +51,10 @@ def copy_folder(
         if origin is not None:
             told = {**folder.files.read_json(SOURCE), "model": origin}
             write_text(stage / SOURCE, json.dumps(told))
+        if retell is not None:
+            retell(stage, summary)
+        sizes = {name: (stage / name).stat().st_size for name in summary["files"]}
+        summary["files"] = sizes
         write_summary(stage, summary)
         seal_folder(stage)
     return summary

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mpqdm_fx.denoisers import origin_of, source_of
@@ -18,6 +19,7 @@ from mpqdm_fx.jobs.command_text import distill_command
 from mpqdm_fx.jobs.copied_folder import copy_folder
 from mpqdm_fx.jobs.estimate import TrainingEstimate, estimate_training
 from mpqdm_fx.jobs.foretold import distill_stages
+from mpqdm_fx.jobs.report_folder import retell_report
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
     Form,
@@ -71,6 +73,9 @@ def distill_folder(
         MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
     start = time.perf_counter()
+    command = distill_command(  # as it was asked for: the training's own share is less time
+        folder, config, {"--model": model, "--samples": samples, "--output": output}
+    )
     opened = open_folder(folder)
     summary = read_summary(opened)
     form = Form.of(summary["backend"], opened.manifest["program"])
@@ -126,16 +131,15 @@ def distill_folder(
     }
     if trained.quantized is quantized:  # the very model: lowering it again would give the same
         found = copy_folder(
-            opened, output, origin=model, more={"distilled": told}, overwrite=overwrite
-        )
+            opened, output, origin=model, more={"distilled": told, "command": command},
+            overwrite=overwrite, retell=partial(retell_report, opened, quantized, source),
+        )  # fmt: skip
         remove_folder(state)
         return FolderResult(directory=output, quantized=quantized, summary=found)
     found = write_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
         subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,
-        command=distill_command(
-            folder, config, {"--model": model, "--samples": samples, "--output": output}
-        ),
+        command=command,
     )  # fmt: skip
     remove_folder(state)
     return FolderResult(directory=output, quantized=trained.quantized, summary=found)

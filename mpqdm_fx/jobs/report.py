@@ -34,6 +34,7 @@ __all__ = [
     "measured_of",
     "picture_numbers",
     "record_of",
+    "with_command",
     "write_report",
 ]
 
@@ -184,15 +185,28 @@ def record_of(
         drawn: Its pictures.
         missing: Why sections are not there.
     """
-    unknown = {} if command else {"command": "the folder does not say how it was made"}
-    return ReportRecord(
+    record = ReportRecord(
         model=model,
-        command=command,
+        command=None,
         versions=dict(versions),
         pictures=None if drawn is None else picture_numbers(drawn),
         parts=(part,),
-        missing={**unknown, **missing},
+        missing=dict(missing),
     )
+    return with_command(record, command)
+
+
+def with_command(record: ReportRecord, command: str | None) -> ReportRecord:
+    """A record with the command that makes its folder again, or the sentence that says why not.
+
+    Args:
+        record: The record.
+        command: The command; None if nobody knows it, or if no command line asks for the settings.
+    """
+    missing = {key: why for key, why in record.missing.items() if key != "command"}
+    if command is None:
+        missing["command"] = "no command line asks for these settings, or the folder is older"
+    return record.model_copy(update={"command": command, "missing": missing})
 
 
 def gallery_of_drawn(drawn: Drawn | None) -> Gallery | None:

@@ -24,22 +24,29 @@ from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.io.schema import validated
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
-from mpqdm_fx.jobs.report import gallery_of_drawn, measured_of, picture_numbers, record_of
+from mpqdm_fx.jobs.report import (
+    can_render,
+    gallery_of_drawn,
+    measured_of,
+    picture_numbers,
+    record_of,
+    with_command,
+)
 from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.report.comparison import compare_all
-from mpqdm_fx.report.gather import Measured, part_of
+from mpqdm_fx.report.gather import Measured, part_of, training_of
 from mpqdm_fx.report.page.render import render_report
-from mpqdm_fx.report.record import RECORD, ReportRecord, write_record
+from mpqdm_fx.report.record import PAGE, RECORD, ReportRecord, write_record
 from mpqdm_fx.report.reference import EVALUATION_SEED
 from mpqdm_fx.stages import in_form_of
 from mpqdm_fx.storage import load
 from mpqdm_fx.summary import SUMMARY, read_summary
 from mpqdm_fx.validation import Some, checked
 
-__all__ = ["FolderReport", "draw_folder", "open_report", "report_folder"]
+__all__ = ["FolderReport", "draw_folder", "open_report", "report_folder", "retell_report"]
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +115,42 @@ def report_folder(
     write_record(record, output.with_suffix(".json"))
     write_text(output, page)
     return record
+
+
+def retell_report(
+    folder: ModelFolder,
+    quantized: QuantizedModel,
+    source: Source,
+    stage: Path,
+    summary: Mapping[str, Any],
+) -> None:
+    """Write the report of a copy whose summary says more than that of the folder it is a copy of.
+
+    Args:
+        folder: The folder; one without a record has no report to tell again.
+        quantized: Its model.
+        source: Its float model.
+        stage: The copy.
+        summary: The copy's summary.
+    """
+    if RECORD not in folder.files or not can_render():
+        return
+    stored = validated(ReportRecord, folder.files.read_json(RECORD), folder.root / RECORD)
+    found = FolderReport(
+        folder=folder,
+        record=stored,
+        denoiser=_runner(folder, quantized),
+        origin=None,
+        source=source,
+        saved=None,
+    )
+    drawn, _ = draw_folder(found, num=0 if stored.pictures is None else stored.pictures.count)
+    (part,) = stored.parts
+    told = part.model_copy(update={"trained": training_of(summary.get("distilled"))})
+    retold = stored.model_copy(update={"parts": (told,)})
+    record = with_command(retold, summary.get("command"))
+    write_record(record, stage / RECORD)
+    write_text(stage / PAGE, render_report(record, gallery_of_drawn(drawn)))
 
 
 def open_report(

@@ -27,7 +27,7 @@ from mpqdm_fx.report.record import (
     TrainingNumbers,
 )
 
-__all__ = ["Measured", "kurtosis_of", "part_of", "sensitivity_of"]
+__all__ = ["Measured", "kurtosis_of", "part_of", "sensitivity_of", "training_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def part_of(
             for one in report.judged
         ),
         program=None if program is None else _program(program),
-        trained=_training(told.get("distilled")),
+        trained=training_of(told.get("distilled")),
         remarks=tuple(told.get("remarks", plan.remarks)),
         missing=missing,
     )
@@ -271,7 +271,8 @@ def _program(told: Mapping[str, Any]) -> ProgramNumbers:
     )
 
 
-def _training(told: Mapping[str, Any] | None) -> TrainingNumbers | None:
+def training_of(told: Mapping[str, Any] | None) -> TrainingNumbers | None:
+    """What a summary says of a training; None if there was none."""
     if told is None:
         return None
     names = TrainingNumbers.model_fields

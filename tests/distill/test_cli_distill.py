@@ -113,10 +113,19 @@ def test_training_that_does_not_help_gives_a_copy_and_its_budget_counts_all(
     trained = new.pop("distilled")
     assert trained["updates"] == 3
     assert "distilled" not in old
+    told_again = {"report.html", "report.json"}
+    for found in (old, new):
+        found.pop("command")
+        for name in told_again:
+            found["files"].pop(name)
     assert new == old
     same = {path.name for path in folder.iterdir()} - {"summary.json", "mpqdm.json"}
-    for name in same - {"scheduler"}:
+    for name in same - {"scheduler"} - told_again:
         assert (output / name).read_bytes() == (folder / name).read_bytes()
+    report = json.loads((output / "report.json").read_text())
+    assert report["parts"][0]["trained"]["updates"] == 3
+    assert report["command"] is None  # no option asks for these rates
+    assert "It did not help: the model is as before." in (output / "report.html").read_text()
     before, after = (mpqdm_fx.load(f) for f in (folder, output))
     for layer in before.plan.layers:
         assert torch.equal(before.codes(layer.name), after.codes(layer.name))

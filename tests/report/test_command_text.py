@@ -64,8 +64,9 @@ def test_settings_without_an_option_have_no_command():
 
 
 def test_a_training_is_told_with_its_time_its_updates_and_what_differs():
-    config = DistillConfig(seconds=90.0, updates=40, rank=4, seed=3)
+    config = DistillConfig(seconds=90.0, updates=40, rank=4, seed=3, guidance_scale=2.5)
     command = distill_command(Path("a b"), config, {"--output": "c", "--model": None})
     assert command == (
-        "mpqdm-fx distill 'a b' --budget 90s --updates 40 --rank 4 --seed 3 --output c"
+        "mpqdm-fx distill 'a b' --budget 90s --updates 40 --rank 4 --guidance 2.5 --seed 3 "
+        "--output c"
     )

@@ -68,7 +68,7 @@ def test_every_drawing_has_marks_a_role_and_words(page):
 def test_every_chart_is_there_for_both_screens_with_a_title_axes_and_its_numbers(page):
     charts = [one for one in page.all("figure") if one.attributes.get("class") == "chart"]
     assert {chart.attributes["id"] for chart in charts} >= {
-        "bits", "bytes", "levels", "heat", "solve", "judged",
+        "unet-bits", "unet-bytes", "unet-levels", "unet-heat", "unet-solve", "unet-judged",
     }  # fmt: skip
     for chart in charts:
         assert chart.all("h3")[0].text
@@ -84,7 +84,7 @@ def test_a_chart_says_the_same_numbers_as_its_words_and_its_table(page, record):
     part = record.parts[0]
     levels, sizes = (
         next(one for one in page.all("figure") if one.attributes.get("id") == name)
-        for name in ("levels", "bytes")
+        for name in ("unet-levels", "unet-bytes")
     )
     for svg in sizes.all("svg"):
         assert bytes_text(part.stored_bytes) in [text.text for text in svg.all("text")]
@@ -145,7 +145,7 @@ def test_what_is_missing_is_said_on_the_page_and_no_zero_stands_there(page, reco
 
 
 def test_the_command_of_the_page_is_that_of_the_record(page, record, three_bits):
-    (command,) = [one for one in page.all("code") if one.attributes.get("id") == "command"]
+    (command,) = [one for one in page.all("code") if one.attributes.get("id") == "unet-command"]
     assert command.text == record.command
     assert record.command.startswith("mpqdm-fx quantize ")
     assert record.command.endswith(f"--output {three_bits}")
@@ -167,6 +167,18 @@ def test_a_page_without_float_model_draws_no_chart_of_errors_and_says_why(record
     )
     page = read_page(render_report(bare, None))
     charts = {one.attributes["id"] for one in page.all("figure") if "id" in one.attributes}
-    assert charts == {"bits", "bytes"}
+    assert charts == {"unet-bits", "unet-bytes"}
     assert page.text.lower().count(why) >= 3
     assert page.all("img") == []
+
+
+def test_a_page_of_several_parts_has_all_of_each_and_no_name_twice(record):
+    (part,) = record.parts
+    both = record.model_copy(update={"parts": (part, part.model_copy(update={"name": "vae"}))})
+    html = render_report(both, None)
+    names = re.findall(r'\bid="([^"]+)"', html)
+    assert len(names) == len(set(names))
+    assert {"unet-heat", "vae-heat", "unet-layer-0", "vae-layer-0"} <= set(names)
+    links = re.findall(r'<a href="#([^"]+)"', html)
+    assert set(links) <= set(names)
+    read_page(html)

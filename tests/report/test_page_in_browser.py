@@ -102,7 +102,7 @@ def test_a_bar_opens_its_layer_and_rows_are_sorted(session, pages):
     session.open(pages["report"], width=1280, theme="light")
     session.run("document.querySelector('svg.wide [data-layer=\"2\"]').dispatchEvent("
                 "new MouseEvent('click', {bubbles: true}))")  # fmt: skip
-    assert session.run("return document.getElementById('layer-2').open") is True
+    assert session.run("return document.getElementById('unet-layer-2').open") is True
     session.run("document.querySelector('[data-sort=bytes]').click()")
     order = session.run(
         "return [...document.querySelectorAll('.layer-box')].map(d => Number(d.dataset.bytes))"

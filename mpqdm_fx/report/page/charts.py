@@ -61,7 +61,7 @@ def bits_chart(part: Part) -> Chart:
     pinned = sum(1 for layer in layers if layer.reason)
     off = f"; {pinned} layers are off the budget (pale)" if pinned else ""
     return chart(
-        "bits",
+        f"{part.name}-bits",
         "Bits along the model",
         f"Average bits per weight of {len(layers)} layers, from {bits_text(_least(layers))} to "
         f"{bits_text(max((la.mean_bits for la in layers), default=0))}; {part.mean_bits:.2f} on "
@@ -115,7 +115,7 @@ def solve_chart(part: Part) -> Chart | None:
     better = sum(1 for gain in gains if gain >= 0.05)
     said = f", {max(gains):.1f} dB at the most" if better else ""
     return chart(
-        "solve",
+        f"{part.name}-solve",
         "What error propagation brings",
         f"Signal-to-noise ratio of every layer's output on held-out rows, with and without making "
         f"up for the error that reaches it, and the strength of that (0 none, 1 all). It raises "
@@ -169,7 +169,7 @@ def levels_chart(part: Part) -> Chart | None:
     finite = [value for value in own if _finite(value)]
     span = f"{min(finite):.1f} to {max(finite):.1f} dB" if finite else "exact everywhere"
     return chart(
-        "levels",
+        f"{part.name}-levels",
         "The error along a run",
         f"Signal-to-noise ratio of the predicted noise at {len(levels)} noise levels on held-out "
         f"inputs: {span}.",
@@ -220,7 +220,7 @@ def heat_chart(part: Part) -> Chart | None:
         bar.set_label("layer SQNR, dB")
 
     return chart(
-        "heat",
+        f"{part.name}-heat",
         "Every layer at every noise level",
         f"Signal-to-noise ratio of every layer's output in the running model, errors of earlier "
         f"layers included: {len(layers)} layers by {len(levels)} noise levels, {low:.0f} dB "
@@ -263,7 +263,7 @@ def judged_chart(part: Part) -> Chart | None:
         _room(axes)
 
     return chart(
-        "judged",
+        f"{part.name}-judged",
         "The recipe against plain rounding",
         "Output's signal-to-noise ratio on held-out calls: "
         + "; ".join(f"{one.recipe} {db_text(one.sqnr_db)} dB" for one in part.judged)
@@ -328,7 +328,7 @@ def bytes_chart(part: Part) -> Chart:
     rows += [(f"file {name}", f"{size:,}") for name, size in part.files.items()]
     rows.append(("float32", f"{part.float32_bytes:,}"))
     return chart(
-        "bytes",
+        f"{part.name}-bytes",
         "Where the bytes are",
         f"Packed weights take {bytes_text(part.stored_bytes)}, float32 "
         f"{bytes_text(part.float32_bytes)}: {kinds}.{told}",

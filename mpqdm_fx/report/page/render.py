@@ -227,7 +227,7 @@ def _verdict(record: ReportRecord) -> str:
 
 def _view(part: Part) -> PartView:
     drawn = {
-        one.name: one
+        one.name.removeprefix(f"{part.name}-"): one
         for one in (
             charts.bits_chart(part),
             charts.bytes_chart(part),

@@ -13,7 +13,8 @@ document.querySelectorAll(".layers").forEach((list) => {
 });
 document.querySelectorAll("[data-layer]").forEach((bar) => {
   bar.addEventListener("click", () => {
-    const row = document.getElementById("layer-" + bar.dataset.layer);
+    const part = bar.closest("[data-part]");
+    const row = part && document.getElementById(part.dataset.part + "-layer-" + bar.dataset.layer);
     if (row) {
       expand(row.parentElement);
       row.open = true;
