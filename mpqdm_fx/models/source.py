@@ -2,46 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS
 from mpqdm_fx.graph.containers import tensor_leaves
+from mpqdm_fx.models.components import Components
 from mpqdm_fx.models.example_inputs import ModelInputs
 from mpqdm_fx.models.extra_channels import ExtraChannels
 from mpqdm_fx.models.functions import GivenCalls
 
-__all__ = ["Components", "Source"]
+__all__ = ["Source"]
 
 # Conditions that are numbers of the run, and no embeddings of anything.
 _ENCODED = ("encoder_hidden_states", "text_embeds")
 _NUMBERS = ("time_ids", "timestep_cond", "encoder_attention_mask")
-
-
-class Components(Protocol):
-    """What stands beside a denoiser in its pipeline; see `pipelines.components`."""
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """Prompts that runs take turns with; none where nothing encodes them."""
-
-    @property
-    def scale(self) -> float:
-        """Guidance scale as the pipeline takes it."""
-
-    @property
-    def guidance(self) -> float | None:
-        """Weight of classifier-free guidance in runs; None calls the denoiser once a step."""
-
-    def halves(
-        self, base: Mapping[str, Any], count: int, *, unseen: bool = False
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Conditions of so many runs over made ones, with the prompts and without them."""
-
-    def pictures(self, samples: Tensor) -> Tensor | None:
-        """Latents as images; None if nothing decodes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +134,8 @@ class Source:
         ]
         if not random:
             return ()
-        why = getattr(self.components, "unencoded", None) or "no text encoder belongs to it"
-        reason = "" if told else f": {why}"
+        why = None if self.components is None else self.components.unencoded
+        reason = "" if told else f": {why or 'no text encoder belongs to it'}"
         remark = f"runs are conditioned on seeded random numbers as {', '.join(random)}{reason}"
         return (f"{remark}; what they say of real prompts is not known",)
 
