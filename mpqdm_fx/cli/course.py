@@ -49,12 +49,15 @@ class Course:
         self._sure = True
 
     def begin(self, stage: Stage) -> bool:
-        """A stage begins; return whether it is one of the run's own, and not inside another."""
+        """A stage begins; return whether it is a new one of the run's own.
+
+        One inside another is not, nor one that goes on under the name of the last.
+        """
         self._open.append((stage, self._now()))
         own = len(self._open) == 1
         if own and stage.name in self._expected:
             self._place = list(self._expected).index(stage.name)
-        return own
+        return own and stage.name != self._last
 
     def end(self, stage: Stage) -> None:
         """A stage is over."""

@@ -107,6 +107,18 @@ def test_between_stages_the_last_one_stands(course):
     assert course.label == "rounding"
 
 
+def test_a_stage_that_goes_on_under_the_same_name_is_no_new_one(course):
+    with reporting(SILENT):
+        first, second, inner, other = (stage(name) for name in ("a", "a", "b", "b"))
+    assert course.begin(first)
+    assert not course.begin(inner)
+    course.end(inner)
+    course.end(first)
+    assert not course.begin(second)
+    course.end(second)
+    assert course.begin(other)
+
+
 stages = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=3), st.floats(0.01, 1e4), min_size=1, max_size=6
 )
