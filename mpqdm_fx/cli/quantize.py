@@ -146,6 +146,8 @@ def plan(
     trajectories: opt.TrajectoriesOption = 16,
     steps: opt.StepsOption = 20,
     samples: opt.SamplesOption = 16,
+    prompts: opt.PromptsOption = None,
+    guidance: opt.GuidanceOption = None,
     inputs: opt.InputsOption = None,
     held_out: opt.HeldOutOption = None,
     max_memory: opt.MemoryOption = None,
@@ -161,9 +163,15 @@ def plan(
     from mpqdm_fx.feasibility import check_feasible
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.models.sources import load_with_calls
+    from mpqdm_fx.pipelines.components import in_pipeline
+    from mpqdm_fx.pipelines.prompts import read_prompts
 
     form = Form(backend=backend, four_bit=four_bit)
-    source = load_with_calls(model, subfolder, variant, inputs, held_out)
+    source = in_pipeline(
+        load_with_calls(model, subfolder, variant, inputs, held_out),
+        prompts=None if prompts is None else read_prompts(prompts),
+        guidance=guidance,
+    )
     check_feasible(source.model, source.example_inputs, config)
     _foretell(
         source, config, form, trajectories=trajectories, steps=steps, samples=samples,

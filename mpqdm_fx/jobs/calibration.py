@@ -10,11 +10,12 @@ from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.models.functions import GivenCalls
 from mpqdm_fx.models.source import Source
 
-__all__ = ["calibration_of", "held_out_of", "rows_of", "warn_of"]
+__all__ = ["BATCH", "calibration_of", "held_out_of", "rows_of", "warn_of"]
 
 logger = logging.getLogger(__name__)
 
 BATCH = 16
+"""Samples of a call; with guidance each has two rows."""
 _HELD_OUT_RUNS = 4
 
 

@@ -10,8 +10,9 @@ from torch import fx
 from mpqdm_fx.calibration.allocate import layer_limits
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.distill.config import DistillConfig
-from mpqdm_fx.graph.calling import batch_size_of, example_inputs
+from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.jobs.calibration import BATCH, rows_of
 from mpqdm_fx.jobs.result_folder import Form
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.quantized import QuantizedModel
@@ -45,7 +46,6 @@ _MEASURED_PASSES = 7  # that they are drawn, and gone over by the float and the 
 _STUDENT = 2.0  # what a quantized graph takes against a float one
 _TRAINED = 3.0  # forward and backward against forward
 _LAYER_BYTES = 4500  # of a program's graph
-_CALL_ROWS = 16  # as of `calibration_of`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +181,12 @@ def _images(source: Source, samples: int, steps: int) -> int:
 
 def _calls_of(source: Source, trajectories: int, steps: int) -> tuple[int, int]:
     """Number of calibration calls, and rows of the largest, as `calibration_of` makes them."""
+    rows = rows_of(source, trajectories, steps)
     if source.calls is not None:
-        return len(source.calls), max(map(batch_size_of, source.calls.calls))
+        return len(source.calls), rows
     held_out = trajectories // 4
     parts = (trajectories - held_out) * steps, held_out * steps
-    return sum(math.ceil(part / _CALL_ROWS) for part in parts), min(_CALL_ROWS, parts[0])
+    return sum(math.ceil(part / BATCH) for part in parts), rows
 
 
 def estimate_finish(

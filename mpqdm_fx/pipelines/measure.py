@@ -20,7 +20,7 @@ from mpqdm_fx.pipelines.memory import nested, part_peak
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.program_files import ProgramFiles
 from mpqdm_fx.pipelines.runner import PipelineRunner
-from mpqdm_fx.report.images import save_grid
+from mpqdm_fx.report.images import save_rows
 from mpqdm_fx.report.timing import time_per_step
 
 __all__ = ["GRID", "FloatPrograms", "draw_samples", "drop_expanded", "measure_parts"]
@@ -78,18 +78,17 @@ def draw_samples(folder: Path, inputs: PipelineInputs, count: int) -> str | None
     """
     programs, original = PipelineRunner(folder), PipelineRunner(folder)
     original.programs = FloatPrograms(folder, inputs)
-    rows: list[Tensor] = []
+    rows: dict[str, list[Tensor]] = {"float": [], "programs": []}
     try:
-        for runner in (original, programs):
+        for (name, drawn), runner in zip(rows.items(), (original, programs), strict=True):
             for index in range(count):
-                logger.info("drawing sample %d of %d", len(rows) + 1, 2 * count)
-                rows.append(_drawn(runner, inputs, index))
+                logger.info("drawing sample %d of %d, %s", index + 1, count, name)
+                drawn.append(_drawn(runner, inputs, index))
     except ArtifactError as error:
         logger.warning("no samples are drawn: %s", error)
         return f"no samples are drawn: {error}"
-    images = torch.stack(rows) * 2 - 1
-    zoom = max(1, 64 // max(images.shape[2:]))
-    save_grid(images, folder / GRID, columns=count, zoom=zoom)
+    images = [(name, torch.stack(drawn) * 2 - 1) for name, drawn in rows.items()]
+    save_rows(images, folder / GRID)
     return None
 
 

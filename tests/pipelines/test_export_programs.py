@@ -164,14 +164,17 @@ def test_the_picture_has_the_pipelines_own_images_above_those_of_the_programs(ex
     image = np.asarray(Image.open(result.directory / "samples.png"))
     prompts, side, zoom = result.summary["prompts"], 16, 4
     assert prompts == ["a cat", "a dog", "three pears on a table", "a map"]
-    assert image.shape == (zoom * (2 * (side + 1) + 1), zoom * (4 * (side + 1) + 1), 3)
+    margin, row_height, width = 8, zoom * (side + 2), zoom * (4 * (side + 1) + 1)
+    assert image.shape[0] == 2 * row_height + 2 * margin
+    label_width = image.shape[1] - width - margin
     runner = PipelineRunner(result.directory)
     for index, prompt in enumerate(prompts):
         numbers = {"num_inference_steps": 3, "guidance_scale": 3.0, "seed": index}
         expected = diffusers_image(pipeline, prompt, **numbers), runner.sample(prompt, seed=index)
         for row, drawn in enumerate(expected):
-            top, left = (1 + (side + 1) * place for place in (row, index))
-            found = image[zoom * top : zoom * (top + side), zoom * left : zoom * (left + side)]
+            top = margin + row * row_height + zoom
+            left = label_width + zoom * (1 + (side + 1) * index)
+            found = image[top : top + zoom * side, left : left + zoom * side]
             found = found[::zoom, ::zoom].astype(np.float32) / 255
             assert np.abs(found - drawn).max() < 0.6 / 255 + 1e-4
 
