@@ -92,7 +92,8 @@ def test_the_summary_counts_every_parameter_of_the_model(quantized_folder):
     assert summary["remarks"] == []
 
 
-def test_inspect_prints_every_layer(quantized_folder):
+def test_inspect_prints_every_layer(quantized_folder, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     status, text = run("inspect", quantized_folder, "--json")
     assert status == 0
     layers = {layer["name"]: layer for layer in json.loads(text)["layers"]}

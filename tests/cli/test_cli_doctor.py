@@ -74,7 +74,7 @@ def test_the_options_reach_the_doctor(file):
     for more in (["--float"], ["--override", "middle=float"]):
         status, text = run("doctor", *options, *more, "--max-delegates", 1)
         assert status == 1, text
-        counts.add(json.loads(text)["delegated"])
+        counts.add(json.loads(text[text.index("{") : text.rindex("}") + 1])["delegated"])
     assert len(counts) == 2
     status, text = run("doctor", *options, "--activations", 4)
     assert (status, "choose --activations 8" in text) == (2, True)

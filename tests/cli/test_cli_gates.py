@@ -56,7 +56,7 @@ def test_evaluate_judges_what_it_measures_and_what_the_folder_tells(quantized):
     assert text.count("passed") == 2
     status, text = run("evaluate", quantized[0], *EVALUATE, "--gate", "x0_sqnr>=900", "--json")
     assert status == 1
-    found = json.loads(text[: text.rindex("}") + 1])
+    found = json.loads(text[text.index("{") : text.rindex("}") + 1])
     assert (found["passed"], found["gates"][0]["wanted"]) == (False, 900.0)
     assert found["x0_sqnr"] == found["gates"][0]["measured"]
 

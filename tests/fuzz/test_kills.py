@@ -8,17 +8,28 @@ from pathlib import Path
 import pytest
 from kill_jobs import INTERRUPTED, JOBS, run_job, write_models
 
+#: They tell times among all else; what else they tell is drawn from the files that are compared.
+PAGES = {"report.json", "report.html"}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-#: Of JSON files, what is a time or follows from one: everything else has to be equal.
+#: Of JSON files, what is a time or follows from one, or names the place: all else has to be equal.
 TIMES = {
-    "mpqdm.json": ("report.seconds", "digest", "files.summary.json"),
+    "mpqdm.json": (
+        "report.seconds",
+        "digest",
+        "files.summary.json",
+        "files.report.json",
+        "files.report.html",
+    ),
     "summary.json": (
         "seconds_to_quantize",
         "milliseconds_per_step",
         "peak_memory_bytes",
         "program.seconds",
+        "command",
         "distilled.seconds",
         "files.mpqdm.json",
+        "files.report.json",
+        "files.report.html",
     ),
 }
 
@@ -52,7 +63,7 @@ def contents(folder):
     """All files by name: bytes, and of JSON files what is no time."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name not in PAGES:
             name = path.relative_to(folder).as_posix()
             found[name] = _timeless(path) if name in TIMES else path.read_bytes()
     return found

@@ -24,7 +24,7 @@ from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.pipelines.components import as_recorded, in_pipeline
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.pipelines.layout import layout_of
-from mpqdm_fx.report.images import save_grid
+from mpqdm_fx.report.images import save_grid, save_rows
 
 PROMPTS = ("a cat", "a dog", "pears", "a map", "a key", "a bee")
 CHEAP = ["--weights", 8, "--allocation", "uniform", "--levels", "uniform", "--rounding", "nearest"]
@@ -291,9 +291,12 @@ def test_the_grid_of_a_folder_shows_its_prompts_as_the_pipeline_draws_them(
     model = mpqdm_fx.load(quantized)
     source = source_in(pipeline[1], prompts=PROMPTS, guidance=3.0)
     images = pictures(draw(source, model, num=2, steps=2, seed=0), source)
+    floats = pictures(draw(source, source.model, num=2, steps=2, seed=0), source)
+    save_rows([("float", floats), ("quantized", images)], tmp_path / "rows.png")
+    rows = Image.open(tmp_path / "rows.png")
+    assert Image.open(quantized / "samples.png").tobytes() == rows.tobytes()
     save_grid(images, tmp_path / "grid.png", columns=1, zoom=zoom_of(images))
     expected = Image.open(tmp_path / "grid.png")
-    assert Image.open(quantized / "samples.png").tobytes() == expected.tobytes()
     words = ["--num", 2, "--steps", 2, "--output", tmp_path / "sample.png"]
     status, text = run("sample", quantized, *words)
     assert status == 0, text
@@ -347,7 +350,7 @@ def test_where_the_pipeline_is_gone_folders_draw_from_random_numbers_and_say_so(
     moved = pipeline[1].rename(pipeline[1].with_name("moved"))
     try:
         status, text = run(*words)
-        refused = run(*words, "--guidance", 2)
+        refused = run(*words, "--guidance", 2, "--overwrite")
     finally:
         moved.rename(pipeline[1])
     assert status == 0, text

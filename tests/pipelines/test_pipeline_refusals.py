@@ -125,7 +125,10 @@ def test_folders_with_damaged_weights_are_refused(folder, tmp_path):
 
 
 def test_what_is_no_pipeline_folder_is_refused(tmp_path):
-    refused(ConfigError, "model_index.json is missing", tmp_path / "none", tmp_path / "o")
+    wanted = "is neither a bundled model .* nor a folder"
+    refused(ConfigError, wanted, tmp_path / "none", tmp_path / "o")
+    (tmp_path / "empty").mkdir()
+    refused(ConfigError, "model_index.json is missing", tmp_path / "empty", tmp_path / "o")
 
 
 def test_pipelines_without_a_needed_component_are_refused(pipeline, tmp_path):

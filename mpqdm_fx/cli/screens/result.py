@@ -16,6 +16,7 @@ from mpqdm_fx.report.words import word_of_sqnr
 __all__ = ["ResultScreen", "summary_table"]
 
 _REPORT = "report.html"
+_PROGRAMS = (".pte", ".ptd")
 _WORST = 5
 _LABEL = 14  # columns
 _WIDEST = 100  # a line is read more easily than that
@@ -63,13 +64,19 @@ def _told(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     backend, program = summary["backend"], summary["program"]
     weights, before = _sizes(summary)
     size = f"weights {amount(weights)}, were {amount(before)} ({weights / before:.1%})"
-    if program:
-        size += f"; {program['path']} {amount(program['bytes'] + program['weights_bytes'])}"
+    stored = {
+        name: size
+        for name, size in summary["files"].items()
+        if name.removesuffix(".xz").endswith(_PROGRAMS)
+    }
+    if stored:
+        size += f"; {' + '.join(stored)} {amount(sum(stored.values()))}"
     yield "size", size
     times, threads = summary["milliseconds_per_step"], summary["threads"]
     count = "1 thread" if threads == 1 else f"{threads} threads"
     now, was_then = (_milliseconds(times[form]) for form in (backend, "float"))
-    yield "time", f"{now} ms a step, was {was_then} (batch 1, {count})"
+    of = " of the fake-quantized graph" if backend == "packed" else ""  # which no phone runs
+    yield "time", f"{now} ms a step{of}, was {was_then} (batch 1, {count})"
     peaks = dict(summary["peak_memory_bytes"])
     was = peaks.pop("float")
     for peak in peaks.values():

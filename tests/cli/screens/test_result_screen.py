@@ -73,7 +73,7 @@ def printed(thing, width=80):
 def test_a_result_is_a_dozen_lines_that_say_what_it_is(tmp_path):
     layers = [layer(f"blocks.{index}", sqnr_db=30.0 - index) for index in range(9)]
     summary = {
-        **SUMMARY, "backend": "xnnpack", "program": PROGRAM,
+        **SUMMARY, "backend": "xnnpack", "program": PROGRAM, "files": {"unet.pte": 2**21},
         "milliseconds_per_step": {"xnnpack": 22.5, "float": 55.0},
     }  # fmt: skip
     text = printed(ResultScreen(summary, report(*layers), tmp_path))
@@ -132,6 +132,7 @@ def test_no_line_of_a_result_is_wider_than_the_terminal(
         "milliseconds_per_step": {"packed": times[0], "float": times[1]},
         "peak_memory_bytes": {"packed": peak, "float": peak},
         "program": {**PROGRAM, "bytes": program, "delegated": weights},
+        "files": {"unet.pte": program},
         "distilled": TRAINED,
         "remarks": [f"20.3% of the weights stay in float: {'block ' * 30}"],
     }
@@ -140,7 +141,8 @@ def test_no_line_of_a_result_is_wider_than_the_terminal(
     assert all(cell_len(line) <= width for line in text.splitlines())
     joined = " ".join(text.split())
     digits = [1 if time >= 10 else 2 for time in times]
-    found = f"{times[0]:.{digits[0]}f} ms a step, was {times[1]:.{digits[1]}f} (batch 1, 1 thread)"
+    now, was = (f"{time:.{places}f}" for time, places in zip(times, digits, strict=True))
+    found = f"{now} ms a step of the fake-quantized graph, was {was} (batch 1, 1 thread)"
     assert found in joined
     assert "9.0 dB" in joined
     text = printed(summary_table(summary), width)
