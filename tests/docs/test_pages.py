@@ -120,3 +120,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     page = (tmp_path / "site" / "reference" / "python" / "index.html").read_text(encoding="utf-8")
     assert "weight_bits" in page
     assert not re.findall(r'<(?:script|link)[^>]+(?:src|href)="https?:', page)
+
+
+def test_the_page_of_commands_is_what_the_command_line_says(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    module = importlib.import_module("commands")
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run tools/commands.py"
