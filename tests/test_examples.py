@@ -10,6 +10,7 @@ from mpqdm_fx.cli.app import app
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
+LONG = {"quantize_digits"}
 SAID = {
     "quantize_digits": r"3\.\d\d effective bits.*same numbers: True",
     "write_a_pass": r"modified: True; .*again: modified False.*untouched: True",
@@ -18,8 +19,11 @@ SAID = {
 
 @pytest.mark.parametrize(
     "example",
-    [example for example in EXAMPLES if example.stem in SAID],
-    ids=lambda path: path.stem,
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.matrix] if path.stem in LONG else [])
+        for path in EXAMPLES
+        if path.stem in SAID
+    ],
 )
 def test_an_example_runs_as_written_and_says_what_it_should(example, tmp_path):
     result = subprocess.run(

@@ -112,6 +112,7 @@ def test_a_plan_counts_the_calls_that_are_given(file):
     assert json.loads(text)["calls"] == 8
 
 
+@pytest.mark.matrix
 def test_a_diffusers_model_is_calibrated_on_calls_of_its_users(file, tmp_path):
     from small import tiny_unet
 

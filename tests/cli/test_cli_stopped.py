@@ -66,7 +66,7 @@ def stopped_in(monkeypatch, capsys, file, number, *words):
     [
         ("calibration/trajectories.py", signal.SIGINT),
         ("sweep/solve.py", signal.SIGTERM),
-        ("jobs/result_folder.py", signal.SIGTERM),
+        pytest.param("jobs/result_folder.py", signal.SIGTERM, marks=pytest.mark.matrix),
         ("parity/measure.py", signal.SIGINT),
     ],
 )

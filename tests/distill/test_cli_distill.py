@@ -137,6 +137,7 @@ def test_training_that_does_not_help_gives_a_copy_and_its_budget_counts_all(
     assert times.training_seconds <= 1000 - times.others
 
 
+@pytest.mark.matrix
 def test_a_killed_run_goes_on_with_resume_and_not_without(folder, tmp_path, monkeypatch):
     output = tmp_path / "trained"
     kill_at(monkeypatch, 2)

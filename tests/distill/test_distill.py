@@ -141,6 +141,7 @@ def test_options_train_too(quantized, settings):
     assert (result.after == plain.after) is ("recompute" in settings)
 
 
+@pytest.mark.matrix
 def test_stochastic_rounding_takes_the_same_draws_when_a_pass_is_computed_again(quantized):
     found = [
         distilled(

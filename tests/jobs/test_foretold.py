@@ -65,6 +65,7 @@ def test_the_result_has_what_libraries_printed_in_its_list(quantized):
     assert open_folder(quantized[0]).files.entries["log.txt"].bytes == len("said")
 
 
+@pytest.mark.matrix
 def test_training_has_the_stages_that_are_foretold(quantized, tmp_path):
     told = Told()
     config = DistillConfig(updates=3, trajectories=4, steps=2, batch_size=4, keep_better=False)
