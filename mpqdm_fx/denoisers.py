@@ -1,7 +1,7 @@
 """What predicts the noise: a float model, packed weights, or a program; and drawing with it."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "SOURCE",
     "Denoiser",
     "Origin",
+    "as_pictures",
     "draw",
     "first_rows",
     "open_denoiser",
@@ -344,13 +345,28 @@ def pictures(samples: Tensor, source: Source) -> Tensor:
     Returns:
         [N, 1 or 3, H', W']; a first channel is scaled to the range -1..1 over all samples.
     """
-    decoded = None if source.components is None else source.components.pictures(samples)
-    if decoded is not None:
-        return decoded
-    if samples.shape[1] in (1, 3):
-        return samples
-    first = samples[:, :1]
-    return first / first.abs().max().clamp_min(1e-6)
+    return as_pictures([samples], source)[0][0]
+
+
+def as_pictures(rows: Sequence[Tensor], source: Source) -> tuple[list[Tensor], str]:
+    """Samples of several denoisers as images, on one scale; see `pictures`.
+
+    Args:
+        rows: [N, C, H, W] each; the first one gives the scale of a first channel.
+        source: What drew them.
+
+    Returns:
+        The images, and what is to be said of them, or "".
+    """
+    if source.components is not None:
+        decoded = [source.components.pictures(samples) for samples in rows]
+        if all(images is not None for images in decoded):
+            return [images for images in decoded if images is not None], ""
+    if rows[0].shape[1] in (1, 3):
+        return list(rows), ""
+    scale = rows[0][:, :1].abs().max().clamp_min(1e-6)
+    note = "These are latents, their first channel: no pipeline with a VAE decodes them."
+    return [samples[:, :1] / scale for samples in rows], note
 
 
 def zoom_of(images: Tensor) -> int:

@@ -8,7 +8,7 @@ import typer
 
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
-from mpqdm_fx.cli.streams import say
+from mpqdm_fx.cli.streams import announce, say
 
 __all__ = ["compare"]
 
@@ -36,6 +36,7 @@ def compare(
     checks.check_output_file(
         output, "--output", reads=directories, suffixes=(".html",), overwrite=overwrite
     )
+    announce(f"comparing {', '.join(map(str, directories))} on {output}")
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.compare import compare_folders
 

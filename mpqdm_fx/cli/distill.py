@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mpqdm_fx.cli import checks as checks
+from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.gates import GateOption, end_with_gates, print_gates, with_gates
 from mpqdm_fx.cli.streams import announce, say
@@ -124,8 +124,7 @@ def distill(
         )  # fmt: skip
     if result is None:
         return
-    source = source_of(directory, model) if gates else None
-    verdicts = judge_result(gates, result, source, steps=steps) if source is not None else ()
+    verdicts = judge_result(gates, result, steps=steps)
     console = opt.console()
     if as_json:
         console.print_json(json.dumps(plain(with_gates(result.summary, verdicts))))

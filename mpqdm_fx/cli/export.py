@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mpqdm_fx.cli import checks as checks
+from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.screens.start import bits_of
 from mpqdm_fx.cli.streams import announce, say

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mpqdm_fx.cli import checks as checks
+from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.streams import announce, complain, say
 from mpqdm_fx.config import MPQConfig
@@ -75,11 +75,9 @@ def pareto(
     told = ", ".join(f"{budget:g}" for budget in budgets)
     announce(f"quantizing {model} to {output}: {told} bits a weight")
     from mpqdm_fx.feasibility import weights_of
+    from mpqdm_fx.jobs.calibration import open_source
     from mpqdm_fx.jobs.pareto import check_pareto, evaluation_of, pareto_to_folder
     from mpqdm_fx.jobs.result_folder import Form
-    from mpqdm_fx.models.sources import load_with_calls
-    from mpqdm_fx.pipelines.components import in_pipeline
-    from mpqdm_fx.pipelines.prompts import read_prompts
     from mpqdm_fx.report.pareto_table import pareto_table
 
     checks.check_device(device)
@@ -88,10 +86,9 @@ def pareto(
         form, config, budgets, output, evaluation=evaluation_of(num=num, steps=steps),
         picks=gates is not None, resume=resume, overwrite=overwrite,
     )  # fmt: skip
-    given = None if prompts is None else read_prompts(prompts)
-    source = in_pipeline(
-        load_with_calls(model, subfolder, variant, inputs, held_out),
-        prompts=given, guidance=guidance,
+    source = open_source(
+        model, subfolder=subfolder, variant=variant, inputs=inputs, held_out=held_out,
+        prompts=prompts, guidance=guidance,
     )  # fmt: skip
     if not resume:
         checks.check_space(output, len(budgets) * weights_of(source.model))
@@ -119,7 +116,8 @@ def pareto(
     else:
         picked = None if curve.picked is None else curve.picked[0].bits
         console.print(pareto_table([point.model_dump() for point in curve.points], picked))
-        say(console, f"written to {output}; look at {output / 'pareto.html'}")
+        page = output / "pareto.html"
+        say(console, f"written to {output}" + (f"; look at {page}" if page.is_file() else ""))
         if curve.picked is not None:
             say(console, f"picked: {curve.picked[1].directory}")
     if gates is not None and curve.picked is None:

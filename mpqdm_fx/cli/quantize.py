@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpqdm_fx.cli import checks as checks
+from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.gates import GateOption, end_with_gates, print_gates, with_gates
 from mpqdm_fx.cli.screens.start import bits_of
@@ -69,13 +69,10 @@ def quantize(
     from mpqdm_fx.cli.screens.result import ResultScreen
     from mpqdm_fx.feasibility import check_feasible, weights_of
     from mpqdm_fx.io.schema import plain
-    from mpqdm_fx.jobs.calibration import rows_of
+    from mpqdm_fx.jobs.calibration import open_source, rows_of
     from mpqdm_fx.jobs.evaluate import check_gates, judge_result
     from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
     from mpqdm_fx.jobs.result_folder import Form
-    from mpqdm_fx.models.sources import load_with_calls
-    from mpqdm_fx.pipelines.components import in_pipeline
-    from mpqdm_fx.pipelines.prompts import read_prompts
     from mpqdm_fx.processes import joined
 
     checks.check_device(device)
@@ -86,10 +83,9 @@ def quantize(
         compress=compress,
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
-    given = None if prompts is None else read_prompts(prompts)
-    source = in_pipeline(
-        load_with_calls(model, subfolder, variant, inputs, held_out),
-        prompts=given, guidance=guidance,
+    source = open_source(
+        model, subfolder=subfolder, variant=variant, inputs=inputs, held_out=held_out,
+        prompts=prompts, guidance=guidance,
     )  # fmt: skip
     check_gates(gates, source, form.backend)
     if not resume:  # who resumes has some of it on the disk already
@@ -126,7 +122,7 @@ def quantize(
         )
     if result is None:
         return
-    verdicts = judge_result(gates, result, source, steps=steps)
+    verdicts = judge_result(gates, result, steps=steps)
     console = opt.console()
     if as_json:
         console.print_json(json.dumps(plain(with_gates(result.summary, verdicts))))
@@ -161,17 +157,14 @@ def plan(
     memory = opt.memory_of(max_memory)
     announce(f"planning {model}: {bits_of(config)}; nothing is written")
     from mpqdm_fx.feasibility import check_feasible
+    from mpqdm_fx.jobs.calibration import open_source
     from mpqdm_fx.jobs.result_folder import Form
-    from mpqdm_fx.models.sources import load_with_calls
-    from mpqdm_fx.pipelines.components import in_pipeline
-    from mpqdm_fx.pipelines.prompts import read_prompts
 
     form = Form(backend=backend, four_bit=four_bit)
-    source = in_pipeline(
-        load_with_calls(model, subfolder, variant, inputs, held_out),
-        prompts=None if prompts is None else read_prompts(prompts),
-        guidance=guidance,
-    )
+    source = open_source(
+        model, subfolder=subfolder, variant=variant, inputs=inputs, held_out=held_out,
+        prompts=prompts, guidance=guidance,
+    )  # fmt: skip
     check_feasible(source.model, source.example_inputs, config)
     _foretell(
         source, config, form, trajectories=trajectories, steps=steps, samples=samples,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mpqdm_fx.cli import checks as checks
+from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.streams import announce, complain
 from mpqdm_fx.files import write_text

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.calibration.trajectories import Trajectories
@@ -9,14 +10,48 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.models.functions import GivenCalls
 from mpqdm_fx.models.source import Source
+from mpqdm_fx.models.sources import load_with_calls
+from mpqdm_fx.pipelines.components import in_pipeline
+from mpqdm_fx.pipelines.prompts import read_prompts
 
-__all__ = ["BATCH", "calibration_of", "held_out_of", "rows_of", "warn_of"]
+__all__ = ["BATCH", "calibration_of", "held_out_of", "open_source", "rows_of", "warn_of"]
 
 logger = logging.getLogger(__name__)
 
 BATCH = 16
 """Samples of a call; with guidance each has two rows."""
 _HELD_OUT_RUNS = 4
+
+
+def open_source(
+    model: str,
+    *,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    inputs: str | None = None,
+    held_out: int | None = None,
+    prompts: Path | None = None,
+    guidance: float | None = None,
+) -> Source:
+    """Load what a job starts from, conditioned as the pipeline around it is.
+
+    Args:
+        model: As of `load_source`, like the next two.
+        subfolder: Part of a pipeline folder.
+        variant: Variant of the weight files.
+        inputs: Calls, as of `load_with_calls`.
+        held_out: Those of them that judge.
+        prompts: File of prompts; None for the built-in ones.
+        guidance: Guidance scale; None for the pipeline's own.
+
+    Raises:
+        ConfigError: There is no such model, or it takes no prompts and some were given.
+    """
+    return in_pipeline(
+        load_with_calls(model, subfolder, variant, inputs, held_out),
+        prompts=None if prompts is None else read_prompts(prompts),
+        guidance=guidance,
+    )
 
 
 def calibration_of(

@@ -135,11 +135,11 @@ def distill_folder(
             overwrite=overwrite, retell=partial(retell_report, opened, quantized, source),
         )  # fmt: skip
         remove_folder(state)
-        return FolderResult(directory=output, quantized=quantized, summary=found)
+        return FolderResult(directory=output, quantized=quantized, summary=found, source=source)
     found = write_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
         subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,
         command=command,
     )  # fmt: skip
     remove_folder(state)
-    return FolderResult(directory=output, quantized=trained.quantized, summary=found)
+    return FolderResult(directory=output, quantized=trained.quantized, summary=found, source=source)

@@ -67,7 +67,7 @@ class Finish:
         """Seconds of each stage, in running order."""
         return {
             "lowering": self.lower_seconds,
-            "comparing all forms": self.compare_seconds,
+            "comparing forms": self.compare_seconds,
             "measuring": self.measure_seconds,
         }
 
@@ -101,8 +101,8 @@ class RunEstimate:
     def stages(self) -> dict[str, float]:
         """Seconds of each stage, in running order."""
         return {
-            "trace": self.trace_seconds,
-            "calibration": self.record_seconds,
+            "tracing": self.trace_seconds,
+            "float model's runs": self.record_seconds,
             "sensitivities": self.sweep.sensitivity_seconds,
             "both lanes forward": self.sweep.forward_seconds,
             "corrections and roundings": self.sweep.solve_seconds,
@@ -260,7 +260,7 @@ class TrainingEstimate:
     def stages(self) -> dict[str, float]:
         """Seconds of each stage, in running order."""
         return {
-            "runs of the float model": self.data_seconds,
+            "float model's runs": self.data_seconds,
             "training": self.training_seconds,
             "judging": self.judge_seconds,
             **self.finish.stages,

@@ -227,18 +227,17 @@ def check_gates(gates: Sequence[Gate], source: Source, backend: str) -> None:
 
 
 def judge_result(
-    gates: Sequence[Gate], result: FolderResult, source: Source, *, steps: int = 20, num: int = 256
+    gates: Sequence[Gate], result: FolderResult, *, steps: int = 20, num: int = 256
 ) -> tuple[Verdict, ...]:
     """Judge what a job made; it is evaluated only where a gate asks for that.
 
     Args:
         gates: The gates, which `check_gates` took.
         result: What the job made.
-        source: The float model.
         steps: Steps of the scheduler.
         num: Samples of the free-running metrics.
     """
-    measured = summary_metrics(result.summary)
+    source, measured = result.source, summary_metrics(result.summary)
     wanted = {gate.metric for gate in gates} - measured.keys()
     if wanted == {"epsilon_sqnr"}:
         held_out = held_out_of(source, steps=steps, seed=EVALUATION_SEED)

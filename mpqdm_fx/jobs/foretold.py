@@ -10,7 +10,7 @@ from mpqdm_fx.calibration.activation_choice import options_of
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.jobs.estimate import Finish, TrainingEstimate
-from mpqdm_fx.jobs.report import can_render
+from mpqdm_fx.jobs.report import renders
 from mpqdm_fx.jobs.result_folder import Form
 from mpqdm_fx.models.source import Source
 
@@ -127,7 +127,7 @@ def folder_stages(source: Source, backend: str, samples: int) -> dict[str, float
         "measuring": True,
         "drawing": drawn and samples > 0,
         "peak memory": drawn,
-        "report": can_render(),
+        "report": renders(),
     }
     return {name: _TYPICAL[name] for name, does in comes.items() if does}
 

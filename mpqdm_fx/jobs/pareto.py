@@ -308,7 +308,9 @@ class _Run:
             samples=self.samples, subfolder=self.subfolder, command=point.command,
             sensitivity=self.table,
         )  # fmt: skip
-        return FolderResult(directory=stage / PICKED, quantized=quantized, summary=summary)
+        return FolderResult(
+            directory=stage / PICKED, quantized=quantized, summary=summary, source=self.source
+        )
 
 
 def _record(

@@ -6,12 +6,10 @@ from itertools import cycle, islice
 
 from torch import Tensor
 
-from mpqdm_fx.denoisers import Denoiser, draw
+from mpqdm_fx.denoisers import Denoiser, as_pictures, draw
 from mpqdm_fx.models.source import Source
 
 __all__ = ["Drawn", "draw_pictures"]
-
-_IMAGE_CHANNELS = (1, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +86,5 @@ def _images(source: Source, samples: Mapping[str, Tensor]) -> tuple[dict[str, Te
     first = next(iter(samples.values()))
     if first.ndim != 4:
         return {}, f"samples of shape {tuple(first.shape[1:])} are no pictures"
-    if source.components is not None:
-        decoded = {name: source.components.pictures(value) for name, value in samples.items()}
-        if all(value is not None for value in decoded.values()):
-            return {name: value for name, value in decoded.items() if value is not None}, ""
-    if first.shape[1] in _IMAGE_CHANNELS:
-        return dict(samples), ""
-    scale = first[:, :1].abs().max().clamp_min(1e-6)
-    grey = {name: value[:, :1] / scale for name, value in samples.items()}
-    return grey, "These are latents, their first channel: no pipeline with a VAE decodes them."
+    images, note = as_pictures(list(samples.values()), source)
+    return dict(zip(samples, images, strict=True)), note

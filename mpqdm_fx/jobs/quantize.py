@@ -106,7 +106,7 @@ def quantize_to_folder(
         ),
     )  # fmt: skip
     remove_folder(solved)
-    return FolderResult(directory=output, quantized=quantized, summary=summary)
+    return FolderResult(directory=output, quantized=quantized, summary=summary, source=source)
 
 
 def command_of(

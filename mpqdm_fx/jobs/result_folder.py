@@ -61,11 +61,13 @@ class FolderResult:
         directory: The folder.
         quantized: The quantized model.
         summary: Numbers for the printed table, plain JSON types.
+        source: The float model, conditioned as the job's own runs were.
     """
 
     directory: Path
     quantized: QuantizedModel
     summary: dict[str, Any]
+    source: Source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -384,7 +384,9 @@ def test_training_has_the_prompts_and_the_guidance_of_the_calibration(
 
     monkeypatch.setattr(distill_job, "distill", recorded)
     config = DistillConfig(**TRAIN)
-    distill_job.distill_folder(quantized, config, output=tmp_path / "out", samples=1)
+    made = distill_job.distill_folder(quantized, config, output=tmp_path / "out", samples=1)
+    judged = made.source.components  # gates draw with what was trained on, and not at random
+    assert (judged.prompts, judged.guidance) == (PROMPTS, 3.0)
     assert seen["config"].guidance_scale == 3.0
     states = seen["conditions"]["encoder_hidden_states"]
     torch.testing.assert_close(states, states_of(pipeline[0], PROMPTS[:4]))

@@ -84,7 +84,8 @@ class Diagnosis:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.delegates} delegates of {self.delegated} nodes; {len(self.outside)} out"]
+        delegates = "1 delegate" if self.delegates == 1 else f"{self.delegates} delegates"
+        lines = [f"{delegates} of {self.delegated} nodes; {len(self.outside)} out"]
         return "\n".join([*lines, *(f"  {node}" for node in self.outside)])
 
 
