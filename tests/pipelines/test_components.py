@@ -1,4 +1,4 @@
-"""A pipeline's denoiser is calibrated, trained, judged and shown as the pipeline draws."""
+"""A pipeline's denoiser is calibrated and shown as the pipeline draws."""
 
 import json
 import shutil
@@ -6,78 +6,19 @@ import shutil
 import pytest
 import tiny_pipelines
 import torch
+from conditioned import CHEAP, PROMPTS, RUNS, count_of, run, source_in, states_of
 from PIL import Image
-from typer.testing import CliRunner
 
 import mpqdm_fx
-from mpqdm_fx.cli import app as cli
-from mpqdm_fx.denoisers import draw, pictures, source_of, zoom_of
-from mpqdm_fx.distill.config import DistillConfig
-from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
-from mpqdm_fx.jobs import distill as distill_job
-from mpqdm_fx.jobs import quantize as quantize_job
-from mpqdm_fx.jobs import result_folder
+from mpqdm_fx.denoisers import draw, pictures, zoom_of
+from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.jobs.calibration import calibration_of, held_out_of
-from mpqdm_fx.jobs.evaluate import evaluate_folder
 from mpqdm_fx.models.functions import GivenCalls
 from mpqdm_fx.models.sources import load_source
-from mpqdm_fx.pipelines.components import as_recorded, in_pipeline
+from mpqdm_fx.pipelines.components import in_pipeline
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.pipelines.layout import layout_of
 from mpqdm_fx.report.images import save_grid, save_rows
-
-PROMPTS = ("a cat", "a dog", "pears", "a map", "a key", "a bee")
-CHEAP = ["--weights", 8, "--allocation", "uniform", "--levels", "uniform", "--rounding", "nearest"]
-CHEAP += ["--refinements", 0, "--propagation", 0, "--slowdown", 1]
-CHEAP += ["--backend", "packed", "--subfolder", "unet"]
-RUNS = ["--trajectories", 4, "--steps", 2, "--samples", 2]
-
-
-class Killed(BaseException):
-    """Stands for a signal: nothing but the interpreter catches it."""
-
-
-def run(*words):
-    result = CliRunner().invoke(cli.app, [str(word) for word in words])
-    if isinstance(result.exception, MPQError):
-        return 2, str(result.exception)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout if result.exit_code == 0 else result.output
-
-
-def unmeasure(monkeypatch):
-    """Leave out the processes that measure peaks of memory, which take the longest."""
-    monkeypatch.setattr(result_folder, "peak_memory", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipeline")
-    made = tiny_pipelines.stable_diffusion(root)
-    made.save_pretrained(root / "sd")
-    (root / "prompts.txt").write_text("\n".join(PROMPTS))
-    return made, root / "sd"
-
-
-@pytest.fixture(scope="module")
-def quantized(pipeline, tmp_path_factory):
-    output = tmp_path_factory.mktemp("quantized") / "out"
-    words = ["--prompts", pipeline[1].parent / "prompts.txt", "--guidance", 3, "--output", output]
-    with pytest.MonkeyPatch.context() as patch:
-        unmeasure(patch)
-        status, text = run("quantize", pipeline[1], *CHEAP, *RUNS, *words)
-    assert status == 0, text
-    return output
-
-
-@pytest.fixture
-def unmeasured(monkeypatch):
-    unmeasure(monkeypatch)
-
-
-def source_in(folder, **options):
-    return in_pipeline(load_source(str(folder), "unet"), **options)
 
 
 def without_encoder(folder, target, **told):
@@ -88,20 +29,6 @@ def without_encoder(folder, target, **told):
     (target / "model_index.json").write_text(json.dumps(index))
     shutil.rmtree(target / "text_encoder")
     return target
-
-
-def states_of(pipeline, prompts):
-    """What the text encoder itself says, without anything of the package or of the pipeline."""
-    ids = pipeline.tokenizer(
-        list(prompts), padding="max_length", max_length=tiny_pipelines.LENGTH, truncation=True,
-        return_tensors="pt",
-    ).input_ids  # fmt: skip
-    with torch.no_grad():
-        return torch.cat([pipeline.text_encoder(row[None])[0] for row in ids])
-
-
-def count_of(row, rows):
-    return sum(torch.allclose(row, other, atol=1e-6) for other in rows)
 
 
 # -- calibration ---------------------------------------------------------------------------------
@@ -314,133 +241,3 @@ def test_other_prompts_and_guidance_draw_other_pictures(quantized, tmp_path):
         assert status == 0, text
         drawn[name] = Image.open(tmp_path / f"{name}.png").tobytes()
     assert len(set(drawn.values())) == 3
-
-
-# -- folders -------------------------------------------------------------------------------------
-
-
-def test_a_folder_remembers_prompts_and_guidance(quantized, pipeline):
-    origin = json.loads((quantized / "source.json").read_text())
-    assert (tuple(origin["prompts"]), origin["guidance"]) == (PROMPTS, 3.0)
-    source = as_recorded(source_of(quantized), quantized)
-    assert source.runs(1, 0)["guidance_scale"] == 3.0
-
-
-def test_a_folder_is_judged_on_prompts(quantized, monkeypatch):
-    rows = []
-    real = mpqdm_fx.QuantizedModel.forward
-
-    def seen(self, **call):
-        rows.append(call["encoder_hidden_states"])
-        return real(self, **call)
-
-    monkeypatch.setattr(mpqdm_fx.QuantizedModel, "forward", seen)
-    metrics = evaluate_folder(quantized, num=2, steps=2, seed=1).metrics
-    assert metrics["epsilon_sqnr"] > 15
-    source = as_recorded(source_of(quantized), quantized)
-    wanted = source.runs(6, 0)["conditions"]["encoder_hidden_states"]
-    every = torch.cat(rows)
-    assert all(count_of(state, every) for state in wanted)
-
-
-def test_where_the_pipeline_is_gone_folders_draw_from_random_numbers_and_say_so(
-    pipeline, quantized, tmp_path, caplog
-):
-    words = ["sample", quantized, "--num", 1, "--steps", 2, "--output", tmp_path / "grid.png"]
-    moved = pipeline[1].rename(pipeline[1].with_name("moved"))
-    try:
-        status, text = run(*words)
-        refused = run(*words, "--guidance", 2, "--overwrite")
-    finally:
-        moved.rename(pipeline[1])
-    assert status == 0, text
-    assert "seeded random numbers as encoder_hidden_states" in caplog.text
-    assert refused[0] == 2
-    assert "no pipeline with a text encoder" in refused[1]
-
-
-# -- training ------------------------------------------------------------------------------------
-
-TRAIN = {
-    "updates": 1,
-    "trajectories": 4,
-    "steps": 2,
-    "batch_size": 4,
-    "effect_runs": 2,
-    "held_out": 2,
-}
-
-
-@pytest.mark.usefixtures("unmeasured")
-def test_training_has_the_prompts_and_the_guidance_of_the_calibration(
-    pipeline, quantized, tmp_path, monkeypatch
-):
-    seen = {}
-    real = distill_job.distill
-
-    def recorded(model, teacher, config, **options):
-        seen.update(options, config=config)
-        return real(model, teacher, config, **options)
-
-    monkeypatch.setattr(distill_job, "distill", recorded)
-    config = DistillConfig(**TRAIN)
-    made = distill_job.distill_folder(quantized, config, output=tmp_path / "out", samples=1)
-    judged = made.source.components  # gates draw with what was trained on, and not at random
-    assert (judged.prompts, judged.guidance) == (PROMPTS, 3.0)
-    assert seen["config"].guidance_scale == 3.0
-    states = seen["conditions"]["encoder_hidden_states"]
-    torch.testing.assert_close(states, states_of(pipeline[0], PROMPTS[:4]))
-    empty = seen["unconditional"]["encoder_hidden_states"]
-    torch.testing.assert_close(empty, states_of(pipeline[0], [""] * 4))
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["distilled"]["settings"]["guidance_scale"] == 3.0
-    origins = [json.loads((f / "source.json").read_text()) for f in (quantized, tmp_path / "out")]
-    assert origins[0] == origins[1]
-
-
-def test_training_without_guidance_has_the_prompts_alone(quantized, tmp_path, monkeypatch):
-    seen = {}
-
-    def stop(model, teacher, config, **options):
-        seen.update(options, config=config)
-        raise Killed
-
-    monkeypatch.setattr(distill_job, "distill", stop)
-    config = DistillConfig(**TRAIN, guidance_scale=1.0)
-    with pytest.raises(Killed):
-        distill_job.distill_folder(quantized, config, output=tmp_path / "out")
-    assert seen["config"].guidance_scale is None
-    assert seen["unconditional"] is None
-    assert len(seen["conditions"]["encoder_hidden_states"]) == 4
-
-
-# -- going on ------------------------------------------------------------------------------------
-
-
-def test_a_resumed_run_gives_the_same_bits_and_is_refused_other_prompts(
-    pipeline, quantized, tmp_path, monkeypatch
-):
-    output, prompts = tmp_path / "out", pipeline[1].parent / "prompts.txt"
-    words = ["quantize", pipeline[1], *CHEAP, *RUNS, "--guidance", 3, "--output", output]
-
-    def die(*arguments, **options):
-        raise Killed
-
-    monkeypatch.setattr(quantize_job, "write_folder", die)
-    with pytest.raises(Killed):
-        run(*words, "--prompts", prompts)
-    monkeypatch.undo()
-    unmeasure(monkeypatch)
-    assert not output.exists()
-    (tmp_path / "others.txt").write_text("a house\n")
-    status, text = run(*words, "--resume", "--prompts", tmp_path / "others.txt")
-    assert (status, "calibration" in text) == (2, True), text
-    status, text = run(*words, "--resume", "--prompts", prompts)
-    assert status == 0, text
-    for name in ("model.safetensors", "samples.png", "source.json"):
-        assert (output / name).read_bytes() == (quantized / name).read_bytes()
-
-
-def test_prompts_without_a_pipeline_are_refused_in_python(tmp_path):
-    with pytest.raises(ConfigError, match="no pipeline with a text encoder"):
-        in_pipeline(load_source("digits"), prompts=["a cat"])
