@@ -68,7 +68,8 @@ def check_feasible(
     told = config.noise_argument is not None
     if not (unknown or budget or told or max_memory is not None or table is not None):
         return
-    graph_module = normalized(model, inputs, config)
+    # as `prepare` does: the file of sensitivities is of that graph
+    graph_module = normalized(model, inputs, config, fractional_timesteps=True)
     config.check_overrides(weight_layers(graph_module, embeddings=True))
     if budget:
         check_budget(graph_module, config)

@@ -7,7 +7,7 @@ from small import tiny_unet, unet_calls
 
 import mpqdm_fx
 from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.feasibility import check_feasible
 
 
@@ -31,3 +31,13 @@ def test_an_override_that_only_the_graph_knows_or_nobody_does():
     check(overrides=[{"pattern": "conv_in", "weight_bits": 4}])
     with pytest.raises(ConfigError, match="nearest names: conv_in"):
         check(overrides=[{"pattern": "convin", "weight_bits": 4}])
+
+
+def test_stored_sensitivities_are_taken_for_another_budget_and_for_no_other_model(tmp_path):
+    stored = tmp_path / "sensitivities"
+    settings = {"refinements": 0, "propagation": 0.0}
+    mpqdm_fx.quantize(tiny_unet(), MPQConfig(**settings), unet_calls(2), sensitivity=stored)
+    other = MPQConfig(weight_bits=3, **settings)
+    check_feasible(tiny_unet(), unet_calls(1)[0], other, sensitivity=stored)
+    with pytest.raises(ArtifactError, match="measured on another model"):
+        check_feasible(tiny_unet(seed=1), unet_calls(1)[0], other, sensitivity=stored)
