@@ -107,6 +107,37 @@ def test_a_page_of_a_large_model_stays_small(record):
     assert len(render_report(several, gallery).encode()) < 5_000_000
 
 
+@pytest.mark.parametrize("ratio", [math.inf, -math.inf, math.nan])
+def test_a_page_of_ratios_that_are_no_number_is_still_a_page(record, ratio):
+    part = record.parts[0]
+    layers = tuple(
+        layer.model_copy(
+            update={
+                "sqnr_db": ratio,
+                "base_sqnr_db": ratio,
+                "by_level": (ratio,) * len(part.levels),
+            }
+        )
+        for layer in part.layers
+    )
+    levels = tuple(
+        level.model_copy(update={"sqnr_db": ratio, "backend_sqnr_db": ratio})
+        for level in part.levels
+    )
+    judged = tuple(one.model_copy(update={"sqnr_db": ratio}) for one in part.judged)
+    odd = part.model_copy(
+        update={
+            "layers": layers,
+            "levels": levels,
+            "judged": judged,
+            "epsilon_sqnr_db": ratio,
+            "backend_epsilon_sqnr_db": ratio,
+        }
+    )
+    page = read_page(render_report(record.model_copy(update={"parts": (odd,)}), None))
+    assert len(page.all("svg")) > 20
+
+
 def test_colours_are_the_pages_own_so_that_both_themes_are_right(html):
     assert "#0101" not in html
     assert "prefers-color-scheme: dark" in html

@@ -195,6 +195,8 @@ def heat_chart(part: Part) -> Chart | None:
     rows = [finite_or_nan(layer.by_level) if layer.by_level else blank for layer in layers]
     values = [[row[level] for row in rows] for level in range(len(levels))]
     finite = sorted(v for row in values for v in row if not math.isnan(v))
+    if not finite:  # all of it is exact
+        return None
     low, high = finite[len(finite) // 50], finite[-1 - len(finite) // 50]
 
     def draw(figure: "Figure", wide: bool) -> None:
