@@ -28,7 +28,7 @@ from mpqdm_fx.backends.xnnpack.edge import delegation, to_edge, to_program
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.graph.trace import trace
-from mpqdm_fx.memory import process_bytes
+from mpqdm_fx.io.peak_memory import peak_rise
 from mpqdm_fx.numerics.metrics import sqnr_db
 
 Inputs = Mapping[str, Tensor]
@@ -170,9 +170,7 @@ def print_memory(path: str) -> None:
     """The task of that process."""
     from executorch.extension.pybindings import portable_lib  # noqa: F401
 
-    before = process_bytes("VmRSS")
-    XnnpackRunner(path)(*inputs(9).values())
-    print((process_bytes("VmHWM") - before) / 2**20)
+    print(peak_rise(lambda: XnnpackRunner(path)(*inputs(9).values())) / 2**20)
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.progress import stage, tracked
-from mpqdm_fx.quantized import PreparedModel, QuantizationReport, QuantizedModel
+from mpqdm_fx.quantized import PreparedModel, QuantizedModel
+from mpqdm_fx.records.report import QuantizationReport
 from mpqdm_fx.stages import assemble, normalized, positional_inputs
 from mpqdm_fx.sweep.finish import finish
 from mpqdm_fx.sweep.measured import check_budget

@@ -103,7 +103,7 @@ class StoredWeights(Strict):
 
 
 class StoredLayerReport(Strict):
-    """See `quantized.LayerReport`."""
+    """See `records.report.LayerReport`."""
 
     name: Name
     kind: Name
@@ -122,7 +122,7 @@ class StoredLayerReport(Strict):
 
 
 class StoredChoice(Strict):
-    """See `calibration.activation_choice.ActivationChoice`."""
+    """See `records.report.ActivationChoice`."""
 
     layers: Annotated[tuple[Name, ...], Field(min_length=1)]
     kind: Literal["float", "static", "dynamic"]
@@ -133,7 +133,7 @@ class StoredChoice(Strict):
 
 
 class StoredJudgement(Strict):
-    """See `calibration.judgement.Judgement`."""
+    """See `records.report.Judgement`."""
 
     recipe: Name
     sqnr_db: tuple[float | None, ...]
@@ -142,7 +142,7 @@ class StoredJudgement(Strict):
 
 
 class StoredReport(Strict):
-    """See `quantized.QuantizationReport`."""
+    """See `records.report.QuantizationReport`."""
 
     layers: tuple[StoredLayerReport, ...]
     calibration_calls: Count

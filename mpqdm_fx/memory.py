@@ -4,7 +4,6 @@
 raises the peak of a process that has imported everything already.
 """
 
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -15,10 +14,11 @@ import typer
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.denoisers import first_rows, open_denoiser
 from mpqdm_fx.errors import MPQError
+from mpqdm_fx.io.peak_memory import measured_apart, peak_rise
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.classes import diffusers_class
 
-__all__ = ["import_classes", "main", "peak_memory", "process_bytes"]
+__all__ = ["import_classes", "main", "peak_memory"]
 
 
 def peak_memory(
@@ -35,22 +35,8 @@ def peak_memory(
     Returns:
         Bytes above the imports; None where the system does not tell (no /proc).
     """
-    if not Path("/proc/self/status").exists():
-        return None
     more = [subfolder or "", variant or ""]
-    command = [sys.executable, "-m", "mpqdm_fx.memory", form, name, *more]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise MPQError(f"measuring the memory of {name} failed: {result.stderr.strip()[-300:]}")
-    return int(result.stdout.split()[-1])
-
-
-def process_bytes(field: str) -> int:
-    """Bytes of this process, by /proc's name of them: `"VmRSS"` now, `"VmHWM"` at the peak."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field):
-            return 1024 * int(line.split()[1])
-    return 0
+    return measured_apart(__name__, [form, name, *more], name)
 
 
 def import_classes(name: str, subfolder: str | None = None) -> None:
@@ -82,13 +68,13 @@ def main(arguments: list[str]) -> None:
     import_classes(name, subfolder)
     if form == "pte":
         require_executorch()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # peak := current
-    before = process_bytes("VmRSS")
-    source, denoiser = open_denoiser(name, subfolder or None, form, variant or None)
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def step() -> None:
+        source, denoiser = open_denoiser(name, subfolder or None, form, variant or None)
         denoiser(**first_rows(source.example_inputs))
-    typer.echo(max(0, process_bytes("VmHWM") - before))
+
+    typer.echo(peak_rise(step))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,92 +15,16 @@ from mpqdm_fx.activations import (
     TimestepActivation,
 )
 from mpqdm_fx.ambient import plain_torch, without_autocast
-from mpqdm_fx.calibration.activation_choice import ActivationChoice
 from mpqdm_fx.calibration.calls import check_call, check_indices, table_sizes
-from mpqdm_fx.calibration.judgement import Judgement
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.calling import in_dtype, join_outputs, pack_output, split_batch
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.plan import BitPlan
+from mpqdm_fx.records.report import Judgement, LayerReport, QuantizationReport
 
-__all__ = ["LayerReport", "PreparedModel", "QuantizationReport", "QuantizedModel"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerReport:
-    """What quantization did to one layer.
-
-    Attributes:
-        name: Layer's name.
-        kind: Class name of its module.
-        shape: Shape of its weight.
-        mean_bits: Average bits of a code.
-        bytes: Stored bytes with scales, tables and width tags.
-        sqnr_db: Signal-to-noise ratio of the layer's output in dB against the float model, on
-            held-out rows, behind the layers that were quantized before; None for an embedding, and
-            after training, which changed the codes.
-        base_sqnr_db: The same if the layer did not make up for the error that reaches it.
-        alpha: Strength of that correction; `beta` the same for the residual's error.
-        beta: See `alpha`.
-        damping: Ridge of the correction in units of the average second moment.
-        rows: Input rows that the layer was fitted to.
-        refitted: Whether its bias was refitted: that has to lower the error on held-out rows.
-        fraction: Share of channels that OMQ promoted, and as many demoted.
-        reason: Why the layer is off the budget, or None.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    mean_bits: float
-    bytes: int
-    sqnr_db: float | None
-    fraction: float
-    reason: str | None
-    base_sqnr_db: float | None = None
-    alpha: float = 0.0
-    beta: float = 0.0
-    damping: float = 0.0
-    rows: int = 0
-    refitted: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizationReport:
-    """The record of one `convert`.
-
-    Attributes:
-        layers: One entry per quantized layer, in graph order.
-        calibration_calls: Recorded calls that the statistics come from.
-        seconds: Wall time of `convert`.
-        versions: Versions of this package and of torch.
-        activations: How the input of each layer is quantized, and what that costs, where it was
-            measured.
-        judged: What was chosen and plain rounding, compared at the model's output.
-    """
-
-    layers: tuple[LayerReport, ...]
-    calibration_calls: int
-    seconds: float
-    versions: Mapping[str, str]
-    activations: tuple[ActivationChoice, ...] = ()
-    judged: tuple[Judgement, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is its inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "QuantizationReport":
-        """Inverse of `to_dict`."""
-        layers = tuple(
-            LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["layers"]
-        )
-        activations = tuple(ActivationChoice.from_dict(e) for e in data.get("activations", ()))
-        judged = tuple(Judgement.from_dict(entry) for entry in data.get("judged", ()))
-        return cls(**{**data, "layers": layers, "activations": activations, "judged": judged})
+__all__ = ["PreparedModel", "QuantizedModel"]
 
 
 class _TracedModel(nn.Module):

@@ -19,7 +19,8 @@ from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.round_weights import install_codes
 from mpqdm_fx.passes.scale_inputs import ScaleInputs, factors_of
 from mpqdm_fx.plan import BitPlan
-from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
+from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.records.report import QuantizationReport
 
 __all__ = ["assemble", "in_form_of", "normalized", "positional_inputs", "reassembled", "restore"]
 

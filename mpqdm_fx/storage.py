@@ -38,7 +38,8 @@ from mpqdm_fx.passes.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.scale_inputs import SCALES, ScaleInputs
 from mpqdm_fx.plain import given_config, plain_config, plain_signature
 from mpqdm_fx.proof import check_outputs, write_outputs
-from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
+from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.records.report import QuantizationReport
 from mpqdm_fx.stages import assemble, normalized, reassembled, restore
 from mpqdm_fx.stored_graph import check_same_graph, read_graph, write_graph
 from mpqdm_fx.versions import FORMAT, FORMAT_VERSION, versions

@@ -16,7 +16,8 @@ from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.trace import same_bits
 from mpqdm_fx.passes.round_weights import RoundWeights
 from mpqdm_fx.plan import BitPlan, LayerPlan
-from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
+from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.records.report import QuantizationReport
 from mpqdm_fx.stages import assemble, normalized
 from mpqdm_fx.storage import load, save
 

@@ -18,6 +18,7 @@ ROWS: tuple[frozenset[str], ...] = tuple(
             {"errors"},
             {"ambient", "numerics", "versions", "files", "processes", "progress", "validation"},
             {"io"},
+            {"records"},  # what was asked and decided
             {"manifest"},
             {"folders"},  # what this package writes: opened with checks, replaced whole
             {"summary"},

@@ -1,8 +1,7 @@
 """Which inputs are quantized, and how: by what that costs at the output, under a budget of time."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
 
 import sympy  # type: ignore[import-untyped]
 from torch import fx
@@ -11,15 +10,15 @@ from mpqdm_fx.calibration.pinning import FIRST_LAYER, LAST_LAYER, pinned_layers
 from mpqdm_fx.config import ActivationMode, MPQConfig
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.graph.speed import (
-    ActivationKind,
     InputOption,
     layer_time,
     other_time,
     weight_bytes,
 )
 from mpqdm_fx.numerics.knapsack import choose_options
+from mpqdm_fx.records.report import ActivationChoice, ActivationKind
 
-__all__ = ["ActivationChoice", "choose_activations", "ends_in_float", "options_of"]
+__all__ = ["choose_activations", "ends_in_float", "options_of"]
 
 _QUANTIZED: Mapping[ActivationMode, tuple[ActivationKind, ...]] = {
     "static": ("static",),
@@ -29,45 +28,6 @@ _QUANTIZED: Mapping[ActivationMode, tuple[ActivationKind, ...]] = {
 _EXPONENTS = (0.0, 0.5, 1.0)
 _BISECTIONS = 12  # of the price of a byte
 _FLOAT = InputOption(kind="float")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActivationChoice:
-    """What was chosen for the input of some layers.
-
-    Attributes:
-        layers: Layers that share the input, in graph order.
-        kind: What was chosen.
-        exponent: How far the channels are brought to one size before (`passes.ScaleInputs`).
-        quantized_cost: Squared error of the model's output from this input alone, over the output's
-            energy, if it is quantized as it is.
-        cost: The same as it was chosen.
-        slowdown: Time that the choice takes over the fastest one, over the whole program's.
-    """
-
-    layers: tuple[str, ...]
-    kind: ActivationKind
-    exponent: float
-    quantized_cost: float
-    cost: float
-    slowdown: float
-
-    @property
-    def told(self) -> str:
-        """What was chosen, in words."""
-        if self.kind == "float":
-            return "float"
-        scaled = {0.0: "", 0.5: ", channels nearer", 1.0: ", channels alike"}
-        return f"{self.kind}{scaled.get(self.exponent, '')}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is its inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
-        return cls(**{**data, "layers": tuple(data["layers"])})
 
 
 def options_of(settings: MPQConfig) -> tuple[InputOption, ...]:

@@ -38,7 +38,7 @@ def inspect(
     from mpqdm_fx.cli.screens.result import summary_table
     from mpqdm_fx.folders import open_folder
     from mpqdm_fx.io.schema import plain
-    from mpqdm_fx.quantized import QuantizationReport
+    from mpqdm_fx.records.report import QuantizationReport
     from mpqdm_fx.summary import SUMMARY, read_summary
 
     folder = open_folder(directory)

@@ -29,7 +29,8 @@ from mpqdm_fx.graph.quantizer_sites import (
 from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelQuantizer
 from mpqdm_fx.passes.round_weights import install_codes
 from mpqdm_fx.plan import ActivationRange, LayerPlan
-from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
+from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.records.report import QuantizationReport
 from mpqdm_fx.stages import assemble
 
 __all__ = ["Student", "freeze", "make_student"]

@@ -8,7 +8,6 @@ proportions. They are for choosing between layers, not for promising millisecond
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -16,10 +15,9 @@ from torch import fx
 
 from mpqdm_fx.graph.cost import node_cost, products, shape_at
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
+from mpqdm_fx.records.report import ActivationKind
 
-__all__ = ["ActivationKind", "InputOption", "layer_time", "other_time", "weight_bytes"]
-
-ActivationKind = Literal["float", "static", "dynamic"]
+__all__ = ["InputOption", "layer_time", "other_time", "weight_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)

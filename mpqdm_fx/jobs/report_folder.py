@@ -35,7 +35,8 @@ from mpqdm_fx.jobs.report import (
 from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.components import as_recorded
-from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
+from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.records.report import QuantizationReport
 from mpqdm_fx.report.comparison import compare_all
 from mpqdm_fx.report.gather import Measured, part_of, training_of
 from mpqdm_fx.report.page.render import render_report

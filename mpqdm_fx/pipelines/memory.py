@@ -4,11 +4,9 @@
 part and running it once raises the peak of a process that has imported everything already.
 """
 
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
-from mpqdm_fx.errors import MPQError
 from mpqdm_fx.graph.containers import tensor_leaves
-from mpqdm_fx.memory import process_bytes
+from mpqdm_fx.io.peak_memory import measured_apart, peak_rise
 from mpqdm_fx.pipelines.folder import load_part, part_class, read_index
 from mpqdm_fx.pipelines.parts import ImageDecoder, ImageEncoder, TextEncoder
 from mpqdm_fx.pipelines.program_files import ProgramFiles
@@ -61,18 +58,11 @@ def part_peak(
     Raises:
         MPQError: The part could not be run.
     """
-    if not Path("/proc/self/status").exists():
-        return None
     with tempfile.TemporaryDirectory(prefix="mpqdm-fx-") as scratch:
         file = Path(scratch) / "inputs.safetensors"
         given = {name: value.contiguous() for name, value in tensor_leaves(dict(inputs))}
         save_file(given, file)
-        command = [sys.executable, "-m", __name__, form, str(folder), part, str(file)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        reason = result.stderr.strip()[-300:]
-        raise MPQError(f"measuring the memory of {part} of {folder} failed: {reason}")
-    return int(result.stdout.split()[-1])
+        return measured_apart(__name__, [form, str(folder), part, str(file)], f"{part} of {folder}")
 
 
 def nested(named: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -96,16 +86,16 @@ def main(arguments: list[str]) -> None:
     else:
         component = _component(folder, part)
         part_class(folder, component)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # peak := current
-    before = process_bytes("VmRSS")
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def call() -> None:
         if form == "program":
             _run_program(ProgramFiles(folder), part, inputs)
         else:
             module = load_part(folder, component)
             _WRAPPERS.get(part, lambda found: found)(module)(**nested(inputs))
-    typer.echo(max(0, process_bytes("VmHWM") - before))
+
+    typer.echo(peak_rise(call))
 
 
 def _component(folder: Path, part: str) -> str:

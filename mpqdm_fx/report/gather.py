@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.numerics.outliers import kurtosis
 from mpqdm_fx.plan import BitPlan, LayerPlan
-from mpqdm_fx.quantized import LayerReport, QuantizationReport
+from mpqdm_fx.records.report import LayerReport, QuantizationReport
 from mpqdm_fx.report.comparison import Comparison
 from mpqdm_fx.report.record import (
     ActivationNumbers,

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, fx
 
-from mpqdm_fx.calibration.activation_choice import ActivationChoice, choose_activations, options_of
+from mpqdm_fx.calibration.activation_choice import choose_activations, options_of
 from mpqdm_fx.calibration.activation_costs import ActivationCosts
 from mpqdm_fx.calibration.allocate import Limits
 from mpqdm_fx.calibration.noise_groups import NoiseGroups
@@ -19,9 +19,10 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.cost import bind_sizes
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.graph.speed import ActivationKind, InputOption
+from mpqdm_fx.graph.speed import InputOption
 from mpqdm_fx.passes.scale_inputs import ScaleInputs
 from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.records.report import ActivationChoice, ActivationKind
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.measured import mean_bits, measured_table, solve_budget
 from mpqdm_fx.sweep.shards import Shards

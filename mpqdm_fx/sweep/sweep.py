@@ -24,7 +24,7 @@ from mpqdm_fx.calibration.allocate import (
     even_levels,
     fixed_plan,
 )
-from mpqdm_fx.calibration.judgement import output_powers
+from mpqdm_fx.calibration.output_powers import output_powers
 from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError, ConfigError

@@ -8,11 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpqdm_fx import MPQConfig
-from mpqdm_fx.calibration.activation_choice import (
-    ActivationChoice,
-    choose_activations,
-    options_of,
-)
+from mpqdm_fx.calibration.activation_choice import choose_activations, options_of
 from mpqdm_fx.calibration.activation_costs import ActivationCosts
 from mpqdm_fx.calibration.channel_sizes import ChannelSizes
 from mpqdm_fx.calibration.probes import output_energies
@@ -20,6 +16,7 @@ from mpqdm_fx.graph.cost import bind_sizes
 from mpqdm_fx.graph.speed import InputOption
 from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.numerics.dynamic import fake_quantize_dynamic
+from mpqdm_fx.records.report import ActivationChoice
 
 DYNAMIC = InputOption(kind="dynamic")
 FLOAT = InputOption(kind="float")

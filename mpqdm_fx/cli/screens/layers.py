@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mpqdm_fx.cli.screens.columns import Column, Columns
-from mpqdm_fx.quantized import LayerReport, QuantizationReport
+from mpqdm_fx.records.report import LayerReport, QuantizationReport
 
 __all__ = ["ORDERS", "activation_table", "judgement_table", "layer_table"]
 

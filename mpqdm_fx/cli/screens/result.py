@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 
 from mpqdm_fx.cli.screens.columns import Column, Columns, unbroken
 from mpqdm_fx.cli.screens.layers import ORDERS
-from mpqdm_fx.quantized import QuantizationReport
+from mpqdm_fx.records.report import QuantizationReport
 from mpqdm_fx.report.units import amount, duration
 from mpqdm_fx.report.words import word_of_sqnr
 

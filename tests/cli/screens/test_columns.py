@@ -9,14 +9,17 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from mpqdm_fx.calibration.activation_choice import ActivationChoice
-from mpqdm_fx.calibration.judgement import Judgement
 from mpqdm_fx.cli.screens.columns import Column, Columns, fold
 from mpqdm_fx.cli.screens.layers import ORDERS, activation_table, judgement_table, layer_table
 from mpqdm_fx.cli.screens.parity import rung_table, worst_table
 from mpqdm_fx.parity.ladder import Ladder, NodeParity, Rung
 from mpqdm_fx.parity.sites import Site
-from mpqdm_fx.quantized import LayerReport, QuantizationReport
+from mpqdm_fx.records.report import (
+    ActivationChoice,
+    Judgement,
+    LayerReport,
+    QuantizationReport,
+)
 
 WIDTHS = st.sampled_from([80, 100, 120, 200])
 part = st.one_of(

@@ -1,0 +1,184 @@
+"""What quantizing did: by layer, by input, and at the model's output."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+from torch import Tensor
+
+from mpqdm_fx.numerics.metrics import ratio_db
+
+__all__ = ["ActivationChoice", "ActivationKind", "Judgement", "LayerReport", "QuantizationReport"]
+
+ActivationKind = Literal["float", "static", "dynamic"]
+"""How the input of a layer may be quantized."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationChoice:
+    """What was chosen for the input of some layers.
+
+    Attributes:
+        layers: Layers that share the input, in graph order.
+        kind: What was chosen.
+        exponent: How far the channels are brought to one size before (`passes.ScaleInputs`).
+        quantized_cost: Squared error of the model's output from this input alone, over the output's
+            energy, if it is quantized as it is.
+        cost: The same as it was chosen.
+        slowdown: Time that the choice takes over the fastest one, over the whole program's.
+    """
+
+    layers: tuple[str, ...]
+    kind: ActivationKind
+    exponent: float
+    quantized_cost: float
+    cost: float
+    slowdown: float
+
+    @property
+    def told(self) -> str:
+        """What was chosen, in words."""
+        if self.kind == "float":
+            return "float"
+        scaled = {0.0: "", 0.5: ", channels nearer", 1.0: ", channels alike"}
+        return f"{self.kind}{scaled.get(self.exponent, '')}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        return cls(**{**data, "layers": tuple(data["layers"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """How one way to round the model does at its output, on held-out calls.
+
+    Attributes:
+        recipe: What was done.
+        sqnr_db: Signal-to-noise ratio in dB by group of noise levels, ascending; None where it is
+            exact or there was no call.
+        error: Mean over these groups of the error's energy over the output's.
+        chosen: Whether this is the result.
+    """
+
+    recipe: str
+    sqnr_db: tuple[float | None, ...]
+    error: float
+    chosen: bool
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `dataclasses.asdict`."""
+        return cls(**{**data, "sqnr_db": tuple(data["sqnr_db"])})
+
+    @property
+    def decibels(self) -> float:
+        """The error in dB below the output."""
+        return -10 * math.log10(self.error) if 0 < self.error < math.inf else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, recipe: str, powers: Tensor) -> Self:
+        """Judge by what `output_powers` gave.
+
+        Args:
+            recipe: What was done.
+            powers: Sums over calls, float64 [G, 2].
+        """
+        seen = [(signal, noise) for signal, noise in powers.tolist() if signal or noise]
+        ratios = [noise / signal if signal else math.inf for signal, noise in seen]
+        error = sum(ratios) / len(ratios) if ratios else 0.0
+        return cls(
+            recipe=recipe,
+            sqnr_db=tuple(_decibels(*row) for row in powers.tolist()),
+            error=error if math.isfinite(error) else math.inf,
+            chosen=False,
+        )
+
+
+def _decibels(signal: float, noise: float) -> float | None:
+    ratio = ratio_db(signal, noise)
+    return ratio if math.isfinite(ratio) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What quantization did to one layer.
+
+    Attributes:
+        name: Layer's name.
+        kind: Class name of its module.
+        shape: Shape of its weight.
+        mean_bits: Average bits of a code.
+        bytes: Stored bytes with scales, tables and width tags.
+        sqnr_db: Signal-to-noise ratio of the layer's output in dB against the float model, on
+            held-out rows, behind the layers that were quantized before; None for an embedding, and
+            after training, which changed the codes.
+        base_sqnr_db: The same if the layer did not make up for the error that reaches it.
+        alpha: Strength of that correction; `beta` the same for the residual's error.
+        beta: See `alpha`.
+        damping: Ridge of the correction in units of the average second moment.
+        rows: Input rows that the layer was fitted to.
+        refitted: Whether its bias was refitted: that has to lower the error on held-out rows.
+        fraction: Share of channels that OMQ promoted, and as many demoted.
+        reason: Why the layer is off the budget, or None.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    mean_bits: float
+    bytes: int
+    sqnr_db: float | None
+    fraction: float
+    reason: str | None
+    base_sqnr_db: float | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+    damping: float = 0.0
+    rows: int = 0
+    refitted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport:
+    """The record of one `convert`.
+
+    Attributes:
+        layers: One entry per quantized layer, in graph order.
+        calibration_calls: Recorded calls that the statistics come from.
+        seconds: Wall time of `convert`.
+        versions: Versions of this package and of torch.
+        activations: How the input of each layer is quantized, and what that costs, where it was
+            measured.
+        judged: What was chosen and plain rounding, compared at the model's output.
+    """
+
+    layers: tuple[LayerReport, ...]
+    calibration_calls: int
+    seconds: float
+    versions: Mapping[str, str]
+    activations: tuple[ActivationChoice, ...] = ()
+    judged: tuple[Judgement, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "QuantizationReport":
+        """Inverse of `to_dict`."""
+        layers = tuple(
+            LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["layers"]
+        )
+        activations = tuple(ActivationChoice.from_dict(e) for e in data.get("activations", ()))
+        judged = tuple(Judgement.from_dict(entry) for entry in data.get("judged", ()))
+        return cls(**{**data, "layers": layers, "activations": activations, "judged": judged})
