@@ -95,13 +95,15 @@ def distill(
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.distill import distill_folder
     from mpqdm_fx.jobs.evaluate import check_gates, judge_result
+    from mpqdm_fx.pipelines.components import as_recorded
     from mpqdm_fx.processes import joined
     from mpqdm_fx.summary import read_summary
 
     checks.check_device(device)
     opened = open_folder(directory)
     if gates:
-        check_gates(gates, source_of(directory, model), read_summary(opened)["backend"])
+        source = as_recorded(source_of(directory, model), directory, model=model)
+        check_gates(gates, source, read_summary(opened)["backend"])
     # the plan stays, so the packed weights of the result are of the same size
     checks.check_space(output, opened.files.entries[WEIGHTS].bytes)
     config = DistillConfig(

@@ -33,6 +33,7 @@ from mpqdm_fx.pipelines.folder import INDEX, load_model, load_pipeline, read_ind
 from mpqdm_fx.pipelines.layout import SUPPORTED
 from mpqdm_fx.pipelines.parts import ImageDecoder
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
+from mpqdm_fx.progress import stage
 
 __all__ = ["PipelineComponents", "as_drawn", "as_recorded", "in_pipeline"]
 
@@ -93,6 +94,22 @@ class PipelineComponents:
         return self.scale if self.scale > 1 and self._width is None and self.prompts else None
 
     @property
+    def decodes(self) -> bool:
+        """Whether samples are latents, and the pipeline's VAE is there to decode them."""
+        return self._decoder() is not None
+
+    @property
+    def undecoded(self) -> str | None:
+        """Why samples that are latents are not decoded; None if they are, or are pixels."""
+        name = next((name for name in _DECODERS if self._has(name)), None)
+        if name is None or self.decodes:
+            return None
+        owner = self._index.get("_class_name")
+        if not (self._root / name).is_dir():
+            return f"the {owner}'s folder lacks its {name}"
+        return f"the {owner}'s {name} does not decode {self._shape[0]} channels"
+
+    @property
     def context_length(self) -> int | None:
         """Tokens of an encoded prompt; None where nothing encodes them."""
         if not self.prompts:
@@ -132,8 +149,12 @@ class PipelineComponents:
         if found is None:
             return None
         decoder = ImageDecoder(load_model(self._root / found[0], self._variant)).eval()
-        with torch.no_grad():
-            return torch.cat([decoder(rows) for rows in torch.split(samples.float(), _DECODED)])
+        images = []
+        with torch.no_grad(), stage("decoding", len(samples), unit="picture") as advance:
+            for rows in torch.split(samples.float(), _DECODED):
+                images.append(decoder(rows))
+                advance(len(rows))
+        return torch.cat(images)
 
     def _refusal(self, base: Mapping[str, Any]) -> str | None:
         """Why the pipeline's text encoders cannot condition the denoiser, if they cannot."""
@@ -261,7 +282,7 @@ def as_recorded(
         ConfigError: Prompts or guidance are given, and there is no text encoder for them.
         ArtifactError: See `PipelineComponents`.
     """
-    origin = origin_of(folder)
+    origin = origin_of(folder, model)
     place = model or origin.model
     if prompts is None and guidance is None and not (Path(place) / INDEX).is_file():
         return source

@@ -76,7 +76,7 @@ def _metrics() -> Iterable[Metric]:
     for name, unit, direction, source, meaning in (
         ("epsilon_sqnr", "dB", "up", "evaluation", "one call against float, same inputs"),
         ("x0_sqnr", "dB", "up", "evaluation", "samples against float, same noise"),
-        ("psnr", "dB", "up", "evaluation", "these samples as pictures (no latents)"),
+        ("psnr", "dB", "up", "evaluation", "these samples as pictures, latents decoded"),
         ("ssim", "", "up", "evaluation", "likeness of these pictures, up to 1"),
         ("accuracy", "share", "up", "evaluation", "samples that show their class (digits)"),
         ("frechet_distance", "", "down", "evaluation", "FD of a classifier's features (digits)"),
@@ -84,6 +84,7 @@ def _metrics() -> Iterable[Metric]:
         ("inception_distance", "", "down", "evaluation", "FID, with --inception PATH"),
         ("inception_kernel_distance", "", "down", "evaluation", "KID, with --inception PATH"),
         ("lpips", "", "down", "evaluation", "perceptual distance, with --lpips PATH"),
+        ("clip_score", "", "up", "evaluation", "pictures and prompts, with --clip PATH"),
         ("backend_sqnr", "dB", "up", "summary", "as epsilon_sqnr, of what the backend runs"),
         ("bytes", "bytes", "down", "summary", "program and its weights; else packed ones"),
         ("parameter_bytes", "bytes", "down", "summary", "codes, scales, tables, what is float"),

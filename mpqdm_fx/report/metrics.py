@@ -2,9 +2,10 @@
 
 Several numbers, because none is enough alone: `epsilon_sqnr` feeds both models the same inputs
 (teacher forcing) and resolves small differences; `x0_sqnr` lets both run freely from the same
-noise, `psnr` and `ssim` look at the same samples as pictures; the paired Frechet distance (Heusel
-et al. 2017, equation 6) and the kernel distance compare the sets of samples in a classifier's
-features; the accuracy says whether the samples still show their class. `gates.METRICS` lists them.
+noise, `psnr` and `ssim` look at the same samples as pictures, latents decoded; the paired Frechet
+distance (Heusel et al. 2017, equation 6) and the kernel distance compare the sets of samples in a
+classifier's features; the accuracy says whether the samples still show their class.
+`gates.METRICS` lists them.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ from torch import Tensor
 
 from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.samplers import Denoiser
-from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.report.networks import Networks
 from mpqdm_fx.report.reference import (
     EVALUATION_SEED,
+    Decode,
     ReferenceRun,
     outputs_of,
     run_reference,
-    shows_pictures,
 )
 from mpqdm_fx.report.sample_metrics import (
     class_accuracy,
     frechet_distance,
     kernel_distance,
+    measures_pictures,
     psnr,
     ssim,
     x0_sqnr,
@@ -74,6 +76,8 @@ class EvaluationResult:
         inception_distance: Frechet distance (FID) in Inception's features.
         inception_kernel_distance: Kernel distance (KID) in Inception's features.
         lpips: Mean perceptual distance of the samples as pictures, pair by pair.
+        clip_score: Mean likeness of the quantized model's pictures and their prompts, 0..100.
+        reference_clip_score: The same of the float model's pictures.
         num_samples: Samples drawn from each model.
         num_inference_steps: Steps of the schedule; None with a `Sampler`.
         seed: Of the evaluation.
@@ -90,6 +94,8 @@ class EvaluationResult:
     inception_distance: float | None = None
     inception_kernel_distance: float | None = None
     lpips: float | None = None
+    clip_score: float | None = None
+    reference_clip_score: float | None = None
     num_samples: int
     num_inference_steps: int | None
     seed: int
@@ -145,17 +151,18 @@ def evaluate_against(
         images: What `run.draw` gave for the quantized model, where it was drawn already.
 
     Returns:
-        What was measured; samples that are no pictures have no metrics of pictures.
+        What was measured; samples that are no pictures have no metrics of pictures, and none has
+        them where torchmetrics is not installed.
 
     Raises:
         CalibrationError: The model returns no tensor.
-        ConfigError: torchmetrics is missing, or a network does not take the samples.
+        ConfigError: A network does not take the samples, or they are no pictures or were told no
+            text, which it judges; with a classifier, torchmetrics is missing.
     """
     if images is None:
         images = run.draw(quantized, scheduler)
+    outputs = outputs_of(quantized, run.inputs)
     found: dict[str, float] = {}
-    if shows_pictures(tuple(images.shape[1:])):
-        found |= {"psnr": psnr(run.images, images), "ssim": ssim(run.images, images)}
     if classifier is not None:
         labels = run.runs["conditions"]["class_labels"]
         features = classifier.features(run.images), classifier.features(images)
@@ -166,25 +173,38 @@ def evaluate_against(
             "reference_accuracy": class_accuracy(classifier(run.images), labels),
         }
     return EvaluationResult(
-        epsilon_sqnr=_sqnr_of_batches(run.outputs, outputs_of(quantized, run.inputs)),
+        epsilon_sqnr=_sqnr_of_batches(run.outputs, outputs),
         x0_sqnr=x0_sqnr(run.images, images),
         num_samples=len(run.images),
         num_inference_steps=run.num_inference_steps,
         seed=run.seed,
         **found,
-        **_judged_by(networks or Networks(), run.images, images),
+        **_of_pictures(run, images, networks or Networks()),
     )
 
 
-def _judged_by(networks: Networks, expected: Tensor, found: Tensor) -> dict[str, float]:
-    """Metrics of pictures by the networks that are there."""
-    metrics: dict[str, float] = {}
+def _of_pictures(run: ReferenceRun, images: Tensor, networks: Networks) -> dict[str, float]:
+    """Metrics of samples as pictures, also by the networks that are there."""
+    if not networks.metrics and not measures_pictures():
+        return {}
+    expected, found = run.pictures, run.as_pictures(images)
+    if expected is None or found is None:
+        if networks.metrics:
+            raise ConfigError(
+                f"{', '.join(networks.metrics)}: samples of {tuple(images.shape[1:])} are no "
+                f"pictures; if they are latents, give `decode` where the float model is run"
+            )
+        return {}
+    metrics = {"psnr": psnr(expected, found), "ssim": ssim(expected, found)}
     if "inception_distance" in networks.metrics:
         features = tuple(networks.inception_features(each) for each in (expected, found))
         metrics["inception_distance"] = frechet_distance(*features)
         metrics["inception_kernel_distance"] = kernel_distance(*features)
     if "lpips" in networks.metrics:
         metrics["lpips"] = networks.perceptual_distance(expected, found)
+    if "clip_score" in networks.metrics:
+        metrics["clip_score"] = networks.clip_score(found, run.prompts)
+        metrics["reference_clip_score"] = networks.clip_score(expected, run.prompts)
     return metrics
 
 
@@ -200,6 +220,7 @@ def evaluate_denoiser(
     num_inference_steps: Count | None = None,
     batch_size: Count = 32,
     seed: Seed = EVALUATION_SEED,
+    decode: Decode | None = None,
 ) -> EvaluationResult:
     """Measure a quantized class-conditional denoiser against the float one.
 
@@ -214,6 +235,7 @@ def evaluate_denoiser(
         num_inference_steps: steps of the schedule, by default 20; a sampler has its own.
         batch_size: rows in a call.
         seed: must differ from the calibration's.
+        decode: makes pictures of samples that are latents, as of `ReferenceRun`.
 
     Returns:
         The numbers. To measure many models, use `run_reference` once and `evaluate_against`.
@@ -227,6 +249,7 @@ def evaluate_denoiser(
         num_inference_steps=num_inference_steps,
         batch_size=batch_size,
         seed=seed,
+        decode=decode,
     )
     return evaluate_against(run, quantized, scheduler, classifier)
 
