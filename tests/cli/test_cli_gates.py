@@ -7,6 +7,7 @@ import torch
 from small import tiny_unet
 from test_cli import run
 
+import mpqdm_fx
 from mpqdm_fx.cli.options import console
 from mpqdm_fx.jobs import evaluate as evaluate_job
 from mpqdm_fx.jobs import quantize as quantize_job
@@ -67,6 +68,15 @@ def test_evaluate_says_what_its_numbers_mean(quantized):
     assert any(word in text for word in ("very close", "close", "rough"))
     assert "psnr" in text
     assert "4 samples of the same noise, 2 steps, seed 90000" in text
+
+
+def test_a_folder_that_does_not_say_its_float_model_is_told_it(quantized, model_folder, tmp_path):
+    mpqdm_fx.save(mpqdm_fx.load(quantized[0]), tmp_path / "saved")
+    words = ["--model", model_folder, "--json"]
+    status, text = run("evaluate", tmp_path / "saved", *EVALUATE, *words)
+    assert status == 0, text
+    own = run("evaluate", quantized[0], *EVALUATE, "--json")[1]
+    assert json.loads(text) == json.loads(own)
 
 
 def test_networks_from_the_disk_give_their_metrics(quantized, tmp_path):
