@@ -332,7 +332,7 @@ def draw(
         seed=seed,
         **source.runs(num, seed),
         batch_size=batch_size,
-        progress=True,
+        progress="drawing",
     )
 
 

@@ -17,10 +17,12 @@ from mpqdm_fx.jobs.evaluation import (
     check_networks,
     evaluated_metrics,
 )
+from mpqdm_fx.jobs.foretold import evaluate_stages
 from mpqdm_fx.jobs.result_folder import FolderResult
 from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.components import as_recorded
+from mpqdm_fx.progress import expect, stage
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.gates import (
     METRICS,
@@ -96,9 +98,17 @@ def evaluate_folder(
     check_networks(networks, source, inputs=inputs)
     names = ("epsilon_sqnr",) if inputs is not None else evaluated_metrics(source, networks)
     check_evaluated(gates, source, {*names, *told}, str(folder))
-    quantized = load(folder)
+    expect(
+        lambda: evaluate_stages(
+            source, num=num, steps=steps, own_calls=inputs is not None,
+            networks=bool(networks and networks.metrics),
+        )
+    )  # fmt: skip
+    with stage("loading"):
+        quantized = load(folder)
     if inputs is not None:
-        metrics = _compared(source, quantized, inputs)
+        with stage("comparing outputs"):
+            metrics = _compared(source, quantized, inputs)
     else:
         found = Evaluation.of(source, num=num, steps=steps, seed=seed, networks=networks)
         metrics = _told(found.measure(quantized))

@@ -194,8 +194,7 @@ def _why_no_pictures(source: Source) -> str | None:
     """Why the evaluation does not look at samples; None if it does."""
     if source.no_pictures is not None:
         return source.no_pictures
-    decoded = source.components is not None and source.components.decodes
     shape = source.sample_shape
-    if decoded or shows_pictures(shape):
+    if source.is_decoded or shows_pictures(shape):
         return None
     return f"samples of {'x'.join(map(str, shape))} are too small to look at"

@@ -133,13 +133,25 @@ class Source:
         return () if beside is None else tuple(islice(cycle(beside.prompts), count))
 
     @property
+    def is_guided(self) -> bool:
+        """Whether each sample has two rows of a call, one without its prompt."""
+        return self.components is not None and self.components.guidance is not None
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether samples are latents, and its pipeline's VAE is there to decode them."""
+        return self.components is not None and self.components.decodes
+
+    @property
     def no_pictures(self) -> str | None:
         """Why samples cannot be looked at; None if they are pictures, or latents that are decoded.
 
         Pictures have three axes and 1 or 3 channels.
         """
         beside, shape = self.components, self.sample_shape
-        if beside is not None and (beside.decodes or beside.undecoded is not None):
+        if self.is_decoded:
+            return None
+        if beside is not None and beside.undecoded is not None:
             return beside.undecoded
         if len(shape) == 3 and shape[0] in (1, 3):
             return None
@@ -154,8 +166,9 @@ class Source:
         """
         if self.no_pictures is not None:
             return None
-        beside = self.components
-        return beside.pictures(samples) if beside is not None and beside.decodes else samples
+        if self.components is None or not self.is_decoded:
+            return samples
+        return self.components.pictures(samples)
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.samplers import Denoiser
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.progress import stage
 from mpqdm_fx.report.networks import Networks
 from mpqdm_fx.report.reference import (
     EVALUATION_SEED,
@@ -161,17 +162,12 @@ def evaluate_against(
     """
     if images is None:
         images = run.draw(quantized, scheduler)
-    outputs = outputs_of(quantized, run.inputs)
-    found: dict[str, float] = {}
-    if classifier is not None:
-        labels = run.runs["conditions"]["class_labels"]
-        features = classifier.features(run.images), classifier.features(images)
-        found |= {
-            "frechet_distance": frechet_distance(*features),
-            "kernel_distance": kernel_distance(*features),
-            "accuracy": class_accuracy(classifier(images), labels),
-            "reference_accuracy": class_accuracy(classifier(run.images), labels),
-        }
+    outputs = outputs_of(quantized, run.inputs, "quantized outputs")
+    shown = _shown(run, images, networks or Networks())
+    with stage("metrics"):
+        found = _of_pictures(run.prompts, shown, networks or Networks())
+        if classifier is not None:
+            found |= _of_classes(run, images, classifier)
     return EvaluationResult(
         epsilon_sqnr=_sqnr_of_batches(run.outputs, outputs),
         x0_sqnr=x0_sqnr(run.images, images),
@@ -179,22 +175,45 @@ def evaluate_against(
         num_inference_steps=run.num_inference_steps,
         seed=run.seed,
         **found,
-        **_of_pictures(run, images, networks or Networks()),
     )
 
 
-def _of_pictures(run: ReferenceRun, images: Tensor, networks: Networks) -> dict[str, float]:
-    """Metrics of samples as pictures, also by the networks that are there."""
+def _of_classes(
+    run: ReferenceRun, images: Tensor, classifier: FeatureClassifier
+) -> dict[str, float]:
+    """Metrics of samples that are to show classes."""
+    labels = run.runs["conditions"]["class_labels"]
+    features = classifier.features(run.images), classifier.features(images)
+    return {
+        "frechet_distance": frechet_distance(*features),
+        "kernel_distance": kernel_distance(*features),
+        "accuracy": class_accuracy(classifier(images), labels),
+        "reference_accuracy": class_accuracy(classifier(run.images), labels),
+    }
+
+
+def _shown(run: ReferenceRun, images: Tensor, networks: Networks) -> tuple[Tensor, Tensor] | None:
+    """Samples of the float model, and of the other one, as pictures; None if they are none."""
     if not networks.metrics and not measures_pictures():
-        return {}
+        return None
     expected, found = run.pictures, run.as_pictures(images)
-    if expected is None or found is None:
-        if networks.metrics:
-            raise ConfigError(
-                f"{', '.join(networks.metrics)}: samples of {tuple(images.shape[1:])} are no "
-                f"pictures; if they are latents, give `decode` where the float model is run"
-            )
+    if expected is not None and found is not None:
+        return expected, found
+    if networks.metrics:
+        raise ConfigError(
+            f"{', '.join(networks.metrics)}: samples of {tuple(images.shape[1:])} are no pictures; "
+            f"if they are latents, give `decode` where the float model is run"
+        )
+    return None
+
+
+def _of_pictures(
+    prompts: Sequence[str], shown: tuple[Tensor, Tensor] | None, networks: Networks
+) -> dict[str, float]:
+    """Metrics of pictures, also by the networks that are there."""
+    if shown is None:
         return {}
+    expected, found = shown
     metrics = {"psnr": psnr(expected, found), "ssim": ssim(expected, found)}
     if "inception_distance" in networks.metrics:
         features = tuple(networks.inception_features(each) for each in (expected, found))
@@ -203,8 +222,8 @@ def _of_pictures(run: ReferenceRun, images: Tensor, networks: Networks) -> dict[
     if "lpips" in networks.metrics:
         metrics["lpips"] = networks.perceptual_distance(expected, found)
     if "clip_score" in networks.metrics:
-        metrics["clip_score"] = networks.clip_score(found, run.prompts)
-        metrics["reference_clip_score"] = networks.clip_score(expected, run.prompts)
+        metrics["clip_score"] = networks.clip_score(found, prompts)
+        metrics["reference_clip_score"] = networks.clip_score(expected, prompts)
     return metrics
 
 

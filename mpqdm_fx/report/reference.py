@@ -15,6 +15,7 @@ from mpqdm_fx.calibration.samplers import Denoiser, first_tensor, is_sampler
 from mpqdm_fx.calibration.sampling import denoise_in_batches
 from mpqdm_fx.calibration.trajectories import Trajectories, balanced_class_labels
 from mpqdm_fx.graph.entry import in_float32
+from mpqdm_fx.progress import tracked
 from mpqdm_fx.validation import Count, Seed, checked
 
 __all__ = [
@@ -77,7 +78,7 @@ class ReferenceRun:
         return found if found is not None and shows_pictures(tuple(found.shape[1:])) else None
 
     def draw(self, model: Denoiser, scheduler: Any) -> Tensor:
-        """A model's samples [N, ...] from the noise and under the conditions of `images`."""
+        """A quantized model's samples [N, ...], of the noise and conditions of `images`."""
         return _draw(
             model,
             scheduler,
@@ -87,6 +88,7 @@ class ReferenceRun:
             num_inference_steps=self.num_inference_steps,
             batch_size=self.batch_size,
             seed=self.seed + 1,
+            progress="quantized samples",
         )
 
 
@@ -190,10 +192,11 @@ def reference_run(
     shape, steps = sample_shape, num_inference_steps
     return ReferenceRun(
         inputs=batches,
-        outputs=tuple(outputs_of(reference, batches)),
+        outputs=tuple(outputs_of(reference, batches, "float outputs")),
         images=_draw(
             reference, scheduler, runs, num_samples, sample_shape=shape,
             num_inference_steps=steps, batch_size=batch_size, seed=seed + 1,
+            progress="float samples",
         ),
         runs=runs,
         num_inference_steps=num_inference_steps,
@@ -206,10 +209,18 @@ def reference_run(
 
 @plain_torch()
 @torch.no_grad()
-def outputs_of(model: Denoiser, batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
-    """A model's output [batch, ...] for each batch of keyword arguments, computed in float32."""
+def outputs_of(
+    model: Denoiser, batches: Iterable[Mapping[str, Any]], progress: str | None = None
+) -> list[Tensor]:
+    """A model's output [batch, ...] for each batch of keyword arguments, computed in float32.
+
+    Args:
+        model: The model.
+        batches: The arguments.
+        progress: Name of the stage that tells of the batches; None tells of none.
+    """
     model = in_float32(model)
-    return [first_tensor(model(**batch)) for batch in batches]
+    return [first_tensor(model(**batch)) for batch in tracked(batches, progress)]
 
 
 def _draw(
@@ -222,6 +233,7 @@ def _draw(
     seed: int,
     num_inference_steps: int | None,
     batch_size: int,
+    progress: str,
 ) -> Tensor:
     noise = torch.randn(count, *sample_shape, generator=torch.Generator().manual_seed(seed))
     return denoise_in_batches(
@@ -231,5 +243,6 @@ def _draw(
         num_inference_steps=num_inference_steps,
         seed=seed,
         batch_size=batch_size,
+        progress=progress,
         **runs,
     )
