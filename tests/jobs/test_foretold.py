@@ -29,9 +29,10 @@ def quantized(model, tmp_path_factory):
     """A folder, and what its reporter was told."""
     output, told = tmp_path_factory.mktemp("out") / "out", Told()
     config = MPQConfig(activation_mode="dynamic", weight_bits=3)
+    source = load_source(model, None, None)
     with reporting(told):
         quantize_to_folder(
-            load_source(model, None, None), config, backend="packed", output=output,
+            source, config, backend="packed", output=output,
             trajectories=4, steps=2, samples=2,
         )  # fmt: skip
     return output, told
