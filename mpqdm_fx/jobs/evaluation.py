@@ -141,6 +141,7 @@ def check_evaluated(
     source: Source,
     measured: set[str],
     what: str,
+    option: str = "--gate",
 ) -> None:
     """Refuse gates on what is not measured, as `check_measured`; says why pictures are not.
 
@@ -149,6 +150,7 @@ def check_evaluated(
         source: The float model, with the pipeline that it belongs to.
         measured: Names of the metrics that will be there.
         what: What is measured, for the message.
+        option: Where gates were typed, for the message.
 
     Raises:
         ConfigError: A metric will not be there.
@@ -156,7 +158,7 @@ def check_evaluated(
     why = _why_no_pictures(source)
     if why is not None and any(gate.metric in PICTURE_METRICS for gate in gates):
         what = f"{what} ({why})"
-    check_measured(gates, measured, what)
+    check_measured(gates, measured, what, option)
 
 
 def check_networks(networks: Networks | None, source: Source, *, inputs: str | None) -> None:

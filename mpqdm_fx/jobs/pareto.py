@@ -206,7 +206,9 @@ def pareto_to_folder(
         form, config, bits, output, evaluation=evaluation, picks=pick is not None, resume=resume,
         overwrite=overwrite,
     )  # fmt: skip
-    check_evaluated(pick or (), source, {*pick_metrics(source, form)}, f"budgets of {source.name}")
+    check_evaluated(
+        pick or (), source, {*pick_metrics(source, form)}, f"budgets of {source.name}", "--pick"
+    )
     every = {budget: budget_settings(config, budget) for budget in sorted(bits)}
     for settings in every.values():
         check_feasible(

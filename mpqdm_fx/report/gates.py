@@ -245,13 +245,16 @@ def parse_gates(texts: Iterable[str] | None, option: str = "--gate") -> tuple[Ga
     return tuple(parse_gate(text, option) for text in texts or ())
 
 
-def check_measured(gates: Iterable[Gate], measured: Collection[str], what: str) -> None:
+def check_measured(
+    gates: Iterable[Gate], measured: Collection[str], what: str, option: str = "--gate"
+) -> None:
     """Refuse gates on metrics that will not be measured, before anything is.
 
     Args:
         gates: The gates.
         measured: Names of the metrics that will be there.
         what: What is measured, for the message.
+        option: Where gates were typed, for the message.
 
     Raises:
         ConfigError: A metric will not be there.
@@ -260,8 +263,8 @@ def check_measured(gates: Iterable[Gate], measured: Collection[str], what: str) 
         if gate.metric not in measured:
             known = ", ".join(name for name in METRICS if name in measured)
             raise ConfigError(
-                f"--gate {gate}: {gate.metric} ({METRICS[gate.metric].meaning}) is not measured of "
-                f"{what}; measured are: {known}"
+                f"{option} {gate}: {gate.metric} ({METRICS[gate.metric].meaning}) is not measured "
+                f"of {what}; measured are: {known}"
             )
 
 

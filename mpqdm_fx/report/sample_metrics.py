@@ -199,7 +199,8 @@ def _check_pictures(name: str, reference_images: Tensor, images: Tensor) -> None
 def _over_pictures(metric: Any, reference_images: Tensor, images: Tensor) -> float:
     """A metric of pictures in 0..1, float64, some at once: a window's sums are many times them."""
     metric.set_dtype(torch.float64)
-    for rows in zip(reference_images.split(_BATCH), images.split(_BATCH), strict=True):
+    parts = (torch.split(each, _BATCH) for each in (reference_images, images))
+    for rows in zip(*parts, strict=True):
         expected, found = ((each.detach().double().clamp(-1, 1) + 1) / 2 for each in rows)
         metric.update(found, expected)
     return float(metric.compute())

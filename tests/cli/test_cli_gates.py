@@ -6,6 +6,7 @@ import pytest
 import torch
 from small import tiny_unet
 from test_cli import run
+from typing_in import typed
 
 import mpqdm_fx
 from mpqdm_fx.cli.options import console
@@ -115,6 +116,14 @@ def test_a_wrong_gate_is_refused_before_any_work(
     status, text = run(command, model, "--gate", gate, *options, *packed)
     assert (status, message in text) == (2, True), text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_metrics_that_are_called_as_options_are_not_told_as_options(quantized, monkeypatch, capfd):
+    status, _, errors = typed(monkeypatch, capfd, "evaluate", quantized[0], "--gate", "lpips<=1")
+    assert (status, "effective_bits" in errors, "--effective-bits" in errors) == (2, True, False)
+    gate = "effective_bits>=1"
+    status, _, errors = typed(monkeypatch, capfd, "evaluate", quantized[0], "--gate", gate)
+    assert (status, "write effective_bits<=1" in errors) == (2, True), errors
 
 
 @pytest.mark.parametrize("command", ["quantize", "evaluate", "distill"])
