@@ -12,6 +12,8 @@ import mpqdm_fx
 from mpqdm_fx.cli.options import console
 from mpqdm_fx.jobs import evaluate as evaluate_job
 from mpqdm_fx.jobs import quantize as quantize_job
+from mpqdm_fx.jobs.evaluate import gate_stages
+from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.report.evaluation_tables import evaluation_table, gate_table
 from mpqdm_fx.report.gates import METRICS, judge, parse_gates
 
@@ -49,6 +51,19 @@ def test_quantize_judges_its_result_and_leaves_it_where_a_gate_fails(quantized):
     assert f"{(output / 'model.safetensors').stat().st_size:,} B" in text
     assert f"written to {output}" in text
     assert f"error: {output}: not reached: bytes<=1bytes" in text
+
+
+def test_gates_are_a_stage_of_the_run(model_folder, tmp_path, monkeypatch, capfd):
+    gates = ["--gate", "ssim>=0", "--output", tmp_path / "out"]
+    status, _, errors = typed(monkeypatch, capfd, "quantize", model_folder, *QUICK, *gates)
+    assert status == 0, errors
+    lines = [line for line in errors.splitlines() if line.startswith("[")]
+    place, last = lines[-1].partition("]")[0].removeprefix("[").split("/")
+    assert (place, lines[-1].split(",")[0]) == (last, f"[{last}/{last}] gates")
+    source = load_source(str(model_folder))
+    assert gate_stages(parse_gates(["ms<=1"]), source) == {}
+    small, large = (gate_stages(parse_gates([g]), source) for g in ("epsilon_sqnr>=1", "ssim>=0"))
+    assert 0 < small["gates"] < large["gates"]
 
 
 def test_evaluate_judges_what_it_measures_and_what_the_folder_tells(quantized):
