@@ -113,7 +113,8 @@ def pareto_stages(
         once = sum(own[name] for name in _MEASURED if name in own)
         stages |= begun if not place else {}
         stages[f"{budget:g} bits"] = solving + (0 if place else once) + _JUDGING
-    return stages | ({} if samples is None else folder_stages(source, form.backend, samples))
+    picked = {} if samples is None else folder_stages(source, form.backend, samples)
+    return stages | picked | {"page": _TYPICAL["page"]}
 
 
 def distill_stages(

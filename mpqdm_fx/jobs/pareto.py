@@ -250,10 +250,11 @@ def pareto_to_folder(
         if chosen is not None:
             found = run.write_picked(chosen, stage)
             made = chosen, replace(found, directory=output / PICKED)
-        run.judge_of.write_strip(stage / STRIP)
         record = _record(source, config, points, pick, chosen, evaluation)
-        if can_render():
-            write_text(stage / PAGE, render_pareto(record, _strips(stage, points)))
+        with progress.stage("page"):
+            run.judge_of.write_strip(stage / STRIP)
+            if can_render():
+                write_text(stage / PAGE, render_pareto(record, _strips(stage, points)))
         content = seal({**plain(record), "files": listed_files(stage, PARETO)})
         write_text(stage / PARETO, json.dumps(content, indent=1, allow_nan=False))
     remove_folder(root)
