@@ -246,13 +246,19 @@ def saved_source(folder: ModelFolder, model: Denoiser) -> Source:
     )
 
 
-def origin_of(folder: Path) -> Origin:
+def origin_of(folder: Path, model: str | None = None) -> Origin:
     """Where a folder says that its float model is.
 
+    Args:
+        folder: The folder.
+        model: Where it is, if the folder does not say.
+
     Raises:
-        ArtifactError: It does not say.
+        ArtifactError: It does not say, and no model is given.
     """
     opened = open_folder(folder)
+    if model is not None and SOURCE not in opened.files:
+        return Origin(model=model, subfolder=None)
     opened.require(SOURCE)
     return validated(Origin, opened.files.read_json(SOURCE), folder / SOURCE)
 
@@ -278,10 +284,7 @@ def source_of(folder: Path, model: str | None = None) -> Source:
         ArtifactError: It cannot be found, or is made by a function, which is not called on a
             folder's word; give `model`.
     """
-    if model is not None and SOURCE not in open_folder(folder).files:
-        origin = Origin(model=model, subfolder=None)
-    else:
-        origin = origin_of(folder)
+    origin = origin_of(folder, model)
     if model is None and is_function(origin.model):
         raise ArtifactError(
             f"the float model of {folder} was made by the function {origin.model}, which is called "
@@ -329,7 +332,7 @@ def draw(
         seed=seed,
         **source.runs(num, seed),
         batch_size=batch_size,
-        progress=True,
+        progress="drawing",
     )
 
 
@@ -358,14 +361,11 @@ def as_pictures(rows: Sequence[Tensor], source: Source) -> tuple[list[Tensor], s
     Returns:
         The images, and what is to be said of them, or "".
     """
-    if source.components is not None:
-        decoded = [source.components.pictures(samples) for samples in rows]
-        if all(images is not None for images in decoded):
-            return [images for images in decoded if images is not None], ""
-    if rows[0].shape[1] in (1, 3):
-        return list(rows), ""
+    found = [source.pictures(samples) for samples in rows]
+    if all(images is not None for images in found):
+        return [images for images in found if images is not None], ""
     scale = rows[0][:, :1].abs().max().clamp_min(1e-6)
-    note = "These are latents, their first channel: no pipeline with a VAE decodes them."
+    note = f"These are latents, their first channel: {source.no_pictures}."
     return [samples[:, :1] / scale for samples in rows], note
 
 

@@ -8,27 +8,21 @@ that it had on the way. Results of long commands are kept in the work folder and
 """
 
 import argparse
-import fcntl
-import os
-import pty
 import re
 import shlex
-import struct
-import subprocess
 import sys
-import termios
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyte
+from terminal import drawn, in_pipes, in_terminal
 
 REPOSITORY = Path(__file__).parents[1]
 SCREENS = REPOSITORY / "docs" / "screens"
 WIDTHS = (80, 120)
 _LINES = 500  # a screen as high as the longest output
 _STATES = 6  # of the line of progress that are shown
-_ERASE = b"\r\x1b[2K"
 
 
 @dataclass(frozen=True)
@@ -73,48 +67,18 @@ SCREENS_OF: tuple[Screen, ...] = (
 )
 
 
-def in_terminal(words: Sequence[str], columns: int, folder: Path) -> tuple[int, bytes]:
-    """Run a command in a pseudo-terminal; its status, and all that it wrote there."""
-    pid, descriptor = pty.fork()
-    if pid == 0:
-        os.chdir(folder)
-        told = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-        os.execve(words[0], list(words), told | {"TERM": "xterm-256color"})
-    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    parts = []
-    while True:
-        try:
-            part = os.read(descriptor, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        parts.append(part)
-    os.close(descriptor)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), b"".join(parts)
-
-
-def in_pipes(words: Sequence[str], folder: Path) -> tuple[int, str]:
-    """Run a command with a pipe for both streams; its status, and all that it wrote."""
-    done = subprocess.run(
-        words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-    )
-    return done.returncode, done.stdout.decode()
-
-
-def standing(written: bytes, columns: int) -> str:
+def standing(written: str, columns: int) -> str:
     """What stands on a terminal's screen at the end."""
     screen = pyte.Screen(columns, _LINES)
-    pyte.ByteStream(screen).feed(written)
+    pyte.Stream(screen).feed(written)
     lines = [line.rstrip() for line in screen.display]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def states(written: bytes) -> Iterator[str]:
+def states(written: str) -> Iterator[str]:
     """Some of the states that the line of progress had, one a stage."""
     found: dict[str, str] = {}
-    for part in written.split(_ERASE)[1:]:
-        state = part.partition(b"\r\n")[0].decode().strip()
+    for state in map(str.strip, drawn(written)[1:]):
         stage = re.match(r"\[\d+/\d+\] [a-z' ]*", state)
         if stage is not None:
             found[stage[0]] = state
@@ -150,10 +114,10 @@ def write(screen: Screen, width: int | None, work: Path) -> int:
     words = [sys.executable, "-m", "mpqdm_fx", *shlex.split(typed)]
     text = f"$ mpqdm-fx {typed}\n"
     if width is None:
-        status, written = in_pipes(words, work)
+        status, written, _ = in_pipes(words, folder=work, together=True)
         text += written
     else:
-        status, raw = in_terminal(words, width, work)
+        status, raw = in_terminal(words, columns=width, folder=work)
         text += standing(raw, width)
         on_the_way = "\n".join(states(raw))
         text += f"\n(the line of progress, on the way)\n{on_the_way}\n" if on_the_way else ""

@@ -229,7 +229,7 @@ def denoise_in_batches(
     guidance_scale: float | None = None,
     unconditional: Mapping[str, Any] | None = None,
     batch_size: int = 16,
-    progress: bool = False,
+    progress: str | None = None,
 ) -> Tensor:
     """Turn much noise into samples, some at once; each batch has ancestral noise of its own.
 
@@ -243,7 +243,7 @@ def denoise_in_batches(
         guidance_scale: as of `denoise`.
         unconditional: as of `denoise`.
         batch_size: samples at once.
-        progress: tell of the steps as a stage.
+        progress: name of the stage that tells of the steps; None tells of none.
 
     Returns:
         The samples, shape and dtype of `noise`.
@@ -252,7 +252,7 @@ def denoise_in_batches(
     parts = []
     own_loop = is_sampler(scheduler)  # it says nothing of its steps
     total = len(noise) * (1 if own_loop else num_inference_steps or 1)
-    with stage("drawing" if progress else None, total, "run" if own_loop else "step") as advance:
+    with stage(progress, total, "run" if own_loop else "step") as advance:
         for start in range(0, len(noise), batch_size):
             rows = slice(start, start + batch_size)
             part = denoise(

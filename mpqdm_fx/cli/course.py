@@ -29,6 +29,7 @@ class Course:
         self._open: list[tuple[Stage, float]] = []
         self._measured = 0.0  # seconds of finished stages, and what they were expected to take
         self._foretold = 0.0
+        self._done: set[str] = set()  # names of stages that were over once; they may go on
         self._sure = False
         self._last = ""
 
@@ -66,7 +67,8 @@ class Course:
         self._last = stage.name if not self._open else self._last
         if not self._open and stage.name in self._expected:
             self._measured += self._now() - started
-            self._foretold += self._expected[stage.name]
+            self._foretold += self._expectation(stage)
+            self._done.add(stage.name)
 
     @property
     def seconds(self) -> float:
@@ -84,9 +86,13 @@ class Course:
         to_come = list(self._expected.values())[self._place + 1 :]
         return self.seconds + self._left(pace) + pace * sum(to_come)
 
+    def _expectation(self, stage: Stage) -> float:
+        """What a stage was expected to take; nothing more where it goes on under its name."""
+        return 0.0 if stage.name in self._done else self._expected.get(stage.name, 0.0)
+
     def _whole(self) -> float:
         """What all stages were expected to take that came or may still come."""
-        running = [self._expected.get(stage.name, 0.0) for stage, _ in self._open[:1]]
+        running = [self._expectation(stage) for stage, _ in self._open[:1]]
         to_come = list(self._expected.values())[self._place + 1 :]
         return self._foretold + sum(running) + sum(to_come)
 
@@ -95,7 +101,7 @@ class Course:
         if not self._open:
             return 0.0
         stage, begun = self._open[0]
-        taken, expected = self._now() - begun, pace * self._expected.get(stage.name, 0.0)
+        taken, expected = self._now() - begun, pace * self._expectation(stage)
         share = _share(stage)
         if share is None:
             return max(expected - taken, 0.1 * taken)
@@ -110,7 +116,7 @@ class Course:
             stage, begun = self._open[0]
             share = _share(stage)
             if share:
-                foretold += share * self._expected.get(stage.name, 0.0)
+                foretold += share * self._expectation(stage)
                 measured += self._now() - begun
         return foretold, measured
 

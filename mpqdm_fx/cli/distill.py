@@ -94,14 +94,18 @@ def distill(
     from mpqdm_fx.folders import WEIGHTS, open_folder
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.distill import distill_folder
-    from mpqdm_fx.jobs.evaluate import check_gates, judge_result
+    from mpqdm_fx.jobs.evaluate import check_gates, gate_stages, judge_result
+    from mpqdm_fx.pipelines.components import as_recorded
     from mpqdm_fx.processes import joined
     from mpqdm_fx.summary import read_summary
 
     checks.check_device(device)
     opened = open_folder(directory)
+    then: dict[str, float] = {}
     if gates:
-        check_gates(gates, source_of(directory, model), read_summary(opened)["backend"])
+        source = as_recorded(source_of(directory, model), directory, model=model)
+        check_gates(gates, source, read_summary(opened)["backend"])
+        then = gate_stages(gates, source, steps=steps)
     # the plan stays, so the packed weights of the result are of the same size
     checks.check_space(output, opened.files.entries[WEIGHTS].bytes)
     config = DistillConfig(
@@ -120,7 +124,7 @@ def distill(
         result = distill_folder(
             directory, config, output=output, model=model, samples=samples, resume=resume,
             device=device, overwrite=overwrite,
-            foretold=announce,
+            foretold=announce, then=then,
         )  # fmt: skip
     if result is None:
         return

@@ -38,13 +38,25 @@ def evaluate(
         Path | None,
         typer.Option(metavar="PATH", help="TorchScript file of LPIPS.", rich_help_panel=opt.RUN),
     ] = None,
+    clip: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Folder of a CLIPModel and its processor (save_pretrained), for the CLIP score.",
+            rich_help_panel=opt.RUN,
+        ),
+    ] = None,
     metrics: MetricsOption = False,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Measure a quantized folder against its float model on held-out, paired noise."""
     gates = parse_gates(gate)
-    networks = inception is not None or lpips is not None
-    if inputs is None and (networks or (model or checks.origin_of(directory)) == "digits"):
+    for option, path in (("--inception", inception), ("--lpips", lpips), ("--clip", clip)):
+        if path is not None:
+            checks.check_packages("torchmetrics", purpose=option)
+    if clip is not None:
+        checks.check_packages("transformers", purpose="--clip")
+    if inputs is None and (model or checks.origin_of(directory)) == "digits":
         checks.check_packages("torchmetrics", "sklearn", purpose="evaluating the bundled model")
     announce(f"evaluating {directory} against its float model: {inputs or f'{num} samples'}")
     from mpqdm_fx.io.schema import plain
@@ -52,6 +64,11 @@ def evaluate(
     from mpqdm_fx.report.evaluation_tables import evaluation_table
     from mpqdm_fx.report.networks import open_networks
 
+    judge = None
+    if clip is not None:
+        from mpqdm_fx.pipelines.clip import open_clip
+
+        judge = open_clip(clip)
     found = evaluate_folder(
         directory,
         model=model,
@@ -60,7 +77,7 @@ def evaluate(
         seed=seed,
         inputs=inputs,
         gates=gates,
-        networks=open_networks(inception, lpips),
+        networks=open_networks(inception, lpips, judge),
     )
     console = opt.console()
     if as_json:

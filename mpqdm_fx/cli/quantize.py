@@ -70,7 +70,7 @@ def quantize(
     from mpqdm_fx.feasibility import check_feasible, weights_of
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.calibration import open_source, rows_of
-    from mpqdm_fx.jobs.evaluate import check_gates, judge_result
+    from mpqdm_fx.jobs.evaluate import check_gates, gate_stages, judge_result
     from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.processes import joined
@@ -119,6 +119,7 @@ def quantize(
             external_weights=external_weights,
             compress=compress,
             overwrite=overwrite,
+            then=gate_stages(gates, source, steps=steps),
         )
     if result is None:
         return

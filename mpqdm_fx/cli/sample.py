@@ -10,6 +10,7 @@ import typer
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.streams import announce, say
+from mpqdm_fx.progress import expect, stage
 
 __all__ = ["Form", "sample"]
 
@@ -60,14 +61,18 @@ def sample(
     announce(f"drawing {num} images of {model} to {output}")
     from mpqdm_fx.denoisers import draw, open_denoiser, pictures, zoom_of
     from mpqdm_fx.jobs.calibration import warn_of
-    from mpqdm_fx.pipelines.components import as_drawn
+    from mpqdm_fx.jobs.foretold import drawing_stages, sample_stages
+    from mpqdm_fx.pipelines.components import as_drawn, is_drawn_by_pipeline
     from mpqdm_fx.pipelines.prompts import read_prompts
     from mpqdm_fx.report.images import save_grid
 
-    source, denoiser = open_denoiser(model, subfolder, form, variant)
     given = None if prompts is None else read_prompts(prompts)
-    source = as_drawn(source, model, prompts=given, guidance=guidance)
+    expect(lambda: sample_stages(in_pipeline=is_drawn_by_pipeline(model)))
+    with stage("loading"):
+        source, denoiser = open_denoiser(model, subfolder, form, variant)
+        source = as_drawn(source, model, prompts=given, guidance=guidance)
     warn_of(source)
+    expect(lambda: drawing_stages(source, num=num, steps=steps))
     images = pictures(draw(source, denoiser, num=num, steps=steps, seed=seed), source)
     save_grid(images, output, columns=max(1, round(num**0.5)), zoom=zoom_of(images))
     if as_json:

@@ -24,6 +24,8 @@ _EVERYWHERE = ("backend", "four_bit", "external_weights", "compress")
 _QUOTED = r"""(?:"[^"]*"|'[^']*')"""
 _WORD = rf"(?:{_QUOTED}|\w+(?:[.+-]+\w+)*|\.\.\.|-\d[\w.]*)"
 _TYPE = r"(?: \((?:int|float|str|bool|NoneType)\))?"
+#: Messages about metrics, some of which are called as a field is.
+_OF_METRICS = ("--gate ", "--pick ")
 _FLAGS = ("True", "False")
 
 
@@ -51,6 +53,8 @@ def as_typed(message: str, options: Mapping[str, str]) -> str:
         message: The message.
         options: Options of the command, by its parameters.
     """
+    if message.startswith(_OF_METRICS):
+        return message
     fields = _fields(options)
     names = "|".join(sorted(map(re.escape, fields), key=len, reverse=True))
     outside = r"(?<![\w./\-'\"])", r"(?![\w/\-'\"(=])"

@@ -12,7 +12,7 @@ from mpqdm_fx.folders import WEIGHTS, seal_folder, staged_directory
 from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, plain, validated
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.jobs.calibration import held_out_of
-from mpqdm_fx.jobs.evaluate import Evaluation, evaluated_metrics
+from mpqdm_fx.jobs.evaluation import Evaluation, evaluated_metrics
 from mpqdm_fx.jobs.presets import write_recipe
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.quantized import QuantizedModel

@@ -14,13 +14,22 @@ from mpqdm_fx.models.sources import load_with_calls
 from mpqdm_fx.pipelines.components import in_pipeline
 from mpqdm_fx.pipelines.prompts import read_prompts
 
-__all__ = ["BATCH", "calibration_of", "held_out_of", "open_source", "rows_of", "warn_of"]
+__all__ = [
+    "BATCH",
+    "HELD_OUT_RUNS",
+    "calibration_of",
+    "held_out_of",
+    "open_source",
+    "rows_of",
+    "warn_of",
+]
 
 logger = logging.getLogger(__name__)
 
 BATCH = 16
 """Samples of a call; with guidance each has two rows."""
-_HELD_OUT_RUNS = 4
+HELD_OUT_RUNS = 4
+"""Runs that judge."""
 
 
 def open_source(
@@ -77,15 +86,15 @@ def held_out_of(
     """Inputs that calibration does not see: further runs, or the user's held-out calls."""
     if source.calls is not None:
         return source.calls.held_out
-    return _runs(source, trajectories=_HELD_OUT_RUNS, steps=steps, seed=seed, unseen=True)
+    return _runs(source, trajectories=HELD_OUT_RUNS, steps=steps, seed=seed, unseen=True)
 
 
 def rows_of(source: Source, trajectories: int, steps: int) -> int:
     """Rows of the largest call of `calibration_of`."""
     if source.calls is not None:
         return max(map(batch_size_of, source.calls))
-    guided = source.components is not None and source.components.guidance is not None
-    return min(BATCH, (trajectories - trajectories // 4) * steps * (2 if guided else 1))
+    rows = (trajectories - trajectories // 4) * steps * (2 if source.is_guided else 1)
+    return min(BATCH, rows)
 
 
 def warn_of(source: Source) -> None:

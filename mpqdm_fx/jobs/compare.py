@@ -6,10 +6,13 @@ from pathlib import Path
 from mpqdm_fx.denoisers import Denoiser
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.files import write_text
+from mpqdm_fx.jobs.foretold import compare_stages
 from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
 from mpqdm_fx.jobs.report import gallery_of_drawn
 from mpqdm_fx.jobs.report_folder import FolderReport, open_report
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.pipelines.components import is_in_pipeline
+from mpqdm_fx.progress import expect, stage
 from mpqdm_fx.report.page.compare import render_compare
 from mpqdm_fx.report.record import ReportRecord
 from mpqdm_fx.validation import Count, Some, checked
@@ -45,21 +48,31 @@ def compare_folders(
         ArtifactError: A folder is damaged, or they come from different float models.
     """
     names = _names(directories)
-    found = [open_report(directory, model=model) for directory in directories]
+    expect(
+        lambda: compare_stages(
+            len(names), samples=samples, in_pipeline=is_in_pipeline(directories[0], model)
+        )
+    )
+    with stage("loading", len(names), unit="folder") as advance:
+        found = []
+        for directory in directories:
+            found.append(open_report(directory, model=model))
+            advance()
     _check_origins(directories, found)
     drawn, why = _draw(names, found, samples, steps)
     ratios = None
     if drawn is not None and "float" in drawn.samples:
         expected = drawn.samples["float"]
         ratios = [sqnr_db(expected, drawn.samples[name]) for name in names]
-    page = render_compare(
-        names,
-        [one.record for one in found],
-        gallery_of_drawn(drawn),
-        x0_sqnr_db=ratios,
-        why_no_gallery=why or (drawn.note if drawn is not None else ""),
-    )
-    write_text(output, page)
+    with stage("page"):
+        page = render_compare(
+            names,
+            [one.record for one in found],
+            gallery_of_drawn(drawn),
+            x0_sqnr_db=ratios,
+            why_no_gallery=why or (drawn.note if drawn is not None else ""),
+        )
+        write_text(output, page)
     return dict(zip(names, (one.record for one in found), strict=True))
 
 

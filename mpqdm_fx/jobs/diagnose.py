@@ -11,10 +11,12 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.folders import MANIFEST, open_folder
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.jobs.foretold import doctor_stages
 from mpqdm_fx.jobs.result_folder import Form
 from mpqdm_fx.models.sources import load_with_calls
 from mpqdm_fx.passes.round_weights import RoundWeights
 from mpqdm_fx.plan import BitPlan
+from mpqdm_fx.progress import expect, stage
 from mpqdm_fx.stages import normalized
 from mpqdm_fx.storage import load
 from mpqdm_fx.sweep.plain_rounding import plain_activations
@@ -51,24 +53,36 @@ def diagnose_model(
         ConfigError: XNNPACK does not run the settings, or an override matches no layer.
         LoweringError: ExecuTorch is missing, or an activation mode does not run.
     """
-    if (Path(name) / MANIFEST).exists():
-        quantized = load(Path(name))
+    stored = (Path(name) / MANIFEST).exists()
+    expect(lambda: doctor_stages(stored=stored, rounded=config is not None))
+    if stored:
+        with stage("loading"):
+            quantized = load(Path(name))
         example = example_inputs(quantized.signature, batch_size=1)
-        stored = (open_folder(name).manifest["program"] or {}).get("four_bit", "whole")
-        return diagnose(quantized.rounded, example, quantized.ranges or None, four_bit=stored)
+        program = open_folder(name).manifest["program"] or {}
+        return diagnose(
+            quantized.rounded,
+            example,
+            quantized.ranges or None,
+            four_bit=program.get("four_bit", "whole"),
+        )
     if config is not None:
         Form(backend="xnnpack", four_bit=four_bit).check(config)
-    source = load_with_calls(name, subfolder, variant, inputs)
-    graph_module = normalized(
-        source.model, source.example_inputs, config or MPQConfig(), fractional_timesteps=True
-    )
+    with stage("loading"):
+        source = load_with_calls(name, subfolder, variant, inputs)
+    with stage("tracing"):
+        graph_module = normalized(
+            source.model, source.example_inputs, config or MPQConfig(), fractional_timesteps=True
+        )
     example = example_inputs(graph_module.meta["signature"], batch_size=1)
     if config is None:
         return diagnose(graph_module, example)
     config.check_overrides(weight_layers(graph_module, embeddings=True))
     skipped = layer_limits(graph_module, config).skipped
-    ranges = plain_activations(graph_module, [example], config, Shards.of(1), skipped)
-    return diagnose(_rounded(graph_module, config), example, ranges, four_bit=four_bit)
+    with stage("plain rounding"):
+        ranges = plain_activations(graph_module, [example], config, Shards.of(1), skipped)
+        rounded = _rounded(graph_module, config)
+    return diagnose(rounded, example, ranges, four_bit=four_bit)
 
 
 def _rounded(graph_module: fx.GraphModule, config: MPQConfig) -> fx.GraphModule:

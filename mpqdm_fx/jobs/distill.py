@@ -1,7 +1,7 @@
 """From a quantized folder to a trained one."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from mpqdm_fx.processes import is_first
 from mpqdm_fx.progress import expect
 from mpqdm_fx.storage import load
 from mpqdm_fx.summary import read_summary
-from mpqdm_fx.validation import Some, checked
+from mpqdm_fx.validation import NonNegative, Some, checked
 
 __all__ = ["distill_folder"]
 
@@ -48,6 +48,7 @@ def distill_folder(
     device: str = "cpu",
     overwrite: bool = False,
     foretold: Callable[[TrainingEstimate], None] | None = None,
+    then: Mapping[str, NonNegative] | None = None,
 ) -> FolderResult | None:
     """Train a quantized folder against its float model, and write what comes out like `quantize`.
 
@@ -64,6 +65,7 @@ def distill_folder(
         device: Where to train.
         overwrite: Whether `output` may be a result that is replaced.
         foretold: Called with what the job will take, before it begins.
+        then: Seconds by stage of what the caller does behind it, for progress.
 
     Returns:
         What was made, a copy of `folder` where training did not help; None in the other processes
@@ -106,7 +108,8 @@ def distill_folder(
         config = replace(config, seconds=left)
     if foretold is not None and is_first():
         foretold(times)
-    expect(lambda: distill_stages(source, config, times, samples, form.backend))
+    stages = distill_stages(source, config, times, samples, form.backend)
+    expect(lambda: {**stages, **(then or {})})
     trained = distill(
         quantized,
         source.model,

@@ -1,61 +1,46 @@
 """A quantized folder against its float model, and what it must measure."""
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-
-from torch import Tensor
+from typing import Any
 
 from mpqdm_fx.denoisers import source_of
 from mpqdm_fx.folders import open_folder
 from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.jobs.calibration import held_out_of
+from mpqdm_fx.jobs.evaluation import (
+    BUNDLED,
+    PICTURE_METRICS,
+    Evaluation,
+    check_evaluated,
+    check_networks,
+    evaluated_metrics,
+)
+from mpqdm_fx.jobs.foretold import evaluate_stages
 from mpqdm_fx.jobs.result_folder import FolderResult
-from mpqdm_fx.models.bundled import load_digits_classifier
 from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.components import as_recorded
+from mpqdm_fx.progress import expect, stage
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.gates import (
     METRICS,
     Gate,
     Verdict,
-    check_measured,
     expected_summary,
     judge,
     summary_metrics,
 )
-from mpqdm_fx.report.metrics import (
-    EvaluationResult,
-    FeatureClassifier,
-    epsilon_sqnr,
-    evaluate_against,
-)
+from mpqdm_fx.report.metrics import EvaluationResult, epsilon_sqnr
 from mpqdm_fx.report.networks import Networks
 from mpqdm_fx.report.noise_levels import sqnr_by_noise_level
-from mpqdm_fx.report.reference import (
-    EVALUATION_SEED,
-    ReferenceRun,
-    reference_run,
-    run_reference,
-    shows_pictures,
-)
+from mpqdm_fx.report.reference import EVALUATION_SEED
 from mpqdm_fx.storage import load
 from mpqdm_fx.summary import SUMMARY, read_summary
 from mpqdm_fx.validation import Count, Seed, checked
 
-__all__ = [
-    "Evaluation",
-    "FolderEvaluation",
-    "check_gates",
-    "evaluate_folder",
-    "evaluated_metrics",
-    "judge_result",
-]
-
-_BUNDLED = "digits"
+__all__ = ["FolderEvaluation", "check_gates", "evaluate_folder", "gate_stages", "judge_result"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,97 +55,6 @@ class FolderEvaluation:
 
     metrics: dict[str, Any]
     verdicts: tuple[Verdict, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What the quantized models of one source are compared with, made once.
-
-    Attributes:
-        source: The float model.
-        run: What it does.
-        classifier: Judge of its samples; None where none is known.
-        networks: Further judges of pictures.
-    """
-
-    source: Source
-    run: ReferenceRun
-    classifier: FeatureClassifier | None
-    networks: Networks
-
-    @classmethod
-    def of(
-        cls, source: Source, *, num: int, steps: int, seed: int, networks: Networks | None = None
-    ) -> Self:
-        """Run the float model on held-out noise.
-
-        Args:
-            source: Model and scheduler.
-            num: Samples of the free-running metrics.
-            steps: Steps of the scheduler.
-            seed: Seed of noise and held-out trajectories.
-            networks: Further judges of pictures.
-
-        Raises:
-            ConfigError: The source has no scheduler to draw with.
-        """
-        model, scheduler = source.model, source.scheduler
-        classifier: FeatureClassifier | None = None
-        if source.name == _BUNDLED:
-            classifier = load_digits_classifier()
-            run = run_reference(
-                model, scheduler, num_samples=num, num_inference_steps=steps, seed=seed
-            )
-        else:
-            run = reference_run(
-                model,
-                scheduler,
-                held_out_of(source, steps=steps, seed=seed),
-                source.runs(num, seed + 1),
-                num,
-                sample_shape=source.sample_shape,
-                num_inference_steps=steps,
-                batch_size=16,
-                seed=seed,
-            )
-        return cls(source=source, run=run, classifier=classifier, networks=networks or Networks())
-
-    def draw(self, quantized: QuantizedModel) -> Tensor:
-        """A quantized model's samples [N, ...] from the noise of the float model's."""
-        return self.run.draw(quantized, self.source.scheduler)
-
-    def measure(self, quantized: QuantizedModel, images: Tensor | None = None) -> EvaluationResult:
-        """Compare a quantized model with the float one.
-
-        Args:
-            quantized: The model.
-            images: What `draw` gave for it, where it was drawn already.
-        """
-        return evaluate_against(
-            self.run,
-            quantized,
-            self.source.scheduler,
-            self.classifier,
-            networks=self.networks,
-            images=images,
-        )
-
-
-def evaluated_metrics(source: Source, networks: Networks | None = None) -> tuple[str, ...]:
-    """Names of the metrics that the evaluation of a source gives, as in `METRICS`.
-
-    Args:
-        source: The float model.
-        networks: Further judges of pictures.
-    """
-    if source.calls is not None or source.scheduler is None:
-        return ("epsilon_sqnr",)
-    names = ["epsilon_sqnr", "x0_sqnr"]
-    if shows_pictures(source.sample_shape) and importlib.util.find_spec("torchmetrics"):
-        names += ["psnr", "ssim", *(networks or Networks()).metrics]
-    if source.name == _BUNDLED:
-        names += ["accuracy", "frechet_distance", "kernel_distance"]
-    return tuple(names)
 
 
 @checked
@@ -193,19 +87,29 @@ def evaluate_folder(
         classifier is bundled too.
 
     Raises:
-        ConfigError: A gate cannot be judged, or the float model cannot be run.
+        ConfigError: A gate cannot be judged, a network has nothing to judge, or the float model
+            cannot be run.
     """
     opened = open_folder(folder)
     told = summary_metrics(read_summary(opened)) if SUMMARY in opened.files else {}
     source = source_of(folder, model)
+    if inputs is None and source.name != BUNDLED:
+        source = as_recorded(source, folder, model=model)
+    check_networks(networks, source, inputs=inputs)
     names = ("epsilon_sqnr",) if inputs is not None else evaluated_metrics(source, networks)
-    check_measured(gates, {*names, *told}, str(folder))
-    quantized = load(folder)
+    check_evaluated(gates, source, {*names, *told}, str(folder))
+    expect(
+        lambda: evaluate_stages(
+            source, num=num, steps=steps, own_calls=inputs is not None,
+            networks=bool(networks and networks.metrics),
+        )
+    )  # fmt: skip
+    with stage("loading"):
+        quantized = load(folder)
     if inputs is not None:
-        metrics = _compared(source, quantized, inputs)
+        with stage("comparing outputs"):
+            metrics = _compared(source, quantized, inputs)
     else:
-        if source.name != _BUNDLED:
-            source = as_recorded(source, folder, model=model)
         found = Evaluation.of(source, num=num, steps=steps, seed=seed, networks=networks)
         metrics = _told(found.measure(quantized))
     return FolderEvaluation(metrics=metrics, verdicts=judge(gates, {**told, **_known(metrics)}))
@@ -216,14 +120,15 @@ def check_gates(gates: Sequence[Gate], source: Source, backend: str) -> None:
 
     Args:
         gates: The gates.
-        source: The float model.
+        source: The float model, with the pipeline that it belongs to.
         backend: What the job writes for.
 
     Raises:
         ConfigError: A metric will not be there.
     """
     told = expected_summary(backend, drawn=source.scheduler is not None)
-    check_measured(gates, {*evaluated_metrics(source), *told}, f"{source.name} here")
+    measured = {*evaluated_metrics(source), *told}
+    check_evaluated(gates, source, measured, f"{source.name} here")
 
 
 def judge_result(
@@ -237,15 +142,44 @@ def judge_result(
         steps: Steps of the scheduler.
         num: Samples of the free-running metrics.
     """
-    source, measured = result.source, summary_metrics(result.summary)
+    measured = summary_metrics(result.summary)
     wanted = {gate.metric for gate in gates} - measured.keys()
+    if wanted:
+        with stage("gates"):
+            measured |= _wanted_of(result, wanted, steps=steps, num=num)
+    return judge(gates, measured)
+
+
+def gate_stages(
+    gates: Sequence[Gate], source: Source, *, steps: int = 20, num: int = 256
+) -> dict[str, float]:
+    """Seconds by stage of `judge_result`: one stage, or none where the summary has all numbers.
+
+    Args:
+        gates: The gates.
+        source: The float model, with the pipeline that it belongs to.
+        steps: Steps of the scheduler.
+        num: Samples of the free-running metrics.
+    """
+    wanted = {gate.metric for gate in gates if METRICS[gate.metric].source == "evaluation"}
+    if not wanted:
+        return {}
+    drawn = 0 if wanted == {"epsilon_sqnr"} else num
+    stages = evaluate_stages(source, num=drawn, steps=steps, own_calls=False, networks=False)
+    return {"gates": sum(stages.values())}
+
+
+def _wanted_of(result: FolderResult, wanted: set[str], *, steps: int, num: int) -> dict[str, float]:
+    """Metrics of an evaluation that has no more in it than what is asked for."""
+    source = result.source
     if wanted == {"epsilon_sqnr"}:
         held_out = held_out_of(source, steps=steps, seed=EVALUATION_SEED)
-        measured["epsilon_sqnr"] = epsilon_sqnr(source.model, result.quantized, held_out)
-    elif wanted:
-        found = Evaluation.of(source, num=num, steps=steps, seed=EVALUATION_SEED)
-        measured |= _known(_told(found.measure(result.quantized)))
-    return judge(gates, measured)
+        return {"epsilon_sqnr": epsilon_sqnr(source.model, result.quantized, held_out)}
+    found = Evaluation.of(
+        source, num=num, steps=steps, seed=EVALUATION_SEED,
+        pictures=not wanted.isdisjoint(PICTURE_METRICS),
+    )  # fmt: skip
+    return _known(_told(found.measure(result.quantized)))
 
 
 def _told(result: EvaluationResult) -> dict[str, Any]:

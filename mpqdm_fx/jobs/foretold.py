@@ -9,12 +9,25 @@ from collections.abc import Mapping
 from mpqdm_fx.calibration.activation_choice import options_of
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.jobs.calibration import HELD_OUT_RUNS
 from mpqdm_fx.jobs.estimate import Finish, TrainingEstimate
 from mpqdm_fx.jobs.report import renders
 from mpqdm_fx.jobs.result_folder import Form
 from mpqdm_fx.models.source import Source
 
-__all__ = ["distill_stages", "finish_stages", "folder_stages", "pareto_stages", "quantize_stages"]
+__all__ = [
+    "compare_stages",
+    "distill_stages",
+    "doctor_stages",
+    "drawing_stages",
+    "evaluate_stages",
+    "finish_stages",
+    "folder_stages",
+    "pareto_stages",
+    "quantize_stages",
+    "report_stages",
+    "sample_stages",
+]
 
 _TYPICAL: Mapping[str, float] = {
     "float model's runs": 3,
@@ -31,8 +44,16 @@ _TYPICAL: Mapping[str, float] = {
     "comparing forms": 55,
     "measuring": 15,
     "drawing": 2,
+    "decoding": 1,
     "peak memory": 25,
     "report": 10,
+    "loading": 4,
+    "comparing outputs": 4,
+    "metrics": 2,
+    "plain rounding": 1,
+    "exporting": 14,
+    "asking XNNPACK": 50,
+    "page": 3,
 }
 
 
@@ -40,6 +61,9 @@ _CALIBRATION = ("float model's runs", "tracing", "recording calls")
 _MEASURED = ("channels", "ranges", "sensitivities", "rounding errors")  # kept for all budgets
 _SOLVING = ("rounding", "judging")
 _JUDGING = 20.0  # pictures and metrics of a budget
+_ROW = 0.001  # one sample in one call of the float model; a quantized one takes the factor
+_QUANTIZED = 2.0
+_DECODED = 0.05  # one picture by a VAE
 
 
 def quantize_stages(
@@ -89,7 +113,8 @@ def pareto_stages(
         once = sum(own[name] for name in _MEASURED if name in own)
         stages |= begun if not place else {}
         stages[f"{budget:g} bits"] = solving + (0 if place else once) + _JUDGING
-    return stages | ({} if samples is None else folder_stages(source, form.backend, samples))
+    picked = {} if samples is None else folder_stages(source, form.backend, samples)
+    return stages | picked | {"page": _TYPICAL["page"]}
 
 
 def distill_stages(
@@ -126,6 +151,7 @@ def folder_stages(source: Source, backend: str, samples: int) -> dict[str, float
         "comparing forms": True,
         "measuring": True,
         "drawing": drawn and samples > 0,
+        "decoding": drawn and samples > 0 and source.is_decoded,
         "peak memory": drawn,
         "report": renders(),
     }
@@ -145,3 +171,102 @@ def finish_stages(found: Finish) -> dict[str, float]:
         "comparing forms": found.compare_seconds,
         **{name: factor * seconds for name, seconds in measuring.items()},
     }
+
+
+def evaluate_stages(
+    source: Source, *, num: int, steps: int, own_calls: bool, networks: bool
+) -> dict[str, float]:
+    """Seconds by stage of `evaluate_folder`, in running order, once the float model is loaded.
+
+    Args:
+        source: The float model, with the pipeline that it belongs to.
+        num: Samples of the free-running metrics.
+        steps: Steps of the scheduler.
+        own_calls: Whether outputs on calls of the user's own are compared, and nothing is drawn.
+        networks: Whether networks judge pictures.
+    """
+    if own_calls:
+        return {name: _TYPICAL[name] for name in ("loading", "comparing outputs")}
+    call = steps * _ROW * (2 if source.is_guided else 1)
+    held_out, drawn = HELD_OUT_RUNS * call, num * call
+    stages = {
+        "loading": _TYPICAL["loading"],
+        "float model's runs": held_out,
+        "float outputs": held_out,
+        "float samples": drawn,
+        "quantized samples": _QUANTIZED * drawn,
+        "quantized outputs": _QUANTIZED * held_out,
+        "decoding": 2 * num * _DECODED if source.is_decoded else 0.0,
+        "metrics": _TYPICAL["metrics"] * (10 if networks else 1),
+    }
+    return {name: seconds for name, seconds in stages.items() if seconds}
+
+
+def sample_stages(*, in_pipeline: bool) -> dict[str, float]:
+    """Seconds by stage of `mpqdm-fx sample`, in running order.
+
+    Args:
+        in_pipeline: As of `report_stages`.
+    """
+    stages = report_stages(measures=False, samples=True, in_pipeline=in_pipeline)
+    return {name: seconds for name, seconds in stages.items() if name != "page"}
+
+
+def drawing_stages(source: Source, *, num: int, steps: int) -> dict[str, float]:
+    """The same once what draws is loaded: drawing, and decoding.
+
+    Args:
+        source: What draws, with the pipeline that it belongs to.
+        num: Samples.
+        steps: Steps of the scheduler.
+    """
+    call = steps * _QUANTIZED * _ROW * (2 if source.is_guided else 1)
+    decoding = {"decoding": num * _DECODED} if source.is_decoded else {}
+    return {"drawing": num * call} | decoding
+
+
+def report_stages(*, measures: bool, samples: bool, in_pipeline: bool) -> dict[str, float]:
+    """Seconds by stage of `report_folder`, in running order.
+
+    Args:
+        measures: Whether the folder keeps no numbers, or others are asked for.
+        samples: Whether pictures are drawn.
+        in_pipeline: Whether its float model is part of a pipeline, which may decode them.
+    """
+    comes = {
+        "loading": True,
+        "comparing outputs": measures,
+        "drawing": samples,
+        "decoding": samples and in_pipeline,
+        "page": True,
+    }
+    return {name: _TYPICAL[name] for name, does in comes.items() if does}
+
+
+def compare_stages(folders: int, *, samples: int, in_pipeline: bool) -> dict[str, float]:
+    """Seconds by stage of `compare_folders`, in running order.
+
+    Args:
+        folders: Number of folders.
+        samples: Pictures of each.
+        in_pipeline: As of `report_stages`.
+    """
+    one = report_stages(measures=False, samples=samples > 0, in_pipeline=in_pipeline)
+    return {name: (1 if name == "page" else folders) * each for name, each in one.items()}
+
+
+def doctor_stages(*, stored: bool, rounded: bool) -> dict[str, float]:
+    """Seconds by stage of `diagnose_model`, in running order.
+
+    Args:
+        stored: Whether a folder's own model is judged.
+        rounded: Whether a float model is judged as it would be lowered.
+    """
+    comes = {
+        "loading": True,
+        "tracing": not stored,
+        "plain rounding": rounded and not stored,
+        "exporting": True,
+        "asking XNNPACK": True,
+    }
+    return {name: _TYPICAL[name] for name, does in comes.items() if does}

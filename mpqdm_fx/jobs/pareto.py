@@ -22,7 +22,7 @@ from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.jobs.budgets import STRIP, Judge, Point, read_point, smallest, write_point
 from mpqdm_fx.jobs.calibration import calibration_of
-from mpqdm_fx.jobs.evaluate import evaluated_metrics
+from mpqdm_fx.jobs.evaluation import check_evaluated, evaluated_metrics
 from mpqdm_fx.jobs.foretold import pareto_stages
 from mpqdm_fx.jobs.quantize import command_of
 from mpqdm_fx.jobs.report import can_render
@@ -30,7 +30,7 @@ from mpqdm_fx.jobs.result_folder import FolderResult, Form, write_folder
 from mpqdm_fx.jobs.unfinished import check_unfinished
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.quantized import PreparedModel
-from mpqdm_fx.report.gates import Gate, check_measured
+from mpqdm_fx.report.gates import Gate
 from mpqdm_fx.report.pareto_page import render_pareto
 from mpqdm_fx.report.reference import EVALUATION_SEED
 from mpqdm_fx.storage import load
@@ -206,7 +206,9 @@ def pareto_to_folder(
         form, config, bits, output, evaluation=evaluation, picks=pick is not None, resume=resume,
         overwrite=overwrite,
     )  # fmt: skip
-    check_measured(pick or (), pick_metrics(source, form), f"budgets of {source.name}")
+    check_evaluated(
+        pick or (), source, {*pick_metrics(source, form)}, f"budgets of {source.name}", "--pick"
+    )
     every = {budget: budget_settings(config, budget) for budget in sorted(bits)}
     for settings in every.values():
         check_feasible(
@@ -248,10 +250,11 @@ def pareto_to_folder(
         if chosen is not None:
             found = run.write_picked(chosen, stage)
             made = chosen, replace(found, directory=output / PICKED)
-        run.judge_of.write_strip(stage / STRIP)
         record = _record(source, config, points, pick, chosen, evaluation)
-        if can_render():
-            write_text(stage / PAGE, render_pareto(record, _strips(stage, points)))
+        with progress.stage("page"):
+            run.judge_of.write_strip(stage / STRIP)
+            if can_render():
+                write_text(stage / PAGE, render_pareto(record, _strips(stage, points)))
         content = seal({**plain(record), "files": listed_files(stage, PARETO)})
         write_text(stage / PARETO, json.dumps(content, indent=1, allow_nan=False))
     remove_folder(root)

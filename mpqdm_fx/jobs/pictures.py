@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import cycle, islice
 
 from torch import Tensor
 
@@ -71,8 +70,8 @@ def draw_pictures(
 
 def _labels(source: Source, num: int, seed: int) -> tuple[str, ...]:
     """What samples are asked to show; empty if nothing that can be told."""
-    if source.components is not None and source.components.prompts:
-        return tuple(islice(cycle(source.components.prompts), num))
+    if prompts := source.prompts(num):
+        return prompts
     if source.inputs is None or source.extra is not None:
         return ()
     classes = source.conditions(num, seed).get("class_labels")

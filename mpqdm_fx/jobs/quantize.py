@@ -1,5 +1,6 @@
 """From a float model to a folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.processes import is_first
 from mpqdm_fx.progress import expect
 from mpqdm_fx.sweep.checkpoint import HEADER
-from mpqdm_fx.validation import Bytes, Count, Some, checked
+from mpqdm_fx.validation import Bytes, Count, NonNegative, Some, checked
 from mpqdm_fx.versions import versions
 
 __all__ = ["check_start", "command_of", "quantize_to_folder"]
@@ -49,6 +50,7 @@ def quantize_to_folder(
     external_weights: bool = False,
     compress: bool = False,
     overwrite: bool = False,
+    then: Mapping[str, NonNegative] | None = None,
 ) -> FolderResult | None:
     """Quantize a source and write everything that belongs to it into one folder.
 
@@ -71,6 +73,7 @@ def quantize_to_folder(
         external_weights: Write the program's weights to a file of their own, `unet.ptd`.
         compress: Store the program's files as `.xz`, which are expanded when they are first run.
         overwrite: Whether `output` may be a result that is replaced.
+        then: Seconds by stage of what the caller does behind it, for progress.
 
     Returns:
         What was made; None in the other processes of a run with several, which write nothing.
@@ -82,7 +85,7 @@ def quantize_to_folder(
         backend=backend, four_bit=four_bit, external_weights=external_weights, compress=compress
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
-    expect(lambda: quantize_stages(source, config, backend, samples))
+    expect(lambda: {**quantize_stages(source, config, backend, samples), **(then or {})})
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
     solved = checkpoint_of(output)
     quantized = quantize(

@@ -23,6 +23,7 @@ from mpqdm_fx.folders import SCHEDULER_CONFIG, WEIGHTS, ModelFolder, open_folder
 from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.io.schema import validated
 from mpqdm_fx.jobs.calibration import held_out_of
+from mpqdm_fx.jobs.foretold import report_stages
 from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
 from mpqdm_fx.jobs.report import (
     can_render,
@@ -34,7 +35,8 @@ from mpqdm_fx.jobs.report import (
 )
 from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.source import Source
-from mpqdm_fx.pipelines.components import as_recorded
+from mpqdm_fx.pipelines.components import as_recorded, is_in_pipeline
+from mpqdm_fx.progress import expect, stage
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.records.report import QuantizationReport
 from mpqdm_fx.report.comparison import compare_all
@@ -102,6 +104,13 @@ def report_folder(
     Raises:
         ArtifactError: The folder or one of its files is damaged.
     """
+    expect(
+        lambda: report_stages(
+            measures=_measures(open_folder(directory), inputs, sensitivity),
+            samples=samples != 0,
+            in_pipeline=is_in_pipeline(directory, model),
+        )
+    )
     found = open_report(directory, model=model, inputs=inputs, sensitivity=sensitivity)
     stored = found.record.pictures
     if samples is None:
@@ -112,9 +121,10 @@ def report_folder(
     if drawn is None:
         missing["gallery"] = why
     record = found.record.model_copy(update={"pictures": pictures, "missing": missing})
-    page = render_report(record, gallery_of_drawn(drawn))
-    write_record(record, output.with_suffix(".json"))
-    write_text(output, page)
+    with stage("page"):
+        page = render_report(record, gallery_of_drawn(drawn))
+        write_record(record, output.with_suffix(".json"))
+        write_text(output, page)
     return record
 
 
@@ -170,16 +180,18 @@ def open_report(
         ConfigError: Calls are given, and the model cannot be run on them.
     """
     folder = open_folder(directory)
-    folder.files.check()
-    source, no_source = _source(folder, model)
-    quantized, not_loaded = _loaded(folder)
+    with stage("loading"):
+        folder.files.check()
+        source, no_source = _source(folder, model)
+        quantized, not_loaded = _loaded(folder)
     why = no_source or not_loaded
     if inputs is not None and why:
         raise ConfigError(f"nothing can be measured on --inputs {inputs}: {why}")
-    if RECORD in folder.files and inputs is None and sensitivity is None:
+    if not _measures(folder, inputs, sensitivity):
         record = validated(ReportRecord, folder.files.read_json(RECORD), folder.root / RECORD)
     else:
-        measured = _measured(quantized, source, inputs, sensitivity, why)
+        with stage("comparing outputs"):
+            measured = _measured(quantized, source, inputs, sensitivity, why)
         record = _record(folder, source, measured)
     if no_source:
         record = record.model_copy(update={"missing": {**record.missing, "float": no_source}})
@@ -227,6 +239,11 @@ def draw_folder(
         seed=seed,
     )
     return drawn, ""
+
+
+def _measures(folder: ModelFolder, inputs: str | None, sensitivity: Path | None) -> bool:
+    """Whether a folder keeps no numbers, or others are asked for."""
+    return RECORD not in folder.files or inputs is not None or sensitivity is not None
 
 
 def _source(folder: ModelFolder, model: str | None) -> tuple[Source | None, str]:

@@ -32,5 +32,13 @@ class Components(Protocol):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Conditions of so many runs over made ones, with the prompts and without them."""
 
+    @property
+    def decodes(self) -> bool:
+        """Whether samples are latents, and are decoded here."""
+
+    @property
+    def undecoded(self) -> str | None:
+        """Why samples that are latents are not decoded; None if they are, or are pixels."""
+
     def pictures(self, samples: Tensor) -> Tensor | None:
         """Latents as images; None if nothing decodes them."""

@@ -110,6 +110,7 @@ class ExtraChannels:
             num_inference_steps=_STEPS,
             seed=seed,
             conditions={**conditions, EXTRA_CHANNELS: self.nothing(noise)},
+            progress="drawing what is shown",
         )
         return self.of_samples(samples, generator)
 

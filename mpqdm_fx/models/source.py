@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS
 from mpqdm_fx.graph.containers import tensor_leaves
@@ -120,6 +122,53 @@ class Source:
             "guidance_scale": beside.guidance,
             "unconditional": negative,
         }
+
+    def prompts(self, count: int) -> tuple[str, ...]:
+        """What each of so many runs is told; empty where it is told no text.
+
+        Args:
+            count: Number of runs, of `runs` with seen prompts.
+        """
+        beside = self.components
+        return () if beside is None else tuple(islice(cycle(beside.prompts), count))
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether each sample has two rows of a call, one without its prompt."""
+        return self.components is not None and self.components.guidance is not None
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether samples are latents, and its pipeline's VAE is there to decode them."""
+        return self.components is not None and self.components.decodes
+
+    @property
+    def no_pictures(self) -> str | None:
+        """Why samples cannot be looked at; None if they are pictures, or latents that are decoded.
+
+        Pictures have three axes and 1 or 3 channels.
+        """
+        beside, shape = self.components, self.sample_shape
+        if self.is_decoded:
+            return None
+        if beside is not None and beside.undecoded is not None:
+            return beside.undecoded
+        if len(shape) == 3 and shape[0] in (1, 3):
+            return None
+        told = "x".join(map(str, shape)) or "unknown shape"
+        return f"samples of {told} are no pictures, and no pipeline's VAE decodes them"
+
+    def pictures(self, samples: Tensor) -> Tensor | None:
+        """Samples as pictures [N, 1 or 3, H, W], about -1 to 1; None where they cannot be.
+
+        Args:
+            samples: [N, *sample_shape], as the scheduler leaves them.
+        """
+        if self.no_pictures is not None:
+            return None
+        if self.components is None or not self.is_decoded:
+            return samples
+        return self.components.pictures(samples)
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from mpqdm_fx.models.model_config import read_model_config
 from mpqdm_fx.models.names import BUNDLED, check_name, is_function
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.models.weight_files import load_weights
+from mpqdm_fx.progress import stage
 
 __all__ = [
     "load_source",
@@ -69,8 +70,9 @@ def load_source(model: str, subfolder: str | None = None, variant: str | None = 
         raise ConfigError(
             f"{model} is a pipeline folder; say which part to quantize, e.g. --subfolder unet"
         )
-    scheduler = _scheduler_of(root)
-    loaded = _load_model(root / subfolder if subfolder else root, variant)
+    with stage("loading float model"):
+        scheduler = _scheduler_of(root)
+        loaded = _load_model(root / subfolder if subfolder else root, variant)
     return make_source(model, loaded, scheduler, root=root, variant=variant)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from mpqdm_fx import progress
 from mpqdm_fx.activations import DynamicActivation
 from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.backends.xnnpack.runner import sorted_entries
@@ -73,19 +74,21 @@ def verify(
     opened = open_folder(folder)
     if store:
         check_target(folder, overwrite=True)  # `rewritten_folder` would refuse it after the work
-    opened.files.check()
-    thresholds = None if store else _stored(opened)
-    runner = open_program(opened) if program_names(opened) else None
+    progress.expect(lambda: _stages(program=bool(program_names(opened)), store=store))
     module = model if isinstance(model, nn.Module) else None
-    quantized = load(folder, module)
     source = None
-    if module is None:
-        try:
-            source = _source(folder, model if isinstance(model, str) else None)
-        except ArtifactError as error:
-            if store:
-                raise
-            logger.warning("%s", error)
+    with progress.stage("loading"):
+        opened.files.check()
+        thresholds = None if store else _stored(opened)
+        runner = open_program(opened) if program_names(opened) else None
+        quantized = load(folder, module)
+        if module is None:
+            try:
+                source = _source(folder, model if isinstance(model, str) else None)
+            except ArtifactError as error:
+                if store:
+                    raise
+                logger.warning("%s", error)
     floats = source.model if source is not None else module
     if thresholds is not None:
         with opened.files.opened(INPUTS) as file:
@@ -97,9 +100,10 @@ def verify(
             if source is not None
             else random_calls(quantized.signature)
         )
-    graphs = (
-        None if runner is None else _program_graphs(quantized, opened.manifest["program"] or {})
-    )
+    graphs = None
+    if runner is not None:
+        with progress.stage("exporting"):
+            graphs = _program_graphs(quantized, opened.manifest["program"] or {})
     measured = _measure(quantized, calls, floats, outputs, runner, graphs, stability=store)
     if thresholds is None:
         with rewritten_folder(folder) as stage:
@@ -147,6 +151,18 @@ def store_parity(
     return _store(measured, calls, folder).judge(measured.ladder)
 
 
+def _stages(*, program: bool, store: bool) -> dict[str, float]:
+    """Seconds by stage of `verify`, in running order, of the bundled model."""
+    comes = {
+        "loading": 6.0,
+        "float model's runs": 1.0 if store else 0.0,
+        "exporting": 50.0 if program else 0.0,
+        "tracing": 6.0,
+        "comparing forms": (6.0 if program else 1.5) * (4 if store else 1),
+    }
+    return {name: seconds for name, seconds in comes.items() if seconds}
+
+
 def _measure(
     quantized: QuantizedModel,
     calls: Sequence[Call],
@@ -169,7 +185,8 @@ def _measure(
     else:
         graph = floats
         if graph is None:
-            graph = in_form_of(quantized, model, example_call(signature))
+            with progress.stage("tracing"):
+                graph = in_form_of(quantized, model, example_call(signature))
         forms.append(Form(name="float", graph=graph))
     forms.append(Form(name="quantized", graph=_graph(quantized)))
     if runner is None:

@@ -7,7 +7,7 @@ long as it is needed: the text encoders until the prompts are encoded, the VAE f
 import importlib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -33,8 +33,16 @@ from mpqdm_fx.pipelines.folder import INDEX, load_model, load_pipeline, read_ind
 from mpqdm_fx.pipelines.layout import SUPPORTED
 from mpqdm_fx.pipelines.parts import ImageDecoder
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
+from mpqdm_fx.progress import stage
 
-__all__ = ["PipelineComponents", "as_drawn", "as_recorded", "in_pipeline"]
+__all__ = [
+    "PipelineComponents",
+    "as_drawn",
+    "as_recorded",
+    "in_pipeline",
+    "is_drawn_by_pipeline",
+    "is_in_pipeline",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +101,22 @@ class PipelineComponents:
         return self.scale if self.scale > 1 and self._width is None and self.prompts else None
 
     @property
+    def decodes(self) -> bool:
+        """Whether samples are latents, and the pipeline's VAE is there to decode them."""
+        return self._decoder() is not None
+
+    @property
+    def undecoded(self) -> str | None:
+        """Why samples that are latents are not decoded; None if they are, or are pixels."""
+        name = next((name for name in _DECODERS if self._has(name)), None)
+        if name is None or self.decodes:
+            return None
+        owner = self._index.get("_class_name")
+        if not (self._root / name).is_dir():
+            return f"the {owner}'s folder lacks its {name}"
+        return f"the {owner}'s {name} does not decode {self._shape[0]} channels"
+
+    @property
     def context_length(self) -> int | None:
         """Tokens of an encoded prompt; None where nothing encodes them."""
         if not self.prompts:
@@ -132,8 +156,12 @@ class PipelineComponents:
         if found is None:
             return None
         decoder = ImageDecoder(load_model(self._root / found[0], self._variant)).eval()
-        with torch.no_grad():
-            return torch.cat([decoder(rows) for rows in torch.split(samples.float(), _DECODED)])
+        images = []
+        with torch.no_grad(), stage("decoding", len(samples), unit="picture") as advance:
+            for rows in torch.split(samples.float(), _DECODED):
+                images.append(decoder(rows))
+                advance(len(rows))
+        return torch.cat(images)
 
     def _refusal(self, base: Mapping[str, Any]) -> str | None:
         """Why the pipeline's text encoders cannot condition the denoiser, if they cannot."""
@@ -167,11 +195,15 @@ class PipelineComponents:
         if not missing:
             return
         logger.info("encoding %d prompts", len(missing))
+        with stage("encoding prompts", len(missing), unit="prompt") as advance:
+            self._encode_all(missing, advance)
+
+    def _encode_all(self, prompts: Sequence[str], advance: Callable[[], None]) -> None:
         pipeline = load_pipeline(
             self._root, self._index, variant=self._variant,
             leave_out=lambda part: not part.startswith(("text_encoder", "tokenizer", "scheduler")),
         )  # fmt: skip
-        for prompt in missing:
+        for prompt in prompts:
             try:
                 self._encoded[prompt] = encode_prompts(pipeline, [prompt])
             except (AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -179,6 +211,7 @@ class PipelineComponents:
                     f"{self._root}: {self._index['_class_name']}.encode_prompt failed: "
                     f"{first_line(error)}"
                 ) from error
+            advance()
 
     def _class(self) -> Any:
         diffusers: Any = importlib.import_module("diffusers")
@@ -261,16 +294,42 @@ def as_recorded(
         ConfigError: Prompts or guidance are given, and there is no text encoder for them.
         ArtifactError: See `PipelineComponents`.
     """
-    origin = origin_of(folder)
-    place = model or origin.model
-    if prompts is None and guidance is None and not (Path(place) / INDEX).is_file():
+    if prompts is None and guidance is None and not is_in_pipeline(folder, model):
         return source
+    origin = origin_of(folder, model)
+    place = model or origin.model
     return in_pipeline(
         source,
         model=place,
         prompts=origin.prompts if prompts is None else prompts,
         guidance=origin.guidance if guidance is None else guidance,
     )
+
+
+def is_in_pipeline(folder: Path, model: str | None = None) -> bool:
+    """Whether a folder's model came from a pipeline that is there; nothing is loaded.
+
+    Args:
+        folder: Folder written by `quantize`.
+        model: Where the pipeline is, if not where the folder says.
+    """
+    told = model is not None or SOURCE in open_folder(folder).files
+    return told and (Path(model or origin_of(folder).model) / INDEX).is_file()
+
+
+def is_drawn_by_pipeline(name: str) -> bool:
+    """Whether `as_drawn` finds a pipeline; nothing is loaded.
+
+    Args:
+        name: As of `as_drawn`.
+    """
+    return (
+        is_in_pipeline(Path(name)) if _says_origin(Path(name)) else (Path(name) / INDEX).is_file()
+    )
+
+
+def _says_origin(folder: Path) -> bool:
+    return (folder / MANIFEST).exists() and SOURCE in open_folder(folder).files
 
 
 def as_drawn(
@@ -284,7 +343,7 @@ def as_drawn(
         prompts: To draw; None takes what the folder was calibrated on.
         guidance: Guidance scale; None takes what the folder was calibrated with.
     """
-    if (Path(name) / MANIFEST).exists() and SOURCE in open_folder(Path(name)).files:
+    if _says_origin(Path(name)):
         return as_recorded(source, Path(name), prompts=prompts, guidance=guidance)
     return in_pipeline(source, prompts=prompts, guidance=guidance)
 

@@ -18,7 +18,15 @@ from mpqdm_fx.models.classes import diffusers_class, is_model_class
 from mpqdm_fx.models.model_config import read_model_config
 from mpqdm_fx.models.weight_files import load_weights, refuse_missing
 
-__all__ = ["INDEX", "load_model", "load_part", "load_pipeline", "part_class", "read_index"]
+__all__ = [
+    "INDEX",
+    "load_encoder",
+    "load_model",
+    "load_part",
+    "load_pipeline",
+    "part_class",
+    "read_index",
+]
 
 INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers", "mpqdm_fx.component")
@@ -153,11 +161,20 @@ def _loaded(folder: Path, library: str, name: str, variant: str | None) -> Any:
     """A component with weights, every one of them from its files; None for other components."""
     if library == "diffusers" and is_model_class(name):
         return load_model(folder, variant)
-    return _encoder(folder, name, variant) if library == "transformers" else None
+    return load_encoder(folder, name, variant) if library == "transformers" else None
 
 
-def _encoder(folder: Path, name: str, variant: str | None) -> Any:
-    """A model of transformers; None for a tokenizer and the like."""
+def load_encoder(folder: Path, name: str, variant: str | None) -> Any:
+    """A model of transformers in evaluation mode, float32; None for a tokenizer and the like.
+
+    Args:
+        folder: Where it is.
+        name: Its class.
+        variant: Variant of its weight files, if it has it.
+
+    Raises:
+        ArtifactError: It cannot be loaded, or lacks weights.
+    """
     transformers: Any = importlib.import_module("transformers")
     found: Any = getattr(transformers, name, None)
     is_model = inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)

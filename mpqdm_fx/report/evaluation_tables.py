@@ -84,6 +84,7 @@ def shown(metric: str, value: float) -> str:
 
 
 def _words(name: str, value: float, metrics: Mapping[str, Any]) -> str:
-    if name == "accuracy" and "reference_accuracy" in metrics:
-        return f"float: {shown('accuracy', metrics['reference_accuracy'])}"
+    floats = metrics.get(f"reference_{name}")
+    if floats is not None:
+        return f"float: {shown(name, floats)}"
     return word_of(name, value)

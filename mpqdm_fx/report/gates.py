@@ -76,7 +76,7 @@ def _metrics() -> Iterable[Metric]:
     for name, unit, direction, source, meaning in (
         ("epsilon_sqnr", "dB", "up", "evaluation", "one call against float, same inputs"),
         ("x0_sqnr", "dB", "up", "evaluation", "samples against float, same noise"),
-        ("psnr", "dB", "up", "evaluation", "these samples as pictures (no latents)"),
+        ("psnr", "dB", "up", "evaluation", "these samples as pictures, latents decoded"),
         ("ssim", "", "up", "evaluation", "likeness of these pictures, up to 1"),
         ("accuracy", "share", "up", "evaluation", "samples that show their class (digits)"),
         ("frechet_distance", "", "down", "evaluation", "FD of a classifier's features (digits)"),
@@ -84,6 +84,7 @@ def _metrics() -> Iterable[Metric]:
         ("inception_distance", "", "down", "evaluation", "FID, with --inception PATH"),
         ("inception_kernel_distance", "", "down", "evaluation", "KID, with --inception PATH"),
         ("lpips", "", "down", "evaluation", "perceptual distance, with --lpips PATH"),
+        ("clip_score", "", "up", "evaluation", "pictures and prompts, with --clip PATH"),
         ("backend_sqnr", "dB", "up", "summary", "as epsilon_sqnr, of what the backend runs"),
         ("bytes", "bytes", "down", "summary", "program and its weights; else packed ones"),
         ("parameter_bytes", "bytes", "down", "summary", "codes, scales, tables, what is float"),
@@ -244,13 +245,16 @@ def parse_gates(texts: Iterable[str] | None, option: str = "--gate") -> tuple[Ga
     return tuple(parse_gate(text, option) for text in texts or ())
 
 
-def check_measured(gates: Iterable[Gate], measured: Collection[str], what: str) -> None:
+def check_measured(
+    gates: Iterable[Gate], measured: Collection[str], what: str, option: str = "--gate"
+) -> None:
     """Refuse gates on metrics that will not be measured, before anything is.
 
     Args:
         gates: The gates.
         measured: Names of the metrics that will be there.
         what: What is measured, for the message.
+        option: Where gates were typed, for the message.
 
     Raises:
         ConfigError: A metric will not be there.
@@ -259,8 +263,8 @@ def check_measured(gates: Iterable[Gate], measured: Collection[str], what: str) 
         if gate.metric not in measured:
             known = ", ".join(name for name in METRICS if name in measured)
             raise ConfigError(
-                f"--gate {gate}: {gate.metric} ({METRICS[gate.metric].meaning}) is not measured of "
-                f"{what}; measured are: {known}"
+                f"{option} {gate}: {gate.metric} ({METRICS[gate.metric].meaning}) is not measured "
+                f"of {what}; measured are: {known}"
             )
 
 

@@ -2,16 +2,17 @@
 
 Several numbers, because none is enough alone: `epsilon_sqnr` feeds both models the same inputs
 (teacher forcing) and resolves small differences; `x0_sqnr` lets both run freely from the same
-noise, `psnr` and `ssim` look at the same samples as pictures; the paired Frechet distance (Heusel
-et al. 2017, equation 6) and the kernel distance compare the sets of samples in a classifier's
-features; the accuracy says whether the samples still show their class. `gates.METRICS` lists them.
+noise, `psnr` and `ssim` look at the same samples as pictures, latents decoded; the paired Frechet
+distance (Heusel et al. 2017, equation 6) and the kernel distance compare the sets of samples in a
+classifier's features; the accuracy says whether the samples still show their class.
+`gates.METRICS` lists them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,20 +20,22 @@ from torch import Tensor
 
 from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.samplers import Denoiser
-from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.progress import stage
 from mpqdm_fx.report.networks import Networks
 from mpqdm_fx.report.reference import (
     EVALUATION_SEED,
+    Decode,
     ReferenceRun,
     outputs_of,
     run_reference,
-    shows_pictures,
 )
 from mpqdm_fx.report.sample_metrics import (
     class_accuracy,
     frechet_distance,
     kernel_distance,
+    measures_pictures,
     psnr,
     ssim,
     x0_sqnr,
@@ -74,6 +77,8 @@ class EvaluationResult:
         inception_distance: Frechet distance (FID) in Inception's features.
         inception_kernel_distance: Kernel distance (KID) in Inception's features.
         lpips: Mean perceptual distance of the samples as pictures, pair by pair.
+        clip_score: Mean likeness of the quantized model's pictures and their prompts, 0..100.
+        reference_clip_score: The same of the float model's pictures.
         num_samples: Samples drawn from each model.
         num_inference_steps: Steps of the schedule; None with a `Sampler`.
         seed: Of the evaluation.
@@ -90,6 +95,8 @@ class EvaluationResult:
     inception_distance: float | None = None
     inception_kernel_distance: float | None = None
     lpips: float | None = None
+    clip_score: float | None = None
+    reference_clip_score: float | None = None
     num_samples: int
     num_inference_steps: int | None
     seed: int
@@ -145,46 +152,78 @@ def evaluate_against(
         images: What `run.draw` gave for the quantized model, where it was drawn already.
 
     Returns:
-        What was measured; samples that are no pictures have no metrics of pictures.
+        What was measured; samples that are no pictures have no metrics of pictures, and none has
+        them where torchmetrics is not installed.
 
     Raises:
         CalibrationError: The model returns no tensor.
-        ConfigError: torchmetrics is missing, or a network does not take the samples.
+        ConfigError: A network does not take the samples, or they are no pictures or were told no
+            text, which it judges; with a classifier, torchmetrics is missing.
     """
     if images is None:
         images = run.draw(quantized, scheduler)
-    found: dict[str, float] = {}
-    if shows_pictures(tuple(images.shape[1:])):
-        found |= {"psnr": psnr(run.images, images), "ssim": ssim(run.images, images)}
-    if classifier is not None:
-        labels = run.runs["conditions"]["class_labels"]
-        features = classifier.features(run.images), classifier.features(images)
-        found |= {
-            "frechet_distance": frechet_distance(*features),
-            "kernel_distance": kernel_distance(*features),
-            "accuracy": class_accuracy(classifier(images), labels),
-            "reference_accuracy": class_accuracy(classifier(run.images), labels),
-        }
+    outputs = outputs_of(quantized, run.inputs, "quantized outputs")
+    shown = _shown(run, images, networks or Networks())
+    with stage("metrics"):
+        found = _of_pictures(run.prompts, shown, networks or Networks())
+        if classifier is not None:
+            found |= _of_classes(run, images, classifier)
     return EvaluationResult(
-        epsilon_sqnr=_sqnr_of_batches(run.outputs, outputs_of(quantized, run.inputs)),
+        epsilon_sqnr=_sqnr_of_batches(run.outputs, outputs),
         x0_sqnr=x0_sqnr(run.images, images),
         num_samples=len(run.images),
         num_inference_steps=run.num_inference_steps,
         seed=run.seed,
         **found,
-        **_judged_by(networks or Networks(), run.images, images),
     )
 
 
-def _judged_by(networks: Networks, expected: Tensor, found: Tensor) -> dict[str, float]:
-    """Metrics of pictures by the networks that are there."""
-    metrics: dict[str, float] = {}
+def _of_classes(
+    run: ReferenceRun, images: Tensor, classifier: FeatureClassifier
+) -> dict[str, float]:
+    """Metrics of samples that are to show classes."""
+    labels = run.runs["conditions"]["class_labels"]
+    features = classifier.features(run.images), classifier.features(images)
+    return {
+        "frechet_distance": frechet_distance(*features),
+        "kernel_distance": kernel_distance(*features),
+        "accuracy": class_accuracy(classifier(images), labels),
+        "reference_accuracy": class_accuracy(classifier(run.images), labels),
+    }
+
+
+def _shown(run: ReferenceRun, images: Tensor, networks: Networks) -> tuple[Tensor, Tensor] | None:
+    """Samples of the float model, and of the other one, as pictures; None if they are none."""
+    if not networks.metrics and not measures_pictures():
+        return None
+    expected, found = run.pictures, run.as_pictures(images)
+    if expected is not None and found is not None:
+        return expected, found
+    if networks.metrics:
+        raise ConfigError(
+            f"{', '.join(networks.metrics)}: samples of {tuple(images.shape[1:])} are no pictures; "
+            f"if they are latents, give `decode` where the float model is run"
+        )
+    return None
+
+
+def _of_pictures(
+    prompts: Sequence[str], shown: tuple[Tensor, Tensor] | None, networks: Networks
+) -> dict[str, float]:
+    """Metrics of pictures, also by the networks that are there."""
+    if shown is None:
+        return {}
+    expected, found = shown
+    metrics = {"psnr": psnr(expected, found), "ssim": ssim(expected, found)}
     if "inception_distance" in networks.metrics:
         features = tuple(networks.inception_features(each) for each in (expected, found))
         metrics["inception_distance"] = frechet_distance(*features)
         metrics["inception_kernel_distance"] = kernel_distance(*features)
     if "lpips" in networks.metrics:
         metrics["lpips"] = networks.perceptual_distance(expected, found)
+    if "clip_score" in networks.metrics:
+        metrics["clip_score"] = networks.clip_score(found, prompts)
+        metrics["reference_clip_score"] = networks.clip_score(expected, prompts)
     return metrics
 
 
@@ -200,6 +239,7 @@ def evaluate_denoiser(
     num_inference_steps: Count | None = None,
     batch_size: Count = 32,
     seed: Seed = EVALUATION_SEED,
+    decode: Decode | None = None,
 ) -> EvaluationResult:
     """Measure a quantized class-conditional denoiser against the float one.
 
@@ -214,6 +254,7 @@ def evaluate_denoiser(
         num_inference_steps: steps of the schedule, by default 20; a sampler has its own.
         batch_size: rows in a call.
         seed: must differ from the calibration's.
+        decode: makes pictures of samples that are latents, as of `ReferenceRun`.
 
     Returns:
         The numbers. To measure many models, use `run_reference` once and `evaluate_against`.
@@ -227,6 +268,7 @@ def evaluate_denoiser(
         num_inference_steps=num_inference_steps,
         batch_size=batch_size,
         seed=seed,
+        decode=decode,
     )
     return evaluate_against(run, quantized, scheduler, classifier)
 

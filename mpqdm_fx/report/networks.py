@@ -1,10 +1,11 @@
-"""Networks that judge pictures, from files on the disk: Inception's features, and LPIPS.
+"""Networks that judge pictures, from files on the disk: Inception's features, LPIPS, and CLIP.
 
-Both are the TorchScript files that came with StyleGAN2-ADA, `inception-2015-12-05.pt` and
-`vgg16.pt`: each runs by itself, without torchvision. Nothing is downloaded.
+The first two are the TorchScript files that came with StyleGAN2-ADA, `inception-2015-12-05.pt` and
+`vgg16.pt`: each runs by itself, without torchvision; CLIP is of transformers (`clip.ClipScore`).
+Nothing is downloaded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ class Networks:
             features [N, D]; None for no such network.
         perceptual: Called with pictures of 0..255 [N, 3, H, W], `resize_images=False` and
             `return_lpips=True`, it returns [N, D], whose squared distance is LPIPS.
+        clip: Called with uint8 pictures [N, 3, H, W] and N texts, it returns their CLIP score.
     """
 
     def __init__(
         self,
         inception: Callable[..., Tensor] | None = None,
         perceptual: Callable[..., Tensor] | None = None,
+        clip: Callable[[Tensor, Sequence[str]], float] | None = None,
     ) -> None:
         self._inception = inception
         self._perceptual = perceptual
+        self._clip = clip
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -43,6 +47,7 @@ class Networks:
             "inception_distance": self._inception,
             "inception_kernel_distance": self._inception,
             "lpips": self._perceptual,
+            "clip_score": self._clip,
         }
         return tuple(name for name, network in given.items() if network is not None)
 
@@ -79,8 +84,32 @@ class Networks:
         )
         return float((expected.double() - found.double()).square().sum(dim=1).mean())
 
+    @torch.no_grad()
+    def clip_score(self, images: Tensor, prompts: Sequence[str]) -> float:
+        """CLIP score (Hessel et al. 2021) of pictures [N, 1 or 3, H, W] in [-1, 1], 0..100.
 
-def open_networks(inception: Path | None = None, lpips: Path | None = None) -> Networks:
+        Args:
+            images: The pictures.
+            prompts: What each is to show.
+
+        Raises:
+            ConfigError: The network is not there, or there is not one prompt a picture.
+        """
+        if self._clip is None:
+            raise ConfigError("--clip PATH is missing: the network's folder")
+        if len(prompts) != len(images):
+            raise ConfigError(
+                f"clip_score: {len(images)} pictures and {len(prompts)} prompts; CLIP compares "
+                f"each picture with its own"
+            )
+        return self._clip(_coloured(images).round().to(torch.uint8), prompts)
+
+
+def open_networks(
+    inception: Path | None = None,
+    lpips: Path | None = None,
+    clip: Callable[[Tensor, Sequence[str]], float] | None = None,
+) -> Networks:
     """Load the networks that are named.
 
     A TorchScript file is a program: open only files of people whom you trust.
@@ -88,11 +117,12 @@ def open_networks(inception: Path | None = None, lpips: Path | None = None) -> N
     Args:
         inception: File of Inception's features.
         lpips: File of LPIPS.
+        clip: What `pipelines.clip.open_clip` opened.
 
     Raises:
         ArtifactError: A file is missing, or no TorchScript.
     """
-    return Networks(_opened(inception, "--inception"), _opened(lpips, "--lpips"))
+    return Networks(_opened(inception, "--inception"), _opened(lpips, "--lpips"), clip)
 
 
 def _opened(path: Path | None, option: str) -> Any:

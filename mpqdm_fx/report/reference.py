@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,16 +15,21 @@ from mpqdm_fx.calibration.samplers import Denoiser, first_tensor, is_sampler
 from mpqdm_fx.calibration.sampling import denoise_in_batches
 from mpqdm_fx.calibration.trajectories import Trajectories, balanced_class_labels
 from mpqdm_fx.graph.entry import in_float32
+from mpqdm_fx.progress import tracked
 from mpqdm_fx.validation import Count, Seed, checked
 
 __all__ = [
     "EVALUATION_SEED",
+    "Decode",
     "ReferenceRun",
     "outputs_of",
     "reference_run",
     "run_reference",
     "shows_pictures",
 ]
+
+Decode = Callable[[Tensor], Tensor | None]
+"""Makes pictures of samples."""
 
 EVALUATION_SEED = 90_000
 """Default seed of evaluations, far from the small numbers that calibration uses."""
@@ -42,6 +48,9 @@ class ReferenceRun:
         num_inference_steps: Steps of the schedule; None with a `Sampler`.
         batch_size: Rows in a batch.
         seed: Of noise and trajectories; samples have the next one.
+        decode: Makes pictures [N, 1 or 3, H, W] in about -1..1 of samples, or None of what is no
+            picture; None shows samples themselves, where they look like pictures.
+        prompts: What each sample was told; empty where it was told no text.
     """
 
     inputs: tuple[Mapping[str, Any], ...]
@@ -51,9 +60,25 @@ class ReferenceRun:
     num_inference_steps: int | None
     batch_size: int
     seed: int
+    decode: Decode | None = None
+    prompts: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def pictures(self) -> Tensor | None:
+        """`images` as pictures; None if they are none."""
+        return self.as_pictures(self.images)
+
+    def as_pictures(self, images: Tensor) -> Tensor | None:
+        """Samples of any model as pictures; None if they are none, or smaller than a window.
+
+        Args:
+            images: [N, ...], what `draw` gave.
+        """
+        found = images if self.decode is None else self.decode(images)
+        return found if found is not None and shows_pictures(tuple(found.shape[1:])) else None
 
     def draw(self, model: Denoiser, scheduler: Any) -> Tensor:
-        """A model's samples [N, ...] from the noise and under the conditions of `images`."""
+        """A quantized model's samples [N, ...], of the noise and conditions of `images`."""
         return _draw(
             model,
             scheduler,
@@ -63,11 +88,12 @@ class ReferenceRun:
             num_inference_steps=self.num_inference_steps,
             batch_size=self.batch_size,
             seed=self.seed + 1,
+            progress="quantized samples",
         )
 
 
 def shows_pictures(sample_shape: tuple[int, ...]) -> bool:
-    """Whether samples of a shape [C, H, W] are pictures of a window's size at least, not latents.
+    """Whether a shape [C, H, W] is that of pictures of a window's size at least.
 
     Args:
         sample_shape: Of one sample.
@@ -87,6 +113,7 @@ def run_reference(
     rows_per_timestep: Count = 12,
     batch_size: Count = 32,
     seed: Seed = EVALUATION_SEED,
+    decode: Decode | None = None,
 ) -> ReferenceRun:
     """Run the float model once: held-out trajectories, and samples with balanced classes.
 
@@ -100,6 +127,7 @@ def run_reference(
         rows_per_timestep: held-out inputs at each timestep.
         batch_size: rows in a batch.
         seed: must differ from the calibration's: then noise and trajectories are held out.
+        decode: makes pictures of samples that are latents, as of `ReferenceRun`.
 
     Returns:
         The run.
@@ -127,6 +155,7 @@ def run_reference(
         num_inference_steps=num_inference_steps,
         batch_size=batch_size,
         seed=seed,
+        decode=decode,
     )
 
 
@@ -141,6 +170,8 @@ def reference_run(
     num_inference_steps: int | None,
     batch_size: int,
     seed: int,
+    decode: Decode | None = None,
+    prompts: tuple[str, ...] = (),
 ) -> ReferenceRun:
     """Run the float model once, on inputs that are there and under conditions of any kind.
 
@@ -154,29 +185,42 @@ def reference_run(
         num_inference_steps: Steps of the schedule; None with a `Sampler`.
         batch_size: Rows in a batch.
         seed: Of the evaluation; the samples' noise has the next one.
+        decode: As of `ReferenceRun`.
+        prompts: What each sample is told, as of `ReferenceRun`.
     """
     batches = tuple(inputs)
     shape, steps = sample_shape, num_inference_steps
     return ReferenceRun(
         inputs=batches,
-        outputs=tuple(outputs_of(reference, batches)),
+        outputs=tuple(outputs_of(reference, batches, "float outputs")),
         images=_draw(
             reference, scheduler, runs, num_samples, sample_shape=shape,
             num_inference_steps=steps, batch_size=batch_size, seed=seed + 1,
+            progress="float samples",
         ),
         runs=runs,
         num_inference_steps=num_inference_steps,
         batch_size=batch_size,
         seed=seed,
+        decode=decode,
+        prompts=prompts,
     )  # fmt: skip
 
 
 @plain_torch()
 @torch.no_grad()
-def outputs_of(model: Denoiser, batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
-    """A model's output [batch, ...] for each batch of keyword arguments, computed in float32."""
+def outputs_of(
+    model: Denoiser, batches: Iterable[Mapping[str, Any]], progress: str | None = None
+) -> list[Tensor]:
+    """A model's output [batch, ...] for each batch of keyword arguments, computed in float32.
+
+    Args:
+        model: The model.
+        batches: The arguments.
+        progress: Name of the stage that tells of the batches; None tells of none.
+    """
     model = in_float32(model)
-    return [first_tensor(model(**batch)) for batch in batches]
+    return [first_tensor(model(**batch)) for batch in tracked(batches, progress)]
 
 
 def _draw(
@@ -189,6 +233,7 @@ def _draw(
     seed: int,
     num_inference_steps: int | None,
     batch_size: int,
+    progress: str,
 ) -> Tensor:
     noise = torch.randn(count, *sample_shape, generator=torch.Generator().manual_seed(seed))
     return denoise_in_batches(
@@ -198,5 +243,6 @@ def _draw(
         num_inference_steps=num_inference_steps,
         seed=seed,
         batch_size=batch_size,
+        progress=progress,
         **runs,
     )

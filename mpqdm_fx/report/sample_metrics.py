@@ -1,6 +1,6 @@
 """Numbers of two sets of samples, by torchmetrics: distances of features, likeness of pictures."""
 
-import importlib
+import importlib.util
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from mpqdm_fx.numerics.metrics import sqnr_db
 __all__ = [
     "class_accuracy",
     "frechet_distance",
+    "from_torchmetrics",
     "kernel_distance",
+    "measures_pictures",
     "psnr",
     "ssim",
     "structural_window",
@@ -21,6 +23,12 @@ __all__ = [
 
 _WINDOW = 11  # pixels of a side, and its Gaussian's deviation: Wang et al. 2004
 _DEVIATION = 1.5
+_BATCH = 16
+
+
+def measures_pictures() -> bool:
+    """Whether what measures pictures is installed: torchmetrics."""
+    return importlib.util.find_spec("torchmetrics") is not None
 
 
 def x0_sqnr(reference_images: Tensor, images: Tensor) -> float:
@@ -57,7 +65,7 @@ def frechet_distance(reference_features: Tensor, features: Tensor) -> float:
         ConfigError: torchmetrics is missing, or the shapes do not fit.
     """
     _check_features("frechet_distance", reference_features, features)
-    kind = _torchmetrics("image.fid", "FrechetInceptionDistance")
+    kind = from_torchmetrics("image.fid", "FrechetInceptionDistance")
     metric = kind(feature=_PassFeatures(reference_features.shape[1]), normalize=True)
     metric.set_dtype(torch.float64)
     metric.update(reference_features.detach().double(), real=True)
@@ -85,7 +93,7 @@ def kernel_distance(reference_features: Tensor, features: Tensor) -> float:
         ConfigError: torchmetrics is missing, or the shapes do not fit.
     """
     _check_features("kernel_distance", reference_features, features)
-    kernel = _torchmetrics("image.kid", "poly_kernel")
+    kernel = from_torchmetrics("image.kid", "poly_kernel")
     expected, found = reference_features.detach().double(), features.detach().double()
     own = kernel(expected, expected).mean() + kernel(found, found).mean()
     return max(0.0, float(own - 2 * kernel(expected, found).mean()))
@@ -105,9 +113,9 @@ def psnr(reference_images: Tensor, images: Tensor) -> float:
     Raises:
         ConfigError: torchmetrics is missing, or the shapes do not fit.
     """
-    expected, found = _pictures("psnr", reference_images, images)
-    kind = _torchmetrics("image", "PeakSignalNoiseRatio")
-    return float(kind(data_range=1.0).set_dtype(torch.float64)(found, expected))
+    _check_pictures("psnr", reference_images, images)
+    kind = from_torchmetrics("image", "PeakSignalNoiseRatio")
+    return _over_pictures(kind(data_range=1.0), reference_images, images)
 
 
 def ssim(reference_images: Tensor, images: Tensor) -> float:
@@ -123,11 +131,11 @@ def ssim(reference_images: Tensor, images: Tensor) -> float:
     Raises:
         ConfigError: torchmetrics is missing, or the shapes do not fit.
     """
-    expected, found = _pictures("ssim", reference_images, images)
-    window, deviation = structural_window(*expected.shape[-2:])
-    kind = _torchmetrics("image", "StructuralSimilarityIndexMeasure")
+    _check_pictures("ssim", reference_images, images)
+    window, deviation = structural_window(*reference_images.shape[-2:])
+    kind = from_torchmetrics("image", "StructuralSimilarityIndexMeasure")
     metric = kind(data_range=1.0, sigma=deviation, kernel_size=window)
-    return float(metric.set_dtype(torch.float64)(found, expected))
+    return _over_pictures(metric, reference_images, images)
 
 
 def structural_window(height: int, width: int) -> tuple[int, float]:
@@ -159,7 +167,7 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
     Raises:
         ConfigError: torchmetrics is missing.
     """
-    kind = _torchmetrics("classification", "MulticlassAccuracy")
+    kind = from_torchmetrics("classification", "MulticlassAccuracy")
     return float(kind(num_classes=logits.shape[1], average="micro")(logits, labels))
 
 
@@ -180,21 +188,30 @@ def _check_features(name: str, reference_features: Tensor, features: Tensor) -> 
             )
 
 
-def _pictures(name: str, reference_images: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets in 0..1, float64."""
+def _check_pictures(name: str, reference_images: Tensor, images: Tensor) -> None:
     if reference_images.ndim != 4 or reference_images.shape != images.shape:
         raise ConfigError(
             f"{name}: pictures of shapes {tuple(reference_images.shape)} and "
             f"{tuple(images.shape)}; both must be [N, C, H, W] of one shape"
         )
-    expected, found = (
-        (each.detach().double().clamp(-1, 1) + 1) / 2 for each in (reference_images, images)
-    )
-    return expected, found
 
 
-def _torchmetrics(module: str, name: str) -> Any:
+def _over_pictures(metric: Any, reference_images: Tensor, images: Tensor) -> float:
+    """A metric of pictures in 0..1, float64, some at once: a window's sums are many times them."""
+    metric.set_dtype(torch.float64)
+    parts = (torch.split(each, _BATCH) for each in (reference_images, images))
+    for rows in zip(*parts, strict=True):
+        expected, found = ((each.detach().double().clamp(-1, 1) + 1) / 2 for each in rows)
+        metric.update(found, expected)
+    return float(metric.compute())
+
+
+def from_torchmetrics(module: str, name: str) -> Any:
     """A class of torchmetrics.
+
+    Args:
+        module: Where it is, below `torchmetrics`.
+        name: Its name.
 
     Raises:
         ConfigError: It is not installed.

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from reporters import Told
 from test_cli import run
 
 import mpqdm_fx
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.jobs.diagnose import diagnose_model
+from mpqdm_fx.progress import reporting
 
 pytest.importorskip("executorch")
 pytestmark = pytest.mark.xnnpack
@@ -78,3 +80,12 @@ def test_the_options_reach_the_doctor(file):
     assert len(counts) == 2
     status, text = run("doctor", *options, "--activations", 4)
     assert (status, "choose --activations 8" in text) == (2, True)
+
+
+def test_the_stages_are_those_that_are_foretold(file):
+    told = Told()
+    calls = f"{file}:calls"
+    with reporting(told):
+        diagnose_model(f"{file}:net", MPQConfig(activation_mode="static"), inputs=calls)
+    assert told.outer_names == list(told.expectations[0])
+    assert told.outer_names[-2:] == ["exporting", "asking XNNPACK"]

@@ -6,10 +6,14 @@ import pytest
 import torch
 from small import tiny_unet
 from test_cli import run
+from typing_in import typed
 
+import mpqdm_fx
 from mpqdm_fx.cli.options import console
 from mpqdm_fx.jobs import evaluate as evaluate_job
 from mpqdm_fx.jobs import quantize as quantize_job
+from mpqdm_fx.jobs.evaluate import gate_stages
+from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.report.evaluation_tables import evaluation_table, gate_table
 from mpqdm_fx.report.gates import METRICS, judge, parse_gates
 
@@ -49,6 +53,19 @@ def test_quantize_judges_its_result_and_leaves_it_where_a_gate_fails(quantized):
     assert f"error: {output}: not reached: bytes<=1bytes" in text
 
 
+def test_gates_are_a_stage_of_the_run(model_folder, tmp_path, monkeypatch, capfd):
+    gates = ["--gate", "ssim>=0", "--output", tmp_path / "out"]
+    status, _, errors = typed(monkeypatch, capfd, "quantize", model_folder, *QUICK, *gates)
+    assert status == 0, errors
+    lines = [line for line in errors.splitlines() if line.startswith("[")]
+    place, last = lines[-1].partition("]")[0].removeprefix("[").split("/")
+    assert (place, lines[-1].split(",")[0]) == (last, f"[{last}/{last}] gates")
+    source = load_source(str(model_folder))
+    assert gate_stages(parse_gates(["ms<=1"]), source) == {}
+    small, large = (gate_stages(parse_gates([g]), source) for g in ("epsilon_sqnr>=1", "ssim>=0"))
+    assert 0 < small["gates"] < large["gates"]
+
+
 def test_evaluate_judges_what_it_measures_and_what_the_folder_tells(quantized):
     gates = ["--gate", "epsilon_sqnr>=5", "--gate", "ms<=3600s"]
     status, text = run("evaluate", quantized[0], *EVALUATE, *gates)
@@ -67,6 +84,15 @@ def test_evaluate_says_what_its_numbers_mean(quantized):
     assert any(word in text for word in ("very close", "close", "rough"))
     assert "psnr" in text
     assert "4 samples of the same noise, 2 steps, seed 90000" in text
+
+
+def test_a_folder_that_does_not_say_its_float_model_is_told_it(quantized, model_folder, tmp_path):
+    mpqdm_fx.save(mpqdm_fx.load(quantized[0]), tmp_path / "saved")
+    words = ["--model", model_folder, "--json"]
+    status, text = run("evaluate", tmp_path / "saved", *EVALUATE, *words)
+    assert status == 0, text
+    own = run("evaluate", quantized[0], *EVALUATE, "--json")[1]
+    assert json.loads(text) == json.loads(own)
 
 
 def test_networks_from_the_disk_give_their_metrics(quantized, tmp_path):
@@ -105,6 +131,14 @@ def test_a_wrong_gate_is_refused_before_any_work(
     status, text = run(command, model, "--gate", gate, *options, *packed)
     assert (status, message in text) == (2, True), text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_metrics_that_are_called_as_options_are_not_told_as_options(quantized, monkeypatch, capfd):
+    status, _, errors = typed(monkeypatch, capfd, "evaluate", quantized[0], "--gate", "lpips<=1")
+    assert (status, "effective_bits" in errors, "--effective-bits" in errors) == (2, True, False)
+    gate = "effective_bits>=1"
+    status, _, errors = typed(monkeypatch, capfd, "evaluate", quantized[0], "--gate", gate)
+    assert (status, "write effective_bits<=1" in errors) == (2, True), errors
 
 
 @pytest.mark.parametrize("command", ["quantize", "evaluate", "distill"])

@@ -175,7 +175,7 @@ def test_without_a_budget_that_is_good_enough_none_is_picked(model_folder, tmp_p
         (["--bits", "2,3,2.0"], "a budget is there twice"),
         (["--bits", "2.5", "--allocation", "uniform"], "is a budget for"),
         (["--pick", "beauty>=1"], "--pick 'beauty>=1': there is no metric beauty"),
-        (["--pick", "ms<=1"], "is not measured of budgets of"),
+        (["--pick", "ms<=1"], "--pick ms<=1ms: ms (one call of the backend, batch 1) is not"),
         (["--backend", "xnnpack", "--activations", 4, "--pick", "ssim>=0"], "of 8 bits, not 4"),
     ],
 )

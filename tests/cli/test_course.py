@@ -119,6 +119,15 @@ def test_a_stage_that_goes_on_under_the_same_name_is_no_new_one(course):
     assert course.begin(other)
 
 
+def test_a_stage_that_goes_on_is_expected_once(course, time):
+    course.expect({"drawing": 20, "page": 10})
+    for _ in ("float", "quantized"):  # both together take as long as was expected
+        one = begun(course, "drawing")
+        time.passes(10)
+        course.end(one)
+    assert course.total == pytest.approx(30, rel=0.01)
+
+
 stages = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=3), st.floats(0.01, 1e4), min_size=1, max_size=6
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from terminal import drawn, in_pipes, in_terminal, standing
+from terminal import ERASE, drawn, in_pipes, in_terminal, python
 from typing_in import typed
 
 from mpqdm_fx.cli import options as opt
@@ -70,9 +70,15 @@ run(app)
 """
 
 
+def standing(written):
+    """The lines that stand on a terminal on which a line is erased and written again."""
+    lines = written.replace("\r\n", "\n").split("\n")
+    return [line.rpartition(ERASE)[2] for line in lines]
+
+
 @pytest.fixture(scope="module")
 def terminal():
-    return in_terminal(JOB, "job", "--slow")
+    return in_terminal(python(JOB, "job", "--slow"))
 
 
 def test_one_line_is_drawn_again_and_gone_at_the_end(terminal):
@@ -95,12 +101,12 @@ def test_the_line_has_stage_share_and_time_and_ticks_where_nothing_is_told(termi
 
 
 def test_the_line_of_a_narrow_terminal_is_not_wider_than_it():
-    _, written = in_terminal(JOB, "job", "--slow", columns=30)
+    _, written = in_terminal(python(JOB, "job", "--slow"), columns=30)
     assert max(len(state) for state in drawn(written)[1:-1] if state.startswith("[")) <= 29
 
 
 def test_a_pipe_gets_one_line_a_stage_and_no_control_characters():
-    status, out, err = in_pipes(JOB, "job")
+    status, out, err = in_pipes(python(JOB, "job"))
     assert (status, out) == (0, "a print of the user's\ndone\n")
     lines = [re.sub(r"after 0:0\d.*", "after", line) for line in err.splitlines()]
     assert lines == [
@@ -115,20 +121,20 @@ def test_a_pipe_gets_one_line_a_stage_and_no_control_characters():
 
 @pytest.mark.parametrize("words", [["--quiet", "job"], ["job", "-q"]])
 def test_quiet_prints_nothing_before_or_after_the_name(words):
-    assert in_pipes(JOB, *words) == (0, "a print of the user's\n", "")
+    assert in_pipes(python(JOB, *words)) == (0, "a print of the user's\n", "")
 
 
 def test_quiet_prints_what_json_asks_for_and_errors():
-    status, out, err = in_pipes(JOB, "job", "--quiet", "--json")
+    status, out, err = in_pipes(python(JOB, "job", "--quiet", "--json"))
     assert (status, out, err) == (0, 'a print of the user\'s\n{\n  "done": 1\n}\n', "")
-    status, _, err = in_pipes(JOB, "job", "--quiet", "--how", "badly")
+    status, _, err = in_pipes(python(JOB, "job", "--quiet", "--how", "badly"))
     assert (status, err.count("\n")) == (70, 1)
     Path(err.split()[-1]).unlink()
 
 
 @pytest.mark.parametrize("words", [["-v", "job"], ["job", "--verbose"]])
 def test_verbose_shows_all_before_or_after_the_name(words):
-    status, _, err = in_pipes(JOB, *words)
+    status, _, err = in_pipes(python(JOB, *words))
     assert status == 0
     for text in ("noise in C", "noise in Python", "noise by a stranger", "an info of ours"):
         assert text in err.splitlines()
@@ -136,14 +142,14 @@ def test_verbose_shows_all_before_or_after_the_name(words):
 
 @pytest.mark.parametrize("more", [[], ["--quiet"]])
 def test_what_libraries_print_is_a_file_of_the_result(tmp_path, more):
-    assert in_pipes(JOB, "job", "--output", str(tmp_path), *more)[0] == 0
+    assert in_pipes(python(JOB, "job", "--output", str(tmp_path), *more))[0] == 0
     text = (tmp_path / "log.txt").read_text()
     assert text == "noise in C\nnoise in Python\nnoise by a stranger\n"
 
 
 def test_a_defect_has_what_libraries_printed_in_its_log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, _, err = in_pipes(JOB, "job", "--how", "badly")
+    status, _, err = in_pipes(python(JOB, "job", "--how", "badly"))
     assert status == 70
     text = Path(err.split()[-1]).read_text()
     assert "TypeError: a defect" in text
@@ -152,7 +158,7 @@ def test_a_defect_has_what_libraries_printed_in_its_log(tmp_path, monkeypatch):
 
 def test_a_process_that_is_killed_says_where_and_leaves_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    status, _, err = in_pipes(JOB, "job", "--how", "killed")
+    status, _, err = in_pipes(python(JOB, "job", "--how", "killed"))
     assert status < 0
     assert "Fatal Python error: Aborted" in err
     (log,) = tmp_path.glob("mpqdm-fx-*.log")

@@ -22,6 +22,7 @@ from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.backends.xnnpack.method import Method
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.errors import LoweringError
+from mpqdm_fx.progress import stage
 
 __all__ = ["Diagnosis", "OutsideNode", "diagnose", "refuse_fragments"]
 
@@ -110,8 +111,11 @@ def diagnose(
     """
     require_executorch()
     with torch.no_grad():
-        method = Method(graph_module, example_inputs, ranges, four_bit=four_bit)
-        return _diagnosis(export_graph(method.lowered, method.inputs))
+        with stage("exporting"):
+            method = Method(graph_module, example_inputs, ranges, four_bit=four_bit)
+            exported = export_graph(method.lowered, method.inputs)
+        with stage("asking XNNPACK"):
+            return _diagnosis(exported)
 
 
 def refuse_fragments(name: str, exported: torch.export.ExportedProgram, max_delegates: int) -> None:
