@@ -10,9 +10,9 @@ from mpqdm_fx.calibration.activation_choice import options_of
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.jobs.estimate import Finish, TrainingEstimate
-from mpqdm_fx.jobs.report import renders
 from mpqdm_fx.jobs.result_folder import Form
 from mpqdm_fx.models.source import Source
+from mpqdm_fx.report.page.packages import renders
 
 __all__ = ["distill_stages", "finish_stages", "folder_stages", "pareto_stages", "quantize_stages"]
 

@@ -25,12 +25,12 @@ from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.evaluate import evaluated_metrics
 from mpqdm_fx.jobs.foretold import pareto_stages
 from mpqdm_fx.jobs.quantize import command_of
-from mpqdm_fx.jobs.report import can_render
 from mpqdm_fx.jobs.result_folder import FolderResult, Form, write_folder
 from mpqdm_fx.jobs.unfinished import check_unfinished
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.quantized import PreparedModel
 from mpqdm_fx.report.gates import Gate, check_measured
+from mpqdm_fx.report.page.packages import can_render
 from mpqdm_fx.report.pareto_page import render_pareto
 from mpqdm_fx.report.reference import EVALUATION_SEED
 from mpqdm_fx.storage import load

@@ -25,19 +25,18 @@ from mpqdm_fx.io.schema import validated
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
 from mpqdm_fx.jobs.report import (
-    can_render,
     gallery_of_drawn,
-    measured_of,
     picture_numbers,
     record_of,
-    with_command,
 )
 from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.quantized import QuantizationReport, QuantizedModel
 from mpqdm_fx.report.comparison import compare_all
-from mpqdm_fx.report.gather import Measured, part_of, training_of
+from mpqdm_fx.report.gather import Measured, part_of, training_of, with_command
+from mpqdm_fx.report.measured import measured_of
+from mpqdm_fx.report.page.packages import can_render
 from mpqdm_fx.report.page.render import render_report
 from mpqdm_fx.report.record import PAGE, RECORD, ReportRecord, write_record
 from mpqdm_fx.report.reference import EVALUATION_SEED
@@ -280,7 +279,7 @@ def _measured(
     )
     return measured_of(
         quantized,
-        source,
+        source.name,
         calls,
         floats=in_form_of(quantized, source.model, example_call(quantized.signature)),
         compared=compared,

@@ -23,11 +23,12 @@ from mpqdm_fx.report.record import (
     Part,
     Place,
     ProgramNumbers,
+    ReportRecord,
     Spread,
     TrainingNumbers,
 )
 
-__all__ = ["Measured", "kurtosis_of", "part_of", "sensitivity_of", "training_of"]
+__all__ = ["Measured", "kurtosis_of", "part_of", "sensitivity_of", "training_of", "with_command"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,3 +278,16 @@ def training_of(told: Mapping[str, Any] | None) -> TrainingNumbers | None:
         return None
     names = TrainingNumbers.model_fields
     return TrainingNumbers(**{name: told[name] for name in names})
+
+
+def with_command(record: ReportRecord, command: str | None) -> ReportRecord:
+    """A record with the command that makes its folder again, or the sentence that says why not.
+
+    Args:
+        record: The record.
+        command: The command; None if nobody knows it, or if no command line asks for the settings.
+    """
+    missing = {key: why for key, why in record.missing.items() if key != "command"}
+    if command is None:
+        missing["command"] = "no command line asks for these settings, or the folder is older"
+    return record.model_copy(update={"command": command, "missing": missing})
