@@ -18,7 +18,7 @@ from mpqdm_fx.errors import MPQError
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models.classes import diffusers_class
 
-__all__ = ["import_classes", "main", "peak_memory", "process_bytes"]
+__all__ = ["import_classes", "main", "peak_memory", "process_bytes", "tells_peaks"]
 
 
 def peak_memory(
@@ -35,7 +35,7 @@ def peak_memory(
     Returns:
         Bytes above the imports; None where the system does not tell (no /proc).
     """
-    if not Path("/proc/self/status").exists():
+    if not tells_peaks():
         return None
     more = [subfolder or "", variant or ""]
     command = [sys.executable, "-m", "mpqdm_fx.memory", form, name, *more]
@@ -43,6 +43,11 @@ def peak_memory(
     if result.returncode:
         raise MPQError(f"measuring the memory of {name} failed: {result.stderr.strip()[-300:]}")
     return int(result.stdout.split()[-1])
+
+
+def tells_peaks() -> bool:
+    """Whether this system tells the peak of a process."""
+    return Path("/proc/self/status").exists()
 
 
 def process_bytes(field: str) -> int:

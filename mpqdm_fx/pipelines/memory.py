@@ -20,7 +20,7 @@ from torch import Tensor
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.errors import MPQError
 from mpqdm_fx.graph.containers import tensor_leaves
-from mpqdm_fx.memory import process_bytes
+from mpqdm_fx.memory import process_bytes, tells_peaks
 from mpqdm_fx.pipelines.folder import load_part, part_class, read_index
 from mpqdm_fx.pipelines.parts import ImageDecoder, ImageEncoder, TextEncoder
 from mpqdm_fx.pipelines.program_files import ProgramFiles
@@ -61,7 +61,7 @@ def part_peak(
     Raises:
         MPQError: The part could not be run.
     """
-    if not Path("/proc/self/status").exists():
+    if not tells_peaks():
         return None
     with tempfile.TemporaryDirectory(prefix="mpqdm-fx-") as scratch:
         file = Path(scratch) / "inputs.safetensors"

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.numerics.outliers import kurtosis
 from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.quantized import LayerReport, QuantizationReport
-from mpqdm_fx.report.comparison import Comparison
+from mpqdm_fx.report.comparison import Comparison, LevelSqnr
 from mpqdm_fx.report.record import (
     ActivationNumbers,
     BytesByKind,
@@ -28,7 +28,15 @@ from mpqdm_fx.report.record import (
     TrainingNumbers,
 )
 
-__all__ = ["Measured", "kurtosis_of", "part_of", "sensitivity_of", "training_of", "with_command"]
+__all__ = [
+    "Measured",
+    "kurtosis_of",
+    "part_of",
+    "program_of",
+    "sensitivity_of",
+    "training_of",
+    "with_command",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +148,7 @@ def part_of(
         epsilon_sqnr_db=ratios[0],
         backend_epsilon_sqnr_db=ratios[1],
         noise_argument=None if measured.quantized is None else measured.quantized.noise_argument,
-        levels=_levels(measured),
+        levels=_levels(measured, backend),
         layers=_layers(plan, report, measured),
         activations=tuple(
             ActivationNumbers(
@@ -156,7 +164,7 @@ def part_of(
             Judged(recipe=one.recipe, sqnr_db=one.decibels, by_group=one.sqnr_db, chosen=one.chosen)
             for one in report.judged
         ),
-        program=None if program is None else _program(program),
+        program=None if program is None else program_of(program),
         trained=training_of(told.get("distilled")),
         remarks=tuple(told.get("remarks", plan.remarks)),
         missing=missing,
@@ -174,17 +182,21 @@ def _ratios(measured: Measured, summary: Mapping[str, Any]) -> tuple[float | Non
     return found[0], found[1]
 
 
-def _levels(measured: Measured) -> tuple[LevelNumbers, ...]:
+def _levels(measured: Measured, backend: str | None) -> tuple[LevelNumbers, ...]:
     own = measured.quantized
     if own is None:
         return ()
-    others = (measured.backend or own).levels
+    others: Sequence[LevelSqnr | None] = [None] * len(own.levels)
+    if measured.backend is not None:
+        others = measured.backend.levels
+    elif backend in (None, "packed"):  # which run the graph itself
+        others = own.levels
     return tuple(
         LevelNumbers(
             level=one.level,
             samples=one.samples,
             sqnr_db=one.sqnr_db,
-            backend_sqnr_db=other.sqnr_db,
+            backend_sqnr_db=None if other is None else other.sqnr_db,
         )
         for one, other in zip(own.levels, others, strict=True)
     )
@@ -254,7 +266,12 @@ def _bytes_of(plan: BitPlan) -> BytesByKind:
     return BytesByKind(**sums, float_weights=floats, float_remainder=plan.float_bytes)
 
 
-def _program(told: Mapping[str, Any]) -> ProgramNumbers:
+def program_of(told: Mapping[str, Any]) -> ProgramNumbers:
+    """The numbers of a lowered method.
+
+    Args:
+        told: `XnnpackProgram.to_dict()`, and `method` where it is not the file's only one.
+    """
     return ProgramNumbers(
         file=told["path"],
         bytes=told["bytes"],
@@ -269,6 +286,7 @@ def _program(told: Mapping[str, Any]) -> ProgramNumbers:
         sqnr_db=told["sqnr_db"],
         max_lsb=told["max_lsb"],
         seconds=told["seconds"],
+        method=told.get("method", "forward"),
     )
 
 

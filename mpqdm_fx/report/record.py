@@ -16,6 +16,8 @@ __all__ = [
     "RECORD",
     "ActivationNumbers",
     "BytesByKind",
+    "Costs",
+    "FloatPart",
     "Judged",
     "LayerNumbers",
     "LevelNumbers",
@@ -75,12 +77,15 @@ class LayerNumbers(Strict):
 
 
 class LevelNumbers(Strict):
-    """Output's error at one noise level: of the quantized graph, and of what the backend runs."""
+    """Output's error at one noise level: of the quantized graph, and of what the backend runs.
+
+    The latter is null where it was not measured by noise level.
+    """
 
     level: float
     samples: Count
     sqnr_db: Ratio
-    backend_sqnr_db: Ratio
+    backend_sqnr_db: Ratio | None
 
 
 class BytesByKind(Strict):
@@ -114,7 +119,7 @@ class Judged(Strict):
 
 
 class ProgramNumbers(Strict):
-    """What a lowering made; `outside` counts nodes on portable kernels by their kind."""
+    """A method of a lowered file; `outside` counts nodes on portable kernels by their kind."""
 
     file: Name
     bytes: Count
@@ -129,6 +134,7 @@ class ProgramNumbers(Strict):
     sqnr_db: Ratio
     max_lsb: Ratio | None
     seconds: float
+    method: Name = "forward"
 
 
 class TrainingNumbers(Strict):
@@ -143,7 +149,10 @@ class TrainingNumbers(Strict):
 
 
 class PictureNumbers(Strict):
-    """Samples of both models from the same noise."""
+    """Samples of both models from the same noise.
+
+    `psnr_db` and `ssim` are of pictures in -1..1, where they were compared.
+    """
 
     count: Count
     steps: Count
@@ -151,26 +160,56 @@ class PictureNumbers(Strict):
     labels: tuple[str, ...]
     x0_sqnr_db: Ratio | None
     by_picture: tuple[Ratio, ...]
+    psnr_db: Ratio | None = None
+    ssim: float | None = None
 
 
-class Part(Strict):
-    """One quantized model."""
+class Costs(Strict):
+    """What one model of a folder takes, and the program that it is.
+
+    `milliseconds` are of a step, or of one call of what runs once per image: `calls_per_step` are 0
+    then, and 2 with guidance. `program` is what runs most often, `methods` are the other ones of
+    its file.
+    """
 
     name: Name
     model_class: Name
-    backend: Name | None
-    settings: dict[str, Any]
-    mean_bits: float
-    effective_bits: float
-    num_weights: Count
     float32_bytes: Count
-    bytes: BytesByKind
     files: dict[str, Count]
     milliseconds: float | None
     float_milliseconds: float | None
     threads: Count | None
     peak_bytes: Count | None
     float_peak_bytes: Count | None
+    program: ProgramNumbers | None
+    missing: dict[str, str]
+    calls_per_step: Count = 1
+    methods: tuple[ProgramNumbers, ...] = ()
+
+    @property
+    def programs(self) -> tuple[ProgramNumbers, ...]:
+        """All methods of its file, the one that runs most often first."""
+        return (() if self.program is None else (self.program,)) + self.methods
+
+    @property
+    def program_bytes(self) -> int | None:
+        """Bytes of the program on disk, with weights that are apart; None without one."""
+        if self.program is None:
+            return None
+        stem = self.program.file.partition(".")[0]
+        found = [size for name, size in self.files.items() if name.startswith(f"{stem}.pt")]
+        return sum(found) or self.program.bytes + self.program.weights_bytes
+
+
+class Part(Costs):
+    """One quantized model."""
+
+    backend: Name | None
+    settings: dict[str, Any]
+    mean_bits: float
+    effective_bits: float
+    num_weights: Count
+    bytes: BytesByKind
     seconds_to_quantize: float
     calibration_calls: Count
     epsilon_sqnr_db: Ratio | None
@@ -180,10 +219,8 @@ class Part(Strict):
     layers: tuple[LayerNumbers, ...]
     activations: tuple[ActivationNumbers, ...]
     judged: tuple[Judged, ...]
-    program: ProgramNumbers | None
     trained: TrainingNumbers | None
     remarks: tuple[str, ...]
-    missing: dict[str, str]
 
     @property
     def stored_bytes(self) -> int:
@@ -192,23 +229,31 @@ class Part(Strict):
         return sum(kinds.values())
 
     @property
-    def program_bytes(self) -> int | None:
-        """Bytes of the program on disk, with weights that are apart; None without one."""
-        if self.program is None:
-            return None
-        found = [size for name, size in self.files.items() if name.startswith("unet.pt")]
-        return sum(found) or self.program.bytes + self.program.weights_bytes
-
-    @property
     def shipped_bytes(self) -> int:
         """Bytes of what is shipped: the program, else the packed weights."""
         return self.stored_bytes if self.program_bytes is None else self.program_bytes
 
 
+class FloatPart(Costs):
+    """A model of a folder that is a float program.
+
+    `why` it is; `quantized_sqnr_db` is its output's when it was quantized and refused.
+    """
+
+    why: Name
+    quantized_sqnr_db: Ratio | None
+
+    @property
+    def shipped_bytes(self) -> int:
+        """Bytes of the program."""
+        return self.program_bytes or 0
+
+
 class ReportRecord(Strict):
     """A folder's report.
 
-    `command` repeats the run; `missing` says, by section of the page, why it is not there.
+    `parts` are its quantized models, `float_parts` those that were left in float. `command` repeats
+    the run; `missing` says, by section of the page, why it is not there.
     """
 
     format: Literal["mpqdm_fx report"] = "mpqdm_fx report"
@@ -219,6 +264,7 @@ class ReportRecord(Strict):
     pictures: PictureNumbers | None
     parts: tuple[Part, ...]
     missing: dict[str, str]
+    float_parts: tuple[FloatPart, ...] = ()
 
 
 def write_record(record: ReportRecord, path: Path) -> None:
