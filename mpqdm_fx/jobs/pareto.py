@@ -16,7 +16,7 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.feasibility import check_feasible
 from mpqdm_fx.files import checkpoint_of, write_text
-from mpqdm_fx.folders import check_target, listed_files, staged_directory
+from mpqdm_fx.folders import PARETO_MANIFEST, check_target, listed_files, staged_directory
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import seal
@@ -51,7 +51,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-PARETO = "pareto.json"
+PARETO = PARETO_MANIFEST
 PAGE = "pareto.html"
 PICKED = "picked"
 _TABLE = "sensitivity.safetensors"

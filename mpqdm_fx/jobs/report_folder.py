@@ -19,7 +19,7 @@ from mpqdm_fx.denoisers import (
 )
 from mpqdm_fx.errors import ConfigError, MPQError
 from mpqdm_fx.files import write_text
-from mpqdm_fx.folders import SCHEDULER_CONFIG, WEIGHTS, ModelFolder, open_folder
+from mpqdm_fx.folders import SCHEDULER_CONFIG, WEIGHTS, ModelFolder, is_export, open_folder
 from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.io.schema import validated
 from mpqdm_fx.jobs.calibration import held_out_of
@@ -29,6 +29,7 @@ from mpqdm_fx.jobs.report import (
     picture_numbers,
     record_of,
 )
+from mpqdm_fx.jobs.report_export import report_export
 from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.components import as_recorded
@@ -87,7 +88,8 @@ def report_folder(
     """Write a folder's page, and its numbers beside it.
 
     Args:
-        directory: Folder written by `quantize`, `distill` or `save`; it is not changed.
+        directory: Folder written by `quantize`, `distill`, `save` or `export_pipeline`; it is not
+            changed.
         output: The page, `.html`; the numbers get its name with `.json`.
         model: The float model, if it is no longer where it was.
         inputs: Function that gives calls to measure on, as of `calls_of`.
@@ -100,6 +102,13 @@ def report_folder(
     Raises:
         ArtifactError: The folder or one of its files is damaged.
     """
+    if is_export(directory):
+        if inputs is not None or sensitivity is not None:
+            raise ConfigError(
+                f"{directory} is an exported pipeline, of which nothing is measured again; leave "
+                f"--inputs and --sensitivity out"
+            )
+        return report_export(directory, output, model=model, samples=samples)
     found = open_report(directory, model=model, inputs=inputs, sensitivity=sensitivity)
     stored = found.record.pictures
     if samples is None:

@@ -5,9 +5,7 @@ The road: take the pipeline apart -> for each part: calibrate, quantize, judge, 
 that a run that was killed goes on with them; the output appears whole.
 """
 
-import hashlib
 import inspect
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -28,9 +26,7 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.feasibility import check_feasible, weights_of
 from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target, staged_directory
-from mpqdm_fx.graph.describe import module_settings
 from mpqdm_fx.io import expansion, sealed
-from mpqdm_fx.io.records import hash_tensor
 from mpqdm_fx.models import classes
 from mpqdm_fx.pipelines import picture_files, program_files, runner
 from mpqdm_fx.pipelines.finish import finish
@@ -192,11 +188,12 @@ def export_pipeline(
             batch_size=min(batch_size, max(1, (trajectories - trajectories // 4) * steps)),
         )  # fmt: skip
     timesteps = _schedule(layout.pipeline.scheduler, steps) if tabulate else None
+    digests = {name: part.digest for name, part in layout.parts.items()}
     work = WorkFolder(
         checkpoint_of(target),
         {
             "pipeline": layout.class_name,
-            "models": {name: _digest(part) for name, part in layout.parts.items()},
+            "models": digests,
             "settings": None if config is None else config.to_dict(),
             "sizes": [list(size) for size in chosen],
             "prompts": list(prompts) if layout.tokenizers else [],
@@ -263,7 +260,7 @@ def export_pipeline(
         progress.leave_log(stage)
         summary = finish(
             stage, inputs, write(), {name: record["report"] for name, record in records.items()},
-            samples=samples, measure=measure, command=command,
+            samples=samples, measure=measure, command=command, digests=digests,
             root=Path(pipeline) if isinstance(pipeline, (str, Path)) else None,
         )  # fmt: skip
         manifest = write()  # which now lists summary, samples and report too
@@ -303,14 +300,6 @@ def check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: F
         raise ConfigError(
             f"activation_bits={config.narrowest_activation_bits}: programs run 8-bit activations"
         )
-
-
-def _digest(part: Part) -> str:
-    digest = hashlib.sha256()
-    digest.update(json.dumps(module_settings(part.module)).encode())
-    for tensor in part.module.state_dict().values():
-        hash_tensor(digest, tensor)
-    return digest.hexdigest()[:16]
 
 
 def _schedule(scheduler: Any, steps: int) -> list[float]:

@@ -38,6 +38,7 @@ def finish(
     measure: bool,
     root: Path | None,
     command: str | None,
+    digests: Mapping[str, str],
 ) -> dict[str, Any]:
     """Draw, measure, and write pictures, summary and report into an exported folder.
 
@@ -50,6 +51,7 @@ def finish(
         measure: Measure times and peaks.
         root: The pipeline's folder; None for one in memory.
         command: The command line that makes the folder again; None if nobody knows.
+        digests: Of the pipeline's parts, by which it is known again.
 
     Returns:
         The content of `summary.json`.
@@ -67,6 +69,7 @@ def finish(
         "seconds_to_quantize": sum(record.seconds for record in records.values()),
         "samples": 0 if drawn is None else samples,
         "remarks": [why_none] if samples and drawn is None else [],
+        "digests": dict(digests),
         "model": None if root is None else str(root),
         "command": command,
     }
