@@ -8,9 +8,9 @@ __all__ = ["EXPORTED", "expected_export", "export_metrics"]
 #: What a metric is of, where that is another thing than of one model.
 EXPORTED: Mapping[str, str] = {
     "epsilon_sqnr": "the quantized denoiser, on held-out calls",
-    "backend_sqnr": "the denoiser's program, along the float runs of samples.png",
-    "x0_sqnr": "what the scheduler ends with, of the columns of samples.png",
-    "psnr": "the decoded pictures of samples.png",
+    "backend_sqnr": "its program, along the runs of samples.png in float",
+    "x0_sqnr": "samples that samples.png shows, before decoding",
+    "psnr": "the pictures of samples.png",
     "ssim": "the same pictures",
     "bytes": "all programs and their weights",
     "effective_bits": "the denoiser",
