@@ -83,7 +83,8 @@ def export(
         judge_export,
     )
     from mpqdm_fx.pipelines.estimate import estimate_export
-    from mpqdm_fx.report.pipelines import export_estimate_table, export_table
+    from mpqdm_fx.report.pipelines import export_estimate_table, export_table, pictures_line
+    from mpqdm_fx.report.record import PAGE
 
     checks.check_device(device)
     console = opt.console()
@@ -129,6 +130,10 @@ def export(
         end_with_gates(verdicts, output)
         return
     console.print(export_table(result.summary))
+    if line := pictures_line(result.summary):
+        say(console, line)
+    if (output / PAGE).is_file():
+        say(console, f"report: {output / PAGE}")
     print_gates(console, verdicts)
     run = shlex.quote(str(output / "run.py"))
     say(console, f"written to {output}; draw with: python {run}")

@@ -19,7 +19,7 @@ from mpqdm_fx.pipelines.program_files import ProgramFiles
 from mpqdm_fx.pipelines.runner import PipelineRunner
 from mpqdm_fx.report.comparison import row_powers
 from mpqdm_fx.report.record import PictureNumbers
-from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.reference import EVALUATION_SEED, shows_pictures
 from mpqdm_fx.report.sample_metrics import psnr, ssim
 
 __all__ = ["FLOAT", "GRID", "PROGRAMS", "DrawnPictures", "draw_pictures", "likens_pictures"]
@@ -55,7 +55,8 @@ class DrawnPictures:
         """How far the programs' samples and pictures are from the float pipeline's."""
         pairs = [tuple(one.values()) for one in (self.samples, self.images)]
         known = len(self.samples) == 2
-        likened = known and likens_pictures()
+        shape = tuple(next(iter(self.images.values())).shape[1:])
+        likened = known and likens_pictures() and shows_pictures(shape)
         return PictureNumbers(
             count=len(next(iter(self.samples.values()))),
             steps=self.steps,

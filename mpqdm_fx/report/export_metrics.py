@@ -50,7 +50,8 @@ def export_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     """
     parts, pictures = summary["parts"], summary["pictures"] or {}
     denoiser, step = parts["denoiser"], summary["milliseconds_per_step"] or {}
-    peaks = [(part["peak_memory_bytes"] or {}).get("program") for part in parts.values()]
+    every = [(part["peak_memory_bytes"] or {}).get("program") for part in parts.values()]
+    peaks = [int(peak) for peak in every if peak is not None]
     found: dict[str, Any] = {
         "epsilon_sqnr": summary["denoiser_sqnr_db"],
         "backend_sqnr": summary["backend_denoiser_sqnr_db"],
@@ -61,7 +62,7 @@ def export_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
         "effective_bits": denoiser.get("effective_bits"),
         "ms": step.get("program"),
         "speedup": step["float"] / step["program"] if step.get("program") else None,
-        "peak_memory": None if None in peaks else max(peaks),
+        "peak_memory": max(peaks) if len(peaks) == len(every) else None,
         "program_sqnr": min(float(part["program_sqnr_db"]) for part in parts.values()),
         "subgraphs": denoiser["subgraphs"],
         "seconds": summary["seconds_to_quantize"],

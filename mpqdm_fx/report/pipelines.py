@@ -6,7 +6,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-__all__ = ["export_estimate_table", "export_table"]
+from mpqdm_fx.report.evaluation_tables import shown
+from mpqdm_fx.report.words import word_of
+
+__all__ = ["export_estimate_table", "export_table", "pictures_line"]
 
 
 def export_table(summary: Mapping[str, Any]) -> Table:
@@ -38,6 +41,28 @@ def export_table(summary: Mapping[str, Any]) -> Table:
         _number(step.get("float")),
     )
     return table
+
+
+def pictures_line(summary: Mapping[str, Any]) -> str:
+    """How far the programs' pictures are from those in float, in words; empty if none were drawn.
+
+    Args:
+        summary: Content of an exported folder's `summary.json`.
+    """
+    pictures = summary["pictures"]
+    if pictures is None:
+        return ""
+    found = {
+        "x0_sqnr": pictures["x0_sqnr_db"],
+        "psnr": pictures["psnr_db"],
+        "ssim": pictures["ssim"],
+    }
+    told = [
+        f"{name} {shown(name, value)} ({word_of(name, value)})"
+        for name, value in found.items()
+        if value is not None
+    ]
+    return f"{pictures['count']} pictures against float: {', '.join(told)}"
 
 
 def export_estimate_table(expected: Mapping[str, Any]) -> Table:

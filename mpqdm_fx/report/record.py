@@ -200,6 +200,11 @@ class Costs(Strict):
         found = [size for name, size in self.files.items() if name.startswith(f"{stem}.pt")]
         return sum(found) or self.program.bytes + self.program.weights_bytes
 
+    @property
+    def shipped_bytes(self) -> int:
+        """Bytes of what is shipped: the program."""
+        return self.program_bytes or 0
+
 
 class Part(Costs):
     """One quantized model."""
@@ -243,11 +248,6 @@ class FloatPart(Costs):
     why: Name
     quantized_sqnr_db: Ratio | None
 
-    @property
-    def shipped_bytes(self) -> int:
-        """Bytes of the program."""
-        return self.program_bytes or 0
-
 
 class ReportRecord(Strict):
     """A folder's report.
@@ -265,6 +265,11 @@ class ReportRecord(Strict):
     parts: tuple[Part, ...]
     missing: dict[str, str]
     float_parts: tuple[FloatPart, ...] = ()
+
+    @property
+    def every(self) -> tuple[Costs, ...]:
+        """Its models, quantized or not."""
+        return (*self.parts, *self.float_parts)
 
 
 def write_record(record: ReportRecord, path: Path) -> None:

@@ -1,10 +1,11 @@
 """The numbers of the first screen: of one model, or of a folder of several."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpqdm_fx.report.page import text
-from mpqdm_fx.report.record import FloatPart, Part, ReportRecord
+from mpqdm_fx.report.record import Costs, Part, ReportRecord
 from mpqdm_fx.report.words import word_of_sqnr
 
 __all__ = ["Card", "Whole", "cards_of", "whole_of"]
@@ -59,7 +60,7 @@ def cards_of(part: Part) -> tuple[Card, ...]:
 
 def whole_of(record: ReportRecord) -> Whole | None:
     """What is to be said of all models of a folder together; None of one quantized model."""
-    every = (*record.parts, *record.float_parts)
+    every = record.every
     if len(record.parts) == 1 == len(every):
         return None
     denoiser = max(every, key=lambda part: part.calls_per_step)
@@ -82,7 +83,7 @@ def whole_of(record: ReportRecord) -> Whole | None:
     )
 
 
-def _row(part: Part | FloatPart) -> tuple[str, ...]:
+def _row(part: Costs) -> tuple[str, ...]:
     weights, ratio = "float", ""
     if isinstance(part, Part):
         weights = f"{text.bits_text(part.mean_bits)} bits"
@@ -114,7 +115,7 @@ def _size(name: str, size: int, whole: int) -> Card:
     )
 
 
-def _time(part: Part | FloatPart) -> Card:
+def _time(part: Costs) -> Card:
     name = "Time a step" if part.calls_per_step else "Time a call"
     if part.milliseconds is None:
         return Card(name=name, value=text.NONE, told="not measured")
@@ -134,7 +135,7 @@ def _time(part: Part | FloatPart) -> Card:
     )
 
 
-def _memory(part: Part | FloatPart, of: str = "") -> Card:
+def _memory(part: Costs, of: str = "") -> Card:
     if part.peak_bytes is None:
         return Card(name="Peak memory", value=text.NONE, told="not measured")
     value, _, unit = text.bytes_text(part.peak_bytes).partition(" ")
@@ -175,7 +176,7 @@ def _bits(part: Part) -> Card:
     )
 
 
-def _wholeness(parts: tuple[Part | FloatPart, ...]) -> Card:
+def _wholeness(parts: Sequence[Costs]) -> Card:
     """Whether XNNPACK runs each method whole, but for one node that it may not know."""
     methods = [method for part in parts for method in part.programs]
     whole = all(method.undelegated <= 1 and method.subgraphs == 1 for method in methods)

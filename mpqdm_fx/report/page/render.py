@@ -117,11 +117,8 @@ def _title(record: ReportRecord) -> str:
 
 def _verdict(record: ReportRecord) -> str:
     """What the numbers say, in a sentence or two."""
-    every = (*record.parts, *record.float_parts)
-    size, whole = (
-        sum(part.shipped_bytes for part in every),
-        sum(part.float32_bytes for part in every),
-    )
+    size = sum(part.shipped_bytes for part in record.every)
+    whole = sum(part.float32_bytes for part in record.every)
     sentences = [f"{text.times_text(whole / size)} smaller than float32."] if size else []
     for part in record.parts:
         if part.calls_per_step and part.epsilon_sqnr_db is not None:
