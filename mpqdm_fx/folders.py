@@ -129,7 +129,8 @@ def refuse_other_results(root: Path) -> None:
     if is_export(root):
         raise ArtifactError(
             f"{root} is an exported pipeline, which keeps its programs alone: draw with python "
-            f"{root / 'run.py'}, read its numbers with mpqdm-fx report {root}"
+            f"{root / 'run.py'}, read its numbers with mpqdm-fx report {root}, judge it with "
+            f"the gates of mpqdm-fx export"
         )
     if _is_of(root, PARETO_MANIFEST):
         raise ArtifactError(

@@ -292,7 +292,8 @@ def test_a_result_of_another_kind_is_one_line_that_says_what_takes_it(
     before = listed(place)
     remedies = {
         "programs": "is an exported pipeline, which keeps its programs alone: draw with python "
-        "programs/run.py, read its numbers with mpqdm-fx report programs",
+        "programs/run.py, read its numbers with mpqdm-fx report programs, judge it with the "
+        "gates of mpqdm-fx export",
         "pareto": "holds the budgets of mpqdm-fx pareto; give pareto/picked",
     }
     for name, remedy in remedies.items():

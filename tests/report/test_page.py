@@ -12,7 +12,7 @@ from mpqdm_fx.io.schema import validated
 from mpqdm_fx.report.page.cards import cards_of
 from mpqdm_fx.report.page.gallery import gallery_of
 from mpqdm_fx.report.page.render import render_report
-from mpqdm_fx.report.page.text import bytes_text
+from mpqdm_fx.report.page.text import TIMES, bytes_text
 from mpqdm_fx.report.record import FloatPart, ProgramNumbers, ReportRecord, Spread
 
 
@@ -220,6 +220,21 @@ def test_a_page_of_float_programs_alone_says_so(record, left_in_float):
     assert title.text == "float"
     assert "the denoiser was not quantized" in page.text
     assert "2 calls" in page.text
+
+
+def test_what_is_larger_than_float_is_not_called_smaller(record, left_in_float):
+    larger = left_in_float.model_copy(update={"files": {"vae_decoder.pte": 16_000}})
+    bare = record.model_copy(update={"parts": (), "float_parts": (larger,)})
+    page = read_page(render_report(bare, None))
+    assert page.text.count(f"2.0{TIMES} larger than float32") == 2  # in a sentence and on a card
+    assert "smaller" not in page.text
+
+
+def test_an_exact_program_has_no_unit(record, left_in_float):
+    exact = left_in_float.program.model_copy(update={"sqnr_db": math.inf})
+    left = left_in_float.model_copy(update={"program": exact})
+    page = read_page(render_report(record.model_copy(update={"float_parts": (left,)}), None))
+    assert "Program against the converted graph: exact." in page.text
 
 
 def test_what_runs_once_per_image_predicts_no_noise(record):

@@ -105,12 +105,11 @@ def _row(part: Costs) -> tuple[str, ...]:
 
 def _size(name: str, size: int, whole: int) -> Card:
     value, _, unit = text.bytes_text(size).partition(" ")
-    times = text.times_text(whole / size) if size else ""
     return Card(
         name=name,
         value=value,
         unit=unit,
-        told=f"{times} smaller than float32, {text.bytes_text(whole)}",
+        told=f"{text.size_text(size, whole)}, {text.bytes_text(whole)}",
         good=size < whole,
     )
 

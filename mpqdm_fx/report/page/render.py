@@ -86,6 +86,7 @@ def page_environment() -> "Environment":
         "bits": text.bits_text,
         "bytes": text.bytes_text,
         "db": text.db_text,
+        "ratio": text.ratio_text,
         "share": text.share_text,
         "last_part": lambda name: Path(name).name or name,
         "raw": Markup,
@@ -119,7 +120,7 @@ def _verdict(record: ReportRecord) -> str:
     """What the numbers say, in a sentence or two."""
     size = sum(part.shipped_bytes for part in record.every)
     whole = sum(part.float32_bytes for part in record.every)
-    sentences = [f"{text.times_text(whole / size)} smaller than float32."] if size else []
+    sentences = [f"{text.size_text(size, whole)}."] if size and whole else []
     for part in record.parts:
         if part.calls_per_step and part.epsilon_sqnr_db is not None:
             ratio = text.ratio_text(part.epsilon_sqnr_db)
