@@ -11,7 +11,8 @@ from mpqdm_fx.pipelines import parts
 from mpqdm_fx.pipelines.programs import Judged, WrittenMethod
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.gather import Measured, kurtosis_of, part_of, program_of
-from mpqdm_fx.report.measured import measured_of
+from mpqdm_fx.report.layer_levels import running_sqnr
+from mpqdm_fx.report.measured import graph_of, measured_of
 from mpqdm_fx.report.record import FloatPart, Part
 from mpqdm_fx.stages import in_form_of
 
@@ -113,8 +114,9 @@ def _measured(
             compared={"quantized": judged.comparison},
             sensitivity=sensitivity,
         )
-    once = "it runs once per image"
+    once, names = "it runs once per image", [layer.name for layer in found.plan.layers]
     return Measured(
+        running=running_sqnr(floats, graph_of(found), names, judged.held_out),
         kurtosis=kurtosis_of(floats, found.plan),
         missing={
             "levels": f"{once} and is told no noise level",

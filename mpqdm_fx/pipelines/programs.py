@@ -58,7 +58,7 @@ class Judged:
         sqnr_db: Quantized against float on held-out calls; None if it was not tried.
         seconds: Wall time of quantizing it; 0 if it was not tried.
         comparison: The same by noise level; None of a part that is told none.
-        held_out: The calls of that comparison.
+        held_out: The calls that judged it.
     """
 
     quantized: QuantizedModel | None
@@ -140,10 +140,11 @@ def quantize_part(
     held_out = max(1, len(calls) // 4)
     known = calls[:-held_out] or calls
     quantized = quantize(part.module, side_settings(config), known, **options)
-    found = sqnr_of(part.module, quantized, calls[-held_out:])
+    unseen = calls[-held_out:]
+    found = sqnr_of(part.module, quantized, unseen)
     seconds = quantized.report.seconds
     if found >= bound:
-        return Judged(quantized=quantized, sqnr_db=found, seconds=seconds)
+        return Judged(quantized=quantized, sqnr_db=found, seconds=seconds, held_out=unseen)
     logger.warning(
         "%s stays in float: quantized to 8 bits it has %.1f dB on held-out inputs, less than %.1f",
         part.name, found, bound,

@@ -47,6 +47,7 @@ class Measured:
         quantized: Outputs of the fake-quantized graph against the float model's.
         backend: The same of what the backend runs.
         by_level: Each layer's SQNR at each noise level of `quantized`, by its name.
+        running: Each layer's SQNR in the running model, where that is told no noise level.
         kurtosis: Kurtosis of each channel's float weights by layer, float64 [O].
         sensitivity: Sensitivity of each channel by layer, float64 [O].
         missing: Why something was not measured, by what it is called on the page.
@@ -55,6 +56,7 @@ class Measured:
     quantized: Comparison | None = None
     backend: Comparison | None = None
     by_level: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    running: Mapping[str, float] = field(default_factory=dict)
     kurtosis: Mapping[str, Tensor] = field(default_factory=dict)
     sensitivity: Mapping[str, Tensor] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -234,6 +236,7 @@ def _layer(planned: LayerPlan, told: LayerReport, measured: Measured, place: Pla
         by_level=measured.by_level.get(planned.name),
         kurtosis=_spread(measured.kurtosis.get(planned.name)),
         sensitivity=_spread(measured.sensitivity.get(planned.name)),
+        running_sqnr_db=measured.running.get(planned.name),
     )
 
 

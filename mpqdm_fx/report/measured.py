@@ -10,9 +10,9 @@ from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.comparison import Comparison
 from mpqdm_fx.report.gather import Measured, kurtosis_of, sensitivity_of
-from mpqdm_fx.report.layer_levels import sqnr_by_layer
+from mpqdm_fx.report.layer_levels import running_sqnr, sqnr_by_layer
 
-__all__ = ["measured_of"]
+__all__ = ["graph_of", "measured_of"]
 
 
 def measured_of(
@@ -38,14 +38,12 @@ def measured_of(
     batches = list(calls)
     own = compared["quantized"]
     missing: dict[str, str] = {}
+    names = [layer.name for layer in quantized.plan.layers]
+    graph = graph_of(quantized)
     by_level = sqnr_by_layer(
-        floats,
-        _graph(quantized),
-        [layer.name for layer in quantized.plan.layers],
-        batches,
-        own.levels,
-        noise_argument=own.noise_argument,
+        floats, graph, names, batches, own.levels, noise_argument=own.noise_argument
     )
+    running = {} if own.levels else running_sqnr(floats, graph, names, batches)
     if not own.levels:
         missing["levels"] = f"{name} is told no noise level"
     table = None
@@ -58,13 +56,15 @@ def measured_of(
         quantized=own,
         backend=compared.get("backend"),
         by_level=by_level,
+        running=running,
         kurtosis=kurtosis_of(floats, quantized.plan),
         sensitivity={} if table is None else sensitivity_of(table, quantized.plan),
         missing=missing,
     )
 
 
-def _graph(quantized: QuantizedModel) -> fx.GraphModule:
+def graph_of(quantized: QuantizedModel) -> fx.GraphModule:
+    """A model's own graph."""
     graph = quantized.graph_module
     assert isinstance(graph, fx.GraphModule)
     return graph

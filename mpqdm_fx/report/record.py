@@ -54,7 +54,8 @@ class LayerNumbers(Strict):
     `base_sqnr_db` the same without error propagation, whose strength is `alpha` (of the residual
     `beta`). `by_level` is the ratio of the layer's output in the running model at each of
     `Part.levels`. `kurtosis` is of the float weights of its channels, `sensitivity` the squared
-    error of the model's output per squared error of a channel's.
+    error of the model's output per squared error of a channel's. Of a model that is told no noise
+    level `running_sqnr_db` is what `by_level` is of others.
     """
 
     name: Name
@@ -74,6 +75,12 @@ class LayerNumbers(Strict):
     by_level: tuple[Ratio, ...] | None
     kurtosis: Spread | None
     sensitivity: Spread | None
+    running_sqnr_db: Ratio | None = None
+
+    @property
+    def known_sqnr_db(self) -> float | None:
+        """Its own ratio, else that in the running model."""
+        return self.running_sqnr_db if self.sqnr_db is None else self.sqnr_db
 
 
 class LevelNumbers(Strict):

@@ -75,6 +75,7 @@ def test_the_report_tells_every_part_with_what_was_measured(exported):
     ]
     assert all(layer.kurtosis for part in record.parts for layer in part.layers)
     assert any(layer.by_level for layer in denoiser.layers)
+    assert all(layer.known_sqnr_db > 30 for layer in decoder.layers)
     assert decoder.missing["levels"] == "it runs once per image and is told no noise level"
     (left,) = record.float_parts
     ratio = summary["parts"]["text_encoder"]["quantized_sqnr_db"]
