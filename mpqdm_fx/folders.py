@@ -1,6 +1,7 @@
 """Folders that this package writes: opened with checks, replaced whole, never somebody else's.
 
-Each has a manifest (`mpqdm.json`, or `pipeline.json` of an export) that lists all of its files.
+Each has a manifest that lists all of its files: `mpqdm.json`, or `pipeline.json` of an export, or
+`pareto.json` of several budgets.
 """
 
 import contextlib
@@ -22,16 +23,21 @@ from mpqdm_fx.manifest import checked_manifest
 from mpqdm_fx.versions import FORMAT, FORMAT_VERSION
 
 __all__ = [
+    "EXPORT_MANIFEST",
     "GRAPH",
     "MANIFEST",
     "MODEL_CONFIG",
     "OUTPUTS",
+    "PARETO_MANIFEST",
     "SCHEDULER_CONFIG",
     "WEIGHTS",
     "ModelFolder",
     "check_target",
+    "holds_result",
+    "is_export",
     "listed_files",
     "open_folder",
+    "refuse_other_results",
     "rewritten_folder",
     "seal_folder",
     "staged_directory",
@@ -40,12 +46,18 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MANIFEST = "mpqdm.json"
+EXPORT_MANIFEST = "pipeline.json"
+PARETO_MANIFEST = "pareto.json"
 WEIGHTS = "model.safetensors"
 GRAPH = "graph.json.xz"
 OUTPUTS = "proof.safetensors"
 MODEL_CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
+_FORMATS: Mapping[str, str] = {
+    EXPORT_MANIFEST: "mpqdm_fx.pipeline",
+    PARETO_MANIFEST: "mpqdm-fx pareto",
+}
 _FIRST_SEALED = 3  # older ones list weights and config.json alone, with neither digest nor proof
 # What running a folder leaves in it: expanded programs, and Python's compiled files.
 _MADE_BY_RUNNING = re.compile(r"\.[^/]+\.[0-9a-f]{16}(\.[0-9a-f]{8}\.part)?|__pycache__/[^/]+\.pyc")
@@ -95,6 +107,7 @@ def open_folder(directory: str | Path) -> ModelFolder:
     if not root.is_dir():
         raise ArtifactError(f"{root} is not a folder; give one that mpqdm-fx quantize wrote")
     if not path.exists():
+        refuse_other_results(root)
         raise ArtifactError(f"{root} has no {MANIFEST}: it was not written by mpqdm-fx quantize")
     data = read_json(path)
     version = data.get("version")
@@ -105,6 +118,45 @@ def open_folder(directory: str | Path) -> ModelFolder:
     files = SealedFolder(root, manifest["files"], path)
     files.require(*((WEIGHTS,) if manifest["proof"] is None else (WEIGHTS, GRAPH, OUTPUTS)))
     return ModelFolder(root=root, manifest=manifest, files=files)
+
+
+def refuse_other_results(root: Path) -> None:
+    """Refuse a folder of `export` or `pareto` where one model belongs, quantized or float.
+
+    Raises:
+        ArtifactError: It is one; says what takes it.
+    """
+    if is_export(root):
+        raise ArtifactError(
+            f"{root} is an exported pipeline, which keeps its programs alone: draw with python "
+            f"{root / 'run.py'}, read its numbers with mpqdm-fx report {root}, judge it with "
+            f"the gates of mpqdm-fx export"
+        )
+    if _is_of(root, PARETO_MANIFEST):
+        raise ArtifactError(
+            f"{root} holds the budgets of mpqdm-fx pareto; give {root / 'picked'}, the result that "
+            f"--pick makes"
+        )
+
+
+def holds_result(root: Path) -> bool:
+    """Whether a folder is one that this package wrote."""
+    return (root / MANIFEST).exists() or any(_is_of(root, name) for name in _FORMATS)
+
+
+def is_export(root: Path) -> bool:
+    """Whether a folder is an exported pipeline."""
+    return _is_of(root, EXPORT_MANIFEST)
+
+
+def _is_of(root: Path, manifest: str) -> bool:
+    """Whether a folder has a manifest of ours; others may have a file of that name."""
+    try:
+        return (root / manifest).is_file() and (
+            read_json(root / manifest).get("format") == _FORMATS[manifest]
+        )
+    except ArtifactError:
+        return False
 
 
 def seal_folder(root: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, Any]:

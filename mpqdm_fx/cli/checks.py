@@ -104,7 +104,7 @@ def check_output_file(
             be replaced, is a file of what is read, lies in a folder of `quantize`, or its parent
             cannot be written.
     """
-    from mpqdm_fx.folders import MANIFEST
+    from mpqdm_fx.folders import holds_result
 
     if path is None:
         return
@@ -122,7 +122,7 @@ def check_output_file(
             f"(--overwrite)"
         )
     for folder in (place := path.parent.resolve(), *place.parents):
-        if (folder / MANIFEST).exists():  # a file more, and the folder would not be replaced
+        if holds_result(folder):  # a file more, and the folder would not be replaced
             raise ConfigError(
                 f"{option} {path}: {folder} holds a result and no other files; keep the file "
                 f"outside"

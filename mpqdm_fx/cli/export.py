@@ -3,16 +3,18 @@
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
+from mpqdm_fx.cli.gates import GateOption, MetricsOption, end_with_gates, print_gates, with_gates
 from mpqdm_fx.cli.screens.start import bits_of
 from mpqdm_fx.cli.streams import announce, say
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.report.gates import parse_gates
 
 __all__ = ["export"]
 
@@ -58,10 +60,13 @@ def export(
         typer.Option("--dry-run", help="Say what it will take: time, memory, disk, size by part."),
     ] = False,
     overwrite: opt.OverwriteOption = False,
+    gate: GateOption = None,
+    metrics: MetricsOption = False,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Export a pipeline MODEL: text encoder, denoiser, VAE as .pte, and run.py that draws."""
     memory = opt.memory_of(max_memory)
+    gates = parse_gates(gate)
     sizes = [_size_of(text) for text in size] if size else None
     checks.check_output_folder(output, model, prompts)
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
@@ -70,51 +75,69 @@ def export(
         checks.check_packages("transformers", purpose="a pipeline with a text encoder")
     form = "float" if in_float else bits_of(config)
     announce(f"exporting {model} to {output}: {form}")
+    from mpqdm_fx.io.schema import plain
+    from mpqdm_fx.jobs.export import (
+        ExportRuns,
+        check_export_gates,
+        export_to_folder,
+        judge_export,
+    )
     from mpqdm_fx.pipelines.estimate import estimate_export
-    from mpqdm_fx.pipelines.export import export_pipeline
-    from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
-    from mpqdm_fx.report.pipelines import export_estimate_table, export_table
+    from mpqdm_fx.report.pipelines import export_estimate_table, export_table, pictures_line
+    from mpqdm_fx.report.record import PAGE
 
     checks.check_device(device)
     console = opt.console()
-    runs: dict[str, Any] = {
-        "sizes": sizes,
-        "prompts": DEFAULT_PROMPTS if prompts is None else read_prompts(prompts),
-        "steps": steps,
-        "guidance": guidance,
-        "trajectories": trajectories,
-        "max_memory": memory,
-        "four_bit": four_bit,  # it is checked there
-        "samples": samples,
-    }
+    runs = ExportRuns(
+        sizes=sizes,
+        prompts=prompts,
+        steps=steps,
+        guidance=guidance,
+        trajectories=trajectories,
+        samples=samples,
+    )
     settings = None if in_float else config
+    expected = check_export_gates(gates, settings, runs)
     if dry_run:
-        expected = estimate_export(model, settings, **runs).to_dict()
+        foretold = estimate_export(
+            model, settings, sizes=sizes, prompts=runs.texts, steps=steps, guidance=guidance,
+            trajectories=trajectories, max_memory=memory, four_bit=four_bit, samples=samples,
+        ).to_dict()  # fmt: skip
         if as_json:
-            console.print_json(json.dumps(expected))
+            console.print_json(json.dumps(foretold))
         else:
-            console.print(export_estimate_table(expected))
+            console.print(export_estimate_table(foretold))
         return
-    result = export_pipeline(
+    result = export_to_folder(
         model,
         settings,
         output,
-        **runs,
+        runs,
         minimum_sqnr_db=minimum_sqnr,
         resume=resume,
+        max_memory=memory,
         device=device,
         sensitivity=sensitivity,
         tabulate=tabulate,
+        four_bit=four_bit,
         external_weights=external_weights,
         compress=compress,
         overwrite=overwrite,
     )
+    verdicts = judge_export(gates, result, expected)
     if as_json:
-        console.print_json(json.dumps(result.manifest))
+        console.print_json(json.dumps(plain(with_gates(result.manifest, verdicts))))
+        end_with_gates(verdicts, output)
         return
     console.print(export_table(result.summary))
+    if line := pictures_line(result.summary):
+        say(console, line)
+    if (output / PAGE).is_file():
+        say(console, f"report: {output / PAGE}")
+    print_gates(console, verdicts)
     run = shlex.quote(str(output / "run.py"))
     say(console, f"written to {output}; draw with: python {run}")
+    end_with_gates(verdicts, output)
 
 
 def _size_of(text: str) -> tuple[int, int]:

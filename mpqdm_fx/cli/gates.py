@@ -8,6 +8,7 @@ from rich.console import Console
 
 from mpqdm_fx.cli.panels import RUN
 from mpqdm_fx.cli.streams import complain, say
+from mpqdm_fx.report.export_metrics import EXPORTED
 from mpqdm_fx.report.gates import METRICS, Verdict, catalogue
 
 __all__ = ["GateOption", "MetricsOption", "end_with_gates", "print_gates", "with_gates"]
@@ -28,6 +29,9 @@ def _print_catalogue(wanted: bool) -> None:
         console = Console()
         say(console, "Metrics of --gate: name, direction, unit, meaning\n")
         say(console, catalogue())
+        say(console, "\nOf an exported pipeline they are of\n")
+        lines = (f"  {name:<25} {meaning}" for name, meaning in EXPORTED.items())
+        say(console, "\n".join(lines))
         say(console, "\nUnits of bytes: B, kB, MB, GB, KiB, MiB, GiB; of ms also s; of a share %.")
         raise typer.Exit
 

@@ -29,7 +29,7 @@ def report(
     ] = None,
     as_json: opt.JsonOption = False,
 ) -> None:
-    """Write a page about a quantized folder: pictures, errors, bits and bytes, layer by layer."""
+    """Write a page about a quantized or exported folder: pictures, errors, bits and bytes."""
     checks.check_packages("matplotlib", "jinja2", purpose="a report")
     checks.check_output_file(
         output, "--output", reads=[directory], suffixes=(".html",), overwrite=overwrite

@@ -8,9 +8,14 @@ from pathlib import Path
 
 from mpqdm_fx.errors import MPQError
 
-__all__ = ["measured_apart", "peak_rise"]
+__all__ = ["measured_apart", "peak_rise", "tells_peaks"]
 
 _STATUS = Path("/proc/self/status")
+
+
+def tells_peaks() -> bool:
+    """Whether this system tells the peak of a process."""
+    return _STATUS.exists()
 
 
 def measured_apart(module: str, arguments: Sequence[str], what: str) -> int | None:
@@ -27,7 +32,7 @@ def measured_apart(module: str, arguments: Sequence[str], what: str) -> int | No
     Raises:
         MPQError: It failed.
     """
-    if not _STATUS.exists():
+    if not tells_peaks():
         return None
     command = [sys.executable, "-m", module, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -8,7 +8,7 @@ from typing import Any
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.distill.config import DistillConfig
 
-__all__ = ["distill_command", "quantize_command", "typed"]
+__all__ = ["distill_command", "export_command", "quantize_command", "typed"]
 
 #: Settings that have an option, and the option.
 _OPTIONS: Mapping[str, str] = {
@@ -35,6 +35,28 @@ def quantize_command(model: str, config: MPQConfig, options: Mapping[str, Any]) 
         config: Settings.
         options: Further options by name; None and False are left out, and True has no value.
     """
+    settings = _settings(config)
+    if settings is None:
+        return None
+    return typed("quantize", [model], {**settings, **options})
+
+
+def export_command(model: str, config: MPQConfig | None, options: Mapping[str, Any]) -> str | None:
+    """The `mpqdm-fx export` that was asked for; None if no command line asks for these settings.
+
+    Args:
+        model: The pipeline's folder, as it was called.
+        config: Settings of the denoiser; None if all stays in float.
+        options: As of `quantize_command`.
+    """
+    settings = {"--float": True} if config is None else _settings(config)
+    if settings is None:
+        return None
+    return typed("export", [model], {**settings, **options})
+
+
+def _settings(config: MPQConfig) -> dict[str, Any] | None:
+    """The options that ask for settings; None if no options do."""
     usual = MPQConfig()
     told: dict[str, Any] = {}
     if config.effective_bits is None and config.weight_bytes is None:
@@ -47,7 +69,7 @@ def quantize_command(model: str, config: MPQConfig, options: Mapping[str, Any]) 
             return None
         told[_OPTIONS[name]] = getattr(config, name)
     told["--override"] = [_override(rule) for rule in config.to_dict()["overrides"]]
-    return typed("quantize", [model], {**told, **options})
+    return told
 
 
 #: Settings of a training that have an option, and the option.

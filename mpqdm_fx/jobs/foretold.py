@@ -11,9 +11,9 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.jobs.calibration import HELD_OUT_RUNS
 from mpqdm_fx.jobs.estimate import Finish, TrainingEstimate
-from mpqdm_fx.jobs.report import renders
 from mpqdm_fx.jobs.result_folder import Form
 from mpqdm_fx.models.source import Source
+from mpqdm_fx.report.page.packages import renders
 
 __all__ = [
     "compare_stages",

@@ -16,7 +16,7 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.feasibility import check_feasible
 from mpqdm_fx.files import checkpoint_of, write_text
-from mpqdm_fx.folders import check_target, listed_files, staged_directory
+from mpqdm_fx.folders import PARETO_MANIFEST, check_target, listed_files, staged_directory
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import seal
@@ -25,12 +25,12 @@ from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.evaluation import check_evaluated, evaluated_metrics
 from mpqdm_fx.jobs.foretold import pareto_stages
 from mpqdm_fx.jobs.quantize import command_of
-from mpqdm_fx.jobs.report import can_render
 from mpqdm_fx.jobs.result_folder import FolderResult, Form, write_folder
 from mpqdm_fx.jobs.unfinished import check_unfinished
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.quantized import PreparedModel
 from mpqdm_fx.report.gates import Gate
+from mpqdm_fx.report.page.packages import can_render
 from mpqdm_fx.report.pareto_page import render_pareto
 from mpqdm_fx.report.reference import EVALUATION_SEED
 from mpqdm_fx.storage import load
@@ -51,7 +51,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-PARETO = "pareto.json"
+PARETO = PARETO_MANIFEST
 PAGE = "pareto.html"
 PICKED = "picked"
 _TABLE = "sensitivity.safetensors"

@@ -1,22 +1,15 @@
 """The report of a folder that is being made: measured against the float model, then written."""
 
-import importlib.util
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import fx
-
-from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.files import write_text
 from mpqdm_fx.jobs.pictures import Drawn
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.report.comparison import Comparison
-from mpqdm_fx.report.gather import Measured, kurtosis_of, part_of, sensitivity_of
-from mpqdm_fx.report.layer_levels import sqnr_by_layer
+from mpqdm_fx.report.gather import Measured, part_of, with_command
 from mpqdm_fx.report.page.gallery import Gallery, gallery_of
 from mpqdm_fx.report.page.render import render_report
 from mpqdm_fx.report.record import (
@@ -29,93 +22,11 @@ from mpqdm_fx.report.record import (
 )
 
 __all__ = [
-    "can_render",
     "gallery_of_drawn",
-    "measured_of",
     "picture_numbers",
     "record_of",
-    "renders",
-    "with_command",
     "write_report",
 ]
-
-logger = logging.getLogger(__name__)
-
-_PACKAGES = ("matplotlib", "jinja2")
-
-
-def renders() -> bool:
-    """Whether what a page is made with is installed."""
-    return not _absent()
-
-
-def _absent() -> list[str]:
-    return [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-
-
-def can_render() -> bool:
-    """Whether a page can be made now; if not, one line in the log says how."""
-    if absent := _absent():
-        logger.warning(
-            'no report is written, %s is not installed: pip install "mpqdm-fx[report]", then '
-            "mpqdm-fx report DIR", " and ".join(absent),
-        )  # fmt: skip
-    return not absent
-
-
-def measured_of(
-    quantized: QuantizedModel,
-    source: Source,
-    calls: Iterable[Mapping[str, Any]],
-    *,
-    floats: fx.GraphModule,
-    compared: Mapping[str, Comparison],
-    sensitivity: str | Path | None = None,
-) -> Measured:
-    """What a report tells that needs the float model.
-
-    Args:
-        quantized: The model.
-        source: Its float model.
-        calls: Held-out calls.
-        floats: The float graph in the form that was quantized.
-        compared: Outputs against the float model's: of `"quantized"`, and of `"backend"` where that
-            is something else.
-        sensitivity: File of the sensitivities, where there is one.
-    """
-    batches = list(calls)
-    own = compared["quantized"]
-    missing: dict[str, str] = {}
-    by_level = sqnr_by_layer(
-        floats,
-        _graph(quantized),
-        [layer.name for layer in quantized.plan.layers],
-        batches,
-        own.levels,
-        noise_argument=own.noise_argument,
-    )
-    if not own.levels:
-        missing["levels"] = f"{source.name} is told no noise level"
-    table = None
-    if sensitivity is not None and Path(sensitivity).is_file():
-        table = SensitivityTable.load(sensitivity)
-    elif quantized.settings.allocation != "measured":
-        mode = quantized.settings.allocation
-        missing["sensitivity"] = f'allocation="{mode}" measures none'
-    return Measured(
-        quantized=own,
-        backend=compared.get("backend"),
-        by_level=by_level,
-        kurtosis=kurtosis_of(floats, quantized.plan),
-        sensitivity={} if table is None else sensitivity_of(table, quantized.plan),
-        missing=missing,
-    )
-
-
-def _graph(quantized: QuantizedModel) -> fx.GraphModule:
-    graph = quantized.graph_module
-    assert isinstance(graph, fx.GraphModule)
-    return graph
 
 
 def picture_numbers(drawn: Drawn) -> PictureNumbers:
@@ -203,19 +114,6 @@ def record_of(
         missing=dict(missing),
     )
     return with_command(record, command)
-
-
-def with_command(record: ReportRecord, command: str | None) -> ReportRecord:
-    """A record with the command that makes its folder again, or the sentence that says why not.
-
-    Args:
-        record: The record.
-        command: The command; None if nobody knows it, or if no command line asks for the settings.
-    """
-    missing = {key: why for key, why in record.missing.items() if key != "command"}
-    if command is None:
-        missing["command"] = "no command line asks for these settings, or the folder is older"
-    return record.model_copy(update={"command": command, "missing": missing})
 
 
 def gallery_of_drawn(drawn: Drawn | None) -> Gallery | None:

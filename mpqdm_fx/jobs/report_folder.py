@@ -19,20 +19,18 @@ from mpqdm_fx.denoisers import (
 )
 from mpqdm_fx.errors import ConfigError, MPQError
 from mpqdm_fx.files import write_text
-from mpqdm_fx.folders import SCHEDULER_CONFIG, WEIGHTS, ModelFolder, open_folder
+from mpqdm_fx.folders import SCHEDULER_CONFIG, WEIGHTS, ModelFolder, is_export, open_folder
 from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.io.schema import validated
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.foretold import report_stages
 from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
 from mpqdm_fx.jobs.report import (
-    can_render,
     gallery_of_drawn,
-    measured_of,
     picture_numbers,
     record_of,
-    with_command,
 )
+from mpqdm_fx.jobs.report_export import report_export
 from mpqdm_fx.models.functions import calls_of
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.components import as_recorded, is_in_pipeline
@@ -40,7 +38,9 @@ from mpqdm_fx.progress import expect, stage
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.records.report import QuantizationReport
 from mpqdm_fx.report.comparison import compare_all
-from mpqdm_fx.report.gather import Measured, part_of, training_of
+from mpqdm_fx.report.gather import Measured, part_of, training_of, with_command
+from mpqdm_fx.report.measured import measured_of
+from mpqdm_fx.report.page.packages import can_render
 from mpqdm_fx.report.page.render import render_report
 from mpqdm_fx.report.record import PAGE, RECORD, ReportRecord, write_record
 from mpqdm_fx.report.reference import EVALUATION_SEED
@@ -91,7 +91,8 @@ def report_folder(
     """Write a folder's page, and its numbers beside it.
 
     Args:
-        directory: Folder written by `quantize`, `distill` or `save`; it is not changed.
+        directory: Folder written by `quantize`, `distill`, `save` or `export_pipeline`; it is not
+            changed.
         output: The page, `.html`; the numbers get its name with `.json`.
         model: The float model, if it is no longer where it was.
         inputs: Function that gives calls to measure on, as of `calls_of`.
@@ -104,6 +105,13 @@ def report_folder(
     Raises:
         ArtifactError: The folder or one of its files is damaged.
     """
+    if is_export(directory):
+        if inputs is not None or sensitivity is not None:
+            raise ConfigError(
+                f"{directory} is an exported pipeline, of which nothing is measured again; leave "
+                f"--inputs and --sensitivity out"
+            )
+        return report_export(directory, output, model=model, samples=samples)
     expect(
         lambda: report_stages(
             measures=_measures(open_folder(directory), inputs, sensitivity),
@@ -298,7 +306,7 @@ def _measured(
     )
     return measured_of(
         quantized,
-        source,
+        source.name,
         calls,
         floats=in_form_of(quantized, source.model, example_call(quantized.signature)),
         compared=compared,

@@ -31,7 +31,7 @@ from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
 from mpqdm_fx.jobs.presets import write_recipe
-from mpqdm_fx.jobs.report import can_render, measured_of, write_report
+from mpqdm_fx.jobs.report import write_report
 from mpqdm_fx.memory import peak_memory
 from mpqdm_fx.models.source import Source
 from mpqdm_fx.parity.verify import store_parity
@@ -39,6 +39,8 @@ from mpqdm_fx.plan import Fate
 from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.comparison import Comparison, compare_all
 from mpqdm_fx.report.images import save_rows
+from mpqdm_fx.report.measured import measured_of
+from mpqdm_fx.report.page.packages import can_render
 from mpqdm_fx.report.reference import EVALUATION_SEED
 from mpqdm_fx.report.timing import time_per_step
 from mpqdm_fx.stages import in_form_of
@@ -224,7 +226,7 @@ def write_folder(
                     quantized,
                     source,
                     measured=measured_of(
-                        quantized, source, calls,
+                        quantized, source.name, calls,
                         floats=floats, compared=compared, sensitivity=sensitivity,
                     ),
                     drawn=drawn,

@@ -10,7 +10,7 @@ import torch
 
 from mpqdm_fx.calibration.schedulers import check_scheduler, check_scheduler_config
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError, first_line
-from mpqdm_fx.folders import MANIFEST, SCHEDULER_CONFIG
+from mpqdm_fx.folders import MANIFEST, SCHEDULER_CONFIG, refuse_other_results
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.models import bundled
 from mpqdm_fx.models.classes import diffusers_class
@@ -66,6 +66,7 @@ def load_source(model: str, subfolder: str | None = None, variant: str | None = 
         raise ConfigError(
             f"{model} was written by mpqdm-fx quantize; give the float model that it was made of"
         )
+    refuse_other_results(root)
     if (root / "model_index.json").exists() and subfolder is None:
         raise ConfigError(
             f"{model} is a pipeline folder; say which part to quantize, e.g. --subfolder unet"

@@ -30,7 +30,6 @@ __all__ = ["store_parity", "verify"]
 
 logger = logging.getLogger(__name__)
 
-_PIPELINE = "pipeline.json"
 _LARGEST = 2**30  # bytes of one call's values that are measured without being asked for
 
 
@@ -66,11 +65,6 @@ def verify(
         LoweringError: There is a program and ExecuTorch is missing or fails.
     """
     folder = Path(directory)
-    if (folder / _PIPELINE).exists():
-        raise ArtifactError(
-            f"{folder} is an exported pipeline, which keeps its programs alone; verify takes a "
-            f"folder written by mpqdm-fx quantize"
-        )
     opened = open_folder(folder)
     if store:
         check_target(folder, overwrite=True)  # `rewritten_folder` would refuse it after the work

@@ -137,7 +137,8 @@ def estimate_export(
         found, disk = _part(part, inputs, config, chosen, measure, max_memory)
         parts[part.name] = found
         solved = max(solved, disk)
-    drawing = samples * (1 + _PROGRAM) * _image_seconds(parts, inputs)
+    # in float, by the programs, and by these again on the calls of the float runs
+    drawing = samples * (1 + 2 * _PROGRAM) * _image_seconds(parts, inputs)
     total = sum(part.program_bytes for part in parts.values())
     return ExportEstimate(parts=parts, draw_seconds=drawing, disk_bytes=total + solved)
 

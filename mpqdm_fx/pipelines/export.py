@@ -5,9 +5,7 @@ The road: take the pipeline apart -> for each part: calibrate, quantize, judge, 
 that a run that was killed goes on with them; the output appears whole.
 """
 
-import hashlib
 import inspect
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -28,20 +26,21 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.feasibility import check_feasible, weights_of
 from mpqdm_fx.files import checkpoint_of
 from mpqdm_fx.folders import check_target, staged_directory
-from mpqdm_fx.graph.describe import module_settings
 from mpqdm_fx.io import expansion, sealed
-from mpqdm_fx.io.records import hash_tensor
 from mpqdm_fx.models import classes
 from mpqdm_fx.pipelines import picture_files, program_files, runner
 from mpqdm_fx.pipelines.finish import finish
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manifest
+from mpqdm_fx.pipelines.part_numbers import kept_part
 from mpqdm_fx.pipelines.parts import Part
-from mpqdm_fx.pipelines.programs import Judged, quantize_part, sqnr_of, write_programs
+from mpqdm_fx.pipelines.programs import Judged, quantize_part, write_programs
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.work import WorkFolder
 from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.report.comparison import compare
+from mpqdm_fx.report.page.packages import renders
 from mpqdm_fx.validation import Between, Bytes, Count, NonNegative, Some, check_value, checked
 from mpqdm_fx.versions import versions
 
@@ -65,6 +64,7 @@ RUNNER = {
 
 _SECONDS_A_WEIGHT = 2e-4  # quantizing and lowering the bundled model
 _END_SHARE = 0.15  # drawing, and measuring, against all parts
+_REPORT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,7 @@ def export_pipeline(
     overwrite: bool = False,
     samples: Some = 4,
     measure: bool = True,
+    command: str | None = None,
 ) -> ExportResult:
     """Turn a diffusers pipeline into a folder of ExecuTorch programs and a runner.
 
@@ -121,6 +122,9 @@ def export_pipeline(
     Each part is one file. The denoiser's has a method for what does not change from step to step
     (keys and values of the prompt), and one for the step; each image size adds a method, and the
     weights are there once.
+
+    The folder also holds `summary.json`, and a report of every part: `report.json`, and
+    `report.html` where what draws it is installed.
 
     Args:
         pipeline: Folder written by `save_pretrained`, or a pipeline object, which is not changed.
@@ -151,6 +155,7 @@ def export_pipeline(
             programs, of the first prompts. 0 draws none.
         measure: Measure time and peak memory of every part, as a program and in float; peaks of
             the float parts only where `pipeline` is a folder.
+        command: The command line that does the same, for the report.
 
     Returns:
         What was made.
@@ -183,11 +188,12 @@ def export_pipeline(
             batch_size=min(batch_size, max(1, (trajectories - trajectories // 4) * steps)),
         )  # fmt: skip
     timesteps = _schedule(layout.pipeline.scheduler, steps) if tabulate else None
+    digests = {name: part.digest for name, part in layout.parts.items()}
     work = WorkFolder(
         checkpoint_of(target),
         {
             "pipeline": layout.class_name,
-            "models": {name: _digest(part) for name, part in layout.parts.items()},
+            "models": digests,
             "settings": None if config is None else config.to_dict(),
             "sizes": [list(size) for size in chosen],
             "prompts": list(prompts) if layout.tokenizers else [],
@@ -213,7 +219,7 @@ def export_pipeline(
                 quantized[part.name] = judged.quantized
             logger.info("lowering %s", part.name)
             wanted = chosen if part.sized else (None,)
-            methods = write_programs(
+            written = write_programs(
                 part,
                 judged.quantized,
                 {size: inputs.example(part.name, size or inputs.size) for size in wanted},
@@ -222,7 +228,11 @@ def export_pipeline(
                 four_bit=four_bit,
                 external_weights=external_weights,
             )
-            told = {"methods": methods, "quality": _quality(judged)}
+            kept = kept_part(
+                part, judged, written, config, bound=minimum_sqnr_db, sensitivity=sensitivity
+            )
+            methods = [one.entry for one in written]
+            told = {"methods": methods, "quality": _quality(judged), "report": kept.to_dict()}
             record = work.finish(part.name, told)
         records[part.name] = record
     with staged_directory(target, MANIFEST, overwrite=overwrite) as stage:
@@ -248,9 +258,12 @@ def export_pipeline(
             expanded=expanded,
         )
         progress.leave_log(stage)
-        root = Path(pipeline) if isinstance(pipeline, (str, Path)) else None
-        summary = finish(stage, inputs, write(), samples=samples, measure=measure, root=root)
-        manifest = write()  # which now lists summary and samples too
+        summary = finish(
+            stage, inputs, write(), {name: record["report"] for name, record in records.items()},
+            samples=samples, measure=measure, command=command, digests=digests,
+            root=Path(pipeline) if isinstance(pipeline, (str, Path)) else None,
+        )  # fmt: skip
+        manifest = write()  # which now lists summary, samples and report too
     work.remove()
     return ExportResult(directory=target, quantized=quantized, manifest=manifest, summary=summary)
 
@@ -260,7 +273,8 @@ def _foretold(layout: Layout, *, samples: int, measure: bool) -> dict[str, float
     parts = {p.name: _SECONDS_A_WEIGHT * weights_of(p.module) for p in layout.parts.values()}
     every = sum(parts.values())
     ends = {"drawing": samples > 0, "measuring": measure}
-    return parts | {name: _END_SHARE * every for name, does in ends.items() if does}
+    seconds = parts | {name: _END_SHARE * every for name, does in ends.items() if does}
+    return seconds | ({"report": _REPORT_SECONDS} if renders() else {})
 
 
 def check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: FourBit) -> None:
@@ -286,14 +300,6 @@ def check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: F
         raise ConfigError(
             f"activation_bits={config.narrowest_activation_bits}: programs run 8-bit activations"
         )
-
-
-def _digest(part: Part) -> str:
-    digest = hashlib.sha256()
-    digest.update(json.dumps(module_settings(part.module)).encode())
-    for tensor in part.module.state_dict().values():
-        hash_tensor(digest, tensor)
-    return digest.hexdigest()[:16]
 
 
 def _schedule(scheduler: Any, steps: int) -> list[float]:
@@ -326,7 +332,14 @@ def _judge(
     found = quantize(part.module, config, calls, sensitivity=sensitivity, **options)
     every = list(calls)
     held_out = [every[index] for index in calls.held_out_calls] or every
-    return Judged(quantized=found, sqnr_db=sqnr_of(part.module, found, held_out))
+    compared = compare(part.module, found, held_out, noise_argument=config.noise_argument)
+    return Judged(
+        quantized=found,
+        sqnr_db=compared.sqnr_db,
+        seconds=found.report.seconds,
+        comparison=compared,
+        held_out=held_out,
+    )
 
 
 def _quality(judged: Judged) -> dict[str, Any]:

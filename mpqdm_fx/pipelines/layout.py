@@ -12,6 +12,7 @@ from torch import nn
 
 from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.folders import refuse_other_results
 from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.models.names import BUNDLED, unknown_model
@@ -120,6 +121,7 @@ def open_pipeline(source: Any) -> Any:
     root = Path(source)
     if not root.is_dir() and str(source) != BUNDLED:
         raise unknown_model(str(source))
+    refuse_other_results(root)
     index = read_index(root)
     _check_class(str(index.get("_class_name")))
     if index.get("safety_checker") not in (None, [None, None]):

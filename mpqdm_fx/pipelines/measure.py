@@ -1,4 +1,4 @@
-"""What an exported folder is compared with: its pipeline in float, by pictures, time and memory.
+"""What an exported folder is compared with: its pipeline in float, by time and memory.
 
 Both are run by the same runner, so that they differ by nothing but the programs.
 """
@@ -13,21 +13,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.backends.xnnpack.compressed import drop_expansions
-from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.containers import tensor_leaves
 from mpqdm_fx.pipelines.inputs import PipelineInputs
 from mpqdm_fx.pipelines.memory import nested, part_peak
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.program_files import ProgramFiles
-from mpqdm_fx.pipelines.runner import PipelineRunner
-from mpqdm_fx.report.images import save_rows
 from mpqdm_fx.report.timing import time_per_step
 
-__all__ = ["GRID", "FloatPrograms", "draw_samples", "drop_expanded", "measure_parts"]
+__all__ = ["FloatPrograms", "drop_expanded", "measure_parts"]
 
 logger = logging.getLogger(__name__)
 
-GRID = "samples.png"
 _ROUNDS = 5  # timed calls: a step of a large pipeline takes seconds
 
 
@@ -61,46 +57,6 @@ class FloatPrograms(ProgramFiles):
         with torch.no_grad():
             outputs = pytree.tree_leaves(found.module(**nested(call)))
         return dict(zip(found.outputs, outputs, strict=True))
-
-
-def draw_samples(folder: Path, inputs: PipelineInputs, count: int) -> str | None:
-    """Write `samples.png`: above what the pipeline draws in float, below what the programs draw.
-
-    A column has one prompt and the same noise.
-
-    Args:
-        folder: An exported folder whose manifest is written.
-        inputs: The pipeline, its prompts, and the size, steps and guidance to draw with.
-        count: Columns.
-
-    Returns:
-        Why there are no pictures; None if they are there.
-    """
-    programs, original = PipelineRunner(folder), PipelineRunner(folder)
-    original.programs = FloatPrograms(folder, inputs)
-    rows: dict[str, list[Tensor]] = {"float": [], "programs": []}
-    try:
-        for (name, drawn), runner in zip(rows.items(), (original, programs), strict=True):
-            for index in range(count):
-                logger.info("drawing sample %d of %d, %s", index + 1, count, name)
-                drawn.append(_drawn(runner, inputs, index))
-    except ArtifactError as error:
-        logger.warning("no samples are drawn: %s", error)
-        return f"no samples are drawn: {error}"
-    images = [(name, torch.stack(drawn) * 2 - 1) for name, drawn in rows.items()]
-    save_rows(images, folder / GRID)
-    return None
-
-
-def _drawn(runner: PipelineRunner, inputs: PipelineInputs, index: int) -> Tensor:
-    """One picture, float [C, H, W] in 0..1."""
-    conditional = inputs.layout.kind != "unconditional"
-    pixels = runner.sample(
-        inputs.prompts[index % len(inputs.prompts)] if conditional else None,
-        seed=index,
-        **inputs.picture(index),
-    )
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def measure_parts(

@@ -5,11 +5,16 @@ scaling of latents) goes into the part, so that a program needs no configuration
 denoiser is the pipeline's UNet itself: layer names in settings and reports are the model's own.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mpqdm_fx.graph.describe import module_settings
+from mpqdm_fx.io.records import hash_tensor
 
 __all__ = [
     "ImageDecoder",
@@ -38,6 +43,17 @@ class Part:
     outputs: tuple[str, ...]
     sized: bool
     stepped: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Of its modules' settings and tensors, 16 hexadecimal digits."""
+        settings = module_settings(self.module).items()
+        # where a model was loaded from is no setting of it
+        told = {name: value for name, value in settings if not name.endswith("name_or_path")}
+        digest = hashlib.sha256(json.dumps(told).encode())
+        for tensor in self.module.state_dict().values():
+            hash_tensor(digest, tensor)
+        return digest.hexdigest()[:16]
 
     @property
     def parameters(self) -> int:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
+from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.layers import replace_module, weight_layers
 from mpqdm_fx.graph.methods import split_methods
@@ -22,6 +23,7 @@ from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.manifest import method_entry
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.report.comparison import Comparison
 from mpqdm_fx.stages import in_form_of, normalized, reassembled
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "ENCODE_PROMPT",
     "Judged",
     "PartMethod",
+    "WrittenMethod",
     "method_name",
     "part_methods",
     "quantize_part",
@@ -53,10 +56,16 @@ class Judged:
     Attributes:
         quantized: The quantized part, or None where it stays in float.
         sqnr_db: Quantized against float on held-out calls; None if it was not tried.
+        seconds: Wall time of quantizing it; 0 if it was not tried.
+        comparison: The same by noise level; None of a part that is told none.
+        held_out: The calls that judged it.
     """
 
     quantized: QuantizedModel | None
     sqnr_db: float | None
+    seconds: float = 0.0
+    comparison: Comparison | None = None
+    held_out: Sequence[Call] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +83,23 @@ class PartMethod:
     size: Size | None
     example: Call
     outputs: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenMethod:
+    """One method of a part's file.
+
+    Attributes:
+        entry: As the manifest has it.
+        program: What its lowering measured.
+    """
+
+    entry: dict[str, Any]
+    program: XnnpackProgram
+
+    def to_dict(self) -> dict[str, Any]:
+        """The program and the method's name, plain JSON types."""
+        return {**self.program.to_dict(), "method": self.entry["method"]}
 
 
 def side_settings(config: MPQConfig) -> MPQConfig:
@@ -114,14 +140,16 @@ def quantize_part(
     held_out = max(1, len(calls) // 4)
     known = calls[:-held_out] or calls
     quantized = quantize(part.module, side_settings(config), known, **options)
-    found = sqnr_of(part.module, quantized, calls[-held_out:])
+    unseen = calls[-held_out:]
+    found = sqnr_of(part.module, quantized, unseen)
+    seconds = quantized.report.seconds
     if found >= bound:
-        return Judged(quantized=quantized, sqnr_db=found)
+        return Judged(quantized=quantized, sqnr_db=found, seconds=seconds, held_out=unseen)
     logger.warning(
         "%s stays in float: quantized to 8 bits it has %.1f dB on held-out inputs, less than %.1f",
         part.name, found, bound,
     )  # fmt: skip
-    return Judged(quantized=None, sqnr_db=found)
+    return Judged(quantized=None, sqnr_db=found, seconds=seconds)
 
 
 def sqnr_of(reference: nn.Module, quantized: nn.Module, calls: Iterable[Call]) -> float:
@@ -153,7 +181,7 @@ def write_programs(
     timesteps: Sequence[float] | None = None,
     four_bit: FourBit = "whole",
     external_weights: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[WrittenMethod]:
     """Lower one part to a file with all of its methods, which share their weights.
 
     Args:
@@ -166,7 +194,7 @@ def write_programs(
         external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
 
     Returns:
-        The methods as the manifest has them.
+        Its methods, in running order.
 
     Raises:
         DialectError: The part has no time branch of its own to make tables of.
@@ -191,7 +219,12 @@ def write_programs(
         four_bit=four_bit,
     )
     return [
-        method_entry(part.name, method.size, name, method.outputs, programs[name].to_dict())
+        WrittenMethod(
+            entry=method_entry(
+                part.name, method.size, name, method.outputs, programs[name].to_dict()
+            ),
+            program=programs[name],
+        )
         for name, method in methods.items()
     ]
 

@@ -187,6 +187,10 @@ class PipelineRunner:
                 latents = scheduler.step(noise, timestep, latents, return_dict=False, **options)[0]
             if callback is not None:
                 callback(index + 1, len(scheduler.timesteps))
+        return self._decoded(latents, size)
+
+    def _decoded(self, latents: Tensor, size: tuple[int, int]) -> NDArray[np.float32]:
+        """What the scheduler ended with as a picture."""
         picture = latents
         if "vae_decoder" in self.manifest["parts"]:
             picture = self.programs.run("vae_decoder", size, {"latents": latents})["image"]

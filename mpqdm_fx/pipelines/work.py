@@ -31,6 +31,7 @@ class _Finished(Strict):
     program: Name
     methods: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
     quality: dict[str, Any]
+    report: dict[str, Any]
     files: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=2)]
 
 
@@ -93,14 +94,16 @@ class WorkFolder:
             )
         with self._remedied(program):
             self._files(program, record.files).check()
-        return {"methods": list(record.methods), "quality": record.quality}
+        return {
+            "methods": list(record.methods), "quality": record.quality, "report": record.report
+        }  # fmt: skip
 
     def finish(self, program: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """Keep the record of a program whose files are written.
 
         Args:
             program: The program.
-            record: Its `methods` and its `quality`, plain JSON types.
+            record: Its `methods`, its `quality` and what the `report` needs, plain JSON types.
 
         Returns:
             The record as `finished` gives it.
@@ -108,7 +111,7 @@ class WorkFolder:
         files = {path.name: Entry.of(path).to_dict() for path in stored_files(self.path(program))}
         told = {**plain(record), "run": self._run, "program": program, "files": files}
         _write(self._record(program), seal(told))
-        return {"methods": told["methods"], "quality": told["quality"]}
+        return {key: told[key] for key in ("methods", "quality", "report")}
 
     def _record(self, program: str) -> Path:
         return self.path(program).with_suffix(".json")

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
 from mpqdm_fx.numerics.outliers import kurtosis
 from mpqdm_fx.plan import BitPlan, LayerPlan
 from mpqdm_fx.records.report import LayerReport, QuantizationReport
-from mpqdm_fx.report.comparison import Comparison
+from mpqdm_fx.report.comparison import Comparison, LevelSqnr
 from mpqdm_fx.report.record import (
     ActivationNumbers,
     BytesByKind,
@@ -23,11 +23,20 @@ from mpqdm_fx.report.record import (
     Part,
     Place,
     ProgramNumbers,
+    ReportRecord,
     Spread,
     TrainingNumbers,
 )
 
-__all__ = ["Measured", "kurtosis_of", "part_of", "sensitivity_of", "training_of"]
+__all__ = [
+    "Measured",
+    "kurtosis_of",
+    "part_of",
+    "program_of",
+    "sensitivity_of",
+    "training_of",
+    "with_command",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,7 @@ class Measured:
         quantized: Outputs of the fake-quantized graph against the float model's.
         backend: The same of what the backend runs.
         by_level: Each layer's SQNR at each noise level of `quantized`, by its name.
+        running: Each layer's SQNR in the running model, where that is told no noise level.
         kurtosis: Kurtosis of each channel's float weights by layer, float64 [O].
         sensitivity: Sensitivity of each channel by layer, float64 [O].
         missing: Why something was not measured, by what it is called on the page.
@@ -46,6 +56,7 @@ class Measured:
     quantized: Comparison | None = None
     backend: Comparison | None = None
     by_level: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    running: Mapping[str, float] = field(default_factory=dict)
     kurtosis: Mapping[str, Tensor] = field(default_factory=dict)
     sensitivity: Mapping[str, Tensor] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -139,7 +150,7 @@ def part_of(
         epsilon_sqnr_db=ratios[0],
         backend_epsilon_sqnr_db=ratios[1],
         noise_argument=None if measured.quantized is None else measured.quantized.noise_argument,
-        levels=_levels(measured),
+        levels=_levels(measured, backend),
         layers=_layers(plan, report, measured),
         activations=tuple(
             ActivationNumbers(
@@ -155,7 +166,7 @@ def part_of(
             Judged(recipe=one.recipe, sqnr_db=one.decibels, by_group=one.sqnr_db, chosen=one.chosen)
             for one in report.judged
         ),
-        program=None if program is None else _program(program),
+        program=None if program is None else program_of(program),
         trained=training_of(told.get("distilled")),
         remarks=tuple(told.get("remarks", plan.remarks)),
         missing=missing,
@@ -173,17 +184,21 @@ def _ratios(measured: Measured, summary: Mapping[str, Any]) -> tuple[float | Non
     return found[0], found[1]
 
 
-def _levels(measured: Measured) -> tuple[LevelNumbers, ...]:
+def _levels(measured: Measured, backend: str | None) -> tuple[LevelNumbers, ...]:
     own = measured.quantized
     if own is None:
         return ()
-    others = (measured.backend or own).levels
+    others: Sequence[LevelSqnr | None] = [None] * len(own.levels)
+    if measured.backend is not None:
+        others = measured.backend.levels
+    elif backend in (None, "packed"):  # which run the graph itself
+        others = own.levels
     return tuple(
         LevelNumbers(
             level=one.level,
             samples=one.samples,
             sqnr_db=one.sqnr_db,
-            backend_sqnr_db=other.sqnr_db,
+            backend_sqnr_db=None if other is None else other.sqnr_db,
         )
         for one, other in zip(own.levels, others, strict=True)
     )
@@ -221,6 +236,7 @@ def _layer(planned: LayerPlan, told: LayerReport, measured: Measured, place: Pla
         by_level=measured.by_level.get(planned.name),
         kurtosis=_spread(measured.kurtosis.get(planned.name)),
         sensitivity=_spread(measured.sensitivity.get(planned.name)),
+        running_sqnr_db=measured.running.get(planned.name),
     )
 
 
@@ -253,7 +269,12 @@ def _bytes_of(plan: BitPlan) -> BytesByKind:
     return BytesByKind(**sums, float_weights=floats, float_remainder=plan.float_bytes)
 
 
-def _program(told: Mapping[str, Any]) -> ProgramNumbers:
+def program_of(told: Mapping[str, Any]) -> ProgramNumbers:
+    """The numbers of a lowered method.
+
+    Args:
+        told: `XnnpackProgram.to_dict()`, and `method` where it is not the file's only one.
+    """
     return ProgramNumbers(
         file=told["path"],
         bytes=told["bytes"],
@@ -268,6 +289,7 @@ def _program(told: Mapping[str, Any]) -> ProgramNumbers:
         sqnr_db=told["sqnr_db"],
         max_lsb=told["max_lsb"],
         seconds=told["seconds"],
+        method=told.get("method", "forward"),
     )
 
 
@@ -277,3 +299,16 @@ def training_of(told: Mapping[str, Any] | None) -> TrainingNumbers | None:
         return None
     names = TrainingNumbers.model_fields
     return TrainingNumbers(**{name: told[name] for name in names})
+
+
+def with_command(record: ReportRecord, command: str | None) -> ReportRecord:
+    """A record with the command that makes its folder again, or the sentence that says why not.
+
+    Args:
+        record: The record.
+        command: The command; None if nobody knows it, or if no command line asks for the settings.
+    """
+    missing = {key: why for key, why in record.missing.items() if key != "command"}
+    if command is None:
+        missing["command"] = "no command line asks for these settings, or the folder is older"
+    return record.model_copy(update={"command": command, "missing": missing})

@@ -1,6 +1,6 @@
 """How far every layer's output is from the float model's at each noise level."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from mpqdm_fx.numerics.metrics import ratio_db
 from mpqdm_fx.report.comparison import LevelSqnr, row_powers
 from mpqdm_fx.report.noise_levels import noise_argument_of, told_levels
 
-__all__ = ["sqnr_by_layer"]
+__all__ = ["running_sqnr", "sqnr_by_layer"]
 
 _SAMPLES = 4  # of each noise level
 
@@ -49,16 +49,55 @@ def sqnr_by_layer(
     argument = noise_argument or noise_argument_of(calls[0])
     if not levels or argument is None:
         return {}
-    signature: Signature = floats.meta["signature"]
     means = torch.tensor([one.level for one in levels], dtype=torch.float64)
+    told = (told_levels([call], argument) for call in calls)
+    groups = [(each[:, None] - means).abs().argmin(dim=1).tolist() for each in told]
+    return _ratios(floats, quantized, layers, zip(calls, groups, strict=True), len(levels))
+
+
+@plain_torch()
+@torch.no_grad()
+def running_sqnr(
+    floats: fx.GraphModule,
+    quantized: fx.GraphModule,
+    layers: Sequence[str],
+    calls: Sequence[Mapping[str, Any]],
+) -> dict[str, float]:
+    """Compare the outputs of layers in two graphs of one model that is told no noise level.
+
+    Args: as of `sqnr_by_layer`, of whose samples four are taken.
+
+    Returns:
+        By layer, decibels; layers that a graph does not call are left out.
+    """
+    grouped = ((call, [0] * batch_size_of(call)) for call in calls)
+    found = _ratios(floats, quantized, layers, grouped, 1)
+    return {name: ratio for name, (ratio,) in found.items()}
+
+
+def _ratios(
+    floats: fx.GraphModule,
+    quantized: fx.GraphModule,
+    layers: Sequence[str],
+    grouped: Iterable[tuple[Mapping[str, Any], list[int]]],
+    count: int,
+) -> dict[str, tuple[float, ...]]:
+    """Decibels of each layer in each of some groups of samples.
+
+    Args:
+        floats: As of `sqnr_by_layer`, like the next two.
+        quantized: See above.
+        layers: See above.
+        grouped: Calls, and the group of each of their samples.
+        count: Groups.
+    """
+    signature: Signature = floats.meta["signature"]
     wanted = set(layers)
-    sums = {name: torch.zeros(len(levels), 2, dtype=torch.float64) for name in layers}
-    taken = [0] * len(levels)
-    for call in calls:
-        told = told_levels([call], argument)
-        nearest = (told[:, None] - means).abs().argmin(dim=1).tolist()
+    sums = {name: torch.zeros(count, 2, dtype=torch.float64) for name in layers}
+    taken = [0] * count
+    for call, numbers in grouped:
         inputs = signature.normalize((), call)
-        for part, groups in _parts(signature, inputs, nearest):
+        for part, groups in _parts(signature, inputs, numbers):
             if all(taken[group] >= _SAMPLES for group in groups):
                 continue
             for group in groups:

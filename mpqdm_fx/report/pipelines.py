@@ -6,12 +6,16 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-__all__ = ["export_estimate_table", "export_table"]
+from mpqdm_fx.report.evaluation_tables import shown
+from mpqdm_fx.report.words import word_of
+
+__all__ = ["export_estimate_table", "export_table", "pictures_line"]
 
 
 def export_table(summary: Mapping[str, Any]) -> Table:
     """The parts of an exported folder: size, time and memory, as a program and in float."""
-    table = _table("part", "precision", "MiB", "was", "ms", "was", "peak MiB", "was", "SQNR dB")
+    table = _table("part", "form", "MiB", "was", "ms", "was", "peak", "was", "dB")
+    table.caption = "was: in float; peak: MiB of loading and one call; dB: SQNR of the output"
     for name, part in summary["parts"].items():
         times = part["milliseconds"] or {}
         peaks = part["peak_memory_bytes"] or {}
@@ -30,7 +34,7 @@ def export_table(summary: Mapping[str, Any]) -> Table:
     table.add_section()
     step = summary["milliseconds_per_step"] or {}
     table.add_row(
-        "all, and a step",
+        "all, a step",
         "",
         _mebibytes(summary["bytes"]),
         _mebibytes(summary["float32_bytes"]),
@@ -38,6 +42,28 @@ def export_table(summary: Mapping[str, Any]) -> Table:
         _number(step.get("float")),
     )
     return table
+
+
+def pictures_line(summary: Mapping[str, Any]) -> str:
+    """How far the programs' pictures are from those in float, in words; empty if none were drawn.
+
+    Args:
+        summary: Content of an exported folder's `summary.json`.
+    """
+    pictures = summary["pictures"]
+    if pictures is None:
+        return ""
+    found = {
+        "x0_sqnr": pictures["x0_sqnr_db"],
+        "psnr": pictures["psnr_db"],
+        "ssim": pictures["ssim"],
+    }
+    told = [
+        f"{name} {shown(name, value)} ({word_of(name, value)})"
+        for name, value in found.items()
+        if value is not None
+    ]
+    return f"{pictures['count']} pictures against float: {', '.join(told)}"
 
 
 def export_estimate_table(expected: Mapping[str, Any]) -> Table:
@@ -64,10 +90,10 @@ def export_estimate_table(expected: Mapping[str, Any]) -> Table:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column(first)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
     for name in others:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -79,7 +105,10 @@ def _mebibytes(count: float | None) -> str:
 
 
 def _number(value: float | str | None) -> str:
-    return "" if value is None else f"{float(value):,.1f}"
+    if value is None:
+        return ""
+    number = float(value)
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.1f}"
 
 
 def _duration(seconds: float) -> str:

@@ -16,6 +16,8 @@ __all__ = [
     "RECORD",
     "ActivationNumbers",
     "BytesByKind",
+    "Costs",
+    "FloatPart",
     "Judged",
     "LayerNumbers",
     "LevelNumbers",
@@ -52,7 +54,8 @@ class LayerNumbers(Strict):
     `base_sqnr_db` the same without error propagation, whose strength is `alpha` (of the residual
     `beta`). `by_level` is the ratio of the layer's output in the running model at each of
     `Part.levels`. `kurtosis` is of the float weights of its channels, `sensitivity` the squared
-    error of the model's output per squared error of a channel's.
+    error of the model's output per squared error of a channel's. Of a model that is told no noise
+    level `running_sqnr_db` is what `by_level` is of others.
     """
 
     name: Name
@@ -72,15 +75,24 @@ class LayerNumbers(Strict):
     by_level: tuple[Ratio, ...] | None
     kurtosis: Spread | None
     sensitivity: Spread | None
+    running_sqnr_db: Ratio | None = None
+
+    @property
+    def known_sqnr_db(self) -> float | None:
+        """Its own ratio, else that in the running model."""
+        return self.running_sqnr_db if self.sqnr_db is None else self.sqnr_db
 
 
 class LevelNumbers(Strict):
-    """Output's error at one noise level: of the quantized graph, and of what the backend runs."""
+    """Output's error at one noise level: of the quantized graph, and of what the backend runs.
+
+    The latter is null where it was not measured by noise level.
+    """
 
     level: float
     samples: Count
     sqnr_db: Ratio
-    backend_sqnr_db: Ratio
+    backend_sqnr_db: Ratio | None
 
 
 class BytesByKind(Strict):
@@ -114,7 +126,7 @@ class Judged(Strict):
 
 
 class ProgramNumbers(Strict):
-    """What a lowering made; `outside` counts nodes on portable kernels by their kind."""
+    """A method of a lowered file; `outside` counts nodes on portable kernels by their kind."""
 
     file: Name
     bytes: Count
@@ -129,6 +141,7 @@ class ProgramNumbers(Strict):
     sqnr_db: Ratio
     max_lsb: Ratio | None
     seconds: float
+    method: Name = "forward"
 
 
 class TrainingNumbers(Strict):
@@ -143,7 +156,10 @@ class TrainingNumbers(Strict):
 
 
 class PictureNumbers(Strict):
-    """Samples of both models from the same noise."""
+    """Samples of both models from the same noise.
+
+    `psnr_db` and `ssim` are of pictures in -1..1, where they were compared.
+    """
 
     count: Count
     steps: Count
@@ -151,26 +167,61 @@ class PictureNumbers(Strict):
     labels: tuple[str, ...]
     x0_sqnr_db: Ratio | None
     by_picture: tuple[Ratio, ...]
+    psnr_db: Ratio | None = None
+    ssim: float | None = None
 
 
-class Part(Strict):
-    """One quantized model."""
+class Costs(Strict):
+    """What one model of a folder takes, and the program that it is.
+
+    `milliseconds` are of a step, or of one call of what runs once per image: `calls_per_step` are 0
+    then, and 2 with guidance. `program` is what runs most often, `methods` are the other ones of
+    its file.
+    """
 
     name: Name
     model_class: Name
-    backend: Name | None
-    settings: dict[str, Any]
-    mean_bits: float
-    effective_bits: float
-    num_weights: Count
     float32_bytes: Count
-    bytes: BytesByKind
     files: dict[str, Count]
     milliseconds: float | None
     float_milliseconds: float | None
     threads: Count | None
     peak_bytes: Count | None
     float_peak_bytes: Count | None
+    program: ProgramNumbers | None
+    missing: dict[str, str]
+    calls_per_step: Count = 1
+    methods: tuple[ProgramNumbers, ...] = ()
+
+    @property
+    def programs(self) -> tuple[ProgramNumbers, ...]:
+        """All methods of its file, the one that runs most often first."""
+        return (() if self.program is None else (self.program,)) + self.methods
+
+    @property
+    def program_bytes(self) -> int | None:
+        """Bytes of the program on disk, with weights that are apart; None without one."""
+        if self.program is None:
+            return None
+        stem = self.program.file.partition(".")[0]
+        found = [size for name, size in self.files.items() if name.startswith(f"{stem}.pt")]
+        return sum(found) or self.program.bytes + self.program.weights_bytes
+
+    @property
+    def shipped_bytes(self) -> int:
+        """Bytes of what is shipped: the program."""
+        return self.program_bytes or 0
+
+
+class Part(Costs):
+    """One quantized model."""
+
+    backend: Name | None
+    settings: dict[str, Any]
+    mean_bits: float
+    effective_bits: float
+    num_weights: Count
+    bytes: BytesByKind
     seconds_to_quantize: float
     calibration_calls: Count
     epsilon_sqnr_db: Ratio | None
@@ -180,10 +231,8 @@ class Part(Strict):
     layers: tuple[LayerNumbers, ...]
     activations: tuple[ActivationNumbers, ...]
     judged: tuple[Judged, ...]
-    program: ProgramNumbers | None
     trained: TrainingNumbers | None
     remarks: tuple[str, ...]
-    missing: dict[str, str]
 
     @property
     def stored_bytes(self) -> int:
@@ -192,23 +241,26 @@ class Part(Strict):
         return sum(kinds.values())
 
     @property
-    def program_bytes(self) -> int | None:
-        """Bytes of the program on disk, with weights that are apart; None without one."""
-        if self.program is None:
-            return None
-        found = [size for name, size in self.files.items() if name.startswith("unet.pt")]
-        return sum(found) or self.program.bytes + self.program.weights_bytes
-
-    @property
     def shipped_bytes(self) -> int:
         """Bytes of what is shipped: the program, else the packed weights."""
         return self.stored_bytes if self.program_bytes is None else self.program_bytes
 
 
+class FloatPart(Costs):
+    """A model of a folder that is a float program.
+
+    `why` it is; `quantized_sqnr_db` is its output's when it was quantized and refused.
+    """
+
+    why: Name
+    quantized_sqnr_db: Ratio | None
+
+
 class ReportRecord(Strict):
     """A folder's report.
 
-    `command` repeats the run; `missing` says, by section of the page, why it is not there.
+    `parts` are its quantized models, `float_parts` those that were left in float. `command` repeats
+    the run; `missing` says, by section of the page, why it is not there.
     """
 
     format: Literal["mpqdm_fx report"] = "mpqdm_fx report"
@@ -219,6 +271,12 @@ class ReportRecord(Strict):
     pictures: PictureNumbers | None
     parts: tuple[Part, ...]
     missing: dict[str, str]
+    float_parts: tuple[FloatPart, ...] = ()
+
+    @property
+    def every(self) -> tuple[Costs, ...]:
+        """Its models, quantized or not."""
+        return (*self.parts, *self.float_parts)
 
 
 def write_record(record: ReportRecord, path: Path) -> None:

@@ -16,12 +16,12 @@ from mpqdm_fx.cli.boundary import INTERNAL
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.feasibility import weights_of
-from mpqdm_fx.folders import seal_folder
+from mpqdm_fx.folders import holds_result, seal_folder
 from mpqdm_fx.jobs import distill as distill_job
+from mpqdm_fx.jobs import export as export_job
 from mpqdm_fx.jobs import quantize as quantize_job
 from mpqdm_fx.jobs.result_folder import Form
 from mpqdm_fx.models.sources import load_source
-from mpqdm_fx.pipelines import export
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,22 @@ def made(tmp_path_factory):
     return root
 
 
+#: Results that are no quantized model, by the file and its format by which they are known.
+OTHER_RESULTS = {
+    "programs": ("pipeline.json", "mpqdm_fx.pipeline"),
+    "pareto": ("pareto.json", "mpqdm-fx pareto"),
+}
+
+
 @pytest.fixture
 def place(made, tmp_path, monkeypatch):
     """Copies to work on, a file that is in the way, and no work that could begin."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     (tmp_path / "file").write_text("mine")
+    for name, manifest in OTHER_RESULTS.items():
+        (tmp_path / name).mkdir()
+        file, form = manifest
+        (tmp_path / name / file).write_text(json.dumps({"format": form}))
     (tmp_path / "model_index.json").write_text(
         json.dumps({"text_encoder": ["transformers", "CLIPTextModel"]})
     )
@@ -111,6 +122,8 @@ CASES = [
     (["verify", "..", "--store"], "current folder"),
     (["verify", "out", "--output", "out/verify.json"], "out holds a result and no other files"),
     (["verify", "model", "--output", "out/verify.json"], "out holds a result and no other files"),
+    (["report", "programs", "--output", "programs/r.html"], "programs holds a result and no other"),
+    (["report", "out", "--output", "pareto/a/r.html"], "pareto holds a result and no other files"),
     (["sample", "out", "--output", "out/a/grid.png"], "out holds a result and no other files"),
     (["quantize", "model", *NEW, "--sensitivity", "out/s"], "out holds a result and no other"),
     # endings
@@ -250,7 +263,7 @@ def test_a_disk_that_may_do_is_not_refused(place, monkeypatch, capsys):
     for module, name in [
         (quantize_job, "quantize_to_folder"),
         (distill_job, "distill_folder"),
-        (export, "export_pipeline"),
+        (export_job, "export_to_folder"),
     ]:
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: begun.append(name))
     (place / "out" / ".unet.pte.0123456789abcdef").write_bytes(bytes(10**6))
@@ -262,7 +275,40 @@ def test_a_disk_that_may_do_is_not_refused(place, monkeypatch, capsys):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, n=enough: used._replace(free=n))
         assert typed(monkeypatch, capsys, *words.split())[0] == 0
     assert typed(monkeypatch, capsys, "export", "model")[0] == INTERNAL  # nothing to print
-    assert begun == ["distill_folder", "quantize_to_folder", "export_pipeline"]
+    assert begun == ["distill_folder", "quantize_to_folder", "export_to_folder"]
+
+
+TAKERS = {
+    "evaluate": ["--gate", "bytes<=1MB"], "inspect": [], "verify": [], "doctor": [], "trace": [],
+    "sample": ["-o", "new.png"], "distill": ["--budget", "1m", "-o", "new"], "quantize": NEW,
+    "plan": [], "pareto": ["--bits", "2", "--backend", "packed", "-o", "new"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", TAKERS)
+def test_a_result_of_another_kind_is_one_line_that_says_what_takes_it(
+    place, monkeypatch, capsys, command
+):
+    before = listed(place)
+    remedies = {
+        "programs": "is an exported pipeline, which keeps its programs alone: draw with python "
+        "programs/run.py, read its numbers with mpqdm-fx report programs, judge it with the "
+        "gates of mpqdm-fx export",
+        "pareto": "holds the budgets of mpqdm-fx pareto; give pareto/picked",
+    }
+    for name, remedy in remedies.items():
+        status, _, err = typed(monkeypatch, capsys, command, name, *TAKERS[command])
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert (status, f"{name} {remedy}" in line) == (2, True), err
+    assert listed(place) == before
+
+
+def test_a_file_of_a_results_name_makes_no_result(place, monkeypatch, capsys):
+    """`pipeline.json` is a name that other programs use too."""
+    (place / "model" / "pipeline.json").write_text('{"format": "theirs"}')
+    (place / "model" / "pareto.json").write_text("no JSON")
+    assert typed(monkeypatch, capsys, "trace", "model", "--json")[0] == 0
+    assert not holds_result(place / "model")
 
 
 def test_of_a_link_both_disks_may_take_the_result(tmp_path, monkeypatch):

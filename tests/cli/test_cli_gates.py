@@ -11,10 +11,12 @@ from typing_in import typed
 import mpqdm_fx
 from mpqdm_fx.cli.options import console
 from mpqdm_fx.jobs import evaluate as evaluate_job
+from mpqdm_fx.jobs import export as export_job
 from mpqdm_fx.jobs import quantize as quantize_job
 from mpqdm_fx.jobs.evaluate import gate_stages
 from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.report.evaluation_tables import evaluation_table, gate_table
+from mpqdm_fx.report.export_metrics import EXPORTED
 from mpqdm_fx.report.gates import METRICS, judge, parse_gates
 
 QUICK = ["--backend", "packed", "--allocation", "uniform", "--refinements", 0]
@@ -141,7 +143,7 @@ def test_metrics_that_are_called_as_options_are_not_told_as_options(quantized, m
     assert (status, "write effective_bits<=1" in errors) == (2, True), errors
 
 
-@pytest.mark.parametrize("command", ["quantize", "evaluate", "distill"])
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "distill", "export"])
 def test_help_names_every_metric(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     status, text = run(command, "--help")
@@ -149,10 +151,36 @@ def test_help_names_every_metric(command, monkeypatch):
     assert all(name in text for name in METRICS)
 
 
-def test_the_catalogue_is_printed_without_a_folder():
-    status, text = run("evaluate", "--metrics")
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_the_catalogue_is_printed_without_a_folder(command):
+    status, text = run(command, "--metrics")
     assert status == 0
     assert all(f"  {name} " in text for name in METRICS)
+    assert all(f"  {name:<25} {meaning}" in text for name, meaning in EXPORTED.items())
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("beauty>=1", "there is no metric beauty; metrics: epsilon_sqnr"),
+        ("ms>=1", "of ms less is better"),
+        (
+            "accuracy>=90%",
+            "accuracy (samples that show their class (digits)) is not measured of an",
+        ),
+        ("parameter_bytes<=1MB", "is not measured of an export; measured are: epsilon_sqnr"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_wrong_gate_of_an_export_is_refused_before_any_work(
+    model_folder, tmp_path, monkeypatch, gate, message, more
+):
+    monkeypatch.setattr(export_job, "export_pipeline", None)  # whoever works would call it
+    monkeypatch.chdir(tmp_path)
+    status, text = run("export", model_folder, "--gate", gate, "--output", "new", *more)
+    assert (status, message in text) == (2, True), text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_both_tables_fit_80_columns():

@@ -20,6 +20,12 @@ TIMES = {
         "files.report.json",
         "files.report.html",
     ),
+    "pipeline.json": (
+        "digest",
+        "files.summary.json",
+        "files.report.json",
+        "files.report.html",
+    ),
     "summary.json": (
         "seconds_to_quantize",
         "milliseconds_per_step",

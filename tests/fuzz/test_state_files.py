@@ -218,7 +218,8 @@ def test_calls_of_other_shapes_kinds_or_names_are_refused(tmp_path, amount):
 def test_finished_programs_of_an_export_are_those_that_were_written(tmp_path, amount):
     work = WorkFolder(tmp_path / "out.checkpoint", RUN, resume=False)
     work.path("denoiser").write_bytes(b"program")
-    expected = work.finish("denoiser", {"methods": [{"part": "denoiser"}], "quality": {"bits": 4}})
+    record = {"methods": [{"part": "denoiser"}], "quality": {"bits": 4}, "report": {"seconds": 1}}
+    expected = work.finish("denoiser", record)
     for number, name in enumerate(("export.json", "denoiser.json", "denoiser.pte")):
         path = work.directory / name
         original = path.read_bytes()

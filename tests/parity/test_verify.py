@@ -296,7 +296,6 @@ def _other_inputs(folder):
         (_foreign, "no thresholds of this package"),
         (_no_site, "is damaged"),
         (_program, "unet.pte is not the file that the thresholds"),
-        (lambda folder: (folder / "pipeline.json").write_text("{}"), "an exported pipeline"),
     ],
 )
 def test_bad_input_is_one_clear_error(copied, damage, message):

@@ -11,7 +11,7 @@ from mpqdm_fx.backends.xnnpack.runner import TensorSpec, flat_inputs
 from mpqdm_fx.pipelines.export import export_pipeline
 from mpqdm_fx.pipelines.manifest import method_entry
 from mpqdm_fx.pipelines.program_files import ProgramFiles
-from mpqdm_fx.pipelines.programs import PartMethod, method_name, part_methods
+from mpqdm_fx.pipelines.programs import PartMethod, WrittenMethod, method_name, part_methods
 from mpqdm_fx.pipelines.runner import PipelineRunner
 
 #: What these files cannot be drawn and measured with.
@@ -78,7 +78,7 @@ def eager_writer(models: dict[str, Any], *, split: bool = False):
                 seconds=0.0,
             )
             entry = method_entry(part.name, method.size, name, method.outputs, program.to_dict())
-            entries.append(entry)
+            entries.append(WrittenMethod(entry=entry, program=program))
         return entries
 
     return write

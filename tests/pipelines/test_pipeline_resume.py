@@ -1,6 +1,7 @@
 """An export that was killed goes on with what was finished; nothing half-made is ever seen."""
 
 import json
+import re
 
 import pytest
 import tiny_pipelines
@@ -9,6 +10,7 @@ from eager_programs import UNMEASURED, eager_writer
 from mpqdm_fx import ArtifactError, ConfigError, export_pipeline
 
 SIZES = [(16, 16), (24, 16)]
+TIMED = {"summary.json", "report.json", "report.html"}
 OPTIONS = {"sizes": SIZES, "steps": 2, "trajectories": 4, "prompts": ["a cat", "a dog"]}
 
 
@@ -49,7 +51,17 @@ def export(pipeline, output, monkeypatch, *, dies_at=None, **options):
 
 
 def manifest(folder):
-    return json.loads((folder / "pipeline.json").read_text())
+    """A folder's manifest, but for files that tell times."""
+    found = json.loads((folder / "pipeline.json").read_text())
+    assert found.pop("digest")
+    assert {found["files"].pop(name) and name for name in TIMED} == TIMED
+    return found
+
+
+def numbers(folder):
+    """What the report says, but for times and the folder's name."""
+    text = (folder / "report.json").read_text()
+    return json.loads(re.sub(r'"(seconds\w*)": [\d.e-]+', r'"\1": 0', text))
 
 
 @pytest.mark.parametrize(
@@ -82,6 +94,9 @@ def test_a_quantized_run_goes_on_with_its_solved_layers(pipeline, tmp_path, monk
     export(pipeline, output, monkeypatch, **again)
     export(pipeline, tmp_path / "whole", monkeypatch, config=config)
     assert manifest(output) == manifest(tmp_path / "whole")
+    found = numbers(output)
+    assert found == numbers(tmp_path / "whole")
+    assert "denoiser" in [part["name"] for part in found["parts"]]  # whose model the end never saw
 
 
 def test_an_unfinished_run_is_neither_forgotten_nor_mixed_with_another(

@@ -11,9 +11,13 @@ from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.pipelines.work import WorkFolder
 
 RUN = {"pipeline": "DDPMPipeline", "settings": {"seed": 0}, "sizes": [[8, 8]]}
-RECORD = {"methods": [{"part": "denoiser", "program_sqnr_db": math.inf}], "quality": {"bits": 4}}
+RECORD = {
+    "methods": [{"part": "denoiser", "program_sqnr_db": math.inf}],
+    "quality": {"bits": 4},
+    "report": {"seconds": 1.5},
+}
 #: JSON has no infinity.
-TOLD = {"methods": [{"part": "denoiser", "program_sqnr_db": "inf"}], "quality": {"bits": 4}}
+TOLD = {**RECORD, "methods": [{"part": "denoiser", "program_sqnr_db": "inf"}]}
 
 
 @pytest.fixture

@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 from mpqdm_fx.cli.app import app
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.jobs import export as export_job
 from mpqdm_fx.jobs import quantize as quantize_job
-from mpqdm_fx.jobs.command_text import distill_command, quantize_command
+from mpqdm_fx.jobs.command_text import distill_command, export_command, quantize_command
+from mpqdm_fx.jobs.export import ExportRuns, export_to_folder
 
 
 class AskedError(Exception):
@@ -31,7 +33,7 @@ def settings_of(command, monkeypatch):
     return result.exception.args
 
 
-@pytest.mark.parametrize(
+SETTINGS = pytest.mark.parametrize(
     "settings",
     [
         {},
@@ -49,6 +51,9 @@ def settings_of(command, monkeypatch):
         },
     ],
 )
+
+
+@SETTINGS
 def test_the_command_has_the_settings_that_it_was_made_of(settings, monkeypatch):
     config = MPQConfig(**settings)
     options = {"--backend": "packed", "--output": "some where", "--compress": False}
@@ -58,8 +63,50 @@ def test_the_command_has_the_settings_that_it_was_made_of(settings, monkeypatch)
     assert (form.backend, output) == ("packed", Path("some where"))
 
 
+def exported_with(monkeypatch, *arguments, **options):
+    """What the command of an export's report asks for, when it is typed."""
+    asked = []
+    monkeypatch.setattr(export_job, "export_pipeline", lambda *_, **told: asked.append(told))
+    export_to_folder(*arguments, **options)
+    words = shlex.split(asked.pop()["command"])
+
+    def start(*arguments, **options):
+        raise AskedError(*arguments, options)
+
+    monkeypatch.setattr(export_job, "export_to_folder", start)
+    assert words.pop(0) == "mpqdm-fx"
+    result = CliRunner().invoke(app, words, obj={})
+    assert isinstance(result.exception, AskedError), (result.output, result.exception)
+    return result.exception.args
+
+
+@SETTINGS
+def test_the_command_of_an_export_has_its_settings_and_runs(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cat")
+    runs = ExportRuns(
+        sizes=[(16, 24), (32, 32)], prompts=Path("prompts.txt"), steps=3, guidance=2.5,
+        trajectories=5, samples=1,
+    )  # fmt: skip
+    form = {"minimum_sqnr_db": 12.5, "tabulate": True, "four_bit": "split"}
+    form |= {"external_weights": True, "compress": True}
+    config = MPQConfig(**{"weight_bits": 8, **settings})  # unread where there is a budget
+    name, found, output, told, options = exported_with(
+        monkeypatch, "my sd", config, Path("some where"), runs, **form
+    )
+    assert (name, found, output, told) == ("my sd", config, Path("some where"), runs)
+    assert {key: options[key] for key in form} == form
+
+
+def test_the_command_of_an_export_in_float_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = exported_with(monkeypatch, "sd", None, Path("out"), ExportRuns())
+    assert found[:4] == ("sd", None, Path("out"), ExportRuns())
+
+
 def test_settings_without_an_option_have_no_command():
     assert quantize_command("digits", MPQConfig(max_rows=100), {}) is None
+    assert export_command("sd", MPQConfig(max_rows=100), {}) is None
     assert distill_command(Path("a"), DistillConfig(updates=1, ema=0.5), {}) is None
 
 

@@ -9,7 +9,7 @@ from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.report.comparison import compare
-from mpqdm_fx.report.layer_levels import sqnr_by_layer
+from mpqdm_fx.report.layer_levels import running_sqnr, sqnr_by_layer
 from mpqdm_fx.stages import in_form_of
 
 
@@ -51,6 +51,18 @@ def test_a_layer_is_compared_as_the_running_models_have_it(measured):
     for index, row in zip(alone, rows, strict=True):
         want = sqnr_db(seen["float"][row], seen["quantized"][row])
         assert found["conv_in"][index] == pytest.approx(want, abs=1e-3)
+
+
+def test_a_layer_has_one_ratio_where_no_noise_level_is_told(measured):
+    model, quantized, calls, _, names, _ = measured
+    floats = in_form_of(quantized, model, example_call(quantized.signature))
+    found = running_sqnr(floats, quantized.graph_module, names, calls)
+    assert sorted(found) == sorted(names)
+    rows = {name: torch.cat([call[name] for call in calls[:2]]) for name in calls[0]}
+    assert len(rows["sample"]) == 4
+    with torch.no_grad():
+        want = sqnr_db(model(**rows), quantized(**rows))
+    assert found["conv_out"] == pytest.approx(want, abs=1e-3)
 
 
 def test_a_model_against_itself_is_exact_everywhere(measured):

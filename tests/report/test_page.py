@@ -9,10 +9,11 @@ import torch
 from pages import marks, read_page
 
 from mpqdm_fx.io.schema import validated
+from mpqdm_fx.report.page.cards import cards_of
 from mpqdm_fx.report.page.gallery import gallery_of
 from mpqdm_fx.report.page.render import render_report
-from mpqdm_fx.report.page.text import bytes_text
-from mpqdm_fx.report.record import ReportRecord, Spread
+from mpqdm_fx.report.page.text import TIMES, bytes_text
+from mpqdm_fx.report.record import FloatPart, ProgramNumbers, ReportRecord, Spread
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,78 @@ def test_a_page_without_float_model_draws_no_chart_of_errors_and_says_why(record
     assert charts == {"unet-bits", "unet-bytes"}
     assert page.text.lower().count(why) >= 3
     assert page.all("img") == []
+
+
+@pytest.fixture
+def left_in_float(record):
+    """A part that runs once per image, as an export leaves it when rounding costs too much."""
+    (part,) = record.parts
+    program = ProgramNumbers(
+        file="vae_decoder.pte", bytes=9000, weights_bytes=0, subgraphs=1, delegated=9,
+        undelegated=2, outside={"view_copy": 2}, float_layers={}, eight_bit_layers={},
+        four_bit_layers=(), sqnr_db=99.0, max_lsb=None, seconds=1.0,
+    )  # fmt: skip
+    return FloatPart(
+        **{name: getattr(part, name) for name in ("threads", "peak_bytes", "float_peak_bytes")},
+        name="vae_decoder", model_class="ImageDecoder", float32_bytes=8000,
+        files={"vae_decoder.pte.xz": 7000, "log.txt": 1}, milliseconds=1.0, float_milliseconds=2.0,
+        program=program, missing={}, calls_per_step=0, quantized_sqnr_db=21.0,
+        why="its output has 21.0 dB, less than 30",
+    )  # fmt: skip
+
+
+def test_a_part_that_stayed_in_float_is_told_with_its_reason_and_costs(record, left_in_float):
+    both = record.model_copy(update={"float_parts": (left_in_float,)})
+    html = render_report(both, None)
+    page = read_page(html)
+    (section,) = [
+        one for one in page.all("section") if one.attributes.get("id") == "vae_decoder-float"
+    ]
+    for told in ("its output has 21.0 dB, less than 30", "7.00 kB", "a call, batch 1", "view_copy"):
+        assert told in section.text
+    assert "float32_bytes" not in section.text
+    assert "vae_decoder: float" in page.text
+    shipped = both.parts[0].shipped_bytes + 7000
+    (cards, *_) = [one for one in page.all("section") if one.attributes.get("class") == "cards"]
+    assert bytes_text(shipped).partition(" ")[0] in cards.text
+    (parts,) = [one for one in page.all("section") if one.attributes.get("id") == "parts"]
+    assert [row.all("th")[0].text for row in parts.all("tr")[1:]] == ["unet", "vae_decoder"]
+    names = re.findall(r'\bid="([^"]+)"', html)
+    assert len(names) == len(set(names))
+    assert set(re.findall(r'<a href="#([^"]+)"', html)) <= set(names)
+
+
+def test_a_page_of_float_programs_alone_says_so(record, left_in_float):
+    denoiser = left_in_float.model_copy(update={"name": "denoiser", "calls_per_step": 2})
+    bare = record.model_copy(update={"parts": (), "float_parts": (denoiser, left_in_float)})
+    page = read_page(render_report(bare, None))
+    (title,) = [one for one in page.all("p") if one.attributes.get("class") == "title"]
+    assert title.text == "float"
+    assert "the denoiser was not quantized" in page.text
+    assert "2 calls" in page.text
+
+
+def test_what_is_larger_than_float_is_not_called_smaller(record, left_in_float):
+    larger = left_in_float.model_copy(update={"files": {"vae_decoder.pte": 16_000}})
+    bare = record.model_copy(update={"parts": (), "float_parts": (larger,)})
+    page = read_page(render_report(bare, None))
+    assert page.text.count(f"2.0{TIMES} larger than float32") == 2  # in a sentence and on a card
+    assert "smaller" not in page.text
+
+
+def test_an_exact_program_has_no_unit(record, left_in_float):
+    exact = left_in_float.program.model_copy(update={"sqnr_db": math.inf})
+    left = left_in_float.model_copy(update={"program": exact})
+    page = read_page(render_report(record.model_copy(update={"float_parts": (left,)}), None))
+    assert "Program against the converted graph: exact." in page.text
+
+
+def test_what_runs_once_per_image_predicts_no_noise(record):
+    (part,) = record.parts
+    once = part.model_copy(update={"name": "vae_decoder", "calls_per_step": 0})
+    names = [card.name for card in cards_of(once)]
+    assert names[1:4] == ["Time a call", "Peak memory", "Output SQNR"]
+    assert [card.name for card in cards_of(part)][3] == "Noise SQNR"
 
 
 def test_a_page_of_several_parts_has_all_of_each_and_no_name_twice(record):

@@ -10,10 +10,10 @@ from PIL import Image
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.folders import open_folder, rewritten_folder
 from mpqdm_fx.io.schema import plain
-from mpqdm_fx.jobs import report as report_job
 from mpqdm_fx.jobs.compare import compare_folders
-from mpqdm_fx.jobs.report import can_render, renders
 from mpqdm_fx.jobs.report_folder import report_folder
+from mpqdm_fx.report.page import packages
+from mpqdm_fx.report.page.packages import can_render, renders
 
 
 def read(path):
@@ -90,7 +90,7 @@ def test_a_damaged_folder_has_no_report(three_bits, tmp_path):
 
 
 def test_without_the_extra_one_line_says_how_to_get_a_report(monkeypatch, caplog):
-    monkeypatch.setattr(report_job, "_PACKAGES", ("matplotlib", "no_such_package"))
+    monkeypatch.setattr(packages, "_PACKAGES", ("matplotlib", "no_such_package"))
     assert not renders()  # who foretells asks too, and says nothing
     assert not can_render()
     (line,) = caplog.messages

@@ -75,7 +75,7 @@ def _told(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     times, threads = summary["milliseconds_per_step"], summary["threads"]
     count = "1 thread" if threads == 1 else f"{threads} threads"
     now, was_then = (_milliseconds(times[form]) for form in (backend, "float"))
-    of = " of the fake-quantized graph" if backend == "packed" else ""  # which no phone runs
+    of = " fake-quantized" if backend == "packed" else ""  # which no phone runs
     yield "time", f"{now} ms a step{of}, was {was_then} (batch 1, {count})"
     peaks = dict(summary["peak_memory_bytes"])
     was = peaks.pop("float")

@@ -139,7 +139,7 @@ def levels_chart(part: Part) -> Chart | None:
         return None
     levels = [one.level for one in part.levels]
     own = [one.sqnr_db for one in part.levels]
-    theirs = [one.backend_sqnr_db for one in part.levels]
+    theirs = [math.nan if (db := one.backend_sqnr_db) is None else db for one in part.levels]
     pairs = zip(finite_or_nan(own), finite_or_nan(theirs), strict=True)
     apart = any(abs(a - b) > 0.05 for a, b in pairs)  # not of NaN
 

@@ -68,6 +68,8 @@ def _row(part: Part, index: int, layer: LayerNumbers) -> LayerRow:
         drawings.append(("Sensitivity of channels", _box(layer.sensitivity, "sensitivity")))
     elif "sensitivity" in part.missing:
         missing.append(f"No sensitivity: {part.missing['sensitivity']}.")
+    if layer.sqnr_db is None and layer.running_sqnr_db is not None:
+        missing.append("Its SQNR is that in the running model, errors of earlier layers included.")
     if layer.by_level:
         drawings.append(("SQNR by noise level, dB", _line(layer.by_level, part.levels)))
     return LayerRow(
@@ -76,7 +78,7 @@ def _row(part: Part, index: int, layer: LayerNumbers) -> LayerRow:
         shape=shape_text(layer.shape),
         bits=bits_text(layer.mean_bits),
         bytes=bytes_text(layer.bytes),
-        sqnr=db_text(layer.sqnr_db),
+        sqnr=db_text(layer.known_sqnr_db),
         gain=_gain(layer),
         drawings=tuple(drawings),
         missing=tuple(missing),

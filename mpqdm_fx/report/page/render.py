@@ -9,38 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.report.page import charts, text
+from mpqdm_fx.report.page.cards import Card, cards_of, whole_of
 from mpqdm_fx.report.page.details import BIT_AXIS, LayerRow, layer_rows
 from mpqdm_fx.report.page.gallery import Gallery
 from mpqdm_fx.report.page.svg import Chart
 from mpqdm_fx.report.record import ActivationNumbers, Part, ReportRecord
-from mpqdm_fx.report.words import word_of_sqnr, word_of_x0
+from mpqdm_fx.report.words import word_of, word_of_sqnr, word_of_x0
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["Card", "PartView", "cards_of", "page_environment", "render_report", "setting_text"]
+__all__ = ["PartView", "page_environment", "render_report", "setting_text"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MAIN = ("weight_bits", "activation_bits", "activation_mode", "allocation", "rounding", "levels")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """One of the numbers on the first screen.
-
-    Attributes:
-        name: What it is.
-        value: The number.
-        unit: Behind it.
-        told: What it is to be compared with.
-        good: Whether it is what one would wish; None if that cannot be said.
-    """
-
-    name: str
-    value: str
-    unit: str = ""
-    told: str = ""
-    good: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +63,8 @@ def render_report(record: ReportRecord, gallery: Gallery | None) -> str:
         record=record,
         gallery=gallery,
         parts=[_view(part) for part in record.parts],
-        title=_title(record.parts),
+        whole=whole_of(record),
+        title=_title(record),
         verdict=_verdict(record),
     )
 
@@ -103,6 +86,7 @@ def page_environment() -> "Environment":
         "bits": text.bits_text,
         "bytes": text.bytes_text,
         "db": text.db_text,
+        "ratio": text.ratio_text,
         "share": text.share_text,
         "last_part": lambda name: Path(name).name or name,
         "raw": Markup,
@@ -117,104 +101,28 @@ def page_environment() -> "Environment":
     return environment
 
 
-def cards_of(part: Part) -> tuple[Card, ...]:
-    """The five numbers that matter: size, time, memory, quality, whether the program is whole."""
-    return (_size(part), _time(part), _memory(part), _quality(part), _whole(part))
-
-
-def _size(part: Part) -> Card:
-    size = part.shipped_bytes
-    value, _, unit = text.bytes_text(size).partition(" ")
-    times = text.times_text(part.float32_bytes / size) if size else ""
-    return Card(
-        name="Size" if part.program is None else "Program",
-        value=value,
-        unit=unit,
-        told=f"{times} smaller than float32, {text.bytes_text(part.float32_bytes)}",
-        good=size < part.float32_bytes,
-    )
-
-
-def _time(part: Part) -> Card:
-    if part.milliseconds is None:
-        return Card(name="Time a step", value=text.NONE, told="not measured")
-    told = ""
-    if part.float_milliseconds:
-        told = f"eager float takes {part.float_milliseconds:.1f} ms; "
-    return Card(
-        name="Time a step",
-        value=f"{part.milliseconds:.1f}",
-        unit="ms",
-        told=f"{told}batch 1, {part.threads} thread{'' if part.threads == 1 else 's'}",
-        good=None
-        if part.float_milliseconds is None or part.program is None
-        else part.milliseconds <= part.float_milliseconds,
-    )
-
-
-def _memory(part: Part) -> Card:
-    if part.peak_bytes is None:
-        return Card(name="Peak memory", value=text.NONE, told="not measured")
-    value, _, unit = text.bytes_text(part.peak_bytes).partition(" ")
-    other = part.float_peak_bytes
-    return Card(
-        name="Peak memory",
-        value=value,
-        unit=unit,
-        told="" if other is None else f"float takes {text.bytes_text(other)}; load and one step",
-        good=None if other is None or part.program is None else part.peak_bytes <= other,
-    )
-
-
-def _quality(part: Part) -> Card:
-    db = part.backend_epsilon_sqnr_db
-    db = part.epsilon_sqnr_db if db is None else db
-    if db is None:
-        return Card(name="Noise SQNR", value=text.NONE, told="not measured")
-    exact = math.isinf(db)
-    return Card(
-        name="Noise SQNR",
-        value=text.db_text(db),
-        unit="" if exact else "dB",
-        told=f"{word_of_sqnr(db)}: predicted noise against float",
-        good=db >= 20,
-    )
-
-
-def _whole(part: Part) -> Card:
-    program = part.program
-    if program is None:
-        bits = text.bits_text(part.effective_bits)
-        return Card(name="Bits a weight", value=bits, told="of all weights, all overhead counted")
-    whole = program.undelegated <= 1 and program.subgraphs == 1
-    outside = f"{program.undelegated} node{'' if program.undelegated == 1 else 's'} outside"
-    return Card(
-        name="One whole program",
-        value="yes" if whole else "no",
-        told=f"{program.subgraphs} XNNPACK subgraph{'' if program.subgraphs == 1 else 's'}, "
-        f"{outside}",
-        good=whole,
-    )
-
-
-def _title(parts: Sequence[Part]) -> str:
-    told = []
-    for part in parts:
+def _title(record: ReportRecord) -> str:
+    told: dict[str, list[str]] = {}
+    for part in record.parts:
         weights = text.bits_text(part.mean_bits)
         activations = part.settings.get("activation_bits")
         mode = part.settings.get("activation_mode")
         inputs = "float activations" if mode == "float" else f"{activations}-bit activations"
-        told.append(f"{weights}-bit weights, {inputs}")
-    return " · ".join(dict.fromkeys(told))
+        told.setdefault(f"{weights}-bit weights, {inputs}", []).append(part.name)
+    for left in record.float_parts:
+        told.setdefault("float", []).append(left.name)
+    if len(told) == 1:
+        return next(iter(told))
+    return " \N{MIDDLE DOT} ".join(f"{', '.join(names)}: {form}" for form, names in told.items())
 
 
 def _verdict(record: ReportRecord) -> str:
     """What the numbers say, in a sentence or two."""
-    sentences = []
+    size = sum(part.shipped_bytes for part in record.every)
+    whole = sum(part.float32_bytes for part in record.every)
+    sentences = [f"{text.size_text(size, whole)}."] if size and whole else []
     for part in record.parts:
-        size = text.times_text(part.float32_bytes / part.shipped_bytes)
-        sentences.append(f"{size} smaller than float32.")
-        if part.epsilon_sqnr_db is not None:
+        if part.calls_per_step and part.epsilon_sqnr_db is not None:
             ratio = text.ratio_text(part.epsilon_sqnr_db)
             word = word_of_sqnr(part.epsilon_sqnr_db)
             sentences.append(f"Its noise prediction against float's: {word} ({ratio}).")
@@ -222,6 +130,9 @@ def _verdict(record: ReportRecord) -> str:
     if pictures is not None and pictures.x0_sqnr_db is not None:
         ratio, word = text.ratio_text(pictures.x0_sqnr_db), word_of_x0(pictures.x0_sqnr_db)
         sentences.append(f"{pictures.count} whole runs from the same noise: {word} ({ratio}).")
+    if pictures is not None and pictures.psnr_db is not None and pictures.ssim is not None:
+        ratio, word = text.ratio_text(pictures.psnr_db), word_of("psnr", pictures.psnr_db)
+        sentences.append(f"Their pictures: {word} (PSNR {ratio}, SSIM {pictures.ssim:.3f}).")
     return " ".join(sentences)
 
 

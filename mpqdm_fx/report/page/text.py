@@ -12,6 +12,7 @@ __all__ = [
     "ratio_text",
     "shape_text",
     "share_text",
+    "size_text",
     "times_text",
 ]
 
@@ -37,9 +38,11 @@ def db_text(value: float | None) -> str:
     return f"{value:.1f}"
 
 
-def ratio_text(value: float) -> str:
-    """Decibels with their unit."""
-    return db_text(value) if math.isinf(value) else f"{db_text(value)} dB"
+def ratio_text(value: float | None) -> str:
+    """Decibels with their unit; `exact` for an infinite ratio."""
+    if value is None:
+        return "not known"
+    return db_text(value) if value == math.inf else f"{db_text(value)} dB"
 
 
 def bits_text(bits: float) -> str:
@@ -55,6 +58,13 @@ def share_text(share: float) -> str:
 def times_text(ratio: float) -> str:
     """How many times."""
     return f"{ratio:.1f}{TIMES}" if ratio < 10 else f"{ratio:.0f}{TIMES}"
+
+
+def size_text(size: float, whole: float) -> str:
+    """A size against that of the float model: how many times smaller, or larger, it is."""
+    if size > whole:
+        return f"{times_text(size / whole)} larger than float32" if whole else ""
+    return f"{times_text(whole / size)} smaller than float32" if size else ""
 
 
 def shape_text(shape: Sequence[int]) -> str:

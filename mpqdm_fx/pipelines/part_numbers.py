@@ -1,0 +1,152 @@
+"""A report's numbers of one part of an export: those that need its model, then what it costs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.graph.calling import example_call
+from mpqdm_fx.io.schema import Strict, plain
+from mpqdm_fx.pipelines import parts
+from mpqdm_fx.pipelines.programs import Judged, WrittenMethod
+from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.report.gather import Measured, kurtosis_of, part_of, program_of
+from mpqdm_fx.report.layer_levels import running_sqnr
+from mpqdm_fx.report.measured import graph_of, measured_of
+from mpqdm_fx.report.record import FloatPart, Part
+from mpqdm_fx.stages import in_form_of
+
+__all__ = ["KeptPart", "kept_part", "with_costs"]
+
+_UNMEASURED = "times and peaks of memory were not to be measured (measure=False)"
+
+
+class KeptPart(Strict):
+    """What a finished part leaves for the report; its costs are measured with those of all others.
+
+    `seconds` are those of quantizing it, whether that was good enough or not.
+    """
+
+    seconds: float
+    numbers: Part | FloatPart
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        told: dict[str, Any] = plain(self.model_dump())
+        return told
+
+
+def kept_part(
+    part: parts.Part,
+    judged: Judged,
+    written: Sequence[WrittenMethod],
+    config: MPQConfig | None,
+    *,
+    bound: float,
+    sensitivity: str | Path | None,
+) -> KeptPart:
+    """The numbers of a part whose programs are written.
+
+    Args:
+        part: The part.
+        judged: What it was lowered from.
+        written: Its methods.
+        config: Settings of the denoiser; None if all stays in float.
+        bound: Least signal-to-noise ratio of the other parts, in dB.
+        sensitivity: File of the denoiser's sensitivities.
+    """
+    often = next((one for one in written if one.entry["size"] is not None), written[0])
+    methods = tuple(program_of(one.to_dict()) for one in written if one is not often)
+    found = judged.quantized
+    if found is None:
+        numbers: Part | FloatPart = FloatPart(
+            name=part.name,
+            model_class=type(part.module).__name__,
+            float32_bytes=4 * part.parameters,
+            files={},
+            milliseconds=None,
+            float_milliseconds=None,
+            threads=None,
+            peak_bytes=None,
+            float_peak_bytes=None,
+            program=program_of(often.to_dict()),
+            missing={},
+            why=_why_float(judged, config, bound),
+            quantized_sqnr_db=judged.sqnr_db,
+        )
+    else:
+        numbers = part_of(
+            part.name,
+            found.signature.model_class,
+            plan=found.plan,
+            report=found.report,
+            settings=found.settings.to_dict(),
+            measured=_measured(part, found, judged, sensitivity),
+            summary={
+                "backend": "xnnpack",
+                "program": often.to_dict(),
+                "epsilon_sqnr_db": judged.sqnr_db,
+            },
+        )
+    return KeptPart(seconds=judged.seconds, numbers=numbers.model_copy(update={"methods": methods}))
+
+
+def _why_float(judged: Judged, config: MPQConfig | None, bound: float) -> str:
+    if config is None:
+        return "all parts were to stay in float (--float)"
+    return (
+        f"quantized to 8 bits its output has {judged.sqnr_db:.1f} dB on held-out inputs, less than "
+        f"the {bound:g} dB of --minimum-sqnr"
+    )
+
+
+def _measured(
+    part: parts.Part, found: QuantizedModel, judged: Judged, sensitivity: str | Path | None
+) -> Measured:
+    """What is told that needs the float part; of what runs once per image its weights alone."""
+    floats = in_form_of(found, part.module, example_call(found.signature))
+    if judged.comparison is not None:
+        return measured_of(
+            found,
+            f"the {part.name}",
+            judged.held_out,
+            floats=floats,
+            compared={"quantized": judged.comparison},
+            sensitivity=sensitivity,
+        )
+    once, names = "it runs once per image", [layer.name for layer in found.plan.layers]
+    return Measured(
+        running=running_sqnr(floats, graph_of(found), names, judged.held_out),
+        kurtosis=kurtosis_of(floats, found.plan),
+        missing={
+            "levels": f"{once} and is told no noise level",
+            "sensitivity": f"{once}, and none is measured of that",
+        },
+    )
+
+
+def with_costs(
+    numbers: Part | FloatPart, told: Mapping[str, Any], *, files: Mapping[str, int], threads: int
+) -> Part | FloatPart:
+    """The numbers of a part with what its program and its float model were measured to take.
+
+    Args:
+        numbers: Of `kept_part`.
+        told: The part in the summary of the export.
+        files: Bytes of its files.
+        threads: Of torch.
+    """
+    calls, times, peaks = told["calls_per_step"], told["milliseconds"], told["peak_memory_bytes"]
+    update: dict[str, Any] = {"calls_per_step": calls, "files": dict(files)}
+    missing = dict(numbers.missing)
+    if times is None:
+        missing |= {"speed": _UNMEASURED}
+    else:
+        each = max(1, calls)
+        update["milliseconds"] = each * times["program"]
+        update["float_milliseconds"] = each * times["float"]
+        update["threads"] = threads
+        update["peak_bytes"], update["float_peak_bytes"] = peaks["program"], peaks["float"]
+        if peaks["program"] is None:
+            missing["memory"] = "this system does not tell peaks (no /proc)"
+    return numbers.model_copy(update={**update, "missing": missing})

@@ -1,0 +1,156 @@
+"""What a pipeline draws in float and with an exported folder's programs, from the same noise."""
+
+import importlib.util
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpqdm_fx.numerics.metrics import ratio_db, sqnr_db
+from mpqdm_fx.pipelines.inputs import PipelineInputs
+from mpqdm_fx.pipelines.measure import FloatPrograms
+from mpqdm_fx.pipelines.program_files import ProgramFiles
+from mpqdm_fx.pipelines.runner import PipelineRunner
+from mpqdm_fx.report.comparison import row_powers
+from mpqdm_fx.report.record import PictureNumbers
+from mpqdm_fx.report.reference import EVALUATION_SEED, shows_pictures
+from mpqdm_fx.report.sample_metrics import psnr, ssim
+
+__all__ = ["FLOAT", "GRID", "PROGRAMS", "DrawnPictures", "draw_pictures", "likens_pictures"]
+
+logger = logging.getLogger(__name__)
+
+GRID = "samples.png"
+#: Names of the two rows.
+FLOAT, PROGRAMS = "float", "programs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnPictures:
+    """Pictures of the same prompts from the same noise, which calibration has not seen.
+
+    Attributes:
+        samples: What the scheduler ended with, float [N, C, h, w], by row; the float pipeline's
+            first, where it was at hand.
+        images: The same as pictures [N, 1 or 3, H, W] in -1..1.
+        prompts: What each was to show; empty without prompts.
+        steps: Steps of the scheduler.
+        backend_sqnr_db: The denoiser's program against its float model, in dB, on the calls of the
+            float pipeline's runs; None without the float pipeline.
+    """
+
+    samples: Mapping[str, Tensor]
+    images: Mapping[str, Tensor]
+    prompts: tuple[str, ...]
+    steps: int
+    backend_sqnr_db: float | None
+
+    def numbers(self) -> PictureNumbers:
+        """How far the programs' samples and pictures are from the float pipeline's."""
+        pairs = [tuple(one.values()) for one in (self.samples, self.images)]
+        known = len(self.samples) == 2
+        shape = tuple(next(iter(self.images.values())).shape[1:])
+        likened = known and likens_pictures() and shows_pictures(shape)
+        return PictureNumbers(
+            count=len(next(iter(self.samples.values()))),
+            steps=self.steps,
+            seed=EVALUATION_SEED,
+            labels=self.prompts,
+            x0_sqnr_db=sqnr_db(*pairs[0]) if known else None,
+            by_picture=tuple(sqnr_db(*pair) for pair in zip(*pairs[0], strict=True))
+            if known
+            else (),
+            psnr_db=psnr(*pairs[1]) if likened else None,
+            ssim=ssim(*pairs[1]) if likened else None,
+        )
+
+
+def likens_pictures() -> bool:
+    """Whether what measures the likeness of pictures is installed."""
+    return importlib.util.find_spec("torchmetrics") is not None
+
+
+def draw_pictures(
+    folder: Path, count: int, *, prompts: Sequence[str], inputs: PipelineInputs | None
+) -> DrawnPictures:
+    """Draw with a folder's programs, and with the pipeline in float.
+
+    Args:
+        folder: An exported folder whose manifest is written; it says size, steps and guidance.
+        count: Pictures.
+        prompts: They take turns; ignored by an unconditional pipeline.
+        inputs: The pipeline that it was exported from; None if it is not at hand.
+
+    Raises:
+        ArtifactError: A program cannot draw; says why.
+    """
+    programs = _KeepingRunner(folder)
+    rows = {PROGRAMS: programs}
+    compared: _ComparedPrograms | None = None
+    if inputs is not None:
+        compared = _ComparedPrograms(folder, inputs, programs.programs)
+        original = _KeepingRunner(folder)
+        original.programs = compared
+        rows = {FLOAT: original, PROGRAMS: programs}
+    conditional = programs.manifest["kind"] != "unconditional"
+    shown = tuple(prompts[index % len(prompts)] for index in range(count)) if conditional else ()
+    images: dict[str, list[Tensor]] = {name: [] for name in rows}
+    for name, runner in rows.items():
+        for index in range(count):
+            logger.info("drawing picture %d of %d, %s", index + 1, count, name)
+            given = {} if inputs is None else inputs.picture(index)
+            prompt = shown[index] if conditional else None
+            pixels = runner.sample(prompt, seed=EVALUATION_SEED + index, **given)
+            images[name].append(torch.from_numpy(pixels).permute(2, 0, 1) * 2 - 1)
+    return DrawnPictures(
+        samples={name: torch.cat(runner.samples) for name, runner in rows.items()},
+        images={name: torch.stack(drawn) for name, drawn in images.items()},
+        prompts=shown,
+        steps=programs.manifest["defaults"]["steps"],
+        backend_sqnr_db=None if compared is None else ratio_db(*compared.powers.tolist()),
+    )
+
+
+class _KeepingRunner(PipelineRunner):
+    """A runner that keeps what the scheduler ended with."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.samples: list[Tensor] = []
+
+    def _decoded(self, latents: Tensor, size: tuple[int, int]) -> NDArray[np.float32]:
+        self.samples.append(latents)
+        return super()._decoded(latents, size)
+
+
+class _ComparedPrograms(FloatPrograms):
+    """The pipeline in float, whose denoiser's calls the program answers too.
+
+    Attributes:
+        powers: Energy of the float denoiser's outputs and of the program's difference, float64 [2].
+    """
+
+    def __init__(self, folder: Path, inputs: PipelineInputs, programs: ProgramFiles) -> None:
+        super().__init__(folder, inputs)
+        self._beside = programs
+        self.powers = torch.zeros(2, dtype=torch.float64)
+
+    def run(
+        self, part: str, size: tuple[int, int] | None, inputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Run a part as torch does; see `ProgramFiles.run`."""
+        outputs = super().run(part, size, inputs)
+        if part == "denoiser":
+            given: dict[str, Any] = dict(inputs)
+            if self._beside.has(part):
+                given |= self._beside.run(part, None, inputs)
+            found = self._beside.run(part, size, given)
+            for name, value in outputs.items():
+                self.powers += row_powers(value, found[name], 1).sum(dim=0)
+        return outputs
