@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mpqdm_fx.denoisers import Denoiser, as_pictures, draw
 from mpqdm_fx.models.source import Source
+from mpqdm_fx.report.reference import EVALUATION_SEED
 
 __all__ = ["Drawn", "draw_pictures"]
 
@@ -39,7 +40,7 @@ def draw_pictures(
     *,
     num: int,
     steps: int,
-    seed: int = 0,
+    seed: int = EVALUATION_SEED,
 ) -> Drawn:
     """Draw with each denoiser from the same noise and conditions.
 
@@ -51,7 +52,7 @@ def draw_pictures(
         denoisers: By name; the first one gives the scale of latents.
         num: Samples of each.
         steps: Steps of the scheduler.
-        seed: Seed of the noise.
+        seed: Seed of the noise; by default none that calibration runs start from.
     """
     samples = {
         name: draw(source, denoiser, num=num, steps=steps, seed=seed)

@@ -217,7 +217,7 @@ def open_report(
 
 
 def draw_folder(
-    found: FolderReport, *, num: int, steps: int | None = None, seed: int = 0
+    found: FolderReport, *, num: int, steps: int | None = None, seed: int = EVALUATION_SEED
 ) -> tuple[Drawn | None, str]:
     """Pictures of the float model, where it is, and of what the folder runs.
 
