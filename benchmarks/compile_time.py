@@ -118,7 +118,7 @@ class Stopwatch:
 def digits() -> Case:
     """The bundled model at its defaults."""
     from mpqdm_fx.jobs.calibration import calibration_of
-    from mpqdm_fx.models.sources import load_source
+    from mpqdm_fx.sources.sources import load_source
 
     source = load_source("digits")
     return source.model, list(calibration_of(source, trajectories=16, steps=20, seed=0)), {}
@@ -177,8 +177,9 @@ def own_model(place: str) -> Case:
 
 def measure(case: Callable[[], Case]) -> dict[str, Any]:
     """Quantize one model in this process, and store it."""
-    from mpqdm_fx import MPQConfig, api, storage
+    from mpqdm_fx import MPQConfig, api
     from mpqdm_fx.calibration.sampling import first_tensor
+    from mpqdm_fx.model import storage
     from mpqdm_fx.numerics.metrics import sqnr_db
 
     model, calls, settings = case()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mpqdm_fx import MPQConfig, convert
 from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.config import DistillConfig
-from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.model.quantized import QuantizedModel
 
 SETTINGS = ("W2A4", "W2A6", "W3A4")
 

@@ -23,15 +23,15 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, fx
 
 from mpqdm_fx import MPQConfig, quantize
-from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.xnnpack.lower import lower_methods
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
-from mpqdm_fx.graph.cost import multiply_adds
-from mpqdm_fx.graph.methods import split_methods
-from mpqdm_fx.graph.timestep_table import tabulate_timesteps
-from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.capture.trace import trace
+from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.numerics.metrics import sqnr_db
-from mpqdm_fx.stages import normalized
+from mpqdm_fx.records.activations import Activation
+from mpqdm_fx.run.cost import multiply_adds
+from mpqdm_fx.split.methods import split_methods
+from mpqdm_fx.split.timestep_table import tabulate_timesteps
 
 TOKENS = 77
 SCHEDULE = tuple(range(951, 0, -50))

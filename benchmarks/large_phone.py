@@ -26,9 +26,9 @@ from large_unet import calls, model, peak_gib
 from mpqdm_fx import MPQConfig, quantize
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
-from mpqdm_fx.graph.base import Pipeline
-from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.passes import NORMALIZE
+from mpqdm_fx.passes.base import Pipeline
 
 #: Bits of a weight, its levels and kind of activations; None is the float program. XNNPACK stores
 #: four-bit levels at four bits in linear layers and 1x1 convolutions of dynamic activations.

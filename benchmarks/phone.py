@@ -27,7 +27,7 @@ from mpqdm_fx import MPQConfig, QuantizedModel, quantize
 from mpqdm_fx.backends.xnnpack.edge import delegation, to_edge, to_program
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
-from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.io.peak_memory import peak_rise
 from mpqdm_fx.numerics.metrics import sqnr_db
 

@@ -25,15 +25,15 @@ import torch
 from tqdm import tqdm
 
 from mpqdm_fx import MPQConfig, convert, prepare
-from mpqdm_fx.files import write_text
+from mpqdm_fx.digits.bundled import load_digits_classifier
+from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.jobs.calibration import calibration_of
-from mpqdm_fx.models.bundled import load_digits_classifier
-from mpqdm_fx.models.source import Source
-from mpqdm_fx.models.sources import load_source
-from mpqdm_fx.quantized import PreparedModel, QuantizedModel
+from mpqdm_fx.model.quantized import PreparedModel, QuantizedModel
 from mpqdm_fx.report.metrics import FeatureClassifier, evaluate_against
 from mpqdm_fx.report.reference import EVALUATION_SEED, ReferenceRun, run_reference
+from mpqdm_fx.sources.source import Source
+from mpqdm_fx.sources.sources import load_source
 
 SETTINGS = ("W8A8", "W4A8", "W3A8", "W2A8", "W3A6", "W2A6", "W4A4", "W2A4", "W4", "W3", "W2")
 METRICS = ("epsilon_sqnr", "x0_sqnr", "frechet_distance", "accuracy")

@@ -32,11 +32,11 @@ from mpqdm_fx import MPQConfig, QuantizedModel, lower, quantize
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack_float
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.calibration.sampling import denoise
-from mpqdm_fx.denoisers import runner_denoiser
-from mpqdm_fx.files import write_text
-from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.capture.trace import trace
+from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.report.images import save_grid
+from mpqdm_fx.sources.denoisers import runner_denoiser
 
 Call = Mapping[str, Tensor]
 Row = dict[str, Any]

@@ -17,10 +17,10 @@ import statistics
 import torch
 
 from mpqdm_fx import MPQConfig, prepare
-from mpqdm_fx.calibration.allocate import layer_limits
+from mpqdm_fx.bits.allocate import layer_limits
 from mpqdm_fx.graph.layers import WeightLayer
 from mpqdm_fx.jobs.calibration import calibration_of
-from mpqdm_fx.models.sources import load_source
+from mpqdm_fx.sources.sources import load_source
 from mpqdm_fx.sweep.solve import LayerData, LayerSolution, solve_layer
 from mpqdm_fx.sweep.sweep import Sweep
 

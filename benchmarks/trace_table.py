@@ -17,10 +17,10 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
+from mpqdm_fx.capture.explain import count_kinds
+from mpqdm_fx.capture.trace import same_bits, trace
 from mpqdm_fx.errors import TraceError
-from mpqdm_fx.graph.explain import count_kinds
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.graph.trace import same_bits, trace
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "graph"))
 from model_zoo import ALL

@@ -8,7 +8,7 @@ import tempfile
 import torch
 
 import mpqdm_fx
-from mpqdm_fx.models.bundled import load_digits_scheduler, load_digits_unet
+from mpqdm_fx.digits.bundled import load_digits_scheduler, load_digits_unet
 
 model = load_digits_unet()
 scheduler = load_digits_scheduler()

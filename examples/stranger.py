@@ -16,10 +16,10 @@ import torch
 import mpqdm_fx
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.calibration.sampling import denoise
-from mpqdm_fx.denoisers import runner_denoiser
 from mpqdm_fx.report.images import save_grid
 from mpqdm_fx.report.noise_levels import sqnr_by_noise_level
 from mpqdm_fx.report.sample_metrics import x0_sqnr
+from mpqdm_fx.sources.denoisers import runner_denoiser
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from terrain_model import SIGMAS, Renoising, load_terrain

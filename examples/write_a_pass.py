@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 import mpqdm_fx
+from mpqdm_fx.digits.bundled import load_digits_unet
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.models.bundled import load_digits_unet
 from mpqdm_fx.passes import DropDropout
 
 

@@ -47,7 +47,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return import_module("mpqdm_fx.versions").versions()["mpqdm-fx"]
+        return import_module("mpqdm_fx.io.versions").versions()["mpqdm-fx"]
     # Not at import: the command line refuses and stops before torch is loaded, which takes seconds.
     if name in __all__:
         return getattr(import_module("mpqdm_fx.exports"), name)

@@ -12,26 +12,26 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.backends.names import BACKENDS, Backend, FourBit
 from mpqdm_fx.calibration.calls import check_call, check_calls, check_example
 from mpqdm_fx.calibration.records import DEFAULT_MAX_MEMORY, RecordedInputs
-from mpqdm_fx.config import ActivationMode, MPQConfig
+from mpqdm_fx.capture.entry import unwrap
+from mpqdm_fx.capture.foreign_models import check_model
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
 from mpqdm_fx.graph.calling import example_inputs
-from mpqdm_fx.graph.entry import unwrap
-from mpqdm_fx.graph.foreign_models import check_model
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.progress import stage, tracked
-from mpqdm_fx.quantized import PreparedModel, QuantizedModel
+from mpqdm_fx.io.ambient import plain_torch
+from mpqdm_fx.io.progress import stage, tracked
+from mpqdm_fx.io.versions import versions
+from mpqdm_fx.model.quantized import PreparedModel, QuantizedModel
+from mpqdm_fx.model.stages import assemble, normalized, positional_inputs
+from mpqdm_fx.records.config import ActivationMode, MPQConfig
 from mpqdm_fx.records.report import QuantizationReport
-from mpqdm_fx.stages import assemble, normalized, positional_inputs
+from mpqdm_fx.records.validation import Bytes, Count, check_value, checked
 from mpqdm_fx.sweep.finish import finish
 from mpqdm_fx.sweep.measured import check_budget
 from mpqdm_fx.sweep.quantize import start_sweep
 from mpqdm_fx.sweep.sweep import Sweep
-from mpqdm_fx.validation import Bytes, Count, check_value, checked
-from mpqdm_fx.versions import versions
 
 __all__ = ["BACKENDS", "MODES", "Backend", "convert", "lower", "open_sweep", "prepare"]
 __all__ += ["prepare_on", "quantize"]
@@ -342,7 +342,7 @@ def lower(
     if output is None:
         raise ConfigError(f"backend={backend!r} writes files: give `output`")
     if backend == "packed":
-        from mpqdm_fx.storage import save
+        from mpqdm_fx.model.storage import save
 
         return save(quantized, output)
     from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack

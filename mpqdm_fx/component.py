@@ -12,11 +12,11 @@ from typing import Any, Self
 import torch
 from diffusers import ConfigMixin, ModelMixin
 
+from mpqdm_fx.capture.foreign_models import LOW_PRECISION
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.folders import MODEL_CONFIG
-from mpqdm_fx.graph.foreign_models import LOW_PRECISION
-from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.storage import load, save
+from mpqdm_fx.io.folders import MODEL_CONFIG
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.storage import load, save
 
 __all__ = ["QuantizedComponent"]
 

@@ -2,7 +2,7 @@
 
 from mpqdm_fx.api import convert, lower, open_sweep, prepare, quantize
 from mpqdm_fx.calibration.trajectories import Trajectories
-from mpqdm_fx.config import MPQConfig, Override
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import (
     ArtifactError,
     CalibrationError,
@@ -12,15 +12,15 @@ from mpqdm_fx.errors import (
     MPQError,
     TraceError,
 )
-from mpqdm_fx.graph.base import GraphPass, Pipeline
-from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.io.versions import versions
+from mpqdm_fx.model.quantized import PreparedModel, QuantizedModel
+from mpqdm_fx.model.storage import load, save
 from mpqdm_fx.parity.verify import verify
+from mpqdm_fx.passes.base import GraphPass, Pipeline
 from mpqdm_fx.pipelines.export import export_pipeline
-from mpqdm_fx.plan import BitPlan, LayerPlan
-from mpqdm_fx.quantized import PreparedModel, QuantizedModel
+from mpqdm_fx.records.config import MPQConfig, Override
+from mpqdm_fx.records.plan import BitPlan, LayerPlan
 from mpqdm_fx.report.comparison import Comparison, compare
-from mpqdm_fx.storage import load, save
-from mpqdm_fx.versions import versions
 
 __all__ = [
     "ArtifactError",

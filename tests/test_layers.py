@@ -57,7 +57,7 @@ COPIED = {
     "mpqdm_fx.pipelines.picture_files",
     "mpqdm_fx.io.expansion",
     "mpqdm_fx.io.sealed",
-    "mpqdm_fx.models.classes",
+    "mpqdm_fx.io.classes",
     "mpqdm_fx.errors",
 }
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.activations import ActivationRange, LayerActivation
 from mpqdm_fx.graph.editing import (
     add_module,
     copy_graph_module,
@@ -23,8 +22,9 @@ from mpqdm_fx.graph.editing import (
     shallow_clone,
 )
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.passes.quantize_activations import activation_sites
-from mpqdm_fx.passes.round_weights import install_codes
+from mpqdm_fx.passes.quantize.quantize_activations import activation_sites
+from mpqdm_fx.passes.quantize.round_weights import install_codes
+from mpqdm_fx.records.activations import ActivationRange, LayerActivation
 
 __all__ = ["fit_channels", "round_biases", "split_calls"]
 

@@ -12,10 +12,10 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.ao import ObserverBase
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import WEIGHT_LAYERS, weight_layers
+from mpqdm_fx.records.activations import Activation
 
 __all__ = [
     "GridObserver",

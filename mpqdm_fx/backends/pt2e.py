@@ -8,7 +8,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.activations import (
+from mpqdm_fx.backends import ao
+from mpqdm_fx.backends.observers import WeightGrid, given_ranges, weight_grids
+from mpqdm_fx.backends.pt2e_observers import PT2EGridWeightObserver
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.dynamic_chain import EPS
+from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.passes.quantize.quantize_activations import activation_sites
+from mpqdm_fx.records.activations import (
     Activation,
     ActivationRange,
     DynamicActivation,
@@ -16,13 +23,6 @@ from mpqdm_fx.activations import (
     LayerActivation,
     kernel_activations,
 )
-from mpqdm_fx.backends import ao
-from mpqdm_fx.backends.observers import WeightGrid, given_ranges, weight_grids
-from mpqdm_fx.backends.pt2e_observers import PT2EGridWeightObserver
-from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.graph.dynamic_chain import EPS
-from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.passes.quantize_activations import activation_sites
 
 __all__ = ["WEIGHT_OPS", "PlanQuantizer", "convert_pt2e_graph", "export_graph", "to_quantizer"]
 

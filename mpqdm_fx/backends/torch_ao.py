@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from mpqdm_fx.activations import Activation, ActivationRange, LayerActivation, static_ranges
 from mpqdm_fx.backends import ao
 from mpqdm_fx.backends.fit_channels import fit_channels
 from mpqdm_fx.backends.observers import (
@@ -21,6 +20,7 @@ from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.calling import TracedGraph
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.records.activations import Activation, ActivationRange, LayerActivation, static_ranges
 
 __all__ = ["ENGINES", "check_ranges", "lower_torch_ao", "set_ranges", "to_qconfig_mapping"]
 

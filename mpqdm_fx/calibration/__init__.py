@@ -1,1 +1,1 @@
-"""Calibration data: denoising trajectories, recorded inputs, statistics of every weight layer."""
+"""Calibration data: denoising runs, samplers, recorded inputs, ranges."""

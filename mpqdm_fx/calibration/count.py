@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from mpqdm_fx.graph.parameters import first_names, present_tensors
 from mpqdm_fx.numerics.halves import stored_float_bits
-from mpqdm_fx.plan import FLOAT_REASON, BitPlan, FloatTensor, LayerPlan, ParameterFate
+from mpqdm_fx.records.plan import FLOAT_REASON, BitPlan, FloatTensor, LayerPlan, ParameterFate
 
 __all__ = ["bit_plan", "tell_remarks"]
 

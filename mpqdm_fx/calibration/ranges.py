@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mpqdm_fx.activations import ActivationRange
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.numerics.ranges import search_range
+from mpqdm_fx.numerics.activations.ranges import search_range
+from mpqdm_fx.records.activations import ActivationRange
 
 __all__ = ["search_by_noise_level", "search_static"]
 

@@ -9,9 +9,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.calibration.calls import check_call
-from mpqdm_fx.io.records import read_record, write_record
 from mpqdm_fx.io.scratch import Scratch
-from mpqdm_fx.validation import Bytes, checked
+from mpqdm_fx.io.tensors import read_record, write_record
+from mpqdm_fx.records.validation import Bytes, checked
 
 __all__ = ["RecordedInputs"]
 

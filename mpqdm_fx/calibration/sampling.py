@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.samplers import (
     Denoiser,
     called,
@@ -28,11 +27,12 @@ from mpqdm_fx.calibration.samplers import (
     run_sampler,
 )
 from mpqdm_fx.calibration.schedulers import check_scheduler
+from mpqdm_fx.capture.entry import in_float32
 from mpqdm_fx.errors import CalibrationError, ConfigError, first_line
 from mpqdm_fx.graph.containers import same_constant
-from mpqdm_fx.graph.entry import in_float32
-from mpqdm_fx.progress import stage, tracked
-from mpqdm_fx.validation import Count, DerivedSeed, NonNegative, checked
+from mpqdm_fx.io.ambient import plain_torch
+from mpqdm_fx.io.progress import stage, tracked
+from mpqdm_fx.records.validation import Count, DerivedSeed, NonNegative, checked
 
 __all__ = [
     "EXTRA_CHANNELS",

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_call
 from mpqdm_fx.calibration.samplers import Denoiser, check_scheduled, is_sampler, rows_of
 from mpqdm_fx.calibration.sampling import (
@@ -26,11 +25,12 @@ from mpqdm_fx.calibration.sampling import (
     denoise,
     take_rows,
 )
+from mpqdm_fx.capture.entry import in_float32, unwrap
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.containers import tensor_leaves
-from mpqdm_fx.graph.entry import in_float32, unwrap
-from mpqdm_fx.progress import stage
-from mpqdm_fx.validation import Count, NonNegative, Seed, Some, checked
+from mpqdm_fx.io.ambient import plain_torch
+from mpqdm_fx.io.progress import stage
+from mpqdm_fx.records.validation import Count, NonNegative, Seed, Some, checked
 
 __all__ = [
     "Conditions",

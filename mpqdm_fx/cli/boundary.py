@@ -28,7 +28,7 @@ from mpqdm_fx.cli.spelling import as_typed
 from mpqdm_fx.cli.streams import OutputError, guarded_streams, say
 from mpqdm_fx.cli.usage import USAGE_ERROR, usage_line
 from mpqdm_fx.errors import MPQError
-from mpqdm_fx.versions import versions
+from mpqdm_fx.io.versions import versions
 
 __all__ = ["INTERNAL", "KINDS", "Kind", "Told", "run", "tell"]
 

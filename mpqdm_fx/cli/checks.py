@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.files import checkpoint_of
+from mpqdm_fx.io.files import checkpoint_of
 from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.models.names import BUNDLED, check_name
+from mpqdm_fx.sources.names import BUNDLED, check_name
 
 __all__ = [
     "EXTRAS",
@@ -104,7 +104,7 @@ def check_output_file(
             be replaced, is a file of what is read, lies in a folder of `quantize`, or its parent
             cannot be written.
     """
-    from mpqdm_fx.folders import holds_result
+    from mpqdm_fx.io.folders import holds_result
 
     if path is None:
         return
@@ -220,7 +220,7 @@ def check_device(device: str | None) -> None:
 
 def is_result(name: str | Path) -> bool:
     """Whether a name is a folder of `quantize`."""
-    from mpqdm_fx.folders import MANIFEST
+    from mpqdm_fx.io.folders import MANIFEST
 
     return (Path(name) / MANIFEST).exists()
 

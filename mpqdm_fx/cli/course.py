@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 
-from mpqdm_fx.progress import Stage
+from mpqdm_fx.io.progress import Stage
 
 __all__ = ["Course", "clock"]
 

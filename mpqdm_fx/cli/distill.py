@@ -89,15 +89,15 @@ def distill(
         checks.check_packages("executorch", purpose="a folder with a program")
     announce(f"training {directory} to {output}: {budget or f'{updates} updates'}")
     from mpqdm_fx.cli.screens.result import ResultScreen
-    from mpqdm_fx.denoisers import source_of
     from mpqdm_fx.distill.config import DistillConfig
-    from mpqdm_fx.folders import WEIGHTS, open_folder
+    from mpqdm_fx.io.folders import WEIGHTS, open_folder
+    from mpqdm_fx.io.processes import joined
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.distill import distill_folder
     from mpqdm_fx.jobs.evaluate import check_gates, gate_stages, judge_result
     from mpqdm_fx.pipelines.components import as_recorded
-    from mpqdm_fx.processes import joined
-    from mpqdm_fx.summary import read_summary
+    from mpqdm_fx.records.summary import read_summary
+    from mpqdm_fx.sources.denoisers import source_of
 
     checks.check_device(device)
     opened = open_folder(directory)

@@ -8,7 +8,7 @@ import typer
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.streams import announce, say
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.records.config import MPQConfig
 
 __all__ = ["doctor"]
 

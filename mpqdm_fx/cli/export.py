@@ -12,8 +12,8 @@ from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.gates import GateOption, MetricsOption, end_with_gates, print_gates, with_gates
 from mpqdm_fx.cli.screens.start import bits_of
 from mpqdm_fx.cli.streams import announce, say
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.gates import parse_gates
 
 __all__ = ["export"]

@@ -36,10 +36,10 @@ def inspect(
     """Show a quantized folder: layer, shape, mean bits, bytes, SQNR."""
     from mpqdm_fx.cli.screens.layers import activation_table, judgement_table, layer_table
     from mpqdm_fx.cli.screens.result import summary_table
-    from mpqdm_fx.folders import open_folder
+    from mpqdm_fx.io.folders import open_folder
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.records.report import QuantizationReport
-    from mpqdm_fx.summary import SUMMARY, read_summary
+    from mpqdm_fx.records.summary import SUMMARY, read_summary
 
     folder = open_folder(directory)
     folder.files.check()

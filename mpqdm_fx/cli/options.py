@@ -17,8 +17,8 @@ from mpqdm_fx.cli.panels import BITS, CALIBRATION, MODEL, PROGRAM, RUN
 from mpqdm_fx.cli.recipes import PresetOption, RecipeOption, preset_values, with_typed
 from mpqdm_fx.cli.settings import SETTINGS, SeedOption
 from mpqdm_fx.cli.values import activation_mode_of, memory_of, seconds_of, settings_of
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.records.config import MPQConfig
 
 __all__ = [
     "BITS",

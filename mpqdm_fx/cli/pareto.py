@@ -8,8 +8,8 @@ import typer
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.streams import announce, complain, say
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.gates import parse_gates
 
 __all__ = ["pareto"]
@@ -74,10 +74,10 @@ def pareto(
         checks.check_packages("torchmetrics", "sklearn", purpose="evaluating the bundled model")
     told = ", ".join(f"{budget:g}" for budget in budgets)
     announce(f"quantizing {model} to {output}: {told} bits a weight")
-    from mpqdm_fx.feasibility import weights_of
     from mpqdm_fx.jobs.calibration import open_source
     from mpqdm_fx.jobs.pareto import check_pareto, evaluation_of, pareto_to_folder
     from mpqdm_fx.jobs.result_folder import Form
+    from mpqdm_fx.model.feasibility import weights_of
     from mpqdm_fx.report.pareto_table import pareto_table
 
     checks.check_device(device)

@@ -11,12 +11,12 @@ from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.gates import GateOption, end_with_gates, print_gates, with_gates
 from mpqdm_fx.cli.screens.start import bits_of
 from mpqdm_fx.cli.streams import announce, say
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.gates import parse_gates
 
 if TYPE_CHECKING:
     from mpqdm_fx.jobs.result_folder import Form
-    from mpqdm_fx.models.source import Source
+    from mpqdm_fx.sources.source import Source
 
 __all__ = ["plan", "quantize"]
 
@@ -67,13 +67,13 @@ def quantize(
         checks.check_packages("transformers", purpose="a pipeline with a text encoder")
     announce(f"quantizing {model} to {output}: {bits_of(config)}, {backend}")
     from mpqdm_fx.cli.screens.result import ResultScreen
-    from mpqdm_fx.feasibility import check_feasible, weights_of
+    from mpqdm_fx.io.processes import joined
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.calibration import open_source, rows_of
     from mpqdm_fx.jobs.evaluate import check_gates, gate_stages, judge_result
     from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
     from mpqdm_fx.jobs.result_folder import Form
-    from mpqdm_fx.processes import joined
+    from mpqdm_fx.model.feasibility import check_feasible, weights_of
 
     checks.check_device(device)
     form = Form(
@@ -157,9 +157,9 @@ def plan(
     checks.check_name(model)
     memory = opt.memory_of(max_memory)
     announce(f"planning {model}: {bits_of(config)}; nothing is written")
-    from mpqdm_fx.feasibility import check_feasible
     from mpqdm_fx.jobs.calibration import open_source
     from mpqdm_fx.jobs.result_folder import Form
+    from mpqdm_fx.model.feasibility import check_feasible
 
     form = Form(backend=backend, four_bit=four_bit)
     source = open_source(

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from mpqdm_fx.cli.panels import BITS
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.jobs.presets import PRESETS, PresetName, read_recipe
+from mpqdm_fx.records.config import MPQConfig
 
 __all__ = ["PresetOption", "RecipeOption", "preset_values", "with_typed"]
 

@@ -20,7 +20,7 @@ from rich.segment import ControlType
 from mpqdm_fx.cli import streams
 from mpqdm_fx.cli.course import Course
 from mpqdm_fx.errors import MPQError
-from mpqdm_fx.progress import Stage, reporting
+from mpqdm_fx.io.progress import Stage, reporting
 
 __all__ = ["LOG", "QuietOption", "VerboseOption", "remember", "takes_loudness"]
 

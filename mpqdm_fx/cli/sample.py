@@ -10,7 +10,7 @@ import typer
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.streams import announce, say
-from mpqdm_fx.progress import expect, stage
+from mpqdm_fx.io.progress import expect, stage
 
 __all__ = ["Form", "sample"]
 
@@ -59,12 +59,12 @@ def sample(
     checks.check_name(model)
     form = _form_that_runs(model, form)
     announce(f"drawing {num} images of {model} to {output}")
-    from mpqdm_fx.denoisers import draw, open_denoiser, pictures, zoom_of
     from mpqdm_fx.jobs.calibration import warn_of
     from mpqdm_fx.jobs.foretold import drawing_stages, sample_stages
     from mpqdm_fx.pipelines.components import as_drawn, is_drawn_by_pipeline
     from mpqdm_fx.pipelines.prompts import read_prompts
     from mpqdm_fx.report.images import save_grid
+    from mpqdm_fx.sources.denoisers import draw, open_denoiser, pictures, zoom_of
 
     given = None if prompts is None else read_prompts(prompts)
     expect(lambda: sample_stages(in_pipeline=is_drawn_by_pipeline(model)))

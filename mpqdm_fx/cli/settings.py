@@ -7,7 +7,7 @@ import typer
 
 from mpqdm_fx.cli.panels import BITS, CALIBRATION, RUN
 from mpqdm_fx.cli.values import whole_bits
-from mpqdm_fx.config import ActivationMode, Allocation, Levels, MPQConfig, Rounding
+from mpqdm_fx.records.config import ActivationMode, Allocation, Levels, MPQConfig, Rounding
 
 __all__ = ["SETTINGS", "SeedOption"]
 

@@ -31,10 +31,10 @@ def trace(
     """Trace MODEL to its module-level graph and print it."""
     checks.check_name(model)
     announce(f"tracing {model}")
+    from mpqdm_fx.capture.explain import explain as explain_trace
+    from mpqdm_fx.capture.trace import trace as trace_model
     from mpqdm_fx.graph.describe import describe
-    from mpqdm_fx.graph.explain import explain as explain_trace
-    from mpqdm_fx.graph.trace import trace as trace_model
-    from mpqdm_fx.models.sources import load_with_calls
+    from mpqdm_fx.sources.sources import load_with_calls
 
     source = load_with_calls(model, subfolder, variant, inputs)
     console = opt.console()

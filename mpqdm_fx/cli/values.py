@@ -6,8 +6,8 @@ from typing import Any
 
 import typer
 
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.records.config import MPQConfig
 
 __all__ = ["activation_mode_of", "memory_of", "seconds_of", "settings_of", "whole_bits"]
 

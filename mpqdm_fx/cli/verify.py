@@ -9,7 +9,7 @@ import typer
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.streams import announce, complain
-from mpqdm_fx.files import write_text
+from mpqdm_fx.io.files import write_text
 
 __all__ = ["verify"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.samplers import check_scheduled, is_sampler
 from mpqdm_fx.calibration.sampling import check_loop
 from mpqdm_fx.calibration.trajectories import Conditions, make_conditions, sample_shape_of
+from mpqdm_fx.capture.entry import unwrap
 from mpqdm_fx.distill.called import Called
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.importance import Effects, measure_effects
@@ -27,14 +27,14 @@ from mpqdm_fx.distill.train import History, Trainer
 from mpqdm_fx.errors import ConfigError, DialectError
 from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.graph.describe import describe, first_difference
-from mpqdm_fx.graph.entry import unwrap
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.signature import Signature
-from mpqdm_fx.io.records import hash_tensor
-from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.stages import in_form_of
-from mpqdm_fx.validation import Count, checked
-from mpqdm_fx.versions import versions
+from mpqdm_fx.io.ambient import plain_torch
+from mpqdm_fx.io.tensors import hash_tensor
+from mpqdm_fx.io.versions import versions
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.stages import in_form_of
+from mpqdm_fx.records.validation import Count, checked
 
 __all__ = ["Distilled", "distill"]
 

@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import first_difference, is_empty_but_for_hidden
 from mpqdm_fx.io.exchange import sweep_leftovers
-from mpqdm_fx.io.records import read_record, write_record
+from mpqdm_fx.io.files import first_difference, is_empty_but_for_hidden
 from mpqdm_fx.io.schema import Count, Strict, plain, validated
+from mpqdm_fx.io.tensors import read_record, write_record
 
 __all__ = [
     "RESTART",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.validation import (
+from mpqdm_fx.records.validation import (
     Between,
     Count,
     NonNegative,

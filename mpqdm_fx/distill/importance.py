@@ -15,7 +15,7 @@ from torch import Tensor
 from mpqdm_fx.calibration.samplers import first_tensor, is_sampler
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.runs import Predict, Recorder, Start
-from mpqdm_fx.progress import Stage, stage
+from mpqdm_fx.io.progress import Stage, stage
 
 __all__ = ["Effects", "Importance", "importance", "measure_effects"]
 

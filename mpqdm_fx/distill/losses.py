@@ -15,8 +15,8 @@ from mpqdm_fx.distill.features import feature_nodes, with_features
 from mpqdm_fx.distill.recompute import Recomputed
 from mpqdm_fx.distill.runs import Batch
 from mpqdm_fx.distill.student import Student
-from mpqdm_fx.numerics.relation import feature_distance, pixels, relation_divergence
-from mpqdm_fx.processes import gathered, processes
+from mpqdm_fx.io.processes import gathered, processes
+from mpqdm_fx.numerics.solve.relation import feature_distance, pixels, relation_divergence
 
 __all__ = ["Losses", "Parts"]
 

@@ -23,7 +23,7 @@ from mpqdm_fx.calibration.sampling import (
     take_rows,
 )
 from mpqdm_fx.errors import CalibrationError
-from mpqdm_fx.progress import Stage, stage
+from mpqdm_fx.io.progress import Stage, stage
 
 __all__ = ["Batch", "Recorder", "Runs", "Start"]
 

@@ -27,11 +27,11 @@ from mpqdm_fx.graph.quantizer_sites import (
     set_pair,
 )
 from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelQuantizer
-from mpqdm_fx.passes.round_weights import install_codes
-from mpqdm_fx.plan import ActivationRange, LayerPlan
-from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.stages import assemble
+from mpqdm_fx.passes.quantize.round_weights import install_codes
+from mpqdm_fx.records.plan import ActivationRange, LayerPlan
 from mpqdm_fx.records.report import QuantizationReport
-from mpqdm_fx.stages import assemble
 
 __all__ = ["Student", "freeze", "make_student"]
 

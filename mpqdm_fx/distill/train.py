@@ -31,8 +31,8 @@ from mpqdm_fx.distill.optimiser import make_optimiser, set_progress
 from mpqdm_fx.distill.runs import Batch, Runs
 from mpqdm_fx.distill.student import Student
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
-from mpqdm_fx.processes import processes
-from mpqdm_fx.progress import stage
+from mpqdm_fx.io.processes import processes
+from mpqdm_fx.io.progress import stage
 
 __all__ = ["History", "Trainer"]
 

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mpqdm_fx.activations import ActivationRange
 from mpqdm_fx.graph.quantizers import ActivationQuantizer
-from mpqdm_fx.numerics.grids import CODEBOOK_MAX_BITS, MAX_BITS, snap
 from mpqdm_fx.numerics.halves import fits_half
-from mpqdm_fx.numerics.int4 import INT4_BITS, int4_levels
-from mpqdm_fx.numerics.stochastic import stochastic_codes
-from mpqdm_fx.numerics.straight_through import (
+from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS, MAX_BITS, snap
+from mpqdm_fx.numerics.levels.int4 import INT4_BITS, int4_levels
+from mpqdm_fx.numerics.solve.stochastic import stochastic_codes
+from mpqdm_fx.numerics.training.straight_through import (
     fake_quantize_affine,
     fake_quantize_dynamic_ste,
     round_half_ste,
@@ -30,7 +29,8 @@ from mpqdm_fx.numerics.straight_through import (
     table_values,
     values_of_codes,
 )
-from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.records.activations import ActivationRange
+from mpqdm_fx.records.plan import LayerPlan
 
 __all__ = [
     "DynamicRange",

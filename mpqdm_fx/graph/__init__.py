@@ -1,1 +1,1 @@
-"""The one intermediate representation: module-level FX graphs, how they are made and checked."""
+"""The one intermediate representation: module-level FX graphs."""

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from mpqdm_fx.graph.describe import describe
 from mpqdm_fx.graph.leaves import leaf_class
-from mpqdm_fx.io.records import hash_tensor
+from mpqdm_fx.io.tensors import hash_tensor
 
 __all__ = ["graph_fingerprint"]
 

@@ -13,15 +13,6 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mpqdm_fx.activations import (
-    Activation,
-    ActivationRange,
-    DynamicActivation,
-    LayerActivation,
-    NoiseLevels,
-    Side,
-    TimestepActivation,
-)
 from mpqdm_fx.errors import DialectError
 from mpqdm_fx.graph.editing import add_module, free_name, infer_val, inherit_meta, replace_module
 from mpqdm_fx.graph.layers import WEIGHT_LAYERS, called_module
@@ -32,6 +23,15 @@ from mpqdm_fx.graph.quantizers import (
     DynamicQuantizer,
     NoiseLevelGroups,
     NoiseLevelQuantizer,
+)
+from mpqdm_fx.records.activations import (
+    Activation,
+    ActivationRange,
+    DynamicActivation,
+    LayerActivation,
+    NoiseLevels,
+    Side,
+    TimestepActivation,
 )
 
 __all__ = [

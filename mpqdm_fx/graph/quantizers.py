@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mpqdm_fx.activations import ActivationRange, NoiseLevels
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.numerics.dynamic import fake_quantize_dynamic
-from mpqdm_fx.validation import Bits, check_value
+from mpqdm_fx.numerics.activations.dynamic import fake_quantize_dynamic
+from mpqdm_fx.records.activations import ActivationRange, NoiseLevels
+from mpqdm_fx.records.validation import Bits, check_value
 
 __all__ = ["ActivationQuantizer", "DynamicQuantizer", "NoiseLevelGroups", "NoiseLevelQuantizer"]
 

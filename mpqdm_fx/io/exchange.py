@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import hidden_folder, sweep_abandoned
+from mpqdm_fx.io.files import hidden_folder, sweep_abandoned
 
 __all__ = ["remove_folder", "replace_folder", "staged_folder", "sweep_leftovers"]
 

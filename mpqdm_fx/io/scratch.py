@@ -5,7 +5,7 @@ import tempfile
 import weakref
 from pathlib import Path
 
-from mpqdm_fx.files import hidden_folder, sweep_abandoned
+from mpqdm_fx.io.files import hidden_folder, sweep_abandoned
 
 __all__ = ["Scratch"]
 

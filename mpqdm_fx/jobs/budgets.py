@@ -6,20 +6,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mpqdm_fx.denoisers import SOURCE, Origin, pictures
-from mpqdm_fx.files import write_text
-from mpqdm_fx.folders import WEIGHTS, seal_folder, staged_directory
+from mpqdm_fx.io.files import write_text
+from mpqdm_fx.io.folders import WEIGHTS, seal_folder, staged_directory
 from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, plain, validated
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.evaluation import Evaluation, evaluated_metrics
 from mpqdm_fx.jobs.presets import write_recipe
-from mpqdm_fx.models.source import Source
-from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.storage import write_model
 from mpqdm_fx.report.gates import METRICS, Gate, judge
 from mpqdm_fx.report.images import save_grid
 from mpqdm_fx.report.metrics import epsilon_sqnr
-from mpqdm_fx.storage import write_model
+from mpqdm_fx.sources.denoisers import SOURCE, Origin, pictures
+from mpqdm_fx.sources.source import Source
 
 __all__ = ["STRIP", "Judge", "Point", "read_point", "smallest", "write_point"]
 

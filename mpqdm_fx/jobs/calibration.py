@@ -8,11 +8,11 @@ from typing import Any
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.calling import batch_size_of
-from mpqdm_fx.models.functions import GivenCalls
-from mpqdm_fx.models.source import Source
-from mpqdm_fx.models.sources import load_with_calls
 from mpqdm_fx.pipelines.components import in_pipeline
 from mpqdm_fx.pipelines.prompts import read_prompts
+from mpqdm_fx.sources.functions import GivenCalls
+from mpqdm_fx.sources.source import Source
+from mpqdm_fx.sources.sources import load_with_calls
 
 __all__ = [
     "BATCH",

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.records.config import MPQConfig
 
 __all__ = ["distill_command", "export_command", "quantize_command", "typed"]
 

@@ -3,19 +3,19 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mpqdm_fx.denoisers import Denoiser
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import write_text
+from mpqdm_fx.io.files import write_text
+from mpqdm_fx.io.progress import expect, stage
 from mpqdm_fx.jobs.foretold import compare_stages
 from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
 from mpqdm_fx.jobs.report import gallery_of_drawn
 from mpqdm_fx.jobs.report_folder import FolderReport, open_report
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.pipelines.components import is_in_pipeline
-from mpqdm_fx.progress import expect, stage
+from mpqdm_fx.records.validation import Count, Some, checked
 from mpqdm_fx.report.page.compare import render_compare
 from mpqdm_fx.report.record import ReportRecord
-from mpqdm_fx.validation import Count, Some, checked
+from mpqdm_fx.sources.denoisers import Denoiser
 
 __all__ = ["compare_folders"]
 

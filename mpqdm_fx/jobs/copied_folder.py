@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpqdm_fx.denoisers import SOURCE
-from mpqdm_fx.files import write_text
-from mpqdm_fx.folders import MANIFEST, ModelFolder, seal_folder, staged_directory
-from mpqdm_fx.summary import read_summary, write_summary
+from mpqdm_fx.io.files import write_text
+from mpqdm_fx.io.folders import MANIFEST, ModelFolder, seal_folder, staged_directory
+from mpqdm_fx.records.summary import read_summary, write_summary
+from mpqdm_fx.sources.denoisers import SOURCE
 
 __all__ = ["copy_folder"]
 

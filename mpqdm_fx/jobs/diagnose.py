@@ -6,19 +6,19 @@ from torch import fx
 
 from mpqdm_fx.backends.names import FourBit
 from mpqdm_fx.backends.xnnpack.doctor import Diagnosis, diagnose
-from mpqdm_fx.calibration.allocate import even_levels, fixed_plan, layer_limits
-from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.folders import MANIFEST, open_folder
+from mpqdm_fx.bits.allocate import even_levels, fixed_plan, layer_limits
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.io.folders import MANIFEST, open_folder
+from mpqdm_fx.io.progress import expect, stage
 from mpqdm_fx.jobs.foretold import doctor_stages
 from mpqdm_fx.jobs.result_folder import Form
-from mpqdm_fx.models.sources import load_with_calls
-from mpqdm_fx.passes.round_weights import RoundWeights
-from mpqdm_fx.plan import BitPlan
-from mpqdm_fx.progress import expect, stage
-from mpqdm_fx.stages import normalized
-from mpqdm_fx.storage import load
+from mpqdm_fx.model.stages import normalized
+from mpqdm_fx.model.storage import load
+from mpqdm_fx.passes.quantize.round_weights import RoundWeights
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.plan import BitPlan
+from mpqdm_fx.sources.sources import load_with_calls
 from mpqdm_fx.sweep.plain_rounding import plain_activations
 from mpqdm_fx.sweep.shards import Shards
 

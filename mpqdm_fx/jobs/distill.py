@@ -6,14 +6,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from mpqdm_fx.denoisers import origin_of, source_of
 from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.checkpoint import has_state
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.files import checkpoint_of
-from mpqdm_fx.folders import check_target, open_folder
 from mpqdm_fx.io.exchange import remove_folder
+from mpqdm_fx.io.files import checkpoint_of
+from mpqdm_fx.io.folders import check_target, open_folder
+from mpqdm_fx.io.processes import is_first
+from mpqdm_fx.io.progress import expect
 from mpqdm_fx.jobs.calibration import warn_of
 from mpqdm_fx.jobs.command_text import distill_command
 from mpqdm_fx.jobs.copied_folder import copy_folder
@@ -26,12 +27,11 @@ from mpqdm_fx.jobs.result_folder import (
     write_folder,
 )
 from mpqdm_fx.jobs.unfinished import check_ours
+from mpqdm_fx.model.storage import load
 from mpqdm_fx.pipelines.components import as_recorded
-from mpqdm_fx.processes import is_first
-from mpqdm_fx.progress import expect
-from mpqdm_fx.storage import load
-from mpqdm_fx.summary import read_summary
-from mpqdm_fx.validation import NonNegative, Some, checked
+from mpqdm_fx.records.summary import read_summary
+from mpqdm_fx.records.validation import NonNegative, Some, checked
+from mpqdm_fx.sources.denoisers import origin_of, source_of
 
 __all__ = ["distill_folder"]
 

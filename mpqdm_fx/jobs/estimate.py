@@ -7,20 +7,20 @@ from typing import Any
 
 from torch import fx
 
-from mpqdm_fx.calibration.allocate import layer_limits
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.bits.allocate import layer_limits
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.jobs.calibration import BATCH, rows_of
 from mpqdm_fx.jobs.result_folder import Form
-from mpqdm_fx.models.source import Source
-from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.stages import normalized
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.validation import Bytes, Count, Some, checked
 from mpqdm_fx.report.units import duration
-from mpqdm_fx.stages import normalized
+from mpqdm_fx.sources.source import Source
 from mpqdm_fx.sweep.estimate import Estimate, estimate, row_seconds
 from mpqdm_fx.sweep.measured import expected_bytes
-from mpqdm_fx.validation import Bytes, Count, Some, checked
 
 __all__ = [
     "Finish",

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpqdm_fx.denoisers import source_of
-from mpqdm_fx.folders import open_folder
 from mpqdm_fx.graph.noise_argument import find_noise_argument
+from mpqdm_fx.io.folders import open_folder
+from mpqdm_fx.io.progress import expect, stage
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.evaluation import (
     BUNDLED,
@@ -19,11 +19,11 @@ from mpqdm_fx.jobs.evaluation import (
 )
 from mpqdm_fx.jobs.foretold import evaluate_stages
 from mpqdm_fx.jobs.result_folder import FolderResult
-from mpqdm_fx.models.functions import calls_of
-from mpqdm_fx.models.source import Source
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.storage import load
 from mpqdm_fx.pipelines.components import as_recorded
-from mpqdm_fx.progress import expect, stage
-from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.records.summary import SUMMARY, read_summary
+from mpqdm_fx.records.validation import Count, Seed, checked
 from mpqdm_fx.report.gates import (
     METRICS,
     Gate,
@@ -36,9 +36,9 @@ from mpqdm_fx.report.metrics import EvaluationResult, epsilon_sqnr
 from mpqdm_fx.report.networks import Networks
 from mpqdm_fx.report.noise_levels import sqnr_by_noise_level
 from mpqdm_fx.report.reference import EVALUATION_SEED
-from mpqdm_fx.storage import load
-from mpqdm_fx.summary import SUMMARY, read_summary
-from mpqdm_fx.validation import Count, Seed, checked
+from mpqdm_fx.sources.denoisers import source_of
+from mpqdm_fx.sources.functions import calls_of
+from mpqdm_fx.sources.source import Source
 
 __all__ = ["FolderEvaluation", "check_gates", "evaluate_folder", "gate_stages", "judge_result"]
 

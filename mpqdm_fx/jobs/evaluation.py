@@ -6,16 +6,16 @@ from typing import Self
 
 from torch import Tensor
 
+from mpqdm_fx.digits.bundled import load_digits_classifier
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.jobs.calibration import held_out_of
-from mpqdm_fx.models.bundled import load_digits_classifier
-from mpqdm_fx.models.source import Source
-from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.report.gates import Gate, check_measured
 from mpqdm_fx.report.metrics import EvaluationResult, FeatureClassifier, evaluate_against
 from mpqdm_fx.report.networks import Networks
 from mpqdm_fx.report.reference import ReferenceRun, reference_run, run_reference, shows_pictures
 from mpqdm_fx.report.sample_metrics import measures_pictures
+from mpqdm_fx.sources.source import Source
 
 __all__ = [
     "BUNDLED",

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.io.peak_memory import tells_peaks
 from mpqdm_fx.jobs.command_text import export_command
 from mpqdm_fx.pipelines.export import MINIMUM_SQNR_DB, ExportResult, export_pipeline
 from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.pictures import likens_pictures
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.export_metrics import expected_export, export_metrics
 from mpqdm_fx.report.gates import Gate, Verdict, check_measured, judge
 

@@ -6,14 +6,14 @@ machine takes longer by a factor, which progress finds as it goes (`progress.exp
 
 from collections.abc import Mapping
 
-from mpqdm_fx.calibration.activation_choice import options_of
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.bits.activation_choice import options_of
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.jobs.calibration import HELD_OUT_RUNS
 from mpqdm_fx.jobs.estimate import Finish, TrainingEstimate
 from mpqdm_fx.jobs.result_folder import Form
-from mpqdm_fx.models.source import Source
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.page.packages import renders
+from mpqdm_fx.sources.source import Source
 
 __all__ = [
     "compare_stages",

@@ -10,16 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpqdm_fx import progress
 from mpqdm_fx.api import convert, prepare_on
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.feasibility import check_feasible
-from mpqdm_fx.files import checkpoint_of, write_text
-from mpqdm_fx.folders import PARETO_MANIFEST, check_target, listed_files, staged_directory
+from mpqdm_fx.io import progress
 from mpqdm_fx.io.exchange import remove_folder
+from mpqdm_fx.io.files import checkpoint_of, write_text
+from mpqdm_fx.io.folders import PARETO_MANIFEST, check_target, listed_files, staged_directory
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import seal
+from mpqdm_fx.io.versions import versions
 from mpqdm_fx.jobs.budgets import STRIP, Judge, Point, read_point, smallest, write_point
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.evaluation import check_evaluated, evaluated_metrics
@@ -27,17 +26,18 @@ from mpqdm_fx.jobs.foretold import pareto_stages
 from mpqdm_fx.jobs.quantize import command_of
 from mpqdm_fx.jobs.result_folder import FolderResult, Form, write_folder
 from mpqdm_fx.jobs.unfinished import check_unfinished
-from mpqdm_fx.models.source import Source
-from mpqdm_fx.quantized import PreparedModel
+from mpqdm_fx.model.feasibility import check_feasible
+from mpqdm_fx.model.quantized import PreparedModel
+from mpqdm_fx.model.storage import load
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.validation import Bytes, Count, Some, checked
 from mpqdm_fx.report.gates import Gate
 from mpqdm_fx.report.page.packages import can_render
 from mpqdm_fx.report.pareto_page import render_pareto
 from mpqdm_fx.report.reference import EVALUATION_SEED
-from mpqdm_fx.storage import load
+from mpqdm_fx.sources.source import Source
 from mpqdm_fx.sweep.checkpoint import HEADER, Checkpoint
 from mpqdm_fx.sweep.identity import run_identity
-from mpqdm_fx.validation import Bytes, Count, Some, checked
-from mpqdm_fx.versions import versions
 
 __all__ = [
     "PARETO",

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mpqdm_fx.denoisers import Denoiser, as_pictures, draw
-from mpqdm_fx.models.source import Source
 from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.sources.denoisers import Denoiser, as_pictures, draw
+from mpqdm_fx.sources.source import Source
 
 __all__ = ["Drawn", "draw_pictures"]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import check_version, write_text
+from mpqdm_fx.io.files import check_version, write_text
 from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.records.config import MPQConfig
 
 __all__ = [
     "PRESETS",

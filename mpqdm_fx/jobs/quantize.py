@@ -6,10 +6,12 @@ from typing import Any
 
 from mpqdm_fx.api import Backend, quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
-from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.files import checkpoint_of
-from mpqdm_fx.folders import check_target
 from mpqdm_fx.io.exchange import remove_folder
+from mpqdm_fx.io.files import checkpoint_of
+from mpqdm_fx.io.folders import check_target
+from mpqdm_fx.io.processes import is_first
+from mpqdm_fx.io.progress import expect
+from mpqdm_fx.io.versions import versions
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.command_text import quantize_command
 from mpqdm_fx.jobs.estimate import finish_of
@@ -20,13 +22,11 @@ from mpqdm_fx.jobs.result_folder import (
     write_folder,
 )
 from mpqdm_fx.jobs.unfinished import check_unfinished
-from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
-from mpqdm_fx.processes import is_first
-from mpqdm_fx.progress import expect
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.validation import Bytes, Count, NonNegative, Some, checked
+from mpqdm_fx.sources.source import Source
 from mpqdm_fx.sweep.checkpoint import HEADER
-from mpqdm_fx.validation import Bytes, Count, NonNegative, Some, checked
-from mpqdm_fx.versions import versions
 
 __all__ = ["check_start", "command_of", "quantize_to_folder"]
 

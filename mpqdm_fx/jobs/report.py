@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpqdm_fx.files import write_text
+from mpqdm_fx.io.files import write_text
 from mpqdm_fx.jobs.pictures import Drawn
-from mpqdm_fx.models.source import Source
+from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.numerics.metrics import sqnr_db
-from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.report.gather import Measured, part_of, with_command
 from mpqdm_fx.report.page.gallery import Gallery, gallery_of
 from mpqdm_fx.report.page.render import render_report
@@ -20,6 +19,7 @@ from mpqdm_fx.report.record import (
     ReportRecord,
     write_record,
 )
+from mpqdm_fx.sources.source import Source
 
 __all__ = [
     "gallery_of_drawn",

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.errors import ArtifactError, MPQError
-from mpqdm_fx.files import write_text
+from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.schema import validated
 from mpqdm_fx.pipelines.inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.pictures import DrawnPictures, draw_pictures
 from mpqdm_fx.pipelines.program_files import ProgramFiles
 from mpqdm_fx.pipelines.report import export_gallery, with_pictures
+from mpqdm_fx.records.summary import SUMMARY
 from mpqdm_fx.report.page.render import render_report
 from mpqdm_fx.report.record import RECORD, ReportRecord, write_record
-from mpqdm_fx.summary import SUMMARY
 
 __all__ = ["report_export"]
 

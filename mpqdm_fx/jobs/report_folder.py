@@ -6,21 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpqdm_fx.backends.packed import read_packed
-from mpqdm_fx.denoisers import (
-    SOURCE,
-    Denoiser,
-    Origin,
-    origin_of,
-    program_denoiser,
-    program_names,
-    saved_source,
-    source_of,
-)
 from mpqdm_fx.errors import ConfigError, MPQError
-from mpqdm_fx.files import write_text
-from mpqdm_fx.folders import SCHEDULER_CONFIG, WEIGHTS, ModelFolder, is_export, open_folder
 from mpqdm_fx.graph.calling import example_call
+from mpqdm_fx.io.files import write_text
+from mpqdm_fx.io.folders import SCHEDULER_CONFIG, WEIGHTS, ModelFolder, is_export, open_folder
+from mpqdm_fx.io.progress import expect, stage
 from mpqdm_fx.io.schema import validated
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.foretold import report_stages
@@ -31,12 +21,14 @@ from mpqdm_fx.jobs.report import (
     record_of,
 )
 from mpqdm_fx.jobs.report_export import report_export
-from mpqdm_fx.models.functions import calls_of
-from mpqdm_fx.models.source import Source
+from mpqdm_fx.model.packed import read_packed
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.stages import in_form_of
+from mpqdm_fx.model.storage import load
 from mpqdm_fx.pipelines.components import as_recorded, is_in_pipeline
-from mpqdm_fx.progress import expect, stage
-from mpqdm_fx.quantized import QuantizedModel
 from mpqdm_fx.records.report import QuantizationReport
+from mpqdm_fx.records.summary import SUMMARY, read_summary
+from mpqdm_fx.records.validation import Some, checked
 from mpqdm_fx.report.comparison import compare_all
 from mpqdm_fx.report.gather import Measured, part_of, training_of, with_command
 from mpqdm_fx.report.measured import measured_of
@@ -44,10 +36,18 @@ from mpqdm_fx.report.page.packages import can_render
 from mpqdm_fx.report.page.render import render_report
 from mpqdm_fx.report.record import PAGE, RECORD, ReportRecord, write_record
 from mpqdm_fx.report.reference import EVALUATION_SEED
-from mpqdm_fx.stages import in_form_of
-from mpqdm_fx.storage import load
-from mpqdm_fx.summary import SUMMARY, read_summary
-from mpqdm_fx.validation import Some, checked
+from mpqdm_fx.sources.denoisers import (
+    SOURCE,
+    Denoiser,
+    Origin,
+    origin_of,
+    program_denoiser,
+    program_names,
+    saved_source,
+    source_of,
+)
+from mpqdm_fx.sources.functions import calls_of
+from mpqdm_fx.sources.source import Source
 
 __all__ = ["FolderReport", "draw_folder", "open_report", "report_folder", "retell_report"]
 

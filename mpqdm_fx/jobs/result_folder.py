@@ -8,13 +8,36 @@ from typing import Any, get_args
 
 import torch
 
-from mpqdm_fx import progress
 from mpqdm_fx.api import BACKENDS, MODES, Backend, lower
 from mpqdm_fx.backends.xnnpack.compressed import compress_program, drop_expansions
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
-from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.denoisers import (
+from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.graph.calling import example_call
+from mpqdm_fx.io import progress
+from mpqdm_fx.io.files import write_text
+from mpqdm_fx.io.folders import MANIFEST, open_folder, seal_folder, staged_directory
+from mpqdm_fx.io.sealed import Entry
+from mpqdm_fx.jobs.calibration import held_out_of
+from mpqdm_fx.jobs.memory import peak_memory
+from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
+from mpqdm_fx.jobs.presets import write_recipe
+from mpqdm_fx.jobs.report import write_report
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.stages import in_form_of
+from mpqdm_fx.model.storage import write_model
+from mpqdm_fx.parity.verify import store_parity
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.plan import Fate
+from mpqdm_fx.records.summary import SUMMARY, write_summary
+from mpqdm_fx.records.validation import check_fields
+from mpqdm_fx.report.comparison import Comparison, compare_all
+from mpqdm_fx.report.images import save_rows
+from mpqdm_fx.report.measured import measured_of
+from mpqdm_fx.report.page.packages import can_render
+from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.timing import time_per_step
+from mpqdm_fx.sources.denoisers import (
     PROGRAM,
     SOURCE,
     Denoiser,
@@ -23,30 +46,7 @@ from mpqdm_fx.denoisers import (
     program_denoiser,
     program_names,
 )
-from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import write_text
-from mpqdm_fx.folders import MANIFEST, open_folder, seal_folder, staged_directory
-from mpqdm_fx.graph.calling import example_call
-from mpqdm_fx.io.sealed import Entry
-from mpqdm_fx.jobs.calibration import held_out_of
-from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
-from mpqdm_fx.jobs.presets import write_recipe
-from mpqdm_fx.jobs.report import write_report
-from mpqdm_fx.memory import peak_memory
-from mpqdm_fx.models.source import Source
-from mpqdm_fx.parity.verify import store_parity
-from mpqdm_fx.plan import Fate
-from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.report.comparison import Comparison, compare_all
-from mpqdm_fx.report.images import save_rows
-from mpqdm_fx.report.measured import measured_of
-from mpqdm_fx.report.page.packages import can_render
-from mpqdm_fx.report.reference import EVALUATION_SEED
-from mpqdm_fx.report.timing import time_per_step
-from mpqdm_fx.stages import in_form_of
-from mpqdm_fx.storage import write_model
-from mpqdm_fx.summary import SUMMARY, write_summary
-from mpqdm_fx.validation import check_fields
+from mpqdm_fx.sources.source import Source
 
 __all__ = ["FolderResult", "Form", "write_folder"]
 

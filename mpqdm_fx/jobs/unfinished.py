@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.files import first_difference, is_empty_but_for_hidden
+from mpqdm_fx.io.files import first_difference, is_empty_but_for_hidden
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import read_json
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from mpqdm_fx.calibration.sampling import take_rows
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import replacing
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
 from mpqdm_fx.graph.signature import Signature, tensor_leaves
-from mpqdm_fx.models.source import Source
+from mpqdm_fx.io.files import replacing
+from mpqdm_fx.sources.source import Source
 
 __all__ = ["INPUTS", "random_calls", "read_calls", "source_calls", "write_calls"]
 

@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from mpqdm_fx.backends.xnnpack.reference import NUDGE, Nudged
 from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.io.progress import tracked
 from mpqdm_fx.numerics.metrics import power_sums, ratio_db
 from mpqdm_fx.parity.ladder import Ladder, NodeParity, Rung
 from mpqdm_fx.parity.sites import WEIGHT_OPS, Site, matching_sites, sites
-from mpqdm_fx.progress import tracked
 
 __all__ = ["Form", "Measured", "measure"]
 

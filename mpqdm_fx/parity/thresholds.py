@@ -12,14 +12,14 @@ from pydantic import Field
 
 from mpqdm_fx.backends.xnnpack.reference import CLOSE_DB, MARGIN_DB
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import check_version, write_text
+from mpqdm_fx.io.files import check_version, write_text
 from mpqdm_fx.io.schema import Name, Ratio, Strict, plain, validated
 from mpqdm_fx.io.sealed import SealedFolder, seal, verified
+from mpqdm_fx.io.versions import versions
 from mpqdm_fx.parity.inputs import INPUTS
 from mpqdm_fx.parity.ladder import Ladder, Rung
 from mpqdm_fx.parity.measure import Measured
 from mpqdm_fx.parity.sites import WEIGHT_OPS, Site
-from mpqdm_fx.versions import versions
 
 __all__ = ["MEASURED_MARGIN_DB", "THRESHOLDS", "Thresholds"]
 

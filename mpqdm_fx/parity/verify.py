@@ -7,24 +7,24 @@ from typing import Any
 
 from torch import fx, nn
 
-from mpqdm_fx import progress
-from mpqdm_fx.activations import DynamicActivation
-from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.backends.xnnpack.runner import sorted_entries
-from mpqdm_fx.denoisers import PROGRAM, SOURCE, open_program, program_names, source_of
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.folders import ModelFolder, check_target, open_folder, rewritten_folder
 from mpqdm_fx.graph.calling import example_call, example_inputs
-from mpqdm_fx.graph.cost import bind_sizes, value_bytes
+from mpqdm_fx.io import progress
+from mpqdm_fx.io.ambient import plain_torch
+from mpqdm_fx.io.folders import ModelFolder, check_target, open_folder, rewritten_folder
 from mpqdm_fx.io.sealed import Entry
-from mpqdm_fx.models.source import Source
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.stages import in_form_of, positional_inputs
+from mpqdm_fx.model.storage import load
 from mpqdm_fx.parity.inputs import INPUTS, Call, random_calls, read_calls, source_calls, write_calls
 from mpqdm_fx.parity.ladder import Ladder
 from mpqdm_fx.parity.measure import Form, Measured, measure
 from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
-from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.stages import in_form_of, positional_inputs
-from mpqdm_fx.storage import load
+from mpqdm_fx.records.activations import DynamicActivation
+from mpqdm_fx.run.cost import bind_sizes, value_bytes
+from mpqdm_fx.sources.denoisers import PROGRAM, SOURCE, open_program, program_names, source_of
+from mpqdm_fx.sources.source import Source
 
 __all__ = ["store_parity", "verify"]
 

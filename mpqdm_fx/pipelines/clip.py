@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.errors import ArtifactError, first_line
-from mpqdm_fx.folders import MODEL_CONFIG
+from mpqdm_fx.io.folders import MODEL_CONFIG
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.pipelines.folder import load_encoder
 from mpqdm_fx.report.clip import ClipScore

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.calibration.sampling import concatenate
-from mpqdm_fx.denoisers import SOURCE, origin_of
 from mpqdm_fx.errors import ArtifactError, ConfigError, first_line
-from mpqdm_fx.folders import MANIFEST, MODEL_CONFIG, open_folder
+from mpqdm_fx.io.folders import MANIFEST, MODEL_CONFIG, open_folder
+from mpqdm_fx.io.progress import stage
 from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.models.source import Source
 from mpqdm_fx.pipelines.conditions import (
     Call,
     Halves,
@@ -33,7 +32,8 @@ from mpqdm_fx.pipelines.folder import INDEX, load_model, load_pipeline, read_ind
 from mpqdm_fx.pipelines.layout import SUPPORTED
 from mpqdm_fx.pipelines.parts import ImageDecoder
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
-from mpqdm_fx.progress import stage
+from mpqdm_fx.sources.denoisers import SOURCE, origin_of
+from mpqdm_fx.sources.source import Source
 
 __all__ = [
     "PipelineComponents",

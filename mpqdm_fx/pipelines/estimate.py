@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.pipelines.export import check_settings
 from mpqdm_fx.pipelines.inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import side_settings
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
-from mpqdm_fx.stages import normalized
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.validation import Bytes, Count, NonNegative, Some, checked
 from mpqdm_fx.sweep.estimate import estimate
-from mpqdm_fx.validation import Bytes, Count, NonNegative, Some, checked
 
 __all__ = ["ExportEstimate", "PartEstimate", "estimate_export"]
 

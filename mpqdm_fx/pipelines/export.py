@@ -15,19 +15,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
-from mpqdm_fx import errors, progress
-from mpqdm_fx.ambient import plain_torch
+from mpqdm_fx import errors
 from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.sampling import scheduled
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.feasibility import check_feasible, weights_of
-from mpqdm_fx.files import checkpoint_of
-from mpqdm_fx.folders import check_target, staged_directory
-from mpqdm_fx.io import expansion, sealed
-from mpqdm_fx.models import classes
+from mpqdm_fx.io import classes, expansion, progress, sealed
+from mpqdm_fx.io.ambient import plain_torch
+from mpqdm_fx.io.files import checkpoint_of
+from mpqdm_fx.io.folders import check_target, staged_directory
+from mpqdm_fx.io.versions import versions
+from mpqdm_fx.model.feasibility import check_feasible, weights_of
+from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.pipelines import picture_files, program_files, runner
 from mpqdm_fx.pipelines.finish import finish
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs, inputs_of
@@ -38,11 +38,18 @@ from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import Judged, quantize_part, write_programs
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.work import WorkFolder
-from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.validation import (
+    Between,
+    Bytes,
+    Count,
+    NonNegative,
+    Some,
+    check_value,
+    checked,
+)
 from mpqdm_fx.report.comparison import compare
 from mpqdm_fx.report.page.packages import renders
-from mpqdm_fx.validation import Between, Bytes, Count, NonNegative, Some, check_value, checked
-from mpqdm_fx.versions import versions
 
 __all__ = ["MINIMUM_SQNR_DB", "ExportResult", "check_settings", "export_pipeline"]
 

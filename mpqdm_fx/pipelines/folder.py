@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from mpqdm_fx.errors import ArtifactError, ConfigError, first_line
+from mpqdm_fx.io.classes import diffusers_class, is_model_class
+from mpqdm_fx.io.model_config import read_model_config
 from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.models.classes import diffusers_class, is_model_class
-from mpqdm_fx.models.model_config import read_model_config
-from mpqdm_fx.models.weight_files import load_weights, refuse_missing
+from mpqdm_fx.sources.weight_files import load_weights, refuse_missing
 
 __all__ = [
     "INDEX",

@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS
 from mpqdm_fx.calibration.trajectories import Trajectories
-from mpqdm_fx.models.extra_channels import random_masks
 from mpqdm_fx.pipelines.conditions import Call, default_guidance, encode_prompts, with_numbers
 from mpqdm_fx.pipelines.layout import Layout, Size, layout_of, open_pipeline
 from mpqdm_fx.pipelines.runner import time_ids
-from mpqdm_fx.validation import Count, NonNegative, Seed, check_fields
+from mpqdm_fx.records.validation import Count, NonNegative, Seed, check_fields
+from mpqdm_fx.sources.extra_channels import random_masks
 
 __all__ = ["DenoiserCalls", "PipelineInputs", "inputs_of"]
 

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from mpqdm_fx.calibration.schedulers import check_scheduler
+from mpqdm_fx.capture.entry import unwrap
+from mpqdm_fx.capture.foreign_models import check_model
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.folders import refuse_other_results
-from mpqdm_fx.graph.entry import unwrap
-from mpqdm_fx.graph.foreign_models import check_model
-from mpqdm_fx.models.names import BUNDLED, unknown_model
+from mpqdm_fx.io.folders import refuse_other_results
 from mpqdm_fx.pipelines.adapters import refuse_adapters
 from mpqdm_fx.pipelines.folder import load_pipeline, read_index
 from mpqdm_fx.pipelines.parts import (
@@ -25,7 +24,8 @@ from mpqdm_fx.pipelines.parts import (
     PenultimateStates,
     TextEncoder,
 )
-from mpqdm_fx.validation import Count, check_value
+from mpqdm_fx.records.validation import Count, check_value
+from mpqdm_fx.sources.names import BUNDLED, unknown_model
 
 __all__ = ["SUPPORTED", "Kind", "Layout", "Size", "layout_of", "open_pipeline"]
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.backends.xnnpack.compressed import SUFFIX
-from mpqdm_fx.files import write_text
-from mpqdm_fx.folders import listed_files
+from mpqdm_fx.io.files import write_text
+from mpqdm_fx.io.folders import listed_files
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import seal
+from mpqdm_fx.io.versions import versions
 from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.program_files import FORMAT, MANIFEST, VERSION
-from mpqdm_fx.versions import versions
 
 __all__ = ["MANIFEST", "VERSION", "compressed_entry", "method_entry", "write_manifest"]
 

@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.io.schema import Strict, plain
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.stages import in_form_of
 from mpqdm_fx.pipelines import parts
 from mpqdm_fx.pipelines.programs import Judged, WrittenMethod
-from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.gather import Measured, kurtosis_of, part_of, program_of
 from mpqdm_fx.report.layer_levels import running_sqnr
 from mpqdm_fx.report.measured import graph_of, measured_of
 from mpqdm_fx.report.record import FloatPart, Part
-from mpqdm_fx.stages import in_form_of
 
 __all__ = ["KeptPart", "kept_part", "with_costs"]
 

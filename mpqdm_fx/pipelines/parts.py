@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpqdm_fx.graph.describe import module_settings
-from mpqdm_fx.io.records import hash_tensor
+from mpqdm_fx.io.tensors import hash_tensor
 
 __all__ = [
     "ImageDecoder",

@@ -13,18 +13,18 @@ from torch.utils import _pytree as pytree
 from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.layers import replace_module, weight_layers
-from mpqdm_fx.graph.methods import split_methods
 from mpqdm_fx.graph.signature import tensor_leaves
-from mpqdm_fx.graph.timestep_table import tabulate_timesteps
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.stages import in_form_of, normalized, reassembled
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.manifest import method_entry
 from mpqdm_fx.pipelines.parts import Part
-from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.comparison import Comparison
-from mpqdm_fx.stages import in_form_of, normalized, reassembled
+from mpqdm_fx.split.methods import split_methods
+from mpqdm_fx.split.timestep_table import tabulate_timesteps
 
 __all__ = [
     "DENOISE",

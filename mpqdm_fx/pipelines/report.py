@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpqdm_fx.files import write_text
+from mpqdm_fx.io.files import write_text
+from mpqdm_fx.io.progress import stage
 from mpqdm_fx.pipelines.part_numbers import with_costs
 from mpqdm_fx.pipelines.pictures import DrawnPictures
-from mpqdm_fx.progress import stage
 from mpqdm_fx.report.gather import with_command
 from mpqdm_fx.report.page.gallery import Gallery, gallery_of
 from mpqdm_fx.report.page.packages import can_render

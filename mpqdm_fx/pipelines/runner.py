@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mpqdm_fx.errors import ArtifactError, first_line
-from mpqdm_fx.models.classes import diffusers_class
+from mpqdm_fx.io.classes import diffusers_class
 from mpqdm_fx.pipelines.picture_files import check_output, read_picture, write_picture
 from mpqdm_fx.pipelines.program_files import (
     LARGEST,

@@ -13,8 +13,8 @@ from pydantic import Field
 from mpqdm_fx.backends.xnnpack.compressed import SUFFIX, compress_program
 from mpqdm_fx.backends.xnnpack.runner import stored_files
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import first_difference, is_empty_but_for_hidden, write_text
 from mpqdm_fx.io.exchange import remove_folder, sweep_leftovers
+from mpqdm_fx.io.files import first_difference, is_empty_but_for_hidden, write_text
 from mpqdm_fx.io.schema import Name, Strict, plain, validated
 from mpqdm_fx.io.sealed import Entry, SealedFolder, digest_of, read_json, seal, verified
 

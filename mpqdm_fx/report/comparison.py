@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpqdm_fx.activations import NoiseLevels
-from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.samplers import Denoiser, first_tensor
+from mpqdm_fx.capture.entry import in_float32
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.calling import batch_size_of
-from mpqdm_fx.graph.entry import in_float32
+from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.numerics.metrics import ratio_db
+from mpqdm_fx.records.activations import NoiseLevels
+from mpqdm_fx.records.validation import Count, checked
 from mpqdm_fx.report.noise_levels import noise_argument_of, told_levels
 from mpqdm_fx.report.words import word_of_sqnr
-from mpqdm_fx.validation import Count, checked
 
 __all__ = ["Comparison", "LevelSqnr", "compare", "compare_all", "row_powers"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
-from mpqdm_fx.numerics.outliers import kurtosis
-from mpqdm_fx.plan import BitPlan, LayerPlan
+from mpqdm_fx.bits.sensitivity_table import SensitivityTable
+from mpqdm_fx.numerics.solve.outliers import kurtosis
+from mpqdm_fx.records.plan import BitPlan, LayerPlan
 from mpqdm_fx.records.report import LayerReport, QuantizationReport
 from mpqdm_fx.report.comparison import Comparison, LevelSqnr
 from mpqdm_fx.report.record import (

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.sampling import take_rows
 from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.signature import Signature, tensor_leaves
+from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.numerics.metrics import ratio_db
 from mpqdm_fx.report.comparison import LevelSqnr, row_powers
 from mpqdm_fx.report.noise_levels import noise_argument_of, told_levels

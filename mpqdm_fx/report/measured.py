@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
-from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.bits.sensitivity_table import SensitivityTable
+from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.report.comparison import Comparison
 from mpqdm_fx.report.gather import Measured, kurtosis_of, sensitivity_of
 from mpqdm_fx.report.layer_levels import running_sqnr, sqnr_by_layer

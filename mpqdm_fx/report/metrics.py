@@ -21,8 +21,9 @@ from torch import Tensor
 from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.samplers import Denoiser
 from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.io.progress import stage
 from mpqdm_fx.numerics.metrics import sqnr_db
-from mpqdm_fx.progress import stage
+from mpqdm_fx.records.validation import Count, Seed
 from mpqdm_fx.report.networks import Networks
 from mpqdm_fx.report.reference import (
     EVALUATION_SEED,
@@ -40,7 +41,6 @@ from mpqdm_fx.report.sample_metrics import (
     ssim,
     x0_sqnr,
 )
-from mpqdm_fx.validation import Count, Seed
 
 __all__ = [
     "EvaluationResult",

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpqdm_fx.activations import NoiseLevels
-from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.samplers import Denoiser, first_tensor
+from mpqdm_fx.capture.entry import in_float32
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.calling import batch_size_of
-from mpqdm_fx.graph.entry import in_float32
 from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
+from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.numerics.metrics import sqnr_db
-from mpqdm_fx.validation import Count, checked
+from mpqdm_fx.records.activations import NoiseLevels
+from mpqdm_fx.records.validation import Count, checked
 
 __all__ = ["noise_argument_of", "sqnr_by_noise_level", "told_levels"]
 

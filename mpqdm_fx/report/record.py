@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from mpqdm_fx.files import write_text
+from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, plain
 
 __all__ = [

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpqdm_fx.ambient import plain_torch
 from mpqdm_fx.calibration.samplers import Denoiser, first_tensor, is_sampler
 from mpqdm_fx.calibration.sampling import denoise_in_batches
 from mpqdm_fx.calibration.trajectories import Trajectories, balanced_class_labels
-from mpqdm_fx.graph.entry import in_float32
-from mpqdm_fx.progress import tracked
-from mpqdm_fx.validation import Count, Seed, checked
+from mpqdm_fx.capture.entry import in_float32
+from mpqdm_fx.io.ambient import plain_torch
+from mpqdm_fx.io.progress import tracked
+from mpqdm_fx.records.validation import Count, Seed, checked
 
 __all__ = [
     "EVALUATION_SEED",

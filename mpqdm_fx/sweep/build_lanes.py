@@ -5,13 +5,13 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from mpqdm_fx.activations import Activation, NoiseLevels, placeholder_activations
-from mpqdm_fx.calibration.activation_choice import ends_in_float
-from mpqdm_fx.config import ActivationMode, MPQConfig
+from mpqdm_fx.bits.activation_choice import ends_in_float
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.passes.carry_error_lane import CarryErrorLane
-from mpqdm_fx.passes.quantize_activations import QuantizeActivations
+from mpqdm_fx.passes.quantize.carry_error_lane import CarryErrorLane
+from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
+from mpqdm_fx.records.activations import Activation, NoiseLevels, placeholder_activations
+from mpqdm_fx.records.config import ActivationMode, MPQConfig
 
 __all__ = ["two_lanes"]
 

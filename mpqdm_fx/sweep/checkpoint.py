@@ -11,17 +11,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mpqdm_fx.config import Levels
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.files import first_difference, is_empty_but_for_hidden, write_text
 from mpqdm_fx.graph.layers import WeightLayer
 from mpqdm_fx.io.exchange import sweep_leftovers
-from mpqdm_fx.io.records import read_record, write_record
+from mpqdm_fx.io.files import first_difference, is_empty_but_for_hidden, write_text
 from mpqdm_fx.io.schema import Count, Name, Ratio, Shape, Strict, plain, validated
 from mpqdm_fx.io.sealed import digest_of, read_json
-from mpqdm_fx.numerics.grids import MAX_BITS, round_scale
-from mpqdm_fx.numerics.packing import pack_layer
-from mpqdm_fx.plan import BitPlan, LayerPlan
+from mpqdm_fx.io.tensors import read_record, write_record
+from mpqdm_fx.numerics.levels.grids import MAX_BITS, round_scale
+from mpqdm_fx.numerics.levels.packing import pack_layer
+from mpqdm_fx.records.config import Levels
+from mpqdm_fx.records.plan import BitPlan, LayerPlan
 from mpqdm_fx.sweep.solve import LayerSolution
 
 __all__ = ["HEADER", "Checkpoint"]

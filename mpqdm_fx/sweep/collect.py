@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from mpqdm_fx.graph.lanes import float_of, twin_of
 from mpqdm_fx.graph.layers import output_positions, sample_rows, weight_layers
 from mpqdm_fx.graph.same_values import value_key
-from mpqdm_fx.graph.walk import Walk
-from mpqdm_fx.numerics.gram import kept_rows
-from mpqdm_fx.numerics.layer_rows import LayerRows
+from mpqdm_fx.numerics.solve.gram import kept_rows
+from mpqdm_fx.numerics.solve.layer_rows import LayerRows
+from mpqdm_fx.run.walk import Walk
 from mpqdm_fx.sweep.draws import RowDraw
 from mpqdm_fx.sweep.shards import Shards
 

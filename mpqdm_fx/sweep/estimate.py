@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpqdm_fx.calibration.activation_choice import options_of
-from mpqdm_fx.calibration.allocate import layer_limits
-from mpqdm_fx.calibration.probes import PROBES
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.bits.activation_choice import options_of
+from mpqdm_fx.bits.allocate import layer_limits
+from mpqdm_fx.bits.probes import PROBES
 from mpqdm_fx.graph.calling import batch_size_of
-from mpqdm_fx.graph.cost import bind_sizes, node_cost, walk_memory
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.quantizer_sites import quantizer_sites
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.validation import Bytes, checked
+from mpqdm_fx.run.cost import bind_sizes, node_cost, walk_memory
 from mpqdm_fx.sweep.build_lanes import two_lanes
 from mpqdm_fx.sweep.work import layer_work
-from mpqdm_fx.validation import Bytes, checked
 
 __all__ = ["Estimate", "estimate", "row_seconds", "stage_seconds"]
 

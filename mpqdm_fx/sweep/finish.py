@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from mpqdm_fx.activations import Activation, NoiseLevels
-from mpqdm_fx.calibration.allocate import fixed_plan
+from mpqdm_fx.bits.allocate import fixed_plan
+from mpqdm_fx.bits.pinning import pinned_layers
 from mpqdm_fx.calibration.count import bit_plan, tell_remarks
-from mpqdm_fx.calibration.pinning import pinned_layers
 from mpqdm_fx.graph.editing import copy_graph_module
 from mpqdm_fx.graph.lanes import error_lane_name
 from mpqdm_fx.graph.layers import replace_module, weight_layers
-from mpqdm_fx.passes.quantize_activations import QuantizeActivations
-from mpqdm_fx.plan import BitPlan, LayerPlan
-from mpqdm_fx.progress import stage
+from mpqdm_fx.io.progress import stage
+from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
+from mpqdm_fx.records.activations import Activation, NoiseLevels
+from mpqdm_fx.records.plan import BitPlan, LayerPlan
 from mpqdm_fx.records.report import ActivationChoice, Judgement, LayerReport
 from mpqdm_fx.sweep.plain_rounding import plain_activations, plain_weights
 from mpqdm_fx.sweep.solve import LayerSolution

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
-from mpqdm_fx.io.records import hash_tensor
-from mpqdm_fx.versions import versions
+from mpqdm_fx.io.tensors import hash_tensor
+from mpqdm_fx.io.versions import versions
+from mpqdm_fx.records.config import MPQConfig
 
 __all__ = ["calls_digest", "run_identity"]
 

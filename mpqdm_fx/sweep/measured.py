@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpqdm_fx.calibration.allocate import Limits, even_levels, fixed_plan, layer_limits
+from mpqdm_fx.bits.allocate import Limits, even_levels, fixed_plan, layer_limits
+from mpqdm_fx.bits.noise_groups import NoiseGroups
+from mpqdm_fx.bits.pinning import pinned_layers
+from mpqdm_fx.bits.probes import OutputEnergies
+from mpqdm_fx.bits.sensitivity import measure_sensitivity
+from mpqdm_fx.bits.sensitivity_table import SensitivityTable
 from mpqdm_fx.calibration.count import bit_plan
-from mpqdm_fx.calibration.noise_groups import NoiseGroups
-from mpqdm_fx.calibration.pinning import pinned_layers
-from mpqdm_fx.calibration.probes import OutputEnergies
-from mpqdm_fx.calibration.sensitivity import measure_sensitivity
-from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
-from mpqdm_fx.config import Levels, MPQConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
-from mpqdm_fx.numerics.budget import allocate_budget
-from mpqdm_fx.numerics.grids import MAX_BITS
-from mpqdm_fx.numerics.packing import storage_bits
-from mpqdm_fx.plan import BitPlan, LayerPlan
+from mpqdm_fx.numerics.bits.budget import allocate_budget
+from mpqdm_fx.numerics.levels.grids import MAX_BITS
+from mpqdm_fx.numerics.levels.packing import storage_bits
+from mpqdm_fx.records.config import Levels, MPQConfig
+from mpqdm_fx.records.plan import BitPlan, LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.shards import Shards
 

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpqdm_fx.activations import (
+from mpqdm_fx.bits.activation_choice import ends_in_float
+from mpqdm_fx.graph.editing import copy_graph_module, replace_module
+from mpqdm_fx.graph.layers import weight_layers, weight_rows
+from mpqdm_fx.numerics.activations.ranges import affine_qparams
+from mpqdm_fx.numerics.levels.row_levels import RowLevels
+from mpqdm_fx.passes.quantize.round_weights import install_codes
+from mpqdm_fx.records.activations import (
     OUTPUT_BITS,
     Activation,
     ActivationRange,
     DynamicActivation,
     LayerActivation,
 )
-from mpqdm_fx.calibration.activation_choice import ends_in_float
-from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.graph.editing import copy_graph_module, replace_module
-from mpqdm_fx.graph.layers import weight_layers, weight_rows
-from mpqdm_fx.graph.walk import Walk
-from mpqdm_fx.numerics.levels import RowLevels
-from mpqdm_fx.numerics.ranges import affine_qparams
-from mpqdm_fx.passes.round_weights import install_codes
-from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.plan import LayerPlan
+from mpqdm_fx.run.walk import Walk
 from mpqdm_fx.sweep.shards import Shards
 
 __all__ = ["plain_activations", "plain_weights"]

@@ -7,22 +7,22 @@ from typing import Any, Self
 
 from torch import Tensor, fx
 
-from mpqdm_fx.calibration.activation_choice import choose_activations, options_of
-from mpqdm_fx.calibration.activation_costs import ActivationCosts
-from mpqdm_fx.calibration.allocate import Limits
-from mpqdm_fx.calibration.noise_groups import NoiseGroups
-from mpqdm_fx.calibration.probed_parts import probed_parts
-from mpqdm_fx.calibration.probes import SAMPLES, GradientWatch, OutputEnergies, output_energies
-from mpqdm_fx.calibration.row_weights import RowWeights
-from mpqdm_fx.calibration.weight_costs import weight_costs
-from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.graph.cost import bind_sizes
+from mpqdm_fx.bits.activation_choice import choose_activations, options_of
+from mpqdm_fx.bits.activation_costs import ActivationCosts
+from mpqdm_fx.bits.allocate import Limits
+from mpqdm_fx.bits.noise_groups import NoiseGroups
+from mpqdm_fx.bits.probed_parts import probed_parts
+from mpqdm_fx.bits.probes import SAMPLES, GradientWatch, OutputEnergies, output_energies
+from mpqdm_fx.bits.row_weights import RowWeights
+from mpqdm_fx.bits.weight_costs import weight_costs
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.graph.speed import InputOption
-from mpqdm_fx.passes.scale_inputs import ScaleInputs
-from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.passes.quantize.scale_inputs import ScaleInputs
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.records.report import ActivationChoice, ActivationKind
+from mpqdm_fx.run.cost import bind_sizes
+from mpqdm_fx.run.speed import InputOption
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.measured import mean_bits, measured_table, solve_budget
 from mpqdm_fx.sweep.shards import Shards

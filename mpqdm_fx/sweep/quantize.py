@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpqdm_fx.calibration.allocate import layer_limits
-from mpqdm_fx.calibration.noise_groups import NoiseGroups
+from mpqdm_fx.bits.allocate import layer_limits
+from mpqdm_fx.bits.noise_groups import NoiseGroups
 from mpqdm_fx.calibration.records import RecordedInputs
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.progress import expect
+from mpqdm_fx.io.progress import expect
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.estimate import estimate, stage_seconds
 from mpqdm_fx.sweep.identity import run_identity

@@ -10,22 +10,22 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import weight_rows
-from mpqdm_fx.numerics.gptq import gptq
-from mpqdm_fx.numerics.gram import Gram
 from mpqdm_fx.numerics.halves import fits_half
-from mpqdm_fx.numerics.layer_rows import LayerRows, RowMeans
-from mpqdm_fx.numerics.levels import RowLevels
-from mpqdm_fx.numerics.propagation import (
+from mpqdm_fx.numerics.levels.row_levels import RowLevels
+from mpqdm_fx.numerics.solve.gptq import gptq
+from mpqdm_fx.numerics.solve.gram import Gram
+from mpqdm_fx.numerics.solve.layer_rows import LayerRows, RowMeans
+from mpqdm_fx.numerics.solve.propagation import (
     Correction,
     choose_correction,
     fixed_correction,
     output_error,
 )
-from mpqdm_fx.numerics.refine import refine
-from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.numerics.solve.refine import refine
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.plan import LayerPlan
 
 PAPER_STRENGTH = 0.5
 """Propagation strength of QEP's main results (arXiv 2504.09629)."""

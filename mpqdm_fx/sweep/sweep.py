@@ -15,20 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.activations import Activation
-from mpqdm_fx.ambient import plain_torch
-from mpqdm_fx.calibration.allocate import (
+from mpqdm_fx.bits.allocate import (
     Limits,
     check_weight,
     decide_layer,
     even_levels,
     fixed_plan,
 )
-from mpqdm_fx.calibration.output_powers import output_powers
+from mpqdm_fx.bits.output_powers import output_powers
 from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.graph.cost import bind_sizes, node_cost
 from mpqdm_fx.graph.lanes import error_lane_name, install_in_lane
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
 from mpqdm_fx.graph.noise_argument import noise_levels_of
@@ -39,10 +35,14 @@ from mpqdm_fx.graph.quantizer_sites import (
     set_groups,
     set_pair,
 )
-from mpqdm_fx.graph.walk import Walk
-from mpqdm_fx.numerics.levels import RowLevels
-from mpqdm_fx.passes.round_weights import install_codes
-from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.io.ambient import plain_torch
+from mpqdm_fx.numerics.levels.row_levels import RowLevels
+from mpqdm_fx.passes.quantize.round_weights import install_codes
+from mpqdm_fx.records.activations import Activation
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.plan import LayerPlan
+from mpqdm_fx.run.cost import bind_sizes, node_cost
+from mpqdm_fx.run.walk import Walk
 from mpqdm_fx.sweep.build_lanes import two_lanes
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.collect import (

@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.layers import WeightLayer
-from mpqdm_fx.numerics.gram import kept_rows
-from mpqdm_fx.numerics.propagation import DAMPINGS
+from mpqdm_fx.numerics.solve.gram import kept_rows
+from mpqdm_fx.numerics.solve.propagation import DAMPINGS
+from mpqdm_fx.records.config import MPQConfig
 
 __all__ = ["LayerWork", "candidates", "layer_work"]
 

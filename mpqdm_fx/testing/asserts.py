@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.graph.base import GraphPass
+from mpqdm_fx.passes.base import GraphPass
 
 __all__ = [
     "assert_input_untouched",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.plan import BitPlan, LayerPlan
+from mpqdm_fx.records.plan import BitPlan, LayerPlan
 
 __all__ = ["FAMILIES", "bit_plans", "bit_vectors", "make_weight", "weights"]
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_calls
 from mpqdm_fx.backends.torch_ao import lower_torch_ao
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.graph.editing import replace_module
-from mpqdm_fx.graph.trace import trace
-from mpqdm_fx.passes.quantize_activations import QuantizeActivations
-from mpqdm_fx.passes.round_weights import install_codes
-from mpqdm_fx.plan import ActivationRange, LayerActivation
+from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
+from mpqdm_fx.passes.quantize.round_weights import install_codes
+from mpqdm_fx.records.plan import ActivationRange, LayerActivation
 
 RANGES = {
     "0": LayerActivation(

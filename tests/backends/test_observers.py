@@ -14,8 +14,8 @@ from mpqdm_fx.backends.observers import (
     weight_grids,
 )
 from mpqdm_fx.backends.pt2e_observers import PT2EGridWeightObserver
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.graph.trace import trace
 
 OBSERVERS = (GridWeightObserver, PT2EGridWeightObserver)
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from mpqdm_fx.api import lower, quantize
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.capture.trace import same_bits
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.graph.trace import same_bits
-from mpqdm_fx.quantized import QuantizedModel
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.storage import load, save
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.metrics import sqnr_db
-from mpqdm_fx.storage import load, save
 
 
 class Net(nn.Module):

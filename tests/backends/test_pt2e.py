@@ -19,12 +19,12 @@ from torch import nn
 
 from mpqdm_fx.backends import ao
 from mpqdm_fx.backends.pt2e import WEIGHT_OPS, convert_pt2e_graph, export_graph, to_quantizer
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.editing import replace_module
-from mpqdm_fx.graph.trace import trace
-from mpqdm_fx.passes.quantize_activations import QuantizeActivations
-from mpqdm_fx.passes.round_weights import install_codes
-from mpqdm_fx.plan import ActivationRange, LayerActivation
+from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
+from mpqdm_fx.passes.quantize.round_weights import install_codes
+from mpqdm_fx.records.plan import ActivationRange, LayerActivation
 
 
 def outputs(graph, inputs):

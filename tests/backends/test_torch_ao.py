@@ -9,12 +9,12 @@ from torch import nn
 
 from mpqdm_fx.backends import ao
 from mpqdm_fx.backends.torch_ao import ENGINES, lower_torch_ao, set_ranges, to_qconfig_mapping
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.numerics.metrics import sqnr_db
-from mpqdm_fx.passes.quantize_activations import QuantizeActivations
-from mpqdm_fx.plan import ActivationRange, LayerActivation
+from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
+from mpqdm_fx.records.plan import ActivationRange, LayerActivation
 
 NETS = [Residual, Attention]
 

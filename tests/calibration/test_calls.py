@@ -7,12 +7,12 @@ from small import TinyNet, net_calls, tiny_unet, unet_calls
 from torch import Tensor, nn
 
 from mpqdm_fx import MPQConfig, Trajectories, prepare, quantize
+from mpqdm_fx.bits.sensitivity import measure_sensitivity
 from mpqdm_fx.calibration.calls import check_call, check_calls, table_sizes
-from mpqdm_fx.calibration.sensitivity import measure_sensitivity
+from mpqdm_fx.capture.trace import trace
+from mpqdm_fx.digits.network import build_scheduler
 from mpqdm_fx.distill import DistillConfig, distill
 from mpqdm_fx.errors import CalibrationError, ConfigError, TraceError
-from mpqdm_fx.graph.trace import trace
-from mpqdm_fx.models.network import build_scheduler
 from mpqdm_fx.report.metrics import epsilon_sqnr
 
 SETTINGS = MPQConfig(allocation="uniform", rounding="nearest", propagation=0)

@@ -11,11 +11,11 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 from torch.nn.utils import parametrizations
 
 from mpqdm_fx.api import quantize
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.folders import WEIGHTS
-from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.storage import load, save
+from mpqdm_fx.io.folders import WEIGHTS
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.storage import load, save
+from mpqdm_fx.records.config import MPQConfig
 
 
 class Standardized(nn.Conv2d):

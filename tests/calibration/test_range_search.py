@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mpqdm_fx.calibration import ranges as module
 from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.numerics.ranges import search_range
+from mpqdm_fx.numerics.activations.ranges import search_range
 
 
 def calls(seed: int, count: int = 3) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from mpqdm_fx.cli.options import activation_mode_of
 from mpqdm_fx.cli.streams import say
 from mpqdm_fx.cli.usage import USAGE_ERROR
 from mpqdm_fx.errors import MPQError
-from mpqdm_fx.folders import seal_folder
+from mpqdm_fx.io.folders import seal_folder
 from mpqdm_fx.io.sealed import seal
 
 

@@ -13,15 +13,15 @@ from typing_in import typed
 
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli.boundary import INTERNAL
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.feasibility import weights_of
-from mpqdm_fx.folders import holds_result, seal_folder
+from mpqdm_fx.io.folders import holds_result, seal_folder
 from mpqdm_fx.jobs import distill as distill_job
 from mpqdm_fx.jobs import export as export_job
 from mpqdm_fx.jobs import quantize as quantize_job
 from mpqdm_fx.jobs.result_folder import Form
-from mpqdm_fx.models.sources import load_source
+from mpqdm_fx.model.feasibility import weights_of
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.sources.sources import load_source
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +343,7 @@ def start(place, *, resume=False, **changed):
 
 
 def unfinished(place, settings):
-    from mpqdm_fx.versions import versions
+    from mpqdm_fx.io.versions import versions
 
     solved = place / "new.checkpoint"
     solved.mkdir()

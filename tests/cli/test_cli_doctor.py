@@ -7,9 +7,9 @@ from reporters import Told
 from test_cli import run
 
 import mpqdm_fx
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.io.progress import reporting
 from mpqdm_fx.jobs.diagnose import diagnose_model
-from mpqdm_fx.progress import reporting
+from mpqdm_fx.records.config import MPQConfig
 
 pytest.importorskip("executorch")
 pytestmark = pytest.mark.xnnpack

@@ -127,8 +127,8 @@ def test_a_diffusers_model_is_calibrated_on_calls_of_its_users(file, tmp_path):
 
 
 def test_held_out_calls_are_not_fitted_to(file):
-    from mpqdm_fx.models.functions import calls_of
-    from mpqdm_fx.models.sources import load_source
+    from mpqdm_fx.sources.functions import calls_of
+    from mpqdm_fx.sources.sources import load_source
 
     source = load_source(f"{file}:model")
     assert isinstance(source.model, TinyEDM)

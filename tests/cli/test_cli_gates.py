@@ -14,10 +14,10 @@ from mpqdm_fx.jobs import evaluate as evaluate_job
 from mpqdm_fx.jobs import export as export_job
 from mpqdm_fx.jobs import quantize as quantize_job
 from mpqdm_fx.jobs.evaluate import gate_stages
-from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.report.evaluation_tables import evaluation_table, gate_table
 from mpqdm_fx.report.export_metrics import EXPORTED
 from mpqdm_fx.report.gates import METRICS, judge, parse_gates
+from mpqdm_fx.sources.sources import load_source
 
 QUICK = ["--backend", "packed", "--allocation", "uniform", "--refinements", 0]
 QUICK += ["--trajectories", 2, "--steps", 3, "--samples", 0]

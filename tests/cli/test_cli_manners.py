@@ -19,8 +19,8 @@ from mpqdm_fx.cli.examples import EXAMPLES
 from mpqdm_fx.cli.panels import BITS, CALIBRATION, MODEL, PROGRAM, RUN
 from mpqdm_fx.cli.settings import SETTINGS
 from mpqdm_fx.cli.spelling import as_typed, option_of
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.records.config import MPQConfig
 
 GROUP = typer.main.get_command(cli.app)
 COMMANDS = GROUP.commands
@@ -97,8 +97,8 @@ def test_choices_are_listed_taken_in_any_case_and_refused_by_name(
 def test_the_words_of_options_are_those_of_the_library():
     from mpqdm_fx.cli.distill import Relation as TypedRelation
     from mpqdm_fx.cli.sample import Form
-    from mpqdm_fx.denoisers import FORMS
     from mpqdm_fx.distill.config import Relation
+    from mpqdm_fx.sources.denoisers import FORMS
 
     assert get_args(TypedRelation) == get_args(Relation)
     assert get_args(Form) == FORMS

@@ -8,15 +8,15 @@ from small import plain_unet
 from test_cli import run
 
 import mpqdm_fx
-from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.files import checkpoint_of
-from mpqdm_fx.folders import check_target
+from mpqdm_fx.io.files import checkpoint_of
+from mpqdm_fx.io.folders import check_target
 from mpqdm_fx.io.sealed import read_json, verified
 from mpqdm_fx.jobs import pareto as job
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.pareto import PARETO, budget_settings
 from mpqdm_fx.jobs.presets import read_recipe
-from mpqdm_fx.models.sources import load_source
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.sources.sources import load_source
 from mpqdm_fx.sweep import measured
 
 QUICK = ["--backend", "packed", "--refinements", 0, "--propagation", 0, "--trajectories", 2]

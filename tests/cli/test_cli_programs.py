@@ -14,7 +14,7 @@ import mpqdm_fx
 from mpqdm_fx.backends.xnnpack.convert import decomposed
 from mpqdm_fx.backends.xnnpack.doctor import Diagnosis
 from mpqdm_fx.backends.xnnpack.four_bit import four_bit_layers
-from mpqdm_fx.folders import open_folder
+from mpqdm_fx.io.folders import open_folder
 from mpqdm_fx.jobs import diagnose as diagnose_job
 from mpqdm_fx.jobs import quantize as quantize_job
 

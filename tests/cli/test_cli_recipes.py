@@ -6,8 +6,8 @@ import pytest
 from test_cli import run
 
 from mpqdm_fx.cli import app as cli
-from mpqdm_fx.config import MPQConfig, Override
 from mpqdm_fx.jobs.presets import PRESET_NAMES, PRESETS, RECIPE, read_recipe, write_recipe
+from mpqdm_fx.records.config import MPQConfig, Override
 
 SETTINGS = MPQConfig(
     weight_bits=3, effective_bits=3.5, refinements=7, seed=5, activation_mode="dynamic",

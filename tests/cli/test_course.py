@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpqdm_fx.cli.course import Course, clock
-from mpqdm_fx.progress import SILENT, reporting, stage
+from mpqdm_fx.io.progress import SILENT, reporting, stage
 
 
 class Time:

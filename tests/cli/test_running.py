@@ -17,7 +17,7 @@ from mpqdm_fx.cli import streams
 from mpqdm_fx.cli.running import QuietOption, VerboseOption, remember, takes_loudness
 from mpqdm_fx.cli.usage import Command
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.progress import expect, stage
+from mpqdm_fx.io.progress import expect, stage
 
 JOB = """
 import logging, os, sys, time, typer
@@ -26,7 +26,7 @@ from mpqdm_fx.cli import options as opt, streams
 from mpqdm_fx.cli.boundary import run
 from mpqdm_fx.cli.usage import Command
 from mpqdm_fx.cli.running import QuietOption, VerboseOption, remember, takes_loudness
-from mpqdm_fx.progress import expect, leave_log, stage
+from mpqdm_fx.io.progress import expect, leave_log, stage
 
 def noise(text):
     os.write(2, f"{text} in C\\n".encode())

@@ -10,9 +10,9 @@ from small import tiny_unet
 from typing_in import typed
 from wrong_calls import CALLS, PAGE, page
 
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.jobs.quantize import quantize_to_folder
-from mpqdm_fx.models.sources import load_source
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.sources.sources import load_source
 
 OWN = """
 from small import tiny_unet, unet_calls

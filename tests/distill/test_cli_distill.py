@@ -14,12 +14,12 @@ from mpqdm_fx.cli import app as cli
 from mpqdm_fx.cli.boundary import tell
 from mpqdm_fx.cli.options import seconds_of
 from mpqdm_fx.cli.usage import USAGE_ERROR
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
 from mpqdm_fx.jobs.distill import distill_folder
 from mpqdm_fx.jobs.quantize import quantize_to_folder
-from mpqdm_fx.models.sources import load_source
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.sources.sources import load_source
 
 SHORT = ["--trajectories", "4", "--steps", "3", "--batch-size", "4", "--samples", "0"]
 

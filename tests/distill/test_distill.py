@@ -23,8 +23,8 @@ from mpqdm_fx.distill.student import make_student
 from mpqdm_fx.distill.train import Trainer
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.numerics.metrics import sqnr_db
-from mpqdm_fx.stages import normalized
 
 SETTINGS = mpqdm_fx.MPQConfig(
     weight_bits=2, allocation="uniform", refinements=0, propagation=0.0, bias_correction=False,

@@ -17,7 +17,7 @@ from small import tiny_unet, unet_calls
 import mpqdm_fx
 from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.config import DistillConfig
-from mpqdm_fx.processes import is_first, joined
+from mpqdm_fx.io.processes import is_first, joined
 
 settings = mpqdm_fx.MPQConfig(
     weight_bits=2, allocation="uniform", refinements=0, propagation=0.0, levels="uniform"

@@ -5,8 +5,8 @@ import torch
 from small import tiny_unet, unet_calls
 from torch.autograd.graph import saved_tensors_hooks
 
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.distill.recompute import Recomputed
-from mpqdm_fx.graph.trace import trace
 
 
 @pytest.fixture(scope="module")

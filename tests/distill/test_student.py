@@ -12,9 +12,9 @@ from mpqdm_fx.distill.student import freeze, make_student
 from mpqdm_fx.distill.trainable import cell_base
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.calling import example_inputs
-from mpqdm_fx.numerics.grids import snap
+from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.numerics.halves import fits_half
-from mpqdm_fx.stages import normalized
+from mpqdm_fx.numerics.levels.grids import snap
 
 CONFIG = DistillConfig(updates=1, rank=2)
 CASES = {

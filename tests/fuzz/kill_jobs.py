@@ -31,7 +31,7 @@ from mpqdm_fx.io.exchange import staged_folder
 from mpqdm_fx.jobs import result_folder
 from mpqdm_fx.jobs.distill import distill_folder
 from mpqdm_fx.jobs.quantize import quantize_to_folder
-from mpqdm_fx.models.sources import load_source
+from mpqdm_fx.sources.sources import load_source
 
 __all__ = ["JOBS", "Ended", "run_job", "write_models"]
 

@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 from mpqdm_fx.api import lower, quantize
 from mpqdm_fx.backends.xnnpack.compressed import compress_program, expand_program
 from mpqdm_fx.cli import app as cli
-from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.denoisers import open_program
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.folders import listed_files, open_folder, seal_folder
+from mpqdm_fx.io.folders import listed_files, open_folder, seal_folder
 from mpqdm_fx.io.sealed import Entry, seal
-from mpqdm_fx.storage import save
+from mpqdm_fx.model.storage import save
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.sources.denoisers import open_program
 
 pytestmark = [
     pytest.mark.xnnpack,

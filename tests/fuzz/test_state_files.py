@@ -7,21 +7,21 @@ import torch
 from mutants import AMOUNTS, byte_mutants, check_mutants, json_mutants
 from torch import nn
 
-from mpqdm_fx.activations import NoiseLevels
 from mpqdm_fx.backends.xnnpack.reference import CLOSE_DB
-from mpqdm_fx.calibration.noise_groups import NoiseGroups
-from mpqdm_fx.calibration.sensitivity_table import LayerSensitivity, SensitivityTable
+from mpqdm_fx.bits.noise_groups import NoiseGroups
+from mpqdm_fx.bits.sensitivity_table import LayerSensitivity, SensitivityTable
 from mpqdm_fx.distill.checkpoint import load_state, save_state, state_path
 from mpqdm_fx.graph.layers import WeightLayer
 from mpqdm_fx.graph.signature import InputSpec, Signature
-from mpqdm_fx.io.records import read_record, write_record
 from mpqdm_fx.io.sealed import read_json, seal, verified
-from mpqdm_fx.numerics.levels import RowLevels
+from mpqdm_fx.io.tensors import read_record, write_record
+from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.parity.inputs import read_calls, write_calls
 from mpqdm_fx.parity.sites import Site
 from mpqdm_fx.parity.thresholds import RungThresholds, Seen, Thresholds
 from mpqdm_fx.pipelines.work import WorkFolder
-from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.records.activations import NoiseLevels
+from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.sweep.checkpoint import HEADER, Checkpoint
 from mpqdm_fx.sweep.solve import LayerSolution
 

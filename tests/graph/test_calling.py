@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import tiny_unet, unet_calls
 
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.graph.calling import (
     example_inputs,
     pack_output,
@@ -14,7 +15,6 @@ from mpqdm_fx.graph.calling import (
     split_batch,
 )
 from mpqdm_fx.graph.signature import InputSpec, Signature
-from mpqdm_fx.graph.trace import trace
 
 
 def _signature(largest: int | None = 7) -> Signature:

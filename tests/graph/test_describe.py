@@ -9,7 +9,7 @@ from model_zoo import UNETS
 from small import TinyNet, condition_calls, net_calls, tiny_condition_unet
 from torch import nn
 
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.capture.trace import same_bits, trace
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.describe import code_in, describe, first_difference, read_names
@@ -17,8 +17,8 @@ from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.leaves import LEAF_CLASSES
 from mpqdm_fx.graph.literals import literal, target_name, target_of, value_of
 from mpqdm_fx.graph.rebuild import infer_values, rebuild
-from mpqdm_fx.graph.trace import same_bits, trace
-from mpqdm_fx.stages import normalized
+from mpqdm_fx.model.stages import normalized
+from mpqdm_fx.records.config import MPQConfig
 
 
 def rebuilt(graph_module):

@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from trace_helpers import calls, randn
 
+from mpqdm_fx.capture.diagnose import CaptureError
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import TraceError
-from mpqdm_fx.graph.diagnose import CaptureError
 from mpqdm_fx.graph.difference import attention_kernels, same_bits
-from mpqdm_fx.graph.trace import trace
 
 
 class Attends(nn.Module):

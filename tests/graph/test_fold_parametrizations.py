@@ -10,8 +10,8 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone uses
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from trace_helpers import assert_equal_to_eager, calls, randn
 
+from mpqdm_fx.capture.trace import same_bits, trace
 from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations, plain_names
-from mpqdm_fx.graph.trace import same_bits, trace
 
 
 class Negated(nn.Module):

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.capture.trace import same_bits, trace
 from mpqdm_fx.errors import TraceError
-from mpqdm_fx.graph.trace import same_bits, trace
-from mpqdm_fx.stages import normalized
+from mpqdm_fx.model.stages import normalized
+from mpqdm_fx.records.config import MPQConfig
 
 
 class _ViewsAfterConvolution(nn.Module):

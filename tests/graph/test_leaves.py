@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from trace_helpers import calls, operators, randn
 
+from mpqdm_fx.capture.trace import same_bits, trace
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.layers import sample_rows, weight_layers, weight_rows
 from mpqdm_fx.graph.leaves import is_stock
-from mpqdm_fx.graph.trace import same_bits, trace
 
 CONV, MUL, PAD = "aten.conv2d.default", "aten.mul.Tensor", "aten.pad.default"
 

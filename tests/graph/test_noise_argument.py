@@ -5,11 +5,11 @@ import torch
 from small import TinyDenoiser, TinyEDM, denoiser_calls, edm_calls
 from torch import nn
 
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.noise_argument import find_noise_argument, noise_arguments, noise_levels_of
-from mpqdm_fx.graph.timestep_table import tabulate_timesteps
-from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.split.timestep_table import tabulate_timesteps
 
 SETTINGS = MPQConfig()
 

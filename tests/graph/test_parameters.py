@@ -11,17 +11,17 @@ from test_trace_models import REFUSED
 from torch import nn
 from zoo_base import Case
 
-from mpqdm_fx.backends.packed import write_packed
-from mpqdm_fx.calibration.allocate import fixed_plan
+from mpqdm_fx.bits.allocate import fixed_plan
 from mpqdm_fx.calibration.count import bit_plan
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.parameters import first_names, model_parameters
-from mpqdm_fx.graph.trace import trace
-from mpqdm_fx.passes.round_weights import RoundWeights
-from mpqdm_fx.plan import BitPlan
-from mpqdm_fx.stages import normalized
+from mpqdm_fx.model.packed import write_packed
+from mpqdm_fx.model.stages import normalized
+from mpqdm_fx.passes.quantize.round_weights import RoundWeights
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.plan import BitPlan
 
 QUICK = ("UNet2DModel", "UNet1DModel/diffuser", "DiTTransformer2DModel", "T5FilmDecoder")
 

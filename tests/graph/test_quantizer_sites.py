@@ -5,14 +5,7 @@ import torch
 from small import Twice
 from torch import nn
 
-from mpqdm_fx.activations import (
-    ActivationRange,
-    DynamicActivation,
-    LayerActivation,
-    NoiseLevels,
-    TimestepActivation,
-    placeholder_activations,
-)
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ConfigError, DialectError
 from mpqdm_fx.graph.editing import copy_graph_module
 from mpqdm_fx.graph.layers import weight_layers
@@ -24,8 +17,15 @@ from mpqdm_fx.graph.quantizer_sites import (
     set_groups,
     set_pair,
 )
-from mpqdm_fx.graph.trace import trace
-from mpqdm_fx.passes.quantize_activations import QuantizeActivations
+from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
+from mpqdm_fx.records.activations import (
+    ActivationRange,
+    DynamicActivation,
+    LayerActivation,
+    NoiseLevels,
+    TimestepActivation,
+    placeholder_activations,
+)
 
 LEVELS = NoiseLevels(boundaries=(2.5, 6.0))
 

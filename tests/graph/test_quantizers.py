@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mpqdm_fx.activations import NoiseLevels
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.editing import infer_val
 from mpqdm_fx.graph.qdq import insert_pair, qdq_ops, quick_form
 from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelGroups, NoiseLevelQuantizer
-from mpqdm_fx.graph.trace import trace
-from mpqdm_fx.numerics.dynamic import fake_quantize_dynamic
-from mpqdm_fx.numerics.ranges import fake_quantize
+from mpqdm_fx.numerics.activations.dynamic import fake_quantize_dynamic
+from mpqdm_fx.numerics.activations.ranges import fake_quantize
+from mpqdm_fx.records.activations import NoiseLevels
 
 SCALES, ZERO_POINTS = [0.1, 0.013, 0.5], [0, -7, 3]
 

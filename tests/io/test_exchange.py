@@ -7,9 +7,8 @@ import threading
 
 import pytest
 
-from mpqdm_fx import files
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.io import exchange
+from mpqdm_fx.io import exchange, files
 from mpqdm_fx.io.exchange import remove_folder, replace_folder, staged_folder, sweep_leftovers
 
 

@@ -8,7 +8,7 @@ from records import flip
 from safetensors.torch import save_file
 
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.io.records import read_record, write_record
+from mpqdm_fx.io.tensors import read_record, write_record
 
 TENSORS = {
     "codes": torch.arange(-8, 8, dtype=torch.int8).reshape(4, 4),

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 
-from mpqdm_fx.files import sweep_abandoned
+from mpqdm_fx.io.files import sweep_abandoned
 from mpqdm_fx.io.scratch import Scratch
 
 

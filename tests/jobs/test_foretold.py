@@ -6,14 +6,14 @@ from diffusers import DDIMScheduler
 from reporters import Told
 from small import tiny_unet
 
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.io.progress import reporting
 from mpqdm_fx.jobs.distill import distill_folder
 from mpqdm_fx.jobs.foretold import pareto_stages, quantize_stages
 from mpqdm_fx.jobs.quantize import quantize_to_folder
 from mpqdm_fx.jobs.result_folder import Form
-from mpqdm_fx.models.sources import load_source
-from mpqdm_fx.progress import reporting
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.sources.sources import load_source
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_what_is_measured_on_the_way_is_of_stages_that_are_foretold(quantized):
 
 
 def test_the_result_has_what_libraries_printed_in_its_list(quantized):
-    from mpqdm_fx.folders import open_folder
+    from mpqdm_fx.io.folders import open_folder
 
     assert open_folder(quantized[0]).files.entries["log.txt"].bytes == len("said")
 

@@ -6,7 +6,7 @@ from small import plain_unet
 
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.pictures import draw_pictures
-from mpqdm_fx.models.sources import load_source
+from mpqdm_fx.sources.sources import load_source
 
 
 def test_pictures_start_from_no_noise_that_the_model_was_calibrated_on(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpqdm_fx.graph.base import GraphPass, PassResult
 from mpqdm_fx.graph.editing import copy_graph_module
+from mpqdm_fx.passes.base import GraphPass, PassResult
 from mpqdm_fx.testing import (
     Block,
     GraphSpec,

@@ -11,8 +11,8 @@ from laws import zoo
 from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
 from torch import nn
 
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.testing import (
     FAMILIES,
     KINDS,

@@ -6,14 +6,14 @@ from records import edit_json
 from small import TinyNet, net_calls
 
 from mpqdm_fx.api import lower, quantize
-from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.folders import open_folder, seal_folder
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
+from mpqdm_fx.io.folders import open_folder, seal_folder
+from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.model.stages import reassembled
+from mpqdm_fx.model.storage import load, save, write_model
 from mpqdm_fx.parity.thresholds import THRESHOLDS
-from mpqdm_fx.passes.round_weights import install_codes
-from mpqdm_fx.quantized import QuantizedModel
-from mpqdm_fx.stages import reassembled
-from mpqdm_fx.storage import load, save, write_model
+from mpqdm_fx.passes.quantize.round_weights import install_codes
+from mpqdm_fx.records.config import MPQConfig
 
 
 def quantized_net() -> QuantizedModel:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mpqdm_fx.backends.pt2e import convert_pt2e_graph
 from mpqdm_fx.backends.xnnpack.reference import CLOSE_DB
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.graph.editing import copy_graph_module
-from mpqdm_fx.graph.trace import trace
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.parity.ladder import Ladder
 from mpqdm_fx.parity.measure import Form, measure

@@ -6,10 +6,10 @@ import pytest
 from diffusers import DDIMScheduler
 from small import tiny_condition_unet, tiny_unet
 
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.jobs.quantize import quantize_to_folder
-from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.parity.verify import verify
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.sources.sources import load_source
 
 pytestmark = [pytest.mark.xnnpack, pytest.mark.matrix]
 

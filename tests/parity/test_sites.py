@@ -8,7 +8,7 @@ from small import TinyNet, net_calls
 from torch import Tensor, nn
 
 from mpqdm_fx.backends.pt2e import export_graph
-from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.parity.sites import Site, matching_sites, sites
 
 

@@ -15,14 +15,14 @@ from small import TinyNet, plain_unet, unet_calls
 
 from mpqdm_fx import MPQConfig, quantize
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.folders import MANIFEST, seal_folder
+from mpqdm_fx.io.folders import MANIFEST, seal_folder
 from mpqdm_fx.io.sealed import Entry, read_json
-from mpqdm_fx.models.sources import make_source
+from mpqdm_fx.model.storage import load, write_model
 from mpqdm_fx.parity import verify as verify_module
 from mpqdm_fx.parity.inputs import INPUTS, random_calls, read_calls, write_calls
 from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
 from mpqdm_fx.parity.verify import store_parity, verify
-from mpqdm_fx.storage import load, write_model
+from mpqdm_fx.sources.sources import make_source
 
 CHEAP = {"allocation": "uniform", "levels": "uniform", "refinements": 0, "propagation": 0.0}
 RUNGS = ["float", "quantized", "decomposed", "converted", "edge", "pte"]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 
 import mpqdm_fx.passes
 from mpqdm_fx.errors import DialectError
-from mpqdm_fx.graph.base import GraphPass, Pipeline
 from mpqdm_fx.passes import NORMALIZE
+from mpqdm_fx.passes.base import GraphPass, Pipeline
 from mpqdm_fx.testing import assert_same_function, digest, graphs
 
 PASSES = laws.discover_passes()
@@ -88,7 +88,7 @@ _HASH_PROGRAM = """
 import hashlib, sys
 sys.path.insert(0, sys.argv[1])
 import laws, torch
-from mpqdm_fx.graph.base import Pipeline
+from mpqdm_fx.passes.base import Pipeline
 from mpqdm_fx.passes import NORMALIZE
 torch.set_num_threads(1)
 h = hashlib.sha256()

@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import MPQError
 from mpqdm_fx.jobs import result_folder
-from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.pipelines.components import in_pipeline
+from mpqdm_fx.sources.sources import load_source
 
 PROMPTS = ("a cat", "a dog", "pears", "a map", "a key", "a bee")
 CHEAP = ["--weights", 8, "--allocation", "uniform", "--levels", "uniform", "--rounding", "nearest"]

@@ -7,14 +7,14 @@ import torch
 from conditioned import CHEAP, PROMPTS, RUNS, count_of, run, states_of, unmeasure
 
 import mpqdm_fx
-from mpqdm_fx.denoisers import source_of
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.jobs import distill as distill_job
 from mpqdm_fx.jobs import quantize as quantize_job
 from mpqdm_fx.jobs.evaluate import evaluate_folder
-from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.pipelines.components import as_recorded, in_pipeline
+from mpqdm_fx.sources.denoisers import source_of
+from mpqdm_fx.sources.sources import load_source
 
 
 class Killed(BaseException):

@@ -10,15 +10,15 @@ from conditioned import CHEAP, PROMPTS, RUNS, count_of, run, source_in, states_o
 from PIL import Image
 
 import mpqdm_fx
-from mpqdm_fx.denoisers import draw, pictures, zoom_of
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.jobs.calibration import calibration_of, held_out_of
-from mpqdm_fx.models.functions import GivenCalls
-from mpqdm_fx.models.sources import load_source
 from mpqdm_fx.pipelines.components import in_pipeline
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.pipelines.layout import layout_of
 from mpqdm_fx.report.images import save_grid, save_rows
+from mpqdm_fx.sources.denoisers import draw, pictures, zoom_of
+from mpqdm_fx.sources.functions import GivenCalls
+from mpqdm_fx.sources.sources import load_source
 
 
 def without_encoder(folder, target, **told):

@@ -19,7 +19,7 @@ from mpqdm_fx.backends.xnnpack.compressed import expand_program
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.folders import listed_files
+from mpqdm_fx.io.folders import listed_files
 from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.pipelines.runner import PipelineRunner
 

@@ -7,13 +7,13 @@ from diffusers import DDIMScheduler
 from small import plain_unet
 
 from mpqdm_fx.api import quantize
-from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.denoisers import SOURCE, Origin
-from mpqdm_fx.folders import rewritten_folder
+from mpqdm_fx.io.folders import rewritten_folder
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.quantize import quantize_to_folder
-from mpqdm_fx.models.sources import load_source
-from mpqdm_fx.storage import save
+from mpqdm_fx.model.storage import save
+from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.sources.denoisers import SOURCE, Origin
+from mpqdm_fx.sources.sources import load_source
 
 
 def saved_unet(root: Path, seed: int = 0) -> Path:

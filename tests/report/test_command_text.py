@@ -7,12 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from mpqdm_fx.cli.app import app
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.jobs import export as export_job
 from mpqdm_fx.jobs import quantize as quantize_job
 from mpqdm_fx.jobs.command_text import distill_command, export_command, quantize_command
 from mpqdm_fx.jobs.export import ExportRuns, export_to_folder
+from mpqdm_fx.records.config import MPQConfig
 
 
 class AskedError(Exception):

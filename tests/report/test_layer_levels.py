@@ -5,12 +5,12 @@ import torch
 from small import TinyDenoiser, denoiser_calls
 
 from mpqdm_fx.api import quantize
-from mpqdm_fx.config import MPQConfig
 from mpqdm_fx.graph.calling import example_call
+from mpqdm_fx.model.stages import in_form_of
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.comparison import compare
 from mpqdm_fx.report.layer_levels import running_sqnr, sqnr_by_layer
-from mpqdm_fx.stages import in_form_of
 
 
 @pytest.fixture(scope="module")

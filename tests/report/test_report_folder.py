@@ -8,7 +8,7 @@ from conftest import saved_unet
 from PIL import Image
 
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.folders import open_folder, rewritten_folder
+from mpqdm_fx.io.folders import open_folder, rewritten_folder
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.jobs.compare import compare_folders
 from mpqdm_fx.jobs.report_folder import report_folder

@@ -5,8 +5,8 @@ from typing import Any
 from torch import fx
 
 from mpqdm_fx.calibration.records import RecordedInputs
-from mpqdm_fx.config import MPQConfig
-from mpqdm_fx.graph.trace import trace
+from mpqdm_fx.capture.trace import trace
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.sweep.finish import GraphQuantization, finish
 from mpqdm_fx.sweep.quantize import start_sweep
 

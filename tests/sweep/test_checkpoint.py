@@ -12,8 +12,8 @@ from torch import nn
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.layers import WeightLayer
-from mpqdm_fx.numerics.levels import RowLevels
-from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.numerics.levels.row_levels import RowLevels
+from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.solve import LayerSolution
 

@@ -4,7 +4,7 @@ from small import tiny_unet, unet_calls
 from sweeps import quantized as quantized_fully
 from sweeps import traced
 
-from mpqdm_fx.calibration.pinning import pinned_layers
+from mpqdm_fx.bits.pinning import pinned_layers
 from mpqdm_fx.errors import CalibrationError
 
 

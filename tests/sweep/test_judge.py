@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpqdm_fx import MPQConfig, QuantizedModel, convert, prepare
-from mpqdm_fx.activations import NoiseLevels
-from mpqdm_fx.calibration.noise_groups import NoiseGroups
-from mpqdm_fx.calibration.output_powers import output_powers
+from mpqdm_fx.bits.noise_groups import NoiseGroups
+from mpqdm_fx.bits.output_powers import output_powers
+from mpqdm_fx.records.activations import NoiseLevels
 from mpqdm_fx.records.report import Judgement, QuantizationReport
 
 CALLS, HELD_OUT = 6, 2

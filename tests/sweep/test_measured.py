@@ -4,11 +4,11 @@ import pytest
 from small import TinyNet, net_calls
 from sweeps import quantized, recorded, settings_of, traced
 
-from mpqdm_fx.calibration.allocate import layer_limits
-from mpqdm_fx.calibration.sensitivity import measure_sensitivity
-from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
+from mpqdm_fx.bits.allocate import layer_limits
+from mpqdm_fx.bits.sensitivity import measure_sensitivity
+from mpqdm_fx.bits.sensitivity_table import SensitivityTable
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.plan import BitPlan
+from mpqdm_fx.records.plan import BitPlan
 from mpqdm_fx.sweep import preparation
 from mpqdm_fx.sweep.measured import solve_budget
 from mpqdm_fx.sweep.quantize import start_sweep

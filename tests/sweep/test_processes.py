@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 from small import tiny_unet, unet_calls
 from sweeps import quantized, traced
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.processes import is_first, joined
+from mpqdm_fx.io.processes import is_first, joined
 
 with joined():
     calls = unet_calls(3)

@@ -8,7 +8,7 @@ import torch
 from small import TinyNet, net_calls, tiny_unet, unet_calls
 from sweeps import recorded, settings_of, traced
 
-from mpqdm_fx.calibration.sensitivity_table import SensitivityTable
+from mpqdm_fx.bits.sensitivity_table import SensitivityTable
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.sweep.finish import finish

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from sweeps import settings_of
 from torch import nn
 
-from mpqdm_fx.activations import NoiseLevels
-from mpqdm_fx.calibration.noise_groups import NoiseGroups
-from mpqdm_fx.calibration.row_weights import RowWeights
-from mpqdm_fx.numerics.gram import Gram
-from mpqdm_fx.numerics.layer_rows import LayerRows
-from mpqdm_fx.numerics.levels import RowLevels
-from mpqdm_fx.numerics.propagation import output_error
-from mpqdm_fx.plan import LayerPlan
+from mpqdm_fx.bits.noise_groups import NoiseGroups
+from mpqdm_fx.bits.row_weights import RowWeights
+from mpqdm_fx.numerics.levels.row_levels import RowLevels
+from mpqdm_fx.numerics.solve.gram import Gram
+from mpqdm_fx.numerics.solve.layer_rows import LayerRows
+from mpqdm_fx.numerics.solve.propagation import output_error
+from mpqdm_fx.records.activations import NoiseLevels
+from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.sweep import solve
 from mpqdm_fx.sweep.solve import LayerData, solve_layer
 

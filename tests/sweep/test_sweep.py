@@ -5,11 +5,11 @@ import torch
 from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
 from sweeps import quantized, recorded, settings_of, traced
 
-from mpqdm_fx.calibration.allocate import decide_layer, layer_limits
+from mpqdm_fx.bits.allocate import decide_layer, layer_limits
+from mpqdm_fx.digits.bundled import load_digits_unet
 from mpqdm_fx.graph.lanes import is_lane, twin_of
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.models.bundled import load_digits_unet
-from mpqdm_fx.passes.quantize_activations import QuantizeActivations
+from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.sweep import sweep as sweep_module
 from mpqdm_fx.sweep.collect import rows_of_all_calls
 from mpqdm_fx.sweep.finish import finish

@@ -10,17 +10,17 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.activations import (
+from mpqdm_fx.backends.observers import weight_grids
+from mpqdm_fx.backends.torch_ao import check_ranges
+from mpqdm_fx.errors import ConfigError, LoweringError
+from mpqdm_fx.graph.layers import WeightLayer, weight_layers
+from mpqdm_fx.records.activations import (
     Activation,
     DynamicActivation,
     KernelActivation,
     LayerActivation,
     kernel_activations,
 )
-from mpqdm_fx.backends.observers import weight_grids
-from mpqdm_fx.backends.torch_ao import check_ranges
-from mpqdm_fx.errors import ConfigError, LoweringError
-from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 
 __all__ = ["dynamic_refusal", "runnable_activations", "split_activations"]
 

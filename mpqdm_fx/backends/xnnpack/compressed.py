@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.files import replacing
 from mpqdm_fx.io.expansion import expand, expansion_path
+from mpqdm_fx.io.files import replacing
 from mpqdm_fx.io.sealed import Entry
 
 __all__ = ["SUFFIX", "compress_program", "drop_expansions", "expand_program"]

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.pt2e import export_graph
 from mpqdm_fx.backends.xnnpack.edge import root_logger_kept, to_edge
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.backends.xnnpack.method import Method
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.errors import LoweringError
-from mpqdm_fx.progress import stage
+from mpqdm_fx.io.progress import stage
+from mpqdm_fx.records.activations import Activation
 
 __all__ = ["Diagnosis", "OutsideNode", "diagnose", "refuse_fragments"]
 

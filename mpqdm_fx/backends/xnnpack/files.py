@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mpqdm_fx.files import replacing
+from mpqdm_fx.io.files import replacing
 
 __all__ = ["written"]
 

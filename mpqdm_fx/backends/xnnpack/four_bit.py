@@ -11,12 +11,12 @@ from typing import get_args
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.activations import DynamicActivation, KernelActivation
 from mpqdm_fx.backends.names import FourBit
-from mpqdm_fx.config import ActivationMode
+from mpqdm_fx.backends.xnnpack.passes.split_mixed_rows import SplitMixedRows
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers
-from mpqdm_fx.passes.split_mixed_rows import SplitMixedRows
+from mpqdm_fx.records.activations import DynamicActivation, KernelActivation
+from mpqdm_fx.records.config import ActivationMode
 
 __all__ = [
     "FOUR_BIT_LEVELS",

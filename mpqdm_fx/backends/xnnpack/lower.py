@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.pt2e import export_graph
 from mpqdm_fx.backends.xnnpack.doctor import refuse_fragments
 from mpqdm_fx.backends.xnnpack.edge import (
@@ -38,6 +37,7 @@ from mpqdm_fx.backends.xnnpack.runner import (
 from mpqdm_fx.backends.xnnpack.stages import Stages
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.records.activations import Activation
 
 __all__ = ["lower_methods", "lower_xnnpack", "lower_xnnpack_float"]
 

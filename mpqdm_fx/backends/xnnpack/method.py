@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.xnnpack.convert import (
     DECOMPOSE,
     converted_graph,
@@ -21,6 +20,7 @@ from mpqdm_fx.errors import LoweringError
 from mpqdm_fx.graph.editing import replace_module, shallow_clone
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.qdq import is_dequantize, qdq_parameters
+from mpqdm_fx.records.activations import Activation
 
 __all__ = ["Method", "argument_names", "positional"]
 

@@ -7,12 +7,12 @@ from typing import Any, Self
 import torch
 from torch import fx
 
-from mpqdm_fx.activations import Activation
 from mpqdm_fx.backends.pt2e import export_graph
 from mpqdm_fx.backends.xnnpack.edge import edge_graph
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.backends.xnnpack.method import Method
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
+from mpqdm_fx.records.activations import Activation
 
 __all__ = ["ProgramGraphs"]
 

@@ -4,7 +4,7 @@ import logging
 import time
 from typing import Self
 
-from mpqdm_fx.progress import stage
+from mpqdm_fx.io.progress import stage
 
 __all__ = ["Stages"]
 

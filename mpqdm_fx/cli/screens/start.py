@@ -1,6 +1,6 @@
 """The first line of a run: what it is about to do."""
 
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.records.config import MPQConfig
 
 __all__ = ["bits_of"]
 

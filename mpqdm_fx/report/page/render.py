@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.page import charts, text
 from mpqdm_fx.report.page.cards import Card, cards_of, whole_of
 from mpqdm_fx.report.page.details import BIT_AXIS, LayerRow, layer_rows

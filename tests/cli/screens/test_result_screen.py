@@ -12,7 +12,7 @@ from rich.console import Console
 from mpqdm_fx.cli.screens.layers import layer_table
 from mpqdm_fx.cli.screens.result import ResultScreen, summary_table
 from mpqdm_fx.cli.screens.start import bits_of
-from mpqdm_fx.config import MPQConfig
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.report import LayerReport, QuantizationReport
 
 SUMMARY = {

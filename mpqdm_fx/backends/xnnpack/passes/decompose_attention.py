@@ -1,0 +1,110 @@
+"""Write scaled dot-product attention out as two batched products and a softmax.
+
+The fused op lowers to a safe softmax (eq, logical_not, any, where, full_like), none of which phone
+backends delegate: one fused node costs a dozen fragments of the program. The plain form is all
+delegated.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from mpqdm_fx.graph.editing import insert_call
+from mpqdm_fx.passes.base import GraphPass
+
+__all__ = ["DecomposeAttention"]
+
+_aten = torch.ops.aten
+_SDPA = _aten.scaled_dot_product_attention.default
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecomposeAttention(GraphPass):
+    """Rewrite `softmax(q @ k.T * scale + mask) @ v` in plain ops.
+
+    1. query [*, L, D], key [*, S, D] and value [*, S, Dv] are viewed as three-axis tensors, so
+       that the products are single `bmm` nodes; the result gets its axes back.
+    2. A boolean mask becomes the addition of 0 or of the smallest float32. A row that is masked
+       out entirely gives the mean of the values, where the fused op gives zeros.
+    3. Calls with dropout, `is_causal`, grouped queries, or leading axes that broadcast or of which
+       more than one is dynamic are left alone.
+    """
+
+    tolerance: ClassVar[float] = 1e-5
+
+    def rewrite(self, graph_module: fx.GraphModule) -> bool:
+        """Rewrite every call that the rules cover; False if there was none."""
+        modified = False
+        for node in graph_module.graph.find_nodes(op="call_function", target=_SDPA):
+            if _is_plain(node):
+                node.replace_all_uses_with(_plain(graph_module, node))
+                graph_module.graph.erase_node(node)
+                modified = True
+        return modified
+
+
+def _argument(node: fx.Node, position: int, name: str, default: object) -> object:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _shape(node: fx.Node) -> list[int]:
+    """Static sizes of a node's value, -1 where an axis is dynamic."""
+    return [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
+
+
+def _is_plain(node: fx.Node) -> bool:
+    inputs = [node.args[i] for i in range(3)]
+    if not all(isinstance(n, fx.Node) and "val" in n.meta for n in inputs):
+        return False
+    special = (
+        _argument(node, 4, "dropout_p", 0.0),
+        _argument(node, 5, "is_causal", False),
+        node.kwargs.get("enable_gqa", False),
+    )
+    shapes = [_shape(n) for n in inputs if isinstance(n, fx.Node)]
+    leading = {tuple(shape[:-2]) for shape in shapes}
+    last = [size for shape in shapes for size in shape[-2:]]
+    return (
+        not any(special)
+        and len(leading) == 1
+        and len(shapes[0]) >= 3
+        and leading.pop().count(-1) <= 1
+        and -1 not in last
+    )
+
+
+def _plain(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    def call(target: torch._ops.OpOverload, *args: object) -> fx.Node:
+        return insert_call(graph_module, target, args, anchor=node)
+
+    query, key, value = (n for n in node.args[:3] if isinstance(n, fx.Node))
+    shape = _shape(query)
+    scale = node.kwargs.get("scale")
+    if scale is None:
+        scale = 1.0 / math.sqrt(shape[-1])
+    flat = [call(_aten.reshape.default, n, [-1, *_shape(n)[-2:]]) for n in (query, key, value)]
+    keys = call(_aten.transpose.int, flat[1], 1, 2)
+    # the scale goes to the queries: L * D numbers instead of L * S
+    scores = call(_aten.bmm.default, call(_aten.mul.Tensor, flat[0], scale), keys)
+    mask = _argument(node, 3, "attn_mask", None)
+    if isinstance(mask, fx.Node):
+        sizes = [*shape[:-1], _shape(key)[-2]]
+        scores = call(_aten.reshape.default, scores, sizes)
+        scores = call(_aten.add.Tensor, scores, _additive(graph_module, mask, node))
+        scores = call(_aten.reshape.default, scores, [-1, *sizes[-2:]])
+    weights = call(_aten.softmax.int, scores, -1)
+    result = call(_aten.bmm.default, weights, flat[2])
+    return call(_aten.reshape.default, result, [*shape[:-1], _shape(value)[-1]])
+
+
+def _additive(graph_module: fx.GraphModule, mask: fx.Node, anchor: fx.Node) -> fx.Node:
+    """What a mask adds to the scores."""
+    if mask.meta["val"].dtype != torch.bool:
+        return mask
+    lowest = torch.finfo(torch.float32).min
+    kept = insert_call(graph_module, _aten.to.dtype, (mask, torch.float32), anchor=anchor)
+    removed = insert_call(graph_module, _aten.sub.Tensor, (kept, 1.0), anchor=anchor)
+    return insert_call(graph_module, _aten.mul.Tensor, (removed, -lowest), anchor=anchor)

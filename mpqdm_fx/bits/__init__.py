@@ -1,0 +1,1 @@
+"""What decides widths and kinds: sensitivities, rounding errors, costs of inputs, limits."""

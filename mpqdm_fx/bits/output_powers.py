@@ -1,0 +1,39 @@
+"""Errors at the model's output by group of noise levels."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mpqdm_fx.bits.noise_groups import NoiseGroups
+
+__all__ = ["output_powers"]
+
+
+def output_powers(
+    groups: NoiseGroups, call: Mapping[str, Any], reference: Any, output: Any
+) -> Tensor:
+    """Energy of the output, and of its error, by group of noise levels.
+
+    Args:
+        groups: The groups.
+        call: Inputs of the call, by placeholder.
+        reference: What the float model returns.
+        output: What the other one does.
+
+    Returns:
+        float64 [G, 2].
+    """
+    own = groups.of_samples(call)
+    sums = torch.zeros(groups.count, 2, dtype=torch.float64)
+    pairs = zip(pytree.tree_leaves(reference), pytree.tree_leaves(output), strict=True)
+    for want, got in pairs:
+        if not isinstance(want, Tensor) or not want.is_floating_point():
+            continue
+        exact = want.double().cpu()
+        both = torch.stack([exact, exact - got.double().cpu()]).square()
+        rows = len(own) if want.dim() and len(want) % len(own) == 0 else 1
+        sums.index_add_(0, own[:rows], both.reshape(2, rows, -1).sum(dim=2).T)
+    return sums

@@ -1,0 +1,141 @@
+"""No graph writes into its values: in-place code is rewritten, and state is refused.
+
+Two lanes, several calls and several backends read the same values, so an operator that overwrites
+one would change another's. What a forward writes into the model itself would be lost or repeated.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpqdm_fx.capture.foreign_models import own_tensors
+from mpqdm_fx.errors import TraceError
+
+__all__ = ["functionalized", "refuse_counters", "refuse_writes"]
+
+
+def functionalized(exported: ExportedProgram) -> ExportedProgram:
+    """The program without in-place operators, by torch's own functionalization.
+
+    ``SiLU(inplace=True)``, ``add_``, slice assignment: each becomes an operator that returns a new
+    tensor, and whatever read the old one afterwards reads the new one. A program that has none is
+    returned as it is.
+
+    Args:
+        exported: A program in torch.export's training dialect.
+    """
+    graphs = [m for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    if not any(_writes(node) for graph in graphs for node in graph.graph.nodes):
+        return exported
+    # the only decomposition: layers stay single operators, and `copy` has no derivative
+    rewritten: ExportedProgram = exported.run_decompositions({torch.ops.aten.copy.default: _copy})
+    return rewritten
+
+
+def _copy(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What ``destination.copy_(source)`` leaves in ``destination``, as a new tensor."""
+    if source.dtype != destination.dtype:
+        source = source.to(destination.dtype)
+    return source if source.shape == destination.shape else source.expand(destination.shape)
+
+
+def _writes(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+@contextlib.contextmanager
+def refuse_writes(model: nn.Module) -> Iterator[None]:
+    """Refuse, before it happens, that an operator writes into a tensor of the model.
+
+    Raises:
+        TraceError: Names the parameter, buffer or attribute.
+    """
+    with _WriteGuard(model):
+        yield
+
+
+class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._model_class = type(model).__name__
+        self._names = {
+            _storage(tensor): name for name, tensor, _ in own_tensors(model) if tensor.numel()
+        }
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        for tensor in _written(func, args, kwargs or {}):
+            name = self._names.get(_storage(tensor))
+            if name is not None:
+                raise TraceError(
+                    f"{self._model_class}: forward writes into {name} ({func}), so a call depends "
+                    "on the calls before it; compute a new tensor, or make it an input"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operator overwrites."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return []
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    if "running_mean" in given and "training" in given:  # the schema does not always say so
+        statistics = (given["running_mean"], given["running_var"]) if given["training"] else ()
+        return [tensor for tensor in statistics if isinstance(tensor, Tensor)]
+    written = [
+        given.get(argument.name)
+        for argument in func._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@contextlib.contextmanager
+def refuse_counters(model: nn.Module) -> Iterator[None]:
+    """Refuse a model whose own numbers and flags are others after a call that is not its first.
+
+    What the first call fills (caches, sizes) is there already; what changes now counts calls.
+
+    Raises:
+        TraceError: Names the attribute.
+    """
+    before, after = _plain_state(model), dict[str, Any]()
+    # a hook: torch.export itself puts attributes back before it returns
+    handle = model.register_forward_hook(lambda *_: after.update(_plain_state(model)))
+    try:
+        yield
+    finally:
+        handle.remove()
+    for place, value in before.items():
+        # `repr`: NaN is not equal to itself
+        if type(after.get(place)) is type(value) and repr(after[place]) != repr(value):
+            raise TraceError(
+                f"{type(model).__name__}: each call changes {place} (from {value!r} to "
+                f"{after[place]!r}), so a call depends on the calls before it; make it an input"
+            )
+
+
+def _plain_state(model: nn.Module) -> dict[str, Any]:
+    """Numbers, flags and strings that modules hold, by dotted name."""
+    return {
+        f"{path}.{key}" if path else key: value
+        for path, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if type(value) in (bool, int, float, str)
+    }

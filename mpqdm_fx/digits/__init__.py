@@ -1,0 +1,1 @@
+"""The bundled model, really trained, and the classifier that judges its samples."""

@@ -1,0 +1,229 @@
+"""Weights at their own bits in one safetensors file, and back.
+
+All layers share a handful of long tensors, because a safetensors header entry costs about 90 bytes
+and a small UNet has hundreds of tensors: at two bits those headers would outweigh the scales.
+Where each layer's part begins follows from the layout, which is small enough for the manifest.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.graph.parameters import first_names
+from mpqdm_fx.io.manifest import STORED_DTYPES
+from mpqdm_fx.numerics.halves import fits_half
+from mpqdm_fx.numerics.levels.packing import PackedLayer, pack_layer, storage_bits, unpack_layer
+from mpqdm_fx.numerics.levels.packing import unpack_bits as unpack_integers
+from mpqdm_fx.records.plan import FLOAT_REASON, BitPlan, FloatTensor, LayerPlan
+
+__all__ = ["PackedWeights", "read_packed", "write_packed"]
+
+_INTEGER_BITS_OF_WIDTH = 3  # a width 1..8 is stored as width - 1
+_DTYPES = {"codes": "uint8", "widths": "uint8", "tables": "int8", "scales": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedWeights:
+    """What a packed file holds.
+
+    Attributes:
+        plan: The plan, with the width of every channel.
+        codes: int8 codes in the weight's shape, by layer name.
+        scales: float32 scales [out_channels], by layer name.
+        floats: All other parameters and buffers, by name in the graph, each once.
+        shared: Further names of tensors, and the name that each is stored under.
+    """
+
+    plan: BitPlan
+    codes: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+    floats: Mapping[str, Tensor]
+    shared: Mapping[str, str]
+
+
+def write_packed(path: Path, rounded: fx.GraphModule, plan: BitPlan) -> dict[str, Any]:
+    """Write the weights of a rounded graph.
+
+    A float tensor is stored as float16 where that loses nothing, else as it is. A tensor of several
+    names is stored once.
+
+    Args:
+        path: File to write.
+        rounded: Graph after `RoundWeights(plan=plan)`.
+        plan: The plan.
+
+    Returns:
+        The layout, plain JSON types: what `read_packed` needs beside the file.
+
+    Raises:
+        ArtifactError: A tensor is of a kind that no packed file holds.
+    """
+    parts: dict[str, list[Tensor]] = {"codes": [], "widths": [], "tables": [], "scales": []}
+    layers = []
+    for planned in plan.layers:
+        codes = rounded.get_buffer(f"{planned.name}.weight_codes")
+        scale = rounded.get_buffer(f"{planned.name}.weight_scale")
+        packed = pack_layer(codes.flatten(1), planned.bits_tensor(), planned.levels)
+        parts["codes"].append(packed.stream)
+        parts["widths"].append(packed.widths)
+        parts["tables"].append(packed.tables.flatten())
+        parts["scales"].append(scale.to(torch.bfloat16))
+        entry = {**asdict(planned), "shape": list(planned.shape)}
+        entry["bits"] = planned.bits[0] if len(set(planned.bits)) == 1 else "mixed"
+        layers.append(entry)
+    tensors = {key: torch.cat(value) for key, value in parts.items() if value}
+    owned = [name for planned in plan.layers for name in planned.tensors]
+    first = first_names(rounded, owned)
+    floats = _write_floats(rounded, {*owned, *(n for n in first if first[n] != n)}, tensors)
+    save_file({key: value.contiguous() for key, value in tensors.items() if value.numel()}, path)
+    path.chmod(0o644)  # safetensors writes for the owner alone
+    return {
+        "layers": layers,
+        "floats": floats,
+        "float_weights": {tensor.name: tensor.reason for tensor in plan.floats if tensor.is_weight},
+        "activation_bits": plan.activation_bits,
+        "shared": {name: other for name, other in first.items() if name != other},
+        **plan.fates_to_dict(),
+    }
+
+
+def _write_floats(
+    rounded: fx.GraphModule, skipped: set[str], tensors: dict[str, Tensor]
+) -> list[list[Any]]:
+    """Add all remaining tensors to `tensors`, one long tensor a dtype; return their layout."""
+    layout: list[list[Any]] = []
+    by_dtype: dict[str, list[Tensor]] = {}
+    for name, tensor in rounded.state_dict().items():
+        if name in skipped:
+            continue
+        stored = tensor.half() if fits_half(tensor) else tensor
+        key = str(stored.dtype).removeprefix("torch.")
+        if key not in STORED_DTYPES:
+            raise ArtifactError(
+                f"{name} is {key}, which a packed file does not hold; convert it before the model "
+                f"is quantized, to one of {', '.join(sorted(STORED_DTYPES))}"
+            )
+        by_dtype.setdefault(key, []).append(stored.flatten())
+        layout.append([name, key, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
+    for key, values in by_dtype.items():
+        tensors[f"rest.{key}"] = torch.cat(values)
+    return layout
+
+
+class _Reader:
+    """Takes consecutive slices of the long tensors; too short or left-over data is an error."""
+
+    def __init__(self, path: Path, name: object) -> None:
+        self.name = name
+        try:
+            self.tensors = load_file(path)
+        except FileNotFoundError:
+            raise ArtifactError(f"{name} does not exist") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ArtifactError(f"{name} is corrupted or truncated: {error}") from None
+        self.position = dict.fromkeys(self.tensors, 0)
+        for key, tensor in self.tensors.items():
+            dtype = _DTYPES.get(key, key.removeprefix("rest."))
+            if tensor.ndim != 1 or str(tensor.dtype) != f"torch.{dtype}":
+                raise ArtifactError(
+                    f"{name}: {key!r} is {tensor.dtype} {list(tensor.shape)}; corrupted"
+                )
+
+    def check(self, key: str, count: int) -> None:
+        """Refuse to go on if fewer than `count` elements are left."""
+        left = self.tensors[key].numel() - self.position[key] if key in self.tensors else 0
+        if count > left:
+            raise ArtifactError(f"{self.name} is truncated: {key!r} ends too early")
+
+    def take(self, key: str, count: int) -> Tensor:
+        if count == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        self.check(key, count)
+        start = self.position[key]
+        self.position[key] = start + count
+        part: Tensor = self.tensors[key][start : start + count]
+        return part
+
+    def finish(self) -> None:
+        for key, tensor in self.tensors.items():
+            if self.position[key] != tensor.numel():
+                raise ArtifactError(f"{self.name}: {key!r} is longer than its layout; corrupted")
+
+
+def read_packed(
+    path: Path, layout: Mapping[str, Any], *, name: object | None = None
+) -> PackedWeights:
+    """Inverse of `write_packed`.
+
+    Args:
+        path: The file.
+        layout: What `write_packed` returned.
+        name: What messages call it, if `path` is no name of its own.
+
+    Raises:
+        ArtifactError: The file is missing, truncated or corrupted, or does not fit the layout.
+    """
+    reader = _Reader(path, name or path)
+    layers: list[LayerPlan] = []
+    codes: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for entry in layout["layers"]:
+        shape = tuple(entry["shape"])
+        rows = (shape[0], math.prod(shape[1:]))
+        # Nothing is made of a size that the file does not have: a bit and a scale at the least.
+        reader.check("scales", shape[0])
+        reader.check("codes", math.prod(shape) // 8)
+        bits, widths = _read_widths(reader, entry["bits"], shape[0])
+        size = storage_bits(rows, bits, entry["levels"])
+        packed = PackedLayer(
+            stream=reader.take("codes", -(-size.codes // 8)),
+            widths=widths,
+            tables=reader.take("tables", size.tables // 8).view(torch.int8),
+        )
+        values, _ = unpack_layer(packed, rows, bits, entry["levels"])
+        codes[entry["name"]] = values.reshape(shape)
+        scales[entry["name"]] = reader.take("scales", shape[0]).float()
+        layers.append(LayerPlan(**{**entry, "shape": shape, "bits": tuple(bits.tolist())}))
+    floats = {
+        # A copy: kernels round by where memory begins, and a slice begins anywhere.
+        name: reader.take(f"rest.{stored}", math.prod(shape))
+        .to(getattr(torch, dtype))
+        .reshape(shape)
+        for name, stored, dtype, shape in layout["floats"]
+    }
+    reader.finish()
+    plan = BitPlan(
+        layers=tuple(layers),
+        floats=tuple(_float_tensor(entry, layout["float_weights"]) for entry in layout["floats"]),
+        activation_bits=layout["activation_bits"],
+        **BitPlan.fates_from_dict(layout),
+    )
+    shared = dict(layout.get("shared", {}))
+    return PackedWeights(plan=plan, codes=codes, scales=scales, floats=floats, shared=shared)
+
+
+def _float_tensor(entry: Sequence[Any], weights: Mapping[str, str]) -> FloatTensor:
+    name, stored, _, shape = entry
+    return FloatTensor(
+        name=name,
+        numel=math.prod(shape),
+        bits=8 * torch.empty(0, dtype=getattr(torch, stored)).element_size(),
+        is_weight=name in weights,
+        reason=weights.get(name, FLOAT_REASON),
+    )
+
+
+def _read_widths(reader: _Reader, bits: int | str, channels: int) -> tuple[Tensor, Tensor]:
+    """Width of every channel, and the bytes that told it (none if all are equal)."""
+    if isinstance(bits, int):
+        return torch.full((channels,), bits, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
+    packed = reader.take("widths", -(-channels * _INTEGER_BITS_OF_WIDTH // 8))
+    return unpack_integers(packed, _INTEGER_BITS_OF_WIDTH, channels).long() + 1, packed

@@ -1,1 +1,0 @@
-"""The bundled, really trained model and the programs that trained it."""

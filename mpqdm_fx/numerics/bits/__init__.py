@@ -1,0 +1,1 @@
+"""Budgets of bits: OMQ, curves of error, choices under a limit."""

@@ -1,0 +1,1 @@
+"""Sets of levels: uniform, codebook, four-bit; and their packing."""

@@ -1,0 +1,1 @@
+"""Rounding one layer: statistics, scales, GPTQ, refinement, propagation."""

@@ -1,0 +1,1 @@
+"""Passes that make a traced graph plain before anything is quantized."""

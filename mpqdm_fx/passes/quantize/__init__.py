@@ -1,0 +1,1 @@
+"""Passes that quantize: weights, activations, scaled inputs, the lane that carries errors."""

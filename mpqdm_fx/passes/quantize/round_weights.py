@@ -1,0 +1,155 @@
+"""Put every planned layer's weight on its grid.
+
+The codes are chosen here and nowhere else: the torch.ao and PT2E doors, the packed file and the
+`.pte` only write down what this pass decided (architecture decision 2: decide, then act).
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpqdm_fx.errors import CalibrationError, DialectError
+from mpqdm_fx.graph.layers import replace_module, weight_layers, weight_rows
+from mpqdm_fx.numerics.levels.codebook import quantize_codebook
+from mpqdm_fx.numerics.levels.grids import dequantize
+from mpqdm_fx.numerics.levels.int4 import INT4_BITS, quantize_int4
+from mpqdm_fx.numerics.solve.scales import quantize_uniform
+from mpqdm_fx.passes.base import GraphPass
+from mpqdm_fx.records.plan import BitPlan, LayerPlan
+
+__all__ = ["RoundWeights", "install_codes"]
+
+_QUANTIZE = {"uniform": quantize_uniform, "codebook": quantize_codebook, "int4": quantize_int4}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RoundWeights(GraphPass):
+    """Replace planned layers by copies whose weight lies exactly on the plan's grid.
+
+    1. Each output channel with b bits gets the scale and the 2^b int8 levels that minimise the
+       weighted squared error of its weights, and every weight its nearest level.
+    2. The copy carries `weight_codes` (int8, the weight's shape) and `weight_scale` (float32
+       [out_channels]); `weight == weight_codes * weight_scale` holds exactly.
+    3. A layer whose weight is on the plan's grid already is left alone.
+
+    Attributes:
+        plan: Bits and kind of levels of every layer.
+        importance: Nonnegative weight of each row entry's squared error, by layer: [K], with K
+            the numbers of one output channel. Layers without an entry weigh all alike.
+    """
+
+    plan: BitPlan
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+
+    preserves_function: ClassVar[bool] = False
+
+    @classmethod
+    def examples(cls, graph_module: fx.GraphModule) -> tuple[Self, ...]:
+        """Return the pass with mixed widths and both kinds of levels, and with an empty plan."""
+        layers = []
+        for index, layer in enumerate(weight_layers(graph_module, embeddings=True).values()):
+            shape = tuple(layer.weight.shape)
+            layers.append(
+                LayerPlan(
+                    name=layer.name,
+                    kind=type(layer.module).__name__,
+                    shape=shape,
+                    bits=tuple(1 + (index + row) % 8 for row in range(shape[0])),
+                    levels="uniform" if index else "codebook",
+                )
+            )
+        return (cls(plan=BitPlan(layers=tuple(layers))), cls(plan=BitPlan(layers=())))
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Every planned layer is in the graph and has the planned shape.
+
+        Raises:
+            DialectError: One is missing, or has another shape.
+        """
+        layers = weight_layers(graph_module, embeddings=True)
+        for planned in self.plan.layers:
+            if planned.name not in layers:
+                raise DialectError(
+                    f"the plan names {planned.name!r} ({planned.kind}), which this graph does not "
+                    f"have; run the passes on it that the planned graph went through"
+                )
+            shape = tuple(layers[planned.name].weight.shape)
+            if shape != planned.shape:
+                raise DialectError(
+                    f"{planned.name}: weight has shape {shape}, the plan expects {planned.shape}"
+                )
+
+    def rewrite(self, graph_module: fx.GraphModule) -> bool:
+        """Install the rounded copies; False if every layer was on its grid."""
+        layers = weight_layers(graph_module, embeddings=True)
+        modified = False
+        for planned in self.plan.layers:
+            module = layers[planned.name].module
+            if _is_rounded(module, planned):
+                continue
+            codes, scale = self._quantize(module, planned)
+            replace_module(graph_module, planned.name, install_codes(module, codes, scale))
+            modified = True
+        return modified
+
+    def _quantize(self, module: nn.Module, planned: LayerPlan) -> tuple[Tensor, Tensor]:
+        rows = weight_rows(module)
+        if not bool(torch.isfinite(rows).all()):
+            raise CalibrationError(
+                f"{planned.name} ({planned.kind}): its weight (shape {planned.shape}) holds NaN "
+                f"or infinity; repair the checkpoint"
+            )
+        codes, scale = _QUANTIZE[planned.levels](
+            rows, planned.bits_tensor(), self.importance.get(planned.name)
+        )
+        return codes.reshape(planned.shape), scale
+
+
+def install_codes(module: nn.Module, codes: Tensor, scale: Tensor) -> nn.Module:
+    """A copy of `module` whose weight is `codes * scale`, carrying both as buffers.
+
+    Args:
+        module: Convolution, linear or embedding layer; it is not changed.
+        codes: int8, shape of the weight.
+        scale: float32 [out_channels].
+
+    Returns:
+        New module of the same class with buffers `weight_codes` and `weight_scale`.
+    """
+    old = module.weight
+    assert isinstance(old, Tensor)
+    # The copy gets a weight of its own below; copying the old one would double peak memory.
+    rounded = copy.deepcopy(module, {id(old): old})
+    weight = dequantize(codes.flatten(1), scale).reshape(codes.shape)
+    rounded.weight = nn.Parameter(weight.to(old.dtype), requires_grad=False)
+    rounded.register_buffer("weight_codes", codes)
+    rounded.register_buffer("weight_scale", scale)
+    return rounded
+
+
+def _is_rounded(module: nn.Module, planned: LayerPlan) -> bool:
+    """Whether the module carries codes that the plan allows and a weight that equals them."""
+    codes = getattr(module, "weight_codes", None)
+    scale = getattr(module, "weight_scale", None)
+    weight = module.weight
+    if not (isinstance(codes, Tensor) and isinstance(scale, Tensor) and isinstance(weight, Tensor)):
+        return False
+    rows = codes.flatten(1)
+    on_grid = dequantize(rows, scale).reshape(codes.shape).to(weight.dtype)
+    if not torch.equal(on_grid, weight.detach()):
+        return False
+    widths = planned.bits_tensor()
+    top = torch.where(widths == 8, 127, 2**widths - 1)
+    if planned.levels != "codebook":
+        balanced = (rows.int() % 2 != 0) | (widths == 8)[:, None]
+        legal = balanced & (rows.int().abs() <= top[:, None])
+        if planned.levels == "int4":
+            fits = (rows >= -8) & (rows <= 7)
+            legal = torch.where((widths == INT4_BITS)[:, None], fits, legal)
+        return bool(legal.all())
+    distinct = torch.tensor([row.unique().numel() for row in rows])
+    return bool((distinct <= 2**widths).all())

@@ -1,0 +1,1 @@
+"""Running graphs: node by node, in lanes, with what each node costs."""

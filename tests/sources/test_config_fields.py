@@ -1,0 +1,137 @@
+"""The table of settings knows every setting of every UNet that diffusers has."""
+
+import importlib
+import inspect
+import pkgutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ModelMixin, UNetControlNetXSModel
+from diffusers.models import unets
+
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.sources.config_fields import CLASSES, FIELDS, INNER, check_fields, inputs_of_field
+from mpqdm_fx.sources.example_inputs import ModelInputs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "graph"))
+
+from zoo_more_unets import OTHER_UNETS
+from zoo_unets import UNETS_1D, UNETS_2D, UNETS_2D_CONDITION
+
+#: Holds modules for other UNets; it has no forward of its own.
+PARTS = {"MotionAdapter"}
+
+
+def unet_classes():
+    found = {"UNetControlNetXSModel": UNetControlNetXSModel}
+    for info in pkgutil.iter_modules(unets.__path__, f"{unets.__name__}."):
+        if "flax" in info.name:
+            continue
+        module = importlib.import_module(info.name)
+        for name, value in vars(module).items():
+            own = isinstance(value, type) and value.__module__ == info.name
+            if own and issubclass(value, ModelMixin) and name not in PARTS:
+                found[name] = value
+    return found
+
+
+UNETS = unet_classes()
+SETTINGS = {
+    name: [setting for setting in inspect.signature(found.__init__).parameters if setting != "self"]
+    for name, found in UNETS.items()
+}
+
+
+def test_the_table_has_the_unet_classes_of_diffusers_and_no_others():
+    assert set(CLASSES) == set(UNETS)
+    assert len(UNETS) >= 12
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_every_setting_gives_inputs_that_forward_takes_or_is_inside(name):
+    arguments = inspect.signature(UNETS[name].forward).parameters
+    for setting in SETTINGS[name]:
+        inputs = inputs_of_field(name, setting)
+        assert inputs is not None, f"{name} has a setting {setting}: say what it does"
+        assert all(given.partition(".")[0] in arguments for given in inputs), (setting, inputs)
+
+
+def test_the_table_has_no_setting_that_no_class_has():
+    every = {setting for settings in SETTINGS.values() for setting in settings}
+    assert {*FIELDS, *INNER} <= every
+    assert all(set(own) <= set(SETTINGS[name]) for name, own in CLASSES.items())
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_a_setting_that_nobody_knows_is_refused_by_name(name):
+    known = dict.fromkeys(SETTINGS[name], None)
+    check_fields(name, known | {"_class_name": name})
+    with pytest.raises(ConfigError, match=f"{name} has a setting 'depth_cond_dim'"):
+        check_fields(name, known | {"depth_cond_dim": None})
+
+
+def test_a_class_without_a_row_is_refused_by_name():
+    with pytest.raises(ConfigError, match="FluxTransformer2DModel"):
+        check_fields("FluxTransformer2DModel", {})
+
+
+CASES = {case.name: case for case in (*UNETS_1D, *UNETS_2D, *UNETS_2D_CONDITION, *OTHER_UNETS)}
+#: What no config asks for, but a caller may give.
+OPTIONAL = {
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "encoder_attention_mask",
+    "conditioning_scale",
+}
+
+
+def leaves(value, name=""):
+    """Tensors of nested dicts, by dotted name."""
+    if isinstance(value, dict):
+        found = {}
+        for key, entry in value.items():
+            found |= leaves(entry, f"{name}.{key}" if name else key)
+        return found
+    return {name: value} if isinstance(value, torch.Tensor) else {}
+
+
+def small_inputs(case):
+    model = case.model()
+    config = dict(model.config)
+    if config.get("sample_size", 0) == 65536:
+        config["sample_size"] = 16  # a short sound
+    inputs = ModelInputs(class_name=type(model).__name__, config=config)
+    return model, inputs.example()
+
+
+def replaced(call, name, value):
+    first, _, rest = name.partition(".")
+    return {**call, first: replaced(call[first], rest, value) if rest else value}
+
+
+def other(value):
+    """Another value of the same kind."""
+    if value.dtype == torch.int64:
+        return value.roll(1, 0) + 1 if value.ndim == 1 else (value + 1) % 2
+    return 1 - value if bool(((value == 0) | (value == 1)).all()) else 0.5 * value.flip(0) + 0.3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_input_of_the_table_changes_what_the_model_predicts(name):
+    case = CASES[name]
+    model, call = small_inputs(case)
+    wanted = {key for key in leaves(case.inputs(2, 500)) if key.partition(".")[0] not in OPTIONAL}
+    unread = {key for key, value in call.items() if value is None}  # the class wants to be told
+    assert wanted - unread <= {*leaves(call), "timestep"}
+    with torch.no_grad():
+        right = model(**call, return_dict=False)[0] if name != "UVit2DModel" else model(**call)
+        for key, value in leaves(call).items():
+            changed = replaced(call, key, other(value))
+            found = (
+                model(**changed, return_dict=False)[0]
+                if name != "UVit2DModel"
+                else model(**changed)
+            )
+            assert not torch.equal(found, right), f"{key} does not reach the model"

@@ -1,0 +1,243 @@
+"""The generic laws of graph passes. `passes/test_laws.py` holds every pass to each of them.
+
+A law is a function of a `Trial` (a pass that ran on a random graph) that asserts. Passes are found
+by importing all modules of `mpqdm_fx.passes`; the settings they are tried with come from
+`GraphPass.examples`.
+"""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import fx
+from torch.fx.passes.infra.pass_manager import PassManager
+
+import mpqdm_fx.passes
+from mpqdm_fx.graph.dynamic_chain import insert_dynamic_chain
+from mpqdm_fx.graph.editing import copy_graph_module, eliminate_dead_code
+from mpqdm_fx.graph.lanes import has_lanes
+from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.passes.base import GraphPass, PassResult
+from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
+from mpqdm_fx.records.plan import ActivationRange, LayerActivation
+from mpqdm_fx.testing import (
+    KINDS,
+    Block,
+    GraphSpec,
+    RandomGraph,
+    assert_input_untouched,
+    assert_modified_is_honest,
+    assert_same_function,
+    build_graph,
+    digest,
+    graphs,
+)
+
+
+def discover_passes() -> list[type[GraphPass]]:
+    """Return every concrete pass class that a module of `mpqdm_fx.passes` defines."""
+    infos = pkgutil.walk_packages(mpqdm_fx.passes.__path__, "mpqdm_fx.passes.")
+    modules = [importlib.import_module(info.name) for info in infos]
+    found = [cls for m in modules for cls in vars(m).values() if _is_pass_of(m.__name__, cls)]
+    return sorted(found, key=lambda cls: cls.__name__)
+
+
+def _is_pass_of(module_name: str, value: object) -> bool:
+    if not (isinstance(value, type) and issubclass(value, GraphPass)):
+        return False
+    return value.__module__ == module_name and not inspect.isabstract(value)
+
+
+@functools.cache
+def zoo(every: int = 1) -> tuple[RandomGraph, ...]:
+    """Return graphs with each kind and variant of block: every pass meets what it is for.
+
+    Each comes three times: plain, with quantized activations, and with chains that quantize at run
+    time. `every` thins them out.
+    """
+    plain = list(_plain_zoo(every))
+    return (
+        *plain,
+        *map(with_quantized_activations, plain),
+        *map(with_dynamic_chains, plain),
+    )
+
+
+def _plain_zoo(every: int) -> Iterator[RandomGraph]:
+    for index, kind in enumerate(KINDS):
+        for variant in range(4):
+            if (index + variant) % every:
+                continue
+            block = Block(kind=kind, variant=variant, channels=8)
+            before = (Block(kind="conv", channels=8, stride=2), Block(kind="conv", groups=2))
+            yield build_graph(GraphSpec(blocks=(*before, block), seed=variant))
+    pointwise = Block(kind="conv", channels=8, kernel=1)
+    yield build_graph(GraphSpec(blocks=(Block(kind="conv", channels=8), pointwise)))
+
+
+def with_quantized_activations(case: RandomGraph) -> RandomGraph:
+    """Return the graph as it is after `QuantizeActivations`, every layer with another range."""
+    ranges = {}
+    for index, name in enumerate(weight_layers(case.graph_module)):
+        scale = ActivationRange(scale=2.0 ** -(4 + index % 3), zero_point=index % 5)
+        ranges[name] = LayerActivation(input=scale, output=scale)
+    result = QuantizeActivations(ranges=ranges)(case.graph_module)
+    return replace(case, graph_module=result.graph_module)
+
+
+def with_dynamic_chains(case: RandomGraph) -> RandomGraph:
+    """Return the case with quantizer chains in its graph."""
+    return replace(case, graph_module=chained(case.graph_module))
+
+
+def chained(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return the graph with quantizer chains as PT2E writes them: one per value, for all layers."""
+    graph_module = copy_graph_module(graph_module)
+    chains: dict[fx.Node, fx.Node] = {}
+    for layer in weight_layers(graph_module).values():
+        for call in layer.nodes:
+            value = call.args[0]
+            assert isinstance(value, fx.Node)
+            if value not in chains:
+                chains[value] = insert_dynamic_chain(graph_module, value).dequantize
+            call.update_arg(0, chains[value])
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+def cases(max_blocks: int) -> st.SearchStrategy[RandomGraph]:
+    """Draw graphs as tracing leaves them, or with quantized activations of both kinds."""
+    plain = graphs(max_blocks=max_blocks)
+    return st.one_of(plain, plain.map(with_quantized_activations), plain.map(with_dynamic_chains))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A pass, a graph, and two runs of the one on the other under different random states."""
+
+    graph_pass: GraphPass
+    case: RandomGraph
+    result: PassResult
+    again: PassResult
+
+    @property
+    def before(self) -> fx.GraphModule:
+        return self.case.graph_module
+
+    @property
+    def after(self) -> fx.GraphModule:
+        return self.result.graph_module
+
+
+def try_pass(graph_pass: GraphPass, case: RandomGraph) -> Trial:
+    """Run the pass; asserts here that it is honest about `modified` and leaves its input alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        result = assert_input_untouched(graph_pass, case.graph_module)
+        torch.manual_seed(2)
+        state = torch.get_rng_state()
+        again = assert_modified_is_honest(graph_pass, case.graph_module)
+        assert torch.equal(torch.get_rng_state(), state), "the pass drew from the global generator"
+    return Trial(graph_pass=graph_pass, case=case, result=result, again=again)
+
+
+def same_function(trial: Trial) -> None:
+    """The result computes what the input computes, within the pass's own tolerance."""
+    if trial.graph_pass.preserves_function:
+        rtol = trial.graph_pass.tolerance
+        assert_same_function(trial.before, trial.after, trial.case.inputs, rtol=rtol)
+
+
+def runs(trial: Trial) -> None:
+    """The result is executable and gives finite outputs of the same shapes and dtypes.
+
+    A graph with two lanes returns such outputs twice.
+    """
+    inputs = trial.case.inputs
+    with torch.no_grad():
+        before, after = trial.before(**inputs), trial.after(**inputs)
+    added = has_lanes(trial.after) and not has_lanes(trial.before)
+    for lane in after if added else (after,):
+        for want, got in zip(before, lane, strict=True):
+            assert (want.shape, want.dtype) == (got.shape, got.dtype)
+            assert got.isfinite().all()
+
+
+def deterministic(trial: Trial) -> None:
+    """Two runs give the same bits, whatever the global random state is."""
+    assert digest(trial.after) == digest(trial.again.graph_module)
+
+
+def idempotent(trial: Trial) -> None:
+    """A second run finds nothing to do.
+
+    The settings may name a layer, which the sweep after a rewrite removes if nothing reads it.
+    """
+    if not eliminate_dead_code(copy_graph_module(trial.before)):
+        assert not trial.graph_pass(trial.after).modified
+
+
+def metadata_kept(trial: Trial) -> None:
+    """Surviving nodes keep their meta; new ones have a module path and a value; meta stays."""
+    assert {key: trial.after.meta.get(key) for key in trial.before.meta} == trial.before.meta
+    old = {node.name: node for node in trial.before.graph.nodes}
+    for node in trial.after.graph.nodes:
+        twin = old.get(node.name)
+        if twin is not None and (twin.op, twin.target) == (node.op, node.target):
+            lost = twin.meta.keys() - node.meta.keys()
+            assert not lost, f"{node.name} lost its meta {lost}"
+            assert node.meta.get("nn_module_stack") == twin.meta.get("nn_module_stack")
+        elif node.op != "get_attr":
+            assert "val" in node.meta, f"{node.name} has no value"
+            if any("nn_module_stack" in source.meta for source in node.all_input_nodes):
+                assert "nn_module_stack" in node.meta, f"{node.name} has no provenance"
+
+
+def values_are_true(trial: Trial) -> None:
+    """Every `val` has the shape and dtype that the node really computes."""
+    with torch.no_grad():
+        _CheckValues(trial.after).run(*trial.case.inputs.values())
+
+
+class _CheckValues(fx.Interpreter):
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        if isinstance(result, torch.Tensor) and node.op != "get_attr":
+            value = node.meta["val"]
+            kinds = [(tuple(t.shape), t.dtype) for t in (value, result)]
+            assert kinds[0] == kinds[1], f"{node.name} says {kinds[0]}, computes {kinds[1]}"
+        return result
+
+
+def accepted_by_pass_manager(trial: Trial) -> None:
+    """torch.fx's PassManager runs it, to the same result."""
+    managed = PassManager([trial.graph_pass])(trial.before)
+    assert managed.modified == trial.result.modified
+    assert digest(managed.graph_module) == digest(trial.after)
+
+
+def survives_export(graph_pass: GraphPass, case: RandomGraph) -> None:
+    """`torch.export` takes the result, and the exported program is bit-equal to it."""
+    result = graph_pass(case.graph_module).graph_module
+    with torch.no_grad():
+        exported = torch.export.export(result, (), dict(case.inputs), strict=False).module()
+    assert_same_function(result, exported, case.inputs)
+
+
+#: The laws checked on many random graphs; `survives_export` is slower and checked on few.
+LAWS = (
+    same_function,
+    runs,
+    deterministic,
+    idempotent,
+    metadata_kept,
+    values_are_true,
+    accepted_by_pass_manager,
+)
