@@ -1,7 +1,7 @@
 """Peak memory of one denoising step, measured in a process of its own.
 
-`python -m mpqdm_fx.jobs.memory FORM NAME` prints the bytes by which loading NAME and running one step
-raises the peak of a process that has imported everything already.
+`python -m mpqdm_fx.jobs.memory FORM NAME` prints the bytes by which loading NAME and running one
+step raises the peak of a process that has imported everything already.
 """
 
 import sys

@@ -41,7 +41,7 @@ with joined():
 @pytest.mark.matrix
 def test_two_processes_train_what_one_trains(tmp_path):
     script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(paths=[str(Path(__file__).parent.parent)]))
+    script.write_text(SCRIPT.format(paths=[str(Path(__file__).parents[1] / "support")]))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     for command, name in (([sys.executable], "one"), ([*torchrun, "--standalone"], "two")):
         done = subprocess.run(

@@ -9,7 +9,12 @@ from test_time_branch import changed
 from torch import nn
 from torch.nn import functional
 
-from mpqdm_fx.passes import DivideReciprocals, ExcludePadding, FloatScalars, SliceChunks
+from mpqdm_fx.backends.xnnpack.passes import (
+    DivideReciprocals,
+    ExcludePadding,
+    FloatScalars,
+    SliceChunks,
+)
 
 aten = torch.ops.aten
 

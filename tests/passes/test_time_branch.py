@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from norm_cases import draw, outputs, targets, traced
 
-from mpqdm_fx.passes import CastEarly, DropUnitFactors, FoldConstants, ReshapeUnitAxes
+from mpqdm_fx.backends.xnnpack.passes import (
+    CastEarly,
+    DropUnitFactors,
+    FoldConstants,
+    ReshapeUnitAxes,
+)
 
 aten = torch.ops.aten
 

@@ -3,22 +3,17 @@
 import importlib
 import inspect
 import pkgutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ModelMixin, UNetControlNetXSModel
 from diffusers.models import unets
+from zoo_more_unets import OTHER_UNETS
+from zoo_unets import UNETS_1D, UNETS_2D, UNETS_2D_CONDITION
 
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.sources.config_fields import CLASSES, FIELDS, INNER, check_fields, inputs_of_field
 from mpqdm_fx.sources.example_inputs import ModelInputs
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "graph"))
-
-from zoo_more_unets import OTHER_UNETS
-from zoo_unets import UNETS_1D, UNETS_2D, UNETS_2D_CONDITION
 
 #: Holds modules for other UNets; it has no forward of its own.
 PARTS = {"MotionAdapter"}

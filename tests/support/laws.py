@@ -1,7 +1,7 @@
 """The generic laws of graph passes. `passes/test_laws.py` holds every pass to each of them.
 
 A law is a function of a `Trial` (a pass that ran on a random graph) that asserts. Passes are found
-by importing all modules of `mpqdm_fx.passes`; the settings they are tried with come from
+by importing all modules of `FOLDERS`; the settings they are tried with come from
 `GraphPass.examples`.
 """
 
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import fx
 from torch.fx.passes.infra.pass_manager import PassManager
 
+import mpqdm_fx.backends.xnnpack.passes
 import mpqdm_fx.passes
 from mpqdm_fx.graph.dynamic_chain import insert_dynamic_chain
 from mpqdm_fx.graph.editing import copy_graph_module, eliminate_dead_code
@@ -39,11 +40,14 @@ from mpqdm_fx.testing import (
     graphs,
 )
 
+#: Packages that hold passes, and nothing else.
+FOLDERS = (mpqdm_fx.passes, mpqdm_fx.backends.xnnpack.passes)
+
 
 def discover_passes() -> list[type[GraphPass]]:
-    """Return every concrete pass class that a module of `mpqdm_fx.passes` defines."""
-    infos = pkgutil.walk_packages(mpqdm_fx.passes.__path__, "mpqdm_fx.passes.")
-    modules = [importlib.import_module(info.name) for info in infos]
+    """Return every concrete pass class that a module of `FOLDERS` defines."""
+    infos = [i for f in FOLDERS for i in pkgutil.walk_packages(f.__path__, f"{f.__name__}.")]
+    modules = [importlib.import_module(i.name) for i in infos if not i.name.endswith(".base")]
     found = [cls for m in modules for cls in vars(m).values() if _is_pass_of(m.__name__, cls)]
     return sorted(found, key=lambda cls: cls.__name__)
 

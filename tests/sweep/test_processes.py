@@ -39,7 +39,7 @@ with joined():
 def test_two_processes_quantize_to_the_same_weights_as_one(tmp_path, mode):
     here = Path(__file__).parent
     script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(paths=[str(here), str(here.parent)], mode=mode))
+    script.write_text(SCRIPT.format(paths=[str(here), str(here.parent / "support")], mode=mode))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     for command, name in (([sys.executable], "one.pt"), ([*torchrun, "--standalone"], "two.pt")):
         done = subprocess.run(

@@ -13,10 +13,11 @@ from torch.nn import functional
 from mpqdm_fx.backends.pt2e import WEIGHT_OPS
 from mpqdm_fx.backends.xnnpack import convert
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack
+from mpqdm_fx.backends.xnnpack.passes import PinLayouts, UnshareDynamicQuantizers
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ConfigError, LoweringError
-from mpqdm_fx.passes import PinLayouts, QuantizeActivations, UnshareDynamicQuantizers
+from mpqdm_fx.passes import QuantizeActivations
 from mpqdm_fx.passes.base import Pipeline
 from mpqdm_fx.records.activations import DynamicActivation, LayerActivation, TimestepActivation
 from mpqdm_fx.records.plan import ActivationRange

@@ -1,1 +1,43 @@
-"""Passes that only XNNPACK needs."""
+"""Passes that only XNNPACK needs: one pass, one file, one class, named by a verb."""
+
+from mpqdm_fx.backends.xnnpack.passes.cast_early import CastEarly
+from mpqdm_fx.backends.xnnpack.passes.decompose_attention import DecomposeAttention
+from mpqdm_fx.backends.xnnpack.passes.decompose_group_norm import DecomposeGroupNorm
+from mpqdm_fx.backends.xnnpack.passes.decompose_layer_norm import DecomposeLayerNorm
+from mpqdm_fx.backends.xnnpack.passes.decompose_upsample import DecomposeUpsample
+from mpqdm_fx.backends.xnnpack.passes.divide_reciprocals import DivideReciprocals
+from mpqdm_fx.backends.xnnpack.passes.drop_noop_slices import DropNoopSlices
+from mpqdm_fx.backends.xnnpack.passes.drop_unit_factors import DropUnitFactors
+from mpqdm_fx.backends.xnnpack.passes.exclude_padding import ExcludePadding
+from mpqdm_fx.backends.xnnpack.passes.float_scalars import FloatScalars
+from mpqdm_fx.backends.xnnpack.passes.fold_constants import FoldConstants
+from mpqdm_fx.backends.xnnpack.passes.linearize_pointwise import LinearizePointwise
+from mpqdm_fx.backends.xnnpack.passes.pin_layouts import PinLayouts
+from mpqdm_fx.backends.xnnpack.passes.requantize_copies import RequantizeCopies
+from mpqdm_fx.backends.xnnpack.passes.reshape_unit_axes import ReshapeUnitAxes
+from mpqdm_fx.backends.xnnpack.passes.slice_chunks import SliceChunks
+from mpqdm_fx.backends.xnnpack.passes.split_mixed_rows import SplitMixedRows
+from mpqdm_fx.backends.xnnpack.passes.unshare_dequantize import UnshareDequantize
+from mpqdm_fx.backends.xnnpack.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
+
+__all__ = [
+    "CastEarly",
+    "DecomposeAttention",
+    "DecomposeGroupNorm",
+    "DecomposeLayerNorm",
+    "DecomposeUpsample",
+    "DivideReciprocals",
+    "DropNoopSlices",
+    "DropUnitFactors",
+    "ExcludePadding",
+    "FloatScalars",
+    "FoldConstants",
+    "LinearizePointwise",
+    "PinLayouts",
+    "RequantizeCopies",
+    "ReshapeUnitAxes",
+    "SliceChunks",
+    "SplitMixedRows",
+    "UnshareDequantize",
+    "UnshareDynamicQuantizers",
+]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from mpqdm_fx.backends.xnnpack.passes import LinearizePointwise
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.numerics.levels.int4 import quantize_int4
-from mpqdm_fx.passes import LinearizePointwise
 from mpqdm_fx.passes.quantize.round_weights import install_codes
 from mpqdm_fx.testing import assert_same_function
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from mpqdm_fx.backends.xnnpack.passes import SplitMixedRows
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.passes import SplitMixedRows
 from mpqdm_fx.passes.quantize.round_weights import install_codes
 
 _aten = torch.ops.aten
