@@ -13,6 +13,7 @@ from mpqdm_fx.cli.examples import epilog_of
 from mpqdm_fx.cli.export import export
 from mpqdm_fx.cli.inspect import inspect
 from mpqdm_fx.cli.pareto import pareto
+from mpqdm_fx.cli.passes import passes
 from mpqdm_fx.cli.quantize import plan, quantize
 from mpqdm_fx.cli.report import report
 from mpqdm_fx.cli.running import QuietOption, VerboseOption, remember, takes_loudness
@@ -31,7 +32,7 @@ app = typer.Typer(
 )
 for command in (
     quantize, distill, export, pareto, plan, sample, evaluate, report, compare, verify, trace,
-    doctor, inspect,
+    passes, doctor, inspect,
 ):  # fmt: skip
     app.command(cls=Command, epilog=epilog_of(command.__name__))(takes_loudness(command))
 

@@ -47,7 +47,11 @@ EXAMPLES: Mapping[str, tuple[str, str]] = {
     ),
     "trace": (
         "mpqdm-fx trace digits --explain",
-        "mpqdm-fx trace my.py:unet --inputs my.py:calls",
+        "mpqdm-fx trace digits --passes drop-dropout,split-skip-concat --print-after all",
+    ),
+    "passes": (
+        "mpqdm-fx passes",
+        "mpqdm-fx passes --json",
     ),
     "doctor": (
         "mpqdm-fx doctor digits",
