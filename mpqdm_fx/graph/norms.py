@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-__all__ = ["NormCall", "argument", "constant", "norm_name", "sizes", "take_over"]
+__all__ = ["NormCall", "constant", "norm_name", "take_over"]
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -41,11 +41,6 @@ class NormCall:
         )
 
 
-def argument(node: fx.Node, position: int, name: str, default: object) -> object:
-    """Return an argument of a call, wherever it stands."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
 def constant(graph_module: fx.GraphModule, value: object) -> Tensor | fx.Node | None:
     """Return the tensor that a `get_attr` node fetches; None and other nodes as they are."""
     if not isinstance(value, fx.Node):
@@ -55,11 +50,6 @@ def constant(graph_module: fx.GraphModule, value: object) -> Tensor | fx.Node | 
     *path, field = str(value.target).split(".")
     found = getattr(graph_module.get_submodule(".".join(path)), field)
     return found if isinstance(found, Tensor) else value
-
-
-def sizes(node: fx.Node) -> list[int]:
-    """Static sizes of a node's value, -1 where an axis is dynamic."""
-    return [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
 
 
 def norm_name(node: fx.Node) -> str:

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mpqdm_fx.errors import DialectError
 from mpqdm_fx.graph.editing import add_module, free_name, infer_val, inherit_meta, replace_module
-from mpqdm_fx.graph.layers import WEIGHT_LAYERS, called_module
+from mpqdm_fx.graph.layers import WEIGHT_LAYERS, called_module, is_pointwise
 from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.qdq import is_dequantize, is_quantize, qdq_parameters
 from mpqdm_fx.graph.quantizers import (
@@ -263,16 +263,9 @@ def row_axes(module: nn.Module) -> int | tuple[int, ...]:
     """
     if isinstance(module, nn.Linear):
         return 1
-    if isinstance(module, nn.Conv2d) and _is_pointwise(module):
+    if is_pointwise(module):
         return (-3,)
     return 1 + len(module.kernel_size)  # type: ignore[arg-type]
-
-
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    # "same" pads nothing around a kernel of one pixel
-    padded = not isinstance(conv.padding, str) and any(conv.padding)
-    single = {*conv.kernel_size, *conv.stride, conv.groups} == {1}
-    return single and not padded
 
 
 def insert_groups(graph_module: fx.GraphModule, levels: NoiseLevels) -> fx.Node:

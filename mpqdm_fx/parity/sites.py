@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from mpqdm_fx.graph.layers import WEIGHT_LAYERS
+from mpqdm_fx.graph.nodes import rank
 from mpqdm_fx.graph.quantizers import ActivationQuantizer
 
 __all__ = ["WEIGHT_OPS", "Site", "matching_sites", "sites"]
@@ -134,7 +135,7 @@ def matching_sites(
         partner = partners.get(site)
         if partner is None and node in ends:
             end = last.get(ends[node])
-            if end is not None and end not in taken and _rank(end) == _rank(node):
+            if end is not None and end not in taken and rank(end) == rank(node):
                 partner = end
         if partner is not None:
             result[site] = (partner, node)
@@ -174,9 +175,3 @@ def _operator(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
         return None
     name = name.removesuffix("_copy")
     return _NAMES.get(name, name)
-
-
-def _rank(node: fx.Node) -> int:
-    # sizes are compared when there are values: the batch may be symbolic here
-    dims: int = node.meta["val"].dim()
-    return dims

@@ -35,7 +35,7 @@ def known_passes() -> dict[str, type[GraphPass]]:
 
 def _by_name() -> dict[str, list[type[GraphPass]]]:
     found: dict[str, list[type[GraphPass]]] = {}
-    for pass_class in _below(GraphPass):
+    for pass_class in _below(GraphPass):  # type: ignore[type-abstract]
         found.setdefault(name_of(pass_class), []).append(pass_class)
     return found
 

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0 as IPAttention
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
-from model_zoo import ALL, by_name
+from model_zoo import ALL, REFUSED, by_name
 from torch import fx, nn
 from zoo_base import Case, normal
 
@@ -21,7 +21,6 @@ QUICK = (
     "UNet1DModel/diffuser",
     "DiTTransformer2DModel",
 )
-REFUSED = {"Lumina2Transformer2DModel": r"transformer_lumina2.py:\d+: `use_mask = "}
 FIXED_BATCH = {
     "ChromaTransformer2DModel",
     "LuminaNextDiT2DModel",

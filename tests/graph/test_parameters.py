@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import ALL, by_name
+from model_zoo import ALL, REFUSED, by_name
 from safetensors.torch import load_file
-from test_trace_models import REFUSED
 from torch import nn
 from zoo_base import Case
 

@@ -10,10 +10,13 @@ from zoo_rare_transformers import RARE_TRANSFORMERS
 from zoo_transformers import TRANSFORMERS
 from zoo_unets import UNETS_1D, UNETS_2D, UNETS_2D_CONDITION
 
-__all__ = ["ALL", "UNETS", "by_name"]
+__all__ = ["ALL", "REFUSED", "UNETS", "by_name"]
 
 UNETS = (*UNETS_1D, *UNETS_2D, *UNETS_2D_CONDITION, *OTHER_UNETS)
 ALL = (*UNETS, *TRANSFORMERS, *MORE_TRANSFORMERS, *RARE_TRANSFORMERS)
+
+#: Models that cannot be traced, and what the refusal says.
+REFUSED = {"Lumina2Transformer2DModel": r"transformer_lumina2.py:\d+: `use_mask = "}
 
 
 def by_name(name: str) -> Case:

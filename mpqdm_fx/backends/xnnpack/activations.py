@@ -8,12 +8,13 @@ which in its terms are all with one input channel per group (also a plain one on
 import logging
 from collections.abc import Mapping
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from mpqdm_fx.backends.observers import weight_grids
 from mpqdm_fx.backends.torch_ao import check_ranges
 from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
+from mpqdm_fx.graph.nodes import rank
 from mpqdm_fx.records.activations import (
     Activation,
     DynamicActivation,
@@ -114,11 +115,6 @@ def dynamic_refusal(layer: WeightLayer) -> str | None:
             f"{no_kernel} a depthwise {kind} ({module.in_channels} input channels in "
             f"{module.groups} groups: one channel each)"
         )
-    if any(_rank(node) == 3 for node in layer.nodes):
+    if any(rank(node) == 3 for node in layer.nodes):
         return f"{no_kernel} a {kind} on an input without a batch axis"
     return None
-
-
-def _rank(node: fx.Node) -> int | None:
-    value = node.meta.get("val")
-    return value.dim() if isinstance(value, Tensor) else None

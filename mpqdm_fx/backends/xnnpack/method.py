@@ -8,12 +8,12 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.backends.xnnpack.convert import (
-    DECOMPOSE,
     converted_graph,
     decomposed,
     quantized_graph,
 )
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, four_bit_layers
+from mpqdm_fx.backends.xnnpack.pipelines import DECOMPOSE
 from mpqdm_fx.backends.xnnpack.reference import Reference
 from mpqdm_fx.backends.xnnpack.runner import flat_inputs, sorted_entries
 from mpqdm_fx.errors import LoweringError

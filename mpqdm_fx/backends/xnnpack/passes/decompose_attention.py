@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from mpqdm_fx.graph.editing import insert_call
+from mpqdm_fx.graph.nodes import argument, sizes
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["DecomposeAttention"]
@@ -46,25 +47,16 @@ class DecomposeAttention(GraphPass):
         return modified
 
 
-def _argument(node: fx.Node, position: int, name: str, default: object) -> object:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _shape(node: fx.Node) -> list[int]:
-    """Static sizes of a node's value, -1 where an axis is dynamic."""
-    return [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
-
-
 def _is_plain(node: fx.Node) -> bool:
     inputs = [node.args[i] for i in range(3)]
     if not all(isinstance(n, fx.Node) and "val" in n.meta for n in inputs):
         return False
     special = (
-        _argument(node, 4, "dropout_p", 0.0),
-        _argument(node, 5, "is_causal", False),
+        argument(node, 4, "dropout_p", 0.0),
+        argument(node, 5, "is_causal", False),
         node.kwargs.get("enable_gqa", False),
     )
-    shapes = [_shape(n) for n in inputs if isinstance(n, fx.Node)]
+    shapes = [sizes(n) for n in inputs if isinstance(n, fx.Node)]
     leading = {tuple(shape[:-2]) for shape in shapes}
     last = [size for shape in shapes for size in shape[-2:]]
     return (
@@ -81,23 +73,23 @@ def _plain(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
         return insert_call(graph_module, target, args, anchor=node)
 
     query, key, value = (n for n in node.args[:3] if isinstance(n, fx.Node))
-    shape = _shape(query)
+    shape = sizes(query)
     scale = node.kwargs.get("scale")
     if scale is None:
         scale = 1.0 / math.sqrt(shape[-1])
-    flat = [call(_aten.reshape.default, n, [-1, *_shape(n)[-2:]]) for n in (query, key, value)]
+    flat = [call(_aten.reshape.default, n, [-1, *sizes(n)[-2:]]) for n in (query, key, value)]
     keys = call(_aten.transpose.int, flat[1], 1, 2)
     # the scale goes to the queries: L * D numbers instead of L * S
     scores = call(_aten.bmm.default, call(_aten.mul.Tensor, flat[0], scale), keys)
-    mask = _argument(node, 3, "attn_mask", None)
+    mask = argument(node, 3, "attn_mask", None)
     if isinstance(mask, fx.Node):
-        sizes = [*shape[:-1], _shape(key)[-2]]
-        scores = call(_aten.reshape.default, scores, sizes)
+        masked = [*shape[:-1], sizes(key)[-2]]
+        scores = call(_aten.reshape.default, scores, masked)
         scores = call(_aten.add.Tensor, scores, _additive(graph_module, mask, node))
-        scores = call(_aten.reshape.default, scores, [-1, *sizes[-2:]])
+        scores = call(_aten.reshape.default, scores, [-1, *masked[-2:]])
     weights = call(_aten.softmax.int, scores, -1)
     result = call(_aten.bmm.default, weights, flat[2])
-    return call(_aten.reshape.default, result, [*shape[:-1], _shape(value)[-1]])
+    return call(_aten.reshape.default, result, [*shape[:-1], sizes(value)[-1]])
 
 
 def _additive(graph_module: fx.GraphModule, mask: fx.Node, anchor: fx.Node) -> fx.Node:

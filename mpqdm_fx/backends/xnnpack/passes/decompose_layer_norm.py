@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.graph.editing import add_tensor, insert_call
-from mpqdm_fx.graph.norms import NormCall, argument, constant, norm_name, sizes, take_over
+from mpqdm_fx.graph.nodes import argument, sizes
+from mpqdm_fx.graph.norms import NormCall, constant, norm_name, take_over
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["DecomposeLayerNorm"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mpqdm_fx.graph.norms import argument
+from mpqdm_fx.graph.nodes import argument
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["ExcludePadding"]

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from mpqdm_fx.graph.editing import insert_call, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers
+from mpqdm_fx.graph.nodes import rank
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["LinearizePointwise"]
@@ -61,14 +62,9 @@ def _fits(layer: WeightLayer) -> bool:
     if not set(module._buffers) <= _BUFFERS:
         return False
     return all(
-        node.target == layer.name and len(node.args) == 1 and not node.kwargs and _rank(node) == 4
+        node.target == layer.name and len(node.args) == 1 and not node.kwargs and rank(node) == 4
         for node in layer.nodes
     )
-
-
-def _rank(node: fx.Node) -> int | None:
-    value = node.meta.get("val")
-    return value.dim() if isinstance(value, Tensor) else None
 
 
 def _linear(conv: nn.Module) -> nn.Linear:

@@ -9,7 +9,7 @@ linear layer it puts the opposite copy between chain and layer, which hides the 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
@@ -17,6 +17,7 @@ from torch import fx, nn
 from mpqdm_fx.graph.dynamic_chain import DynamicChain
 from mpqdm_fx.graph.editing import infer_val, inherit_meta
 from mpqdm_fx.graph.layers import called_module
+from mpqdm_fx.graph.nodes import rank
 from mpqdm_fx.graph.qdq import is_dequantize
 from mpqdm_fx.passes.base import GraphPass
 
@@ -51,7 +52,7 @@ class PinLayouts(GraphPass):
         modified = False
         for node in list(graph_module.graph.nodes):
             chain = DynamicChain.behind(node.args[0]) if node.args else None
-            if chain is None or not chain.is_private or _rank(node) != 4:
+            if chain is None or not chain.is_private or rank(node) != 4:
                 continue
             if _is_convolution(graph_module, node):
                 modified |= _pin_input(graph_module, chain)
@@ -141,9 +142,3 @@ def _is_convolution(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 def _is_linear(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     is_op = node.target is _aten.linear.default
     return is_op or bool(called_module(graph_module, node, nn.Linear))
-
-
-def _rank(layer: fx.Node) -> int:
-    """Rank of what a layer writes, which is that of what it reads; -1 where it is not known."""
-    value: Any = layer.meta.get("val")
-    return value.dim() if isinstance(value, torch.Tensor) else -1

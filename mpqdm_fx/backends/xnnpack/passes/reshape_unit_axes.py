@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from mpqdm_fx.graph.editing import insert_call
-from mpqdm_fx.graph.norms import sizes
+from mpqdm_fx.graph.nodes import sizes
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["ReshapeUnitAxes"]

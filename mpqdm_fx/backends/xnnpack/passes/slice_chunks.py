@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from mpqdm_fx.graph.editing import insert_call
-from mpqdm_fx.graph.norms import argument
+from mpqdm_fx.graph.nodes import argument
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["SliceChunks"]

@@ -1,0 +1,21 @@
+"""What a node says of itself: arguments, rank and sizes of its value."""
+
+from torch import Tensor, fx
+
+__all__ = ["argument", "rank", "sizes"]
+
+
+def argument(node: fx.Node, position: int, name: str, default: object) -> object:
+    """Return an argument of a call, wherever it stands."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def rank(node: fx.Node) -> int | None:
+    """Number of axes of a node's value; None where it is no tensor, or not known."""
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else None
+
+
+def sizes(node: fx.Node) -> list[int]:
+    """Static sizes of a node's value, -1 where an axis is dynamic."""
+    return [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
