@@ -4,46 +4,34 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mpqdm_fx.backends.names import BACKENDS, Backend, FourBit
 from mpqdm_fx.calibration.calls import check_call, check_calls, check_example
 from mpqdm_fx.calibration.records import DEFAULT_MAX_MEMORY, RecordedInputs
 from mpqdm_fx.capture.entry import unwrap
 from mpqdm_fx.capture.foreign_models import check_model
-from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
-from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.progress import stage, tracked
 from mpqdm_fx.io.versions import versions
 from mpqdm_fx.model.quantized import PreparedModel, QuantizedModel
-from mpqdm_fx.model.stages import assemble, normalized, positional_inputs
-from mpqdm_fx.records.config import ActivationMode, MPQConfig
+from mpqdm_fx.model.stages import assemble, normalized
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.report import QuantizationReport
-from mpqdm_fx.records.validation import Bytes, Count, check_value, checked
+from mpqdm_fx.records.validation import Bytes, check_value, checked
 from mpqdm_fx.sweep.finish import finish
 from mpqdm_fx.sweep.measured import check_budget
 from mpqdm_fx.sweep.quantize import start_sweep
 from mpqdm_fx.sweep.sweep import Sweep
 
-__all__ = ["BACKENDS", "MODES", "Backend", "convert", "lower", "open_sweep", "prepare"]
-__all__ += ["prepare_on", "quantize"]
+__all__ = ["convert", "open_sweep", "prepare", "prepare_on", "quantize"]
 
 logger = logging.getLogger(__name__)
-
-MODES: Mapping[Backend, tuple[ActivationMode, ...]] = {
-    "torch_ao": ("static",),
-    "xnnpack": ("measured", "static", "dynamic"),
-    "packed": ("measured", "static", "timestep", "dynamic", "float"),
-}
-"""Activation modes that each backend runs. Layers of the modes named may be mixed in one model."""
 
 
 @plain_torch()
@@ -289,102 +277,6 @@ def prepare_on(
         with prepared.held_out() if index in held_out else contextlib.nullcontext():
             prepared.record(**inputs)
     return prepared
-
-
-@plain_torch()
-@checked
-def lower(
-    quantized: QuantizedModel,
-    backend: Backend,
-    *,
-    output: str | Path | None = None,
-    batch_size: Count = 1,
-    engine: str = "onednn",
-    max_delegates: Count | None = None,
-    observe: Callable[[Any], None] | None = None,
-    external_weights: bool = False,
-    four_bit: FourBit = "whole",
-) -> Any:
-    """Turn a quantized model into what a backend runs.
-
-    Args:
-        quantized: Quantized model.
-        backend: `"torch_ao"`: a GraphModule of torch.ao quantized operators. `"xnnpack"`: an
-            ExecuTorch program, written to the file `output` and executed once; its activations
-            are static or dynamic, layer by layer as the model has them. `"packed"`: a folder
-            `output` with the weights at their own bits.
-        output: File or folder; required for `"xnnpack"` and `"packed"`.
-        batch_size: Batch that an ExecuTorch program is made for (its shapes are static).
-        engine: torch.ao engine: `"onednn"`, `"fbgemm"` or `"qnnpack"`.
-        max_delegates: Refuse an ExecuTorch program of more XNNPACK subgraphs, with a list of all
-            that stays out of them.
-        observe: Called with the graphs that an ExecuTorch program was made of
-            (`backends.xnnpack.road.ProgramGraphs`).
-        external_weights: Write an ExecuTorch program's weights to a file of their own,
-            `<stem>.ptd`, beside `output`.
-        four_bit: Which weights an ExecuTorch program stores at four bits: none, those of linear
-            layers and 1x1 convolutions that fit as a whole (`levels="int4"` sees to that, at up
-            to four bits), or also the channels that fit in layers of mixed widths: fewer bytes,
-            more time.
-
-    Returns:
-        A GraphModule, an `XnnpackProgram`, or the folder's path.
-
-    Raises:
-        ConfigError: `backend` is unknown, or `output` is missing.
-        LoweringError: The backend cannot run this model, or runs it with other numbers.
-    """
-    if backend == "torch_ao":
-        from mpqdm_fx.backends.torch_ao import lower_torch_ao
-
-        inputs = positional_inputs(quantized.rounded, example_inputs(quantized.signature))
-        return lower_torch_ao(quantized.rounded, quantized.ranges, inputs, engine=engine)
-    if output is None:
-        raise ConfigError(f"backend={backend!r} writes files: give `output`")
-    if backend == "packed":
-        from mpqdm_fx.model.storage import save
-
-        return save(quantized, output)
-    from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack
-
-    if quantized.settings.narrowest_activation_bits != 8:
-        raise LoweringError(
-            f"XNNPACK clamps activations at 8 bits and this model has "
-            f"{quantized.settings.narrowest_activation_bits}; quantize with activation_bits=8"
-        )
-    example = example_inputs(quantized.signature, batch_size=batch_size)
-    inputs = _in_domain(quantized.rounded, positional_inputs(quantized.rounded, example))
-    if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
-        raise LoweringError(
-            "an XNNPACK program takes tensors alone, and a list among the inputs holds constants "
-            "beside them; let the model take these as arguments of their own"
-        )
-    return lower_xnnpack(
-        quantized.rounded,
-        quantized.ranges,
-        inputs,
-        Path(output),
-        max_delegates=max_delegates,
-        observe=observe,
-        external_weights=external_weights,
-        four_bit=four_bit,
-    )
-
-
-def _in_domain(graph_module: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Random inputs, their numbers per sample positive where the graph gives NaN for others.
-
-    Models that are told a sigma take its logarithm.
-    """
-    with torch.no_grad():
-        outputs = tree_leaves(graph_module(*inputs))
-    if not any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in outputs):
-        return inputs
-
-    def positive(leaf: Tensor) -> Tensor:
-        return leaf.abs() + 0.5 if leaf.is_floating_point() and leaf.dim() <= 1 else leaf
-
-    return tuple(tree_map_only(Tensor, positive, inputs))
 
 
 def _check_layers(graph_module: fx.GraphModule, config: MPQConfig, model_name: str) -> None:

@@ -1,6 +1,7 @@
 """What `import mpqdm_fx` offers, loaded when it is first asked for."""
 
-from mpqdm_fx.api import convert, lower, open_sweep, prepare, quantize
+from mpqdm_fx.api import convert, open_sweep, prepare, quantize
+from mpqdm_fx.backends.lower import lower
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import (

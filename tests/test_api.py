@@ -180,3 +180,18 @@ def test_sensitivities_are_kept_for_another_budget(monkeypatch, tmp_path):
     monkeypatch.setattr("mpqdm_fx.sweep.measured.measure_sensitivity", None)  # not called again
     second = quantize(TinyNet(), MPQConfig(effective_bits=4.0), calls, sensitivity=path)
     assert second.plan.effective_bits <= 4.0 < first.plan.effective_bits <= 5.0
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("torch_ao", {"output": "x"}, "backend='torch_ao' takes no output; it takes engine"),
+        ("torch_ao", {"max_delegates": 1}, "takes no max_delegates"),
+        ("packed", {"output": "x", "batch_size": 2}, "backend='packed' takes no batch_size"),
+        ("xnnpack", {"output": "x", "engine": "onednn"}, "backend='xnnpack' takes no engine"),
+        ("packed", {}, "give `output`"),
+    ],
+)
+def test_an_option_that_a_backend_would_ignore_is_an_error(quantized, backend, options, message):
+    with pytest.raises(ConfigError, match=message):
+        lower(quantized, backend, **options)

@@ -52,8 +52,8 @@ COPIED = {
 LAZY = {
     ("graph.qdq", "backends.ao"): "importing torch.ao registers the quantized_decomposed ops, and "
     "one module holds all torch.ao imports",
-    ("api", "backends"): "executorch and torch.ao are loaded only by those who lower to them",
-    ("api", "model"): "storage builds on the verbs' results; lower('packed') is saving",
+    ("backends.lower", "backends"): "executorch and torch.ao are loaded only by those who lower to "
+    "them",
     ("pipelines.programs", "backends"): "the same: `import mpqdm_fx` brings export_pipeline",
     ("parity.verify", "backends"): "the same, and `import mpqdm_fx` brings verify",
     ("sources.denoisers", "backends"): "executorch is loaded only where a .pte is run",

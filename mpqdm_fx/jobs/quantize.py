@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpqdm_fx.api import Backend, quantize
+from mpqdm_fx.api import quantize
+from mpqdm_fx.backends.names import Backend
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.io.files import checkpoint_of

@@ -8,9 +8,12 @@ from typing import Any, get_args
 
 import torch
 
-from mpqdm_fx.api import BACKENDS, MODES, Backend, lower
+from mpqdm_fx.backends.lower import lower_to_torch_ao, lower_to_xnnpack
+from mpqdm_fx.backends.names import BACKENDS, Backend
+from mpqdm_fx.backends.settings import check_settings
 from mpqdm_fx.backends.xnnpack.compressed import compress_program, drop_expansions
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
+from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.calling import example_call
@@ -98,13 +101,8 @@ class Form:
             ConfigError: Settings do not fit the backend.
             LoweringError: ExecuTorch is missing.
         """
-        _check_mode(config, self.backend)
+        check_settings(self.backend, config)
         if self.backend == "xnnpack":
-            if config.narrowest_activation_bits != 8:
-                raise ConfigError(
-                    f"XNNPACK runs activations of 8 bits, not {config.narrowest_activation_bits}; "
-                    f'choose activation_bits=8 or backend="packed"'
-                )
             check_four_bit(self.four_bit, config.activation_mode)
             require_executorch()
         elif self.external_weights or self.compress or self.four_bit != "whole":
@@ -133,16 +131,6 @@ class Form:
             "external_weights": self.external_weights,
             "compress": self.compress,
         }
-
-
-def _check_mode(config: MPQConfig, backend: Backend) -> None:
-    if config.activation_mode not in MODES[backend]:
-        modes = " or ".join(f'"{mode}"' for mode in MODES[backend])
-        doors = " or ".join(f'"{b}"' for b in BACKENDS if config.activation_mode in MODES[b])
-        raise ConfigError(
-            f"{backend} does not run activation_mode={config.activation_mode!r}; choose "
-            f"activation_mode={modes} or backend={doors}"
-        )
 
 
 def write_folder(
@@ -184,21 +172,21 @@ def write_folder(
         write_text(stage / SOURCE, Origin.of(source, subfolder).model_dump_json())
         write_recipe(stage, quantized.settings)
         runner: Denoiser = quantized
-        program: dict[str, Any] | None = None
-        graphs: list[Any] = []
+        lowered: XnnpackProgram | None = None
         made: dict[str, Any] | None = None
         if backend == "xnnpack":
-            program, expanded = _write_program(quantized, stage, form, graphs.append)
+            lowered, expanded = _write_program(quantized, stage, form)
             made = {**form.to_dict(), "expanded": expanded}
         write_model(quantized, stage, program=made)
         if backend == "xnnpack":
             runner = program_denoiser(open_folder(stage))
         elif backend == "torch_ao":
-            runner = _positional(lower(quantized, "torch_ao"), quantized)
+            runner = _positional(lower_to_torch_ao(quantized), quantized)
         floats = in_form_of(quantized, source.model, example_call(quantized.signature))
         with progress.stage("comparing forms"):
-            store_parity(quantized, source, stage, graphs[0] if graphs else None, floats=floats)
-        graphs.clear()
+            store_parity(quantized, source, stage, lowered and lowered.graphs, floats=floats)
+        program = lowered and lowered.to_dict()
+        del lowered  # and with it the graphs, several times the model
         with progress.stage("measuring"):
             calls = list(held_out_of(source, steps=20, seed=EVALUATION_SEED))
             compared = _compared(source, quantized, runner, calls)
@@ -240,14 +228,13 @@ def write_folder(
 
 
 def _write_program(
-    quantized: QuantizedModel, stage: Path, form: Form, observe: Callable[[Any], None]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    quantized: QuantizedModel, stage: Path, form: Form
+) -> tuple[XnnpackProgram, dict[str, Any]]:
     """Write the program; what it is, and what each compressed file expands to."""
-    lowered = lower(
+    lowered = lower_to_xnnpack(
         quantized,
-        "xnnpack",
         output=stage / PROGRAM,
-        observe=observe,
+        keep_graphs=True,
         external_weights=form.external_weights,
         four_bit=form.four_bit,
     )
@@ -256,7 +243,7 @@ def _write_program(
         if file is not None:
             content = Entry.of(file).to_dict()
             expanded[compress_program(file, keep=False).name] = content
-    return lowered.to_dict(), expanded
+    return lowered, expanded
 
 
 def _sizes(stage: Path) -> dict[str, int]:

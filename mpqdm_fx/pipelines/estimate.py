@@ -12,7 +12,7 @@ from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.model.stages import normalized
-from mpqdm_fx.pipelines.export import check_settings
+from mpqdm_fx.pipelines.export import check_export
 from mpqdm_fx.pipelines.inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.parts import Part
@@ -127,7 +127,7 @@ def estimate_export(
     Raises:
         MPQError: Settings have no program, the pipeline cannot be opened, or a part not traced.
     """
-    check_settings(config, prompts, four_bit)
+    check_export(config, prompts, four_bit)
     inputs, chosen = inputs_of(
         pipeline, sizes, prompts=tuple(prompts), steps=steps, guidance=guidance,
         trajectories=trajectories, batch_size=batch_size, seed=0 if config is None else config.seed,

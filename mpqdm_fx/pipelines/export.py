@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from mpqdm_fx import errors
 from mpqdm_fx.api import quantize
+from mpqdm_fx.backends.settings import check_settings
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.sampling import scheduled
@@ -51,7 +52,7 @@ from mpqdm_fx.records.validation import (
 from mpqdm_fx.report.comparison import compare
 from mpqdm_fx.report.page.packages import renders
 
-__all__ = ["MINIMUM_SQNR_DB", "ExportResult", "check_settings", "export_pipeline"]
+__all__ = ["MINIMUM_SQNR_DB", "ExportResult", "check_export", "export_pipeline"]
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def export_pipeline(
         DialectError: There are to be tables, and the denoiser has no time branch of its own.
         MPQError: A part cannot be traced, quantized or lowered; nothing is left at `output`.
     """
-    check_settings(config, prompts, four_bit)
+    check_export(config, prompts, four_bit)
     require_executorch()
     target = check_target(output, MANIFEST, overwrite=overwrite)
     inputs, chosen = inputs_of(
@@ -284,7 +285,7 @@ def _foretold(layout: Layout, *, samples: int, measure: bool) -> dict[str, float
     return seconds | ({"report": _REPORT_SECONDS} if renders() else {})
 
 
-def check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: FourBit) -> None:
+def check_export(config: MPQConfig | None, prompts: Sequence[str], four_bit: FourBit) -> None:
     """Refuse settings that no export runs.
 
     Args: as of `export_pipeline`.
@@ -296,17 +297,8 @@ def check_settings(config: MPQConfig | None, prompts: Sequence[str], four_bit: F
     if not prompts:
         raise ConfigError("prompts: give a sequence of at least one prompt")
     check_four_bit(four_bit, "float" if config is None else config.activation_mode)
-    if config is None or config.activation_mode == "float":
-        return
-    if config.activation_mode == "timestep":
-        raise ConfigError(
-            'activation_mode="timestep" runs as a packed model only; programs take "static", '
-            '"dynamic" or "float"'
-        )
-    if config.narrowest_activation_bits != 8:
-        raise ConfigError(
-            f"activation_bits={config.narrowest_activation_bits}: programs run 8-bit activations"
-        )
+    if config is not None and config.activation_mode != "float":
+        check_settings("xnnpack", config, others=False)
 
 
 def _schedule(scheduler: Any, steps: int) -> list[float]:

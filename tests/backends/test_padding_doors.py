@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everyone uses
 from torch import Tensor, nn
 
-from mpqdm_fx.api import lower, quantize
+from mpqdm_fx.api import quantize
+from mpqdm_fx.backends.lower import lower
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.capture.trace import same_bits
 from mpqdm_fx.graph.layers import weight_layers

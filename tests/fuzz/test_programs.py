@@ -16,7 +16,8 @@ from mutants import AMOUNTS, byte_mutants, check_mutants, json_mutants
 from small import TinyNet, net_calls, plain_unet
 from typer.testing import CliRunner
 
-from mpqdm_fx.api import lower, quantize
+from mpqdm_fx.api import quantize
+from mpqdm_fx.backends.lower import lower
 from mpqdm_fx.backends.xnnpack.compressed import compress_program, expand_program
 from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import ArtifactError

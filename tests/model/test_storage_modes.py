@@ -8,7 +8,8 @@ import torch
 from manifests import edit_manifest
 from small import TinyNet, net_calls
 
-from mpqdm_fx.api import lower, quantize
+from mpqdm_fx.api import quantize
+from mpqdm_fx.backends.lower import lower
 from mpqdm_fx.backends.pt2e import to_quantizer
 from mpqdm_fx.backends.torch_ao import to_qconfig_mapping
 from mpqdm_fx.errors import ArtifactError, CalibrationError, LoweringError

@@ -5,7 +5,8 @@ from pathlib import Path
 from records import edit_json
 from small import TinyNet, net_calls
 
-from mpqdm_fx.api import lower, quantize
+from mpqdm_fx.api import quantize
+from mpqdm_fx.backends.lower import lower
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
 from mpqdm_fx.io.folders import open_folder, seal_folder
 from mpqdm_fx.model.quantized import QuantizedModel
@@ -22,12 +23,12 @@ def quantized_net() -> QuantizedModel:
     return quantize(TinyNet(), config, net_calls())
 
 
-def folder_of_net(path: Path, *, program: bool, observe=None) -> Path:
-    """That net in a folder, with a `.pte` if asked for; `observe` as of `lower`."""
+def folder_of_net(path: Path, *, program: bool) -> Path:
+    """That net in a folder, with a `.pte` if asked for."""
     quantized = quantized_net()
     save(quantized, path)
     if program:
-        lower(quantized, "xnnpack", output=path / "unet.pte", observe=observe)
+        lower(quantized, "xnnpack", output=path / "unet.pte")
         seal_folder(path)
     return path
 

@@ -25,11 +25,12 @@ RUNGS = ["float", "quantized", "decomposed", "converted", "edge", "pte"]
 
 @pytest.fixture(scope="module")
 def lowered(tmp_path_factory):
-    """A folder with a program, the ladder of its thresholds, and what the lowering showed."""
-    observed = []
-    path = tmp_path_factory.mktemp("parity") / "net"
-    folder = folder_of_net(path, program=True, observe=observed.append)
-    return folder, verify(folder, model=TinyNet(), store=True), observed[0]
+    """A folder with a program, the ladder of its thresholds, and the graphs of its lowering."""
+    folder = folder_of_net(tmp_path_factory.mktemp("parity") / "net", program=False)
+    quantized = load(folder, TinyNet())
+    program = lower(quantized, "xnnpack", output=folder / "unet.pte", keep_graphs=True)
+    seal_folder(folder)
+    return folder, verify(folder, model=TinyNet(), store=True), program.graphs
 
 
 @pytest.mark.xnnpack
@@ -53,12 +54,12 @@ def test_all_rungs_of_a_program_are_measured_and_pass(lowered):
 
 @pytest.mark.xnnpack
 def test_the_graphs_on_the_road_to_a_program_are_those_that_verify_makes(lowered):
-    folder, _, observed = lowered
+    folder, _, graphs = lowered
     model = load(folder, TinyNet())
-    made = ProgramGraphs.of(model.rounded, model.ranges, observed.inputs)
+    made = ProgramGraphs.of(model.rounded, model.ranges, graphs.inputs)
     calls, _ = read_calls(folder / INPUTS, model.signature)
     for name in ("decomposed", "converted", "edge"):
-        mine, theirs = getattr(observed, name), getattr(made, name)
+        mine, theirs = getattr(graphs, name), getattr(made, name)
         assert list(sites(mine)) == list(sites(theirs))
         for call in calls:
             with torch.no_grad():
@@ -67,12 +68,12 @@ def test_the_graphs_on_the_road_to_a_program_are_those_that_verify_makes(lowered
 
 @pytest.mark.xnnpack
 def test_a_program_that_computes_other_numbers_fails_with_its_rung_named(lowered, monkeypatch):
-    folder, _, observed = lowered
+    folder, _, graphs = lowered
     runner = XnnpackRunner(folder / "unet.pte")
     monkeypatch.setattr(
         "mpqdm_fx.parity.verify.open_program", lambda _: lambda x: [runner(x)[0] * 1.01]
     )
-    monkeypatch.setattr("mpqdm_fx.parity.verify._program_graphs", lambda *_: observed)
+    monkeypatch.setattr("mpqdm_fx.parity.verify._program_graphs", lambda *_: graphs)
     first = verify(folder, model=TinyNet()).first_divergence
     assert (first.rung, first.against, first.node) == ("pte", "edge", None)
     assert first.sqnr_db == pytest.approx(40, abs=0.5)

@@ -105,7 +105,7 @@ def test_what_is_asked_for_is_what_costs(tmp_path):
 
 def test_a_dry_run_refuses_what_the_export_refuses(tmp_path):
     pipeline = tiny_pipelines.latent_diffusion(tmp_path)
-    with pytest.raises(ConfigError, match="programs run 8-bit activations"):
+    with pytest.raises(ConfigError, match="activations of 8 bits, not"):
         estimated(pipeline, tiny_pipelines.cheap_settings(activation_bits=4))
     with pytest.raises(ConfigError, match="at least one prompt"):
         estimated(pipeline, prompts=[])

@@ -165,8 +165,8 @@ def test_sizes_and_prompts_are_checked(pipeline, tmp_path, options, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"activation_mode": "timestep"}, "packed model only"),
-        ({"activation_bits": 6}, "8-bit activations"),
+        ({"activation_mode": "timestep"}, "does not run activation_mode='timestep'"),
+        ({"activation_bits": 6}, "activations of 8 bits, not 6"),
     ],
 )
 def test_settings_that_no_program_runs_are_refused(pipeline, tmp_path, settings, message):

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpqdm_fx
+from mpqdm_fx.backends.lower import lower_to_packed, lower_to_torch_ao, lower_to_xnnpack
 from mpqdm_fx.bits.sensitivity import measure_sensitivity
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.calibration.sampling import denoise
@@ -47,7 +48,8 @@ RECORDS = [
 ]
 
 VERBS = [
-    mpqdm_fx.prepare, mpqdm_fx.convert, mpqdm_fx.open_sweep, mpqdm_fx.quantize, mpqdm_fx.lower,
+    mpqdm_fx.prepare, mpqdm_fx.convert, mpqdm_fx.open_sweep, mpqdm_fx.quantize,
+    lower_to_torch_ao, lower_to_xnnpack, lower_to_packed,
     mpqdm_fx.export_pipeline, Trajectories.__init__, RecordedInputs.__init__, denoise, distill,
     measure_sensitivity, draw, run_reference, estimate, estimate_run,
     evaluate_folder, quantize_to_folder,
@@ -205,6 +207,6 @@ def test_settings_of_a_verb_are_refused_before_anything_else_is_looked_at():
     with pytest.raises(ConfigError, match=r"config=\{\} \(dict\): give a MPQConfig"):
         mpqdm_fx.prepare(torch.nn.Linear(1, 1), {}, ())
     with pytest.raises(ConfigError, match="batch_size=0"):
-        mpqdm_fx.lower(None, "packed", batch_size=0)
+        mpqdm_fx.lower(None, "xnnpack", output="net.pte", batch_size=0)
     with pytest.raises(ConfigError, match="'torch_ao', 'xnnpack' or 'packed'"):
         mpqdm_fx.lower(None, "tflite")

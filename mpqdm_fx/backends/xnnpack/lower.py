@@ -7,7 +7,8 @@ backend; only running the file does.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def lower_xnnpack(
     path: str | Path,
     *,
     max_delegates: int | None = None,
-    observe: Callable[[ProgramGraphs], None] | None = None,
+    keep_graphs: bool = False,
     external_weights: bool = False,
     four_bit: FourBit = "whole",
 ) -> XnnpackProgram:
@@ -72,7 +73,7 @@ def lower_xnnpack(
         example_inputs: Inputs of `rounded`, by name or in order; also what the program is tried on.
         path: File to write. It appears only if the program ran with the right numbers.
         max_delegates: Refuse a program of more subgraphs; None takes any number.
-        observe: Called, once the file is written, with the graphs that it was made of.
+        keep_graphs: Return the graphs that the program was made of, too: several times the model.
         external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
         four_bit: Which weights are stored at four bits: `"never"` any; `"whole"`: those of linear
             layers and 1x1 convolutions with dynamic activations whose codes are all within -8..7;
@@ -94,18 +95,16 @@ def lower_xnnpack(
     with Stages() as stage, torch.no_grad():
         stage("decompose")
         method = Method(rounded, example_inputs, ranges, four_bit=four_bit)
-        edges: list[fx.GraphModule] | None = None if observe is None else []
+        edges: list[fx.GraphModule] | None = [] if keep_graphs else None
         result = _lower(
             {_FORWARD: method}, Path(path), stage, max_delegates, external_weights, edges
         )[_FORWARD]
-    if observe is not None and edges and method.quantized is not None:
-        observe(
-            ProgramGraphs(
-                decomposed=method.quantized, converted=method.lowered, edge=edges[0],
-                inputs=method.inputs,
-            )
-        )  # fmt: skip
-    return result
+    if not edges or method.quantized is None:
+        return result
+    graphs = ProgramGraphs(
+        decomposed=method.quantized, converted=method.lowered, edge=edges[0], inputs=method.inputs
+    )
+    return replace(result, graphs=graphs)
 
 
 def lower_xnnpack_float(

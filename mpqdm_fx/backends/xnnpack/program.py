@@ -1,11 +1,14 @@
 """What a lowering wrote and measured."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpqdm_fx.backends.xnnpack.runner import TensorSpec
+
+if TYPE_CHECKING:
+    from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 
 __all__ = ["XnnpackProgram"]
 
@@ -37,6 +40,7 @@ class XnnpackProgram:
             bits all the same, with the reason.
         weights_path: File of the weights, where they are in one of their own.
         weights_bytes: Size of that file; 0 without.
+        graphs: What it was made of, where that was to be kept.
     """
 
     path: Path
@@ -57,10 +61,13 @@ class XnnpackProgram:
     eight_bit_layers: Mapping[str, str] = field(default_factory=dict)
     weights_path: Path | None = None
     weights_bytes: int = 0
+    graphs: "ProgramGraphs | None" = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; the path is left to its file name."""
+        """Plain JSON types without the graphs; the path is left to its file name."""
         names = ("refusals", "float_layers", "eight_bit_layers")
         plain = {name: dict(getattr(self, name)) for name in names}
         weights = None if self.weights_path is None else self.weights_path.name
-        return {**asdict(self), "path": self.path.name, "weights_path": weights, **plain}
+        told = asdict(replace(self, graphs=None))
+        del told["graphs"]
+        return {**told, "path": self.path.name, "weights_path": weights, **plain}
