@@ -6,7 +6,7 @@ up much later, in a layer that has no part in it, or never. Here it is refused w
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.graph.nested import named_leaves
 
 __all__ = [
     "check_call",
     "check_calls",
     "check_example",
     "check_indices",
-    "named_leaves",
     "table_sizes",
 ]
 
@@ -148,24 +148,6 @@ def check_indices(call: Mapping[str, Any], sizes: Mapping[str, int], place: str)
                 f"{place}: input {name!r} holds {low if low < 0 else high}, and the model's table "
                 f"has the rows 0 to {size - 1}"
             )
-
-
-def named_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of whatever nested dicts, lists and tuples hold.
-
-    Args:
-        value: What holds them; a value that is no container is its own leaf.
-        name: Its own name.
-    """
-    if isinstance(value, Mapping):
-        entries: Iterator[tuple[Any, Any]] = iter(value.items())
-    elif isinstance(value, list | tuple):
-        entries = iter(enumerate(value))
-    else:
-        yield name, value
-        return
-    for key, entry in entries:
-        yield from named_leaves(entry, f"{name}.{key}" if name else str(key))
 
 
 def _fault(value: Any) -> str:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.calibration.calls import named_leaves
 from mpqdm_fx.capture.entry import unwrap
 from mpqdm_fx.errors import CalibrationError, ConfigError, MPQError, first_line
+from mpqdm_fx.graph.nested import named_leaves
 
 __all__ = [
     "Denoiser",

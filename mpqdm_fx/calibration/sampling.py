@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from mpqdm_fx.calibration.samplers import (
     Denoiser,
@@ -28,8 +27,8 @@ from mpqdm_fx.calibration.samplers import (
 )
 from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.capture.entry import in_float32
-from mpqdm_fx.errors import CalibrationError, ConfigError, first_line
-from mpqdm_fx.graph.containers import same_constant
+from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.graph.nested import concatenate, take_rows
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.progress import stage, tracked
 from mpqdm_fx.records.validation import Count, DerivedSeed, NonNegative, checked
@@ -39,13 +38,11 @@ __all__ = [
     "Denoiser",
     "StepCallback",
     "check_loop",
-    "concatenate",
     "denoise",
     "denoise_in_batches",
     "first_tensor",
     "guided",
     "model_timesteps",
-    "take_rows",
 ]
 
 EXTRA_CHANNELS = "extra_channels"
@@ -272,51 +269,6 @@ def denoise_in_batches(
                 advance(len(part))
             parts.append(part)
     return torch.cat(parts)
-
-
-def take_rows(value: Any, rows: slice | Tensor) -> Any:
-    """Rows of every tensor in nested dicts, lists and tuples; flags, None and 0-d tensors stay.
-
-    Args:
-        value: Tensors, or what holds them.
-        rows: Which; int64 [n], or a slice.
-    """
-    return pytree.tree_map_only(
-        Tensor, lambda tensor: tensor[rows] if tensor.ndim else tensor, value
-    )
-
-
-def concatenate(values: Sequence[Any]) -> Any:
-    """Put the rows of tensors at equal places of nested dicts, lists and tuples behind each other.
-
-    Args:
-        values: At least one; all have the same places. Flags, numbers and None have no rows, and
-            are the same in all.
-
-    Raises:
-        CalibrationError: One has other places than the last, a tensor of another shape, or another
-            flag or number.
-    """
-
-    def behind(last: Any, *others: Any) -> Any:
-        parts = [*others, last]
-        # one tensor beside a flag is an error of torch.cat, and not the flag
-        tensors = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(parts))
-        if tensors:
-            return torch.cat(parts)
-        if not all(same_constant(part, last) for part in parts):
-            raise ValueError(f"{parts[0]!r} and {last!r} have no rows to be put together")
-        return last
-
-    try:
-        return pytree.tree_map(behind, values[-1], *values[:-1])
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise CalibrationError(
-            f"inputs that belong together differ: {first_line(error)}; give all of them the same "
-            f"entries, of the same shapes but for the first axis, and a tensor where values differ"
-        ) from error
 
 
 def guided(output: Tensor, guidance_scale: float | None) -> Tensor:

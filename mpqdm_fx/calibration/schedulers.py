@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpqdm_fx.calibration.calls import named_leaves
 from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.graph.nested import named_leaves
 
 __all__ = ["check_scheduler", "check_scheduler_config"]
 

@@ -18,16 +18,10 @@ from torch.utils import _pytree as pytree
 
 from mpqdm_fx.calibration.calls import check_call
 from mpqdm_fx.calibration.samplers import Denoiser, check_scheduled, is_sampler, rows_of
-from mpqdm_fx.calibration.sampling import (
-    EXTRA_CHANNELS,
-    check_loop,
-    concatenate,
-    denoise,
-    take_rows,
-)
+from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, check_loop, denoise
 from mpqdm_fx.capture.entry import in_float32, unwrap
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.graph.containers import tensor_leaves
+from mpqdm_fx.graph.nested import concatenate, take_rows, tensor_leaves
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.progress import stage
 from mpqdm_fx.records.validation import Count, NonNegative, Seed, Some, checked

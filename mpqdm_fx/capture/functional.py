@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpqdm_fx.capture.foreign_models import own_tensors
 from mpqdm_fx.errors import TraceError
+from mpqdm_fx.graph.nested import tensors_of
 
 __all__ = ["functionalized", "refuse_counters", "refuse_writes"]
 
@@ -99,7 +99,7 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
         for argument in func._schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    return [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Tensor)]
+    return list(tensors_of(written))
 
 
 def _storage(tensor: Tensor) -> int:

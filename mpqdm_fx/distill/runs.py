@@ -15,14 +15,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.calibration.samplers import first_tensor, is_sampler, rows_of
-from mpqdm_fx.calibration.sampling import (
-    EXTRA_CHANNELS,
-    concatenate,
-    denoise,
-    guided,
-    take_rows,
-)
+from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, denoise, guided
 from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.graph.nested import concatenate, take_rows, to_device
 from mpqdm_fx.io.progress import Stage, stage
 
 __all__ = ["Batch", "Recorder", "Runs", "Start"]
@@ -82,10 +77,10 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The batch with its tensors on a device."""
         return Batch(
-            inputs=_moved(self.inputs, device),
-            previous=_moved(self.previous, device),
+            inputs=to_device(self.inputs, device),
+            previous=to_device(self.previous, device),
             target=self.target.to(device),
-            weight=_moved(self.weight, device),
+            weight=to_device(self.weight, device),
         )
 
 
@@ -147,10 +142,6 @@ class Runs:
         return joined
 
 
-def _moved(tree: Any, device: torch.device | str) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device), tree)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recorder:
     """Denoises with one model and records the float model's answers.
@@ -184,8 +175,8 @@ class Recorder:
             start.noise.to(self.device),
             num_inference_steps=None if is_sampler(self.scheduler) else self.steps,
             seed=start.seed,
-            conditions=_moved(start.conditions, self.device),
-            unconditional=_moved(start.unconditional, self.device),
+            conditions=to_device(start.conditions, self.device),
+            unconditional=to_device(start.unconditional, self.device),
             guidance_scale=self.guidance_scale,
             callback=callback,
         )

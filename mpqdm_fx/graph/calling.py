@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.graph.nested import map_tensors
 from mpqdm_fx.graph.signature import InputSpec, Signature, tensor_leaves
 
 __all__ = [
@@ -185,20 +186,17 @@ def split_batch(signature: Signature, kwargs: Mapping[str, Any]) -> list[dict[st
     if largest is None or not batches or batches[0] <= largest:
         return [dict(kwargs)]
 
-    def rows(value: Any, name: str, start: int) -> Any:
-        if isinstance(value, Mapping):
-            return {key: rows(entry, f"{name}.{key}", start) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(rows(e, f"{name}.{i}", start) for i, e in enumerate(value))
-        if name not in specs or not isinstance(value, Tensor) or value.numel() == 1:
-            return value
-        multiple = specs[name].batch_multiple
-        return value[start * multiple : (start + largest) * multiple]
+    def part(start: int) -> dict[str, Any]:
+        def rows(name: str, value: Tensor) -> Tensor:
+            if name not in specs or value.numel() == 1:
+                return value
+            multiple = specs[name].batch_multiple
+            return value[start * multiple : (start + largest) * multiple]
 
-    return [
-        {name: rows(value, name, start) for name, value in kwargs.items()}
-        for start in range(0, batches[0], largest)
-    ]
+        chosen: dict[str, Any] = map_tensors(dict(kwargs), rows)
+        return chosen
+
+    return [part(start) for start in range(0, batches[0], largest)]
 
 
 def join_outputs(outputs: Sequence[Any]) -> Any:

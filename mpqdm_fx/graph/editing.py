@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from mpqdm_fx.graph.calling import TracedGraph
 
@@ -218,7 +219,7 @@ def add_tensor(
     with graph_module.graph.inserting_before(anchor):
         node = graph_module.graph.get_attr(name)
     inherit_meta(node, anchor)
-    values = [v for n in anchor.all_input_nodes for v in _leaves(n.meta.get("val"))]
+    values = [v for n in anchor.all_input_nodes for v in pytree.tree_leaves(n.meta.get("val"))]
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
     if mode is not None:
         node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
@@ -275,17 +276,13 @@ def infer_val(graph_module: fx.GraphModule, node: fx.Node) -> None:
     inputs = node.all_input_nodes
     if any("val" not in n.meta for n in inputs):
         return
-    values = [value for n in inputs for value in _leaves(n.meta["val"])]
+    values = [value for n in inputs for value in pytree.tree_leaves(n.meta["val"])]
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
     if mode is None:
         return
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     with torch.no_grad():
         node.meta["val"] = _evaluator(graph_module, node, mode)(*args, **kwargs)
-
-
-def _leaves(value: Any) -> list[Any]:
-    return list(torch.utils._pytree.tree_leaves(value))
 
 
 def _evaluator(

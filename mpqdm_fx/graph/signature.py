@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mpqdm_fx.errors import TraceError
-from mpqdm_fx.graph.containers import constant_leaves, same_constant, tensor_leaves
+from mpqdm_fx.graph.nested import constant_leaves, same_constant, tensor_leaves
 from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
 
 __all__ = [

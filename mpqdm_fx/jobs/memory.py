@@ -13,10 +13,11 @@ import typer
 
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.errors import MPQError
+from mpqdm_fx.graph.nested import first_row
 from mpqdm_fx.io.classes import diffusers_class
 from mpqdm_fx.io.peak_memory import measured_apart, peak_rise
 from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.sources.denoisers import first_rows, open_denoiser
+from mpqdm_fx.sources.denoisers import open_denoiser
 
 __all__ = ["import_classes", "main", "peak_memory"]
 
@@ -72,7 +73,7 @@ def main(arguments: list[str]) -> None:
     @torch.no_grad()
     def step() -> None:
         source, denoiser = open_denoiser(name, subfolder or None, form, variant or None)
-        denoiser(**first_rows(source.example_inputs))
+        denoiser(**first_row(source.example_inputs))
 
     typer.echo(peak_rise(step))
 

@@ -17,6 +17,7 @@ from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.calling import example_call
+from mpqdm_fx.graph.nested import first_row
 from mpqdm_fx.io import progress
 from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.folders import MANIFEST, open_folder, seal_folder, staged_directory
@@ -45,7 +46,6 @@ from mpqdm_fx.sources.denoisers import (
     SOURCE,
     Denoiser,
     Origin,
-    first_rows,
     program_denoiser,
     program_names,
 )
@@ -190,7 +190,7 @@ def write_folder(
         with progress.stage("measuring"):
             calls = list(held_out_of(source, steps=20, seed=EVALUATION_SEED))
             compared = _compared(source, quantized, runner, calls)
-            timing = time_per_step({"float": source.model, backend: runner}, first_rows(calls[0]))
+            timing = time_per_step({"float": source.model, backend: runner}, first_row(calls[0]))
         summary = {**_summarise(source, quantized, backend, compared, timing), **(more or {})}
         summary |= {"program": program, "command": command}
         drawn = _draw(source, runner, stage, steps=steps, samples=samples)

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.difference import same_bits
+from mpqdm_fx.graph.nested import tensors_of, to_device
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.io.folders import OUTPUTS
 from mpqdm_fx.model.quantized import QuantizedModel
@@ -119,10 +120,10 @@ def write_outputs(path: Path, quantized: QuantizedModel) -> dict[str, Any]:
 def _run(graph: fx.GraphModule, quantized: QuantizedModel, *, positive: bool) -> list[Tensor]:
     device = quantized.device
     inputs = proof_inputs(quantized.signature, positive=positive)
-    inputs = pytree.tree_map_only(Tensor, lambda value: value.to(device), inputs)
+    inputs = to_device(inputs, device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        outputs = pytree.tree_leaves(graph(**inputs))
-    return [output.detach().cpu() for output in outputs if isinstance(output, Tensor)]
+        outputs = tensors_of(graph(**inputs))
+    return [output.detach().cpu() for output in outputs]
 
 
 def check_outputs(path: Path, written_in: Mapping[str, Any], quantized: QuantizedModel) -> None:

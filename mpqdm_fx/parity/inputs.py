@@ -1,6 +1,7 @@
 """The inputs that all rungs are run on: a few timesteps, drawn once, kept beside the weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mpqdm_fx.calibration.sampling import take_rows
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.calling import example_inputs
+from mpqdm_fx.graph.nested import first_row, map_tensors
 from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
 from mpqdm_fx.graph.signature import Signature, tensor_leaves
 from mpqdm_fx.io.files import replacing
@@ -40,7 +41,7 @@ def source_calls(source: Source, signature: Signature) -> list[Call]:
     if source.calls is not None:
         every = source.calls.held_out
         # spread over them, which may be in the order of the noise levels
-        data = [_first_row(every[len(every) * k // _COUNT]) for k in range(min(_COUNT, len(every)))]
+        data = [first_row(every[len(every) * k // _COUNT]) for k in range(min(_COUNT, len(every)))]
         return [_as_traced(call, signature) for call in data]
     data = Trajectories(
         source.model,
@@ -58,12 +59,8 @@ def source_calls(source: Source, signature: Signature) -> list[Call]:
 
 def _as_traced(call: Call, signature: Signature) -> Call:
     dtypes = {spec.name: spec.dtype for spec in signature.inputs}
-    cast = _map(call, lambda name, tensor: tensor.to(dtypes.get(name, tensor.dtype)))
+    cast = map_tensors(call, lambda name, tensor: tensor.to(dtypes.get(name, tensor.dtype)))
     return signature.normalize((), cast)
-
-
-def _first_row(call: Call) -> Call:
-    return {name: take_rows(value, slice(0, 1)) for name, value in call.items()}
 
 
 def random_calls(signature: Signature) -> list[Call]:
@@ -78,19 +75,15 @@ def random_calls(signature: Signature) -> list[Call]:
     for number in range(_COUNT):
         step = _LAST_TIMESTEP * (_COUNT - 1 - number) // (_COUNT - 1)
         drawn = example_inputs(signature, batch_size=1, seed=_SEED + number)
-        calls.append(
-            _map(
-                drawn,
-                lambda name, value, step=step: (
-                    torch.full_like(value, step)
-                    if name in TIMESTEP_NAMES
-                    else value.abs() + 0.125
-                    if name in NOISE_NAMES
-                    else value
-                ),
-            )
-        )
+        calls.append(map_tensors(drawn, partial(_at_step, step=step)))
     return calls
+
+
+def _at_step(name: str, value: Tensor, *, step: int) -> Tensor:
+    """A drawn input as a model can be told it."""
+    if name in TIMESTEP_NAMES:
+        return torch.full_like(value, step)
+    return value.abs() + 0.125 if name in NOISE_NAMES else value
 
 
 def write_calls(path: Path, calls: Sequence[Call], outputs: Sequence[Sequence[Tensor]]) -> None:
@@ -137,7 +130,7 @@ def read_calls(
     count = _checked(name, tensors, wanted)
     results = len(tensors) - len(wanted)
     calls = [
-        _map(example, lambda key, _, number=number: tensors[f"in.{key}"][number])
+        map_tensors(example, partial(_stored, tensors=tensors, number=number))
         for number in range(count)
     ]
     outputs = [
@@ -174,11 +167,6 @@ def _checked(name: object, tensors: Mapping[str, Tensor], wanted: Mapping[str, T
     return count
 
 
-def _map(value: Any, change: Any, name: str = "") -> Any:
-    """Nested containers with every tensor changed; entries' names are dotted."""
-    prefix = f"{name}." if name else ""
-    if isinstance(value, Mapping):
-        return {key: _map(entry, change, f"{prefix}{key}") for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_map(e, change, f"{prefix}{i}") for i, e in enumerate(value))
-    return change(name, value) if isinstance(value, Tensor) else value
+def _stored(key: str, _: Tensor, *, tensors: Mapping[str, Tensor], number: int) -> Tensor:
+    """An input of one of the stored calls."""
+    return tensors[f"in.{key}"][number]

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpqdm_fx.calibration.sampling import concatenate
 from mpqdm_fx.errors import ArtifactError, ConfigError, first_line
+from mpqdm_fx.graph.nested import concatenate
 from mpqdm_fx.io.folders import MANIFEST, MODEL_CONFIG, open_folder
 from mpqdm_fx.io.progress import stage
 from mpqdm_fx.io.sealed import read_json

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.backends.xnnpack.compressed import drop_expansions
-from mpqdm_fx.graph.containers import tensor_leaves
+from mpqdm_fx.graph.nested import tensor_leaves
 from mpqdm_fx.pipelines.inputs import PipelineInputs
 from mpqdm_fx.pipelines.memory import nested, part_peak
 from mpqdm_fx.pipelines.parts import Part

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
-from mpqdm_fx.graph.containers import tensor_leaves
+from mpqdm_fx.graph.nested import tensor_leaves
 from mpqdm_fx.io.peak_memory import measured_apart, peak_rise
 from mpqdm_fx.pipelines.folder import load_part, part_class, read_index
 from mpqdm_fx.pipelines.parts import ImageDecoder, ImageEncoder, TextEncoder

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from mpqdm_fx.errors import CalibrationError, DialectError
 from mpqdm_fx.graph.editing import writes_in_place
 from mpqdm_fx.graph.lanes import float_of, is_lane, twin_of
+from mpqdm_fx.graph.nested import to_device
 from mpqdm_fx.graph.qdq import quick_form
 from mpqdm_fx.io.progress import Stage, stage
 from mpqdm_fx.run.cost import Sizes, bind_calls, node_cost, per_call, value_bytes, walk_memory
@@ -277,7 +278,7 @@ class Walk:
     def _moved(self, value: Any) -> Any:
         if self._device is None:
             return value
-        return pytree.tree_map_only(Tensor, lambda t: t.to(self._device), value)
+        return to_device(value, self._device)
 
     def _ending(self, node: fx.Node) -> list[fx.Node]:
         """Values that nobody needs once `node` is executed, that of the node itself included."""

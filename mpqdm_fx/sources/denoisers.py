@@ -1,16 +1,17 @@
 """What predicts the noise: a float model, packed weights, or a program; and drawing with it."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mpqdm_fx.calibration.sampling import denoise_in_batches, take_rows
+from mpqdm_fx.calibration.sampling import denoise_in_batches
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, split_batch
+from mpqdm_fx.graph.nested import take_rows
 from mpqdm_fx.graph.signature import InputSpec, Signature
 from mpqdm_fx.io.folders import MANIFEST, MODEL_CONFIG, SCHEDULER_CONFIG, ModelFolder, open_folder
 from mpqdm_fx.io.model_config import checked_model_config
@@ -34,7 +35,6 @@ __all__ = [
     "Origin",
     "as_pictures",
     "draw",
-    "first_rows",
     "open_denoiser",
     "open_program",
     "origin_of",
@@ -87,11 +87,6 @@ class Origin(Strict):
             prompts=None if told is None else told.prompts,
             guidance=None if told is None else told.scale,
         )
-
-
-def first_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The first sample of a batch of keyword arguments, batch 1."""
-    return {name: take_rows(value, slice(0, 1)) for name, value in inputs.items()}
 
 
 def program_denoiser(folder: ModelFolder) -> Denoiser:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS
-from mpqdm_fx.graph.containers import tensor_leaves
+from mpqdm_fx.graph.nested import tensor_leaves
 from mpqdm_fx.sources.components import Components
 from mpqdm_fx.sources.example_inputs import ModelInputs
 from mpqdm_fx.sources.extra_channels import ExtraChannels

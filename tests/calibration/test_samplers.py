@@ -8,9 +8,10 @@ from small import SIGMAS, TinyEDM
 
 import mpqdm_fx
 from mpqdm_fx.calibration.samplers import is_sampler
-from mpqdm_fx.calibration.sampling import concatenate, denoise, denoise_in_batches
+from mpqdm_fx.calibration.sampling import denoise, denoise_in_batches
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.graph.nested import concatenate
 from mpqdm_fx.report.metrics import epsilon_sqnr
 from mpqdm_fx.report.reference import run_reference
 from mpqdm_fx.report.sample_metrics import x0_sqnr

@@ -1,5 +1,3 @@
-from typing import NamedTuple
-
 import pytest
 import torch
 from diffusers import (
@@ -16,13 +14,7 @@ from diffusers import (
 )
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from mpqdm_fx.calibration.sampling import (
-    concatenate,
-    denoise,
-    first_tensor,
-    model_timesteps,
-    take_rows,
-)
+from mpqdm_fx.calibration.sampling import denoise, first_tensor, model_timesteps
 from mpqdm_fx.errors import CalibrationError, ConfigError
 
 SCHEDULERS = [
@@ -174,25 +166,6 @@ def test_halves_of_guidance_with_other_entries_are_refused(other, swapped):
             guidance_scale=2.0,
             unconditional=unconditional,
         )
-
-
-class Pair(NamedTuple):
-    first: torch.Tensor
-    second: list[torch.Tensor]
-
-
-def test_rows_are_taken_and_put_behind_each_other_in_every_container():
-    rows = torch.arange(4.0)
-    whole = {"a": rows, "b": Pair(rows[:, None], [rows + 1]), "flag": True, "none": None}
-    parts = [take_rows(whole, slice(0, 1)), take_rows(whole, torch.tensor([1, 2, 3]))]
-    assert [part["a"].tolist() for part in parts] == [[0], [1, 2, 3]]
-    joined = concatenate(parts)
-    assert isinstance(joined["b"], Pair)
-    assert torch.equal(joined["b"].first, whole["b"].first)
-    assert torch.equal(joined["b"].second[0], rows + 1)
-    assert torch.equal(joined["a"], rows)
-    assert joined["flag"] is True
-    assert joined["none"] is None
 
 
 def test_a_model_that_cannot_be_called_is_told_with_shapes_and_not_with_values():

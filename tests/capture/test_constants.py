@@ -14,7 +14,7 @@ from mpqdm_fx.api import prepare, quantize
 from mpqdm_fx.capture.trace import same_bits, trace
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.calling import example_call, signature_from_dict, signature_to_dict
-from mpqdm_fx.graph.containers import same_constant
+from mpqdm_fx.graph.nested import same_constant
 from mpqdm_fx.model.storage import load, save
 from mpqdm_fx.passes.normalize.drop_dropout import DropDropout
 from mpqdm_fx.records.config import MPQConfig

@@ -17,9 +17,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from mpqdm_fx.errors import LoweringError
+from mpqdm_fx.graph.nested import tensors_of
 from mpqdm_fx.numerics.metrics import sqnr_db
 
 __all__ = ["CLOSE_DB", "MARGIN_DB", "NUDGE", "Nudged", "Reference"]
@@ -63,7 +63,7 @@ class Reference:
             graph: Float graph.
             inputs: Its inputs, in order.
         """
-        outputs = _finite(_leaves(graph(*inputs)))
+        outputs = _finite(tensors_of(graph(*inputs)))
         return cls(outputs=outputs, bound_db=CLOSE_DB, quality_db=None)
 
     @classmethod
@@ -77,9 +77,9 @@ class Reference:
             quantized: The same with quantized ones.
             inputs: Inputs of both, in order.
         """
-        outputs = _finite(_leaves(quantized(*inputs)))
-        quality = _sqnr(_leaves(rounded(*inputs)), outputs)
-        nudged = [_leaves(Nudged(quantized, seed=seed).run(*inputs)) for seed in range(_DRAWS)]
+        outputs = _finite(tensors_of(quantized(*inputs)))
+        quality = _sqnr(tensors_of(rounded(*inputs)), outputs)
+        nudged = [tensors_of(Nudged(quantized, seed=seed).run(*inputs)) for seed in range(_DRAWS)]
         stability = _sqnr(outputs, nudged[0])
         steady = min(stability - MARGIN_DB, quality + STEADY_DB)
         bound = min(CLOSE_DB, max(quality - MARGIN_DB, steady))
@@ -138,10 +138,6 @@ class Nudged(fx.Interpreter):
             return result
         noise = torch.randn(result.shape, generator=self._generator)
         return result * (1 + self._size * noise.to(result.dtype))
-
-
-def _leaves(value: Any) -> tuple[Tensor, ...]:
-    return tuple(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def _finite(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
