@@ -52,7 +52,7 @@ class PlanQuantizer(ao.Quantizer):  # type: ignore[misc]  # torchao is untyped
     2. Its weight gets int8 codes per channel with the grid's scales; the weight is checked against
        the grid, so a weight that was changed after rounding (batch-norm folding) is refused.
     3. Its input and its output get int8 affine codes per tensor: the fixed range of the value's
-       site (`passes.quantize_activations.activation_sites`), or an observer.
+       site (`passes.quantize.quantize_activations.activation_sites`), or an observer.
     4. The input of a layer with a `DynamicActivation` gets int8 affine codes per tensor whose range
        is chosen at run time, by the spec of ExecuTorch's XNNPACK quantizer; its output stays float.
     5. Nothing else is annotated, and no annotation of another quantizer is changed, so it works

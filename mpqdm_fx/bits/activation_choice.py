@@ -52,7 +52,7 @@ def choose_activations(
     """Choose how every input is treated so that the output's error is least within the budget.
 
     The budget is `settings.slowdown` over the program in which every input is quantized the fastest
-    way, as `graph.speed` predicts it: so much more time, and so much more bytes of weights (a layer
+    way, as `run.speed` predicts it: so much more time, and so much more bytes of weights (a layer
     with a float input has float weights in a program). Inputs of other widths than 8 bits, and
     those for which an override gives the width, are quantized as they are.
 

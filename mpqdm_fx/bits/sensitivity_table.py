@@ -2,7 +2,7 @@
 
 The expensive part of `allocation="measured"` is measured once: what an error in a channel's output
 does to the model's output, and how large that error is at each width. Their products are the costs
-that `numerics.budget.allocate_budget` shares a budget by.
+that `numerics.bits.budget.allocate_budget` shares a budget by.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Find the activation quantizers of a graph, set their ranges, and read all ranges back.
 
 A quantizer is a node: the quantize node of a q/dq pair (static), or a call of a module of
-`graph.quantizers`. `passes.quantize_activations` puts them in.
+`graph.quantizers`. `passes.quantize.quantize_activations` puts them in.
 """
 
 from collections.abc import Sequence

@@ -49,7 +49,7 @@ class DynamicQuantizer(ActivationQuantizer):
         self.axes = axes
 
     def forward(self, x: Tensor) -> Tensor:
-        """Round x, float [..., C] or [..., C, *spatial]; see `numerics.dynamic`."""
+        """Round x, float [..., C] or [..., C, *spatial]; see `numerics.activations.dynamic`."""
         return fake_quantize_dynamic(x, self.bits, self.axes)
 
     def extra_repr(self) -> str:

@@ -91,7 +91,7 @@ class StoredLayer(Strict):
 
 
 class StoredWeights(Strict):
-    """Layout of the file of the weights; see `backends.packed`."""
+    """Layout of the file of the weights; see `model.packed`."""
 
     layers: tuple[StoredLayer, ...]
     floats: tuple[tuple[Name, StoredDType, StoredDType, Shape], ...]

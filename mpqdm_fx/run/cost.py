@@ -239,7 +239,7 @@ def value_bytes(node: fx.Node, sizes: Sizes | None = None, *, half: bool = False
 def walk_memory(
     graph_module: fx.GraphModule, calls: Sequence[Mapping[str, Any]], *, half: bool = False
 ) -> tuple[int, int]:
-    """Predict the memory of a `graph.walk.Walk` over these calls, without executing anything.
+    """Predict the memory of a `run.walk.Walk` over these calls, without executing anything.
 
     Args:
         graph_module: the graph.

@@ -42,7 +42,7 @@ def split_methods(
 
     A group's method computes every value that depends on the group's inputs (and constants) alone
     and that the rest needs, if something was computed for it: a bare view of an input is left to
-    the rest, which then takes that input too. `graph.cuts.find_cuts` has the rules. It returns a
+    the rest, which then takes that input too. `split.cuts.find_cuts` has the rules. It returns a
     dictionary of tensors, named after the layers they come from. The rest takes those as keyword
     arguments behind its own, and returns what the graph returns. Run one after the other
     (`run_methods`) the methods give the bits of the whole graph.

@@ -95,7 +95,7 @@ def _bits(tensor: Tensor) -> bytes:
 def digest(graph_module: fx.GraphModule) -> str:
     """Hash all content of a graph: code, nodes, modules' settings, every bit of every tensor.
 
-    Unlike `graph.base.fingerprint` it looks at values and not at identities, so two graphs built
+    Unlike `passes.base.fingerprint` it looks at values and not at identities, so two graphs built
     alike have the same digest.
     """
     h = hashlib.sha256(graph_module.code.encode())

@@ -1,7 +1,7 @@
 """Random module-level graphs that look like traced UNets, in milliseconds.
 
 A graph is a chain of blocks over an image [N, C, H, W] (see `KINDS`), built node by node as
-`graph.trace` would leave it: leaf modules as `call_module`, all else ATen, `val` and
+`capture.trace` would leave it: leaf modules as `call_module`, all else ATen, `val` and
 `nn_module_stack` in every node's meta.
 """
 

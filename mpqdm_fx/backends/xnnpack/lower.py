@@ -147,7 +147,7 @@ def lower_methods(
 ) -> dict[str, XnnpackProgram]:
     """Lower several graphs to one `.pte`, write it and execute every method once.
 
-    The graphs come from `graph.methods.split_methods`, or are one network traced for several sizes.
+    The graphs come from `split.methods.split_methods`, or are one network traced for several sizes.
     Weights are stored by their content: what two methods share is in the file once. Layers with an
     activation in `ranges` run as int8, as in `lower_xnnpack`; a method without any runs in float.
     `XnnpackRunner(path, method)` runs one of them.
