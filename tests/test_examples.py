@@ -58,18 +58,13 @@ def test_every_example_is_run_by_a_test():
 @pytest.mark.matrix
 def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    # trained for a moment in place of five minutes
-    assert text.count("seconds=300") == 1
-    text = text.replace("seconds=300", "seconds=2")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    # a downloaded pipeline; tests/pipelines runs the same with a tiny one
-    own = [block for block in blocks if "StableDiffusionPipeline" not in block]
-    assert len(own) == len(blocks) - 1
+    assert blocks
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for block in own:
+    for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    assert {path.name for path in tmp_path.iterdir()} >= {"packed", "unet.pte", "trained_packed"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"packed", "unet.pte"}
 
 
 def test_the_readme_names_every_example_and_its_commands_exist():

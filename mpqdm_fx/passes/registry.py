@@ -137,7 +137,7 @@ def graph_pass(
         title = "".join(part.title() for part in function.__name__.split("_"))
         body = {
             "__doc__": function.__doc__,
-            "__module__": function.__module__,
+            "__module__": function.__module__ or "__main__",  # None in text that is executed
             "preserves_function": preserves_function,
             "tolerance": tolerance,
             "rewrite": apply,
