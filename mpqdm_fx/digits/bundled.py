@@ -1,4 +1,4 @@
-"""The bundled model: a class-conditional denoiser of digits, trained by `train_digits`.
+"""The bundled model: a class-conditional denoiser of digits, trained by `tools/train_digits.py`.
 
 Everything lies in the package's folder `digits/` in the form diffusers saves: `unet/`,
 `scheduler/`, and beside them `classifier.safetensors` and `training_log.json`. Weights are stored
@@ -39,7 +39,7 @@ def digits_folder() -> Path:
     if not (folder / "unet" / "config.json").exists():
         raise ArtifactError(
             f"{folder} lacks the bundled digits model; reinstall the package, or train it with: "
-            "python -m mpqdm_fx.digits.train_digits --output DIR"
+            "python tools/train_digits.py --output DIR"
         )
     return folder
 

@@ -3,11 +3,11 @@ import json
 
 import pytest
 import torch
+from package_digits import package_digits
+from train_digits import DigitsTrainer, TrainConfig, train
 
 from mpqdm_fx.digits.dataset import load_digits_split
 from mpqdm_fx.digits.network import build_unet
-from mpqdm_fx.digits.package_digits import package_digits
-from mpqdm_fx.digits.train_digits import DigitsTrainer, TrainConfig, train
 from mpqdm_fx.errors import ArtifactError, ConfigError
 
 TINY = TrainConfig(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from train_digits import TrainConfig
 
 import mpqdm_fx
 from mpqdm_fx.backends.lower import lower_to_packed, lower_to_torch_ao, lower_to_xnnpack
@@ -17,7 +18,6 @@ from mpqdm_fx.bits.sensitivity import measure_sensitivity
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.calibration.sampling import denoise
 from mpqdm_fx.calibration.trajectories import Trajectories
-from mpqdm_fx.digits.train_digits import TrainConfig
 from mpqdm_fx.distill import DistillConfig, distill
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.jobs.estimate import estimate_run

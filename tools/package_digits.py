@@ -1,6 +1,6 @@
 """Turn a finished training run into the files the package ships: half precision, measured first.
 
-`python -m mpqdm_fx.digits.package_digits --trained DIR --target mpqdm_fx/models/digits`. What
+`python tools/package_digits.py --trained DIR --target mpqdm_fx/digits/model`. What
 rounding to float16 costs (noise prediction and class accuracy) is written into the log beside the
 weights.
 """
@@ -21,12 +21,12 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import save_file
 from torch import nn
+from train_digits import CLASSIFIER_NAME, LOG_NAME
 
 from mpqdm_fx.calibration.trajectories import digits_trajectories
 from mpqdm_fx.digits.assessment import sample_accuracies
 from mpqdm_fx.digits.classifier import accuracy, load_classifier
 from mpqdm_fx.digits.dataset import load_digits_split
-from mpqdm_fx.digits.train_digits import CLASSIFIER_NAME, LOG_NAME
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.numerics.metrics import sqnr_db
 

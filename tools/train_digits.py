@@ -1,4 +1,4 @@
-"""Train the bundled digits model and its classifier: `python -m mpqdm_fx.digits.train_digits`.
+"""Train the bundled digits model and its classifier: `python tools/train_digits.py`.
 
 First the classifier that judges samples, then the class-conditional denoiser: a diffusers
 `UNet2DModel` that predicts the noise (DDPM, Ho et al. 2020, equation 14) on the squared-cosine
