@@ -17,7 +17,7 @@ from mpqdm_fx.numerics.levels.row_levels import ColumnSnapper, RowLevels
 from mpqdm_fx.numerics.solve.gram import Gram, cholesky
 from mpqdm_fx.numerics.threads import one_thread
 
-__all__ = ["GPTQ_DAMPING", "gptq", "rounding_gain"]
+__all__ = ["GPTQ_DAMPING", "gptq"]
 
 GPTQ_DAMPING = 0.01
 """Ridge in units of the average diagonal, the usual one."""
@@ -70,28 +70,6 @@ def gptq(
     return result.to(torch.int8)
 
 
-def rounding_gain(gram: Gram, *, damping: float = GPTQ_DAMPING) -> float:
-    """Share of the error of nearest rounding that error feedback leaves: `tr(D) / tr(H + ridge I)`.
-
-    Independent errors of unit variance cost the trace of H + ridge I without feedback and tr(D)
-    with it, whatever the weights are; so this ratio turns the damped error of nearest rounding into
-    that of `gptq` in its default order, where few weights lie outside their levels' range.
-
-    Args:
-        gram: Second moments of the rows' inputs.
-        damping: Ridge in units of the average diagonal of H, positive.
-
-    Returns:
-        Above 0, at most 1; 1 for inputs that are not correlated.
-
-    Raises:
-        CalibrationError: The moments have no factor.
-    """
-    order = torch.argsort(gram.diagonal, descending=True, stable=True)
-    total = float(gram.diagonal.sum()) + gram.width * gram.ridge(damping)
-    return _feedback(gram, order, damping, 0).pivots() / total
-
-
 def _block_of(gram: Gram) -> int:
     return _BLOCK if gram.rows is None else max(_BLOCK, gram.count // 4)
 
@@ -123,7 +101,7 @@ class _Feedback(Protocol):
 
     The shift is the block's conditional minimum given the errors before it, all later columns free;
     inside the block, errors count from there. `block` is called for one block after the other, each
-    followed by its `commit`; `pivots` instead of them, on a fresh object.
+    followed by its `commit`.
     """
 
     def block(self, columns: slice) -> tuple[Tensor, Tensor]:
@@ -132,9 +110,6 @@ class _Feedback(Protocol):
     def commit(self, columns: slice, errors: Tensor) -> None:
         """Take the final errors W - Q [O, b] of the columns."""
 
-    def pivots(self) -> float:
-        """Sum of D over all columns."""
-
 
 def _feedback(gram: Gram, order: Tensor, damping: float, rows: int) -> _Feedback:
     if gram.rows is None:
@@ -142,15 +117,14 @@ def _feedback(gram: Gram, order: Tensor, damping: float, rows: int) -> _Feedback
     return _DualFeedback(gram, order, damping, rows)
 
 
-def _unit_upper(matrix: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """(U, D) of `matrix + ridge I = U D U^T`, U unit upper triangular.
+def _unit_upper(matrix: Tensor, ridge: float) -> Tensor:
+    """U of `matrix + ridge I = U D U^T`, unit upper triangular.
 
     The lower factor of the matrix with both axes reversed, reversed again.
     """
     lower, _ = cholesky(matrix.flip(0, 1), ridge)
     upper = lower.flip(0, 1)
-    diagonal = upper.diagonal().clone()
-    return upper / diagonal, diagonal.square()
+    return upper / upper.diagonal()
 
 
 class _PrimalFeedback:
@@ -158,9 +132,8 @@ class _PrimalFeedback:
         assert gram.matrix is not None
         # rows are gathered twice: a row lies together, a column does not
         matrix = gram.matrix.to(gram.dtype)[order].T.contiguous()[order].T
-        upper, self._pivots = _unit_upper(matrix, gram.ridge(damping))
-        self._upper = upper
-        self._errors = upper.new_zeros(rows, gram.width)
+        self._upper = _unit_upper(matrix, gram.ridge(damping))
+        self._errors = self._upper.new_zeros(rows, gram.width)
 
     def block(self, columns: slice) -> tuple[Tensor, Tensor]:
         before = slice(0, columns.start)
@@ -172,9 +145,6 @@ class _PrimalFeedback:
 
     def commit(self, columns: slice, errors: Tensor) -> None:
         self._errors[:, columns] = errors
-
-    def pivots(self) -> float:
-        return float(self._pivots.sum())
 
 
 class _DualFeedback:
@@ -208,10 +178,10 @@ class _DualFeedback:
         x = self._x[:, columns]
         solved = torch.cholesky_solve(x.to(self._dtype), self._factor)
         shift = self._output @ solved / self._count
-        return self._coupling(columns)[0], shift
+        return self._coupling(columns), shift
 
-    def _coupling(self, columns: slice) -> tuple[Tensor, Tensor]:
-        """Advance past the block: (unit upper factor, pivots) of its conditional moments."""
+    def _coupling(self, columns: slice) -> Tensor:
+        """Advance past the block: the unit upper factor of its conditional moments."""
         self._remaining = self._remaining - self._kernel(columns)
         self._factor, _ = cholesky(self._remaining, self._ridge)
         x = self._x[:, columns].to(self._dtype)
@@ -221,9 +191,3 @@ class _DualFeedback:
 
     def commit(self, columns: slice, errors: Tensor) -> None:
         self._output += errors @ self._x[:, columns].T.to(errors)
-
-    def pivots(self) -> float:
-        total = 0.0
-        for columns in _blocks(self._x.shape[1], max(_BLOCK, self._count // 4)):
-            total += float(self._coupling(columns)[1].sum())
-        return total
