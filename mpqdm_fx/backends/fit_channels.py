@@ -24,7 +24,7 @@ from mpqdm_fx.graph.editing import (
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.passes.quantize.quantize_activations import activation_sites
 from mpqdm_fx.passes.quantize.round_weights import install_codes
-from mpqdm_fx.records.activations import ActivationRange, LayerActivation
+from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 
 __all__ = ["fit_channels", "round_biases", "split_calls"]
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _STEPS = 2.0**30
 
 
-def fit_channels(rounded: fx.GraphModule, ranges: Mapping[str, LayerActivation]) -> fx.GraphModule:
+def fit_channels(rounded: fx.GraphModule, ranges: Mapping[str, StaticActivation]) -> fx.GraphModule:
     """Give degenerate channels a coarser scale.
 
     Their scale s grows by the smallest power of two 2^k with `|bias| <= 2^30 * input_scale * s` and
@@ -68,7 +68,7 @@ def fit_channels(rounded: fx.GraphModule, ranges: Mapping[str, LayerActivation])
     return result
 
 
-def round_biases(rounded: fx.GraphModule, ranges: Mapping[str, LayerActivation]) -> fx.GraphModule:
+def round_biases(rounded: fx.GraphModule, ranges: Mapping[str, StaticActivation]) -> fx.GraphModule:
     """Round every bias to whole steps of `input_scale * weight_scale`, as integer kernels do.
 
     A graph with such biases is computed by them exactly, but for ties and the order of sums in its
@@ -98,8 +98,8 @@ def round_biases(rounded: fx.GraphModule, ranges: Mapping[str, LayerActivation])
 
 
 def split_calls(
-    rounded: fx.GraphModule, ranges: Mapping[str, LayerActivation]
-) -> tuple[fx.GraphModule, dict[str, LayerActivation]]:
+    rounded: fx.GraphModule, ranges: Mapping[str, StaticActivation]
+) -> tuple[fx.GraphModule, dict[str, StaticActivation]]:
     """Give a layer of its own to every call that reads another scale.
 
     The bias in integers depends on the scale of the input. ExecuTorch (1.4.1) stores the bias of a
@@ -138,7 +138,7 @@ def split_calls(
 
 
 def _inputs(
-    graph: fx.GraphModule, ranges: Mapping[str, LayerActivation]
+    graph: fx.GraphModule, ranges: Mapping[str, StaticActivation]
 ) -> dict[str, list[ActivationRange]]:
     """Range that each call of each layer really reads: its own, or that of the output it reads."""
     calls = {n: name for name, layer in weight_layers(graph).items() for n in layer.nodes}

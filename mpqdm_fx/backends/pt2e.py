@@ -20,7 +20,7 @@ from mpqdm_fx.records.activations import (
     ActivationRange,
     DynamicActivation,
     KernelActivation,
-    LayerActivation,
+    StaticActivation,
     kernel_activations,
 )
 
@@ -119,7 +119,7 @@ class PlanQuantizer(ao.Quantizer):  # type: ignore[misc]  # torchao is untyped
                 inputs[node][cast(fx.Node, node.args[0])] = spec
                 outputs[node] = spec
             return
-        fixed = {n: a for n, a in self.ranges.items() if isinstance(a, LayerActivation)}
+        fixed = {n: a for n, a in self.ranges.items() if isinstance(a, StaticActivation)}
         sites = activation_sites(calls, fixed)
         for site in sites:
             spec = _fixed_spec(site.range)

@@ -20,7 +20,12 @@ from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.calling import TracedGraph
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.records.activations import Activation, ActivationRange, LayerActivation, static_ranges
+from mpqdm_fx.records.activations import (
+    Activation,
+    ActivationRange,
+    StaticActivation,
+    static_ranges,
+)
 
 __all__ = ["ENGINES", "check_ranges", "lower_torch_ao", "set_ranges", "to_qconfig_mapping"]
 
@@ -187,7 +192,7 @@ def lower_torch_ao(
 
 def check_ranges(
     ranges: Mapping[str, Activation], rounded: Mapping[str, object], backend: str
-) -> dict[str, LayerActivation]:
+) -> dict[str, StaticActivation]:
     """Check that ranges name rounded layers and that static int8 kernels can hold them.
 
     Args:

@@ -30,7 +30,8 @@ from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelQuantizer
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.model.stages import assemble
 from mpqdm_fx.passes.quantize.round_weights import install_codes
-from mpqdm_fx.records.plan import ActivationRange, LayerPlan
+from mpqdm_fx.records.activations import ActivationRange
+from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.records.report import QuantizationReport
 
 __all__ = ["Student", "freeze", "make_student"]

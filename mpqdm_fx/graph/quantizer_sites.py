@@ -28,9 +28,9 @@ from mpqdm_fx.records.activations import (
     Activation,
     ActivationRange,
     DynamicActivation,
-    LayerActivation,
     NoiseLevels,
     Side,
+    StaticActivation,
     TimestepActivation,
 )
 
@@ -211,7 +211,7 @@ def _activation_of(graph_module: fx.GraphModule, call: fx.Node) -> Activation | 
         return None
     count = max(len(read), len(written))
     pairs = zip(_repeated(read, count), _repeated(written, count), strict=True)
-    groups = tuple(LayerActivation(input=i, output=o) for i, o in pairs)
+    groups = tuple(StaticActivation(input=i, output=o) for i, o in pairs)
     return groups[0] if count == 1 else TimestepActivation(groups=groups)
 
 

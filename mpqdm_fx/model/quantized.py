@@ -16,8 +16,8 @@ from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.io.ambient import plain_torch, without_autocast
 from mpqdm_fx.records.activations import (
     Activation,
-    LayerActivation,
     NoiseLevels,
+    StaticActivation,
     TimestepActivation,
 )
 from mpqdm_fx.records.config import MPQConfig
@@ -260,7 +260,7 @@ def _counts(kinds: Iterable[str]) -> str:
 def _kind(activation: Activation | None) -> str:
     if activation is None:
         return "float"
-    names = {LayerActivation: "static", TimestepActivation: "by noise level"}
+    names = {StaticActivation: "static", TimestepActivation: "by noise level"}
     return names.get(type(activation), "dynamic")
 
 

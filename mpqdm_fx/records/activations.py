@@ -32,9 +32,9 @@ __all__ = [
     "ActivationRange",
     "DynamicActivation",
     "KernelActivation",
-    "LayerActivation",
     "NoiseLevels",
     "Side",
+    "StaticActivation",
     "TimestepActivation",
     "activation_from_dict",
     "activation_to_dict",
@@ -85,7 +85,7 @@ class ActivationRange:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerActivation:
+class StaticActivation:
     """Static ranges of what a weight layer reads and of what it writes."""
 
     input: ActivationRange
@@ -109,7 +109,7 @@ class TimestepActivation:
             The widths are the same in all of them.
     """
 
-    groups: tuple[LayerActivation, ...]
+    groups: tuple[StaticActivation, ...]
 
     def __post_init__(self) -> None:
         check_fields(self, "activation by noise level: ")
@@ -143,10 +143,10 @@ class DynamicActivation:
         check_fields(self, "dynamic activation: ")
 
 
-Activation = LayerActivation | TimestepActivation | DynamicActivation
+Activation = StaticActivation | TimestepActivation | DynamicActivation
 """How one layer's activations are quantized."""
 
-KernelActivation = LayerActivation | DynamicActivation
+KernelActivation = StaticActivation | DynamicActivation
 """What integer kernels run: one fixed range, or one that is chosen at run time."""
 
 
@@ -270,11 +270,11 @@ def activation_from_dict(data: Mapping[str, Any]) -> Activation:
         ConfigError: A value is out of range.
     """
     if "groups" in data:
-        groups = tuple(LayerActivation.from_dict(group) for group in data["groups"])
+        groups = tuple(StaticActivation.from_dict(group) for group in data["groups"])
         return TimestepActivation(groups=groups)
     if "bits" in data:
         return DynamicActivation(**data)
-    return LayerActivation.from_dict(data)
+    return StaticActivation.from_dict(data)
 
 
 def placeholder_activations(
@@ -300,7 +300,7 @@ def placeholder_activations(
     if mode == "dynamic":
         return {name: DynamicActivation(bits=bits) for name, bits in widths.items()}
     unknown = {
-        name: LayerActivation(
+        name: StaticActivation(
             input=ActivationRange(scale=1.0, zero_point=0, bits=bits),
             output=ActivationRange(scale=1.0, zero_point=0, bits=output_bits),
         )
@@ -311,7 +311,7 @@ def placeholder_activations(
     return {name: TimestepActivation(groups=(one,) * groups) for name, one in unknown.items()}
 
 
-def static_ranges(ranges: Mapping[str, Activation], backend: str) -> dict[str, LayerActivation]:
+def static_ranges(ranges: Mapping[str, Activation], backend: str) -> dict[str, StaticActivation]:
     """The same ranges, for a backend that knows static ones only.
 
     Args:
@@ -321,9 +321,9 @@ def static_ranges(ranges: Mapping[str, Activation], backend: str) -> dict[str, L
     Raises:
         LoweringError: A layer's activation is of another kind; names the layer and what runs.
     """
-    found: dict[str, LayerActivation] = {}
+    found: dict[str, StaticActivation] = {}
     for name, activation in ranges.items():
-        if not isinstance(activation, LayerActivation):
+        if not isinstance(activation, StaticActivation):
             kind, door = "by noise level", ""
             if isinstance(activation, DynamicActivation):
                 kind, door = "at run time", 'lower to backend="xnnpack", which runs them, '

@@ -11,17 +11,14 @@ import torch
 
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.numerics.levels.packing import StorageBits, storage_bits
-from mpqdm_fx.records.activations import ActivationRange, LayerActivation
 from mpqdm_fx.records.config import Levels
 from mpqdm_fx.records.validation import Between, Bits, check_fields, check_value
 
 __all__ = [
     "FLOAT_REASON",
-    "ActivationRange",
     "BitPlan",
     "Fate",
     "FloatTensor",
-    "LayerActivation",
     "LayerPlan",
     "ParameterFate",
 ]

@@ -22,7 +22,7 @@ from mpqdm_fx.records.activations import (
     Activation,
     ActivationRange,
     DynamicActivation,
-    LayerActivation,
+    StaticActivation,
 )
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.plan import LayerPlan
@@ -85,7 +85,7 @@ def plain_activations(
         return {name: DynamicActivation(bits=width) for name, width in bits.items()}
     seen = _extremes(graph_module, calls, shards)
     return {
-        name: LayerActivation(
+        name: StaticActivation(
             input=_range(seen[name, "input"], width),
             output=_range(seen[name, "output"], OUTPUT_BITS),
         )

@@ -13,10 +13,10 @@ from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.graph.editing import replace_module
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.quantize.round_weights import install_codes
-from mpqdm_fx.records.plan import ActivationRange, LayerActivation
+from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 
 RANGES = {
-    "0": LayerActivation(
+    "0": StaticActivation(
         input=ActivationRange(scale=0.02, zero_point=3),
         output=ActivationRange(scale=0.05, zero_point=-9),
     )

@@ -24,7 +24,7 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.editing import replace_module
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.quantize.round_weights import install_codes
-from mpqdm_fx.records.plan import ActivationRange, LayerActivation
+from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 
 
 def outputs(graph, inputs):
@@ -74,7 +74,7 @@ def test_narrow_inputs_are_bit_equal_too(input_bits):
     graph, ranges, inputs = rounded(Residual())
     narrow = measured_ranges(graph, inputs, bits=input_bits)
     mixed = {
-        name: LayerActivation(input=narrow[name].input, output=ranges[name].output)
+        name: StaticActivation(input=narrow[name].input, output=ranges[name].output)
         for name in ranges
     }
     expected = outputs(QuantizeActivations(ranges=mixed)(graph).graph_module, inputs)
@@ -219,7 +219,7 @@ def test_weight_shared_by_a_layer_called_twice_is_stored_once():
 def test_scale_that_no_float32_holds_is_the_same_through_both_doors():
     graph, ranges, inputs = rounded(Residual())
     odd = {
-        name: LayerActivation(
+        name: StaticActivation(
             input=dataclasses.replace(a.input, scale=a.input.scale * (1 + 1e-9)),
             output=dataclasses.replace(a.output, scale=a.output.scale * (1 + 1e-9)),
         )
@@ -245,7 +245,7 @@ def test_embedding_on_its_grid_stays_in_float():
     table = install_codes(model.table, codes, torch.full((5,), 0.0625))
     replace_module(graph, "table", table)
     one = ActivationRange(scale=0.1, zero_point=0)
-    ranges = {"mix": LayerActivation(input=one, output=one)}
+    ranges = {"mix": StaticActivation(input=one, output=one)}
     converted = convert_pt2e_graph(graph, ranges, inputs)
     (lookup,) = (n for n in converted.graph.nodes if "embedding" in str(n.target))
     assert lookup.args[0].op == "get_attr"

@@ -17,7 +17,7 @@ from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.records.activations import (
     ActivationRange,
     DynamicActivation,
-    LayerActivation,
+    StaticActivation,
     TimestepActivation,
 )
 
@@ -134,7 +134,7 @@ def test_a_door_without_ranges_is_refused_with_where_they_are(quantized, door):
 def test_a_mapping_refuses_what_a_qconfig_cannot_say(quantized):
     name = next(iter(quantized.ranges))
     narrow = ActivationRange(scale=1.0, zero_point=0, bits=6)
-    static = LayerActivation(input=narrow, output=ActivationRange(scale=1.0, zero_point=0))
+    static = StaticActivation(input=narrow, output=ActivationRange(scale=1.0, zero_point=0))
     for activation in (DynamicActivation(), TimestepActivation(groups=(static,)), static):
         with pytest.raises(LoweringError, match=name):
             to_qconfig_mapping(quantized.rounded, {name: activation})

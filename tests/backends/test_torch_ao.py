@@ -14,7 +14,7 @@ from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
-from mpqdm_fx.records.plan import ActivationRange, LayerActivation
+from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 
 NETS = [Residual, Attention]
 
@@ -205,7 +205,7 @@ def test_setting_ranges_of_other_layers_is_refused():
 def test_narrow_activations_are_refused_with_layer_and_bits():
     graph, ranges, inputs = rounded(Residual())
     narrow = ActivationRange(scale=0.1, zero_point=0, bits=6)
-    ranges["conv1"] = LayerActivation(input=narrow, output=ranges["conv1"].output)
+    ranges["conv1"] = StaticActivation(input=narrow, output=ranges["conv1"].output)
     with pytest.raises(LoweringError, match="conv1: its input range has 6 bits"):
         lower_torch_ao(graph, ranges, inputs)
 

@@ -21,8 +21,8 @@ from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.records.activations import (
     ActivationRange,
     DynamicActivation,
-    LayerActivation,
     NoiseLevels,
+    StaticActivation,
     TimestepActivation,
     placeholder_activations,
 )
@@ -166,7 +166,7 @@ def test_an_unused_range_is_read_back_as_the_one_in_use(graph):
     ranges = {}
     for index, name in enumerate(NAMES):
         one = ActivationRange(scale=2.0**-index, zero_point=index)
-        ranges[name] = LayerActivation(input=one, output=one)
+        ranges[name] = StaticActivation(input=one, output=one)
     found = read_activations(QuantizeActivations(ranges=ranges)(graph).graph_module)
     assert found["to_k"].input == ranges["to_q"].input
     assert found["to_k"].output == ranges["to_k"].output

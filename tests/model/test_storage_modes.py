@@ -20,14 +20,14 @@ from mpqdm_fx.model.storage import load, save
 from mpqdm_fx.records.activations import (
     ActivationRange,
     DynamicActivation,
-    LayerActivation,
     NoiseLevels,
+    StaticActivation,
     TimestepActivation,
     placeholder_activations,
 )
 from mpqdm_fx.records.config import MPQConfig
 
-KINDS = {"timestep": TimestepActivation, "dynamic": DynamicActivation, "static": LayerActivation}
+KINDS = {"timestep": TimestepActivation, "dynamic": DynamicActivation, "static": StaticActivation}
 SETTINGS = MPQConfig(
     allocation="uniform",
     rounding="nearest",
@@ -119,7 +119,7 @@ def test_xnnpack_runs_a_quantized_model_with_dynamic_and_with_mixed_activations(
     one = next(iter(quantized.ranges))
     # a static range that was measured nowhere: wide, so that the program has numbers to compare
     wide = ActivationRange(scale=0.05, zero_point=0)
-    mixed = {**quantized.ranges, one: LayerActivation(input=wide, output=wide)}
+    mixed = {**quantized.ranges, one: StaticActivation(input=wide, output=wide)}
     for name, ranges in {"dynamic": quantized.ranges, "mixed": mixed}.items():
         model = assemble(
             by_level.rounded, plan=by_level.plan, ranges=ranges, settings=by_level.settings,

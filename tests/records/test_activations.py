@@ -10,8 +10,8 @@ from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
 from mpqdm_fx.records.activations import (
     ActivationRange,
     DynamicActivation,
-    LayerActivation,
     NoiseLevels,
+    StaticActivation,
     TimestepActivation,
     activation_from_dict,
     activation_to_dict,
@@ -28,7 +28,7 @@ def ranges(bits):
 
 
 def layers(bits=8, output_bits=8):
-    return st.builds(LayerActivation, input=ranges(bits), output=ranges(output_bits))
+    return st.builds(StaticActivation, input=ranges(bits), output=ranges(output_bits))
 
 
 activations = st.integers(1, 8).flatmap(
@@ -145,7 +145,7 @@ def test_groups_of_different_widths_are_refused(wide, narrow):
         TimestepActivation(groups=())
 
 
-@given(activations.filter(lambda a: not isinstance(a, LayerActivation)))
+@given(activations.filter(lambda a: not isinstance(a, StaticActivation)))
 def test_a_static_backend_refuses_other_kinds_and_names_what_runs(activation):
     with pytest.raises(LoweringError, match=r'conv: .*activation_mode="static"'):
         static_ranges({"conv": activation}, "XNNPACK")
@@ -168,7 +168,11 @@ def test_a_static_backend_takes_static_ranges_as_they_are(activation):
 
 @pytest.mark.parametrize(
     ("mode", "kind"),
-    [("static", LayerActivation), ("timestep", TimestepActivation), ("dynamic", DynamicActivation)],
+    [
+        ("static", StaticActivation),
+        ("timestep", TimestepActivation),
+        ("dynamic", DynamicActivation),
+    ],
 )
 def test_placeholders_have_the_kind_and_the_widths_of_the_mode(mode, kind):
     found = placeholder_activations({"a": 6, "b": 6}, mode, groups=3)

@@ -5,14 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.records.plan import (
-    ActivationRange,
-    BitPlan,
-    Fate,
-    FloatTensor,
-    LayerPlan,
-    ParameterFate,
-)
+from mpqdm_fx.records.activations import ActivationRange
+from mpqdm_fx.records.plan import BitPlan, Fate, FloatTensor, LayerPlan, ParameterFate
 
 
 @st.composite

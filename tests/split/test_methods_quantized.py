@@ -17,8 +17,8 @@ from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.records.activations import (
     ActivationRange,
     DynamicActivation,
-    LayerActivation,
     NoiseLevels,
+    StaticActivation,
     TimestepActivation,
 )
 from mpqdm_fx.split.methods import run_methods, split_methods
@@ -27,7 +27,7 @@ from mpqdm_fx.testing import count
 
 PROMPT = {"encode_prompt": ["encoder_hidden_states"]}
 RANGE = ActivationRange(scale=0.05, zero_point=3, bits=8)
-STATIC = LayerActivation(input=RANGE, output=RANGE)
+STATIC = StaticActivation(input=RANGE, output=RANGE)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_time_branch_of_a_quantized_unet_is_tabulated_with_its_quantizers(text_u
 
 
 def test_ranges_by_noise_level_keep_keys_in_the_step_and_fit_into_tables(text_unet):
-    wide = LayerActivation(input=RANGE, output=ActivationRange(scale=0.1, zero_point=0, bits=8))
+    wide = StaticActivation(input=RANGE, output=ActivationRange(scale=0.1, zero_point=0, bits=8))
     whole = quantized(text_unet, TimestepActivation(groups=(STATIC, wide)))
     (inputs,) = condition_calls(1)
     # their quantizers ask for the noise level, so keys and values change from step to step

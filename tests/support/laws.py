@@ -26,7 +26,7 @@ from mpqdm_fx.graph.lanes import has_lanes
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.passes.base import GraphPass, PassResult
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
-from mpqdm_fx.records.plan import ActivationRange, LayerActivation
+from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 from mpqdm_fx.testing import (
     KINDS,
     Block,
@@ -90,7 +90,7 @@ def with_quantized_activations(case: RandomGraph) -> RandomGraph:
     ranges = {}
     for index, name in enumerate(weight_layers(case.graph_module)):
         scale = ActivationRange(scale=2.0 ** -(4 + index % 3), zero_point=index % 5)
-        ranges[name] = LayerActivation(input=scale, output=scale)
+        ranges[name] = StaticActivation(input=scale, output=scale)
     result = QuantizeActivations(ranges=ranges)(case.graph_module)
     return replace(case, graph_module=result.graph_module)
 

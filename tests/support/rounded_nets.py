@@ -9,7 +9,7 @@ from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.passes.quantize.round_weights import install_codes
-from mpqdm_fx.records.plan import ActivationRange, LayerActivation
+from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 
 
 class Residual(nn.Module):
@@ -96,7 +96,7 @@ def round_to_grid(graph: fx.GraphModule, bits: int | Mapping[str, int] = 8) -> f
 
 def measured_ranges(
     graph: fx.GraphModule, inputs: dict[str, Tensor], bits: int = 8
-) -> dict[str, LayerActivation]:
+) -> dict[str, StaticActivation]:
     """Minimum and maximum of each layer's input and output on one call."""
     layers = weight_layers(graph)
     names = {node: name for name, layer in layers.items() for node in layer.nodes}
@@ -121,14 +121,14 @@ def measured_ranges(
         return ActivationRange(scale=scale, zero_point=zero_point, bits=bits)
 
     return {
-        name: LayerActivation(input=fit(seen[name, "input"]), output=fit(seen[name, "output"]))
+        name: StaticActivation(input=fit(seen[name, "input"]), output=fit(seen[name, "output"]))
         for name in layers
     }
 
 
 def rounded(
     net: nn.Module, bits: int = 8, seed: int = 0
-) -> tuple[fx.GraphModule, dict[str, LayerActivation], dict[str, Tensor]]:
+) -> tuple[fx.GraphModule, dict[str, StaticActivation], dict[str, Tensor]]:
     """Traced and rounded net, its ranges, and inputs, all reproducible."""
     torch.manual_seed(seed)
     for module in net.modules():
@@ -186,12 +186,12 @@ class MovedOutput(nn.Module):
 
 
 def widen_inputs(
-    ranges: dict[str, LayerActivation], names: tuple[str, ...]
-) -> dict[str, LayerActivation]:
+    ranges: dict[str, StaticActivation], names: tuple[str, ...]
+) -> dict[str, StaticActivation]:
     """The same ranges with wider inputs of some layers, so that no two scales agree by chance."""
     result = dict(ranges)
     for name in names:
         old = ranges[name].input
         wide = ActivationRange(scale=1.3 * old.scale, zero_point=old.zero_point)
-        result[name] = LayerActivation(input=wide, output=ranges[name].output)
+        result[name] = StaticActivation(input=wide, output=ranges[name].output)
     return result

@@ -19,7 +19,7 @@ from mpqdm_fx.records.activations import (
     Activation,
     DynamicActivation,
     KernelActivation,
-    LayerActivation,
+    StaticActivation,
     kernel_activations,
 )
 
@@ -94,9 +94,9 @@ def runnable_activations(
 
 def split_activations(
     ranges: Mapping[str, KernelActivation],
-) -> tuple[dict[str, LayerActivation], dict[str, DynamicActivation]]:
+) -> tuple[dict[str, StaticActivation], dict[str, DynamicActivation]]:
     """The static and the dynamic ones."""
-    static = {name: a for name, a in ranges.items() if isinstance(a, LayerActivation)}
+    static = {name: a for name, a in ranges.items() if isinstance(a, StaticActivation)}
     dynamic = {name: a for name, a in ranges.items() if isinstance(a, DynamicActivation)}
     return static, dynamic
 

@@ -31,9 +31,9 @@ from mpqdm_fx.records.activations import (
     Activation,
     ActivationRange,
     DynamicActivation,
-    LayerActivation,
     NoiseLevels,
     Side,
+    StaticActivation,
     TimestepActivation,
 )
 
@@ -63,7 +63,7 @@ class ActivationSite:
 
 
 def activation_sites(
-    calls: Mapping[fx.Node, str], ranges: Mapping[str, LayerActivation]
+    calls: Mapping[fx.Node, str], ranges: Mapping[str, StaticActivation]
 ) -> list[ActivationSite]:
     """Decide which values are quantized.
 
@@ -87,7 +87,7 @@ def activation_sites(
         Sites in graph order of their values; of one value, the one for all users first.
     """
     readers: dict[fx.Node, list[fx.Node]] = {}
-    written: dict[fx.Node, LayerActivation] = {}
+    written: dict[fx.Node, StaticActivation] = {}
     for call, name in calls.items():
         if name in ranges:
             value = call.args[0]
@@ -131,7 +131,7 @@ def _in_graph_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
 class QuantizeActivations(GraphPass):
     """Insert quantizers around weight layers.
 
-    1. Layers with a `LayerActivation` get `quantized_decomposed` quantize/dequantize pairs at the
+    1. Layers with a `StaticActivation` get `quantized_decomposed` quantize/dequantize pairs at the
        values of `activation_sites`. An input-side pair serves the weight-layer calls of its value;
        all other users keep the float value. An output-side pair replaces all uses of the output.
        Codes are int8, within the `bits` of the range: `-2**(bits-1)..2**(bits-1)-1`.
@@ -181,9 +181,9 @@ class QuantizeActivations(GraphPass):
         """Return every mode on all weight layers, none, and all modes side by side."""
         layers = weight_layers(graph_module)
 
-        def static(bits: int, zero_point: int = 0) -> LayerActivation:
+        def static(bits: int, zero_point: int = 0) -> StaticActivation:
             one = ActivationRange(scale=8.0 / 2**bits, zero_point=zero_point, bits=bits)
-            return LayerActivation(input=one, output=one)
+            return StaticActivation(input=one, output=one)
 
         kinds: list[Activation] = [static(8), static(4), DynamicActivation(bits=8)]
         levels = None

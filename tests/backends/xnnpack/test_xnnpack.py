@@ -34,7 +34,7 @@ from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
 from mpqdm_fx.passes.base import Pipeline
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
-from mpqdm_fx.records.plan import ActivationRange, LayerActivation
+from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 
 pytestmark = pytest.mark.xnnpack
 
@@ -248,7 +248,7 @@ def test_existing_file_survives_a_lowering_that_fails(tmp_path):
 def test_narrow_activations_are_refused_before_anything_is_lowered(tmp_path):
     graph, ranges, inputs = rounded(Residual())
     narrow = ActivationRange(scale=0.1, zero_point=0, bits=6)
-    ranges["conv1"] = LayerActivation(input=ranges["conv1"].input, output=narrow)
+    ranges["conv1"] = StaticActivation(input=ranges["conv1"].input, output=narrow)
     with pytest.raises(LoweringError, match="conv1: its output range has 6 bits"):
         lower_xnnpack(graph, ranges, inputs, tmp_path / "net.pte")
     assert not list(tmp_path.iterdir())

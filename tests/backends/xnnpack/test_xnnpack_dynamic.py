@@ -19,8 +19,12 @@ from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.passes import QuantizeActivations
 from mpqdm_fx.passes.base import Pipeline
-from mpqdm_fx.records.activations import DynamicActivation, LayerActivation, TimestepActivation
-from mpqdm_fx.records.plan import ActivationRange
+from mpqdm_fx.records.activations import (
+    ActivationRange,
+    DynamicActivation,
+    StaticActivation,
+    TimestepActivation,
+)
 
 pytestmark = pytest.mark.xnnpack
 
@@ -247,7 +251,7 @@ def test_wrong_activations_are_refused_before_anything_is_lowered(tmp_path):
         "conv1: its dynamic activation has 4 bits": (LoweringError, DynamicActivation(bits=4)),
         "conv1: its input range has 6 bits": (
             LoweringError,
-            LayerActivation(input=narrow, output=ranges["conv1"].output),
+            StaticActivation(input=narrow, output=ranges["conv1"].output),
         ),
     }
     kinds = dict.fromkeys(ranges, DYNAMIC)

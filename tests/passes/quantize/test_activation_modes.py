@@ -20,8 +20,8 @@ from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.records.activations import (
     ActivationRange,
     DynamicActivation,
-    LayerActivation,
     NoiseLevels,
+    StaticActivation,
     TimestepActivation,
     placeholder_activations,
 )
@@ -29,8 +29,8 @@ from mpqdm_fx.records.activations import (
 LEVELS = NoiseLevels(boundaries=(300.0, 650.5))
 
 
-def layer(scale: float, bits: int = 8) -> LayerActivation:
-    return LayerActivation(
+def layer(scale: float, bits: int = 8) -> StaticActivation:
+    return StaticActivation(
         input=ActivationRange(scale=scale, zero_point=1, bits=bits),
         output=ActivationRange(scale=2 * scale, zero_point=-1),
     )

@@ -25,7 +25,7 @@ from mpqdm_fx.graph.lanes import (
 from mpqdm_fx.graph.layers import called_module, replace_module, weight_layers
 from mpqdm_fx.graph.quantizers import ActivationQuantizer, DynamicQuantizer, NoiseLevelQuantizer
 from mpqdm_fx.passes import CarryErrorLane, QuantizeActivations
-from mpqdm_fx.records.plan import ActivationRange, LayerActivation
+from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 from mpqdm_fx.testing import digest, graphs
 
 
@@ -36,7 +36,7 @@ def traced_unet(make, calls):
 
 def with_pairs(graph_module):
     ranges = {
-        name: LayerActivation(
+        name: StaticActivation(
             input=ActivationRange(scale=2.0 ** -(3 + i % 3), zero_point=i % 4, bits=8),
             output=ActivationRange(scale=2.0 ** -(4 + i % 2), zero_point=0, bits=8),
         )

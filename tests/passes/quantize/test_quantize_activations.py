@@ -15,7 +15,7 @@ from mpqdm_fx.errors import DialectError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.qdq import is_dequantize, is_quantize, qdq_parameters
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations, activation_sites
-from mpqdm_fx.records.plan import ActivationRange, LayerActivation
+from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 
 
 def make_range(scale: float = 0.125, zero_point: int = 0, bits: int = 8) -> ActivationRange:
@@ -24,8 +24,8 @@ def make_range(scale: float = 0.125, zero_point: int = 0, bits: int = 8) -> Acti
 
 def make_layer(
     input_scale: float = 0.125, output_scale: float = 0.25, bits: int = 8, output_bits: int = 8
-) -> LayerActivation:
-    return LayerActivation(
+) -> StaticActivation:
+    return StaticActivation(
         input=make_range(input_scale, bits=bits), output=make_range(output_scale, bits=output_bits)
     )
 
@@ -215,7 +215,7 @@ def test_dequantized_value_is_the_nearest_code_in_range(bits, scale, fraction, s
     model = nn.Sequential(identity).eval()
     x = 3 * scale * torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
     chosen = ActivationRange(scale=scale, zero_point=zero_point, bits=bits)
-    ranges = {"0": LayerActivation(input=chosen, output=chosen)}
+    ranges = {"0": StaticActivation(input=chosen, output=chosen)}
     _, result = quantize(model, {"input": x}, ranges)
     got = result(input=x)
     codes = got / scale + zero_point
@@ -231,7 +231,7 @@ def test_dequantized_value_is_the_nearest_code_in_range(bits, scale, fraction, s
 def test_every_named_layer_is_between_pairs_and_the_function_is_close_at_eight_bits():
     torch.manual_seed(0)
     inputs = {"x": torch.randn(3, 2, 3, 5)}
-    fine = LayerActivation(input=make_range(8 / 256), output=make_range(8 / 256))
+    fine = StaticActivation(input=make_range(8 / 256), output=make_range(8 / 256))
     graph, result = quantize(Chain(), inputs, {"first": fine, "second": fine})
     for layer in weight_layers(result).values():
         for call in layer.nodes:

@@ -8,7 +8,7 @@ from mpqdm_fx.backends.xnnpack.passes.unshare_dequantize import UnshareDequantiz
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.graph.qdq import qdq_ops
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
-from mpqdm_fx.records.plan import ActivationRange, LayerActivation
+from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 
 
 class Skips(nn.Module):
@@ -28,7 +28,7 @@ def shared():
     torch.manual_seed(0)
     inputs = {"x": torch.randn(2, 3, 5, 7)}
     one = ActivationRange(scale=0.03, zero_point=4)
-    ranges = {name: LayerActivation(input=one, output=one) for name in ("a", "b")}
+    ranges = {name: StaticActivation(input=one, output=one) for name in ("a", "b")}
     graph = trace(Skips().eval(), inputs)
     return QuantizeActivations(ranges=ranges)(graph).graph_module, inputs
 
@@ -71,7 +71,7 @@ def test_one_user_that_reads_it_twice_is_one_user():
 
     one = ActivationRange(scale=0.03, zero_point=4)
     inputs = {"x": torch.randn(2, 3)}
-    graph = QuantizeActivations(ranges={"a": LayerActivation(input=one, output=one)})(
+    graph = QuantizeActivations(ranges={"a": StaticActivation(input=one, output=one)})(
         trace(Square().eval(), inputs)
     ).graph_module
     assert not UnshareDequantize()(graph).modified
