@@ -49,6 +49,7 @@ SCREENS_OF: tuple[Screen, ...] = (
     Screen("typo", "quantise digits", status=2),
     Screen("trace", "trace digits --explain"),
     Screen("plan", f"plan digits --weights 4 {_QUICK}"),
+    Screen("passes", "passes"),
     Screen("doctor", "doctor digits"),
     Screen("quantize", f"quantize digits --weights 4 --output out-{{width}} {_QUICK}"),
     Screen("quantize-again", "quantize digits --output out-{width}", status=2),
@@ -59,6 +60,7 @@ SCREENS_OF: tuple[Screen, ...] = (
     Screen("sample", "sample out-{width} --num 4 --steps 5 --output grid-{width}.png"),
     Screen("report", "report out-{width} --output page-{width}.html --samples 4"),
     Screen("distill", f"distill out-{{width}} --updates 5 --output trained-{{width}} {_QUICK}"),
+    Screen("compare", "compare out-{width} trained-{width} --output compare-{width}.html"),
     Screen(
         "pareto",
         f"pareto digits --bits 3,4 --backend packed --num 16 --output pareto-{{width}} {_QUICK}",

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.exchange import sweep_leftovers
-from mpqdm_fx.io.files import first_difference, is_empty_but_for_hidden
 from mpqdm_fx.io.schema import Count, Strict, plain, validated
 from mpqdm_fx.io.tensors import read_record, write_record
+from mpqdm_fx.io.unfinished import refuse_another_run, refuse_foreign_folder
 
 __all__ = [
     "RESTART",
@@ -110,17 +110,11 @@ def load_state(directory: Path, identity: Mapping[str, Any]) -> State | None:
     path = state_path(directory)
     sweep_leftovers(directory)
     if not path.exists():
-        if directory.is_dir() and not is_empty_but_for_hidden(directory):
-            raise ArtifactError(f"{directory} holds files and no {_FILE}; give another folder")
+        refuse_foreign_folder(directory, _FILE)
         return None
     record = read_record(path, _KIND, _VERSION, fix=RESTART)
     head = validated(_Head, record.head, path, fix=RESTART)
-    different = first_difference(head.identity, plain(identity))
-    if different:
-        raise ConfigError(
-            f"{path} is of a run with other settings: {different}; use the same settings, or "
-            f"another folder"
-        )
+    refuse_another_run(path, head.identity, identity)
     return State(tensors=record.tensors, numbers=head.numbers)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from mpqdm_fx.distill.api import distill
-from mpqdm_fx.distill.checkpoint import has_state
+from mpqdm_fx.distill.checkpoint import has_state, state_path
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io.exchange import remove_folder
@@ -15,6 +15,7 @@ from mpqdm_fx.io.files import checkpoint_of
 from mpqdm_fx.io.folders import check_target, open_folder
 from mpqdm_fx.io.processes import is_first
 from mpqdm_fx.io.progress import expect
+from mpqdm_fx.io.unfinished import refuse_foreign_folder
 from mpqdm_fx.jobs.calibration import warn_of
 from mpqdm_fx.jobs.command_text import distill_command
 from mpqdm_fx.jobs.copied_folder import copy_folder
@@ -26,7 +27,6 @@ from mpqdm_fx.jobs.result_folder import (
     Form,
     write_folder,
 )
-from mpqdm_fx.jobs.unfinished import check_ours
 from mpqdm_fx.model.storage import load
 from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.records.summary import read_summary
@@ -83,7 +83,7 @@ def distill_folder(
     form = Form.of(summary["backend"], opened.manifest["program"])
     check_target(output, overwrite=overwrite)
     state = checkpoint_of(output)
-    check_ours(state, has_state(state))
+    refuse_foreign_folder(state, state_path(state).name)
     if has_state(state) and not resume:
         raise ConfigError(f"{state} holds a run that was not finished; resume it, or delete it")
     source, quantized = source_of(folder, model), load(folder)

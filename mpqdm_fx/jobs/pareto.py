@@ -18,6 +18,7 @@ from mpqdm_fx.io.files import checkpoint_of, write_text
 from mpqdm_fx.io.folders import PARETO_MANIFEST, check_target, listed_files, staged_directory
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import seal
+from mpqdm_fx.io.unfinished import UnfinishedRun
 from mpqdm_fx.io.versions import versions
 from mpqdm_fx.jobs.budgets import STRIP, Judge, Point, read_point, smallest, write_point
 from mpqdm_fx.jobs.calibration import calibration_of
@@ -25,7 +26,6 @@ from mpqdm_fx.jobs.evaluation import check_evaluated, evaluated_metrics
 from mpqdm_fx.jobs.foretold import pareto_stages
 from mpqdm_fx.jobs.quantize import command_of
 from mpqdm_fx.jobs.result_folder import FolderResult, Form, write_folder
-from mpqdm_fx.jobs.unfinished import check_unfinished
 from mpqdm_fx.model.feasibility import check_feasible
 from mpqdm_fx.model.quantized import PreparedModel
 from mpqdm_fx.model.storage import load
@@ -139,7 +139,7 @@ def check_pareto(
             form.check(settings)
     check_target(output, PARETO, overwrite=overwrite)
     wanted = {"settings": config.to_dict(), "versions": versions(), "evaluation": evaluation}
-    check_unfinished(checkpoint_of(output), HEADER, wanted, resume=resume, parts="bits-*")
+    UnfinishedRun.check(checkpoint_of(output), HEADER, wanted, resume=resume, solved="bits-*")
 
 
 def pick_metrics(source: Source, form: Form) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from mpqdm_fx.io.files import checkpoint_of
 from mpqdm_fx.io.folders import check_target
 from mpqdm_fx.io.processes import is_first
 from mpqdm_fx.io.progress import expect
+from mpqdm_fx.io.unfinished import UnfinishedRun
 from mpqdm_fx.io.versions import versions
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.command_text import quantize_command
@@ -22,7 +23,6 @@ from mpqdm_fx.jobs.result_folder import (
     Form,
     write_folder,
 )
-from mpqdm_fx.jobs.unfinished import check_unfinished
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.validation import Bytes, Count, NonNegative, Some, checked
@@ -172,4 +172,4 @@ def check_start(
     form.check(config)
     check_target(output, overwrite=overwrite)
     told = {"settings": config.to_dict(), "versions": versions()}
-    check_unfinished(checkpoint_of(output), HEADER, told, resume=resume, parts="layer-*")
+    UnfinishedRun.check(checkpoint_of(output), HEADER, told, resume=resume, solved="layer-*")

@@ -12,11 +12,12 @@ from pydantic import Field
 
 from mpqdm_fx.backends.xnnpack.compressed import SUFFIX, compress_program
 from mpqdm_fx.backends.xnnpack.runner import stored_files
-from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.io.exchange import remove_folder, sweep_leftovers
-from mpqdm_fx.io.files import first_difference, is_empty_but_for_hidden, write_text
+from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.io.exchange import remove_folder
+from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.schema import Name, Strict, plain, validated
-from mpqdm_fx.io.sealed import Entry, SealedFolder, digest_of, read_json, seal, verified
+from mpqdm_fx.io.sealed import Entry, SealedFolder, read_json, seal, verified
+from mpqdm_fx.io.unfinished import UnfinishedRun
 
 __all__ = ["WorkFolder"]
 
@@ -50,28 +51,8 @@ class WorkFolder:
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
-        self.directory = directory
-        told = plain(identity)
-        self._run = digest_of(told)
-        sweep_leftovers(directory)
-        header = directory / _HEADER
-        if header.is_file():
-            found = read_json(header, fix="delete the folder to start anew")
-            different = first_difference(found, told)
-            if different:
-                raise ConfigError(
-                    f"{directory} holds an unfinished export with other settings: {different}; use "
-                    f"what it was started with, or delete it"
-                )
-            if not resume:
-                raise ConfigError(
-                    f"{directory} holds an export that was not finished; resume it, or delete it"
-                )
-            return
-        if directory.exists() and not (directory.is_dir() and is_empty_but_for_hidden(directory)):
-            raise ArtifactError(f"{directory} is in the way and no export's; move or delete it")
-        directory.mkdir(parents=True, exist_ok=True)
-        _write(header, told)
+        run = UnfinishedRun(directory, _HEADER, identity, resume=resume)
+        self.directory, self._run = run.directory, run.digest
 
     def path(self, program: str) -> Path:
         """Where a program's file goes."""

@@ -1,7 +1,6 @@
 """Solved layers on disk: a sweep that was killed goes on where it stopped, with the same bits."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.layers import WeightLayer
-from mpqdm_fx.io.exchange import sweep_leftovers
-from mpqdm_fx.io.files import first_difference, is_empty_but_for_hidden, write_text
 from mpqdm_fx.io.schema import Count, Name, Ratio, Shape, Strict, plain, validated
-from mpqdm_fx.io.sealed import digest_of, read_json
 from mpqdm_fx.io.tensors import read_record, write_record
+from mpqdm_fx.io.unfinished import UnfinishedRun
 from mpqdm_fx.numerics.levels.grids import MAX_BITS, round_scale
 from mpqdm_fx.numerics.levels.packing import pack_layer
 from mpqdm_fx.records.config import Levels
@@ -86,34 +83,10 @@ class Checkpoint:
     def __init__(
         self, directory: str | Path, identity: Mapping[str, Any], *, resume: bool = False
     ) -> None:
-        self.directory = Path(directory)
-        sweep_leftovers(self.directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        told = plain(identity)
-        self.run = digest_of(told)
-        header = self.directory / HEADER
-        if header.exists():
-            self._compare(header, told, resume)
-        elif is_empty_but_for_hidden(self.directory):
-            write_text(header, json.dumps(told, indent=1, sort_keys=True))
-        else:
-            raise ArtifactError(
-                f"{self.directory} holds files, and no {HEADER} that says what run they are of; "
-                f"delete the folder to start anew, or give another one"
-            )
-
-    def _compare(self, header: Path, wanted: Any, resume: bool) -> None:
-        found = read_json(header, fix="delete the folder to start anew")
-        different = first_difference(found, wanted)
-        if different:
-            raise ConfigError(
-                f"{self.directory} holds a run with other settings: {different}; use the settings "
-                f"it was started with, or another folder"
-            )
-        if not resume and any(self.directory.glob("layer-*.safetensors")):
-            raise ConfigError(
-                f"{self.directory} holds a run that was not finished; resume it, or delete it"
-            )
+        run = UnfinishedRun(
+            Path(directory), HEADER, identity, resume=resume, solved="layer-*.safetensors"
+        )
+        self.directory, self.run = run.directory, run.digest
 
     def load(self, layer: WeightLayer) -> LayerSolution | None:
         """The solution of a layer, or None if it was not solved yet.

@@ -13,7 +13,7 @@ from typing_in import typed
 
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli.boundary import INTERNAL
-from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.io.folders import holds_result, seal_folder
 from mpqdm_fx.jobs import distill as distill_job
 from mpqdm_fx.jobs import export as export_job
@@ -370,11 +370,11 @@ def test_somebody_elses_folder_is_never_taken_for_an_unfinished_run(place):
     (folder / ".sweep.json.0123abcd.part").mkdir()
     start(place)
     (folder / "notes.part").write_text("mine, by another program's ending")
-    with pytest.raises(ConfigError, match="in the way and holds no unfinished run"):
+    with pytest.raises(ArtifactError, match=r"in the way: it holds no sweep\.json"):
         start(place)
     (folder / "notes.part").unlink()
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="in the way and holds no unfinished run"):
+    with pytest.raises(ArtifactError, match=r"in the way: it holds no sweep\.json"):
         start(place)
     assert (folder / "notes.txt").read_text() == "mine"
 

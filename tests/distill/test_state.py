@@ -43,7 +43,7 @@ def test_a_scheduler_whose_settings_hold_an_infinity_is_kept_and_compared(tmp_pa
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="give another folder"):
+    with pytest.raises(ArtifactError, match="in the way"):
         load_state(tmp_path, {})
 
 

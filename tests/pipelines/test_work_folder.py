@@ -98,5 +98,5 @@ def test_a_kill_before_the_header_was_written_is_no_hindrance(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["export.json"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="in the way and no export's"):
+    with pytest.raises(ArtifactError, match=r"in the way: it holds no export\.json"):
         WorkFolder(tmp_path / "other", RUN, resume=True)

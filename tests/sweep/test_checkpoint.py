@@ -104,14 +104,14 @@ def test_without_the_header_nothing_is_taken_for_granted(tmp_path):
     kept.save(solution(layer()))
     (tmp_path / "sweep.json").unlink()
     for resume in (True, False):
-        with pytest.raises(ArtifactError, match=r"no sweep\.json.*delete the folder"):
+        with pytest.raises(ArtifactError, match=r"no sweep\.json.*delete it"):
             Checkpoint(tmp_path, {**RUN, "model": "other"}, resume=resume)
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
 
 
 def test_a_folder_that_is_no_runs_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="holds files"):
+    with pytest.raises(ArtifactError, match="in the way"):
         Checkpoint(tmp_path, RUN)
 
 
