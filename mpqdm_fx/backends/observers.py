@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from mpqdm_fx.backends.ao import ObserverBase
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import WEIGHT_LAYERS, weight_layers
+from mpqdm_fx.passes.quantize.assign_qconfigs import assigned_qconfigs
 from mpqdm_fx.records.activations import Activation
 
 __all__ = [
@@ -117,13 +118,26 @@ def weight_grids(graph_module: fx.GraphModule) -> dict[str, WeightGrid]:
 
 
 def given_ranges(
-    ranges: Mapping[str, Activation] | Literal["observe"],
+    graph_module: fx.GraphModule, ranges: Mapping[str, Activation] | Literal["observe"] | None
 ) -> Mapping[str, Activation] | None:
-    """The ranges that a door was given; None if observers are to find some.
+    """The ranges that a door goes by; None if observers are to find some.
+
+    Args:
+        graph_module: A rounded graph.
+        ranges: What the door was given; None for what the graph says of its layers.
 
     Raises:
-        ConfigError: `ranges` are neither the word nor ranges by layer.
+        ConfigError: `ranges` are neither the word nor ranges by layer; or are left out, and the
+            graph says nothing.
     """
+    if ranges is None:
+        told = assigned_qconfigs(graph_module)
+        if not told:
+            raise ConfigError(
+                "the graph says nothing of its layers' activations: give their ranges, or run "
+                "`passes.AssignQConfigs` on it"
+            )
+        return {name: q.activation for name, q in told.items() if q.activation is not None}
     if not isinstance(ranges, Mapping) and ranges != "observe":
         raise ConfigError(
             f"ranges={ranges!r}: give the ranges that were found (`QuantizedModel.ranges`), or "

@@ -145,7 +145,7 @@ class PlanQuantizer(ao.Quantizer):  # type: ignore[misc]  # torchao is untyped
 
 def to_quantizer(
     graph: fx.GraphModule,
-    ranges: Mapping[str, Activation] | Literal["observe"],
+    ranges: Mapping[str, Activation] | Literal["observe"] | None = None,
     *,
     activation_observer: Callable[..., nn.Module] | None = None,
     four_bit: Collection[str] = (),
@@ -154,14 +154,15 @@ def to_quantizer(
 
     Example:
         exported = torch.export.export(quantized.rounded, inputs).module()
-        quantizer = to_quantizer(quantized.rounded, quantized.ranges)
+        quantizer = to_quantizer(quantized.rounded)
         converted = convert_pt2e(prepare_pt2e(exported, quantizer))
 
     Args:
         graph: Module-level graph after `RoundWeights`, such as `QuantizedModel.rounded`; export it
             and prepare the export.
-        ranges: Activation ranges by layer, such as `QuantizedModel.ranges`; layers without an entry
-            stay in float. `"observe"`: an observer finds ranges of its own in what the prepared
+        ranges: Activation ranges by layer; layers without an entry stay in float. Default: what the
+            graph says of its layers (`passes.AssignQConfigs`), as every `QuantizedModel.rounded`
+            does. `"observe"`: an observer finds ranges of its own in what the prepared
             graph is called with, which has to be all of the calibration data.
         activation_observer: Constructor of that observer. Default: torchao's histogram.
         four_bit: Linear layers whose codes are all within -8..7 and get that range, by which
@@ -172,7 +173,7 @@ def to_quantizer(
         LoweringError: An activation is neither static nor dynamic.
     """
     grids = weight_grids(graph)
-    given = given_ranges(ranges)
+    given = given_ranges(graph, ranges)
     kinds = None if given is None else kernel_activations(given, "PT2E")
     if kinds is not None:
         if not kinds:

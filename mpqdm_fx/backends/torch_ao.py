@@ -40,7 +40,7 @@ _SHIFT = 128
 
 def to_qconfig_mapping(
     graph: fx.GraphModule,
-    ranges: Mapping[str, Activation] | Literal["observe"],
+    ranges: Mapping[str, Activation] | Literal["observe"] | None = None,
     *,
     engine: str = "onednn",
     activation_observer: Callable[[], nn.Module] | None = None,
@@ -50,14 +50,15 @@ def to_qconfig_mapping(
     Every rounded convolution and linear layer gets one QConfig; everything else stays in float.
 
     Example:
-        mapping = to_qconfig_mapping(quantized.rounded, quantized.ranges)
+        mapping = to_qconfig_mapping(quantized.rounded)
         prepared = prepare_fx(quantized.rounded, mapping, inputs)
         converted = convert_fx(set_ranges(prepared, quantized.ranges))
 
     Args:
         graph: Module-level graph after `RoundWeights`, such as `QuantizedModel.rounded`.
-        ranges: Activation ranges by layer, such as `QuantizedModel.ranges`; layers without an entry
-            stay in float. A QConfig has no place for two ranges of one layer, so `set_ranges` puts
+        ranges: Activation ranges by layer; layers without an entry stay in float. Default: what the
+            graph says of its layers (`passes.AssignQConfigs`), as every `QuantizedModel.rounded`
+            does. A QConfig has no place for two ranges of one layer, so `set_ranges` puts
             them into the prepared graph; without it `convert_fx` is refused. `"observe"`: observers
             find ranges of their own in what the prepared graph is called with, which has to be all
             of the calibration data.
@@ -73,7 +74,7 @@ def to_qconfig_mapping(
     _check_engine(engine)
     grids = weight_grids(graph)
     layers = weight_layers(graph)
-    fixed = given_ranges(ranges)
+    fixed = given_ranges(graph, ranges)
     if fixed is not None:
         fixed = check_ranges(fixed, grids, "torch.ao")
         grids = {name: grid for name, grid in grids.items() if name in fixed}

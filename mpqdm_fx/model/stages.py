@@ -14,6 +14,7 @@ from mpqdm_fx.model.packed import PackedWeights
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.passes import NORMALIZE, SplitSkipConcat
 from mpqdm_fx.passes.base import Pipeline
+from mpqdm_fx.passes.quantize.assign_qconfigs import AssignQConfigs
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.quantize.round_weights import install_codes
 from mpqdm_fx.passes.quantize.scale_inputs import ScaleInputs, factors_of
@@ -98,7 +99,8 @@ def assemble(
     noise_levels: NoiseLevels | None = None,
 ) -> QuantizedModel:
     """The quantized model of a rounded graph: activations are quantized, nothing else happens."""
-    rounded = _detached(rounded)
+    assign = AssignQConfigs(plan=plan, activations=ranges)
+    rounded = assign(_detached(rounded)).graph_module
     quantize = QuantizeActivations(ranges=ranges, noise_levels=noise_levels)
     quantized = quantize(rounded).graph_module
     return QuantizedModel(

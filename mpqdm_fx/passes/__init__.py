@@ -8,6 +8,7 @@ from mpqdm_fx.passes.normalize.normalize_padding import NormalizePadding
 from mpqdm_fx.passes.normalize.split_geglu import SplitGeglu
 from mpqdm_fx.passes.normalize.split_skip_concat import SplitSkipConcat
 from mpqdm_fx.passes.pipelines import NORMALIZE, QUANTIZE
+from mpqdm_fx.passes.quantize.assign_qconfigs import AssignQConfigs
 from mpqdm_fx.passes.quantize.carry_error_lane import CarryErrorLane
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.quantize.round_weights import RoundWeights
@@ -17,6 +18,7 @@ from mpqdm_fx.passes.registry import graph_pass, known_passes, name_of, parse
 __all__ = [
     "NORMALIZE",
     "QUANTIZE",
+    "AssignQConfigs",
     "CarryErrorLane",
     "DropAssertions",
     "DropDropout",

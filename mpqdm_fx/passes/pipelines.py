@@ -8,6 +8,7 @@ from mpqdm_fx.passes.normalize.fold_batch_norm import FoldBatchNorm
 from mpqdm_fx.passes.normalize.normalize_padding import NormalizePadding
 from mpqdm_fx.passes.normalize.split_geglu import SplitGeglu
 from mpqdm_fx.passes.normalize.split_skip_concat import SplitSkipConcat
+from mpqdm_fx.passes.quantize.assign_qconfigs import AssignQConfigs
 from mpqdm_fx.passes.quantize.carry_error_lane import CarryErrorLane
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.quantize.round_weights import RoundWeights
@@ -29,6 +30,7 @@ NORMALIZE: tuple[GraphPass, ...] = (
 
 #: On the normalized graph, each with what calibration or a plan gave, in running order.
 QUANTIZE: tuple[type[GraphPass], ...] = (
+    AssignQConfigs,  # what was decided, layer by layer, in `node.meta`
     ScaleInputs,  # channels nearer to one size, where that was chosen
     QuantizeActivations,  # quantizers where layers read, and write
     CarryErrorLane,  # a twin for every node that an error reaches: what the sweep walks

@@ -12,8 +12,10 @@ from mpqdm_fx import MPQConfig, load, quantize, save
 from mpqdm_fx.backends.pt2e import to_quantizer
 from mpqdm_fx.backends.torch_ao import set_ranges, to_qconfig_mapping
 from mpqdm_fx.errors import ConfigError, LoweringError
+from mpqdm_fx.graph.editing import copy_graph_module
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.passes.quantize.assign_qconfigs import QCONFIG, AssignQConfigs
 from mpqdm_fx.records.activations import (
     ActivationRange,
     DynamicActivation,
@@ -89,14 +91,14 @@ def test_stock_prepare_pt2e_and_convert_pt2e_keep_the_integers(quantized, codes,
 
 
 def _through_prepare_fx(quantized, inputs):
-    mapping = to_qconfig_mapping(quantized.rounded, quantized.ranges)
+    mapping = to_qconfig_mapping(quantized.rounded)  # what the graph says of its layers
     prepared = prepare_fx(quantized.rounded, mapping, inputs)
     return convert_fx(set_ranges(prepared, quantized.ranges))
 
 
 def _through_prepare_pt2e(quantized, inputs):
     exported = torch.export.export(quantized.rounded, inputs, strict=False).module()
-    quantizer = to_quantizer(quantized.rounded, quantized.ranges)
+    quantizer = to_quantizer(quantized.rounded)
     return convert_pt2e(prepare_pt2e(exported, quantizer))
 
 
@@ -121,14 +123,19 @@ def wide():
 
 
 @pytest.mark.parametrize("door", [to_qconfig_mapping, to_quantizer])
-def test_a_door_without_ranges_is_refused_with_where_they_are(quantized, door):
-    with pytest.raises(TypeError, match="ranges"):
-        door(quantized.rounded)
-    for given in (None, "static", 8):
+def test_a_door_goes_by_what_the_graph_says_and_refuses_one_that_says_nothing(quantized, door):
+    for given in ("static", 8):
         with pytest.raises(ConfigError, match=r"`QuantizedModel\.ranges`.*\"observe\""):
             door(quantized.rounded, given)
     with pytest.raises(ConfigError, match=r'activation_mode="static"'):
         door(quantized.rounded, {})
+    silent = copy_graph_module(quantized.rounded)
+    for node in silent.graph.nodes:
+        node.meta.pop(QCONFIG, None)
+    with pytest.raises(ConfigError, match=r"run `passes\.AssignQConfigs`"):
+        door(silent)
+    told = AssignQConfigs(activations=quantized.ranges)(silent).graph_module
+    assert door(told) is not None
 
 
 def test_a_mapping_refuses_what_a_qconfig_cannot_say(quantized):
