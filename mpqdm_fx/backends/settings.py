@@ -11,8 +11,8 @@ __all__ = ["MODES", "check_settings"]
 #: How activations may be quantized, by what runs them.
 MODES: Mapping[Backend, tuple[ActivationMode, ...]] = {
     "torch_ao": ("static",),
-    "xnnpack": ("static", "dynamic", "measured"),
-    "packed": ("static", "dynamic", "measured", "timestep", "float"),
+    "xnnpack": ("measured", "static", "dynamic"),
+    "packed": ("measured", "static", "timestep", "dynamic", "float"),
 }
 
 

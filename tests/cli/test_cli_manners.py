@@ -45,7 +45,7 @@ def test_every_command_ends_its_help_with_two_examples_that_parse(name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_a_panel_and_a_help(name):
     command = COMMANDS[name]
-    params = command.get_params(command.make_context(name, ["x"]))
+    params = command.get_params(command.make_context(name, [] if name == "passes" else ["x"]))
     options = [one for one in params if one.opts[0].startswith("-")]
     assert options
     for one in options:

@@ -8,7 +8,7 @@ from mpqdm_fx.jobs.memory import peak_memory
 
 _LATE_IMPORTS = """
 import sys
-from mpqdm_fx import memory
+from mpqdm_fx.jobs import memory
 
 memory.import_classes("digits")
 before = set(sys.modules)

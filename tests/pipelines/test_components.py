@@ -16,6 +16,7 @@ from mpqdm_fx.pipelines.components import in_pipeline
 from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.pipelines.layout import layout_of
 from mpqdm_fx.report.images import save_grid, save_rows
+from mpqdm_fx.report.reference import EVALUATION_SEED
 from mpqdm_fx.sources.denoisers import draw, pictures, zoom_of
 from mpqdm_fx.sources.functions import GivenCalls
 from mpqdm_fx.sources.sources import load_source
@@ -217,8 +218,9 @@ def test_the_grid_of_a_folder_shows_its_prompts_as_the_pipeline_draws_them(
 ):
     model = mpqdm_fx.load(quantized)
     source = source_in(pipeline[1], prompts=PROMPTS, guidance=3.0)
-    images = pictures(draw(source, model, num=2, steps=2, seed=0), source)
-    floats = pictures(draw(source, source.model, num=2, steps=2, seed=0), source)
+    drawn = {"num": 2, "steps": 2, "seed": EVALUATION_SEED}
+    images = pictures(draw(source, model, **drawn), source)
+    floats = pictures(draw(source, source.model, **drawn), source)
     save_rows([("float", floats), ("quantized", images)], tmp_path / "rows.png")
     rows = Image.open(tmp_path / "rows.png")
     assert Image.open(quantized / "samples.png").tobytes() == rows.tobytes()

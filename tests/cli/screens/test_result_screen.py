@@ -142,7 +142,7 @@ def test_no_line_of_a_result_is_wider_than_the_terminal(
     joined = " ".join(text.split())
     digits = [1 if time >= 10 else 2 for time in times]
     now, was = (f"{time:.{places}f}" for time, places in zip(times, digits, strict=True))
-    found = f"{now} ms a step of the fake-quantized graph, was {was} (batch 1, 1 thread)"
+    found = f"{now} ms a step fake-quantized, was {was} (batch 1, 1 thread)"
     assert found in joined
     assert "9.0 dB" in joined
     text = printed(summary_table(summary), width)
