@@ -21,4 +21,5 @@ def passes(as_json: opt.JsonOption = False) -> None:
     for stage in road:
         say(console, f"{stage.name}: {stage.meaning}")
         for name, line in stage.passes.items():
-            say(console, textwrap.fill(f"  {name:<28} {line}", 100, subsequent_indent=" " * 31))
+            text = f"  {name:<28} {line}"
+            say(console, textwrap.fill(text, console.width, subsequent_indent=" " * 31))
