@@ -218,34 +218,42 @@ def wanted(arguments: argparse.Namespace) -> Iterator[tuple[int, str, str, int, 
 
 
 def table(rows: Mapping[str, Row]) -> str:
-    """All results, means over seeds, as Markdown."""
+    """All results as Markdown, means ± (largest - smallest) over seeds; widest bits first."""
     groups: dict[str, list[Row]] = {}
     for name, row in rows.items():
         groups.setdefault(name.rpartition(" seed")[0], []).append(row)
-    sigmas = [f"{sigma:g}" for sigma in SIGMAS]
-    lines = [
-        f"| what | seeds | all | sigma {' / '.join(sigmas)} | program | ms (ratio) | bytes | s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, group in groups.items():
-
-        def mean(of: Callable[[Row], float], group: list[Row] = group) -> float:
-            return statistics.mean(map(of, group))
-
-        levels = " ".join(f"{mean(lambda row, s=s: row['sqnr_db_at'][s]):.1f}" for s in sigmas)
-        program = ["", "", ""]
-        if all("program" in row for row in group):
-            ratio = mean(lambda row: row["program"]["time_ratio"])
-            program = [
-                f"{mean(lambda row: row['program']['sqnr_db']):.2f}",
-                f"{mean(lambda row: row['program']['milliseconds']['program']):.1f} ({ratio:.2f})",
-                f"{mean(lambda row: row['program']['bytes']):,.0f}",
-            ]
-        everything = f"{mean(lambda row: row['sqnr_db']):.2f}"
-        seconds = f"{mean(lambda row: row['seconds']):.0f}"
-        cells = [name, str(len(group)), everything, levels, *program, seconds]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = ["| what | all | by sigma | seeds | program | time | bytes |", "|---" * 7 + "|"]
+    for name in sorted(groups, key=_place):
+        bits, mode, method, *_ = name.split()
+        group = groups[name]
+        what = f"{bits}, {method}" if mode == "float" else f"{bits}A8 {mode}, {method}"
+        levels = " ".join(
+            f"{statistics.mean(row['sqnr_db_at'][f'{sigma:g}'] for row in group):.1f}"
+            for sigma in SIGMAS
+        )
+        ratios = [row["sqnr_db"] for row in group]
+        spread = f" ± {max(ratios) - min(ratios):.1f}" if len(group) > 1 else ""
+        cells = [what, f"{statistics.mean(ratios):.1f}{spread}", levels, str(len(group))]
+        lines.append(f"| {' | '.join([*cells, *_program(group)])} |")
     return "\n".join(lines)
+
+
+def _place(name: str) -> tuple[int, int, int]:
+    """Where a row stands: wide bits first, then float activations, then the simplest method."""
+    bits, mode, method, *_ = name.split()
+    return -int(bits[1:]), MODES.index(mode), [*METHODS].index(method)
+
+
+def _program(group: Sequence[Row]) -> tuple[str, str, str]:
+    """Quality, time against float, and bytes of the programs of some rows; empty without any."""
+    programs = [row["program"] for row in group if "program" in row]
+    if not programs:
+        return "", "", ""
+    quality, ratio, size = (
+        statistics.mean(program[key] for program in programs)
+        for key in ("sqnr_db", "time_ratio", "bytes")
+    )
+    return f"{quality:.1f}", f"{ratio:.2f}", f"{size:,.0f}"
 
 
 def main() -> None:

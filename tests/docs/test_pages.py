@@ -130,3 +130,15 @@ def test_the_page_of_commands_is_what_the_command_line_says(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     module = importlib.import_module("commands")
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run tools/commands.py"
+
+
+def test_the_tables_of_the_pages_are_those_of_the_measured_rows(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    render = importlib.import_module("render")
+    for page in render.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert "<!-- rows: " in text
+        assert render.rendered(text) == text, "run benchmarks/render.py"
+    text = render.PAGES[0].read_text(encoding="utf-8")
+    changed = text.replace("| W8A8 | rtn | 38", "| W8A8 | rtn | 39")
+    assert render.rendered(changed) != changed
