@@ -118,6 +118,18 @@ def _is_pass(module: str) -> bool:
     return own and name not in ("base", "pipelines", "registry") and modules()[module].stem == name
 
 
+def test_no_modules_import_one_another_in_a_circle():
+    waiting = {name: {i.imported for i in _own(False) if i.importer == name} for name in modules()}
+    for needs in waiting.values():
+        needs &= waiting.keys()
+    while free := [name for name, needs in waiting.items() if not needs]:
+        for name in free:
+            del waiting[name]
+        for needs in waiting.values():
+            needs.difference_update(free)
+    assert waiting == {}, f"circles among {sorted(waiting)}"
+
+
 def test_passes_never_import_one_another():
     wrong = [
         f"{i.importer}:{i.line} imports {i.imported}"
