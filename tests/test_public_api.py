@@ -3,7 +3,6 @@
 import ast
 import importlib
 import inspect
-import re
 
 import pytest
 from source_tree import modules, tree
@@ -96,6 +95,7 @@ def test_the_library_never_prints(module):
 def test_pass_classes_and_files_have_matching_names():
     from laws import discover_passes
 
+    from mpqdm_fx.passes import name_of
+
     for cls in discover_passes():
-        snake = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
-        assert cls.__module__.rpartition(".")[2] == snake
+        assert cls.__module__.rpartition(".")[2] == name_of(cls).replace("-", "_")

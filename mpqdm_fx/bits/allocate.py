@@ -13,7 +13,7 @@ from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers, weig
 from mpqdm_fx.numerics.bits.allocation import PROMOTED_FRACTIONS, omq_search, output_errors
 from mpqdm_fx.numerics.levels.codebook import quantize_codebook
 from mpqdm_fx.numerics.levels.grids import dequantize
-from mpqdm_fx.numerics.levels.int4 import quantize_int4
+from mpqdm_fx.numerics.levels.level_sets import LEVEL_SETS
 from mpqdm_fx.numerics.levels.packing import storage_bits
 from mpqdm_fx.numerics.solve.outliers import kurtosis, smoothing_factors
 from mpqdm_fx.numerics.solve.scales import quantize_uniform
@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 PINNED_BITS = 8
-_QUANTIZE = {"uniform": quantize_uniform, "codebook": quantize_codebook, "int4": quantize_int4}
 MAX_TABLE_SHARE = 1.0  # of the bits of a layer's codes, for its codebook tables
 
 
@@ -130,7 +129,7 @@ def decide_layer(
         quantized_rows,
         _outlier_score(layer, weight, rows),
         settings.weight_bits,
-        partial(_QUANTIZE[levels], importance=importance),
+        partial(LEVEL_SETS[levels].quantize, importance=importance),
         fractions=PROMOTED_FRACTIONS if settings.allocation == "omq" else (0.0,),
     )
     return LayerPlan(

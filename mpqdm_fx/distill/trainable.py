@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mpqdm_fx.graph.quantizers import ActivationQuantizer
 from mpqdm_fx.numerics.halves import fits_half
-from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS, MAX_BITS, snap
-from mpqdm_fx.numerics.levels.int4 import INT4_BITS, int4_levels
+from mpqdm_fx.numerics.levels.grids import MAX_BITS, snap
+from mpqdm_fx.numerics.levels.level_sets import LEVEL_SETS
 from mpqdm_fx.numerics.solve.stochastic import stochastic_codes
 from mpqdm_fx.numerics.training.straight_through import (
     fake_quantize_affine,
@@ -218,19 +218,12 @@ def row_tables(planned: LayerPlan, rounded: nn.Module) -> dict[int, Tensor]:
     Returns:
         float32 [L], ascending whole numbers, for each such row.
     """
-    if planned.levels == "int4":
-        four = [index for index, width in enumerate(planned.bits) if width == INT4_BITS]
-        return {index: int4_levels().float() for index in four}
-    if planned.levels != "codebook":
-        return {}
     codes = rounded.weight_codes
     assert isinstance(codes, Tensor)
-    rows = codes.flatten(1)
-    return {
-        index: torch.unique(rows[index]).float()
-        for index, width in enumerate(planned.bits)
-        if width <= CODEBOOK_MAX_BITS
-    }
+    levels = LEVEL_SETS[planned.levels]
+    rows = zip(codes.flatten(1), planned.bits, strict=True)
+    found = {index: levels.levels_of(row, width) for index, (row, width) in enumerate(rows)}
+    return {index: own for index, own in found.items() if own is not None}
 
 
 def cell_base(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mpqdm_fx.numerics.levels.codebook import LevelKind
 from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS, MAX_BITS
+from mpqdm_fx.numerics.levels.level_sets import LEVEL_SETS
 from mpqdm_fx.numerics.levels.packing import SCALE_BITS, WIDTH_BITS
 
 __all__ = ["LayerCurves", "Option", "Point"]
@@ -49,9 +50,7 @@ class _Kind:
     def __init__(self, levels: LevelKind, width: int, channels: Tensor, costs: Tensor) -> None:
         self.levels = levels
         self.costs = costs  # float64 [B, 8]
-        tables = torch.zeros(MAX_BITS, dtype=torch.int64)
-        if levels == "codebook":
-            tables[:CODEBOOK_MAX_BITS] = 8 * 2 ** _WIDTHS[:CODEBOOK_MAX_BITS]
+        tables = torch.where(LEVEL_SETS[levels].stored(_WIDTHS), 8 * 2**_WIDTHS, 0)
         self.code_bits = channels[:, None] * (width * _WIDTHS)  # int64 [B, 8]
         self.table_bits = channels[:, None] * tables
         self.first, self.block, self.column, self.density = _hull_steps(

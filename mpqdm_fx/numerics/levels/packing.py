@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.numerics.levels.codebook import LevelKind, code_ranks, codebook_tables
-from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS, MAX_BITS, check_bits
-from mpqdm_fx.numerics.levels.int4 import INT4_BITS, snap_int4
+from mpqdm_fx.numerics.levels.codebook import LevelKind, codebook_tables
+from mpqdm_fx.numerics.levels.grids import MAX_BITS, check_bits
+from mpqdm_fx.numerics.levels.level_sets import LEVEL_SETS
 
 __all__ = [
     "SCALE_BITS",
@@ -90,7 +90,7 @@ def storage_bits(shape: tuple[int, int], bits: Tensor, levels: LevelKind) -> Sto
     channels, width = shape
     widths = check_bits(bits, channels)
     mixed = bool((widths != widths[0]).any()) if channels else False
-    tables = 2 ** widths[widths <= CODEBOOK_MAX_BITS] if levels == "codebook" else widths[:0]
+    tables = 2 ** widths[LEVEL_SETS[levels].stored(widths)]
     return StorageBits(
         codes=8 * _bytes(int(widths.sum()) * width),
         scales=SCALE_BITS * channels,
@@ -197,14 +197,14 @@ def pack_layer(codes: Tensor, bits: Tensor, levels: LevelKind) -> PackedLayer:
     position = 0
     for width in sorted(set(widths.tolist())):
         members = (widths == width).nonzero()[:, 0]
-        index = _level_index(codes.cpu()[members], width, levels, members)
+        index = LEVEL_SETS[levels].index(codes.cpu()[members], width, members)
         _write_at(stream, pack_bits(index, width), position)
         position += index.numel() * width
     mixed = bool((widths != widths[0]).any())
     return PackedLayer(
         stream=stream,
         widths=pack_bits(widths - 1, WIDTH_BITS) if mixed else stream[:0].clone(),
-        tables=_pack_tables(codes.cpu(), widths) if levels == "codebook" else _no_tables(),
+        tables=_pack_tables(codes.cpu(), widths, levels),
     )
 
 
@@ -242,44 +242,8 @@ def unpack_layer(
         index = unpack_bits(_read_at(packed.stream, position, size), width, size // width)
         index = index.view(len(members), columns)
         position += size
-        if levels == "codebook" and width <= CODEBOOK_MAX_BITS:
-            codes[members] = tables[members].gather(1, index.to(torch.int64))
-        elif levels == "int4" and width == INT4_BITS:
-            codes[members] = (index.to(torch.int16) - 8).to(torch.int8)
-        elif width == MAX_BITS:
-            if bool((index == 255).any()):
-                raise ArtifactError("codes: 8-bit index 255 is no level; the file is corrupted")
-            codes[members] = (index.to(torch.int16) - 127).to(torch.int8)
-        else:
-            codes[members] = (2 * index.to(torch.int16) - (2**width - 1)).to(torch.int8)
+        codes[members] = LEVEL_SETS[levels].codes(index, width, tables[members])
     return codes, widths
-
-
-def _level_index(codes: Tensor, width: int, levels: LevelKind, channels: Tensor) -> Tensor:
-    """Return the uint8 level indices of codes [n, K] of one width."""
-    if levels == "codebook" and width <= CODEBOOK_MAX_BITS:
-        return code_ranks(codes, torch.full((len(codes),), width))
-    top = 127 if width == MAX_BITS else 2**width - 1
-    wide = codes.to(torch.int16)
-    if levels == "int4" and width == INT4_BITS:
-        outside = (snap_int4(codes.float()) != codes).any(dim=1)
-        if bool(outside.any()):
-            raise ConfigError(
-                f"codes of channel {int(channels[outside][0])} are not within -8..7; quantize "
-                "with quantize_int4"
-            )
-        return (wide + 8).to(torch.uint8)
-    legal = wide.abs() <= top
-    if width < MAX_BITS:
-        legal &= wide.bitwise_and(1) == 1
-    if not bool(legal.all()):
-        channel = int(channels[(~legal).any(dim=1)][0])
-        raise ConfigError(
-            f"codes of channel {channel} are not balanced {width}-bit levels; "
-            "quantize with quantize_uniform, or pack with levels='codebook'"
-        )
-    wide += top
-    return (wide if width == MAX_BITS else wide >> 1).to(torch.uint8)
 
 
 def _write_at(stream: Tensor, octets: Tensor, position: int) -> None:
@@ -304,23 +268,23 @@ def _read_at(stream: Tensor, position: int, size: int) -> Tensor:
     return joined.to(torch.uint8)
 
 
-def _no_tables() -> Tensor:
-    return torch.empty(0, dtype=torch.int8)
-
-
-def _pack_tables(codes: Tensor, widths: Tensor) -> Tensor:
+def _pack_tables(codes: Tensor, widths: Tensor, levels: LevelKind) -> Tensor:
+    stored = LEVEL_SETS[levels].stored(widths)
+    if not bool(stored.any()):
+        return torch.empty(0, dtype=torch.int8)
     tables = codebook_tables(codes, widths)
-    return tables[_table_mask(widths, tables.shape[1])]
+    return tables[_table_mask(widths, stored, tables.shape[1])]
 
 
-def _table_mask(widths: Tensor, columns: int) -> Tensor:
+def _table_mask(widths: Tensor, stored: Tensor, columns: int) -> Tensor:
     """Return which entries [O, columns] of a padded table are stored."""
-    sizes = torch.where(widths <= CODEBOOK_MAX_BITS, 2**widths, 0)
+    sizes = torch.where(stored, 2**widths, 0)
     return torch.arange(columns) < sizes[:, None]
 
 
 def _unpack_tables(stored: Tensor, widths: Tensor, levels: LevelKind) -> Tensor:
-    fitted = widths[widths <= CODEBOOK_MAX_BITS] if levels == "codebook" else widths[:0]
+    own = LEVEL_SETS[levels].stored(widths)
+    fitted = widths[own]
     columns = 2 ** int(fitted.max()) if len(fitted) else 0
     expected = int((2**fitted).sum()) if len(fitted) else 0
     if stored.dtype != torch.int8 or stored.shape != (expected,):
@@ -330,7 +294,7 @@ def _unpack_tables(stored: Tensor, widths: Tensor, levels: LevelKind) -> Tensor:
         )
     tables = torch.zeros(len(widths), columns, dtype=torch.int8)
     if columns:
-        mask = _table_mask(widths, columns)
+        mask = _table_mask(widths, own, columns)
         tables[mask] = stored
         falling = (tables.to(torch.int16).diff(dim=1) < 0) & mask[:, 1:]
         if bool(falling.any()) or bool((stored == -128).any()):

@@ -6,20 +6,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mpqdm_fx.numerics.levels.codebook import LevelKind, codebook_tables, quantize_codebook
+from mpqdm_fx.numerics.levels.codebook import LevelKind
 from mpqdm_fx.numerics.levels.grids import (
     CODEBOOK_MAX_BITS,
     MAX_BITS,
     check_bits,
     round_scale,
-    uniform_levels,
 )
-from mpqdm_fx.numerics.levels.int4 import INT4_BITS, int4_levels, quantize_int4
-from mpqdm_fx.numerics.solve.scales import quantize_uniform
+from mpqdm_fx.numerics.levels.level_sets import LEVEL_SETS
 
 __all__ = ["ColumnSnapper", "RowLevels"]
-
-_TABLE = 2**CODEBOOK_MAX_BITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +52,10 @@ class RowLevels:
             CalibrationError: Weights or importance are not finite.
         """
         widths = check_bits(bits, len(W))
-        if kind == "uniform" or not bool((widths <= CODEBOOK_MAX_BITS).any()):
-            return cls(bits=widths, scale=quantize_uniform(W, widths, importance)[1], tables=None)
-        if kind == "int4":
-            four = widths == INT4_BITS
-            scale = quantize_int4(W, widths, importance)[1]
-            plain = cls(bits=widths, scale=scale, tables=None)
-            if not bool(four.any()):
-                return plain
-            tables = plain._as_tables()
-            tables[four.to(tables.device)] = int4_levels().to(tables)
-            return replace(plain, tables=tables)
-        codes, scale = quantize_codebook(W, widths, importance)
-        return cls(bits=widths, scale=scale, tables=_tables_of(codes, widths))
+        narrow = bool((widths <= CODEBOOK_MAX_BITS).any())
+        levels = LEVEL_SETS[kind if narrow else "uniform"]
+        codes, scale = levels.quantize(W, widths, importance)
+        return cls(bits=widths, scale=scale, tables=levels.tables(codes, widths))
 
     def split(self, rows: int) -> list[Self]:
         """The level sets of several matrices of so many rows each, that were fitted together.
@@ -92,16 +79,6 @@ class RowLevels:
             scale=self.scale[here],
             tables=None if self.tables is None else self.tables[here],
         )
-
-    def _as_tables(self) -> Tensor:
-        if self.tables is not None:
-            return self.tables
-        tables = self.scale.new_zeros(len(self.bits), _TABLE)
-        for width in sorted({b for b in self.bits.tolist() if b <= CODEBOOK_MAX_BITS}):
-            own = uniform_levels(width).to(tables)
-            filled = torch.cat([own, own[-1:].expand(_TABLE - len(own))])
-            tables[(self.bits == width).nonzero()[:, 0].to(tables.device)] = filled
-        return tables
 
     @property
     def fitted(self) -> Tensor:
@@ -209,13 +186,3 @@ class ColumnSnapper:
         assert self._middle is not None
         index = torch.searchsorted(self._middle, values[:, None])
         return self._tables.gather(1, index)[:, 0]
-
-
-def _tables_of(codes: Tensor, bits: Tensor) -> Tensor:
-    """Tables [O, 16] from the levels that codes use; codes of wider rows are not looked at."""
-    tables = torch.zeros(len(codes), _TABLE, device=codes.device)
-    for width in sorted({b for b in bits.tolist() if b <= CODEBOOK_MAX_BITS}):
-        rows = (bits == width).nonzero()[:, 0]
-        found = codebook_tables(codes[rows], bits[rows]).float()
-        tables[rows] = torch.cat([found, found[:, -1:].expand(-1, _TABLE - 2**width)], dim=1)
-    return tables

@@ -14,16 +14,12 @@ from torch import Tensor, fx, nn
 
 from mpqdm_fx.errors import CalibrationError, DialectError
 from mpqdm_fx.graph.layers import replace_module, weight_layers, weight_rows
-from mpqdm_fx.numerics.levels.codebook import quantize_codebook
 from mpqdm_fx.numerics.levels.grids import dequantize
-from mpqdm_fx.numerics.levels.int4 import INT4_BITS, quantize_int4
-from mpqdm_fx.numerics.solve.scales import quantize_uniform
+from mpqdm_fx.numerics.levels.level_sets import LEVEL_SETS
 from mpqdm_fx.passes.base import GraphPass
 from mpqdm_fx.records.plan import BitPlan, LayerPlan
 
 __all__ = ["RoundWeights", "install_codes"]
-
-_QUANTIZE = {"uniform": quantize_uniform, "codebook": quantize_codebook, "int4": quantize_int4}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -103,7 +99,7 @@ class RoundWeights(GraphPass):
                 f"{planned.name} ({planned.kind}): its weight (shape {planned.shape}) holds NaN "
                 f"or infinity; repair the checkpoint"
             )
-        codes, scale = _QUANTIZE[planned.levels](
+        codes, scale = LEVEL_SETS[planned.levels].quantize(
             rows, planned.bits_tensor(), self.importance.get(planned.name)
         )
         return codes.reshape(planned.shape), scale
@@ -142,14 +138,4 @@ def _is_rounded(module: nn.Module, planned: LayerPlan) -> bool:
     on_grid = dequantize(rows, scale).reshape(codes.shape).to(weight.dtype)
     if not torch.equal(on_grid, weight.detach()):
         return False
-    widths = planned.bits_tensor()
-    top = torch.where(widths == 8, 127, 2**widths - 1)
-    if planned.levels != "codebook":
-        balanced = (rows.int() % 2 != 0) | (widths == 8)[:, None]
-        legal = balanced & (rows.int().abs() <= top[:, None])
-        if planned.levels == "int4":
-            fits = (rows >= -8) & (rows <= 7)
-            legal = torch.where((widths == INT4_BITS)[:, None], fits, legal)
-        return bool(legal.all())
-    distinct = torch.tensor([row.unique().numel() for row in rows])
-    return bool((distinct <= 2**widths).all())
+    return LEVEL_SETS[planned.levels].legal(rows, planned.bits_tensor())
