@@ -1,10 +1,7 @@
 """Small result folders, made once for the tests of reports."""
 
-from pathlib import Path
-
 import pytest
-from diffusers import DDIMScheduler
-from small import plain_unet
+from unet_folders import saved_unet
 
 from mpqdm_fx.api import quantize
 from mpqdm_fx.io.folders import rewritten_folder
@@ -14,14 +11,6 @@ from mpqdm_fx.model.storage import save
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.sources.denoisers import SOURCE, Origin
 from mpqdm_fx.sources.sources import load_source
-
-
-def saved_unet(root: Path, seed: int = 0) -> Path:
-    """A model folder with its scheduler."""
-    plain_unet(seed).save_pretrained(root)
-    DDIMScheduler().save_pretrained(root / "scheduler")
-    return root
-
 
 SETTINGS = {"allocation": "uniform", "refinements": 0}
 

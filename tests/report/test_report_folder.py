@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-from conftest import saved_unet
 from PIL import Image
+from unet_folders import saved_unet
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.folders import open_folder, rewritten_folder

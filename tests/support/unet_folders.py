@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from small import plain_unet
 from torch import nn
 
 SIDE = 8
@@ -133,3 +134,10 @@ def edit(path: Path, **changes: Any) -> Path:
     """Change entries of a JSON object."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return path
+
+
+def saved_unet(root: Path, seed: int = 0) -> Path:
+    """A model folder of the fewest nodes, with its scheduler."""
+    plain_unet(seed).save_pretrained(root)
+    DDIMScheduler().save_pretrained(root / "scheduler")
+    return root
