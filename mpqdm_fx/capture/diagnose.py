@@ -17,7 +17,7 @@ from mpqdm_fx.graph.signature import tensor_leaves
 __all__ = ["CaptureError", "Refusal", "depends_on_data", "describe_inputs", "refuse"]
 
 _TORCH = str(Path(torch.__file__).parent)
-_OWN = str(Path(__file__).parent)
+_OWN = str(Path(__file__).parents[1])
 
 _DATA_DEPENDENT = (
     r"GuardOnDataDependent|data-dependent|unhashable type: non-nested SymInt|_local_scalar_"

@@ -10,7 +10,6 @@ from mpqdm_fx.io.folders import open_folder
 from mpqdm_fx.io.progress import expect, stage
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.evaluation import (
-    BUNDLED,
     PICTURE_METRICS,
     Evaluation,
     check_evaluated,
@@ -38,6 +37,7 @@ from mpqdm_fx.report.noise_levels import sqnr_by_noise_level
 from mpqdm_fx.report.reference import EVALUATION_SEED
 from mpqdm_fx.sources.denoisers import source_of
 from mpqdm_fx.sources.functions import calls_of
+from mpqdm_fx.sources.names import BUNDLED
 from mpqdm_fx.sources.source import Source
 
 __all__ = ["FolderEvaluation", "check_gates", "evaluate_folder", "gate_stages", "judge_result"]

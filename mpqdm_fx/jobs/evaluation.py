@@ -15,10 +15,10 @@ from mpqdm_fx.report.metrics import EvaluationResult, FeatureClassifier, evaluat
 from mpqdm_fx.report.networks import Networks
 from mpqdm_fx.report.reference import ReferenceRun, reference_run, run_reference, shows_pictures
 from mpqdm_fx.report.sample_metrics import measures_pictures
+from mpqdm_fx.sources.names import BUNDLED
 from mpqdm_fx.sources.source import Source
 
 __all__ = [
-    "BUNDLED",
     "PICTURE_METRICS",
     "Evaluation",
     "check_evaluated",
@@ -26,7 +26,6 @@ __all__ = [
     "evaluated_metrics",
 ]
 
-BUNDLED = "digits"
 PICTURE_METRICS = ("psnr", "ssim")
 """Metrics of pictures that need no network."""
 

@@ -10,11 +10,11 @@ from mpqdm_fx.io.peak_memory import tells_peaks
 from mpqdm_fx.jobs.command_text import export_command
 from mpqdm_fx.pipelines.export import MINIMUM_SQNR_DB, ExportResult, export_pipeline
 from mpqdm_fx.pipelines.layout import Size
-from mpqdm_fx.pipelines.pictures import likens_pictures
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.export_metrics import expected_export, export_metrics
 from mpqdm_fx.report.gates import Gate, Verdict, check_measured, judge
+from mpqdm_fx.report.sample_metrics import measures_pictures
 
 __all__ = ["ExportRuns", "check_export_gates", "export_to_folder", "judge_export"]
 
@@ -127,7 +127,7 @@ def check_export_gates(
     names = expected_export(
         quantized=config is not None,
         drawn=runs.samples > 0,
-        likened=likens_pictures(),
+        likened=measures_pictures(),
         peaks=tells_peaks(),
     )
     form = "" if config is not None else " in float"

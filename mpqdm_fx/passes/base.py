@@ -157,7 +157,7 @@ class Pipeline(GraphPass):
             if not isinstance(entry, GraphPass):
                 raise ConfigError(
                     f"Pipeline(passes=...) takes GraphPass objects, got {entry!r}; a pass class "
-                    "must be instantiated, a function wrapped in a GraphPass"
+                    "must be instantiated, a function decorated with `passes.graph_pass`"
                 )
         super().__post_init__()
 

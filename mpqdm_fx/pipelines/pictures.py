@@ -1,6 +1,5 @@
 """What a pipeline draws in float and with an exported folder's programs, from the same noise."""
 
-import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from mpqdm_fx.pipelines.runner import PipelineRunner
 from mpqdm_fx.report.comparison import row_powers
 from mpqdm_fx.report.record import PictureNumbers
 from mpqdm_fx.report.reference import EVALUATION_SEED, shows_pictures
-from mpqdm_fx.report.sample_metrics import psnr, ssim
+from mpqdm_fx.report.sample_metrics import measures_pictures, psnr, ssim
 
-__all__ = ["FLOAT", "GRID", "PROGRAMS", "DrawnPictures", "draw_pictures", "likens_pictures"]
+__all__ = ["FLOAT", "GRID", "PROGRAMS", "DrawnPictures", "draw_pictures"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class DrawnPictures:
         pairs = [tuple(one.values()) for one in (self.samples, self.images)]
         known = len(self.samples) == 2
         shape = tuple(next(iter(self.images.values())).shape[1:])
-        likened = known and likens_pictures() and shows_pictures(shape)
+        likened = known and measures_pictures() and shows_pictures(shape)
         return PictureNumbers(
             count=len(next(iter(self.samples.values()))),
             steps=self.steps,
@@ -69,11 +68,6 @@ class DrawnPictures:
             psnr_db=psnr(*pairs[1]) if likened else None,
             ssim=ssim(*pairs[1]) if likened else None,
         )
-
-
-def likens_pictures() -> bool:
-    """Whether what measures the likeness of pictures is installed."""
-    return importlib.util.find_spec("torchmetrics") is not None
 
 
 def draw_pictures(

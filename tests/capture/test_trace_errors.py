@@ -12,6 +12,7 @@ from mpqdm_fx.capture.diagnose import CaptureError
 from mpqdm_fx.capture.explain import explain
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import TraceError
+from mpqdm_fx.graph.nested import concatenate
 
 
 class Inner(nn.Module):
@@ -63,6 +64,18 @@ def test_refusal_names_path_line_and_suggestion(way: str, code: str, suggestion:
     assert "\n" not in str(caught.value)
     for part in ("Outer cannot be captured", refusal.path, refusal.line, code, suggestion):
         assert part in str(caught.value)
+
+
+def test_a_refusal_names_the_models_line_and_none_of_this_package() -> None:
+    class Helped(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return concatenate([x, {"x": x}])
+
+    with pytest.raises(CaptureError) as caught:
+        trace(Helped(), (torch.randn(2, 4),))
+    refusal = caught.value.refusal
+    assert refusal.line.rpartition(":")[0].endswith("tests/capture/test_trace_errors.py")
+    assert refusal.code == 'return concatenate([x, {"x": x}])'
 
 
 def test_state_that_a_later_call_reads_is_refused() -> None:
