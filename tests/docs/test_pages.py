@@ -10,6 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import mpqdm_fx
 from mpqdm_fx.cli.app import app
 
 ROOT = Path(__file__).parents[2]
@@ -142,3 +143,22 @@ def test_the_tables_of_the_pages_are_those_of_the_measured_rows(monkeypatch):
     text = render.PAGES[0].read_text(encoding="utf-8")
     changed = text.replace("| W8A8 | rtn | 38", "| W8A8 | rtn | 39")
     assert render.rendered(changed) != changed
+
+
+def test_the_reference_of_python_has_every_verb_where_it_is_written():
+    text = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    shown: set[str] = set()
+    for section in text.split("\n::: ")[1:]:
+        place, _, options = section.partition("\n")
+        members = re.search(r"members: \[(.*)\]", options)
+        names = members[1].split(", ") if members else []
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError:
+            place, _, name = place.rpartition(".")
+            module, names = importlib.import_module(place), [name]
+        assert set(names) <= set(module.__all__), place
+        shown |= set(names)
+    verbs = {name for name in mpqdm_fx.__all__ if name.islower() and not name.startswith("_")}
+    assert len(verbs) > 8
+    assert verbs <= shown
