@@ -95,10 +95,8 @@ def test_rows_that_are_there_are_not_made_again(stranger, tmp_path, monkeypatch,
     assert [row[:2] for row in made] == [
         (8, "float"), (8, "dynamic"), (8, "static"), (8, "static"), (4, "dynamic"), (4, "static"),
     ]  # fmt: skip
-    assert (
-        "| W4 static nearest 3x5 | 1 | 20.00 | 20.0 20.0 20.0 20.0 20.0 |"
-        in capsys.readouterr().out
-    )
+    row = "| W4A8 static, nearest | 20.0 | 20.0 20.0 20.0 20.0 20.0 | 1 |  |  |  |"
+    assert row in capsys.readouterr().out
 
 
 def test_all_of_the_table_is_made_by_default(stranger):
