@@ -23,12 +23,15 @@ __all__ = [
     "GridWeightObserver",
     "UnresolvedRangeObserver",
     "WeightGrid",
+    "check_names",
     "given_ranges",
     "weight_grids",
 ]
 
 # Symmetric int8: -128 has no positive counterpart and no level uses it.
 QUANT_MIN, QUANT_MAX = -127, 127
+
+_REMEDY = "give a rounded graph, such as `QuantizedModel.rounded`"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -70,7 +73,7 @@ class WeightGrid:
         if weight.shape[0] != self.scale.shape[0]:
             raise ConfigError(
                 f"{self.layer}: weight has {weight.shape[0]} output channels, its scale "
-                f"{self.scale.shape[0]}; apply RoundWeights first"
+                f"{self.scale.shape[0]}; {_REMEDY}"
             )
         rows = weight.detach().flatten(1)
         # codes * scale is exact in float32, and so is the division that undoes it.
@@ -81,8 +84,8 @@ class WeightGrid:
             channel = int((~fits).any(dim=1).nonzero()[0])
             raise ConfigError(
                 f"{self.layer}: its weight (shape {tuple(weight.shape)}) is not on the int8 grid "
-                f"of its scales, first in output channel {channel}; apply RoundWeights first and "
-                f"do not change the weight afterwards (batch-norm folding does)"
+                f"of its scales, first in output channel {channel}; {_REMEDY}, and do not change "
+                f"its weights (batch-norm folding does)"
             )
         return codes.to(torch.int8).reshape(weight.shape)
 
@@ -112,9 +115,27 @@ def weight_grids(graph_module: fx.GraphModule) -> dict[str, WeightGrid]:
         names = ", ".join(kind.__name__ for kind in WEIGHT_LAYERS)
         raise ConfigError(
             f"none of the graph's {len(layers)} weight layers ({names}) carries weight_scale; "
-            f"apply RoundWeights first"
+            f"{_REMEDY}"
         )
     return grids
+
+
+def check_names(ranges: Mapping[str, object], grids: Mapping[str, object]) -> None:
+    """Refuse ranges of layers that a graph did not round.
+
+    Args:
+        ranges: What the names are of, by layer name.
+        grids: Rounded layers by name; see `weight_grids`.
+
+    Raises:
+        ConfigError: A name is no rounded convolution or linear layer.
+    """
+    for name in ranges:
+        if name not in grids:
+            raise ConfigError(
+                f"ranges name {name!r}, which is no rounded convolution or linear layer of the "
+                f"graph; {_REMEDY} with the ranges of the same model"
+            )
 
 
 def given_ranges(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.backends import ao
-from mpqdm_fx.backends.observers import WeightGrid, given_ranges, weight_grids
+from mpqdm_fx.backends.observers import WeightGrid, check_names, given_ranges, weight_grids
 from mpqdm_fx.backends.pt2e_observers import PT2EGridWeightObserver
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.dynamic_chain import EPS
@@ -181,12 +181,7 @@ def to_quantizer(
                 "`ranges` is empty, and weights alone have no int8 form: quantize with "
                 'activation_mode="static" or "dynamic" (a model with "float" has no ranges)'
             )
-        for name in kinds:
-            if name not in grids:
-                raise ConfigError(
-                    f"ranges name {name!r}, which is no rounded convolution or linear layer of "
-                    f"the graph; apply RoundWeights with a plan that holds it"
-                )
+        check_names(kinds, grids)
         grids = {name: grid for name, grid in grids.items() if name in kinds}
     grids = {name: replace(grid, four_bit=name in four_bit) for name, grid in grids.items()}
     # Tied layers are called under several names; the export shows each.

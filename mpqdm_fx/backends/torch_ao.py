@@ -13,6 +13,7 @@ from mpqdm_fx.backends.fit_channels import fit_channels
 from mpqdm_fx.backends.observers import (
     GridWeightObserver,
     UnresolvedRangeObserver,
+    check_names,
     given_ranges,
     weight_grids,
 )
@@ -214,12 +215,8 @@ def check_ranges(
             f'quantize with activation_mode="static" (a model with "float" has no ranges)'
         )
     static = static_ranges(ranges, backend)
+    check_names(static, rounded)
     for name, activation in static.items():
-        if name not in rounded:
-            raise ConfigError(
-                f"ranges name {name!r}, which is no rounded convolution or linear layer of the "
-                f"graph; apply RoundWeights with a plan that holds it"
-            )
         for side, chosen in (("input", activation.input), ("output", activation.output)):
             if chosen.bits != 8:
                 raise LoweringError(

@@ -48,7 +48,7 @@ def test_one_weight_off_the_grid_is_refused_with_layer_and_channel(seed, channel
     weight = codes.float() * grid.scale[:, None, None]
     weight[channel, 1, 0] += share * grid.scale[channel]
     for observer in OBSERVERS:
-        with pytest.raises(ConfigError, match=rf"some\.layer.*channel {channel};.*RoundWeights"):
+        with pytest.raises(ConfigError, match=rf"some\.layer.*channel {channel};.*QuantizedModel"):
             observer(grid=grid)(weight)
 
 
@@ -98,7 +98,7 @@ def test_grids_of_a_rounded_graph_are_its_layers_in_order():
 
 def test_graph_that_was_not_rounded_is_refused():
     graph = trace(nn.Sequential(nn.Linear(3, 4)).eval(), {"input": torch.randn(2, 3)})
-    with pytest.raises(ConfigError, match="apply RoundWeights first"):
+    with pytest.raises(ConfigError, match=r"QuantizedModel\.rounded"):
         weight_grids(graph)
 
 

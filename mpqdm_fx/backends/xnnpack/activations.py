@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from mpqdm_fx.backends.observers import weight_grids
+from mpqdm_fx.backends.observers import check_names, weight_grids
 from mpqdm_fx.backends.torch_ao import check_ranges
 from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
@@ -61,14 +61,10 @@ def runnable_activations(
     static, dynamic = split_activations(kernel_activations(ranges, _BACKEND))
     if static:
         check_ranges(static, grids, _BACKEND)
+    check_names(dynamic, grids)
     layers = weight_layers(rounded)
     floats: dict[str, str] = {}
     for name, activation in dynamic.items():
-        if name not in grids:
-            raise ConfigError(
-                f"ranges name {name!r}, which is no rounded convolution or linear layer of the "
-                f"graph; apply RoundWeights with a plan that holds it"
-            )
         if activation.bits != 8:
             raise LoweringError(
                 f"{name}: its dynamic activation has {activation.bits} bits, but {_BACKEND} has 8 "
