@@ -152,13 +152,13 @@ def given_ranges(
             graph says nothing.
     """
     if ranges is None:
-        told = assigned_qconfigs(graph_module)
-        if not told:
+        qconfigs = assigned_qconfigs(graph_module)
+        if not qconfigs:
             raise ConfigError(
                 "the graph says nothing of its layers' activations: give their ranges, or run "
                 "`passes.AssignQConfigs` on it"
             )
-        return {name: q.activation for name, q in told.items() if q.activation is not None}
+        return {name: q.activation for name, q in qconfigs.items() if q.activation is not None}
     if not isinstance(ranges, Mapping) and ranges != "observe":
         raise ConfigError(
             f"ranges={ranges!r}: give the ranges that were found (`QuantizedModel.ranges`), or "

@@ -152,8 +152,10 @@ def _error_at(W: Tensor, inputs: ChannelInputs, scale: Tensor, bits: int) -> Ten
     errors = []
     step = max(1, _CHUNK // W.shape[1])
     for first in range(0, len(W), step):
-        rows, own = W[first : first + step], scale[first : first + step]
-        errors.append(inputs.error(rows - dequantize(snap(rows, own, bits), own), first, len(W)))
+        rows, scales = W[first : first + step], scale[first : first + step]
+        errors.append(
+            inputs.error(rows - dequantize(snap(rows, scales, bits), scales), first, len(W))
+        )
     return torch.cat(errors)
 
 

@@ -131,15 +131,15 @@ def measure_sensitivity(
         progress="rounding errors",
     )
     for node in walk:
-        found = first_calls.get(node)
-        if found is None:
+        if node not in first_calls:
             continue
+        layer = first_calls[node]
         measure = _Measure(energies, codebooks=codebooks, max_numbers=max_numbers, seed=seed)
-        if isinstance(found.module, EMBEDDINGS):
-            entries[found.name] = measure.table(found)
+        if isinstance(layer.module, EMBEDDINGS):
+            entries[layer.name] = measure.table(layer)
         else:
-            sampled = _rows(walk, node, found, calls, row_weights, max_rows, seed)
-            entries[found.name] = measure.layer(found, *_parted(sampled, held_out, seed))
+            sampled = _rows(walk, node, layer, calls, row_weights, max_rows, seed)
+            entries[layer.name] = measure.layer(layer, *_parted(sampled, held_out, seed))
     return SensitivityTable(
         layers=tuple(entries[name] for name in layers),
         fingerprint=graph_fingerprint(graph_module),

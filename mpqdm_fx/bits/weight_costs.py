@@ -66,8 +66,8 @@ class _Sample:
         """
         rows, energy = self.rows, self.energy
         if factor is not None:
-            own = factor[self.places]
-            rows, energy = rows * own.to(rows), energy / own.to(energy).square()
+            factors = factor[self.places]
+            rows, energy = rows * factors.to(rows), energy / factors.to(energy).square()
         widths = torch.full((len(rows),), bits)
         codes, scale = quantize_uniform(rows, widths, energy.float())
         squared = (rows - dequantize(codes, scale)).double().square()
@@ -112,12 +112,12 @@ def weight_costs(
     free = [name for name in samples if name not in fixed]
     start = min(MAX_BITS, max(1, round(mean_bits)))
     widths = dict(fixed)
-    found = expected_widths(
+    expected = expected_widths(
         torch.tensor([samples[name].error(start) * 4.0**start for name in free]).double(),
         torch.tensor([layers[name].weight.numel() for name in free]).double(),
         mean_bits,
     )
-    widths.update(zip(free, found, strict=True))
+    widths.update(zip(free, expected, strict=True))
     share = _FEEDBACK if feedback else 1.0
     return {
         unit: {

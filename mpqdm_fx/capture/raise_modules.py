@@ -210,13 +210,13 @@ class _Raiser:
     ) -> dict[fx.Node, tuple[str, nn.Module, fx.Node] | None]:
         """Return what ``nodes``, all of one call of a stock layer, become."""
         inside = set(nodes)
-        own = {id(t) for t in (*module.parameters(), *module.buffers())}
+        state = {id(t) for t in (*module.parameters(), *module.buffers())}
         outputs = [n for n in nodes if any(user not in inside for user in n.users)]
         sources: list[fx.Node] = []
         for source in dict.fromkeys(a for n in nodes for a in n.all_input_nodes):
             if source in inside or not _is_tensor(source):
                 continue  # a symbolic size is a function of the input the module sees
-            if source in self.lifted and id(self.lifted[source][1]) in own:
+            if source in self.lifted and id(self.lifted[source][1]) in state:
                 continue
             sources.append(source)
         layer = whole_layer(module, nodes)

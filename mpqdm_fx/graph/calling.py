@@ -237,13 +237,13 @@ def _output_class(path: str) -> Callable[..., Any]:
     if module.partition(".")[0] in _LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
-    found = getattr(sys.modules.get(module), name, None)
-    if not isinstance(found, type) or not is_dataclass(found):
+    cls = getattr(sys.modules.get(module), name, None)
+    if not isinstance(cls, type) or not is_dataclass(cls):
         raise ArtifactError(
             f"the model's output class {path!r} is no dataclass that is known here; import the "
             f"module that defines it before the model is loaded"
         )
-    return found
+    return cls
 
 
 def in_dtype(output: Any, dtype: torch.dtype) -> Any:

@@ -24,12 +24,12 @@ def value_key(graph_module: fx.GraphModule, node: object) -> object:
         module = graph_module.get_submodule(str(node.target))
         if not _is_function(module):
             return node.name
-        own: object = (type(module).__name__, module.extra_repr())
+        function: object = (type(module).__name__, module.extra_repr())
     elif is_quantizer(graph_module, node):
-        own = (str(node.target), repr(node.args[1:]))
+        function = (str(node.target), repr(node.args[1:]))
     else:
         return node.name
-    return (own, tuple(value_key(graph_module, source) for source in node.all_input_nodes))
+    return (function, tuple(value_key(graph_module, source) for source in node.all_input_nodes))
 
 
 def _is_function(module: nn.Module) -> bool:

@@ -78,8 +78,9 @@ def bind_calls(graph_module: fx.GraphModule, calls: Iterable[Mapping[str, Any]])
 
 def per_call(sizes: Sequence[Sizes], measure: Callable[[Sizes], int]) -> list[int]:
     """Measure once for each object among `sizes`; return the result for each call."""
-    each = {key: measure(known) for key, known in {id(known): known for known in sizes}.items()}
-    return [each[id(known)] for known in sizes]
+    distinct = {id(binding): binding for binding in sizes}
+    results = {key: measure(binding) for key, binding in distinct.items()}
+    return [results[id(binding)] for binding in sizes]
 
 
 def _matched(node: fx.Node, value: Any) -> Iterator[tuple[Any, Any]]:
@@ -271,7 +272,7 @@ def walk_memory(
         for index, produced in enumerate(output):
             held += produced
             peak = max(peak, held)
-            smallest = max(smallest, produced + sum(each[index] for each in inputs))
+            smallest = max(smallest, produced + sum(row[index] for row in inputs))
             held -= sum(alive[n][index] for n in ending)
         for n in ending:
             del alive[n]

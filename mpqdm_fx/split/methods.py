@@ -235,9 +235,9 @@ def _read_size(method: fx.GraphModule, node: fx.Node, leaves: Iterable[Leaf]) ->
             user.args = fx.node.map_arg(user.args, lambda n: size if n is node else n)
             user.kwargs = fx.node.map_arg(user.kwargs, lambda n: size if n is node else n)
         return set()
-    found = known_size(node, leaves)
-    assert found is not None, node  # find_cuts kept the placeholder that has it
-    source, axis = found
+    place = known_size(node, leaves)
+    assert place is not None, node  # find_cuts kept the placeholder that has it
+    source, axis = place
     steps: list[tuple[Callable[..., Any], Any]] = [(operator.getitem, k) for k in source.keys]
     steps.append((_SYM_SIZE, axis))
     value, new = source.placeholder, set()

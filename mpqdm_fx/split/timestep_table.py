@@ -122,11 +122,11 @@ def tabulate_timesteps(
     batch = value.shape[0]
 
     def follows(node: fx.Node) -> bool:
-        seen = node.meta.get("val")
-        if not isinstance(seen, Tensor) or not seen.dim():
+        tensor = node.meta.get("val")
+        if not isinstance(tensor, Tensor) or not tensor.dim():
             return False
-        first, *others = seen.shape
-        return bool(first == batch) and all(isinstance(n, int) for n in others)
+        first, *axes = tensor.shape
+        return bool(first == batch) and all(isinstance(n, int) for n in axes)
 
     name = str(placeholder.target)
     sizes = traced_sizes(graph_module)

@@ -129,12 +129,12 @@ def refuse_fragments(name: str, exported: torch.export.ExportedProgram, max_dele
     Raises:
         LoweringError: There would be more; names every node that stays out.
     """
-    found = _diagnosis(exported)
-    if found.delegates > max_delegates:
-        listed = "\n".join(f"  {node}" for node in found.outside)
+    diagnosis = _diagnosis(exported)
+    if diagnosis.delegates > max_delegates:
+        listed = "\n".join(f"  {node}" for node in diagnosis.outside)
         raise LoweringError(
-            f"method {name!r} would have {found.delegates} delegates, at most {max_delegates} are "
-            f"wanted; {len(found.outside)} nodes stay out:\n{listed}"
+            f"method {name!r} would have {diagnosis.delegates} delegates, at most {max_delegates} "
+            f"are wanted; {len(diagnosis.outside)} nodes stay out:\n{listed}"
         )
 
 

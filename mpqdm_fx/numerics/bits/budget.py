@@ -181,8 +181,8 @@ def _bisect(curves: Sequence[LayerCurves], budget: int) -> tuple[list[Option], l
         price = price_of(pattern)
         return [curve.at_price(price) for curve in curves]
 
-    def options(found: list[Point]) -> list[Option]:
-        return [curve.option(point) for curve, point in zip(curves, found, strict=True)]
+    def options(selection: list[Point]) -> list[Option]:
+        return [curve.option(point) for curve, point in zip(curves, selection, strict=True)]
 
     low = 0
     too_large = points(low)
@@ -192,11 +192,11 @@ def _bisect(curves: Sequence[LayerCurves], budget: int) -> tuple[list[Option], l
     fitting = points(high)
     while high - low > 1:
         middle = (low + high) // 2
-        found = points(middle)
-        if sum(point.size for point in found) <= budget:
-            high, fitting = middle, found
+        selection = points(middle)
+        if sum(point.size for point in selection) <= budget:
+            high, fitting = middle, selection
         else:
-            low, too_large = middle, found
+            low, too_large = middle, selection
     return options(fitting), options(too_large)
 
 
@@ -212,9 +212,9 @@ def _spend(
         waiting: list[tuple[float, int, Option]] = []
 
         def offer(index: int, rest: int, waiting: list[tuple[float, int, Option]]) -> None:
-            found = curves[index].best_step(current[index], beyond[index], rest)
-            if found is not None:
-                heapq.heappush(waiting, (-found[0], index, found[1]))
+            step = curves[index].best_step(current[index], beyond[index], rest)
+            if step is not None:
+                heapq.heappush(waiting, (-step[0], index, step[1]))
 
         for index in range(len(curves)):
             offer(index, rest, waiting)

@@ -73,8 +73,8 @@ def quantize_codebook(
         members = (widths == width).nonzero()[:, 0].to(rows.device)
         for part in row_chunks(len(members), max(rows.shape[1], 256 * 2**width)):
             index = members[part]
-            own = importance_of(importance, index)
-            codes[index], scale[index] = _fit(rows[index], width, own, codes[index], scale[index])
+            h = importance_of(importance, index)
+            codes[index], scale[index] = _fit(rows[index], width, h, codes[index], scale[index])
     return codes, scale
 
 
@@ -149,8 +149,8 @@ def _best_split(rows: SortedRows) -> Tensor:
     means = low_total / low.clamp_min(1e-300), high_total / high.clamp_min(1e-300)
     cut = (low_total * means[0] + high_total * means[1]).argmax(dim=1, keepdim=True)
     ends = rows.values.to(torch.float64)[:, [0, -1]]
-    both = torch.cat([mean.gather(1, cut) for mean in means], dim=1)
-    return torch.maximum(torch.minimum(both, ends[:, 1:]), ends[:, :1])
+    centers = torch.cat([mean.gather(1, cut) for mean in means], dim=1)
+    return torch.maximum(torch.minimum(centers, ends[:, 1:]), ends[:, :1])
 
 
 def _distinct(values: Tensor, count: int) -> Tensor:
@@ -227,9 +227,9 @@ def codebook_tables(codes: Tensor, bits: Tensor) -> Tensor:
     value = (code - 128).to(torch.int8)
     largest = torch.zeros(len(present), dtype=torch.int8, device=codes.device)
     largest[row[rank[row, code] == rank[row, -1]]] = value[rank[row, code] == rank[row, -1]]
-    own = largest[:, None].repeat(1, columns)
-    own[row, rank[row, code]] = value
-    tables[fitted] = own
+    filled = largest[:, None].repeat(1, columns)
+    filled[row, rank[row, code]] = value
+    tables[fitted] = filled
     return tables
 
 

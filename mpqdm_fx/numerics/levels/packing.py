@@ -283,8 +283,8 @@ def _table_mask(widths: Tensor, stored: Tensor, columns: int) -> Tensor:
 
 
 def _unpack_tables(stored: Tensor, widths: Tensor, levels: LevelKind) -> Tensor:
-    own = LEVEL_SETS[levels].stored(widths)
-    fitted = widths[own]
+    has_table = LEVEL_SETS[levels].stored(widths)
+    fitted = widths[has_table]
     columns = 2 ** int(fitted.max()) if len(fitted) else 0
     expected = int((2**fitted).sum()) if len(fitted) else 0
     if stored.dtype != torch.int8 or stored.shape != (expected,):
@@ -294,7 +294,7 @@ def _unpack_tables(stored: Tensor, widths: Tensor, levels: LevelKind) -> Tensor:
         )
     tables = torch.zeros(len(widths), columns, dtype=torch.int8)
     if columns:
-        mask = _table_mask(widths, own, columns)
+        mask = _table_mask(widths, has_table, columns)
         tables[mask] = stored
         falling = (tables.to(torch.int16).diff(dim=1) < 0) & mask[:, 1:]
         if bool(falling.any()) or bool((stored == -128).any()):

@@ -137,10 +137,10 @@ class _PrimalFeedback:
 
     def block(self, columns: slice) -> tuple[Tensor, Tensor]:
         before = slice(0, columns.start)
-        own = self._upper[columns, columns]
-        wanted = self._errors[:, before] @ self._upper[before, columns]
-        return own, torch.linalg.solve_triangular(
-            own, wanted, upper=True, left=False, unitriangular=True
+        upper = self._upper[columns, columns]
+        rhs = self._errors[:, before] @ self._upper[before, columns]
+        return upper, torch.linalg.solve_triangular(
+            upper, rhs, upper=True, left=False, unitriangular=True
         )
 
     def commit(self, columns: slice, errors: Tensor) -> None:

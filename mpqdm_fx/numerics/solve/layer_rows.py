@@ -102,12 +102,12 @@ class LayerRows:
         Returns:
             Inputs and shift [N, K], and the residual of the group's own channels.
         """
-        own = slice(index * channels, (index + 1) * channels)
+        outputs = slice(index * channels, (index + 1) * channels)
         return replace(
             self,
             inputs=self.inputs[:, index],
             shift=None if self.shift is None else self.shift[:, index],
-            residual=None if self.residual is None else self.residual[:, own],
+            residual=None if self.residual is None else self.residual[:, outputs],
         )
 
     def means(self) -> RowMeans:
@@ -170,9 +170,9 @@ class LayerRows:
         Returns:
             float64 [N, O] for each source that there is.
         """
-        found = []
+        targets = []
         if self.shift is not None:
-            found.append((self.shift @ W.float().T).to(torch.float64))
+            targets.append((self.shift @ W.float().T).to(torch.float64))
         if self.residual is not None:
-            found.append(self.residual.to(torch.float64))
-        return found
+            targets.append(self.residual.to(torch.float64))
+        return targets

@@ -114,9 +114,9 @@ class _Moments:
         if self._matrix is not None:
             return self._matrix[columns, columns]
         assert self._rows is not None
-        own = self._rows[:, columns].T @ self._rows[:, columns]
-        own.diagonal().add_(self.ridge)
-        return own
+        block = self._rows[:, columns].T @ self._rows[:, columns]
+        block.diagonal().add_(self.ridge)
+        return block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +174,9 @@ class _State:
             W: Target rows [O, K].
             image: Their image.
         """
-        own = image / self._scale - self.image  # of the codes
-        cross = self.moments.inner(self.codes, own, W, image)
-        power = self.moments.inner(self.codes, own, self.codes, own)
+        code_image = image / self._scale - self.image
+        cross = self.moments.inner(self.codes, code_image, W, image)
+        power = self.moments.inner(self.codes, code_image, self.codes, code_image)
         scale = (cross / power.clamp_min(1e-300)).to(self.levels.scale.device)
         # `max_scale`: any int8 level that the descent may move to stays a finite float32.
         usable = torch.isfinite(scale) & (scale > MIN_SCALE) & (scale < max_scale(_TOP))
@@ -189,7 +189,7 @@ class _State:
             levels=levels,
             codes=self.codes.clone(),
             errors=W / step - self.codes,
-            image=image / step - own,
+            image=image / step - code_image,
         )
 
     def descend(self) -> None:
@@ -209,18 +209,20 @@ class _State:
             self.image.add_(self.moments.image(changes, columns))
 
 
-def _descend_block(codes: Tensor, gradient: Tensor, own: Tensor, snapper: ColumnSnapper) -> Tensor:
+def _descend_block(
+    codes: Tensor, gradient: Tensor, block: Tensor, snapper: ColumnSnapper
+) -> Tensor:
     """What one block's codes [O, b] give up: old minus new, column after column.
 
     Args:
         codes: Codes before.
         gradient: `E (H + ridge I)` at the block's columns, [O, b].
-        own: `H + ridge I` among them, [b, b].
+        block: `H + ridge I` among them, [b, b].
         snapper: The rows' levels.
     """
     # A column is a row here: contiguous. In the snapper's units, of two levels' distance.
     before, slopes = codes.T.contiguous() / 2, gradient.T.contiguous() / 2
-    steps, couplings = (1 / own.diagonal()).unbind(), own.contiguous().unbind()
+    steps, couplings = (1 / block.diagonal()).unbind(), block.contiguous().unbind()
     changes = torch.empty_like(before)
     given = changes.T
     columns = zip(before.unbind(), slopes.unbind(), changes.unbind(), strict=True)

@@ -182,8 +182,8 @@ class QuantizeActivations(GraphPass):
         layers = weight_layers(graph_module)
 
         def static(bits: int, zero_point: int = 0) -> StaticActivation:
-            one = ActivationRange(scale=8.0 / 2**bits, zero_point=zero_point, bits=bits)
-            return StaticActivation(input=one, output=one)
+            grid = ActivationRange(scale=8.0 / 2**bits, zero_point=zero_point, bits=bits)
+            return StaticActivation(input=grid, output=grid)
 
         kinds: list[Activation] = [static(8), static(4), DynamicActivation(bits=8)]
         levels = None
@@ -242,12 +242,12 @@ class QuantizeActivations(GraphPass):
             if not isinstance(activation, DynamicActivation)
         }
         latest: dict[fx.Node, fx.Node] = {}
-        told, groups = self._noise_argument(graph_module), None
+        argument, groups = self._noise_argument(graph_module), None
         for site in activation_sites(calls, widths):
             source = latest.get(site.value, site.value)
             users = [u for u in source.users if site.calls is None or u in site.calls]
             activation = self.ranges[site.layer]
-            follows = told is not None and follows_batch(source, told)
+            follows = argument is not None and follows_batch(source, argument)
             if isinstance(activation, TimestepActivation) and follows:
                 if groups is None:
                     assert self.noise_levels is not None

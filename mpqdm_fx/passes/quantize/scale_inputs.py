@@ -126,13 +126,13 @@ def factors_of(graph_module: fx.GraphModule) -> dict[str, Tensor]:
     Args:
         graph_module: A graph after `ScaleInputs`, rounded or not.
     """
-    found = {}
+    factors = {}
     for name, layer in weight_layers(graph_module).items():
         if is_scaled(layer.nodes[0]):
-            held = layer.nodes[0].args[0].args[1]  # type: ignore[union-attr]
-            inverse = graph_module.get_buffer(str(held.target))  # type: ignore[union-attr]
-            found[name] = inverse.detach().float().reciprocal().flatten().cpu()
-    return found
+            attribute = layer.nodes[0].args[0].args[1]  # type: ignore[union-attr]
+            inverse = graph_module.get_buffer(str(attribute.target))  # type: ignore[union-attr]
+            factors[name] = inverse.detach().float().reciprocal().flatten().cpu()
+    return factors
 
 
 def _channels(layer: WeightLayer) -> int:
@@ -143,8 +143,8 @@ def _multiplied(layer: WeightLayer, factor: Tensor) -> nn.Module:
     """A copy of a layer, its weights multiplied by the factor of their input channel."""
     weight = layer.weight.detach()
     groups = int(getattr(layer.module, "groups", 1))
-    own = factor.to(weight).view(groups, 1, -1, *[1] * (weight.dim() - 2))
-    wide = (weight.view(groups, -1, *weight.shape[1:]) * own).view_as(weight)
+    factors = factor.to(weight).view(groups, 1, -1, *[1] * (weight.dim() - 2))
+    wide = (weight.view(groups, -1, *weight.shape[1:]) * factors).view_as(weight)
     clone = shallow_clone(layer.module)
     clone._parameters = {
         **layer.module._parameters,
