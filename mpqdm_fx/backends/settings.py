@@ -29,7 +29,7 @@ def check_settings(backend: Backend, settings: MPQConfig, *, alternatives: bool 
     """
     mode, bits = settings.activation_mode, settings.narrowest_activation_bits
     if mode not in MODES[backend]:
-        modes = " or ".join(f'"{known}"' for known in MODES[backend])
+        modes = " or ".join(f'"{choice}"' for choice in MODES[backend])
         doors = " or ".join(f'"{b}"' for b in BACKENDS if mode in MODES[b])
         raise ConfigError(
             f"{backend} does not run activation_mode={mode!r}; choose activation_mode={modes}"

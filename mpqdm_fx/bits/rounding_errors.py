@@ -256,12 +256,12 @@ class _FewChannels:
 
     def _scale(self, fitted: Tensor) -> Tensor:
         spread = self.log_rms - self.log_max
-        known = spread[self.picked]
-        wanted = fitted.log() - self.log_max[self.picked]
-        deviation = known - known.mean()
-        share = (deviation * wanted).sum() / deviation.square().sum().clamp_min(1e-12)
+        picked = spread[self.picked]
+        target = fitted.log() - self.log_max[self.picked]
+        deviation = picked - picked.mean()
+        share = (deviation * target).sum() / deviation.square().sum().clamp_min(1e-12)
         share = share.clamp(0, 1)
-        offset = (wanted - share * known).median()
+        offset = (target - share * picked).median()
         return round_scale((self.log_max + share * spread + offset).exp())
 
     def codebook_share(self, bits: int) -> float:

@@ -170,9 +170,9 @@ def _rows(
         if not count:  # at the first call; positions grow with the batch
             width = layer.weight[0].numel()
             available = total * sum(map(batch_size_of, calls)) // batch_size_of(calls[0])
-            wanted = kept_rows(width, available, max_rows)
-            wanted = wanted if width <= wanted else min(wanted, _WIDE_ROWS)
-            count = -(-wanted // len(calls))
+            quota = kept_rows(width, available, max_rows)
+            quota = quota if width <= quota else min(quota, _WIDE_ROWS)
+            count = -(-quota // len(calls))
         positions = torch.randperm(total, generator=generator)[:count]
         sampled = sample_rows(layer.module, value, positions=positions)
         if not bool(torch.isfinite(sampled).all()):

@@ -93,11 +93,11 @@ class LayerSensitivity:
                     continue
                 raise ConfigError(f"{self.name}: {key} is missing")
             sizes = {"O": self.shape[0], "G": len(values) if values.dim() else 0}
-            wanted = tuple(sizes[s] if isinstance(s, str) else s for s in symbols)
-            if values.shape != wanted or values.dtype != torch.float64:
+            shape = tuple(sizes[s] if isinstance(s, str) else s for s in symbols)
+            if values.shape != shape or values.dtype != torch.float64:
                 raise ConfigError(
                     f"{self.name}: {key} is {values.dtype} {tuple(values.shape)}, a weight of "
-                    f"shape {self.shape} needs float64 {wanted}"
+                    f"shape {self.shape} needs float64 {shape}"
                 )
             if not bool((torch.isfinite(values) & (values >= 0)).all()):
                 raise ConfigError(f"{self.name}: {key} holds negative, NaN or infinite values")

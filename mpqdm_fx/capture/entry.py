@@ -42,12 +42,12 @@ class Entry:
                 copied.
         """
 
-        def taken(tensor: Tensor) -> Tensor:
+        def convert(tensor: Tensor) -> Tensor:
             if self.dtype in LOW_PRECISION and tensor.dtype in LOW_PRECISION:
                 return tensor.float()
             return tensor.clone() if tensor.is_inference() else tensor
 
-        return pytree.tree_map_only(Tensor, taken, inputs)
+        return pytree.tree_map_only(Tensor, convert, inputs)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

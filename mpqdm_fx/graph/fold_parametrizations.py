@@ -155,17 +155,17 @@ def _drop_hook(clone: nn.Module, key: int) -> None:
 
 
 def _with_folded(
-    module: nn.Module, folded: dict[int, nn.Module], done: dict[int, nn.Module]
+    module: nn.Module, folded: dict[int, nn.Module], memo: dict[int, nn.Module]
 ) -> nn.Module:
     """Return a module over its folded children; itself if none is folded. Shared stays shared."""
-    if id(module) not in done:
+    if id(module) not in memo:
         plain = folded.get(id(module), module)
         children = {
-            name: child if child is None else _with_folded(child, folded, done)
+            name: child if child is None else _with_folded(child, folded, memo)
             for name, child in plain._modules.items()
         }
         if any(plain._modules[name] is not child for name, child in children.items()):
             plain = shallow_clone(plain)
             plain._modules.update(children)
-        done[id(module)] = plain
-    return done[id(module)]
+        memo[id(module)] = plain
+    return memo[id(module)]

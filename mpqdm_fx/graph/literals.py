@@ -73,8 +73,8 @@ def literal(value: Any) -> Any:
         return {"device": "cpu" if value.type in ("cpu", "cuda") else value.type}
     if value is Ellipsis:
         return {"ellipsis": None}
-    for kind, known in _CONSTANTS.items():
-        if isinstance(value, known):
+    for kind, cls in _CONSTANTS.items():
+        if isinstance(value, cls):
             return {kind: str(value).removeprefix("torch.")}
     return {CODE: code_name(value)}
 

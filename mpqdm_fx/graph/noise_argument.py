@@ -46,11 +46,11 @@ def find_noise_argument(graph_module: fx.GraphModule, name: str | None = None) -
         return None
     if name in arguments:
         return arguments[name]
-    taken = {str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")}
+    placeholders = {str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")}
     signature: Signature | None = graph_module.meta.get("signature")
     constants = dict(signature.baked) if signature else {}
     why = "is no argument of this graph"
-    if name in taken:
+    if name in placeholders:
         why = "is no number per sample"
     elif name in constants:
         why = f"is the constant {constants[name]!r} in this graph (give a tensor of shape [batch])"

@@ -82,7 +82,7 @@ def model_parameters(model: nn.Module, traced: fx.GraphModule) -> tuple[ModelPar
     computed = plain_names(model)
     first: dict[Any, str] = {}
     seen: set[int] = set()
-    taken: set[str] = set()  # plain weights that stand for one of their factors already
+    directions: set[str] = set()  # plain weights that stand for one of their factors already
     parameters = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         identity = _identity(parameter)
@@ -91,9 +91,9 @@ def model_parameters(model: nn.Module, traced: fx.GraphModule) -> tuple[ModelPar
         plain = computed.get(name)
         if tensor is None and plain in state:
             # of weight_norm's magnitude and direction, the direction has the weight's size
-            alike = state[plain].shape == parameter.shape and plain not in taken
+            alike = state[plain].shape == parameter.shape and plain not in directions
             tensor, folded = (plain, None) if alike else (None, plain)
-            taken |= {plain} if alike else set()
+            directions |= {plain} if alike else set()
         parameters.append(
             ModelParameter(
                 name=name,

@@ -37,5 +37,5 @@ def _is_function(module: nn.Module) -> bool:
 
     Somebody else's module may hold what its `extra_repr` does not tell.
     """
-    known = type(module).__module__.startswith("torch.nn.") or isinstance(module, DynamicQuantizer)
-    return known and not any(True for _ in (*module.parameters(), *module.buffers()))
+    stock = type(module).__module__.startswith("torch.nn.") or isinstance(module, DynamicQuantizer)
+    return stock and not any(True for _ in (*module.parameters(), *module.buffers()))

@@ -97,15 +97,15 @@ def _made(name: str, settings: Mapping[str, Any]) -> GraphPass:
         places = " and ".join(pass_class.__module__ for pass_class in classes)
         raise ConfigError(f"{len(classes)} passes are named {name}, in {places}; rename one")
     if not classes:
-        known = known_passes()
-        near = difflib.get_close_matches(name, known, n=1)
+        passes = known_passes()
+        near = difflib.get_close_matches(name, passes, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"there is no pass {name}; {hint}passes: {', '.join(known)}")
+        raise ConfigError(f"there is no pass {name}; {hint}passes: {', '.join(passes)}")
     try:
         return classes[0](**settings)
     except TypeError as error:
-        wanted = ", ".join(inspect.signature(classes[0]).parameters) or "none"
-        raise ConfigError(f"pass {name}: {error}; its settings: {wanted}") from error
+        parameters = ", ".join(inspect.signature(classes[0]).parameters) or "none"
+        raise ConfigError(f"pass {name}: {error}; its settings: {parameters}") from error
 
 
 @overload

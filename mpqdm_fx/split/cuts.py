@@ -204,9 +204,9 @@ class _Finder:
         if node.target is _SYM_SIZE and self.owner[node.all_input_nodes[0]] != name:
             if isinstance(node.meta.get("val"), int):
                 return []
-            known = known_size(node, self.leaves[name])
-            if known is not None:
-                return [known[0].placeholder]
+            place = known_size(node, self.leaves[name])
+            if place is not None:
+                return [place[0].placeholder]
         return node.all_input_nodes
 
     def dearer_than_their_source(self, cuts: set[fx.Node], sizes: Sizes | None) -> set[fx.Node]:

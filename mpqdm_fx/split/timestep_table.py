@@ -176,9 +176,9 @@ def _check_rows(
     """Refuse values whose rows depend on other samples' timesteps."""
     steps = torch.arange(batch) % len(schedule)
     for key, value in time(**{name: schedule[steps]}).items():
-        want = tables[key][steps]
-        bound = 1e-4 * float(want.abs().max()) if want.is_floating_point() else 0
-        if not torch.allclose(value, want, rtol=0, atol=bound):
+        expected = tables[key][steps]
+        bound = 1e-4 * float(expected.abs().max()) if expected.is_floating_point() else 0
+        if not torch.allclose(value, expected, rtol=0, atol=bound):
             raise DialectError(f"{key} mixes the timesteps of different samples; tabulate nothing")
 
 

@@ -81,8 +81,8 @@ def rerun_for_every_layer(
             exact, noisy = (_read(graph, layer, call) for graph in (graph_module, rounded))
             total = output_positions(layer.module, noisy)
             if draw is None:
-                wanted = rows_of_all_calls(layer.module, noisy, batches, index, settings.max_rows)
-                draw = RowDraw.of(counted, max(1, total // batches[index]), wanted)
+                quota = rows_of_all_calls(layer.module, noisy, batches, index, settings.max_rows)
+                draw = RowDraw.of(counted, max(1, total // batches[index]), quota)
             positions = draw.positions(index, total, seeded(settings.seed, str(source), index))
             x, x_hat = (
                 sample_rows(layer.module, value, positions=positions).float()

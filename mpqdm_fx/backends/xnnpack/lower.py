@@ -268,20 +268,20 @@ def _execute(parts: Sequence[Path], file: str, name: str, method: Method) -> lis
 def _check_names(graphs: Mapping[str, fx.GraphModule], ranges: Mapping[str, Activation]) -> None:
     if not graphs:
         raise ConfigError("there are no methods to lower")
-    known = {name for graph in graphs.values() for name in weight_layers(graph)}
+    layers = {name for graph in graphs.values() for name in weight_layers(graph)}
     for name in ranges:
-        if name not in known:
+        if name not in layers:
             raise ConfigError(f"ranges name {name!r}, which is a layer of no method")
 
 
-def _inputs(name: str, graph: fx.GraphModule, given: Mapping[str, Any]) -> dict[str, Any]:
-    missing = [argument for argument in argument_names(graph) if argument not in given]
+def _inputs(name: str, graph: fx.GraphModule, values: Mapping[str, Any]) -> dict[str, Any]:
+    missing = [argument for argument in argument_names(graph) if argument not in values]
     if missing:
         raise ConfigError(
             f"method {name!r} takes {', '.join(missing)}, for which there is neither an example "
             "nor an earlier method that returns it; give examples by method"
         )
-    return {argument: given[argument] for argument in argument_names(graph)}
+    return {argument: values[argument] for argument in argument_names(graph)}
 
 
 def _spec(name: str, value: Tensor) -> TensorSpec:

@@ -157,8 +157,8 @@ def _distinct(values: Tensor, count: int) -> Tensor:
     """Return the first ``count`` distinct values of ascending rows, the last one repeated."""
     rank = (values.diff(dim=1) > 0).cumsum(dim=1)
     rank = torch.nn.functional.pad(rank, (1, 0))
-    wanted = torch.arange(count, device=values.device).expand(len(values), -1).contiguous()
-    position = torch.searchsorted(rank, torch.minimum(wanted, rank[:, -1:]))
+    index = torch.arange(count, device=values.device).expand(len(values), -1).contiguous()
+    position = torch.searchsorted(rank, torch.minimum(index, rank[:, -1:]))
     return values.gather(1, position)
 
 
@@ -183,9 +183,9 @@ def _to_int8(rows: SortedRows, centers: Tensor) -> tuple[Tensor, Tensor]:
     trial = scale[:, :, :, None]
     values = (centers[:, :, None, :] / trial).round_().clamp_(-_TOP, _TOP)
     loss = (mass[:, :, None, :] * (centers[:, :, None, :] - values * trial).square()).sum(dim=3)
-    kept = loss.topk(_SCALES, dim=2, largest=False).indices
-    scale = scale.gather(2, kept)
-    values = values.gather(2, kept[:, :, :, None].expand(*kept.shape, centers.shape[2]))
+    top = loss.topk(_SCALES, dim=2, largest=False).indices
+    scale = scale.gather(2, top)
+    values = values.gather(2, top[:, :, :, None].expand(*top.shape, centers.shape[2]))
     scale, values = scale.flatten(1), values.flatten(1, 2)  # [n, C S], [n, C S, L]
     error = rows.error(values * scale[:, :, None])
     for _ in range(_POLISH):

@@ -81,15 +81,15 @@ class LayerRows:
     def take(self, index: Tensor | slice) -> Self:
         """Some of the rows."""
 
-        def taken(tensor: Tensor | None) -> Tensor | None:
+        def pick(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[index]
 
         return replace(
             self,
             inputs=self.inputs[index],
-            shift=taken(self.shift),
-            residual=taken(self.residual),
-            weights=taken(self.weights),
+            shift=pick(self.shift),
+            residual=pick(self.residual),
+            weights=pick(self.weights),
         )
 
     def group(self, index: int, channels: int) -> Self:

@@ -49,13 +49,13 @@ def refine(
     if not passes:
         return codes, levels
     moments = _Moments(gram, damping)
-    wanted = W.to(gram.dtype)
-    image = moments.image(wanted)
-    state = _State.of(wanted, codes.to(gram.dtype), levels, moments)
+    target = W.to(gram.dtype)
+    image = moments.image(target)
+    state = _State.of(target, codes.to(gram.dtype), levels, moments)
     best, best_scale, best_error = codes.clone(), levels.scale.clone(), state.error()
     active = torch.arange(len(W), device=W.device)
     for _ in range(passes):
-        state = state.refitted(wanted, image)
+        state = state.refitted(target, image)
         state.descend()
         error = state.error()
         # A row that did not improve would start from the same place again.
@@ -63,7 +63,7 @@ def refine(
         if not len(better):
             break
         active, best_error = active[better], error[better]
-        wanted, image, state = wanted[better], image[better], state.take(better)
+        target, image, state = target[better], image[better], state.take(better)
         best[active] = state.codes.to(torch.int8)
         best_scale[active.to(best_scale.device)] = state.levels.scale
     return best, replace(levels, scale=best_scale)
@@ -224,12 +224,12 @@ def _descend_block(
     before, slopes = codes.T.contiguous() / 2, gradient.T.contiguous() / 2
     steps, couplings = (1 / block.diagonal()).unbind(), block.contiguous().unbind()
     changes = torch.empty_like(before)
-    given = changes.T
+    moves = changes.T
     columns = zip(before.unbind(), slopes.unbind(), changes.unbind(), strict=True)
     with one_thread():
         for index, (code, slope, change) in enumerate(columns):
             if index:
-                slope = torch.addmv(slope, given[:, :index], couplings[index][:index])
+                slope = torch.addmv(slope, moves[:, :index], couplings[index][:index])
             snapper(torch.addcmul(code, slope, steps[index]), change)
             torch.sub(code, change, out=change)
     return 2 * changes.T

@@ -312,12 +312,12 @@ def _grid_scale(exact: Tensor, maximum: Tensor, bits: int) -> tuple[Tensor, Tens
     rows, level = possible.nonzero(as_tuple=True)  # by row, then by level
     for columns in (slice(0, 8), slice(0, 64), slice(None)):  # a few elements refuse most of them
         parts = row_chunks(len(rows), len(range(*columns.indices(exact.shape[1]))))
-        held = [
+        checks = [
             _lies_on(exact[rows[part]][:, columns], scales[rows[part], level[part]], bits)
             for part in parts
         ]
-        kept = torch.cat(held) if held else torch.zeros(0, dtype=torch.bool)
-        rows, level = rows[kept], level[kept]
+        matches = torch.cat(checks) if checks else torch.zeros(0, dtype=torch.bool)
+        rows, level = rows[matches], level[matches]
     # backwards, so that each row ends with its finest scale
     scale[rows.flip(0)] = scales[rows, level].flip(0)
     on_grid = maximum == 0

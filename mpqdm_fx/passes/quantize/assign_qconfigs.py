@@ -79,11 +79,11 @@ class AssignQConfigs(GraphPass):
         planned = {layer.name: layer for layer in self.plan.layers}
         modified = False
         for name, layer in weight_layers(graph_module, embeddings=True).items():
-            wanted = LayerQConfig(weight=planned.get(name), activation=self.activations.get(name))
-            if all(node.meta.get(QCONFIG) == wanted for node in layer.nodes):
+            qconfig = LayerQConfig(weight=planned.get(name), activation=self.activations.get(name))
+            if all(node.meta.get(QCONFIG) == qconfig for node in layer.nodes):
                 continue
             for node in layer.nodes:
-                node.meta[QCONFIG] = wanted
+                node.meta[QCONFIG] = qconfig
             modified = True
         return modified
 

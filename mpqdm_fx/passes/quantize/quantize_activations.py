@@ -122,9 +122,9 @@ def _site(
 
 
 def _in_graph_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    wanted = set(nodes)
-    graph = next(iter(wanted)).graph
-    return [node for node in graph.nodes if node in wanted]
+    members = set(nodes)
+    graph = next(iter(members)).graph
+    return [node for node in graph.nodes if node in members]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +217,8 @@ class QuantizeActivations(GraphPass):
                 f"that `noise_argument` names, and this graph takes ({', '.join(arguments)}); use "
                 f"activation_mode='static' or 'dynamic'"
             )
-        done = [is_quantized_call(graph_module, call) for call in self._calls(graph_module)]
-        if any(done) and not all(done):
+        quantized = [is_quantized_call(graph_module, call) for call in self._calls(graph_module)]
+        if any(quantized) and not all(quantized):
             raise DialectError(
                 "some of the named layers already read and write quantized values; quantize the "
                 "activations of all layers at once, on the graph with float activations"
