@@ -41,7 +41,7 @@ _SHAPES: Mapping[str, tuple[str | int, ...]] = {
 }
 
 
-class _Head(Strict):
+class _TableHead(Strict):
     """What a file says beside the tensors."""
 
     fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -267,7 +267,7 @@ class SensitivityTable:
             ArtifactError: The file is missing, damaged, of a newer version, or no such table.
         """
         record = read_record(Path(path), _KIND, _VERSION, fix=_FIX)
-        head = validated(_Head, record.head, path, fix=_FIX)
+        head = validated(_TableHead, record.head, path, fix=_FIX)
         names = {f"{index}.{key}" for index in range(len(head.layers)) for key in _SHAPES}
         if not set(record.tensors) <= names:
             raise ArtifactError(f"{path} is damaged: it holds tensors of no layer; {_FIX}")

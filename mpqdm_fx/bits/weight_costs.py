@@ -25,7 +25,7 @@ _BISECTIONS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sample:
+class _WeightSample:
     """A few rows of a layer's weights, and what errors in them do.
 
     Attributes:
@@ -42,7 +42,9 @@ class _Sample:
     places: Tensor
 
     @classmethod
-    def of(cls, layer: WeightLayer, mean_square: Tensor, energies: Tensor, seed: int) -> "_Sample":
+    def of(
+        cls, layer: WeightLayer, mean_square: Tensor, energies: Tensor, seed: int
+    ) -> "_WeightSample":
         rows = weight_rows(layer.module).detach().float().cpu()
         channels, inputs = layer.weight.shape[:2]
         generator = torch.Generator().manual_seed(seed)
@@ -104,7 +106,7 @@ def weight_costs(
         By unit and exponent.
     """
     samples = {
-        name: _Sample.of(layers[name], sizes.mean_square[unit], energies[name], seed)
+        name: _WeightSample.of(layers[name], sizes.mean_square[unit], energies[name], seed)
         for unit, names in units.items()
         for name in names
         if name in layers and unit in sizes.mean_square

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.numerics.bits.curves import LayerCurves, Option, Point
+from mpqdm_fx.numerics.bits.curves import CurvePoint, LayerCurves, Option
 from mpqdm_fx.numerics.levels.codebook import LevelKind
 from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS, MAX_BITS
 from mpqdm_fx.numerics.levels.packing import storage_bits
@@ -177,11 +177,11 @@ def _bisect(curves: Sequence[LayerCurves], budget: int) -> tuple[list[Option], l
         # The bit patterns of positive floats are ordered as they are: 63 halvings find neighbours.
         return float(torch.tensor(pattern, dtype=torch.int64).view(torch.float64))
 
-    def points(pattern: int) -> list[Point]:
+    def points(pattern: int) -> list[CurvePoint]:
         price = price_of(pattern)
         return [curve.at_price(price) for curve in curves]
 
-    def options(selection: list[Point]) -> list[Option]:
+    def options(selection: list[CurvePoint]) -> list[Option]:
         return [curve.option(point) for curve, point in zip(curves, selection, strict=True)]
 
     low = 0

@@ -12,7 +12,7 @@ from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS, MAX_BITS
 from mpqdm_fx.numerics.levels.level_sets import LEVEL_SETS
 from mpqdm_fx.numerics.levels.packing import SCALE_BITS, WIDTH_BITS
 
-__all__ = ["LayerCurves", "Option", "Point"]
+__all__ = ["CurvePoint", "LayerCurves", "Option"]
 
 _WIDTHS = torch.arange(1, MAX_BITS + 1)
 
@@ -36,7 +36,7 @@ class Option:
     widths: Tensor = field(compare=False)
 
 
-class Point(NamedTuple):
+class CurvePoint(NamedTuple):
     """An option by its place: which equal width, or so many steps on the curve of a kind."""
 
     size: int
@@ -178,27 +178,27 @@ class LayerCurves:
         bits[self.order] = option.widths[self.block_of]
         return bits
 
-    def at_price(self, price: float) -> Point:
+    def at_price(self, price: float) -> CurvePoint:
         """Return the point of least ``cost + price * size``; of equal ones the smallest.
 
         A point on a curve counts width tags even where its widths happen to be equal; that
         assignment is among the equal ones, without tags.
         """
-        least, best = math.inf, Point(size=0, place=0)
+        least, best = math.inf, CurvePoint(size=0, place=0)
         for place, option in enumerate(self.equal):
             value = _value(option.cost, price, option.size)
             if value < least or (value == least and option.size < best.size):
-                least, best = value, Point(size=option.size, place=place)
+                least, best = value, CurvePoint(size=option.size, place=place)
         for kind in self.kinds.values():
             # Only steps that save strictly more than the price: the smaller of equal ones.
             steps = int(torch.searchsorted(kind.falling, -price))
             size = self._mixed_size(kind, steps)
             value = _value(float(kind.cost[steps]), price, size)
             if value < least or (value == least and size < best.size):
-                least, best = value, Point(size=size, levels=kind.levels, place=steps)
+                least, best = value, CurvePoint(size=size, levels=kind.levels, place=steps)
         return best
 
-    def option(self, point: Point) -> Option:
+    def option(self, point: CurvePoint) -> Option:
         """Return the assignment of a point."""
         if point.levels is None:
             return self.equal[point.place]
