@@ -110,7 +110,7 @@ ALTERED: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("build", "names", "others"), ALTERED.values(), ids=ALTERED)
+@pytest.mark.parametrize(("build", "names", "rest"), ALTERED.values(), ids=ALTERED)
 def test_altered_layer_is_no_leaf_and_what_is_provably_stock_in_it_is_called(build, names, rest):
     module = build()
     assert not is_stock(module)
