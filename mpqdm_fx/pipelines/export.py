@@ -298,7 +298,7 @@ def check_export(config: MPQConfig | None, prompts: Sequence[str], four_bit: Fou
         raise ConfigError("prompts: give a sequence of at least one prompt")
     check_four_bit(four_bit, "float" if config is None else config.activation_mode)
     if config is not None and config.activation_mode != "float":
-        check_settings("xnnpack", config, others=False)
+        check_settings("xnnpack", config, alternatives=False)
 
 
 def _schedule(scheduler: Any, steps: int) -> list[float]:

@@ -72,11 +72,11 @@ def test_graph_takes_its_inputs_by_name_and_in_the_order_of_the_model(graph):
 def test_copies_and_graphs_behind_passes_take_them_too(graph):
     passed = DropDropout()(graph)
     assert passed.modified
-    for other in (copy.deepcopy(graph), passed.graph_module):
+    for variant in (copy.deepcopy(graph), passed.graph_module):
         with torch.no_grad():
-            assert same_bits(other(**call()), expected())
+            assert same_bits(variant(**call()), expected())
         with pytest.raises(TraceError, match=r"constant 0\.5 and cannot be float 0\.25"):
-            other(**call(scale=0.25))
+            variant(**call(scale=0.25))
 
 
 @pytest.mark.parametrize(
@@ -104,15 +104,15 @@ def test_model_doors_refuse_a_call_that_leaves_out_what_the_model_would_take_oth
 
 def test_an_argument_that_the_example_left_out_may_be_given_its_default(graph):
     assert ("flip", False) in graph.meta["signature"].baked
-    given = {**call(), "scale": 1.0}
-    gm = trace(Controlled().eval(), {name: given[name] for name in ("x", "extra")})
+    values = {**call(), "scale": 1.0}
+    gm = trace(Controlled().eval(), {name: values[name] for name in ("x", "extra")})
     signature = gm.meta["signature"]
     assert signature.defaults == ()
-    signature.normalize((), given)
-    signature.normalize((), {**given, "scale": 1})
-    for other in (0, 0.0, None, False):
+    signature.normalize((), values)
+    signature.normalize((), {**values, "scale": 1})
+    for scale in (0, 0.0, None, False):
         with pytest.raises(TraceError, match=r"'scale' was traced as the constant 1\.0"):
-            signature.normalize((), {**given, "scale": other})
+            signature.normalize((), {**values, "scale": scale})
 
 
 @pytest.mark.parametrize(
