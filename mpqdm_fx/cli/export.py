@@ -83,6 +83,7 @@ def export(
         judge_export,
     )
     from mpqdm_fx.pipelines.estimate import estimate_export
+    from mpqdm_fx.records.run_options import RunOptions
     from mpqdm_fx.report.pipelines import export_estimate_table, export_table, pictures_line
     from mpqdm_fx.report.record import PAGE
 
@@ -114,10 +115,9 @@ def export(
         output,
         runs,
         minimum_sqnr_db=minimum_sqnr,
-        resume=resume,
-        max_memory=memory,
-        device=device,
-        sensitivity=sensitivity,
+        run=RunOptions(
+            resume=resume, activation_memory=memory, device=device, sensitivity=sensitivity
+        ),
         tabulate=tabulate,
         four_bit=four_bit,
         external_weights=external_weights,

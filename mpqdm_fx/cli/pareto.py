@@ -78,6 +78,7 @@ def pareto(
     from mpqdm_fx.jobs.pareto import check_pareto, evaluation_of, pareto_to_folder
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.model.feasibility import weights_of
+    from mpqdm_fx.records.run_options import RunOptions
     from mpqdm_fx.report.pareto_table import pareto_table
 
     checks.check_device(device)
@@ -104,10 +105,9 @@ def pareto(
         num=num,
         samples=samples,
         subfolder=subfolder,
-        resume=resume,
-        max_memory=memory,
-        device=device,
-        sensitivity=sensitivity,
+        run=RunOptions(
+            resume=resume, activation_memory=memory, device=device, sensitivity=sensitivity
+        ),
         overwrite=overwrite,
     )
     console = opt.console()

@@ -74,6 +74,7 @@ def quantize(
     from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.model.feasibility import check_feasible, weights_of
+    from mpqdm_fx.records.run_options import RunOptions
 
     checks.check_device(device)
     form = Form(
@@ -111,10 +112,9 @@ def quantize(
             steps=steps,
             samples=samples,
             subfolder=subfolder,
-            resume=resume,
-            max_memory=memory,
-            device=device,
-            sensitivity=sensitivity,
+            run=RunOptions(
+                resume=resume, activation_memory=memory, device=device, sensitivity=sensitivity
+            ),
             four_bit=form.four_bit,
             external_weights=external_weights,
             compress=compress,

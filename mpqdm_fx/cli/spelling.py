@@ -13,7 +13,7 @@ _OTHER_NAMES: Mapping[str, str] = {
     "num_inference_steps": "steps",
     "num_samples": "num",
     "seconds": "budget",
-    "max_activations": "max_memory",
+    "activation_memory": "max_memory",
     "minimum_sqnr_db": "minimum_sqnr",
     "guidance_scale": "guidance",
 }

@@ -145,7 +145,7 @@ def write_folder(
     overwrite: bool = False,
     more: Mapping[str, Any] | None = None,
     command: str | None = None,
-    sensitivity: Path | None = None,
+    sensitivity: str | Path | None = None,
 ) -> dict[str, Any]:
     """Lower, draw, measure, report, and write it all.
 
