@@ -239,8 +239,8 @@ def prepare_on(
     with stage("tracing"):
         prepared = prepare(model, config, first, run=run)
     held_out = getattr(calibration, "held_out_calls", ())
-    every = itertools.chain([first], iterator)
-    for index, inputs in enumerate(tracked(every, "recording calls")):
+    calls = itertools.chain([first], iterator)
+    for index, inputs in enumerate(tracked(calls, "recording calls")):
         # Recording alone: `convert` runs the float graph once over everything anyway.
         with prepared.held_out() if index in held_out else contextlib.nullcontext():
             prepared.record(**inputs)

@@ -174,8 +174,8 @@ class Trajectories:
                 return model(**inputs)
             times = rows_of(inputs, len(runs), sampler) // len(runs)
             # the loop may go on with the same tensors in place
-            own = pytree.tree_map_only(Tensor, torch.clone, inputs)
-            calls[step].append({**own, _RUN: runs.repeat(times)})
+            clones = pytree.tree_map_only(Tensor, torch.clone, inputs)
+            calls[step].append({**clones, _RUN: runs.repeat(times)})
             step += 1
             return model(**inputs)
 

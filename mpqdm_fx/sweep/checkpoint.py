@@ -138,14 +138,14 @@ class Checkpoint:
         return self.directory / f"layer-{readable}-{digest}.safetensors"
 
 
-def _plan_of(found: _Plan, layer: WeightLayer) -> LayerPlan:
+def _plan_of(plan: _Plan, layer: WeightLayer) -> LayerPlan:
     """The plan of a layer; raises ValueError if it is another layer's or no plan."""
     shape, kind = tuple(layer.weight.shape), type(layer.module).__name__
-    if (found.name, found.kind, found.shape) != (layer.name, kind, shape):
-        raise ValueError(f"it is of {found.name!r}, a {found.kind} of shape {list(found.shape)}")
-    if sum(count for _, count in found.bits) != shape[0]:
+    if (plan.name, plan.kind, plan.shape) != (layer.name, kind, shape):
+        raise ValueError(f"it is of {plan.name!r}, a {plan.kind} of shape {list(plan.shape)}")
+    if sum(count for _, count in plan.bits) != shape[0]:
         raise ValueError(f"it has no width for each of {shape[0]} channels")
-    data = {"layers": [found.model_dump()], "floats": [], "activation_bits": 8}
+    data = {"layers": [plan.model_dump()], "floats": [], "activation_bits": 8}
     return BitPlan.from_dict(data).layers[0]
 
 

@@ -76,31 +76,31 @@ class _Probes:
     settings: MPQConfig
     groups: NoiseGroups
     measured: dict[Hashable, Any]
-    found: OutputEnergies | None = None
+    _energies: OutputEnergies | None = None
 
     def energies(self, watch: GradientWatch | None = None) -> OutputEnergies:
         """What `output_energies` finds; a watch is shown the gradients of the first run."""
-        if self.found is None:
-            self.found = output_energies(
+        if self._energies is None:
+            self._energies = output_energies(
                 self.graph_module,
                 self.calls,
                 seed=self.settings.seed,
                 groups=self.groups,
                 watch=watch,
             )
-        return self.found
+        return self._energies
 
     def choose(
         self, options: Sequence[InputOption], limits: Limits, run: RunOptions
     ) -> tuple[tuple[ActivationChoice, ...], dict[str, Tensor]]:
         """How each input is quantized, and the factors of those whose channels are scaled."""
-        costs, found = self._measured(options, run)
+        costs, energies = self._measured(options, run)
         choices = choose_activations(
             self.graph_module,
             costs.units,
             costs.costs(),
-            self._weight_costs(costs, found, {option.exponent for option in options}, limits),
-            found.output,
+            self._weight_costs(costs, energies, {option.exponent for option in options}, limits),
+            energies.output,
             self.settings,
             bind_sizes(self.graph_module, self.calls[0]),
             limits.skipped,
@@ -131,13 +131,13 @@ class _Probes:
                 half=run.half,
             )
             self.measured[key] = costs, self.energies(costs)
-        costs, self.found = self.measured[key]
-        return costs, self.found
+        costs, self._energies = self.measured[key]
+        return costs, self._energies
 
     def _weight_costs(
         self,
         costs: ActivationCosts,
-        found: OutputEnergies,
+        energies: OutputEnergies,
         exponents: Collection[float],
         limits: Limits,
     ) -> dict[str, dict[float, float]]:
@@ -148,7 +148,7 @@ class _Probes:
             quantized,
             costs.units,
             costs.sizes,
-            found.channels,
+            energies.channels,
             sorted(exponents),
             fixed={name: bits for name, (bits, _) in limits.fixed.items()},
             mean_bits=mean_bits(self.graph_module, self.settings, limits),

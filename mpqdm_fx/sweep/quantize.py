@@ -53,7 +53,6 @@ def start_sweep(
         raise CalibrationError("calibration reached no weight layer; check the recorded inputs")
     calls = list(records)
     shards = Shards.of(len(calls))
-    own = [calls[index] for index in shards.indices]
     limits = layer_limits(graph_module, settings)
     groups = NoiseGroups.of(graph_module, calls, settings)
     held_out = records.held_out or groups.held_out(calls)
@@ -80,7 +79,7 @@ def start_sweep(
     )
     return Sweep(
         prepared.graph_module,
-        own,
+        [calls[index] for index in shards.indices],
         settings,
         limits=limits,
         prepared=prepared,
