@@ -123,7 +123,7 @@ def distill_folder(
     )
     if not is_first():
         return None
-    told = {
+    record = {
         "settings": config.to_dict(),
         "updates": trained.history.updates,
         "seconds": trained.history.seconds,
@@ -133,16 +133,17 @@ def distill_folder(
         "epsilon_sqnr_db_before": summary["epsilon_sqnr_db"],
     }
     if trained.quantized is quantized:  # the very model: lowering it again would give the same
-        found = copy_folder(
-            opened, output, origin=model, more={"distilled": told, "command": command},
+        summary = copy_folder(
+            opened, output, origin=model, more={"distilled": record, "command": command},
             overwrite=overwrite, retell=partial(retell_report, opened, quantized, source),
         )  # fmt: skip
         remove_folder(state)
-        return FolderResult(directory=output, quantized=quantized, summary=found, source=source)
-    found = write_folder(
+        return FolderResult(directory=output, quantized=quantized, summary=summary, source=source)
+    summary = write_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
-        subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,
+        subfolder=origin_of(folder).subfolder, more={"distilled": record}, overwrite=overwrite,
         command=command,
     )  # fmt: skip
     remove_folder(state)
-    return FolderResult(directory=output, quantized=trained.quantized, summary=found, source=source)
+    quantized = trained.quantized
+    return FolderResult(directory=output, quantized=quantized, summary=summary, source=source)

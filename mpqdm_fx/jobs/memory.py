@@ -59,8 +59,8 @@ def import_classes(name: str, subfolder: str | None = None) -> None:
             diffusers_class("model", wanted)
     for wanted in ("DDIMScheduler", *(config.get("_class_name") for config in described)):
         with suppress(MPQError):
-            found = diffusers_class("scheduler", wanted)
-            found.from_config(found().config)  # it looks at all others when it is made
+            scheduler = diffusers_class("scheduler", wanted)
+            scheduler.from_config(scheduler().config)  # it looks at all others when it is made
 
 
 def main(arguments: list[str]) -> None:

@@ -139,8 +139,8 @@ def check_pareto(
         if picks:
             form.check(settings)
     check_target(output, PARETO, overwrite=overwrite)
-    wanted = {"settings": config.to_dict(), "versions": versions(), "evaluation": evaluation}
-    UnfinishedRun.check(checkpoint_of(output), HEADER, wanted, resume=resume, solved="bits-*")
+    identity = {"settings": config.to_dict(), "versions": versions(), "evaluation": evaluation}
+    UnfinishedRun.check(checkpoint_of(output), HEADER, identity, resume=resume, solved="bits-*")
 
 
 def pick_metrics(source: Source, form: Form) -> tuple[str, ...]:
@@ -245,8 +245,8 @@ def pareto_to_folder(
         for point in points:
             shutil.copytree(root / point.folder, stage / point.folder)
         if chosen is not None:
-            found = budgets.write_picked(chosen, stage)
-            made = chosen, replace(found, directory=output / PICKED)
+            result = budgets.write_picked(chosen, stage)
+            made = chosen, replace(result, directory=output / PICKED)
         record = _record(source, config, points, pick, chosen, evaluation)
         with progress.stage("page"):
             budgets.judge_of.write_strip(stage / STRIP)

@@ -158,5 +158,5 @@ def check_start(
     """
     form.check(config)
     check_target(output, overwrite=overwrite)
-    told = {"settings": config.to_dict(), "versions": versions()}
-    UnfinishedRun.check(checkpoint_of(output), HEADER, told, resume=resume, solved="layer-*")
+    identity = {"settings": config.to_dict(), "versions": versions()}
+    UnfinishedRun.check(checkpoint_of(output), HEADER, identity, resume=resume, solved="layer-*")

@@ -298,7 +298,7 @@ def _summarise(
     timing: Mapping[str, float],
 ) -> dict[str, Any]:
     plan = quantized.plan
-    own = compared["quantized"]
+    comparison = compared["quantized"]
     return {
         "backend": backend,
         "settings": quantized.settings.to_dict(),
@@ -310,8 +310,8 @@ def _summarise(
         "float32_bytes": 4 * plan.num_parameters,
         "parameters": {fate: plan.count(fate) for fate in get_args(Fate)},
         "remarks": [*plan.remarks, *source.remarks],
-        "epsilon_sqnr_db": own.sqnr_db,
-        "backend_epsilon_sqnr_db": compared.get("backend", own).sqnr_db,
+        "epsilon_sqnr_db": comparison.sqnr_db,
+        "backend_epsilon_sqnr_db": compared.get("backend", comparison).sqnr_db,
         "milliseconds_per_step": dict(timing),
         "threads": torch.get_num_threads(),
         "seconds_to_quantize": quantized.report.seconds,
