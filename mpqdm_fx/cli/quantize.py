@@ -188,12 +188,12 @@ def _foretell(
     from mpqdm_fx.jobs.estimate import estimate_run
     from mpqdm_fx.report.tables import estimate_table
 
-    found = estimate_run(
+    forecast = estimate_run(
         source, config, form=form, trajectories=trajectories, steps=steps, samples=samples,
         max_memory=memory,
     ).to_dict()  # fmt: skip
     console = opt.console()
     if as_json:
-        console.print_json(json.dumps(found))
+        console.print_json(json.dumps(forecast))
     else:
-        console.print(estimate_table(found))
+        console.print(estimate_table(forecast))
