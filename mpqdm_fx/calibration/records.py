@@ -91,12 +91,12 @@ class RecordedInputs:
         constants = {i: v for i, v in enumerate(leaves) if not isinstance(v, torch.Tensor)}
         # Clones: a caller may reuse its buffers, and views would keep whole batches alive.
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        kept = [tensor.detach().cpu().clone() for tensor in tensors]
+        clones = [tensor.detach().cpu().clone() for tensor in tensors]
         if held_out:
             self._held_out.append(len(self))
         self._specs.append((spec, constants))
-        self._held.append(kept)
-        self._held_bytes += sum(leaf.nbytes for leaf in kept)
+        self._held.append(clones)
+        self._held_bytes += sum(leaf.nbytes for leaf in clones)
         if self._held_bytes > self._memory:
             self._spill()
 

@@ -101,12 +101,12 @@ class Course:
         if not self._open:
             return 0.0
         stage, begun = self._open[0]
-        taken, expected = self._now() - begun, pace * self._expectation(stage)
+        elapsed, expected = self._now() - begun, pace * self._expectation(stage)
         share = _share(stage)
         if share is None:
-            return max(expected - taken, 0.1 * taken)
+            return max(expected - elapsed, 0.1 * elapsed)
         trust = min(1.0, share / _TRUSTED)
-        projection = taken / share if share else 0.0
+        projection = elapsed / share if share else 0.0
         return (1 - share) * (trust * projection + (1 - trust) * expected)
 
     def _passed(self) -> tuple[float, float]:

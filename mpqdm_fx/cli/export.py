@@ -100,14 +100,14 @@ def export(
     settings = None if in_float else config
     expected = check_export_gates(gates, settings, runs)
     if dry_run:
-        foretold = estimate_export(
+        forecast = estimate_export(
             model, settings, sizes=sizes, prompts=runs.texts, steps=steps, guidance=guidance,
             trajectories=trajectories, max_memory=memory, four_bit=four_bit, samples=samples,
         ).to_dict()  # fmt: skip
         if as_json:
-            console.print_json(json.dumps(foretold))
+            console.print_json(json.dumps(forecast))
         else:
-            console.print(export_estimate_table(foretold))
+            console.print(export_estimate_table(forecast))
         return
     result = export_to_folder(
         model,

@@ -107,8 +107,8 @@ def _surroundings(loudness: _Loudness, *, results: bool) -> Iterator[None]:
         except MPQError:
             raise
         except Exception as error:
-            if log is not None and (said := log.tail()):
-                error.add_note(f"libraries printed:\n{said}")
+            if log is not None and (text := log.tail()):
+                error.add_note(f"libraries printed:\n{text}")
             raise
 
 
@@ -180,8 +180,8 @@ class _Unseen:
 
     def leave_log(self, folder: Path) -> None:
         """Write what libraries printed so far, if they did."""
-        if self._log is not None and (said := self._log.text()):
-            (folder / LOG).write_text(said, encoding="utf-8")
+        if self._log is not None and (text := self._log.text()):
+            (folder / LOG).write_text(text, encoding="utf-8")
 
 
 class _Line(_Unseen):
@@ -246,12 +246,12 @@ class _Line(_Unseen):
     def expected(self, seconds: Callable[[], Mapping[str, float]]) -> None:
         """Take over what is expected."""
         try:
-            known = seconds()
+            forecast = seconds()
         except Exception as error:  # a guess at the time is no reason to end an hour's work
             logger.info("what is to come cannot be foretold: %r", error)
             return
         with self._lock:
-            self._course.expect(known)
+            self._course.expect(forecast)
 
     def _tick(self) -> None:
         while not self._over.wait(_SECOND):

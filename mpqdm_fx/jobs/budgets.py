@@ -146,10 +146,10 @@ def smallest(points: Sequence[Point], pick: Sequence[Gate] | None) -> Point | No
     """
     if pick is None:
         return None
-    kept = [
+    passing = [
         point for point in points if all(verdict.passed for verdict in judge(pick, point.metrics))
     ]
-    return min(kept, key=lambda point: point.metrics["parameter_bytes"], default=None)
+    return min(passing, key=lambda point: point.metrics["parameter_bytes"], default=None)
 
 
 def read_point(place: Path) -> Point:

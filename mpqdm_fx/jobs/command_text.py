@@ -89,11 +89,11 @@ def distill_command(folder: Path, config: DistillConfig, options: Mapping[str, A
         config: Settings of the training.
         options: As of `quantize_command`.
     """
-    usual, given = DistillConfig(updates=1).to_dict(), config.to_dict()
+    usual, settings = DistillConfig(updates=1).to_dict(), config.to_dict()
     training: dict[str, Any] = {}
     if config.seconds is not None:
         training["--budget"] = f"{config.seconds:g}s"
-    for name, value in given.items():
+    for name, value in settings.items():
         if name == "seconds" or value is None or value == usual[name]:
             continue
         if name not in _TRAINING:

@@ -94,8 +94,8 @@ def distill_folder(
         )
     source = as_recorded(source, folder, model=model, guidance=config.guidance_scale)
     warn_of(source)
-    given = source.runs(config.trajectories, config.seed)
-    config = replace(config, guidance_scale=given.get("guidance_scale"))
+    runs = source.runs(config.trajectories, config.seed)
+    config = replace(config, guidance_scale=runs.get("guidance_scale"))
     form.check(quantized.settings)
     times = estimate_training(quantized, source, config, form=form, samples=samples)
     if config.seconds is not None:
@@ -116,8 +116,8 @@ def distill_folder(
         config,
         scheduler=source.scheduler,
         sample_shape=source.sample_shape,
-        conditions=given["conditions"],
-        unconditional=given.get("unconditional"),
+        conditions=runs["conditions"],
+        unconditional=runs.get("unconditional"),
         directory=state,
         device=device,
     )

@@ -143,10 +143,10 @@ def judge_result(
         num: Samples of the free-running metrics.
     """
     measured = summary_metrics(result.summary)
-    wanted = {gate.metric for gate in gates} - measured.keys()
-    if wanted:
+    names = {gate.metric for gate in gates} - measured.keys()
+    if names:
         with stage("gates"):
-            measured |= _wanted_of(result, wanted, steps=steps, num=num)
+            measured |= _wanted_of(result, names, steps=steps, num=num)
     return judge(gates, measured)
 
 
@@ -161,23 +161,23 @@ def gate_stages(
         steps: Steps of the scheduler.
         num: Samples of the free-running metrics.
     """
-    wanted = {gate.metric for gate in gates if METRICS[gate.metric].source == "evaluation"}
-    if not wanted:
+    names = {gate.metric for gate in gates if METRICS[gate.metric].source == "evaluation"}
+    if not names:
         return {}
-    drawn = 0 if wanted == {"epsilon_sqnr"} else num
+    drawn = 0 if names == {"epsilon_sqnr"} else num
     stages = evaluate_stages(source, num=drawn, steps=steps, own_calls=False, networks=False)
     return {"gates": sum(stages.values())}
 
 
-def _wanted_of(result: FolderResult, wanted: set[str], *, steps: int, num: int) -> dict[str, float]:
+def _wanted_of(result: FolderResult, names: set[str], *, steps: int, num: int) -> dict[str, float]:
     """Metrics of an evaluation that has no more in it than what is asked for."""
     source = result.source
-    if wanted == {"epsilon_sqnr"}:
+    if names == {"epsilon_sqnr"}:
         held_out = held_out_of(source, steps=steps, seed=EVALUATION_SEED)
         return {"epsilon_sqnr": epsilon_sqnr(source.model, result.quantized, held_out)}
     evaluation = Evaluation.of(
         source, num=num, steps=steps, seed=EVALUATION_SEED,
-        pictures=not wanted.isdisjoint(PICTURE_METRICS),
+        pictures=not names.isdisjoint(PICTURE_METRICS),
     )  # fmt: skip
     return _known(_told(evaluation.measure(result.quantized)))
 

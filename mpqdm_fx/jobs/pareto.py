@@ -206,8 +206,8 @@ def pareto_to_folder(
     check_evaluated(
         pick or (), source, {*pick_metrics(source, form)}, f"budgets of {source.name}", "--pick"
     )
-    every = {budget: budget_settings(config, budget) for budget in sorted(bits)}
-    for settings in every.values():
+    configs = {budget: budget_settings(config, budget) for budget in sorted(bits)}
+    for settings in configs.values():
         check_feasible(
             source.model, source.example_inputs, settings, sensitivity=run.sensitivity,
             max_memory=run.activation_memory,
@@ -225,28 +225,28 @@ def pareto_to_folder(
         subfolder=subfolder,
     )
     progress.expect(
-        lambda: pareto_stages(source, every, form, samples=samples if pick is not None else None)
+        lambda: pareto_stages(source, configs, form, samples=samples if pick is not None else None)
     )
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
     prepared = prepare_on(source.model, config, data, run=run)
     calls = list(prepared.records)
     identity = run_identity(prepared.graph_module, calls, prepared.records.held_out, config)
     Checkpoint(root, {**identity, "evaluation": evaluation}, resume=run.resume)
-    for index, (budget, settings) in enumerate(every.items()):
+    for index, (budget, settings) in enumerate(configs.items()):
         if not budgets.place(budget).is_dir():
-            logger.info("budget %d of %d: %g bits", index + 1, len(every), budget)
+            logger.info("budget %d of %d: %g bits", index + 1, len(configs), budget)
             prepared.settings = settings
             with progress.stage(f"{budget:g} bits"):
                 budgets.solve(prepared, budget)
-    points = [read_point(budgets.place(budget)) for budget in every]
+    points = [read_point(budgets.place(budget)) for budget in configs]
     chosen = smallest(points, pick)
-    made = None
+    picked = None
     with staged_directory(output, PARETO, overwrite=overwrite) as stage:
         for point in points:
             shutil.copytree(root / point.folder, stage / point.folder)
         if chosen is not None:
             result = budgets.write_picked(chosen, stage)
-            made = chosen, replace(result, directory=output / PICKED)
+            picked = chosen, replace(result, directory=output / PICKED)
         record = _record(source, config, points, pick, chosen, evaluation)
         with progress.stage("page"):
             budgets.judge_of.write_strip(stage / STRIP)
@@ -255,7 +255,7 @@ def pareto_to_folder(
         content = seal({**plain(record), "files": listed_files(stage, PARETO)})
         write_text(stage / PARETO, json.dumps(content, indent=1, allow_nan=False))
     remove_folder(root)
-    return Curve(directory=output, points=tuple(points), picked=made)
+    return Curve(directory=output, points=tuple(points), picked=picked)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,8 +149,8 @@ def _uniform(plan: LayerPlan) -> LayerPlan:
 def _even_plans(sweep: Sweep, graph_module: fx.GraphModule) -> list[LayerPlan] | None:
     """Equal bits in all layers that share the budget; None where it is none of `weight_bits`."""
     settings, limits = sweep.settings, sweep.limits
-    given = settings.effective_bits is not None or settings.weight_bytes is not None
-    if settings.allocation != "measured" or given:
+    has_budget = settings.effective_bits is not None or settings.weight_bytes is not None
+    if settings.allocation != "measured" or has_budget:
         return None
     pinned = pinned_layers(graph_module)
     bits = {name: (8 if name in pinned else settings.weight_bits, None) for name in sweep.solutions}

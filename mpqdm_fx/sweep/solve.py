@@ -250,11 +250,11 @@ def _solve_rows(
     problem = _Problem.of(W, data, refit=refit)
     base, best = _rounded(plan, problem, settings)
     if refit:
-        kept = _Problem.of(W, data, refit=False)
-        same = replace(best, error=kept.error(best.weight))
+        plain = _Problem.of(W, data, refit=False)
+        same = replace(best, error=plain.error(best.weight))
         if same.total < best.total:
             # What the refit fits to a few rows does not hold on others.
-            problem = kept
+            problem = plain
             base, best = _rounded(plan, problem, settings)
             best = min(best, same, key=lambda candidate: candidate.total)
     energies = torch.tensor(

@@ -271,14 +271,14 @@ class Sweep:
 
     def _solve(self, twin: fx.Node, pending: _Pending) -> None:
         """Quantize one layer and install it in the quantized lane."""
-        name, kept = pending.layer.name, self._checkpoint
-        solution = self.shards.once(lambda: kept.load(pending.layer) if kept else None)
+        name, checkpoint = pending.layer.name, self._checkpoint
+        solution = self.shards.once(lambda: checkpoint.load(pending.layer) if checkpoint else None)
         if solution is not None:
             self._check_bits(solution)
         else:
             solution = self._solution(twin, pending)
-            if kept and self.shards.rank == 0:
-                kept.save(solution)
+            if checkpoint and self.shards.rank == 0:
+                checkpoint.save(solution)
         self.solutions[name] = solution
         module = self.graph_module.get_submodule(str(twin.target))
         install_in_lane(self.graph_module, name, install_solution(module, solution))
@@ -307,12 +307,12 @@ class Sweep:
             plan = self._fixed(layer)
             if plan is None:
                 # from all calls alike: they may come in the order of the runs
-                every = slice(None, None, -(-len(data.train.inputs) // _DECISION_ROWS) or 1)
-                some = data.train.inputs[every]
-                exact = some
+                stride = slice(None, None, -(-len(data.train.inputs) // _DECISION_ROWS) or 1)
+                rows = data.train.inputs[stride]
+                exact = rows
                 if data.train.shift is not None:
-                    exact = some + data.train.shift[every]
-                plan = decide_layer(layer, exact, some, self.settings)
+                    exact = rows + data.train.shift[stride]
+                plan = decide_layer(layer, exact, rows, self.settings)
             return solve_layer(layer.module, plan, data, self.settings)
         except CalibrationError as error:
             kind, shape = type(layer.module).__name__, tuple(layer.weight.shape)
