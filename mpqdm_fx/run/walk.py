@@ -82,9 +82,9 @@ class Walk:
             _, smallest = walk_memory(graph_module, calls, half=half)
             if max_memory < smallest:
                 raise CalibrationError(
-                    f"max_memory={max_memory} cannot hold what one node needs at one call; the "
-                    f"smallest limit that can is {smallest} bytes; raise it, or give fewer samples "
-                    "per call"
+                    f"activation_memory={max_memory} cannot hold what one node needs at one call; "
+                    f"the smallest limit that can is {smallest} bytes; raise it, or give fewer "
+                    "samples per call"
                 )
         self._graph_module = graph_module
         self._calls = calls

@@ -138,26 +138,26 @@ class Checkpoint:
         return self.directory / f"layer-{readable}-{digest}.safetensors"
 
 
-def _plan_of(found: _Plan, layer: WeightLayer) -> LayerPlan:
+def _plan_of(plan: _Plan, layer: WeightLayer) -> LayerPlan:
     """The plan of a layer; raises ValueError if it is another layer's or no plan."""
     shape, kind = tuple(layer.weight.shape), type(layer.module).__name__
-    if (found.name, found.kind, found.shape) != (layer.name, kind, shape):
-        raise ValueError(f"it is of {found.name!r}, a {found.kind} of shape {list(found.shape)}")
-    if sum(count for _, count in found.bits) != shape[0]:
+    if (plan.name, plan.kind, plan.shape) != (layer.name, kind, shape):
+        raise ValueError(f"it is of {plan.name!r}, a {plan.kind} of shape {list(plan.shape)}")
+    if sum(count for _, count in plan.bits) != shape[0]:
         raise ValueError(f"it has no width for each of {shape[0]} channels")
-    data = {"layers": [found.model_dump()], "floats": [], "activation_bits": 8}
+    data = {"layers": [plan.model_dump()], "floats": [], "activation_bits": 8}
     return BitPlan.from_dict(data).layers[0]
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], plan: LayerPlan, layer: WeightLayer) -> None:
     """Raise ValueError unless a layer can have these codes, scales and bias under a plan."""
-    wanted = {"codes": (torch.int8, plan.shape), "scale": (torch.float32, plan.shape[:1])}
+    forms = {"codes": (torch.int8, plan.shape), "scale": (torch.float32, plan.shape[:1])}
     bias = getattr(layer.module, "bias", None)
     if isinstance(bias, Tensor) and "bias" in tensors:
-        wanted["bias"] = (bias.dtype, tuple(bias.shape))
-    if set(tensors) != set(wanted):
+        forms["bias"] = (bias.dtype, tuple(bias.shape))
+    if set(tensors) != set(forms):
         raise ValueError(f"it holds {', '.join(sorted(tensors))}"[:200])
-    for name, (dtype, size) in wanted.items():
+    for name, (dtype, size) in forms.items():
         tensor = tensors[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != size:
             raise ValueError(

@@ -18,6 +18,7 @@ from mpqdm_fx.graph.nested import same_constant
 from mpqdm_fx.model.storage import load, save
 from mpqdm_fx.passes.normalize.drop_dropout import DropDropout
 from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.run_options import RunOptions
 
 
 class Controlled(nn.Module):
@@ -138,7 +139,8 @@ def test_constants_are_the_same_if_a_model_may_take_them_so(value, baked, same):
 def test_prepared_model_records_and_quantized_model_takes_the_inputs(tmp_path):
     model, settings = Controlled().eval(), MPQConfig(weight_bits=8, activation_mode="static")
     calls = [call(seed) for seed in range(4)]
-    prepared = prepare(model, settings, calls[0], max_memory=1000, directory=tmp_path / "calls")
+    run = RunOptions(record_memory=1000, record_directory=tmp_path / "calls")
+    prepared = prepare(model, settings, calls[0], run=run)
     torch.testing.assert_close(prepared(**calls[1]), expected(seed=1))
     prepared.record(**calls[2])
     assert prepared.records.shards
