@@ -214,10 +214,9 @@ def row_settings(arguments: argparse.Namespace) -> Iterator[tuple[int, str, str,
                 if mode == "float" and bits != max(WIDTHS):
                     continue
                 for method in arguments.methods:
-                    own = "" if method == "nearest" else changed
-                    name = (
-                        f"W{bits} {mode} {method}{own} {arguments.calls}x{len(SIGMAS)} seed{seed}"
-                    )
+                    suffix = "" if method == "nearest" else changed
+                    runs = f"{arguments.calls}x{len(SIGMAS)} seed{seed}"
+                    name = f"W{bits} {mode} {method}{suffix} {runs}"
                     yield bits, mode, method, seed, name
 
 

@@ -213,8 +213,8 @@ def _compare(
     """Add one call to the sums of a pair."""
     before, after = values[pair.before.name], values[pair.form.name]
     if pair.matches and pair.form.graph is not None:
-        theirs = {right: before[left] for left, right in pair.matches.values()}
-        alone, _ = _interpret(_Keep(pair.form.graph), inputs, set(theirs), theirs)
+        replacements = {right: before[left] for left, right in pair.matches.values()}
+        alone, _ = _interpret(_Keep(pair.form.graph), inputs, set(replacements), replacements)
         for site, (left, right) in pair.matches.items():
             reference = _as_shaped(before[left], after[right])
             if reference is not None:

@@ -121,11 +121,14 @@ def matching_sites(
         after: The other graph; its running order and its operators' names are kept.
     """
     earlier, later = sites(before), sites(after)
-    here, there = (Counter((s.module, s.call, s.op) for s in side) for side in (earlier, later))
+    earlier_counts, later_counts = (
+        Counter((s.module, s.call, s.op) for s in side) for side in (earlier, later)
+    )
     partners = {
         site: earlier[site]
         for site in later
-        if here[site.module, site.call, site.op] == there[site.module, site.call, site.op]
+        if earlier_counts[site.module, site.call, site.op]
+        == later_counts[site.module, site.call, site.op]
     }
     last = {place: nodes[-1][0] for place, nodes in _places(before).items()}
     ends = {nodes[-1][0]: place for place, nodes in _places(after).items()}

@@ -58,7 +58,7 @@ def listed(folder):
     return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}
 
 
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.what)
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.fault)
 def test_a_wrong_call_is_one_line_and_leaves_nothing(call, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     before = listed(place)

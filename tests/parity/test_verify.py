@@ -326,6 +326,6 @@ def test_inputs_are_what_is_read_back_and_run_through_the_timesteps(tmp_path, st
     write_calls(tmp_path / "calls.safetensors", calls, outputs)
     loaded, results = read_calls(tmp_path / "calls.safetensors", signature)
     assert len(loaded) == len(calls) == 4
-    for mine, theirs in zip(calls, loaded, strict=True):
-        assert torch.equal(mine["x"], theirs["x"])
+    for expected, actual in zip(calls, loaded, strict=True):
+        assert torch.equal(expected["x"], actual["x"])
     assert all(torch.equal(a, b) for (a,), (b,) in zip(outputs, results, strict=True))

@@ -59,11 +59,11 @@ def test_the_graphs_on_the_road_to_a_program_are_those_that_verify_makes(lowered
     programs = ProgramGraphs.of(model.rounded, model.ranges, graphs.inputs)
     calls, _ = read_calls(folder / INPUTS, model.signature)
     for name in ("decomposed", "converted", "edge"):
-        mine, theirs = getattr(graphs, name), getattr(programs, name)
-        assert list(sites(mine)) == list(sites(theirs))
+        expected, actual = getattr(graphs, name), getattr(programs, name)
+        assert list(sites(expected)) == list(sites(actual))
         for call in calls:
             with torch.no_grad():
-                assert torch.equal(mine(call["x"]), theirs(call["x"]))
+                assert torch.equal(expected(call["x"]), actual(call["x"]))
 
 
 @pytest.mark.xnnpack

@@ -109,7 +109,7 @@ def replaced(call, name, value):
     return {**call, first: replaced(call[first], rest, value) if rest else value}
 
 
-def other(value):
+def flipped(value):
     """Another value of the same kind."""
     if value.dtype == torch.int64:
         return value.roll(1, 0) + 1 if value.ndim == 1 else (value + 1) % 2
@@ -126,7 +126,7 @@ def test_every_input_of_the_table_changes_what_the_model_predicts(name):
     with torch.no_grad():
         right = model(**call, return_dict=False)[0] if name != "UVit2DModel" else model(**call)
         for key, value in leaves(call).items():
-            changed = replaced(call, key, other(value))
+            changed = replaced(call, key, flipped(value))
             output = (
                 model(**changed, return_dict=False)[0]
                 if name != "UVit2DModel"

@@ -59,13 +59,13 @@ def _is_pass_of(module_name: str, value: object) -> bool:
 
 
 @functools.cache
-def zoo(every: int = 1) -> tuple[RandomGraph, ...]:
+def zoo(stride: int = 1) -> tuple[RandomGraph, ...]:
     """Return graphs with each kind and variant of block: every pass meets what it is for.
 
     Each comes three times: plain, with quantized activations, and with chains that quantize at run
-    time. `every` thins them out.
+    time. `stride` thins them out.
     """
-    plain = list(_plain_zoo(every))
+    plain = list(_plain_zoo(stride))
     return (
         *plain,
         *map(with_quantized_activations, plain),
@@ -73,10 +73,10 @@ def zoo(every: int = 1) -> tuple[RandomGraph, ...]:
     )
 
 
-def _plain_zoo(every: int) -> Iterator[RandomGraph]:
+def _plain_zoo(stride: int) -> Iterator[RandomGraph]:
     for index, kind in enumerate(KINDS):
         for variant in range(4):
-            if (index + variant) % every:
+            if (index + variant) % stride:
                 continue
             block = Block(kind=kind, variant=variant, channels=8)
             before = (Block(kind="conv", channels=8, stride=2), Block(kind="conv", groups=2))
