@@ -74,7 +74,7 @@ def test_a_wrong_call_is_one_line_and_leaves_nothing(call, place, monkeypatch, c
 
 def test_there_are_at_least_25_wrong_calls_each_of_its_own_kind():
     assert len(CALLS) >= 25
-    for name in ("what", "typed", "printed"):
+    for name in ("fault", "typed", "printed"):
         assert len({getattr(call, name) for call in CALLS}) == len(CALLS)
 
 
