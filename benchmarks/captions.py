@@ -137,13 +137,13 @@ class Bench:
         return row, images
 
     def trained(
-        self, quantized: QuantizedModel, given: Mapping[str, Any], updates: int
+        self, quantized: QuantizedModel, options: Mapping[str, Any], updates: int
     ) -> Distilled:
         """Distil on guided runs with captions of the seed."""
         config = training(
             {
                 "trajectories": 32, "steps": STEPS, "batch_size": 16, "guidance_scale": GUIDANCE,
-                **given,
+                **options,
             },
             self.seed,
             updates,
@@ -179,18 +179,18 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
         key = f"{setting} {recipe} {bench.seed}"
         if key in read(arguments.output):
             continue
-        options, given = RECIPES[recipe]
+        options, changes = RECIPES[recipe]
         quantized, row = start(setting, json.dumps(options)), {}
         clock = time.perf_counter()
-        if given is not None:
-            result = bench.trained(quantized, given, arguments.updates)
+        if changes is not None:
+            result = bench.trained(quantized, changes, arguments.updates)
             quantized = result.quantized
             row = {"updates": arguments.updates, "before": result.before, "after": result.after}
         row["seconds"] = time.perf_counter() - clock
         measured, images = bench.measured(quantized)
         write_row(arguments.output, key, row | measured)
-        kept = {"float": bench.images[:16].contiguous(), "images": images[:16].contiguous()}
-        save_file(kept, arguments.directory / f"{key}.safetensors")
+        pictures = {"float": bench.images[:16].contiguous(), "images": images[:16].contiguous()}
+        save_file(pictures, arguments.directory / f"{key}.safetensors")
 
 
 def program(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -207,16 +207,16 @@ def program(bench: Bench, arguments: argparse.Namespace) -> None:
     trained = bench.trained(quantized, {}, arguments.updates).quantized
     row: dict[str, Any] = {"updates": arguments.updates}
     for name, model in {"before": quantized, "after": trained}.items():
-        found = lower(model, "xnnpack", output=arguments.directory / f"{name}.pte")
-        answers = bench.noise(runner_denoiser(XnnpackRunner(found.path), model.signature))
+        lowered = lower(model, "xnnpack", output=arguments.directory / f"{name}.pte")
+        answers = bench.noise(runner_denoiser(XnnpackRunner(lowered.path), model.signature))
         folder = save(model, arguments.directory / name)
         row[name] = bench.measured(model)[0] | {
             "program against graph": sqnr_db(bench.noise(model), answers),
             "program against float": sqnr_db(bench.noise(bench.unet), answers),
-            "program bytes": found.bytes,
+            "program bytes": lowered.bytes,
             "packed bytes": (folder / "model.safetensors").stat().st_size,
-            "subgraphs": found.subgraphs,
-            "undelegated": found.undelegated,
+            "subgraphs": lowered.subgraphs,
+            "undelegated": lowered.undelegated,
         }
     write_row(arguments.output, key, row)
 
@@ -226,16 +226,16 @@ def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
     heads = "setting | recipe | eps-SQNR dB | x0-SQNR dB | followed | bits | seconds | seeds"
     lines = [f"| {heads} |", "|---" * 8 + "|"]
     for setting, recipe in itertools.product(SETTINGS, OURS):
-        found = [rows[k] for s in seeds if (k := f"{setting} {recipe} {s}") in rows]
-        if not found:
+        runs = [rows[k] for s in seeds if (k := f"{setting} {recipe} {s}") in rows]
+        if not runs:
             continue
         cells = []
         for metric in ("epsilon_sqnr", "x0_sqnr", "followed"):
-            values = [row[metric] for row in found]
+            values = [row[metric] for row in runs]
             cells.append(f"{statistics.mean(values):.2f} ± {max(values) - min(values):.2f}")
-        bits = statistics.mean(row["effective_bits"] for row in found)
-        seconds = statistics.mean(row["seconds"] for row in found)
-        cells += [f"{bits:.3f}", f"{seconds:.0f}", str(len(found))]
+        bits = statistics.mean(row["effective_bits"] for row in runs)
+        seconds = statistics.mean(row["seconds"] for row in runs)
+        cells += [f"{bits:.3f}", f"{seconds:.0f}", str(len(runs))]
         lines.append(f"| {setting} | {recipe} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

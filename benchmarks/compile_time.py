@@ -111,14 +111,17 @@ class Stopwatch:
                 owner: Any = home_of(name.partition(".")[0])
                 for class_name in classes:
                     owner = getattr(owner, class_name)
-                found = vars(owner)[attribute]
-                if isinstance(found, classmethod):
-                    setattr(owner, attribute, classmethod(self.wrap(found.__func__, stage)))
+                function = vars(owner)[attribute]
+                if isinstance(function, classmethod):
+                    setattr(owner, attribute, classmethod(self.wrap(function.__func__, stage)))
                     continue
-                timed = self.wrap(found, stage)
+                timed = self.wrap(function, stage)
                 setattr(owner, attribute, timed)
                 for module_name, module in list(sys.modules.items()):
-                    if module_name.startswith("mpqdm_fx") and vars(module).get(attribute) is found:
+                    if (
+                        module_name.startswith("mpqdm_fx")
+                        and vars(module).get(attribute) is function
+                    ):
                         setattr(module, attribute, timed)
 
 
@@ -135,7 +138,7 @@ def captions() -> Case:
     Its weights are random: they say nothing about quality, and time does not depend on them.
     """
     torch.manual_seed(0)
-    made = UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=3,
         out_channels=3,
@@ -157,7 +160,7 @@ def captions() -> Case:
         for _ in range(10)
     ]
     settings = {"weight_bits": 2, "activation_bits": 4, "activation_mode": "static"}
-    return made.eval(), calls, settings
+    return unet.eval(), calls, settings
 
 
 def unet() -> Case:
@@ -176,8 +179,8 @@ def own_model(place: str) -> Case:
         raise SystemExit(f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found: Case = getattr(module, function)()
-    return found
+    case: Case = getattr(module, function)()
+    return case
 
 
 def measure(case: Callable[[], Case]) -> dict[str, Any]:
@@ -230,8 +233,8 @@ def run(arguments: Sequence[str], checkout: Path) -> dict[str, Any]:
         command = [sys.executable, __file__, *arguments, "--worker", str(file)]
         environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
         subprocess.run(command, env=environment, check=True)
-        found: dict[str, Any] = json.loads(file.read_text())
-    return found
+        numbers: dict[str, Any] = json.loads(file.read_text())
+    return numbers
 
 
 def table(name: str, results: Sequence[Mapping[str, Any]]) -> str:
@@ -273,18 +276,18 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.worker:
         case = MODELS[arguments.models[0]] if arguments.models else own_model
-        found = measure(case if arguments.models else functools.partial(case, arguments.own))
-        arguments.worker.write_text(json.dumps(found))
+        numbers = measure(case if arguments.models else functools.partial(case, arguments.own))
+        arguments.worker.write_text(json.dumps(numbers))
         return
     checkouts = [Path(__file__).resolve().parents[1]]
     if arguments.against:
         checkouts.insert(0, arguments.against.resolve())
-    wanted = [(name, [name]) for name in arguments.models]
+    cases = [(name, [name]) for name in arguments.models]
     if arguments.own:
-        wanted.append((arguments.own, ["--own", arguments.own]))
-    if not wanted or not set(arguments.models) <= set(MODELS):
+        cases.append((arguments.own, ["--own", arguments.own]))
+    if not cases or not set(arguments.models) <= set(MODELS):
         parser.error(f"give models ({', '.join(MODELS)}), or --own")
-    for name, options in wanted:
+    for name, options in cases:
         print(table(name, [run(options, checkout) for checkout in checkouts]), flush=True)
         print(flush=True)
 

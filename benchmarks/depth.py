@@ -73,9 +73,9 @@ def main() -> None:
         start = time.perf_counter()
         convert(prepared, sweep=sweep)
         middle = time.perf_counter()
-        weights, own = sweep.prepared.row_weights, list(records)
-        held_out = weights.groups.held_out(own)
-        rerun_for_every_layer(graph_module, own, settings, held_out, weights)
+        weights, inputs = sweep.prepared.row_weights, list(records)
+        held_out = weights.groups.held_out(inputs)
+        rerun_for_every_layer(graph_module, inputs, settings, held_out, weights)
         swept, rerun = middle - start, time.perf_counter() - middle
         print(
             f"{depth:>5} {len(weight_layers(graph_module)):>7} {sweep.walk.executions:>16} "

@@ -60,10 +60,10 @@ RECIPES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {
 }
 
 
-def training(given: Mapping[str, Any], seed: int, updates: int) -> DistillConfig:
+def training(options: Mapping[str, Any], seed: int, updates: int) -> DistillConfig:
     """Settings of a recipe's training."""
     settings = {
-        "seed": 10 + seed, "updates": updates, "trajectories": 64, "keep_better": False, **given,
+        "seed": 10 + seed, "updates": updates, "trajectories": 64, "keep_better": False, **options,
     }  # fmt: skip
     if settings.pop("recipe", None) == "efficientdm":
         return DistillConfig.efficientdm(**settings)
@@ -127,14 +127,14 @@ def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
     lines = [f"| {heads} |", "|---" * 9 + "|"]
     for setting in SETTINGS:
         for recipe in RECIPES:
-            found = [rows[k] for s in seeds if (k := f"{setting} {recipe} {s}") in rows]
-            if not found:
+            runs = [rows[k] for s in seeds if (k := f"{setting} {recipe} {s}") in rows]
+            if not runs:
                 continue
-            bits = statistics.mean(row["effective_bits"] for row in found)
-            seconds = statistics.mean(row["seconds"] for row in found)
+            bits = statistics.mean(row["effective_bits"] for row in runs)
+            seconds = statistics.mean(row["seconds"] for row in runs)
             lines.append(
-                f"| {setting} | {recipe} | {columns(found)} | {bits:.3f} | {seconds:.0f} "
-                f"| {len(found)} |"
+                f"| {setting} | {recipe} | {columns(runs)} | {bits:.3f} | {seconds:.0f} "
+                f"| {len(runs)} |"
             )
     return "\n".join(lines)
 

@@ -122,11 +122,11 @@ def build(
     if not facts.exists():
         methods = methods_of(form, graph)
         layers = {name for method in methods.values() for name, _ in method.named_modules()}
-        own = {name: chosen for name, chosen in ranges.items() if name in layers}
+        layer_ranges = {name: chosen for name, chosen in ranges.items() if name in layers}
         calls = dict.fromkeys(methods, call_of(form))
-        made = lower_methods(methods, calls, path, ranges=own or None)
-        found = {name: program.to_dict() for name, program in made.items()}
-        facts.write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
+        programs = lower_methods(methods, calls, path, ranges=layer_ranges or None)
+        content = {name: program.to_dict() for name, program in programs.items()}
+        facts.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
     read: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
     return {"path": path, "methods": read}
 
@@ -145,11 +145,11 @@ def opened(form: str, program: Mapping[str, Any]) -> Callable[[], Tensor]:
             continue
         facts = program["methods"][method]
         run = XnnpackRunner(program["path"], method)
-        given = [values[spec["name"]] for spec in facts["inputs"]]
+        arguments = [values[spec["name"]] for spec in facts["inputs"]]
         if method == "encode_prompt":
             names = [spec["name"] for spec in facts["outputs"]]
-            values.update(zip(names, run(*given), strict=True))
-    return lambda: run(*given)[0]
+            values.update(zip(names, run(*arguments), strict=True))
+    return lambda: run(*arguments)[0]
 
 
 def times(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
@@ -164,10 +164,10 @@ def times(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Any]
     first = taken[next(iter(steps))]
     return {
         name: {
-            "ms": statistics.median(own),
-            "ratio": statistics.median(a / b for a, b in zip(own, first, strict=True)),
+            "ms": statistics.median(milliseconds),
+            "ratio": statistics.median(a / b for a, b in zip(milliseconds, first, strict=True)),
         }
-        for name, own in taken.items()
+        for name, milliseconds in taken.items()
     }
 
 
@@ -178,44 +178,44 @@ def main() -> None:
     parser.add_argument("--mode", choices=("float", "static", "dynamic"), default="float")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--count-only", action="store_true")
-    given = parser.parse_args()
-    given.directory.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"mode": given.mode, "multiply_adds": {}}
+    arguments = parser.parse_args()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"mode": arguments.mode, "multiply_adds": {}}
     for name, side in (("1.5", 64), ("1.5", 32), ("2.1", 96)):
         key = f"Stable Diffusion {name}, {8 * side}x{8 * side}"
         result["multiply_adds"][key] = large(name, side)
     unet, call = small(), inputs(307, 32)
     graph, ranges = normalized(unet, call, MPQConfig()), {}
     result["multiply_adds"]["small"] = counted(graph)
-    for key, found in result["multiply_adds"].items():
+    for key, numbers in result["multiply_adds"].items():
         print(
-            f"{key:<32} {found['whole'] / 1e9:9.3f} G a step; prompt once "
-            f"-{found['saved by the prompt']:.2%}, with tables -{found['saved by both']:.2%}; "
-            f"of the weights: prompt {found['weights of the prompt']:.2%}, "
-            f"time {found['weights of the time']:.2%}"
+            f"{key:<32} {numbers['whole'] / 1e9:9.3f} G a step; prompt once "
+            f"-{numbers['saved by the prompt']:.2%}, with tables -{numbers['saved by both']:.2%}; "
+            f"of the weights: prompt {numbers['weights of the prompt']:.2%}, "
+            f"time {numbers['weights of the time']:.2%}"
         )
-    if not given.count_only:
-        if given.mode != "float":
+    if not arguments.count_only:
+        if arguments.mode != "float":
             settings = MPQConfig(
-                weight_bits=8, activation_mode=given.mode, allocation="uniform",
+                weight_bits=8, activation_mode=arguments.mode, allocation="uniform",
                 levels="uniform", rounding="nearest", refinements=0, propagation=0.0, slowdown=1,
                 judge=False,
             )  # fmt: skip
             quantized = quantize(unet, settings, [call, call])
             graph, ranges = quantized.rounded, quantized.ranges
-        programs = {form: build(form, graph, ranges, given.directory) for form in FORMS}
+        programs = {form: build(form, graph, ranges, arguments.directory) for form in FORMS}
         steps = {form: opened(form, program) for form, program in programs.items()}
         outputs = {form: step() for form, step in steps.items()}
-        result["times"] = times(steps, given.rounds)
-        for form, found in result["times"].items():
-            found["bytes"] = programs[form]["path"].stat().st_size
-            found["sqnr_db"] = sqnr_db(outputs[FORMS[0]], outputs[form])
+        result["times"] = times(steps, arguments.rounds)
+        for form, numbers in result["times"].items():
+            numbers["bytes"] = programs[form]["path"].stat().st_size
+            numbers["sqnr_db"] = sqnr_db(outputs[FORMS[0]], outputs[form])
             print(
-                f"{form:<32} {found['ms']:7.2f} ms a step, {found['ratio']:.3f} of the whole; "
-                f"{found['bytes']:,} bytes; {found['sqnr_db']:.0f} dB"
+                f"{form:<32} {numbers['ms']:7.2f} ms a step, {numbers['ratio']:.3f} of the whole; "
+                f"{numbers['bytes']:,} bytes; {numbers['sqnr_db']:.0f} dB"
             )
     text = json.dumps(result, indent=1, default=str)
-    (given.directory / "result.json").write_text(text, encoding="utf-8")
+    (arguments.directory / "result.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

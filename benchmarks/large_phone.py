@@ -121,10 +121,10 @@ def main() -> None:
                     subprocess.run(again, check=True)
             continue
         if arguments.task == "lower":
-            found = lower_form(form, path, arguments.narrower)
+            numbers = lower_form(form, path, arguments.narrower)
         else:
-            found = run_form(path, arguments.steps, arguments.threads)
-        path.with_suffix(f".{arguments.task}.json").write_text(json.dumps(found, indent=1))
+            numbers = run_form(path, arguments.steps, arguments.threads)
+        path.with_suffix(f".{arguments.task}.json").write_text(json.dumps(numbers, indent=1))
     if arguments.task is None:
         print_table(arguments.directory, arguments.forms)
 
@@ -136,13 +136,14 @@ def print_table(directory: Path, forms: list[str]) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for form in forms:
-        made, ran = (
+        lowering, running = (
             json.loads((directory / f"{form}.{task}.json").read_text()) for task in ("lower", "run")
         )
         print(
-            f"| {form} | {made['bytes']} | {made['subgraphs']} | {made['undelegated']} "
-            f"| {made['lowering_seconds']:.0f} | {made['lowering_peak_gib']:.1f} "
-            f"| {ran['step_seconds']:.2f} | {ran['running_peak_gib']:.2f} | {made['sqnr_db']:.1f} |"
+            f"| {form} | {lowering['bytes']} | {lowering['subgraphs']} | {lowering['undelegated']} "
+            f"| {lowering['lowering_seconds']:.0f} | {lowering['lowering_peak_gib']:.1f} "
+            f"| {running['step_seconds']:.2f} | {running['running_peak_gib']:.2f} "
+            f"| {lowering['sqnr_db']:.1f} |"
         )
 
 

@@ -98,7 +98,7 @@ def main() -> None:
     )
     seconds, peak = time.perf_counter() - start, peak_gib()
     with torch.no_grad():
-        expected, found = unet(**data[-1]).sample, quantized(**data[-1]).sample
+        expected, actual = unet(**data[-1]).sample, quantized(**data[-1]).sample
     layers = quantized.plan.layers
     result = {
         "parameters": sum(p.numel() for p in unet.parameters()),
@@ -111,7 +111,7 @@ def main() -> None:
         "peak_gib": peak,
         "resumed": arguments.resume,
         "threads": arguments.threads,
-        "output_sqnr_db": sqnr_db(expected, found),
+        "output_sqnr_db": sqnr_db(expected, actual),
     }
     (arguments.directory / "result.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))

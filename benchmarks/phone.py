@@ -139,11 +139,11 @@ def build(unet: UNet2DModel, directory: Path, form: str) -> dict[str, Any]:
     facts = path.with_suffix(".json")
     if not facts.exists():
         start = time.perf_counter()
-        made = FORMS[form](unet, path)
-        made["seconds"] = time.perf_counter() - start
-        facts.write_text(json.dumps(made, indent=1, default=str), encoding="utf-8")
-    found: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
-    return {**found, "path": str(path)}
+        program = FORMS[form](unet, path)
+        program["seconds"] = time.perf_counter() - start
+        facts.write_text(json.dumps(program, indent=1, default=str), encoding="utf-8")
+    content: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
+    return {**content, "path": str(path)}
 
 
 def times(forms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -212,8 +212,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for form, value in measured.items():
         row = facts.get(form, {})
-        found = runners[form](*call.values())[0] if form in runners else None
-        sqnr = "" if found is None else f"{sqnr_db(expected, found):.1f}"
+        output = runners[form](*call.values())[0] if form in runners else None
+        sqnr = "" if output is None else f"{sqnr_db(expected, output):.1f}"
         print(
             f"| {form} | {value:.1f} | {value / measured[first]:.2f} | {row.get('subgraphs', '')} "
             f"| {row.get('undelegated', '')} | {row.get('bytes', '')} "

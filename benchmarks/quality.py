@@ -110,8 +110,10 @@ class Bench:
 
     def measured(self, quantized: QuantizedModel) -> dict[str, Any]:
         """The entries of a row that every cell has."""
-        found = evaluate_against(self.reference, quantized, self.source.scheduler, self.classifier)
-        return {**dataclasses.asdict(found), "effective_bits": quantized.plan.effective_bits}
+        metrics = evaluate_against(
+            self.reference, quantized, self.source.scheduler, self.classifier
+        )
+        return {**dataclasses.asdict(metrics), "effective_bits": quantized.plan.effective_bits}
 
 
 def config_of(setting: str, method: str, seed: int) -> MPQConfig | None:
@@ -176,13 +178,13 @@ def write_row(output: Path, key: str, row: Mapping[str, Any]) -> None:
 
 def columns(rows: Collection[Mapping[str, Any]]) -> str:
     """Mean and spread of each of `METRICS`, as columns of a Markdown table."""
-    found = []
+    cells = []
     for metric in METRICS:
         values = [row[metric] for row in rows]
         digits = 3 if metric == "accuracy" else 2
         spread = max(values) - min(values)
-        found.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
-    return " | ".join(found)
+        cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
+    return " | ".join(cells)
 
 
 def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
@@ -195,19 +197,19 @@ def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
     for setting in SETTINGS:
         for method in METHODS:
             keys = {seed: f"{setting} {method} {seed}" for seed in seeds}
-            found = {seed: rows[key] for seed, key in keys.items() if key in rows}
-            if not found:
+            runs = {seed: rows[key] for seed, key in keys.items() if key in rows}
+            if not runs:
                 continue
-            bits = statistics.mean(row["effective_bits"] for row in found.values())
+            bits = statistics.mean(row["effective_bits"] for row in runs.values())
             ratios = [
                 10 ** ((rows[base]["epsilon_sqnr"] - row["epsilon_sqnr"]) / 10)
-                for seed, row in found.items()
+                for seed, row in runs.items()
                 if (base := f"{setting} gptq {seed}") in rows
             ]
             change = f"{100 * (statistics.mean(ratios) - 1):+.0f} %" if ratios else ""
             lines.append(
-                f"| {setting} | {method} | {columns(found.values())} | {bits:.3f} | {change} "
-                f"| {len(found)} |"
+                f"| {setting} | {method} | {columns(runs.values())} | {bits:.3f} | {change} "
+                f"| {len(runs)} |"
             )
     accuracy = statistics.mean(row["reference_accuracy"] for row in rows.values())
     lines.append(f"\nFloat model: accuracy {accuracy:.3f}.")

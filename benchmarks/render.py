@@ -37,12 +37,12 @@ _MARKED = re.compile(r"(<!-- rows: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 def rendered(text: str) -> str:
     """A page with its tables made anew."""
 
-    def made(found: re.Match[str]) -> str:
-        rows = read(RESULTS / found[2])
-        lines = [line for line in TABLES[found[2]](rows).splitlines() if line.startswith("|")]
-        return f"{found[1]}\n" + "\n".join(lines) + f"\n\n{found[4]}"
+    def block(match: re.Match[str]) -> str:
+        rows = read(RESULTS / match[2])
+        lines = [line for line in TABLES[match[2]](rows).splitlines() if line.startswith("|")]
+        return f"{match[1]}\n" + "\n".join(lines) + f"\n\n{match[4]}"
 
-    return _MARKED.sub(made, text)
+    return _MARKED.sub(block, text)
 
 
 def main() -> None:

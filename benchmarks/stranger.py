@@ -98,9 +98,9 @@ def nearest(network: nn.Module, bits: int, mode: str, calls: Sequence[Call]) -> 
     return rounded
 
 
-def decibels(reference: Tensor, found: Tensor) -> float:
+def decibels(reference: Tensor, outputs: Tensor) -> float:
     """Output SQNR."""
-    error = (reference - found).square().sum()
+    error = (reference - outputs).square().sum()
     return round(float(10 * torch.log10(reference.square().sum() / error)), 3)
 
 
@@ -108,11 +108,13 @@ def decibels(reference: Tensor, found: Tensor) -> float:
 def measured(model: Callable[..., Any], calls: Sequence[Call], floats: Sequence[Tensor]) -> Row:
     """Output SQNR over all calls, and at each sigma."""
     outputs = [model(**call) for call in calls]
-    outputs = [each if isinstance(each, Tensor) else each[0] for each in outputs]
+    outputs = [output if isinstance(output, Tensor) else output[0] for output in outputs]
     at: dict[str, float] = {}
     for sigma in SIGMAS:
-        own = [i for i, call in enumerate(calls) if abs(float(call["sigma"][0]) / sigma - 1) < 1e-5]
-        pairs = ([part[i] for i in own] for part in (floats, outputs))
+        rows = [
+            i for i, call in enumerate(calls) if abs(float(call["sigma"][0]) / sigma - 1) < 1e-5
+        ]
+        pairs = ([part[i] for i in rows] for part in (floats, outputs))
         at[f"{sigma:g}"] = decibels(*map(torch.cat, pairs))
     return {"sqnr_db": decibels(torch.cat([*floats]), torch.cat(outputs)), "sqnr_db_at": at}
 
@@ -144,8 +146,8 @@ class Bench:
         if isinstance(model, QuantizedModel):
             row["effective_bits"] = round(model.plan.effective_bits, 4)
             if self.pte is not None and mode != "float":
-                told, runs = self._program(model, self.pte / f"{file}.pte")
-                row["program"] = told
+                numbers, runs = self._program(model, self.pte / f"{file}.pte")
+                row["program"] = numbers
         if self.pictures is not None:
             self._picture(runs, self.pictures / f"{file}.png")
         return row
@@ -153,24 +155,26 @@ class Bench:
     def _program(self, model: QuantizedModel, path: Path) -> tuple[Row, Callable[..., Any]]:
         """Lower, measure, and time beside the float program."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = lower(model, "xnnpack", output=path)
+        program = lower(model, "xnnpack", output=path)
         runner = XnnpackRunner(path)
         run = runner_denoiser(runner, model.signature)
-        told = measured(run, self.held_out, self.floats)
+        numbers = measured(run, self.held_out, self.floats)
         runners = {"program": runner, "float": XnnpackRunner(self._float_program(path.parent))}
         single = [value[:1] for value in self.held_out[0].values()]
         times: dict[str, list[float]] = {form: [] for form in runners}
         for index in range(_ROUNDS + 1):
-            for form, each in runners.items():
+            for form, program_runner in runners.items():
                 start = time.perf_counter()
-                each(*single)
+                program_runner(*single)
                 if index:  # the first round warms up
                     times[form].append(1e3 * (time.perf_counter() - start))
         ratios = [a / b for a, b in zip(times["program"], times["float"], strict=True)]
-        told |= {"bytes": made.bytes, "subgraphs": made.subgraphs}
-        told["milliseconds"] = {form: round(statistics.median(v), 2) for form, v in times.items()}
-        told["time_ratio"] = round(statistics.median(ratios), 3)
-        return told, run
+        numbers |= {"bytes": program.bytes, "subgraphs": program.subgraphs}
+        numbers["milliseconds"] = {
+            form: round(statistics.median(v), 2) for form, v in times.items()
+        }
+        numbers["time_ratio"] = round(statistics.median(ratios), 3)
+        return numbers, run
 
     def _float_program(self, folder: Path) -> Path:
         path = folder / "float.pte"
@@ -186,7 +190,7 @@ class Bench:
         options: dict[str, Any] = {
             "seed": 7, "conditions": {"difficulty": torch.linspace(0.2, 0.95, 4)},
         }  # fmt: skip
-        rows = [denoise(each, Renoising(), noise, **options) for each in (self.network, model)]
+        rows = [denoise(model, Renoising(), noise, **options) for model in (self.network, model)]
         # relief and not height: each terrain over its own range
         heights = rows[0].flatten(1)
         low, high = (end.reshape(-1, 1, 1, 1) for end in (heights.amin(1), heights.amax(1)))
@@ -201,7 +205,7 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def wanted(arguments: argparse.Namespace) -> Iterator[tuple[int, str, str, int, str]]:
+def row_settings(arguments: argparse.Namespace) -> Iterator[tuple[int, str, str, int, str]]:
     """Width, mode, method, seed and name of every row that was asked for."""
     changed = "".join(f" {text}" for text in arguments.set)
     for seed in arguments.seeds:
@@ -210,10 +214,9 @@ def wanted(arguments: argparse.Namespace) -> Iterator[tuple[int, str, str, int, 
                 if mode == "float" and bits != max(WIDTHS):
                     continue
                 for method in arguments.methods:
-                    own = "" if method == "nearest" else changed
-                    name = (
-                        f"W{bits} {mode} {method}{own} {arguments.calls}x{len(SIGMAS)} seed{seed}"
-                    )
+                    suffix = "" if method == "nearest" else changed
+                    runs = f"{arguments.calls}x{len(SIGMAS)} seed{seed}"
+                    name = f"W{bits} {mode} {method}{suffix} {runs}"
                     yield bits, mode, method, seed, name
 
 
@@ -226,14 +229,14 @@ def table(rows: Mapping[str, Row]) -> str:
     for name in sorted(groups, key=_place):
         bits, mode, method, *_ = name.split()
         group = groups[name]
-        what = f"{bits}, {method}" if mode == "float" else f"{bits}A8 {mode}, {method}"
+        label = f"{bits}, {method}" if mode == "float" else f"{bits}A8 {mode}, {method}"
         levels = " ".join(
             f"{statistics.mean(row['sqnr_db_at'][f'{sigma:g}'] for row in group):.1f}"
             for sigma in SIGMAS
         )
         ratios = [row["sqnr_db"] for row in group]
         spread = f" ± {max(ratios) - min(ratios):.1f}" if len(group) > 1 else ""
-        cells = [what, f"{statistics.mean(ratios):.1f}{spread}", levels, str(len(group))]
+        cells = [label, f"{statistics.mean(ratios):.1f}{spread}", levels, str(len(group))]
         lines.append(f"| {' | '.join([*cells, *_program(group)])} |")
     return "\n".join(lines)
 
@@ -277,7 +280,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows: dict[str, Row] = read_json(arguments.output) if arguments.output.exists() else {}
     bench = None
-    for bits, mode, method, seed, name in wanted(arguments):
+    for bits, mode, method, seed, name in row_settings(arguments):
         programmed = arguments.pte is not None and mode != "float" and method != "nearest"
         if name in rows and not (programmed and "program" not in rows[name]):
             continue

@@ -34,8 +34,8 @@ class Comparison(Sweep):
         chosen = super()._solve_with(layer, data)
         if data.train.shift is not None:
             fixed = dataclasses.replace(self.settings, propagation=0.5)
-            other = solve_layer(layer.module, chosen.plan, data, fixed)
-            self.pairs.append((layer.name, chosen.error, other.error))
+            fixed_solution = solve_layer(layer.module, chosen.plan, data, fixed)
+            self.pairs.append((layer.name, chosen.error, fixed_solution.error))
         return chosen
 
 

@@ -107,16 +107,16 @@ class TerrainUNet(nn.Module):
         self.label_emb = _two_layers(1)
         self.register_buffer("frequencies", torch.zeros(_WIDTH // 2))
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(1, _WIDTH, 3, padding=1)])])
-        channels, kept = _WIDTH, [_WIDTH]
+        channels, skips = _WIDTH, [_WIDTH]
         for level, multiplier in enumerate(_MULTIPLIERS):
             for _ in range(_BLOCKS):
                 self.input_blocks.append(_block(channels, multiplier * _WIDTH, level))
                 channels = multiplier * _WIDTH
-                kept.append(channels)
+                skips.append(channels)
             if level < len(_MULTIPLIERS) - 1:
                 halved = ResidualBlock(channels, channels, nn.AvgPool2d(2))
                 self.input_blocks.append(nn.ModuleList([halved]))
-                kept.append(channels)
+                skips.append(channels)
         self.middle_block = nn.ModuleList(
             [
                 ResidualBlock(channels, channels),
@@ -127,7 +127,7 @@ class TerrainUNet(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, multiplier in reversed([*enumerate(_MULTIPLIERS)]):
             for index in range(_BLOCKS + 1):
-                block = _block(channels + kept.pop(), multiplier * _WIDTH, level)
+                block = _block(channels + skips.pop(), multiplier * _WIDTH, level)
                 channels = multiplier * _WIDTH
                 if level and index == _BLOCKS:
                     doubled = nn.Upsample(scale_factor=2, mode="nearest")
@@ -193,11 +193,11 @@ def load_terrain(path: str | Path | None = None) -> TerrainUNet:
     from onnx import numpy_helper
 
     if path is None:
-        found = installed_weights()
-        if found is None:
+        installed = installed_weights()
+        if installed is None:
             with tempfile.TemporaryDirectory() as folder:
                 return load_terrain(download(Path(folder)))
-        path = found
+        path = installed
     graph = onnx.load(path).graph
     stored = {
         tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
@@ -210,7 +210,7 @@ def load_terrain(path: str | Path | None = None) -> TerrainUNet:
         if f"network.{name}" in stored
     }
     # a block's modules are registered in the order in which they run
-    norms = [name for name, one in network.named_modules() if isinstance(one, nn.GroupNorm)]
+    norms = [name for name, module in network.named_modules() if isinstance(module, nn.GroupNorm)]
     for name, (weight, bias) in zip(norms, _norms_of(graph, stored), strict=True):
         state[f"{name}.weight"], state[f"{name}.bias"] = weight, bias
     state["frequencies"] = _frequencies_of(graph, stored)
@@ -226,16 +226,16 @@ def _norms_of(graph: Any, stored: Mapping[str, Tensor]) -> list[tuple[Tensor, Te
 
     def next_of(kind: str, name: str) -> tuple[Any, str]:
         node = next(n for n in graph.node if n.op_type == kind and name in n.input)
-        return node, next((other for other in node.input if other != name), "")
+        return node, next((argument for argument in node.input if argument != name), "")
 
-    found = []
+    norms = []
     for node in graph.node:
         if node.op_type == "InstanceNormalization":
             reshaped, _ = next_of("Reshape", node.output[0])
             scaled, weight = next_of("Mul", reshaped.output[0])
             _, bias = next_of("Add", scaled.output[0])
-            found.append((stored[weight].flatten(), stored[bias].flatten()))
-    return found
+            norms.append((stored[weight].flatten(), stored[bias].flatten()))
+    return norms
 
 
 def _frequencies_of(graph: Any, stored: Mapping[str, Tensor]) -> Tensor:
@@ -307,18 +307,18 @@ def calls_along(
         `count` times five calls.
     """
     generator = torch.Generator().manual_seed(seed)
-    found: list[dict[str, Tensor]] = []
+    calls: list[dict[str, Tensor]] = []
     for _ in range(count):
         difficulty = torch.randint(0, 100, (batch,), generator=generator).float() / 99
         noisy = torch.randn(batch, 1, SIZE, SIZE, generator=generator) * SIGMAS[0]
         sigma = torch.full((batch,), SIGMAS[0])
-        found.append({"noisy": noisy, "sigma": sigma, "difficulty": difficulty})
-        heights = network(**found[-1])
+        calls.append({"noisy": noisy, "sigma": sigma, "difficulty": difficulty})
+        heights = network(**calls[-1])
         for level in SIGMAS[1:]:
             noisy = heights + level * torch.randn(heights.shape, generator=generator)
             sigma = torch.full((batch,), level)
-            found.append({"noisy": noisy, "sigma": sigma, "difficulty": difficulty})
-    return found
+            calls.append({"noisy": noisy, "sigma": sigma, "difficulty": difficulty})
+    return calls
 
 
 def model() -> TerrainUNet:

@@ -30,8 +30,8 @@ quantized = mpqdm_fx.quantize(model, config, calibration)
 sample = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(1))
 labels = torch.tensor([2, 7])
 expected = model(sample, 500, class_labels=labels).sample
-found = quantized(sample, 500, class_labels=labels).sample
-error = (expected - found).square().mean().sqrt() / expected.square().mean().sqrt()
+actual = quantized(sample, 500, class_labels=labels).sample
+error = (expected - actual).square().mean().sqrt() / expected.square().mean().sqrt()
 print(f"{quantized.plan.effective_bits:.2f} effective bits, relative error {error:.3f}")
 
 worst = min(
@@ -43,5 +43,5 @@ print(f"worst layer: {worst.name}, {worst.sqnr_db:.1f} dB at {worst.mean_bits:.1
 with tempfile.TemporaryDirectory() as folder:
     mpqdm_fx.save(quantized, f"{folder}/digits")
     again = mpqdm_fx.load(f"{folder}/digits")
-same = torch.equal(again(sample, 500, class_labels=labels).sample, found)
+same = torch.equal(again(sample, 500, class_labels=labels).sample, actual)
 print(f"loaded model gives the same numbers: {same}")

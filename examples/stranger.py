@@ -62,8 +62,8 @@ print(f"{arguments.output}: {program.bytes:,} bytes, {program.subgraphs} delegat
 runner = runner_denoiser(XnnpackRunner(arguments.output), quantized.signature)
 noise = torch.randn(4, 1, 128, 128, generator=torch.Generator().manual_seed(2))
 difficulty = {"difficulty": torch.linspace(0.2, 0.95, 4)}
-floats, found = (
+floats, pictures = (
     denoise(model, Renoising(), noise, seed=2, conditions=difficulty) for model in (network, runner)
 )
-print(f"terrains of the program: {x0_sqnr(floats, found):.1f} dB")
-save_grid(torch.cat([floats, found]), arguments.output.with_suffix(".png"), columns=4, zoom=2)
+print(f"terrains of the program: {x0_sqnr(floats, pictures):.1f} dB")
+save_grid(torch.cat([floats, pictures]), arguments.output.with_suffix(".png"), columns=4, zoom=2)

@@ -17,8 +17,8 @@ def page() -> str:
     """The page's text: every command, its arguments and options."""
     command = typer.main.get_command(app)
     with typer.Context(command, info_name="mpqdm-fx") as context:
-        told = get_docs_for_click(obj=command, ctx=context, name="mpqdm-fx", title="Command line")
-    return f"{told.strip()}\n"
+        text = get_docs_for_click(obj=command, ctx=context, name="mpqdm-fx", title="Command line")
+    return f"{text.strip()}\n"
 
 
 if __name__ == "__main__":

@@ -79,13 +79,13 @@ def standing(written: str, columns: int) -> str:
 
 def states(written: str) -> Iterator[str]:
     """Some of the states that the line of progress had, one a stage."""
-    found: dict[str, str] = {}
+    by_stage: dict[str, str] = {}
     for state in map(str.strip, drawn(written)[1:]):
         stage = re.match(r"\[\d+/\d+\] [a-z' ]*", state)
         if stage is not None:
-            found[stage[0]] = state
-    every = list(found.values())
-    yield from every[:: max(1, len(every) // _STATES)]
+            by_stage[stage[0]] = state
+    lines = list(by_stage.values())
+    yield from lines[:: max(1, len(lines) // _STATES)]
 
 
 def main() -> None:
@@ -94,16 +94,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder to run the commands in")
     parser.add_argument("--only", nargs="*", help="names of screens, by default all")
     parser.add_argument("--width", nargs="*", help="80, 120 or pipe, by default all")
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
     SCREENS.mkdir(exist_ok=True)
     failed = [
         f"{screen.name}, {width}: status {status}"
         for screen in SCREENS_OF
-        if given.only is None or screen.name in given.only
+        if arguments.only is None or screen.name in arguments.only
         for width in (*WIDTHS, None)
-        if given.width is None or str(width or "pipe") in given.width
-        for status in (write(screen, width, given.work),)
+        if arguments.width is None or str(width or "pipe") in arguments.width
+        for status in (write(screen, width, arguments.work),)
         if status != screen.status
     ]
     sys.exit("\n".join(failed))

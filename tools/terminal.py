@@ -44,8 +44,8 @@ def in_terminal(
         if folder is not None:
             os.chdir(folder)
         # an environment of its own: readline sets COLUMNS past Python in the one that is inherited
-        told = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-        os.execve(words[0], list(words), told | {"TERM": "xterm-256color"})
+        environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+        os.execve(words[0], list(words), environment | {"TERM": "xterm-256color"})
     fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, columns, 0, 0))
     parts = []
     while True:

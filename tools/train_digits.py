@@ -209,10 +209,10 @@ class DigitsTrainer:
             state = torch.load(path, weights_only=True)
         except Exception as error:
             raise ArtifactError(f"cannot resume from {path}: {error}") from error
-        mine = dataclasses.asdict(self.config)
-        other = sorted(name for name in mine if mine[name] != state["config"].get(name))
-        if other:
-            raise ConfigError(f"{path} was written with other settings of {', '.join(other)}")
+        fields = dataclasses.asdict(self.config)
+        differing = sorted(name for name in fields if fields[name] != state["config"].get(name))
+        if differing:
+            raise ConfigError(f"{path} was written with other settings of {', '.join(differing)}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])

@@ -94,9 +94,9 @@ def main() -> None:
             ],
             check=True,
         )  # fmt: skip
-        found = np.fromfile(here / "image.f32", dtype=np.float32).reshape(expected.shape)
+        actual = np.fromfile(here / "image.f32", dtype=np.float32).reshape(expected.shape)
     # Sums in another precision move a number next to a tie to another int8 code now and then.
-    close = sqnr_db(expected, torch.from_numpy(found))
+    close = sqnr_db(expected, torch.from_numpy(actual))
     print(f"C++ and diffusers are {close:.1f} dB apart")
     if close < 30:
         sys.exit(1)

@@ -39,9 +39,12 @@ def source_calls(source: Source, signature: Signature) -> list[Call]:
     """
     data: Iterable[Call]
     if source.calls is not None:
-        every = source.calls.held_out
+        held_out = source.calls.held_out
         # spread over them, which may be in the order of the noise levels
-        data = [first_row(every[len(every) * k // _COUNT]) for k in range(min(_COUNT, len(every)))]
+        data = [
+            first_row(held_out[len(held_out) * k // _COUNT])
+            for k in range(min(_COUNT, len(held_out)))
+        ]
         return [_as_traced(call, signature) for call in data]
     data = Trajectories(
         source.model,
@@ -126,9 +129,9 @@ def read_calls(
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{name} is damaged: {error}") from None
     example = example_inputs(signature, batch_size=1)
-    wanted = {f"in.{key}": tensor for key, tensor in tensor_leaves(example)}
-    count = _checked(name, tensors, wanted)
-    results = len(tensors) - len(wanted)
+    inputs = {f"in.{key}": tensor for key, tensor in tensor_leaves(example)}
+    count = _checked(name, tensors, inputs)
+    results = len(tensors) - len(inputs)
     calls = [
         map_tensors(example, partial(_stored, tensors=tensors, number=number))
         for number in range(count)
@@ -140,17 +143,17 @@ def read_calls(
     return calls, outputs
 
 
-def _checked(name: object, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> int:
+def _checked(name: object, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> int:
     """Number of calls; refuses tensors that are not a graph's inputs and finite outputs."""
-    outputs = {f"out.{index}" for index in range(len(tensors) - len(wanted))}
-    if not outputs or set(tensors) != {*wanted, *outputs}:
+    outputs = {f"out.{index}" for index in range(len(tensors) - len(inputs))}
+    if not outputs or set(tensors) != {*inputs, *outputs}:
         raise ArtifactError(
             f"{name} is damaged or of another model: it holds {', '.join(sorted(tensors))[:300]}, "
-            f"wanted are {', '.join(wanted)} and outputs"
+            f"wanted are {', '.join(inputs)} and outputs"
         )
     count = len(tensors["out.0"]) if tensors["out.0"].dim() else 0
     for key, tensor in tensors.items():
-        like = wanted.get(key)
+        like = inputs.get(key)
         fits = tensor.dim() > 0 and 0 < len(tensor) == count
         if like is not None:
             fits = fits and tensor.shape[1:] == like.shape and tensor.dtype == like.dtype

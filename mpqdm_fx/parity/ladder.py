@@ -162,12 +162,12 @@ class Ladder:
         for rung in self.rungs:
             node = rung.divergence
             if node is not None and rung.against is not None:
-                found, wanted = node.sqnr_db, node.wanted_db
+                ratio, bound = node.sqnr_db, node.wanted_db
                 if node.short_alone:
-                    found, wanted = node.own_db, node.wanted_own_db
-                assert wanted is not None
+                    ratio, bound = node.own_db, node.wanted_own_db
+                assert bound is not None
                 return Divergence(
-                    rung=rung.name, against=rung.against, node=node, sqnr_db=found, wanted_db=wanted
+                    rung=rung.name, against=rung.against, node=node, sqnr_db=ratio, wanted_db=bound
                 )
             for against, output_db, least in (
                 (rung.against, rung.previous_db, rung.wanted_db),
@@ -226,8 +226,8 @@ class Ladder:
         }
 
 
-def _short(found: float, wanted: float | None) -> bool:
-    return wanted is not None and not found >= wanted
+def _short(sqnr_db: float, least: float | None) -> bool:
+    return least is not None and not sqnr_db >= least
 
 
 def _plain(value: float | None) -> float | str | None:

@@ -124,22 +124,22 @@ def measure(
         for number, inputs in enumerate(tracked(calls, "comparing forms")):
             values: dict[str, dict[fx.Node, Tensor]] = {}
             for form in forms:
-                wanted = {
+                nodes = {
                     pair.matches[site][pair.form is form]
                     for pair in pairs
                     if form in (pair.form, pair.before)
                     for site in pair.matches
                 }
-                values[form.name], found = _run(form, number, inputs, wanted)
-                outputs[form.name].append(found)
+                values[form.name], results = _run(form, number, inputs, nodes)
+                outputs[form.name].append(results)
                 for pair in pairs:
                     if pair.form is form:
                         _compare(pair, inputs, values, outputs)
                     if pair.before is form and stability:
-                        _nudge(pair, inputs, values[form.name], found)
+                        _nudge(pair, inputs, values[form.name], results)
                 ahead = forms[forms.index(form) + 1 :]
                 needed = {pair.before.name for pair in pairs if pair.form in ahead}
-                values = {name: kept for name, kept in values.items() if name in needed}
+                values = {name: tensors for name, tensors in values.items() if name in needed}
     rungs = [Rung(name=forms[0].name, against=None, float_db=math.inf, previous_db=None)]
     rungs += [_rung(pair) for pair in pairs]
     lost = [
@@ -167,17 +167,17 @@ def _matches(before: Form, after: Form) -> dict[Site, tuple[fx.Node, fx.Node]]:
 class _Keep(fx.Interpreter):
     """Keeps the values of some nodes, and goes on with other values where there are such."""
 
-    wanted: set[fx.Node]
+    nodes: set[fx.Node]
     instead: Mapping[fx.Node, Tensor]
     values: dict[fx.Node, Tensor]
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n in self.wanted and isinstance(result, Tensor):
+        if n in self.nodes and isinstance(result, Tensor):
             self.values[n] = result
-        other = _as_shaped(self.instead[n], result) if n in self.instead else None
+        replacement = _as_shaped(self.instead[n], result) if n in self.instead else None
         # in the memory layout that the nodes behind expect
-        return result if other is None else torch.empty_like(result).copy_(other)
+        return result if replacement is None else torch.empty_like(result).copy_(replacement)
 
 
 class _KeepNudged(_Keep, Nudged):
@@ -185,21 +185,21 @@ class _KeepNudged(_Keep, Nudged):
 
 
 def _run(
-    form: Form, number: int, inputs: Sequence[Any], wanted: set[fx.Node]
+    form: Form, number: int, inputs: Sequence[Any], nodes: set[fx.Node]
 ) -> tuple[dict[fx.Node, Tensor], tuple[Tensor, ...]]:
     if form.graph is None:
         assert form.run is not None
         return {}, tuple(form.run(number, inputs))
-    return _interpret(_Keep(form.graph), inputs, wanted)
+    return _interpret(_Keep(form.graph), inputs, nodes)
 
 
 def _interpret(
     interpreter: _Keep,
     inputs: Sequence[Any],
-    wanted: set[fx.Node],
+    nodes: set[fx.Node],
     instead: Mapping[fx.Node, Tensor] | None = None,
 ) -> tuple[dict[fx.Node, Tensor], tuple[Tensor, ...]]:
-    interpreter.wanted, interpreter.instead, interpreter.values = wanted, instead or {}, {}
+    interpreter.nodes, interpreter.instead, interpreter.values = nodes, instead or {}, {}
     outputs = pytree.tree_leaves(interpreter.run(*inputs))
     return interpreter.values, tuple(leaf for leaf in outputs if isinstance(leaf, Tensor))
 
@@ -213,8 +213,8 @@ def _compare(
     """Add one call to the sums of a pair."""
     before, after = values[pair.before.name], values[pair.form.name]
     if pair.matches and pair.form.graph is not None:
-        theirs = {right: before[left] for left, right in pair.matches.values()}
-        alone, _ = _interpret(_Keep(pair.form.graph), inputs, set(theirs), theirs)
+        replacements = {right: before[left] for left, right in pair.matches.values()}
+        alone, _ = _interpret(_Keep(pair.form.graph), inputs, set(replacements), replacements)
         for site, (left, right) in pair.matches.items():
             reference = _as_shaped(before[left], after[right])
             if reference is not None:
@@ -222,16 +222,16 @@ def _compare(
                 pair.own[site].add(reference, alone[right])
                 pair.shapes[site] = tuple(after[right].shape)
     first = next(iter(outputs.values()))[-1]
-    found = outputs[pair.form.name][-1]
-    for sums, wanted in ((pair.output, outputs[pair.before.name][-1]), (pair.quality, first)):
-        _check_outputs(pair, wanted, found)
-        for expected, tensor in zip(wanted, found, strict=True):
+    results = outputs[pair.form.name][-1]
+    for sums, targets in ((pair.output, outputs[pair.before.name][-1]), (pair.quality, first)):
+        _check_outputs(pair, targets, results)
+        for expected, tensor in zip(targets, results, strict=True):
             sums.add(expected, tensor)
 
 
-def _check_outputs(pair: _Pair, wanted: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+def _check_outputs(pair: _Pair, targets: Sequence[Tensor], results: Sequence[Tensor]) -> None:
     """Refuse outputs that cannot be compared: stored ones may be of another model."""
-    shapes = [[list(tensor.shape) for tensor in outputs] for outputs in (found, wanted)]
+    shapes = [[list(tensor.shape) for tensor in outputs] for outputs in (results, targets)]
     if shapes[0] != shapes[1]:
         raise ArtifactError(
             f"rung `{pair.form.name}` gives outputs of shapes {shapes[0]}, and what it is compared "
@@ -258,14 +258,14 @@ def _nudge(
         return
     same = {left: values[left] for left, _ in pair.matches.values()}
     for seed in _NUDGES:
-        found, results = _interpret(
+        nudged, results = _interpret(
             _KeepNudged(pair.before.graph, seed=seed, size=_NUDGE), inputs, set(same)
         )
         alone, _ = _interpret(
             _KeepNudged(pair.before.graph, seed=seed, size=_NUDGE), inputs, set(same), same
         )
         for site, (left, _) in pair.matches.items():
-            pair.nudged[site].add(values[left], found[left])
+            pair.nudged[site].add(values[left], nudged[left])
             pair.own_nudged[site].add(values[left], alone[left])
         for expected, tensor in zip(outputs, results, strict=True):
             pair.nudged[None].add(expected, tensor)

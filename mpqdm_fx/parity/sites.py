@@ -95,15 +95,15 @@ def sites(graph_module: fx.GraphModule) -> dict[Site, fx.Node]:
     Args:
         graph_module: A module-level graph, an exported one, or an edge program's module.
     """
-    found: dict[Site, fx.Node] = {}
+    by_site: dict[Site, fx.Node] = {}
     for place, nodes in _places(graph_module).items():
-        seen: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for node, op in nodes:
             if op not in _MOVES:
-                found[Site(*place, op, seen[op])] = node
-                seen[op] += 1
+                by_site[Site(*place, op, counts[op])] = node
+                counts[op] += 1
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
-    return dict(sorted(found.items(), key=lambda entry: order[entry[1]]))
+    return dict(sorted(by_site.items(), key=lambda entry: order[entry[1]]))
 
 
 def matching_sites(
@@ -120,18 +120,21 @@ def matching_sites(
         before: The one graph.
         after: The other graph; its running order and its operators' names are kept.
     """
-    known, found = sites(before), sites(after)
-    here, there = (Counter((s.module, s.call, s.op) for s in side) for side in (known, found))
+    earlier, later = sites(before), sites(after)
+    earlier_counts, later_counts = (
+        Counter((s.module, s.call, s.op) for s in side) for side in (earlier, later)
+    )
     partners = {
-        site: known[site]
-        for site in found
-        if here[site.module, site.call, site.op] == there[site.module, site.call, site.op]
+        site: earlier[site]
+        for site in later
+        if earlier_counts[site.module, site.call, site.op]
+        == later_counts[site.module, site.call, site.op]
     }
     last = {place: nodes[-1][0] for place, nodes in _places(before).items()}
     ends = {nodes[-1][0]: place for place, nodes in _places(after).items()}
     taken = set(partners.values())
     result = {}
-    for site, node in found.items():
+    for site, node in later.items():
         partner = partners.get(site)
         if partner is None and node in ends:
             end = last.get(ends[node])
@@ -146,7 +149,7 @@ def _places(
     graph_module: fx.GraphModule,
 ) -> dict[tuple[str, int], list[tuple[fx.Node, str]]]:
     """Nodes with floating-point values and their operators, by module and call of it."""
-    found: dict[tuple[str, int], list[tuple[fx.Node, str]]] = defaultdict(list)
+    places: dict[tuple[str, int], list[tuple[fx.Node, str]]] = defaultdict(list)
     for node in graph_module.graph.nodes:
         op = _operator(graph_module, node)
         value = node.meta.get("val")
@@ -155,8 +158,8 @@ def _places(
         stack = node.meta.get("nn_module_stack") or {}
         key, entry = next(reversed(stack.items()), ("", ("", None)))
         call = str(key).rpartition("@")[2]
-        found[str(entry[0]), int(call) if call.isdigit() else 0].append((node, op))
-    return dict(found)
+        places[str(entry[0]), int(call) if call.isdigit() else 0].append((node, op))
+    return dict(places)
 
 
 def _operator(graph_module: fx.GraphModule, node: fx.Node) -> str | None:

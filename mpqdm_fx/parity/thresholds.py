@@ -128,12 +128,12 @@ class Thresholds:
         """
         rungs = {}
         for rung in measured.ladder.rungs[1:]:
-            steady, own = measured.stability[rung.name], measured.own_stability[rung.name]
+            steady, own_steady = measured.stability[rung.name], measured.own_stability[rung.name]
             assert rung.against is not None
             assert rung.previous_db is not None
             name = f"rung `{rung.name}`"
             alone = {
-                node.site: _seen(f"{name}: {node} alone", node.own_db, own.get(node.site))
+                node.site: _seen(f"{name}: {node} alone", node.own_db, own_steady.get(node.site))
                 for node in rung.nodes
             }
             rungs[rung.name] = RungThresholds(
@@ -144,7 +144,11 @@ class Thresholds:
                     node.site: _seen(f"{name}: {node}", node.sqnr_db, steady.get(node.site))
                     for node in rung.nodes
                 },
-                own={site: seen for site, seen in alone.items() if seen.wanted_db != CLOSE_DB},
+                own={
+                    site: threshold
+                    for site, threshold in alone.items()
+                    if threshold.wanted_db != CLOSE_DB
+                },
             )
         return cls(rungs=rungs, files=dict(files), versions=versions())
 
@@ -158,8 +162,8 @@ class Thresholds:
         return dataclasses.replace(
             ladder,
             rungs=tuple(self._judged(rung) for rung in ladder.rungs),
-            notes=(*ladder.notes, *(told for is_fault, told in unpaired if not is_fault)),
-            faults=(*ladder.faults, *(told for is_fault, told in unpaired if is_fault)),
+            notes=(*ladder.notes, *(sentence for is_fault, sentence in unpaired if not is_fault)),
+            faults=(*ladder.faults, *(sentence for is_fault, sentence in unpaired if is_fault)),
             stored_versions=dict(self.versions),
         )
 
@@ -170,32 +174,34 @@ class Thresholds:
             if name not in measured:
                 yield True, f"rung `{name}` has thresholds, but was not measured"
         for name, rung in measured.items():
-            wanted = self.rungs.get(name)
-            if wanted is None:
+            thresholds = self.rungs.get(name)
+            if thresholds is None:
                 yield True, f"rung `{name}` has no thresholds"
-            elif wanted.against != rung.against:
-                told = f"rung `{name}` was compared with `{rung.against}`, and has thresholds of"
-                yield True, f"{told} a comparison with `{wanted.against}`"
+            elif thresholds.against != rung.against:
+                start = f"rung `{name}` was compared with `{rung.against}`, and has thresholds of"
+                yield True, f"{start} a comparison with `{thresholds.against}`"
             elif rung.inside:
-                yield from _unpaired_values(rung, wanted)
+                yield from _unpaired_values(rung, thresholds)
 
     def _judged(self, rung: Rung) -> Rung:
-        wanted = self.rungs.get(rung.name)
-        if wanted is None or wanted.against != rung.against:
+        thresholds = self.rungs.get(rung.name)
+        if thresholds is None or thresholds.against != rung.against:
             return rung
         nodes = tuple(
             dataclasses.replace(
                 node,
-                wanted_db=wanted.nodes[node.site].wanted_db if node.site in wanted.nodes else None,
-                wanted_own_db=wanted.wanted_own_db(node.site),
+                wanted_db=thresholds.nodes[node.site].wanted_db
+                if node.site in thresholds.nodes
+                else None,
+                wanted_own_db=thresholds.wanted_own_db(node.site),
             )
             for node in rung.nodes
         )
         return dataclasses.replace(
             rung,
             nodes=nodes,
-            wanted_float_db=wanted.output.wanted_db,
-            wanted_db=wanted.previous.wanted_db,
+            wanted_float_db=thresholds.output.wanted_db,
+            wanted_db=thresholds.previous.wanted_db,
         )
 
     def write(self, path: Path) -> None:
@@ -211,8 +217,8 @@ class Thresholds:
                     "against": rung.against,
                     "float_db": rung.output,
                     "previous_db": rung.previous,
-                    "nodes": {site.key: seen for site, seen in rung.nodes.items()},
-                    "own": {site.key: seen for site, seen in rung.own.items()},
+                    "nodes": {site.key: threshold for site, threshold in rung.nodes.items()},
+                    "own": {site.key: threshold for site, threshold in rung.own.items()},
                 }
                 for name, rung in self.rungs.items()
             },
@@ -237,8 +243,8 @@ class Thresholds:
             raise ArtifactError(
                 f"{path} is of an older format, which holds no measurements; {_FIX}"
             )
-        found = validated(_File, verified(data, path), path, fix=_FIX)
-        if found.margins_db != _MARGINS:
+        content = validated(_File, verified(data, path), path, fix=_FIX)
+        if content.margins_db != _MARGINS:
             raise ArtifactError(f"{path} was stored with other margins; {_FIX}")
         try:
             rungs = {
@@ -249,11 +255,11 @@ class Thresholds:
                     nodes=_sites(rung.nodes),
                     own=_sites(rung.own),
                 )
-                for name, rung in found.rungs.items()
+                for name, rung in content.rungs.items()
             }
         except ValueError as error:
             raise ArtifactError(f"{path} is damaged: {error}; {_FIX}") from None
-        return cls(rungs=rungs, files=found.files, versions=found.versions)
+        return cls(rungs=rungs, files=content.files, versions=content.versions)
 
     def check(self, files: SealedFolder, programs: Sequence[str]) -> None:
         """Refuse a folder with other files than those that they hold for.
@@ -277,27 +283,27 @@ class Thresholds:
 _MARGINS = {"measured": MEASURED_MARGIN_DB, "rounding": MARGIN_DB, "enough": CLOSE_DB}
 
 
-def _unpaired_values(rung: Rung, wanted: RungThresholds) -> Iterator[tuple[bool, str]]:
-    found = {node.site: None for node in rung.nodes}
-    for sites, what in (
-        ([site for site in found if site not in wanted.nodes], "have no threshold"),
+def _unpaired_values(rung: Rung, thresholds: RungThresholds) -> Iterator[tuple[bool, str]]:
+    measured = {node.site: None for node in rung.nodes}
+    for sites, fault in (
+        ([site for site in measured if site not in thresholds.nodes], "have no threshold"),
         (
-            [site for site in wanted.nodes if site not in found],
+            [site for site in thresholds.nodes if site not in measured],
             "have thresholds and are no longer in the graph",
         ),
     ):
         for is_fault, kind in ((True, "weight layers"), (False, "other values")):
-            some = [site for site in sites if (site.op in WEIGHT_OPS) is is_fault]
-            if some:
-                first = f"the first is {some[0].op} of {some[0]}"
-                yield is_fault, f"rung `{rung.name}`: {len(some)} {kind} {what}, {first}"
+            group = [site for site in sites if (site.op in WEIGHT_OPS) is is_fault]
+            if group:
+                first = f"the first is {group[0].op} of {group[0]}"
+                yield is_fault, f"rung `{rung.name}`: {len(group)} {kind} {fault}, {first}"
 
 
-def _seen(what: str, found: float, steady: float | None = None) -> Seen:
-    pair = found, math.inf if steady is None else steady
+def _seen(subject: str, sqnr_db: float, steady: float | None = None) -> Seen:
+    pair = sqnr_db, math.inf if steady is None else steady
     if any(map(math.isnan, pair)):
         raise ArtifactError(
-            f"{what} holds NaN: nothing can be stored as right of a model that computes it"
+            f"{subject} holds NaN: nothing can be stored as right of a model that computes it"
         )
     return Seen(*(math.floor(100 * v) / 100 if math.isfinite(v) else v for v in pair))
 
@@ -308,5 +314,5 @@ def _read(pair: tuple[float, float]) -> Seen:
     return Seen(*pair)
 
 
-def _sites(seen: Mapping[str, tuple[float, float]]) -> dict[Site, Seen]:
-    return {Site.from_key(key): _read(pair) for key, pair in seen.items()}
+def _sites(pairs: Mapping[str, tuple[float, float]]) -> dict[Site, Seen]:
+    return {Site.from_key(key): _read(pair) for key, pair in pairs.items()}

@@ -45,9 +45,9 @@ def refuse_adapters(parts: Mapping[str, object]) -> None:
     for name, part in parts.items():
         if not isinstance(part, nn.Module):
             continue
-        found = adapter_layers(part)
-        if found:
-            raise ConfigError(_message(name, found))
+        layers = adapter_layers(part)
+        if layers:
+            raise ConfigError(_message(name, layers))
         if getattr(getattr(part, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
             raise ConfigError(
                 f"{name} carries an IP-Adapter, whose image embeddings no program takes; call "

@@ -23,20 +23,20 @@ def open_clip(folder: Path, option: str = "--clip") -> ClipScore:
     Raises:
         ArtifactError: It is no such folder, or a file in it is missing or damaged.
     """
-    wanted = "give a folder of a CLIPModel and its CLIPProcessor, written by save_pretrained"
+    remedy = "give a folder of a CLIPModel and its CLIPProcessor, written by save_pretrained"
     if not (folder / MODEL_CONFIG).is_file():
         raise ArtifactError(
-            f"{option} {folder}: no folder of a model, and nothing is downloaded; {wanted}"
+            f"{option} {folder}: no folder of a model, and nothing is downloaded; {remedy}"
         )
     kind = read_json(folder / MODEL_CONFIG, finite=False).get("model_type")
     if kind != "clip":
-        raise ArtifactError(f"{option} {folder}: its model is of type {kind!r}, not CLIP; {wanted}")
+        raise ArtifactError(f"{option} {folder}: its model is of type {kind!r}, not CLIP; {remedy}")
     model = load_encoder(folder, "CLIPModel", None)
     transformers: Any = importlib.import_module("transformers")
     try:
         processor = transformers.CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever transformers says to a folder
         raise ArtifactError(
-            f"{option} {folder}: no CLIPProcessor: {first_line(error)}; {wanted}"
+            f"{option} {folder}: no CLIPProcessor: {first_line(error)}; {remedy}"
         ) from None
     return ClipScore(model, processor)

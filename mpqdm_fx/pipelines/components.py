@@ -138,13 +138,13 @@ class PipelineComponents:
         chosen = list(islice(cycle(turns), count))
         self._encode(chosen)
         plain, negative = zip(*(self._encoded[prompt] for prompt in chosen), strict=True)
-        told = with_numbers(
+        halves = with_numbers(
             (concatenate(plain), concatenate(negative)),
             size=self._size(base),
             guidance=self.scale,
             guidance_width=self._width,
         )
-        return _over(base, told[0]), _over(_without_score(base), told[1])
+        return _over(base, halves[0]), _over(_without_score(base), halves[1])
 
     def pictures(self, samples: Tensor) -> Tensor | None:
         """Latents as the pipeline's VAE decodes them, [N, channels, H, W]; None if it has none.
@@ -152,10 +152,10 @@ class PipelineComponents:
         Args:
             samples: [N, C, h, w], as the scheduler leaves them.
         """
-        found = self._decoder()
-        if found is None:
+        entry = self._decoder()
+        if entry is None:
             return None
-        decoder = ImageDecoder(load_model(self._root / found[0], self._variant)).eval()
+        decoder = ImageDecoder(load_model(self._root / entry[0], self._variant)).eval()
         images = []
         with torch.no_grad(), stage("decoding", len(samples), unit="picture") as advance:
             for rows in torch.split(samples.float(), _DECODED):
@@ -185,10 +185,12 @@ class PipelineComponents:
                 raise
             return f"the {name}'s text encoder cannot be used ({error})"
         halves = self._encoded[self.prompts[0]]
-        found, wanted = _widths(halves[0]), _widths(base)
-        if found == wanted:
+        widths, expected = _widths(halves[0]), _widths(base)
+        if widths == expected:
             return None
-        return f"the {name}'s prompts have embeddings of {found} numbers, its UNet takes {wanted}"
+        return (
+            f"the {name}'s prompts have embeddings of {widths} numbers, its UNet takes {expected}"
+        )
 
     def _encode(self, prompts: Sequence[str]) -> None:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
@@ -230,10 +232,10 @@ class PipelineComponents:
 
     def _size(self, base: Mapping[str, Any]) -> tuple[int, int] | None:
         """Height and width in pixels; None where the denoiser is told no six sizes (SDXL)."""
-        told, found = base.get("added_cond_kwargs", {}).get("time_ids"), self._decoder()
-        if told is None or told.shape[1] != _SIZES or found is None:
+        sizes, decoder = base.get("added_cond_kwargs", {}).get("time_ids"), self._decoder()
+        if sizes is None or sizes.shape[1] != _SIZES or decoder is None:
             return None
-        scale = 2 ** (len(found[1]["block_out_channels"]) - 1)
+        scale = 2 ** (len(decoder[1]["block_out_channels"]) - 1)
         return scale * self._shape[1], scale * self._shape[2]
 
 
@@ -313,8 +315,8 @@ def is_in_pipeline(folder: Path, model: str | None = None) -> bool:
         folder: Folder written by `quantize`.
         model: Where the pipeline is, if not where the folder says.
     """
-    told = model is not None or SOURCE in open_folder(folder).files
-    return told and (Path(model or origin_of(folder).model) / INDEX).is_file()
+    has_source = model is not None or SOURCE in open_folder(folder).files
+    return has_source and (Path(model or origin_of(folder).model) / INDEX).is_file()
 
 
 def is_drawn_by_pipeline(name: str) -> bool:
@@ -348,12 +350,12 @@ def as_drawn(
     return in_pipeline(source, prompts=prompts, guidance=guidance)
 
 
-def _over(base: Mapping[str, Any], told: Call) -> Call:
+def _over(base: Mapping[str, Any], conditions: Call) -> Call:
     """Conditions of the pipeline in the place of made ones; the others stay."""
-    merged = {**base, **told}
-    if "added_cond_kwargs" in told:
+    merged = {**base, **conditions}
+    if "added_cond_kwargs" in conditions:
         merged["added_cond_kwargs"] = {
-            **base.get("added_cond_kwargs", {}), **told["added_cond_kwargs"],
+            **base.get("added_cond_kwargs", {}), **conditions["added_cond_kwargs"],
         }  # fmt: skip
     return merged
 
@@ -371,5 +373,5 @@ def _without_score(base: Mapping[str, Any]) -> Mapping[str, Any]:
 def _widths(conditions: Mapping[str, Any]) -> list[int]:
     """Widths of the text's embeddings, and of the pooled one where there is one."""
     pooled = conditions.get("added_cond_kwargs", {}).get("text_embeds")
-    found = (conditions["encoder_hidden_states"], pooled)
-    return [tensor.shape[-1] for tensor in found if isinstance(tensor, Tensor)]
+    embeddings = (conditions["encoder_hidden_states"], pooled)
+    return [tensor.shape[-1] for tensor in embeddings if isinstance(tensor, Tensor)]

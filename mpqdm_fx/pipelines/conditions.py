@@ -65,7 +65,7 @@ def with_numbers(
         guidance_width: Width of its embedding; None for a denoiser that is called twice instead.
     """
     count = len(halves[0]["encoder_hidden_states"])
-    told = []
+    calls = []
     for half in halves:
         more = dict(half)
         if "added_cond_kwargs" in more and size is not None:
@@ -74,8 +74,8 @@ def with_numbers(
         if guidance_width is not None:
             embedding = guidance_embedding(guidance, guidance_width)
             more["timestep_cond"] = embedding.repeat(count, 1)
-        told.append(more)
-    return told[0], told[1]
+        calls.append(more)
+    return calls[0], calls[1]
 
 
 def default_guidance(pipeline_class: Any) -> float:

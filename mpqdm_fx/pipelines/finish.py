@@ -32,7 +32,7 @@ def finish(
     folder: Path,
     inputs: PipelineInputs,
     manifest: Mapping[str, Any],
-    kept: Mapping[str, Any],
+    parts: Mapping[str, Any],
     *,
     samples: int,
     measure: bool,
@@ -46,7 +46,7 @@ def finish(
         folder: The folder, whose manifest is written.
         inputs: The pipeline, and how its parts are called.
         manifest: The content of `pipeline.json`.
-        kept: What each part left for the report, `KeptPart.to_dict`.
+        parts: What each part left for the report, `KeptPart.to_dict`.
         samples: Columns of the picture; 0 draws none.
         measure: Measure times and peaks.
         root: The pipeline's folder; None for one in memory.
@@ -63,7 +63,7 @@ def finish(
     with stage("measuring" if measure else None):
         measured = measure_parts(folder, inputs, root=root) if measure else {}
     drop_expanded(folder)
-    records = {name: validated(KeptPart, part, name) for name, part in kept.items()}
+    records = {name: validated(KeptPart, part, name) for name, part in parts.items()}
     summary = {
         **_summarise(inputs, manifest, measured, drawn),
         "seconds_to_quantize": sum(record.seconds for record in records.values()),

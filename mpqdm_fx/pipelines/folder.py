@@ -68,16 +68,16 @@ def load_pipeline(
         ArtifactError: The folder lacks a component or is damaged.
     """
     loader = _pipeline_class(index)
-    given: dict[str, Any] = {}
+    components: dict[str, Any] = {}
     for part, entry in index.items():
         if part.startswith("_") or not isinstance(entry, list):
             continue  # a setting of the pipeline
         if leave_out(part):
-            given[part] = None
+            components[part] = None
         elif entry != [None, None]:
             _check_component(root, part, entry)
             model = _loaded(root / part, entry[0], entry[1], variant)
-            given |= {} if model is None else {part: model}
+            components |= {} if model is None else {part: model}
     try:
         return loader.from_pretrained(
             root,
@@ -85,7 +85,7 @@ def load_pipeline(
             low_cpu_mem_usage=False,
             dtype=torch.float32,
             use_safetensors=True,
-            **given,
+            **components,
         )
     except Exception as error:  # whatever diffusers says to a folder
         raise ArtifactError(f"{root}: diffusers could not load it: {first_line(error)}") from None
@@ -101,8 +101,8 @@ def load_model(folder: Path, variant: str | None = None) -> Any:
     Raises:
         MPQError: It is no such model, or damaged.
     """
-    found, config = read_model_config(folder)
-    return load_weights(found, config, folder, _variant_of(folder, variant))
+    model_class, config = read_model_config(folder)
+    return load_weights(model_class, config, folder, _variant_of(folder, variant))
 
 
 def part_class(root: Path, part: str) -> Any:
@@ -138,10 +138,12 @@ def _entry(root: Path, part: str) -> list[str]:
 def _pipeline_class(index: Mapping[str, Any]) -> Any:
     name = str(index.get("_class_name"))
     diffusers: Any = importlib.import_module("diffusers")
-    found = getattr(diffusers, name, None) if name.isidentifier() else None
-    if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
+    pipeline_class = getattr(diffusers, name, None) if name.isidentifier() else None
+    if not (
+        inspect.isclass(pipeline_class) and issubclass(pipeline_class, diffusers.DiffusionPipeline)
+    ):
         raise ConfigError(f"{INDEX}: diffusers has no pipeline class {name[:80]!r}")
-    return found
+    return pipeline_class
 
 
 def _check_component(root: Path, part: str, entry: list[Any]) -> None:
@@ -176,12 +178,14 @@ def load_encoder(folder: Path, name: str, variant: str | None) -> Any:
         ArtifactError: It cannot be loaded, or lacks weights.
     """
     transformers: Any = importlib.import_module("transformers")
-    found: Any = getattr(transformers, name, None)
-    is_model = inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)
+    encoder_class: Any = getattr(transformers, name, None)
+    is_model = inspect.isclass(encoder_class) and issubclass(
+        encoder_class, transformers.PreTrainedModel
+    )
     if not is_model:
         return None
     try:
-        model, information = found.from_pretrained(
+        model, information = encoder_class.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,

@@ -41,22 +41,22 @@ class FloatPrograms(ProgramFiles):
 
     def has(self, part: str, size: tuple[int, int] | None = None) -> bool:
         """Whether the pipeline has a part; it computes nothing of the denoiser once per image."""
-        found = self._inputs.layout.parts.get(part)
-        return found is not None and found.sized == (size is not None)
+        component = self._inputs.layout.parts.get(part)
+        return component is not None and component.sized == (size is not None)
 
     def run(
         self, part: str, size: tuple[int, int] | None, inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Run a part as torch does; see `ProgramFiles.run`."""
-        found = self._inputs.layout.parts[part]
-        wanted = dict(tensor_leaves(self._inputs.example(part, size or self._inputs.size)))
-        call = {name: inputs[name] for name in wanted}
+        component = self._inputs.layout.parts[part]
+        example = dict(tensor_leaves(self._inputs.example(part, size or self._inputs.size)))
+        call = {name: inputs[name] for name in example}
         table = self.manifest["timesteps"]
-        if table is not None and found.stepped:
+        if table is not None and component.stepped:
             call["timestep"] = torch.tensor([table[int(call["timestep"])]])
         with torch.no_grad():
-            outputs = pytree.tree_leaves(found.module(**nested(call)))
-        return dict(zip(found.outputs, outputs, strict=True))
+            outputs = pytree.tree_leaves(component.module(**nested(call)))
+        return dict(zip(component.outputs, outputs, strict=True))
 
 
 def measure_parts(
@@ -75,38 +75,38 @@ def measure_parts(
         computes once per image.
     """
     programs = ProgramFiles(folder)
-    found = {}
+    costs = {}
     for part in inputs.layout.parts.values():
         logger.info("measuring %s", part.name)
         example = inputs.example(part.name, inputs.size)
         if part.stepped and programs.manifest["timesteps"] is not None:
             example = {**example, "timestep": torch.zeros(1, dtype=torch.int64)}
-        found[part.name] = {
+        costs[part.name] = {
             "milliseconds": _milliseconds(programs, part, inputs, example),
             "peak_memory_bytes": {
                 "program": part_peak("program", folder, part.name, example),
                 "float": None if root is None else part_peak("float", root, part.name, example),
             },
         }
-    return found
+    return costs
 
 
 def _milliseconds(
     programs: ProgramFiles, part: Part, inputs: PipelineInputs, example: Mapping[str, Any]
 ) -> dict[str, float]:
-    given = dict(tensor_leaves(dict(example)))
+    tensors = dict(tensor_leaves(dict(example)))
     size = inputs.size if part.sized else None
     original = FloatPrograms(programs.folder, inputs)
     times = {}
     if part.sized and programs.has(part.name, None):
-        once = given
-        given = {**given, **programs.run(part.name, None, once)}
+        once = tensors
+        tensors = {**tensors, **programs.run(part.name, None, once)}
         times = time_per_step(
             {"once": lambda: programs.run(part.name, None, once)}, {}, rounds=_ROUNDS
         )
     called = {
-        "float": lambda: original.run(part.name, size, given),
-        "program": lambda: programs.run(part.name, size, given),
+        "float": lambda: original.run(part.name, size, tensors),
+        "program": lambda: programs.run(part.name, size, tensors),
     }
     return {**time_per_step(called, {}, rounds=_ROUNDS), **times}
 

@@ -60,8 +60,8 @@ def part_peak(
     """
     with tempfile.TemporaryDirectory(prefix="mpqdm-fx-") as scratch:
         file = Path(scratch) / "inputs.safetensors"
-        given = {name: value.contiguous() for name, value in tensor_leaves(dict(inputs))}
-        save_file(given, file)
+        tensors = {name: value.contiguous() for name, value in tensor_leaves(dict(inputs))}
+        save_file(tensors, file)
         return measured_apart(__name__, [form, str(folder), part, str(file)], f"{part} of {folder}")
 
 
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
             _run_program(ProgramFiles(folder), part, inputs)
         else:
             module = load_part(folder, component)
-            _WRAPPERS.get(part, lambda found: found)(module)(**nested(inputs))
+            _WRAPPERS.get(part, lambda encoder: encoder)(module)(**nested(inputs))
 
     typer.echo(peak_rise(call))
 

@@ -32,8 +32,8 @@ class KeptPart(Strict):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        told: dict[str, Any] = plain(self.model_dump())
-        return told
+        content: dict[str, Any] = plain(self.model_dump())
+        return content
 
 
 def kept_part(
@@ -55,10 +55,10 @@ def kept_part(
         bound: Least signal-to-noise ratio of the other parts, in dB.
         sensitivity: File of the denoiser's sensitivities.
     """
-    often = next((one for one in written if one.entry["size"] is not None), written[0])
-    methods = tuple(program_of(one.to_dict()) for one in written if one is not often)
-    found = judged.quantized
-    if found is None:
+    often = next((method for method in written if method.entry["size"] is not None), written[0])
+    methods = tuple(program_of(method.to_dict()) for method in written if method is not often)
+    quantized = judged.quantized
+    if quantized is None:
         numbers: Part | FloatPart = FloatPart(
             name=part.name,
             model_class=type(part.module).__name__,
@@ -77,11 +77,11 @@ def kept_part(
     else:
         numbers = part_of(
             part.name,
-            found.signature.model_class,
-            plan=found.plan,
-            report=found.report,
-            settings=found.settings.to_dict(),
-            measured=_measured(part, found, judged, sensitivity),
+            quantized.signature.model_class,
+            plan=quantized.plan,
+            report=quantized.report,
+            settings=quantized.settings.to_dict(),
+            measured=_measured(part, quantized, judged, sensitivity),
             summary={
                 "backend": "xnnpack",
                 "program": often.to_dict(),
@@ -101,23 +101,23 @@ def _why_float(judged: Judged, config: MPQConfig | None, bound: float) -> str:
 
 
 def _measured(
-    part: parts.Part, found: QuantizedModel, judged: Judged, sensitivity: str | Path | None
+    part: parts.Part, quantized: QuantizedModel, judged: Judged, sensitivity: str | Path | None
 ) -> Measured:
     """What is told that needs the float part; of what runs once per image its weights alone."""
-    floats = in_form_of(found, part.module, example_call(found.signature))
+    floats = in_form_of(quantized, part.module, example_call(quantized.signature))
     if judged.comparison is not None:
         return measured_of(
-            found,
+            quantized,
             f"the {part.name}",
             judged.held_out,
             floats=floats,
             compared={"quantized": judged.comparison},
             sensitivity=sensitivity,
         )
-    once, names = "it runs once per image", [layer.name for layer in found.plan.layers]
+    once, names = "it runs once per image", [layer.name for layer in quantized.plan.layers]
     return Measured(
-        running=running_sqnr(floats, graph_of(found), names, judged.held_out),
-        kurtosis=kurtosis_of(floats, found.plan),
+        running=running_sqnr(floats, graph_of(quantized), names, judged.held_out),
+        kurtosis=kurtosis_of(floats, quantized.plan),
         missing={
             "levels": f"{once} and is told no noise level",
             "sensitivity": f"{once}, and none is measured of that",
@@ -126,25 +126,25 @@ def _measured(
 
 
 def with_costs(
-    numbers: Part | FloatPart, told: Mapping[str, Any], *, files: Mapping[str, int], threads: int
+    numbers: Part | FloatPart, costs: Mapping[str, Any], *, files: Mapping[str, int], threads: int
 ) -> Part | FloatPart:
     """The numbers of a part with what its program and its float model were measured to take.
 
     Args:
         numbers: Of `kept_part`.
-        told: The part in the summary of the export.
+        costs: The part in the summary of the export.
         files: Bytes of its files.
         threads: Of torch.
     """
-    calls, times, peaks = told["calls_per_step"], told["milliseconds"], told["peak_memory_bytes"]
+    calls, times, peaks = costs["calls_per_step"], costs["milliseconds"], costs["peak_memory_bytes"]
     update: dict[str, Any] = {"calls_per_step": calls, "files": dict(files)}
     missing = dict(numbers.missing)
     if times is None:
         missing |= {"speed": _UNMEASURED}
     else:
-        each = max(1, calls)
-        update["milliseconds"] = each * times["program"]
-        update["float_milliseconds"] = each * times["float"]
+        runs = max(1, calls)
+        update["milliseconds"] = runs * times["program"]
+        update["float_milliseconds"] = runs * times["float"]
         update["threads"] = threads
         update["peak_bytes"], update["float_peak_bytes"] = peaks["program"], peaks["float"]
         if peaks["program"] is None:

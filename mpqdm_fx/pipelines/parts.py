@@ -49,8 +49,8 @@ class Part:
         """Of its modules' settings and tensors, 16 hexadecimal digits."""
         settings = module_settings(self.module).items()
         # where a model was loaded from is no setting of it
-        told = {name: value for name, value in settings if not name.endswith("name_or_path")}
-        digest = hashlib.sha256(json.dumps(told).encode())
+        entries = {name: value for name, value in settings if not name.endswith("name_or_path")}
+        digest = hashlib.sha256(json.dumps(entries).encode())
         for tensor in self.module.state_dict().values():
             hash_tensor(digest, tensor)
         return digest.hexdigest()[:16]
@@ -120,9 +120,9 @@ class ImageDecoder(nn.Module):
         self.scale = float(config.get("scaling_factor") or 1.0)
         self.mean: Tensor | None
         self.std: Tensor | None
-        given = mean is not None and std is not None
-        self.register_buffer("mean", _channels(mean) if given else None)
-        self.register_buffer("std", _channels(std) if given else None)
+        has_statistics = mean is not None and std is not None
+        self.register_buffer("mean", _channels(mean) if has_statistics else None)
+        self.register_buffer("std", _channels(std) if has_statistics else None)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Decode latents [B, C, h, w] to images [B, channels, H, W]."""

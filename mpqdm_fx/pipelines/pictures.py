@@ -52,7 +52,7 @@ class DrawnPictures:
 
     def numbers(self) -> PictureNumbers:
         """How far the programs' samples and pictures are from the float pipeline's."""
-        pairs = [tuple(one.values()) for one in (self.samples, self.images)]
+        pairs = [tuple(tensors.values()) for tensors in (self.samples, self.images)]
         known = len(self.samples) == 2
         shape = tuple(next(iter(self.images.values())).shape[1:])
         likened = known and measures_pictures() and shows_pictures(shape)
@@ -98,9 +98,9 @@ def draw_pictures(
     for name, runner in rows.items():
         for index in range(count):
             logger.info("drawing picture %d of %d, %s", index + 1, count, name)
-            given = {} if inputs is None else inputs.picture(index)
+            picture_inputs = {} if inputs is None else inputs.picture(index)
             prompt = shown[index] if conditional else None
-            pixels = runner.sample(prompt, seed=EVALUATION_SEED + index, **given)
+            pixels = runner.sample(prompt, seed=EVALUATION_SEED + index, **picture_inputs)
             images[name].append(torch.from_numpy(pixels).permute(2, 0, 1) * 2 - 1)
     return DrawnPictures(
         samples={name: torch.cat(runner.samples) for name, runner in rows.items()},
@@ -141,10 +141,10 @@ class _ComparedPrograms(FloatPrograms):
         """Run a part as torch does; see `ProgramFiles.run`."""
         outputs = super().run(part, size, inputs)
         if part == "denoiser":
-            given: dict[str, Any] = dict(inputs)
+            call: dict[str, Any] = dict(inputs)
             if self._beside.has(part):
-                given |= self._beside.run(part, None, inputs)
-            found = self._beside.run(part, size, given)
+                call |= self._beside.run(part, None, inputs)
+            actual = self._beside.run(part, size, call)
             for name, value in outputs.items():
-                self.powers += row_powers(value, found[name], 1).sum(dim=0)
+                self.powers += row_powers(value, actual[name], 1).sum(dim=0)
         return outputs

@@ -100,11 +100,11 @@ _PACKAGES = {
 
 
 @contextlib.contextmanager
-def refusals(what: str) -> Iterator[None]:
+def refusals(subject: str) -> Iterator[None]:
     """Tell in one line what a library refuses; each has errors of its own.
 
     Args:
-        what: What did not work; begins the message.
+        subject: What did not work; begins the message.
 
     Raises:
         RunnerError: The library raised whatever it was.
@@ -116,9 +116,9 @@ def refusals(what: str) -> Iterator[None]:
     except ImportError as error:
         package = _PACKAGES.get((error.name or "").partition(".")[0])
         fix = f"; pip install --upgrade {package}" if package else ""
-        raise RunnerError(f"{what}: {first_line(error)}{fix}") from error
+        raise RunnerError(f"{subject}: {first_line(error)}{fix}") from error
     except Exception as error:
-        raise RunnerError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
+        raise RunnerError(f"{subject}: {type(error).__name__}: {first_line(error)}") from error
 
 
 class ProgramFiles:
@@ -159,8 +159,8 @@ class ProgramFiles:
         root = self.folder / name
         listed = {entry for entry in self.files.entries if entry.startswith(f"{name}/")}
         for path in sorted(root.rglob("*")):
-            found = path.relative_to(self.folder).as_posix()
-            if found not in listed and not (path.is_dir() and not path.is_symlink()):
+            relative = path.relative_to(self.folder).as_posix()
+            if relative not in listed and not (path.is_dir() and not path.is_symlink()):
                 raise ArtifactError(f"{path} is not listed in {MANIFEST}; move it elsewhere")
         if not listed:
             raise ArtifactError(f"{self.folder / MANIFEST} lists no file of {name}")
@@ -250,8 +250,8 @@ class ProgramFiles:
             reason = first_line(error)
             raise ArtifactError(f"{where} cannot be loaded by ExecuTorch: {reason}") from error
         meta = method.metadata
-        found = [meta.input_tensor_meta(index) for index in range(meta.num_inputs())]
-        taken = [(list(spec.sizes()), spec.dtype()) for spec in found]
+        specs = [meta.input_tensor_meta(index) for index in range(meta.num_inputs())]
+        taken = [(list(spec.sizes()), spec.dtype()) for spec in specs]
         named = [(spec["shape"], _SCALAR_TYPES.get(spec["dtype"])) for spec in entry["inputs"]]
         if taken != named or meta.num_outputs() != len(entry["outputs"]):
             raise ArtifactError(f"{where} takes or returns other tensors than {MANIFEST} says")

@@ -142,15 +142,15 @@ def quantize_part(
     known = calls[:-held_out] or calls
     quantized = quantize(part.module, side_settings(config), known, run=run)
     unseen = calls[-held_out:]
-    found = sqnr_of(part.module, quantized, unseen)
+    ratio = sqnr_of(part.module, quantized, unseen)
     seconds = quantized.report.seconds
-    if found >= bound:
-        return Judged(quantized=quantized, sqnr_db=found, seconds=seconds, held_out=unseen)
+    if ratio >= bound:
+        return Judged(quantized=quantized, sqnr_db=ratio, seconds=seconds, held_out=unseen)
     logger.warning(
         "%s stays in float: quantized to 8 bits it has %.1f dB on held-out inputs, less than %.1f",
-        part.name, found, bound,
+        part.name, ratio, bound,
     )  # fmt: skip
-    return Judged(quantized=None, sqnr_db=found, seconds=seconds)
+    return Judged(quantized=None, sqnr_db=ratio, seconds=seconds)
 
 
 def sqnr_of(reference: nn.Module, quantized: nn.Module, calls: Iterable[Call]) -> float:
@@ -161,12 +161,12 @@ def sqnr_of(reference: nn.Module, quantized: nn.Module, calls: Iterable[Call]) -
         quantized: The quantized one.
         calls: Keyword arguments.
     """
-    expected, found = [], []
+    expected, actual = [], []
     with torch.no_grad():
         for call in calls:
             expected.append(_flat(reference(**call)))
-            found.append(_flat(quantized(**call)))
-    return sqnr_db(torch.cat(expected), torch.cat(found))
+            actual.append(_flat(quantized(**call)))
+    return sqnr_db(torch.cat(expected), torch.cat(actual))
 
 
 def _flat(output: Any) -> Tensor:
@@ -268,13 +268,13 @@ def part_methods(
             constant = [a for a in graph.meta["signature"].arguments if a not in part.stepped]
             graphs = split_methods(graph, {ENCODE_PROMPT: constant}, rest=DENOISE)
         first = not methods
-        for name, found in graphs.items():
+        for name, method_graph in graphs.items():
             if name == ENCODE_PROMPT:
-                once = PartMethod(graph=found, size=None, example=example, outputs=None)
+                once = PartMethod(graph=method_graph, size=None, example=example, outputs=None)
                 methods.setdefault(name, once)
             else:
                 methods[method_name(name, size, first=first)] = PartMethod(
-                    graph=found, size=size, example=example, outputs=part.outputs
+                    graph=method_graph, size=size, example=example, outputs=part.outputs
                 )
     return methods
 
@@ -293,8 +293,8 @@ def _graph(part: Part, quantized: QuantizedModel | None, example: Call) -> fx.Gr
 def _at_shapes(part: Part, quantized: QuantizedModel, inputs: Call) -> QuantizedModel:
     """The same integers and ranges in a graph of other shapes than those calibrated at."""
     signature = quantized.signature
-    wanted = {name: tuple(value.shape) for name, value in tensor_leaves(dict(inputs))}
-    if all(wanted.get(spec.name) == spec.shape_at(1) for spec in signature.inputs):
+    shapes = {name: tuple(value.shape) for name, value in tensor_leaves(dict(inputs))}
+    if all(shapes.get(spec.name) == spec.shape_at(1) for spec in signature.inputs):
         return quantized
     graph = in_form_of(quantized, part.module, dict(inputs))
     for name in weight_layers(quantized.rounded, embeddings=True):

@@ -48,7 +48,7 @@ def write_export_report(
         why_none: Said where there are none.
     """
     sizes = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
-    told = {
+    parts = {
         name: with_costs(
             part,
             summary["parts"][name],
@@ -57,7 +57,7 @@ def write_export_report(
         )
         for name, part in numbers.items()
     }
-    quantized = tuple(part for part in told.values() if isinstance(part, Part))
+    quantized = tuple(part for part in parts.values() if isinstance(part, Part))
     backend = summary["backend_denoiser_sqnr_db"]
     record = ReportRecord(
         model=summary["model"] or summary["pipeline"],
@@ -70,7 +70,7 @@ def write_export_report(
             else part
             for part in quantized
         ),
-        float_parts=tuple(part for part in told.values() if isinstance(part, FloatPart)),
+        float_parts=tuple(part for part in parts.values() if isinstance(part, FloatPart)),
         missing={},
     )
     pictures = None if drawn is None else PictureNumbers(**summary["pictures"])

@@ -211,17 +211,17 @@ class PipelineRunner:
         if chosen is not None and not isinstance(chosen, str):
             return copy.deepcopy(chosen)
         config = self.programs.files.read_json(SCHEDULER, finite=False)
-        own = chosen is None
+        is_own = chosen is None
         with refusals("the scheduler cannot be made"):
             try:
-                found = diffusers_class(
+                scheduler_class = diffusers_class(
                     "scheduler",
-                    config.get("_class_name") if own else chosen,
-                    str(self.folder / SCHEDULER) if own else "",
+                    config.get("_class_name") if is_own else chosen,
+                    str(self.folder / SCHEDULER) if is_own else "",
                 )
             except ArtifactError as error:
                 raise RunnerError(str(error)) from None
-            return found.from_config(config)
+            return scheduler_class.from_config(config)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         default = self.sizes[0]
@@ -237,12 +237,12 @@ class PipelineRunner:
     def _check_conditions(self, prompt: str | None, image: Any, mask: Any) -> None:
         kind = self.manifest["kind"]
         if (prompt is None) != (kind == "unconditional"):
-            wanted = "takes no prompt" if kind == "unconditional" else "needs a prompt"
-            raise RunnerError(f"this {self.manifest['pipeline']} {wanted}")
-        given = (image is not None, mask is not None)
-        if given != (kind == "inpainting",) * 2:
-            wanted = "needs" if kind == "inpainting" else "takes no"
-            raise RunnerError(f"this {self.manifest['pipeline']} {wanted} image and mask")
+            rule = "takes no prompt" if kind == "unconditional" else "needs a prompt"
+            raise RunnerError(f"this {self.manifest['pipeline']} {rule}")
+        present = (image is not None, mask is not None)
+        if present != (kind == "inpainting",) * 2:
+            rule = "needs" if kind == "inpainting" else "takes no"
+            raise RunnerError(f"this {self.manifest['pipeline']} {rule} image and mask")
 
     def _conditions(
         self, prompt: str | None, negative: str | None, guidance: float, size: tuple[int, int]
@@ -290,13 +290,13 @@ class PipelineRunner:
         return [torch.tensor([rows[value]]) for value in timesteps.float().tolist()]
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
-        found: dict[str, list[Tensor]] = {}
+        embeddings: dict[str, list[Tensor]] = {}
         for part in ("text_encoder", "text_encoder_2"):
             if self.programs.has(part):
                 outputs = self.programs.run(part, None, {"input_ids": self._tokens(part, prompt)})
                 for name, value in outputs.items():
-                    found.setdefault(name, []).append(value)
-        named = {name: torch.cat(values, dim=-1) for name, values in found.items()}
+                    embeddings.setdefault(name, []).append(value)
+        named = {name: torch.cat(values, dim=-1) for name, values in embeddings.items()}
         if "text_embeds" in named:
             named["added_cond_kwargs.text_embeds"] = named.pop("text_embeds")
         return named
@@ -369,19 +369,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scheduler", help="class of diffusers in place of the folder's own")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
     parser.add_argument("--output", type=Path, default=Path("image.png"))
-    given = vars(parser.parse_args(arguments))
+    options = vars(parser.parse_args(arguments))
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    output, folder = given.pop("output"), given.pop("folder")
+    output, folder = options.pop("output"), options.pop("folder")
     try:
         check_output(output)
         runner = PipelineRunner(folder)
-        if given["image"] is not None and given["mask"] is not None:
-            size = runner._size(given["height"], given["width"])
-            given["image"] = read_picture(given["image"], "RGB", size)
-            given["mask"] = read_picture(given["mask"], "L", size)
+        if options["image"] is not None and options["mask"] is not None:
+            size = runner._size(options["height"], options["width"])
+            options["image"] = read_picture(options["image"], "RGB", size)
+            options["mask"] = read_picture(options["mask"], "L", size)
         pixels = runner(
-            given.pop("prompt"),
-            **given,
+            options.pop("prompt"),
+            **options,
             callback=lambda step, count: logger.info("step %d of %d", step, count),
         )
         write_picture(pixels, output)

@@ -90,9 +90,9 @@ class WorkFolder:
             The record as `finished` gives it.
         """
         files = {path.name: Entry.of(path).to_dict() for path in stored_files(self.path(program))}
-        told = {**plain(record), "run": self._run, "program": program, "files": files}
-        _write(self._record(program), seal(told))
-        return {key: told[key] for key in ("methods", "quality", "report")}
+        content = {**plain(record), "run": self._run, "program": program, "files": files}
+        _write(self._record(program), seal(content))
+        return {key: content[key] for key in ("methods", "quality", "report")}
 
     def _record(self, program: str) -> Path:
         return self.path(program).with_suffix(".json")

@@ -59,12 +59,12 @@ class _Model(nn.Module):
         return _features(self.model.get_image_features(pixel_values=pixel_values))
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        found = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
-        return _features(found)
+        output = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+        return _features(output)
 
 
-def _features(found: Any) -> Tensor:
-    features: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+def _features(output: Any) -> Tensor:
+    features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return features
 
 

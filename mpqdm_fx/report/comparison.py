@@ -60,13 +60,13 @@ class Comparison:
     def __str__(self) -> str:
         """A line for all calls, and one for each noise level."""
         word = word_of_sqnr(self.sqnr_db)
-        told = f"{_counted(self.samples, 'sample')} in {_counted(self.calls, 'call')}"
-        lines = [f"output SQNR {self.sqnr_db:.1f} dB ({word}), {told}"]
-        width = max((len(f"{one.level:g}") for one in self.levels), default=0)
+        counts = f"{_counted(self.samples, 'sample')} in {_counted(self.calls, 'call')}"
+        lines = [f"output SQNR {self.sqnr_db:.1f} dB ({word}), {counts}"]
+        width = max((len(f"{point.level:g}") for point in self.levels), default=0)
         lines += [
-            f"  at {self.noise_argument} {one.level:>{width}g}  {one.sqnr_db:6.1f} dB"
-            f"  ({_counted(one.samples, 'sample')})"
-            for one in self.levels
+            f"  at {self.noise_argument} {point.level:>{width}g}  {point.sqnr_db:6.1f} dB"
+            f"  ({_counted(point.samples, 'sample')})"
+            for point in self.levels
         ]
         return "\n".join(lines)
 
@@ -93,8 +93,8 @@ def compare(
         CalibrationError: There is no call, or one cannot be used.
         ConfigError: `noise_argument` is no argument of the calls, or outputs have other shapes.
     """
-    found = compare_all(float_model, {"": quantized}, calls, noise_argument=noise_argument)
-    return found[""]
+    comparisons = compare_all(float_model, {"": quantized}, calls, noise_argument=noise_argument)
+    return comparisons[""]
 
 
 @plain_torch()
@@ -102,7 +102,7 @@ def compare(
 @torch.no_grad()
 def compare_all(
     reference: Denoiser,
-    others: Mapping[str, Denoiser],
+    denoisers: Mapping[str, Denoiser],
     calls: Iterable[Mapping[str, Any]],
     *,
     noise_argument: str | None = None,
@@ -112,7 +112,7 @@ def compare_all(
 
     Args:
         reference: The float model.
-        others: What is compared with it, by name.
+        denoisers: What is compared with it, by name.
         calls: As of `compare`.
         noise_argument: As of `compare`.
         most: Most groups of noise levels; see `sqnr_by_noise_level`.
@@ -129,21 +129,21 @@ def compare_all(
             f"({', '.join(batches[0])}) with noise_argument="
         )
     model = in_float32(reference)
-    powers: dict[str, list[Tensor]] = {name: [] for name in others}
+    powers: dict[str, list[Tensor]] = {name: [] for name in denoisers}
     for batch in batches:
         expected = first_tensor(model(**batch))
-        for name, other in others.items():
-            found = first_tensor(other(**batch))
-            powers[name].append(row_powers(expected, found, batch_size_of(batch)))
+        for name, denoiser in denoisers.items():
+            output = first_tensor(denoiser(**batch))
+            powers[name].append(row_powers(expected, output, batch_size_of(batch)))
     argument = noise_argument or noise_argument_of(batches[0])
-    told = None if argument is None else told_levels(batches, argument)
+    row_levels = None if argument is None else told_levels(batches, argument)
     result = {}
     for name, parts in powers.items():
         sums = torch.cat(parts)
-        apart = told is not None and len(told) == len(sums)
+        apart = row_levels is not None and len(row_levels) == len(sums)
         result[name] = Comparison(
             sqnr_db=ratio_db(*sums.sum(dim=0).tolist()),
-            levels=_by_level(sums, told, most) if apart and told is not None else (),
+            levels=_by_level(sums, row_levels, most) if apart and row_levels is not None else (),
             noise_argument=argument if apart else None,
             calls=len(batches),
             samples=sum(map(batch_size_of, batches)),
@@ -151,13 +151,13 @@ def compare_all(
     return result
 
 
-def row_powers(expected: Tensor, found: Tensor, batch: int) -> Tensor:
+def row_powers(expected: Tensor, actual: Tensor, batch: int) -> Tensor:
     """Energy of an output and of another one's difference from it, by sample.
 
     Args:
         expected: The float model's, any shape; a multiple of the batch in front, if it can be told
             apart by sample.
-        found: The other one's, same shape.
+        actual: The other one's, same shape.
         batch: Samples in the call.
 
     Returns:
@@ -166,29 +166,29 @@ def row_powers(expected: Tensor, found: Tensor, batch: int) -> Tensor:
     Raises:
         ConfigError: The shapes differ.
     """
-    if expected.shape != found.shape:
+    if expected.shape != actual.shape:
         raise ConfigError(
             f"the float model's output has shape {tuple(expected.shape)}, the other one's "
-            f"{tuple(found.shape)}: they are not of one model"
+            f"{tuple(actual.shape)}: they are not of one model"
         )
     exact = expected.detach().cpu().double()
-    both = torch.stack([exact, exact - found.detach().cpu().double()]).square()
+    squares = torch.stack([exact, exact - actual.detach().cpu().double()]).square()
     rows = batch if exact.ndim and len(exact) and len(exact) % batch == 0 else 1
-    return both.reshape(2, rows, -1).sum(dim=2).T
+    return squares.reshape(2, rows, -1).sum(dim=2).T
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _by_level(sums: Tensor, told: Tensor, most: int) -> tuple[LevelSqnr, ...]:
-    levels = NoiseLevels.of(told, min(most, len(set(told.tolist()))))
-    groups = levels.group_of(told)
-    found = []
+def _by_level(sums: Tensor, row_levels: Tensor, most: int) -> tuple[LevelSqnr, ...]:
+    levels = NoiseLevels.of(row_levels, min(most, len(set(row_levels.tolist()))))
+    groups = levels.group_of(row_levels)
+    points = []
     for group in reversed(range(levels.count)):
         rows = groups == group
         if rows.any():
             ratio = ratio_db(*sums[rows].sum(dim=0).tolist())
-            mean = float(told[rows].mean())
-            found.append(LevelSqnr(level=mean, sqnr_db=ratio, samples=int(rows.sum())))
-    return tuple(found)
+            mean = float(row_levels[rows].mean())
+            points.append(LevelSqnr(level=mean, sqnr_db=ratio, samples=int(rows.sum())))
+    return tuple(points)

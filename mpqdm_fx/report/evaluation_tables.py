@@ -33,10 +33,10 @@ def evaluation_table(metrics: Mapping[str, Any]) -> Table:
         elif name.startswith(_LEVEL):
             level = Text(f"  at {name.removeprefix(_LEVEL).replace('_', ' ')}")
             table.add_row(level, shown("epsilon_sqnr", value), word_of("epsilon_sqnr", value))
-    told = [metrics.get(name) for name in _SETTINGS]
-    if told[0] is not None:
-        steps = "" if told[1] is None else f"{told[1]} steps, "
-        table.caption = f"{told[0]} samples of the same noise, {steps}seed {told[2]}"
+    settings = [metrics.get(name) for name in _SETTINGS]
+    if settings[0] is not None:
+        steps = "" if settings[1] is None else f"{settings[1]} steps, "
+        table.caption = f"{settings[0]} samples of the same noise, {steps}seed {settings[2]}"
     return table
 
 

@@ -50,9 +50,9 @@ def export_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     """
     parts, pictures = summary["parts"], summary["pictures"] or {}
     denoiser, step = parts["denoiser"], summary["milliseconds_per_step"] or {}
-    every = [(part["peak_memory_bytes"] or {}).get("program") for part in parts.values()]
-    peaks = [int(peak) for peak in every if peak is not None]
-    found: dict[str, Any] = {
+    program_peaks = [(part["peak_memory_bytes"] or {}).get("program") for part in parts.values()]
+    peaks = [int(peak) for peak in program_peaks if peak is not None]
+    metrics: dict[str, Any] = {
         "epsilon_sqnr": summary["denoiser_sqnr_db"],
         "backend_sqnr": summary["backend_denoiser_sqnr_db"],
         "x0_sqnr": pictures.get("x0_sqnr_db"),
@@ -62,10 +62,10 @@ def export_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
         "effective_bits": denoiser.get("effective_bits"),
         "ms": step.get("program"),
         "speedup": step["float"] / step["program"] if step.get("program") else None,
-        "peak_memory": max(peaks) if len(peaks) == len(every) else None,
+        "peak_memory": max(peaks) if len(peaks) == len(program_peaks) else None,
         "program_sqnr": min(float(part["program_sqnr_db"]) for part in parts.values()),
         "subgraphs": denoiser["subgraphs"],
         "seconds": summary["seconds_to_quantize"],
     }
     # ratios that JSON cannot hold are text
-    return {name: float(value) for name, value in found.items() if value is not None}
+    return {name: float(value) for name, value in metrics.items() if value is not None}

@@ -196,13 +196,13 @@ def parse_gate(text: str, option: str = "--gate") -> Gate:
         ConfigError: It is no gate, or names a metric, direction or unit that is none; says which
             there are.
     """
-    found = _GATE.fullmatch(text)
-    if found is None:
+    match = _GATE.fullmatch(text)
+    if match is None:
         raise ConfigError(
             f"{option} {text!r}: write METRIC>=NUMBER or METRIC<=NUMBER, for example x0_sqnr>=20 "
             f"or bytes<=2MB; metrics: {', '.join(METRICS)}"
         )
-    name = found["name"]
+    name = match["name"]
     metric = METRICS.get(name)
     if metric is None:
         near = difflib.get_close_matches(name, METRICS, n=1)
@@ -210,15 +210,15 @@ def parse_gate(text: str, option: str = "--gate") -> Gate:
         raise ConfigError(
             f"{option} {text!r}: there is no metric {name}; {hint}metrics: {', '.join(METRICS)}"
         )
-    if (found["sign"][0] == ">") != metric.higher_is_better:
+    if (match["sign"][0] == ">") != metric.higher_is_better:
         better, sign = ("more", ">=") if metric.higher_is_better else ("less", "<=")
         raise ConfigError(
-            f"{option} {text!r}: of {name} {better} is better; write {name}{sign}{found['number']}"
+            f"{option} {text!r}: of {name} {better} is better; write {name}{sign}{match['number']}"
         )
-    bound = float(found["number"]) * _factor(found["unit"], metric, f"{option} {text!r}")
+    bound = float(match["number"]) * _factor(match["unit"], metric, f"{option} {text!r}")
     if not math.isfinite(bound):
         raise ConfigError(f"{option} {text!r}: the number is too large")
-    return Gate(metric=name, comparison=found["sign"], bound=bound)
+    return Gate(metric=name, comparison=match["sign"], bound=bound)
 
 
 def _factor(unit: str | None, metric: Metric, where: str) -> float:
@@ -246,14 +246,14 @@ def parse_gates(texts: Iterable[str] | None, option: str = "--gate") -> tuple[Ga
 
 
 def check_measured(
-    gates: Iterable[Gate], measured: Collection[str], what: str, option: str = "--gate"
+    gates: Iterable[Gate], measured: Collection[str], subject: str, option: str = "--gate"
 ) -> None:
     """Refuse gates on metrics that will not be measured, before anything is.
 
     Args:
         gates: The gates.
         measured: Names of the metrics that will be there.
-        what: What is measured, for the message.
+        subject: What is measured, for the message.
         option: Where gates were typed, for the message.
 
     Raises:
@@ -264,7 +264,7 @@ def check_measured(
             known = ", ".join(name for name in METRICS if name in measured)
             raise ConfigError(
                 f"{option} {gate}: {gate.metric} ({METRICS[gate.metric].meaning}) is not measured "
-                f"of {what}; measured are: {known}"
+                f"of {subject}; measured are: {known}"
             )
 
 
@@ -293,8 +293,8 @@ def expected_summary(backend: str, *, drawn: bool) -> tuple[str, ...]:
     without: set[str] = set() if backend == "xnnpack" else {"program_sqnr", "subgraphs"}
     if not drawn:
         without.add("peak_memory")
-    told = (metric.name for metric in METRICS.values() if metric.source == "summary")
-    return tuple(name for name in told if name not in without)
+    names = (metric.name for metric in METRICS.values() if metric.source == "summary")
+    return tuple(name for name in names if name not in without)
 
 
 def summary_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -307,7 +307,7 @@ def summary_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     files = summary["files"]
     shipped = [name for name in files if name.startswith(("unet.pte", "unet.ptd"))]
     peak = summary["peak_memory_bytes"]
-    found: dict[str, float | None] = {
+    metrics: dict[str, float | None] = {
         "backend_sqnr": summary["backend_epsilon_sqnr_db"],
         "bytes": sum(files[name] for name in shipped or ["model.safetensors"]),
         "parameter_bytes": summary["weight_bytes"] + summary["float_remainder_bytes"],
@@ -318,5 +318,5 @@ def summary_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
         "seconds": summary["seconds_to_quantize"],
     }
     if program := summary.get("program"):
-        found |= {"program_sqnr": program["sqnr_db"], "subgraphs": program["subgraphs"]}
-    return {name: float(value) for name, value in found.items() if value is not None}
+        metrics |= {"program_sqnr": program["sqnr_db"], "subgraphs": program["subgraphs"]}
+    return {name: float(value) for name, value in metrics.items() if value is not None}

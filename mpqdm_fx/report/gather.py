@@ -69,11 +69,11 @@ def kurtosis_of(floats: fx.GraphModule, plan: BitPlan) -> dict[str, Tensor]:
         floats: Float graph in the form that was quantized.
         plan: Names the layers.
     """
-    found = {}
+    kurtoses = {}
     for layer in plan.layers:
         weight = floats.get_parameter(f"{layer.name}.weight")
-        found[layer.name] = kurtosis(weight.flatten(1))
-    return found
+        kurtoses[layer.name] = kurtosis(weight.flatten(1))
+    return kurtoses
 
 
 def sensitivity_of(table: SensitivityTable, plan: BitPlan) -> dict[str, Tensor]:
@@ -111,11 +111,11 @@ def part_of(
         measured: What was measured with the float model.
         summary: Its folder's summary; None where there is none.
     """
-    told: Mapping[str, Any] = summary or {}
-    backend = told.get("backend")
-    times, peaks = told.get("milliseconds_per_step", {}), told.get("peak_memory_bytes", {})
+    content: Mapping[str, Any] = summary or {}
+    backend = content.get("backend")
+    times, peaks = content.get("milliseconds_per_step", {}), content.get("peak_memory_bytes", {})
     own_peaks = [size for form, size in peaks.items() if form != "float"]
-    program = told.get("program")
+    program = content.get("program")
     missing = dict(measured.missing)
     if summary is None:
         why = "the folder has no summary: it was written by save, which measures nothing"
@@ -128,7 +128,7 @@ def part_of(
         missing.setdefault(
             "sensitivity", "a folder does not keep sensitivities; give the file of --sensitivity"
         )
-    ratios = _ratios(measured, told)
+    ratios = _ratios(measured, content)
     return Part(
         name=name,
         model_class=model_class,
@@ -139,10 +139,10 @@ def part_of(
         num_weights=plan.num_weights,
         float32_bytes=4 * plan.num_parameters,
         bytes=_bytes_of(plan),
-        files=dict(told.get("files", {})),
+        files=dict(content.get("files", {})),
         milliseconds=times.get(backend),
         float_milliseconds=times.get("float"),
-        threads=told.get("threads"),
+        threads=content.get("threads"),
         peak_bytes=own_peaks[0] if own_peaks else None,
         float_peak_bytes=peaks.get("float"),
         seconds_to_quantize=report.seconds,
@@ -154,69 +154,78 @@ def part_of(
         layers=_layers(plan, report, measured),
         activations=tuple(
             ActivationNumbers(
-                layers=one.layers,
-                chosen=one.told,
-                quantized_cost=one.quantized_cost,
-                cost=one.cost,
-                slowdown=one.slowdown,
+                layers=choice.layers,
+                chosen=choice.told,
+                quantized_cost=choice.quantized_cost,
+                cost=choice.cost,
+                slowdown=choice.slowdown,
             )
-            for one in report.activations
+            for choice in report.activations
         ),
         judged=tuple(
-            Judged(recipe=one.recipe, sqnr_db=one.decibels, by_group=one.sqnr_db, chosen=one.chosen)
-            for one in report.judged
+            Judged(
+                recipe=score.recipe,
+                sqnr_db=score.decibels,
+                by_group=score.sqnr_db,
+                chosen=score.chosen,
+            )
+            for score in report.judged
         ),
         program=None if program is None else program_of(program),
-        trained=training_of(told.get("distilled")),
-        remarks=tuple(told.get("remarks", plan.remarks)),
+        trained=training_of(content.get("distilled")),
+        remarks=tuple(content.get("remarks", plan.remarks)),
         missing=missing,
     )
 
 
 def _ratios(measured: Measured, summary: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """SQNR of the noise: what the folder says, else what was measured now."""
-    found = []
-    for key, one in (
+    ratios = []
+    for key, comparison in (
         ("epsilon_sqnr_db", measured.quantized),
         ("backend_epsilon_sqnr_db", measured.backend),
     ):
-        found.append(summary.get(key, None if one is None else one.sqnr_db))
-    return found[0], found[1]
+        ratios.append(summary.get(key, None if comparison is None else comparison.sqnr_db))
+    return ratios[0], ratios[1]
 
 
 def _levels(measured: Measured, backend: str | None) -> tuple[LevelNumbers, ...]:
-    own = measured.quantized
-    if own is None:
+    comparison = measured.quantized
+    if comparison is None:
         return ()
-    others: Sequence[LevelSqnr | None] = [None] * len(own.levels)
+    backend_points: Sequence[LevelSqnr | None] = [None] * len(comparison.levels)
     if measured.backend is not None:
-        others = measured.backend.levels
+        backend_points = measured.backend.levels
     elif backend in (None, "packed"):  # which run the graph itself
-        others = own.levels
+        backend_points = comparison.levels
     return tuple(
         LevelNumbers(
-            level=one.level,
-            samples=one.samples,
-            sqnr_db=one.sqnr_db,
-            backend_sqnr_db=None if other is None else other.sqnr_db,
+            level=point.level,
+            samples=point.samples,
+            sqnr_db=point.sqnr_db,
+            backend_sqnr_db=None if backend_point is None else backend_point.sqnr_db,
         )
-        for one, other in zip(own.levels, others, strict=True)
+        for point, backend_point in zip(comparison.levels, backend_points, strict=True)
     )
 
 
 def _layers(
     plan: BitPlan, report: QuantizationReport, measured: Measured
 ) -> tuple[LayerNumbers, ...]:
-    told = {layer.name: layer for layer in report.layers}
+    reports = {layer.name: layer for layer in report.layers}
     is_unet = any(layer.name.startswith(("down_blocks.", "up_blocks.")) for layer in plan.layers)
     last = plan.layers[-1].name if plan.layers else ""
     return tuple(
-        _layer(layer, told[layer.name], measured, _place(layer.name, last) if is_unet else "model")
+        _layer(
+            layer, reports[layer.name], measured, _place(layer.name, last) if is_unet else "model"
+        )
         for layer in plan.layers
     )
 
 
-def _layer(planned: LayerPlan, told: LayerReport, measured: Measured, place: Place) -> LayerNumbers:
+def _layer(
+    planned: LayerPlan, report: LayerReport, measured: Measured, place: Place
+) -> LayerNumbers:
     counts = Counter(planned.bits)
     return LayerNumbers(
         name=planned.name,
@@ -225,14 +234,14 @@ def _layer(planned: LayerPlan, told: LayerReport, measured: Measured, place: Pla
         shape=planned.shape,
         mean_bits=planned.mean_bits,
         bits={str(width): counts[width] for width in sorted(counts)},
-        bytes=told.bytes,
-        sqnr_db=told.sqnr_db,
-        base_sqnr_db=told.base_sqnr_db,
-        alpha=told.alpha,
-        beta=told.beta,
-        rows=told.rows,
-        refitted=told.refitted,
-        reason=told.reason,
+        bytes=report.bytes,
+        sqnr_db=report.sqnr_db,
+        base_sqnr_db=report.base_sqnr_db,
+        alpha=report.alpha,
+        beta=report.beta,
+        rows=report.rows,
+        refitted=report.refitted,
+        reason=report.reason,
         by_level=measured.by_level.get(planned.name),
         kurtosis=_spread(measured.kurtosis.get(planned.name)),
         sensitivity=_spread(measured.sensitivity.get(planned.name)),
@@ -252,11 +261,15 @@ def _spread(values: Tensor | None) -> Spread | None:
     if values is None or not len(values):
         return None
     points = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
-    found = torch.quantile(values.double(), points).tolist()
-    if not all(map(math.isfinite, found)):
+    quantiles = torch.quantile(values.double(), points).tolist()
+    if not all(map(math.isfinite, quantiles)):
         return None
     return Spread(
-        smallest=found[0], lower=found[1], middle=found[2], upper=found[3], largest=found[4]
+        smallest=quantiles[0],
+        lower=quantiles[1],
+        middle=quantiles[2],
+        upper=quantiles[3],
+        largest=quantiles[4],
     )
 
 
@@ -269,36 +282,36 @@ def _bytes_of(plan: BitPlan) -> BytesByKind:
     return BytesByKind(**sums, float_weights=floats, float_remainder=plan.float_bytes)
 
 
-def program_of(told: Mapping[str, Any]) -> ProgramNumbers:
+def program_of(program: Mapping[str, Any]) -> ProgramNumbers:
     """The numbers of a lowered method.
 
     Args:
-        told: `XnnpackProgram.to_dict()`, and `method` where it is not the file's only one.
+        program: `XnnpackProgram.to_dict()`, and `method` where it is not the file's only one.
     """
     return ProgramNumbers(
-        file=told["path"],
-        bytes=told["bytes"],
-        weights_bytes=told["weights_bytes"],
-        subgraphs=told["subgraphs"],
-        delegated=told["delegated"],
-        undelegated=told["undelegated"],
-        outside=dict(told["refusals"]),
-        float_layers=dict(told["float_layers"]),
-        eight_bit_layers=dict(told["eight_bit_layers"]),
-        four_bit_layers=tuple(told["four_bit_layers"]),
-        sqnr_db=told["sqnr_db"],
-        max_lsb=told["max_lsb"],
-        seconds=told["seconds"],
-        method=told.get("method", "forward"),
+        file=program["path"],
+        bytes=program["bytes"],
+        weights_bytes=program["weights_bytes"],
+        subgraphs=program["subgraphs"],
+        delegated=program["delegated"],
+        undelegated=program["undelegated"],
+        outside=dict(program["refusals"]),
+        float_layers=dict(program["float_layers"]),
+        eight_bit_layers=dict(program["eight_bit_layers"]),
+        four_bit_layers=tuple(program["four_bit_layers"]),
+        sqnr_db=program["sqnr_db"],
+        max_lsb=program["max_lsb"],
+        seconds=program["seconds"],
+        method=program.get("method", "forward"),
     )
 
 
-def training_of(told: Mapping[str, Any] | None) -> TrainingNumbers | None:
+def training_of(training: Mapping[str, Any] | None) -> TrainingNumbers | None:
     """What a summary says of a training; None if there was none."""
-    if told is None:
+    if training is None:
         return None
     names = TrainingNumbers.model_fields
-    return TrainingNumbers(**{name: told[name] for name in names})
+    return TrainingNumbers(**{name: training[name] for name in names})
 
 
 def with_command(record: ReportRecord, command: str | None) -> ReportRecord:

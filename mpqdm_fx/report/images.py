@@ -77,7 +77,9 @@ def save_rows(rows: Sequence[tuple[str, Tensor]], path: str | Path, *, columns: 
         for start in starts
     ]  # fmt: skip
     width = indent + _MARGIN + blocks[0][0][1].width + _MARGIN
-    height = _MARGIN + sum(sum(one.height for _, one in block) + _MARGIN for block in blocks)
+    height = _MARGIN + sum(
+        sum(picture.height for _, picture in block) + _MARGIN for block in blocks
+    )
     mode, paper = ("L", _PAPER) if shape[1] == 1 else ("RGB", (_PAPER,) * 3)
     canvas = Image.new(mode, (width, height), paper)
     draw = ImageDraw.Draw(canvas)
@@ -93,19 +95,19 @@ def save_rows(rows: Sequence[tuple[str, Tensor]], path: str | Path, *, columns: 
     return _write(canvas, Path(path))
 
 
-def check_images(images: Tensor, what: str) -> None:
+def check_images(images: Tensor, caller: str) -> None:
     """Refuse what is no batch of images.
 
     Args:
         images: what is to be drawn.
-        what: who asks, for the message.
+        caller: who asks, for the message.
 
     Raises:
         ConfigError: no image, or a shape that is no image.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
         raise ConfigError(
-            f"{what} takes images [N, 1 or 3, H, W]; got the shape {tuple(images.shape)}"
+            f"{caller} takes images [N, 1 or 3, H, W]; got the shape {tuple(images.shape)}"
         )
 
 

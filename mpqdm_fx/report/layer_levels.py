@@ -49,9 +49,11 @@ def sqnr_by_layer(
     argument = noise_argument or noise_argument_of(calls[0])
     if not levels or argument is None:
         return {}
-    means = torch.tensor([one.level for one in levels], dtype=torch.float64)
-    told = (told_levels([call], argument) for call in calls)
-    groups = [(each[:, None] - means).abs().argmin(dim=1).tolist() for each in told]
+    means = torch.tensor([point.level for point in levels], dtype=torch.float64)
+    call_levels = (told_levels([call], argument) for call in calls)
+    groups = [
+        (row_levels[:, None] - means).abs().argmin(dim=1).tolist() for row_levels in call_levels
+    ]
     return _ratios(floats, quantized, layers, zip(calls, groups, strict=True), len(levels))
 
 
@@ -71,8 +73,8 @@ def running_sqnr(
         By layer, decibels; layers that a graph does not call are left out.
     """
     grouped = ((call, [0] * batch_size_of(call)) for call in calls)
-    found = _ratios(floats, quantized, layers, grouped, 1)
-    return {name: ratio for name, (ratio,) in found.items()}
+    ratios = _ratios(floats, quantized, layers, grouped, 1)
+    return {name: ratio for name, (ratio,) in ratios.items()}
 
 
 def _ratios(
@@ -92,7 +94,7 @@ def _ratios(
         count: Groups.
     """
     signature: Signature = floats.meta["signature"]
-    wanted = set(layers)
+    names = set(layers)
     sums = {name: torch.zeros(count, 2, dtype=torch.float64) for name in layers}
     taken = [0] * count
     for call, numbers in grouped:
@@ -103,10 +105,10 @@ def _ratios(
             for group in groups:
                 taken[group] += 1
             arguments = [part[name] for name in signature.arguments]
-            reference = _Outputs(floats, wanted).run_kept(arguments)
-            found = _Outputs(quantized, wanted).run_kept(arguments)
-            for name in reference.keys() & found.keys():
-                for powers in _powers(reference[name], found[name], len(groups)):
+            reference = _Outputs(floats, names).run_kept(arguments)
+            outputs = _Outputs(quantized, names).run_kept(arguments)
+            for name in reference.keys() & outputs.keys():
+                for powers in _powers(reference[name], outputs[name], len(groups)):
                     sums[name].index_add_(0, torch.tensor(groups[: len(powers)]), powers)
     return {
         name: tuple(ratio_db(*row) for row in powers.tolist())
@@ -135,23 +137,27 @@ def _parts(
 class _Outputs(fx.Interpreter):
     """Keeps what layers return, in the order of their calls."""
 
-    def __init__(self, graph_module: fx.GraphModule, wanted: set[str]) -> None:
+    def __init__(self, graph_module: fx.GraphModule, layers: set[str]) -> None:
         super().__init__(graph_module)
-        self._wanted = wanted
-        self._kept: dict[str, list[Tensor]] = {}
+        self._layers = layers
+        self._outputs: dict[str, list[Tensor]] = {}
 
     def run_kept(self, arguments: Sequence[Any]) -> dict[str, list[Tensor]]:
         """Run the graph; outputs of each layer, one for each call of it."""
         self.run(*arguments)
-        return self._kept
+        return self._outputs
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.op == "call_module" and str(n.target) in self._wanted and isinstance(result, Tensor):
-            self._kept.setdefault(str(n.target), []).append(result)
+        if n.op == "call_module" and str(n.target) in self._layers and isinstance(result, Tensor):
+            self._outputs.setdefault(str(n.target), []).append(result)
         return result
 
 
-def _powers(reference: Sequence[Tensor], found: Sequence[Tensor], batch: int) -> list[Tensor]:
-    pairs = zip(reference, found, strict=False)
-    return [row_powers(want, got, batch) for want, got in pairs if want.shape == got.shape]
+def _powers(reference: Sequence[Tensor], outputs: Sequence[Tensor], batch: int) -> list[Tensor]:
+    pairs = zip(reference, outputs, strict=False)
+    return [
+        row_powers(expected, actual, batch)
+        for expected, actual in pairs
+        if expected.shape == actual.shape
+    ]

@@ -36,15 +36,15 @@ def measured_of(
         sensitivity: File of the sensitivities, where there is one.
     """
     batches = list(calls)
-    own = compared["quantized"]
+    comparison = compared["quantized"]
     missing: dict[str, str] = {}
     names = [layer.name for layer in quantized.plan.layers]
     graph = graph_of(quantized)
     by_level = sqnr_by_layer(
-        floats, graph, names, batches, own.levels, noise_argument=own.noise_argument
+        floats, graph, names, batches, comparison.levels, noise_argument=comparison.noise_argument
     )
-    running = {} if own.levels else running_sqnr(floats, graph, names, batches)
-    if not own.levels:
+    running = {} if comparison.levels else running_sqnr(floats, graph, names, batches)
+    if not comparison.levels:
         missing["levels"] = f"{name} is told no noise level"
     table = None
     if sensitivity is not None and Path(sensitivity).is_file():
@@ -53,7 +53,7 @@ def measured_of(
         mode = quantized.settings.allocation
         missing["sensitivity"] = f'allocation="{mode}" measures none'
     return Measured(
-        quantized=own,
+        quantized=comparison,
         backend=compared.get("backend"),
         by_level=by_level,
         running=running,

@@ -165,16 +165,16 @@ def evaluate_against(
     outputs = outputs_of(quantized, run.inputs, "quantized outputs")
     shown = _shown(run, images, networks or Networks())
     with stage("metrics"):
-        found = _of_pictures(run.prompts, shown, networks or Networks())
+        metrics = _of_pictures(run.prompts, shown, networks or Networks())
         if classifier is not None:
-            found |= _of_classes(run, images, classifier)
+            metrics |= _of_classes(run, images, classifier)
     return EvaluationResult(
         epsilon_sqnr=_sqnr_of_batches(run.outputs, outputs),
         x0_sqnr=x0_sqnr(run.images, images),
         num_samples=len(run.images),
         num_inference_steps=run.num_inference_steps,
         seed=run.seed,
-        **found,
+        **metrics,
     )
 
 
@@ -196,9 +196,9 @@ def _shown(run: ReferenceRun, images: Tensor, networks: Networks) -> tuple[Tenso
     """Samples of the float model, and of the other one, as pictures; None if they are none."""
     if not networks.metrics and not measures_pictures():
         return None
-    expected, found = run.pictures, run.as_pictures(images)
-    if expected is not None and found is not None:
-        return expected, found
+    expected, pictures = run.pictures, run.as_pictures(images)
+    if expected is not None and pictures is not None:
+        return expected, pictures
     if networks.metrics:
         raise ConfigError(
             f"{', '.join(networks.metrics)}: samples of {tuple(images.shape[1:])} are no pictures; "
@@ -213,16 +213,16 @@ def _of_pictures(
     """Metrics of pictures, also by the networks that are there."""
     if shown is None:
         return {}
-    expected, found = shown
-    metrics = {"psnr": psnr(expected, found), "ssim": ssim(expected, found)}
+    expected, pictures = shown
+    metrics = {"psnr": psnr(expected, pictures), "ssim": ssim(expected, pictures)}
     if "inception_distance" in networks.metrics:
-        features = tuple(networks.inception_features(each) for each in (expected, found))
+        features = tuple(networks.inception_features(images) for images in (expected, pictures))
         metrics["inception_distance"] = frechet_distance(*features)
         metrics["inception_kernel_distance"] = kernel_distance(*features)
     if "lpips" in networks.metrics:
-        metrics["lpips"] = networks.perceptual_distance(expected, found)
+        metrics["lpips"] = networks.perceptual_distance(expected, pictures)
     if "clip_score" in networks.metrics:
-        metrics["clip_score"] = networks.clip_score(found, prompts)
+        metrics["clip_score"] = networks.clip_score(pictures, prompts)
         metrics["reference_clip_score"] = networks.clip_score(expected, prompts)
     return metrics
 
@@ -274,7 +274,7 @@ def evaluate_denoiser(
 
 
 def _sqnr_of_batches(reference: Iterable[Tensor], test: Iterable[Tensor]) -> float:
-    expected, found = ([part.flatten() for part in parts] for parts in (reference, test))
+    expected, actual = ([part.flatten() for part in parts] for parts in (reference, test))
     if not expected:
         raise CalibrationError("epsilon_sqnr got no batch of inputs; give at least one")
-    return sqnr_db(torch.cat(expected), torch.cat(found))
+    return sqnr_db(torch.cat(expected), torch.cat(actual))

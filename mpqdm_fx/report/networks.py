@@ -43,13 +43,13 @@ class Networks:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of what is measured, as in `gates.METRICS`."""
-        given = {
+        networks = {
             "inception_distance": self._inception,
             "inception_kernel_distance": self._inception,
             "lpips": self._perceptual,
             "clip_score": self._clip,
         }
-        return tuple(name for name, network in given.items() if network is not None)
+        return tuple(name for name, network in networks.items() if network is not None)
 
     @torch.no_grad()
     def inception_features(self, images: Tensor) -> Tensor:
@@ -72,17 +72,17 @@ class Networks:
         Raises:
             ConfigError: The network is not there, or does not take the pictures.
         """
-        expected, found = (
+        expected, actual = (
             _in_batches(
                 self._perceptual,
-                _coloured(each),
+                _coloured(pictures),
                 "--lpips",
                 resize_images=False,
                 return_lpips=True,
             )
-            for each in (reference_images, images)
+            for pictures in (reference_images, images)
         )
-        return float((expected.double() - found.double()).square().sum(dim=1).mean())
+        return float((expected.double() - actual.double()).square().sum(dim=1).mean())
 
     @torch.no_grad()
     def clip_score(self, images: Tensor, prompts: Sequence[str]) -> float:
@@ -155,15 +155,15 @@ def _in_batches(network: Any, pixels: Tensor, option: str, **options: bool) -> T
         raise ConfigError(f"{option} PATH is missing: the network's file")
     try:
         parts = torch.split(pixels, _BATCH)
-        found = torch.cat([network(part, **options) for part in parts])
+        features = torch.cat([network(part, **options) for part in parts])
     except (RuntimeError, ValueError, TypeError) as error:  # of TorchScript: RuntimeErrors
         raise ConfigError(
             f"{option}: the network does not take pictures {tuple(pixels.shape)} with "
             f"{', '.join(options)}: {first_line(error)}"
         ) from None
-    if found.ndim != 2 or len(found) != len(pixels):
+    if features.ndim != 2 or len(features) != len(pixels):
         raise ConfigError(
-            f"{option}: the network gave {tuple(found.shape)} for {len(pixels)} pictures, wanted "
-            f"are features [{len(pixels)}, D]"
+            f"{option}: the network gave {tuple(features.shape)} for {len(pixels)} pictures, "
+            f"wanted are features [{len(pixels)}, D]"
         )
-    return found
+    return features

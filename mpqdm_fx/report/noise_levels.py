@@ -54,16 +54,17 @@ def sqnr_by_noise_level(
         raise CalibrationError("sqnr_by_noise_level got no batch of inputs; give at least one")
     name = _argument(batches[0], noise_argument)
     model = in_float32(reference)
-    expected, found = (
-        torch.cat([first_tensor(one(**batch)) for batch in batches]) for one in (model, quantized)
+    expected, actual = (
+        torch.cat([first_tensor(denoiser(**batch)) for batch in batches])
+        for denoiser in (model, quantized)
     )
-    told = told_levels(batches, name)
-    levels = NoiseLevels.of(told, min(most, len(set(told.tolist()))))
-    groups = levels.group_of(told)
+    row_levels = told_levels(batches, name)
+    levels = NoiseLevels.of(row_levels, min(most, len(set(row_levels.tolist()))))
+    groups = levels.group_of(row_levels)
     ratios = {}
     for group in reversed(range(levels.count)):
         rows = groups == group
-        ratios[float(told[rows].mean())] = sqnr_db(expected[rows], found[rows])
+        ratios[float(row_levels[rows].mean())] = sqnr_db(expected[rows], actual[rows])
     return ratios
 
 

@@ -61,10 +61,10 @@ def _listed(points: Sequence[Mapping[str, Any]]) -> str:
 def _verdict(record: Mapping[str, Any], gates: Sequence[Gate]) -> str:
     if not gates:
         return "Smaller is to the left, better is up; take the smallest that is good enough."
-    wanted = " and ".join(map(str, gates))
+    conditions = " and ".join(map(str, gates))
     if record["picked"] is None:
-        return f"No budget reaches {wanted}."
-    return f"{record['picked']:g} bits is the smallest budget that reaches {wanted}."
+        return f"No budget reaches {conditions}."
+    return f"{record['picked']:g} bits is the smallest budget that reaches {conditions}."
 
 
 def _columns(points: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -73,7 +73,7 @@ def _columns(points: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _heading(name: str) -> str:
-    return re.sub("sqnr|psnr|ssim", lambda found: found[0].upper(), name.replace("_", " "))
+    return re.sub("sqnr|psnr|ssim", lambda match: match[0].upper(), name.replace("_", " "))
 
 
 def _row(point: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -118,14 +118,14 @@ def _chart(
         axes.margins(x=0.12, y=0.22)
 
     better = "up" if METRICS[name].higher_is_better else "down"
-    told = "; ".join(
+    listing = "; ".join(
         f"{point['bits']:g} bits {shown(name, value)} in {size:,.0f} kB"
         for point, size, value in zip(drawn, sizes, values, strict=True)
     )
     return chart(
         name,
         _CHARTS[name],
-        f"Better is {better}, smaller is to the left: {told}.",
+        f"Better is {better}, smaller is to the left: {listing}.",
         draw,
         height=3.2,
         narrow_height=2.6,

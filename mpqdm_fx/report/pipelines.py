@@ -19,7 +19,7 @@ def export_table(summary: Mapping[str, Any]) -> Table:
     for name, part in summary["parts"].items():
         times = part["milliseconds"] or {}
         peaks = part["peak_memory_bytes"] or {}
-        found = part["quantized_sqnr_db"] if part["precision"] != "float" else None
+        sqnr = part["quantized_sqnr_db"] if part["precision"] != "float" else None
         table.add_row(
             name,
             part["precision"],
@@ -29,7 +29,7 @@ def export_table(summary: Mapping[str, Any]) -> Table:
             _number(times.get("float")),
             _mebibytes(peaks.get("program")),
             _mebibytes(peaks.get("float")),
-            _number(found),
+            _number(sqnr),
         )
     table.add_section()
     step = summary["milliseconds_per_step"] or {}
@@ -53,17 +53,17 @@ def pictures_line(summary: Mapping[str, Any]) -> str:
     pictures = summary["pictures"]
     if pictures is None:
         return ""
-    found = {
+    metrics = {
         "x0_sqnr": pictures["x0_sqnr_db"],
         "psnr": pictures["psnr_db"],
         "ssim": pictures["ssim"],
     }
-    told = [
+    phrases = [
         f"{name} {shown(name, value)} ({word_of(name, value)})"
-        for name, value in found.items()
+        for name, value in metrics.items()
         if value is not None
     ]
-    return f"{pictures['count']} pictures against float: {', '.join(told)}"
+    return f"{pictures['count']} pictures against float: {', '.join(phrases)}"
 
 
 def export_estimate_table(expected: Mapping[str, Any]) -> Table:
@@ -89,10 +89,10 @@ def export_estimate_table(expected: Mapping[str, Any]) -> Table:
     return table
 
 
-def _table(first: str, *others: str) -> Table:
+def _table(first: str, *columns: str) -> Table:
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(first, no_wrap=True)
-    for name in others:
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
 

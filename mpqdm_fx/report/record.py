@@ -204,8 +204,8 @@ class Costs(Strict):
         if self.program is None:
             return None
         stem = self.program.file.partition(".")[0]
-        found = [size for name, size in self.files.items() if name.startswith(f"{stem}.pt")]
-        return sum(found) or self.program.bytes + self.program.weights_bytes
+        sizes = [size for name, size in self.files.items() if name.startswith(f"{stem}.pt")]
+        return sum(sizes) or self.program.bytes + self.program.weights_bytes
 
     @property
     def shipped_bytes(self) -> int:
@@ -274,7 +274,7 @@ class ReportRecord(Strict):
     float_parts: tuple[FloatPart, ...] = ()
 
     @property
-    def every(self) -> tuple[Costs, ...]:
+    def all_parts(self) -> tuple[Costs, ...]:
         """Its models, quantized or not."""
         return (*self.parts, *self.float_parts)
 

@@ -74,8 +74,10 @@ class ReferenceRun:
         Args:
             images: [N, ...], what `draw` gave.
         """
-        found = images if self.decode is None else self.decode(images)
-        return found if found is not None and shows_pictures(tuple(found.shape[1:])) else None
+        pictures = images if self.decode is None else self.decode(images)
+        return (
+            pictures if pictures is not None and shows_pictures(tuple(pictures.shape[1:])) else None
+        )
 
     def draw(self, model: Denoiser, scheduler: Any) -> Tensor:
         """A quantized model's samples [N, ...], of the noise and conditions of `images`."""

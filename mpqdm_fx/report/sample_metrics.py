@@ -94,9 +94,9 @@ def kernel_distance(reference_features: Tensor, features: Tensor) -> float:
     """
     _check_features("kernel_distance", reference_features, features)
     kernel = from_torchmetrics("image.kid", "poly_kernel")
-    expected, found = reference_features.detach().double(), features.detach().double()
-    own = kernel(expected, expected).mean() + kernel(found, found).mean()
-    return max(0.0, float(own - 2 * kernel(expected, found).mean()))
+    expected, actual = reference_features.detach().double(), features.detach().double()
+    within = kernel(expected, expected).mean() + kernel(actual, actual).mean()
+    return max(0.0, float(within - 2 * kernel(expected, actual).mean()))
 
 
 def psnr(reference_images: Tensor, images: Tensor) -> float:
@@ -180,10 +180,10 @@ class _PassFeatures(nn.Identity):
 
 
 def _check_features(name: str, reference_features: Tensor, features: Tensor) -> None:
-    for side, given in (("reference_features", reference_features), ("features", features)):
-        if given.ndim != 2 or len(given) < 2 or given.shape[1] != reference_features.shape[-1]:
+    for side, matrix in (("reference_features", reference_features), ("features", features)):
+        if matrix.ndim != 2 or len(matrix) < 2 or matrix.shape[1] != reference_features.shape[-1]:
             raise ConfigError(
-                f"{name}: {side} has shape {tuple(given.shape)}; both sets must be "
+                f"{name}: {side} has shape {tuple(matrix.shape)}; both sets must be "
                 "[at least 2, D] with one D"
             )
 
@@ -199,10 +199,10 @@ def _check_pictures(name: str, reference_images: Tensor, images: Tensor) -> None
 def _over_pictures(metric: Any, reference_images: Tensor, images: Tensor) -> float:
     """A metric of pictures in 0..1, float64, some at once: a window's sums are many times them."""
     metric.set_dtype(torch.float64)
-    parts = (torch.split(each, _BATCH) for each in (reference_images, images))
+    parts = (torch.split(pictures, _BATCH) for pictures in (reference_images, images))
     for rows in zip(*parts, strict=True):
-        expected, found = ((each.detach().double().clamp(-1, 1) + 1) / 2 for each in rows)
-        metric.update(found, expected)
+        expected, actual = ((batch.detach().double().clamp(-1, 1) + 1) / 2 for batch in rows)
+        metric.update(actual, expected)
     return float(metric.compute())
 
 

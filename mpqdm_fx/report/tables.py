@@ -11,17 +11,17 @@ from mpqdm_fx.report.units import duration
 __all__ = ["estimate_table"]
 
 
-def estimate_table(found: Mapping[str, Any]) -> Table:
+def estimate_table(estimate: Mapping[str, Any]) -> Table:
     """Time, memory and disk that a run is expected to take, and the size of its result."""
     table = Table(title="expected", header_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("")
     table.add_column("", justify="right")
-    table.add_row("weight layers", f"{found['layers']:,}")
-    table.add_row("weights", f"{found['weights']:,}")
-    table.add_row("calibration calls", f"{found['calls']:,}")
-    for stage, seconds in found["stages"].items():
+    table.add_row("weight layers", f"{estimate['layers']:,}")
+    table.add_row("weights", f"{estimate['weights']:,}")
+    table.add_row("calibration calls", f"{estimate['calls']:,}")
+    for stage, seconds in estimate["stages"].items():
         table.add_row(f"  {stage}", duration(seconds))
-    table.add_row("time in all", duration(found["seconds"]))
+    table.add_row("time in all", duration(estimate["seconds"]))
     for name, label in (
         ("activation_bytes", "  activations of all calls"),
         ("smallest_limit", "  smallest --max-memory that can do"),
@@ -30,6 +30,6 @@ def estimate_table(found: Mapping[str, Any]) -> Table:
         ("weight_bytes", "result: packed weights"),
         ("program_bytes", "result: program"),
     ):
-        if found[name]:
-            table.add_row(label, f"{found[name] / 2**20:,.1f} MiB")
+        if estimate[name]:
+            table.add_row(label, f"{estimate[name] / 2**20:,.1f} MiB")
     return table

@@ -149,9 +149,9 @@ CLASSES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 def inputs_of_field(class_name: str, field: str) -> tuple[str, ...] | None:
     """Inputs that a setting gives or shapes; none if it is inside alone, None if it is unknown."""
-    own = CLASSES[class_name]
-    if field in own:
-        return own[field]
+    fields = CLASSES[class_name]
+    if field in fields:
+        return fields[field]
     return FIELDS.get(field, () if field in INNER else None)
 
 

@@ -79,13 +79,13 @@ class Origin(Strict):
     def of(cls, source: Source, subfolder: str | None) -> "Origin":
         """Where a source came from, and what its runs were conditioned on."""
         beside = source.components
-        told = beside if beside is not None and beside.prompts else None
+        conditioner = beside if beside is not None and beside.prompts else None
         return cls(
             model=source.name,
             subfolder=subfolder,
             variant=source.variant,
-            prompts=None if told is None else told.prompts,
-            guidance=None if told is None else told.scale,
+            prompts=None if conditioner is None else conditioner.prompts,
+            guidance=None if conditioner is None else conditioner.scale,
         )
 
 
@@ -127,8 +127,8 @@ def runner_denoiser(runner: "XnnpackRunner", signature: Signature) -> Denoiser:
 def program_names(folder: ModelFolder) -> tuple[str, ...]:
     """A folder's program, plain or compressed, then its weights if they are apart; or nothing."""
     names = (PROGRAM, f"{PROGRAM}.xz"), (PROGRAM_WEIGHTS, f"{PROGRAM_WEIGHTS}.xz")
-    found = [next((name for name in pair if name in folder.files), None) for pair in names]
-    return tuple(name for name in found if name is not None) if found[0] else ()
+    files = [next((name for name in pair if name in folder.files), None) for pair in names]
+    return tuple(name for name in files if name is not None) if files[0] else ()
 
 
 def open_program(folder: ModelFolder) -> "XnnpackRunner":
@@ -356,9 +356,9 @@ def as_pictures(rows: Sequence[Tensor], source: Source) -> tuple[list[Tensor], s
     Returns:
         The images, and what is to be said of them, or "".
     """
-    found = [source.pictures(samples) for samples in rows]
-    if all(images is not None for images in found):
-        return [images for images in found if images is not None], ""
+    pictures = [source.pictures(samples) for samples in rows]
+    if all(images is not None for images in pictures):
+        return [images for images in pictures if images is not None], ""
     scale = rows[0][:, :1].abs().max().clamp_min(1e-6)
     note = f"These are latents, their first channel: {source.no_pictures}."
     return [samples[:, :1] / scale for samples in rows], note

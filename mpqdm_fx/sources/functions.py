@@ -89,14 +89,14 @@ def calls_of(name: str, model: nn.Module, held_out: int | None = None) -> GivenC
             used; names call and argument.
     """
     place = f"--inputs {name}"
-    made = _returned(name, "--inputs")
-    if isinstance(made, Mapping | str) or not isinstance(made, Iterable):
+    output = _returned(name, "--inputs")
+    if isinstance(output, Mapping | str) or not isinstance(output, Iterable):
         raise ConfigError(
-            f"{place}: it returned a {type(made).__name__}; yield or return calls, each a dict of "
-            f"keyword arguments"
+            f"{place}: it returned a {type(output).__name__}; yield or return calls, each a dict "
+            f"of keyword arguments"
         )
     calls: list[dict[str, Any]] = []
-    iterator = iter(made)
+    iterator = iter(output)
     while True:
         try:
             call = next(iterator)
@@ -147,20 +147,22 @@ def _failed(place: str, error: Exception) -> ConfigError:
 
 
 def _function(name: str, option: str) -> Callable[[], Any]:
-    origin, _, wanted = name.rpartition(":")
-    if not origin or not wanted:
+    origin, _, attribute = name.rpartition(":")
+    if not origin or not attribute:
         raise ConfigError(
             f"{option} {name}: write module:function, or path/to/file.py:function for one of a file"
         )
     module = _module(origin, f"{option} {name}")
-    function = getattr(module, wanted, None)
+    function = getattr(module, attribute, None)
     if function is None:
         names = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         raise ConfigError(
-            f"{option} {name}: {origin} has no function {wanted!r}; it has {', '.join(names)}"
+            f"{option} {name}: {origin} has no function {attribute!r}; it has {', '.join(names)}"
         )
     if not callable(function):
-        raise ConfigError(f"{option} {name}: {wanted} is a {type(function).__name__}, no function")
+        raise ConfigError(
+            f"{option} {name}: {attribute} is a {type(function).__name__}, no function"
+        )
     return function  # type: ignore[no-any-return]
 
 

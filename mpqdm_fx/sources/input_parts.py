@@ -196,8 +196,8 @@ def _time_ids(draw: Draw) -> Tensor:
     """Six sizes in pixels (SDXL), or four and a score (its refiner)."""
     config = draw.config
     total = config["projection_class_embeddings_input_dim"]
-    each = config["addition_time_embed_dim"]
-    fits = [count for count in (6, 5) if total - count * each == (draw.text_width or _CLIP_WIDTH)]
+    width = config["addition_time_embed_dim"]
+    fits = [count for count in (6, 5) if total - count * width == (draw.text_width or _CLIP_WIDTH)]
     if draw.aesthetic is not None:
         count = 5 if draw.aesthetic else 6
     elif fits or draw.text_width is None:
@@ -205,12 +205,12 @@ def _time_ids(draw: Draw) -> Tensor:
     else:
         raise ConfigError(
             f"{draw.class_name}: projection_class_embeddings_input_dim {total} is not "
-            f"{draw.text_width} numbers of the text and five or six sizes of {each}"
+            f"{draw.text_width} numbers of the text and five or six sizes of {width}"
         )
-    if total - count * each < 1:
+    if total - count * width < 1:
         raise ConfigError(
             f"{draw.class_name}: projection_class_embeddings_input_dim {total} leaves no room for "
-            f"a text beside {count} sizes of {each} numbers"
+            f"a text beside {count} sizes of {width} numbers"
         )
     return sizes(draw, count)
 

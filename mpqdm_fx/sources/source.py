@@ -155,8 +155,8 @@ class Source:
             return beside.undecoded
         if len(shape) == 3 and shape[0] in (1, 3):
             return None
-        told = "x".join(map(str, shape)) or "unknown shape"
-        return f"samples of {told} are no pictures, and no pipeline's VAE decodes them"
+        dimensions = "x".join(map(str, shape)) or "unknown shape"
+        return f"samples of {dimensions} are no pictures, and no pipeline's VAE decodes them"
 
     def pictures(self, samples: Tensor) -> Tensor | None:
         """Samples as pictures [N, 1 or 3, H, W], about -1 to 1; None where they cannot be.
@@ -175,16 +175,16 @@ class Source:
         """What is to be known of the runs: which embeddings are random numbers."""
         if self.calls is not None or self.inputs is None or not self.inputs.is_denoiser:
             return ()
-        told = () if self.components is None or not self.components.prompts else _ENCODED
+        embeddings = () if self.components is None or not self.components.prompts else _ENCODED
         random = [
             name
             for name, value in tensor_leaves(self._made(1, 0))
-            if value.is_floating_point() and name.rpartition(".")[2] not in (*told, *_NUMBERS)
+            if value.is_floating_point() and name.rpartition(".")[2] not in (*embeddings, *_NUMBERS)
         ]
         if not random:
             return ()
         why = None if self.components is None else self.components.unencoded
-        reason = "" if told else f": {why or 'no text encoder belongs to it'}"
+        reason = "" if embeddings else f": {why or 'no text encoder belongs to it'}"
         remark = f"runs are conditioned on seeded random numbers as {', '.join(random)}{reason}"
         return (f"{remark}; what they say of real prompts is not known",)
 

@@ -112,9 +112,9 @@ def load_with_calls(
 
 
 def _load_model(folder: Path, variant: str | None) -> Any:
-    found, config = read_model_config(folder)
-    check_fields(found.__name__, config)
-    return load_weights(found, config, folder, variant)
+    model_class, config = read_model_config(folder)
+    check_fields(model_class.__name__, config)
+    return load_weights(model_class, config, folder, variant)
 
 
 def scheduler_from_config(config: Mapping[str, Any], place: str) -> Any:
@@ -128,13 +128,13 @@ def scheduler_from_config(config: Mapping[str, Any], place: str) -> Any:
         ArtifactError: It names no scheduler of diffusers, or one that refuses it.
         CalibrationError: Its numbers are no schedule.
     """
-    found = diffusers_class("scheduler", config.get("_class_name"), place)
+    scheduler_class = diffusers_class("scheduler", config.get("_class_name"), place)
     check_scheduler_config(config, place)
     try:
-        scheduler = found.from_config(config)
+        scheduler = scheduler_class.from_config(config)
     except Exception as error:  # constructors trust their arguments
         reason = first_line(error)
-        raise ArtifactError(f"{place}: {found.__name__} refuses it: {reason}") from None
+        raise ArtifactError(f"{place}: {scheduler_class.__name__} refuses it: {reason}") from None
     try:
         check_scheduler(scheduler)
     except CalibrationError as error:

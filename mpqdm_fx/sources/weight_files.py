@@ -20,12 +20,12 @@ _SINGLE, _INDEX = f"{_STEM}.safetensors", f"{_STEM}.safetensors.index.json"
 
 
 def load_weights(
-    found: Any, config: Mapping[str, Any], folder: Path, variant: str | None = None
+    model_class: Any, config: Mapping[str, Any], folder: Path, variant: str | None = None
 ) -> nn.Module:
     """A folder's model in float32 and evaluation mode, every weight of it from the files.
 
     Args:
-        found: Class of the model, one of diffusers.
+        model_class: Class of the model, one of diffusers.
         config: Its configuration.
         folder: Has config.json and the weights.
         variant: As of `weight_files`.
@@ -37,14 +37,14 @@ def load_weights(
     """
     files = weight_files(folder, variant)
     place = str(folder / MODEL_CONFIG)
-    wanted, stored = count_parameters(found, config, place), count_numbers(files)
-    if wanted > stored:
+    parameters, stored = count_parameters(model_class, config, place), count_numbers(files)
+    if parameters > stored:
         raise ArtifactError(
-            f"{place} describes a model of {wanted} numbers, and {files[0].name} and its like hold "
-            f"{stored}: they do not belong together"
+            f"{place} describes a model of {parameters} numbers, and {files[0].name} and its like "
+            f"hold {stored}: they do not belong together"
         )
     try:
-        loaded, information = found.from_pretrained(
+        loaded, information = model_class.from_pretrained(
             folder,
             local_files_only=True,
             low_cpu_mem_usage=False,
@@ -125,11 +125,11 @@ def _shards(index: Path) -> list[Path]:
 
 def _missing(folder: Path, variant: str | None) -> ArtifactError | ConfigError:
     """Say what there is instead."""
-    wanted = _with_variant(_SINGLE, variant)
-    found = sorted({_variant_of(file.name) for file in folder.glob(f"{_STEM}*.safetensors*")})
-    if found:
-        others = " or ".join(f"--variant {name}" if name else "no --variant" for name in found)
-        return ConfigError(f"{folder} has no {wanted}; it has other files: give {others}")
+    expected = _with_variant(_SINGLE, variant)
+    variants = sorted({_variant_of(file.name) for file in folder.glob(f"{_STEM}*.safetensors*")})
+    if variants:
+        options = " or ".join(f"--variant {name}" if name else "no --variant" for name in variants)
+        return ConfigError(f"{folder} has no {expected}; it has other files: give {options}")
     pickles = sorted(file.name for file in folder.glob("*.bin"))
     if pickles:
         return ConfigError(
@@ -137,7 +137,7 @@ def _missing(folder: Path, variant: str | None) -> ArtifactError | ConfigError:
             f"not read; load it where you trust it and write it again: "
             f"model.save_pretrained(folder, safe_serialization=True)"
         )
-    return ArtifactError(f"{folder} has no {wanted}")
+    return ArtifactError(f"{folder} has no {expected}")
 
 
 def _variant_of(name: str) -> str:

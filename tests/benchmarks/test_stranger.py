@@ -100,7 +100,7 @@ def test_all_of_the_table_is_made_by_default(stranger):
         seeds=[0, 1, 2], widths=stranger.WIDTHS, modes=stranger.MODES, methods=stranger.METHODS,
         set=[], calls=3,
     )  # fmt: skip
-    names = [row[-1] for row in stranger.wanted(every)]
+    names = [row[-1] for row in stranger.row_settings(every)]
     assert len(names) == len(set(names)) == 3 * 3 * (4 * 2 + 1)
 
 

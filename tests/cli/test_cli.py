@@ -38,8 +38,8 @@ def run(*arguments):
     places = {}
     result = invoked(places, *arguments)
     if isinstance(result.exception, MPQError | USAGE_ERROR):
-        told = tell(result.exception, places)
-        return told.status, told.line
+        refusal = tell(result.exception, places)
+        return refusal.status, refusal.line
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     status = result.return_value or result.exit_code
@@ -135,13 +135,13 @@ def test_evaluate_measures_against_the_float_model(quantized_folder):
 
 
 def test_verify_passes_on_what_quantize_wrote_and_keeps_all_numbers(quantized_folder, tmp_path):
-    kept = tmp_path / "new" / "verify.json"
-    status, text = run("verify", quantized_folder, "--output", kept)
+    output = tmp_path / "new" / "verify.json"
+    status, text = run("verify", quantized_folder, "--output", output)
     assert status == 0, text
-    assert "mid_block.attentions.0.to_q" in kept.read_text()
-    found = json.loads(kept.read_text())
-    assert found["passed"] is True
-    assert [rung["name"] for rung in found["rungs"]] == ["float", "quantized"]
+    assert "mid_block.attentions.0.to_q" in output.read_text()
+    ladder = json.loads(output.read_text())
+    assert ladder["passed"] is True
+    assert [rung["name"] for rung in ladder["rungs"]] == ["float", "quantized"]
     for part in ("quantized", "lowest layers", "alone", "note: there is no unet.pte"):
         assert part in text
 
@@ -180,16 +180,16 @@ def test_trace_explain_says_in_words_what_was_found(model_folder):
     assert "layers can be quantized, of " in text
     assert "TraceReport" not in text
     status, text = run(*options, "--json")
-    found = json.loads(text)
-    assert (status, found["ok"], found["model_class"]) == (0, True, "UNet2DModel")
+    report = json.loads(text)
+    assert (status, report["ok"], report["model_class"]) == (0, True, "UNet2DModel")
 
 
 def test_trace_gives_its_graph_as_json(model_folder):
     status, text = run("trace", model_folder, "--subfolder", "unet", "--json")
     assert status == 0
-    found = json.loads(text)
-    assert found["modules"]["conv_in"]
-    assert {"placeholder", "output"} <= {node[1] for node in found["nodes"]}
+    graph = json.loads(text)
+    assert graph["modules"]["conv_in"]
+    assert {"placeholder", "output"} <= {node[1] for node in graph["nodes"]}
 
 
 @pytest.mark.parametrize(
@@ -201,8 +201,8 @@ def test_a_picture_has_the_file_type_that_was_asked_for(quantized_folder, tmp_pa
     status, text = run(*options, "--json")
     assert status == 0, text
     assert picture.read_bytes().startswith(start)
-    told = json.loads(text)
-    assert (told["output"], told["images"], told["from"]) == (str(picture), 2, "packed")
+    result = json.loads(text)
+    assert (result["output"], result["images"], result["from"]) == (str(picture), 2, "packed")
     before = picture.read_bytes()
     status, text = run(*options)
     assert (status, "(--overwrite)" in text) == (2, True)

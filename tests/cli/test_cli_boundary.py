@@ -165,10 +165,10 @@ def test_every_kind_of_the_table_has_a_cause(tmp_path):
 
 @pytest.mark.parametrize("number", [13, 1, 30])
 def test_what_is_not_permitted_is_told_with_its_path(number):
-    told = tell(OSError(number, os.strerror(number), "/srv/models"), {})
-    assert told.status == 2
-    assert "/srv/models" in told.line
-    assert "permissions" in told.line
+    refusal = tell(OSError(number, os.strerror(number), "/srv/models"), {})
+    assert refusal.status == 2
+    assert "/srv/models" in refusal.line
+    assert "permissions" in refusal.line
 
 
 def test_a_process_that_lost_its_peers_points_to_them(tmp_path, monkeypatch):
@@ -184,11 +184,11 @@ def defect(folder):
 
 
 def log_of(line):
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"internal error \(TypeError: a defect of two lines\), please report it with (.*)\n", line
     )
-    assert found, line
-    return Path(found[1])
+    assert match, line
+    return Path(match[1])
 
 
 def test_a_defect_is_one_line_and_a_log_with_all_that_a_report_needs(tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ from mpqdm_fx.sources.sources import load_source
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def results(tmp_path_factory):
     """A model, and a folder that was quantized from it."""
     root = tmp_path_factory.mktemp("made")
     tiny_unet().save_pretrained(root / "model")
@@ -46,9 +46,9 @@ OTHER_RESULTS = {
 
 
 @pytest.fixture
-def place(made, tmp_path, monkeypatch):
+def place(results, tmp_path, monkeypatch):
     """Copies to work on, a file that is in the way, and no work that could begin."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
     (tmp_path / "file").write_text("mine")
     for name, manifest in OTHER_RESULTS.items():
         (tmp_path / name).mkdir()
@@ -169,9 +169,9 @@ def test_no_command_begins_with_what_it_cannot_end_with(place, monkeypatch, caps
     before = listed(place)
     status, out, err = typed(monkeypatch, capsys, *words)
     # libraries that are imported meanwhile may say something of their own
-    told = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert (status, out, len(told)) == (2, "", 1), err
-    assert message in told[0]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (status, out, len(errors)) == (2, "", 1), err
+    assert message in errors[0]
     assert listed(place) == before
 
 
@@ -193,10 +193,10 @@ def test_a_folder_of_an_older_version_is_told_as_one(place, monkeypatch, capsys,
     path.write_text(json.dumps({**manifest, "version": 2, "files": files}))
     before = listed(place)
     status, _, err = typed(monkeypatch, capsys, *words)
-    told = [line for line in err.splitlines() if line.startswith("error: out ")]
-    assert (status, len(told)) == (2, 1), err
-    assert "was written by an older version" in told[0]
-    assert message in told[0]
+    errors = [line for line in err.splitlines() if line.startswith("error: out ")]
+    assert (status, len(errors)) == (2, 1), err
+    assert "was written by an older version" in errors[0]
+    assert message in errors[0]
     assert listed(place) == before
 
 

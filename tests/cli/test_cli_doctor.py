@@ -60,14 +60,14 @@ def file(tmp_path_factory):
 )
 def test_the_form_of_the_settings_is_foretold(file, tmp_path, settings):
     config = MPQConfig(**settings, **QUICK, row_weights="plain", slowdown=1)
-    found = diagnose_model(f"{file}:net", config, inputs=f"{file}:calls")
+    diagnosis = diagnose_model(f"{file}:net", config, inputs=f"{file}:calls")
     import doctor_functions
 
     quantized = mpqdm_fx.quantize(doctor_functions.net(), config, doctor_functions.calls())
     program = mpqdm_fx.lower(quantized, "xnnpack", output=tmp_path / "net.pte")
-    assert found.delegates == program.subgraphs
-    assert found.delegated == program.delegated
-    assert len(found.outside) == program.undelegated
+    assert diagnosis.delegates == program.subgraphs
+    assert diagnosis.delegated == program.delegated
+    assert len(diagnosis.outside) == program.undelegated
 
 
 def test_the_options_reach_the_doctor(file):
@@ -83,9 +83,9 @@ def test_the_options_reach_the_doctor(file):
 
 
 def test_the_stages_are_those_that_are_foretold(file):
-    told = Told()
+    reporter = Told()
     calls = f"{file}:calls"
-    with reporting(told):
+    with reporting(reporter):
         diagnose_model(f"{file}:net", MPQConfig(activation_mode="static"), inputs=calls)
-    assert told.outer_names == list(told.expectations[0])
-    assert told.outer_names[-2:] == ["exporting", "asking XNNPACK"]
+    assert reporter.outer_names == list(reporter.expectations[0])
+    assert reporter.outer_names[-2:] == ["exporting", "asking XNNPACK"]

@@ -133,6 +133,6 @@ def test_held_out_calls_are_not_fitted_to(file):
     source = load_source(f"{file}:model")
     assert isinstance(source.model, TinyEDM)
     assert not source.model.training
-    given = source.with_calls(calls_of(f"{file}:calls", source.model, 3))
-    assert given.calls.held_out_calls == range(5, 8)
-    assert given.sample_shape == (2, 6, 10)
+    joined = source.with_calls(calls_of(f"{file}:calls", source.model, 3))
+    assert joined.calls.held_out_calls == range(5, 8)
+    assert joined.sample_shape == (2, 6, 10)

@@ -75,9 +75,9 @@ def test_evaluate_judges_what_it_measures_and_what_the_folder_tells(quantized):
     assert text.count("passed") == 2
     status, text = run("evaluate", quantized[0], *EVALUATE, "--gate", "x0_sqnr>=900", "--json")
     assert status == 1
-    found = json.loads(text[text.index("{") : text.rindex("}") + 1])
-    assert (found["passed"], found["gates"][0]["wanted"]) == (False, 900.0)
-    assert found["x0_sqnr"] == found["gates"][0]["measured"]
+    result = json.loads(text[text.index("{") : text.rindex("}") + 1])
+    assert (result["passed"], result["gates"][0]["wanted"]) == (False, 900.0)
+    assert result["x0_sqnr"] == result["gates"][0]["measured"]
 
 
 def test_evaluate_says_what_its_numbers_mean(quantized):
@@ -93,8 +93,8 @@ def test_a_folder_that_does_not_say_its_float_model_is_told_it(quantized, model_
     words = ["--model", model_folder, "--json"]
     status, text = run("evaluate", tmp_path / "saved", *EVALUATE, *words)
     assert status == 0, text
-    own = run("evaluate", quantized[0], *EVALUATE, "--json")[1]
-    assert json.loads(text) == json.loads(own)
+    expected = run("evaluate", quantized[0], *EVALUATE, "--json")[1]
+    assert json.loads(text) == json.loads(expected)
 
 
 def test_networks_from_the_disk_give_their_metrics(quantized, tmp_path):

@@ -46,24 +46,24 @@ def test_every_command_ends_its_help_with_two_examples_that_parse(name):
 def test_every_option_has_a_panel_and_a_help(name):
     command = COMMANDS[name]
     params = command.get_params(command.make_context(name, [] if name == "passes" else ["x"]))
-    options = [one for one in params if one.opts[0].startswith("-")]
+    options = [param for param in params if param.opts[0].startswith("-")]
     assert options
-    for one in options:
-        assert one.rich_help_panel in (MODEL, BITS, CALIBRATION, PROGRAM, RUN), one.name
-        assert one.help, one.name
+    for param in options:
+        assert param.rich_help_panel in (MODEL, BITS, CALIBRATION, PROGRAM, RUN), param.name
+        assert param.help, param.name
 
 
 def test_the_panels_stand_in_one_order_whatever_the_signature(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     _, text, _ = typed(monkeypatch, capsys, "quantize", "--help")
-    found = re.findall(r"─ (\w+) ─", text)
-    assert found == ["Arguments", MODEL, BITS, CALIBRATION, PROGRAM, RUN]
+    panels = re.findall(r"─ (\w+) ─", text)
+    assert panels == ["Arguments", MODEL, BITS, CALIBRATION, PROGRAM, RUN]
     assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_is_written_has_a_short_name_and_a_word_for_replacing_it(name):
-    options = {text for one in COMMANDS[name].params for text in one.opts}
+    options = {text for param in COMMANDS[name].params for text in param.opts}
     assert ("--output" in options) == ("-o" in options)
     assert ("--output" in options) <= ("--overwrite" in options)
     assert "--json" in options
@@ -86,7 +86,7 @@ def test_what_is_written_has_a_short_name_and_a_word_for_replacing_it(name):
 def test_choices_are_listed_taken_in_any_case_and_refused_by_name(
     monkeypatch, capsys, name, option, word
 ):
-    parameter = next(one for one in COMMANDS[name].params if option in one.opts)
+    parameter = next(param for param in COMMANDS[name].params if option in param.opts)
     assert parse(["mpqdm-fx", name, "digits", option, word])[parameter.name] == word.lower()
     status, _, err = typed(monkeypatch, capsys, name, "digits", option, "best")
     assert status == 2
@@ -131,21 +131,21 @@ def test_a_setting_is_refused_by_the_name_of_its_option(parameter):
     line = tell(raised.value, {}).line
     value = str(WRONG[field])
     assert f"{option_of(parameter)} {value}: give " in line
-    others = {one.name for one in dataclasses.fields(MPQConfig) if "_" in one.name}
-    assert not others & set(re.findall(r"\w+", line)), line
+    names = {entry.name for entry in dataclasses.fields(MPQConfig) if "_" in entry.name}
+    assert not names & set(re.findall(r"\w+", line)), line
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_of_every_command_is_told_as_it_is_typed(name):
-    options = {one.name: max(one.opts, key=len) for one in COMMANDS[name].params}
+    options = {param.name: max(param.opts, key=len) for param in COMMANDS[name].params}
     for parameter, option in options.items():
         field = SETTINGS[parameter][0] if parameter in SETTINGS else parameter
-        told = as_typed(f"{field}=3 (int): give 'a' or 'b'", options)
-        assert told == f"{option} 3: give 'a' or 'b'"
+        text = as_typed(f"{field}=3 (int): give 'a' or 'b'", options)
+        assert text == f"{option} 3: give 'a' or 'b'"
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "expected"),
     [
         (
             "give effective_bits or weight_bytes, not both",
@@ -167,9 +167,9 @@ def test_every_option_of_every_command_is_told_as_it_is_typed(name):
         ("/tmp/weight_bits/x, a.weight_bits, 'weight_bits'", None),
     ],
 )
-def test_a_message_names_options_and_leaves_other_words(message, told):
+def test_a_message_names_options_and_leaves_other_words(message, expected):
     names = ("trajectories", "resume", "updates", "budget")
-    assert as_typed(message, {name: option_of(name) for name in names}) == (told or message)
+    assert as_typed(message, {name: option_of(name) for name in names}) == (expected or message)
 
 
 def test_the_version_is_that_of_the_package(monkeypatch, capsys):
@@ -180,7 +180,7 @@ def test_the_version_is_that_of_the_package(monkeypatch, capsys):
 
 def test_completion_can_be_installed():
     assert {"--install-completion", "--show-completion"} <= {
-        text for one in GROUP.params for text in one.opts
+        text for param in GROUP.params for text in param.opts
     }
 
 

@@ -56,7 +56,7 @@ def model_folder(tmp_path_factory):
 def curve(model_folder, tmp_path_factory):
     """A run that was killed in its second budget and went on, and what was seen of it."""
     output = tmp_path_factory.mktemp("cli") / "curve"
-    seen = {}
+    outcome = {}
     tables = pytest.MonkeyPatch()
     measuring = Counted(measured.measure_sensitivity, tables, module=measured)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -64,38 +64,38 @@ def curve(model_folder, tmp_path_factory):
         with pytest.raises(Killed):
             run("pareto", model_folder, *QUICK, *ASKED, "--output", output)
     assert not output.exists()
-    seen["left"] = {path.name for path in checkpoint_of(output).iterdir()}
-    seen["without"] = run("pareto", model_folder, *QUICK, *ASKED, "--output", output)
-    other = ["--output", output, "--resume", "--seed", 1]
-    seen["other"] = run("pareto", model_folder, *QUICK, *ASKED, *other)
+    outcome["left"] = {path.name for path in checkpoint_of(output).iterdir()}
+    outcome["without"] = run("pareto", model_folder, *QUICK, *ASKED, "--output", output)
+    changed = ["--output", output, "--resume", "--seed", 1]
+    outcome["other"] = run("pareto", model_folder, *QUICK, *ASKED, *changed)
     with pytest.MonkeyPatch.context() as monkeypatch:
         converted = Counted(job.convert, monkeypatch)
-        seen["status"], seen["text"] = run(
+        outcome["status"], outcome["text"] = run(
             "pareto", model_folder, *QUICK, *ASKED, "--output", output, "--resume"
         )
-        seen["converted"] = converted.calls
+        outcome["converted"] = converted.calls
     tables.undo()
-    seen["tables"] = measuring.calls
-    return output, seen
+    outcome["tables"] = measuring.calls
+    return output, outcome
 
 
 def test_a_run_that_was_killed_goes_on_with_the_budgets_that_are_left(curve):
-    _, seen = curve
-    assert seen["left"] >= {"bits-2", "sensitivity.safetensors", "sweep.json"}
-    assert "bits-3" not in seen["left"]
-    assert (seen["status"], seen["converted"]) == (0, 1), seen["text"]
+    _, outcome = curve
+    assert outcome["left"] >= {"bits-2", "sensitivity.safetensors", "sweep.json"}
+    assert "bits-3" not in outcome["left"]
+    assert (outcome["status"], outcome["converted"]) == (0, 1), outcome["text"]
 
 
 def test_a_killed_run_is_not_taken_for_another_one(curve):
-    _, seen = curve
-    status, text = seen["without"]
+    _, outcome = curve
+    status, text = outcome["without"]
     assert (status, "resume it, or delete it" in text) == (2, True)
-    status, text = seen["other"]
+    status, text = outcome["other"]
     assert (status, "settings.seed was 0, is 1" in text or "seed was 0, is 1" in text) == (2, True)
 
 
 def test_the_folder_is_whole_and_its_numbers_are_those_of_the_budgets(curve):
-    output, seen = curve
+    output, outcome = curve
     assert {path.name for path in output.iterdir()} == {
         "bits-2", "bits-3", "picked", "pareto.html", "pareto.json", "strip.png",
     }  # fmt: skip
@@ -107,8 +107,8 @@ def test_the_folder_is_whole_and_its_numbers_are_those_of_the_budgets(curve):
     assert small["epsilon_sqnr"] < large["epsilon_sqnr"]
     assert small["bytes"] == (output / "bits-2" / "model.safetensors").stat().st_size
     assert {"x0_sqnr", "psnr", "ssim", "effective_bits", "seconds"} <= set(small)
-    assert "*2" in seen["text"]
-    assert f"picked: {output / 'picked'}" in seen["text"]
+    assert "*2" in outcome["text"]
+    assert f"picked: {output / 'picked'}" in outcome["text"]
     assert not checkpoint_of(output).exists()
     assert check_target(output, PARETO, overwrite=True) == output
 
@@ -120,9 +120,11 @@ def test_every_budget_has_the_codes_of_a_run_of_its_own(curve, model_folder):
     data = calibration_of(source, trajectories=2, steps=3, seed=0)
     alone = mpqdm_fx.quantize(source.model, settings, data)
     for folder in ("picked", "bits-2"):
-        found = mpqdm_fx.load(output / folder)
-        assert found.plan == alone.plan
-        assert all(torch.equal(found.codes(p.name), alone.codes(p.name)) for p in alone.plan.layers)
+        loaded = mpqdm_fx.load(output / folder)
+        assert loaded.plan == alone.plan
+        assert all(
+            torch.equal(loaded.codes(p.name), alone.codes(p.name)) for p in alone.plan.layers
+        )
 
 
 def test_what_was_picked_is_a_result_like_any_other(curve):
@@ -139,12 +141,12 @@ def test_the_page_holds_every_chart_and_a_row_of_pictures_for_each_budget(curve)
     page = (curve[0] / "pareto.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert page.count("<svg") == 2 * 2  # two metrics, for wide and for narrow screens
-    for told in (
+    for phrase in (
         "2 bits",
         "3 bits",
         "2 bits is the smallest budget that reaches epsilon_sqnr&gt;=1",
     ):
-        assert told in page
+        assert phrase in page
     assert "mpqdm-fx quantize" in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert len(page) < 5e6

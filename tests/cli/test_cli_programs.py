@@ -114,10 +114,10 @@ def test_a_program_without_its_weights_or_with_damaged_ones_is_refused(folder, t
 def test_verify_passes_on_the_same_graphs_that_were_lowered(folder):
     status, text = run("verify", folder, "--json")
     assert status == 0, text
-    found = json.loads(text)
-    assert found["passed"] is True
-    assert [rung["name"] for rung in found["rungs"]][-1] == "pte"
-    assert not [note for note in found["notes"] if "no longer in the graph" in note]
+    ladder = json.loads(text)
+    assert ladder["passed"] is True
+    assert [rung["name"] for rung in ladder["rungs"]][-1] == "pte"
+    assert not [note for note in ladder["notes"] if "no longer in the graph" in note]
 
 
 def test_evaluate_inspect_and_doctor_take_the_folder(folder, monkeypatch):
@@ -126,15 +126,15 @@ def test_evaluate_inspect_and_doctor_take_the_folder(folder, monkeypatch):
     assert json.loads(text)["epsilon_sqnr"] > 5
     status, text = run("inspect", folder)
     assert (status, "unet.ptd.xz" in text) == (0, True)
-    asked = []
+    calls = []
 
     def diagnose(*_, **options):
-        asked.append(options)
+        calls.append(options)
         return Diagnosis(delegates=1, delegated=1, outside=())
 
     monkeypatch.setattr(diagnose_job, "diagnose", diagnose)
     assert run("doctor", folder)[0] == 0
-    assert asked == [{"four_bit": "never"}]
+    assert calls == [{"four_bit": "never"}]
 
 
 @pytest.mark.parametrize(

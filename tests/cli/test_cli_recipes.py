@@ -20,20 +20,20 @@ class Begun(BaseException):
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def start_of(monkeypatch):
     """What a command would start its work with."""
 
     def started(*arguments):
-        found = {}
+        values = {}
 
         def record(form, config, output, **options):
-            found.update(form=form, config=config, output=output)
+            values.update(form=form, config=config, output=output)
             raise Begun
 
         monkeypatch.setattr("mpqdm_fx.jobs.quantize.check_start", record)
         with pytest.raises(Begun):
             run("quantize", "digits", *arguments)
-        return found
+        return values
 
     return started
 
@@ -49,15 +49,17 @@ def test_a_recipe_reads_back_as_the_settings_that_were_written(recipe):
     assert read_recipe(recipe.parent) == SETTINGS  # the folder that holds it
 
 
-def test_a_recipe_stands_for_all_options_that_were_not_typed(asked, recipe):
-    assert asked("--config", recipe)["config"] == SETTINGS
+def test_a_recipe_stands_for_all_options_that_were_not_typed(start_of, recipe):
+    assert start_of("--config", recipe)["config"] == SETTINGS
 
 
-def test_options_that_are_typed_win_over_the_recipe(asked, recipe):
-    found = asked("--config", recipe, "--refinements", 4, "--seed", 0, "--activation-mode", "AUTO")
-    wanted = {**SETTINGS.to_dict(), "refinements": 4, "seed": 0, "activation_mode": "dynamic"}
-    assert found["config"].to_dict() == MPQConfig.from_dict(wanted).to_dict()
-    assert asked("--config", recipe, "--override", "conv_in=8")["config"].overrides == (
+def test_options_that_are_typed_win_over_the_recipe(start_of, recipe):
+    start = start_of(
+        "--config", recipe, "--refinements", 4, "--seed", 0, "--activation-mode", "AUTO"
+    )
+    settings = {**SETTINGS.to_dict(), "refinements": 4, "seed": 0, "activation_mode": "dynamic"}
+    assert start["config"].to_dict() == MPQConfig.from_dict(settings).to_dict()
+    assert start_of("--config", recipe, "--override", "conv_in=8")["config"].overrides == (
         Override(pattern="conv_in", weight_bits=8),
     )
 
@@ -70,34 +72,34 @@ def test_options_that_are_typed_win_over_the_recipe(asked, recipe):
         (["--effective-bits", 4.5], (3, 4.5, None)),
     ],
 )
-def test_a_budget_that_is_typed_takes_the_place_of_the_recipes(asked, recipe, typed, budget):
-    found = asked("--config", recipe, *typed)["config"]
-    assert (found.weight_bits, found.effective_bits, found.weight_bytes) == budget
+def test_a_budget_that_is_typed_takes_the_place_of_the_recipes(start_of, recipe, typed, budget):
+    config = start_of("--config", recipe, *typed)["config"]
+    assert (config.weight_bits, config.effective_bits, config.weight_bytes) == budget
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)
-def test_a_preset_gives_what_it_documents(asked, name):
-    found = asked("--preset", name.upper(), "--backend", "packed")
+def test_a_preset_gives_what_it_documents(start_of, name):
+    start = start_of("--preset", name.upper(), "--backend", "packed")
     options = PRESETS[name].options
-    assert found["config"].weight_bits == options["weights"]
-    assert found["config"].allocation == options.get("allocation", "measured")
-    assert not found["form"].compress
+    assert start["config"].weight_bits == options["weights"]
+    assert start["config"].allocation == options.get("allocation", "measured")
+    assert not start["form"].compress
 
 
-def test_a_presets_options_for_programs_are_for_programs_alone(asked):
-    assert asked("--preset", "small")["form"].compress
-    assert not asked("--preset", "small", "--backend", "packed")["form"].compress
+def test_a_presets_options_for_programs_are_for_programs_alone(start_of):
+    assert start_of("--preset", "small")["form"].compress
+    assert not start_of("--preset", "small", "--backend", "packed")["form"].compress
 
 
-def test_options_that_are_typed_win_over_the_preset(asked):
-    found = asked("--preset", "quick", "--weights", 8, "--allocation", "measured")["config"]
-    assert (found.weight_bits, found.allocation, found.refinements) == (8, "measured", 0)
+def test_options_that_are_typed_win_over_the_preset(start_of):
+    config = start_of("--preset", "quick", "--weights", 8, "--allocation", "measured")["config"]
+    assert (config.weight_bits, config.allocation, config.refinements) == (8, "measured", 0)
     # also where what is typed is the default
-    assert asked("--preset", "small", "--weights", 4)["config"].weight_bits == 4
+    assert start_of("--preset", "small", "--weights", 4)["config"].weight_bits == 4
 
 
-def test_balanced_is_what_no_preset_is(asked):
-    assert asked("--preset", "balanced") == asked()
+def test_balanced_is_what_no_preset_is(start_of):
+    assert start_of("--preset", "balanced") == start_of()
 
 
 def test_every_preset_names_options_that_there_are():

@@ -118,16 +118,16 @@ def test_a_signal_that_was_ignored_stays_ignored():
 
 
 def test_other_threads_install_nothing():
-    before, found = installed(), []
+    before, handlers = installed(), []
 
     def work():
         with stoppable():
-            found.append(installed())
+            handlers.append(installed())
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [before]
+    assert handlers == [before]
 
 
 BUSY = """

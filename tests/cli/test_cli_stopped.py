@@ -108,12 +108,12 @@ def test_the_process_itself_ends_with_one_line_and_the_status_of_the_signal(plac
         out, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     lines = [line for line in err.splitlines() if line != NOTICE]
-    said = [
+    messages = [
         line for line in lines if not re.match(r"quantizing |\[\d+/\d+\] |.*, after \d", line)
     ]  # progress
-    assert (out, len(said)) == ("", 1), err
-    assert said[0].startswith("stopped by SIGTERM; out holds nothing half-written")
-    assert lines[-1] == said[0]
+    assert (out, len(messages)) == ("", 1), err
+    assert messages[0].startswith("stopped by SIGTERM; out holds nothing half-written")
+    assert lines[-1] == messages[0]
     assert [path.name for path in place.iterdir()] == ["model"]
 
 

@@ -33,9 +33,9 @@ def course(time):
 
 def begun(course, name, total=None):
     with reporting(SILENT):
-        made = stage(name, total)
-    course.begin(made)
-    return made
+        part = stage(name, total)
+    course.begin(part)
+    return part
 
 
 def test_the_line_says_stage_share_and_times(course, time):
@@ -61,9 +61,9 @@ def test_before_anything_is_known_there_is_no_number_and_no_whole_time(course, t
 def test_a_machine_that_is_three_times_slower_takes_three_times_as_long(course, time):
     course.expect({"runs": 10, "rounding": 20, "lowering": 30})
     for name, seconds in (("runs", 30), ("rounding", 60)):
-        one = begun(course, name)
+        part = begun(course, name)
         time.passes(seconds)
-        course.end(one)
+        course.end(part)
     assert course.total == pytest.approx(180, rel=0.05)
 
 
@@ -109,22 +109,22 @@ def test_between_stages_the_last_one_stands(course):
 
 def test_a_stage_that_goes_on_under_the_same_name_is_no_new_one(course):
     with reporting(SILENT):
-        first, second, inner, other = (stage(name) for name in ("a", "a", "b", "b"))
+        first, second, inner, sibling = (stage(name) for name in ("a", "a", "b", "b"))
     assert course.begin(first)
     assert not course.begin(inner)
     course.end(inner)
     course.end(first)
     assert not course.begin(second)
     course.end(second)
-    assert course.begin(other)
+    assert course.begin(sibling)
 
 
 def test_a_stage_that_goes_on_is_expected_once(course, time):
     course.expect({"drawing": 20, "page": 10})
     for _ in ("float", "quantized"):  # both together take as long as was expected
-        one = begun(course, "drawing")
+        part = begun(course, "drawing")
         time.passes(10)
-        course.end(one)
+        course.end(part)
     assert course.total == pytest.approx(30, rel=0.01)
 
 
@@ -139,14 +139,14 @@ def test_the_whole_is_never_less_than_what_has_passed_and_ends_as_it(expected, f
     course = Course(now=time)
     course.expect(expected)
     for name, seconds in expected.items():
-        one = begun(course, name, total=1.0)
+        part = begun(course, name, total=1.0)
         for share in sorted(shares):
-            time.seconds += factor * seconds * (share - one.done)
-            one(share - one.done)
+            time.seconds += factor * seconds * (share - part.done)
+            part(share - part.done)
             assert course.total is None or course.total >= course.seconds * (1 - 1e-9)
             assert re.fullmatch(r"\[\d/\d] \w+ \d+ % · [\d:]+( of about [\d:]+)?", str(course))
-        time.seconds += factor * seconds * (1 - one.done)
-        course.end(one)
+        time.seconds += factor * seconds * (1 - part.done)
+        course.end(part)
     assert course.total == pytest.approx(course.seconds)
 
 

@@ -261,5 +261,5 @@ def test_a_guess_that_fails_does_not_end_the_work(monkeypatch, capfd):
 def test_no_command_prints_errors_where_libraries_print():
     # only the end of the command line does: there, nothing is led away any more
     folder = Path(inspect.getfile(streams)).parent
-    found = {path.name for path in folder.rglob("*.py") if "stderr=True" in path.read_text()}
-    assert found == {"boundary.py"}
+    names = {path.name for path in folder.rglob("*.py") if "stderr=True" in path.read_text()}
+    assert names == {"boundary.py"}

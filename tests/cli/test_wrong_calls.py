@@ -58,7 +58,7 @@ def listed(folder):
     return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}
 
 
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.what)
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.fault)
 def test_a_wrong_call_is_one_line_and_leaves_nothing(call, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     before = listed(place)
@@ -74,7 +74,7 @@ def test_a_wrong_call_is_one_line_and_leaves_nothing(call, place, monkeypatch, c
 
 def test_there_are_at_least_25_wrong_calls_each_of_its_own_kind():
     assert len(CALLS) >= 25
-    for name in ("what", "typed", "printed"):
+    for name in ("fault", "typed", "printed"):
         assert len({getattr(call, name) for call in CALLS}) == len(CALLS)
 
 

@@ -17,12 +17,12 @@ class WrongCall:
     """A command line that cannot work.
 
     Attributes:
-        what: What is wrong with it.
+        fault: What is wrong with it.
         typed: The words behind `mpqdm-fx`.
         printed: The line on standard error, behind `error: `.
     """
 
-    what: str
+    fault: str
     typed: str
     printed: str
 
@@ -263,7 +263,7 @@ def page() -> str:
         "`mpqdm-fx quantize`, `own.py` a file with functions of one's own.\n"
     )
     parts = [
-        f"## {call.what}\n\n    $ mpqdm-fx {call.typed}\n    error: {call.printed}\n"
+        f"## {call.fault}\n\n    $ mpqdm-fx {call.typed}\n    error: {call.printed}\n"
         for call in CALLS
     ]
     return "\n".join([head, *parts])

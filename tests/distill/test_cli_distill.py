@@ -47,8 +47,8 @@ def run(*arguments):
     typed = ["distill", *map(str, arguments)]
     result = CliRunner().invoke(cli.app, typed, obj=places, standalone_mode=False)
     if isinstance(result.exception, MPQError | USAGE_ERROR):
-        told = tell(result.exception, places)
-        return told.status, told.line
+        refusal = tell(result.exception, places)
+        return refusal.status, refusal.line
     if result.exception is not None:
         raise result.exception
     status = result.return_value or result.exit_code
@@ -105,22 +105,22 @@ def test_training_that_does_not_help_gives_a_copy_and_its_budget_counts_all(
         updates=3, seconds=1000.0, trajectories=4, steps=3, batch_size=4, weight_rate=50.0,
         scale_rate=1.0, ema=0.0,
     )  # fmt: skip
-    told = []
-    result = distill_folder(folder, config, output=output, samples=0, foretold=told.append)
+    estimates = []
+    result = distill_folder(folder, config, output=output, samples=0, foretold=estimates.append)
     assert result.summary["distilled"]["improved"] is False
     assert list(tmp_path.iterdir()) == [output]
     old, new = (json.loads((f / "summary.json").read_text()) for f in (folder, output))
     trained = new.pop("distilled")
     assert trained["updates"] == 3
     assert "distilled" not in old
-    told_again = {"report.html", "report.json"}
-    for found in (old, new):
-        found.pop("command")
-        for name in told_again:
-            found["files"].pop(name)
+    rewritten = {"report.html", "report.json"}
+    for summary in (old, new):
+        summary.pop("command")
+        for name in rewritten:
+            summary["files"].pop(name)
     assert new == old
     same = {path.name for path in folder.iterdir()} - {"summary.json", "mpqdm.json"}
-    for name in same - {"scheduler"} - told_again:
+    for name in same - {"scheduler"} - rewritten:
         assert (output / name).read_bytes() == (folder / name).read_bytes()
     report = json.loads((output / "report.json").read_text())
     assert report["parts"][0]["trained"]["updates"] == 3
@@ -129,7 +129,7 @@ def test_training_that_does_not_help_gives_a_copy_and_its_budget_counts_all(
     before, after = (mpqdm_fx.load(f) for f in (folder, output))
     for layer in before.plan.layers:
         assert torch.equal(before.codes(layer.name), after.codes(layer.name))
-    (times,) = told
+    (times,) = estimates
     assert times.seconds == pytest.approx(sum(times.stages.values()))
     assert "in all" in str(times)
     # the budget is for all of the job: what the rest takes comes off it

@@ -143,25 +143,27 @@ def test_options_train_too(quantized, settings):
 
 @pytest.mark.matrix
 def test_stochastic_rounding_takes_the_same_draws_when_a_pass_is_computed_again(quantized):
-    found = [
+    errors = [
         distilled(
             quantized, updates=20, ema=0.0, correct_mean=False, rounding=rounding,
             recompute=recompute,
         ).after
         for rounding, recompute in [("nearest", 0), ("stochastic", 0), ("stochastic", 5)]
     ]  # fmt: skip
-    assert found[1] == found[2] != found[0]
+    assert errors[1] == errors[2] != errors[0]
 
 
 def test_mean_error_of_the_output_is_taken_out(quantized):
-    kept, corrected = (distilled(quantized, updates=1, correct_mean=mean) for mean in (False, True))
-    assert corrected.after < kept.after
-    name = quantized.plan.layers[-1].name
-    kept, corrected = (result.quantized.rounded for result in (kept, corrected))
-    assert torch.equal(
-        kept.get_submodule(name).weight_codes, corrected.get_submodule(name).weight_codes
+    plain, corrected = (
+        distilled(quantized, updates=1, correct_mean=mean) for mean in (False, True)
     )
-    assert not torch.equal(kept.get_submodule(name).bias, corrected.get_submodule(name).bias)
+    assert corrected.after < plain.after
+    name = quantized.plan.layers[-1].name
+    plain, corrected = (result.quantized.rounded for result in (plain, corrected))
+    assert torch.equal(
+        plain.get_submodule(name).weight_codes, corrected.get_submodule(name).weight_codes
+    )
+    assert not torch.equal(plain.get_submodule(name).bias, corrected.get_submodule(name).bias)
 
 
 def test_the_published_baseline_trains_what_was_published(quantized):
@@ -183,8 +185,8 @@ def test_trained_model_lowers_to_torch_ao_with_its_numbers(quantized):
     for call in unet_calls(5, seed=3):
         with torch.no_grad():
             expected = trained(**call).sample
-            (found,) = lowered(**trained.signature.normalize((), call))
-        ratios.append(sqnr_db(expected, found))
+            (output,) = lowered(**trained.signature.normalize((), call))
+        ratios.append(sqnr_db(expected, output))
     # One flipped code spreads, and it depends on the processor which call has one: half of the
     # calls have none. The bound is that of untrained models.
     assert statistics.median(ratios) >= 40.0, ratios
@@ -288,10 +290,10 @@ def test_a_model_that_training_made_worse_is_not_returned(quantized, caplog):
     assert not result.improved
     assert result.quantized is quantized
     assert "training did not lower the error" in caplog.text
-    kept = distilled(quantized, **ruinous, keep_better=False)
-    assert (kept.after, kept.improved) == (result.after, False)
+    ruined = distilled(quantized, **ruinous, keep_better=False)
+    assert (ruined.after, ruined.improved) == (result.after, False)
     name = quantized.plan.layers[-1].name
-    assert not torch.equal(kept.quantized.codes(name), quantized.codes(name))
+    assert not torch.equal(ruined.quantized.codes(name), quantized.codes(name))
 
 
 def test_what_judges_is_not_what_was_trained_on(quantized, parts):
@@ -304,8 +306,8 @@ def test_what_judges_is_not_what_was_trained_on(quantized, parts):
     assert len(held_out) == 3
     assert torch.equal(held_out.start.conditions["class_labels"], LABELS["class_labels"][:3])
     assert not torch.isclose(held_out.inputs["sample"][:, 0], runs.inputs["sample"][:3, 0]).any()
-    found = Judge(model=tiny_unet(), recorder=recorder).errors(held_out)
-    assert found.share < 1e-9  # the float model itself
+    errors = Judge(model=tiny_unet(), recorder=recorder).errors(held_out)
+    assert errors.share < 1e-9  # the float model itself
     shifted = Judge(model=lambda **inputs: tiny_unet()(**inputs).sample + 0.5, recorder=recorder)
     moved = shifted.errors(held_out)
     assert torch.allclose(moved.mean, torch.full_like(moved.mean, 0.5), atol=1e-4)
@@ -316,7 +318,7 @@ def test_what_judges_is_not_what_was_trained_on(quantized, parts):
 def test_effects_do_not_depend_on_how_many_runs_go_at_once(quantized, parts):
     teacher, runs = parts
     model = Called(make_student(quantized, teacher, CONFIG).graph_module, quantized.signature)
-    one, other = (
+    large, small = (
         measure_effects(
             model,
             Recorder(
@@ -327,8 +329,8 @@ def test_effects_do_not_depend_on_how_many_runs_go_at_once(quantized, parts):
         )
         for size in (4, 3)
     )  # fmt: skip
-    assert torch.allclose(one.error, other.error, rtol=1e-3)
-    assert torch.allclose(one.moved, other.moved, rtol=1e-3)
+    assert torch.allclose(large.error, small.error, rtol=1e-3)
+    assert torch.allclose(large.moved, small.moved, rtol=1e-3)
 
 
 def test_a_fixed_batch_is_refused_before_anything_runs(quantized):

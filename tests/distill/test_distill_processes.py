@@ -49,11 +49,11 @@ def test_two_processes_train_what_one_trains(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-2000:]
     names = ("one.first", "two.first", "two.second")
-    one, two, second = (torch.load(tmp_path / f"{name}.pt") for name in names)
+    single, two, second = (torch.load(tmp_path / f"{name}.pt") for name in names)
     # each saw other rows, and both took the same steps
     assert second == two
-    assert two[0] == one[0]
-    assert two[2] == one[2] == 6
+    assert two[0] == single[0]
+    assert two[2] == single[2] == 6
     # sums in another order: Adam's first steps have the sign of gradients near zero
-    assert two[1] == pytest.approx(one[1], rel=1e-2)
-    assert one[1] < one[0]
+    assert two[1] == pytest.approx(single[1], rel=1e-2)
+    assert single[1] < single[0]

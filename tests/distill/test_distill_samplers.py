@@ -61,9 +61,9 @@ def test_every_call_is_an_example_with_the_float_models_answer(sampler, calls):
 
 @pytest.mark.parametrize("sampler", [Heun(), Guided()])
 def test_effects_are_measured_for_every_example(sampler):
-    made = recorder(sampler)
-    effects = measure_effects(TinyEDM(seed=1), made, start())
-    calls = made.record(made.teacher, start()).calls
+    runs = recorder(sampler)
+    effects = measure_effects(TinyEDM(seed=1), runs, start())
+    calls = runs.record(runs.teacher, start()).calls
     assert effects.moved.shape == effects.error.shape == (calls,)
     assert bool((effects.moved > 0).all())
     assert bool((effects.error > 0).all())

@@ -27,11 +27,11 @@ def effects_of(seed, calls):
 )  # fmt: skip
 def test_shares_are_probabilities_and_drawing_does_not_change_what_counts(seed, calls, share, a, b):
     config = dataclasses.replace(CONFIG, final_share=share, noise_bias=(a, b))
-    found = importance(config, calls, effects_of(seed, calls))
-    assert float(found.draw.sum()) == pytest.approx(1)
-    assert float((found.draw * found.weight).sum()) == pytest.approx(1, rel=1e-5)
-    assert bool((found.weight > 0).all())
-    assert bool((found.draw >= 0.1 / calls * (1 - 1e-9)).all())
+    sampling = importance(config, calls, effects_of(seed, calls))
+    assert float(sampling.draw.sum()) == pytest.approx(1)
+    assert float((sampling.draw * sampling.weight).sum()) == pytest.approx(1, rel=1e-5)
+    assert bool((sampling.weight > 0).all())
+    assert bool((sampling.draw >= 0.1 / calls * (1 - 1e-9)).all())
 
 
 @given(seed=st.integers(0, 2**20), calls=st.integers(2, 20), share=st.floats(0.0, 0.99))
@@ -50,12 +50,12 @@ def test_at_the_start_the_effects_have_their_share_of_the_loss(seed, calls, shar
 
 def test_without_effects_a_bias_draws_the_noisiest_steps_more_and_weighs_all_alike():
     config = dataclasses.replace(CONFIG, noise_bias=(3.0, 1.0))
-    found = importance(config, 4)
+    sampling = importance(config, 4)
     # Beta(3, 1) has the distribution function z^3
     expected = [1 - 0.75**3, 0.75**3 - 0.5**3, 0.5**3 - 0.25**3, 0.25**3]
-    assert found.draw.tolist() == pytest.approx(expected, rel=1e-2)
-    assert found.weight.tolist() == [1.0] * 4
-    drawn = found.calls(20_000, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20_000
+    assert sampling.draw.tolist() == pytest.approx(expected, rel=1e-2)
+    assert sampling.weight.tolist() == [1.0] * 4
+    drawn = sampling.calls(20_000, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20_000
     assert drawn.tolist() == pytest.approx(expected, abs=0.02)
 
 
@@ -74,8 +74,8 @@ def test_effects_are_those_of_runs_that_err_at_one_step(scheduler):
     def student(sample, timestep):
         return teacher(sample, timestep) + 0.1
 
-    found = measure_effects(student, recorder, start)
-    assert found.error.tolist() == pytest.approx([0.01 * noise.numel()] * 4, rel=1e-4)
+    effects = measure_effects(student, recorder, start)
+    assert effects.error.tolist() == pytest.approx([0.01 * noise.numel()] * 4, rel=1e-4)
     finished = recorder.denoise(teacher, start)
     for place in range(4):
         step = -1
@@ -86,8 +86,8 @@ def test_effects_are_those_of_runs_that_err_at_one_step(scheduler):
             return (student if step == place else teacher)(sample, timestep)
 
         moved = recorder.denoise(erring, start) - finished
-        assert float(moved.square().sum()) == pytest.approx(float(found.moved[place]), rel=1e-4)
-    assert found.moved[0] > found.moved[-1]
+        assert float(moved.square().sum()) == pytest.approx(float(effects.moved[place]), rel=1e-4)
+    assert effects.moved[0] > effects.moved[-1]
 
 
 def test_a_student_without_error_leaves_the_plain_importance():
@@ -95,9 +95,9 @@ def test_a_student_without_error_leaves_the_plain_importance():
         teacher=teacher, scheduler=DDIMScheduler(), steps=3, guidance_scale=None, batch_size=8
     )
     start = Start(noise=torch.randn(1, 1, 2, 2), conditions={}, unconditional=None, seed=0)
-    found = measure_effects(teacher, recorder, start)
-    assert found.moved.tolist() == [0.0] * 3
-    assert importance(CONFIG, 3, found).weight.tolist() == [1.0] * 3
+    effects = measure_effects(teacher, recorder, start)
+    assert effects.moved.tolist() == [0.0] * 3
+    assert importance(CONFIG, 3, effects).weight.tolist() == [1.0] * 3
 
 
 def test_a_learned_variance_is_no_error():

@@ -27,19 +27,19 @@ def gradients(graph, module, inputs):
         (output,) = module(**inputs)
     parameters = {p.data_ptr() for p in graph.parameters()}
     output.square().sum().backward()
-    found = {name: p.grad.clone() for name, p in graph.named_parameters() if p.grad is not None}
-    return output, found, sum(size for place, size in held.items() if place not in parameters)
+    grads = {name: p.grad.clone() for name, p in graph.named_parameters() if p.grad is not None}
+    return output, grads, sum(size for place, size in held.items() if place not in parameters)
 
 
 @pytest.mark.parametrize("parts", [1, 3, 8, 10_000])
 def test_gradients_are_those_of_the_graph_bit_for_bit(graph, parts):
     inputs = unet_calls()[1]
-    expected, wanted, _ = gradients(graph, graph, inputs)
-    output, found, _ = gradients(graph, Recomputed(graph, parts), inputs)
+    expected, reference, _ = gradients(graph, graph, inputs)
+    output, grads, _ = gradients(graph, Recomputed(graph, parts), inputs)
     assert torch.equal(output, expected)
-    assert found.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        assert torch.equal(found[name], gradient), name
+    assert grads.keys() == reference.keys()
+    for name, gradient in reference.items():
+        assert torch.equal(grads[name], gradient), name
 
 
 def test_only_what_crosses_the_cuts_is_held(graph):

@@ -36,9 +36,9 @@ def test_a_scheduler_whose_settings_hold_an_infinity_is_kept_and_compared(tmp_pa
     assert scheduler["lambda_min_clipped"] == -math.inf
     save(tmp_path, {"scheduler": scheduler})
     assert load_state(tmp_path, {"scheduler": scheduler}).numbers.weight == 0.0
-    other = {**scheduler, "lambda_min_clipped": -5.1}
+    changed = {**scheduler, "lambda_min_clipped": -5.1}
     with pytest.raises(ConfigError, match=r"lambda_min_clipped was '-inf', is -5\.1"):
-        load_state(tmp_path, {"scheduler": other})
+        load_state(tmp_path, {"scheduler": changed})
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -53,19 +53,22 @@ WANTED = {"now": torch.zeros(3), "generator": torch.zeros(8, dtype=torch.uint8)}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: found.pop("generator"), "'generator' is missing"),
-        (lambda found: found.update(more=torch.ones(1)), "'more' has no place in this run"),
-        (lambda found: found["now"].fill_(math.nan), "'now' holds NaN"),
-        (lambda found: found.update(now=torch.zeros(2)), r"'now' is torch.float32 \[2\], this run"),
-        (lambda found: found.update(now=torch.zeros(3).half()), "'now' is torch.float16"),
+        (lambda tensors: tensors.pop("generator"), "'generator' is missing"),
+        (lambda tensors: tensors.update(more=torch.ones(1)), "'more' has no place in this run"),
+        (lambda tensors: tensors["now"].fill_(math.nan), "'now' holds NaN"),
+        (
+            lambda tensors: tensors.update(now=torch.zeros(2)),
+            r"'now' is torch.float32 \[2\], this run",
+        ),
+        (lambda tensors: tensors.update(now=torch.zeros(3).half()), "'now' is torch.float16"),
     ],
 )
 def test_tensors_that_are_not_those_of_a_run_are_refused(change, message):
-    found = {name: tensor.clone() for name, tensor in WANTED.items()}
-    check_tensors(Path("state"), found, WANTED)
-    change(found)
+    tensors = {name: tensor.clone() for name, tensor in WANTED.items()}
+    check_tensors(Path("state"), tensors, WANTED)
+    change(tensors)
     with pytest.raises(ArtifactError, match=f"state is damaged: {message}.*; delete it"):
-        check_tensors(Path("state"), found, WANTED)
+        check_tensors(Path("state"), tensors, WANTED)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ CASES = {
 }
 
 
-def made(name, model, calls):
+def pair_of(name, model, calls):
     settings = mpqdm_fx.MPQConfig(
         **{
             "weight_bits": 2,
@@ -47,7 +47,7 @@ def made(name, model, calls):
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    return *made(request.param, tiny_unet(), unet_calls()), unet_calls(seed=9)[0]
+    return *pair_of(request.param, tiny_unet(), unet_calls()), unet_calls(seed=9)[0]
 
 
 def outputs(quantized, inputs):
@@ -104,9 +104,9 @@ def test_what_was_moved_at_random_is_frozen_bit_for_bit_and_still_legal(case, tm
             size = 2.0 if name.endswith(("levels", "shift")) else 0.1
             value += size * torch.randn(value.shape, generator=generator)
     frozen = freeze(student, quantized)
-    found = outputs(frozen, inputs)
-    assert torch.equal(found, student_outputs(student, quantized, inputs))
-    assert not torch.equal(found, before)
+    output = outputs(frozen, inputs)
+    assert torch.equal(output, student_outputs(student, quantized, inputs))
+    assert not torch.equal(output, before)
     assert torch.equal(outputs(quantized, inputs), before), "the start was changed"
     names = [layer.name for layer in frozen.plan.layers]
     assert not all(torch.equal(frozen.codes(n), quantized.codes(n)) for n in names)
@@ -114,23 +114,23 @@ def test_what_was_moved_at_random_is_frozen_bit_for_bit_and_still_legal(case, tm
     packed = [
         mpqdm_fx.save(model, tmp_path / "frozen", overwrite=True) for model in (quantized, frozen)
     ]
-    assert torch.equal(outputs(mpqdm_fx.load(packed[1]), inputs), found)
+    assert torch.equal(outputs(mpqdm_fx.load(packed[1]), inputs), output)
 
 
 def test_stochastic_rounding_ends_with_its_block_and_repeats_with_its_seed(case):
     quantized, teacher, inputs = case
     student = make_student(quantized, teacher, CONFIG)
     before = student_outputs(student, quantized, inputs)
-    found = []
+    results = []
     for seed in (3, 3, 4):
         with student.rounded_by(seed):
-            found.append(student_outputs(student, quantized, inputs))
+            results.append(student_outputs(student, quantized, inputs))
             rows = {name: layer.weight_rows() for name, layer in student.layers.items()}
         for name, layer in student.layers.items():
             codes = rows[name].detach() / layer.scale[:, None].detach()
             assert torch.equal(codes, codes.round()), name
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[1], found[2])
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[1], results[2])
     assert torch.equal(student_outputs(student, quantized, inputs), before)
     with student.rounded_by(None):
         assert torch.equal(student_outputs(student, quantized, inputs), before)
@@ -149,7 +149,7 @@ def test_biases_stored_in_half_precision_stay_there():
         for module in model.modules():
             if isinstance(getattr(module, "bias", None), torch.Tensor):
                 module.bias.copy_(module.bias.half().float())
-    quantized, teacher = made("static", model, unet_calls())
+    quantized, teacher = pair_of("static", model, unet_calls())
     student = make_student(quantized, teacher, CONFIG)
     with torch.no_grad():
         for layer in student.layers.values():
@@ -157,22 +157,22 @@ def test_biases_stored_in_half_precision_stay_there():
                 layer.bias *= 1.00123
     for name, layer in student.layers.items():
         if layer.bias is not None:
-            found = layer.frozen().bias
-            assert fits_half(found), name
-            assert not torch.equal(found, quantized.rounded.get_submodule(name).bias)
-            assert torch.allclose(found, layer.bias, rtol=1e-3, atol=1e-7)
+            bias = layer.frozen().bias
+            assert fits_half(bias), name
+            assert not torch.equal(bias, quantized.rounded.get_submodule(name).bias)
+            assert torch.allclose(bias, layer.bias, rtol=1e-3, atol=1e-7)
 
 
 def test_text_conditioned_model_goes_the_same_road():
     calls = condition_calls()
-    quantized, teacher = made("static", tiny_condition_unet(), calls)
+    quantized, teacher = pair_of("static", tiny_condition_unet(), calls)
     student = make_student(quantized, teacher, CONFIG)
     assert torch.equal(student_outputs(student, quantized, calls[0]), outputs(quantized, calls[0]))
 
 
 @pytest.mark.parametrize("base", ["float", "codes"])
 def test_other_bases_start_from_their_own_rounding(base):
-    quantized, teacher = made("uniform", tiny_unet(), unet_calls())
+    quantized, teacher = pair_of("uniform", tiny_unet(), unet_calls())
     student = make_student(quantized, teacher, DistillConfig(updates=1, base=base))
     frozen = freeze(student, quantized)
     names = [layer.name for layer in quantized.plan.layers]
@@ -182,7 +182,7 @@ def test_other_bases_start_from_their_own_rounding(base):
 
 
 def test_another_teacher_is_refused():
-    quantized, _ = made("static", tiny_unet(), unet_calls())
-    other = normalized(tiny_condition_unet(), condition_calls()[0], quantized.settings)
+    quantized, _ = pair_of("static", tiny_unet(), unet_calls())
+    graph = normalized(tiny_condition_unet(), condition_calls()[0], quantized.settings)
     with pytest.raises(ConfigError, match="the float model has no such layer"):
-        make_student(quantized, other, CONFIG)
+        make_student(quantized, graph, CONFIG)

@@ -81,35 +81,35 @@ def test_inside_torch_is_plain_and_outside_as_before(ambient):
 def test_quantize_gives_the_same_model(ambient, calls, quantized):
     model = TinyNet()
     with ambient():
-        found = quantize(model, SETTINGS, calls)
-    assert found.plan == quantized.plan
-    assert found.ranges == quantized.ranges
-    assert torch.equal(found(**calls[0]), quantized(**calls[0]))
+        result = quantize(model, SETTINGS, calls)
+    assert result.plan == quantized.plan
+    assert result.ranges == quantized.ranges
+    assert torch.equal(result(**calls[0]), quantized(**calls[0]))
 
 
 def test_each_step_may_be_taken_in_inference_mode(calls, quantized):
     prepared = prepare(TinyNet(), SETTINGS, calls[0])
     with torch.inference_mode():
-        own = [{name: value.clone() for name, value in call.items()} for call in calls]
-        for call in own:
+        clones = [{name: value.clone() for name, value in call.items()} for call in calls]
+        for call in clones:
             assert call["x"].is_inference()
             prepared(**call)
         sweep = open_sweep(prepared)
         for _ in range(5):
             next(sweep)
-    found = convert(prepared, sweep=sweep)
+    result = convert(prepared, sweep=sweep)
     assert not any(call["x"].is_inference() for call in prepared.records)
-    assert found.plan == quantized.plan
-    assert torch.equal(found(**calls[0]), quantized(**calls[0]))
+    assert result.plan == quantized.plan
+    assert torch.equal(result(**calls[0]), quantized(**calls[0]))
 
 
 def test_a_model_built_in_inference_mode_is_quantized_like_any_other(calls, quantized):
     with torch.inference_mode():
         model = TinyNet()
-    found = quantize(model, SETTINGS, calls)
-    assert found.plan == quantized.plan
-    assert torch.equal(found(**calls[0]), quantized(**calls[0]))
-    assert not any(parameter.is_inference() for parameter in found.parameters())
+    result = quantize(model, SETTINGS, calls)
+    assert result.plan == quantized.plan
+    assert torch.equal(result(**calls[0]), quantized(**calls[0]))
+    assert not any(parameter.is_inference() for parameter in result.parameters())
     assert all(parameter.is_inference() for parameter in model.parameters())
 
 

@@ -148,14 +148,14 @@ def test_a_removed_folder_is_never_seen_half(tmp_path, monkeypatch):
     target = tmp_path / "out"
     remove_folder(target)  # there is none
     write(target, "first")
-    seen = []
+    states = []
     remove = files.shutil.rmtree
 
     def watched(path, **options):
-        seen.append(target.exists())
+        states.append(target.exists())
         remove(path, **options)
 
     monkeypatch.setattr(files.shutil, "rmtree", watched)
     remove_folder(target)
-    assert seen == [False]
+    assert states == [False]
     assert list(tmp_path.iterdir()) == []

@@ -99,29 +99,29 @@ def test_checksum_never_holds_the_file(tmp_path, monkeypatch):
 
 
 def test_a_signal_right_behind_the_making_of_a_folder_leaves_nothing(tmp_path, monkeypatch):
-    made, make = [], Path.mkdir
+    folders, make = [], Path.mkdir
 
     def stopped(path, **options):
         make(path, **options)
-        made.append(path)
+        folders.append(path)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", stopped)
         with pytest.raises(KeyboardInterrupt), hidden_folder(tmp_path, "name", "part"):
             pass
-    assert len(made) == 1
+    assert len(folders) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_another_one_made_is_neither_taken_nor_removed(tmp_path, monkeypatch):
-    others = tmp_path / ".name.0123abcd.part"
-    others.mkdir()
+    existing = tmp_path / ".name.0123abcd.part"
+    existing.mkdir()
     names = iter(["0123abcd", "4567abcd"])
     monkeypatch.setattr(secrets, "token_hex", lambda _: next(names))
     with hidden_folder(tmp_path, "name", "part") as folder:
         assert folder == tmp_path / ".name.4567abcd.part"
-    assert list(tmp_path.iterdir()) == [others]
+    assert list(tmp_path.iterdir()) == [existing]
 
 
 @given(value=JSON)
@@ -129,13 +129,13 @@ def test_a_value_does_not_differ_from_itself(value):
     assert differences(json.loads(json.dumps(value)), value) == []
 
 
-@given(found=JSON, wanted=JSON)
-def test_no_difference_means_equal_and_each_one_is_found_at_its_path(found, wanted):
-    different = differences(found, wanted)
-    assert bool(different) == (found != wanted) or _only_nones(found, wanted)
+@given(first=JSON, second=JSON)
+def test_no_difference_means_equal_and_each_one_is_found_at_its_path(first, second):
+    different = differences(first, second)
+    assert bool(different) == (first != second) or _only_nones(first, second)
     for path, old, new in different:
         assert old != new
-        assert (_at(found, path), _at(wanted, path)) == (old, new)
+        assert (_at(first, path), _at(second, path)) == (old, new)
 
 
 def _at(value, path):
@@ -144,9 +144,9 @@ def _at(value, path):
     return value
 
 
-def _only_nones(found, wanted):
+def _only_nones(first, second):
     """Whether two values are equal but for keys whose value is None, which count as absent."""
-    return _pruned(found) == _pruned(wanted)
+    return _pruned(first) == _pruned(second)
 
 
 def _pruned(value):
@@ -156,27 +156,27 @@ def _pruned(value):
 
 
 def test_differences_name_the_innermost_key_and_tuples_are_lists():
-    found = {"sizes": [1, 2], "settings": {"bits": 4, "seed": 0}, "old": 1}
-    wanted = {"sizes": (1, 2), "settings": {"bits": 3, "seed": 0}, "new": [2]}
-    assert differences(found, wanted) == [
+    first = {"sizes": [1, 2], "settings": {"bits": 4, "seed": 0}, "old": 1}
+    second = {"sizes": (1, 2), "settings": {"bits": 3, "seed": 0}, "new": [2]}
+    assert differences(first, second) == [
         ("new", None, [2]),
         ("old", 1, None),
         ("settings.bits", 4, 3),
     ]
 
 
-@given(found=JSON, wanted=JSON)
-def test_the_first_difference_is_told_where_there_is_one(found, wanted):
-    different = differences(found, wanted)
-    told = first_difference(found, wanted)
-    assert (told is None) == (different == [])
-    if told is not None:
-        assert told.startswith(f"{different[0][0]} was ")
+@given(first=JSON, second=JSON)
+def test_the_first_difference_is_told_where_there_is_one(first, second):
+    different = differences(first, second)
+    sentence = first_difference(first, second)
+    assert (sentence is None) == (different == [])
+    if sentence is not None:
+        assert sentence.startswith(f"{different[0][0]} was ")
 
 
 def test_what_is_told_of_a_hostile_file_is_short():
-    found = {"x" * 10**6: [["y" * 10**6] * 100] * 100}
-    assert len(first_difference(found, {})) < 1000
+    content = {"x" * 10**6: [["y" * 10**6] * 100] * 100}
+    assert len(first_difference(content, {})) < 1000
 
 
 @pytest.mark.parametrize("name", ["file", "n" * 255, "ä" * 127])

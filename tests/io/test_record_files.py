@@ -29,12 +29,12 @@ def read(path, kind="layer", version=2):
 
 def test_what_was_written_is_read_back(tmp_path):
     write(tmp_path / "record")
-    found = read(tmp_path / "record")
-    assert found.head == HEAD
-    assert set(found.tensors) == set(TENSORS)
+    record = read(tmp_path / "record")
+    assert record.head == HEAD
+    assert set(record.tensors) == set(TENSORS)
     for name, tensor in TENSORS.items():
-        assert torch.equal(found.tensors[name], tensor)
-        assert found.tensors[name].dtype == tensor.dtype
+        assert torch.equal(record.tensors[name], tensor)
+        assert record.tensors[name].dtype == tensor.dtype
 
 
 @given(data=st.data())
@@ -44,12 +44,12 @@ def test_no_flipped_bit_passes(data, tmp_path_factory):
     byte, bit = divmod(data.draw(st.integers(0, 8 * path.stat().st_size - 1)), 8)
     flip(path, byte, bit=bit)
     try:
-        found = read(path)
+        record = read(path)
     except ArtifactError:
         return
     # padding of the header and the like: nothing that was written has changed
-    assert found.head == HEAD
-    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in TENSORS.items())
+    assert record.head == HEAD
+    assert all(torch.equal(record.tensors[name], tensor) for name, tensor in TENSORS.items())
 
 
 def test_other_kinds_newer_versions_and_foreign_files_are_refused(tmp_path):

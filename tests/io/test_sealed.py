@@ -58,22 +58,22 @@ def test_json_that_parsers_read_differently_is_refused(text, reason):
         parse_json(text.encode("utf-8", "surrogateescape"), "file")
 
 
-@given(value=OBJECTS, other=OBJECTS)
-def test_a_sealed_manifest_is_known_from_any_other(value, other):
+@given(value=OBJECTS, substitute=OBJECTS)
+def test_a_sealed_manifest_is_known_from_any_other(value, substitute):
     sealed = seal(value)
     content = {key: entry for key, entry in value.items() if key != "digest"}
     assert verified(json.loads(json.dumps(sealed)), "file") == content
-    forged = {**other, "digest": sealed["digest"]}
-    if digest_of({k: v for k, v in other.items() if k != "digest"}) != sealed["digest"]:
+    forged = {**substitute, "digest": sealed["digest"]}
+    if digest_of({k: v for k, v in substitute.items() if k != "digest"}) != sealed["digest"]:
         with pytest.raises(ArtifactError, match="digest"):
             verified(forged, "file")
 
 
 def test_configurations_of_diffusers_may_have_infinities():
     text = b'{"lambda_min_clipped": -Infinity, "beta_start": NaN}'
-    found = parse_json(text, "file", finite=False)
-    assert found["lambda_min_clipped"] == -float("inf")
-    assert found["beta_start"] != found["beta_start"]
+    config = parse_json(text, "file", finite=False)
+    assert config["lambda_min_clipped"] == -float("inf")
+    assert config["beta_start"] != config["beta_start"]
 
 
 def folder(root, **contents):
@@ -108,9 +108,9 @@ def test_a_flipped_bit_is_found_before_the_file_is_used(sealed, position):
 
 def test_a_file_that_takes_the_name_after_the_hash_is_not_seen(sealed):
     with sealed.opened("a") as path:
-        other = sealed.root / "other"
-        other.write_bytes(b"another")
-        other.replace(sealed.root / "a")
+        substitute = sealed.root / "other"
+        substitute.write_bytes(b"another")
+        substitute.replace(sealed.root / "a")
         assert path.read_bytes() == b"content"
 
 

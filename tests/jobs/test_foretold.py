@@ -27,28 +27,28 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quantized(model, tmp_path_factory):
     """A folder, and what its reporter was told."""
-    output, told = tmp_path_factory.mktemp("out") / "out", Told()
+    output, reporter = tmp_path_factory.mktemp("out") / "out", Told()
     config = MPQConfig(activation_mode="dynamic", weight_bits=3)
     source = load_source(model, None, None)
-    with reporting(told):
+    with reporting(reporter):
         quantize_to_folder(
             source, config, backend="packed", output=output,
             trajectories=4, steps=2, samples=2,
         )  # fmt: skip
-    return output, told
+    return output, reporter
 
 
-def outer(told):
+def outer(reporter):
     """Names of the stages that lie in no other one, each run of equal ones once."""
-    names = told.outer_names
+    names = reporter.outer_names
     return [name for index, name in enumerate(names) if names[index - 1 : index] != [name]]
 
 
 def test_quantizing_has_the_stages_that_are_foretold(quantized):
-    _, told = quantized
-    assert outer(told) == list(told.expectations[0])
-    assert not told.failed_names
-    assert all(stage.total in (None, pytest.approx(stage.done)) for stage in told.stages)
+    _, reporter = quantized
+    assert outer(reporter) == list(reporter.expectations[0])
+    assert not reporter.failed_names
+    assert all(stage.total in (None, pytest.approx(stage.done)) for stage in reporter.stages)
 
 
 def test_what_is_measured_on_the_way_is_of_stages_that_are_foretold(quantized):
@@ -56,7 +56,7 @@ def test_what_is_measured_on_the_way_is_of_stages_that_are_foretold(quantized):
     assert len(later) == 2  # once the graph is there, and once it is rounded
     assert {"rounding", "rounding errors", "sensitivities"} <= set(later[0])
     assert {"lowering", "comparing forms", "measuring"} <= set(later[1])
-    assert all(seconds >= 0 for found in later for seconds in found.values())
+    assert all(seconds >= 0 for expectation in later for seconds in expectation.values())
     assert later[0]["rounding"] != first["rounding"]
 
 
@@ -68,30 +68,30 @@ def test_the_result_has_what_libraries_printed_in_its_list(quantized):
 
 @pytest.mark.matrix
 def test_training_has_the_stages_that_are_foretold(quantized, tmp_path):
-    told = Told()
+    reporter = Told()
     config = DistillConfig(updates=3, trajectories=4, steps=2, batch_size=4, keep_better=False)
-    with reporting(told), torch.random.fork_rng():
+    with reporting(reporter), torch.random.fork_rng():
         distill_folder(quantized[0], config, output=tmp_path / "out", samples=2)
-    found = [name for name in outer(told) if name in told.expectations[0]]
-    assert found == list(told.expectations[0])
-    training = next(stage for stage in told.stages if stage.name == "training")
+    names = [name for name in outer(reporter) if name in reporter.expectations[0]]
+    assert names == list(reporter.expectations[0])
+    training = next(stage for stage in reporter.stages if stage.name == "training")
     assert training.done == pytest.approx(1.0)
     assert "update 3" in training.note
 
 
 @pytest.mark.parametrize(
-    ("given", "missing"),
+    ("options", "missing"),
     [
         ({"allocation": "uniform"}, {"rounding errors"}),
         ({"activation_mode": "float"}, {"channels"}),
         ({"judge": False}, {"judging"}),
     ],
 )
-def test_what_settings_leave_out_is_not_foretold(model, given, missing):
+def test_what_settings_leave_out_is_not_foretold(model, options, missing):
     source = load_source(model, None, None)
-    config = MPQConfig(**{"activation_mode": "dynamic", **given})
-    every = quantize_stages(source, MPQConfig(activation_mode="dynamic"), "xnnpack", 4)
-    assert set(every) - set(quantize_stages(source, config, "xnnpack", 4)) == missing
+    config = MPQConfig(**{"activation_mode": "dynamic", **options})
+    stages = quantize_stages(source, MPQConfig(activation_mode="dynamic"), "xnnpack", 4)
+    assert set(stages) - set(quantize_stages(source, config, "xnnpack", 4)) == missing
     assert "lowering" not in quantize_stages(source, config, "packed", 4)
     assert "drawing" not in quantize_stages(source, config, "packed", 0)
 

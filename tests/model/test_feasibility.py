@@ -38,7 +38,7 @@ def test_stored_sensitivities_are_taken_for_another_budget_and_for_no_other_mode
     settings = {"refinements": 0, "propagation": 0.0}
     run = mpqdm_fx.RunOptions(sensitivity=stored)
     mpqdm_fx.quantize(tiny_unet(), MPQConfig(**settings), unet_calls(2), run=run)
-    other = MPQConfig(weight_bits=3, **settings)
-    check_feasible(tiny_unet(), unet_calls(1)[0], other, sensitivity=stored)
+    config = MPQConfig(weight_bits=3, **settings)
+    check_feasible(tiny_unet(), unet_calls(1)[0], config, sensitivity=stored)
     with pytest.raises(ArtifactError, match="measured on another model"):
-        check_feasible(tiny_unet(seed=1), unet_calls(1)[0], other, sensitivity=stored)
+        check_feasible(tiny_unet(seed=1), unet_calls(1)[0], config, sensitivity=stored)

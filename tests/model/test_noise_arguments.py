@@ -64,16 +64,16 @@ def test_the_same_noise_told_otherwise_gives_the_same_ranges(by_sigma, by_log_sn
     levels = -2 * torch.tensor(SIGMAS).log()
     assert by_log_snr.noise_levels.group_of(levels).tolist() == [0, 1, 2, 3, 4]
     for name, activation in by_sigma.ranges.items():
-        other = by_log_snr.ranges[name]
-        mine = [group.input.scale for group in activation.groups]
-        told = [group.input.scale for group in reversed(other.groups)]
-        assert mine == pytest.approx(told, rel=1e-4)
+        counterpart = by_log_snr.ranges[name]
+        expected = [group.input.scale for group in activation.groups]
+        scales = [group.input.scale for group in reversed(counterpart.groups)]
+        assert expected == pytest.approx(scales, rel=1e-4)
 
 
-@pytest.mark.parametrize("which", ["by_sigma", "by_log_snr"])
-def test_a_saved_model_loads_with_its_argument_and_the_same_bits(request, which, tmp_path):
-    quantized = request.getfixturevalue(which)
-    calls = edm_calls() if which == "by_sigma" else log_snr_calls()
+@pytest.mark.parametrize("fixture", ["by_sigma", "by_log_snr"])
+def test_a_saved_model_loads_with_its_argument_and_the_same_bits(request, fixture, tmp_path):
+    quantized = request.getfixturevalue(fixture)
+    calls = edm_calls() if fixture == "by_sigma" else log_snr_calls()
     save(quantized, tmp_path / "model")
     loaded = load(tmp_path / "model")
     assert loaded.noise_levels == quantized.noise_levels
@@ -117,14 +117,14 @@ def test_a_model_whose_argument_has_an_unknown_name_is_told_to_name_it():
 
 def test_the_error_is_told_by_noise_level(by_sigma, by_log_snr):
     model = TinyEDM()
-    found = sqnr_by_noise_level(model, by_sigma, edm_calls(10, seed=3))
-    assert [*found] == sorted(SIGMAS, reverse=True)
+    ratios = sqnr_by_noise_level(model, by_sigma, edm_calls(10, seed=3))
+    assert [*ratios] == sorted(SIGMAS, reverse=True)
     with torch.no_grad():
         calls = [call for call in edm_calls(10, seed=3) if float(call["sigma"][0]) == 5.0]
         floats = torch.cat([model(**call) for call in calls])
         errors = torch.cat([by_sigma(**call) for call in calls]) - floats
     ratio = 10 * torch.log10(floats.square().sum() / errors.square().sum())
-    assert found[5.0] == pytest.approx(float(ratio), abs=1e-3)
+    assert ratios[5.0] == pytest.approx(float(ratio), abs=1e-3)
     named = sqnr_by_noise_level(LogSNR(), by_log_snr, log_snr_calls(), noise_argument="how_clean")
     assert len(named) == 5
     with pytest.raises(ConfigError, match=r"noise level.*noisy, how_clean, difficulty"):
@@ -133,6 +133,6 @@ def test_the_error_is_told_by_noise_level(by_sigma, by_log_snr):
 
 def test_many_noise_levels_are_told_in_groups(by_sigma):
     call = edm_calls(1, batch=40)[0] | {"sigma": torch.logspace(-1, 1.9, 40)}
-    found = sqnr_by_noise_level(TinyEDM(), by_sigma, [call], most=4)
-    assert len(found) == 4
-    assert all(0.1 < level < 80 for level in found)
+    ratios = sqnr_by_noise_level(TinyEDM(), by_sigma, [call], most=4)
+    assert len(ratios) == 4
+    assert all(0.1 < level < 80 for level in ratios)

@@ -60,11 +60,11 @@ def test_a_model_given_to_load_is_compared_and_refused_by_name(tmp_path):
     assert same_bits(returned(load(folder, model=model)), returned(load(folder)))
     with pytest.raises(ArtifactError, match=r"conv_in\.\w+ is .* and not"):
         load(folder, model=plain_unet())
-    other = plain_unet()
-    changed_unets.circular_padding(other)
-    other.up_blocks[0].resnets[0].output_scale_factor = 1.7
+    changed = plain_unet()
+    changed_unets.circular_padding(changed)
+    changed.up_blocks[0].resnets[0].output_scale_factor = 1.7
     with pytest.raises(ArtifactError, match=r"up_blocks\.0\.resnets\.0 is .*1\.7\] and not .*1\b"):
-        load(folder, model=other)
+        load(folder, model=changed)
 
 
 def test_code_of_the_models_own_is_refused_by_name_and_loads_with_the_model(tmp_path, monkeypatch):
@@ -115,8 +115,8 @@ def test_a_graph_that_was_exchanged_is_refused_by_its_outputs(saved, tmp_path):
     """The last line: a description that is whole and belongs to another model."""
     model = plain_unet()
     changed_unets.norm_epsilon(model)
-    other = save(rounded_model(model, CALL), tmp_path / "other")
-    rewrite(saved, GRAPH, (other / GRAPH).read_bytes())
+    foreign = save(rounded_model(model, CALL), tmp_path / "other")
+    rewrite(saved, GRAPH, (foreign / GRAPH).read_bytes())
     with pytest.raises(ArtifactError, match="other numbers than the one that was saved"):
         load(saved)
 

@@ -59,7 +59,7 @@ def test_loading_gives_the_same_integers_and_bit_equal_outputs(quantized, saved)
 def test_what_was_chosen_for_inputs_and_judged_at_the_output_is_kept(quantized, saved):
     report = quantized.report
     assert {choice.kind for choice in report.activations} >= {"static"}
-    assert sum(one.chosen for one in report.judged) == 1
+    assert sum(score.chosen for score in report.judged) == 1
     loaded = load(saved).report
     assert loaded.activations == report.activations
     assert loaded.judged == report.judged
@@ -68,11 +68,11 @@ def test_what_was_chosen_for_inputs_and_judged_at_the_output_is_kept(quantized, 
 def test_an_error_without_measure_is_kept(quantized, tmp_path):
     # of an output of zeros every error is infinite
     report = quantized.report
-    endless = [replace(one, error=math.inf) for one in report.judged]
-    other = copy.copy(quantized)
-    other.report = replace(report, judged=tuple(endless))
-    loaded = load(save(other, tmp_path / "model")).report
-    assert loaded.judged == other.report.judged
+    endless = [replace(score, error=math.inf) for score in report.judged]
+    model = copy.copy(quantized)
+    model.report = replace(report, judged=tuple(endless))
+    loaded = load(save(model, tmp_path / "model")).report
+    assert loaded.judged == model.report.judged
 
 
 def test_the_weights_file_has_the_bytes_that_the_plan_counts(quantized, saved):
@@ -201,9 +201,9 @@ def test_weights_that_do_not_read_back_are_not_written(tmp_path, monkeypatch):
     write_packed = storage.write_packed
 
     def write_other_codes(path, rounded, plan):
-        other = copy.deepcopy(rounded)
-        other.get_buffer("body.weight_codes").neg_()
-        return write_packed(path, other, plan)
+        negated = copy.deepcopy(rounded)
+        negated.get_buffer("body.weight_codes").neg_()
+        return write_packed(path, negated, plan)
 
     monkeypatch.setattr(storage, "write_packed", write_other_codes)
     with pytest.raises(ArtifactError, match="returns other numbers than the one that was saved"):

@@ -91,9 +91,9 @@ def test_loading_gives_equal_activations_and_bit_equal_outputs(quantized, static
     assert {type(activation) for activation in loaded.ranges.values()} <= set(KINDS.values())
     assert loaded.noise_levels == quantized.noise_levels
     call = timed_calls(1, seed=5)[0]
-    got = loaded(**call)
-    assert torch.equal(got, quantized(**call))
-    assert not torch.equal(got, static(**call))
+    output = loaded(**call)
+    assert torch.equal(output, quantized(**call))
+    assert not torch.equal(output, static(**call))
 
 
 def test_static_backend_refuses_other_modes_and_says_what_runs(quantized, tmp_path):
@@ -116,10 +116,10 @@ def test_xnnpack_runs_a_quantized_model_with_dynamic_and_with_mixed_activations(
     by_level, static, tmp_path
 ):
     quantized = in_mode(by_level, "dynamic")
-    one = next(iter(quantized.ranges))
+    layer = next(iter(quantized.ranges))
     # a static range that was measured nowhere: wide, so that the program has numbers to compare
     wide = ActivationRange(scale=0.05, zero_point=0)
-    mixed = {**quantized.ranges, one: StaticActivation(input=wide, output=wide)}
+    mixed = {**quantized.ranges, layer: StaticActivation(input=wide, output=wide)}
     for name, ranges in {"dynamic": quantized.ranges, "mixed": mixed}.items():
         model = assemble(
             by_level.rounded, plan=by_level.plan, ranges=ranges, settings=by_level.settings,

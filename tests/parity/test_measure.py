@@ -93,8 +93,8 @@ def test_a_converted_graph_is_equal_at_every_layer_and_passes(graphs):
     assert [node.site.module for node in rung.layers] == LAYERS
     assert {node.sqnr_db for node in rung.layers} == {math.inf}
     assert (rung.previous_db, rung.unmatched) == (math.inf, ())
-    found = ladder.rung("quantized")
-    for node in found.layers:
+    quantized = ladder.rung("quantized")
+    for node in quantized.layers:
         expected = min(CLOSE_DB, node.sqnr_db - MEASURED_MARGIN_DB)
         assert node.wanted_db == pytest.approx(expected, abs=0.01)
 
@@ -148,8 +148,8 @@ def test_a_form_without_a_graph_is_compared_by_its_outputs(graphs):
 
 
 def test_a_layer_without_its_like_is_reported(graphs):
-    other = copy_graph_module(graphs.rounded)
-    next(n for n in other.graph.nodes if n.target == "mix").meta["nn_module_stack"] = {}
-    forms = [Form(name="float", graph=graphs.rounded), Form(name="other", graph=other)]
+    changed = copy_graph_module(graphs.rounded)
+    next(n for n in changed.graph.nodes if n.target == "mix").meta["nn_module_stack"] = {}
+    forms = [Form(name="float", graph=graphs.rounded), Form(name="other", graph=changed)]
     ladder = measure(forms, [tuple(graphs.inputs.values())]).ladder
     assert ladder.rung("other").unmatched == ("mix",)

@@ -55,8 +55,8 @@ def test_operators_whose_numbers_differ_are_not_compared():
             return super().forward(x) + 1.0
 
     inputs = {"x": torch.randn(2, 5)}
-    found = matching_sites(trace(Twice(), inputs), trace(More(), inputs))
-    adds = [site for site in found if site.op == "add"]
+    matches = matching_sites(trace(Twice(), inputs), trace(More(), inputs))
+    adds = [site for site in matches if site.op == "add"]
     # of three additions here and two there, only what comes last in both is known to be the same
     assert adds == [Site("", 0, "add", 2)]
 
@@ -86,6 +86,6 @@ def test_an_end_that_has_its_like_elsewhere_is_not_compared_with_another_value()
             return super().forward(x) * 2.0
 
     inputs = {"x": torch.randn(2, 5)}
-    found = matching_sites(trace(Twice(), inputs), trace(Scaled(), inputs))
-    assert Site("", 0, "add", 1) in found
-    assert not any(site.op == "mul" for site in found)
+    matches = matching_sites(trace(Twice(), inputs), trace(Scaled(), inputs))
+    assert Site("", 0, "add", 1) in matches
+    assert not any(site.op == "mul" for site in matches)

@@ -135,7 +135,7 @@ def test_missing_renamed_or_emptied_thresholds_fail_by_name(copied, change, faul
     edit_thresholds(copied, lambda data: change(data["rungs"]))
     ladder = verify(copied, model=TinyNet())
     assert ladder.passed is False
-    assert any(re.search(fault, found) for found in ladder.faults), ladder.faults
+    assert any(re.search(fault, message) for message in ladder.faults), ladder.faults
     assert ladder.failure in ladder.faults
     assert ladder.to_dict()["faults"] == list(ladder.faults)
 
@@ -165,9 +165,9 @@ def test_what_is_wanted_follows_from_what_was_measured(stored):
     rung = stored[1].rung("quantized")
     assert rung.wanted_db == pytest.approx(rung.previous_db - 1, abs=0.011)
     for node in rung.nodes:
-        found, steady = map(float, data["rungs"]["quantized"]["nodes"][node.site.key])
-        assert found == pytest.approx(node.sqnr_db, abs=0.011)
-        assert node.wanted_db == pytest.approx(min(60, found - 1, steady - 6), abs=0.011)
+        ratio, steady = map(float, data["rungs"]["quantized"]["nodes"][node.site.key])
+        assert ratio == pytest.approx(node.sqnr_db, abs=0.011)
+        assert node.wanted_db == pytest.approx(min(60, ratio - 1, steady - 6), abs=0.011)
 
 
 @pytest.mark.parametrize(
@@ -324,8 +324,8 @@ def test_inputs_are_what_is_read_back_and_run_through_the_timesteps(tmp_path, st
     calls = random_calls(signature)
     outputs = [(torch.randn(1, 3),) for _ in calls]
     write_calls(tmp_path / "calls.safetensors", calls, outputs)
-    found, results = read_calls(tmp_path / "calls.safetensors", signature)
-    assert len(found) == len(calls) == 4
-    for mine, theirs in zip(calls, found, strict=True):
-        assert torch.equal(mine["x"], theirs["x"])
+    loaded, results = read_calls(tmp_path / "calls.safetensors", signature)
+    assert len(loaded) == len(calls) == 4
+    for expected, actual in zip(calls, loaded, strict=True):
+        assert torch.equal(expected["x"], actual["x"])
     assert all(torch.equal(a, b) for (a,), (b,) in zip(outputs, results, strict=True))

@@ -56,14 +56,14 @@ def test_all_rungs_of_a_program_are_measured_and_pass(lowered):
 def test_the_graphs_on_the_road_to_a_program_are_those_that_verify_makes(lowered):
     folder, _, graphs = lowered
     model = load(folder, TinyNet())
-    made = ProgramGraphs.of(model.rounded, model.ranges, graphs.inputs)
+    programs = ProgramGraphs.of(model.rounded, model.ranges, graphs.inputs)
     calls, _ = read_calls(folder / INPUTS, model.signature)
     for name in ("decomposed", "converted", "edge"):
-        mine, theirs = getattr(graphs, name), getattr(made, name)
-        assert list(sites(mine)) == list(sites(theirs))
+        expected, actual = getattr(graphs, name), getattr(programs, name)
+        assert list(sites(expected)) == list(sites(actual))
         for call in calls:
             with torch.no_grad():
-                assert torch.equal(mine(call["x"]), theirs(call["x"]))
+                assert torch.equal(expected(call["x"]), actual(call["x"]))
 
 
 @pytest.mark.xnnpack
@@ -111,8 +111,8 @@ def test_layers_that_were_split_for_the_program_are_split_again(tmp_path):
     config = MPQConfig(levels="int4", activation_mode="dynamic", refinements=0)
     net = _MixedNet().eval()
     quantized = quantize(net, config, calls)
-    made = {"four_bit": "split", "external_weights": True, "compress": False, "expanded": {}}
-    write_model(quantized, tmp_path, program=made)
+    options = {"four_bit": "split", "external_weights": True, "compress": False, "expanded": {}}
+    write_model(quantized, tmp_path, program=options)
     path = tmp_path / "unet.pte"
     program = lower(quantized, "xnnpack", output=path, four_bit="split", external_weights=True)
     seal_folder(tmp_path)

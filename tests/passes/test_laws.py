@@ -95,7 +95,7 @@ from mpqdm_fx.passes.base import Pipeline
 from mpqdm_fx.passes import NORMALIZE
 torch.set_num_threads(1)
 h = hashlib.sha256()
-for case in laws.zoo(every=4):
+for case in laws.zoo(stride=4):
     h.update(laws.digest(Pipeline(passes=NORMALIZE)(case.graph_module).graph_module).encode())
 sys.stdout.write("digest " + h.hexdigest())
 """
@@ -103,7 +103,7 @@ sys.stdout.write("digest " + h.hexdigest())
 
 def test_result_does_not_depend_on_the_hash_seed():
     h = hashlib.sha256()
-    for case in laws.zoo(every=4):
+    for case in laws.zoo(stride=4):
         result = Pipeline(passes=NORMALIZE)(case.graph_module)
         h.update(digest(result.graph_module).encode())
     support = Path(laws.__file__).parent
@@ -123,7 +123,7 @@ def test_pass_with_required_settings_and_no_examples_is_refused():
         def rewrite(self, graph_module):
             return False
 
-    case = laws.zoo(every=4)[0]
+    case = laws.zoo(stride=4)[0]
     with pytest.raises(NotImplementedError, match="examples"):
         NeedsSettings.examples(case.graph_module)
     with pytest.raises(DialectError, match="wrote into its input"):

@@ -46,4 +46,4 @@ def states_of(pipeline, prompts):
 
 
 def count_of(row, rows):
-    return sum(torch.allclose(row, other, atol=1e-6) for other in rows)
+    return sum(torch.allclose(row, candidate, atol=1e-6) for candidate in rows)

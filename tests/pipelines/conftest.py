@@ -18,10 +18,10 @@ from mpqdm_fx.pipelines.export import ExportResult
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipeline")
-    made = tiny_pipelines.stable_diffusion(root)
-    made.save_pretrained(root / "sd")
+    pipe = tiny_pipelines.stable_diffusion(root)
+    pipe.save_pretrained(root / "sd")
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
-    return made, root / "sd"
+    return pipe, root / "sd"
 
 
 @pytest.fixture(scope="session")
@@ -72,15 +72,15 @@ def export_run(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("exported")
     pipeline = tiny_pipelines.stable_diffusion(root)
     pipeline.save_pretrained(root / "sd")
-    made = []
+    results = []
     real = export_job.export_pipeline
 
-    def kept(*arguments, **options):
-        made.append(real(*arguments, **options))
-        return made[-1]
+    def record(*arguments, **options):
+        results.append(real(*arguments, **options))
+        return results[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_job, "export_pipeline", kept)
+        patch.setattr(export_job, "export_pipeline", record)
         (root / "prompts.txt").write_text("a cat\n\na dog\nthree pears on a table\na map\n")
         words = ["export", root / "sd", "--output", root / "out", "--json"]
         words += ["--prompts", root / "prompts.txt"]
@@ -88,8 +88,8 @@ def export_run(request, tmp_path_factory):
         words += [word for name, value in EXPORT.items() for word in (f"--{name}", value)]
         words += [word for gate in GATES for word in ("--gate", gate)]
         run = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
-    assert made, run.output
-    return Exported(pipeline, root / "sd", made[0], json.loads(run.stdout), run.exit_code)
+    assert results, run.output
+    return Exported(pipeline, root / "sd", results[0], json.loads(run.stdout), run.exit_code)
 
 
 @pytest.fixture

@@ -52,15 +52,15 @@ def eager_writer(models: dict[str, Any], *, split: bool = False):
         entries, values = [], {}
         for name, method in methods.items():
             graph = method.graph
-            given = {**method.example, **values}
+            call = {**method.example, **values}
             if isinstance(graph, torch.fx.GraphModule):
                 nodes = graph.graph.find_nodes(op="placeholder")
-                given = {node.target: given[node.target] for node in nodes}
+                call = {node.target: call[node.target] for node in nodes}
             with torch.no_grad():
-                found = graph(**given)
-            if isinstance(found, dict):
-                values.update(found)
-            results = found if isinstance(found, dict) else enumerate(pytree.tree_leaves(found))
+                output = graph(**call)
+            if isinstance(output, dict):
+                values.update(output)
+            results = output if isinstance(output, dict) else enumerate(pytree.tree_leaves(output))
             program = XnnpackProgram(
                 path=path,
                 bytes=path.stat().st_size,
@@ -68,7 +68,7 @@ def eager_writer(models: dict[str, Any], *, split: bool = False):
                 delegated=1,
                 undelegated=0,
                 refusals={},
-                inputs=_specs(flat_inputs(tuple(given.values()), list(given))),
+                inputs=_specs(flat_inputs(tuple(call.values()), list(call))),
                 outputs=_specs((str(key), value) for key, value in dict(results).items()),
                 output_scale=None,
                 sqnr_db=100.0,

@@ -55,13 +55,13 @@ def cosines(folder, images, prompts):
     processor = CLIPProcessor.from_pretrained(folder)
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     with torch.no_grad():
-        found = model(
+        output = model(
             **processor(
                 text=list(prompts), images=list(pixels), return_tensors="pt", padding="max_length",
                 truncation=True, max_length=tiny_pipelines.LENGTH,
             )
         )  # fmt: skip
-    return found.logits_per_image.diagonal() / model.logit_scale.exp()
+    return output.logits_per_image.diagonal() / model.logit_scale.exp()
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def test_the_score_is_the_cosine_of_picture_and_prompt(clip, pictures):
     chosen = [index for index, cosine in enumerate(expected) if cosine > 0]
     assert len(chosen) > 0
     networks = Networks(clip=open_clip(clip))
-    found = networks.clip_score(pictures[chosen], [PROMPTS[index] for index in chosen])
-    assert found == pytest.approx(100 * float(expected[chosen].mean()), abs=1e-3)
+    score = networks.clip_score(pictures[chosen], [PROMPTS[index] for index in chosen])
+    assert score == pytest.approx(100 * float(expected[chosen].mean()), abs=1e-3)
 
 
 def test_a_long_prompt_counts_by_its_beginning_and_is_told_once(clip, pictures, caplog):
@@ -84,8 +84,8 @@ def test_a_long_prompt_counts_by_its_beginning_and_is_told_once(clip, pictures, 
     judge = open_clip(clip)
     networks = Networks(clip=judge)
     expected = 100 * float(cosines(clip, pictures[:1], [long])[0])
-    found = [networks.clip_score(pictures[:1], [long]) for _ in range(2)]
-    assert found == [pytest.approx(max(expected, 0), abs=1e-3)] * 2
+    scores = [networks.clip_score(pictures[:1], [long]) for _ in range(2)]
+    assert scores == [pytest.approx(max(expected, 0), abs=1e-3)] * 2
     assert caplog.text.count("1 of 1 prompts have more than the 12 tokens") == 1
 
 
@@ -99,7 +99,7 @@ def test_evaluate_tells_the_score_beside_the_float_models_and_fetches_nothing(
     gate = ["--gate", "clip_score>=0"]
     status, text = run("evaluate", quantized, *FEW, "--clip", clip, *gate, "--json")
     assert status == 0, text
-    found = json.loads(text)
+    metrics = json.loads(text)
     source = source_in(pipeline[1], prompts=PROMPTS, guidance=3.0)
     evaluation = Evaluation.of(source, num=3, steps=2, seed=90_000)
     drawn = {
@@ -108,8 +108,8 @@ def test_evaluate_tells_the_score_beside_the_float_models_and_fetches_nothing(
     }
     for name, latents in drawn.items():
         expected = 100 * float(cosines(clip, source.pictures(latents), PROMPTS[:3]).mean())
-        assert found[name] == pytest.approx(max(expected, 0), abs=1e-2)
-    assert found["gates"][0]["measured"] == found["clip_score"]
+        assert metrics[name] == pytest.approx(max(expected, 0), abs=1e-2)
+    assert metrics["gates"][0]["measured"] == metrics["clip_score"]
     status, text = run("evaluate", quantized, *FEW, "--clip", clip)
     assert (status, "clip_score" in text, "float: " in text) == (0, True, True), text
 

@@ -46,7 +46,7 @@ def image(pipeline):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def case(tmp_path_factory):
     """A pipeline, its folder, its quantized UNet, and what the pipeline draws with that."""
     root = tmp_path_factory.mktemp("component")
     pipeline = tiny_pipelines.stable_diffusion(root)
@@ -61,8 +61,8 @@ def made(tmp_path_factory):
     return root, model, expected
 
 
-def test_a_pipeline_takes_the_model_as_its_unet_and_reads_no_float_weights(made, tmp_path):
-    root, model, expected = made
+def test_a_pipeline_takes_the_model_as_its_unet_and_reads_no_float_weights(case, tmp_path):
+    root, model, expected = case
     mpqdm_fx.save(model, tmp_path / "packed")
     loaded = QuantizedComponent(mpqdm_fx.load(tmp_path / "packed"))
     assert not loaded.training
@@ -76,8 +76,8 @@ def test_a_pipeline_takes_the_model_as_its_unet_and_reads_no_float_weights(made,
     assert np.array_equal(image(pipeline), expected)
 
 
-def test_a_pipeline_saves_packed_weights_and_is_loaded_whole(made, tmp_path):
-    root, model, expected = made
+def test_a_pipeline_saves_packed_weights_and_is_loaded_whole(case, tmp_path):
+    root, model, expected = case
     parts = {"unet": QuantizedComponent(model)}
     StableDiffusionPipeline.from_pretrained(root / "sd", **parts).save_pretrained(tmp_path / "low")
     index = json.loads((tmp_path / "low" / "model_index.json").read_text())
@@ -117,8 +117,8 @@ def test_a_pipeline_that_reads_shapes_off_its_unet_draws_too(tmp_path):
         component.fuse_qkv_projections()
 
 
-def test_casts_and_other_homes_are_refused(made, tmp_path):
-    component = QuantizedComponent(made[1])
+def test_casts_and_other_homes_are_refused(case, tmp_path):
+    component = QuantizedComponent(case[1])
     for cast in (
         component.half,
         lambda: component.to(torch.float16),

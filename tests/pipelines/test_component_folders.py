@@ -35,17 +35,17 @@ def test_a_folder_is_judged_on_prompts(quantized, monkeypatch):
     rows = []
     real = mpqdm_fx.QuantizedModel.forward
 
-    def seen(self, **call):
+    def record(self, **call):
         rows.append(call["encoder_hidden_states"])
         return real(self, **call)
 
-    monkeypatch.setattr(mpqdm_fx.QuantizedModel, "forward", seen)
+    monkeypatch.setattr(mpqdm_fx.QuantizedModel, "forward", record)
     metrics = evaluate_folder(quantized, num=2, steps=2, seed=1).metrics
     assert metrics["epsilon_sqnr"] > 15
     source = as_recorded(source_of(quantized), quantized)
-    wanted = source.runs(6, 0)["conditions"]["encoder_hidden_states"]
-    every = torch.cat(rows)
-    assert all(count_of(state, every) for state in wanted)
+    states = source.runs(6, 0)["conditions"]["encoder_hidden_states"]
+    embeddings = torch.cat(rows)
+    assert all(count_of(state, embeddings) for state in states)
 
 
 def test_where_the_pipeline_is_gone_folders_draw_from_random_numbers_and_say_so(
@@ -80,22 +80,22 @@ TRAIN = {
 def test_training_has_the_prompts_and_the_guidance_of_the_calibration(
     pipeline, quantized, tmp_path, monkeypatch
 ):
-    seen = {}
+    arguments = {}
     real = distill_job.distill
 
     def recorded(model, teacher, config, **options):
-        seen.update(options, config=config)
+        arguments.update(options, config=config)
         return real(model, teacher, config, **options)
 
     monkeypatch.setattr(distill_job, "distill", recorded)
     config = DistillConfig(**TRAIN)
-    made = distill_job.distill_folder(quantized, config, output=tmp_path / "out", samples=1)
-    judged = made.source.components  # gates draw with what was trained on, and not at random
+    result = distill_job.distill_folder(quantized, config, output=tmp_path / "out", samples=1)
+    judged = result.source.components  # gates draw with what was trained on, and not at random
     assert (judged.prompts, judged.guidance) == (PROMPTS, 3.0)
-    assert seen["config"].guidance_scale == 3.0
-    states = seen["conditions"]["encoder_hidden_states"]
+    assert arguments["config"].guidance_scale == 3.0
+    states = arguments["conditions"]["encoder_hidden_states"]
     torch.testing.assert_close(states, states_of(pipeline[0], PROMPTS[:4]))
-    empty = seen["unconditional"]["encoder_hidden_states"]
+    empty = arguments["unconditional"]["encoder_hidden_states"]
     torch.testing.assert_close(empty, states_of(pipeline[0], [""] * 4))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["distilled"]["settings"]["guidance_scale"] == 3.0
@@ -104,19 +104,19 @@ def test_training_has_the_prompts_and_the_guidance_of_the_calibration(
 
 
 def test_training_without_guidance_has_the_prompts_alone(quantized, tmp_path, monkeypatch):
-    seen = {}
+    arguments = {}
 
     def stop(model, teacher, config, **options):
-        seen.update(options, config=config)
+        arguments.update(options, config=config)
         raise Killed
 
     monkeypatch.setattr(distill_job, "distill", stop)
     config = DistillConfig(**TRAIN, guidance_scale=1.0)
     with pytest.raises(Killed):
         distill_job.distill_folder(quantized, config, output=tmp_path / "out")
-    assert seen["config"].guidance_scale is None
-    assert seen["unconditional"] is None
-    assert len(seen["conditions"]["encoder_hidden_states"]) == 4
+    assert arguments["config"].guidance_scale is None
+    assert arguments["unconditional"] is None
+    assert len(arguments["conditions"]["encoder_hidden_states"]) == 4
 
 
 # -- going on ------------------------------------------------------------------------------------

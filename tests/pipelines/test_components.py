@@ -22,11 +22,11 @@ from mpqdm_fx.sources.functions import GivenCalls
 from mpqdm_fx.sources.sources import load_source
 
 
-def without_encoder(folder, target, **told):
+def without_encoder(folder, target, **entries):
     """A copy without the (first) text encoder, whose index says other things."""
     shutil.copytree(folder, target)
     index = json.loads((target / "model_index.json").read_text())
-    index |= {"text_encoder": [None, None], "tokenizer": [None, None], **told}
+    index |= {"text_encoder": [None, None], "tokenizer": [None, None], **entries}
     (target / "model_index.json").write_text(json.dumps(index))
     shutil.rmtree(target / "text_encoder")
     return target
@@ -36,14 +36,14 @@ def without_encoder(folder, target, **told):
 
 
 def test_every_run_is_calibrated_on_its_prompts_embeddings_and_on_the_empty_ones(pipeline):
-    made, folder = pipeline
+    pipe, folder = pipeline
     source = source_in(folder, prompts=PROMPTS)
     calls = list(calibration_of(source, trajectories=4, steps=3, seed=0))
     rows = torch.cat([call["encoder_hidden_states"] for call in calls])
     assert len(rows) == 4 * 3 * 2
-    for state in states_of(made, PROMPTS[:4]):
+    for state in states_of(pipe, PROMPTS[:4]):
         assert count_of(state, rows) == 3
-    assert count_of(states_of(made, [""])[0], rows) == 4 * 3
+    assert count_of(states_of(pipe, [""])[0], rows) == 4 * 3
 
 
 def test_guidance_doubles_the_rows_and_none_leaves_the_prompts_alone(pipeline):
@@ -68,19 +68,19 @@ def test_a_denoiser_alone_is_calibrated_on_what_an_export_is_calibrated_on(tmp_p
     alone = list(calibration_of(source, trajectories=4, steps=3, seed=0))
     whole = list(DenoiserCalls(exported.runs))
     assert len(alone) == len(whole)
-    for found, expected in zip(alone, whole, strict=True):
-        torch.testing.assert_close(found, {**expected, "timestep": found["timestep"]})
-        assert torch.equal(found["timestep"].float(), expected["timestep"])
+    for actual, expected in zip(alone, whole, strict=True):
+        torch.testing.assert_close(actual, {**expected, "timestep": actual["timestep"]})
+        assert torch.equal(actual["timestep"].float(), expected["timestep"])
 
 
 def test_what_judges_has_prompts_that_were_not_calibrated_on(pipeline):
-    made, folder = pipeline
+    pipe, folder = pipeline
     source = source_in(folder, prompts=PROMPTS, guidance=1.0)
     rows = torch.cat(
         [call["encoder_hidden_states"] for call in held_out_of(source, steps=2, seed=9)]
     )
-    seen = [count_of(state, rows) for state in states_of(made, PROMPTS)]
-    assert seen == [0, 0, 2, 2, 2, 2]
+    counts = [count_of(state, rows) for state in states_of(pipe, PROMPTS)]
+    assert counts == [0, 0, 2, 2, 2, 2]
 
 
 def test_the_guidance_is_the_pipelines_own_if_none_is_given(pipeline, tmp_path):
@@ -93,20 +93,21 @@ def test_embedded_guidance_is_that_of_the_runs_and_calls_once(tmp_path):
     tiny_pipelines.stable_diffusion(tmp_path, time_cond_proj_dim=6).save_pretrained(tmp_path / "p")
     runs = source_in(tmp_path / "p", guidance=4.0).runs(2, 0)
     assert runs.keys() == {"conditions"}
-    told = runs["conditions"]["timestep_cond"]
-    assert torch.equal(told[0], told[1])
+    embeddings = runs["conditions"]["timestep_cond"]
+    assert torch.equal(embeddings[0], embeddings[1])
     assert not torch.equal(
-        told, source_in(tmp_path / "p", guidance=5.0).runs(2, 0)["conditions"]["timestep_cond"]
+        embeddings,
+        source_in(tmp_path / "p", guidance=5.0).runs(2, 0)["conditions"]["timestep_cond"],
     )
 
 
 def test_calls_of_ones_own_stay_what_they_are(pipeline):
     source = load_source(str(pipeline[1]), "unet")
-    own = [{**source.example_inputs, "encoder_hidden_states": torch.ones(2, 5, 16)}]
-    found = in_pipeline(source.with_calls(GivenCalls(own, held_out=0)))
-    assert found.example_inputs is own[0]
-    assert calibration_of(found, trajectories=2, steps=2, seed=0) is found.calls
-    assert found.remarks == ()
+    calls = [{**source.example_inputs, "encoder_hidden_states": torch.ones(2, 5, 16)}]
+    joined = in_pipeline(source.with_calls(GivenCalls(calls, held_out=0)))
+    assert joined.example_inputs is calls[0]
+    assert calibration_of(joined, trajectories=2, steps=2, seed=0) is joined.calls
+    assert joined.remarks == ()
 
 
 # -- without a text encoder ----------------------------------------------------------------------
@@ -168,9 +169,9 @@ def test_an_encoder_of_another_width_is_told_and_not_used(pipeline, tmp_path):
 def test_the_refiner_is_told_its_scores_beside_the_second_encoders_text(tmp_path):
     pipeline = tiny_pipelines.stable_diffusion_xl(tmp_path)
     pipeline.save_pretrained(tmp_path / "p")
-    told = {"requires_aesthetics_score": True}
-    told["_class_name"] = "StableDiffusionXLImg2ImgPipeline"
-    folder = without_encoder(tmp_path / "p", tmp_path / "refiner", **told)
+    entries = {"requires_aesthetics_score": True}
+    entries["_class_name"] = "StableDiffusionXLImg2ImgPipeline"
+    folder = without_encoder(tmp_path / "p", tmp_path / "refiner", **entries)
     tiny_pipelines._unet(
         cross_attention_dim=24, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=5 * 8 + 24,
@@ -190,11 +191,11 @@ def test_the_refiner_is_told_its_scores_beside_the_second_encoders_text(tmp_path
 
 @pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_xl", "latent_diffusion"])
 def test_pictures_are_what_the_pipelines_vae_makes_of_the_latents(tmp_path, kind):
-    made = getattr(tiny_pipelines, kind)(tmp_path)
-    made.save_pretrained(tmp_path / "p")
+    pipe = getattr(tiny_pipelines, kind)(tmp_path)
+    pipe.save_pretrained(tmp_path / "p")
     latents = torch.randn(5, *source_in(tmp_path / "p").sample_shape)
-    found = pictures(latents, source_in(tmp_path / "p"))
-    vae = getattr(made, "vae", None) or made.vqvae
+    images = pictures(latents, source_in(tmp_path / "p"))
+    vae = getattr(pipe, "vae", None) or pipe.vqvae
     scaled = latents / vae.config.scaling_factor
     if vae.config.get("latents_mean") is not None:
         mean, std = (
@@ -203,8 +204,8 @@ def test_pictures_are_what_the_pipelines_vae_makes_of_the_latents(tmp_path, kind
         )
         scaled = scaled * std + mean
     with torch.no_grad():
-        torch.testing.assert_close(found, vae.decode(scaled, return_dict=False)[0])
-    assert found.shape == (5, 3, 16, 16)
+        torch.testing.assert_close(images, vae.decode(scaled, return_dict=False)[0])
+    assert images.shape == (5, 3, 16, 16)
 
 
 def test_pictures_of_pixels_are_the_samples(tmp_path):

@@ -27,8 +27,8 @@ def decoded(vae, latents):
     return (images.double() / 2 + 0.5).clamp(0, 1)
 
 
-def peak_ratio(vae, expected, found):
-    error = (decoded(vae, expected) - decoded(vae, found)).square().mean()
+def peak_ratio(vae, expected, actual):
+    error = (decoded(vae, expected) - decoded(vae, actual)).square().mean()
     return -10 * math.log10(error)
 
 
@@ -39,17 +39,17 @@ def without_vae(folder, target):
 
 
 def test_evaluate_measures_decoded_pictures_of_the_folders_prompts(pipeline, quantized):
-    made, folder = pipeline
+    pipe, folder = pipeline
     status, text = run("evaluate", quantized, *FEW, "--json")
     assert status == 0, text
-    found = json.loads(text)
+    metrics = json.loads(text)
     source = source_in(folder, prompts=PROMPTS, guidance=3.0)
     evaluation = Evaluation.of(source, num=3, steps=2, seed=90_000)
     images = evaluation.draw(mpqdm_fx.load(quantized))
     assert images.shape[1] == 4
-    expected = peak_ratio(made.vae, evaluation.run.images, images)
-    assert found["psnr"] == pytest.approx(expected, abs=1e-3)
-    assert 0 < found["ssim"] <= 1
+    expected = peak_ratio(pipe.vae, evaluation.run.images, images)
+    assert metrics["psnr"] == pytest.approx(expected, abs=1e-3)
+    assert 0 < metrics["ssim"] <= 1
 
 
 def test_networks_are_shown_decoded_pictures(quantized, tmp_path):
@@ -68,14 +68,14 @@ def test_networks_are_shown_decoded_pictures(quantized, tmp_path):
 
 
 def test_latents_of_three_channels_are_no_pictures_before_they_are_decoded(tmp_path):
-    made = tiny_pipelines.latent_diffusion(tmp_path)
-    made.save_pretrained(tmp_path / "p")
+    pipe = tiny_pipelines.latent_diffusion(tmp_path)
+    pipe.save_pretrained(tmp_path / "p")
     source = source_in(tmp_path / "p")
     evaluation = Evaluation.of(source, num=2, steps=2, seed=1)
     noisy = evaluation.run.images + 0.3
-    found = evaluation.measure(source.model, noisy)
-    expected = peak_ratio(made.vqvae, evaluation.run.images, noisy)
-    assert found.psnr == pytest.approx(expected, abs=1e-3)
+    metrics = evaluation.measure(source.model, noisy)
+    expected = peak_ratio(pipe.vqvae, evaluation.run.images, noisy)
+    assert metrics.psnr == pytest.approx(expected, abs=1e-3)
     shutil.rmtree(tmp_path / "p" / "vqvae")
     bare = source_in(tmp_path / "p")
     assert bare.pictures(noisy) is None
@@ -97,8 +97,10 @@ def test_a_vae_that_is_gone_is_named_where_pictures_are_asked_for(pipeline, quan
 
 def test_a_vae_of_another_width_is_not_used(pipeline, tmp_path):
     shutil.copytree(pipeline[1], tmp_path / "sd")
-    told = json.loads((tmp_path / "sd" / "vae" / "config.json").read_text())
-    (tmp_path / "sd" / "vae" / "config.json").write_text(json.dumps(told | {"latent_channels": 8}))
+    config = json.loads((tmp_path / "sd" / "vae" / "config.json").read_text())
+    (tmp_path / "sd" / "vae" / "config.json").write_text(
+        json.dumps(config | {"latent_channels": 8})
+    )
     assert "vae does not decode 4 channels" in source_in(tmp_path / "sd").no_pictures
 
 

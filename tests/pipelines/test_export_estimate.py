@@ -38,9 +38,9 @@ def test_what_programs_are_compared_with_draws_as_diffusers_does(
     runner.programs = FloatPrograms(output, inputs)
     prompt = [] if runner.manifest["kind"] == "unconditional" else ["a cat"]
     guided = {"guidance_scale": 3.0} if prompt else {}
-    own, theirs = pixels(runner)
-    expected = diffusers_image(pipeline, *prompt, num_inference_steps=3, **guided, **theirs)
-    assert np.abs(runner.sample(*prompt, **own) - expected).max() < 1e-4
+    runner_call, pipeline_call = pixels(runner)
+    expected = diffusers_image(pipeline, *prompt, num_inference_steps=3, **guided, **pipeline_call)
+    assert np.abs(runner.sample(*prompt, **runner_call) - expected).max() < 1e-4
 
 
 @pytest.fixture
@@ -60,14 +60,14 @@ def test_a_dry_run_tells_every_part_and_writes_nothing(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     run = dry_run(tmp_path / "sd", "--output", tmp_path / "out", "--json")
     assert sorted(tmp_path.rglob("*")) == before
-    told = json.loads(run.stdout)
-    assert list(told["parts"]) == ["text_encoder", "denoiser", "vae_decoder"]
+    estimate = json.loads(run.stdout)
+    assert list(estimate["parts"]) == ["text_encoder", "denoiser", "vae_decoder"]
     unet = sum(value.numel() for value in pipeline.unet.parameters())
-    assert told["parts"]["denoiser"]["parameters"] == unet
-    assert told["bytes"] == sum(part["program_bytes"] for part in told["parts"].values())
+    assert estimate["parts"]["denoiser"]["parameters"] == unet
+    assert estimate["bytes"] == sum(part["program_bytes"] for part in estimate["parts"].values())
     works = ("quantize_seconds", "lower_seconds", "measure_seconds")
-    spent = sum(part[work] for part in told["parts"].values() for work in works)
-    assert told["seconds"] == pytest.approx(spent + told["draw_seconds"])
+    spent = sum(part[work] for part in estimate["parts"].values() for work in works)
+    assert estimate["seconds"] == pytest.approx(spent + estimate["draw_seconds"])
 
 
 @pytest.mark.usefixtures("no_work")
@@ -96,11 +96,11 @@ def test_what_is_asked_for_is_what_costs(tmp_path):
     for name, part in quantized.parts.items():
         assert part.program_bytes < plain.parts[name].program_bytes
         assert part.quantize_seconds > plain.parts[name].quantize_seconds == 0
-    other = estimated(pipeline, sizes=[(16, 16), (24, 16)], samples=0, measure=False)
-    for name, part in other.parts.items():
+    larger = estimated(pipeline, sizes=[(16, 16), (24, 16)], samples=0, measure=False)
+    for name, part in larger.parts.items():
         assert part.lower_seconds == 2 * plain.parts[name].lower_seconds
         assert part.measure_seconds == 0 < plain.parts[name].measure_seconds
-    assert other.draw_seconds == 0 < plain.draw_seconds
+    assert larger.draw_seconds == 0 < plain.draw_seconds
 
 
 def test_a_dry_run_refuses_what_the_export_refuses(tmp_path):
@@ -114,5 +114,5 @@ def test_a_dry_run_refuses_what_the_export_refuses(tmp_path):
 def test_a_half_of_a_vae_counts_its_own_parameters(tmp_path):
     pipeline = tiny_pipelines.inpainting(tmp_path)
     parts = layout_of(pipeline).parts
-    every = sum(value.numel() for value in pipeline.vae.parameters())
-    assert parts["vae_encoder"].parameters + parts["vae_decoder"].parameters == every
+    total = sum(value.numel() for value in pipeline.vae.parameters())
+    assert parts["vae_encoder"].parameters + parts["vae_decoder"].parameters == total

@@ -37,12 +37,12 @@ def test_what_is_exported_in_float_draws_what_the_pipeline_does(tmp_path, monkey
     drawn = draw_pictures(output, 3, prompts=inputs.prompts, inputs=inputs)
     assert list(drawn.samples) == list(drawn.images) == [FLOAT, PROGRAMS]
     assert all(len(row) == 3 for row in (*drawn.samples.values(), *drawn.images.values()))
-    found = drawn.numbers()
-    asked = () if drawn.prompts == () else ("a cat", "a dog", "a cat")
-    assert (found.labels, found.seed, found.steps) == (asked, EVALUATION_SEED, 3)
-    for ratio in (drawn.backend_sqnr_db, found.x0_sqnr_db, found.psnr_db, *found.by_picture):
+    numbers = drawn.numbers()
+    labels = () if drawn.prompts == () else ("a cat", "a dog", "a cat")
+    assert (numbers.labels, numbers.seed, numbers.steps) == (labels, EVALUATION_SEED, 3)
+    for ratio in (drawn.backend_sqnr_db, numbers.x0_sqnr_db, numbers.psnr_db, *numbers.by_picture):
         assert ratio > 80
-    assert found.ssim > 0.999
+    assert numbers.ssim > 0.999
 
 
 class Louder(torch.nn.Module):
@@ -61,27 +61,27 @@ def test_the_denoisers_error_is_that_of_single_calls_on_the_float_runs(tmp_path,
     models["denoiser.pte"]["forward"] = Louder(models["denoiser.pte"]["forward"])
     drawn = draw_pictures(output, 2, prompts=(), inputs=inputs)
     assert drawn.backend_sqnr_db == pytest.approx(20, abs=1e-3)
-    found = drawn.numbers()
-    assert math.isfinite(found.x0_sqnr_db)
-    assert found.ssim < 1
+    numbers = drawn.numbers()
+    assert math.isfinite(numbers.x0_sqnr_db)
+    assert numbers.ssim < 1
 
 
 def test_samples_are_compared_as_the_scheduler_leaves_them(tmp_path, monkeypatch):
     output, inputs, models = exported("stable_diffusion", tmp_path, monkeypatch)
     models["vae_decoder.pte"]["forward"] = Louder(models["vae_decoder.pte"]["forward"])
     drawn = draw_pictures(output, 2, prompts=inputs.prompts, inputs=inputs)
-    found = drawn.numbers()
-    assert found.x0_sqnr_db > 80  # latents, which no decoder has touched
-    assert found.psnr_db < 60
+    numbers = drawn.numbers()
+    assert numbers.x0_sqnr_db > 80  # latents, which no decoder has touched
+    assert numbers.psnr_db < 60
     assert drawn.samples[FLOAT].shape == (2, *inputs.layout.latent_shape(inputs.size))
 
 
 def test_without_the_pipeline_programs_draw_alone(tmp_path, monkeypatch):
     output, inputs, _ = exported("stable_diffusion", tmp_path, monkeypatch)
-    both = draw_pictures(output, 2, prompts=inputs.prompts, inputs=inputs)
+    compared = draw_pictures(output, 2, prompts=inputs.prompts, inputs=inputs)
     alone = draw_pictures(output, 2, prompts=inputs.prompts, inputs=None)
-    assert torch.equal(alone.images[PROGRAMS], both.images[PROGRAMS])
+    assert torch.equal(alone.images[PROGRAMS], compared.images[PROGRAMS])
     assert list(alone.images) == [PROGRAMS]
-    found = alone.numbers()
-    assert (found.x0_sqnr_db, found.psnr_db, found.by_picture) == (None, None, ())
+    numbers = alone.numbers()
+    assert (numbers.x0_sqnr_db, numbers.psnr_db, numbers.by_picture) == (None, None, ())
     assert alone.backend_sqnr_db is None

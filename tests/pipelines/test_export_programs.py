@@ -45,9 +45,9 @@ class Converted(torch.nn.Module):
 
     def ordered(self, call):
         (quantized,) = self.quantized
-        given = quantized.signature.normalize((), call)
+        arguments = quantized.signature.normalize((), call)
         nodes = quantized.rounded.graph.find_nodes(op="placeholder")
-        return tuple(given[str(node.target)] for node in nodes)
+        return tuple(arguments[str(node.target)] for node in nodes)
 
     def forward(self, **call):
         output = self.graph(*self.ordered(call))
@@ -71,14 +71,14 @@ class ConvertedUNet(Converted):
 
 def converted_image(pipeline, quantized, *prompt, **options):
     """What the pipeline draws with the converted denoiser and decoder."""
-    own = pipeline.unet
+    unet = pipeline.unet
     try:
         pipeline.unet = ConvertedUNet(quantized["denoiser"])
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(options.pop("seed", 0))
         latents = pipeline(*prompt, generator=generator, output_type="latent", **options).images
     finally:
-        pipeline.unet = own
+        pipeline.unet = unet
     decoder = ImageDecoder(pipeline.vae)
     if "vae_decoder" in quantized:
         decoder = Converted(quantized["vae_decoder"])
@@ -87,8 +87,8 @@ def converted_image(pipeline, quantized, *prompt, **options):
     return (image / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
 
 
-def decibels(expected, found):
-    return sqnr_db(torch.from_numpy(expected), torch.from_numpy(found))
+def decibels(expected, actual):
+    return sqnr_db(torch.from_numpy(expected), torch.from_numpy(actual))
 
 
 def test_the_folder_is_whole_and_nothing_else_is_left(exported):
@@ -134,29 +134,29 @@ def test_the_picture_has_the_pipelines_own_images_above_those_of_the_programs(ex
         for row, drawn in enumerate(expected):
             top = margin + row * row_height + zoom
             left = label_width + zoom * (1 + (side + 1) * index)
-            found = image[top : top + zoom * side, left : left + zoom * side]
-            found = found[::zoom, ::zoom].astype(np.float32) / 255
-            assert np.abs(found - drawn).max() < 0.6 / 255 + 1e-4
+            picture = image[top : top + zoom * side, left : left + zoom * side]
+            picture = picture[::zoom, ::zoom].astype(np.float32) / 255
+            assert np.abs(picture - drawn).max() < 0.6 / 255 + 1e-4
 
 
 def test_the_summary_has_sizes_times_and_peaks_of_every_part(exported):
     _, result = exported
-    told = json.loads((result.directory / "summary.json").read_text())
-    assert told == json.loads(json.dumps(result.summary))
+    summary = json.loads((result.directory / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(result.summary))
     sizes = {path.name: path.stat().st_size for path in result.directory.iterdir()}
-    for name, part in told["parts"].items():
+    for name, part in summary["parts"].items():
         assert part["bytes"] == sizes[f"{name}.pte"]
         assert part["precision"] == result.manifest["parts"][name]["precision"]
         assert all(value > 0 for value in part["milliseconds"].values())
         peaks = part["peak_memory_bytes"]
         assert part["bytes"] < peaks["program"] < peaks["float"]
-    assert told["bytes"] == sum(part["bytes"] for part in told["parts"].values())
+    assert summary["bytes"] == sum(part["bytes"] for part in summary["parts"].values())
     unet = result.summary["parts"]["denoiser"]
     parameters = sum(value.numel() for value in exported[0].unet.parameters())
     assert (unet["parameters"], unet["float32_bytes"]) == (parameters, 4 * parameters)
-    step = told["milliseconds_per_step"]
+    step = summary["milliseconds_per_step"]
     assert step["program"] == 2 * unet["milliseconds"]["program"]
-    assert told["denoiser_sqnr_db"] == result.manifest["parts"]["denoiser"]["quantized_sqnr_db"]
+    assert summary["denoiser_sqnr_db"] == result.manifest["parts"]["denoiser"]["quantized_sqnr_db"]
 
 
 def test_parts_below_the_bound_stay_in_float_and_the_manifest_says_so(exported):
@@ -190,19 +190,19 @@ def test_images_are_those_of_the_pipeline_with_the_quantized_parts(
     pipeline, result = exported
     runner = PipelineRunner(result.directory)
     numbers = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": 5}
-    own = pipeline.scheduler
+    original = pipeline.scheduler
     try:
         pipeline.scheduler = runner.scheduler(scheduler)
         plain = diffusers_image(pipeline, "a cat", negative_prompt="dog", **numbers)
         numbers["negative_prompt"] = "dog"
         expected = converted_image(pipeline, result.quantized, "a cat", **numbers)
     finally:
-        pipeline.scheduler = own
-    found = runner.sample(
+        pipeline.scheduler = original
+    actual = runner.sample(
         "a cat", negative="dog", steps=steps, guidance=guidance, seed=5, scheduler=scheduler
     )
-    assert decibels(expected, found) >= TOLERANCE_DB
-    assert 15 < decibels(plain, found) < decibels(expected, found)
+    assert decibels(expected, actual) >= TOLERANCE_DB
+    assert 15 < decibels(plain, actual) < decibels(expected, actual)
 
 
 def test_the_copied_runner_draws_without_the_package(exported, tmp_path):

@@ -28,17 +28,17 @@ def record_of(folder):
 @pytest.mark.xnnpack
 def test_gates_are_judged_by_what_was_measured_and_the_folder_stays(export_run):
     summary = read(export_run.result.directory, "summary.json")
-    told = export_run.printed
-    assert {key: told[key] for key in export_run.result.manifest} == export_run.result.manifest
-    assert (export_run.status, told["passed"]) == (1, False)
-    found = {gate["metric"]: (gate["measured"], gate["passed"]) for gate in told["gates"]}
+    printed = export_run.printed
+    assert {key: printed[key] for key in export_run.result.manifest} == export_run.result.manifest
+    assert (export_run.status, printed["passed"]) == (1, False)
+    gates = {entry["metric"]: (entry["measured"], entry["passed"]) for entry in printed["gates"]}
     sizes = [
         (export_run.result.directory / f"{name}.pte").stat().st_size for name in summary["parts"]
     ]
-    assert found["bytes"] == (sum(sizes), True)
-    assert found["ms"] == (2 * summary["parts"]["denoiser"]["milliseconds"]["program"], True)
-    assert found["psnr"] == (summary["pictures"]["psnr_db"], True)
-    assert found["x0_sqnr"] == (summary["pictures"]["x0_sqnr_db"], False)
+    assert gates["bytes"] == (sum(sizes), True)
+    assert gates["ms"] == (2 * summary["parts"]["denoiser"]["milliseconds"]["program"], True)
+    assert gates["psnr"] == (summary["pictures"]["psnr_db"], True)
+    assert gates["x0_sqnr"] == (summary["pictures"]["x0_sqnr_db"], False)
 
 
 @pytest.mark.xnnpack
@@ -59,10 +59,10 @@ def test_the_report_tells_every_part_with_what_was_measured(exported):
     assert [part.name for part in record.parts] == ["denoiser", "vae_decoder"]
     assert [part.name for part in record.float_parts] == ["text_encoder"]
     for part in (*record.parts, *record.float_parts):
-        told, calls = summary["parts"][part.name], summary["parts"][part.name]["calls_per_step"]
-        assert part.shipped_bytes == told["bytes"]
-        assert part.milliseconds == max(1, calls) * told["milliseconds"]["program"]
-        assert part.peak_bytes == told["peak_memory_bytes"]["program"]
+        costs, calls = summary["parts"][part.name], summary["parts"][part.name]["calls_per_step"]
+        assert part.shipped_bytes == costs["bytes"]
+        assert part.milliseconds == max(1, calls) * costs["milliseconds"]["program"]
+        assert part.peak_bytes == costs["peak_memory_bytes"]["program"]
         assert {p.subgraphs for p in part.programs} <= {0, 1, 2, 3}
     denoiser, decoder = record.parts
     assert denoiser.epsilon_sqnr_db == summary["denoiser_sqnr_db"]
@@ -118,25 +118,25 @@ def test_a_report_told_again_says_the_same(export_run, copied, tmp_path):
 
 @pytest.mark.xnnpack
 def test_a_float_pipeline_that_is_gone_or_another_is_not_drawn(copied, tmp_path):
-    page, other = tmp_path / "page.html", tmp_path / "other"
+    page, altered = tmp_path / "page.html", tmp_path / "other"
     pipeline = tiny_pipelines.stable_diffusion(tmp_path)
     pipeline.unet.conv_in.weight.data += 1
-    pipeline.save_pretrained(other)
-    status, text = run("report", copied, "--output", page, "--model", other, "--samples", 1)
+    pipeline.save_pretrained(altered)
+    status, text = run("report", copied, "--output", page, "--model", altered, "--samples", 1)
     assert status == 0, text
-    found = read(tmp_path, "page.json")
-    assert found["missing"]["float"].startswith(
-        f"{other} is not what was exported: its denoiser is another"
+    record = read(tmp_path, "page.json")
+    assert record["missing"]["float"].startswith(
+        f"{altered} is not what was exported: its denoiser is another"
     )
-    assert found["pictures"]["x0_sqnr_db"] is None
+    assert record["pictures"]["x0_sqnr_db"] is None
     html = page.read_text(encoding="utf-8")
     assert 'alt="programs, picture 1' in html
     assert 'alt="float' not in html
     gone = ["--model", tmp_path / "gone", "--samples", 0, "--overwrite"]
     assert run("report", copied, "--output", page, *gone)[0] == 0
-    found = read(tmp_path, "page.json")
-    assert "give --model" in found["missing"]["float"]
-    assert found["missing"]["gallery"] == "no samples were asked for (--samples 0)"
+    record = read(tmp_path, "page.json")
+    assert "give --model" in record["missing"]["float"]
+    assert record["missing"]["gallery"] == "no samples were asked for (--samples 0)"
 
 
 @pytest.mark.xnnpack
@@ -185,4 +185,4 @@ def test_what_could_not_be_measured_after_all_fails_its_gate(tmp_path, monkeypat
     result, _ = eager_export(pipeline, tmp_path / "out", monkeypatch, steps=2, trajectories=2)
     gates = parse_gates(["psnr>=1", "bytes<=1GB"])
     names = check_export_gates(gates, tiny_pipelines.cheap_settings(), ExportRuns())
-    assert [one.passed for one in judge_export(gates, result, names)] == [False, True]
+    assert [gate.passed for gate in judge_export(gates, result, names)] == [False, True]

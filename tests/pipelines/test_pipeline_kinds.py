@@ -22,8 +22,8 @@ def pixels(runner):
     image = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
     mask = np.zeros((16, 16), np.uint8)
     mask[3:9, 5:14] = 255
-    given = {"image": Image.fromarray(image), "mask_image": Image.fromarray(mask)}
-    return {"image": image, "mask": mask}, {**given, "height": 16, "width": 16}
+    pictures = {"image": Image.fromarray(image), "mask_image": Image.fromarray(mask)}
+    return {"image": image, "mask": mask}, {**pictures, "height": 16, "width": 16}
 
 
 @pytest.mark.parametrize("mode", ["float", "static", "dynamic"])
@@ -37,13 +37,13 @@ def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, mode):
     runner = PipelineRunner(tmp_path / "out", verify=True)
     prompt = [] if runner.manifest["kind"] == "unconditional" else ["a cat"]
     guided = {"guidance_scale": 3.0} if prompt else {}
-    own, theirs = pixels(runner)
-    expected = diffusers_image(pipeline, *prompt, num_inference_steps=3, **guided, **theirs)
-    found = runner.sample(*prompt, **own)
+    runner_call, pipeline_call = pixels(runner)
+    expected = diffusers_image(pipeline, *prompt, num_inference_steps=3, **guided, **pipeline_call)
+    actual = runner.sample(*prompt, **runner_call)
     if mode != "float":
-        assert decibels(expected, found) > 12
+        assert decibels(expected, actual) > 12
     else:
-        assert np.abs(found - expected).max() < 1e-3
+        assert np.abs(actual - expected).max() < 1e-3
 
 
 def test_two_sizes_share_the_integers_and_draw_at_both(tmp_path):
@@ -57,8 +57,8 @@ def test_two_sizes_share_the_integers_and_draw_at_both(tmp_path):
         expected = diffusers_image(
             pipeline, "a cat", num_inference_steps=2, guidance_scale=3.0, height=height, width=width
         )
-        found = runner.sample("a cat", height=height, width=width)
-        assert decibels(expected, found) > 12
+        actual = runner.sample("a cat", height=height, width=width)
+        assert decibels(expected, actual) > 12
     assert set(result.manifest["parts"]) == {"text_encoder", "denoiser", "vae_decoder"}
 
 

@@ -35,14 +35,14 @@ def test_encoders_give_the_pipelines_embeddings_and_trace_bit_equal(tmp_path, ki
         for name in layout.tokenizers:
             part = layout.parts[name.replace("tokenizer", "text_encoder")]
             call = {"input_ids": inputs.token_ids(part.name, ["a cat", "a dog"])}
-            found = part.module(**call)
+            outputs = part.module(**call)
             graph = trace(part.module, call)
             traced = graph(**graph.meta["signature"].normalize((), call))
-            found, traced = (v if isinstance(v, tuple) else (v,) for v in (found, traced))
-            assert len(found) == len(part.outputs)
-            assert all(torch.equal(a, b) for a, b in zip(found, traced, strict=True))
-            states.append(found[0][:1])
-            pooled += [value[:1] for value in found[1:]]
+            outputs, traced = (v if isinstance(v, tuple) else (v,) for v in (outputs, traced))
+            assert len(outputs) == len(part.outputs)
+            assert all(torch.equal(a, b) for a, b in zip(outputs, traced, strict=True))
+            states.append(outputs[0][:1])
+            pooled += [value[:1] for value in outputs[1:]]
     torch.testing.assert_close(torch.cat(states, dim=-1), expected[0])
     if pooled:
         torch.testing.assert_close(pooled[0], expected[2])
@@ -51,10 +51,10 @@ def test_encoders_give_the_pipelines_embeddings_and_trace_bit_equal(tmp_path, ki
 def test_layers_behind_the_state_that_is_taken_are_not_quantized(tmp_path):
     part = layout_of(tiny_pipelines.stable_diffusion_xl(tmp_path)).parts["text_encoder"]
     calls = [{"input_ids": torch.randint(50, (4, tiny_pipelines.LENGTH))} for _ in range(4)]
-    found = quantize_part(part, calls, MPQConfig(), bound=0.0).quantized
-    assert any("layers.0." in name for name in found.ranges)
-    assert not any("layers.1." in name for name in found.ranges)
-    assert not any("layers.1." in layer.name for layer in found.plan.layers)
+    quantized = quantize_part(part, calls, MPQConfig(), bound=0.0).quantized
+    assert any("layers.0." in name for name in quantized.ranges)
+    assert not any("layers.1." in name for name in quantized.ranges)
+    assert not any("layers.1." in layer.name for layer in quantized.plan.layers)
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ def test_other_pipelines_are_refused_by_name(folder, tmp_path):
     refused(
         ConfigError, "FluxPipeline cannot be exported; supported are Stable", folder, tmp_path / "o"
     )
-    other = object.__new__(StableDiffusionImg2ImgPipeline)
-    refused(ConfigError, "StableDiffusionImg2ImgPipeline cannot", other, tmp_path / "o")
+    pipeline = object.__new__(StableDiffusionImg2ImgPipeline)
+    refused(ConfigError, "StableDiffusionImg2ImgPipeline cannot", pipeline, tmp_path / "o")
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "vae", "unet", "scheduler"])
@@ -125,8 +125,8 @@ def test_folders_with_damaged_weights_are_refused(folder, tmp_path):
 
 
 def test_what_is_no_pipeline_folder_is_refused(tmp_path):
-    wanted = "is neither a bundled model .* nor a folder"
-    refused(ConfigError, wanted, tmp_path / "none", tmp_path / "o")
+    message = "is neither a bundled model .* nor a folder"
+    refused(ConfigError, message, tmp_path / "none", tmp_path / "o")
     (tmp_path / "empty").mkdir()
     refused(ConfigError, "model_index.json is missing", tmp_path / "empty", tmp_path / "o")
 
@@ -240,5 +240,5 @@ def test_an_autoencoder_with_the_old_names_of_attention_loads(tmp_path):
         tensors = {key.replace(new, name): tensor for key, tensor in tensors.items()}
     assert any("query" in name for name in tensors)
     save_file(tensors, file, metadata={"format": "pt"})
-    found = open_pipeline(folder).vae.state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    state = open_pipeline(folder).vae.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())

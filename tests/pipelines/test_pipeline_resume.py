@@ -53,10 +53,10 @@ def export(pipeline, output, monkeypatch, *, dies_at=None, **options):
 
 def manifest(folder):
     """A folder's manifest, but for files that tell times."""
-    found = json.loads((folder / "pipeline.json").read_text())
-    assert found.pop("digest")
-    assert {found["files"].pop(name) and name for name in TIMED} == TIMED
-    return found
+    content = json.loads((folder / "pipeline.json").read_text())
+    assert content.pop("digest")
+    assert {content["files"].pop(name) and name for name in TIMED} == TIMED
+    return content
 
 
 def numbers(folder):
@@ -95,9 +95,9 @@ def test_a_quantized_run_goes_on_with_its_solved_layers(pipeline, tmp_path, monk
     export(pipeline, output, monkeypatch, **again)
     export(pipeline, tmp_path / "whole", monkeypatch, config=config)
     assert manifest(output) == manifest(tmp_path / "whole")
-    found = numbers(output)
-    assert found == numbers(tmp_path / "whole")
-    assert "denoiser" in [part["name"] for part in found["parts"]]  # whose model the end never saw
+    report = numbers(output)
+    assert report == numbers(tmp_path / "whole")
+    assert "denoiser" in [part["name"] for part in report["parts"]]  # whose model the end never saw
 
 
 def test_an_unfinished_run_is_neither_forgotten_nor_mixed_with_another(

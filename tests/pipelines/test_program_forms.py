@@ -46,10 +46,10 @@ def test_a_resumed_export_may_compress_what_was_finished(pipeline, tmp_path, mon
 
 
 def test_every_program_is_lowered_in_the_form_that_was_asked_for(pipeline, tmp_path, monkeypatch):
-    asked = []
+    calls = []
 
     def write(part, *_, four_bit, external_weights, **__):
-        asked.append((part.name, four_bit, external_weights))
+        calls.append((part.name, four_bit, external_weights))
         raise ConfigError("enough")
 
     monkeypatch.setattr(export_module, "write_programs", write)
@@ -57,7 +57,7 @@ def test_every_program_is_lowered_in_the_form_that_was_asked_for(pipeline, tmp_p
     options = {"steps": 2, "trajectories": 4, "four_bit": "split", "external_weights": True}
     with pytest.raises(ConfigError, match="enough"):
         export_module.export_pipeline(pipeline, config, tmp_path / "out", **options)
-    assert asked == [("text_encoder", "split", True)]
+    assert calls == [("text_encoder", "split", True)]
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +117,10 @@ def test_images_are_those_of_the_plain_files(folder, tmp_path):
     assert np.array_equal(PipelineRunner(folder).sample(steps=2, seed=3), image)
     shapes = [spec["shape"] for spec in entry["inputs"]]
     inputs = [torch.ones(shape) for shape in shapes]
-    (want,) = XnnpackRunner(folder / "denoiser.pte", entry["method"])(*inputs)
+    (expected,) = XnnpackRunner(folder / "denoiser.pte", entry["method"])(*inputs)
     named = {spec["name"]: value for spec, value in zip(entry["inputs"], inputs, strict=True)}
-    found = PipelineRunner(folder).programs.run("denoiser", (8, 8), named)["noise_pred"]
-    assert torch.equal(found, want)
+    actual = PipelineRunner(folder).programs.run("denoiser", (8, 8), named)["noise_pred"]
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.xnnpack
@@ -131,5 +131,5 @@ def test_a_damaged_compressed_file_is_refused_and_leaves_nothing_behind(folder, 
         PipelineRunner(folder, verify=True)
     with pytest.raises(ArtifactError, match=f"{name} is corrupted"):
         PipelineRunner(folder).sample(steps=2)
-    other = "denoiser.ptd" if name == "denoiser.pte.xz" else "denoiser.pte"
-    assert all(path.name.startswith(f".{other}.") for path in folder.glob(".denoiser.*"))
+    sibling = "denoiser.ptd" if name == "denoiser.pte.xz" else "denoiser.pte"
+    assert all(path.name.startswith(f".{sibling}.") for path in folder.glob(".denoiser.*"))

@@ -44,17 +44,17 @@ def test_images_equal_the_pipelines_for_schedulers_steps_and_guidance(
     stable_diffusion, scheduler, steps, guidance
 ):
     pipeline, runner = stable_diffusion
-    own = pipeline.scheduler
+    original = pipeline.scheduler
     try:
         pipeline.scheduler = runner.scheduler(scheduler)
         expected = diffusers_image(
             pipeline, "a cat", num_inference_steps=steps, guidance_scale=guidance, seed=3
         )
     finally:
-        pipeline.scheduler = own
-    found = runner.sample("a cat", steps=steps, guidance=guidance, seed=3, scheduler=scheduler)
-    assert found.shape == (16, 16, 3)
-    assert np.abs(found - expected).max() <= TOLERANCE
+        pipeline.scheduler = original
+    actual = runner.sample("a cat", steps=steps, guidance=guidance, seed=3, scheduler=scheduler)
+    assert actual.shape == (16, 16, 3)
+    assert np.abs(actual - expected).max() <= TOLERANCE
 
 
 def test_negative_prompts_and_other_sizes_are_the_pipelines(stable_diffusion):
@@ -68,10 +68,10 @@ def test_negative_prompts_and_other_sizes_are_the_pipelines(stable_diffusion):
         guidance_scale=5.0,
         **options,
     )
-    found = runner.sample("a cat", negative="dog", **options)
-    assert found.shape == (24, 16, 3)
-    assert np.abs(found - expected).max() <= TOLERANCE
-    assert np.abs(found - runner.sample("a cat", **options)).max() > 100 * TOLERANCE
+    actual = runner.sample("a cat", negative="dog", **options)
+    assert actual.shape == (24, 16, 3)
+    assert np.abs(actual - expected).max() <= TOLERANCE
+    assert np.abs(actual - runner.sample("a cat", **options)).max() > 100 * TOLERANCE
 
 
 @pytest.fixture
@@ -124,9 +124,11 @@ def test_steps_take_no_prompt_where_it_is_encoded_once(stable_diffusion):
 
 def test_steps_are_told_to_the_callback_and_schedulers_can_be_objects(stable_diffusion):
     pipeline, runner = stable_diffusion
-    told = []
-    runner("a cat", steps=2, callback=lambda *step: told.append(step), scheduler=pipeline.scheduler)
-    assert told == [(1, 2), (2, 2)]
+    progress = []
+    runner(
+        "a cat", steps=2, callback=lambda *step: progress.append(step), scheduler=pipeline.scheduler
+    )
+    assert progress == [(1, 2), (2, 2)]
 
 
 def test_models_that_predict_velocity_need_nothing_but_their_scheduler(tmp_path, monkeypatch):
@@ -145,8 +147,8 @@ def test_distilled_guidance_is_an_input_and_one_call(tmp_path, monkeypatch):
         "encoder_hidden_states", "timestep_cond",
     }  # fmt: skip
     expected = diffusers_image(pipeline, "a dog", num_inference_steps=4, guidance_scale=8.5)
-    found = runner.sample("a dog", steps=4, guidance=8.5, scheduler="DDIMScheduler")
-    assert np.abs(found - expected).max() <= TOLERANCE
+    actual = runner.sample("a dog", steps=4, guidance=8.5, scheduler="DDIMScheduler")
+    assert np.abs(actual - expected).max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("width", [32, 33])
@@ -172,9 +174,9 @@ def test_xl_has_both_encoders_added_conditions_and_zeroed_negatives(xl, negative
         pipeline, "a cat", negative_prompt=negative, num_inference_steps=3, guidance_scale=5.0,
         height=16, width=24,
     )  # fmt: skip
-    found = runner.sample("a cat", negative=negative, steps=3, guidance=5.0)
-    assert found.shape == (16, 24, 3)
-    assert np.abs(found - expected).max() <= TOLERANCE
+    actual = runner.sample("a cat", negative=negative, steps=3, guidance=5.0)
+    assert actual.shape == (16, 24, 3)
+    assert np.abs(actual - expected).max() <= TOLERANCE
 
 
 def test_xl_embeds_sizes_and_pooled_text_once(xl):
@@ -210,8 +212,8 @@ def test_inpainting_paints_where_the_mask_says_from_the_masked_image(tmp_path, m
         pipeline, "a cat", image=Image.fromarray(image), mask_image=Image.fromarray(mask),
         num_inference_steps=3, guidance_scale=4.0, height=16, width=16, seed=2,
     )  # fmt: skip
-    found = runner.sample("a cat", image=image, mask=mask, steps=3, guidance=4.0, seed=2)
-    assert np.abs(found - expected).max() <= TOLERANCE
+    actual = runner.sample("a cat", image=image, mask=mask, steps=3, guidance=4.0, seed=2)
+    assert np.abs(actual - expected).max() <= TOLERANCE
     with pytest.raises(RunnerError, match="needs image and mask"):
         runner("a cat", image=image)
     with pytest.raises(RunnerError, match="mask has shape"):
@@ -223,9 +225,9 @@ def test_unconditional_pipelines_take_no_prompt(tmp_path, monkeypatch, kind):
     pipeline = getattr(tiny_pipelines, kind)(tmp_path)
     _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch, steps=3)
     expected = diffusers_image(pipeline, num_inference_steps=3, seed=1)
-    found = runner.sample(seed=1)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= TOLERANCE
+    actual = runner.sample(seed=1)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= TOLERANCE
     with pytest.raises(RunnerError, match="takes no prompt"):
         runner("a cat")
 

@@ -127,7 +127,7 @@ def test_a_library_that_is_not_installed_is_named(runner, monkeypatch, library):
 
 
 @pytest.fixture
-def told(runner, monkeypatch, caplog):
+def command(runner, monkeypatch, caplog):
     """Calls the command line; returns exit status and error messages."""
 
     def call(*words, of=runner):
@@ -149,8 +149,8 @@ def _one_line(result, message):
     assert "\n" not in errors[0]
 
 
-def test_a_picture_is_written(told, tmp_path):
-    assert told("a cat", "--steps", 1, "--output", tmp_path / "cat.png") == (0, [])
+def test_a_picture_is_written(command, tmp_path):
+    assert command("a cat", "--steps", 1, "--output", tmp_path / "cat.png") == (0, [])
     assert np.asarray(Image.open(tmp_path / "cat.png")).shape == (16, 16, 3)
 
 
@@ -164,29 +164,31 @@ def test_a_picture_is_written(told, tmp_path):
     ],
 )
 def test_an_output_that_cannot_be_written_is_refused_before_drawing(
-    told, tmp_path, output, message, monkeypatch
+    command, tmp_path, output, message, monkeypatch
 ):
     (tmp_path / "folder.png").mkdir()
     monkeypatch.setattr(PipelineRunner, "sample", lambda *_, **__: pytest.fail("it draws"))
-    _one_line(told("a cat", "--output", tmp_path / output), message)
+    _one_line(command("a cat", "--output", tmp_path / output), message)
     assert not (tmp_path / output).is_file()
 
 
-def test_a_disk_that_is_full_is_told(told, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_is_told(command, tmp_path, monkeypatch):
     def save(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", save)
     output = tmp_path / "cat.png"
-    _one_line(told("a cat", "--steps", 1, "--output", output), f"{output} cannot be written: OSE")
+    _one_line(
+        command("a cat", "--steps", 1, "--output", output), f"{output} cannot be written: OSE"
+    )
 
 
-def test_pillow_that_is_not_installed_is_named(told, monkeypatch):
+def test_pillow_that_is_not_installed_is_named(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    _one_line(told("a cat"), "pip install --upgrade pillow")
+    _one_line(command("a cat"), "pip install --upgrade pillow")
 
 
-def test_a_file_that_is_no_picture_is_refused_by_name(told, inpainting, tmp_path):
+def test_a_file_that_is_no_picture_is_refused_by_name(command, inpainting, tmp_path):
     (tmp_path / "text.png").write_text("dear")
     Image.new("RGB", (8, 8)).save(tmp_path / "whole.png")
     broken = bytearray((tmp_path / "whole.png").read_bytes())
@@ -194,18 +196,18 @@ def test_a_file_that_is_no_picture_is_refused_by_name(told, inpainting, tmp_path
     (tmp_path / "broken.png").write_bytes(broken)
     words = ["a cat", "--output", tmp_path / "cat.png", "--mask", tmp_path / "whole.png", "--image"]
     for name in ("text.png", "broken.png", "none.png"):
-        found = told(*words, tmp_path / name, of=inpainting)
-        _one_line(found, f"{tmp_path / name} cannot be read as a picture")
-    assert told(*words, tmp_path / "whole.png", "--steps", 1, of=inpainting) == (0, [])
-    _one_line(told(*words[:3], "--mask", "m.png", of=inpainting), "needs image and mask")
+        outcome = command(*words, tmp_path / name, of=inpainting)
+        _one_line(outcome, f"{tmp_path / name} cannot be read as a picture")
+    assert command(*words, tmp_path / "whole.png", "--steps", 1, of=inpainting) == (0, [])
+    _one_line(command(*words[:3], "--mask", "m.png", of=inpainting), "needs image and mask")
 
 
-def test_errors_of_torch_are_one_line(told, runner, monkeypatch):
+def test_errors_of_torch_are_one_line(command, runner, monkeypatch):
     def randn(*_, **__):
         raise RuntimeError("no memory\nsecond line")
 
     monkeypatch.setattr(torch, "randn", randn)
-    _one_line(told("a cat"), "error: no memory")
+    _one_line(command("a cat"), "error: no memory")
 
 
 def test_the_copied_runner_refuses_without_the_package_and_without_a_traceback(runner, tmp_path):

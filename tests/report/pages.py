@@ -18,8 +18,8 @@ class Element:
 
     def all(self, tag: str) -> list["Element"]:
         """Elements of a name inside it."""
-        found = [child for child in self.children if child.tag == tag]
-        return found + [inner for child in self.children for inner in child.all(tag)]
+        matches = [child for child in self.children if child.tag == tag]
+        return matches + [inner for child in self.children for inner in child.all(tag)]
 
 
 class _Reader(HTMLParser):

@@ -58,17 +58,19 @@ def test_the_command_has_the_settings_that_it_was_made_of(settings, monkeypatch)
     config = MPQConfig(**settings)
     options = {"--backend": "packed", "--output": "some where", "--compress": False}
     command = quantize_command("digits", config, options)
-    found, form, output = settings_of(command, monkeypatch)
-    assert found == config
+    parsed, form, output = settings_of(command, monkeypatch)
+    assert parsed == config
     assert (form.backend, output) == ("packed", Path("some where"))
 
 
 def exported_with(monkeypatch, *arguments, **options):
     """What the command of an export's report asks for, when it is typed."""
-    asked = []
-    monkeypatch.setattr(export_job, "export_pipeline", lambda *_, **told: asked.append(told))
+    calls = []
+    monkeypatch.setattr(
+        export_job, "export_pipeline", lambda *_, **keywords: calls.append(keywords)
+    )
     export_to_folder(*arguments, **options)
-    words = shlex.split(asked.pop()["command"])
+    words = shlex.split(calls.pop()["command"])
 
     def start(*arguments, **options):
         raise AskedError(*arguments, options)
@@ -91,17 +93,17 @@ def test_the_command_of_an_export_has_its_settings_and_runs(settings, tmp_path, 
     form = {"minimum_sqnr_db": 12.5, "tabulate": True, "four_bit": "split"}
     form |= {"external_weights": True, "compress": True}
     config = MPQConfig(**{"weight_bits": 8, **settings})  # unread where there is a budget
-    name, found, output, told, options = exported_with(
+    name, parsed, output, parsed_runs, options = exported_with(
         monkeypatch, "my sd", config, Path("some where"), runs, **form
     )
-    assert (name, found, output, told) == ("my sd", config, Path("some where"), runs)
+    assert (name, parsed, output, parsed_runs) == ("my sd", config, Path("some where"), runs)
     assert {key: options[key] for key in form} == form
 
 
 def test_the_command_of_an_export_in_float_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = exported_with(monkeypatch, "sd", None, Path("out"), ExportRuns())
-    assert found[:4] == ("sd", None, Path("out"), ExportRuns())
+    parsed = exported_with(monkeypatch, "sd", None, Path("out"), ExportRuns())
+    assert parsed[:4] == ("sd", None, Path("out"), ExportRuns())
 
 
 def test_settings_without_an_option_have_no_command():

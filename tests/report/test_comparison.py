@@ -26,18 +26,20 @@ class Off:
 
 def test_one_number_and_one_by_noise_level_as_the_functions_of_each_say():
     model, calls = TinyEDM(), edm_calls()
-    other = TinyEDM(seed=1)
-    found = compare(model, other, calls)
-    assert found.sqnr_db == pytest.approx(epsilon_sqnr(model, other, calls), abs=1e-9)
-    apart = sqnr_by_noise_level(model, other, calls)
-    assert {one.level: one.sqnr_db for one in found.levels} == pytest.approx(apart, abs=1e-9)
-    assert [one.level for one in found.levels] == pytest.approx(SIGMAS)
-    assert (found.noise_argument, found.calls, found.samples) == ("sigma", 5, 10)
+    changed = TinyEDM(seed=1)
+    comparison = compare(model, changed, calls)
+    assert comparison.sqnr_db == pytest.approx(epsilon_sqnr(model, changed, calls), abs=1e-9)
+    apart = sqnr_by_noise_level(model, changed, calls)
+    assert {point.level: point.sqnr_db for point in comparison.levels} == pytest.approx(
+        apart, abs=1e-9
+    )
+    assert [point.level for point in comparison.levels] == pytest.approx(SIGMAS)
+    assert (comparison.noise_argument, comparison.calls, comparison.samples) == ("sigma", 5, 10)
 
 
 def test_it_reads_as_a_line_for_all_and_one_for_each_level():
-    found = mpqdm_fx.compare(TinyEDM(), Off(TinyEDM(), 0.01), edm_calls())
-    first, *levels = str(found).splitlines()
+    comparison = mpqdm_fx.compare(TinyEDM(), Off(TinyEDM(), 0.01), edm_calls())
+    first, *levels = str(comparison).splitlines()
     assert first == "output SQNR 40.0 dB (as float), 10 samples in 5 calls"
     assert levels[0] == "  at sigma  80    40.0 dB  (2 samples)"
     assert len(levels) == len(SIGMAS)
@@ -49,10 +51,10 @@ def test_equal_models_are_exact_and_one_without_noise_levels_has_no_levels():
     def model(x):
         return layer(x)
 
-    found = compare(model, model, [{"x": torch.ones(2, 2, 3, 3)}])
-    assert math.isinf(found.sqnr_db)
-    assert found.levels == ()
-    assert found.noise_argument is None
+    comparison = compare(model, model, [{"x": torch.ones(2, 2, 3, 3)}])
+    assert math.isinf(comparison.sqnr_db)
+    assert comparison.levels == ()
+    assert comparison.noise_argument is None
 
 
 def test_several_models_are_compared_with_one_run_of_the_reference():
@@ -63,10 +65,12 @@ def test_several_models_are_compared_with_one_run_of_the_reference():
         runs.append(call)
         return model(**call)
 
-    found = compare_all(counted, {"a": Off(model, 0.1), "b": Off(model, 0.01)}, denoiser_calls())
+    comparisons = compare_all(
+        counted, {"a": Off(model, 0.1), "b": Off(model, 0.01)}, denoiser_calls()
+    )
     assert len(runs) == 3
-    assert found["a"].sqnr_db == pytest.approx(20, abs=1e-4)
-    assert found["b"].sqnr_db == pytest.approx(40, abs=1e-4)
+    assert comparisons["a"].sqnr_db == pytest.approx(20, abs=1e-4)
+    assert comparisons["b"].sqnr_db == pytest.approx(40, abs=1e-4)
 
 
 def test_no_call_no_such_argument_and_other_shapes_are_refused():
@@ -87,9 +91,9 @@ def test_no_call_no_such_argument_and_other_shapes_are_refused():
 )
 def test_powers_of_samples_add_up_to_those_of_all(rows, width, seed, batch):
     generator = torch.Generator().manual_seed(seed)
-    want = torch.randn(rows * batch, width, generator=generator)
-    got = want + 0.1 * torch.randn(rows * batch, width, generator=generator)
-    powers = row_powers(want, got, batch)
+    expected = torch.randn(rows * batch, width, generator=generator)
+    actual = expected + 0.1 * torch.randn(rows * batch, width, generator=generator)
+    powers = row_powers(expected, actual, batch)
     assert powers.shape == (batch, 2)
     signal, noise = powers.sum(dim=0).tolist()
-    assert 10 * math.log10(signal / noise) == pytest.approx(sqnr_db(want, got), abs=1e-9)
+    assert 10 * math.log10(signal / noise) == pytest.approx(sqnr_db(expected, actual), abs=1e-9)

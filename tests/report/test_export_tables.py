@@ -62,14 +62,14 @@ def test_pictures_are_told_in_words_with_what_was_measured():
 
 
 def test_metrics_are_those_of_the_summary_and_what_is_not_known_is_absent():
-    found = export_metrics(SUMMARY)
-    assert found["bytes"] == 7_511_982_080
-    assert found["ms"] == 8802.46
-    assert found["speedup"] == pytest.approx(30139.8 / 8802.46)
-    assert found["peak_memory"] == 12_767_557_632
-    assert found["program_sqnr"] == 71.5  # of the worst one; an exact one is the text inf
-    assert found["subgraphs"] == 2
-    assert EXPORTED.keys() - found.keys() == {"backend_sqnr", "psnr"}
+    metrics = export_metrics(SUMMARY)
+    assert metrics["bytes"] == 7_511_982_080
+    assert metrics["ms"] == 8802.46
+    assert metrics["speedup"] == pytest.approx(30139.8 / 8802.46)
+    assert metrics["peak_memory"] == 12_767_557_632
+    assert metrics["program_sqnr"] == 71.5  # of the worst one; an exact one is the text inf
+    assert metrics["subgraphs"] == 2
+    assert EXPORTED.keys() - metrics.keys() == {"backend_sqnr", "psnr"}
     unmeasured = {**PART, "milliseconds": None, "peak_memory_bytes": None}
     parts = {"text_encoder_2": PART, "denoiser": unmeasured}
     bare = export_metrics({**SUMMARY, "parts": parts, "milliseconds_per_step": None})

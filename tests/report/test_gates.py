@@ -125,11 +125,11 @@ def test_nan_passes_no_gate_and_infinite_decibels_every_one():
 
 
 def test_metrics_of_a_summary_are_those_that_were_foretold():
-    found = summary_metrics(SUMMARY)
-    assert found["bytes"] == 1000
-    assert found["speedup"] == 4
-    assert found["parameter_bytes"] == 1000
-    assert set(found) == set(expected_summary("xnnpack", drawn=True))
+    metrics = summary_metrics(SUMMARY)
+    assert metrics["bytes"] == 1000
+    assert metrics["speedup"] == 4
+    assert metrics["parameter_bytes"] == 1000
+    assert set(metrics) == set(expected_summary("xnnpack", drawn=True))
     packed = {**SUMMARY, "backend": "packed", "program": None,
               "milliseconds_per_step": {"packed": 2.0, "float": 8.0},
               "files": {"model.safetensors": 950},

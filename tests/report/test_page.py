@@ -67,7 +67,9 @@ def test_every_drawing_has_marks_a_role_and_words(page):
 
 
 def test_every_chart_is_there_for_both_screens_with_a_title_axes_and_its_numbers(page):
-    charts = [one for one in page.all("figure") if one.attributes.get("class") == "chart"]
+    charts = [
+        element for element in page.all("figure") if element.attributes.get("class") == "chart"
+    ]
     assert {chart.attributes["id"] for chart in charts} >= {
         "unet-bits", "unet-bytes", "unet-levels", "unet-heat", "unet-solve", "unet-judged",
     }  # fmt: skip
@@ -84,15 +86,15 @@ def test_every_chart_is_there_for_both_screens_with_a_title_axes_and_its_numbers
 def test_a_chart_says_the_same_numbers_as_its_words_and_its_table(page, record):
     part = record.parts[0]
     levels, sizes = (
-        next(one for one in page.all("figure") if one.attributes.get("id") == name)
+        next(element for element in page.all("figure") if element.attributes.get("id") == name)
         for name in ("unet-levels", "unet-bytes")
     )
     for svg in sizes.all("svg"):
         assert bytes_text(part.stored_bytes) in [text.text for text in svg.all("text")]
-    told = [f"{one.sqnr_db:.1f}" for one in part.levels]
-    assert [text.text for text in levels.all("svg")[0].all("text") if text.text in told] == told
+    ratios = [f"{point.sqnr_db:.1f}" for point in part.levels]
+    assert [text.text for text in levels.all("svg")[0].all("text") if text.text in ratios] == ratios
     rows = [[cell.text for cell in row.all("td")] for row in levels.all("tr")[1:]]
-    assert rows == [[one, one] for one in told]
+    assert rows == [[ratio, ratio] for ratio in ratios]
 
 
 def test_a_page_of_a_large_model_stays_small(record):
@@ -125,7 +127,7 @@ def test_a_page_of_ratios_that_are_no_number_is_still_a_page(record, ratio):
         level.model_copy(update={"sqnr_db": ratio, "backend_sqnr_db": ratio})
         for level in part.levels
     )
-    judged = tuple(one.model_copy(update={"sqnr_db": ratio}) for one in part.judged)
+    judged = tuple(score.model_copy(update={"sqnr_db": ratio}) for score in part.judged)
     odd = part.model_copy(
         update={
             "layers": layers,
@@ -149,14 +151,14 @@ def test_colours_are_the_pages_own_so_that_both_themes_are_right(html):
 def test_names_inside_drawings_are_no_others_twice(html):
     names = re.findall(r'\bid="([^"]+)"', html)
     assert len(names) == len(set(names))
-    wanted = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', html)
-    assert {one or other for one, other in wanted} <= set(names)
+    links = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', html)
+    assert {href or url for href, url in links} <= set(names)
 
 
 def test_every_number_of_the_record_is_finite_and_known_or_explained(numbers, record):
-    found = every_number(numbers)
-    assert len(found) > 100
-    assert all(math.isfinite(number) for number in found)
+    values = every_number(numbers)
+    assert len(values) > 100
+    assert all(math.isfinite(number) for number in values)
     part = record.parts[0]
     assert part.milliseconds is not None
     assert part.backend_epsilon_sqnr_db == part.epsilon_sqnr_db
@@ -177,7 +179,9 @@ def test_what_is_missing_is_said_on_the_page_and_no_zero_stands_there(page, reco
 
 
 def test_the_command_of_the_page_is_that_of_the_record(page, record, three_bits):
-    (command,) = [one for one in page.all("code") if one.attributes.get("id") == "unet-command"]
+    (command,) = [
+        element for element in page.all("code") if element.attributes.get("id") == "unet-command"
+    ]
     assert command.text == record.command
     assert record.command.startswith("mpqdm-fx quantize ")
     assert record.command.endswith(f"--output {three_bits}")
@@ -198,7 +202,9 @@ def test_a_page_without_float_model_draws_no_chart_of_errors_and_says_why(record
         update={"parts": (part,), "pictures": None, "missing": {"gallery": why, "float": why}}
     )
     page = read_page(render_report(bare, None))
-    charts = {one.attributes["id"] for one in page.all("figure") if "id" in one.attributes}
+    charts = {
+        element.attributes["id"] for element in page.all("figure") if "id" in element.attributes
+    }
     assert charts == {"unet-bits", "unet-bytes"}
     assert page.text.lower().count(why) >= 3
     assert page.all("img") == []
@@ -223,20 +229,31 @@ def left_in_float(record):
 
 
 def test_a_part_that_stayed_in_float_is_told_with_its_reason_and_costs(record, left_in_float):
-    both = record.model_copy(update={"float_parts": (left_in_float,)})
-    html = render_report(both, None)
+    mixed = record.model_copy(update={"float_parts": (left_in_float,)})
+    html = render_report(mixed, None)
     page = read_page(html)
     (section,) = [
-        one for one in page.all("section") if one.attributes.get("id") == "vae_decoder-float"
+        element
+        for element in page.all("section")
+        if element.attributes.get("id") == "vae_decoder-float"
     ]
-    for told in ("its output has 21.0 dB, less than 30", "7.00 kB", "a call, batch 1", "view_copy"):
-        assert told in section.text
+    for phrase in (
+        "its output has 21.0 dB, less than 30",
+        "7.00 kB",
+        "a call, batch 1",
+        "view_copy",
+    ):
+        assert phrase in section.text
     assert "float32_bytes" not in section.text
     assert "vae_decoder: float" in page.text
-    shipped = both.parts[0].shipped_bytes + 7000
-    (cards, *_) = [one for one in page.all("section") if one.attributes.get("class") == "cards"]
+    shipped = mixed.parts[0].shipped_bytes + 7000
+    (cards, *_) = [
+        element for element in page.all("section") if element.attributes.get("class") == "cards"
+    ]
     assert bytes_text(shipped).partition(" ")[0] in cards.text
-    (parts,) = [one for one in page.all("section") if one.attributes.get("id") == "parts"]
+    (parts,) = [
+        element for element in page.all("section") if element.attributes.get("id") == "parts"
+    ]
     assert [row.all("th")[0].text for row in parts.all("tr")[1:]] == ["unet", "vae_decoder"]
     names = re.findall(r'\bid="([^"]+)"', html)
     assert len(names) == len(set(names))
@@ -247,7 +264,7 @@ def test_a_page_of_float_programs_alone_says_so(record, left_in_float):
     denoiser = left_in_float.model_copy(update={"name": "denoiser", "calls_per_step": 2})
     bare = record.model_copy(update={"parts": (), "float_parts": (denoiser, left_in_float)})
     page = read_page(render_report(bare, None))
-    (title,) = [one for one in page.all("p") if one.attributes.get("class") == "title"]
+    (title,) = [element for element in page.all("p") if element.attributes.get("class") == "title"]
     assert title.text == "float"
     assert "the denoiser was not quantized" in page.text
     assert "2 calls" in page.text
@@ -278,8 +295,8 @@ def test_what_runs_once_per_image_predicts_no_noise(record):
 
 def test_a_page_of_several_parts_has_all_of_each_and_no_name_twice(record):
     (part,) = record.parts
-    both = record.model_copy(update={"parts": (part, part.model_copy(update={"name": "vae"}))})
-    html = render_report(both, None)
+    pair = record.model_copy(update={"parts": (part, part.model_copy(update={"name": "vae"}))})
+    html = render_report(pair, None)
     names = re.findall(r'\bid="([^"]+)"', html)
     assert len(names) == len(set(names))
     assert {"unet-heat", "vae-heat", "unet-layer-0", "vae-layer-0"} <= set(names)

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def session():
-    with chromium.browser() as found:
-        yield found
+    with chromium.browser() as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,8 @@ def test_frechet_distance_equals_the_direct_formula(count):
 def test_frechet_distance_of_shifted_features_is_the_squared_shift(seed, shift):
     features = gaussian(50, 4, seed)
     expected = 4 * shift**2
-    found = frechet_distance(features.double(), features.double() + shift)
-    assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    distance = frechet_distance(features.double(), features.double() + shift)
+    assert distance == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_frechet_distance_is_zero_for_equal_sets_and_symmetric():
@@ -75,8 +75,8 @@ def test_missing_torchmetrics_is_an_error_that_says_what_to_install(monkeypatch)
 def test_epsilon_sqnr_pools_signal_and_noise_over_batches():
     batches = [{"x": torch.tensor([1.0, 1.0])}, {"x": torch.tensor([3.0])}]
     noise = iter([torch.tensor([0.1, 0.0]), torch.tensor([0.3])])
-    found = epsilon_sqnr(lambda x: x, lambda x: (x + next(noise),), batches)
-    assert found == pytest.approx(10 * math.log10(11 / 0.1), abs=1e-4)
+    ratio = epsilon_sqnr(lambda x: x, lambda x: (x + next(noise),), batches)
+    assert ratio == pytest.approx(10 * math.log10(11 / 0.1), abs=1e-4)
 
 
 def test_epsilon_sqnr_of_a_model_with_itself_is_infinite():
@@ -116,7 +116,7 @@ SETTINGS = {"num_samples": 40, "num_inference_steps": 4, "batch_size": 16, "seed
 
 
 def test_evaluation_of_the_reference_itself_is_perfect():
-    found = evaluate_denoiser(
+    metrics = evaluate_denoiser(
         denoiser(),
         denoiser(),
         DDIMScheduler(),
@@ -124,10 +124,10 @@ def test_evaluation_of_the_reference_itself_is_perfect():
         **SETTINGS,
         sample_shape=(1, 4, 4),
     )
-    assert found.epsilon_sqnr == found.x0_sqnr == math.inf
-    assert found.frechet_distance == pytest.approx(0.0, abs=1e-6)
-    assert found.accuracy == found.reference_accuracy == 1.0
-    assert json.loads(json.dumps(found.to_dict()))["x0_sqnr"] == "inf"
+    assert metrics.epsilon_sqnr == metrics.x0_sqnr == math.inf
+    assert metrics.frechet_distance == pytest.approx(0.0, abs=1e-6)
+    assert metrics.accuracy == metrics.reference_accuracy == 1.0
+    assert json.loads(json.dumps(metrics.to_dict()))["x0_sqnr"] == "inf"
 
 
 def test_a_larger_error_is_worse_in_every_distance():

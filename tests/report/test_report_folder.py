@@ -102,8 +102,8 @@ def test_without_the_extra_one_line_says_how_to_get_a_report(monkeypatch, caplog
 
 def test_folders_of_one_float_model_are_compared_on_the_same_noise(three_bits, five_bits, tmp_path):
     page = tmp_path / "compare.html"
-    found = compare_folders([three_bits, five_bits], page, samples=2)
-    assert list(found) == ["three", "five"]
+    comparisons = compare_folders([three_bits, five_bits], page, samples=2)
+    assert list(comparisons) == ["three", "five"]
     html = page.read_text(encoding="utf-8")
     for title in ("float", "three", "five", "three, difference", "five, difference"):
         assert f'alt="{title}' in html
@@ -112,14 +112,14 @@ def test_folders_of_one_float_model_are_compared_on_the_same_noise(three_bits, f
 
 
 def test_folders_of_different_float_models_are_refused_by_name(three_bits, tmp_path):
-    other = saved_unet(tmp_path / "other", seed=1)
+    unet_folder = saved_unet(tmp_path / "other", seed=1)
     moved = shutil.copytree(three_bits, tmp_path / "moved")
     origin = read(moved / "source.json")
     with rewritten_folder(moved) as stage:
         (stage / "source.json").unlink()
-        (stage / "source.json").write_text(json.dumps({**origin, "model": str(other)}))
+        (stage / "source.json").write_text(json.dumps({**origin, "model": str(unet_folder)}))
     with pytest.raises(ArtifactError) as refusal:
         compare_folders([three_bits, moved], tmp_path / "compare.html")
-    assert str(other) in str(refusal.value)
+    assert str(unet_folder) in str(refusal.value)
     assert origin["model"] in str(refusal.value)
     assert not (tmp_path / "compare.html").exists()

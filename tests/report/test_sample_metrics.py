@@ -27,17 +27,17 @@ def direct_ssim(first, second):
         return ndimage.gaussian_filter(values, deviation, mode="mirror", radius=window // 2)
 
     c1, c2 = 0.01**2, 0.03**2
-    found = []
+    similarities = []
     for x, y in zip(first.double().numpy(), second.double().numpy(), strict=True):
         for a, b in zip((x + 1) / 2, (y + 1) / 2, strict=True):
             mean_a, mean_b = blur(a), blur(b)
             variances = blur(a * a) - mean_a**2 + blur(b * b) - mean_b**2
             covariance = blur(a * b) - mean_a * mean_b
-            found.append(
+            similarities.append(
                 ((2 * mean_a * mean_b + c1) * (2 * covariance + c2))
                 / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
             )
-    return float(np.mean(found))
+    return float(np.mean(similarities))
 
 
 @pytest.mark.parametrize("side", [32, 16, 8, 5, 3])
@@ -51,9 +51,9 @@ def test_ssim_equals_the_direct_formula_however_small_the_pictures_are(side):
     ("side", "window"), [(64, 11), (16, 11), (11, 11), (10, 9), (8, 7), (4, 3), (3, 3)]
 )
 def test_the_window_of_ssim_is_the_papers_where_it_fits_and_else_the_largest_odd_one(side, window):
-    found, deviation = structural_window(side, side + 4)
-    assert found == window
-    assert deviation / (found // 2) == pytest.approx(0.3)
+    size, deviation = structural_window(side, side + 4)
+    assert size == window
+    assert deviation / (size // 2) == pytest.approx(0.3)
 
 
 def test_psnr_equals_the_direct_formula_of_clipped_pictures():
@@ -81,8 +81,8 @@ def direct_kernel_distance(first, second):
     """Mean kernel within each set, less that between them, pair by pair."""
     x, y = first.double().numpy(), second.double().numpy()
 
-    def mean(these, those):
-        return np.mean([(float(a @ b) / x.shape[1] + 1) ** 3 for a in these for b in those])
+    def mean(rows, columns):
+        return np.mean([(float(a @ b) / x.shape[1] + 1) ** 3 for a in rows for b in columns])
 
     return mean(x, x) + mean(y, y) - 2 * mean(x, y)
 

@@ -20,22 +20,22 @@ PARTS = {"MotionAdapter"}
 
 
 def unet_classes():
-    found = {"UNetControlNetXSModel": UNetControlNetXSModel}
+    classes = {"UNetControlNetXSModel": UNetControlNetXSModel}
     for info in pkgutil.iter_modules(unets.__path__, f"{unets.__name__}."):
         if "flax" in info.name:
             continue
         module = importlib.import_module(info.name)
         for name, value in vars(module).items():
-            own = isinstance(value, type) and value.__module__ == info.name
-            if own and issubclass(value, ModelMixin) and name not in PARTS:
-                found[name] = value
-    return found
+            is_local = isinstance(value, type) and value.__module__ == info.name
+            if is_local and issubclass(value, ModelMixin) and name not in PARTS:
+                classes[name] = value
+    return classes
 
 
 UNETS = unet_classes()
 SETTINGS = {
-    name: [setting for setting in inspect.signature(found.__init__).parameters if setting != "self"]
-    for name, found in UNETS.items()
+    name: [setting for setting in inspect.signature(unet.__init__).parameters if setting != "self"]
+    for name, unet in UNETS.items()
 }
 
 
@@ -50,13 +50,16 @@ def test_every_setting_gives_inputs_that_forward_takes_or_is_inside(name):
     for setting in SETTINGS[name]:
         inputs = inputs_of_field(name, setting)
         assert inputs is not None, f"{name} has a setting {setting}: say what it does"
-        assert all(given.partition(".")[0] in arguments for given in inputs), (setting, inputs)
+        assert all(argument.partition(".")[0] in arguments for argument in inputs), (
+            setting,
+            inputs,
+        )
 
 
 def test_the_table_has_no_setting_that_no_class_has():
-    every = {setting for settings in SETTINGS.values() for setting in settings}
-    assert {*FIELDS, *INNER} <= every
-    assert all(set(own) <= set(SETTINGS[name]) for name, own in CLASSES.items())
+    known = {setting for settings in SETTINGS.values() for setting in settings}
+    assert {*FIELDS, *INNER} <= known
+    assert all(set(fields) <= set(SETTINGS[name]) for name, fields in CLASSES.items())
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -85,10 +88,10 @@ OPTIONAL = {
 def leaves(value, name=""):
     """Tensors of nested dicts, by dotted name."""
     if isinstance(value, dict):
-        found = {}
+        tensors = {}
         for key, entry in value.items():
-            found |= leaves(entry, f"{name}.{key}" if name else key)
-        return found
+            tensors |= leaves(entry, f"{name}.{key}" if name else key)
+        return tensors
     return {name: value} if isinstance(value, torch.Tensor) else {}
 
 
@@ -106,7 +109,7 @@ def replaced(call, name, value):
     return {**call, first: replaced(call[first], rest, value) if rest else value}
 
 
-def other(value):
+def flipped(value):
     """Another value of the same kind."""
     if value.dtype == torch.int64:
         return value.roll(1, 0) + 1 if value.ndim == 1 else (value + 1) % 2
@@ -117,16 +120,16 @@ def other(value):
 def test_every_input_of_the_table_changes_what_the_model_predicts(name):
     case = CASES[name]
     model, call = small_inputs(case)
-    wanted = {key for key in leaves(case.inputs(2, 500)) if key.partition(".")[0] not in OPTIONAL}
+    required = {key for key in leaves(case.inputs(2, 500)) if key.partition(".")[0] not in OPTIONAL}
     unread = {key for key, value in call.items() if value is None}  # the class wants to be told
-    assert wanted - unread <= {*leaves(call), "timestep"}
+    assert required - unread <= {*leaves(call), "timestep"}
     with torch.no_grad():
         right = model(**call, return_dict=False)[0] if name != "UVit2DModel" else model(**call)
         for key, value in leaves(call).items():
-            changed = replaced(call, key, other(value))
-            found = (
+            changed = replaced(call, key, flipped(value))
+            output = (
                 model(**changed, return_dict=False)[0]
                 if name != "UVit2DModel"
                 else model(**changed)
             )
-            assert not torch.equal(found, right), f"{key} does not reach the model"
+            assert not torch.equal(output, right), f"{key} does not reach the model"

@@ -28,9 +28,9 @@ def test_later_batches_get_ancestral_noise_of_their_own():
     scheduler.set_timesteps(3)
     first, *rest = torch.split(drawn - noise * scheduler.init_noise_sigma, 2)
     assert float(first.std()) > 1
-    for other in rest:
-        assert not torch.isclose(first, other, atol=1e-3).all()
-        correlation = torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1]
+    for later in rest:
+        assert not torch.isclose(first, later, atol=1e-3).all()
+        correlation = torch.corrcoef(torch.stack([first.flatten(), later.flatten()]))[0, 1]
         assert abs(float(correlation)) < 0.4
 
 
@@ -43,6 +43,6 @@ def test_a_program_takes_batches_beyond_the_traced_range(tmp_path):
     program = lower_xnnpack_float(
         graph, example_inputs(signature, batch_size=1), tmp_path / "net.pte"
     )
-    (found,) = runner_denoiser(XnnpackRunner(program.path), signature)(**inputs)
+    (output,) = runner_denoiser(XnnpackRunner(program.path), signature)(**inputs)
     with torch.no_grad():
-        assert torch.allclose(found, model(**inputs), rtol=1e-3, atol=1e-4)
+        assert torch.allclose(output, model(**inputs), rtol=1e-3, atol=1e-4)

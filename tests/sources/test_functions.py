@@ -61,10 +61,10 @@ def file(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "calls"), [("yields", 5), ("returns", 1)])
 def test_calls_of_a_file_are_read_whole(file, name, calls):
-    given = calls_of(f"{file}:{name}", TinyEDM())
-    assert len(given) == len(list(given)) == calls
-    assert set(given.calls[0]) == {"noisy", "sigma", "difficulty"}
-    assert list(given.held_out_calls) == list(range(calls - calls // 4, calls))
+    data = calls_of(f"{file}:{name}", TinyEDM())
+    assert len(data) == len(list(data)) == calls
+    assert set(data.calls[0]) == {"noisy", "sigma", "difficulty"}
+    assert list(data.held_out_calls) == list(range(calls - calls // 4, calls))
 
 
 def test_calls_of_a_module_on_the_path_are_found(file, monkeypatch):
@@ -74,9 +74,9 @@ def test_calls_of_a_module_on_the_path_are_found(file, monkeypatch):
 
 
 def test_so_many_calls_are_held_out_as_are_asked_for(file):
-    given = calls_of(f"{file}:yields", TinyEDM(), held_out=2)
-    assert given.held_out_calls == range(3, 5)
-    assert given.held_out == given.calls[3:]
+    data = calls_of(f"{file}:yields", TinyEDM(), held_out=2)
+    assert data.held_out_calls == range(3, 5)
+    assert data.held_out == data.calls[3:]
     with pytest.raises(ConfigError, match=r"--held-out 5: of the 5 calls.*0 to 4"):
         calls_of(f"{file}:yields", TinyEDM(), held_out=5)
 

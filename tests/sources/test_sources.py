@@ -99,9 +99,9 @@ def test_a_graph_of_a_folder_reads_every_input_of_its_calibration(kind, tmp_path
     graph = trace(source.model, source.example_inputs)
     assert unread_inputs(graph) == ()
     call = next(iter(calibration_of(source, trajectories=2, steps=2, seed=0)))
-    found = graph(**graph.meta["signature"].normalize((), call))[0]
+    output = graph(**graph.meta["signature"].normalize((), call))[0]
     with torch.no_grad():
-        assert torch.equal(found, source.model(**call).sample)
+        assert torch.equal(output, source.model(**call).sample)
 
 
 def test_an_input_that_the_graph_does_not_read_is_named(caplog):
@@ -134,8 +134,8 @@ def test_an_inpainting_unet_is_quantized_on_nine_channels(inpainting):
     )
     quantized = quantize(source.model, config, data)
     right = draw(source, source.model, num=2, steps=2, seed=5)
-    found = draw(source, quantized, num=2, steps=2, seed=5)
-    assert (found - right).norm() < 0.1 * right.norm()
+    images = draw(source, quantized, num=2, steps=2, seed=5)
+    assert (images - right).norm() < 0.1 * right.norm()
 
 
 def test_the_refiner_has_four_sizes_and_a_score_beside_a_text(tmp_path):
@@ -213,7 +213,9 @@ def test_a_class_that_needs_another_package_is_refused_with_its_name(copied, mon
     monkeypatch.setattr(diffusers.schedulers, name, getattr(dummies, name))
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda found: None if found == "torchsde" else real(found)
+        importlib.util,
+        "find_spec",
+        lambda package: None if package == "torchsde" else real(package),
     )
     words = rf"{name} of diffusers needs torchsde, .*: pip install torchsde$"
     with pytest.raises(ArtifactError, match=words):

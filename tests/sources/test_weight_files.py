@@ -22,9 +22,9 @@ def load(folder, variant=None):
 
 def same(source, dtype=torch.float32):
     expected = unet_of(KIND).state_dict()
-    found = source.model.state_dict()
+    state = source.model.state_dict()
     return all(
-        torch.equal(found[name], tensor.to(dtype).float()) for name, tensor in expected.items()
+        torch.equal(state[name], tensor.to(dtype).float()) for name, tensor in expected.items()
     )
 
 
@@ -62,8 +62,8 @@ def test_several_files_load_as_one_model(tmp_path, variant):
     folder = folder_of(KIND, tmp_path, max_shard_size="100KB", variant=variant)
     files = weight_files(folder / "unet", variant)
     assert len(files) > 1
-    wanted = sum(tensor.numel() for tensor in unet_of(KIND).state_dict().values())
-    assert count_numbers(files) == wanted
+    numbers = sum(tensor.numel() for tensor in unet_of(KIND).state_dict().values())
+    assert count_numbers(files) == numbers
     assert same(load(folder, variant))
 
 

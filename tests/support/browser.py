@@ -28,8 +28,8 @@ class Browser:
     def __init__(self, port: int) -> None:
         self._base = f"http://127.0.0.1:{port}"
         options = {"args": list(_ARGUMENTS)}
-        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
-        self._session = f"/session/{self._call('POST', '/session', wanted)['sessionId']}"
+        capabilities = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
+        self._session = f"/session/{self._call('POST', '/session', capabilities)['sessionId']}"
 
     def open(self, page: Path, *, width: int, theme: str) -> None:
         """Show a page on a screen of a width, in a theme."""

@@ -48,8 +48,8 @@ def discover_passes() -> list[type[GraphPass]]:
     """Return every concrete pass class that a module of `FOLDERS` defines."""
     infos = [i for f in FOLDERS for i in pkgutil.walk_packages(f.__path__, f"{f.__name__}.")]
     modules = [importlib.import_module(i.name) for i in infos if not i.name.endswith(".base")]
-    found = [cls for m in modules for cls in vars(m).values() if _is_pass_of(m.__name__, cls)]
-    return sorted(found, key=lambda cls: cls.__name__)
+    classes = [cls for m in modules for cls in vars(m).values() if _is_pass_of(m.__name__, cls)]
+    return sorted(classes, key=lambda cls: cls.__name__)
 
 
 def _is_pass_of(module_name: str, value: object) -> bool:
@@ -59,13 +59,13 @@ def _is_pass_of(module_name: str, value: object) -> bool:
 
 
 @functools.cache
-def zoo(every: int = 1) -> tuple[RandomGraph, ...]:
+def zoo(stride: int = 1) -> tuple[RandomGraph, ...]:
     """Return graphs with each kind and variant of block: every pass meets what it is for.
 
     Each comes three times: plain, with quantized activations, and with chains that quantize at run
-    time. `every` thins them out.
+    time. `stride` thins them out.
     """
-    plain = list(_plain_zoo(every))
+    plain = list(_plain_zoo(stride))
     return (
         *plain,
         *map(with_quantized_activations, plain),
@@ -73,10 +73,10 @@ def zoo(every: int = 1) -> tuple[RandomGraph, ...]:
     )
 
 
-def _plain_zoo(every: int) -> Iterator[RandomGraph]:
+def _plain_zoo(stride: int) -> Iterator[RandomGraph]:
     for index, kind in enumerate(KINDS):
         for variant in range(4):
-            if (index + variant) % every:
+            if (index + variant) % stride:
                 continue
             block = Block(kind=kind, variant=variant, channels=8)
             before = (Block(kind="conv", channels=8, stride=2), Block(kind="conv", groups=2))
@@ -169,9 +169,9 @@ def runs(trial: Trial) -> None:
         before, after = trial.before(**inputs), trial.after(**inputs)
     added = has_lanes(trial.after) and not has_lanes(trial.before)
     for lane in after if added else (after,):
-        for want, got in zip(before, lane, strict=True):
-            assert (want.shape, want.dtype) == (got.shape, got.dtype)
-            assert got.isfinite().all()
+        for expected, actual in zip(before, lane, strict=True):
+            assert (expected.shape, expected.dtype) == (actual.shape, actual.dtype)
+            assert actual.isfinite().all()
 
 
 def deterministic(trial: Trial) -> None:

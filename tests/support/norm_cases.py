@@ -57,11 +57,11 @@ def outputs(graph_module, x):
     return result[0] if isinstance(result, tuple) else result
 
 
-def assert_close(found, expected, rtol=1e-5):
+def assert_close(actual, expected, rtol=1e-5):
     """Same shape and dtype, and no number off by more than `rtol` of the largest."""
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype
-    assert (found - expected).abs().max() <= rtol * expected.abs().max()
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    assert (actual - expected).abs().max() <= rtol * expected.abs().max()
 
 
 def targets(graph_module):

@@ -67,12 +67,12 @@ return [...document.querySelectorAll('h1, h2, p, td, figcaption, summary, svg te
 def faults(session, page, *, width, theme):
     """What is wrong with a page on a screen; empty if nothing is."""
     session.open(page, width=width, theme=theme)
-    found = [f"empty: {what}" for what in session.run(EMPTY)]
-    found += [f"overflows: {what}" for what in session.run(OVERFLOWING)]
-    found += [f"overlaps: {what}" for what in session.run(OVERLAPPING)]
+    messages = [f"empty: {element}" for element in session.run(EMPTY)]
+    messages += [f"overflows: {element}" for element in session.run(OVERFLOWING)]
+    messages += [f"overlaps: {element}" for element in session.run(OVERLAPPING)]
     contrast = session.run(CONTRAST)
     if contrast < 4.5:  # of WCAG, for text
-        found.append(f"contrast: {contrast:.1f}")
+        messages.append(f"contrast: {contrast:.1f}")
     if session.run("return document.querySelectorAll('svg').length") < 3:
-        found.append("charts are missing")
-    return found
+        messages.append("charts are missing")
+    return messages

@@ -100,14 +100,14 @@ def measured_ranges(
     """Minimum and maximum of each layer's input and output on one call."""
     layers = weight_layers(graph)
     names = {node: name for name, layer in layers.items() for node in layer.nodes}
-    seen: dict[tuple[str, str], list[Tensor]] = {}
+    records: dict[tuple[str, str], list[Tensor]] = {}
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> object:
             result = super().run_node(n)
             if n in names:
-                seen.setdefault((names[n], "input"), []).append(self.env[n.args[0]].flatten())
-                seen.setdefault((names[n], "output"), []).append(result.flatten())
+                records.setdefault((names[n], "input"), []).append(self.env[n.args[0]].flatten())
+                records.setdefault((names[n], "output"), []).append(result.flatten())
             return result
 
     with torch.no_grad():
@@ -121,7 +121,9 @@ def measured_ranges(
         return ActivationRange(scale=scale, zero_point=zero_point, bits=bits)
 
     return {
-        name: StaticActivation(input=fit(seen[name, "input"]), output=fit(seen[name, "output"]))
+        name: StaticActivation(
+            input=fit(records[name, "input"]), output=fit(records[name, "output"])
+        )
         for name in layers
     }
 

@@ -18,8 +18,8 @@ class Heun:
             slope = (x - self.denoised(model, x, now, conditions)) / now
             ahead = x + (then - now) * slope
             if then:
-                other = (ahead - self.denoised(model, ahead, then, conditions)) / then
-                ahead = x + (then - now) * (slope + other) / 2
+                next_slope = (ahead - self.denoised(model, ahead, then, conditions)) / then
+                ahead = x + (then - now) * (slope + next_slope) / 2
             x = ahead
         return x
 
@@ -43,12 +43,12 @@ class Guided(Heun):
 
     def denoised(self, model, x, sigma, conditions):
         difficulty = conditions["difficulty"]
-        plain, own = model(
+        plain, conditional = model(
             noisy=torch.cat([x, x]),
             sigma=torch.full((2 * len(x),), sigma),
             difficulty=torch.cat([torch.zeros_like(difficulty), difficulty]),
         ).chunk(2)
-        return plain + 2.0 * (own - plain)
+        return plain + 2.0 * (conditional - plain)
 
 
 class Consistency:

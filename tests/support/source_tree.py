@@ -24,11 +24,11 @@ class Import:
 @functools.cache
 def modules() -> dict[str, Path]:
     """Map every module's dotted name to its file."""
-    found = {}
+    files = {}
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT.parent).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
 @functools.cache

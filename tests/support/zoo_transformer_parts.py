@@ -17,17 +17,17 @@ def case(
     """Make a case; ``tensors`` maps arguments to shapes without the batch, or to functions."""
 
     def inputs(batch: int, t: int) -> Inputs:
-        given: Inputs = {}
+        arguments: Inputs = {}
         for seed, (argument, value) in enumerate(tensors.items()):
             if argument == timestep:
-                given[argument] = value(batch, t)
+                arguments[argument] = value(batch, t)
             elif callable(value):
-                given[argument] = value(batch)
+                arguments[argument] = value(batch)
             elif isinstance(value, tuple):
-                given[argument] = normal(batch, *value, seed=seed)
+                arguments[argument] = normal(batch, *value, seed=seed)
             else:
-                given[argument] = value
-        return given
+                arguments[argument] = value
+        return arguments
 
     title = model_class.__name__ + (f"/{name}" if name else "")
     return Case(name=title, build=lambda: model_class(**config), inputs=inputs)

@@ -68,10 +68,10 @@ UNETS_1D = (
 
 def unet_2d(name: str, labels: Any = None, **config: Any) -> Case:
     def inputs(batch: int, t: int) -> Inputs:
-        given: Inputs = {"sample": normal(batch, 3, 16, 16), "timestep": t}
+        arguments: Inputs = {"sample": normal(batch, 3, 16, 16), "timestep": t}
         if labels is not None:
-            given["class_labels"] = labels(batch)
-        return given
+            arguments["class_labels"] = labels(batch)
+        return arguments
 
     defaults: Inputs = {
         "sample_size": 16,

@@ -38,70 +38,71 @@ def solution(of, levels="uniform", **numbers):
     )
 
 
-def same(found, wanted):
+def same(actual, expected):
     numbers = ("plan", "alpha", "beta", "damping", "base_error", "error", "rows", "seconds")
-    return all(getattr(found, key) == getattr(wanted, key) for key in numbers) and all(
-        torch.equal(getattr(found, key), getattr(wanted, key)) for key in ("codes", "scale", "bias")
+    return all(getattr(actual, key) == getattr(expected, key) for key in numbers) and all(
+        torch.equal(getattr(actual, key), getattr(expected, key))
+        for key in ("codes", "scale", "bias")
     )
 
 
 @pytest.mark.parametrize("levels", ["uniform", "codebook", "int4"])
 def test_what_was_solved_is_read_back(tmp_path, levels):
-    kept, body = Checkpoint(tmp_path, RUN), layer()
-    assert kept.load(body) is None
+    checkpoint, body = Checkpoint(tmp_path, RUN), layer()
+    assert checkpoint.load(body) is None
     solved = solution(body, levels, alpha=0.3, error=math.inf, base_error=0.25, rows=7, seconds=1.5)
-    kept.save(solved)
+    checkpoint.save(solved)
     assert same(Checkpoint(tmp_path, RUN, resume=True).load(body), solved)
 
 
 @given(data=st.data())
 def test_no_flipped_bit_passes(data, tmp_path_factory):
-    kept, body = Checkpoint(tmp_path_factory.mktemp("run"), RUN), layer()
-    kept.save(solution(body))
-    path = kept._path("body")
+    checkpoint, body = Checkpoint(tmp_path_factory.mktemp("run"), RUN), layer()
+    checkpoint.save(solution(body))
+    path = checkpoint._path("body")
     byte, bit = divmod(data.draw(st.integers(0, 8 * path.stat().st_size - 1)), 8)
     flip(path, byte, bit=bit)
     try:
-        found = kept.load(body)
+        loaded = checkpoint.load(body)
     except ArtifactError as error:
-        said = str(error)
+        message = str(error)
     else:  # padding of the header: nothing that was written has changed
-        assert same(found, solution(body))
+        assert same(loaded, solution(body))
         return
-    assert path.name in said
-    assert "delete this file and resume" in said or "update" in said
+    assert path.name in message
+    assert "delete this file and resume" in message or "update" in message
 
 
 NAMES = ["a b", "a_b", "a.b", "A b", "ä", "Ä", "x" * 300, "x" * 299 + "y", "../up", "a/b", "a\0b"]
 
 
 def test_no_two_layers_have_one_file_whatever_they_are_called(tmp_path):
-    kept = Checkpoint(tmp_path, RUN)
+    checkpoint = Checkpoint(tmp_path, RUN)
     for seed, name in enumerate(NAMES):
-        kept.save(solution(layer(name, seed)))
+        checkpoint.save(solution(layer(name, seed)))
     files = [path.name for path in tmp_path.iterdir() if path.name != "sweep.json"]
     assert len({name.lower() for name in files}) == len(NAMES)
     assert max(len(name.encode()) for name in files) < 200
     for seed, name in enumerate(NAMES):
-        assert same(kept.load(layer(name, seed)), solution(layer(name, seed)))
+        assert same(checkpoint.load(layer(name, seed)), solution(layer(name, seed)))
 
 
 def test_another_runs_and_another_layers_file_are_refused(tmp_path):
-    kept, body = Checkpoint(tmp_path / "this", RUN), layer()
-    other = Checkpoint(tmp_path / "other", {**RUN, "settings": {"weight_bits": 2, "seed": 0}})
-    other.save(solution(body))
-    other._path("body").rename(kept._path("body"))
+    checkpoint, body = Checkpoint(tmp_path / "this", RUN), layer()
+    foreign = Checkpoint(tmp_path / "other", {**RUN, "settings": {"weight_bits": 2, "seed": 0}})
+    foreign.save(solution(body))
+    foreign._path("body").rename(checkpoint._path("body"))
     with pytest.raises(ArtifactError, match=r"layer-body-.*of another run.*delete this file"):
-        kept.load(body)
-    kept.save(solution(layer("head")))
-    kept._path("head").replace(kept._path("body"))
+        checkpoint.load(body)
+    checkpoint.save(solution(layer("head")))
+    checkpoint._path("head").replace(checkpoint._path("body"))
     with pytest.raises(ArtifactError, match=r"does not fit body: it is of 'head'"):
-        kept.load(body)
+        checkpoint.load(body)
 
 
 def test_without_the_header_nothing_is_taken_for_granted(tmp_path):
-    kept = Checkpoint(tmp_path, RUN)
-    kept.save(solution(layer()))
+    checkpoint = Checkpoint(tmp_path, RUN)
+    checkpoint.save(solution(layer()))
     (tmp_path / "sweep.json").unlink()
     for resume in (True, False):
         with pytest.raises(ArtifactError, match=r"no sweep\.json.*delete it"):
@@ -164,9 +165,9 @@ def _plan(**changes):
     ],
 )
 def test_what_does_not_fit_the_layer_is_refused_by_name(tmp_path, change, message):
-    kept, body = Checkpoint(tmp_path, RUN), layer()
-    kept.save(solution(body))
-    path = kept._path("body")
+    checkpoint, body = Checkpoint(tmp_path, RUN), layer()
+    checkpoint.save(solution(body))
+    path = checkpoint._path("body")
     edit_record(path, "solved layer", 1, change)
     with pytest.raises(ArtifactError, match=rf"layer-body.*{message}.*delete this file and resume"):
-        kept.load(body)
+        checkpoint.load(body)

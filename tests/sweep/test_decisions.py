@@ -77,12 +77,12 @@ def test_codebooks_are_kept_where_their_table_is_short(unet):
 
 
 @pytest.mark.parametrize(
-    ("mode", "kept"), [("static", {"conv_in", "conv_out"}), ("dynamic", {"conv_in"})]
+    ("mode", "floats"), [("static", {"conv_in", "conv_out"}), ("dynamic", {"conv_in"})]
 )
-def test_the_ends_of_the_model_keep_float_activations(unet, mode, kept):
+def test_the_ends_of_the_model_keep_float_activations(unet, mode, floats):
     result = quantized(*unet, activation_mode=mode, slowdown=1)
     planned = {layer.name for layer in result.plan.layers}
-    assert planned - set(result.activations) == {*kept, "class_embedding"}
+    assert planned - set(result.activations) == {*floats, "class_embedding"}
 
 
 def test_non_finite_weights_are_refused_with_layer_and_count():

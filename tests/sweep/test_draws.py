@@ -17,35 +17,35 @@ def positions_of(draw, index, total, seed=0):
 
 
 @given(batches, st.integers(1, 30), st.integers(1, 400))
-def test_as_many_rows_as_wanted_are_drawn_and_none_twice(weights, each, wanted):
-    draw = RowDraw.of(weights, each, wanted)
+def test_as_many_rows_as_wanted_are_drawn_and_none_twice(weights, per_sample, count):
+    draw = RowDraw.of(weights, per_sample, count)
     samples = sum(map(len, weights))
     drawn = 0
-    for index, own in enumerate(weights):
-        positions = positions_of(draw, index, each * len(own))
+    for index, call_weights in enumerate(weights):
+        positions = positions_of(draw, index, per_sample * len(call_weights))
         assert len(set(positions.tolist())) == len(positions)
         assert bool((positions[1:] > positions[:-1]).all())
-        assert not len(positions) or int(positions[-1]) < each * len(own)
+        assert not len(positions) or int(positions[-1]) < per_sample * len(call_weights)
         drawn += len(positions)
-    assert drawn == min(wanted, each * samples)
+    assert drawn == min(count, per_sample * samples)
 
 
 @given(batches, st.integers(1, 30), st.integers(1, 400))
-def test_no_row_counts_much_more_than_the_mean(weights, each, wanted):
-    draw = RowDraw.of(weights, each, wanted)
-    every = torch.cat(weights).double()
-    counted = every * each / torch.cat(draw.expected)  # what each row of a sample counts
-    full = torch.cat(draw.expected) >= each - 1e-6  # of these there are no more
-    mean = float(every.sum()) * each / min(wanted, each * len(every))
+def test_no_row_counts_much_more_than_the_mean(weights, per_sample, count):
+    draw = RowDraw.of(weights, per_sample, count)
+    flat = torch.cat(weights).double()
+    counted = flat * per_sample / torch.cat(draw.expected)  # what each row of a sample counts
+    full = torch.cat(draw.expected) >= per_sample - 1e-6  # of these there are no more
+    mean = float(flat.sum()) * per_sample / min(count, per_sample * len(flat))
     # samples that ran out leave more rows to the others, so they count for less
     assert bool((counted[~full] <= mean / 0.75 + 1e-6).all())
 
 
 @given(batches, st.integers(1, 30), st.integers(0, 2**31))
-def test_all_rows_stand_for_themselves(weights, each, seed):
-    draw = RowDraw.of(weights, each, 10**6)
-    for index, own in enumerate(weights):
-        total = each * len(own)
+def test_all_rows_stand_for_themselves(weights, per_sample, seed):
+    draw = RowDraw.of(weights, per_sample, 10**6)
+    for index, call_weights in enumerate(weights):
+        total = per_sample * len(call_weights)
         positions = positions_of(draw, index, total, seed)
         assert torch.equal(positions, torch.arange(total))
         stands_for = draw.stands_for(index, positions, total)
@@ -55,21 +55,28 @@ def test_all_rows_stand_for_themselves(weights, each, seed):
 def test_weighted_sums_are_those_of_all_rows_on_average():
     generator = torch.Generator().manual_seed(3)
     weights = [torch.tensor([1.0, 0.01]), torch.tensor([0.2])]
-    each, values = 50, torch.rand(150, generator=generator)
+    per_sample, values = 50, torch.rand(150, generator=generator)
     whole = sum(
-        float((own.repeat_interleave(each) * values[start : start + each * len(own)]).sum())
-        for own, start in zip(weights, (0, 100), strict=True)
+        float(
+            (
+                call_weights.repeat_interleave(per_sample)
+                * values[start : start + per_sample * len(call_weights)]
+            ).sum()
+        )
+        for call_weights, start in zip(weights, (0, 100), strict=True)
     )
-    draw = RowDraw.of(weights, each, 30)
-    found = []
+    draw = RowDraw.of(weights, per_sample, 30)
+    totals = []
     for seed in range(400):
         total = 0.0
-        for index, (own, start) in enumerate(zip(weights, (0, 100), strict=True)):
-            positions = positions_of(draw, index, each * len(own), seed)
-            counted = own[positions // each] * draw.stands_for(index, positions, each * len(own))
+        for index, (call_weights, start) in enumerate(zip(weights, (0, 100), strict=True)):
+            positions = positions_of(draw, index, per_sample * len(call_weights), seed)
+            counted = call_weights[positions // per_sample] * draw.stands_for(
+                index, positions, per_sample * len(call_weights)
+            )
             total += float((counted * values[start + positions]).sum())
-        found.append(total)
-    assert sum(found) / len(found) == pytest.approx(whole, rel=0.02)
+        totals.append(total)
+    assert sum(totals) / len(totals) == pytest.approx(whole, rel=0.02)
 
 
 def test_a_value_that_samples_share_is_drawn_as_one():

@@ -20,11 +20,11 @@ def net():
 def test_activations_take_what_was_foretold(net):
     graph, calls = net
     settings = settings_of(rounding="nearest", propagation=0)
-    found = estimate(graph, calls, settings)
+    forecast = estimate(graph, calls, settings)
     sweep = start_sweep(graph, recorded(calls), settings)
     finish(sweep)
-    assert found.activation_bytes == sweep.walk.peak_bytes
-    assert found.smallest_limit <= found.activation_bytes <= found.peak_bytes
+    assert forecast.activation_bytes == sweep.walk.peak_bytes
+    assert forecast.smallest_limit <= forecast.activation_bytes <= forecast.peak_bytes
 
 
 def test_the_smallest_limit_is_the_one_that_the_sweep_names(net):
@@ -62,16 +62,16 @@ def test_more_work_is_expected_to_take_longer(net):
 
 def test_estimates_go_to_json(net):
     graph, calls = net
-    found = estimate(graph, calls, settings_of())
-    read = json.loads(json.dumps(found.to_dict()))
-    assert read["peak_bytes"] == found.peak_bytes
-    assert read["seconds"] == found.seconds
+    forecast = estimate(graph, calls, settings_of())
+    read = json.loads(json.dumps(forecast.to_dict()))
+    assert read["peak_bytes"] == forecast.peak_bytes
+    assert read["seconds"] == forecast.seconds
 
 
 def test_noise_levels_need_no_timesteps_of_the_calls(caplog):
     graph, calls = traced(tiny_unet(), unet_calls(1))
-    one = [{**calls[0], "timestep": torch.zeros_like(calls[0]["timestep"])}]
+    zeroed = [{**calls[0], "timestep": torch.zeros_like(calls[0]["timestep"])}]
     with caplog.at_level("WARNING"):
-        found = estimate(graph, one, settings_of(activation_mode="timestep"))
-    assert found.seconds > 0
+        forecast = estimate(graph, zeroed, settings_of(activation_mode="timestep"))
+    assert forecast.seconds > 0
     assert not caplog.records

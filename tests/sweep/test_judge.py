@@ -126,9 +126,9 @@ def test_the_default_is_never_worse_at_the_output_than_plain_rounding_on_held_ou
     exact = torch.cat([net(x) for x in held_out])
     ours = torch.cat([quantized(x) for x in held_out])
     plain = torch.cat(_plain_outputs(net, bits, held_out))
-    error, other = (float((exact - y).double().square().sum()) for y in (ours, plain))
+    error, plain_error = (float((exact - y).double().square().sum()) for y in (ours, plain))
     # the recipe has as many stored bits as equal ones and 8 in the first and the last layer take
-    assert error <= other * (1 + 1e-6)
+    assert error <= plain_error * (1 + 1e-6)
 
 
 @torch.no_grad()
@@ -140,29 +140,29 @@ def test_plain_rounding_is_taken_where_it_errs_less_and_the_report_says_so() -> 
     )
     # corrections fitted to rows of another world: all calls that fit are of one constant picture
     calls = [torch.full_like(x, 1e-3) if i < CALLS - HELD_OUT else x for i, x in enumerate(calls)]
-    kept, judged = (
+    unjudged, judged = (
         _quantized(net, MPQConfig(**{**config.to_dict(), "judge": judge}), calls)
         for judge in (False, True)
     )
-    assert not kept.report.judged
+    assert not unjudged.report.judged
     recipe, plain = judged.report.judged
     assert recipe.chosen == (recipe.error <= plain.error)
     assert plain.chosen != recipe.chosen
     best = min(recipe.error, plain.error)
     held_out = calls[-HELD_OUT:]
     exact = torch.cat([net(x) for x in held_out])
-    found = torch.cat([judged(x) for x in held_out])
-    measured = float((exact - found).square().sum() / exact.square().sum())
+    output = torch.cat([judged(x) for x in held_out])
+    measured = float((exact - output).square().sum() / exact.square().sum())
     assert measured == pytest.approx(best, rel=1e-3)
 
 
 def test_a_report_with_judgements_survives_json() -> None:
-    one = Judgement(recipe="the recipe", sqnr_db=(30.0, None), error=1e-3, chosen=True)
+    judgement = Judgement(recipe="the recipe", sqnr_db=(30.0, None), error=1e-3, chosen=True)
     report = QuantizationReport(
-        layers=(), calibration_calls=1, seconds=0.0, versions={}, judged=(one,)
+        layers=(), calibration_calls=1, seconds=0.0, versions={}, judged=(judgement,)
     )
     assert QuantizationReport.from_dict(report.to_dict()) == report
-    assert one.decibels == pytest.approx(30.0)
+    assert judgement.decibels == pytest.approx(30.0)
 
 
 def test_errors_count_in_the_group_of_their_sample() -> None:

@@ -88,8 +88,8 @@ def test_the_table_is_written_once_and_read_for_another_budget(net, tmp_path, mo
         raise AssertionError("measured again")
 
     monkeypatch.setattr("mpqdm_fx.sweep.measured.measure_sensitivity", refuse)
-    other = settings_of(allocation="measured", effective_bits=4.0)
-    start_sweep(graph, recorded(calls), other, run=RunOptions(sensitivity=path))
+    larger = settings_of(allocation="measured", effective_bits=4.0)
+    start_sweep(graph, recorded(calls), larger, run=RunOptions(sensitivity=path))
 
 
 def test_a_table_of_another_model_is_refused(net, table, tmp_path):
@@ -106,8 +106,8 @@ def test_fitted_levels_are_measured_only_where_the_settings_can_use_them(net, tm
     path = tmp_path / "table.safetensors"
     settings = settings_of(allocation="measured", effective_bits=4.0, levels=levels)
     start_sweep(graph, recorded(calls), settings, run=RunOptions(sensitivity=path))
-    found = SensitivityTable.load(path)
-    assert all((layer.codebook is not None) == (levels == "codebook") for layer in found.layers)
+    table = SensitivityTable.load(path)
+    assert all((layer.codebook is not None) == (levels == "codebook") for layer in table.layers)
 
 
 def test_a_table_without_fitted_levels_refuses_to_share_bits_with_them(net):
@@ -133,12 +133,12 @@ def test_another_budget_finds_what_was_measured_of_the_same_inputs(
     monkeypatch.setattr(preparation, "output_energies", count)
     path, records = tmp_path / "table.safetensors", recorded(calls)
 
-    def prepared(bits, kept, **settings):
+    def prepared(bits, inputs, **settings):
         config = settings_of(
             allocation="measured", activation_mode=mode, slowdown=1.5, effective_bits=bits,
             **settings,
         )  # fmt: skip
-        return start_sweep(graph, kept, config, run=RunOptions(sensitivity=path)).prepared
+        return start_sweep(graph, inputs, config, run=RunOptions(sensitivity=path)).prepared
 
     prepared(3.0, records)
     shared = prepared(4.0, records)

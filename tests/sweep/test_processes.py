@@ -46,9 +46,9 @@ def test_two_processes_quantize_to_the_same_weights_as_one(tmp_path, mode):
             [*command, str(script), str(tmp_path / name)], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
-    assert set(one) == set(two)
-    for name, (codes, weight) in one.items():
+    single, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    assert set(single) == set(two)
+    for name, (codes, weight) in single.items():
         assert torch.equal(codes, two[name][0]), name
         assert torch.equal(weight, two[name][1]), name
 

@@ -23,11 +23,11 @@ def unet():
 
 def _same(first, second):
     for name, layer in weight_layers(first.rounded, embeddings=True).items():
-        other = second.rounded.get_submodule(name)
-        assert torch.equal(layer.module.weight_codes, other.weight_codes), name
-        assert torch.equal(layer.module.weight_scale, other.weight_scale), name
+        counterpart = second.rounded.get_submodule(name)
+        assert torch.equal(layer.module.weight_codes, counterpart.weight_codes), name
+        assert torch.equal(layer.module.weight_scale, counterpart.weight_scale), name
         if getattr(layer.module, "bias", None) is not None:
-            assert torch.equal(layer.module.bias, other.bias), name
+            assert torch.equal(layer.module.bias, counterpart.bias), name
     assert first.activations == second.activations
     assert first.plan == second.plan
 
@@ -84,8 +84,8 @@ def test_resuming_with_other_sensitivities_is_refused_before_the_budget_is_misse
             for index, layer in enumerate(table.layers)
         ),
     )
-    other = skewed.save(tmp_path / "other.safetensors")
-    run = RunOptions(directory=tmp_path / "run", resume=True, sensitivity=other)
+    skewed_file = skewed.save(tmp_path / "other.safetensors")
+    run = RunOptions(directory=tmp_path / "run", resume=True, sensitivity=skewed_file)
     again = start_sweep(graph, recorded(calls), settings, run=run)
     with pytest.raises(ConfigError, match="give the sensitivity file of the run that was killed"):
         finish(again)

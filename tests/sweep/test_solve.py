@@ -99,10 +99,10 @@ def test_a_bias_that_helps_is_refitted_and_one_that_does_not_is_left():
     assert left.bias is None
     errors = [installed_error(layer, solution, like) for solution in (moved, left)]
     assert errors[0] < 0.9 * errors[1]
-    kept, never = solved(unlike), solved(unlike, bias_correction=False)
-    assert kept.bias is None
+    tried, never = solved(unlike), solved(unlike, bias_correction=False)
+    assert tried.bias is None
     # what may not help leaves the layer no worse than if it had not been tried
-    assert kept.error <= never.error * (1 + 1e-6)
+    assert tried.error <= never.error * (1 + 1e-6)
 
 
 def test_each_group_of_a_layer_decides_on_its_own():
@@ -120,9 +120,9 @@ def test_the_reported_errors_are_those_of_what_is_installed(seed, offset, propag
     layer = layer_of(seed)
     data = LayerData(train=rows_of(seed, 24, offset), validation=rows_of(seed + 1, 12))
     solution = solve_layer(layer, plan_of(layer, bits), data, settings_of(propagation=propagation))
-    found = solve._Problem.of(layer.weight.detach(), data, refit=solution.bias is not None)
+    problem = solve._Problem.of(layer.weight.detach(), data, refit=solution.bias is not None)
     error = installed_error(layer, solution, data.validation)
-    assert solution.error * found.signal == pytest.approx(error, rel=1e-3)
+    assert solution.error * problem.signal == pytest.approx(error, rel=1e-3)
     assert solution.error <= solution.base_error
 
 
@@ -131,11 +131,11 @@ def test_the_reported_errors_are_those_of_what_is_installed(seed, offset, propag
 
 @given(seeds, seeds, roundings, st.booleans())
 @settings(max_examples=10)
-def test_rows_that_count_nothing_move_nothing(seed, other, rounding, bias_correction):
+def test_rows_that_count_nothing_move_nothing(seed, content_seed, rounding, bias_correction):
     layer = layer_of(seed)
     weights = torch.tensor([1.0] * 20 + [0.0] * 10)
-    found = []
-    for content in (seed, other):
+    solutions = []
+    for content in (seed, content_seed):
         parts = [
             LayerRows.join([rows_of(seed + i, 20), rows_of(content + i + 2, 10, 50.0, error=9)])
             for i in range(2)
@@ -143,8 +143,8 @@ def test_rows_that_count_nothing_move_nothing(seed, other, rounding, bias_correc
         train, validation = (replace(part, weights=weights) for part in parts)
         options = settings_of(rounding=rounding, bias_correction=bias_correction)
         data = LayerData(train=train, validation=validation)
-        found.append(solve_layer(layer, plan_of(layer), data, options))
-    first, second = found
+        solutions.append(solve_layer(layer, plan_of(layer), data, options))
+    first, second = solutions
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.scale, second.scale)
     assert (first.bias is None) == (second.bias is None)
@@ -166,9 +166,9 @@ def test_a_noise_level_whose_errors_do_nothing_moves_no_code():
             layer, plan_of(layer), LayerData(train=train, validation=validation), settings_of()
         )
 
-    one, other = (solved([1.0, 0.0], offset) for offset in (3.0, -3.0))
-    assert torch.equal(one.codes, other.codes)
-    assert torch.equal(one.scale, other.scale)
+    positive, negative = (solved([1.0, 0.0], offset) for offset in (3.0, -3.0))
+    assert torch.equal(positive.codes, negative.codes)
+    assert torch.equal(positive.scale, negative.scale)
     alike = [solved([1.0, 1.0], offset) for offset in (3.0, -3.0)]
     assert not torch.equal(alike[0].codes, alike[1].codes)
 
@@ -188,8 +188,8 @@ def test_scales_without_clipping_are_taken_only_where_nearest_rounding_errs_less
     kind = "codebook" if fitted else "uniform"
     levels = RowLevels.fit(W, torch.tensor(bits), kind, gram.diagonal.float())
 
-    def error(found):
-        return gram.quadratic(W - found.snap(W) * found.scale[:, None])
+    def error(candidate):
+        return gram.quadratic(W - candidate.snap(W) * candidate.scale[:, None])
 
     nearest, fed_back = (
         solve._unclipped_where_better(W, levels, gram, settings_of(rounding=rounding))
@@ -211,8 +211,8 @@ def test_wide_rows_of_long_tails_are_not_clipped_where_inputs_are_correlated():
     gram = Gram.of(inputs)
     levels = RowLevels.fit(W, torch.full((8,), 6), "uniform", gram.diagonal.float())
     clipped = levels.with_scale(levels.scale * 0.8)  # as a search would that sees the rest alone
-    found = solve._unclipped_where_better(W, clipped, gram, settings_of())
-    assert torch.equal(found.scale, levels.unclipped(W).scale)
-    Q = [one.snap(W) * one.scale[:, None] for one in (clipped, found)]
+    chosen = solve._unclipped_where_better(W, clipped, gram, settings_of())
+    assert torch.equal(chosen.scale, levels.unclipped(W).scale)
+    Q = [candidate.snap(W) * candidate.scale[:, None] for candidate in (clipped, chosen)]
     before, after = (output_error(W - rounded, inputs, []).sum() for rounded in Q)
     assert float(after) < 0.5 * float(before)

@@ -38,11 +38,11 @@ def _assert_one_sweep_is_the_rerun(graph_module, calls, settings):
     held_out = weights.groups.held_out(calls)
     expected = rerun_for_every_layer(graph_module, calls, settings, held_out, weights)
     for name, layer in weight_layers(result.rounded).items():
-        other = expected.get_submodule(name)
-        assert torch.equal(layer.module.weight_codes, other.weight_codes), name
-        torch.testing.assert_close(layer.module.weight, other.weight)
+        counterpart = expected.get_submodule(name)
+        assert torch.equal(layer.module.weight_codes, counterpart.weight_codes), name
+        torch.testing.assert_close(layer.module.weight, counterpart.weight)
         if layer.module.bias is not None:
-            torch.testing.assert_close(layer.module.bias, other.bias)
+            torch.testing.assert_close(layer.module.bias, counterpart.bias)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -96,18 +96,18 @@ def test_a_sweep_can_be_stopped_looked_at_and_gone_on_with():
     graph_module, calls = traced(tiny_unet(), unet_calls())
     whole = quantized(graph_module, calls)
     sweep = start_sweep(graph_module, recorded(calls), settings_of())
-    seen = []
+    deltas = []
     for node in sweep:
         if node.name == "mid_block_resnets_0_conv1_hat":
-            seen = [sweep.delta(node.args[0])]
+            deltas = [sweep.delta(node.args[0])]
             break
     assert "mid_block.resnets.0.conv1" in sweep.solutions  # it is solved before it is executed
     assert "mid_block.resnets.0.conv2" not in sweep.solutions
-    assert 0 < seen[0] < 1
+    assert 0 < deltas[0] < 1
     result = finish(sweep)
     for name, layer in weight_layers(whole.rounded).items():
-        other = result.rounded.get_submodule(name)
-        assert torch.equal(layer.module.weight_codes, other.weight_codes)
+        counterpart = result.rounded.get_submodule(name)
+        assert torch.equal(layer.module.weight_codes, counterpart.weight_codes)
 
 
 def test_layers_whose_input_has_no_error_are_not_corrected():
@@ -182,20 +182,20 @@ def test_one_process_streams_without_holding_more_than_a_call():
 def test_how_many_rows_there_are_does_not_depend_on_which_call_is_looked_at():
     layer = torch.nn.Conv2d(3, 4, 3, padding=1)
     batches = [1, 16, 16, 7]
-    found = {
+    counts = {
         rows_of_all_calls(layer, torch.zeros(batch, 3, 8, 8), batches, index, 512)
         for index, batch in enumerate(batches)
     }
-    assert found == {512}
+    assert counts == {512}
 
 
 def test_decisions_see_all_calls_alike(monkeypatch):
     graph_module, calls = traced(tiny_unet(), unet_calls(3))
     settings = settings_of(allocation="omq", max_rows=64)
-    seen = {}
+    decided = {}
 
     def watched(layer, exact, rows, settings):
-        seen[layer.name] = rows
+        decided[layer.name] = rows
         return decide_layer(layer, exact, rows, settings)
 
     monkeypatch.setattr(sweep_module, "decide_layer", watched)
@@ -205,11 +205,11 @@ def test_decisions_see_all_calls_alike(monkeypatch):
     original = sweep._solve_with
     sweep._solve_with = lambda layer, rows: data.update({layer.name: rows}) or original(layer, rows)
     sweep.run()
-    assert seen
-    for name, rows in seen.items():
-        every = -(-len(data[name].train.inputs) // 20)
+    assert decided
+    for name, rows in decided.items():
+        step = -(-len(data[name].train.inputs) // 20)
         assert len(rows) <= 20
-        assert torch.equal(rows, data[name].train.inputs[::every]), name
+        assert torch.equal(rows, data[name].train.inputs[::step]), name
 
 
 def test_a_sweep_without_a_plan_decides_and_solves_every_layer():

@@ -21,14 +21,14 @@ class Card:
         name: What it is.
         value: The number.
         unit: Behind it.
-        told: What it is to be compared with.
+        note: What it is to be compared with.
         good: Whether it is what one would wish; None if that cannot be said.
     """
 
     name: str
     value: str
     unit: str = ""
-    told: str = ""
+    note: str = ""
     good: bool | None = None
 
 
@@ -60,26 +60,26 @@ def cards_of(part: Part) -> tuple[Card, ...]:
 
 def whole_of(record: ReportRecord) -> Whole | None:
     """What is to be said of all models of a folder together; None of one quantized model."""
-    every = record.every
-    if len(record.parts) == 1 == len(every):
+    parts = record.all_parts
+    if len(record.parts) == 1 == len(parts):
         return None
-    denoiser = max(every, key=lambda part: part.calls_per_step)
-    largest = max(every, key=lambda part: part.peak_bytes or 0)
+    denoiser = max(parts, key=lambda part: part.calls_per_step)
+    largest = max(parts, key=lambda part: part.peak_bytes or 0)
     return Whole(
         cards=(
             _size(
                 "Programs",
-                sum(part.shipped_bytes for part in every),
-                sum(part.float32_bytes for part in every),
+                sum(part.shipped_bytes for part in parts),
+                sum(part.float32_bytes for part in parts),
             ),
             _time(denoiser),
             _memory(largest, f"{largest.name}, "),
             _quality(denoiser)
             if isinstance(denoiser, Part)
-            else Card(name="Noise SQNR", value="float", told="the denoiser was not quantized"),
-            _wholeness(every),
+            else Card(name="Noise SQNR", value="float", note="the denoiser was not quantized"),
+            _wholeness(parts),
         ),
-        rows=tuple(map(_row, every)),
+        rows=tuple(map(_row, parts)),
     )
 
 
@@ -109,7 +109,7 @@ def _size(name: str, size: int, whole: int) -> Card:
         name=name,
         value=value,
         unit=unit,
-        told=f"{text.size_text(size, whole)}, {text.bytes_text(whole)}",
+        note=f"{text.size_text(size, whole)}, {text.bytes_text(whole)}",
         good=size < whole,
     )
 
@@ -117,17 +117,17 @@ def _size(name: str, size: int, whole: int) -> Card:
 def _time(part: Costs) -> Card:
     name = "Time a step" if part.calls_per_step else "Time a call"
     if part.milliseconds is None:
-        return Card(name=name, value=text.NONE, told="not measured")
-    told = ""
+        return Card(name=name, value=text.NONE, note="not measured")
+    note = ""
     if part.float_milliseconds:
-        told = f"eager float takes {part.float_milliseconds:.1f} ms; "
+        note = f"eager float takes {part.float_milliseconds:.1f} ms; "
     if part.calls_per_step > 1:
-        told += f"{part.calls_per_step} calls, "
+        note += f"{part.calls_per_step} calls, "
     return Card(
         name=name,
         value=f"{part.milliseconds:.1f}",
         unit="ms",
-        told=f"{told}batch 1, {part.threads} thread{'' if part.threads == 1 else 's'}",
+        note=f"{note}batch 1, {part.threads} thread{'' if part.threads == 1 else 's'}",
         good=None
         if part.float_milliseconds is None or part.program is None
         else part.milliseconds <= part.float_milliseconds,
@@ -136,17 +136,21 @@ def _time(part: Costs) -> Card:
 
 def _memory(part: Costs, of: str = "") -> Card:
     if part.peak_bytes is None:
-        return Card(name="Peak memory", value=text.NONE, told="not measured")
+        return Card(name="Peak memory", value=text.NONE, note="not measured")
     value, _, unit = text.bytes_text(part.peak_bytes).partition(" ")
-    other = part.float_peak_bytes
+    float_peak = part.float_peak_bytes
     call = "step" if part.calls_per_step == 1 else "call"
-    floats = "" if other is None else f"float takes {text.bytes_text(other)}; load and one {call}"
+    floats = (
+        ""
+        if float_peak is None
+        else f"float takes {text.bytes_text(float_peak)}; load and one {call}"
+    )
     return Card(
         name="Peak memory",
         value=value,
         unit=unit,
-        told=f"{of}{floats}".removesuffix(", "),
-        good=None if other is None or part.program is None else part.peak_bytes <= other,
+        note=f"{of}{floats}".removesuffix(", "),
+        good=None if float_peak is None or part.program is None else part.peak_bytes <= float_peak,
     )
 
 
@@ -155,14 +159,14 @@ def _quality(part: Part) -> Card:
     db = part.backend_epsilon_sqnr_db
     db = part.epsilon_sqnr_db if db is None else db
     if db is None:
-        return Card(name=f"{output} SQNR", value=text.NONE, told="not measured")
+        return Card(name=f"{output} SQNR", value=text.NONE, note="not measured")
     exact = math.isinf(db)
-    what = "predicted noise" if part.calls_per_step else "its output"
+    subject = "predicted noise" if part.calls_per_step else "its output"
     return Card(
         name=f"{output} SQNR",
         value=text.db_text(db),
         unit="" if exact else "dB",
-        told=f"{word_of_sqnr(db)}: {what} against float",
+        note=f"{word_of_sqnr(db)}: {subject} against float",
         good=db >= _GOOD_DB,
     )
 
@@ -171,7 +175,7 @@ def _bits(part: Part) -> Card:
     return Card(
         name="Bits a weight",
         value=text.bits_text(part.effective_bits),
-        told="of all weights, all overhead counted",
+        note="of all weights, all overhead counted",
     )
 
 
@@ -181,12 +185,12 @@ def _wholeness(parts: Sequence[Costs]) -> Card:
     whole = all(method.undelegated <= 1 and method.subgraphs == 1 for method in methods)
     subgraphs = sum(method.subgraphs for method in methods)
     outside = sum(method.undelegated for method in methods)
-    told = f"{subgraphs} XNNPACK subgraph{'' if subgraphs == 1 else 's'}"
+    note = f"{subgraphs} XNNPACK subgraph{'' if subgraphs == 1 else 's'}"
     if len(methods) > 1:
-        told += f" in {len(methods)} methods"
+        note += f" in {len(methods)} methods"
     return Card(
         name="One whole program" if len(methods) == 1 else "Whole programs",
         value="yes" if whole else "no",
-        told=f"{told}, {outside} node{'' if outside == 1 else 's'} outside",
+        note=f"{note}, {outside} node{'' if outside == 1 else 's'} outside",
         good=whole,
     )

@@ -83,17 +83,17 @@ def solve_chart(part: Part) -> Chart | None:
     known = [i for i, la in enumerate(layers) if _finite(la.sqnr_db)]
     if not known:
         return None
-    both = [i for i in known if _finite(layers[i].base_sqnr_db)]
+    rows = [i for i in known if _finite(layers[i].base_sqnr_db)]
 
     def draw(figure: "Figure", wide: bool) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         band_places(top, layers, wide)
         top.set_xlabel("")
         # one line with gaps: a line for each of many layers would make a large page
-        ends = [y for i in both for y in (layers[i].base_sqnr_db, layers[i].sqnr_db, math.nan)]
-        top.plot([i for i in both for _ in range(3)], ends, color=ACCENT, linewidth=1.4, alpha=0.45)
+        ends = [y for i in rows for y in (layers[i].base_sqnr_db, layers[i].sqnr_db, math.nan)]
+        top.plot([i for i in rows for _ in range(3)], ends, color=ACCENT, linewidth=1.4, alpha=0.45)
         top.plot(
-            both, [layers[i].base_sqnr_db for i in both], "o", markersize=2.6, color=FAINT,
+            rows, [layers[i].base_sqnr_db for i in rows], "o", markersize=2.6, color=FAINT,
             label="without propagation",
         )  # fmt: skip
         top.plot(
@@ -111,15 +111,15 @@ def solve_chart(part: Part) -> Chart | None:
         bottom.set_xlabel(_ORDER)
         bottom.set_xlim(-0.8, len(layers) - 0.2)
 
-    gains = [(layers[i].sqnr_db or 0) - (layers[i].base_sqnr_db or 0) for i in both]
+    gains = [(layers[i].sqnr_db or 0) - (layers[i].base_sqnr_db or 0) for i in rows]
     better = sum(1 for gain in gains if gain >= 0.05)
-    said = f", {max(gains):.1f} dB at the most" if better else ""
+    maximum = f", {max(gains):.1f} dB at the most" if better else ""
     return chart(
         f"{part.name}-solve",
         "What error propagation brings",
         f"Signal-to-noise ratio of every layer's output on held-out rows, with and without making "
         f"up for the error that reaches it, and the strength of that (0 none, 1 all). It raises "
-        f"{better} of {len(both)} layers{said}.",
+        f"{better} of {len(rows)} layers{maximum}.",
         draw,
         height=3.2,
         narrow_height=3.0,
@@ -137,24 +137,24 @@ def levels_chart(part: Part) -> Chart | None:
     """The output's error along a run."""
     if not part.levels:
         return None
-    levels = [one.level for one in part.levels]
-    own = [one.sqnr_db for one in part.levels]
-    theirs = [math.nan if (db := one.backend_sqnr_db) is None else db for one in part.levels]
-    pairs = zip(finite_or_nan(own), finite_or_nan(theirs), strict=True)
+    levels = [point.level for point in part.levels]
+    graph = [point.sqnr_db for point in part.levels]
+    backend = [math.nan if (db := point.backend_sqnr_db) is None else db for point in part.levels]
+    pairs = zip(finite_or_nan(graph), finite_or_nan(backend), strict=True)
     apart = any(abs(a - b) > 0.05 for a, b in pairs)  # not of NaN
 
     def draw(figure: "Figure", wide: bool) -> None:
         axes = figure.subplots()
         axes.plot(
-            finite_or_nan(own), "o-", color=ACCENT, linewidth=1.6, markersize=4, label="graph"
+            finite_or_nan(graph), "o-", color=ACCENT, linewidth=1.6, markersize=4, label="graph"
         )
         if apart:
             axes.plot(
-                finite_or_nan(theirs), "s--", color=SECOND, linewidth=1.2, markersize=3,
+                finite_or_nan(backend), "s--", color=SECOND, linewidth=1.2, markersize=3,
                 label=str(part.backend),
             )  # fmt: skip
             axes.legend(loc="best")
-        for index, value in enumerate(finite_or_nan(own)):
+        for index, value in enumerate(finite_or_nan(graph)):
             if wide and not math.isnan(value):
                 axes.annotate(
                     f"{value:.1f}", (index, value), xytext=(0, 7), textcoords="offset points",
@@ -166,7 +166,7 @@ def levels_chart(part: Part) -> Chart | None:
         axes.margins(x=0.04, y=0.2)
         _room(axes)
 
-    finite = [value for value in own if _finite(value)]
+    finite = [value for value in graph if _finite(value)]
     span = f"{min(finite):.1f} to {max(finite):.1f} dB" if finite else "exact everywhere"
     return chart(
         f"{part.name}-levels",
@@ -179,8 +179,8 @@ def levels_chart(part: Part) -> Chart | None:
         table=Table(
             head=(str(part.noise_argument), "graph dB", f"{part.backend or 'backend'} dB"),
             rows=tuple(
-                (f"{one.level:g}", db_text(one.sqnr_db), db_text(one.backend_sqnr_db))
-                for one in part.levels
+                (f"{point.level:g}", db_text(point.sqnr_db), db_text(point.backend_sqnr_db))
+                for point in part.levels
             ),
         ),
     )
@@ -210,7 +210,7 @@ def heat_chart(part: Part) -> Chart | None:
         axes.grid(visible=False)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        axes.set_yticks(range(len(levels)), [f"{one.level:.4g}" for one in levels])
+        axes.set_yticks(range(len(levels)), [f"{point.level:.4g}" for point in levels])
         axes.set_ylabel(str(part.noise_argument))
         axes.set_xlabel(_ORDER)
         _groups(axes, layers, wide)
@@ -231,7 +231,7 @@ def heat_chart(part: Part) -> Chart | None:
         height=2.7,
         narrow_height=2.9,
         table=Table(
-            head=("layer", *(f"{one.level:.4g}" for one in levels)),
+            head=("layer", *(f"{point.level:.4g}" for point in levels)),
             rows=tuple(
                 (layer.name, *(db_text(value) for value in layer.by_level or ()))
                 for layer in layers
@@ -242,15 +242,15 @@ def heat_chart(part: Part) -> Chart | None:
 
 def judged_chart(part: Part) -> Chart | None:
     """The recipe and plain rounding by group of noise levels."""
-    groups = max((len(one.by_group) for one in part.judged), default=0)
+    groups = max((len(score.by_group) for score in part.judged), default=0)
     if groups < 2:
         return None
 
     def draw(figure: "Figure", wide: bool) -> None:
         axes = figure.subplots()
-        for one, colour in zip(part.judged, (ACCENT, SECOND, FAINT, *SERIES[2:]), strict=False):
-            values = [math.nan if value is None else value for value in one.by_group]
-            label = one.recipe + (" (taken)" if one.chosen else "")
+        for score, colour in zip(part.judged, (ACCENT, SECOND, FAINT, *SERIES[2:]), strict=False):
+            values = [math.nan if value is None else value for value in score.by_group]
+            label = score.recipe + (" (taken)" if score.chosen else "")
             axes.plot(
                 range(1, groups + 1), values, "o-", color=colour, linewidth=1.5, markersize=3.5,
                 label=label,
@@ -268,7 +268,7 @@ def judged_chart(part: Part) -> Chart | None:
         f"{part.name}-judged",
         "The recipe against plain rounding",
         "Output's signal-to-noise ratio on held-out calls: "
-        + "; ".join(f"{one.recipe} {db_text(one.sqnr_db)} dB" for one in part.judged)
+        + "; ".join(f"{score.recipe} {db_text(score.sqnr_db)} dB" for score in part.judged)
         + ".",
         draw,
         height=2.4,
@@ -277,11 +277,11 @@ def judged_chart(part: Part) -> Chart | None:
             head=("recipe", "all dB", *(f"group {i + 1} dB" for i in range(groups))),
             rows=tuple(
                 (
-                    one.recipe + (" (taken)" if one.chosen else ""),
-                    db_text(one.sqnr_db),
-                    *("exact" if value is None else db_text(value) for value in one.by_group),
+                    score.recipe + (" (taken)" if score.chosen else ""),
+                    db_text(score.sqnr_db),
+                    *("exact" if value is None else db_text(value) for value in score.by_group),
                 )
-                for one in part.judged
+                for score in part.judged
             ),
         ),
     )
@@ -325,7 +325,7 @@ def bytes_chart(part: Part) -> Chart:
         figure.legend(loc="outside upper left", ncols=6 if wide else 2, handlelength=1)
 
     kinds = ", ".join(f"{name} {bytes_text(size)}" for name, size in sizes.items())
-    told = f" The program takes {bytes_text(program)}." if program is not None else ""
+    sentence = f" The program takes {bytes_text(program)}." if program is not None else ""
     rows = [(name, f"{size:,}") for name, size in sizes.items()]
     rows += [(f"file {name}", f"{size:,}") for name, size in part.files.items()]
     rows.append(("float32", f"{part.float32_bytes:,}"))
@@ -333,7 +333,7 @@ def bytes_chart(part: Part) -> Chart:
         f"{part.name}-bytes",
         "Where the bytes are",
         f"Packed weights take {bytes_text(part.stored_bytes)}, float32 "
-        f"{bytes_text(part.float32_bytes)}: {kinds}.{told}",
+        f"{bytes_text(part.float32_bytes)}: {kinds}.{sentence}",
         draw,
         height=1.0 + 0.45 * len(names),
         narrow_height=1.5 + 0.4 * len(names),
@@ -385,12 +385,12 @@ def _groups(axes: "Axes", layers: Sequence[LayerNumbers], wide: bool) -> None:
 
 def _places(layers: Sequence[LayerNumbers]) -> list[tuple[str, int, int]]:
     """Runs of layers at one place: name, first, behind the last."""
-    found, start = [], 0
+    places, start = [], 0
     for place, run in groupby(layers, key=lambda layer: layer.place):
         end = start + len(list(run))
-        found.append((str(place), start, end))
+        places.append((str(place), start, end))
         start = end
-    return found
+    return places
 
 
 def _room(axes: "Axes") -> None:

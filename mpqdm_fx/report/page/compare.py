@@ -80,20 +80,24 @@ def compared_rows(
         parts: One of each folder.
         x0_sqnr_db: Of samples from the same noise against the float model's, where they were drawn.
     """
-    rows = [_row(name, [of(p) for p in parts], said, more) for name, of, said, more in _NUMBERS]
+    rows = [
+        _row(name, [of(p) for p in parts], to_text, more) for name, of, to_text, more in _NUMBERS
+    ]
     if x0_sqnr_db is not None:
         drawn = _row("samples from the same noise, dB", list(x0_sqnr_db), text.db_text, True)
         rows.insert(7, drawn)
     return [row for row in rows if any(value != text.NONE for value in row.values)]
 
 
-def _row(name: str, values: Sequence[float | None], said: _Text, more: bool | None) -> ComparedRow:
+def _row(
+    name: str, values: Sequence[float | None], to_text: _Text, more: bool | None
+) -> ComparedRow:
     known = [value for value in values if value is not None and not math.isnan(value)]
     best: frozenset[int] = frozenset()
     if more is not None and len(set(known)) > 1:
-        wanted = max(known) if more else min(known)
-        best = frozenset(i for i, value in enumerate(values) if value == wanted)
-    shown = tuple(text.NONE if value is None else said(value) for value in values)
+        extreme = max(known) if more else min(known)
+        best = frozenset(i for i, value in enumerate(values) if value == extreme)
+    shown = tuple(text.NONE if value is None else to_text(value) for value in values)
     return ComparedRow(name=name, values=shown, best=best)
 
 
@@ -132,7 +136,7 @@ def render_compare(
             records=records,
             rows=compared_rows(parts, x0_sqnr_db),
             settings=_different_settings(parts),
-            charts=[one for one in drawn if one is not None],
+            charts=[figure for figure in drawn if figure is not None],
             gallery=gallery,
             why_no_gallery=why_no_gallery,
             words=[
@@ -158,8 +162,8 @@ def _levels(names: Sequence[str], parts: Sequence[Part]) -> Chart | None:
     def draw(figure: "Figure", wide: bool) -> None:
         axes = figure.subplots()
         for (name, part), colour in zip(known, _colours(len(known)), strict=True):
-            levels = [one.level for one in part.levels]
-            values = finite_or_nan([one.sqnr_db for one in part.levels])
+            levels = [point.level for point in part.levels]
+            values = finite_or_nan([point.sqnr_db for point in part.levels])
             axes.plot(levels, values, "o-", color=colour, linewidth=1.6, markersize=4, label=name)
         axes.invert_xaxis()
         axes.set_xlabel(f"{argument}: from noise (left) to picture (right)")
@@ -167,9 +171,9 @@ def _levels(names: Sequence[str], parts: Sequence[Part]) -> Chart | None:
         figure.legend(loc="outside upper left", ncols=4 if wide else 1)
 
     rows = [
-        (name, f"{one.level:g}", text.db_text(one.sqnr_db))
+        (name, f"{point.level:g}", text.db_text(point.sqnr_db))
         for name, part in known
-        for one in part.levels
+        for point in part.levels
     ]
     return chart(
         "levels",

@@ -114,11 +114,11 @@ def _bits(layer: LayerNumbers) -> str:
             f'height="{height:.0f}"/>'
         )
         body.append(_text(x + step / 2, 71 - height, str(count)))
-    told = ", ".join(f"{count} at {width} bits" for width, count in layer.bits.items())
-    return _drawing(f"Channels: {told}", body)
+    counts = ", ".join(f"{count} at {width} bits" for width, count in layer.bits.items())
+    return _drawing(f"Channels: {counts}", body)
 
 
-def _box(spread: Spread, what: str) -> str:
+def _box(spread: Spread, title: str) -> str:
     """Extremes and quartiles on a logarithmic axis, or a straight one if a value is not above 0."""
     points = [spread.smallest, spread.lower, spread.middle, spread.upper, spread.largest]
     scale = [math.log10(p) for p in points] if points[0] > 0 else points
@@ -135,8 +135,8 @@ def _box(spread: Spread, what: str) -> str:
         _text(2, 78, _number(points[0]), "s"),
         _text(_WIDTH - 2, 78, _number(points[4]), "e"),
     ]
-    told = ", ".join(map(_number, points))
-    return _drawing(f"{what}: smallest, quartiles and largest {told}", body)
+    numbers = ", ".join(map(_number, points))
+    return _drawing(f"{title}: smallest, quartiles and largest {numbers}", body)
 
 
 def _line(values: Sequence[float], levels: Sequence[LevelNumbers]) -> str:
@@ -153,16 +153,16 @@ def _line(values: Sequence[float], levels: Sequence[LevelNumbers]) -> str:
     ]
     path = " ".join(f"{x:.0f},{y:.0f}" for x, y in points)
     body = [f'<polyline points="{path}"/>']
-    told = {0, len(points) - 1, finite.index(low), finite.index(max(finite))}
+    labels = {0, len(points) - 1, finite.index(low), finite.index(max(finite))}
     for index, ((x, y), value) in enumerate(zip(points, finite, strict=True)):
-        # neighbours of a told one would stand on it
-        if index in told and not (index - 1 in told and index not in (0, len(points) - 1)):
+        # the label of a neighbour would stand on it
+        if index in labels and not (index - 1 in labels and index not in (0, len(points) - 1)):
             body.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="2.5"/>')
             body.append(_text(x, y - 8, f"{value:.0f}"))
     body.append(_text(2, 91, f"{levels[0].level:.4g}", "s"))
     body.append(_text(_WIDTH - 2, 91, f"{levels[-1].level:.4g}", "e"))
-    every = ", ".join(db_text(value) for value in values)
-    return _drawing(f"dB from most to least noise: {every}", body)
+    decibels = ", ".join(db_text(value) for value in values)
+    return _drawing(f"dB from most to least noise: {decibels}", body)
 
 
 def _number(value: float) -> str:

@@ -102,24 +102,24 @@ def page_environment() -> "Environment":
 
 
 def _title(record: ReportRecord) -> str:
-    told: dict[str, list[str]] = {}
+    forms: dict[str, list[str]] = {}
     for part in record.parts:
         weights = text.bits_text(part.mean_bits)
         activations = part.settings.get("activation_bits")
         mode = part.settings.get("activation_mode")
         inputs = "float activations" if mode == "float" else f"{activations}-bit activations"
-        told.setdefault(f"{weights}-bit weights, {inputs}", []).append(part.name)
+        forms.setdefault(f"{weights}-bit weights, {inputs}", []).append(part.name)
     for left in record.float_parts:
-        told.setdefault("float", []).append(left.name)
-    if len(told) == 1:
-        return next(iter(told))
-    return " \N{MIDDLE DOT} ".join(f"{', '.join(names)}: {form}" for form, names in told.items())
+        forms.setdefault("float", []).append(left.name)
+    if len(forms) == 1:
+        return next(iter(forms))
+    return " \N{MIDDLE DOT} ".join(f"{', '.join(names)}: {form}" for form, names in forms.items())
 
 
 def _verdict(record: ReportRecord) -> str:
     """What the numbers say, in a sentence or two."""
-    size = sum(part.shipped_bytes for part in record.every)
-    whole = sum(part.float32_bytes for part in record.every)
+    size = sum(part.shipped_bytes for part in record.all_parts)
+    whole = sum(part.float32_bytes for part in record.all_parts)
     sentences = [f"{text.size_text(size, whole)}."] if size and whole else []
     for part in record.parts:
         if part.calls_per_step and part.epsilon_sqnr_db is not None:
@@ -138,8 +138,8 @@ def _verdict(record: ReportRecord) -> str:
 
 def _view(part: Part) -> PartView:
     drawn = {
-        one.name.removeprefix(f"{part.name}-"): one
-        for one in (
+        chart.name.removeprefix(f"{part.name}-"): chart
+        for chart in (
             charts.bits_chart(part),
             charts.bytes_chart(part),
             charts.levels_chart(part),
@@ -147,10 +147,10 @@ def _view(part: Part) -> PartView:
             charts.solve_chart(part),
             charts.judged_chart(part),
         )
-        if one is not None
+        if chart is not None
     }
     usual = MPQConfig().to_dict()
-    told = {
+    settings = {
         key: value
         for key, value in part.settings.items()
         if key in _MAIN or value != usual.get(key)
@@ -161,24 +161,26 @@ def _view(part: Part) -> PartView:
         charts=drawn,
         layers=tuple(layer_rows(part)),
         inputs=_inputs(part.activations),
-        settings=tuple((key, setting_text(value)) for key, value in told.items()),
+        settings=tuple((key, setting_text(value)) for key, value in settings.items()),
         defaults=tuple(
-            (key, setting_text(value)) for key, value in part.settings.items() if key not in told
+            (key, setting_text(value))
+            for key, value in part.settings.items()
+            if key not in settings
         ),
     )
 
 
-def _inputs(every: Sequence[ActivationNumbers]) -> tuple[tuple[str, str, str, str, str], ...]:
-    ordered = sorted(every, key=lambda one: -one.quantized_cost)
+def _inputs(choices: Sequence[ActivationNumbers]) -> tuple[tuple[str, str, str, str, str], ...]:
+    ordered = sorted(choices, key=lambda choice: -choice.quantized_cost)
     return tuple(
         (
-            one.layers[0] + (f" and {len(one.layers) - 1} more" if one.layers[1:] else ""),
-            _below(one.quantized_cost),
-            _below(one.cost),
-            f"{100 * one.slowdown:+.1f} %" if one.slowdown >= 5e-4 else "",
-            one.chosen,
+            choice.layers[0] + (f" and {len(choice.layers) - 1} more" if choice.layers[1:] else ""),
+            _below(choice.quantized_cost),
+            _below(choice.cost),
+            f"{100 * choice.slowdown:+.1f} %" if choice.slowdown >= 5e-4 else "",
+            choice.chosen,
         )
-        for one in ordered
+        for choice in ordered
     )
 
 
@@ -196,8 +198,8 @@ def setting_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "; ".join(map(setting_text, value)) or "none"
     if isinstance(value, dict):
-        given = {key: entry for key, entry in value.items() if entry not in (None, False)}
-        return ", ".join(f"{key} {entry}" for key, entry in given.items())
+        entries = {key: entry for key, entry in value.items() if entry not in (None, False)}
+        return ", ".join(f"{key} {entry}" for key, entry in entries.items())
     return str(value)
 
 

@@ -98,27 +98,27 @@ def check_lines(text, width):
 def test_tables_of_layers_fit_and_cut_no_number(report, width, order):
     text = printed(width, layer_table(report, order=order))
     check_lines(text, width)
-    found = text.split()
+    words = text.split()
     for layer in report.layers:
-        assert {f"{layer.mean_bits:.2f}", f"{layer.bytes:,}"} <= set(found)
-        assert layer.sqnr_db is None or f"{layer.sqnr_db:.1f}" in found
+        assert {f"{layer.mean_bits:.2f}", f"{layer.bytes:,}"} <= set(words)
+        assert layer.sqnr_db is None or f"{layer.sqnr_db:.1f}" in words
 
 
 @given(report=reports(), width=WIDTHS)
 def test_tables_of_inputs_and_judgements_fit_and_cut_no_number(report, width):
     text = printed(width, activation_table(report), judgement_table(report))
     check_lines(text, width)
-    for one in report.judged:
-        assert f"{one.decibels:.1f}" in text.split()
+    for judgement in report.judged:
+        assert f"{judgement.decibels:.1f}" in text.split()
 
 
 @st.composite
 def ladders(draw):
-    wanted = draw(st.booleans())
+    bounded = draw(st.booleans())
     node = st.builds(
-        lambda name, sqnr, own: NodeParity(
-            site=Site(name, 0, "conv2d", 0), shape=(1, 320, 64, 64), sqnr_db=sqnr, own_db=own,
-            wanted_db=60.0 if wanted else None, wanted_own_db=-30.0 if wanted else None,
+        lambda name, sqnr, alone: NodeParity(
+            site=Site(name, 0, "conv2d", 0), shape=(1, 320, 64, 64), sqnr_db=sqnr, own_db=alone,
+            wanted_db=60.0 if bounded else None, wanted_own_db=-30.0 if bounded else None,
         ),
         names, decibels, decibels,
     )  # fmt: skip
@@ -126,8 +126,8 @@ def ladders(draw):
     rungs += [
         Rung(
             name=name, against="decomposed", float_db=draw(decibels), previous_db=draw(decibels),
-            wanted_float_db=draw(decibels) if wanted else None,
-            wanted_db=draw(decibels) if wanted else None,
+            wanted_float_db=draw(decibels) if bounded else None,
+            wanted_db=draw(decibels) if bounded else None,
             nodes=tuple(draw(st.lists(node, max_size=4))),
         )
         for name in ("quantized", "decomposed", "converted")
@@ -139,10 +139,10 @@ def ladders(draw):
 def test_tables_of_rungs_fit_and_cut_no_number(ladder, width):
     text = printed(width, rung_table(ladder), worst_table(ladder))
     check_lines(text, width)
-    found = text.split()
+    words = text.split()
     for rung in ladder.rungs[1:]:
         for value in (rung.float_db, rung.previous_db, rung.wanted_db):
-            assert value in (None, math.inf) or f"{value:.1f}" in found
+            assert value in (None, math.inf) or f"{value:.1f}" in words
 
 
 @given(name=names, width=st.integers(3, 60))

@@ -52,10 +52,10 @@ TRAINED = {
 }
 
 
-def layer(name, sqnr_db=9.0, **given):
+def layer(name, sqnr_db=9.0, **fields):
     return LayerReport(
         name=name, kind="Linear", shape=(2, 3), mean_bits=4.0, bytes=3, sqnr_db=sqnr_db,
-        fraction=0.0, reason=None, **given,
+        fraction=0.0, reason=None, **fields,
     )  # fmt: skip
 
 
@@ -98,8 +98,8 @@ def test_the_report_is_named_where_it_is_there(tmp_path):
 def test_a_trained_model_says_what_training_did(tmp_path):
     text = printed(ResultScreen({**SUMMARY, "distilled": TRAINED}, None, tmp_path))
     assert "1,455 updates in 10 min; noise SQNR was 18.0 dB" in text
-    kept = {**TRAINED, "improved": False}
-    text = printed(ResultScreen({**SUMMARY, "distilled": kept}, None, tmp_path))
+    training = {**TRAINED, "improved": False}
+    text = printed(ResultScreen({**SUMMARY, "distilled": training}, None, tmp_path))
     assert "did not help: the model is as before" in text
 
 
@@ -142,8 +142,8 @@ def test_no_line_of_a_result_is_wider_than_the_terminal(
     joined = " ".join(text.split())
     digits = [1 if time >= 10 else 2 for time in times]
     now, was = (f"{time:.{places}f}" for time, places in zip(times, digits, strict=True))
-    found = f"{now} ms a step fake-quantized, was {was} (batch 1, 1 thread)"
-    assert found in joined
+    sentence = f"{now} ms a step fake-quantized, was {was} (batch 1, 1 thread)"
+    assert sentence in joined
     assert "9.0 dB" in joined
     text = printed(summary_table(summary), width)
     assert all(cell_len(line) <= width for line in text.splitlines())
@@ -168,8 +168,8 @@ def test_all_numbers_of_a_program_are_in_the_table() -> None:
 
 def test_a_peak_of_memory_that_the_system_does_not_tell_is_left_out(tmp_path) -> None:
     summary = {**SUMMARY, "peak_memory_bytes": {"packed": 3 * 2**20, "float": None}}
-    told = printed(summary_table(summary))
-    assert "3.0" in next(line for line in told.splitlines() if "peak memory" in line)
+    text = printed(summary_table(summary))
+    assert "3.0" in next(line for line in text.splitlines() if "peak memory" in line)
     assert "3 MiB to load and run a step\n" in printed(ResultScreen(summary, None, tmp_path))
     summary = {**SUMMARY, "peak_memory_bytes": {"packed": None, "float": None}}
     assert "peak" not in printed(ResultScreen(summary, None, tmp_path))
@@ -196,7 +196,7 @@ def test_layers_are_sorted_and_the_rest_is_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("settings", "words"),
     [
         ({}, "4-bit weights, 8-bit activations"),
         ({"activation_mode": "float"}, "4-bit weights, float activations"),
@@ -205,5 +205,5 @@ def test_layers_are_sorted_and_the_rest_is_counted() -> None:
         ({"weight_bytes": 12345}, "weights in 12,345 bytes, 8-bit activations"),
     ],
 )
-def test_settings_in_words(given, words):
-    assert bits_of(MPQConfig(**given)) == words
+def test_settings_in_words(settings, words):
+    assert bits_of(MPQConfig(**settings)) == words
