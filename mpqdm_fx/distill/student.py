@@ -28,7 +28,6 @@ from mpqdm_fx.graph.quantizer_sites import (
 )
 from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelQuantizer
 from mpqdm_fx.model.quantized import QuantizedModel
-from mpqdm_fx.model.stages import assemble
 from mpqdm_fx.passes.quantize.round_weights import install_codes
 from mpqdm_fx.records.activations import ActivationRange
 from mpqdm_fx.records.plan import LayerPlan
@@ -212,15 +211,8 @@ def freeze(student: Student, quantized: QuantizedModel) -> QuantizedModel:
         else:
             set_pair(site.node, ranges[0].scale, ranges[0].zero_point)
     fitted.recompile()
-    return assemble(
-        rounded,
-        plan=quantized.plan,
-        ranges=read_activations(fitted),
-        settings=quantized.settings,
-        report=_without_errors(quantized.report),
-        model_config=quantized.config,
-        noise_levels=quantized.noise_levels,
-    )
+    report = _without_errors(quantized.report)
+    return quantized.with_graph(rounded, ranges=read_activations(fitted), report=report)
 
 
 def _without_errors(report: QuantizationReport) -> QuantizationReport:

@@ -35,8 +35,8 @@ from mpqdm_fx.io.versions import FORMAT, FORMAT_VERSION, versions
 from mpqdm_fx.model.packed import PackedWeights, read_packed, write_packed
 from mpqdm_fx.model.plain import given_config, plain_config, plain_signature
 from mpqdm_fx.model.proof import check_outputs, write_outputs
-from mpqdm_fx.model.quantized import QuantizedModel
-from mpqdm_fx.model.stages import assemble, normalized, reassembled, restore
+from mpqdm_fx.model.quantized import Quantization, QuantizedModel
+from mpqdm_fx.model.stages import normalized, restore
 from mpqdm_fx.model.stored_graph import check_same_graph, read_graph, write_graph
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.quantize.scale_inputs import SCALES, ScaleInputs
@@ -115,7 +115,7 @@ def write_model(
         weights = read_packed(stage / WEIGHTS, layout, name=stage / WEIGHTS)
         again = _rebuilt(graph, signature_from_dict(signature), weights)
         check_same_graph(again, graph)
-        check_outputs(stage / OUTPUTS, written_in, reassembled(quantized, again))
+        check_outputs(stage / OUTPUTS, written_in, quantized.with_graph(again))
     levels = quantized.noise_levels
     manifest = {
         "format": FORMAT,
@@ -189,15 +189,15 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
         config = None
         if MODEL_CONFIG in folder.files:
             config = given_config(folder.files.read_json(MODEL_CONFIG, finite=False))
-        loaded = assemble(
-            rounded,
+        quantization = Quantization(
             plan=weights.plan,
             ranges=ranges,
+            noise_levels=levels,
             settings=settings,
             report=report,
-            model_config=getattr(model, "config", None) if config is None else config,
-            noise_levels=levels,
+            config=getattr(model, "config", None) if config is None else config,
         )
+        loaded = QuantizedModel(rounded, quantization)
         if proof is not None:
             with folder.files.opened(OUTPUTS) as path:
                 check_outputs(path, proof["environment"], loaded)

@@ -68,9 +68,8 @@ def test_what_was_chosen_for_inputs_and_judged_at_the_output_is_kept(quantized, 
 def test_an_error_without_measure_is_kept(quantized, tmp_path):
     # of an output of zeros every error is infinite
     report = quantized.report
-    endless = [replace(one, error=math.inf) for one in report.judged]
-    other = copy.copy(quantized)
-    other.report = replace(report, judged=tuple(endless))
+    endless = tuple(replace(judgement, error=math.inf) for judgement in report.judged)
+    other = quantized.with_graph(quantized.rounded, report=replace(report, judged=endless))
     loaded = load(save(other, tmp_path / "model")).report
     assert loaded.judged == other.report.judged
 
