@@ -18,12 +18,13 @@ from mpqdm_fx.calibration.sampling import check_loop
 from mpqdm_fx.calibration.trajectories import Conditions, make_conditions, sample_shape_of
 from mpqdm_fx.capture.entry import unwrap
 from mpqdm_fx.distill.called import Called
+from mpqdm_fx.distill.checkpoint import History
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.importance import Effects, measure_effects
 from mpqdm_fx.distill.judge import Errors, Judge
 from mpqdm_fx.distill.runs import Recorder, Runs, Start
 from mpqdm_fx.distill.student import Student, freeze, make_student
-from mpqdm_fx.distill.train import History, Trainer
+from mpqdm_fx.distill.train import Trainer
 from mpqdm_fx.errors import ConfigError, DialectError
 from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.graph.describe import describe, first_difference

@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from mpqdm_fx.distill.checkpoint import (
     RESTART,
+    History,
     State,
     check_tensors,
     load_state,
@@ -34,29 +34,12 @@ from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
 from mpqdm_fx.io.processes import processes
 from mpqdm_fx.io.progress import stage
 
-__all__ = ["History", "Trainer"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
 _SAVE_SECONDS = 60.0
 _WEIGH_EVERY = 50  # updates after which the second loss is weighted anew
-
-
-@dataclass(kw_only=True)
-class History:
-    """What a run did.
-
-    Attributes:
-        updates: Updates made, before and after interruptions.
-        seconds: Wall time of training, likewise.
-        losses: Mean task loss of every hundred updates (noise error as a share of its energy).
-        resumed: Update at which the last interruption was taken up; 0 without one.
-    """
-
-    updates: int = 0
-    seconds: float = 0.0
-    losses: list[float] = dataclasses.field(default_factory=list)
-    resumed: int = 0
 
 
 class Trainer:
@@ -292,12 +275,7 @@ class Trainer:
             raise ArtifactError(
                 f"{state_path(self.directory)} is damaged: {error}; {RESTART}"
             ) from None
-        self.history = History(
-            updates=numbers.history.updates,
-            seconds=numbers.history.seconds,
-            losses=list(numbers.history.losses),
-            resumed=numbers.history.updates,
-        )
+        self.history = dataclasses.replace(numbers.history, resumed=numbers.history.updates)
         self.weight, self._recent = numbers.weight, list(numbers.recent)
         if "own.targets" in tensors:
             own = _own_tensors(self.runs)

@@ -195,6 +195,13 @@ class Entry:
     bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        size, digest = self.bytes, self.sha256
+        if type(size) is not int or size < 0 or not isinstance(digest, str):
+            raise ArtifactError("size and hash of a file are no number and no text")
+        if not _HEXADECIMAL.fullmatch(digest):
+            raise ArtifactError(f"{digest[:80]!r} is no SHA-256")
+
     @classmethod
     def of(cls, path: Path) -> "Entry":
         """Measure a file."""
@@ -273,13 +280,12 @@ class SealedFolder:
         plain = "/".join(parts) == name and not name.startswith("/") and ".." not in parts
         if not plain or not parts or "\\" in name or ":" in name or not name.isprintable():
             raise ArtifactError(f"{self.manifest} is damaged: {name[:80]!r} is no file's name")
-        sound = isinstance(value, Mapping) and set(value) == {"bytes", "sha256"}
-        if sound:
-            size, digest = value["bytes"], value["sha256"]
-            sound = type(size) is int and size >= 0 and isinstance(digest, str)
-            if sound and _HEXADECIMAL.fullmatch(digest):
-                return Entry(bytes=size, sha256=digest)
-        raise ArtifactError(f"{self.manifest} is damaged: size and hash of {name!r} are malformed")
+        try:
+            return Entry(**value)
+        except (TypeError, ArtifactError):
+            raise ArtifactError(
+                f"{self.manifest} is damaged: size and hash of {name!r} are malformed"
+            ) from None
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries

@@ -2,10 +2,12 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "versions"]
+__all__ = ["FIRST_SEALED", "FORMAT", "FORMAT_VERSION", "versions"]
 
 FORMAT = "mpqdm_fx"
 FORMAT_VERSION = 3
+FIRST_SEALED = 3
+"""Older manifests list weights and config.json alone, with neither digest nor proof."""
 
 _PACKAGES = ("mpqdm-fx", "torch", "torchao", "diffusers", "executorch")
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from mpqdm_fx.capture.entry import unwrap
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
-from mpqdm_fx.graph.calling import example_call, signature_from_dict
+from mpqdm_fx.graph.calling import example_call, output_class
 from mpqdm_fx.graph.describe import Description, code_in
 from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
 from mpqdm_fx.graph.rebuild import infer_values, rebuild
@@ -23,15 +23,15 @@ from mpqdm_fx.io.folders import (
     MODEL_CONFIG,
     OUTPUTS,
     WEIGHTS,
-    ModelFolder,
-    open_folder,
     seal_folder,
     staged_directory,
 )
-from mpqdm_fx.io.manifest import checked_manifest
 from mpqdm_fx.io.model_config import model_from_config
-from mpqdm_fx.io.schema import plain
+from mpqdm_fx.io.schema import plain, validated
+from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.io.versions import FORMAT, FORMAT_VERSION, versions
+from mpqdm_fx.model.folder import ModelFolder, open_folder
+from mpqdm_fx.model.manifest import Manifest
 from mpqdm_fx.model.packed import PackedWeights, read_packed, write_packed
 from mpqdm_fx.model.plain import given_config, plain_config, plain_signature
 from mpqdm_fx.model.proof import check_outputs, write_outputs
@@ -40,7 +40,7 @@ from mpqdm_fx.model.stages import normalized, restore
 from mpqdm_fx.model.stored_graph import check_same_graph, read_graph, write_graph
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.quantize.scale_inputs import SCALES, ScaleInputs
-from mpqdm_fx.records.activations import NoiseLevels, activation_from_dict, activation_to_dict
+from mpqdm_fx.records.activations import NoiseLevels, activation_to_dict
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.report import QuantizationReport
 
@@ -111,11 +111,6 @@ def write_model(
         (stage / MODEL_CONFIG).write_text(text, encoding="utf-8")
     written_in = write_outputs(stage / OUTPUTS, quantized)
     needs_model = code_in(graph) is not None
-    if not needs_model:
-        weights = read_packed(stage / WEIGHTS, layout, name=stage / WEIGHTS)
-        again = _rebuilt(graph, signature_from_dict(signature), weights)
-        check_same_graph(again, graph)
-        check_outputs(stage / OUTPUTS, written_in, quantized.with_graph(again))
     levels = quantized.noise_levels
     manifest = {
         "format": FORMAT,
@@ -128,13 +123,18 @@ def write_model(
         "noise_levels": None if levels is None else list(levels.boundaries),
         "report": quantized.report.to_dict(),
         "program": None if program is None else dict(program),
-        "proof": {"model_required": needs_model, "environment": written_in},
+        "proof": {"model_required": needs_model, "environment": dict(written_in)},
     }
     try:  # what a load would refuse is not written
-        checked_manifest(plain({**manifest, "files": {}}), "its manifest", proof=True)
+        read = validated(Manifest, seal(plain({**manifest, "files": {}})), "its manifest")
     except ArtifactError as error:
         name = quantized.signature.model_class
         raise ArtifactError(f"{name} cannot be saved so that it loads: {error}") from None
+    if not needs_model:
+        weights = read_packed(stage / WEIGHTS, read.weights, name=stage / WEIGHTS)
+        again = _rebuilt(graph, read.signature, weights)
+        check_same_graph(again, graph)
+        check_outputs(stage / OUTPUTS, written_in, quantized.with_graph(again))
     seal_folder(stage, plain(manifest))
 
 
@@ -157,24 +157,21 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
     """
     folder = open_folder(directory)
     manifest = folder.manifest
+    signature, settings, report = manifest.signature, manifest.settings, manifest.report
+    output_class(signature)  # refuses one that is not known
+    levels = None
     try:
-        signature = signature_from_dict(manifest["signature"])
-        settings = MPQConfig.from_dict(manifest["settings"])
-        ranges = {name: activation_from_dict(entry) for name, entry in manifest["ranges"].items()}
-        boundaries = manifest["noise_levels"]
-        levels = None
-        if boundaries is not None:
+        if manifest.noise_levels is not None:
             named = settings.noise_argument
-            levels = NoiseLevels(boundaries=tuple(boundaries), argument=named)
-        QuantizeActivations(ranges=ranges, noise_levels=levels)  # refuses what does not fit
+            levels = NoiseLevels(boundaries=manifest.noise_levels, argument=named)
+        QuantizeActivations(
+            ranges=manifest.ranges, noise_levels=levels
+        )  # refuses what does not fit
         with folder.files.opened(WEIGHTS) as path:
-            weights = read_packed(path, manifest["weights"], name=folder.root / WEIGHTS)
-        report = QuantizationReport.from_dict(manifest["report"])
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"{folder.files.manifest} is damaged: {error!r}") from None
-    proof = manifest["proof"]
+            weights = read_packed(path, manifest.weights, name=folder.root / WEIGHTS)
+    except ConfigError as error:
+        raise ArtifactError(f"{folder.files.manifest} is damaged: {error}") from None
+    proof = manifest.proof
     try:
         if proof is None:
             logger.warning(
@@ -191,7 +188,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
             config = given_config(folder.files.read_json(MODEL_CONFIG, finite=False))
         quantization = Quantization(
             plan=weights.plan,
-            ranges=ranges,
+            ranges=manifest.ranges,
             noise_levels=levels,
             settings=settings,
             report=report,
@@ -200,7 +197,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
         loaded = QuantizedModel(rounded, quantization)
         if proof is not None:
             with folder.files.opened(OUTPUTS) as path:
-                check_outputs(path, proof["environment"], loaded)
+                check_outputs(path, proof.environment, loaded)
     except MPQError as error:
         where = "" if model is None else f" does not fit {type(model).__name__}"
         raise ArtifactError(f"{folder.root}{where}: {error}") from error

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import Discriminator, Tag
 from torch import Tensor
 
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
@@ -35,8 +36,8 @@ __all__ = [
     "NoiseLevels",
     "Side",
     "StaticActivation",
+    "StoredActivation",
     "TimestepActivation",
-    "activation_from_dict",
     "activation_to_dict",
     "kernel_activations",
     "placeholder_activations",
@@ -94,11 +95,6 @@ class StaticActivation:
     def __post_init__(self) -> None:
         check_fields(self, "layer's activation: ")
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `dataclasses.asdict`."""
-        return cls(input=ActivationRange(**data["input"]), output=ActivationRange(**data["output"]))
-
 
 @dataclass(frozen=True, kw_only=True)
 class TimestepActivation:
@@ -145,6 +141,21 @@ class DynamicActivation:
 
 Activation = StaticActivation | TimestepActivation | DynamicActivation
 """How one layer's activations are quantized."""
+
+
+def _kind(data: Any) -> str:
+    """Which of them plain JSON types are."""
+    keys = data if isinstance(data, Mapping) else ()
+    return "timestep" if "groups" in keys else "dynamic" if "bits" in keys else "static"
+
+
+StoredActivation = Annotated[
+    Annotated[StaticActivation, Tag("static")]
+    | Annotated[TimestepActivation, Tag("timestep")]
+    | Annotated[DynamicActivation, Tag("dynamic")],
+    Discriminator(_kind),
+]
+"""An `Activation` as a field of a `Strict` record."""
 
 KernelActivation = StaticActivation | DynamicActivation
 """What integer kernels run: one fixed range, or one that is chosen at run time."""
@@ -258,23 +269,8 @@ def _spaced_by_ratio(levels: Tensor) -> bool:
 
 
 def activation_to_dict(activation: Activation) -> dict[str, Any]:
-    """Plain JSON types; `activation_from_dict` is its inverse."""
+    """Plain JSON types; `StoredActivation` reads them."""
     return asdict(activation)
-
-
-def activation_from_dict(data: Mapping[str, Any]) -> Activation:
-    """Inverse of `activation_to_dict`.
-
-    Raises:
-        KeyError, TypeError: A key is missing or unknown.
-        ConfigError: A value is out of range.
-    """
-    if "groups" in data:
-        groups = tuple(StaticActivation.from_dict(group) for group in data["groups"])
-        return TimestepActivation(groups=groups)
-    if "bits" in data:
-        return DynamicActivation(**data)
-    return StaticActivation.from_dict(data)
 
 
 def placeholder_activations(

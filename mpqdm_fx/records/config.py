@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
+from pydantic import PlainValidator
+
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.records.validation import Between, Bits, Bytes, Count, Seed, check_fields, check_value
 
@@ -21,6 +23,7 @@ __all__ = [
     "Override",
     "Rounding",
     "RowWeighting",
+    "StoredSettings",
 ]
 
 Allocation = Literal["measured", "omq", "uniform"]
@@ -264,3 +267,7 @@ class MPQConfig:
     def to_json(self) -> str:
         """JSON text of `to_dict`."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+
+StoredSettings = Annotated[MPQConfig, PlainValidator(MPQConfig.from_dict)]
+"""Settings as a field of a `Strict` record."""

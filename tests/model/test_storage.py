@@ -13,16 +13,15 @@ from small import TinyNet, net_calls, tiny_unet, unet_calls
 
 from mpqdm_fx.api import quantize
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.io import manifest
 from mpqdm_fx.io.folders import (
     MANIFEST,
     WEIGHTS,
-    rewritten_folder,
     seal_folder,
     staged_directory,
 )
 from mpqdm_fx.io.versions import FORMAT_VERSION
-from mpqdm_fx.model import storage
+from mpqdm_fx.model import manifest, storage
+from mpqdm_fx.model.folder import rewritten_folder
 from mpqdm_fx.model.storage import load, save
 from mpqdm_fx.records.config import MPQConfig
 
