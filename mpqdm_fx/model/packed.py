@@ -19,12 +19,12 @@ from torch import Tensor, fx
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.parameters import first_names
-from mpqdm_fx.io.schema import Count, Name, Shape, Strict
+from mpqdm_fx.io.schema import Name, Shape, Strict
 from mpqdm_fx.numerics.halves import fits_half
 from mpqdm_fx.numerics.levels.packing import PackedLayer, pack_layer, storage_bits, unpack_layer
 from mpqdm_fx.numerics.levels.packing import unpack_bits as unpack_integers
 from mpqdm_fx.records.config import Levels
-from mpqdm_fx.records.plan import FLOAT_REASON, BitPlan, Fate, FloatTensor, LayerPlan
+from mpqdm_fx.records.plan import FLOAT_REASON, BitPlan, FloatTensor, LayerPlan, StoredFate
 
 __all__ = ["Layout", "PackedWeights", "read_packed", "write_packed"]
 
@@ -67,7 +67,7 @@ class Layout(Strict):
     float_weights: dict[str, str]
     activation_bits: _Width
     shared: dict[str, str] = Field(default_factory=dict)
-    parameters: tuple[tuple[Name, Count, Fate, str], ...] = ()
+    parameters: tuple[StoredFate, ...] = ()
     copies: tuple[Name, ...] = ()
 
 
@@ -243,7 +243,8 @@ def read_packed(path: Path, layout: Layout, *, name: object | None = None) -> Pa
         layers=tuple(layers),
         floats=tuple(_float_tensor(entry, layout.float_weights) for entry in layout.floats),
         activation_bits=layout.activation_bits,
-        **BitPlan.fates_from_dict(dict(layout)),
+        parameters=layout.parameters,
+        copies=layout.copies,
     )
     return PackedWeights(plan=plan, codes=codes, scales=scales, floats=floats, shared=layout.shared)
 
