@@ -72,7 +72,7 @@ class Format:
             ArtifactError: It is of another format or version, or its digest is not that of its
                 content.
         """
-        version = self.oldest
+        version: Any = self.oldest
         if self.name is not None:
             version = data.get("version")
             if data.get("format") != self.name:
