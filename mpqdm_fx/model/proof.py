@@ -86,21 +86,21 @@ class Environment(Strict):
     precision: str
     device: str
 
-    @classmethod
-    def here(cls, device: torch.device) -> "Environment":
-        """That of this process.
 
-        Args:
-            device: Where the graph runs.
-        """
-        return cls(
-            torch=str(torch.__version__),
-            machine=hashlib.sha256(platform.node().encode()).hexdigest()[:16],
-            kernels=torch.backends.cpu.get_cpu_capability(),
-            threads=torch.get_num_threads(),
-            precision=torch.get_float32_matmul_precision(),
-            device=device.type,
-        )
+def environment(device: torch.device) -> Environment:
+    """That of this process.
+
+    Args:
+        device: Where the graph runs.
+    """
+    return Environment(
+        torch=str(torch.__version__),
+        machine=hashlib.sha256(platform.node().encode()).hexdigest()[:16],
+        kernels=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        precision=torch.get_float32_matmul_precision(),
+        device=device.type,
+    )
 
 
 def write_outputs(path: Path, quantized: QuantizedModel) -> Environment:
@@ -117,17 +117,17 @@ def write_outputs(path: Path, quantized: QuantizedModel) -> Environment:
         Where they were computed.
     """
     tensors = {}
-    floats = _run(quantized.rounded, quantized, positive=False)
-    if positive := any(bool(output.isnan().any()) for output in floats):
-        floats = _run(quantized.rounded, quantized, positive=True)
+    rounded = _run(quantized.rounded, quantized, positive=False)
+    if positive := any(bool(output.isnan().any()) for output in rounded):
+        rounded = _run(quantized.rounded, quantized, positive=True)
         tensors[_POSITIVE] = torch.ones(1)
-    found = _run(quantized.graph_module, quantized, positive=positive)
-    for form, outputs in (("quantized", found), ("rounded", floats)):
+    forms = {"quantized": _run(quantized.graph_module, quantized, positive=positive)}
+    for form, outputs in {**forms, "rounded": rounded}.items():
         for index, output in enumerate(outputs):
             tensors[f"{form}.{index}"] = output.clone(memory_format=torch.contiguous_format)
     save_file(tensors, path)
     path.chmod(0o644)  # safetensors writes for the owner alone
-    return Environment.here(quantized.device)
+    return environment(quantized.device)
 
 
 def _run(graph: fx.GraphModule, quantized: QuantizedModel, *, positive: bool) -> list[Tensor]:
@@ -154,23 +154,23 @@ def check_outputs(path: Path, written_in: Environment, quantized: QuantizedModel
             farther off than other kernels explain.
     """
     stored = _Stored(path)
-    found = _run(quantized.graph_module, quantized, positive=stored.positive)
-    wanted = stored.outputs("quantized", found)
-    if same_bits(found, wanted):
+    outputs = _run(quantized.graph_module, quantized, positive=stored.positive)
+    expected = stored.outputs("quantized", outputs)
+    if same_bits(outputs, expected):
         return
-    here, there = Environment.here(quantized.device), dict(written_in)
+    here, there = environment(quantized.device), dict(written_in)
     changed = ", ".join(key for key, value in here if value != there[key])
     floats = _run(quantized.rounded, quantized, positive=stored.positive)
-    kept = stored.outputs("rounded", floats)
-    noise = _energy(_minus(wanted, kept)) + KERNEL_TOLERANCE**2 * _energy(wanted)
-    far = _energy(_minus(floats, kept)) > KERNEL_TOLERANCE**2 * _energy(kept)
+    stored_floats = stored.outputs("rounded", floats)
+    noise = _energy(_minus(expected, stored_floats)) + KERNEL_TOLERANCE**2 * _energy(expected)
+    far = _energy(_minus(floats, stored_floats)) > KERNEL_TOLERANCE**2 * _energy(stored_floats)
     far = far or math.isinf(noise)  # of such a model no bound tells anything
-    if not changed or far or not _energy(_minus(found, wanted)) <= 2 * noise:
+    if not changed or far or not _energy(_minus(outputs, expected)) <= 2 * noise:
         raise ArtifactError(
             f"the loaded model returns other numbers than the one that was saved: "
-            f"{_decibels(found, wanted)} between them, {_decibels(floats, kept)} with float "
-            f"activations ({f'another {changed}' if changed else 'same machine, same torch'}); "
-            f"load it with the versions that the manifest names, or save it again"
+            f"{_decibels(outputs, expected)} between them, {_decibels(floats, stored_floats)} with "
+            f"float activations "
+            f"({f'another {changed}' if changed else 'same machine, same torch'}); load it with the versions that the manifest names, or save it again"
         )
 
 
@@ -217,9 +217,9 @@ def _energy(values: list[Tensor]) -> float:
     return math.inf if math.isnan(total) else total
 
 
-def _decibels(found: list[Tensor], wanted: list[Tensor]) -> str:
-    error = _energy(_minus(found, wanted))
-    signal = _energy(wanted)
+def _decibels(outputs: list[Tensor], expected: list[Tensor]) -> str:
+    error = _energy(_minus(outputs, expected))
+    signal = _energy(expected)
     if not 0 < error < math.inf or not signal:
         return "not one number alike" if error else "no difference"
     return f"{10 * math.log10(signal / error):.1f} dB"
