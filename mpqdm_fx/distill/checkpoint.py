@@ -129,22 +129,24 @@ def load_state(directory: Path, identity: Mapping[str, Any]) -> State | None:
     return State(tensors=record.tensors, numbers=head.numbers)
 
 
-def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def check_tensors(
+    path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
     """Refuse tensors that are not those of a run.
 
     Args:
         path: File that they were read from.
-        found: What was read.
-        wanted: Tensors of the shapes and dtypes that there are to be.
+        tensors: What was read.
+        expected: Tensors of the shapes and dtypes that there are to be.
 
     Raises:
         ArtifactError: One is missing, is too many, has another shape or dtype, or is not finite.
     """
-    for name in sorted({*found} ^ {*wanted}):
-        state = "is missing" if name in wanted else "has no place in this run"
+    for name in sorted({*tensors} ^ {*expected}):
+        state = "is missing" if name in expected else "has no place in this run"
         raise ArtifactError(f"{path} is damaged: {name[:100]!r} {state}; {RESTART}")
-    for name, tensor in found.items():
-        other = wanted[name]
+    for name, tensor in tensors.items():
+        other = expected[name]
         if tensor.dtype != other.dtype or tensor.shape != other.shape:
             raise ArtifactError(
                 f"{path} is damaged: {name!r} is {tensor.dtype} {list(tensor.shape)}, this run has "

@@ -65,8 +65,8 @@ class Student(nn.Module):
             for key, value in layer.named_parameters(recurse=False):
                 if value.requires_grad:
                     yield f"{name}.{key}", value
-        for (name, side), chosen in self.ranges.items():
-            for key, value in chosen.named_parameters(recurse=False):
+        for (name, side), activation in self.ranges.items():
+            for key, value in activation.named_parameters(recurse=False):
                 yield f"{name}.{side}.{key}", value
 
     @contextlib.contextmanager
@@ -138,7 +138,7 @@ def _base(
 def _install_ranges(graph_module: fx.GraphModule) -> dict[tuple[str, str], TrainableRange]:
     """Replace every activation quantizer, in place; those with one key share a module."""
     sites = list(quantizer_sites(graph_module).values())
-    found: dict[tuple[str, str], TrainableRange] = {}
+    ranges: dict[tuple[str, str], TrainableRange] = {}
     for site in sites:
         if site.kind == "dynamic":
             module = graph_module.get_submodule(str(site.node.target))
@@ -147,15 +147,15 @@ def _install_ranges(graph_module: fx.GraphModule) -> dict[tuple[str, str], Train
                 graph_module, str(site.node.target), DynamicRange(module.bits, module.axes)
             )
             continue
-        chosen = found.setdefault(site.key, TrainableRange(_ranges_of(graph_module, site)))
+        activation = ranges.setdefault(site.key, TrainableRange(_ranges_of(graph_module, site)))
         if site.kind == "timestep":
-            replace_module(graph_module, str(site.node.target), chosen)
+            replace_module(graph_module, str(site.node.target), activation)
         else:
-            _replace_pair(graph_module, site, chosen)
+            _replace_pair(graph_module, site, activation)
     graph_module.graph.lint()
     prune(graph_module)
     graph_module.recompile()
-    return found
+    return ranges
 
 
 def _ranges_of(graph_module: fx.GraphModule, site: QuantizerSite) -> tuple[ActivationRange, ...]:

@@ -155,8 +155,8 @@ class Trainer:
                 f"(weight_rate={self.config.weight_rate}, range_rate={self.config.range_rate})"
             )
         self.optimiser.step()
-        for chosen in self.student.ranges.values():
-            chosen.hold()
+        for activation in self.student.ranges.values():
+            activation.hold()
         self.history.updates += 1
         self.average.step(self._trained)
         self._recent.append(value)
@@ -208,12 +208,12 @@ class Trainer:
         trained = self._trained
         norms = []
         for part in (parts.task, parts.relation):
-            found = torch.autograd.grad(part, trained, retain_graph=True, allow_unused=True)
-            norms.append(math.sqrt(sum(float(g.square().sum()) for g in found if g is not None)))
+            grads = torch.autograd.grad(part, trained, retain_graph=True, allow_unused=True)
+            norms.append(math.sqrt(sum(float(g.square().sum()) for g in grads if g is not None)))
         if self._world > 1:
-            both = torch.tensor(norms, dtype=torch.float64, device=self._device)
-            distributed.all_reduce(both)
-            norms = both.tolist()
+            sums = torch.tensor(norms, dtype=torch.float64, device=self._device)
+            distributed.all_reduce(sums)
+            norms = sums.tolist()
         self.weight = self.config.relation_share * norms[0] / norms[1] if norms[1] > 0 else 0.0
 
     def _share_gradients(self) -> None:
@@ -278,8 +278,8 @@ class Trainer:
         self.history = dataclasses.replace(numbers.history, resumed=numbers.history.updates)
         self.weight, self._recent = numbers.weight, list(numbers.recent)
         if "own.targets" in tensors:
-            own = _own_tensors(self.runs)
-            leaves = iter([tensors[name] for name in own if name != "own.targets"])
+            drawn = _own_tensors(self.runs)
+            leaves = iter([tensors[name] for name in drawn if name != "own.targets"])
             inputs = pytree.tree_map_only(Tensor, lambda _: next(leaves), dict(self.runs.inputs))
             self._own = dataclasses.replace(
                 self.runs, inputs=inputs, targets=tensors["own.targets"]
@@ -289,21 +289,21 @@ class Trainer:
     def _check(self, state: State) -> None:
         """Refuse a state that this run cannot have left."""
         assert self.directory is not None
-        path, found = state_path(self.directory), state.tensors
+        path, tensors = state_path(self.directory), state.tensors
         limit = self.config.updates
         if limit is not None and state.numbers.history.updates > limit:
             raise ArtifactError(
                 f"{path} has {state.numbers.history.updates} updates of {limit}; {RESTART}"
             )
-        wanted: dict[str, Tensor] = {f"now.{name}": v for name, v in self.student.trained()}
-        wanted |= {f"average.{i}": value for i, value in enumerate(self.average.shadow_params)}
-        wanted["generator"] = self.generator.get_state()
-        for group in self._optional(found):
-            if any(name in found for name in group):
-                wanted |= group
-        check_tensors(path, found, wanted)
+        expected: dict[str, Tensor] = {f"now.{name}": v for name, v in self.student.trained()}
+        expected |= {f"average.{i}": value for i, value in enumerate(self.average.shadow_params)}
+        expected["generator"] = self.generator.get_state()
+        for group in self._optional(tensors):
+            if any(name in tensors for name in group):
+                expected |= group
+        check_tensors(path, tensors, expected)
 
-    def _optional(self, found: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    def _optional(self, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Tensors that a state has together or not at all."""
         for index, moving in enumerate(self._moving):
             moments = {f"adam.{index}.{key}": moving for key in ("exp_avg", "exp_avg_sq")}
@@ -312,9 +312,9 @@ class Trainer:
             drawn = slice(min(len(self.runs), self.config.batch_size))
             yield {name: value[drawn] for name, value in _own_tensors(self.runs).items()}
         if self.config.relation == "queue":
-            kept = {name: rows for name, rows in found.items() if name.startswith("memory.")}
-            for index in range(len(kept)):
-                rows = kept.get(f"memory.{index}", torch.empty(0))
+            memory = {name: rows for name, rows in tensors.items() if name.startswith("memory.")}
+            for index in range(len(memory)):
+                rows = memory.get(f"memory.{index}", torch.empty(0))
                 fits = rows.dim() == 2 and len(rows) <= self.config.memory
                 yield {f"memory.{index}": rows if fits else torch.empty(0)}
 

@@ -110,12 +110,12 @@ def seal_folder(root: Path, manifest: Mapping[str, Any] | None = None) -> dict[s
 
 def listed_files(root: Path, manifest: str) -> dict[str, Any]:
     """All files of a folder but its manifest and what running it leaves, as manifests list them."""
-    found = {}
+    entries = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if path.is_file() and name != manifest and not _MADE_BY_RUNNING.fullmatch(name):
-            found[name] = Entry.of(path).to_dict()
-    return found
+            entries[name] = Entry.of(path).to_dict()
+    return entries
 
 
 def check_target(output: str | Path, manifest: str = MANIFEST, *, overwrite: bool = False) -> Path:
@@ -168,14 +168,14 @@ def _is_older(data: Mapping[str, Any]) -> bool:
 
 def _foreign_files(root: Path, manifest: str, listed: Any) -> list[str]:
     """Files of a folder that its manifest does not list."""
-    known = {manifest, *(listed if isinstance(listed, Mapping) else ())}
-    found = []
+    names = {manifest, *(listed if isinstance(listed, Mapping) else ())}
+    foreign = []
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         plain_folder = path.is_dir() and not path.is_symlink()
-        if not (plain_folder or name in known or _MADE_BY_RUNNING.fullmatch(name)):
-            found.append(name)
-    return found
+        if not (plain_folder or name in names or _MADE_BY_RUNNING.fullmatch(name)):
+            foreign.append(name)
+    return foreign
 
 
 @contextlib.contextmanager

@@ -80,12 +80,12 @@ def parse_json(data: bytes, where: object, *, fix: str = "", finite: bool = True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"key {twice[:40]!r} is there twice")
-    return found
+    return entries
 
 
 def _refuse_constant(text: str) -> float:
@@ -246,8 +246,8 @@ def _sized(path: Path, entry: Entry) -> Iterator[int]:
         yield descriptor
 
 
-def _compare(path: Path, entry: Entry, found: str) -> None:
-    if found != entry.sha256:
+def _compare(path: Path, entry: Entry, digest: str) -> None:
+    if digest != entry.sha256:
         raise ArtifactError(f"{path} is corrupted: its checksum differs from the manifest's")
 
 

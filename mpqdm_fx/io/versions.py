@@ -14,10 +14,10 @@ _PACKAGES = ("mpqdm-fx", "torch", "torchao", "diffusers", "executorch")
 
 def versions() -> dict[str, str]:
     """Installed versions of this package and of what it stands on."""
-    found = {}
+    installed = {}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed

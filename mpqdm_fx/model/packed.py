@@ -250,11 +250,11 @@ def read_packed(path: Path, layout: Layout, *, name: object | None = None) -> Pa
 
 
 def _float_tensor(entry: Sequence[Any], weights: Mapping[str, str]) -> FloatTensor:
-    name, stored, _, shape = entry
+    name, dtype, _, shape = entry
     return FloatTensor(
         name=name,
         numel=math.prod(shape),
-        bits=8 * torch.empty(0, dtype=getattr(torch, stored)).element_size(),
+        bits=8 * torch.empty(0, dtype=getattr(torch, dtype)).element_size(),
         is_weight=name in weights,
         reason=weights.get(name, FLOAT_REASON),
     )

@@ -61,15 +61,15 @@ class _TracedModel(nn.Module):
 
         `return_dict` is taken of models whose forward lacks it too.
         """
-        given, return_dict = dict(kwargs), True
+        arguments, return_dict = dict(kwargs), True
         if "return_dict" not in self.signature.parameters:
-            return_dict = given.pop("return_dict", True)
-        given = self.signature.bind(args, given)
-        return given, given.pop("return_dict", return_dict)
+            return_dict = arguments.pop("return_dict", True)
+        arguments = self.signature.bind(args, arguments)
+        return arguments, arguments.pop("return_dict", return_dict)
 
-    def _parts(self, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _parts(self, values: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Normalized inputs of one call of the model, in parts if it is large."""
-        return [self.signature.normalize((), part) for part in split_batch(self.signature, given)]
+        return [self.signature.normalize((), part) for part in split_batch(self.signature, values)]
 
     def _output(self, parts: list[dict[str, Any]], *, return_dict: bool) -> Any:
         """What the model returns for a call of these parts."""
@@ -123,9 +123,9 @@ class PreparedModel(_TracedModel):
         """
         place = self.records.place
         try:
-            given, return_dict = self._bound(args, kwargs)
-            check_call(given, place)
-            parts = self._parts(given)
+            arguments, return_dict = self._bound(args, kwargs)
+            check_call(arguments, place)
+            parts = self._parts(arguments)
         except TraceError as error:
             raise TraceError(f"{place}: {error}") from None
         for part in parts:
@@ -263,12 +263,12 @@ class QuantizedModel(_TracedModel):
     def summary(self) -> str:
         """What this model is, in ten lines of at most 80 columns; `print` shows the same."""
         plan, report, settings = self.plan, self.report, self.settings
-        stored, whole = plan.weight_bytes + plan.float_bytes, 4 * plan.num_parameters
+        size, whole = plan.weight_bytes + plan.float_bytes, 4 * plan.num_parameters
         facts = {
             "weights": f"{plan.num_weights:,}, {plan.mean_bits:.2f} bits over the budget, "
             f"{plan.effective_bits:.2f} with all overhead",
             "channels": _shares(Counter(bits for la in plan.layers for bits in la.bits)),
-            "bytes": f"{stored:,} of {whole:,} in float32, {whole / max(stored, 1):.1f} times less",
+            "bytes": f"{size:,} of {whole:,} in float32, {whole / max(size, 1):.1f} times less",
             "activations": f"{settings.activation_bits} bits, {settings.activation_mode}: "
             + _counts(_kind(self.ranges.get(layer.name)) for layer in plan.layers),
             "recipe": f"{settings.allocation} bits, {settings.rounding} rounding, "
@@ -280,7 +280,7 @@ class QuantizedModel(_TracedModel):
             + ", ".join(f"{name} {v}" for name, v in report.versions.items() if name in _MADE_WITH),
         }
         lines = [f"{self.signature.model_class}, quantized: {len(plan.layers)} layers"]
-        lines += [f"  {name:<13}{told}" for name, told in facts.items()]
+        lines += [f"  {name:<13}{fact}" for name, fact in facts.items()]
         return "\n".join(_cut(line) for line in lines)
 
     def __repr__(self) -> str:
@@ -292,8 +292,8 @@ class QuantizedModel(_TracedModel):
         Raises:
             TraceError: The arguments do not fit the traced signature.
         """
-        given, return_dict = self._bound(args, kwargs)
-        return self._output(self._parts(given), return_dict=return_dict)
+        arguments, return_dict = self._bound(args, kwargs)
+        return self._output(self._parts(arguments), return_dict=return_dict)
 
 
 def _detached(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -303,13 +303,13 @@ def _detached(graph_module: fx.GraphModule) -> fx.GraphModule:
     and kernels for channels-last weights sum in another order. Values are shared where they can be.
     """
     result = copy_graph_module(graph_module)
-    done: dict[nn.Parameter, nn.Parameter] = {}
+    copies: dict[nn.Parameter, nn.Parameter] = {}
 
     def plain(parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or (not parameter.requires_grad and parameter.is_contiguous()):
             return parameter
         value = parameter.detach().contiguous()
-        return done.setdefault(parameter, nn.Parameter(value, requires_grad=False))
+        return copies.setdefault(parameter, nn.Parameter(value, requires_grad=False))
 
     for name, module in list(result.named_modules()):
         parameters = {key: plain(value) for key, value in module._parameters.items()}
@@ -328,8 +328,8 @@ _MADE_WITH = ("mpqdm-fx", "torch")
 
 def _shares(counts: Counter[int]) -> str:
     total = sum(counts.values())
-    told = [f"{counts[bits] / total:.0%} at {bits}" for bits in sorted(counts)]
-    return f"{total:,}: {', '.join(told)} bits" if told else "none"
+    shares = [f"{counts[bits] / total:.0%} at {bits}" for bits in sorted(counts)]
+    return f"{total:,}: {', '.join(shares)} bits" if shares else "none"
 
 
 def _counts(kinds: Iterable[str]) -> str:
@@ -345,8 +345,8 @@ def _kind(activation: Activation | None) -> str:
 
 def _judged(judged: Iterable[Judgement]) -> str:
     """What was taken, then the next best."""
-    ordered = sorted(judged, key=lambda one: (not one.chosen, one.error))
-    return "; ".join(f"{one.decibels:.1f} dB {one.recipe}" for one in ordered[:2])
+    ordered = sorted(judged, key=lambda judgement: (not judgement.chosen, judgement.error))
+    return "; ".join(f"{judgement.decibels:.1f} dB {judgement.recipe}" for judgement in ordered[:2])
 
 
 def _worst(layers: Iterable[LayerReport]) -> str:

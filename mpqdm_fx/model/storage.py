@@ -255,13 +255,13 @@ def _traced(
 
 def _factors(weights: PackedWeights, report: QuantizationReport) -> dict[str, Tensor]:
     """What the inputs of layers are divided by; layers that share an input share the factors."""
-    found: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
     for choice in report.activations:
-        held = [f"{SCALES}.{name}" for name in choice.layers]
-        inverse = next((weights.floats[name] for name in held if name in weights.floats), None)
+        names = [f"{SCALES}.{name}" for name in choice.layers]
+        inverse = next((weights.floats[name] for name in names if name in weights.floats), None)
         if inverse is not None:
-            found.update(dict.fromkeys(choice.layers, inverse.float().reciprocal().flatten()))
-    return found
+            factors.update(dict.fromkeys(choice.layers, inverse.float().reciprocal().flatten()))
+    return factors
 
 
 def _skeleton(folder: ModelFolder) -> nn.Module:

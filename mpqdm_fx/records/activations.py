@@ -295,7 +295,7 @@ def placeholder_activations(
         return {}
     if mode == "dynamic":
         return {name: DynamicActivation(bits=bits) for name, bits in widths.items()}
-    unknown = {
+    pairs = {
         name: StaticActivation(
             input=ActivationRange(scale=1.0, zero_point=0, bits=bits),
             output=ActivationRange(scale=1.0, zero_point=0, bits=output_bits),
@@ -303,8 +303,8 @@ def placeholder_activations(
         for name, bits in widths.items()
     }
     if mode == "static":
-        return dict(unknown)
-    return {name: TimestepActivation(groups=(one,) * groups) for name, one in unknown.items()}
+        return dict(pairs)
+    return {name: TimestepActivation(groups=(pair,) * groups) for name, pair in pairs.items()}
 
 
 def static_ranges(ranges: Mapping[str, Activation], backend: str) -> dict[str, StaticActivation]:
@@ -317,7 +317,7 @@ def static_ranges(ranges: Mapping[str, Activation], backend: str) -> dict[str, S
     Raises:
         LoweringError: A layer's activation is of another kind; names the layer and what runs.
     """
-    found: dict[str, StaticActivation] = {}
+    static: dict[str, StaticActivation] = {}
     for name, activation in ranges.items():
         if not isinstance(activation, StaticActivation):
             kind, door = "by noise level", ""
@@ -328,8 +328,8 @@ def static_ranges(ranges: Mapping[str, Activation], backend: str) -> dict[str, S
                 f'only; quantize with activation_mode="static", {door}or keep the model in packed '
                 f'form (backend="packed")'
             )
-        found[name] = activation
-    return found
+        static[name] = activation
+    return static
 
 
 def kernel_activations(
@@ -344,7 +344,7 @@ def kernel_activations(
     Raises:
         LoweringError: A layer has ranges by noise level; names the layer and what runs.
     """
-    found: dict[str, KernelActivation] = {}
+    activations: dict[str, KernelActivation] = {}
     for name, activation in ranges.items():
         if isinstance(activation, TimestepActivation):
             raise LoweringError(
@@ -352,5 +352,5 @@ def kernel_activations(
                 f'ranges and ranges chosen at run time; quantize with activation_mode="static" or '
                 f'"dynamic", or keep the model in packed form (backend="packed")'
             )
-        found[name] = activation
-    return found
+        activations[name] = activation
+    return activations

@@ -88,8 +88,8 @@ class Judgement:
             recipe: What was done.
             powers: Sums over calls, float64 [G, 2].
         """
-        seen = [(signal, noise) for signal, noise in powers.tolist() if signal or noise]
-        ratios = [noise / signal if signal else math.inf for signal, noise in seen]
+        energies = [(signal, noise) for signal, noise in powers.tolist() if signal or noise]
+        ratios = [noise / signal if signal else math.inf for signal, noise in energies]
         error = sum(ratios) / len(ratios) if ratios else 0.0
         return cls(
             recipe=recipe,
