@@ -166,11 +166,12 @@ def check_outputs(path: Path, written_in: Environment, quantized: QuantizedModel
     far = _energy(_minus(floats, stored_floats)) > KERNEL_TOLERANCE**2 * _energy(stored_floats)
     far = far or math.isinf(noise)  # of such a model no bound tells anything
     if not changed or far or not _energy(_minus(outputs, expected)) <= 2 * noise:
+        place = f"another {changed}" if changed else "same machine, same torch"
         raise ArtifactError(
             f"the loaded model returns other numbers than the one that was saved: "
             f"{_decibels(outputs, expected)} between them, {_decibels(floats, stored_floats)} with "
-            f"float activations "
-            f"({f'another {changed}' if changed else 'same machine, same torch'}); load it with the versions that the manifest names, or save it again"
+            f"float activations ({place}); load it with the versions that the manifest names, or "
+            f"save it again"
         )
 
 
