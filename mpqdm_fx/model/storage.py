@@ -40,7 +40,7 @@ from mpqdm_fx.model.stages import normalized, restore
 from mpqdm_fx.model.stored_graph import check_same_graph, read_graph, write_graph
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.quantize.scale_inputs import SCALES, ScaleInputs
-from mpqdm_fx.records.activations import NoiseLevels, activation_to_dict
+from mpqdm_fx.records.activations import NoiseLevels
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.report import QuantizationReport
 
@@ -119,7 +119,7 @@ def write_model(
         "signature": signature,
         "settings": quantized.settings.to_dict(),
         "weights": layout,
-        "ranges": {name: activation_to_dict(a) for name, a in quantized.ranges.items()},
+        "ranges": {name: dataclasses.asdict(a) for name, a in quantized.ranges.items()},
         "noise_levels": None if levels is None else list(levels.boundaries),
         "report": quantized.report.to_dict(),
         "program": None if program is None else dict(program),

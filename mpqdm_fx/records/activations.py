@@ -16,7 +16,7 @@ whole or fractional. So ranges keyed by it survive another number of steps and a
 import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -38,7 +38,6 @@ __all__ = [
     "StaticActivation",
     "StoredActivation",
     "TimestepActivation",
-    "activation_to_dict",
     "kernel_activations",
     "placeholder_activations",
     "static_ranges",
@@ -266,11 +265,6 @@ def _spaced_by_ratio(levels: Tensor) -> bool:
     gaps = torch.stack([levels.diff(), levels.log().diff()])
     differences, ratios = (gaps.std(1) / gaps.mean(1)).tolist()
     return bool(ratios < differences)
-
-
-def activation_to_dict(activation: Activation) -> dict[str, Any]:
-    """Plain JSON types; `StoredActivation` reads them."""
-    return asdict(activation)
 
 
 def placeholder_activations(

@@ -49,10 +49,6 @@ class ActivationChoice:
         scaled = {0.0: "", 0.5: ", channels nearer", 1.0: ", channels alike"}
         return f"{self.kind}{scaled.get(self.exponent, '')}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, as a field of a `Strict` record reads them."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
@@ -75,10 +71,6 @@ class Judgement:
     def decibels(self) -> float:
         """The error in dB below the output."""
         return -10 * math.log10(self.error) if 0 < self.error < math.inf else math.inf
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, as a field of a `Strict` record reads them."""
-        return asdict(self)
 
     @classmethod
     def of(cls, recipe: str, powers: Tensor) -> Self:

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from mpqdm_fx.records.activations import (
     StaticActivation,
     StoredActivation,
     TimestepActivation,
-    activation_to_dict,
     kernel_activations,
     placeholder_activations,
     static_ranges,
@@ -49,7 +49,7 @@ timesteps = st.one_of(
 
 @given(activations)
 def test_json_round_trip_gives_an_equal_activation_of_the_same_kind(activation):
-    assert read_back(StoredActivation, activation_to_dict(activation)) == activation
+    assert read_back(StoredActivation, asdict(activation)) == activation
 
 
 @given(timesteps, st.integers(1, 8))
