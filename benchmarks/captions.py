@@ -43,7 +43,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mpqdm_fx import MPQConfig, convert, lower, prepare, save
+from mpqdm_fx import MPQConfig, RunOptions, convert, lower, prepare, save
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.calibration.sampling import Denoiser, denoise, first_tensor, guided
 from mpqdm_fx.calibration.trajectories import Trajectories
@@ -170,7 +170,9 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
             activation_mode="timestep", timestep_groups=5, row_weights="plain", judge=False,
             **json.loads(options),
         )  # fmt: skip
-        return convert(bench.prepared, sensitivity=sensitivity_file(bench, arguments))
+        return convert(
+            bench.prepared, run=RunOptions(sensitivity=sensitivity_file(bench, arguments))
+        )
 
     cells = [(s, r) for s in arguments.settings for r in arguments.recipes]
     for setting, recipe in tqdm(cells, desc=f"seed {bench.seed}"):
@@ -199,7 +201,9 @@ def program(bench: Bench, arguments: argparse.Namespace) -> None:
     bench.prepared.settings = MPQConfig(
         weight_bits=4, activation_bits=8, activation_mode="dynamic", seed=bench.seed
     )
-    quantized = convert(bench.prepared, sensitivity=sensitivity_file(bench, arguments))
+    quantized = convert(
+        bench.prepared, run=RunOptions(sensitivity=sensitivity_file(bench, arguments))
+    )
     trained = bench.trained(quantized, {}, arguments.updates).quantized
     row: dict[str, Any] = {"updates": arguments.updates}
     for name, model in {"before": quantized, "after": trained}.items():

@@ -21,6 +21,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import large_unet
@@ -36,35 +38,40 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-STAGES: Mapping[str, Sequence[tuple[str, str]]] = {
-    "trace": [("api", "prepare")],
-    "sensitivities: gradients": [("calibration.probes", "output_energies")],
-    "sensitivities: feedback": [("calibration.rounding_errors", "feedback_gains")],
-    "sensitivities: rounding errors": [("calibration.rounding_errors", "channel_errors")],
-    "sensitivities: other": [("calibration.sensitivity", "measure_sensitivity")],
-    "bits": [("sweep.measured", "solve_budget")],
-    "ranges": [
-        ("calibration.ranges", "search_static"),
-        ("calibration.ranges", "search_by_noise_level"),
-    ],
-    "execution": [("graph.walk", "Walk.__next__")],
-    "solving: rows": [("sweep.collect", "collect_rows")],
-    "solving: statistics": [("numerics.gram", "Gram.of")],
-    "solving: corrections": [
-        ("numerics.propagation", "choose_correction"),
-        ("numerics.propagation", "fixed_correction"),
-    ],
-    "solving: levels": [("numerics.levels", "RowLevels.fit")],
-    "solving: rounding": [("numerics.gptq", "gptq")],
-    "solving: refinement": [("numerics.refine", "refine")],
-    "solving: other": [("sweep.solve", "solve_layer")],
-    "sweep: other": [("api", "convert")],
-    "storing": [("storage", "save")],
+STAGES: Mapping[str, Sequence[str]] = {
+    "trace": ["prepare"],
+    "sensitivities: gradients": ["output_energies"],
+    "sensitivities: feedback": ["feedback_gains"],
+    "sensitivities: rounding errors": ["channel_errors"],
+    "sensitivities: other": ["measure_sensitivity"],
+    "bits": ["solve_budget"],
+    "ranges": ["search_static", "search_by_noise_level"],
+    "execution": ["Walk.__next__"],
+    "solving: rows": ["collect_rows"],
+    "solving: statistics": ["Gram.of"],
+    "solving: corrections": ["choose_correction", "fixed_correction"],
+    "solving: levels": ["RowLevels.fit"],
+    "solving: rounding": ["gptq"],
+    "solving: refinement": ["refine"],
+    "solving: other": ["solve_layer"],
+    "sweep: other": ["convert"],
+    "storing": ["save"],
 }
-"""What is measured: stage -> places in the package, as module and name."""
+"""What is measured: stage -> functions and methods, wherever in the package they are."""
 
 Case = tuple[nn.Module, Sequence[Mapping[str, Any]], dict[str, Any]]
 """A model, its calls, and the settings it is quantized with."""
+
+
+def home_of(name: str) -> ModuleType:
+    """The module of the package that defines a function or a class; checkouts differ in it."""
+    package = Path(importlib.import_module("mpqdm_fx").__path__[0])
+    defined = re.compile(rf"^(?:def|class) {name}\b", re.MULTILINE)
+    files = [path for path in package.rglob("*.py") if defined.search(path.read_text("utf-8"))]
+    if len(files) != 1:
+        raise SystemExit(f"{package} defines {name} {len(files)} times; one is measured here")
+    parts = files[0].relative_to(package.parent).with_suffix("").parts
+    return importlib.import_module(".".join(parts))
 
 
 class Stopwatch:
@@ -98,10 +105,10 @@ class Stopwatch:
 
     def install(self) -> None:
         """Wrap everything of `STAGES`, wherever the package has imported it."""
-        for stage, places in STAGES.items():
-            for place, name in places:
-                owner: Any = importlib.import_module(f"mpqdm_fx.{place}")
+        for stage, names in STAGES.items():
+            for name in names:
                 *classes, attribute = name.split(".")
+                owner: Any = home_of(name.partition(".")[0])
                 for class_name in classes:
                     owner = getattr(owner, class_name)
                 found = vars(owner)[attribute]
@@ -117,10 +124,8 @@ class Stopwatch:
 
 def digits() -> Case:
     """The bundled model at its defaults."""
-    from mpqdm_fx.jobs.calibration import calibration_of
-    from mpqdm_fx.sources.sources import load_source
-
-    source = load_source("digits")
+    source = home_of("load_source").load_source("digits")
+    calibration_of = home_of("calibration_of").calibration_of
     return source.model, list(calibration_of(source, trajectories=16, steps=20, seed=0)), {}
 
 
@@ -177,10 +182,9 @@ def own_model(place: str) -> Case:
 
 def measure(case: Callable[[], Case]) -> dict[str, Any]:
     """Quantize one model in this process, and store it."""
-    from mpqdm_fx import MPQConfig, api
-    from mpqdm_fx.calibration.sampling import first_tensor
-    from mpqdm_fx.model import storage
-    from mpqdm_fx.numerics.metrics import sqnr_db
+    from mpqdm_fx import MPQConfig
+
+    api, storage, sampling, metrics = map(home_of, ("prepare", "save", "first_tensor", "sqnr_db"))
 
     model, calls, settings = case()
     watch = Stopwatch()
@@ -198,13 +202,13 @@ def measure(case: Callable[[], Case]) -> dict[str, Any]:
         storage.save(quantized, Path(folder) / "model")
     total = time.process_time() - start
     with torch.no_grad():
-        answers = [first_tensor(net(**calls[-1])) for net in (model, quantized)]
+        answers = [sampling.first_tensor(net(**calls[-1])) for net in (model, quantized)]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": {stage: watch.seconds[stage] for stage in STAGES},
         "total": total,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "db": sqnr_db(*answers),
+        "db": metrics.sqnr_db(*answers),
         "integers": _digest(quantized),
     }
 

@@ -21,7 +21,7 @@ import torch
 from quality import SHORTCUTS, Bench, columns, read, write_row
 from tqdm import tqdm
 
-from mpqdm_fx import MPQConfig, convert
+from mpqdm_fx import MPQConfig, RunOptions, convert
 from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.model.quantized import QuantizedModel
@@ -80,7 +80,7 @@ def _start(
         activation_mode="timestep", timestep_groups=5, row_weights="plain", judge=False,
         **json.loads(options),
     )  # fmt: skip
-    return convert(bench.prepared, sensitivity=sensitivity)
+    return convert(bench.prepared, run=RunOptions(sensitivity=sensitivity))
 
 
 def measure(

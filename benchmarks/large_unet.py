@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from mpqdm_fx import MPQConfig, convert, prepare
+from mpqdm_fx import MPQConfig, RunOptions, convert, prepare
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.sweep.estimate import estimate
 
@@ -90,9 +90,11 @@ def main() -> None:
     print(f"traced: {time.perf_counter() - start:.0f} s, peak {peak_gib():.1f} GiB", flush=True)
     quantized = convert(
         prepared,
-        directory=arguments.directory,
-        resume=arguments.resume,
-        sensitivity=arguments.sensitivity,
+        run=RunOptions(
+            directory=arguments.directory,
+            resume=arguments.resume,
+            sensitivity=arguments.sensitivity,
+        ),
     )
     seconds, peak = time.perf_counter() - start, peak_gib()
     with torch.no_grad():

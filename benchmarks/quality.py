@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mpqdm_fx import MPQConfig, convert, prepare
+from mpqdm_fx import MPQConfig, RunOptions, convert, prepare
 from mpqdm_fx.digits.bundled import load_digits_classifier
 from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.sealed import read_json
@@ -153,7 +153,7 @@ def measure(
         start = time.perf_counter()
         bench.prepared.settings = config
         table_file = folder / f"sensitivity {config.levels}.safetensors"
-        quantized = convert(bench.prepared, sensitivity=table_file)
+        quantized = convert(bench.prepared, run=RunOptions(sensitivity=table_file))
         seconds = time.perf_counter() - start
         row = {
             **bench.measured(quantized),

@@ -20,7 +20,7 @@ from quality import read
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-PAGES = (ROOT / "docs" / "numbers.md", ROOT / "docs" / "training.md")
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "training.md")
 SEEDS = [0, 1, 2]
 
 #: By file of rows, what makes the table of them.

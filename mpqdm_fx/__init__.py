@@ -28,6 +28,7 @@ __all__ = [
     "Pipeline",
     "PreparedModel",
     "QuantizedModel",
+    "RunOptions",
     "TraceError",
     "Trajectories",
     "__version__",

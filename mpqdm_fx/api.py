@@ -5,13 +5,12 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.calibration.calls import check_call, check_calls, check_example
-from mpqdm_fx.calibration.records import DEFAULT_MAX_MEMORY, RecordedInputs
+from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.capture.entry import unwrap
 from mpqdm_fx.capture.foreign_models import check_model
 from mpqdm_fx.errors import CalibrationError, ConfigError
@@ -22,8 +21,10 @@ from mpqdm_fx.io.versions import versions
 from mpqdm_fx.model.quantized import PreparedModel, Quantization, QuantizedModel
 from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.former_keywords import former_keywords
 from mpqdm_fx.records.report import QuantizationReport
-from mpqdm_fx.records.validation import Bytes, check_value, checked
+from mpqdm_fx.records.run_options import RunOptions
+from mpqdm_fx.records.validation import check_value, checked
 from mpqdm_fx.sweep.finish import finish
 from mpqdm_fx.sweep.measured import check_budget
 from mpqdm_fx.sweep.quantize import start_sweep
@@ -33,7 +34,17 @@ __all__ = ["convert", "open_sweep", "prepare", "prepare_on", "quantize"]
 
 logger = logging.getLogger(__name__)
 
+_solving_keywords = former_keywords(
+    directory="directory",
+    resume="resume",
+    max_memory="activation_memory",
+    half="half",
+    device="device",
+    sensitivity="sensitivity",
+)
 
+
+@former_keywords(max_memory="record_memory", directory="record_directory")
 @plain_torch()
 @checked
 def prepare(
@@ -41,8 +52,7 @@ def prepare(
     config: MPQConfig,
     example_inputs: Mapping[str, Any] | tuple[Any, ...],
     *,
-    max_memory: Bytes = DEFAULT_MAX_MEMORY,
-    directory: str | Path | None = None,
+    run: RunOptions = RunOptions(),
 ) -> PreparedModel:
     """Trace a model and make it record what it is called with.
 
@@ -53,8 +63,7 @@ def prepare(
         model: Float model; it is not changed.
         config: Settings.
         example_inputs: Keyword arguments (dict) or positional arguments (tuple) of one call.
-        max_memory: Bytes of recorded inputs held in memory while they are recorded.
-        directory: Folder for what goes to disk; a temporary one by default.
+        run: How it runs; see `RunOptions`.
 
     Returns:
         The prepared model.
@@ -68,6 +77,7 @@ def prepare(
     """
     check_value(model, nn.Module, "model")
     check_value(config, MPQConfig, "config")
+    check_value(run, RunOptions, "run")
     model = unwrap(model)
     check_model(model)
     check_example(model, example_inputs)
@@ -79,21 +89,17 @@ def prepare(
         graph_module.meta["signature"],
         getattr(model, "config", None),
         config,
-        RecordedInputs(max_memory=max_memory, directory=directory),
+        RecordedInputs(memory=run.record_memory, directory=run.record_directory),
     )
 
 
+@_solving_keywords
 @plain_torch()
 @checked
 def convert(
     prepared: PreparedModel,
     *,
-    directory: str | Path | None = None,
-    resume: bool = False,
-    max_memory: Bytes | None = None,
-    half: bool = False,
-    device: str | None = None,
-    sensitivity: str | Path | None = None,
+    run: RunOptions = RunOptions(),
     sweep: Sweep | None = None,
 ) -> QuantizedModel:
     """Decide the bits; correct and round the weights layer by layer; fix the activation ranges.
@@ -102,15 +108,9 @@ def convert(
 
     Args:
         prepared: A prepared model that has been called on calibration data.
-        directory: Folder for solved layers: a run that was killed goes on there.
-        resume: Go on with what the folder holds; the result has the same bits.
-        max_memory: Bytes of activations held in memory; the rest goes to disk.
-        half: Hold activations as float16 between layers.
-        device: Where to compute, for example `"cuda"`; by default where the model is.
-        sensitivity: File of the sensitivities, for `allocation="measured"`: read if it is there,
-            else written. Another budget then takes seconds to solve.
-        sweep: A sweep of this prepared model (`open_sweep`) to go on with; the settings above are
-            those it was opened with.
+        run: How it runs; see `RunOptions`.
+        sweep: A sweep of this prepared model (`open_sweep`) to go on with; it runs as it was
+            opened, whatever `run` is.
 
     Returns:
         The quantized model. `prepared` can be called and converted again.
@@ -122,15 +122,7 @@ def convert(
     """
     start = time.perf_counter()
     if sweep is None:
-        sweep = open_sweep(
-            prepared,
-            directory=directory,
-            resume=resume,
-            max_memory=max_memory,
-            half=half,
-            device=device,
-            sensitivity=sensitivity,
-        )
+        sweep = open_sweep(prepared, run=run)
     result = finish(sweep)
     report = QuantizationReport(
         layers=result.layers,
@@ -151,18 +143,10 @@ def convert(
     return QuantizedModel(result.rounded, quantization)
 
 
+@_solving_keywords
 @plain_torch()
 @checked
-def open_sweep(
-    prepared: PreparedModel,
-    *,
-    directory: str | Path | None = None,
-    resume: bool = False,
-    max_memory: Bytes | None = None,
-    half: bool = False,
-    device: str | None = None,
-    sensitivity: str | Path | None = None,
-) -> Sweep:
+def open_sweep(prepared: PreparedModel, *, run: RunOptions = RunOptions()) -> Sweep:
     """Set up what `convert` runs, to walk through it by hand.
 
     The sweep is an iterator over the nodes of a graph with two lanes, float and quantized:
@@ -181,31 +165,25 @@ def open_sweep(
         CalibrationError: No data, or a memory limit that is too small.
         ConfigError: The budget cannot be met, or the folder holds another run.
     """
-    return start_sweep(
-        prepared.graph_module,
-        prepared.records,
-        prepared.settings,
-        directory=directory,
-        resume=resume,
-        max_memory=max_memory,
-        half=half,
-        device=device,
-        sensitivity=sensitivity,
-    )
+    check_value(run, RunOptions, "run")
+    return start_sweep(prepared.graph_module, prepared.records, prepared.settings, run=run)
 
 
+@former_keywords(
+    max_memory="record_memory",
+    directory="directory",
+    resume="resume",
+    max_activations="activation_memory",
+    device="device",
+    sensitivity="sensitivity",
+)
 @checked
 def quantize(
     model: nn.Module,
     config: MPQConfig,
     calibration: Iterable[Mapping[str, Any]],
     *,
-    max_memory: Bytes = DEFAULT_MAX_MEMORY,
-    directory: str | Path | None = None,
-    resume: bool = False,
-    max_activations: Bytes | None = None,
-    device: str | None = None,
-    sensitivity: str | Path | None = None,
+    run: RunOptions = RunOptions(),
 ) -> QuantizedModel:
     """`prepare`, run the calibration data, `convert`.
 
@@ -213,30 +191,19 @@ def quantize(
         model: Float model; it is not changed.
         config: Settings.
         calibration: As of `prepare_on`.
-        max_memory: Bytes of recorded inputs held in memory while they are recorded.
-        directory: Folder for solved layers: a run that was killed goes on there.
-        resume: Go on with what the folder holds.
-        max_activations: Bytes of activations held in memory while layers are solved.
-        device: Where to compute, for example `"cuda"`; by default where the model is.
-        sensitivity: File of the sensitivities; see `convert`.
+        run: How it runs; see `RunOptions`.
     """
-    return convert(
-        prepare_on(model, config, calibration, max_memory=max_memory),
-        directory=directory,
-        resume=resume,
-        max_memory=max_activations,
-        device=device,
-        sensitivity=sensitivity,
-    )
+    return convert(prepare_on(model, config, calibration, run=run), run=run)
 
 
+@former_keywords(max_memory="record_memory")
 @checked
 def prepare_on(
     model: nn.Module,
     config: MPQConfig,
     calibration: Iterable[Mapping[str, Any]],
     *,
-    max_memory: Bytes = DEFAULT_MAX_MEMORY,
+    run: RunOptions = RunOptions(),
 ) -> PreparedModel:
     """`prepare`, and record the calibration data; `convert` can follow with several settings.
 
@@ -245,7 +212,7 @@ def prepare_on(
         config: Settings. The result's `settings` may be set to others with the same `split_skips`.
         calibration: Keyword arguments of each call, for example `Trajectories(...)`. Its
             `held_out_calls`, where it has them, judge corrections; else its last quarter does.
-        max_memory: Bytes of recorded inputs held in memory while they are recorded.
+        run: How it runs; see `RunOptions`.
 
     Raises:
         CalibrationError: There is no calibration data, or it holds NaN or infinity.
@@ -254,6 +221,7 @@ def prepare_on(
     """
     check_value(model, nn.Module, "model")
     check_value(config, MPQConfig, "config")
+    check_value(run, RunOptions, "run")
     check_model(unwrap(model))  # before trajectories are run
     if isinstance(calibration, Mapping | Tensor) or not isinstance(calibration, Iterable):
         raise CalibrationError(
@@ -269,10 +237,10 @@ def prepare_on(
         raise CalibrationError("`calibration` is empty; give at least one call") from None
     check_call(first, "calibration call 0")
     with stage("tracing"):
-        prepared = prepare(model, config, first, max_memory=max_memory)
+        prepared = prepare(model, config, first, run=run)
     held_out = getattr(calibration, "held_out_calls", ())
-    every = itertools.chain([first], iterator)
-    for index, inputs in enumerate(tracked(every, "recording calls")):
+    calls = itertools.chain([first], iterator)
+    for index, inputs in enumerate(tracked(calls, "recording calls")):
         # Recording alone: `convert` runs the float graph once over everything anyway.
         with prepared.held_out() if index in held_out else contextlib.nullcontext():
             prepared.record(**inputs)

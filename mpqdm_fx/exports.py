@@ -21,6 +21,7 @@ from mpqdm_fx.passes.base import GraphPass, Pipeline
 from mpqdm_fx.pipelines.export import export_pipeline
 from mpqdm_fx.records.config import MPQConfig, Override
 from mpqdm_fx.records.plan import BitPlan, LayerPlan
+from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.report.comparison import Comparison, compare
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Pipeline",
     "PreparedModel",
     "QuantizedModel",
+    "RunOptions",
     "TraceError",
     "Trajectories",
     "__version__",

@@ -11,7 +11,7 @@ from small import (
 from torch import nn
 
 import mpqdm_fx
-from mpqdm_fx import MPQConfig, convert, lower, prepare, quantize
+from mpqdm_fx import MPQConfig, RunOptions, convert, lower, prepare, quantize
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError, TraceError
 from mpqdm_fx.numerics.metrics import sqnr_db
 
@@ -81,7 +81,8 @@ def test_more_bits_give_a_better_model(model, tmp_path):
     found = []
     for bits in (2, 4, 8):
         config = MPQConfig(weight_bits=bits, activation_mode="float", refinements=1)
-        test = quantize(model, config, unet_calls(), sensitivity=tmp_path / "sensitivity")
+        run = RunOptions(sensitivity=tmp_path / "sensitivity")
+        test = quantize(model, config, unet_calls(), run=run)
         found.append(sqnr_db(expected, test(**call).sample))
     assert found[0] + 6 < found[1] < found[2] - 6
 
@@ -174,11 +175,11 @@ def test_the_public_names_are_there():
 
 def test_sensitivities_are_kept_for_another_budget(monkeypatch, tmp_path):
     path = tmp_path / "sensitivity.safetensors"
-    calls = net_calls()
-    first = quantize(TinyNet(), MPQConfig(effective_bits=5.0), calls, sensitivity=path)
+    calls, run = net_calls(), RunOptions(sensitivity=path)
+    first = quantize(TinyNet(), MPQConfig(effective_bits=5.0), calls, run=run)
     assert path.exists()
     monkeypatch.setattr("mpqdm_fx.sweep.measured.measure_sensitivity", None)  # not called again
-    second = quantize(TinyNet(), MPQConfig(effective_bits=4.0), calls, sensitivity=path)
+    second = quantize(TinyNet(), MPQConfig(effective_bits=4.0), calls, run=run)
     assert second.plan.effective_bits <= 4.0 < first.plan.effective_bits <= 5.0
 
 

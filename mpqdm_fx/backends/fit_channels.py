@@ -147,11 +147,11 @@ def _inputs(
     for site in activation_sites(ordered, ranges):  # the narrower site of a value comes later
         for call in site.value.users if site.calls is None else site.calls:
             read[call] = site.range
-    found: dict[str, list[ActivationRange]] = {}
+    inputs: dict[str, list[ActivationRange]] = {}
     for call, name in ordered.items():
         if name in ranges:
-            found.setdefault(name, []).append(read[call])
-    return found
+            inputs.setdefault(name, []).append(read[call])
+    return inputs
 
 
 def _shifts(module: nn.Module, input_scale: float, output_scale: float) -> Tensor:

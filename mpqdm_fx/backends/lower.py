@@ -61,15 +61,17 @@ def lower(quantized: QuantizedModel, backend: Backend, **options: Any) -> Any:
     """
     check_value(backend, Backend, "backend")
     verb = _VERBS[backend]
-    taken = {
+    parameters = {
         name: parameter
         for name, parameter in inspect.signature(verb).parameters.items()
         if name != "quantized"
     }
     for name in options:
-        if name not in taken:
-            raise ConfigError(f"backend={backend!r} takes no {name}; it takes {', '.join(taken)}")
-    for name, parameter in taken.items():
+        if name not in parameters:
+            raise ConfigError(
+                f"backend={backend!r} takes no {name}; it takes {', '.join(parameters)}"
+            )
+    for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:
             raise ConfigError(f"backend={backend!r} writes files: give `{name}`")
     return verb(quantized, **options)

@@ -24,7 +24,7 @@ __all__ = [
     "UnresolvedRangeObserver",
     "WeightGrid",
     "check_names",
-    "given_ranges",
+    "given_activations",
     "weight_grids",
 ]
 
@@ -120,17 +120,17 @@ def weight_grids(graph_module: fx.GraphModule) -> dict[str, WeightGrid]:
     return grids
 
 
-def check_names(ranges: Mapping[str, object], grids: Mapping[str, object]) -> None:
+def check_names(activations: Mapping[str, object], grids: Mapping[str, object]) -> None:
     """Refuse ranges of layers that a graph did not round.
 
     Args:
-        ranges: What the names are of, by layer name.
+        activations: What the names are of, by layer name.
         grids: Rounded layers by name; see `weight_grids`.
 
     Raises:
         ConfigError: A name is no rounded convolution or linear layer.
     """
-    for name in ranges:
+    for name in activations:
         if name not in grids:
             raise ConfigError(
                 f"ranges name {name!r}, which is no rounded convolution or linear layer of the "
@@ -138,10 +138,10 @@ def check_names(ranges: Mapping[str, object], grids: Mapping[str, object]) -> No
             )
 
 
-def given_ranges(
+def given_activations(
     graph_module: fx.GraphModule, ranges: Mapping[str, Activation] | Literal["observe"] | None
 ) -> Mapping[str, Activation] | None:
-    """The ranges that a door goes by; None if observers are to find some.
+    """The activations that a door goes by; None if observers are to find ranges.
 
     Args:
         graph_module: A rounded graph.
@@ -152,13 +152,13 @@ def given_ranges(
             graph says nothing.
     """
     if ranges is None:
-        told = assigned_qconfigs(graph_module)
-        if not told:
+        qconfigs = assigned_qconfigs(graph_module)
+        if not qconfigs:
             raise ConfigError(
                 "the graph says nothing of its layers' activations: give their ranges, or run "
                 "`passes.AssignQConfigs` on it"
             )
-        return {name: q.activation for name, q in told.items() if q.activation is not None}
+        return {name: q.activation for name, q in qconfigs.items() if q.activation is not None}
     if not isinstance(ranges, Mapping) and ranges != "observe":
         raise ConfigError(
             f"ranges={ranges!r}: give the ranges that were found (`QuantizedModel.ranges`), or "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.backends import ao
-from mpqdm_fx.backends.observers import WeightGrid, check_names, given_ranges, weight_grids
+from mpqdm_fx.backends.observers import WeightGrid, check_names, given_activations, weight_grids
 from mpqdm_fx.backends.pt2e_observers import PT2EGridWeightObserver
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.dynamic_chain import EPS
@@ -60,7 +60,7 @@ class PlanQuantizer(ao.Quantizer):  # type: ignore[misc]  # torchao is untyped
 
     Args:
         grids: Weight grids by the names under which layers are called.
-        ranges: Activations under the same names, static or dynamic; None lets `activation_observer`
+        activations: Under the same names, static or dynamic; None lets `activation_observer`
             calibrate.
         activation_observer: Constructor of activation observers (a torchao `with_args` wrapper).
     """
@@ -68,12 +68,12 @@ class PlanQuantizer(ao.Quantizer):  # type: ignore[misc]  # torchao is untyped
     def __init__(
         self,
         grids: Mapping[str, WeightGrid],
-        ranges: Mapping[str, KernelActivation] | None,
+        activations: Mapping[str, KernelActivation] | None,
         activation_observer: Callable[..., nn.Module],
     ) -> None:
         super().__init__()
         self.grids = dict(grids)
-        self.ranges = None if ranges is None else dict(ranges)
+        self.activations = None if activations is None else dict(activations)
         self.activation_observer = activation_observer
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
@@ -113,13 +113,13 @@ class PlanQuantizer(ao.Quantizer):  # type: ignore[misc]  # torchao is untyped
         inputs: dict[fx.Node, dict[fx.Node, Any]],
         outputs: dict[fx.Node, Any],
     ) -> None:
-        if self.ranges is None:
+        if self.activations is None:
             for node in calls:
                 spec = _observed_spec(self.activation_observer)
                 inputs[node][cast(fx.Node, node.args[0])] = spec
                 outputs[node] = spec
             return
-        fixed = {n: a for n, a in self.ranges.items() if isinstance(a, StaticActivation)}
+        fixed = {n: a for n, a in self.activations.items() if isinstance(a, StaticActivation)}
         sites = activation_sites(calls, fixed)
         for site in sites:
             spec = _fixed_spec(site.range)
@@ -130,7 +130,7 @@ class PlanQuantizer(ao.Quantizer):  # type: ignore[misc]  # torchao is untyped
                 if calls.get(call) in fixed and call.args[0] is site.value:
                     inputs[call][site.value] = spec
         for call, name in calls.items():
-            activation = self.ranges.get(name)
+            activation = self.activations.get(name)
             if isinstance(activation, DynamicActivation):
                 inputs[call][cast(fx.Node, call.args[0])] = _dynamic_spec(activation)
 
@@ -173,8 +173,8 @@ def to_quantizer(
         LoweringError: An activation is neither static nor dynamic.
     """
     grids = weight_grids(graph)
-    given = given_ranges(graph, ranges)
-    kinds = None if given is None else kernel_activations(given, "PT2E")
+    activations = given_activations(graph, ranges)
+    kinds = None if activations is None else kernel_activations(activations, "PT2E")
     if kinds is not None:
         if not kinds:
             raise ConfigError(

@@ -16,28 +16,28 @@ MODES: Mapping[Backend, tuple[ActivationMode, ...]] = {
 }
 
 
-def check_settings(backend: Backend, settings: MPQConfig, *, others: bool = True) -> None:
+def check_settings(backend: Backend, settings: MPQConfig, *, alternatives: bool = True) -> None:
     """Refuse settings that a backend does not run.
 
     Args:
         backend: The backend.
         settings: What a model is, or would be, quantized with.
-        others: Whether another backend can be chosen instead; the message names it then.
+        alternatives: Whether another backend can be chosen instead; the message names it then.
 
     Raises:
         ConfigError: The backend does not run the mode of the activations, or their bits.
     """
     mode, bits = settings.activation_mode, settings.narrowest_activation_bits
     if mode not in MODES[backend]:
-        modes = " or ".join(f'"{known}"' for known in MODES[backend])
+        modes = " or ".join(f'"{choice}"' for choice in MODES[backend])
         doors = " or ".join(f'"{b}"' for b in BACKENDS if mode in MODES[b])
         raise ConfigError(
             f"{backend} does not run activation_mode={mode!r}; choose activation_mode={modes}"
-            + (f" or backend={doors}" if others else "")
+            + (f" or backend={doors}" if alternatives else "")
         )
     if backend != "packed" and bits != 8:
         name = {"xnnpack": "XNNPACK", "torch_ao": "torch.ao"}[backend]
         raise ConfigError(
             f"{name} runs activations of 8 bits, not {bits}; choose activation_bits=8"
-            + (' or backend="packed"' if others else "")
+            + (' or backend="packed"' if alternatives else "")
         )

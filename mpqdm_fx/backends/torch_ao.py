@@ -14,7 +14,7 @@ from mpqdm_fx.backends.observers import (
     GridWeightObserver,
     UnresolvedRangeObserver,
     check_names,
-    given_ranges,
+    given_activations,
     weight_grids,
 )
 from mpqdm_fx.errors import ConfigError, LoweringError
@@ -75,7 +75,7 @@ def to_qconfig_mapping(
     _check_engine(engine)
     grids = weight_grids(graph)
     layers = weight_layers(graph)
-    fixed = given_ranges(graph, ranges)
+    fixed = given_activations(graph, ranges)
     if fixed is not None:
         fixed = check_ranges(fixed, grids, "torch.ao")
         grids = {name: grid for name, grid in grids.items() if name in fixed}

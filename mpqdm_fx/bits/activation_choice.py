@@ -70,10 +70,10 @@ def choose_activations(
     ends = ends_in_float(graph_module, settings.activation_mode)
     menus = []
     for unit, names in units.items():
-        own = [layers[name] for name in names if name not in skipped]
-        if own:
+        members = [layers[name] for name in names if name not in skipped]
+        if members:
             menus.append(
-                _menu(graph_module, own, costs[unit], weights[unit], settings, sizes, ends)
+                _menu(graph_module, members, costs[unit], weights[unit], settings, sizes, ends)
             )
     in_all = sum(menu.fastest for menu in menus) + other_time(graph_module, sizes)
     smallest = sum(menu.smallest for menu in menus)
@@ -134,7 +134,9 @@ def _menu(
     def size(option: InputOption) -> int:
         return sum(weight_bytes(layer, option) for layer in layers)
 
-    plain = min((one for one in costs if one.kind != "float" and not one.exponent), key=time)
+    plain = min(
+        (option for option in costs if option.kind != "float" and not option.exponent), key=time
+    )
     options = _allowed(layers, tuple(costs), settings, ends)
     least = min(size(option) for option in options)
     fastest = time(plain)
@@ -155,19 +157,19 @@ def _menu(
 def _chosen(menus: Sequence[_Menu], time: float, size: float) -> list[int]:
     """Options of least cost within the time; what their bytes cost is raised until they fit too."""
     costs = [menu.costs for menu in menus]
-    times = [[one - min(menu.times) for one in menu.times] for menu in menus]
+    times = [[duration - min(menu.times) for duration in menu.times] for menu in menus]
 
     def solve(price: float) -> tuple[list[int], float]:
         priced = [
             [cost + price * extra for cost, extra in zip(menu.costs, menu.bytes, strict=True)]
             for menu in menus
         ]
-        found = choose_options(priced, times, time)
-        return found, sum(menu.bytes[i] for menu, i in zip(menus, found, strict=True))
+        choice = choose_options(priced, times, time)
+        return choice, sum(menu.bytes[i] for menu, i in zip(menus, choice, strict=True))
 
-    found, taken = solve(0.0)
-    if taken <= size:
-        return found
+    choice, growth = solve(0.0)
+    if growth <= size:
+        return choice
     low, high = 0.0, max(max(row) for row in costs) / max(size, 1.0) or 1.0
     while (upper := solve(high))[1] > size:
         high *= 8
@@ -203,7 +205,7 @@ def _allowed(
     ends: Collection[str],
 ) -> tuple[InputOption, ...]:
     """What a unit may have."""
-    given = any(
+    overridden = any(
         rule.activation_bits is not None and rule.matches(layer.name)
         for rule in settings.rules
         for layer in layers
@@ -211,6 +213,6 @@ def _allowed(
     narrow = any(settings.activation_bits_of(layer.name) != 8 for layer in layers)
     if narrow and any(layer.name in ends for layer in layers):
         return (_FLOAT,)
-    if given or narrow:
-        return tuple(one for one in options if one.kind != "float" and not one.exponent)
+    if overridden or narrow:
+        return tuple(option for option in options if option.kind != "float" and not option.exponent)
     return tuple(options)

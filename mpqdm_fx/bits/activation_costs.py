@@ -34,7 +34,7 @@ _RANGE_VALUES = 2**13  # numbers that a range is searched on, for its cost alone
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Reader:
+class _InputKey:
     """How a weight layer's calls read their input: equal ones see the same rounded numbers."""
 
     values: Hashable
@@ -72,7 +72,7 @@ class ActivationCosts:
         layers = weight_layers(graph_module)
         self._layer_of = {call.name: layer for layer in layers.values() for call in layer.nodes}
         self._readers = {
-            call.name: _Reader(
+            call.name: _InputKey(
                 values=value_key(graph_module, call.args[0]),
                 bits=settings.activation_bits_of(name),
                 axes=row_axes(layer.module),
@@ -203,10 +203,10 @@ def _rounded(value: Tensor, chosen: ActivationRange) -> Tensor:
 
 
 def _units(
-    layers: Mapping[str, WeightLayer], readers: Mapping[str, _Reader]
+    layers: Mapping[str, WeightLayer], readers: Mapping[str, _InputKey]
 ) -> dict[str, tuple[str, ...]]:
     """Layers that have to be quantized alike, because they read the same rounded numbers."""
-    first_of: dict[_Reader, str] = {}
+    first_of: dict[_InputKey, str] = {}
     above: dict[str, str] = {}
 
     def root(name: str) -> str:

@@ -57,12 +57,12 @@ class NoiseGroups:
         node = find_noise_argument(graph_module, settings.noise_argument)
         if node is None:
             return cls.one()
-        told = [
+        levels = [
             level for level in noise_levels_of(graph_module, calls, settings) if level is not None
         ]
-        every = torch.cat(told)
-        groups = min(_MOST, len(torch.unique(every)))
-        return cls(levels=NoiseLevels.of(every, groups, argument=str(node.target)))
+        values = torch.cat(levels)
+        groups = min(_MOST, len(torch.unique(values)))
+        return cls(levels=NoiseLevels.of(values, groups, argument=str(node.target)))
 
     @property
     def count(self) -> int:
@@ -78,8 +78,8 @@ class NoiseGroups:
         batch = batch_size_of(call)
         if self.levels.argument is None:
             return torch.zeros(batch, dtype=torch.int64)
-        told = torch.as_tensor(call[self.levels.argument]).detach().cpu()
-        return self.levels.group_of(told).expand(batch)
+        levels = torch.as_tensor(call[self.levels.argument]).detach().cpu()
+        return self.levels.group_of(levels).expand(batch)
 
     def held_out(self, calls: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """Calls that judge what is fitted to the others: the last quarter of each group's.
@@ -93,9 +93,13 @@ class NoiseGroups:
         """
         of_group: dict[int, list[int]] = {}
         for index, call in enumerate(calls):
-            found = set(self.of_samples(call).tolist())
-            of_group.setdefault(found.pop() if len(found) == 1 else -1, []).append(index)
-        parts = [own for own in of_group.values() if len(own) > 1] or [list(range(len(calls)))]
+            groups = set(self.of_samples(call).tolist())
+            of_group.setdefault(groups.pop() if len(groups) == 1 else -1, []).append(index)
+        parts = [group for group in of_group.values() if len(group) > 1] or [
+            list(range(len(calls)))
+        ]
         return tuple(
-            sorted(i for own in parts if len(own) > 1 for i in own[-max(1, len(own) // 4) :])
+            sorted(
+                i for group in parts if len(group) > 1 for i in group[-max(1, len(group) // 4) :]
+            )
         )

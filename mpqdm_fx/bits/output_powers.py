@@ -26,14 +26,14 @@ def output_powers(
     Returns:
         float64 [G, 2].
     """
-    own = groups.of_samples(call)
+    group = groups.of_samples(call)
     sums = torch.zeros(groups.count, 2, dtype=torch.float64)
     pairs = zip(pytree.tree_leaves(reference), pytree.tree_leaves(output), strict=True)
-    for want, got in pairs:
-        if not isinstance(want, Tensor) or not want.is_floating_point():
+    for expected, actual in pairs:
+        if not isinstance(expected, Tensor) or not expected.is_floating_point():
             continue
-        exact = want.double().cpu()
-        both = torch.stack([exact, exact - got.double().cpu()]).square()
-        rows = len(own) if want.dim() and len(want) % len(own) == 0 else 1
-        sums.index_add_(0, own[:rows], both.reshape(2, rows, -1).sum(dim=2).T)
+        exact = expected.double().cpu()
+        powers = torch.stack([exact, exact - actual.double().cpu()]).square()
+        rows = len(group) if expected.dim() and len(expected) % len(group) == 0 else 1
+        sums.index_add_(0, group[:rows], powers.reshape(2, rows, -1).sum(dim=2).T)
     return sums

@@ -67,20 +67,20 @@ def pinned_layers(graph_module: fx.GraphModule) -> dict[str, str]:
 
 def _reach(start: Iterable[fx.Node], stops: dict[fx.Node, str], *, forward: bool) -> list[fx.Node]:
     """The first of `stops` on every path from `start`, along or against the edges."""
-    found, seen = [], set()
+    ends, seen = [], set()
     waiting = list(start)
     while waiting:
         node = waiting.pop()
-        for other in node.users if forward else node.all_input_nodes:
+        for neighbour in node.users if forward else node.all_input_nodes:
             # Sizes (SymInt nodes) reach every reshape; only tensors make a layer first or last.
-            if other in seen or not (other.op == "output" or _is_tensor(other)):
+            if neighbour in seen or not (neighbour.op == "output" or _is_tensor(neighbour)):
                 continue
-            seen.add(other)
-            if other in stops:
-                found.append(other)
+            seen.add(neighbour)
+            if neighbour in stops:
+                ends.append(neighbour)
             else:
-                waiting.append(other)
-    return found
+                waiting.append(neighbour)
+    return ends
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -65,11 +65,11 @@ def probed_parts(
             )
         parts += zip(pieces, torch.split(importance, counts), strict=True)
     mean = sum(len(importance) for _, importance in parts) / len(parts)
-    wanted = min(len(parts), max(1, math.ceil(samples / mean)))
+    count = min(len(parts), max(1, math.ceil(samples / mean)))
     level = [float(groups.of_samples(piece).double().mean()) for piece, _ in parts]
     order = sorted(range(len(parts)), key=level.__getitem__)
-    taken = [order[(2 * place + 1) * len(parts) // (2 * wanted)] for place in range(wanted)]
-    return [parts[place] for place in sorted(taken)]
+    picks = [order[(2 * place + 1) * len(parts) // (2 * count)] for place in range(count)]
+    return [parts[place] for place in sorted(picks)]
 
 
 def _samples(signature: Signature, call: Mapping[str, Any]) -> int:

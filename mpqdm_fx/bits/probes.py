@@ -165,7 +165,7 @@ class _Probe(fx.Interpreter):
         """Add one part of a call: tensors by placeholder name, importance [B]."""
         names = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
         self.watched, self.read = [], {}
-        own = self.groups.of_samples(inputs)
+        groups = self.groups.of_samples(inputs)
         with torch.enable_grad():
             output = self.run(*[inputs[name] for name in names])
             leaves = [
@@ -177,14 +177,14 @@ class _Probe(fx.Interpreter):
                 raise CalibrationError("the graph's output does not depend on any weight layer")
             for index in range(probes):
                 last = index == probes - 1
-                self._backward(leaves, importance, own, probes, retain=not last)
+                self._backward(leaves, importance, groups, probes, retain=not last)
             for leaf in leaves:
                 energy = leaf.detach().double().square().reshape(len(leaf), -1).sum(dim=1).cpu()
                 root = importance.repeat_interleave(max(1, len(leaf) // len(importance)))
                 self.output_energy += float(energy @ root.double())
         self.watched, self.read = [], {}
         self.samples += len(importance)
-        self.weight.index_add_(0, own, importance.double())
+        self.weight.index_add_(0, groups, importance.double())
 
     def _backward(
         self,
@@ -314,14 +314,14 @@ def _by_sample(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 def reaching_output(graph_module: fx.GraphModule) -> set[fx.Node]:
     """Nodes whose values, and not only whose sizes, the output is computed from."""
     (output,) = graph_module.graph.find_nodes(op="output")
-    found, waiting = {output}, [output]
+    nodes, waiting = {output}, [output]
     while waiting:
         for source in waiting.pop().all_input_nodes:
             is_size = isinstance(source.meta.get("val"), torch.SymInt | torch.SymFloat | int)
-            if source not in found and not is_size:
-                found.add(source)
+            if source not in nodes and not is_size:
+                nodes.add(source)
                 waiting.append(source)
-    return found
+    return nodes
 
 
 def _spatial(layer: WeightLayer) -> int:

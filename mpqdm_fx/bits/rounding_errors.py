@@ -152,8 +152,10 @@ def _error_at(W: Tensor, inputs: ChannelInputs, scale: Tensor, bits: int) -> Ten
     errors = []
     step = max(1, _CHUNK // W.shape[1])
     for first in range(0, len(W), step):
-        rows, own = W[first : first + step], scale[first : first + step]
-        errors.append(inputs.error(rows - dequantize(snap(rows, own, bits), own), first, len(W)))
+        rows, scales = W[first : first + step], scale[first : first + step]
+        errors.append(
+            inputs.error(rows - dequantize(snap(rows, scales, bits), scales), first, len(W))
+        )
     return torch.cat(errors)
 
 
@@ -254,12 +256,12 @@ class _FewChannels:
 
     def _scale(self, fitted: Tensor) -> Tensor:
         spread = self.log_rms - self.log_max
-        known = spread[self.picked]
-        wanted = fitted.log() - self.log_max[self.picked]
-        deviation = known - known.mean()
-        share = (deviation * wanted).sum() / deviation.square().sum().clamp_min(1e-12)
+        picked = spread[self.picked]
+        target = fitted.log() - self.log_max[self.picked]
+        deviation = picked - picked.mean()
+        share = (deviation * target).sum() / deviation.square().sum().clamp_min(1e-12)
         share = share.clamp(0, 1)
-        offset = (wanted - share * known).median()
+        offset = (target - share * picked).median()
         return round_scale((self.log_max + share * spread + offset).exp())
 
     def codebook_share(self, bits: int) -> float:

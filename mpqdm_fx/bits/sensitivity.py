@@ -131,15 +131,15 @@ def measure_sensitivity(
         progress="rounding errors",
     )
     for node in walk:
-        found = first_calls.get(node)
-        if found is None:
+        if node not in first_calls:
             continue
+        layer = first_calls[node]
         measure = _Measure(energies, codebooks=codebooks, max_numbers=max_numbers, seed=seed)
-        if isinstance(found.module, EMBEDDINGS):
-            entries[found.name] = measure.table(found)
+        if isinstance(layer.module, EMBEDDINGS):
+            entries[layer.name] = measure.table(layer)
         else:
-            sampled = _rows(walk, node, found, calls, row_weights, max_rows, seed)
-            entries[found.name] = measure.layer(found, *_parted(sampled, held_out, seed))
+            sampled = _rows(walk, node, layer, calls, row_weights, max_rows, seed)
+            entries[layer.name] = measure.layer(layer, *_parted(sampled, held_out, seed))
     return SensitivityTable(
         layers=tuple(entries[name] for name in layers),
         fingerprint=graph_fingerprint(graph_module),
@@ -170,9 +170,9 @@ def _rows(
         if not count:  # at the first call; positions grow with the batch
             width = layer.weight[0].numel()
             available = total * sum(map(batch_size_of, calls)) // batch_size_of(calls[0])
-            wanted = kept_rows(width, available, max_rows)
-            wanted = wanted if width <= wanted else min(wanted, _WIDE_ROWS)
-            count = -(-wanted // len(calls))
+            quota = kept_rows(width, available, max_rows)
+            quota = quota if width <= quota else min(quota, _WIDE_ROWS)
+            count = -(-quota // len(calls))
         positions = torch.randperm(total, generator=generator)[:count]
         sampled = sample_rows(layer.module, value, positions=positions)
         if not bool(torch.isfinite(sampled).all()):

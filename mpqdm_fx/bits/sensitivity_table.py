@@ -41,7 +41,7 @@ _SHAPES: Mapping[str, tuple[str | int, ...]] = {
 }
 
 
-class _Head(Strict):
+class _TableHead(Strict):
     """What a file says beside the tensors."""
 
     fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -93,11 +93,11 @@ class LayerSensitivity:
                     continue
                 raise ConfigError(f"{self.name}: {key} is missing")
             sizes = {"O": self.shape[0], "G": len(values) if values.dim() else 0}
-            wanted = tuple(sizes[s] if isinstance(s, str) else s for s in symbols)
-            if values.shape != wanted or values.dtype != torch.float64:
+            shape = tuple(sizes[s] if isinstance(s, str) else s for s in symbols)
+            if values.shape != shape or values.dtype != torch.float64:
                 raise ConfigError(
                     f"{self.name}: {key} is {values.dtype} {tuple(values.shape)}, a weight of "
-                    f"shape {self.shape} needs float64 {wanted}"
+                    f"shape {self.shape} needs float64 {shape}"
                 )
             if not bool((torch.isfinite(values) & (values >= 0)).all()):
                 raise ConfigError(f"{self.name}: {key} holds negative, NaN or infinite values")
@@ -267,7 +267,7 @@ class SensitivityTable:
             ArtifactError: The file is missing, damaged, of a newer version, or no such table.
         """
         record = read_record(Path(path), _KIND, _VERSION, fix=_FIX)
-        head = validated(_Head, record.head, path, fix=_FIX)
+        head = validated(_TableHead, record.head, path, fix=_FIX)
         names = {f"{index}.{key}" for index in range(len(head.layers)) for key in _SHAPES}
         if not set(record.tensors) <= names:
             raise ArtifactError(f"{path} is damaged: it holds tensors of no layer; {_FIX}")

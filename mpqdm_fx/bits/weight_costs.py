@@ -25,7 +25,7 @@ _BISECTIONS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sample:
+class _WeightSample:
     """A few rows of a layer's weights, and what errors in them do.
 
     Attributes:
@@ -42,7 +42,9 @@ class _Sample:
     places: Tensor
 
     @classmethod
-    def of(cls, layer: WeightLayer, mean_square: Tensor, energies: Tensor, seed: int) -> "_Sample":
+    def of(
+        cls, layer: WeightLayer, mean_square: Tensor, energies: Tensor, seed: int
+    ) -> "_WeightSample":
         rows = weight_rows(layer.module).detach().float().cpu()
         channels, inputs = layer.weight.shape[:2]
         generator = torch.Generator().manual_seed(seed)
@@ -66,8 +68,8 @@ class _Sample:
         """
         rows, energy = self.rows, self.energy
         if factor is not None:
-            own = factor[self.places]
-            rows, energy = rows * own.to(rows), energy / own.to(energy).square()
+            factors = factor[self.places]
+            rows, energy = rows * factors.to(rows), energy / factors.to(energy).square()
         widths = torch.full((len(rows),), bits)
         codes, scale = quantize_uniform(rows, widths, energy.float())
         squared = (rows - dequantize(codes, scale)).double().square()
@@ -104,7 +106,7 @@ def weight_costs(
         By unit and exponent.
     """
     samples = {
-        name: _Sample.of(layers[name], sizes.mean_square[unit], energies[name], seed)
+        name: _WeightSample.of(layers[name], sizes.mean_square[unit], energies[name], seed)
         for unit, names in units.items()
         for name in names
         if name in layers and unit in sizes.mean_square
@@ -112,12 +114,12 @@ def weight_costs(
     free = [name for name in samples if name not in fixed]
     start = min(MAX_BITS, max(1, round(mean_bits)))
     widths = dict(fixed)
-    found = expected_widths(
+    expected = expected_widths(
         torch.tensor([samples[name].error(start) * 4.0**start for name in free]).double(),
         torch.tensor([layers[name].weight.numel() for name in free]).double(),
         mean_bits,
     )
-    widths.update(zip(free, found, strict=True))
+    widths.update(zip(free, expected, strict=True))
     share = _FEEDBACK if feedback else 1.0
     return {
         unit: {

@@ -56,13 +56,13 @@ def check_calls(calls: Sequence[Mapping[str, Any]], what: str = "calibration cal
     for index, call in enumerate(calls):
         place = f"{what} {index}"
         check_call(call, place)
-        own = sorted(name for name, value in call.items() if value is not None)
-        names = names or own
-        if own != names:
-            odd = sorted(set(own) ^ set(names))
+        inputs = sorted(name for name, value in call.items() if value is not None)
+        names = names or inputs
+        if inputs != names:
+            odd = sorted(set(inputs) ^ set(names))
             raise CalibrationError(
-                f"{place}: it has the inputs {', '.join(own)} and {what} 0 has {', '.join(names)}; "
-                f"give {', '.join(odd)} in all calls or in none"
+                f"{place}: it has the inputs {', '.join(inputs)} and {what} 0 has "
+                f"{', '.join(names)}; give {', '.join(odd)} in all calls or in none"
             )
 
 

@@ -143,11 +143,11 @@ def search_by_noise_level(
             if not 0 <= index < count:
                 raise ConfigError(f"a sample is in group {index} of {count} noise levels")
             samples[index].add(value[rows == index])
-    found = {index: sample.search(bits) for index, sample in enumerate(samples) if sample.draw}
-    if not found:
+    ranges = {index: sample.search(bits) for index, sample in enumerate(samples) if sample.draw}
+    if not ranges:
         raise CalibrationError("an activation range needs at least one call with values")
-    missing = [index for index in range(count) if index not in found]
+    missing = [index for index in range(count) if index not in ranges]
     if missing:
         logger.info("groups %s of %d noise levels have no samples", missing, count)
-    nearest = [min(found, key=lambda known: abs(known - index)) for index in range(count)]
-    return tuple(found[index] for index in nearest)
+    nearest = [min(ranges, key=lambda level: abs(level - index)) for index in range(count)]
+    return tuple(ranges[index] for index in nearest)

@@ -11,13 +11,12 @@ from torch.utils import _pytree as pytree
 from mpqdm_fx.calibration.calls import check_call
 from mpqdm_fx.io.scratch import Scratch
 from mpqdm_fx.io.tensors import read_record, write_record
+from mpqdm_fx.records.run_options import DEFAULT_RECORD_MEMORY
 from mpqdm_fx.records.validation import Bytes, checked
 
 __all__ = ["RecordedInputs"]
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_MAX_MEMORY = 256 * 2**20
 
 _KIND, _VERSION = "recorded inputs", 1
 _FIX = "leave the files of a running process alone, and start it again"
@@ -26,11 +25,11 @@ _FIX = "leave the files of a running process alone, and start it again"
 class RecordedInputs:
     """Keyword arguments of calls, in call order; iterating yields them again.
 
-    Tensors are kept on the CPU. Once `max_memory` bytes are held, what is in memory moves to one
-    shard in a folder of its own in `directory`, so memory stays below `max_memory` plus one call.
+    Tensors are kept on the CPU. Once `memory` bytes are held, what is in memory moves to one
+    shard in a folder of its own in `directory`, so they stay below `memory` plus one call.
 
     Args:
-        max_memory: Bytes of tensors held in memory.
+        memory: Bytes of tensors held in memory.
         directory: Where to make the folder for shards, which goes with this object; default the
             system's place for temporary files.
 
@@ -39,15 +38,15 @@ class RecordedInputs:
             budget of the same model finds it there. Empty again when a call is added.
 
     Raises:
-        ConfigError: `max_memory` is no positive integer.
+        ConfigError: `memory` is no positive integer.
     """
 
     @checked
     def __init__(
-        self, *, max_memory: Bytes = DEFAULT_MAX_MEMORY, directory: str | Path | None = None
+        self, *, memory: Bytes = DEFAULT_RECORD_MEMORY, directory: str | Path | None = None
     ) -> None:
         self.measured: dict[Hashable, Any] = {}
-        self._max_memory = max_memory
+        self._memory = memory
         self._scratch: Scratch | None = None
         self._directory = Path(directory) if directory is not None else None
         # of each call: its containers, and what stands in them that is no tensor, by position
@@ -92,13 +91,13 @@ class RecordedInputs:
         constants = {i: v for i, v in enumerate(leaves) if not isinstance(v, torch.Tensor)}
         # Clones: a caller may reuse its buffers, and views would keep whole batches alive.
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        kept = [tensor.detach().cpu().clone() for tensor in tensors]
+        clones = [tensor.detach().cpu().clone() for tensor in tensors]
         if held_out:
             self._held_out.append(len(self))
         self._specs.append((spec, constants))
-        self._held.append(kept)
-        self._held_bytes += sum(leaf.nbytes for leaf in kept)
-        if self._held_bytes > self._max_memory:
+        self._held.append(clones)
+        self._held_bytes += sum(leaf.nbytes for leaf in clones)
+        if self._held_bytes > self._memory:
             self._spill()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -95,7 +95,7 @@ def check_scheduled(model: Any) -> None:
         return
     inner = unwrap(model)
     parameters = inspect.signature(inner.forward).parameters
-    whatever = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    whatever = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if not whatever and not {"sample", "timestep"} <= set(parameters):
         raise ConfigError(
             f"{type(inner).__name__} takes ({', '.join(parameters)}), and the loop of a scheduler "
@@ -144,9 +144,9 @@ def run_sampler(
     if not count:
         raise CalibrationError(f"{name} returned without a call of the model")
     if not isinstance(samples, Tensor) or samples.shape[:1] != noise.shape[:1]:
-        found = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
+        shape = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
         raise CalibrationError(
-            f"{name} returned {found} for noise of shape {tuple(noise.shape)}; return a tensor "
+            f"{name} returned {shape} for noise of shape {tuple(noise.shape)}; return a tensor "
             f"with a sample for each row of the noise"
         )
     return samples
@@ -168,9 +168,9 @@ def rows_of(inputs: Mapping[str, Any], runs: int, sampler: Sampler) -> int:
     for name, leaf in named_leaves(inputs):
         if not isinstance(leaf, Tensor):
             continue
-        own = len(leaf) if leaf.ndim else 0
-        rows = rows or own
-        if not own or own != rows or rows % runs:
+        length = len(leaf) if leaf.ndim else 0
+        rows = rows or length
+        if not length or length != rows or rows % runs:
             raise CalibrationError(
                 f"{type(sampler).__name__} calls the model with {name} of shape "
                 f"{tuple(leaf.shape)} in a batch of {runs} runs; give every tensor the batch (or "
@@ -205,12 +205,12 @@ def first_tensor(output: Any) -> Tensor:
     Raises:
         CalibrationError: there is no tensor to be found.
     """
-    found = getattr(output, "sample", None) if not isinstance(output, Tensor) else output
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
+    tensor = getattr(output, "sample", None) if not isinstance(output, Tensor) else output
+    if tensor is None and isinstance(output, (tuple, list)) and output:
+        tensor = output[0]
+    if not isinstance(tensor, Tensor):
         raise CalibrationError(
             f"the model returned {type(output).__name__}; expected a tensor, a tuple that starts "
             "with one, or an output with .sample"
         )
-    return found
+    return tensor

@@ -203,16 +203,16 @@ def scheduled(scheduler: Any, steps: int, *, device: torch.device | str = "cpu")
         CalibrationError: its numbers are no schedule.
     """
     check_scheduler(scheduler)
-    own = copy.deepcopy(scheduler)
+    schedule = copy.deepcopy(scheduler)
     try:
-        own.set_timesteps(steps, device=device)
+        schedule.set_timesteps(steps, device=device)
     except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{type(scheduler).__name__} has no schedule of {steps} steps: {reason:.200}"
         ) from error
-    check_scheduler(own)
-    return own
+    check_scheduler(schedule)
+    return schedule
 
 
 def denoise_in_batches(

@@ -174,8 +174,8 @@ class Trajectories:
                 return model(**inputs)
             times = rows_of(inputs, len(runs), sampler) // len(runs)
             # the loop may go on with the same tensors in place
-            own = pytree.tree_map_only(Tensor, torch.clone, inputs)
-            calls[step].append({**own, _RUN: runs.repeat(times)})
+            clones = pytree.tree_map_only(Tensor, torch.clone, inputs)
+            calls[step].append({**clones, _RUN: runs.repeat(times)})
             step += 1
             return model(**inputs)
 
@@ -238,12 +238,12 @@ class Trajectories:
     def _arrange(self, calls: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         generator = torch.Generator().manual_seed(self.seed)
         if self.rows_per_timestep is not None:
-            kept = []
+            subsets = []
             for at_timestep in calls:
                 merged = concatenate(at_timestep)
                 rows = torch.randperm(len(merged[_RUN]), generator=generator)
-                kept.append([take_rows(merged, rows[: self.rows_per_timestep])])
-            calls = kept
+                subsets.append([take_rows(merged, rows[: self.rows_per_timestep])])
+            calls = subsets
         timesteps = [concatenate(at_timestep) for at_timestep in calls]
         first_held_out = self.num_trajectories - self.held_out
         batches: list[dict[str, Any]] = []
@@ -258,8 +258,8 @@ class Trajectories:
                 parts = [take_rows(everything, order)]
             before = len(batches)
             for part in parts:
-                every = torch.arange(len(part.pop(_RUN)))
-                for rows in torch.split(every, self.batch_size):
+                indices = torch.arange(len(part.pop(_RUN)))
+                for rows in torch.split(indices, self.batch_size):
                     batches += [take_rows(part, rows)] if len(rows) else []
             self._held_out_batches = len(batches) - before
         return batches
@@ -356,20 +356,20 @@ def make_conditions(
     Raises:
         CalibrationError: A tensor has another length, is empty, or holds NaN or infinity.
     """
-    given = conditions(count, generator) if callable(conditions) else conditions
-    made = {} if given is None else given
-    check_call(made, "conditions")
-    made = dict(made)
-    for name, value in made.items():
+    values = conditions(count, generator) if callable(conditions) else conditions
+    values = {} if values is None else values
+    check_call(values, "conditions")
+    values = dict(values)
+    for name, value in values.items():
         if isinstance(value, list) and not any(tensor_leaves(value)):
             raise CalibrationError(
                 f"condition {name} is a list without tensors; give a tensor whose first axis is "
                 f"the number of trajectories, {count}"
             )
-    for name, tensor in tensor_leaves(made):
+    for name, tensor in tensor_leaves(values):
         if tensor.ndim == 0 or len(tensor) != count:
             raise CalibrationError(
                 f"condition {name} has shape {tuple(tensor.shape)}; its first axis must be the "
                 f"number of trajectories, {count}"
             )
-    return made
+    return values

@@ -100,8 +100,8 @@ def batch_plans(signature: Signature) -> Iterator[BatchPlan]:
 
 
 def _free_size(signature: Signature) -> int:
-    taken = {n for s in signature.inputs for n in s.shape}
-    return next((n for n in _PRIMES if n not in taken), 2)
+    sizes = {n for s in signature.inputs for n in s.shape}
+    return next((n for n in _PRIMES if n not in sizes), 2)
 
 
 def initial_range(model: nn.Module) -> tuple[int, int | None]:

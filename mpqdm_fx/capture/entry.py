@@ -17,13 +17,13 @@ from torch.utils import _pytree as pytree
 from mpqdm_fx.capture.foreign_models import LOW_PRECISION, check_model, own_tensors
 from mpqdm_fx.errors import TraceError
 
-__all__ = ["Entry", "enter", "in_float32", "unwrap"]
+__all__ = ["ModelEntry", "enter", "in_float32", "unwrap"]
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
+class ModelEntry:
     """What is traced instead of the caller's model.
 
     Attributes:
@@ -42,12 +42,12 @@ class Entry:
                 copied.
         """
 
-        def taken(tensor: Tensor) -> Tensor:
+        def convert(tensor: Tensor) -> Tensor:
             if self.dtype in LOW_PRECISION and tensor.dtype in LOW_PRECISION:
                 return tensor.float()
             return tensor.clone() if tensor.is_inference() else tensor
 
-        return pytree.tree_map_only(Tensor, taken, inputs)
+        return pytree.tree_map_only(Tensor, convert, inputs)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -99,7 +99,7 @@ def _compiled_forward(module: nn.Module) -> Any:
     return None if original is None else inspect.unwrap(original)
 
 
-def enter(model: nn.Module) -> Entry:
+def enter(model: nn.Module) -> ModelEntry:
     """Turn the caller's model into the module that is traced.
 
     Args:
@@ -116,7 +116,7 @@ def enter(model: nn.Module) -> Entry:
     wrapped = any(_is_wrapped(module) for module in model.modules())
     if wrapped or any(_needs_copy(tensor) for _, tensor, _ in own_tensors(model)):
         model = _copied(model)
-    return Entry(model=model, dtype=dtype)
+    return ModelEntry(model=model, dtype=dtype)
 
 
 def in_float32(denoiser: Any) -> Any:

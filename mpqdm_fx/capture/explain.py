@@ -54,8 +54,8 @@ class TraceReport:
         return sum(count for _, count in self.nodes)
 
     def __str__(self) -> str:
-        told = self._found if self.ok else self._refused
-        return "\n".join(line for line in told if line)
+        lines = self._found if self.ok else self._refused
+        return "\n".join(line for line in lines if line)
 
     @property
     def _found(self) -> list[str]:

@@ -90,12 +90,12 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
     """The tensors that an operator overwrites."""
     if not isinstance(func, torch._ops.OpOverload):
         return []
-    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
-    if "running_mean" in given and "training" in given:  # the schema does not always say so
-        statistics = (given["running_mean"], given["running_var"]) if given["training"] else ()
+    values = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    if "running_mean" in values and "training" in values:  # the schema does not always say so
+        statistics = (values["running_mean"], values["running_var"]) if values["training"] else ()
         return [tensor for tensor in statistics if isinstance(tensor, Tensor)]
     written = [
-        given.get(argument.name)
+        values.get(argument.name)
         for argument in func._schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     ]

@@ -210,13 +210,13 @@ class _Raiser:
     ) -> dict[fx.Node, tuple[str, nn.Module, fx.Node] | None]:
         """Return what ``nodes``, all of one call of a stock layer, become."""
         inside = set(nodes)
-        own = {id(t) for t in (*module.parameters(), *module.buffers())}
+        state = {id(t) for t in (*module.parameters(), *module.buffers())}
         outputs = [n for n in nodes if any(user not in inside for user in n.users)]
         sources: list[fx.Node] = []
         for source in dict.fromkeys(a for n in nodes for a in n.all_input_nodes):
             if source in inside or not _is_tensor(source):
                 continue  # a symbolic size is a function of the input the module sees
-            if source in self.lifted and id(self.lifted[source][1]) in own:
+            if source in self.lifted and id(self.lifted[source][1]) in state:
                 continue
             sources.append(source)
         layer = whole_layer(module, nodes)
@@ -233,7 +233,7 @@ class _Raiser:
         return {**dict.fromkeys(nodes), outputs[0]: (name, layer, sources[0])}
 
     def proven_calls(
-        self, done: Collection[fx.Node]
+        self, raised: Collection[fx.Node]
     ) -> dict[fx.Node, tuple[str, nn.Module, fx.Node]]:
         """Return the other nodes that are calls of a stock layer on the weight of some module.
 
@@ -245,7 +245,7 @@ class _Raiser:
                 owners[id(module._parameters.get("weight"))].append(name)
         calls: dict[fx.Node, tuple[str, nn.Module, fx.Node]] = {}
         for node in self.exported.graph.nodes:
-            if node in done or node.op != "call_function" or len(node.args) < 2:
+            if node in raised or node.op != "call_function" or len(node.args) < 2:
                 continue
             names = owners.get(id(self.lifted_of(node.args[1])), [])
             for name in sorted(names, key=lambda name: name != _innermost(node)[1]):

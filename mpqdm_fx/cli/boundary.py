@@ -87,10 +87,10 @@ def run(app: typer.Typer) -> NoReturn:
     sys.exit(status)
 
 
-def _print(told: Told) -> int:
+def _print(ending: Told) -> int:
     with suppress(OSError):
-        say(Console(stderr=True), told.line, style="red")
-    return told.status
+        say(Console(stderr=True), ending.line, style="red")
+    return ending.status
 
 
 def tell(error: BaseException, places: Places) -> Told:
@@ -134,8 +134,8 @@ def _errno(error: BaseException) -> int | None:
     """The system's number of an error, which safetensors has in its text."""
     if isinstance(error, OSError):
         return error.errno
-    found = _RUST_ERRNO.search(str(error)) if isinstance(error, SafetensorError) else None
-    return int(found[1]) if found else None
+    match = _RUST_ERRNO.search(str(error)) if isinstance(error, SafetensorError) else None
+    return int(match[1]) if match else None
 
 
 def _numbered(*numbers: int) -> Callable[[BaseException], bool]:

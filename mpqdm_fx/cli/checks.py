@@ -72,11 +72,11 @@ def check_output_folder(
                 f"{option} {output}: what is read, {read}, is this folder, or one lies in the "
                 f"other; give another folder"
             )
-    made = checkpoint_of(output) if resumable else target
-    check_writable(target.parent, f"{option} {output}", prefix=f"{made.name}.stage")
-    if resumable and made.exists() and not made.is_dir():
+    folder = checkpoint_of(output) if resumable else target
+    check_writable(target.parent, f"{option} {output}", prefix=f"{folder.name}.stage")
+    if resumable and folder.exists() and not folder.is_dir():
         raise ConfigError(
-            f"{option} {output}: {made} is in the way, where an unfinished run is kept; move it"
+            f"{option} {output}: {folder} is in the way, where an unfinished run is kept; move it"
         )
 
 

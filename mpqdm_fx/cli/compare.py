@@ -40,10 +40,10 @@ def compare(
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.compare import compare_folders
 
-    found = compare_folders(directories, output, model=model, samples=samples, steps=steps)
+    records = compare_folders(directories, output, model=model, samples=samples, steps=steps)
     console = opt.console()
     if as_json:
-        told = {name: plain(record.model_dump()) for name, record in found.items()}
-        console.print_json(json.dumps(told))
+        numbers = {name: plain(record.model_dump()) for name, record in records.items()}
+        console.print_json(json.dumps(numbers))
         return
     say(console, f"{output} written")

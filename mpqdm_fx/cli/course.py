@@ -55,14 +55,14 @@ class Course:
         One inside another is not, nor one that goes on under the name of the last.
         """
         self._open.append((stage, self._now()))
-        own = len(self._open) == 1
-        if own and stage.name in self._expected:
+        outermost = len(self._open) == 1
+        if outermost and stage.name in self._expected:
             self._place = list(self._expected).index(stage.name)
-        return own and stage.name != self._last
+        return outermost and stage.name != self._last
 
     def end(self, stage: Stage) -> None:
         """A stage is over."""
-        started = next(begun for one, begun in self._open if one is stage)
+        started = next(begun for running, begun in self._open if running is stage)
         self._open = [entry for entry in self._open if entry[0] is not stage]
         self._last = stage.name if not self._open else self._last
         if not self._open and stage.name in self._expected:
@@ -101,13 +101,13 @@ class Course:
         if not self._open:
             return 0.0
         stage, begun = self._open[0]
-        taken, expected = self._now() - begun, pace * self._expectation(stage)
+        elapsed, expected = self._now() - begun, pace * self._expectation(stage)
         share = _share(stage)
         if share is None:
-            return max(expected - taken, 0.1 * taken)
+            return max(expected - elapsed, 0.1 * elapsed)
         trust = min(1.0, share / _TRUSTED)
-        own = taken / share if share else 0.0
-        return (1 - share) * (trust * own + (1 - trust) * expected)
+        projection = elapsed / share if share else 0.0
+        return (1 - share) * (trust * projection + (1 - trust) * expected)
 
     def _passed(self) -> tuple[float, float]:
         """Seconds that stages, and parts of the one that runs, were expected to take, and took."""

@@ -48,13 +48,13 @@ def doctor(
     announce(f"asking XNNPACK what it takes of {model}")
     from mpqdm_fx.jobs.diagnose import diagnose_model
 
-    found = diagnose_model(
+    diagnosis = diagnose_model(
         model, None if in_float else config, four_bit=four_bit, subfolder=subfolder,
         variant=variant, inputs=inputs,
     )  # fmt: skip
     if as_json:
-        opt.console().print_json(json.dumps(found.to_dict()))
+        opt.console().print_json(json.dumps(diagnosis.to_dict()))
     else:
-        say(opt.console(), found)
-    if max_delegates is not None and found.delegates > max_delegates:
+        say(opt.console(), diagnosis)
+    if max_delegates is not None and diagnosis.delegates > max_delegates:
         raise typer.Exit(code=1)

@@ -69,7 +69,7 @@ def evaluate(
         from mpqdm_fx.pipelines.clip import open_clip
 
         judge = open_clip(clip)
-    found = evaluate_folder(
+    evaluation = evaluate_folder(
         directory,
         model=model,
         num=num,
@@ -81,8 +81,8 @@ def evaluate(
     )
     console = opt.console()
     if as_json:
-        console.print_json(json.dumps(plain(with_gates(found.metrics, found.verdicts))))
+        console.print_json(json.dumps(plain(with_gates(evaluation.metrics, evaluation.verdicts))))
     else:
-        console.print(evaluation_table(found.metrics))
-        print_gates(console, found.verdicts)
-    end_with_gates(found.verdicts, directory)
+        console.print(evaluation_table(evaluation.metrics))
+        print_gates(console, evaluation.verdicts)
+    end_with_gates(evaluation.verdicts, directory)

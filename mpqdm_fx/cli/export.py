@@ -83,6 +83,7 @@ def export(
         judge_export,
     )
     from mpqdm_fx.pipelines.estimate import estimate_export
+    from mpqdm_fx.records.run_options import RunOptions
     from mpqdm_fx.report.pipelines import export_estimate_table, export_table, pictures_line
     from mpqdm_fx.report.record import PAGE
 
@@ -99,14 +100,14 @@ def export(
     settings = None if in_float else config
     expected = check_export_gates(gates, settings, runs)
     if dry_run:
-        foretold = estimate_export(
+        forecast = estimate_export(
             model, settings, sizes=sizes, prompts=runs.texts, steps=steps, guidance=guidance,
             trajectories=trajectories, max_memory=memory, four_bit=four_bit, samples=samples,
         ).to_dict()  # fmt: skip
         if as_json:
-            console.print_json(json.dumps(foretold))
+            console.print_json(json.dumps(forecast))
         else:
-            console.print(export_estimate_table(foretold))
+            console.print(export_estimate_table(forecast))
         return
     result = export_to_folder(
         model,
@@ -114,10 +115,9 @@ def export(
         output,
         runs,
         minimum_sqnr_db=minimum_sqnr,
-        resume=resume,
-        max_memory=memory,
-        device=device,
-        sensitivity=sensitivity,
+        run=RunOptions(
+            resume=resume, activation_memory=memory, device=device, sensitivity=sensitivity
+        ),
         tabulate=tabulate,
         four_bit=four_bit,
         external_weights=external_weights,

@@ -57,8 +57,8 @@ def with_gates(numbers: Mapping[str, Any], verdicts: Sequence[Verdict]) -> dict[
     """
     if not verdicts:
         return dict(numbers)
-    told = [verdict.to_dict() for verdict in verdicts]
-    return {**numbers, "gates": told, "passed": all(verdict.passed for verdict in verdicts)}
+    records = [verdict.to_dict() for verdict in verdicts]
+    return {**numbers, "gates": records, "passed": all(verdict.passed for verdict in verdicts)}
 
 
 def print_gates(console: Console, verdicts: Sequence[Verdict]) -> None:

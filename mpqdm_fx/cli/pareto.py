@@ -72,12 +72,13 @@ def pareto(
         checks.check_packages("transformers", purpose="a pipeline with a text encoder")
     if model == "digits":
         checks.check_packages("torchmetrics", "sklearn", purpose="evaluating the bundled model")
-    told = ", ".join(f"{budget:g}" for budget in budgets)
-    announce(f"quantizing {model} to {output}: {told} bits a weight")
+    widths = ", ".join(f"{budget:g}" for budget in budgets)
+    announce(f"quantizing {model} to {output}: {widths} bits a weight")
     from mpqdm_fx.jobs.calibration import open_source
     from mpqdm_fx.jobs.pareto import check_pareto, evaluation_of, pareto_to_folder
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.model.feasibility import weights_of
+    from mpqdm_fx.records.run_options import RunOptions
     from mpqdm_fx.report.pareto_table import pareto_table
 
     checks.check_device(device)
@@ -104,10 +105,9 @@ def pareto(
         num=num,
         samples=samples,
         subfolder=subfolder,
-        resume=resume,
-        max_memory=memory,
-        device=device,
-        sensitivity=sensitivity,
+        run=RunOptions(
+            resume=resume, activation_memory=memory, device=device, sensitivity=sensitivity
+        ),
         overwrite=overwrite,
     )
     console = opt.console()
@@ -121,17 +121,17 @@ def pareto(
         if curve.picked is not None:
             say(console, f"picked: {curve.picked[1].directory}")
     if gates is not None and curve.picked is None:
-        wanted = " and ".join(map(str, gates))
-        complain(f"error: {output}: no budget reaches {wanted}")
+        goals = " and ".join(map(str, gates))
+        complain(f"error: {output}: no budget reaches {goals}")
         raise typer.Exit(code=1)
 
 
 def _bits_of(text: str) -> list[float]:
     """Budgets of a text like `2,2.5,3`."""
     try:
-        found = [float(part) for part in text.split(",")]
+        budgets = [float(part) for part in text.split(",")]
     except ValueError:
-        found = []
-    if not found or not all(1 <= bits <= 8 for bits in found):
+        budgets = []
+    if not budgets or not all(1 <= bits <= 8 for bits in budgets):
         raise ConfigError(f"--bits {text!r}: write numbers from 1 to 8, for example 2,2.5,3,4")
-    return found
+    return budgets

@@ -74,6 +74,7 @@ def quantize(
     from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
     from mpqdm_fx.jobs.result_folder import Form
     from mpqdm_fx.model.feasibility import check_feasible, weights_of
+    from mpqdm_fx.records.run_options import RunOptions
 
     checks.check_device(device)
     form = Form(
@@ -111,10 +112,9 @@ def quantize(
             steps=steps,
             samples=samples,
             subfolder=subfolder,
-            resume=resume,
-            max_memory=memory,
-            device=device,
-            sensitivity=sensitivity,
+            run=RunOptions(
+                resume=resume, activation_memory=memory, device=device, sensitivity=sensitivity
+            ),
             four_bit=form.four_bit,
             external_weights=external_weights,
             compress=compress,
@@ -188,12 +188,12 @@ def _foretell(
     from mpqdm_fx.jobs.estimate import estimate_run
     from mpqdm_fx.report.tables import estimate_table
 
-    found = estimate_run(
+    forecast = estimate_run(
         source, config, form=form, trajectories=trajectories, steps=steps, samples=samples,
         max_memory=memory,
     ).to_dict()  # fmt: skip
     console = opt.console()
     if as_json:
-        console.print_json(json.dumps(found))
+        console.print_json(json.dumps(forecast))
     else:
-        console.print(estimate_table(found))
+        console.print(estimate_table(forecast))

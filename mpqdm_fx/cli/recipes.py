@@ -66,11 +66,11 @@ def with_typed(recipe: Path, settings: MPQConfig, typed: Collection[str]) -> MPQ
         ArtifactError: The recipe cannot be read.
         ConfigError: What was typed does not fit it.
     """
-    found = read_recipe(recipe)
+    base = read_recipe(recipe)
     changed = {field: getattr(settings, field) for field in typed}
     if any(field in changed for field in _BUDGETS):
         changed = {"effective_bits": None, "weight_bytes": None, **changed}
     try:
-        return replace(found, **changed)
+        return replace(base, **changed)
     except ConfigError as error:
         raise ConfigError(f"--config {recipe} and what was typed: {error}") from None

@@ -80,9 +80,9 @@ def takes_loudness(command: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter("quiet", keyword, default=False, annotation=QuietOption),
         inspect.Parameter("context", keyword, annotation=typer.Context),
     ]
-    own = [entry.replace(kind=keyword) for entry in parameters.values()]
-    run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-    run.__annotations__ = {entry.name: entry.annotation for entry in [*own, *added]}
+    options = [entry.replace(kind=keyword) for entry in parameters.values()]
+    run.__signature__ = inspect.Signature([*options, *added])  # type: ignore[attr-defined]
+    run.__annotations__ = {entry.name: entry.annotation for entry in [*options, *added]}
     return run
 
 
@@ -107,8 +107,8 @@ def _surroundings(loudness: _Loudness, *, results: bool) -> Iterator[None]:
         except MPQError:
             raise
         except Exception as error:
-            if log is not None and (said := log.tail()):
-                error.add_note(f"libraries printed:\n{said}")
+            if log is not None and (text := log.tail()):
+                error.add_note(f"libraries printed:\n{text}")
             raise
 
 
@@ -128,17 +128,17 @@ def _hush_libraries() -> None:
 @contextmanager
 def _logged(loudness: _Loudness, line: "_Line | None") -> Iterator[None]:
     """Show this package's log on the terminal, and lead that of others where libraries print."""
-    root, own = logging.getLogger(), logging.getLogger("mpqdm_fx")
-    level = own.level
+    root, package = logging.getLogger(), logging.getLogger("mpqdm_fx")
+    level = package.level
     handler = _Handler(line)
     root.addHandler(handler)
     levels = {True: logging.INFO, False: logging.WARNING}
-    own.setLevel(logging.ERROR if loudness.quiet else levels[loudness.verbose])
+    package.setLevel(logging.ERROR if loudness.quiet else levels[loudness.verbose])
     try:
         yield
     finally:
         root.removeHandler(handler)
-        own.setLevel(level)
+        package.setLevel(level)
 
 
 class _Handler(logging.Handler):
@@ -180,8 +180,8 @@ class _Unseen:
 
     def leave_log(self, folder: Path) -> None:
         """Write what libraries printed so far, if they did."""
-        if self._log is not None and (said := self._log.text()):
-            (folder / LOG).write_text(said, encoding="utf-8")
+        if self._log is not None and (text := self._log.text()):
+            (folder / LOG).write_text(text, encoding="utf-8")
 
 
 class _Line(_Unseen):
@@ -234,8 +234,8 @@ class _Line(_Unseen):
     def opened(self, stage: Stage) -> None:
         """A stage begins."""
         with self._lock:
-            own = self._course.begin(stage)
-            if own and not self._live and not self._over.is_set():
+            is_new = self._course.begin(stage)
+            if is_new and not self._live and not self._over.is_set():
                 streams.say(self._console, self._course.begun)
 
     def closed(self, stage: Stage, finished: bool) -> None:
@@ -246,12 +246,12 @@ class _Line(_Unseen):
     def expected(self, seconds: Callable[[], Mapping[str, float]]) -> None:
         """Take over what is expected."""
         try:
-            known = seconds()
+            forecast = seconds()
         except Exception as error:  # a guess at the time is no reason to end an hour's work
             logger.info("what is to come cannot be foretold: %r", error)
             return
         with self._lock:
-            self._course.expect(known)
+            self._course.expect(forecast)
 
     def _tick(self) -> None:
         while not self._over.wait(_SECOND):

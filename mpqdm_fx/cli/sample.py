@@ -66,18 +66,18 @@ def sample(
     from mpqdm_fx.report.images import save_grid
     from mpqdm_fx.sources.denoisers import draw, open_denoiser, pictures, zoom_of
 
-    given = None if prompts is None else read_prompts(prompts)
+    texts = None if prompts is None else read_prompts(prompts)
     expect(lambda: sample_stages(in_pipeline=is_drawn_by_pipeline(model)))
     with stage("loading"):
         source, denoiser = open_denoiser(model, subfolder, form, variant)
-        source = as_drawn(source, model, prompts=given, guidance=guidance)
+        source = as_drawn(source, model, prompts=texts, guidance=guidance)
     warn_of(source)
     expect(lambda: drawing_stages(source, num=num, steps=steps))
     images = pictures(draw(source, denoiser, num=num, steps=steps, seed=seed), source)
     save_grid(images, output, columns=max(1, round(num**0.5)), zoom=zoom_of(images))
     if as_json:
-        told = {"output": str(output), "images": num, "steps": steps, "seed": seed, "from": form}
-        opt.console().print_json(json.dumps(told))
+        record = {"output": str(output), "images": num, "steps": steps, "seed": seed, "from": form}
+        opt.console().print_json(json.dumps(record))
         return
     say(opt.console(), f"{num} images written to {output}")
 

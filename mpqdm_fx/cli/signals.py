@@ -112,11 +112,11 @@ def _is_stop(lost: Any) -> bool:
 def _watch(descriptor: int, handled: set[int]) -> None:
     """Read signals as they arrive; Python's handlers wait for the main thread."""
     first: float | None = None
-    told = False
+    warned = False
     while True:
-        waiting = first is not None and not told
+        waiting = first is not None and not warned
         if not select.select([descriptor], [], [], _PATIENCE_SECONDS if waiting else None)[0]:
-            told = True
+            warned = True
             errors().write("stopping after the step that runs now; Ctrl-C again ends it at once\n")
             continue
         number = os.read(descriptor, 1)

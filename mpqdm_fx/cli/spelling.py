@@ -13,7 +13,7 @@ _OTHER_NAMES: Mapping[str, str] = {
     "num_inference_steps": "steps",
     "num_samples": "num",
     "seconds": "budget",
-    "max_activations": "max_memory",
+    "activation_memory": "max_memory",
     "minimum_sqnr_db": "minimum_sqnr",
     "guidance_scale": "guidance",
 }
@@ -59,14 +59,14 @@ def as_typed(message: str, options: Mapping[str, str]) -> str:
     names = "|".join(sorted(map(re.escape, fields), key=len, reverse=True))
     outside = r"(?<![\w./\-'\"])", r"(?![\w/\-'\"(=])"
 
-    def given(found: re.Match[str]) -> str:
-        option, value = fields[found["name"]], found["value"]
+    def given(match: re.Match[str]) -> str:
+        option, value = fields[match["name"]], match["value"]
         if value in _FLAGS:
             return option if value == "True" else f"no {option}"
-        return f"{option} {_unquoted(value)}{_unquoted(found['others'])}"
+        return f"{option} {_unquoted(value)}{_unquoted(match['others'])}"
 
-    def bare(found: re.Match[str]) -> str:
-        return fields[found["name"]] if "_" in found["name"] else found[0]
+    def bare(match: re.Match[str]) -> str:
+        return fields[match["name"]] if "_" in match["name"] else match[0]
 
     message = re.sub(
         rf"{outside[0]}(?P<name>{names})=(?P<value>{_WORD})(?P<others>(?: or {_QUOTED})*){_TYPE}",
@@ -78,4 +78,4 @@ def as_typed(message: str, options: Mapping[str, str]) -> str:
 
 
 def _unquoted(text: str) -> str:
-    return re.sub(r"\"(\w+)\"|'(\w+)'", lambda found: found[1] or found[2], text)
+    return re.sub(r"\"(\w+)\"|'(\w+)'", lambda match: match[1] or match[2], text)

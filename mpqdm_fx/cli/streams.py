@@ -189,17 +189,17 @@ def diverted() -> Iterator[Log]:
             descriptor, name = os.open(os.devnull, os.O_WRONLY), os.devnull
         stack.callback(os.close, descriptor)
         os.set_inheritable(descriptor, False)
-        own = os.dup(2)
-        stack.callback(os.close, own)
+        original = os.dup(2)
+        stack.callback(os.close, original)
         if _descriptor_of(before) == 2:
             encoding = getattr(before, "encoding", None) or "utf-8"
-            terminal = open(own, "w", 1, encoding, "backslashreplace", closefd=False)  # noqa: SIM115
+            terminal = open(original, "w", 1, encoding, "backslashreplace", closefd=False)  # noqa: SIM115
             stack.callback(terminal.close)
             _errors = _Guard(terminal, lambda error: None)  # type: ignore[assignment]
         else:
             _errors = before  # it was replaced, and is no file of ours
         if not faulthandler.is_enabled():
-            faulthandler.enable(own)
+            faulthandler.enable(original)
             stack.callback(faulthandler.disable)
         os.dup2(descriptor, 2)
         sys.stderr = open(descriptor, "w", 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
@@ -208,7 +208,7 @@ def diverted() -> Iterator[Log]:
         finally:
             sys.stderr.flush()
             sys.stderr = before
-            os.dup2(own, 2)
+            os.dup2(original, 2)
             _errors = outer
 
 

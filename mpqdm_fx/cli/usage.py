@@ -23,17 +23,17 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         if isinstance(ctx.obj, dict):
-            options = {one.name: max(one.opts, key=len) for one in self.params}
+            options = {parameter.name: max(parameter.opts, key=len) for parameter in self.params}
             ctx.obj.update(ctx.params, command=ctx.info_name, options=options)
         return super().invoke(ctx)
 
     def get_params(self, ctx: Any) -> Any:
         """Its parameters, panel by panel in the order of all commands; `--help` goes last."""
         params = _plain(super().get_params(ctx))
-        for one in params:
-            if one.opts[0].startswith("-") and one.rich_help_panel is None:
-                one.rich_help_panel = RUN  # of which every command has one
-        return sorted(params, key=lambda one: _ORDER.index(one.rich_help_panel))
+        for parameter in params:
+            if parameter.opts[0].startswith("-") and parameter.rich_help_panel is None:
+                parameter.rich_help_panel = RUN  # of which every command has one
+        return sorted(params, key=lambda parameter: _ORDER.index(parameter.rich_help_panel))
 
 
 class Group(TyperGroup):
@@ -46,11 +46,11 @@ class Group(TyperGroup):
 
 def _plain(params: Iterable[Any]) -> list[Any]:
     """Parameters whose flags show no type: they take no value."""
-    found = list(params)
-    for one in found:
-        if getattr(one, "is_flag", False):
-            one.metavar = ""
-    return found
+    parameters = list(params)
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
 
 
 def usage_line(error: Any) -> str:
@@ -60,8 +60,9 @@ def usage_line(error: Any) -> str:
         error: A `USAGE_ERROR`.
     """
     command = error.ctx.command_path if error.ctx is not None else "mpqdm-fx"
-    told = _told(error) or "no command was given"
-    return f"{told} See {command} --help" if told.endswith("?") else f"{told}; see {command} --help"
+    message = _told(error) or "no command was given"
+    see = " See" if message.endswith("?") else "; see"
+    return f"{message}{see} {command} --help"
 
 
 def _told(error: Any) -> str:

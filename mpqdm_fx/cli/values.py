@@ -66,8 +66,8 @@ def seconds_of(text: str | None) -> float | None:
     """
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([smh]?)\s*", text.lower())
-    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([smh]?)\s*", text.lower())
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
     if not 0 < seconds < math.inf:
         raise ConfigError(f"--budget {text!r}: write a time such as 90s, 5m or 1.5h")
     return seconds
@@ -109,9 +109,9 @@ def _override_of(text: str) -> dict[str, Any]:
     pattern, _, value = text.rpartition("=")
     if pattern and value.lower() == "float":
         return {"pattern": pattern, "skip": True}
-    found = _WIDTHS.fullmatch(value.upper())
-    if pattern and value and found:
-        widths = zip(("weight_bits", "activation_bits"), found.groups(), strict=True)
+    match = _WIDTHS.fullmatch(value.upper())
+    if pattern and value and match:
+        widths = zip(("weight_bits", "activation_bits"), match.groups(), strict=True)
         return {"pattern": pattern, **{name: int(bits) for name, bits in widths if bits}}
     raise ConfigError(
         f"--override {text!r}: write PATTERN=BITS (1 to 8), PATTERN=A8 or PATTERN=W4A8 for "

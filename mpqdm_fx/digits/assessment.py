@@ -99,15 +99,15 @@ def measure_memorisation(samples: Tensor, split: DigitsSplit) -> Memorisation:
         The distances.
     """
     padded = functional.pad(split.train_images, (1, 1, 1, 1), value=-1.0)
-    seen = torch.cat(
+    training = torch.cat(
         [
             padded[:, :, down : down + IMAGE_SIZE, right : right + IMAGE_SIZE].flatten(1)
             for down in range(3)
             for right in range(3)
         ]
     )
-    sampled = torch.cdist(samples.flatten(1), seen).amin(1)
-    held_out = torch.cdist(split.held_out_images.flatten(1), seen).amin(1)
+    sampled = torch.cdist(samples.flatten(1), training).amin(1)
+    held_out = torch.cdist(split.held_out_images.flatten(1), training).amin(1)
     return Memorisation(
         samples=float(sampled.mean()),
         held_out=float(held_out.mean()),

@@ -58,24 +58,24 @@ def _placed(
     names = signature.arguments
     if len(args) > len(names):  # in the order of the model, with its constants
         return (), signature.normalize(args, kwargs)
-    given = dict(zip(names, args, strict=False))
-    if given.keys() & kwargs.keys():
+    values = dict(zip(names, args, strict=False))
+    if values.keys() & kwargs.keys():
         return (), signature.normalize(args, kwargs)
-    given.update(kwargs)
-    if given.keys() != set(names):
-        return (), signature.normalize((), given)
-    return (args, kwargs) if _is_as_traced(signature, given) else ((), signature.fit(given))
+    values.update(kwargs)
+    if values.keys() != set(names):
+        return (), signature.normalize((), values)
+    return (args, kwargs) if _is_as_traced(signature, values) else ((), signature.fit(values))
 
 
-def _is_as_traced(signature: Signature, given: Mapping[str, Any]) -> bool:
+def _is_as_traced(signature: Signature, values: Mapping[str, Any]) -> bool:
     """Whether no value has to be turned into what the graph takes, but for its sizes."""
     constants = (bool, int, float, str, type(None))
-    if any(isinstance(leaf, constants) for leaf in pytree.tree_leaves(given)):
+    if any(isinstance(leaf, constants) for leaf in pytree.tree_leaves(values)):
         return False
     specs = {spec.name: spec for spec in signature.inputs}
     return all(
         name in specs and _is_like(tensor, specs[name], signature.dtype)
-        for name, tensor in tensor_leaves(given)
+        for name, tensor in tensor_leaves(values)
     )
 
 
@@ -241,13 +241,13 @@ def output_class(signature: Signature) -> Callable[..., Any] | None:
     if module.partition(".")[0] in _LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
-    found = getattr(sys.modules.get(module), name, None)
-    if not isinstance(found, type) or not is_dataclass(found):
+    cls = getattr(sys.modules.get(module), name, None)
+    if not isinstance(cls, type) or not is_dataclass(cls):
         raise ArtifactError(
             f"the model's output class {path!r} is no dataclass that is known here; import the "
             f"module that defines it before the model is loaded"
         )
-    return found
+    return cls
 
 
 def in_dtype(output: Any, dtype: torch.dtype) -> Any:

@@ -108,5 +108,5 @@ def _may_join(graph_module: fx.GraphModule, node: fx.Node, channels: Any) -> boo
     """Whether a value of as many channels comes from a linear layer or an elementwise function."""
     if _channels(node) != channels:
         return False
-    known = node.target in _ELEMENTWISE if node.op == "call_function" else None
-    return known or called_module(graph_module, node, nn.Linear, *_MODULES) is not None
+    elementwise = node.target in _ELEMENTWISE if node.op == "call_function" else None
+    return elementwise or called_module(graph_module, node, nn.Linear, *_MODULES) is not None

@@ -139,13 +139,13 @@ def module_settings(module: nn.Module) -> dict[str, Any]:
     Returns:
         Value by dotted name; the class of each module inside stands at its own name.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for prefix, part in module.named_modules():
-        found[prefix] = code_name(type(part))
+        settings[prefix] = code_name(type(part))
         for name, value in sorted(vars(part).items()):
             if name not in _MODULE and not isinstance(value, Tensor | nn.Module):
-                found[f"{prefix}.{name}".lstrip(".")] = literal(value)
-    return found
+                settings[f"{prefix}.{name}".lstrip(".")] = literal(value)
+    return settings
 
 
 def read_names(stock: type[nn.Module]) -> frozenset[str]:
@@ -159,9 +159,9 @@ def read_names(stock: type[nn.Module]) -> frozenset[str]:
         value = inspect.getattr_static(stock, waiting.pop(), None)
         function = value.fget if isinstance(value, property) else inspect.unwrap(value)
         code = getattr(getattr(function, "__func__", function), "__code__", None)
-        found = set() if code is None else set(_names_of(code)) - names
-        names |= found
-        waiting += sorted(found)
+        new = set() if code is None else set(_names_of(code)) - names
+        names |= new
+        waiting += sorted(new)
     return frozenset(names)
 
 
@@ -188,70 +188,70 @@ def _names_of(code: Any) -> Iterator[str]:
 def code_in(description: Description) -> str | None:
     """Where a graph runs code that no description holds, in words; None if it runs none."""
     for name, module in description["modules"].items():
-        if found := next(codes_in(module.get("class")), None):
-            return f"{name} is a {found}"
+        if code := next(codes_in(module.get("class")), None):
+            return f"{name} is a {code}"
         for setting, value in module.get("settings", {}).items():
-            if found := next(codes_in(value), None):
-                return f"{name}.{setting} is {found}"
+            if code := next(codes_in(value), None):
+                return f"{name}.{setting} is {code}"
         for tensor, value in module.get("tensors", {}).items():
-            if found := next(codes_in(value), None):
-                return f"{name}.{tensor} is a {found}"
+            if code := next(codes_in(value), None):
+                return f"{name}.{tensor} is a {code}"
     for name, value in description["tensors"].items():
-        if found := next(codes_in(value), None):
-            return f"{name} is a {found}"
+        if code := next(codes_in(value), None):
+            return f"{name} is a {code}"
     for name, _, *parts, scope in description["nodes"]:
-        if found := next(codes_in(parts), None):
-            return f"node {name}{_in(scope)} calls {found}"
+        if code := next(codes_in(parts), None):
+            return f"node {name}{_in(scope)} calls {code}"
     return None
 
 
-def first_difference(found: Description, stored: Description) -> str | None:
+def first_difference(actual: Description, stored: Description) -> str | None:
     """Say where two graphs differ first: a layer's setting, a tensor's shape, or a node.
 
     Args:
-        found: The graph at hand.
+        actual: The graph at hand.
         stored: The one that it should be.
 
     Returns:
         One clause that names the place and both values, or None.
     """
     for part in ("modules", "tensors"):
-        for name, wanted in stored[part].items():
-            given = found[part].get(name)
-            if given is None:
+        for name, expected in stored[part].items():
+            entry = actual[part].get(name)
+            if entry is None:
                 return f"there is no {name}"
-            if _differs(given, wanted):
-                return _entry_difference(name, given, wanted)
-        if more := [name for name in found[part] if name not in stored[part]]:
+            if _differs(entry, expected):
+                return _entry_difference(name, entry, expected)
+        if more := [name for name in actual[part] if name not in stored[part]]:
             return f"there is a {more[0]} more"
-    for given, wanted in zip(found["nodes"], stored["nodes"], strict=False):
-        for what, ours, theirs in zip(_NODE, given, wanted, strict=False):
-            if _differs(ours, theirs):
-                place = f"{what} of node {wanted[0]}{_in(wanted[-1])}"
-                return f"{place} is {_shown(ours)} and not {_shown(theirs)}"
-    if len(found["nodes"]) != len(stored["nodes"]):
-        return f"the graph has {len(found['nodes'])} nodes and not {len(stored['nodes'])}"
+    for node, counterpart in zip(actual["nodes"], stored["nodes"], strict=False):
+        for what, value, expected in zip(_NODE, node, counterpart, strict=False):
+            if _differs(value, expected):
+                place = f"{what} of node {counterpart[0]}{_in(counterpart[-1])}"
+                return f"{place} is {_shown(value)} and not {_shown(expected)}"
+    if len(actual["nodes"]) != len(stored["nodes"]):
+        return f"the graph has {len(actual['nodes'])} nodes and not {len(stored['nodes'])}"
     return None
 
 
-def _differs(given: Any, wanted: Any) -> bool:
+def _differs(value: Any, expected: Any) -> bool:
     """As texts: in Python 1, 1.0 and True are equal."""
-    return json.dumps(given) != json.dumps(wanted)
+    return json.dumps(value) != json.dumps(expected)
 
 
-def _entry_difference(name: str, given: Any, wanted: Any) -> str:
+def _entry_difference(name: str, entry: Any, expected: Any) -> str:
     """Where the entries of one module or tensor differ first."""
-    if isinstance(given, Mapping) and isinstance(wanted, Mapping):
-        kinds = given.get("class"), wanted.get("class")
+    if isinstance(entry, Mapping) and isinstance(expected, Mapping):
+        kinds = entry.get("class"), expected.get("class")
         if _differs(*kinds):
             return f"{name} is a {_shown(kinds[0])} and not a {_shown(kinds[1])}"
         for part in ("settings", "tensors"):
-            ours, theirs = given.get(part, {}), wanted.get(part, {})
-            for key in dict.fromkeys([*theirs, *ours]):
-                if _differs(ours.get(key), theirs.get(key)):
-                    found, stored = _shown(ours.get(key)), _shown(theirs.get(key))
-                    return f"{name}.{key} is {found} and not {stored}"
-    return f"{name} is {_shown(given)} and not {_shown(wanted)}"
+            actual, stored = entry.get(part, {}), expected.get(part, {})
+            for key in dict.fromkeys([*stored, *actual]):
+                values = actual.get(key), stored.get(key)
+                if _differs(*values):
+                    return f"{name}.{key} is {_shown(values[0])} and not {_shown(values[1])}"
+    return f"{name} is {_shown(entry)} and not {_shown(expected)}"
 
 
 def _in(scope: list[Any]) -> str:

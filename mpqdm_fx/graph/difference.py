@@ -74,11 +74,11 @@ def first_difference(
         One sentence with the size of the difference, the node and its module.
     """
     with next(attention_kernels()):
-        seen, expected = _record(model, call)
-        found = _Comparison(graph_module, seen, model)
-        result = found.run(*arguments.values())
+        calls, expected = _record(model, call)
+        comparison = _Comparison(graph_module, calls, model)
+        result = comparison.run(*arguments.values())
     text = f"the graph's output differs from the model's{_size(result, expected)}"
-    return f"{text}, first at {found.place}" if found.place else text
+    return f"{text}, first at {comparison.place}" if comparison.place else text
 
 
 _Calls = dict[int, collections.deque[tuple[Any, Any]]]
@@ -86,15 +86,15 @@ _Calls = dict[int, collections.deque[tuple[Any, Any]]]
 
 def _record(model: nn.Module, call: Mapping[str, Any]) -> tuple[_Calls, Any]:
     """What every module read and returned, call by call, under the module's id; and the output."""
-    seen: _Calls = collections.defaultdict(collections.deque)
+    calls: _Calls = collections.defaultdict(collections.deque)
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         copies = pytree.tree_map_only(Tensor, torch.clone, (args[:1], output))
-        seen[id(module)].append(copies)
+        calls[id(module)].append(copies)
 
     handles = [module.register_forward_hook(note) for module in model.modules()]
     try:
-        return seen, model(**call)
+        return calls, model(**call)
     finally:
         for handle in handles:
             handle.remove()
@@ -103,14 +103,14 @@ def _record(model: nn.Module, call: Mapping[str, Any]) -> tuple[_Calls, Any]:
 class _Comparison(fx.Interpreter):
     """Runs a graph and notes the first node whose value is not the model's."""
 
-    def __init__(self, graph_module: fx.GraphModule, seen: _Calls, model: nn.Module) -> None:
+    def __init__(self, graph_module: fx.GraphModule, calls: _Calls, model: nn.Module) -> None:
         super().__init__(graph_module)
-        self.seen, self.place = seen, ""
+        self.calls, self.place = calls, ""
         self.ids = {name: id(m) for name, m in model.named_modules(remove_duplicate=False)}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        calls = self.seen.get(self.ids.get(str(n.target), 0)) if n.op == "call_module" else None
+        calls = self.calls.get(self.ids.get(str(n.target), 0)) if n.op == "call_module" else None
         if calls and not self.place:
             read, returned = calls.popleft()
             source = n.args[0]

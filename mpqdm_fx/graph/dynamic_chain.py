@@ -108,11 +108,11 @@ def insert_dynamic_chain(
         scale = graph.call_function(operator.getitem, (choose, 0))
     with graph.inserting_after(scale):
         zero_point = graph.call_function(operator.getitem, (choose, 1))
-    found = (scale, zero_point, *limits, torch.int8)
+    qparams = (scale, zero_point, *limits, torch.int8)
     with graph.inserting_after(zero_point):
-        quantize = graph.call_function(ops.quantize_per_tensor.tensor, (value, *found))
+        quantize = graph.call_function(ops.quantize_per_tensor.tensor, (value, *qparams))
     with graph.inserting_after(quantize):
-        dequantize = graph.call_function(ops.dequantize_per_tensor.tensor, (quantize, *found))
+        dequantize = graph.call_function(ops.dequantize_per_tensor.tensor, (quantize, *qparams))
     chain = DynamicChain(
         choose=choose, scale=scale, zero_point=zero_point, quantize=quantize, dequantize=dequantize
     )

@@ -70,22 +70,22 @@ def plain_names(model: nn.Module) -> dict[str, str]:
         For example `{"conv.parametrizations.weight.original0": "conv.weight"}`.
     """
     return {
-        f"{prefix}{original}": f"{prefix}{found.name}"
+        f"{prefix}{original}": f"{prefix}{tensor.name}"
         for path, module in model.named_modules(remove_duplicate=False)
         for prefix in (f"{path}." if path else "",)
-        for found in _parametrized(module)
-        for original in found.originals
+        for tensor in _parametrized(module)
+        for original in tensor.originals
     }
 
 
 def _parametrized(module: nn.Module) -> list[_Parametrized]:
     """Find the computed tensors of one module, not of its children."""
-    found = []
+    computed = []
     for name, steps in module.parametrizations.items() if is_parametrized(module) else ():  # type: ignore[union-attr,operator]
         tensors = [*steps.named_parameters(), *steps.named_buffers()]
         originals = tuple(f"parametrizations.{name}.{inner}" for inner, _ in tensors)
         compute = partial(_evaluated, steps)
-        found.append(_Parametrized(name=name, originals=originals, compute=compute))
+        computed.append(_Parametrized(name=name, originals=originals, compute=compute))
     for key, hook in module._forward_pre_hooks.items():
         if isinstance(hook, WeightNorm):
             name, ends, compute = hook.name, "g v", partial(hook.compute_weight, module)
@@ -97,8 +97,8 @@ def _parametrized(module: nn.Module) -> list[_Parametrized]:
         else:
             continue
         originals = tuple(f"{name}_{end}" for end in ends.split())
-        found.append(_Parametrized(name=name, originals=originals, compute=compute, hook=key))
-    return found
+        computed.append(_Parametrized(name=name, originals=originals, compute=compute, hook=key))
+    return computed
 
 
 def _evaluated(steps: nn.Module) -> Tensor:
@@ -113,7 +113,7 @@ def _plain(module: nn.Module) -> nn.Module | None:
     The copy has the module's own children.
     """
     parametrized = _parametrized(module)
-    values = [_value(found) for found in parametrized]
+    values = [_value(tensor) for tensor in parametrized]
     if not parametrized or any(value is None for value in values):
         return None
     clone: nn.Module = shallow_clone(module)
@@ -122,23 +122,23 @@ def _plain(module: nn.Module) -> nn.Module | None:
         clone.__class__ = type(module).__bases__[0]
         del clone._modules["parametrizations"]
     trained = any(parameter.requires_grad for parameter in module.parameters())
-    for found, value in zip(parametrized, values, strict=True):
-        if found.hook is not None:
-            _drop_hook(clone, found.hook)
-            for original in found.originals:
+    for tensor, value in zip(parametrized, values, strict=True):
+        if tensor.hook is not None:
+            _drop_hook(clone, tensor.hook)
+            for original in tensor.originals:
                 clone._parameters.pop(original, None)
                 clone._buffers.pop(original, None)
-            clone.__dict__.pop(found.name, None)
+            clone.__dict__.pop(tensor.name, None)
         assert value is not None
-        clone.register_parameter(found.name, nn.Parameter(value, requires_grad=trained))
+        clone.register_parameter(tensor.name, nn.Parameter(value, requires_grad=trained))
     return clone
 
 
-def _value(found: _Parametrized) -> Tensor | None:
+def _value(tensor: _Parametrized) -> Tensor | None:
     """Return what a parametrization computes in evaluation mode, or None if that is not certain."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            first, second = found.compute().detach(), found.compute().detach()
+            first, second = tensor.compute().detach(), tensor.compute().detach()
         except Exception:
             return None  # the model's own call will say what is wrong, with its place
     exact = type(first) is Tensor and first.is_floating_point() and torch.equal(first, second)
@@ -155,17 +155,17 @@ def _drop_hook(clone: nn.Module, key: int) -> None:
 
 
 def _with_folded(
-    module: nn.Module, folded: dict[int, nn.Module], done: dict[int, nn.Module]
+    module: nn.Module, folded: dict[int, nn.Module], memo: dict[int, nn.Module]
 ) -> nn.Module:
     """Return a module over its folded children; itself if none is folded. Shared stays shared."""
-    if id(module) not in done:
+    if id(module) not in memo:
         plain = folded.get(id(module), module)
         children = {
-            name: child if child is None else _with_folded(child, folded, done)
+            name: child if child is None else _with_folded(child, folded, memo)
             for name, child in plain._modules.items()
         }
         if any(plain._modules[name] is not child for name, child in children.items()):
             plain = shallow_clone(plain)
             plain._modules.update(children)
-        done[id(module)] = plain
-    return done[id(module)]
+        memo[id(module)] = plain
+    return memo[id(module)]

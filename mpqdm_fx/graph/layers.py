@@ -91,14 +91,14 @@ def weight_layers(
         Fully qualified name to layer, in graph order. A module that sits at several names is one
         layer under the first of them.
     """
-    wanted = WEIGHT_LAYERS + (EMBEDDINGS if embeddings else ())
+    kinds = WEIGHT_LAYERS + (EMBEDDINGS if embeddings else ())
     calls: dict[int, list[fx.Node]] = {}
     modules: dict[int, nn.Module] = {}
     for node in graph_module.graph.nodes:
         if node.op != "call_module":
             continue
         module = graph_module.get_submodule(str(node.target))
-        if isinstance(module, wanted):
+        if isinstance(module, kinds):
             calls.setdefault(id(module), []).append(node)
             modules[id(module)] = module
     layers = (

@@ -159,11 +159,11 @@ def _is_used(name: str, value: object, module: nn.Module, stock: type[nn.Module]
     """Tell whether a call may meet the attribute ``name`` of a subclass of ``stock``."""
     if name.startswith("__"):
         return name in ("__call__", "__getattr__", "__getattribute__")
-    held = (module._parameters, module._buffers, module._modules)
+    registries = (module._parameters, module._buffers, module._modules)
     return (
         (hasattr(stock, name) and name not in _NOT_CALLED)
         or hasattr(type(value), "__set__")
-        or any(name in registry for registry in held)
+        or any(name in registry for registry in registries)
     )
 
 
@@ -183,9 +183,9 @@ def whole_layer(module: nn.Module, nodes: Sequence[fx.Node]) -> nn.Module | None
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         # input, weight, bias, stride, padding, output_padding: a call may ask for another size
         rank = len(module.kernel_size)
-        wanted = _per_axis(module.output_padding, rank)
-        asked = [node.args[5] if len(node.args) > 5 else 0 for node in nodes]
-        if any(_per_axis(padding, rank) != wanted for padding in asked):
+        expected = _per_axis(module.output_padding, rank)
+        paddings = [node.args[5] if len(node.args) > 5 else 0 for node in nodes]
+        if any(_per_axis(padding, rank) != expected for padding in paddings):
             return None
     wrong = {n: v for n, v in _sizes(module).items() if getattr(module, n) != v}
     if not wrong:

@@ -73,8 +73,8 @@ def literal(value: Any) -> Any:
         return {"device": "cpu" if value.type in ("cpu", "cuda") else value.type}
     if value is Ellipsis:
         return {"ellipsis": None}
-    for kind, known in _CONSTANTS.items():
-        if isinstance(value, known):
+    for kind, cls in _CONSTANTS.items():
+        if isinstance(value, cls):
             return {kind: str(value).removeprefix("torch.")}
     return {CODE: code_name(value)}
 
@@ -109,10 +109,10 @@ def value_of(data: Any, nodes: Mapping[str, fx.Node]) -> Any:
         return torch.device(content)
     if kind == "ellipsis":
         return ...
-    found = getattr(torch, content, None) if kind in _CONSTANTS else None
-    if found is None or not isinstance(found, _CONSTANTS[kind]):
+    constant = getattr(torch, content, None) if kind in _CONSTANTS else None
+    if constant is None or not isinstance(constant, _CONSTANTS[kind]):
         raise ValueError(f"{data!r} is no value of a graph")
-    return found
+    return constant
 
 
 def target_name(target: Any) -> Any:
@@ -130,13 +130,13 @@ def target_of(name: Any) -> Callable[..., Any]:
     """
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
-    found: Any = None
+    target: Any = None
     if isinstance(name, str) and _OPERATOR.fullmatch(name):
         _, packet, overload = name.split(".")
-        found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-    if not isinstance(found, torch._ops.OpOverload) or not _computes(found):
+        target = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    if not isinstance(target, torch._ops.OpOverload) or not _computes(target):
         raise ValueError(f"{name!r} is no function that a graph may call")
-    return found
+    return target
 
 
 def _computes(operator: torch._ops.OpOverload) -> bool:

@@ -108,8 +108,8 @@ def concatenate(values: Sequence[Any]) -> Any:
             flag or number.
     """
 
-    def behind(last: Any, *others: Any) -> Any:
-        parts = [*others, last]
+    def behind(last: Any, *earlier: Any) -> Any:
+        parts = [*earlier, last]
         # one tensor beside a flag is an error of torch.cat, and not the flag
         tensors = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(parts))
         if tensors:

@@ -37,26 +37,26 @@ def find_noise_argument(graph_module: fx.GraphModule, name: str | None = None) -
         ConfigError: The graph takes no such argument under the name that is given; lists those
             that it takes.
     """
-    found = noise_arguments(graph_module)
+    arguments = noise_arguments(graph_module)
     if name is None:
         for names in (TIMESTEP_NAMES, NOISE_NAMES):
-            for argument, node in found.items():
+            for argument, node in arguments.items():
                 if argument in names:
                     return node
         return None
-    if name in found:
-        return found[name]
-    taken = {str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")}
+    if name in arguments:
+        return arguments[name]
+    placeholders = {str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")}
     signature: Signature | None = graph_module.meta.get("signature")
     constants = dict(signature.baked) if signature else {}
     why = "is no argument of this graph"
-    if name in taken:
+    if name in placeholders:
         why = "is no number per sample"
     elif name in constants:
         why = f"is the constant {constants[name]!r} in this graph (give a tensor of shape [batch])"
     raise ConfigError(
         f"noise_argument {name!r} {why}; arguments with a number per sample: "
-        f"{', '.join(found) or 'none'}"
+        f"{', '.join(arguments) or 'none'}"
     )
 
 
@@ -69,19 +69,19 @@ def noise_arguments(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
     signature: Signature | None = graph_module.meta.get("signature")
     batch = None if signature is None else signature.batch
     shapes = {} if signature is None else {spec.name: spec.shape for spec in signature.inputs}
-    found = {}
+    arguments = {}
     for node in graph_module.graph.find_nodes(op="placeholder"):
         name, value = str(node.target), node.meta.get("val")
         if value is None:  # a graph without shape information: the name has to do
-            found[name] = node
+            arguments[name] = node
             continue
         if not isinstance(value, Tensor) or value.is_complex() or value.dtype is torch.bool:
             continue
         shape = shapes.get(name, tuple(value.shape))
         single = all(size == 1 for size in shape[1:])
         if single and (not shape or batch is None or shape[0] in (1, batch)):
-            found[name] = node
-    return found
+            arguments[name] = node
+    return arguments
 
 
 def noise_levels_of(
@@ -107,12 +107,12 @@ def noise_levels_of(
     name = str(node.target)
     levels: list[Tensor | None] = []
     for index, call in enumerate(calls):
-        told = torch.as_tensor(call[name]).detach().flatten().to("cpu", torch.float64)
+        values = torch.as_tensor(call[name]).detach().flatten().to("cpu", torch.float64)
         batch = batch_size_of(call)
-        if len(told) not in (1, batch):
+        if len(values) not in (1, batch):
             raise CalibrationError(
-                f"calibration call {index}: input {name!r} has {len(told)} noise levels for "
+                f"calibration call {index}: input {name!r} has {len(values)} noise levels for "
                 f"{batch} samples; give one for each sample"
             )
-        levels.append(told.expand(batch))
+        levels.append(values.expand(batch))
     return levels

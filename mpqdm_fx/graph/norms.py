@@ -48,8 +48,8 @@ def constant(graph_module: fx.GraphModule, value: object) -> Tensor | fx.Node | 
     if value.op != "get_attr":
         return value
     *path, field = str(value.target).split(".")
-    found = getattr(graph_module.get_submodule(".".join(path)), field)
-    return found if isinstance(found, Tensor) else value
+    tensor = getattr(graph_module.get_submodule(".".join(path)), field)
+    return tensor if isinstance(tensor, Tensor) else value
 
 
 def norm_name(node: fx.Node) -> str:

@@ -82,8 +82,8 @@ def model_parameters(model: nn.Module, traced: fx.GraphModule) -> tuple[ModelPar
     computed = plain_names(model)
     first: dict[Any, str] = {}
     seen: set[int] = set()
-    taken: set[str] = set()  # plain weights that stand for one of their factors already
-    found = []
+    directions: set[str] = set()  # plain weights that stand for one of their factors already
+    parameters = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         identity = _identity(parameter)
         owner = first.setdefault(identity, name)
@@ -91,10 +91,10 @@ def model_parameters(model: nn.Module, traced: fx.GraphModule) -> tuple[ModelPar
         plain = computed.get(name)
         if tensor is None and plain in state:
             # of weight_norm's magnitude and direction, the direction has the weight's size
-            alike = state[plain].shape == parameter.shape and plain not in taken
+            alike = state[plain].shape == parameter.shape and plain not in directions
             tensor, folded = (plain, None) if alike else (None, plain)
-            taken |= {plain} if alike else set()
-        found.append(
+            directions |= {plain} if alike else set()
+        parameters.append(
             ModelParameter(
                 name=name,
                 numel=0 if id(parameter) in seen else parameter.numel(),
@@ -104,7 +104,7 @@ def model_parameters(model: nn.Module, traced: fx.GraphModule) -> tuple[ModelPar
             )
         )
         seen.add(id(parameter))
-    return tuple(found)
+    return tuple(parameters)
 
 
 def note_parameters(traced: fx.GraphModule, model: nn.Module) -> None:
@@ -152,9 +152,9 @@ def present_tensors(
         that hold its numbers (none if there are none), and the layer or weight that it was folded
         into, or None. Without `note_parameters` the graph counts as the model.
     """
-    known = graph_module.meta.get(_PARAMETERS)
-    if known is None:
-        known = model_parameters(graph_module, graph_module)
+    parameters = graph_module.meta.get(_PARAMETERS)
+    if parameters is None:
+        parameters = model_parameters(graph_module, graph_module)
     present = graph_module.state_dict(keep_vars=True).keys()
     parts: Mapping[str, tuple[str, ...]] = graph_module.meta.get(_PARTS, {})
     folded: Mapping[str, str] = graph_module.meta.get(_FOLDED, {})
@@ -165,9 +165,9 @@ def present_tensors(
         layer, _, field = name.rpartition(".")
         return tuple(place for part in parts.get(layer, ()) for place in follow(f"{part}.{field}"))
 
-    found = []
-    for parameter in known:
+    entries = []
+    for parameter in parameters:
         name = parameter.tensor or ""
         into = parameter.folded_into or folded.get(name.rpartition(".")[0])
-        found.append((parameter, follow(name) if name else (), into))
-    return found
+        entries.append((parameter, follow(name) if name else (), into))
+    return entries

@@ -89,8 +89,8 @@ def quantizer_sites(graph_module: fx.GraphModule) -> dict[fx.Node, QuantizerSite
         Quantizer node to site. Quantizers around nothing (no weight layer writes their value or
         reads their result) are left out: they belong to somebody else.
     """
-    found = (_site(graph_module, node) for node in graph_module.graph.nodes)
-    return {site.node: site for site in found if site is not None and (site.writer or site.readers)}
+    sites = (_site(graph_module, node) for node in graph_module.graph.nodes)
+    return {site.node: site for site in sites if site is not None and (site.writer or site.readers)}
 
 
 def _site(graph_module: fx.GraphModule, node: fx.Node) -> QuantizerSite | None:
@@ -190,15 +190,15 @@ def read_activations(graph_module: fx.GraphModule) -> dict[str, Activation]:
     Returns:
         Activation by layer, in graph order, under the target of the layer's first quantized call.
     """
-    found: dict[int, tuple[str, Activation]] = {}
+    activations: dict[int, tuple[str, Activation]] = {}
     for node in graph_module.graph.nodes:
         module = called_module(graph_module, node, *WEIGHT_LAYERS)
-        if module is None or id(module) in found:
+        if module is None or id(module) in activations:
             continue
         activation = _activation_of(graph_module, node)
         if activation is not None:
-            found[id(module)] = (str(node.target), activation)
-    return dict(found.values())
+            activations[id(module)] = (str(node.target), activation)
+    return dict(activations.values())
 
 
 def _activation_of(graph_module: fx.GraphModule, call: fx.Node) -> Activation | None:
@@ -240,11 +240,11 @@ def follows_batch(value: fx.Node, noise_level: fx.Node) -> bool:
         value: What is to be quantized.
         noise_level: The placeholder that tells it.
     """
-    told = noise_level.meta.get("val")
-    seen = value.meta.get("val")
-    if not isinstance(told, torch.Tensor) or not isinstance(seen, torch.Tensor):
+    levels = noise_level.meta.get("val")
+    tensor = value.meta.get("val")
+    if not isinstance(levels, torch.Tensor) or not isinstance(tensor, torch.Tensor):
         return True
-    batch, first = (shape[0] if shape else 1 for shape in (told.shape, seen.shape))
+    batch, first = (shape[0] if shape else 1 for shape in (levels.shape, tensor.shape))
     return bool(statically_known_true(first % batch == 0))
 
 
@@ -284,10 +284,10 @@ def insert_groups(graph_module: fx.GraphModule, levels: NoiseLevels) -> fx.Node:
             "the graph has tables over a schedule and takes the position in it, not the noise "
             "level, so noise levels cannot be told apart; quantize first, then tabulate"
         )
-    told = find_noise_argument(graph_module, levels.argument)
-    if told is None:
+    argument = find_noise_argument(graph_module, levels.argument)
+    if argument is None:
         raise DialectError("the graph is told no noise level, so these cannot be told apart")
-    return _insert(graph_module, NoiseLevelGroups(levels.boundaries), "noise_level", (told,))
+    return _insert(graph_module, NoiseLevelGroups(levels.boundaries), "noise_level", (argument,))
 
 
 def insert_quantizer(

@@ -70,11 +70,11 @@ def rebuild(description: Description, signature: Signature) -> fx.GraphModule:
 
 def _check_signature(graph_module: fx.GraphModule, signature: Signature) -> None:
     names = tuple(str(node.target) for node in graph_module.graph.find_nodes(op="placeholder"))
-    given = tuple(dict.fromkeys(spec.name.partition(".")[0] for spec in signature.inputs))
-    if names != signature.arguments or set(given) != set(names):
+    inputs = tuple(dict.fromkeys(spec.name.partition(".")[0] for spec in signature.inputs))
+    if names != signature.arguments or set(inputs) != set(names):
         raise ArtifactError(
             f"the stored graph takes {', '.join(names)}, its signature names "
-            f"{', '.join(signature.arguments)} with tensors of {', '.join(given)}"
+            f"{', '.join(signature.arguments)} with tensors of {', '.join(inputs)}"
         )
 
 
@@ -185,8 +185,8 @@ def infer_values(graph_module: fx.GraphModule) -> None:
         id(tensor): _fake(tensor, mode, dynamic=name in dynamic)
         for name, tensor in tensor_leaves(inputs)
     }
-    known = pytree.tree_map_only(Tensor, lambda tensor: fakes[id(tensor)], inputs)
-    values = [known[str(node.target)] for node in graph_module.graph.find_nodes(op="placeholder")]
+    call = pytree.tree_map_only(Tensor, lambda tensor: fakes[id(tensor)], inputs)
+    values = [call[str(node.target)] for node in graph_module.graph.find_nodes(op="placeholder")]
     try:
         # The dispatcher in Python: kernels in C++ would turn the symbol into the example's number.
         with torch.no_grad(), mode, enable_python_dispatcher():

@@ -24,12 +24,12 @@ def value_key(graph_module: fx.GraphModule, node: object) -> object:
         module = graph_module.get_submodule(str(node.target))
         if not _is_function(module):
             return node.name
-        own: object = (type(module).__name__, module.extra_repr())
+        function: object = (type(module).__name__, module.extra_repr())
     elif is_quantizer(graph_module, node):
-        own = (str(node.target), repr(node.args[1:]))
+        function = (str(node.target), repr(node.args[1:]))
     else:
         return node.name
-    return (own, tuple(value_key(graph_module, source) for source in node.all_input_nodes))
+    return (function, tuple(value_key(graph_module, source) for source in node.all_input_nodes))
 
 
 def _is_function(module: nn.Module) -> bool:
@@ -37,5 +37,5 @@ def _is_function(module: nn.Module) -> bool:
 
     Somebody else's module may hold what its `extra_repr` does not tell.
     """
-    known = type(module).__module__.startswith("torch.nn.") or isinstance(module, DynamicQuantizer)
-    return known and not any(True for _ in (*module.parameters(), *module.buffers()))
+    stock = type(module).__module__.startswith("torch.nn.") or isinstance(module, DynamicQuantizer)
+    return stock and not any(True for _ in (*module.parameters(), *module.buffers()))

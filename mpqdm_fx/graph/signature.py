@@ -133,24 +133,24 @@ class Signature:
             TraceError: If an argument is unknown, missing, of another shape or dtype than traced,
                 or differs from the constant that was traced; names the argument and the fix.
         """
-        given = self.bind(args, kwargs)
-        for name, value in given.items():
+        values = self.bind(args, kwargs)
+        for name, value in values.items():
             if name not in self.arguments and name != "return_dict":
                 self._check_constant(name, value)
         for name, default in self.defaults:
-            if name not in given:
+            if name not in values:
                 raise TraceError(
                     f"{self.model_class}: {name!r} was traced as the constant "
                     f"{dict(self.baked)[name]!r}, but the model takes {default!r} where a call "
                     f"leaves it out; give {name}={dict(self.baked)[name]!r}"
                 )
-        return self.fit(given)
+        return self.fit(values)
 
-    def fit(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def fit(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Turn values for the graph's placeholders into its inputs; see ``normalize``.
 
         Args:
-            given: A value for each of ``arguments``; other names are ignored.
+            values: A value for each of ``arguments``; other names are ignored.
 
         Returns:
             Argument name to tensor or container, in placeholder order.
@@ -158,19 +158,19 @@ class Signature:
         Raises:
             TraceError: As for ``normalize``.
         """
-        missing = [n for n in self.arguments if given.get(n) is None]
+        missing = [n for n in self.arguments if values.get(n) is None]
         if missing:
             raise TraceError(
                 f"{self.model_class}: missing argument(s) {', '.join(missing)}; "
                 f"the graph takes ({', '.join(self.arguments)})"
             )
         specs = {spec.name: spec for spec in self.inputs}
-        batch = self._batch_of({n: given[n] for n in self.arguments}, specs)
-        return {n: self._fit(n, given[n], specs, batch) for n in self.arguments}
+        batch = self._batch_of({n: values[n] for n in self.arguments}, specs)
+        return {n: self._fit(n, values[n], specs, batch) for n in self.arguments}
 
-    def _batch_of(self, given: Mapping[str, Any], specs: Mapping[str, InputSpec]) -> int:
+    def _batch_of(self, values: Mapping[str, Any], specs: Mapping[str, InputSpec]) -> int:
         batch = self.batch
-        for name, value in tensor_leaves(given):
+        for name, value in tensor_leaves(values):
             spec = specs.get(name)
             if spec and spec.batch_axis == 0 and value.ndim == len(spec.shape) and value.ndim > 1:
                 batch = value.shape[0] // spec.batch_multiple
@@ -189,8 +189,8 @@ class Signature:
         """Return ``value`` as the graph wants it; recurses into containers."""
         if name in specs:
             return _fit_tensor(self, value, specs[name], batch)
-        wanted = [s for s in specs if s.startswith(f"{name}.")]
-        if not wanted:
+        names = [s for s in specs if s.startswith(f"{name}.")]
+        if not names:
             self._check_constant(name, value)
             return value
         if isinstance(value, Mapping):
@@ -202,7 +202,7 @@ class Signature:
             keys = list(range(len(value)))
         else:
             raise TraceError(f"{self.model_class}: {name} must be a container of tensors")
-        for entry in wanted:
+        for entry in names:
             if not any(_below(entry, f"{name}.{key}") for key in keys):
                 raise TraceError(f"{self.model_class}: {name} lacks the entry {entry}")
         return fitted
@@ -241,9 +241,9 @@ def bind_inputs(
     model_class = type(model).__name__
     parameters = _forward_parameters(model)
     if isinstance(example_inputs, Mapping):
-        given = _bind(model_class, tuple(parameters), (), example_inputs)
+        values = _bind(model_class, tuple(parameters), (), example_inputs)
     elif isinstance(example_inputs, (tuple, list)):
-        given = _bind(model_class, tuple(parameters), example_inputs, {})
+        values = _bind(model_class, tuple(parameters), example_inputs, {})
     else:
         raise TraceError(
             f"{model_class}: example_inputs must be a dict of keyword arguments or a tuple of "
@@ -252,7 +252,7 @@ def bind_inputs(
     missing = [
         name
         for name, parameter in parameters.items()
-        if name not in given and parameter.default is inspect.Parameter.empty
+        if name not in values and parameter.default is inspect.Parameter.empty
     ]
     if missing:
         raise TraceError(
@@ -260,15 +260,15 @@ def bind_inputs(
             f"forward takes ({', '.join(parameters)})"
         )
     if "return_dict" in parameters:
-        given["return_dict"] = False
-    batch = next((t.shape[0] for _, t in tensor_leaves(given) if t.ndim > 1), 1)
+        values["return_dict"] = False
+    batch = next((t.shape[0] for _, t in tensor_leaves(values) if t.ndim > 1), 1)
     call = {
-        name: _number_to_tensor(name, parameters[name], given[name], batch)
+        name: _number_to_tensor(name, parameters[name], values[name], batch)
         for name in parameters
-        if name in given
+        if name in values
     }
     leaves = list(tensor_leaves(call))
-    baked, defaults = _constants(parameters, given, call)
+    baked, defaults = _constants(parameters, values, call)
     if not leaves:
         raise TraceError(f"{model_class}: no example input is a tensor")
     arguments = tuple(dict.fromkeys(name.split(".")[0] for name, _ in leaves))
@@ -286,7 +286,7 @@ def bind_inputs(
 
 
 def _constants(
-    parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any], call: Mapping[str, Any]
+    parameters: Mapping[str, inspect.Parameter], values: Mapping[str, Any], call: Mapping[str, Any]
 ) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]:
     """Return ``baked`` and ``defaults`` of a signature."""
     baked = dict(constant_leaves(call))
@@ -295,7 +295,7 @@ def _constants(
         default = parameter.default
         if name == "return_dict" or default is inspect.Parameter.empty:
             continue
-        if name not in given and isinstance(default, bool | int | float | str):
+        if name not in values and isinstance(default, bool | int | float | str):
             baked[name] = default
         elif name in baked and not same_constant(default, baked[name]):
             defaults[name] = default
@@ -319,16 +319,16 @@ def _bind(
             f"{model_class}: {len(args)} positional arguments, "
             f"but forward takes {len(parameters)}: ({', '.join(parameters)})"
         )
-    given = dict(zip(parameters, args, strict=False))
+    values = dict(zip(parameters, args, strict=False))
     for name, value in kwargs.items():
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"({', '.join(parameters)})"
             raise TraceError(f"{model_class}: forward has no argument {name!r}; {hint}")
-        if name in given:
+        if name in values:
             raise TraceError(f"{model_class}: argument {name!r} is given twice")
-        given[name] = value
-    return given
+        values[name] = value
+    return values
 
 
 def _number_to_tensor(name: str, parameter: inspect.Parameter, value: Any, batch: int) -> Any:

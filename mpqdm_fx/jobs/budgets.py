@@ -76,9 +76,9 @@ class Judge:
             calls = held_out_of(self.source, steps=steps, seed=seed)
             return {"epsilon_sqnr": epsilon_sqnr(self.source.model, quantized, calls)}, None
         images = evaluation.draw(quantized)
-        found = evaluation.measure(quantized, images)
-        names = found.to_dict().keys() & METRICS.keys()
-        return {name: float(getattr(found, name)) for name in METRICS if name in names}, images
+        result = evaluation.measure(quantized, images)
+        names = result.to_dict().keys() & METRICS.keys()
+        return {name: float(getattr(result, name)) for name in METRICS if name in names}, images
 
     def write_strip(self, path: Path, images: Tensor | None = None) -> None:
         """Write the first samples as one row: what a model drew, by default the float one."""
@@ -145,10 +145,10 @@ def smallest(points: Sequence[Point], pick: Sequence[Gate] | None) -> Point | No
     """
     if pick is None:
         return None
-    kept = [
+    passing = [
         point for point in points if all(verdict.passed for verdict in judge(pick, point.metrics))
     ]
-    return min(kept, key=lambda point: point.metrics["parameter_bytes"], default=None)
+    return min(passing, key=lambda point: point.metrics["parameter_bytes"], default=None)
 
 
 def read_point(place: Path) -> Point:

@@ -58,18 +58,18 @@ def export_command(model: str, config: MPQConfig | None, options: Mapping[str, A
 def _settings(config: MPQConfig) -> dict[str, Any] | None:
     """The options that ask for settings; None if no options do."""
     usual = MPQConfig()
-    told: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if config.effective_bits is None and config.weight_bytes is None:
-        told["--weights"] = config.weight_bits
-    told["--activation-mode"] = config.activation_mode
+        options["--weights"] = config.weight_bits
+    options["--activation-mode"] = config.activation_mode
     for name in usual.to_dict():
         if name in _APART or getattr(config, name) == getattr(usual, name):
             continue
         if name not in _OPTIONS:
             return None
-        told[_OPTIONS[name]] = getattr(config, name)
-    told["--override"] = [_override(rule) for rule in config.to_dict()["overrides"]]
-    return told
+        options[_OPTIONS[name]] = getattr(config, name)
+    options["--override"] = [_override(rule) for rule in config.to_dict()["overrides"]]
+    return options
 
 
 #: Settings of a training that have an option, and the option.
@@ -89,19 +89,19 @@ def distill_command(folder: Path, config: DistillConfig, options: Mapping[str, A
         config: Settings of the training.
         options: As of `quantize_command`.
     """
-    usual, given = DistillConfig(updates=1).to_dict(), config.to_dict()
-    told: dict[str, Any] = {}
+    usual, settings = DistillConfig(updates=1).to_dict(), config.to_dict()
+    training: dict[str, Any] = {}
     if config.seconds is not None:
-        told["--budget"] = f"{config.seconds:g}s"
-    for name, value in given.items():
+        training["--budget"] = f"{config.seconds:g}s"
+    for name, value in settings.items():
         if name == "seconds" or value is None or value == usual[name]:
             continue
         if name not in _TRAINING:
             return None
-        told[_TRAINING[name]] = value
+        training[_TRAINING[name]] = value
     if config.updates is not None:
-        told["--updates"] = config.updates
-    return typed("distill", [str(folder)], {**told, **options})
+        training["--updates"] = config.updates
+    return typed("distill", [str(folder)], {**training, **options})
 
 
 def typed(command: str, arguments: list[str], options: Mapping[str, Any]) -> str:

@@ -54,12 +54,12 @@ def compare_folders(
         )
     )
     with stage("loading", len(names), unit="folder") as advance:
-        found = []
+        reports = []
         for directory in directories:
-            found.append(open_report(directory, model=model))
+            reports.append(open_report(directory, model=model))
             advance()
-    _check_origins(directories, found)
-    drawn, why = _draw(names, found, samples, steps)
+    _check_origins(directories, reports)
+    drawn, why = _draw(names, reports, samples, steps)
     ratios = None
     if drawn is not None and "float" in drawn.samples:
         expected = drawn.samples["float"]
@@ -67,13 +67,13 @@ def compare_folders(
     with stage("page"):
         page = render_compare(
             names,
-            [one.record for one in found],
+            [report.record for report in reports],
             gallery_of_drawn(drawn),
             x0_sqnr_db=ratios,
             why_no_gallery=why or (drawn.note if drawn is not None else ""),
         )
         write_text(output, page)
-    return dict(zip(names, (one.record for one in found), strict=True))
+    return dict(zip(names, (report.record for report in reports), strict=True))
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
@@ -89,19 +89,19 @@ def _names(directories: Sequence[Path]) -> list[str]:
     return [f"./{name}" if name == "float" else name for name in names]
 
 
-def _check_origins(directories: Sequence[Path], found: Sequence[FolderReport]) -> None:
+def _check_origins(directories: Sequence[Path], reports: Sequence[FolderReport]) -> None:
     """Refuse folders whose errors are measured against different models."""
-    told = [_origin(one) for one in found]
-    for directory, own in zip(directories[1:], told[1:], strict=True):
-        if own != told[0]:
+    origins = [_origin(report) for report in reports]
+    for directory, origin in zip(directories[1:], origins[1:], strict=True):
+        if origin != origins[0]:
             raise ArtifactError(
-                f"{directories[0]} was made from {told[0]}, and {directory} from {own}: errors "
-                f"against different float models cannot be compared; give folders of one"
+                f"{directories[0]} was made from {origins[0]}, and {directory} from {origin}: "
+                f"errors against different float models cannot be compared; give folders of one"
             )
 
 
-def _origin(one: FolderReport) -> str:
-    origin, part = one.origin, one.record.parts[0]
+def _origin(report: FolderReport) -> str:
+    origin, part = report.origin, report.record.parts[0]
     size = f"{part.model_class} of {part.float32_bytes // 4:,} parameters"
     if origin is None:
         return f"an unknown {size}"
@@ -112,23 +112,24 @@ def _origin(one: FolderReport) -> str:
 
 
 def _draw(
-    names: Sequence[str], found: Sequence[FolderReport], samples: int, steps: int | None
+    names: Sequence[str], reports: Sequence[FolderReport], samples: int, steps: int | None
 ) -> tuple[Drawn | None, str]:
-    source = next((one.source for one in found if one.source is not None), None)
+    source = next((report.source for report in reports if report.source is not None), None)
     models: dict[str, Denoiser] = {} if source is None else {"float": source.model}
     if source is None:
-        source = next((one.saved for one in found if one.saved is not None), None)
+        source = next((report.saved for report in reports if report.saved is not None), None)
     if samples == 0:
         return None, "no samples were asked for (--samples 0)"
     if source is None or source.scheduler is None:
         return None, "the model has no scheduler to draw with"
-    own: Mapping[str, Denoiser | None] = dict(
-        zip(names, (one.denoiser for one in found), strict=True)
+    denoisers: Mapping[str, Denoiser | None] = dict(
+        zip(names, (report.denoiser for report in reports), strict=True)
     )
-    for name, denoiser in own.items():
+    for name, denoiser in denoisers.items():
         if denoiser is None:
             return None, f"{name} has neither weights nor a program that can be run here"
         models[name] = denoiser
-    stored = [one.record.pictures.steps for one in found if one.record.pictures is not None]
+    pictures = [report.record.pictures for report in reports]
+    stored = [numbers.steps for numbers in pictures if numbers is not None]
     count = steps or (stored[0] if stored else _STEPS)
     return draw_pictures(source, models, num=samples, steps=count), ""

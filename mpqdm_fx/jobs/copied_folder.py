@@ -50,8 +50,8 @@ def copy_folder(
             with folder.files.opened(name) as path:
                 shutil.copyfile(path, stage / name)
         if origin is not None:
-            told = {**folder.files.read_json(SOURCE), "model": origin}
-            write_text(stage / SOURCE, json.dumps(told))
+            source = {**folder.files.read_json(SOURCE), "model": origin}
+            write_text(stage / SOURCE, json.dumps(source))
         if retell is not None:
             retell(stage, summary)
         sizes = {name: (stage / name).stat().st_size for name in summary["files"]}

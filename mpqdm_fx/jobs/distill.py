@@ -95,8 +95,8 @@ def distill_folder(
         )
     source = as_recorded(source, folder, model=model, guidance=config.guidance_scale)
     warn_of(source)
-    given = source.runs(config.trajectories, config.seed)
-    config = replace(config, guidance_scale=given.get("guidance_scale"))
+    runs = source.runs(config.trajectories, config.seed)
+    config = replace(config, guidance_scale=runs.get("guidance_scale"))
     form.check(quantized.settings)
     times = estimate_training(quantized, source, config, form=form, samples=samples)
     if config.seconds is not None:
@@ -117,14 +117,14 @@ def distill_folder(
         config,
         scheduler=source.scheduler,
         sample_shape=source.sample_shape,
-        conditions=given["conditions"],
-        unconditional=given.get("unconditional"),
+        conditions=runs["conditions"],
+        unconditional=runs.get("unconditional"),
         directory=state,
         device=device,
     )
     if not is_first():
         return None
-    told = {
+    record = {
         "settings": config.to_dict(),
         "updates": trained.history.updates,
         "seconds": trained.history.seconds,
@@ -134,16 +134,17 @@ def distill_folder(
         "epsilon_sqnr_db_before": summary["epsilon_sqnr_db"],
     }
     if trained.quantized is quantized:  # the very model: lowering it again would give the same
-        found = copy_folder(
-            opened, output, origin=model, more={"distilled": told, "command": command},
+        summary = copy_folder(
+            opened, output, origin=model, more={"distilled": record, "command": command},
             overwrite=overwrite, retell=partial(retell_report, opened, quantized, source),
         )  # fmt: skip
         remove_folder(state)
-        return FolderResult(directory=output, quantized=quantized, summary=found, source=source)
-    found = write_folder(
+        return FolderResult(directory=output, quantized=quantized, summary=summary, source=source)
+    summary = write_folder(
         trained.quantized, source, output, form=form, steps=config.steps, samples=samples,
-        subfolder=origin_of(folder).subfolder, more={"distilled": told}, overwrite=overwrite,
+        subfolder=origin_of(folder).subfolder, more={"distilled": record}, overwrite=overwrite,
         command=command,
     )  # fmt: skip
     remove_folder(state)
-    return FolderResult(directory=output, quantized=trained.quantized, summary=found, source=source)
+    quantized = trained.quantized
+    return FolderResult(directory=output, quantized=quantized, summary=summary, source=source)

@@ -299,7 +299,7 @@ def estimate_training(
     effects = config.effect_runs * config.steps**2 / 2 if config.final_share else 0
     judged = (config.trajectories + 3 * config.held_out) * config.steps
     update = config.batch_size * row * _STUDENT * _TRAINED
-    found = TrainingEstimate(
+    times = TrainingEstimate(
         data_seconds=(runs + effects) * row,
         update_seconds=update,
         training_seconds=math.inf if config.updates is None else config.updates * update,
@@ -309,6 +309,6 @@ def estimate_training(
         ),
     )
     if config.seconds is None:
-        return found
-    left = max(0.0, config.seconds - found.others)
-    return replace(found, training_seconds=min(found.training_seconds, left))
+        return times
+    left = max(0.0, config.seconds - times.others)
+    return replace(times, training_seconds=min(times.training_seconds, left))

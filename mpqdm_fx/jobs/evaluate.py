@@ -91,13 +91,13 @@ def evaluate_folder(
             cannot be run.
     """
     opened = open_folder(folder)
-    told = summary_metrics(read_summary(opened)) if SUMMARY in opened.files else {}
+    numbers = summary_metrics(read_summary(opened)) if SUMMARY in opened.files else {}
     source = source_of(folder, model)
     if inputs is None and source.name != BUNDLED:
         source = as_recorded(source, folder, model=model)
     check_networks(networks, source, inputs=inputs)
     names = ("epsilon_sqnr",) if inputs is not None else evaluated_metrics(source, networks)
-    check_evaluated(gates, source, {*names, *told}, str(folder))
+    check_evaluated(gates, source, {*names, *numbers}, str(folder))
     expect(
         lambda: evaluate_stages(
             source, num=num, steps=steps, own_calls=inputs is not None,
@@ -110,9 +110,9 @@ def evaluate_folder(
         with stage("comparing outputs"):
             metrics = _compared(source, quantized, inputs)
     else:
-        found = Evaluation.of(source, num=num, steps=steps, seed=seed, networks=networks)
-        metrics = _told(found.measure(quantized))
-    return FolderEvaluation(metrics=metrics, verdicts=judge(gates, {**told, **_known(metrics)}))
+        evaluation = Evaluation.of(source, num=num, steps=steps, seed=seed, networks=networks)
+        metrics = _told(evaluation.measure(quantized))
+    return FolderEvaluation(metrics=metrics, verdicts=judge(gates, {**numbers, **_known(metrics)}))
 
 
 def check_gates(gates: Sequence[Gate], source: Source, backend: str) -> None:
@@ -126,8 +126,8 @@ def check_gates(gates: Sequence[Gate], source: Source, backend: str) -> None:
     Raises:
         ConfigError: A metric will not be there.
     """
-    told = expected_summary(backend, drawn=source.scheduler is not None)
-    measured = {*evaluated_metrics(source), *told}
+    numbers = expected_summary(backend, drawn=source.scheduler is not None)
+    measured = {*evaluated_metrics(source), *numbers}
     check_evaluated(gates, source, measured, f"{source.name} here")
 
 
@@ -143,10 +143,10 @@ def judge_result(
         num: Samples of the free-running metrics.
     """
     measured = summary_metrics(result.summary)
-    wanted = {gate.metric for gate in gates} - measured.keys()
-    if wanted:
+    names = {gate.metric for gate in gates} - measured.keys()
+    if names:
         with stage("gates"):
-            measured |= _wanted_of(result, wanted, steps=steps, num=num)
+            measured |= _wanted_of(result, names, steps=steps, num=num)
     return judge(gates, measured)
 
 
@@ -161,25 +161,25 @@ def gate_stages(
         steps: Steps of the scheduler.
         num: Samples of the free-running metrics.
     """
-    wanted = {gate.metric for gate in gates if METRICS[gate.metric].source == "evaluation"}
-    if not wanted:
+    names = {gate.metric for gate in gates if METRICS[gate.metric].source == "evaluation"}
+    if not names:
         return {}
-    drawn = 0 if wanted == {"epsilon_sqnr"} else num
+    drawn = 0 if names == {"epsilon_sqnr"} else num
     stages = evaluate_stages(source, num=drawn, steps=steps, own_calls=False, networks=False)
     return {"gates": sum(stages.values())}
 
 
-def _wanted_of(result: FolderResult, wanted: set[str], *, steps: int, num: int) -> dict[str, float]:
+def _wanted_of(result: FolderResult, names: set[str], *, steps: int, num: int) -> dict[str, float]:
     """Metrics of an evaluation that has no more in it than what is asked for."""
     source = result.source
-    if wanted == {"epsilon_sqnr"}:
+    if names == {"epsilon_sqnr"}:
         held_out = held_out_of(source, steps=steps, seed=EVALUATION_SEED)
         return {"epsilon_sqnr": epsilon_sqnr(source.model, result.quantized, held_out)}
-    found = Evaluation.of(
+    evaluation = Evaluation.of(
         source, num=num, steps=steps, seed=EVALUATION_SEED,
-        pictures=not wanted.isdisjoint(PICTURE_METRICS),
+        pictures=not names.isdisjoint(PICTURE_METRICS),
     )  # fmt: skip
-    return _known(_told(found.measure(result.quantized)))
+    return _known(_told(evaluation.measure(result.quantized)))
 
 
 def _told(result: EvaluationResult) -> dict[str, Any]:

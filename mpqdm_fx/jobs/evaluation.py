@@ -183,10 +183,10 @@ def check_networks(networks: Networks | None, source: Source, *, inputs: str | N
     if why is not None:
         raise ConfigError(f"{', '.join(names)}: {why}; leave the networks out")
     if "clip_score" in names and not source.prompts(1):
-        told = None if source.components is None else source.components.unencoded
+        reason = None if source.components is None else source.components.unencoded
         raise ConfigError(
             f"--clip: {source.name} draws from no prompts"
-            f"{'' if told is None else f' ({told})'}, and CLIP compares pictures with theirs; "
+            f"{'' if reason is None else f' ({reason})'}, and CLIP compares pictures with theirs; "
             f"leave it out"
         )
 

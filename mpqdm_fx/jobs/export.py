@@ -12,6 +12,7 @@ from mpqdm_fx.pipelines.export import MINIMUM_SQNR_DB, ExportResult, export_pipe
 from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
 from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.report.export_metrics import expected_export, export_metrics
 from mpqdm_fx.report.gates import Gate, Verdict, check_measured, judge
 from mpqdm_fx.report.sample_metrics import measures_pictures
@@ -52,10 +53,7 @@ def export_to_folder(
     runs: ExportRuns,
     *,
     minimum_sqnr_db: float = MINIMUM_SQNR_DB,
-    resume: bool = False,
-    max_memory: int | None = None,
-    device: str | None = None,
-    sensitivity: Path | None = None,
+    run: RunOptions = RunOptions(),
     tabulate: bool = False,
     four_bit: FourBit = "whole",
     external_weights: bool = False,
@@ -98,10 +96,7 @@ def export_to_folder(
         trajectories=runs.trajectories,
         samples=runs.samples,
         minimum_sqnr_db=minimum_sqnr_db,
-        resume=resume,
-        max_memory=max_memory,
-        device=device,
-        sensitivity=sensitivity,
+        run=run,
         tabulate=tabulate,
         four_bit=four_bit,
         external_weights=external_weights,

@@ -107,10 +107,10 @@ def pareto_stages(
     """
     stages: dict[str, float] = {}
     for place, (budget, config) in enumerate(budgets.items()):
-        own = quantize_stages(source, config, form.backend, 0)
-        begun = {name: own.pop(name) for name in _CALIBRATION if name in own}
-        solving = sum(own[name] for name in _SOLVING if name in own)
-        once = sum(own[name] for name in _MEASURED if name in own)
+        seconds = quantize_stages(source, config, form.backend, 0)
+        begun = {name: seconds.pop(name) for name in _CALIBRATION if name in seconds}
+        solving = sum(seconds[name] for name in _SOLVING if name in seconds)
+        once = sum(seconds[name] for name in _MEASURED if name in seconds)
         stages |= begun if not place else {}
         stages[f"{budget:g} bits"] = solving + (0 if place else once) + _JUDGING
     picked = {} if samples is None else folder_stages(source, form.backend, samples)
@@ -158,17 +158,17 @@ def folder_stages(source: Source, backend: str, samples: int) -> dict[str, float
     return {name: _TYPICAL[name] for name, does in comes.items() if does}
 
 
-def finish_stages(found: Finish) -> dict[str, float]:
+def finish_stages(times: Finish) -> dict[str, float]:
     """The same for one graph.
 
     Args:
-        found: What lowering, comparing and measuring it will take.
+        times: What lowering, comparing and measuring it will take.
     """
     measuring = {name: _TYPICAL[name] for name in ("measuring", "drawing", "peak memory")}
-    factor = found.measure_seconds / sum(measuring.values())
+    factor = times.measure_seconds / sum(measuring.values())
     return {
-        "lowering": found.lower_seconds,
-        "comparing forms": found.compare_seconds,
+        "lowering": times.lower_seconds,
+        "comparing forms": times.compare_seconds,
         **{name: factor * seconds for name, seconds in measuring.items()},
     }
 
@@ -251,8 +251,8 @@ def compare_stages(folders: int, *, samples: int, in_pipeline: bool) -> dict[str
         samples: Pictures of each.
         in_pipeline: As of `report_stages`.
     """
-    one = report_stages(measures=False, samples=samples > 0, in_pipeline=in_pipeline)
-    return {name: (1 if name == "page" else folders) * each for name, each in one.items()}
+    stages = report_stages(measures=False, samples=samples > 0, in_pipeline=in_pipeline)
+    return {name: (1 if name == "page" else folders) * each for name, each in stages.items()}
 
 
 def doctor_stages(*, stored: bool, rounded: bool) -> dict[str, float]:

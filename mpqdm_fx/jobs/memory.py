@@ -53,14 +53,14 @@ def import_classes(name: str, subfolder: str | None = None) -> None:
     files = [*root.glob("*config.json"), *root.glob("scheduler/*config.json")]
     if subfolder:
         files += root.glob(f"{subfolder}/*config.json")
-    described = [read_json(file, finite=False) for file in files]
-    for wanted in ("UNet2DModel", *(config.get("_class_name") for config in described)):
+    configs = [read_json(file, finite=False) for file in files]
+    for class_name in ("UNet2DModel", *(config.get("_class_name") for config in configs)):
         with suppress(MPQError):  # who loads it says what is wrong
-            diffusers_class("model", wanted)
-    for wanted in ("DDIMScheduler", *(config.get("_class_name") for config in described)):
+            diffusers_class("model", class_name)
+    for class_name in ("DDIMScheduler", *(config.get("_class_name") for config in configs)):
         with suppress(MPQError):
-            found = diffusers_class("scheduler", wanted)
-            found.from_config(found().config)  # it looks at all others when it is made
+            scheduler = diffusers_class("scheduler", class_name)
+            scheduler.from_config(scheduler().config)  # it looks at all others when it is made
 
 
 def main(arguments: list[str]) -> None:

@@ -30,7 +30,8 @@ from mpqdm_fx.model.feasibility import check_feasible
 from mpqdm_fx.model.quantized import PreparedModel
 from mpqdm_fx.model.storage import load
 from mpqdm_fx.records.config import MPQConfig
-from mpqdm_fx.records.validation import Bytes, Count, Some, checked
+from mpqdm_fx.records.run_options import RunOptions
+from mpqdm_fx.records.validation import Count, Some, checked
 from mpqdm_fx.report.gates import Gate
 from mpqdm_fx.report.page.packages import can_render
 from mpqdm_fx.report.pareto_page import render_pareto
@@ -138,8 +139,8 @@ def check_pareto(
         if picks:
             form.check(settings)
     check_target(output, PARETO, overwrite=overwrite)
-    wanted = {"settings": config.to_dict(), "versions": versions(), "evaluation": evaluation}
-    UnfinishedRun.check(checkpoint_of(output), HEADER, wanted, resume=resume, solved="bits-*")
+    identity = {"settings": config.to_dict(), "versions": versions(), "evaluation": evaluation}
+    UnfinishedRun.check(checkpoint_of(output), HEADER, identity, resume=resume, solved="bits-*")
 
 
 def pick_metrics(source: Source, form: Form) -> tuple[str, ...]:
@@ -167,10 +168,7 @@ def pareto_to_folder(
     num: Count = 64,
     samples: Some = 16,
     subfolder: str | None = None,
-    resume: bool = False,
-    max_memory: Bytes | None = None,
-    device: str | None = None,
-    sensitivity: Path | None = None,
+    run: RunOptions = RunOptions(),
     overwrite: bool = False,
 ) -> Curve:
     """Quantize a source to several budgets and compare them.
@@ -191,36 +189,35 @@ def pareto_to_folder(
         num: Samples of the free-running metrics.
         samples: Images in the grid of the folder that is picked.
         subfolder: Part of a pipeline folder that the source came from.
-        resume: Go on with a run that was killed, budget by budget and layer by layer. It lies
-            beside `output`, in a folder of that name and `.checkpoint`.
-        max_memory: Bytes of activations held in memory.
-        device: Where to calibrate and to solve.
-        sensitivity: File that keeps the sensitivities for other runs too.
+        run: How it runs; see `RunOptions`. It goes on budget by budget and layer by layer, in a
+            folder beside `output` of that name and `.checkpoint`.
         overwrite: Whether `output` may be a result that is replaced.
 
     Raises:
         MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
+    root = checkpoint_of(output)
+    run = run.inside(root)
     evaluation = evaluation_of(num=num, steps=steps)
     check_pareto(
-        form, config, bits, output, evaluation=evaluation, picks=pick is not None, resume=resume,
-        overwrite=overwrite,
+        form, config, bits, output, evaluation=evaluation, picks=pick is not None,
+        resume=run.resume, overwrite=overwrite,
     )  # fmt: skip
     check_evaluated(
         pick or (), source, {*pick_metrics(source, form)}, f"budgets of {source.name}", "--pick"
     )
-    every = {budget: budget_settings(config, budget) for budget in sorted(bits)}
-    for settings in every.values():
+    configs = {budget: budget_settings(config, budget) for budget in sorted(bits)}
+    for settings in configs.values():
         check_feasible(
-            source.model, source.example_inputs, settings, sensitivity=sensitivity,
-            max_memory=max_memory,
+            source.model, source.example_inputs, settings, sensitivity=run.sensitivity,
+            max_memory=run.activation_memory,
         )  # fmt: skip
-    root = checkpoint_of(output)
-    run = _Run(
+    budgets = _Budgets(
         source=source,
         form=form,
         root=root,
-        table=sensitivity or root / _TABLE,
+        # a budget's folder is this run's own, so it goes on: the folder above says whether it may
+        run=replace(run, resume=True, sensitivity=run.sensitivity or root / _TABLE),
         judge_of=Judge(source, evaluation),
         trajectories=trajectories,
         steps=steps,
@@ -228,47 +225,47 @@ def pareto_to_folder(
         subfolder=subfolder,
     )
     progress.expect(
-        lambda: pareto_stages(source, every, form, samples=samples if pick is not None else None)
+        lambda: pareto_stages(source, configs, form, samples=samples if pick is not None else None)
     )
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
-    prepared = prepare_on(source.model, config, data)
+    prepared = prepare_on(source.model, config, data, run=run)
     calls = list(prepared.records)
     identity = run_identity(prepared.graph_module, calls, prepared.records.held_out, config)
-    Checkpoint(root, {**identity, "evaluation": evaluation}, resume=resume)
-    for index, (budget, settings) in enumerate(every.items()):
-        if not run.place(budget).is_dir():
-            logger.info("budget %d of %d: %g bits", index + 1, len(every), budget)
+    Checkpoint(root, {**identity, "evaluation": evaluation}, resume=run.resume)
+    for index, (budget, settings) in enumerate(configs.items()):
+        if not budgets.place(budget).is_dir():
+            logger.info("budget %d of %d: %g bits", index + 1, len(configs), budget)
             prepared.settings = settings
             with progress.stage(f"{budget:g} bits"):
-                run.solve(prepared, budget, max_memory, device)
-    points = [read_point(run.place(budget)) for budget in every]
+                budgets.solve(prepared, budget)
+    points = [read_point(budgets.place(budget)) for budget in configs]
     chosen = smallest(points, pick)
-    made = None
+    picked = None
     with staged_directory(output, PARETO, overwrite=overwrite) as stage:
         for point in points:
             shutil.copytree(root / point.folder, stage / point.folder)
         if chosen is not None:
-            found = run.write_picked(chosen, stage)
-            made = chosen, replace(found, directory=output / PICKED)
+            result = budgets.write_picked(chosen, stage)
+            picked = chosen, replace(result, directory=output / PICKED)
         record = _record(source, config, points, pick, chosen, evaluation)
         with progress.stage("page"):
-            run.judge_of.write_strip(stage / STRIP)
+            budgets.judge_of.write_strip(stage / STRIP)
             if can_render():
                 write_text(stage / PAGE, render_pareto(record, _strips(stage, points)))
         content = seal({**plain(record), "files": listed_files(stage, PARETO)})
         write_text(stage / PARETO, json.dumps(content, indent=1, allow_nan=False))
     remove_folder(root)
-    return Curve(directory=output, points=tuple(points), picked=made)
+    return Curve(directory=output, points=tuple(points), picked=picked)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
+class _Budgets:
     """What all budgets share; `root` holds them until the result appears."""
 
     source: Source
     form: Form
     root: Path
-    table: Path
+    run: RunOptions
     judge_of: Judge
     trajectories: int
     steps: int
@@ -279,21 +276,12 @@ class _Run:
         """Folder of a budget."""
         return self.root / f"bits-{bits:g}"
 
-    def solve(
-        self, prepared: PreparedModel, bits: float, max_memory: int | None, device: str | None
-    ) -> None:
+    def solve(self, prepared: PreparedModel, bits: float) -> None:
         """Quantize to one budget and write its folder; layers that a killed run solved are kept."""
         place = self.place(bits)
         solving = place.with_name(f"solving-{place.name}")
         start = time.perf_counter()
-        quantized = convert(
-            prepared,
-            directory=solving,
-            resume=True,  # it is this run's own: the folder above says so
-            max_memory=max_memory,
-            device=device,
-            sensitivity=self.table,
-        )
+        quantized = convert(prepared, run=replace(self.run, directory=solving))
         seconds = time.perf_counter() - start
         command = command_of(
             self.source, prepared.settings, self.form, Path("out"),
@@ -309,7 +297,7 @@ class _Run:
         summary = write_folder(
             quantized, self.source, stage / PICKED, form=self.form, steps=self.steps,
             samples=self.samples, subfolder=self.subfolder, command=point.command,
-            sensitivity=self.table,
+            sensitivity=self.run.sensitivity,
         )  # fmt: skip
         return FolderResult(
             directory=stage / PICKED, quantized=quantized, summary=summary, source=self.source

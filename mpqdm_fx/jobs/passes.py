@@ -39,8 +39,8 @@ def pass_road() -> list[PassStage]:
         ),
     }  # fmt: skip
     listed = {pass_class for _, passes in lists.values() for pass_class in passes}
-    own = [c for c in known_passes().values() if c.__module__.startswith("mpqdm_fx.")]
-    lists["where layers need it"] = ("on some layers", [c for c in own if c not in listed])
+    classes = [c for c in known_passes().values() if c.__module__.startswith("mpqdm_fx.")]
+    lists["where layers need it"] = ("on some layers", [c for c in classes if c not in listed])
     return [
         PassStage(name=name, meaning=meaning, passes={name_of(c): _first_line(c) for c in passes})
         for name, (meaning, passes) in lists.items()

@@ -25,7 +25,8 @@ from mpqdm_fx.jobs.result_folder import (
 )
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.records.config import MPQConfig
-from mpqdm_fx.records.validation import Bytes, Count, NonNegative, Some, checked
+from mpqdm_fx.records.run_options import RunOptions
+from mpqdm_fx.records.validation import Count, NonNegative, Some, checked
 from mpqdm_fx.sources.source import Source
 from mpqdm_fx.sweep.checkpoint import HEADER
 
@@ -43,10 +44,7 @@ def quantize_to_folder(
     steps: Count = 20,
     samples: Some = 16,
     subfolder: str | None = None,
-    resume: bool = False,
-    max_memory: Bytes | None = None,
-    device: str | None = None,
-    sensitivity: Path | None = None,
+    run: RunOptions = RunOptions(),
     four_bit: FourBit = "whole",
     external_weights: bool = False,
     compress: bool = False,
@@ -65,11 +63,8 @@ def quantize_to_folder(
         steps: Steps of each.
         samples: Images in the grid, drawn by what the backend runs.
         subfolder: Part of a pipeline folder that the source came from.
-        resume: Go on with the solved layers of a run that was killed. They lie beside `output`,
-            in a folder of that name and `.checkpoint`, until the run is through.
-        max_memory: Bytes of activations held in memory; the rest goes to disk.
-        device: Where to calibrate and to solve, for example `"cuda"`.
-        sensitivity: File that keeps the sensitivities for runs with other budgets.
+        run: How it runs; see `RunOptions`. Its folder lies beside `output`, with that name and
+            `.checkpoint`, until the run is through.
         four_bit: Which weights the program stores at four bits, as of `lower`.
         external_weights: Write the program's weights to a file of their own, `unet.ptd`.
         compress: Store the program's files as `.xz`, which are expanded when they are first run.
@@ -85,26 +80,18 @@ def quantize_to_folder(
     form = Form(
         backend=backend, four_bit=four_bit, external_weights=external_weights, compress=compress
     )
-    check_start(form, config, output, resume=resume, overwrite=overwrite)
+    solved = checkpoint_of(output)
+    run = run.inside(solved)
+    check_start(form, config, output, resume=run.resume, overwrite=overwrite)
     expect(lambda: {**quantize_stages(source, config, backend, samples), **(then or {})})
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
-    solved = checkpoint_of(output)
-    quantized = quantize(
-        source.model,
-        config,
-        data,
-        directory=solved,
-        resume=resume,
-        max_activations=max_memory,
-        device=device,
-        sensitivity=sensitivity,
-    )
+    quantized = quantize(source.model, config, data, run=run)
     if not is_first():
         return None
     expect(lambda: finish_stages(finish_of(quantized, source, form, samples=samples, steps=steps)))
     summary = write_folder(
         quantized, source, output, form=form, steps=steps, samples=samples, subfolder=subfolder,
-        overwrite=overwrite, sensitivity=sensitivity, command=command_of(
+        overwrite=overwrite, sensitivity=run.sensitivity, command=command_of(
             source, config, form, output,
             trajectories=trajectories, steps=steps, samples=samples, subfolder=subfolder,
         ),
@@ -171,5 +158,5 @@ def check_start(
     """
     form.check(config)
     check_target(output, overwrite=overwrite)
-    told = {"settings": config.to_dict(), "versions": versions()}
-    UnfinishedRun.check(checkpoint_of(output), HEADER, told, resume=resume, solved="layer-*")
+    identity = {"settings": config.to_dict(), "versions": versions()}
+    UnfinishedRun.check(checkpoint_of(output), HEADER, identity, resume=resume, solved="layer-*")

@@ -51,13 +51,13 @@ def report_export(
     if samples is None:
         samples = _PICTURES if record.pictures is None else record.pictures.count
     drawn, why_none = _drawn(programs, summary, inputs, samples)
-    told = with_pictures(record, None if drawn is None else drawn.numbers(), why_none)
+    record = with_pictures(record, None if drawn is None else drawn.numbers(), why_none)
     if inputs is None:
-        told = told.model_copy(update={"missing": {**told.missing, "float": without}})
-    page = render_report(told, export_gallery(drawn))
-    write_record(told, output.with_suffix(".json"))
+        record = record.model_copy(update={"missing": {**record.missing, "float": without}})
+    page = render_report(record, export_gallery(drawn))
+    write_record(record, output.with_suffix(".json"))
     write_text(output, page)
-    return told
+    return record
 
 
 def _inputs(summary: Mapping[str, Any], model: str | None) -> tuple[PipelineInputs | None, str]:

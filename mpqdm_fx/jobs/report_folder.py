@@ -119,16 +119,16 @@ def report_folder(
             in_pipeline=is_in_pipeline(directory, model),
         )
     )
-    found = open_report(directory, model=model, inputs=inputs, sensitivity=sensitivity)
-    stored = found.record.pictures
+    report = open_report(directory, model=model, inputs=inputs, sensitivity=sensitivity)
+    stored = report.record.pictures
     if samples is None:
         samples = stored.count if stored is not None else _PICTURES
-    drawn, why = draw_folder(found, num=samples)
+    drawn, why = draw_folder(report, num=samples)
     pictures = None if drawn is None else picture_numbers(drawn)
-    missing = {key: text for key, text in found.record.missing.items() if key != "gallery"}
+    missing = {key: text for key, text in report.record.missing.items() if key != "gallery"}
     if drawn is None:
         missing["gallery"] = why
-    record = found.record.model_copy(update={"pictures": pictures, "missing": missing})
+    record = report.record.model_copy(update={"pictures": pictures, "missing": missing})
     with stage("page"):
         page = render_report(record, gallery_of_drawn(drawn))
         write_record(record, output.with_suffix(".json"))
@@ -155,7 +155,7 @@ def retell_report(
     if RECORD not in folder.files or not can_render():
         return
     stored = read_listed(ReportRecord, folder.files, RECORD)
-    found = FolderReport(
+    report = FolderReport(
         folder=folder,
         record=stored,
         denoiser=_runner(folder, quantized),
@@ -163,10 +163,10 @@ def retell_report(
         source=source,
         saved=None,
     )
-    drawn, _ = draw_folder(found, num=0 if stored.pictures is None else stored.pictures.count)
+    drawn, _ = draw_folder(report, num=0 if stored.pictures is None else stored.pictures.count)
     (part,) = stored.parts
-    told = part.model_copy(update={"trained": training_of(summary.get("distilled"))})
-    retold = stored.model_copy(update={"parts": (told,)})
+    part = part.model_copy(update={"trained": training_of(summary.get("distilled"))})
+    retold = stored.model_copy(update={"parts": (part,)})
     record = with_command(retold, summary.get("command"))
     write_record(record, stage / RECORD)
     write_text(stage / PAGE, render_report(record, gallery_of_drawn(drawn)))
@@ -217,12 +217,12 @@ def open_report(
 
 
 def draw_folder(
-    found: FolderReport, *, num: int, steps: int | None = None, seed: int = EVALUATION_SEED
+    report: FolderReport, *, num: int, steps: int | None = None, seed: int = EVALUATION_SEED
 ) -> tuple[Drawn | None, str]:
     """Pictures of the float model, where it is, and of what the folder runs.
 
     Args:
-        found: The folder.
+        report: The folder's.
         num: Pictures of each.
         steps: Steps of the scheduler; by default as the folder's own pictures were drawn.
         seed: Seed of the noise.
@@ -230,18 +230,18 @@ def draw_folder(
     Returns:
         The pictures, or None and the reason.
     """
-    source = found.source if found.source is not None else found.saved
+    source = report.source if report.source is not None else report.saved
     if num == 0:
         return None, "no samples were asked for (--samples 0)"
     if source is None or source.scheduler is None:
         return None, "the model has no scheduler to draw with"
-    if found.denoiser is None:
+    if report.denoiser is None:
         return None, "neither weights nor program can be run here"
-    models: dict[str, Denoiser] = {} if found.source is None else {"float": source.model}
-    stored = found.record.pictures
+    models: dict[str, Denoiser] = {} if report.source is None else {"float": source.model}
+    stored = report.record.pictures
     drawn = draw_pictures(
         source,
-        {**models, "quantized": found.denoiser},
+        {**models, "quantized": report.denoiser},
         num=num,
         steps=steps or (stored.steps if stored is not None else _STEPS),
         seed=seed,

@@ -123,8 +123,8 @@ class Form:
         """
         if backend not in BACKENDS:
             raise ArtifactError(f"{SUMMARY} is damaged: there is no backend {backend!r}")
-        made = {} if program is None else program.model_dump(exclude={"expanded"})
-        return cls(backend=backend, **made)
+        options = {} if program is None else program.model_dump(exclude={"expanded"})
+        return cls(backend=backend, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """What a program was made with, plain JSON types."""
@@ -147,7 +147,7 @@ def write_folder(
     overwrite: bool = False,
     more: Mapping[str, Any] | None = None,
     command: str | None = None,
-    sensitivity: Path | None = None,
+    sensitivity: str | Path | None = None,
 ) -> dict[str, Any]:
     """Lower, draw, measure, report, and write it all.
 
@@ -175,11 +175,11 @@ def write_folder(
         write_recipe(stage, quantized.settings)
         runner: Denoiser = quantized
         lowered: XnnpackProgram | None = None
-        made: dict[str, Any] | None = None
+        options: dict[str, Any] | None = None
         if backend == "xnnpack":
             lowered, expanded = _write_program(quantized, stage, form)
-            made = {**form.to_dict(), "expanded": expanded}
-        write_model(quantized, stage, program=made)
+            options = {**form.to_dict(), "expanded": expanded}
+        write_model(quantized, stage, program=options)
         if backend == "xnnpack":
             runner = program_denoiser(open_folder(stage))
         elif backend == "torch_ao":
@@ -197,12 +197,12 @@ def write_folder(
         summary |= {"program": program, "command": command}
         drawn = _draw(source, runner, stage, steps=steps, samples=samples)
         peak = "pte" if backend == "xnnpack" else "packed"
-        known = source.scheduler is not None  # else another process cannot make a call
+        has_scheduler = source.scheduler is not None  # else another process cannot make a call
         with progress.stage("peak memory"):
             summary["peak_memory_bytes"] = {
-                peak: peak_memory(peak, str(stage)) if known else None,
+                peak: peak_memory(peak, str(stage)) if has_scheduler else None,
                 "float": peak_memory("float", source.name, subfolder, source.variant)
-                if known
+                if has_scheduler
                 else None,
             }
         for name in program_names(open_folder(stage)):
@@ -265,8 +265,8 @@ def _draw(
         return None
     if not samples:
         return None
-    both = {"float": source.model, "quantized": runner}
-    drawn = draw_pictures(source, both, num=samples, steps=steps)
+    models = {"float": source.model, "quantized": runner}
+    drawn = draw_pictures(source, models, num=samples, steps=steps)
     if drawn.images:
         save_rows(list(drawn.images.items()), stage / GRID)
     return drawn
@@ -300,7 +300,7 @@ def _summarise(
     timing: Mapping[str, float],
 ) -> dict[str, Any]:
     plan = quantized.plan
-    own = compared["quantized"]
+    comparison = compared["quantized"]
     return {
         "backend": backend,
         "settings": quantized.settings.to_dict(),
@@ -312,8 +312,8 @@ def _summarise(
         "float32_bytes": 4 * plan.num_parameters,
         "parameters": {fate: plan.count(fate) for fate in get_args(Fate)},
         "remarks": [*plan.remarks, *source.remarks],
-        "epsilon_sqnr_db": own.sqnr_db,
-        "backend_epsilon_sqnr_db": compared.get("backend", own).sqnr_db,
+        "epsilon_sqnr_db": comparison.sqnr_db,
+        "backend_epsilon_sqnr_db": compared.get("backend", comparison).sqnr_db,
         "milliseconds_per_step": dict(timing),
         "threads": torch.get_num_threads(),
         "seconds_to_quantize": quantized.report.seconds,

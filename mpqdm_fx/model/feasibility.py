@@ -93,6 +93,6 @@ def _check_memory(
     _, smallest = walk_memory(lanes, [call])
     if max_memory < smallest:
         raise ConfigError(
-            f"max_memory={max_memory} cannot hold what one node needs at a call of {batch_size} "
-            f"rows; the smallest limit that can is {smallest} bytes"
+            f"activation_memory={max_memory} cannot hold what one node needs at a call of "
+            f"{batch_size} rows; the smallest limit that can is {smallest} bytes"
         )

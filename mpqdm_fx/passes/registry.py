@@ -30,14 +30,14 @@ def known_passes() -> dict[str, type[GraphPass]]:
 
     Passes of a backend are known once its package is imported.
     """
-    return {name: found[0] for name, found in sorted(_by_name().items()) if len(found) == 1}
+    return {name: classes[0] for name, classes in sorted(_by_name().items()) if len(classes) == 1}
 
 
 def _by_name() -> dict[str, list[type[GraphPass]]]:
-    found: dict[str, list[type[GraphPass]]] = {}
+    classes: dict[str, list[type[GraphPass]]] = {}
     for pass_class in _below(GraphPass):  # type: ignore[type-abstract]
-        found.setdefault(name_of(pass_class), []).append(pass_class)
-    return found
+        classes.setdefault(name_of(pass_class), []).append(pass_class)
+    return classes
 
 
 def _below(pass_class: type[GraphPass]) -> Iterator[type[GraphPass]]:
@@ -62,14 +62,14 @@ def parse(text: str) -> Pipeline:
     entries: list[GraphPass] = []
     rest = text
     while rest.strip():
-        found = _NAME.match(rest)
-        settings, behind = _settings(rest[found.end() :]) if found else (None, "")
-        if found is None or settings is None or not re.match(r"\s*(,|$)", behind):
+        match = _NAME.match(rest)
+        settings, behind = _settings(rest[match.end() :]) if match else (None, "")
+        if match is None or settings is None or not re.match(r"\s*(,|$)", behind):
             raise ConfigError(
                 f"passes {text!r}: cannot read {rest.strip()!r}; write names parted by commas, "
                 "settings behind a name as (field=value, field=value) in Python literals"
             )
-        entries.append(_made(found[1], settings))
+        entries.append(_made(match[1], settings))
         rest = behind.strip()[1:]
     return Pipeline(passes=tuple(entries))
 
@@ -97,15 +97,15 @@ def _made(name: str, settings: Mapping[str, Any]) -> GraphPass:
         places = " and ".join(pass_class.__module__ for pass_class in classes)
         raise ConfigError(f"{len(classes)} passes are named {name}, in {places}; rename one")
     if not classes:
-        known = known_passes()
-        near = difflib.get_close_matches(name, known, n=1)
+        passes = known_passes()
+        near = difflib.get_close_matches(name, passes, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"there is no pass {name}; {hint}passes: {', '.join(known)}")
+        raise ConfigError(f"there is no pass {name}; {hint}passes: {', '.join(passes)}")
     try:
         return classes[0](**settings)
     except TypeError as error:
-        wanted = ", ".join(inspect.signature(classes[0]).parameters) or "none"
-        raise ConfigError(f"pass {name}: {error}; its settings: {wanted}") from error
+        parameters = ", ".join(inspect.signature(classes[0]).parameters) or "none"
+        raise ConfigError(f"pass {name}: {error}; its settings: {parameters}") from error
 
 
 @overload

@@ -9,7 +9,7 @@ import inspect
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -40,9 +40,10 @@ from mpqdm_fx.pipelines.programs import Judged, quantize_part, write_programs
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.work import WorkFolder
 from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.former_keywords import former_keywords
+from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.records.validation import (
     Between,
-    Bytes,
     Count,
     NonNegative,
     Some,
@@ -93,6 +94,9 @@ class ExportResult:
     summary: Mapping[str, Any]
 
 
+@former_keywords(
+    resume="resume", max_memory="activation_memory", device="device", sensitivity="sensitivity"
+)
 @plain_torch()
 @checked
 def export_pipeline(
@@ -107,10 +111,7 @@ def export_pipeline(
     trajectories: Count = 16,
     batch_size: Count = 8,
     minimum_sqnr_db: Annotated[float, Between(-300, 300)] = MINIMUM_SQNR_DB,
-    resume: bool = False,
-    max_memory: Bytes | None = None,
-    device: str | None = None,
-    sensitivity: str | Path | None = None,
+    run: RunOptions = RunOptions(),
     tabulate: bool = False,
     four_bit: FourBit = "whole",
     external_weights: bool = False,
@@ -147,11 +148,9 @@ def export_pipeline(
         trajectories: Denoising runs to calibrate on.
         batch_size: Rows in a calibration call.
         minimum_sqnr_db: A quantized text encoder or VAE below this stays in float.
-        resume: Go on with a run that was killed; its finished parts lie beside `output`, in a
-            folder of that name and `.checkpoint`, until the run is through.
-        max_memory: Bytes of activations held in memory; the rest goes to disk.
-        device: Where to calibrate and to solve, for example `"cuda"`.
-        sensitivity: File that keeps the denoiser's sensitivities for runs with other budgets.
+        run: How it runs; see `RunOptions`. Finished parts and solved layers lie beside `output`, in
+            a folder of that name and `.checkpoint`, until the run is through; the sensitivities are
+            the denoiser's.
         tabulate: Replace the denoiser's time branch by tables for `steps` steps of the pipeline's
             scheduler. The folder then draws with that number of steps of that scheduler alone.
         four_bit: Which weights programs store at four bits, as of `lower`.
@@ -176,8 +175,10 @@ def export_pipeline(
         MPQError: A part cannot be traced, quantized or lowered; nothing is left at `output`.
     """
     check_export(config, prompts, four_bit)
+    check_value(run, RunOptions, "run")
     require_executorch()
     target = check_target(output, MANIFEST, overwrite=overwrite)
+    run = run.inside(checkpoint_of(target))
     inputs, chosen = inputs_of(
         pipeline,
         sizes,
@@ -192,7 +193,7 @@ def export_pipeline(
     if config is not None:
         check_feasible(
             layout.unet, inputs.example("denoiser", chosen[0]), config,
-            sensitivity=sensitivity, max_memory=max_memory,
+            sensitivity=run.sensitivity, max_memory=run.activation_memory,
             batch_size=min(batch_size, max(1, (trajectories - trajectories // 4) * steps)),
         )  # fmt: skip
     timesteps = _schedule(layout.pipeline.scheduler, steps) if tabulate else None
@@ -210,19 +211,16 @@ def export_pipeline(
             "program form": [four_bit, external_weights],
             "versions": versions(),
         },
-        resume=resume,
+        resume=run.resume,
     )
-    limits = {"resume": resume, "max_activations": max_memory, "device": device}
     quantized: dict[str, QuantizedModel] = {}
     records: dict[str, dict[str, Any]] = {}
     progress.expect(lambda: _foretold(layout, samples=samples, measure=measure))
     for part in progress.each(layout.parts.values(), lambda part: part.name):
         record = work.finished(part.name)
         if record is None:
-            judged = _judge(
-                part, inputs, config, minimum_sqnr_db,
-                directory=work.directory / part.name, sensitivity=sensitivity, **limits,
-            )  # fmt: skip
+            solving = replace(run, directory=work.directory / part.name)
+            judged = _judge(part, inputs, config, minimum_sqnr_db, solving)
             if judged.quantized is not None:
                 quantized[part.name] = judged.quantized
             logger.info("lowering %s", part.name)
@@ -237,7 +235,7 @@ def export_pipeline(
                 external_weights=external_weights,
             )
             kept = kept_part(
-                part, judged, written, config, bound=minimum_sqnr_db, sensitivity=sensitivity
+                part, judged, written, config, bound=minimum_sqnr_db, sensitivity=run.sensitivity
             )
             methods = [one.entry for one in written]
             told = {"methods": methods, "quality": _quality(judged), "report": kept.to_dict()}
@@ -298,7 +296,7 @@ def check_export(config: MPQConfig | None, prompts: Sequence[str], four_bit: Fou
         raise ConfigError("prompts: give a sequence of at least one prompt")
     check_four_bit(four_bit, "float" if config is None else config.activation_mode)
     if config is not None and config.activation_mode != "float":
-        check_settings("xnnpack", config, others=False)
+        check_settings("xnnpack", config, alternatives=False)
 
 
 def _schedule(scheduler: Any, steps: int) -> list[float]:
@@ -317,18 +315,17 @@ def _judge(
     inputs: PipelineInputs,
     config: MPQConfig | None,
     bound: float,
-    *,
-    sensitivity: str | Path | None,
-    **options: Any,
+    run: RunOptions,
 ) -> Judged:
     """Quantize one part; the denoiser as asked, the others if they stay good enough."""
     if config is None:
         return Judged(quantized=None, sqnr_db=None)
     logger.info("quantizing %s", part.name)
     if part.name != "denoiser":
-        return quantize_part(part, inputs.calls(part.name), config, bound=bound, **options)
+        side = replace(run, sensitivity=None)
+        return quantize_part(part, inputs.calls(part.name), config, bound=bound, run=side)
     calls = DenoiserCalls(inputs.runs)
-    found = quantize(part.module, config, calls, sensitivity=sensitivity, **options)
+    found = quantize(part.module, config, calls, run=run)
     every = list(calls)
     held_out = [every[index] for index in calls.held_out_calls] or every
     compared = compare(part.module, found, held_out, noise_argument=config.noise_argument)

@@ -22,6 +22,7 @@ from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.manifest import method_entry
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.report.comparison import Comparison
 from mpqdm_fx.split.methods import split_methods
 from mpqdm_fx.split.timestep_table import tabulate_timesteps
@@ -123,7 +124,7 @@ def side_settings(config: MPQConfig) -> MPQConfig:
 
 
 def quantize_part(
-    part: Part, calls: list[dict[str, Any]], config: MPQConfig, *, bound: float, **options: Any
+    part: Part, calls: list[dict[str, Any]], config: MPQConfig, *, bound: float, run: RunOptions
 ) -> Judged:
     """Quantize a text encoder or a half of the VAE, and keep that only if it is good.
 
@@ -132,14 +133,14 @@ def quantize_part(
         calls: Its calls; the last quarter, at least one, judges and is not calibrated on.
         config: Settings of the denoiser; see `side_settings`.
         bound: Least signal-to-noise ratio in dB of the quantized part.
-        **options: Of `quantize`: directory, resume, device, max_activations.
+        run: How it runs; see `RunOptions`.
 
     Raises:
         MPQError: The part cannot be traced or quantized.
     """
     held_out = max(1, len(calls) // 4)
     known = calls[:-held_out] or calls
-    quantized = quantize(part.module, side_settings(config), known, **options)
+    quantized = quantize(part.module, side_settings(config), known, run=run)
     unseen = calls[-held_out:]
     found = sqnr_of(part.module, quantized, unseen)
     seconds = quantized.report.seconds

@@ -58,35 +58,36 @@ def bind_sizes(graph_module: fx.GraphModule, call: Mapping[str, Any]) -> dict[sy
     sizes: dict[sympy.Symbol, int] = {}
     for node in graph_module.graph.find_nodes(op="placeholder"):
         if node.target in call:
-            for want, got in _matched(node, call[str(node.target)]):
-                _solve(sizes, want, got)
+            for extent, size in _matched(node, call[str(node.target)]):
+                _solve(sizes, extent, size)
     return sizes
 
 
 def bind_calls(graph_module: fx.GraphModule, calls: Iterable[Mapping[str, Any]]) -> list[Sizes]:
     """Work out the symbols for each call; calls of the same shapes share one object."""
-    known: dict[object, Sizes] = {}
+    by_shape: dict[object, Sizes] = {}
     bound = []
     for call in calls:
         leaves = pytree.tree_leaves([call[name] for name in sorted(call)])
         shapes = tuple(leaf.shape if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
-        if shapes not in known:
-            known[shapes] = bind_sizes(graph_module, call)
-        bound.append(known[shapes])
+        if shapes not in by_shape:
+            by_shape[shapes] = bind_sizes(graph_module, call)
+        bound.append(by_shape[shapes])
     return bound
 
 
 def per_call(sizes: Sequence[Sizes], measure: Callable[[Sizes], int]) -> list[int]:
     """Measure once for each object among `sizes`; return the result for each call."""
-    each = {key: measure(known) for key, known in {id(known): known for known in sizes}.items()}
-    return [each[id(known)] for known in sizes]
+    distinct = {id(binding): binding for binding in sizes}
+    results = {key: measure(binding) for key, binding in distinct.items()}
+    return [results[id(binding)] for binding in sizes]
 
 
 def _matched(node: fx.Node, value: Any) -> Iterator[tuple[Any, Any]]:
     """Yield (symbolic size, size) of a placeholder's tensors; containers are read by getitem."""
     if "val" in node.meta:
-        wanted, given = pytree.tree_leaves(node.meta["val"]), pytree.tree_leaves(value)
-        for a, b in zip(wanted, given, strict=False):
+        fakes, tensors = pytree.tree_leaves(node.meta["val"]), pytree.tree_leaves(value)
+        for a, b in zip(fakes, tensors, strict=False):
             if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
                 yield from zip(a.shape, b.shape, strict=False)
         return
@@ -95,16 +96,16 @@ def _matched(node: fx.Node, value: Any) -> Iterator[tuple[Any, Any]]:
             yield from _matched(user, value[user.args[1]])
 
 
-def _solve(sizes: dict[sympy.Symbol, int], want: Any, got: int) -> None:
-    if isinstance(want, int):
+def _solve(sizes: dict[sympy.Symbol, int], extent: Any, size: int) -> None:
+    if isinstance(extent, int):
         return
-    expression = want.node.expr
+    expression = extent.node.expr
     unknown = expression.free_symbols - sizes.keys()
     if expression.is_Symbol:
-        sizes[expression] = got
+        sizes[expression] = size
     elif len(unknown) == 1:  # a multiple of the batch
         (symbol,) = unknown
-        for solution in sympy.solve(expression.subs(sizes) - got, symbol):
+        for solution in sympy.solve(expression.subs(sizes) - size, symbol):
             sizes[symbol] = int(solution)
 
 
@@ -146,17 +147,17 @@ def node_cost(graph_module: fx.GraphModule, node: fx.Node, sizes: Sizes | None =
         Multiply-adds of a convolution, linear layer, matrix product or attention; the number of
         output elements of what else computes; at least 1.
     """
-    known = sizes or {}
+    binding = sizes or {}
     if node.op in ("placeholder", "get_attr", "output"):
         return 1
-    multiplications = products(graph_module, node, known)
+    multiplications = products(graph_module, node, binding)
     if multiplications is not None:
         return max(1, multiplications)
     schema = getattr(node.target, "_schema", None)
     is_view = schema is not None and any(r.alias_info is not None for r in schema.returns)
     if is_view or node.target is operator.getitem:
         return 1
-    return max(1, _elements(node, known))
+    return max(1, _elements(node, binding))
 
 
 def multiply_adds(graph_module: fx.GraphModule, sizes: Sizes | None = None) -> int:
@@ -169,8 +170,8 @@ def multiply_adds(graph_module: fx.GraphModule, sizes: Sizes | None = None) -> i
         graph_module: a graph whose nodes have `meta["val"]`.
         sizes: see `bind_sizes`; by default those that the graph was traced with.
     """
-    known = sizes or {}
-    counts = (products(graph_module, node, known) for node in graph_module.graph.nodes)
+    binding = sizes or {}
+    counts = (products(graph_module, node, binding) for node in graph_module.graph.nodes)
     return sum(count for count in counts if count is not None)
 
 
@@ -199,8 +200,8 @@ def products(graph_module: fx.GraphModule, node: fx.Node, sizes: Sizes) -> int |
         assert isinstance(weight, torch.Tensor)
         return _elements(node, sizes) * weight[0].numel()
     if node.target in _MATRIX_PRODUCTS:
-        left = node.args[1] if node.target in _BIAS_FIRST else node.args[0]
-        shape = _shape_of(left, sizes)
+        operand = node.args[1] if node.target in _BIAS_FIRST else node.args[0]
+        shape = _shape_of(operand, sizes)
         return _elements(node, sizes) * (shape[-1] if shape else 1)
     if node.target in _ATTENTION:
         query, key = (_shape_of(argument, sizes) for argument in node.args[:2])
@@ -255,31 +256,31 @@ def walk_memory(
     def bytes_of(node: fx.Node) -> list[int]:
         if node.op == "placeholder":
             return [_placeholder_bytes(node, call, half) for call in calls]
-        return per_call(sizes, lambda known: value_bytes(node, known, half=half))
+        return per_call(sizes, lambda binding: value_bytes(node, binding, half=half))
 
     alive: dict[fx.Node, list[int]] = {}
-    done: set[fx.Node] = set()
-    held = peak = smallest = 0
+    executed: set[fx.Node] = set()
+    live = peak = smallest = 0
     for node in graph_module.graph.nodes:
-        done.add(node)
+        executed.add(node)
         if node.op == "get_attr":
             continue
         inputs = [alive[source] for source in node.all_input_nodes if source in alive]
         output = [0] * len(calls) if node.op == "output" else bytes_of(node)
         alive[node] = output
-        ending = [n for n in alive if _over(graph_module, n, done)]
+        ending = [n for n in alive if _over(graph_module, n, executed)]
         for index, produced in enumerate(output):
-            held += produced
-            peak = max(peak, held)
-            smallest = max(smallest, produced + sum(each[index] for each in inputs))
-            held -= sum(alive[n][index] for n in ending)
+            live += produced
+            peak = max(peak, live)
+            smallest = max(smallest, produced + sum(row[index] for row in inputs))
+            live -= sum(alive[n][index] for n in ending)
         for n in ending:
             del alive[n]
     return peak, smallest
 
 
-def _over(graph_module: fx.GraphModule, node: fx.Node, done: set[fx.Node]) -> bool:
-    return all(reader in done for reader in readers(graph_module, node))
+def _over(graph_module: fx.GraphModule, node: fx.Node, executed: set[fx.Node]) -> bool:
+    return all(reader in executed for reader in readers(graph_module, node))
 
 
 def _placeholder_bytes(node: fx.Node, call: Mapping[str, Any], half: bool) -> int:

@@ -167,7 +167,7 @@ class ValueStore:
             if key is None:
                 if not self._warned:
                     # refused at the start where it can be foreseen; hours later, going on is better
-                    logger.warning("max_memory=%d cannot be kept to: a value is larger than "
+                    logger.warning("activation_memory=%d cannot be kept to: a value is larger than "
                                    "its meta says, or overflows float16", self._limit)  # fmt: skip
                     self._warned = True
                 return

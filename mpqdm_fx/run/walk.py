@@ -82,9 +82,9 @@ class Walk:
             _, smallest = walk_memory(graph_module, calls, half=half)
             if max_memory < smallest:
                 raise CalibrationError(
-                    f"max_memory={max_memory} cannot hold what one node needs at one call; the "
-                    f"smallest limit that can is {smallest} bytes; raise it, or give fewer samples "
-                    "per call"
+                    f"activation_memory={max_memory} cannot hold what one node needs at one call; "
+                    f"the smallest limit that can is {smallest} bytes; raise it, or give fewer "
+                    "samples per call"
                 )
         self._graph_module = graph_module
         self._calls = calls
@@ -96,7 +96,7 @@ class Walk:
         self._sizes = bind_calls(graph_module, calls)
         self._positions: dict[fx.Node, int] = {}
         self._later: dict[fx.Node, tuple[bool, int]] = {}
-        self._done: set[fx.Node] = set()
+        self._executed: set[fx.Node] = set()
         self._attributes: dict[fx.Node, Any] = {}
         self._next: fx.Node | None = next(iter(graph_module.graph.nodes))
         self._pending: fx.Node | None = None
@@ -167,7 +167,11 @@ class Walk:
         if node in self._attributes:
             return iter([self._attributes[node]] * len(self._calls))
         if node not in self._store:
-            why = "was freed after its last reader" if node in self._done else "does not exist yet"
+            why = (
+                "was freed after its last reader"
+                if node in self._executed
+                else "does not exist yet"
+            )
             raise CalibrationError(
                 f"the value of node {node.name} {why}; read values before the walk executes "
                 "their last reader"
@@ -196,8 +200,8 @@ class Walk:
         if exact is None:
             raise CalibrationError(f"nobody reads the float value of node {node.name}")
         error = energy = 0.0
-        for want, got in zip(self.values(exact), self.values(noisy), strict=True):
-            pairs = zip(pytree.tree_leaves(want), pytree.tree_leaves(got), strict=True)
+        for value, value_hat in zip(self.values(exact), self.values(noisy), strict=True):
+            pairs = zip(pytree.tree_leaves(value), pytree.tree_leaves(value_hat), strict=True)
             for x, x_hat in pairs:
                 if isinstance(x, Tensor) and x.is_floating_point():
                     reference = x.double()
@@ -211,11 +215,11 @@ class Walk:
         if node.op == "get_attr":
             value = _attribute(self._graph_module, str(node.target))
             self._attributes[node] = self._moved(value)
-        self._done.add(node)
+        self._executed.add(node)
         self._later.clear()
         self._stage(self._before.get(node, 0))
         ending = self._ending(node)
-        sizes = per_call(self._sizes, lambda known: value_bytes(node, known, half=self._half))
+        sizes = per_call(self._sizes, lambda binding: value_bytes(node, binding, half=self._half))
         costs = per_call(self._sizes, self._cost_of(node)) if self._stage.is_told else None
         for call, arguments in enumerate(self._calls):
             self._call = call
@@ -282,8 +286,8 @@ class Walk:
 
     def _ending(self, node: fx.Node) -> list[fx.Node]:
         """Values that nobody needs once `node` is executed, that of the node itself included."""
-        graph_module, done, candidates = self._graph_module, self._done, {*self.alive, node}
-        return [n for n in candidates if all(r in done for r in readers(graph_module, n))]
+        graph_module, executed, candidates = self._graph_module, self._executed, {*self.alive, node}
+        return [n for n in candidates if all(r in executed for r in readers(graph_module, n))]
 
     def _farthest(
         self, in_memory: dict[fx.Node, dict[int, None]], pinned: frozenset[Key]

@@ -145,18 +145,18 @@ class _Finder:
 
     def _computed(self) -> set[fx.Node]:
         """Values of groups for which more was done than to view, cast or quantize an input."""
-        found: set[fx.Node] = set()
+        computed: set[fx.Node] = set()
         for node, owner in self.owner.items():
             moved = is_view(self.graph_module, node) or is_quantizer(self.graph_module, node)
             if owner is None or node.op == "placeholder":
                 continue
-            if not moved or any(i in found for i in node.all_input_nodes):
-                found.add(node)
-        return found
+            if not moved or any(i in computed for i in node.all_input_nodes):
+                computed.add(node)
+        return computed
 
     def _read_quantizers(self) -> set[fx.Node]:
         """Quantizers that belong to who reads them, and views of what they return."""
-        found: set[fx.Node] = set()
+        quantizers: set[fx.Node] = set()
         for node in self.graph_module.graph.nodes:
             if is_quantizer(self.graph_module, node):
                 value: Any = node
@@ -164,10 +164,10 @@ class _Finder:
                     value = value.args[0]
                 written = called_module(self.graph_module, value, *WEIGHT_LAYERS) is not None
                 if not written or called_module(self.graph_module, node, DynamicQuantizer):
-                    found.add(node)
-            elif is_view(self.graph_module, node) and found.intersection(node.all_input_nodes):
-                found.add(node)
-        return found
+                    quantizers.add(node)
+            elif is_view(self.graph_module, node) and quantizers.intersection(node.all_input_nodes):
+                quantizers.add(node)
+        return quantizers
 
     def walk(self, blocked: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
         """Nodes of the rest, and the values that it takes."""
@@ -191,22 +191,22 @@ class _Finder:
         """Nodes that compute a group's cuts, and checks of what only the group knows."""
         nodes = self.graph_module.graph.nodes
         stack = [*cuts, *(n for n in nodes if _is_kept(n) and self.owner[n] == name)]
-        found: set[fx.Node] = set()
+        closure: set[fx.Node] = set()
         while stack:
             node = stack.pop()
-            if node not in found:
-                found.add(node)
+            if node not in closure:
+                closure.add(node)
                 stack += self._read(node, name)
-        return frozenset(found)
+        return frozenset(closure)
 
     def _read(self, node: fx.Node, name: str | None) -> list[fx.Node]:
         """Inputs that a node has in a method: sizes are read off the method's own inputs."""
         if node.target is _SYM_SIZE and self.owner[node.all_input_nodes[0]] != name:
             if isinstance(node.meta.get("val"), int):
                 return []
-            known = known_size(node, self.leaves[name])
-            if known is not None:
-                return [known[0].placeholder]
+            place = known_size(node, self.leaves[name])
+            if place is not None:
+                return [place[0].placeholder]
         return node.all_input_nodes
 
     def dearer_than_their_source(self, cuts: set[fx.Node], sizes: Sizes | None) -> set[fx.Node]:
@@ -217,12 +217,12 @@ class _Finder:
             while is_view(self.graph_module, source) and source.all_input_nodes:
                 source = source.all_input_nodes[0]
             by_source.setdefault(source, set()).add(node)
-        found: set[fx.Node] = set()
+        views: set[fx.Node] = set()
         for source, nodes in by_source.items():
             total = sum(value_bytes(node, sizes) for node in nodes)
             if source in self.allowed and total > value_bytes(source, sizes):
-                found |= nodes - {source}
-        return found
+                views |= nodes - {source}
+        return views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,8 +276,8 @@ def known_size(node: fx.Node, leaves: Iterable[Leaf]) -> tuple[Leaf, int] | None
     if not isinstance(size, torch.SymInt):
         return None
     for leaf in leaves:
-        for axis, other in enumerate(leaf.value.shape):
-            if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+        for axis, extent in enumerate(leaf.value.shape):
+            if isinstance(extent, torch.SymInt) and extent.node.expr == size.node.expr:
                 return leaf, axis
     return None
 

@@ -85,8 +85,8 @@ def run_methods(methods: Mapping[str, fx.GraphModule], inputs: Mapping[str, Any]
     values = dict(inputs)
     result: Any = None
     for method in methods.values():
-        taken = (str(node.target) for node in method.graph.find_nodes(op="placeholder"))
-        result = method(**{name: values[name] for name in taken})
+        names = (str(node.target) for node in method.graph.find_nodes(op="placeholder"))
+        result = method(**{name: values[name] for name in names})
         if isinstance(result, dict):
             values.update(result)
     return result
@@ -169,8 +169,8 @@ def build_methods(
         output = method.graph.output_node()
         output.args = ({names[node]: copies[node] for node in nodes},)
         output.meta = {}
-        kept = {copies[node] for node in cuts.groups[group]} | {output}
-        _keep(method, kept)
+        body = {copies[node] for node in cuts.groups[group]} | {output}
+        _keep(method, body)
         method.meta["signature"] = _alone(signature, method)
         methods[group] = method
     methods[rest] = _rest(graph_module, cuts, specs)
@@ -182,18 +182,18 @@ def _rest(
 ) -> fx.GraphModule:
     method, copies = _copied(graph_module)
     graph = method.graph
-    kept = {copies[node] for node in cuts.rest}
+    body = {copies[node] for node in cuts.rest}
     moved = {n.target for nodes in cuts.groups.values() for n in nodes if n.op == "placeholder"}
     # an argument that nobody reads stays, so that calls stay the same
-    kept |= {n for n in graph.find_nodes(op="placeholder") if n.target not in moved}
+    body |= {n for n in graph.find_nodes(op="placeholder") if n.target not in moved}
     last = graph.find_nodes(op="placeholder")[-1]
     for node, spec in specs.items():
         with graph.inserting_after(last):
             last = graph.placeholder(spec.name)
         last.meta["val"] = node.meta["val"]
         copies[node].replace_all_uses_with(last)
-        kept.add(last)
-    _keep(method, kept)
+        body.add(last)
+    _keep(method, body)
     signature = _restricted(graph_module.meta["signature"], method)
     added = tuple(spec.name for spec in specs.values())
     method.meta["signature"] = dataclasses.replace(
@@ -211,9 +211,9 @@ def _copied(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node,
     return result, dict(pairs)
 
 
-def _keep(method: fx.GraphModule, kept: Collection[fx.Node]) -> None:
+def _keep(method: fx.GraphModule, nodes: Collection[fx.Node]) -> None:
     """Erase all other nodes; sizes of what is erased are read off the placeholders that stay."""
-    graph, staying = method.graph, set(kept)
+    graph, staying = method.graph, set(nodes)
     leaves = list(input_leaves(n for n in graph.find_nodes(op="placeholder") if n in staying))
     for node in graph.find_nodes(op="call_function", target=_SYM_SIZE):
         if node in staying and node.all_input_nodes[0] not in staying:
@@ -235,9 +235,9 @@ def _read_size(method: fx.GraphModule, node: fx.Node, leaves: Iterable[Leaf]) ->
             user.args = fx.node.map_arg(user.args, lambda n: size if n is node else n)
             user.kwargs = fx.node.map_arg(user.kwargs, lambda n: size if n is node else n)
         return set()
-    found = known_size(node, leaves)
-    assert found is not None, node  # find_cuts kept the placeholder that has it
-    source, axis = found
+    place = known_size(node, leaves)
+    assert place is not None, node  # find_cuts kept the placeholder that has it
+    source, axis = place
     steps: list[tuple[Callable[..., Any], Any]] = [(operator.getitem, k) for k in source.keys]
     steps.append((_SYM_SIZE, axis))
     value, new = source.placeholder, set()
@@ -270,12 +270,12 @@ def _restricted(signature: Signature, method: fx.GraphModule) -> Signature:
 
 def _alone(signature: Signature, method: fx.GraphModule) -> Signature:
     """The signature of a group's method: its arguments, and what is constant within them."""
-    left = _restricted(signature, method)
+    part = _restricted(signature, method)
     return dataclasses.replace(
-        left,
+        part,
         output_class=None,
-        parameters=left.arguments,
-        baked=tuple(e for e in left.baked if e[0].partition(".")[0] in left.arguments),
+        parameters=part.arguments,
+        baked=tuple(e for e in part.baked if e[0].partition(".")[0] in part.arguments),
     )
 
 

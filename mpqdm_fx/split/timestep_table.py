@@ -122,11 +122,11 @@ def tabulate_timesteps(
     batch = value.shape[0]
 
     def follows(node: fx.Node) -> bool:
-        seen = node.meta.get("val")
-        if not isinstance(seen, Tensor) or not seen.dim():
+        tensor = node.meta.get("val")
+        if not isinstance(tensor, Tensor) or not tensor.dim():
             return False
-        first, *others = seen.shape
-        return bool(first == batch) and all(isinstance(n, int) for n in others)
+        first, *axes = tensor.shape
+        return bool(first == batch) and all(isinstance(n, int) for n in axes)
 
     name = str(placeholder.target)
     sizes = traced_sizes(graph_module)
@@ -176,9 +176,9 @@ def _check_rows(
     """Refuse values whose rows depend on other samples' timesteps."""
     steps = torch.arange(batch) % len(schedule)
     for key, value in time(**{name: schedule[steps]}).items():
-        want = tables[key][steps]
-        bound = 1e-4 * float(want.abs().max()) if want.is_floating_point() else 0
-        if not torch.allclose(value, want, rtol=0, atol=bound):
+        expected = tables[key][steps]
+        bound = 1e-4 * float(expected.abs().max()) if expected.is_floating_point() else 0
+        if not torch.allclose(value, expected, rtol=0, atol=bound):
             raise DialectError(f"{key} mixes the timesteps of different samples; tabulate nothing")
 
 

@@ -41,8 +41,8 @@ def two_lanes(
     levels = None
     mode = settings.activation_mode
     if mode == "timestep":
-        seen = [told.flatten() for told in noise_levels if told is not None]
-        if not seen:
+        values = [level.flatten() for level in noise_levels if level is not None]
+        if not values:
             arguments = [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]
             raise CalibrationError(
                 f"activation_mode='timestep' needs a model that is told each sample's noise level "
@@ -50,7 +50,7 @@ def two_lanes(
                 f"the argument with noise_argument=, or use 'static' or 'dynamic'"
             )
         levels = NoiseLevels.of(
-            torch.cat(seen), settings.timestep_groups, argument=settings.noise_argument
+            torch.cat(values), settings.timestep_groups, argument=settings.noise_argument
         )
     quantized: fx.GraphModule = graph_module
     if mode != "float":

@@ -134,13 +134,13 @@ def _check_layer(plan: LayerPlan, layer: WeightLayer) -> None:
 
 def _check_tensors(tensors: Mapping[str, Tensor], plan: LayerPlan, layer: WeightLayer) -> None:
     """Raise ValueError unless a layer can have these codes, scales and bias under a plan."""
-    wanted = {"codes": (torch.int8, plan.shape), "scale": (torch.float32, plan.shape[:1])}
+    forms = {"codes": (torch.int8, plan.shape), "scale": (torch.float32, plan.shape[:1])}
     bias = getattr(layer.module, "bias", None)
     if isinstance(bias, Tensor) and "bias" in tensors:
-        wanted["bias"] = (bias.dtype, tuple(bias.shape))
-    if set(tensors) != set(wanted):
+        forms["bias"] = (bias.dtype, tuple(bias.shape))
+    if set(tensors) != set(forms):
         raise ValueError(f"it holds {', '.join(sorted(tensors))}"[:200])
-    for name, (dtype, size) in wanted.items():
+    for name, (dtype, size) in forms.items():
         tensor = tensors[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != size:
             raise ValueError(

@@ -80,14 +80,14 @@ def readers_of_inputs(graph_module: fx.GraphModule) -> dict[str, list[str]]:
         graph_module: Normalized float graph.
     """
     together: dict[object, list[str]] = {}
-    found = {}
+    readers = {}
     for name, layer in weight_layers(graph_module).items():
         source = layer.nodes[0].args[0]
         assert isinstance(source, fx.Node)
-        own = together.setdefault(rows_key(graph_module, source, layer.module), [])
-        own.append(name)
-        found[name] = own
-    return found
+        group = together.setdefault(rows_key(graph_module, source, layer.module), [])
+        group.append(name)
+        readers[name] = group
+    return readers
 
 
 def collect_rows(
@@ -123,13 +123,13 @@ def collect_rows(
     float_input = float_of(graph_module, lane_input) or lane_input
     batches = [len(weight) for weight in weights]
     draw: RowDraw | None = None
-    own = []
+    rows = []
     lanes = zip(walk.values(lane_input), _float_values(walk, float_input, lane_input), strict=True)
     for index, (x_hat, x) in zip(shards.indices, lanes, strict=True):
         total = output_positions(module, x_hat)
         if draw is None:
-            wanted = rows_of_all_calls(module, x_hat, batches, index, max_rows)
-            draw = RowDraw.of(weights, max(1, total // batches[index]), wanted)
+            count = rows_of_all_calls(module, x_hat, batches, index, max_rows)
+            draw = RowDraw.of(weights, max(1, total // batches[index]), count)
         generator = seeded(seed, float_input.name, index)
         positions = draw.positions(index, total, generator)
         inputs = sample_rows(module, x_hat, positions=positions).float()
@@ -137,7 +137,7 @@ def collect_rows(
         if x is not None:
             # The difference first, in the lanes' precision: X and X_hat are close.
             shift = sample_rows(module, x, positions=positions).float() - inputs
-        own.append(
+        rows.append(
             CallRows(
                 inputs=inputs,
                 shift=shift,
@@ -146,7 +146,7 @@ def collect_rows(
                 total=total,
             )
         )
-    return shards.gather(own)
+    return shards.gather(rows)
 
 
 def rows_of_all_calls(
@@ -245,20 +245,20 @@ def residual_of(
         Float minus quantized lane, float32 [P, O] per call; None if the output is no summand, or
         the other summand is not known yet, is no tensor of its shape, or has no error.
     """
-    found = _writer(graph_module, call)
-    if found is None:
+    writer = _writer(graph_module, call)
+    if writer is None:
         return None
-    twin = twin_of(graph_module, found.other)
-    sizes = {source for view in found.views for source in view.all_input_nodes[1:]}
-    if twin is None or not {found.other, twin, *sizes} <= set(walk.alive):
+    twin = twin_of(graph_module, writer.other)
+    sizes = {source for view in writer.views for source in view.all_input_nodes[1:]}
+    if twin is None or not {writer.other, twin, *sizes} <= set(walk.alive):
         return None
     linear = isinstance(graph_module.get_submodule(str(call.target)), nn.Linear)
-    own = []
-    values = zip(walk.values(call), walk.values(found.other), walk.values(twin), strict=True)
+    errors = []
+    values = zip(walk.values(call), walk.values(writer.other), walk.values(twin), strict=True)
     arguments = _arguments(walk, sorted(sizes, key=str), len(shards.indices))
     for index, (y, r, r_hat), environment in zip(shards.indices, values, arguments, strict=True):
         at = torch.arange(y.numel()).reshape(y.shape)
-        for view in found.views:
+        for view in writer.views:
             args: Any = fx.node.map_arg(view.args[1:], environment.__getitem__)
             at = view.target(at, *args, **view.kwargs)  # type: ignore[operator]
         if at.shape != r.shape:
@@ -267,8 +267,8 @@ def residual_of(
         error[at.flatten()] = (r.float() - r_hat.float()).flatten()
         error = error.reshape(y.shape)
         error = error if linear else error.movedim(1, -1)
-        own.append(error.reshape(-1, error.shape[-1])[calls[index].positions])
-    return shards.gather(own)
+        errors.append(error.reshape(-1, error.shape[-1])[calls[index].positions])
+    return shards.gather(errors)
 
 
 def _arguments(walk: Walk, sizes: Sequence[fx.Node], count: int) -> list[dict[fx.Node, Any]]:

@@ -44,7 +44,7 @@ class RowDraw:
         expected = _filled(share, float(each), float(min(total, each * len(weight))))
         ends = expected.cumsum(dim=0).round().long()
         counts = torch.diff(ends, prepend=ends.new_zeros(1)).clamp(max=each)
-        sizes = [len(own) for own in weights]
+        sizes = [len(part) for part in weights]
         return cls(expected=torch.split(expected, sizes), counts=torch.split(counts, sizes))
 
     def positions(self, index: int, total: int, generator: torch.Generator) -> Tensor:
@@ -83,14 +83,14 @@ class RowDraw:
 
 def _filled(share: Tensor, most: float, total: float) -> Tensor:
     """Numbers in proportion to shares with a given sum, none over `most`; float64 [N]."""
-    found, free = torch.zeros_like(share), torch.ones_like(share, dtype=torch.bool)
+    numbers, free = torch.zeros_like(share), torch.ones_like(share, dtype=torch.bool)
     left = total
     while bool(free.any()):
-        found[free] = share[free] * (left / share[free].sum())
-        over = free & (found > most)
+        numbers[free] = share[free] * (left / share[free].sum())
+        over = free & (numbers > most)
         if not bool(over.any()):
             break
-        found[over] = most
+        numbers[over] = most
         left -= most * int(over.sum())
         free &= ~over
-    return found
+    return numbers

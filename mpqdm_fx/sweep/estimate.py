@@ -97,10 +97,10 @@ def estimate(
     """
     flops, bandwidth = _speed()
     # as many noise levels as asked for: what the calls hold does not matter
-    every = [torch.arange(settings.timestep_groups)]
-    told = find_noise_argument(graph_module, settings.noise_argument) is not None
+    levels = [torch.arange(settings.timestep_groups)]
+    has_level = find_noise_argument(graph_module, settings.noise_argument) is not None
     skipped = layer_limits(graph_module, settings).skipped
-    lanes, _ = two_lanes(graph_module, every if told else [], settings, skipped)
+    lanes, _ = two_lanes(graph_module, levels if has_level else [], settings, skipped)
     sizes = bind_sizes(graph_module, calls[0])
     macs = {node: node_cost(graph_module, node, sizes) for node in graph_module.graph.nodes}
     forward = 2 * sum(macs.values()) * len(calls) / flops
@@ -125,11 +125,11 @@ def estimate(
         tables = weights * _ERRORS / bandwidth + len(layers) * _TABLE
         sensitivity = one_lane + tables + gains
     options = options_of(settings)
-    by_level = told and settings.row_weights == "output"
+    by_level = has_level and settings.row_weights == "output"
     if options or settings.allocation == "measured" or by_level:
         sensitivity += one_lane * PROBES * (1 + _BACKWARD)
     if options:  # sizes of channels, and static ranges
-        sensitivity += one_lane * (2 if any(one.kind == "static" for one in options) else 1)
+        sensitivity += one_lane * (2 if any(option.kind == "static" for option in options) else 1)
     if settings.judge:
         forward += one_lane * (_JUDGED + (settings.activation_mode == "static"))
     parameters = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())
@@ -155,11 +155,11 @@ def row_seconds(graph_module: fx.GraphModule, call: Mapping[str, Any]) -> float:
     return macs / _speed()[0] / batch_size_of(call)
 
 
-def stage_seconds(found: Estimate, settings: MPQConfig) -> dict[str, float]:
+def stage_seconds(forecast: Estimate, settings: MPQConfig) -> dict[str, float]:
     """Seconds by stage of a sweep, as progress names them.
 
     Args:
-        found: The estimate.
+        forecast: The estimate.
         settings: The run's settings.
     """
     shares = {"channels": 2.0, "ranges": 6.0, "sensitivities": 11.0, "rounding errors": 19.0}
@@ -167,11 +167,11 @@ def stage_seconds(found: Estimate, settings: MPQConfig) -> dict[str, float]:
         del shares["rounding errors"]
     if not any(option.kind == "static" for option in options_of(settings)):
         del shares["ranges"]
-    part = found.sensitivity_seconds / sum(shares.values())
-    judging = 0.2 * found.forward_seconds if settings.judge else 0.0
+    part = forecast.sensitivity_seconds / sum(shares.values())
+    judging = 0.2 * forecast.forward_seconds if settings.judge else 0.0
     return {
         **{name: part * share for name, share in shares.items()},
-        "rounding": found.forward_seconds + found.solve_seconds - judging,
+        "rounding": forecast.forward_seconds + forecast.solve_seconds - judging,
         "judging": judging,
     }
 

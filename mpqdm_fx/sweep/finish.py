@@ -65,11 +65,11 @@ def finish(sweep: Sweep) -> GraphQuantization:
     """
     sweep.run()
     _tell_short(sweep)
-    found = _swept(sweep)
+    result = _swept(sweep)
     if not sweep.settings.judge:
-        return found
+        return result
     with stage("judging" if sweep.shards.rank == 0 else None):
-        return _judged(sweep, found)
+        return _judged(sweep, result)
 
 
 def _swept(sweep: Sweep) -> GraphQuantization:
@@ -99,28 +99,28 @@ def _swept(sweep: Sweep) -> GraphQuantization:
     )
 
 
-def _judged(sweep: Sweep, found: GraphQuantization) -> GraphQuantization:
+def _judged(sweep: Sweep, result: GraphQuantization) -> GraphQuantization:
     """The sweep's result, or plain rounding where that errs less on the held-out calls."""
     settings, graph_module = sweep.settings, sweep.prepared.original
-    plans = [_uniform(plan) for plan in found.plan.layers]
+    plans = [_uniform(plan) for plan in result.plan.layers]
     candidates = {"plain rounding with the same bits": plans}
     even = _even_plans(sweep, graph_module)
     if even is not None:
         candidates[f"plain rounding with {settings.weight_bits} bits"] = even
-    activations, levels = found.activations, found.noise_levels
+    activations, levels = result.activations, result.noise_levels
     if levels is None:
         activations = plain_activations(
             graph_module, sweep.calls, settings, sweep.shards, sweep.limits.skipped
         )
     quantize = QuantizeActivations(ranges=activations, noise_levels=levels)
     judged = [Judgement.of(RECIPE, sweep.output_powers(None))]
-    for name, own in candidates.items():
-        rounded = plain_weights(graph_module, own)
+    for name, layers in candidates.items():
+        rounded = plain_weights(graph_module, layers)
         judged.append(Judgement.of(name, sweep.output_powers(quantize(rounded).graph_module)))
     best = min(range(len(judged)), key=lambda index: judged[index].error)
-    told = tuple(replace(one, chosen=index == best) for index, one in enumerate(judged))
+    judgements = tuple(replace(j, chosen=index == best) for index, j in enumerate(judged))
     if not best:
-        return replace(found, judged=told)
+        return replace(result, judged=judgements)
     logger.warning(
         "on held-out calls %s errs less at the model's output than the recipe (%.2f against %.2f "
         "dB): all of its corrections are turned off; more calibration calls would help",
@@ -136,9 +136,9 @@ def _judged(sweep: Sweep, found: GraphQuantization) -> GraphQuantization:
         plan=plan,
         activations=activations,
         noise_levels=levels,
-        layers=tuple(_report(one, None) for one in plan.layers),
+        layers=tuple(_report(layer, None) for layer in plan.layers),
         choices=(),
-        judged=told,
+        judged=judgements,
     )
 
 
@@ -149,8 +149,8 @@ def _uniform(plan: LayerPlan) -> LayerPlan:
 def _even_plans(sweep: Sweep, graph_module: fx.GraphModule) -> list[LayerPlan] | None:
     """Equal bits in all layers that share the budget; None where it is none of `weight_bits`."""
     settings, limits = sweep.settings, sweep.limits
-    given = settings.effective_bits is not None or settings.weight_bytes is not None
-    if settings.allocation != "measured" or given:
+    has_budget = settings.effective_bits is not None or settings.weight_bytes is not None
+    if settings.allocation != "measured" or has_budget:
         return None
     pinned = pinned_layers(graph_module)
     bits = {name: (8 if name in pinned else settings.weight_bits, None) for name in sweep.solutions}
@@ -163,21 +163,22 @@ def _even_plans(sweep: Sweep, graph_module: fx.GraphModule) -> list[LayerPlan] |
 
 def _tell_short(sweep: Sweep) -> None:
     """Say which layers had fewer rows than numbers in a row, and what was done."""
-    short = [
-        one
-        for one in sweep.solutions.values()
-        if 0 < one.rows < one.plan.num_weights // one.plan.shape[0]
-    ]
+    rows = {name: solution.rows for name, solution in sweep.solutions.items()}
+    numbers = {
+        name: solution.plan.num_weights // solution.plan.shape[0]
+        for name, solution in sweep.solutions.items()
+    }
+    short = [name for name in rows if 0 < rows[name] < numbers[name]]
     if short:
-        worst = min(short, key=lambda one: one.rows / (one.plan.num_weights / one.plan.shape[0]))
+        worst = min(short, key=lambda name: rows[name] / numbers[name])
         logger.info(
             "%d layers had fewer calibration rows than inputs (%s: %d rows of %d numbers); their "
             "second moments are damped and corrections are chosen on held-out calls; more calls "
             "would help",
             len(short),
-            worst.plan.name,
-            worst.rows,
-            worst.plan.num_weights // worst.plan.shape[0],
+            worst,
+            rows[worst],
+            numbers[worst],
         )
 
 

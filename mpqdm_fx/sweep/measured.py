@@ -74,18 +74,18 @@ def measured_table(
         CalibrationError: Gradients or rows are not finite.
         ArtifactError: The file is damaged, or of another model.
     """
-    kept = None if checkpoint is None else checkpoint.directory / TABLE
-    path = path or kept
+    default = None if checkpoint is None else checkpoint.directory / TABLE
+    path = path or default
     run = None if checkpoint is None else checkpoint.run
 
     def make() -> SensitivityTable:
         if path is not None and path.exists():
-            found = SensitivityTable.load(path)
-            if path == kept and found.run != run:
+            table = SensitivityTable.load(path)
+            if path == default and table.run != run:
                 raise ArtifactError(
                     f"{path} is of another run than the folder it lies in; delete it and resume"
                 )
-            return found
+            return table
         table = measure_sensitivity(
             scaled,
             calls,
@@ -175,15 +175,15 @@ def check_budget(graph_module: fx.GraphModule, settings: MPQConfig) -> None:
     if missing <= 0:
         return
     if settings.weight_bytes is not None:
-        given = f"weight_bytes={settings.weight_bytes}"
+        budget = f"weight_bytes={settings.weight_bytes}"
         smallest = f"weight_bytes={settings.weight_bytes - (-missing // 8)}"
     else:
         assert settings.effective_bits is not None
-        given = f"effective_bits={settings.effective_bits}"
+        budget = f"effective_bits={settings.effective_bits}"
         bits = settings.effective_bits + missing / draft.num_weights
         smallest = f"effective_bits={math.ceil(1e4 * bits) / 1e4:g}"
     reason = (
-        f"{given} cannot hold these layers even at 1 bit a weight: the smallest that can is "
+        f"{budget} cannot hold these layers even at 1 bit a weight: the smallest that can is "
         f"{smallest} (codes, scales, layers of fixed bits or in float)"
     )
     raise ConfigError("; ".join([reason, *draft.remarks]))

@@ -83,11 +83,11 @@ def plain_activations(
     }
     if mode in ("dynamic", "measured"):
         return {name: DynamicActivation(bits=width) for name, width in bits.items()}
-    seen = _extremes(graph_module, calls, shards)
+    extremes = _extremes(graph_module, calls, shards)
     return {
         name: StaticActivation(
-            input=_range(seen[name, "input"], width),
-            output=_range(seen[name, "output"], OUTPUT_BITS),
+            input=_range(extremes[name, "input"], width),
+            output=_range(extremes[name, "output"], OUTPUT_BITS),
         )
         for name, width in bits.items()
     }
@@ -102,14 +102,14 @@ def _extremes(
     graph_module: fx.GraphModule, calls: Sequence[Mapping[str, Any]], shards: Shards
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """Smallest and largest value that each layer reads and writes."""
-    layer_of = {n: name for name, one in weight_layers(graph_module).items() for n in one.nodes}
-    found: dict[tuple[str, str], tuple[float, float]] = {}
+    layer_of = {n: name for name, layer in weight_layers(graph_module).items() for n in layer.nodes}
+    extremes: dict[tuple[str, str], tuple[float, float]] = {}
     walk = Walk(graph_module, calls, progress="plain rounding" if shards.rank == 0 else None)
 
     def add(key: tuple[str, str], values: Iterable[Tensor]) -> None:
         for low, high in shards.gather([tuple(map(float, torch.aminmax(v))) for v in values]):
-            least, most = found.get(key, (low, high))
-            found[key] = (min(least, low), max(most, high))
+            least, most = extremes.get(key, (low, high))
+            extremes[key] = (min(least, low), max(most, high))
 
     written: fx.Node | None = None
     for node in walk:
@@ -121,4 +121,4 @@ def _extremes(
             assert isinstance(source, fx.Node)
             add((layer_of[node], "input"), walk.values(source))
             written = node
-    return found
+    return extremes

@@ -21,6 +21,7 @@ from mpqdm_fx.passes.quantize.scale_inputs import ScaleInputs
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.records.report import ActivationChoice, ActivationKind
+from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.run.cost import bind_sizes
 from mpqdm_fx.run.speed import InputOption
 from mpqdm_fx.sweep.checkpoint import Checkpoint
@@ -75,35 +76,31 @@ class _Probes:
     settings: MPQConfig
     groups: NoiseGroups
     measured: dict[Hashable, Any]
-    found: OutputEnergies | None = None
+    _energies: OutputEnergies | None = None
 
     def energies(self, watch: GradientWatch | None = None) -> OutputEnergies:
         """What `output_energies` finds; a watch is shown the gradients of the first run."""
-        if self.found is None:
-            self.found = output_energies(
+        if self._energies is None:
+            self._energies = output_energies(
                 self.graph_module,
                 self.calls,
                 seed=self.settings.seed,
                 groups=self.groups,
                 watch=watch,
             )
-        return self.found
+        return self._energies
 
     def choose(
-        self,
-        options: Sequence[InputOption],
-        limits: Limits,
-        max_memory: int | None,
-        half: bool,
+        self, options: Sequence[InputOption], limits: Limits, run: RunOptions
     ) -> tuple[tuple[ActivationChoice, ...], dict[str, Tensor]]:
         """How each input is quantized, and the factors of those whose channels are scaled."""
-        costs, found = self._measured(options, max_memory, half)
+        costs, energies = self._measured(options, run)
         choices = choose_activations(
             self.graph_module,
             costs.units,
             costs.costs(),
-            self._weight_costs(costs, found, {option.exponent for option in options}, limits),
-            found.output,
+            self._weight_costs(costs, energies, {option.exponent for option in options}, limits),
+            energies.output,
             self.settings,
             bind_sizes(self.graph_module, self.calls[0]),
             limits.skipped,
@@ -118,11 +115,11 @@ class _Probes:
         return choices, factors
 
     def _measured(
-        self, options: Sequence[InputOption], max_memory: int | None, half: bool
+        self, options: Sequence[InputOption], run: RunOptions
     ) -> tuple[ActivationCosts, OutputEnergies]:
         """Costs of the inputs and energies of the channels: the same for every budget."""
         without = replace(self.settings, weight_bits=8, effective_bits=None, weight_bytes=None)
-        key = (graph_fingerprint(self.graph_module), without, self.groups, tuple(options), half)
+        key = (graph_fingerprint(self.graph_module), without, self.groups, tuple(options), run.half)
         if key not in self.measured:
             probed = probed_parts(self.graph_module, self.calls, None, SAMPLES, self.groups)
             costs = ActivationCosts(
@@ -130,17 +127,17 @@ class _Probes:
                 [part for part, _ in probed],
                 self.settings,
                 options,
-                max_memory=max_memory,
-                half=half,
+                max_memory=run.activation_memory,
+                half=run.half,
             )
             self.measured[key] = costs, self.energies(costs)
-        costs, self.found = self.measured[key]
-        return costs, self.found
+        costs, self._energies = self.measured[key]
+        return costs, self._energies
 
     def _weight_costs(
         self,
         costs: ActivationCosts,
-        found: OutputEnergies,
+        energies: OutputEnergies,
         exponents: Collection[float],
         limits: Limits,
     ) -> dict[str, dict[float, float]]:
@@ -151,7 +148,7 @@ class _Probes:
             quantized,
             costs.units,
             costs.sizes,
-            found.channels,
+            energies.channels,
             sorted(exponents),
             fixed={name: bits for name, (bits, _) in limits.fixed.items()},
             mean_bits=mean_bits(self.graph_module, self.settings, limits),
@@ -170,9 +167,7 @@ def prepared_sweep(
     checkpoint: Checkpoint | None,
     shards: Shards,
     measured: dict[Hashable, Any],
-    sensitivity: Path | None,
-    max_memory: int | None,
-    half: bool,
+    run: RunOptions,
 ) -> Preparation:
     """Measure and decide; the first process does, for all.
 
@@ -192,7 +187,7 @@ def prepared_sweep(
     choices: tuple[ActivationChoice, ...] = ()
     factors: Mapping[str, Tensor] = {}
     if options:
-        choices, factors = shards.once(lambda: probes.choose(options, limits, max_memory, half))
+        choices, factors = shards.once(lambda: probes.choose(options, limits, run))
     scaled = ScaleInputs(factors=factors)(graph_module).graph_module
     plans = None
     energies: Mapping[str, Tensor] = {}
@@ -206,9 +201,9 @@ def prepared_sweep(
             shards,
             groups=weighed,
             energies=probes.energies,
-            path=sensitivity,
-            max_memory=max_memory,
-            half=half,
+            path=None if run.sensitivity is None else Path(run.sensitivity),
+            max_memory=run.activation_memory,
+            half=run.half,
         )
         plans = solve_budget(scaled, table, settings, limits)
         if settings.row_weights == "output":

@@ -2,10 +2,8 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from mpqdm_fx.bits.allocate import layer_limits
@@ -15,6 +13,7 @@ from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.io.progress import expect
 from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.estimate import estimate, stage_seconds
 from mpqdm_fx.sweep.identity import run_identity
@@ -32,12 +31,7 @@ def start_sweep(
     records: RecordedInputs,
     settings: MPQConfig,
     *,
-    directory: str | Path | None = None,
-    resume: bool = False,
-    max_memory: int | None = None,
-    half: bool = False,
-    device: torch.device | str | None = None,
-    sensitivity: str | Path | None = None,
+    run: RunOptions = RunOptions(),
 ) -> Sweep:
     """Decide the bits that are decided beforehand, and set up the sweep.
 
@@ -45,13 +39,7 @@ def start_sweep(
         graph_module: Normalized graph; it is not changed.
         records: Calibration calls.
         settings: The run's settings.
-        directory: Folder for solved layers and sensitivities, so that a killed run can go on.
-        resume: Go on with what the folder holds.
-        max_memory: Bytes of activations held in memory; the rest goes to disk.
-        half: Hold activations as float16.
-        device: Where to compute; by default where the model is.
-        sensitivity: File of the sensitivities, for `allocation="measured"`: read if it is there,
-            else written. Another budget then takes seconds to solve.
+        run: How it runs; see `RunOptions`.
 
     Raises:
         CalibrationError: No data, values that are not finite, or too little memory.
@@ -65,7 +53,6 @@ def start_sweep(
         raise CalibrationError("calibration reached no weight layer; check the recorded inputs")
     calls = list(records)
     shards = Shards.of(len(calls))
-    own = [calls[index] for index in shards.indices]
     limits = layer_limits(graph_module, settings)
     groups = NoiseGroups.of(graph_module, calls, settings)
     held_out = records.held_out or groups.held_out(calls)
@@ -74,11 +61,11 @@ def start_sweep(
             "propagation='auto' chooses strengths on held-out calls, and there is only one call: "
             "errors are not propagated; record more calls, or give a strength such as 0.5"
         )
-    expect(lambda: _foretold(graph_module, calls, settings, max_memory))
+    expect(lambda: _foretold(graph_module, calls, settings, run.activation_memory))
     checkpoint = None
-    if directory is not None and shards.rank == 0:
+    if run.directory is not None and shards.rank == 0:
         identity = run_identity(graph_module, calls, held_out, settings)
-        checkpoint = Checkpoint(directory, identity, resume=resume)
+        checkpoint = Checkpoint(run.directory, identity, resume=run.resume)
     prepared = prepared_sweep(
         graph_module,
         calls,
@@ -88,23 +75,21 @@ def start_sweep(
         checkpoint=checkpoint,
         shards=shards,
         measured=records.measured,
-        sensitivity=None if sensitivity is None else Path(sensitivity),
-        max_memory=max_memory,
-        half=half,
+        run=run,
     )
     return Sweep(
         prepared.graph_module,
-        own,
+        [calls[index] for index in shards.indices],
         settings,
         limits=limits,
         prepared=prepared,
         validation=held_out,
         shards=shards,
         checkpoint=checkpoint,
-        max_memory=max_memory,
-        half=half,
+        max_memory=run.activation_memory,
+        half=run.half,
         progress="rounding" if shards.rank == 0 else None,
-        device=device,
+        device=run.device,
     )
 
 

@@ -53,27 +53,27 @@ class Shards:
         """Global indices of this process's calls."""
         return range(self.rank, self.total, self.world)
 
-    def gather(self, own: Sequence[_T]) -> list[_T]:
+    def gather(self, entries: Sequence[_T]) -> list[_T]:
         """What all processes have for their calls, in the order of the calls.
 
         Args:
-            own: One entry for each of `indices`.
+            entries: One entry for each of `indices`.
         """
         if self.world == 1:
-            return list(own)
+            return list(entries)
         parts: list[Any] = [None] * self.world
-        distributed.all_gather_object(parts, list(own))
+        distributed.all_gather_object(parts, list(entries))
         return [parts[index % self.world][index // self.world] for index in range(self.total)]
 
-    def stream(self, own: Iterable[_T]) -> Iterator[_T]:
+    def stream(self, entries: Iterable[_T]) -> Iterator[_T]:
         """Like `gather`, without holding more than one call of each process at a time.
 
         Every process has to read it to the end.
         """
         if self.world == 1:
-            yield from own
+            yield from entries
             return
-        values = iter(own)
+        values = iter(entries)
         for start in range(0, self.total, self.world):
             parts: list[Any] = [None] * self.world
             distributed.all_gather_object(parts, next(values, None))

@@ -197,29 +197,32 @@ def solve_layer(
     grouped = data.train.inputs.dim() == 3
     groups = data.train.inputs.shape[1] if grouped else 1
     channels = len(rows) // groups
-    found: list[_Result] = []
+    results: list[_Result] = []
     for index in range(groups):
-        own = slice(index * channels, (index + 1) * channels)
+        span = slice(index * channels, (index + 1) * channels)
         part = data
         if grouped:
             part = LayerData(
                 train=data.train.group(index, channels),
                 validation=data.validation.group(index, channels),
             )
-        own_plan = replace(plan, bits=plan.bits[own], shape=(channels, *plan.shape[1:]))
-        found.append(_solve_rows(rows[own], own_plan, part, settings, refit=refit))
+        group_plan = replace(plan, bits=plan.bits[span], shape=(channels, *plan.shape[1:]))
+        results.append(_solve_rows(rows[span], group_plan, part, settings, refit=refit))
     new_bias = None
-    if any(one.bias is not None for one in found):
+    if any(group.bias is not None for group in results):
         assert isinstance(bias, Tensor)
-        gained = [rows.new_zeros(channels) if one.bias is None else one.bias for one in found]
+        gained = [
+            rows.new_zeros(channels) if group.bias is None else group.bias for group in results
+        ]
         new_bias = _stored(bias.detach() + torch.cat(gained).to(bias), bias.detach())
-    signal, mismatch, base, error = torch.stack([one.energies for one in found]).sum(0).tolist()
+    energies = torch.stack([group.energies for group in results]).sum(dim=0)
+    signal, mismatch, base, error = energies.tolist()
     signal = signal or 1.0
-    first = found[0].best.correction
+    first = results[0].best.correction
     return LayerSolution(
         plan=plan,
-        codes=torch.cat([one.best.codes for one in found]).reshape(plan.shape).cpu(),
-        scale=torch.cat([one.best.levels.scale for one in found]).cpu(),
+        codes=torch.cat([group.best.codes for group in results]).reshape(plan.shape).cpu(),
+        scale=torch.cat([group.best.levels.scale for group in results]).cpu(),
         bias=new_bias,
         alpha=first.alpha,
         beta=first.beta,
@@ -247,13 +250,13 @@ def _solve_rows(
     problem = _Problem.of(W, data, refit=refit)
     base, best = _rounded(plan, problem, settings)
     if refit:
-        kept = _Problem.of(W, data, refit=False)
-        same = replace(best, error=kept.error(best.weight))
+        plain = _Problem.of(W, data, refit=False)
+        same = replace(best, error=plain.error(best.weight))
         if same.total < best.total:
             # What the refit fits to a few rows does not hold on others.
-            problem = kept
+            problem = plain
             base, best = _rounded(plan, problem, settings)
-            best = min(best, same, key=lambda one: one.total)
+            best = min(best, same, key=lambda candidate: candidate.total)
     energies = torch.tensor(
         [problem.signal, problem.mismatch, base.total, best.total], dtype=torch.float64
     )
@@ -281,22 +284,22 @@ def _rounded(
             options, _round(options, plan, problem, settings), strict=True
         )
     ]
-    best = min(candidates, key=lambda one: one.total)
+    best = min(candidates, key=lambda candidate: candidate.total)
     return candidates[0], _refined(best, problem, settings)
 
 
-def _refined(found: _Candidate, problem: _Problem, settings: MPQConfig) -> _Candidate:
+def _refined(candidate: _Candidate, problem: _Problem, settings: MPQConfig) -> _Candidate:
     """The chosen rounding refined, unless that does not help on the rows that judge."""
     if settings.rounding != "gptq" or not settings.refinements:
-        return found
-    target = _corrected(problem.W, found.correction)
+        return candidate
+    target = _corrected(problem.W, candidate.correction)
     codes, levels = refine(
-        target, found.codes, found.levels, problem.gram, passes=settings.refinements
+        target, candidate.codes, candidate.levels, problem.gram, passes=settings.refinements
     )
     error = problem.error(_dequantized(codes, levels))
-    if float(error.sum()) > found.total:
-        return found
-    return replace(found, codes=codes, levels=levels, error=error)
+    if float(error.sum()) > candidate.total:
+        return candidate
+    return replace(candidate, codes=codes, levels=levels, error=error)
 
 
 def _dequantized(codes: Tensor, levels: RowLevels) -> Tensor:
@@ -330,7 +333,7 @@ def _round(
     corrections: Sequence[Correction], plan: LayerPlan, problem: _Problem, settings: MPQConfig
 ) -> list[tuple[Tensor, RowLevels]]:
     """Fit levels to the rows under each correction and round them, all in one run."""
-    gram, targets = problem.gram, [_corrected(problem.W, one) for one in corrections]
+    gram, targets = problem.gram, [_corrected(problem.W, correction) for correction in corrections]
     bits, importance = plan.bits_tensor(), gram.diagonal.float()
     together = torch.cat(targets)  # rows do not meet
     levels = RowLevels.fit(together, bits.repeat(len(targets)), plan.levels, importance)
@@ -352,7 +355,9 @@ def _unclipped_where_better(
     rows that are rounded with feedback keep theirs: it makes up for the clipping.
     """
     whole = levels.unclipped(W)
-    errors = [gram.quadratic(W - one.snap(W) * one.scale[:, None].to(W)) for one in (levels, whole)]
+    errors = [
+        gram.quadratic(W - grid.snap(W) * grid.scale[:, None].to(W)) for grid in (levels, whole)
+    ]
     better = (errors[1] < errors[0]).to(levels.bits.device)
     if settings.rounding != "nearest":
         better &= levels.bits >= _WIDE

@@ -141,12 +141,12 @@ class Sweep:
         self.shards = shards or Shards(rank=0, world=1, total=len(calls))
         self._validation = frozenset(validation)
         self._checkpoint = checkpoint
-        told = self.shards.gather(noise_levels_of(graph_module, calls, settings))
+        levels = self.shards.gather(noise_levels_of(graph_module, calls, settings))
         self._groups = self.shards.gather(
             [self.prepared.row_weights.groups.of_samples(call) for call in calls]
         )
         self.graph_module, self.noise_levels = two_lanes(
-            graph_module, told, settings, limits.skipped, self.prepared.kinds
+            graph_module, levels, settings, limits.skipped, self.prepared.kinds
         )
         self._sites = quantizer_sites(self.graph_module)
         self._ranges: dict[object, Any] = {}
@@ -194,19 +194,19 @@ class Sweep:
         """
         groups = self.prepared.row_weights.groups
         judges = self._validation or frozenset(range(self.shards.total))
-        own = []
-        for index, call, both in zip(
+        powers = []
+        for index, call, pair in zip(
             self.shards.indices, self.calls, self.walk.outputs, strict=True
         ):
             if index not in judges:
-                own.append(torch.zeros(groups.count, 2, dtype=torch.float64))
+                powers.append(torch.zeros(groups.count, 2, dtype=torch.float64))
                 continue
-            reference, output = both
+            reference, output = pair
             if graph_module is not None:
                 with torch.no_grad():
                     output = graph_module(**call)
-            own.append(output_powers(groups, call, reference, output))
-        return torch.stack(self.shards.gather(own)).sum(dim=0)
+            powers.append(output_powers(groups, call, reference, output))
+        return torch.stack(self.shards.gather(powers)).sum(dim=0)
 
     def delta(self, node: fx.Node) -> float:
         """Relative error of a value in the quantized lane; see `Walk.delta`."""
@@ -216,18 +216,18 @@ class Sweep:
     def activations(self) -> dict[str, Activation]:
         """Activation by layer, once the sweep is over."""
         prefix = error_lane_name("")
-        found = read_activations(self.graph_module)
-        return {name.removeprefix(prefix): activation for name, activation in found.items()}
+        activations = read_activations(self.graph_module)
+        return {name.removeprefix(prefix): activation for name, activation in activations.items()}
 
     def _pending_layers(self) -> dict[fx.Node, _Pending]:
         """What is to be solved, by the node of the quantized lane before which it is."""
-        found, nodes = {}, {node.name: node for node in self.graph_module.graph.nodes}
+        pending, nodes = {}, {node.name: node for node in self.graph_module.graph.nodes}
         for name, layer in weight_layers(self.source, embeddings=True).items():
             if name not in self.limits.skipped:
                 check_weight(layer)
                 call = nodes[layer.nodes[0].name]
-                found[nodes[call.meta["twin_node"]]] = _Pending(layer, call)
-        return found
+                pending[nodes[call.meta["twin_node"]]] = _Pending(layer, call)
+        return pending
 
     def _work(self, call: Mapping[str, Any]) -> dict[fx.Node, int]:
         """Multiply-adds of solving each layer, for the progress bar."""
@@ -252,11 +252,11 @@ class Sweep:
                 layer, side = site.key
                 name = layer.removeprefix(error_lane_name(""))
                 raise CalibrationError(f"{name}, {side}: {error}") from error
-        found = self._ranges[key]
+        bounds = self._ranges[key]
         if site.kind == "static":
-            set_pair(site.node, found.scale, found.zero_point)
+            set_pair(site.node, bounds.scale, bounds.zero_point)
         else:
-            set_groups(self.graph_module, site.node, found)
+            set_groups(self.graph_module, site.node, bounds)
 
     def _search_range(self, site: QuantizerSite) -> Any:
         values = self.shards.stream(self.walk.values(site.value))
@@ -271,14 +271,14 @@ class Sweep:
 
     def _solve(self, twin: fx.Node, pending: _Pending) -> None:
         """Quantize one layer and install it in the quantized lane."""
-        name, kept = pending.layer.name, self._checkpoint
-        solution = self.shards.once(lambda: kept.load(pending.layer) if kept else None)
+        name, checkpoint = pending.layer.name, self._checkpoint
+        solution = self.shards.once(lambda: checkpoint.load(pending.layer) if checkpoint else None)
         if solution is not None:
             self._check_bits(solution)
         else:
             solution = self._solution(twin, pending)
-            if kept and self.shards.rank == 0:
-                kept.save(solution)
+            if checkpoint and self.shards.rank == 0:
+                checkpoint.save(solution)
         self.solutions[name] = solution
         module = self.graph_module.get_submodule(str(twin.target))
         install_in_lane(self.graph_module, name, install_solution(module, solution))
@@ -307,12 +307,12 @@ class Sweep:
             plan = self._fixed(layer)
             if plan is None:
                 # from all calls alike: they may come in the order of the runs
-                every = slice(None, None, -(-len(data.train.inputs) // _DECISION_ROWS) or 1)
-                some = data.train.inputs[every]
-                exact = some
+                stride = slice(None, None, -(-len(data.train.inputs) // _DECISION_ROWS) or 1)
+                rows = data.train.inputs[stride]
+                exact = rows
                 if data.train.shift is not None:
-                    exact = some + data.train.shift[every]
-                plan = decide_layer(layer, exact, some, self.settings)
+                    exact = rows + data.train.shift[stride]
+                plan = decide_layer(layer, exact, rows, self.settings)
             return solve_layer(layer.module, plan, data, self.settings)
         except CalibrationError as error:
             kind, shape = type(layer.module).__name__, tuple(layer.weight.shape)

@@ -67,23 +67,23 @@ def assert_same_function(
         expected, expected_spec = pytree.tree_flatten(a(**inputs))
         actual, actual_spec = pytree.tree_flatten(b(**inputs))
     assert expected_spec == actual_spec, f"outputs {expected_spec} became {actual_spec}"
-    for index, (want, got) in enumerate(zip(expected, actual, strict=True)):
-        if not isinstance(want, Tensor):
-            assert want == got, f"output {index}: {want!r} became {got!r}"
+    for index, (reference, value) in enumerate(zip(expected, actual, strict=True)):
+        if not isinstance(reference, Tensor):
+            assert reference == value, f"output {index}: {reference!r} became {value!r}"
             continue
-        kinds = [(t.shape, t.dtype) for t in (want, got)]
+        kinds = [(t.shape, t.dtype) for t in (reference, value)]
         assert kinds[0] == kinds[1], f"output {index}: {kinds[0]} became {kinds[1]}"
-        if _bits(want) == _bits(got):
+        if _bits(reference) == _bits(value):
             continue
-        assert atol or rtol, f"output {index} is not bit-equal: {_distance(want, got)}"
-        assert want.isfinite().all(), f"output {index} of the reference is not finite"
-        bound = atol + rtol * float(want.abs().max())
-        worst = float((want - got).abs().max())
+        assert atol or rtol, f"output {index} is not bit-equal: {_distance(reference, value)}"
+        assert reference.isfinite().all(), f"output {index} of the reference is not finite"
+        bound = atol + rtol * float(reference.abs().max())
+        worst = float((reference - value).abs().max())
         assert worst <= bound, f"output {index} is off by {worst:.3e}, allowed {bound:.3e}"
 
 
-def _distance(want: Tensor, got: Tensor) -> str:
-    wide = [t.to(torch.float64) for t in (want, got)]
+def _distance(reference: Tensor, value: Tensor) -> str:
+    wide = [t.to(torch.float64) for t in (reference, value)]
     return f"off by up to {float((wide[0] - wide[1]).abs().max()):.3e}"
 
 

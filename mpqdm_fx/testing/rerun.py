@@ -30,13 +30,13 @@ class _Inputs(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule, name: str) -> None:
         super().__init__(graph_module)
         self.name = name
-        self.found: Tensor | None = None
+        self.value: Tensor | None = None
 
     def run_node(self, n: fx.Node) -> Any:
         if n.name == self.name:
             source = n.args[0]
             assert isinstance(source, fx.Node)
-            self.found = self.env[source]
+            self.value = self.env[source]
         return super().run_node(n)
 
 
@@ -45,8 +45,8 @@ def _read(graph_module: fx.GraphModule, layer: WeightLayer, call: Mapping[str, A
     names = [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
         interpreter.run(*[call[name] for name in names])
-    assert interpreter.found is not None
-    return interpreter.found
+    assert interpreter.value is not None
+    return interpreter.value
 
 
 def rerun_for_every_layer(
@@ -75,14 +75,14 @@ def rerun_for_every_layer(
         parts: list[LayerRows] = []
         source = layer.nodes[0].args[0]
         samples = [row_weights.groups.of_samples(call) for call in calls]
-        counted = [row_weights.of_input(readers[name], own) for own in samples]
+        counted = [row_weights.of_input(readers[name], groups) for groups in samples]
         draw: RowDraw | None = None
         for index, call in enumerate(calls):
             exact, noisy = (_read(graph, layer, call) for graph in (graph_module, rounded))
             total = output_positions(layer.module, noisy)
             if draw is None:
-                wanted = rows_of_all_calls(layer.module, noisy, batches, index, settings.max_rows)
-                draw = RowDraw.of(counted, max(1, total // batches[index]), wanted)
+                quota = rows_of_all_calls(layer.module, noisy, batches, index, settings.max_rows)
+                draw = RowDraw.of(counted, max(1, total // batches[index]), quota)
             positions = draw.positions(index, total, seeded(settings.seed, str(source), index))
             x, x_hat = (
                 sample_rows(layer.module, value, positions=positions).float()

@@ -122,8 +122,8 @@ def test_rounding_biases_twice_changes_nothing_more():
     once = round_biases(graph, ranges)
     twice = round_biases(once, ranges)
     for name in ranges:
-        one, two = once.get_submodule(name).bias, twice.get_submodule(name).bias
-        assert one is two is None or torch.equal(one, two)
+        first, second = once.get_submodule(name).bias, twice.get_submodule(name).bias
+        assert first is second is None or torch.equal(first, second)
 
 
 @pytest.mark.parametrize("bits", [8, 3, 1])
@@ -132,18 +132,18 @@ def test_with_rounded_biases_qnnpack_is_bit_equal_to_the_fake_quantized_graph(bi
     graph = round_biases(graph, ranges)
     with torch.no_grad():
         expected = QuantizeActivations(ranges=ranges)(graph).graph_module(**inputs)
-        found = lower_torch_ao(graph, ranges, inputs, "qnnpack")(**inputs)
-    assert torch.equal(found, expected)
+        actual = lower_torch_ao(graph, ranges, inputs, "qnnpack")(**inputs)
+    assert torch.equal(actual, expected)
 
 
 def test_calls_on_different_scales_get_layers_of_their_own():
     graph, ranges, inputs = rounded(Attention())  # to_out(to_out(a)): reads its own output
     result, extended = split_calls(graph, ranges)
     assert set(extended) - set(ranges) == {"to_out_call"}
-    one, two = result.get_submodule("to_out"), result.get_submodule("to_out_call")
-    assert one.weight is two.weight
-    assert one.bias is not two.bias
-    assert torch.equal(one.bias, two.bias)
+    first, second = result.get_submodule("to_out"), result.get_submodule("to_out_call")
+    assert first.weight is second.weight
+    assert first.bias is not second.bias
+    assert torch.equal(first.bias, second.bias)
     with torch.no_grad():
         before = QuantizeActivations(ranges=ranges)(graph).graph_module(**inputs)
         after = QuantizeActivations(ranges=extended)(result).graph_module(**inputs)

@@ -93,6 +93,6 @@ def test_padding_survives_quantization_torch_ao_and_a_saved_file(name, tmp_path)
 def test_padding_survives_xnnpack(name, mode, tmp_path):
     model, x = quantized(name, mode), calls()[0]["x"]
     lower(model, "xnnpack", output=tmp_path / "net.pte")
-    (found,) = XnnpackRunner(tmp_path / "net.pte")(x)
+    (output,) = XnnpackRunner(tmp_path / "net.pte")(x)
     with torch.no_grad():
-        assert sqnr_db(model(x), found) > 45
+        assert sqnr_db(model(x), output) > 45

@@ -34,14 +34,14 @@ def outputs(graph, inputs):
 
 def integer_weights(converted):
     """int8 weight of each aten weight op, by layer name, read off the converted graph."""
-    found = {}
+    weights = {}
     for node in converted.graph.nodes:
         if node.target in WEIGHT_OPS:
             name = next(entry[0] for entry in reversed(node.meta["nn_module_stack"].values()))
             dequantize = node.args[1]
             assert "dequantize_per_channel" in str(dequantize.target)
-            found[name] = getattr(converted, dequantize.args[0].target)
-    return found
+            weights[name] = getattr(converted, dequantize.args[0].target)
+    return weights
 
 
 CASES = {
@@ -155,8 +155,8 @@ def test_works_inside_a_composable_quantizer(ours_first):
     sums = [n for n in converted.graph.nodes if n.target is torch.ops.aten.add.Tensor]
     assert len(sums) == 2
     assert all("quantize_per_tensor" in str(user.target) for n in sums for user in n.users)
-    exact, found = outputs(graph, inputs), outputs(converted, inputs)
-    assert (exact - found).abs().max() < 0.1 * exact.abs().max()
+    exact, actual = outputs(graph, inputs), outputs(converted, inputs)
+    assert (exact - actual).abs().max() < 0.1 * exact.abs().max()
 
 
 def test_annotation_of_another_quantizer_is_not_overwritten():
@@ -176,8 +176,8 @@ def test_without_ranges_an_observer_calibrates():
     converted = ao.convert_pt2e(prepared)
     weights = integer_weights(converted)
     assert all(torch.equal(weights[n], graph.get_submodule(n).weight_codes) for n in weights)
-    exact, found = outputs(graph, inputs), outputs(converted, inputs)
-    assert (exact - found).abs().max() < 0.1 * exact.abs().max()
+    exact, actual = outputs(graph, inputs), outputs(converted, inputs)
+    assert (exact - actual).abs().max() < 0.1 * exact.abs().max()
 
 
 def test_batch_norm_folded_into_a_rounded_weight_is_refused():
@@ -193,8 +193,8 @@ def test_batch_norm_folded_into_a_rounded_weight_is_refused():
 
 def test_exported_graph_without_the_layers_names_is_refused():
     graph, ranges, inputs = rounded(Residual())
-    other = trace(nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), {"input": inputs["x"]})
-    exported = torch.export.export(other, (inputs["x"],), strict=False).module()
+    stranger = trace(nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), {"input": inputs["x"]})
+    exported = torch.export.export(stranger, (inputs["x"],), strict=False).module()
     with pytest.raises(ConfigError, match="export the rounded graph itself"):
         to_quantizer(graph, ranges).annotate(exported)
 
@@ -244,8 +244,8 @@ def test_embedding_on_its_grid_stays_in_float():
     graph = round_to_grid(trace(model, inputs))
     table = install_codes(model.table, codes, torch.full((5,), 0.0625))
     replace_module(graph, "table", table)
-    one = ActivationRange(scale=0.1, zero_point=0)
-    ranges = {"mix": StaticActivation(input=one, output=one)}
+    grid = ActivationRange(scale=0.1, zero_point=0)
+    ranges = {"mix": StaticActivation(input=grid, output=grid)}
     converted = convert_pt2e_graph(graph, ranges, inputs)
     (lookup,) = (n for n in converted.graph.nodes if "embedding" in str(n.target))
     assert lookup.args[0].op == "get_attr"

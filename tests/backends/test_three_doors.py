@@ -62,15 +62,15 @@ def test_stock_prepare_fx_and_convert_fx_keep_the_integers(quantized, codes, eng
         )
         prepared(*inputs)
         converted = convert_fx(prepared, backend_config=get_native_backend_config())
-        found = {
+        actual = {
             name: module.weight().int_repr()
             for name, module in converted.named_modules()
             if callable(getattr(module, "weight", None))
         }
     finally:
         torch.backends.quantized.engine = before
-    assert found.keys() == codes.keys()
-    assert all(torch.equal(found[name], codes[name]) for name in codes)
+    assert actual.keys() == codes.keys()
+    assert all(torch.equal(actual[name], codes[name]) for name in codes)
 
 
 @pytest.mark.parametrize("composed", [False, True])
@@ -108,12 +108,12 @@ def test_the_stock_doors_have_the_decibels_of_the_fake_quantized_graph(wide, doo
     inputs = _inputs(wide)
     with torch.no_grad():
         converted = door(wide, inputs)
-        found, fake = converted(*inputs)[0], wide.graph_module(*inputs)[0]
+        actual, fake = converted(*inputs)[0], wide.graph_module(*inputs)[0]
         weights_alone = wide.rounded(*inputs)[0]
-    measured, wanted = sqnr_db(weights_alone, found), sqnr_db(weights_alone, fake)
-    assert wanted > 20
-    assert abs(measured - wanted) < 0.5
-    assert sqnr_db(fake, found) > wanted
+    measured, expected = sqnr_db(weights_alone, actual), sqnr_db(weights_alone, fake)
+    assert expected > 20
+    assert abs(measured - expected) < 0.5
+    assert sqnr_db(fake, actual) > expected
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +134,8 @@ def test_a_door_goes_by_what_the_graph_says_and_refuses_one_that_says_nothing(qu
         node.meta.pop(QCONFIG, None)
     with pytest.raises(ConfigError, match=r"run `passes\.AssignQConfigs`"):
         door(silent)
-    told = AssignQConfigs(activations=quantized.ranges)(silent).graph_module
-    assert door(told) is not None
+    annotated = AssignQConfigs(activations=quantized.ranges)(silent).graph_module
+    assert door(annotated) is not None
 
 
 def test_a_mapping_refuses_what_a_qconfig_cannot_say(quantized):

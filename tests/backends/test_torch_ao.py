@@ -54,8 +54,8 @@ def test_qnnpack_is_as_close_to_the_float_graph_as_the_fake_quantized_one(case):
     graph, ranges, inputs = case
     exact = run(graph, inputs)
     fake = run(QuantizeActivations(ranges=ranges)(graph).graph_module, inputs)
-    found = run(lower_torch_ao(graph, ranges, inputs, "qnnpack"), inputs)
-    assert sqnr_db(exact, found) >= sqnr_db(exact, fake) - 1.0
+    actual = run(lower_torch_ao(graph, ranges, inputs, "qnnpack"), inputs)
+    assert sqnr_db(exact, actual) >= sqnr_db(exact, fake) - 1.0
 
 
 SINGLE_LAYERS = {
@@ -80,9 +80,9 @@ def test_one_layer_differs_by_one_step_and_only_where_the_exact_output_is_a_tie(
     graph = round_to_grid(trace(nn.Sequential(make()).eval(), inputs), bits=4)
     ranges = measured_ranges(graph, inputs)
     expected = run(QuantizeActivations(ranges=ranges)(graph).graph_module, inputs)
-    found = run(lower_torch_ao(graph, ranges, inputs, engine), inputs)
+    actual = run(lower_torch_ao(graph, ranges, inputs, engine), inputs)
     output = ranges["0"].output
-    steps = (found - expected).abs() / output.scale
+    steps = (actual - expected).abs() / output.scale
     assert steps.max() <= 1.001
     if engine != "qnnpack":  # sums of integers are exact there, the scales are multiplied in float
         read = ranges["0"].input
@@ -103,8 +103,8 @@ def test_channel_of_zero_weights_keeps_its_bias(engine):
     graph = round_to_grid(trace(model, inputs), bits=3)
     ranges = measured_ranges(graph, inputs)
     expected = run(QuantizeActivations(ranges=ranges)(graph).graph_module, inputs)
-    found = run(lower_torch_ao(graph, ranges, inputs, engine), inputs)
-    assert (found - expected).abs().max() <= 1.001 * ranges["2"].output.scale
+    actual = run(lower_torch_ao(graph, ranges, inputs, engine), inputs)
+    assert (actual - expected).abs().max() <= 1.001 * ranges["2"].output.scale
 
 
 def test_program_runs_on_its_engine_whatever_the_global_setting_is(case):
@@ -112,8 +112,8 @@ def test_program_runs_on_its_engine_whatever_the_global_setting_is(case):
     for engine in ENGINES:
         lowered = lower_torch_ao(graph, ranges, inputs, engine)
         here = run(lowered, inputs)
-        for other in ENGINES:
-            with ao.quantized_engine(other):
+        for ambient in ENGINES:
+            with ao.quantized_engine(ambient):
                 assert torch.equal(run(lowered, inputs), here)
 
 

@@ -66,19 +66,19 @@ def _choices(
     model: nn.Module,
     calls: list[dict[str, Tensor]],
     weight_cost: Callable[[float], float] = lambda exponent: 0.0,
-    **given: object,
+    **overrides: object,
 ) -> dict[str, ActivationChoice]:
     graph = trace(model.eval(), calls[0])
-    settings = MPQConfig(**{"activation_mode": "dynamic", **given})  # type: ignore[arg-type]
+    settings = MPQConfig(**{"activation_mode": "dynamic", **overrides})  # type: ignore[arg-type]
     costs = ActivationCosts(graph, calls, settings, options_of(settings))
-    found = output_energies(graph, calls, watch=costs)
+    energies = output_energies(graph, calls, watch=costs)
     sizes = bind_sizes(graph, calls[0])
     chosen = choose_activations(
         graph,
         costs.units,
         costs.costs(),
         {unit: {e: weight_cost(e) for e in (0.0, 0.5, 1.0)} for unit in costs.units},
-        found.output,
+        energies.output,
         settings,
         sizes,
     )
@@ -98,12 +98,12 @@ def test_the_cost_of_an_input_is_the_squared_change_of_the_output() -> None:
             error = fake_quantize_dynamic(h, 8, 1) - h
             # one number per sample: random signs do not matter, and readers add up before squares
             changes.append(error @ (model.a.weight + model.b.weight).T)
-    wanted = float(torch.cat(changes).square().mean())
-    found = costs.costs()
+    expected = float(torch.cat(changes).square().mean())
+    by_unit = costs.costs()
     assert set(costs.units) == {"before", "a"}
     assert costs.units["a"] == ("a", "b")
-    assert found["a"][DYNAMIC] == pytest.approx(wanted, rel=1e-4)
-    assert found["a"][FLOAT] == 0
+    assert by_unit["a"][DYNAMIC] == pytest.approx(expected, rel=1e-4)
+    assert by_unit["a"][FLOAT] == 0
 
 
 def test_scaled_channels_cost_less_where_they_are_of_different_sizes() -> None:
@@ -121,14 +121,14 @@ def test_the_budget_of_time_and_bytes_is_kept(mode: str, slowdown: float) -> Non
     chosen = _choices(model, _calls(2, 3, 16, 16), activation_mode=mode, slowdown=slowdown)
     assert sum(choice.slowdown for choice in chosen.values()) <= slowdown - 1 + 1e-9
     weights = {name: layer.weight.numel() for name, layer in model.named_children()}
-    extra = sum(3 * weights[name] for name, one in chosen.items() if one.kind == "float")
+    extra = sum(3 * weights[name] for name, choice in chosen.items() if choice.kind == "float")
     assert extra <= (slowdown - 1) * sum(weights.values())
 
 
 def test_more_time_never_costs_more() -> None:
     calls = _calls(2, 3, 16, 16)
     costs = [
-        sum(one.cost for one in _choices(Outliers(), calls, slowdown=slowdown).values())
+        sum(choice.cost for choice in _choices(Outliers(), calls, slowdown=slowdown).values())
         for slowdown in (1.01, 1.1, 1.5, 4.0)
     ]
     assert costs == sorted(costs, reverse=True)
@@ -138,11 +138,11 @@ def test_more_time_never_costs_more() -> None:
 def test_an_override_of_the_width_and_other_widths_leave_no_choice() -> None:
     calls = _calls(2, 3, 16, 16)
     rule = {"pattern": "uneven", "activation_bits": 8}
-    kept = _choices(Outliers(), calls, slowdown=4.0, overrides=[rule])
-    assert (kept["uneven"].kind, kept["uneven"].exponent) == ("dynamic", 0.0)
-    assert kept["even"].kind == "float"
+    wide = _choices(Outliers(), calls, slowdown=4.0, overrides=[rule])
+    assert (wide["uneven"].kind, wide["uneven"].exponent) == ("dynamic", 0.0)
+    assert wide["even"].kind == "float"
     narrow = _choices(Outliers(), calls, slowdown=4.0, activation_bits=4)
-    assert {name: one.kind for name, one in narrow.items()} == {
+    assert {name: choice.kind for name, choice in narrow.items()} == {
         "first": "float", "even": "dynamic", "uneven": "dynamic", "last": "dynamic",
     }  # fmt: skip
 

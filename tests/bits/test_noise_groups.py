@@ -66,8 +66,8 @@ def test_each_noise_level_of_two_calls_gives_some_and_keeps_some(kind, levels):
         assert given_of == {level: max(1, count // 4) for level, count in several.items()}
         assert all(given_of[level] < count for level, count in several.items())
         for level in several:  # the last ones: those of other images or runs
-            own = [index for index, found in enumerate(levels) if found == level]
-            assert set(own[-given_of[level] :]) <= set(held_out)
+            group = [index for index, value in enumerate(levels) if value == level]
+            assert set(group[-given_of[level] :]) <= set(held_out)
     elif len(calls) > 1:  # no level has two: the last quarter of all
         assert held_out == tuple(range(len(calls)))[-max(1, len(calls) // 4) :]
     else:
@@ -80,11 +80,11 @@ def test_samples_are_grouped_by_their_own_level(kind):
     calls = calls_of(kind, range(5))
     groups = NoiseGroups.of(GRAPHS[kind], calls, SETTINGS)
     mixed = {**example, kind: torch.tensor([known[3], known[0]], dtype=example[kind].dtype)}
-    own = [int(groups.of_samples(calls[level])[0]) for level in (3, 0)]
-    assert groups.of_samples(mixed).tolist() == own
+    expected = [int(groups.of_samples(calls[level])[0]) for level in (3, 0)]
+    assert groups.of_samples(mixed).tolist() == expected
     assert sorted(int(groups.of_samples(call)[0]) for call in calls) == [0, 1, 2, 3, 4]
     for value in (torch.tensor(known[3]), torch.tensor([[known[3]]] * 2)):  # 0-d, and [B, 1]
-        assert groups.of_samples({**mixed, kind: value}).tolist() == [own[0]] * 2
+        assert groups.of_samples({**mixed, kind: value}).tolist() == [expected[0]] * 2
 
 
 def test_calls_of_several_levels_count_as_one_group():

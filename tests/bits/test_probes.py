@@ -84,23 +84,23 @@ def _expected(calls):
     return {name: value / count for name, value in total.items()}
 
 
-def _assert_same(found, expected):
-    assert set(found) == set(expected)
+def _assert_same(actual, expected):
+    assert set(actual) == set(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-10)
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-10)
 
 
 def test_energies_are_the_squared_gradients_of_a_scalar_output(scalar_graph):
     calls = scalar_calls()
-    found = output_energies(scalar_graph, calls, probes=1)
-    assert found.samples == 5
-    _assert_same(found.channels, _expected(calls))
+    energies = output_energies(scalar_graph, calls, probes=1)
+    assert energies.samples == 5
+    _assert_same(energies.channels, _expected(calls))
 
 
 def test_more_directions_of_a_scalar_output_change_nothing(scalar_graph):
     calls = scalar_calls()
-    found = output_energies(scalar_graph, calls, probes=3, seed=4)
-    _assert_same(found.channels, _expected(calls))
+    energies = output_energies(scalar_graph, calls, probes=3, seed=4)
+    _assert_same(energies.channels, _expected(calls))
 
 
 def test_a_direction_covers_all_outputs_on_average():
@@ -128,17 +128,17 @@ def test_splitting_calls_into_parts_changes_nothing(scalar_graph, monkeypatch):
 
 def test_few_samples_are_taken_from_all_calls(scalar_graph):
     calls = scalar_calls(batches=(2,) * 8)
-    found = output_energies(scalar_graph, calls, probes=1, samples=8)
-    assert found.samples == 8
-    _assert_same(found.channels, _expected([calls[index] for index in (1, 3, 5, 7)]))
+    energies = output_energies(scalar_graph, calls, probes=1, samples=8)
+    assert energies.samples == 8
+    _assert_same(energies.channels, _expected([calls[index] for index in (1, 3, 5, 7)]))
 
 
 def test_a_weight_counts_as_many_samples(scalar_graph):
     call = scalar_calls(batches=(3,))[0]
     weights = [torch.tensor([2.0, 0.0, 1.0])]
-    found = output_energies(scalar_graph, [call], probes=1, weights=weights)
+    energies = output_energies(scalar_graph, [call], probes=1, weights=weights)
     repeated = {name: tensor[[0, 0, 2]] for name, tensor in call.items()}
-    _assert_same(found.channels, _expected([repeated]))
+    _assert_same(energies.channels, _expected([repeated]))
 
 
 def test_the_graph_is_left_as_it_was(scalar_graph):
@@ -220,23 +220,23 @@ def _groups(boundary=1.5):
     return NoiseGroups(levels=NoiseLevels(boundaries=(boundary,), argument="labels"))
 
 
-def _part(calls, wanted):
+def _part(calls, group):
     """The samples of one group."""
-    rows = [(call["labels"] >= 1.5) == bool(wanted) for call in calls]
+    rows = [(call["labels"] >= 1.5) == bool(group) for call in calls]
     return [
-        {name: tensor[own] for name, tensor in call.items()}
-        for call, own in zip(calls, rows, strict=True)
-        if bool(own.any())
+        {name: tensor[mask] for name, tensor in call.items()}
+        for call, mask in zip(calls, rows, strict=True)
+        if bool(mask.any())
     ]
 
 
 def test_energies_of_a_noise_level_are_those_of_its_samples_alone(scalar_graph, monkeypatch):
     calls = scalar_calls(batches=(5, 4, 3))
-    found = output_energies(scalar_graph, calls, probes=1, groups=_groups())
-    _assert_same(found.channels, _expected(calls))
+    energies = output_energies(scalar_graph, calls, probes=1, groups=_groups())
+    _assert_same(energies.channels, _expected(calls))
     expected = [_expected(_part(calls, group)) for group in (0, 1)]
     sums = {name: torch.stack([part[name].sum() for part in expected]) for name in expected[0]}
-    _assert_same(found.groups, sums)
+    _assert_same(energies.groups, sums)
     monkeypatch.setattr(probed_parts, "_MEMORY", 1)  # sample by sample
     alone = output_energies(scalar_graph, calls, probes=1, groups=_groups())
     _assert_same(alone.groups, sums)
@@ -247,21 +247,21 @@ def test_the_mean_over_noise_levels_is_the_sum_over_channels(scalar_graph, weigh
     calls = scalar_calls(batches=(5, 4, 3))
     weights = [torch.rand(len(call["x"])) for call in calls] if weighted else None
     settings = {"probes": 2, "weights": weights, "groups": _groups()}
-    found = output_energies(scalar_graph, calls, **settings)
+    energies = output_energies(scalar_graph, calls, **settings)
     labels = torch.cat([call["labels"] for call in calls])
     importance = torch.ones(12) if weights is None else torch.cat(weights)
     share = torch.stack([importance[labels < 1.5].sum(), importance[labels >= 1.5].sum()])
     share = (share / share.sum()).double()
     assert bool((share > 0).all())
-    for name, energy in found.groups.items():
-        torch.testing.assert_close(energy @ share, found.channels[name].sum(), rtol=1e-5, atol=0)
+    for name, energy in energies.groups.items():
+        torch.testing.assert_close(energy @ share, energies.channels[name].sum(), rtol=1e-5, atol=0)
 
 
 def test_a_noise_level_without_samples_counts_as_the_mean(scalar_graph):
     calls = scalar_calls(batches=(5,))
-    found = output_energies(scalar_graph, calls, probes=1, groups=_groups(boundary=100))
-    for name, energy in found.groups.items():
-        torch.testing.assert_close(energy, found.channels[name].sum().expand(2))
+    energies = output_energies(scalar_graph, calls, probes=1, groups=_groups(boundary=100))
+    for name, energy in energies.groups.items():
+        torch.testing.assert_close(energy, energies.channels[name].sum().expand(2))
 
 
 class Scaled(nn.Module):
@@ -282,10 +282,10 @@ def test_few_samples_are_taken_from_all_noise_levels(samples):
     calls = [{"x": x, "sigma": torch.full((4,), SIGMAS[i % 5])} for i in range(40)]
     graph_module = trace(Scaled(), calls[0])
     groups = NoiseGroups.of(graph_module, calls, MPQConfig())
-    found = output_energies(graph_module, calls, samples=samples, groups=groups)
-    assert found.samples == samples
+    energies = output_energies(graph_module, calls, samples=samples, groups=groups)
+    assert energies.samples == samples
     expected = 9 * torch.tensor(SIGMAS[::-1]).double().square()
-    torch.testing.assert_close(found.groups["conv"], expected)
+    torch.testing.assert_close(energies.groups["conv"], expected)
 
 
 # What others see of a backward pass

@@ -47,11 +47,11 @@ def test_a_grouped_layer_is_its_groups():
     W, X = _weight(6, 9), _rows(200, 18).view(200, 2, 9)
     uniform, codebook = channel_errors(W, ChannelInputs.of(*_fitted(X, X, center=True), 6))
     for group in range(2):
-        own = slice(3 * group, 3 * group + 3)
+        rows = slice(3 * group, 3 * group + 3)
         inputs = ChannelInputs.of(*_fitted(X[:, group], X[:, group], center=True), 3)
-        alone = channel_errors(W[own], inputs)
-        torch.testing.assert_close(uniform[own], alone[0])
-        torch.testing.assert_close(codebook[own], alone[1])
+        alone = channel_errors(W[rows], inputs)
+        torch.testing.assert_close(uniform[rows], alone[0])
+        torch.testing.assert_close(codebook[rows], alone[1])
 
 
 def test_numbers_that_are_outputs_of_their_own_cost_their_energy():

@@ -52,5 +52,5 @@ def test_every_row_keeps_a_say_and_the_most_important_ones_count_one():
 @pytest.mark.parametrize("energies", [{}, {"layer": torch.zeros(4, dtype=torch.float64)}])
 def test_rows_of_a_layer_without_energy_count_alike(energies):
     weights = RowWeights(groups=GROUPS, energies=energies)
-    found = weights.of_rows("layer", torch.arange(4), torch.arange(8), 8)
-    assert torch.equal(found, torch.ones(8))
+    actual = weights.of_rows("layer", torch.arange(4), torch.arange(8), 8)
+    assert torch.equal(actual, torch.ones(8))

@@ -117,12 +117,12 @@ def test_measured_bits_are_better_than_equal_bits_of_the_same_size(unet):
 
 def test_the_table_depends_on_the_seed_alone(net):
     graph, calls, _ = net
-    first, again, other = (measure_sensitivity(graph, calls, seed=seed) for seed in (0, 0, 1))
+    first, again, reseeded = (measure_sensitivity(graph, calls, seed=seed) for seed in (0, 0, 1))
     for a, b in zip(first.layers, again.layers, strict=True):
         assert torch.equal(a.sensitivity, b.sensitivity)
         assert torch.equal(a.uniform, b.uniform)
         assert torch.equal(a.codebook_gain, b.codebook_gain)
-    assert not torch.equal(first.layers[0].sensitivity, other.layers[0].sensitivity)
+    assert not torch.equal(first.layers[0].sensitivity, reseeded.layers[0].sensitivity)
 
 
 def test_the_table_tells_noise_levels_apart(tmp_path):
@@ -144,8 +144,8 @@ def test_rows_of_a_noise_level_at_which_errors_do_nothing_have_no_say():
     graph = trace(TinyEDM(), calls[0])
     groups = NoiseGroups.of(graph, calls, MPQConfig())
     energies = output_energies(graph, calls, groups=groups)
-    one = torch.tensor([0.0, 0, 0, 0, 1]).double()  # sigma 80 alone
-    only = dataclasses.replace(energies, groups=dict.fromkeys(energies.groups, one))
+    energy = torch.tensor([0.0, 0, 0, 0, 1]).double()  # sigma 80 alone
+    only = dataclasses.replace(energies, groups=dict.fromkeys(energies.groups, energy))
     loud = [
         {**call, "difficulty": call["difficulty"] + 3 * (float(call["sigma"][0]) < 80)}
         for call in calls
@@ -212,10 +212,10 @@ def test_saving_and_loading_gives_the_same_table(net, tmp_path):
 
 def test_a_table_of_another_model_is_refused(net):
     _, calls, table = net
-    other = trace(TinyNet(seed=1), calls[0])
-    assert graph_fingerprint(other) != table.fingerprint
+    stranger = trace(TinyNet(seed=1), calls[0])
+    assert graph_fingerprint(stranger) != table.fingerprint
     with pytest.raises(ArtifactError, match="measured on another model"):
-        table.check(other)
+        table.check(stranger)
 
 
 def test_a_failed_save_leaves_the_old_file_alone(net, tmp_path, monkeypatch):

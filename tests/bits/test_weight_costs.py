@@ -43,16 +43,16 @@ def test_a_cost_is_the_error_of_the_rounded_layer_on_independent_inputs(kind, bi
     layer, shape = LAYERS[kind]
     sizes = torch.logspace(-1, 1, 12)
     energies = torch.linspace(0.1, 2, 8, dtype=torch.float64)
-    found = costs_of(layer, shape, sizes, bits, energies=energies)
+    costs = costs_of(layer, shape, sizes, bits, energies=energies)
     groups = getattr(layer, "groups", 1)
-    for exponent, cost in found.items():
+    for exponent, cost in costs.items():
         largest = ChannelSizes(largest={"": sizes}, mean_square={})
         factor = largest.factor("", exponent) if exponent else torch.ones(12)
         total = 0.0
         for row in range(8):  # by hand: each output channel reads its group's inputs
-            own = slice(row // (8 // groups) * (12 // groups), None)
+            inputs = slice(row // (8 // groups) * (12 // groups), None)
             width = layer.weight.shape[1]
-            f, x = factor[own][:width], sizes[own][:width]
+            f, x = factor[inputs][:width], sizes[inputs][:width]
             kernel = layer.weight[0, 0].numel()
             weight = (layer.weight[row].detach().reshape(width, -1) * f[:, None]).reshape(1, -1)
             energy = (x / f).square().repeat_interleave(kernel)
@@ -78,8 +78,8 @@ def test_expected_widths_meet_the_average_but_for_rounding(layers, mean):
     numbers = torch.tensor([count for _, count in layers]).double()
     widths = expected_widths(costs, numbers, mean)
     assert all(1 <= width <= 8 for width in widths)
-    found = sum(w * int(n) for w, n in zip(widths, numbers, strict=True)) / float(numbers.sum())
-    assert abs(found - mean) <= 0.51
+    average = sum(w * int(n) for w, n in zip(widths, numbers, strict=True)) / float(numbers.sum())
+    assert abs(average - mean) <= 0.51
     dearer = sorted(range(len(layers)), key=lambda i: float(costs[i] / numbers[i]))
     assert [widths[i] for i in dearer] == sorted(widths)
 

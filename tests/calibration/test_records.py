@@ -29,9 +29,9 @@ def _equal(left, right) -> bool:
 
 
 @settings(max_examples=20)
-@given(count=st.integers(0, 14), max_memory=st.integers(1, 600))
-def test_what_went_in_comes_out_in_order_whatever_the_memory_limit(count, max_memory):
-    records, calls = RecordedInputs(max_memory=max_memory), _calls(count)
+@given(count=st.integers(0, 14), memory=st.integers(1, 600))
+def test_what_went_in_comes_out_in_order_whatever_the_memory_limit(count, memory):
+    records, calls = RecordedInputs(memory=memory), _calls(count)
     for call in calls:
         records.append(call)
     assert len(records) == count
@@ -40,7 +40,7 @@ def test_what_went_in_comes_out_in_order_whatever_the_memory_limit(count, max_me
 
 
 def test_beyond_the_limit_calls_move_to_shards_and_memory_stays_bounded(tmp_path):
-    records = RecordedInputs(max_memory=4000, directory=tmp_path)
+    records = RecordedInputs(memory=4000, directory=tmp_path)
     for _ in range(10):
         records.append({"x": torch.zeros(300)})  # 1200 bytes each
     assert len(records.shards) == 2
@@ -51,14 +51,14 @@ def test_beyond_the_limit_calls_move_to_shards_and_memory_stays_bounded(tmp_path
 
 
 def test_two_records_in_one_folder_do_not_write_over_each_other(tmp_path):
-    first, second = (RecordedInputs(max_memory=1, directory=tmp_path) for _ in range(2))
+    first, second = (RecordedInputs(memory=1, directory=tmp_path) for _ in range(2))
     first.append({"x": torch.zeros(3)})
     second.append({"x": torch.ones(3)})
     assert torch.equal(next(iter(first))["x"], torch.zeros(3))
 
 
 def test_a_shard_that_was_changed_meanwhile_is_refused(tmp_path):
-    records = RecordedInputs(max_memory=1, directory=tmp_path)
+    records = RecordedInputs(memory=1, directory=tmp_path)
     records.append({"x": torch.zeros(3)})
     (shard,) = records.shards
     flip(shard, -1)

@@ -19,6 +19,7 @@ from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.model.storage import load, save
 from mpqdm_fx.passes.normalize.drop_dropout import DropDropout
 from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.run_options import RunOptions
 
 
 class Controlled(nn.Module):
@@ -73,11 +74,11 @@ def test_graph_takes_its_inputs_by_name_and_in_the_order_of_the_model(graph):
 def test_copies_and_graphs_behind_passes_take_them_too(graph):
     passed = DropDropout()(graph)
     assert passed.modified
-    for other in (copy.deepcopy(graph), passed.graph_module):
+    for variant in (copy.deepcopy(graph), passed.graph_module):
         with torch.no_grad():
-            assert same_bits(other(**call()), expected())
+            assert same_bits(variant(**call()), expected())
         with pytest.raises(TraceError, match=r"constant 0\.5 and cannot be float 0\.25"):
-            other(**call(scale=0.25))
+            variant(**call(scale=0.25))
 
 
 @pytest.mark.parametrize(
@@ -105,15 +106,15 @@ def test_model_doors_refuse_a_call_that_leaves_out_what_the_model_would_take_oth
 
 def test_an_argument_that_the_example_left_out_may_be_given_its_default(graph):
     assert ("flip", False) in graph.meta["signature"].baked
-    given = {**call(), "scale": 1.0}
-    gm = trace(Controlled().eval(), {name: given[name] for name in ("x", "extra")})
+    values = {**call(), "scale": 1.0}
+    gm = trace(Controlled().eval(), {name: values[name] for name in ("x", "extra")})
     signature = gm.meta["signature"]
     assert signature.defaults == ()
-    signature.normalize((), given)
-    signature.normalize((), {**given, "scale": 1})
-    for other in (0, 0.0, None, False):
+    signature.normalize((), values)
+    signature.normalize((), {**values, "scale": 1})
+    for scale in (0, 0.0, None, False):
         with pytest.raises(TraceError, match=r"'scale' was traced as the constant 1\.0"):
-            signature.normalize((), {**given, "scale": other})
+            signature.normalize((), {**values, "scale": scale})
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,8 @@ def test_constants_are_the_same_if_a_model_may_take_them_so(value, baked, same):
 def test_prepared_model_records_and_quantized_model_takes_the_inputs(tmp_path):
     model, settings = Controlled().eval(), MPQConfig(weight_bits=8, activation_mode="static")
     calls = [call(seed) for seed in range(4)]
-    prepared = prepare(model, settings, calls[0], max_memory=1000, directory=tmp_path / "calls")
+    run = RunOptions(record_memory=1000, record_directory=tmp_path / "calls")
+    prepared = prepare(model, settings, calls[0], run=run)
     torch.testing.assert_close(prepared(**calls[1]), expected(seed=1))
     prepared.record(**calls[2])
     assert prepared.records.shards

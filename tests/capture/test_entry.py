@@ -260,10 +260,10 @@ def test_graphs_take_what_a_model_in_half_precision_takes():
     unet = trace(plain_unet(), {"sample": torch.ones(2, 1, 8, 8), "timestep": 7})
     sample = torch.ones(2, 1, 8, 8)
     with torch.no_grad():
-        single, each = (
+        single, repeated = (
             unet(sample=sample, timestep=t) for t in (torch.tensor(9), torch.full((2,), 9))
         )
-    assert same_bits(single, each)
+    assert same_bits(single, repeated)
 
 
 def test_an_argument_that_is_given_twice_or_by_place_is_taken_as_the_model_does():
@@ -311,6 +311,6 @@ def test_trajectories_of_a_model_in_half_precision_are_those_of_its_float32_copy
         )  # fmt: skip
 
     model = TinyDenoiser().half()
-    found = list(batches(model))
+    trajectories = list(batches(model))
     assert model.conv_in.weight.dtype == torch.float16
-    assert same_bits(found, list(batches(model.float())))
+    assert same_bits(trajectories, list(batches(model.float())))

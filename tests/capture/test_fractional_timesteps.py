@@ -71,8 +71,8 @@ def test_a_model_that_was_calibrated_with_whole_timesteps_draws_with_either_sche
     noise = torch.randn(2, 2, 6, 10, generator=torch.Generator().manual_seed(0))
     for scheduler in (DDIMScheduler(), EulerDiscreteScheduler(timestep_spacing="linspace")):
         drawn = [
-            denoise(each, scheduler, noise, num_inference_steps=7, seed=0)
-            for each in (quantized, loaded)
+            denoise(denoiser, scheduler, noise, num_inference_steps=7, seed=0)
+            for denoiser in (quantized, loaded)
         ]
         assert torch.equal(*drawn)
         assert bool(torch.isfinite(drawn[0]).all())

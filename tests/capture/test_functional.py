@@ -106,9 +106,9 @@ def test_in_place_code_is_traced_to_the_same_bits_and_writes_into_nothing(kind, 
     graph_module = trace(model, {"x": example})
     assert torch.equal(example, randn(2, *shape))
     assert not any(writes_in_place(graph_module, node) for node in graph_module.graph.nodes)
-    other = randn(2, *shape).flip(0)
+    x = randn(2, *shape).flip(0)
     with torch.no_grad():
-        assert same_bits(graph_module(other.clone()), model(other.clone()))
+        assert same_bits(graph_module(x.clone()), model(x.clone()))
 
 
 @pytest.mark.parametrize(("kind", "shape"), IN_PLACE, ids=lambda v: getattr(v, "__name__", ""))
@@ -119,9 +119,9 @@ def test_in_place_code_goes_the_whole_road(kind, shape):
     quantized = quantize(model, settings, data)
     call = data[0]["x"]
     with torch.no_grad():
-        found, expected = quantized(call.clone()), model(call.clone())
-        assert sqnr_db(expected, found) > 20
-        assert sqnr_db(found, lower(quantized, "torch_ao")(call)) > 30
+        actual, expected = quantized(call.clone()), model(call.clone())
+        assert sqnr_db(expected, actual) > 20
+        assert sqnr_db(actual, lower(quantized, "torch_ao")(call)) > 30
 
 
 def test_layers_around_in_place_code_stay_layers_and_do_not_write():

@@ -61,25 +61,25 @@ def test_all_files_together_are_under_8_megabytes():
 
 def test_samples_are_no_copies_of_training_images(unet):
     samples = draw_samples(unet, load_digits_scheduler(), count=40, seed=78)
-    found = measure_memorisation(samples, load_digits_split())
-    assert found.ratio > 0.5
+    distances = measure_memorisation(samples, load_digits_split())
+    assert distances.ratio > 0.5
 
 
 def test_training_images_themselves_would_be_reported_as_copies():
     split = load_digits_split()
-    found = measure_memorisation(split.train_images[:40], split)
-    assert found.samples == pytest.approx(0.0, abs=1e-2)
-    assert found.held_out > 1.0
+    distances = measure_memorisation(split.train_images[:40], split)
+    assert distances.samples == pytest.approx(0.0, abs=1e-2)
+    assert distances.held_out > 1.0
 
 
 def test_samples_are_determined_by_the_seed(unet):
     scheduler = load_digits_scheduler()
-    one, again, other = (
+    first, again, reseeded = (
         draw_samples(unet, scheduler, count=10, seed=seed, num_inference_steps=2)
         for seed in (1, 1, 2)
     )
-    assert torch.equal(one, again)
-    assert not torch.equal(one, other)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, reseeded)
 
 
 def test_balanced_labels_give_each_class_its_turn():

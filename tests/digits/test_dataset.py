@@ -16,11 +16,11 @@ def test_held_out_digits_are_stratified_and_in_no_training_set():
 
 def test_split_is_the_same_at_every_call_whatever_the_global_seed():
     torch.manual_seed(1)
-    one = load_digits_split()
+    first = load_digits_split()
     torch.manual_seed(2)
-    two = load_digits_split()
-    assert torch.equal(one.held_out_indices, two.held_out_indices)
-    assert torch.equal(one.train_images, two.train_images)
+    second = load_digits_split()
+    assert torch.equal(first.held_out_indices, second.held_out_indices)
+    assert torch.equal(first.train_images, second.train_images)
 
 
 def test_images_are_16_by_16_within_minus_one_and_one():

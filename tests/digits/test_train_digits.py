@@ -47,19 +47,19 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path):
     resumed.load_checkpoint()
     assert resumed.recent_losses == first_losses
     assert run_steps(resumed, 3) == last_losses
-    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for expected, actual in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(expected, actual)
     averaged = zip(
         whole.averaged_model().parameters(), resumed.averaged_model().parameters(), strict=True
     )
-    assert all(torch.equal(one, other) for one, other in averaged)
+    assert all(torch.equal(expected, actual) for expected, actual in averaged)
 
 
 def test_another_seed_trains_another_model(tmp_path):
     split = load_digits_split()
-    one = DigitsTrainer(TINY, split, tmp_path)
-    other = DigitsTrainer(dataclasses.replace(TINY, seed=1), split, tmp_path)
-    assert run_steps(one, 1) != run_steps(other, 1)
+    first = DigitsTrainer(TINY, split, tmp_path)
+    second = DigitsTrainer(dataclasses.replace(TINY, seed=1), split, tmp_path)
+    assert run_steps(first, 1) != run_steps(second, 1)
 
 
 def test_evaluation_in_between_does_not_change_training(tmp_path):

@@ -24,7 +24,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from small import plain_unet, tiny_unet
 
-from mpqdm_fx import MPQConfig, export_pipeline
+from mpqdm_fx import MPQConfig, RunOptions, export_pipeline
 from mpqdm_fx.distill import train
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.io.exchange import staged_folder
@@ -40,7 +40,6 @@ _RUN: dict[str, Any] = {
     "trajectories": 2,
     "steps": 2,
     "samples": 1,
-    "resume": True,
     "overwrite": True,
 }
 _EVENTS = frozenset({"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link"})
@@ -61,7 +60,7 @@ def quantize(models: Path, output: Path) -> None:
         MPQConfig(weight_bits=3, refinements=0),
         backend="packed",
         output=output,
-        max_memory=200_000,
+        run=RunOptions(resume=True, activation_memory=200_000),
         **_RUN,
     )
 
@@ -73,6 +72,7 @@ def quantize_program(models: Path, output: Path) -> None:
         MPQConfig(weight_bits=4, allocation="uniform", activation_mode="dynamic", refinements=0),
         backend="xnnpack",
         output=output,
+        run=RunOptions(resume=True),
         external_weights=True,
         compress=True,
         **_RUN,
@@ -101,7 +101,7 @@ def export(models: Path, output: Path) -> None:
         output,
         steps=2,
         trajectories=2,
-        resume=True,
+        run=RunOptions(resume=True),
         overwrite=True,
         samples=1,
         measure=False,

@@ -33,13 +33,13 @@ def rebuilt(graph_module):
 
 def shapes(graph_module):
     """Dtype and shape of every tensor value, None for a size that varies."""
-    found = {}
+    values = {}
     for node in graph_module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             sizes = [size if isinstance(size, int) else None for size in value.shape]
-            found[node.name] = (value.dtype, sizes)
-    return found
+            values[node.name] = (value.dtype, sizes)
+    return values
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +114,9 @@ def called(layer):
 
 @pytest.mark.parametrize(("layer", "name", "value"), CHANGES, ids=lambda v: str(v)[:40])
 def test_every_setting_of_a_layer_tells_two_graphs_apart_by_name(layer, name, value):
-    other = copy.deepcopy(layer)
-    setattr(other, name, value)
-    before, after = called(layer), called(other)
+    changed = copy.deepcopy(layer)
+    setattr(changed, name, value)
+    before, after = called(layer), called(changed)
     assert first_difference(describe(before), describe(before)) is None
     assert f"layer.{name} is" in first_difference(describe(after), describe(before))
     assert graph_fingerprint(after) != graph_fingerprint(before)

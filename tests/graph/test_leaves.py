@@ -110,14 +110,14 @@ ALTERED: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("build", "names", "others"), ALTERED.values(), ids=ALTERED)
-def test_altered_layer_is_no_leaf_and_what_is_provably_stock_in_it_is_called(build, names, others):
+@pytest.mark.parametrize(("build", "names", "rest"), ALTERED.values(), ids=ALTERED)
+def test_altered_layer_is_no_leaf_and_what_is_provably_stock_in_it_is_called(build, names, rest):
     module = build()
     assert not is_stock(module)
     model, x = nn.Sequential(module).eval(), randn(2, 4, 7, 9)
     gm = trace(model, (x,))
     assert calls(gm) == names
-    assert [o for o in operators(gm) if not o.startswith(("aten.view_as", "aten.alias"))] == others
+    assert [o for o in operators(gm) if not o.startswith(("aten.view_as", "aten.alias"))] == rest
     with torch.no_grad():
         assert same_bits(gm(x), model(x))
     for layer in weight_layers(gm).values():

@@ -115,9 +115,9 @@ def test_a_single_number_is_that_of_all_samples():
 )
 def test_levels_are_told_for_each_sample_of_each_call(model, calls, name):
     graph_module = trace(model(), calls(1)[0])
-    found = noise_levels_of(graph_module, calls(), SETTINGS)
-    assert [levels.tolist() for levels in found] == [call[name].tolist() for call in calls()]
-    assert {levels.dtype for levels in found} == {torch.float64}
+    per_call = noise_levels_of(graph_module, calls(), SETTINGS)
+    assert [levels.tolist() for levels in per_call] == [call[name].tolist() for call in calls()]
+    assert {levels.dtype for levels in per_call} == {torch.float64}
 
 
 def test_a_model_that_is_told_nothing_has_no_levels():

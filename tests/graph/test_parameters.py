@@ -106,17 +106,17 @@ def test_empty_tensors_and_those_without_data_are_told_apart() -> None:
 
 def test_parameters_are_found_by_storage_and_counted_once() -> None:
     model = Names()
-    found = {
+    entries = {
         entry.name: entry for entry in model_parameters(model, trace(model, (torch.ones(2, 4),)))
     }
-    assert found["a.weight"].tensor == "a.weight"
-    shares = {name: entry.shares for name, entry in found.items() if entry.shares}
+    assert entries["a.weight"].tensor == "a.weight"
+    shares = {name: entry.shares for name, entry in entries.items() if entry.shares}
     assert shares == {"b.weight": "a.weight", "b.bias": "a.bias"} | dict.fromkeys(
         ("tied.weight", "same.weight"), "a.weight"
     )
-    assert (found["tied.weight"].numel, found["same.weight"].numel) == (0, 16)
-    assert found["dead.weight"].tensor is None
-    assert sum(entry.numel for entry in found.values()) == sum(
+    assert (entries["tied.weight"].numel, entries["same.weight"].numel) == (0, 16)
+    assert entries["dead.weight"].tensor is None
+    assert sum(entry.numel for entry in entries.values()) == sum(
         p.numel() for p in model.parameters()
     )
 

@@ -95,8 +95,8 @@ def test_a_narrower_pair_behind_an_output_is_a_site_of_its_own(graph, mode):
 def test_dynamic_sites_belong_to_the_inputs(graph):
     result = quantize(graph, "dynamic", bits=6)
     sites = quantizer_sites(result)
-    found = [(site.key, site.bits, site.kind) for site in sites.values()]
-    assert found == [
+    keys = [(site.key, site.bits, site.kind) for site in sites.values()]
+    assert keys == [
         (("first", "input"), 6, "dynamic"),
         (("second", "input"), 6, "dynamic"),
         (("to_q", "input"), 6, "dynamic"),
@@ -107,7 +107,7 @@ def test_dynamic_sites_belong_to_the_inputs(graph):
 @pytest.mark.parametrize("mode", ["static", "timestep"])
 def test_a_graph_whose_ranges_are_set_equals_one_that_was_made_with_them(graph, mode):
     result = quantize(graph, mode, bits=6)
-    want = {}
+    expected = {}
     for index, site in enumerate(quantizer_sites(result).values()):
         scales = [(1 + index + g) / 100 for g in range(3 if mode == "timestep" else 1)]
         ranges = [ActivationRange(scale=s, zero_point=index, bits=site.bits) for s in scales]
@@ -115,26 +115,26 @@ def test_a_graph_whose_ranges_are_set_equals_one_that_was_made_with_them(graph, 
             set_pair(site.node, ranges[0].scale, ranges[0].zero_point)
         else:
             set_groups(result, site.node, ranges)
-        want[site.key] = scales
+        expected[site.key] = scales
     result.recompile()
-    found = read_activations(result)
-    assert found.keys() == set(NAMES)
-    for (name, side), scales in want.items():
-        activation = found[name]
+    activations = read_activations(result)
+    assert activations.keys() == set(NAMES)
+    for (name, side), scales in expected.items():
+        activation = activations[name]
         groups = activation.groups if isinstance(activation, TimestepActivation) else (activation,)
-        got = [getattr(group, side).scale for group in groups]
-        assert got == torch.tensor(scales).tolist()
-    made = QuantizeActivations(ranges=found, noise_levels=LEVELS)(graph).graph_module
-    assert torch.equal(made(**INPUTS), result(**INPUTS))
+        actual = [getattr(group, side).scale for group in groups]
+        assert actual == torch.tensor(scales).tolist()
+    again = QuantizeActivations(ranges=activations, noise_levels=LEVELS)(graph).graph_module
+    assert torch.equal(again(**INPUTS), result(**INPUTS))
 
 
 def test_setting_groups_leaves_other_copies_of_the_graph_alone(graph):
     result = quantize(graph, "timestep")
-    other = copy_graph_module(result)
-    before = other(**INPUTS)
+    twin = copy_graph_module(result)
+    before = twin(**INPUTS)
     for site in quantizer_sites(result).values():
         set_groups(result, site.node, [ActivationRange(scale=0.5, zero_point=3)] * 3)
-    assert torch.equal(other(**INPUTS), before)
+    assert torch.equal(twin(**INPUTS), before)
     assert not torch.equal(result(**INPUTS), before)
 
 
@@ -142,15 +142,15 @@ def test_impossible_settings_are_refused(graph):
     static, grouped = quantize(graph, "static"), quantize(graph, "timestep")
     pair = next(iter(quantizer_sites(static)))
     call = next(iter(quantizer_sites(grouped)))
-    one = ActivationRange(scale=0.1, zero_point=0)
+    wide = ActivationRange(scale=0.1, zero_point=0)
     with pytest.raises(ConfigError, match="zero_point=200"):
         set_pair(pair, 0.1, 200)
     with pytest.raises(DialectError, match="no quantize node"):
         set_pair(call, 0.1, 0)
     with pytest.raises(DialectError, match="no quantizer by noise level"):
-        set_groups(static, pair, [one] * 3)
+        set_groups(static, pair, [wide] * 3)
     with pytest.raises(DialectError, match="3 groups of 8 bits"):
-        set_groups(grouped, call, [one] * 2)
+        set_groups(grouped, call, [wide] * 2)
     narrow = ActivationRange(scale=0.1, zero_point=0, bits=4)
     with pytest.raises(DialectError, match=r"\[4\] bits"):
         set_groups(grouped, call, [narrow] * 3)
@@ -165,12 +165,12 @@ def test_a_float_graph_has_no_sites_and_no_activations(graph):
 def test_an_unused_range_is_read_back_as_the_one_in_use(graph):
     ranges = {}
     for index, name in enumerate(NAMES):
-        one = ActivationRange(scale=2.0**-index, zero_point=index)
-        ranges[name] = StaticActivation(input=one, output=one)
-    found = read_activations(QuantizeActivations(ranges=ranges)(graph).graph_module)
-    assert found["to_k"].input == ranges["to_q"].input
-    assert found["to_k"].output == ranges["to_k"].output
-    assert found["second"].input == ranges["first"].output
+        grid = ActivationRange(scale=2.0**-index, zero_point=index)
+        ranges[name] = StaticActivation(input=grid, output=grid)
+    activations = read_activations(QuantizeActivations(ranges=ranges)(graph).graph_module)
+    assert activations["to_k"].input == ranges["to_q"].input
+    assert activations["to_k"].output == ranges["to_k"].output
+    assert activations["second"].input == ranges["first"].output
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,9 @@ def test_a_quantizer_gives_its_ranges_back():
 def test_groups_are_those_of_the_noise_levels(boundaries, timesteps):
     levels = NoiseLevels(boundaries=tuple(boundaries))
     module = NoiseLevelGroups(levels.boundaries)
-    told = torch.tensor(timesteps)
-    assert torch.equal(module(told), levels.group_of(told))
-    assert torch.equal(module(told[0]), levels.group_of(told[:1])), "a 0-d timestep"
+    steps = torch.tensor(timesteps)
+    assert torch.equal(module(steps), levels.group_of(steps))
+    assert torch.equal(module(steps[0]), levels.group_of(steps[:1])), "a 0-d timestep"
 
 
 @given(st.integers(0, 2**16), st.integers(1, 8), st.integers(1, 3))
@@ -151,12 +151,12 @@ def test_an_inserted_pair_has_the_values_that_running_it_would_give(dtype, chann
     (source,) = graph_module.graph.find_nodes(op="placeholder")
     restored = insert_pair(graph_module, source, (0.05, 3, -128, 127, torch.int8))
     for node in (restored.args[0], restored):
-        found = node.meta["val"]
+        actual = node.meta["val"]
         infer_val(graph_module, node)
-        want = node.meta["val"]
-        assert found.dtype == want.dtype
-        assert found.shape == want.shape
-        assert found.stride() == want.stride()
+        expected = node.meta["val"]
+        assert actual.dtype == expected.dtype
+        assert actual.shape == expected.shape
+        assert actual.stride() == expected.stride()
 
 
 @given(
@@ -183,14 +183,14 @@ def test_quick_forms_have_the_bits_of_the_ops(
     ops, before = qdq_ops(), x.clone()
     quantize, dequantize = ops.quantize_per_tensor.default, ops.dequantize_per_tensor.default
     codes = quantize(x, *parameters)
-    found = quick_form(quantize)(x, *parameters)
-    assert torch.equal(found, codes)
-    assert found.stride() == codes.stride()
+    quick = quick_form(quantize)(x, *parameters)
+    assert torch.equal(quick, codes)
+    assert quick.stride() == codes.stride()
     assert same_bits(x, before)
     for kwargs in ({}, {"out_dtype": dtype}):
-        want = dequantize(codes, *parameters, **kwargs)
-        got = quick_form(dequantize)(codes, *parameters, **kwargs)
-        assert got.dtype == want.dtype
-        assert got.stride() == want.stride()
-        assert same_bits(got, want)
+        expected = dequantize(codes, *parameters, **kwargs)
+        actual = quick_form(dequantize)(codes, *parameters, **kwargs)
+        assert actual.dtype == expected.dtype
+        assert actual.stride() == expected.stride()
+        assert same_bits(actual, expected)
     assert quick_form(torch.ops.aten.relu.default) is None

@@ -130,18 +130,18 @@ def test_weight_rows_share_storage_and_carry_no_gradient():
 
 @given(case=graphs())
 def test_layers_are_found_in_graph_order_with_all_their_calls(case):
-    found = weight_layers(case.graph_module)
+    layers = weight_layers(case.graph_module)
     nodes = list(case.graph_module.graph.nodes)
-    first_calls = [nodes.index(layer.nodes[0]) for layer in found.values()]
+    first_calls = [nodes.index(layer.nodes[0]) for layer in layers.values()]
     assert first_calls == sorted(first_calls)
     calls = [
         n for n in nodes if called_module(case.graph_module, n, nn.Conv2d, nn.Linear) is not None
     ]
-    assert sorted(n.name for la in found.values() for n in la.nodes) == sorted(
+    assert sorted(n.name for la in layers.values() for n in la.nodes) == sorted(
         n.name for n in calls
     )
     assert all(
-        layer.module is case.graph_module.get_submodule(name) for name, layer in found.items()
+        layer.module is case.graph_module.get_submodule(name) for name, layer in layers.items()
     )
 
 

@@ -36,7 +36,8 @@ def test_an_override_that_only_the_graph_knows_or_nobody_does():
 def test_stored_sensitivities_are_taken_for_another_budget_and_for_no_other_model(tmp_path):
     stored = tmp_path / "sensitivities"
     settings = {"refinements": 0, "propagation": 0.0}
-    mpqdm_fx.quantize(tiny_unet(), MPQConfig(**settings), unet_calls(2), sensitivity=stored)
+    run = mpqdm_fx.RunOptions(sensitivity=stored)
+    mpqdm_fx.quantize(tiny_unet(), MPQConfig(**settings), unet_calls(2), run=run)
     other = MPQConfig(weight_bits=3, **settings)
     check_feasible(tiny_unet(), unet_calls(1)[0], other, sensitivity=stored)
     with pytest.raises(ArtifactError, match="measured on another model"):

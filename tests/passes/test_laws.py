@@ -32,10 +32,12 @@ def test_every_pass_can_be_imported_from_the_folder():
 
 
 def test_every_file_of_a_folder_of_passes_holds_exactly_one_pass():
-    found = [path for folder in laws.FOLDERS for path in Path(folder.__path__[0]).rglob("[!_]*.py")]
-    files = sorted(path.stem for path in found)
-    others = ["base", "pipelines", "registry"]
-    assert files == sorted([*others, *(cls.__module__.rpartition(".")[2] for cls in PASSES)])
+    paths = [path for folder in laws.FOLDERS for path in Path(folder.__path__[0]).rglob("[!_]*.py")]
+    files = sorted(path.stem for path in paths)
+    infrastructure = ["base", "pipelines", "registry"]
+    assert files == sorted(
+        [*infrastructure, *(cls.__module__.rpartition(".")[2] for cls in PASSES)]
+    )
 
 
 @pytest.mark.parametrize("pass_class", PASSES, ids=_ids)

@@ -213,8 +213,8 @@ def test_switching_a_shared_module_to_train_mode_is_an_error(case):
 
 def test_fingerprints_of_one_graph_are_equal_and_of_two_are_not(case):
     assert fingerprint(case.graph_module) == fingerprint(case.graph_module)
-    other = build_graph(dataclasses.replace(case.spec, seed=1)).graph_module
-    assert fingerprint(case.graph_module) != fingerprint(other)
+    reseeded = build_graph(dataclasses.replace(case.spec, seed=1)).graph_module
+    assert fingerprint(case.graph_module) != fingerprint(reseeded)
 
 
 # --- torch.fx's own machinery

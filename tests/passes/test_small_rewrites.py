@@ -30,8 +30,8 @@ def test_parts_are_slices(size, parts, axis, split, taken):
     shape = [2, 3, 3]
     shape[axis] = size
     x = draw(*shape).float()
-    found = len(x.split(parts, axis) if split else x.chunk(parts, axis))
-    index = taken % found
+    count = len(x.split(parts, axis) if split else x.chunk(parts, axis))
+    index = taken % count
 
     def function(m, x):
         cut = x.split(parts, dim=axis) if split else x.chunk(parts, dim=axis)

@@ -25,9 +25,9 @@ def bits(tensor):
 def changed(graph_pass, graph, x):
     """The rewritten graph, which gives the same bits; None if the pass left it alone."""
     result = graph_pass(graph)
-    found, expected = outputs(result.graph_module, x), outputs(graph, x)
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    assert bits(found) == bits(expected)
+    actual, expected = outputs(result.graph_module, x), outputs(graph, x)
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    assert bits(actual) == bits(expected)
     return result.graph_module if result.modified else None
 
 

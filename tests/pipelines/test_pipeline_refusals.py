@@ -10,7 +10,7 @@ from eager_programs import eager_export
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from mpqdm_fx import ArtifactError, ConfigError, MPQConfig, export_pipeline
+from mpqdm_fx import ArtifactError, ConfigError, MPQConfig, RunOptions, export_pipeline
 from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import MPQError
 from mpqdm_fx.pipelines.adapters import adapter_layers, refuse_adapters
@@ -156,9 +156,13 @@ def test_image_adapters_and_attention_masks_are_refused(pipeline, tmp_path):
         ({"sizes": [(16, 16), (16, 16)]}, "each size once"),
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": "a cat"}, "sequence"),
+        (
+            {"run": RunOptions(directory="a")},
+            "directory='a': .*leave `directory` out",
+        ),
     ],
 )
-def test_sizes_and_prompts_are_checked(pipeline, tmp_path, options, message):
+def test_sizes_prompts_and_the_run_are_checked(pipeline, tmp_path, options, message):
     refused(ConfigError, message, pipeline, tmp_path / "o", **options)
 
 

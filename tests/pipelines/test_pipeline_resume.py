@@ -7,11 +7,12 @@ import pytest
 import tiny_pipelines
 from eager_programs import UNMEASURED, eager_writer
 
-from mpqdm_fx import ArtifactError, ConfigError, export_pipeline
+from mpqdm_fx import ArtifactError, ConfigError, RunOptions, export_pipeline
 
 SIZES = [(16, 16), (24, 16)]
 TIMED = {"summary.json", "report.json", "report.html"}
 OPTIONS = {"sizes": SIZES, "steps": 2, "trajectories": 4, "prompts": ["a cat", "a dog"]}
+RESUMING = RunOptions(resume=True)
 
 
 class Killed(BaseException):
@@ -75,7 +76,7 @@ def test_finished_programs_are_not_made_again(pipeline, tmp_path, monkeypatch, d
     output = tmp_path / "out"
     assert export(pipeline, output, monkeypatch, dies_at=dies_at) == before
     assert not output.exists()
-    rest = export(pipeline, output, monkeypatch, resume=True)
+    rest = export(pipeline, output, monkeypatch, run=RESUMING)
     assert before + rest == ["text_encoder.pte", "denoiser.pte", "vae_decoder.pte"]
     assert not output.with_name("out.checkpoint").exists()
     export(pipeline, tmp_path / "whole", monkeypatch)
@@ -88,7 +89,7 @@ def test_a_quantized_run_goes_on_with_its_solved_layers(pipeline, tmp_path, monk
     solved = output.with_name("out.checkpoint") / "denoiser"
     times = {path.name: path.stat().st_mtime_ns for path in solved.glob("layer-*")}
     assert times
-    again = {"config": config, "resume": True}
+    again = {"config": config, "run": RESUMING}
     export(pipeline, output, monkeypatch, dies_at="vae_decoder.pte", **again)
     assert times == {path.name: path.stat().st_mtime_ns for path in solved.glob("layer-*")}
     export(pipeline, output, monkeypatch, **again)
@@ -107,17 +108,17 @@ def test_an_unfinished_run_is_neither_forgotten_nor_mixed_with_another(
     with pytest.raises(ConfigError, match="was not finished; resume it"):
         export(pipeline, output, monkeypatch)
     with pytest.raises(ConfigError, match="with other settings: numbers was"):
-        export(pipeline, output, monkeypatch, resume=True, steps=3)
+        export(pipeline, output, monkeypatch, run=RESUMING, steps=3)
     pipeline.unet.conv_in.weight.data += 1
     with pytest.raises(ConfigError, match=r"with other settings: models\.denoiser was"):
-        export(pipeline, output, monkeypatch, resume=True)
+        export(pipeline, output, monkeypatch, run=RESUMING)
     header = output.with_name("out.checkpoint") / "export.json"
     header.write_text("{")
     with pytest.raises(ArtifactError, match="damaged"):
-        export(pipeline, output, monkeypatch, resume=True)
+        export(pipeline, output, monkeypatch, run=RESUMING)
     header.unlink()
     with pytest.raises(ArtifactError, match="in the way"):
-        export(pipeline, output, monkeypatch, resume=True)
+        export(pipeline, output, monkeypatch, run=RESUMING)
 
 
 def test_an_older_export_is_replaced_whole(pipeline, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from records import flip
 from small import plain_unet
-from test_pipeline_resume import export, manifest
+from test_pipeline_resume import RESUMING, export, manifest
 from typer.testing import CliRunner
 
 import mpqdm_fx.pipelines.export as export_module
@@ -33,8 +33,9 @@ def test_a_resumed_export_may_compress_what_was_finished(pipeline, tmp_path, mon
     output = tmp_path / "out"
     export(pipeline, output, monkeypatch, dies_at="vae_decoder.pte")
     with pytest.raises(ConfigError, match=r"program form was .* is "):
-        export(pipeline, output, monkeypatch, resume=True, external_weights=True)
-    assert export(pipeline, output, monkeypatch, resume=True, compress=True) == ["vae_decoder.pte"]
+        export(pipeline, output, monkeypatch, run=RESUMING, external_weights=True)
+    written = export(pipeline, output, monkeypatch, run=RESUMING, compress=True)
+    assert written == ["vae_decoder.pte"]
     files = {"text_encoder.pte.xz", "denoiser.pte.xz", "vae_decoder.pte.xz"}
     assert {path.name for path in output.iterdir() if ".pte" in path.name} == files
     assert {entry["file"] for entry in manifest(output)["methods"]} == files

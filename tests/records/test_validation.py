@@ -200,8 +200,8 @@ def test_a_wrong_call_is_still_pythons_own_error():
 
 
 def test_settings_of_a_verb_are_refused_before_anything_else_is_looked_at():
-    with pytest.raises(ConfigError, match=r"max_memory=1.5 \(float\)"):
-        mpqdm_fx.quantize(None, None, None, max_memory=1.5)
+    with pytest.raises(ConfigError, match=r"run=\{\} \(dict\): give a RunOptions"):
+        mpqdm_fx.quantize(torch.nn.Linear(1, 1), MPQConfig(), [], run={})
     with pytest.raises(ConfigError, match=r"model='digits' \(str\): give a Module"):
         mpqdm_fx.quantize("digits", MPQConfig(), [])
     with pytest.raises(ConfigError, match=r"config=\{\} \(dict\): give a MPQConfig"):

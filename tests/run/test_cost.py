@@ -65,12 +65,12 @@ def test_multiply_adds_of_a_unet_are_those_that_torch_counts(make, calls):
 def test_every_node_costs_something_and_more_at_a_larger_batch():
     (inputs,) = unet_calls(calls=1)
     graph_module = trace(tiny_unet(), inputs)
-    one = dict.fromkeys(bind_sizes(graph_module, inputs), 1)
-    eight = dict.fromkeys(one, 8)
+    single = dict.fromkeys(bind_sizes(graph_module, inputs), 1)
+    eight = dict.fromkeys(single, 8)
     for node in graph_module.graph.nodes:
-        assert 1 <= node_cost(graph_module, node, one) <= node_cost(graph_module, node, eight)
+        assert 1 <= node_cost(graph_module, node, single) <= node_cost(graph_module, node, eight)
     conv = next(n for n in graph_module.graph.nodes if n.target == "conv_in")
-    assert node_cost(graph_module, conv, eight) == 8 * node_cost(graph_module, conv, one)
+    assert node_cost(graph_module, conv, eight) == 8 * node_cost(graph_module, conv, single)
 
 
 def test_bytes_of_a_value_are_those_of_the_tensor():

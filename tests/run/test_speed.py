@@ -19,9 +19,12 @@ def timed(layer, shape, exponent=0.0):
     call = {"input": torch.randn(shape)}
     graph_module = trace(nn.Sequential(layer), call)
     sizes = bind_sizes(graph_module, call)
-    (found,) = weight_layers(graph_module).values()
+    (weight_layer,) = weight_layers(graph_module).values()
     options = {kind: InputOption(kind=kind, exponent=exponent) for kind in KINDS}
-    return {kind: layer_time(graph_module, found, own, sizes) for kind, own in options.items()}
+    return {
+        kind: layer_time(graph_module, weight_layer, option, sizes)
+        for kind, option in options.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -68,9 +71,9 @@ def test_channels_that_are_scaled_cost_a_product_of_each_number_read():
 def test_weights_are_bytes_for_integer_kernels_and_floats_for_float_ones():
     graph_module = trace(TinyNet(), net_calls()[0])
     for layer in weight_layers(graph_module).values():
-        float_bytes, *others = (weight_bytes(layer, option) for option in OPTIONS.values())
+        float_bytes, *int_bytes = (weight_bytes(layer, option) for option in OPTIONS.values())
         assert float_bytes == layer.weight.numel() * 4
-        assert others == [layer.weight.numel()] * 2
+        assert int_bytes == [layer.weight.numel()] * 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,21 +82,21 @@ def test_a_layer_that_is_called_twice_takes_twice_as_long(kind):
     call = {"x": torch.randn(3, 16)}
     graph_module = trace(Twice(nn.Linear(16, 16)), call)
     (layer,) = weight_layers(graph_module).values()
-    found = layer_time(graph_module, layer, OPTIONS[kind], bind_sizes(graph_module, call))
-    assert found == pytest.approx(2 * once)
+    twice = layer_time(graph_module, layer, OPTIONS[kind], bind_sizes(graph_module, call))
+    assert twice == pytest.approx(2 * once)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_times_grow_with_the_batch_but_for_the_weights(kind):
     graph_module = trace(TinyNet(), net_calls()[0])
     layer = weight_layers(graph_module)["body"]
-    one, two, four = (
+    single, two, four = (
         layer_time(
             graph_module, layer, OPTIONS[kind], bind_sizes(graph_module, net_calls(batch=batch)[0])
         )
         for batch in (1, 2, 4)
     )
-    assert 0 < two - one == pytest.approx((four - two) / 2)
+    assert 0 < two - single == pytest.approx((four - two) / 2)
 
 
 class Others(nn.Module):
@@ -125,7 +128,7 @@ def others(**parts):
 def test_views_are_free_and_products_and_elements_are_not():
     assert others()[0] == 0
     assert others(views=True)[0] == 0
-    (product, counted), (_, own) = others(product=True), others()
-    assert product == counted - own > 0
+    (product, counted), (_, plain) = others(product=True), others()
+    assert product == counted - plain > 0
     once, twice = others(steps=1)[0], others(steps=2)[0]
     assert twice == 2 * once > 2 * 16 * 8

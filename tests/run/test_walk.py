@@ -119,7 +119,7 @@ def test_values_are_those_of_the_interpreter_at_every_node():
     walk = Walk(lanes, calls)
     for node in walk:
         for source in node.all_input_nodes:
-            assert same_bits(list(walk.values(source)), [each[source] for each in expected])
+            assert same_bits(list(walk.values(source)), [values[source] for values in expected])
 
 
 def _record(graph_module, inputs):
@@ -341,32 +341,32 @@ def test_parameters_and_gradients_are_left_alone():
 def test_progress_is_the_cost_of_what_is_executed():
     graph, _, calls = traced("net")
     mix = next(node for node in graph.graph.nodes if node.target == "mix")
-    told = Told()
-    with reporting(told):
+    reports = Told()
+    with reporting(reports):
         walk = Walk(graph, calls, progress="sweep", before={mix: 12_345})
     for node in walk:
         if node.target == "body":
-            assert not told.closed_names
-            before = len(told.amounts)
+            assert not reports.closed_names
+            before = len(reports.amounts)
         if node.target == "mix":
             # 16 channels of 3x3x12 at 60 pixels, for two samples; the last call has one
-            each = 16 * 108 * 60
-            assert each * 2 in told.amounts[before:]
-            assert each in told.amounts[before:]
-            assert told.amounts.count(12_345) == 0
-    assert told.amounts.count(12_345) == 1  # the caller's work on that node
-    (stage,) = told.stages
-    assert sum(told.amounts) == stage.done == stage.total
-    assert told.closed_names == ["sweep"]
+            sample_cost = 16 * 108 * 60
+            assert sample_cost * 2 in reports.amounts[before:]
+            assert sample_cost in reports.amounts[before:]
+            assert reports.amounts.count(12_345) == 0
+    assert reports.amounts.count(12_345) == 1  # the caller's work on that node
+    (stage,) = reports.stages
+    assert sum(reports.amounts) == stage.done == stage.total
+    assert reports.closed_names == ["sweep"]
 
 
 def test_a_walk_without_a_name_tells_nothing():
     graph, _, calls = traced("net")
-    told = Told()
-    with reporting(told):
+    reports = Told()
+    with reporting(reports):
         for _ in Walk(graph, calls):
             pass
-    assert not told.stages
+    assert not reports.stages
 
 
 def test_a_device_is_where_values_and_constants_are():

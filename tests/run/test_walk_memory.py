@@ -149,9 +149,9 @@ class Layouts(nn.Module):
     def forward(self, x):
         h = self.linear(x).transpose(1, 2)
         left, right = h.transpose(1, 2).chunk(2, dim=-1)
-        one = x.mean(dim=-1, keepdim=True).expand(x.shape[0], x.shape[1], 4)
+        mean = x.mean(dim=-1, keepdim=True).expand(x.shape[0], x.shape[1], 4)
         late = self.last(left) * 2.0
-        return late, self.last(right) + late, (one * right).sum(-1), h, x > 0
+        return late, self.last(right) + late, (mean * right).sum(-1), h, x > 0
 
 
 def test_layout_in_memory_survives_the_disk():

@@ -72,9 +72,9 @@ def test_values_of_one_prompt_serve_every_step(text_unet):
     values = methods["encode_prompt"](encoder_hidden_states=prompt)
     for call in (first, {**second, "encoder_hidden_states": prompt}):
         call.pop("encoder_hidden_states", None)
-        (found,) = methods["denoise"](**call, **values)
-        (want,) = text_unet(**call, encoder_hidden_states=prompt)
-        assert torch.equal(found, want)
+        (actual,) = methods["denoise"](**call, **values)
+        (expected,) = text_unet(**call, encoder_hidden_states=prompt)
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -104,11 +104,11 @@ def test_groups_have_a_method_each(sdxl_unet):
 
 
 def test_class_labels_are_embedded_in_a_method_of_their_own():
-    inputs, other = unet_calls(2)
+    inputs, call = unet_calls(2)
     whole = trace(tiny_unet(), inputs)
     methods = split_methods(whole, {"encode_class": ["class_labels"]})
     assert targets(methods["encode_class"]) == ["class_embedding"]
-    assert_same_bits(whole, methods, other)
+    assert_same_bits(whole, methods, call)
 
 
 def test_whole_time_branch_leaves_a_unet_without_other_conditions(text_unet):

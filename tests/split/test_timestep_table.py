@@ -75,9 +75,9 @@ def test_samples_may_be_at_different_steps(text_unet):
     table = tabulate_timesteps(text_unet, SCHEDULE)
     (inputs,) = condition_calls(1)
     steps = torch.tensor([3, 1])
-    (want,) = text_unet(**{**inputs, "timestep": torch.tensor(SCHEDULE)[steps]})
-    (found,) = table(**{**inputs, "timestep": steps})
-    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    (expected,) = text_unet(**{**inputs, "timestep": torch.tensor(SCHEDULE)[steps]})
+    (actual,) = table(**{**inputs, "timestep": steps})
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_whole_time_branch_of_a_text_unet_is_gone(text_unet):

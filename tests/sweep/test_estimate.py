@@ -6,6 +6,7 @@ from small import TinyNet, net_calls, tiny_unet, unet_calls
 from sweeps import recorded, settings_of, traced
 
 from mpqdm_fx.errors import CalibrationError
+from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.sweep.estimate import estimate
 from mpqdm_fx.sweep.finish import finish
 from mpqdm_fx.sweep.quantize import start_sweep
@@ -30,9 +31,9 @@ def test_the_smallest_limit_is_the_one_that_the_sweep_names(net):
     graph, calls = net
     settings = settings_of()
     limit = estimate(graph, calls, settings).smallest_limit
-    start_sweep(graph, recorded(calls), settings, max_memory=limit)
+    start_sweep(graph, recorded(calls), settings, run=RunOptions(activation_memory=limit))
     with pytest.raises(CalibrationError, match=f"smallest limit that can is {limit} bytes"):
-        start_sweep(graph, recorded(calls), settings, max_memory=limit - 1)
+        start_sweep(graph, recorded(calls), settings, run=RunOptions(activation_memory=limit - 1))
 
 
 def test_a_limit_moves_bytes_from_memory_to_disk(net):

@@ -9,6 +9,7 @@ from mpqdm_fx.bits.sensitivity import measure_sensitivity
 from mpqdm_fx.bits.sensitivity_table import SensitivityTable
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.records.plan import BitPlan
+from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.sweep import preparation
 from mpqdm_fx.sweep.measured import solve_budget
 from mpqdm_fx.sweep.quantize import start_sweep
@@ -80,7 +81,7 @@ def test_the_table_is_written_once_and_read_for_another_budget(net, tmp_path, mo
     graph, calls = net
     path = tmp_path / "table.safetensors"
     config = settings_of(allocation="measured", effective_bits=3.0)
-    start_sweep(graph, recorded(calls), config, sensitivity=path)
+    start_sweep(graph, recorded(calls), config, run=RunOptions(sensitivity=path))
     assert path.exists()
 
     def refuse(*args, **options):
@@ -88,14 +89,15 @@ def test_the_table_is_written_once_and_read_for_another_budget(net, tmp_path, mo
 
     monkeypatch.setattr("mpqdm_fx.sweep.measured.measure_sensitivity", refuse)
     other = settings_of(allocation="measured", effective_bits=4.0)
-    start_sweep(graph, recorded(calls), other, sensitivity=path)
+    start_sweep(graph, recorded(calls), other, run=RunOptions(sensitivity=path))
 
 
 def test_a_table_of_another_model_is_refused(net, table, tmp_path):
     path = table.save(tmp_path / "table.safetensors")
     graph, calls = traced(TinyNet(seed=1), net_calls())
+    settings, run = settings_of(allocation="measured"), RunOptions(sensitivity=path)
     with pytest.raises(ArtifactError, match="another model"):
-        start_sweep(graph, recorded(calls), settings_of(allocation="measured"), sensitivity=path)
+        start_sweep(graph, recorded(calls), settings, run=run)
 
 
 @pytest.mark.parametrize("levels", ["uniform", "codebook", "int4"])
@@ -103,7 +105,7 @@ def test_fitted_levels_are_measured_only_where_the_settings_can_use_them(net, tm
     graph, calls = net
     path = tmp_path / "table.safetensors"
     settings = settings_of(allocation="measured", effective_bits=4.0, levels=levels)
-    start_sweep(graph, recorded(calls), settings, sensitivity=path)
+    start_sweep(graph, recorded(calls), settings, run=RunOptions(sensitivity=path))
     found = SensitivityTable.load(path)
     assert all((layer.codebook is not None) == (levels == "codebook") for layer in found.layers)
 
@@ -136,7 +138,7 @@ def test_another_budget_finds_what_was_measured_of_the_same_inputs(
             allocation="measured", activation_mode=mode, slowdown=1.5, effective_bits=bits,
             **settings,
         )  # fmt: skip
-        return start_sweep(graph, kept, config, sensitivity=path).prepared
+        return start_sweep(graph, kept, config, run=RunOptions(sensitivity=path)).prepared
 
     prepared(3.0, records)
     shared = prepared(4.0, records)

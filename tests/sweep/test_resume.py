@@ -11,6 +11,7 @@ from sweeps import recorded, settings_of, traced
 from mpqdm_fx.bits.sensitivity_table import SensitivityTable
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.sweep.finish import finish
 from mpqdm_fx.sweep.quantize import start_sweep
 
@@ -36,13 +37,15 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(unet, tmp_path, allocati
     graph, calls = unet
     settings = settings_of(allocation=allocation)
     whole = finish(start_sweep(graph, recorded(calls), settings))
-    sweep = start_sweep(graph, recorded(calls), settings, directory=tmp_path)
+    sweep = start_sweep(graph, recorded(calls), settings, run=RunOptions(directory=tmp_path))
     for _ in sweep:
         if len(sweep.solutions) == 9:
             break
     sweep.walk.close()  # what a kill leaves: nine layers' files
     assert len(list(tmp_path.glob("layer-*.safetensors"))) == 9
-    again = start_sweep(graph, recorded(calls), settings, directory=tmp_path, resume=True)
+    again = start_sweep(
+        graph, recorded(calls), settings, run=RunOptions(directory=tmp_path, resume=True)
+    )
     solved = []
     original = again._solve_with
     again._solve_with = lambda layer, data: solved.append(layer.name) or original(layer, data)
@@ -54,24 +57,21 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(unet, tmp_path, allocati
 
 def test_resuming_with_other_settings_is_refused_and_the_difference_is_named(unet, tmp_path):
     graph, calls = unet
-    start_sweep(graph, recorded(calls), settings_of(weight_bits=4), directory=tmp_path)
+    run = RunOptions(directory=tmp_path)
+    start_sweep(graph, recorded(calls), settings_of(weight_bits=4), run=run)
+    run = RunOptions(directory=tmp_path, resume=True)
     with pytest.raises(ConfigError, match=r"settings\.weight_bits was 4, is 3"):
-        start_sweep(
-            graph, recorded(calls), settings_of(weight_bits=3), directory=tmp_path, resume=True
-        )
+        start_sweep(graph, recorded(calls), settings_of(weight_bits=3), run=run)
     with pytest.raises(ConfigError, match="calibration was"):
-        start_sweep(
-            graph, recorded(calls[:2]), settings_of(weight_bits=4), directory=tmp_path, resume=True
-        )
+        start_sweep(graph, recorded(calls[:2]), settings_of(weight_bits=4), run=run)
 
 
 def test_resuming_with_other_sensitivities_is_refused_before_the_budget_is_missed(unet, tmp_path):
     graph, calls = unet
     settings = settings_of(allocation="measured", effective_bits=4.5)
     path = tmp_path / "table.safetensors"
-    sweep = start_sweep(
-        graph, recorded(calls), settings, directory=tmp_path / "run", sensitivity=path
-    )
+    run = RunOptions(directory=tmp_path / "run", sensitivity=path)
+    sweep = start_sweep(graph, recorded(calls), settings, run=run)
     for _ in sweep:
         if len(sweep.solutions) == 9:
             break
@@ -85,9 +85,8 @@ def test_resuming_with_other_sensitivities_is_refused_before_the_budget_is_misse
         ),
     )
     other = skewed.save(tmp_path / "other.safetensors")
-    again = start_sweep(
-        graph, recorded(calls), settings, directory=tmp_path / "run", resume=True, sensitivity=other
-    )
+    run = RunOptions(directory=tmp_path / "run", resume=True, sensitivity=other)
+    again = start_sweep(graph, recorded(calls), settings, run=run)
     with pytest.raises(ConfigError, match="give the sensitivity file of the run that was killed"):
         finish(again)
 
@@ -100,17 +99,17 @@ def test_large_seeds_are_taken(seed):
 
 def test_an_unfinished_run_is_not_overwritten(unet, tmp_path):
     graph, calls = unet
-    sweep = start_sweep(graph, recorded(calls), settings_of(), directory=tmp_path)
+    sweep = start_sweep(graph, recorded(calls), settings_of(), run=RunOptions(directory=tmp_path))
     while not sweep.solutions:
         next(sweep)
     with pytest.raises(ConfigError, match="not finished; resume it, or delete it"):
-        start_sweep(graph, recorded(calls), settings_of(), directory=tmp_path)
+        start_sweep(graph, recorded(calls), settings_of(), run=RunOptions(directory=tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["layer", "header"])
 def test_damaged_files_are_refused_by_name(unet, tmp_path, damage):
     graph, calls = unet
-    sweep = start_sweep(graph, recorded(calls), settings_of(), directory=tmp_path)
+    sweep = start_sweep(graph, recorded(calls), settings_of(), run=RunOptions(directory=tmp_path))
     while not sweep.solutions:
         next(sweep)
     if damage == "layer":
@@ -121,8 +120,8 @@ def test_damaged_files_are_refused_by_name(unet, tmp_path, damage):
         path.write_text(path.read_text()[:20])
 
     def resume():
-        records = recorded(calls)
-        finish(start_sweep(graph, records, settings_of(), directory=tmp_path, resume=True))
+        run = RunOptions(directory=tmp_path, resume=True)
+        finish(start_sweep(graph, recorded(calls), settings_of(), run=run))
 
     with pytest.raises(ArtifactError, match=path.name):
         resume()
@@ -130,7 +129,7 @@ def test_damaged_files_are_refused_by_name(unet, tmp_path, damage):
 
 def test_the_header_says_what_the_run_is(unet, tmp_path):
     graph, calls = unet
-    start_sweep(graph, recorded(calls), settings_of(seed=5), directory=tmp_path)
+    start_sweep(graph, recorded(calls), settings_of(seed=5), run=RunOptions(directory=tmp_path))
     header = json.loads((tmp_path / "sweep.json").read_text())
     assert header["settings"]["seed"] == 5
     assert header["held_out"] == [3]
@@ -141,7 +140,7 @@ def test_spilled_activations_change_nothing(unet):
     graph, calls = unet
     settings = settings_of(propagation=0.5)
     free = finish(start_sweep(graph, recorded(calls), settings))
-    sweep = start_sweep(graph, recorded(calls), settings, max_memory=70_000)
+    sweep = start_sweep(graph, recorded(calls), settings, run=RunOptions(activation_memory=70_000))
     tight = finish(sweep)
     assert sweep.walk.spilled > 0
     assert sweep.walk.peak_bytes <= 70_000
@@ -151,4 +150,4 @@ def test_spilled_activations_change_nothing(unet):
 def test_a_memory_limit_that_cannot_hold_is_refused_with_the_smallest_that_can(unet):
     graph, calls = unet
     with pytest.raises(CalibrationError, match=r"smallest limit that can is (\d+) bytes"):
-        start_sweep(graph, recorded(calls), settings_of(), max_memory=1000)
+        start_sweep(graph, recorded(calls), settings_of(), run=RunOptions(activation_memory=1000))

@@ -31,7 +31,7 @@ _BACKEND = "XNNPACK"
 
 
 def runnable_activations(
-    rounded: fx.GraphModule, ranges: Mapping[str, Activation]
+    rounded: fx.GraphModule, activations: Mapping[str, Activation]
 ) -> tuple[dict[str, KernelActivation], dict[str, str]]:
     """Sort activations into those that integer kernels run and layers that stay in float.
 
@@ -41,24 +41,25 @@ def runnable_activations(
 
     Args:
         rounded: Module-level graph after `RoundWeights`.
-        ranges: Activation by layer name.
+        activations: By layer name.
 
     Returns:
         The activations that run, and the layers that stay in float with the reason for each.
 
     Raises:
-        ConfigError: No layer is rounded, `ranges` is empty or names a layer that is not rounded.
+        ConfigError: No layer is rounded, there are no activations, or one is of a layer that is not
+            rounded.
         LoweringError: An activation is neither static nor dynamic, or not 8 bits wide; or no layer
             is left that would run as int8.
     """
     grids = weight_grids(rounded)
-    if not ranges:
+    if not activations:
         raise ConfigError(
             f"{_BACKEND} got no activation ranges, and weights alone have no int8 form there: "
             f'quantize with activation_mode="dynamic" or "static" (a model with "float" has no '
             f"ranges), or lower the float form, `lower_xnnpack_float(quantized.rounded, ...)`"
         )
-    static, dynamic = split_activations(kernel_activations(ranges, _BACKEND))
+    static, dynamic = split_activations(kernel_activations(activations, _BACKEND))
     if static:
         check_ranges(static, grids, _BACKEND)
     check_names(dynamic, grids)
@@ -85,15 +86,15 @@ def runnable_activations(
             '%s: %s; it runs in float with its rounded weights (activation_mode="static" would run '
             "it as int8)", name, reason,
         )  # fmt: skip
-    return {name: runnable[name] for name in ranges if name in runnable}, floats
+    return {name: runnable[name] for name in activations if name in runnable}, floats
 
 
 def split_activations(
-    ranges: Mapping[str, KernelActivation],
+    activations: Mapping[str, KernelActivation],
 ) -> tuple[dict[str, StaticActivation], dict[str, DynamicActivation]]:
     """The static and the dynamic ones."""
-    static = {name: a for name, a in ranges.items() if isinstance(a, StaticActivation)}
-    dynamic = {name: a for name, a in ranges.items() if isinstance(a, DynamicActivation)}
+    static = {name: a for name, a in activations.items() if isinstance(a, StaticActivation)}
+    dynamic = {name: a for name, a in activations.items() if isinstance(a, DynamicActivation)}
     return static, dynamic
 
 

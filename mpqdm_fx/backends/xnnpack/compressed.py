@@ -124,7 +124,7 @@ def drop_expansions(path: Path, folder: Path | None = None, *, but: Path | None 
         but: One to keep.
     """
     stem = f".{path.name.removesuffix(SUFFIX)}."
-    made = re.compile(re.escape(stem) + "[0-9a-f]{16}")
-    for other in (folder or path.parent).iterdir():
-        if other != but and made.fullmatch(other.name):
-            other.unlink(missing_ok=True)
+    pattern = re.compile(re.escape(stem) + "[0-9a-f]{16}")
+    for file in (folder or path.parent).iterdir():
+        if file != but and pattern.fullmatch(file.name):
+            file.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ __all__ = ["converted_graph", "decomposed", "quantized_graph"]
 
 
 def decomposed(
-    rounded: fx.GraphModule, ranges: Mapping[str, Activation], *, four_bit: FourBit = "whole"
+    rounded: fx.GraphModule, activations: Mapping[str, Activation], *, four_bit: FourBit = "whole"
 ) -> tuple[fx.GraphModule, dict[str, KernelActivation], dict[str, str]]:
     """Write the graph in ops that XNNPACK knows, with weights and biases that its kernels can hold.
 
@@ -27,7 +27,7 @@ def decomposed(
 
     Args:
         rounded: Module-level graph after rounding; it is not changed.
-        ranges: Activation by layer.
+        activations: By layer.
         four_bit: Which weights are stored at four bits.
 
     Returns:
@@ -38,7 +38,7 @@ def decomposed(
         ConfigError, LoweringError: see `runnable_activations`.
     """
     written = DECOMPOSE(rounded).graph_module
-    runnable, floats = runnable_activations(written, ranges)
+    runnable, floats = runnable_activations(written, activations)
     if four_bit != "never":
         pointwise = four_bit_convolutions(written, runnable)
         written = LinearizePointwise(layers=pointwise)(written).graph_module
@@ -50,7 +50,7 @@ def decomposed(
 
 
 def quantized_graph(
-    plain: fx.GraphModule, ranges: Mapping[str, KernelActivation]
+    plain: fx.GraphModule, activations: Mapping[str, KernelActivation]
 ) -> fx.GraphModule:
     """The graph that computes what the program is to compute, in float: what it is checked against.
 
@@ -59,15 +59,15 @@ def quantized_graph(
 
     Args:
         plain: From `decomposed`.
-        ranges: From `decomposed`.
+        activations: From `decomposed`.
     """
-    result: fx.GraphModule = QuantizeActivations(ranges=ranges)(plain).graph_module
+    result: fx.GraphModule = QuantizeActivations(ranges=activations)(plain).graph_module
     return result
 
 
 def converted_graph(
     plain: fx.GraphModule,
-    ranges: Mapping[str, KernelActivation],
+    activations: Mapping[str, KernelActivation],
     inputs: Sequence[Any],
     four_bit: Collection[str] = (),
 ) -> fx.GraphModule:
@@ -75,10 +75,10 @@ def converted_graph(
 
     Args:
         plain: From `decomposed`.
-        ranges: From `decomposed`.
+        activations: From `decomposed`.
         inputs: Example inputs in order; the result takes their shapes only.
         four_bit: Layers whose weights are stored at four bits (`four_bit_layers`).
     """
-    converted = convert_pt2e_graph(plain, ranges, inputs, four_bit=four_bit)
+    converted = convert_pt2e_graph(plain, activations, inputs, four_bit=four_bit)
     result: fx.GraphModule = REMEDIES(converted).graph_module
     return result

@@ -129,12 +129,12 @@ def refuse_fragments(name: str, exported: torch.export.ExportedProgram, max_dele
     Raises:
         LoweringError: There would be more; names every node that stays out.
     """
-    found = _diagnosis(exported)
-    if found.delegates > max_delegates:
-        listed = "\n".join(f"  {node}" for node in found.outside)
+    diagnosis = _diagnosis(exported)
+    if diagnosis.delegates > max_delegates:
+        listed = "\n".join(f"  {node}" for node in diagnosis.outside)
         raise LoweringError(
-            f"method {name!r} would have {found.delegates} delegates, at most {max_delegates} are "
-            f"wanted; {len(found.outside)} nodes stay out:\n{listed}"
+            f"method {name!r} would have {diagnosis.delegates} delegates, at most {max_delegates} "
+            f"are wanted; {len(diagnosis.outside)} nodes stay out:\n{listed}"
         )
 
 
@@ -148,7 +148,8 @@ def _diagnosis(exported: torch.export.ExportedProgram) -> Diagnosis:
             if partitioner.delegates is None:
                 raise
     outside = tuple(
-        _outside(node, reasons.get(node.name), partitioner.known) for node in partitioner.outside
+        _outside(node, reasons.get(node.name), partitioner.supported)
+        for node in partitioner.outside
     )
     return Diagnosis(
         delegates=partitioner.delegates, delegated=partitioner.delegated, outside=outside
@@ -165,12 +166,12 @@ def _watching_partitioner() -> Any:
 
         def generate_partitions(self, ep: Any) -> list[Any]:
             partitions = super().generate_partitions(ep)
-            taken = {node for partition in partitions for node in partition.nodes}
+            inside = {node for partition in partitions for node in partition.nodes}
             calls = [node for node in ep.graph_module.graph.nodes if node.op == "call_function"]
             self.delegates = len(partitions)
-            self.delegated = sum(node in taken for node in calls)
-            self.outside = [n for n in calls if n not in taken and "getitem" not in n.name]
-            self.known = frozenset(self.target_partitioner_configs)
+            self.delegated = sum(node in inside for node in calls)
+            self.outside = [n for n in calls if n not in inside and "getitem" not in n.name]
+            self.supported = frozenset(self.target_partitioner_configs)
             return []
 
     return Watching()
@@ -200,11 +201,13 @@ def _reasons() -> Iterator[dict[str, str]]:
         logger.propagate = propagate
 
 
-def _outside(node: fx.Node, reason: str | None, known: frozenset[str]) -> OutsideNode:
+def _outside(node: fx.Node, reason: str | None, supported: frozenset[str]) -> OutsideNode:
     op = _operator(node)
     if reason is None:
         short = op.removeprefix("aten.").removeprefix("quantized_decomposed.")
-        reason = "it depends on nodes that stay out" if short in known else "XNNPACK has no such op"
+        reason = (
+            "it depends on nodes that stay out" if short in supported else "XNNPACK has no such op"
+        )
     value = node.meta.get("val")
     value = value[0] if isinstance(value, tuple | list) and value else value
     shape = tuple(map(int, value.shape)) if isinstance(value, torch.Tensor) else ()

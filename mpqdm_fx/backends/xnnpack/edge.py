@@ -67,18 +67,18 @@ def edge_graph(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     Raises:
         LoweringError: ExecuTorch failed on it.
     """
-    found: list[fx.GraphModule] = []
+    graphs: list[fx.GraphModule] = []
 
     def keep(program: torch.export.ExportedProgram) -> None:
-        found.append(runnable(program))
+        graphs.append(runnable(program))
         raise _EnoughError
 
     try:
         to_edge(exported, watch=keep)
     except LoweringError:
-        if not found:
+        if not graphs:
             raise
-    return found[0]
+    return graphs[0]
 
 
 class _EnoughError(Exception):
@@ -122,11 +122,11 @@ def to_program(edge: Any, *, external_weights: bool = False) -> Any:
         return edge.to_executorch(ExecutorchBackendConfig(external_constants=constants))
     except Exception as error:
         refused = {name for method in edge.methods for name in delegation(edge, method)["refusals"]}
-        left = sorted(name for name in refused if "quantize" in name)
-        told = f"; not delegated: {', '.join(left)}" if left else ""
+        outside = sorted(name for name in refused if "quantize" in name)
+        detail = f"; not delegated: {', '.join(outside)}" if outside else ""
         raise LoweringError(
             f"ExecuTorch cannot serialise this graph: {type(error).__name__}: "
-            f"{(str(error).strip().splitlines() or [''])[0]}{told}"
+            f"{(str(error).strip().splitlines() or [''])[0]}{detail}"
         ) from error
 
 

@@ -34,6 +34,6 @@ def written(program: Any, path: Path, weights: Path | None = None) -> Iterator[t
         data = stack.enter_context(replacing(weights))
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=data.parent))
         program.write_tensor_data_to_file(folder)
-        (found,) = Path(folder).iterdir()
-        found.replace(data)
+        (ptd,) = Path(folder).iterdir()
+        ptd.replace(data)
         yield part, data

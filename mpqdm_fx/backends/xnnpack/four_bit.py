@@ -35,47 +35,47 @@ _ROWS = 256  # whose codes are counted at once
 
 
 def four_bit_layers(
-    graph: fx.GraphModule, ranges: Mapping[str, KernelActivation]
+    graph: fx.GraphModule, activations: Mapping[str, KernelActivation]
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Sort the layers of few levels into those that are stored at four bits and all others.
 
     Args:
         graph: Rounded graph, ready for conversion.
-        ranges: Activations of its int8 layers.
+        activations: Of its int8 layers, by name.
 
     Returns:
         Layers stored at four bits; and layers that are not although no channel has more than 16
         levels, or some have not, with the reason for each.
     """
-    taken, refused = [], {}
+    layers, refusals = [], {}
     for name, layer in weight_layers(graph).items():
-        if name not in ranges:
+        if name not in activations:
             continue
         codes = _codes(layer)
-        reason = _refusal(layer, codes, ranges[name])
+        reason = _refusal(layer, codes, activations[name])
         if reason is None:
-            taken.append(name)
+            layers.append(name)
         elif bool((few := _few_levels(codes)).any()):
             wide = int((~few).sum())
-            refused[name] = (
+            refusals[name] = (
                 f"{wide} of {len(few)} channels have more than 16 levels" if (wide) else reason
             )
-    return tuple(taken), refused
+    return tuple(layers), refusals
 
 
 def four_bit_convolutions(
-    graph: fx.GraphModule, ranges: Mapping[str, KernelActivation]
+    graph: fx.GraphModule, activations: Mapping[str, KernelActivation]
 ) -> frozenset[str]:
     """1x1 convolutions that would be stored at four bits if they were linear layers.
 
     Args:
         graph: Rounded graph.
-        ranges: Activations of its int8 layers.
+        activations: Of its int8 layers, by name.
     """
     return frozenset(
         name
         for name, layer in weight_layers(graph).items()
-        if isinstance(ranges.get(name), DynamicActivation)
+        if isinstance(activations.get(name), DynamicActivation)
         and isinstance(layer.module, nn.Conv2d)
         and is_pointwise(layer.module)
         and layer.module.in_channels % 2 == 0
@@ -84,20 +84,20 @@ def four_bit_convolutions(
 
 
 def split_mixed_layers(
-    graph: fx.GraphModule, ranges: Mapping[str, KernelActivation]
+    graph: fx.GraphModule, activations: Mapping[str, KernelActivation]
 ) -> tuple[fx.GraphModule, dict[str, KernelActivation]]:
     """Split linear layers of which only some channels fit four bits, where `SplitMixedRows` can.
 
     Args:
         graph: Rounded graph; it is not changed.
-        ranges: Activations of its int8 layers.
+        activations: Of its int8 layers, by name.
 
     Returns:
         The graph, and the activations with those of the parts.
     """
     widths = {}
     for name, layer in weight_layers(graph).items():
-        dynamic = isinstance(ranges.get(name), DynamicActivation)
+        dynamic = isinstance(activations.get(name), DynamicActivation)
         if dynamic and isinstance(layer.module, nn.Linear) and layer.module.in_features % 2 == 0:
             codes = _codes(layer)
             fits = (codes.amin(dim=1) >= _LOWEST) & (codes.amax(dim=1) <= _HIGHEST)
@@ -105,9 +105,9 @@ def split_mixed_layers(
     result: fx.GraphModule = SplitMixedRows(widths=widths)(graph).graph_module
     chosen = {}
     for name in weight_layers(result):
-        whole = name if name in ranges else re.sub(r"_rows(_\d+)?$", "", name)
-        if whole in ranges:
-            chosen[name] = ranges[whole]
+        whole = name if name in activations else re.sub(r"_rows(_\d+)?$", "", name)
+        if whole in activations:
+            chosen[name] = activations[whole]
     return result, chosen
 
 

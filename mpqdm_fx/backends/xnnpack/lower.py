@@ -183,8 +183,10 @@ def lower_methods(
             stage("decompose")
             inputs = _inputs(name, graph, {**values, **example_inputs.get(name, {})})
             layers = weight_layers(graph)
-            own = {layer: chosen for layer, chosen in (ranges or {}).items() if layer in layers}
-            methods[name] = Method(graph, inputs, own or None, four_bit=four_bit)
+            activations = {
+                layer: activation for layer, activation in (ranges or {}).items() if layer in layers
+            }
+            methods[name] = Method(graph, inputs, activations or None, four_bit=four_bit)
             values.update(methods[name].named_outputs)
         return _lower(methods, Path(path), stage, max_delegates, external_weights)
 
@@ -219,8 +221,8 @@ def _lower(
     with written(program, path, weights) as parts:
         stage("execute")
         for name, method in methods.items():
-            found = _execute(parts, path.name, name, method)
-            measured[name] = method.expected.check(path, found, method.output_scale)
+            outputs = _execute(parts, path.name, name, method)
+            measured[name] = method.expected.check(path, outputs, method.output_scale)
         sizes = [part.stat().st_size for part in parts]
     result = {}
     for name, method in methods.items():
@@ -255,9 +257,9 @@ def _execute(parts: Sequence[Path], file: str, name: str, method: Method) -> lis
         weights = parts[1] if len(parts) > 1 else None
         return list(XnnpackRunner(parts[0], name, weights=weights)(*method.inputs))
     except (ArtifactError, LoweringError) as error:
-        told = file if name == _FORWARD else f"{file}, method {name!r}"
+        place = file if name == _FORWARD else f"{file}, method {name!r}"
         raise LoweringError(
-            f"{told}: ExecuTorch lowered the graph, but its own runtime refuses the program "
+            f"{place}: ExecuTorch lowered the graph, but its own runtime refuses the program "
             f"({error.__cause__ or error}); nothing was written. This is a bug of the backend or "
             f"of its remedies: please report the model"
         ) from error
@@ -266,20 +268,20 @@ def _execute(parts: Sequence[Path], file: str, name: str, method: Method) -> lis
 def _check_names(graphs: Mapping[str, fx.GraphModule], ranges: Mapping[str, Activation]) -> None:
     if not graphs:
         raise ConfigError("there are no methods to lower")
-    known = {name for graph in graphs.values() for name in weight_layers(graph)}
+    layers = {name for graph in graphs.values() for name in weight_layers(graph)}
     for name in ranges:
-        if name not in known:
+        if name not in layers:
             raise ConfigError(f"ranges name {name!r}, which is a layer of no method")
 
 
-def _inputs(name: str, graph: fx.GraphModule, given: Mapping[str, Any]) -> dict[str, Any]:
-    missing = [argument for argument in argument_names(graph) if argument not in given]
+def _inputs(name: str, graph: fx.GraphModule, values: Mapping[str, Any]) -> dict[str, Any]:
+    missing = [argument for argument in argument_names(graph) if argument not in values]
     if missing:
         raise ConfigError(
             f"method {name!r} takes {', '.join(missing)}, for which there is neither an example "
             "nor an earlier method that returns it; give examples by method"
         )
-    return {argument: given[argument] for argument in argument_names(graph)}
+    return {argument: values[argument] for argument in argument_names(graph)}
 
 
 def _spec(name: str, value: Tensor) -> TensorSpec:

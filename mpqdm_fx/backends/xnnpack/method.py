@@ -31,7 +31,7 @@ class Method:
     Args:
         graph: Module-level graph; it is not changed.
         example_inputs: Its inputs, by name or in order.
-        ranges: Activation by layer name, for int8; None for float.
+        activations: By layer name, for int8; None for float.
         four_bit: Which weights are stored at four bits.
 
     Attributes:
@@ -44,7 +44,7 @@ class Method:
         eight_bit: Layers of at most 16 levels that are stored at eight bits, with the reason.
 
     Raises:
-        ConfigError: `ranges` names a layer that is not rounded.
+        ConfigError: `activations` names a layer that is not rounded.
         LoweringError: An activation cannot run, or the graph has a Conv3d.
     """
 
@@ -52,7 +52,7 @@ class Method:
         self,
         graph: fx.GraphModule,
         example_inputs: Mapping[str, Any] | Sequence[Any],
-        ranges: Mapping[str, Activation] | None = None,
+        activations: Mapping[str, Activation] | None = None,
         *,
         four_bit: FourBit = "whole",
     ) -> None:
@@ -62,11 +62,11 @@ class Method:
         self.quantized: fx.GraphModule | None = None
         self.four_bit: tuple[str, ...] = ()
         self.eight_bit: dict[str, str] = {}
-        if ranges is None:
+        if activations is None:
             self.lowered = _without_codes(DECOMPOSE(graph).graph_module)
             self.expected = Reference.of_float(graph, self.inputs)
             return
-        plain, runnable, self.floats = decomposed(graph, ranges, four_bit=four_bit)
+        plain, runnable, self.floats = decomposed(graph, activations, four_bit=four_bit)
         self.quantized = quantized_graph(plain, runnable)
         self.expected = Reference.of_quantized(graph, self.quantized, self.inputs)
         if four_bit != "never":

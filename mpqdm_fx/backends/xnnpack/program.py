@@ -68,6 +68,6 @@ class XnnpackProgram:
         names = ("refusals", "float_layers", "eight_bit_layers")
         plain = {name: dict(getattr(self, name)) for name in names}
         weights = None if self.weights_path is None else self.weights_path.name
-        told = asdict(replace(self, graphs=None))
-        del told["graphs"]
-        return {**told, "path": self.path.name, "weights_path": weights, **plain}
+        fields = asdict(replace(self, graphs=None))
+        del fields["graphs"]
+        return {**fields, "path": self.path.name, "weights_path": weights, **plain}

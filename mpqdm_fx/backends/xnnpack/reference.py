@@ -86,13 +86,13 @@ class Reference:
         return cls(outputs=outputs, bound_db=bound, quality_db=quality, draws=tuple(nudged))
 
     def check(
-        self, path: Path, found: Sequence[Tensor], scale: float | None
+        self, path: Path, actual: Sequence[Tensor], scale: float | None
     ) -> tuple[float, float | None]:
         """Compare a program's outputs.
 
         Args:
             path: Where the program is to be written, for the message.
-            found: What it returned.
+            actual: What it returned.
             scale: Step of the first output's integers; None where it is float.
 
         Returns:
@@ -102,17 +102,17 @@ class Reference:
             LoweringError: The outputs are further away than `bound_db`, and integers by more than
                 one step, from `outputs` and from all `draws`.
         """
-        sqnr, steps = _sqnr(self.outputs, found), None
+        sqnr, steps = _sqnr(self.outputs, actual), None
         if scale is not None:
-            steps = float((found[0] - self.outputs[0]).abs().max()) / scale
-            if len(found) == 1 and steps <= 1.0 + 1e-3:
+            steps = float((actual[0] - self.outputs[0]).abs().max()) / scale
+            if len(actual) == 1 and steps <= 1.0 + 1e-3:
                 return sqnr, steps
-        if max(sqnr, *(_sqnr(draw, found) for draw in self.draws), -math.inf) >= self.bound_db:
+        if max(sqnr, *(_sqnr(draw, actual) for draw in self.draws), -math.inf) >= self.bound_db:
             return sqnr, steps
-        told = "" if steps is None else f" (up to {steps:.0f} steps of its integers)"
+        note = "" if steps is None else f" (up to {steps:.0f} steps of its integers)"
         raise LoweringError(
             f"{path.name}: the program ran, but its output differs from the graph it was made of: "
-            f"{sqnr:.1f} dB{told}, expected at least {self.bound_db:.1f} dB; nothing was written. "
+            f"{sqnr:.1f} dB{note}, expected at least {self.bound_db:.1f} dB; nothing was written. "
             f"This is a bug of the backend or of its remedies: please report the model"
         )
 
@@ -151,8 +151,8 @@ def _finite(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _sqnr(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    result = sqnr_db(_joined(expected), _joined(found))
+def _sqnr(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
+    result = sqnr_db(_joined(expected), _joined(actual))
     return -math.inf if math.isnan(result) else result
 
 

@@ -42,9 +42,9 @@ def _at_whole_parts(name: str, width: int) -> str | None:
 
 
 def _anywhere(name: str, width: int) -> str:
-    for kept in range(min(width, len(name)) - 1, 1, -1):
-        head = max(1, kept * 2 // 5)
-        folded = f"{name[:head]}…{name[len(name) - kept + head :]}"
+    for length in range(min(width, len(name)) - 1, 1, -1):
+        head = max(1, length * 2 // 5)
+        folded = f"{name[:head]}…{name[len(name) - length + head :]}"
         if cell_len(folded) <= width:
             return folded
     return "…"

@@ -84,25 +84,25 @@ def activation_table(report: QuantizationReport) -> Columns:
             Column(heading="what was chosen", kind="text"),
         ],
     )
-    ordered = sorted(report.activations, key=lambda one: -one.quantized_cost)
-    for one in ordered[:_SHOWN]:
-        first, *others = one.layers
+    ordered = sorted(report.activations, key=lambda choice: -choice.quantized_cost)
+    for choice in ordered[:_SHOWN]:
+        first, *others = choice.layers
         table.add(
             first + (f" and {len(others)} more" if others else ""),
-            _noise(one.quantized_cost),
-            _noise(one.cost),
-            f"{one.slowdown:+.1%}" if one.slowdown >= 5e-4 else "",
-            one.told,
+            _noise(choice.quantized_cost),
+            _noise(choice.cost),
+            f"{choice.slowdown:+.1%}" if choice.slowdown >= 5e-4 else "",
+            choice.told,
         )
     rest = ordered[_SHOWN:]
     if rest:
-        counts = Counter(one.told for one in rest)
+        counts = Counter(choice.told for choice in rest)
         table.add(
             f"{len(rest)} others",
-            _noise(sum(one.quantized_cost for one in rest)),
-            _noise(sum(one.cost for one in rest)),
-            f"{sum(one.slowdown for one in rest):+.1%}",
-            ", ".join(f"{count} {told}" for told, count in counts.most_common()),
+            _noise(sum(choice.quantized_cost for choice in rest)),
+            _noise(sum(choice.cost for choice in rest)),
+            f"{sum(choice.slowdown for choice in rest):+.1%}",
+            ", ".join(f"{count} {text}" for text, count in counts.most_common()),
         )
     return table
 
@@ -113,7 +113,7 @@ def _noise(share: float) -> str:
 
 def judgement_table(report: QuantizationReport) -> Columns:
     """The recipe and plain rounding at the model's output, on held-out calls, by noise level."""
-    groups = max((len(one.sqnr_db) for one in report.judged), default=0)
+    groups = max((len(judgement.sqnr_db) for judgement in report.judged), default=0)
     levels = range(groups if groups > 1 else 0)
     table = Columns(
         "held-out calls: SQNR of the output in dB, all and by noise level",
@@ -123,10 +123,10 @@ def judgement_table(report: QuantizationReport) -> Columns:
             *(Column(heading=str(index + 1), spare=groups - index) for index in levels),
         ],
     )
-    for one in report.judged:
-        decibels = ["" if db is None else f"{db:.1f}" for db in one.sqnr_db]
-        name = one.recipe + (" (taken)" if one.chosen else "")
-        table.add(name, f"{one.decibels:.1f}", *(decibels[index] for index in levels))
+    for judgement in report.judged:
+        decibels = ["" if db is None else f"{db:.1f}" for db in judgement.sqnr_db]
+        name = judgement.recipe + (" (taken)" if judgement.chosen else "")
+        table.add(name, f"{judgement.decibels:.1f}", *(decibels[index] for index in levels))
     fitted = [layer for layer in report.layers if layer.rows]
     propagated = sum(1 for layer in fitted if layer.alpha or layer.beta)
     refitted = sum(1 for layer in fitted if layer.refitted)

@@ -87,10 +87,10 @@ def _state(ladder: Ladder, rung: Rung) -> str:
     return "short" if rung.short else "ok"
 
 
-def _judged(value: float | None, wanted: float | None) -> str:
-    if value is None or wanted is None:
+def _judged(value: float | None, bound: float | None) -> str:
+    if value is None or bound is None:
         return _decibels(value)
-    return f"{_decibels(value)} / {_decibels(wanted)}"
+    return f"{_decibels(value)} / {_decibels(bound)}"
 
 
 def _decibels(value: float | None) -> str:

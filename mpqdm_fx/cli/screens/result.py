@@ -50,7 +50,7 @@ class ResultScreen:
             for index, line in enumerate(textwrap.wrap(value, width - _LABEL)):
                 yield "" if index else label, line
         layers = [] if self.report is None else list(self.report.layers)
-        worst = sorted((one for one in layers if one.sqnr_db is not None), key=ORDERS["sqnr"])
+        worst = sorted((entry for entry in layers if entry.sqnr_db is not None), key=ORDERS["sqnr"])
         names = Columns("", [Column(heading="", kind="name"), *(Column(heading="") for _ in "12")])
         for layer in worst[:_WORST]:
             names.add(layer.name, f"{layer.mean_bits:.2f} bits", f"{layer.sqnr_db:.1f} dB")
@@ -81,8 +81,8 @@ def _told(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     was = peaks.pop("float")
     for peak in peaks.values():
         if peak is not None:
-            told = "" if was is None else f", was {amount(was)}"
-            yield "peak memory", f"{amount(peak)} to load and run a step{told}"
+            earlier = "" if was is None else f", was {amount(was)}"
+            yield "peak memory", f"{amount(peak)} to load and run a step{earlier}"
     decibels = summary["backend_epsilon_sqnr_db"]
     word = word_of_sqnr(decibels)
     yield "noise SQNR", f"{decibels:.1f} dB, {word}: predicted noise of one call against float"
@@ -116,8 +116,8 @@ def _whole(program: Mapping[str, Any] | None, backend: str) -> str:
     if not program["undelegated"]:
         return f"{whole} with all {program['delegated']:,} nodes"
     names = [name.removeprefix("aten_").removesuffix("_default") for name in program["refusals"]]
-    told = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{whole} with {program['delegated']:,} nodes; outside {program['undelegated']}: {told}"
+    rest = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{whole} with {program['delegated']:,} nodes; outside {program['undelegated']}: {rest}"
 
 
 def summary_table(summary: Mapping[str, Any]) -> Columns:

@@ -134,8 +134,8 @@ def search_range(
     fine = step ** torch.linspace(-1, 1, steps, dtype=torch.float64)
     lower, upper = ((fine * shrink).clamp_max(1.0) for shrink in best)
     best = _best_shrink(sample, low / unit, high / unit, lower, upper, bits)
-    found = affine_qparams(low * best[0], high * best[1], bits)
-    return found if _loss(values, found, bits) < _loss(values, whole, bits) else whole
+    clipped = affine_qparams(low * best[0], high * best[1], bits)
+    return clipped if _loss(values, clipped, bits) < _loss(values, whole, bits) else whole
 
 
 @dataclass(frozen=True, kw_only=True)

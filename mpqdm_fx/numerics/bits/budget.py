@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.numerics.bits.curves import LayerCurves, Option, Point
+from mpqdm_fx.numerics.bits.curves import CurvePoint, LayerCurves, Option
 from mpqdm_fx.numerics.levels.codebook import LevelKind
 from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS, MAX_BITS
 from mpqdm_fx.numerics.levels.packing import storage_bits
@@ -177,12 +177,12 @@ def _bisect(curves: Sequence[LayerCurves], budget: int) -> tuple[list[Option], l
         # The bit patterns of positive floats are ordered as they are: 63 halvings find neighbours.
         return float(torch.tensor(pattern, dtype=torch.int64).view(torch.float64))
 
-    def points(pattern: int) -> list[Point]:
+    def points(pattern: int) -> list[CurvePoint]:
         price = price_of(pattern)
         return [curve.at_price(price) for curve in curves]
 
-    def options(found: list[Point]) -> list[Option]:
-        return [curve.option(point) for curve, point in zip(curves, found, strict=True)]
+    def options(selection: list[CurvePoint]) -> list[Option]:
+        return [curve.option(point) for curve, point in zip(curves, selection, strict=True)]
 
     low = 0
     too_large = points(low)
@@ -192,11 +192,11 @@ def _bisect(curves: Sequence[LayerCurves], budget: int) -> tuple[list[Option], l
     fitting = points(high)
     while high - low > 1:
         middle = (low + high) // 2
-        found = points(middle)
-        if sum(point.size for point in found) <= budget:
-            high, fitting = middle, found
+        selection = points(middle)
+        if sum(point.size for point in selection) <= budget:
+            high, fitting = middle, selection
         else:
-            low, too_large = middle, found
+            low, too_large = middle, selection
     return options(fitting), options(too_large)
 
 
@@ -212,9 +212,9 @@ def _spend(
         waiting: list[tuple[float, int, Option]] = []
 
         def offer(index: int, rest: int, waiting: list[tuple[float, int, Option]]) -> None:
-            found = curves[index].best_step(current[index], beyond[index], rest)
-            if found is not None:
-                heapq.heappush(waiting, (-found[0], index, found[1]))
+            step = curves[index].best_step(current[index], beyond[index], rest)
+            if step is not None:
+                heapq.heappush(waiting, (-step[0], index, step[1]))
 
         for index in range(len(curves)):
             offer(index, rest, waiting)

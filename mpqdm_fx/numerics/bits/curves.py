@@ -12,7 +12,7 @@ from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS, MAX_BITS
 from mpqdm_fx.numerics.levels.level_sets import LEVEL_SETS
 from mpqdm_fx.numerics.levels.packing import SCALE_BITS, WIDTH_BITS
 
-__all__ = ["LayerCurves", "Option", "Point"]
+__all__ = ["CurvePoint", "LayerCurves", "Option"]
 
 _WIDTHS = torch.arange(1, MAX_BITS + 1)
 
@@ -36,7 +36,7 @@ class Option:
     widths: Tensor = field(compare=False)
 
 
-class Point(NamedTuple):
+class CurvePoint(NamedTuple):
     """An option by its place: which equal width, or so many steps on the curve of a kind."""
 
     size: int
@@ -162,8 +162,8 @@ class LayerCurves:
         table = blocked(uniform)
         self.kinds = {"uniform": _Kind("uniform", width, sizes, table)}
         if codebook is not None:
-            both = torch.cat([blocked(codebook), table[:, CODEBOOK_MAX_BITS:]], dim=1)
-            self.kinds["codebook"] = _Kind("codebook", width, sizes, both)
+            costs = torch.cat([blocked(codebook), table[:, CODEBOOK_MAX_BITS:]], dim=1)
+            self.kinds["codebook"] = _Kind("codebook", width, sizes, costs)
         self.scale_bits = SCALE_BITS * self.channels
         self.tag_bits = 8 * (-(-WIDTH_BITS * self.channels // 8))
         self.equal = [
@@ -178,27 +178,27 @@ class LayerCurves:
         bits[self.order] = option.widths[self.block_of]
         return bits
 
-    def at_price(self, price: float) -> Point:
+    def at_price(self, price: float) -> CurvePoint:
         """Return the point of least ``cost + price * size``; of equal ones the smallest.
 
         A point on a curve counts width tags even where its widths happen to be equal; that
         assignment is among the equal ones, without tags.
         """
-        least, best = math.inf, Point(size=0, place=0)
+        least, best = math.inf, CurvePoint(size=0, place=0)
         for place, option in enumerate(self.equal):
             value = _value(option.cost, price, option.size)
             if value < least or (value == least and option.size < best.size):
-                least, best = value, Point(size=option.size, place=place)
+                least, best = value, CurvePoint(size=option.size, place=place)
         for kind in self.kinds.values():
             # Only steps that save strictly more than the price: the smaller of equal ones.
             steps = int(torch.searchsorted(kind.falling, -price))
             size = self._mixed_size(kind, steps)
             value = _value(float(kind.cost[steps]), price, size)
             if value < least or (value == least and size < best.size):
-                least, best = value, Point(size=size, levels=kind.levels, place=steps)
+                least, best = value, CurvePoint(size=size, levels=kind.levels, place=steps)
         return best
 
-    def option(self, point: Point) -> Option:
+    def option(self, point: CurvePoint) -> Option:
         """Return the assignment of a point."""
         if point.levels is None:
             return self.equal[point.place]
@@ -219,25 +219,25 @@ class LayerCurves:
         kind = self.kinds[current.levels]
         offers = [beyond, *self.equal]
         offers += [
-            self._option(other, current.widths)
-            for other in self.kinds.values()
-            if other.levels != current.levels
+            self._option(alternative, current.widths)
+            for alternative in self.kinds.values()
+            if alternative.levels != current.levels
         ]
         if 0 <= current.steps < len(kind.density):
             offers.append(self._advance(kind, current, rest))
         moved = self._move_block(kind, current, rest)
         if moved is not None:
             offers.append(moved)
-        found: tuple[float, Option] | None = None
+        best: tuple[float, Option] | None = None
         for option in offers:
             growth = option.size - current.size
             gain = current.cost - option.cost
             if growth > rest or not gain > _noise(current.cost):
                 continue
             density = gain / growth if growth > 0 else math.inf
-            if found is None or (density, gain) > (found[0], current.cost - found[1].cost):
-                found = density, option
-        return found
+            if best is None or (density, gain) > (best[0], current.cost - best[1].cost):
+                best = density, option
+        return best
 
     def _mixed_size(self, kind: _Kind, steps: int) -> int:
         codes = 8 * (-(-int(kind.codes[steps]) // 8))
@@ -282,8 +282,8 @@ class LayerCurves:
         growth = (codes + 7) // 8 * 8 + kind.table_bits - tables_now[:, None]
         growth = growth + int(tables_now.sum()) + self.scale_bits - current.size
         count = torch.bincount(current.widths - 1, minlength=MAX_BITS)
-        others = count - torch.nn.functional.one_hot(current.widths - 1, MAX_BITS)
-        equal = others == self.blocks - 1  # all the others have the width of this column
+        remaining = count - torch.nn.functional.one_hot(current.widths - 1, MAX_BITS)
+        equal = remaining == self.blocks - 1  # all the others have the width of this column
         growth = growth + torch.where(equal, 0, self.tag_bits)
         gain = kind.costs[index][:, None] - kind.costs
         helps = (gain > _noise(current.cost)) & (growth <= rest)

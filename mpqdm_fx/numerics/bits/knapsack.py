@@ -39,19 +39,19 @@ def choose_options(
     ]
     least = torch.zeros(_UNITS + 1, dtype=torch.float64)
     tables = []
-    for row, taken in zip(costs, parts, strict=True):
+    for row, weights in zip(costs, parts, strict=True):
         options = torch.full((len(row), _UNITS + 1), torch.inf, dtype=torch.float64)
-        for index, (cost, part) in enumerate(zip(row, taken, strict=True)):
+        for index, (cost, part) in enumerate(zip(row, weights, strict=True)):
             if part <= _UNITS:
                 options[index, int(part) :] = least[: _UNITS + 1 - int(part)] + cost
         least, best = options.min(dim=0)
         tables.append(best.to(torch.int16))
     chosen = []
-    left = _UNITS
-    for table, taken in zip(reversed(tables), reversed(parts), strict=True):
-        option = int(table[left])
+    capacity = _UNITS
+    for table, weights in zip(reversed(tables), reversed(parts), strict=True):
+        option = int(table[capacity])
         chosen.append(option)
-        left -= int(taken[option])
+        capacity -= int(weights[option])
     return chosen[::-1]
 
 

@@ -73,8 +73,8 @@ def quantize_codebook(
         members = (widths == width).nonzero()[:, 0].to(rows.device)
         for part in row_chunks(len(members), max(rows.shape[1], 256 * 2**width)):
             index = members[part]
-            own = importance_of(importance, index)
-            codes[index], scale[index] = _fit(rows[index], width, own, codes[index], scale[index])
+            h = importance_of(importance, index)
+            codes[index], scale[index] = _fit(rows[index], width, h, codes[index], scale[index])
     return codes, scale
 
 
@@ -149,16 +149,16 @@ def _best_split(rows: SortedRows) -> Tensor:
     means = low_total / low.clamp_min(1e-300), high_total / high.clamp_min(1e-300)
     cut = (low_total * means[0] + high_total * means[1]).argmax(dim=1, keepdim=True)
     ends = rows.values.to(torch.float64)[:, [0, -1]]
-    both = torch.cat([mean.gather(1, cut) for mean in means], dim=1)
-    return torch.maximum(torch.minimum(both, ends[:, 1:]), ends[:, :1])
+    centers = torch.cat([mean.gather(1, cut) for mean in means], dim=1)
+    return torch.maximum(torch.minimum(centers, ends[:, 1:]), ends[:, :1])
 
 
 def _distinct(values: Tensor, count: int) -> Tensor:
     """Return the first ``count`` distinct values of ascending rows, the last one repeated."""
     rank = (values.diff(dim=1) > 0).cumsum(dim=1)
     rank = torch.nn.functional.pad(rank, (1, 0))
-    wanted = torch.arange(count, device=values.device).expand(len(values), -1).contiguous()
-    position = torch.searchsorted(rank, torch.minimum(wanted, rank[:, -1:]))
+    index = torch.arange(count, device=values.device).expand(len(values), -1).contiguous()
+    position = torch.searchsorted(rank, torch.minimum(index, rank[:, -1:]))
     return values.gather(1, position)
 
 
@@ -183,9 +183,9 @@ def _to_int8(rows: SortedRows, centers: Tensor) -> tuple[Tensor, Tensor]:
     trial = scale[:, :, :, None]
     values = (centers[:, :, None, :] / trial).round_().clamp_(-_TOP, _TOP)
     loss = (mass[:, :, None, :] * (centers[:, :, None, :] - values * trial).square()).sum(dim=3)
-    kept = loss.topk(_SCALES, dim=2, largest=False).indices
-    scale = scale.gather(2, kept)
-    values = values.gather(2, kept[:, :, :, None].expand(*kept.shape, centers.shape[2]))
+    top = loss.topk(_SCALES, dim=2, largest=False).indices
+    scale = scale.gather(2, top)
+    values = values.gather(2, top[:, :, :, None].expand(*top.shape, centers.shape[2]))
     scale, values = scale.flatten(1), values.flatten(1, 2)  # [n, C S], [n, C S, L]
     error = rows.error(values * scale[:, :, None])
     for _ in range(_POLISH):
@@ -227,9 +227,9 @@ def codebook_tables(codes: Tensor, bits: Tensor) -> Tensor:
     value = (code - 128).to(torch.int8)
     largest = torch.zeros(len(present), dtype=torch.int8, device=codes.device)
     largest[row[rank[row, code] == rank[row, -1]]] = value[rank[row, code] == rank[row, -1]]
-    own = largest[:, None].repeat(1, columns)
-    own[row, rank[row, code]] = value
-    tables[fitted] = own
+    filled = largest[:, None].repeat(1, columns)
+    filled[row, rank[row, code]] = value
+    tables[fitted] = filled
     return tables
 
 

@@ -68,8 +68,8 @@ def quantize_int4(
     members = (check_bits(bits, len(rows)) == INT4_BITS).nonzero()[:, 0].to(rows.device)
     for part in row_chunks(len(members), rows.shape[1] * (_SCALES + 8)):
         index = members[part]
-        own = importance_of(importance, index)
-        scale[index] = _fit_scale(rows[index], own)
+        h = importance_of(importance, index)
+        scale[index] = _fit_scale(rows[index], h)
         codes[index] = snap_int4(rows[index] / scale[index][:, None]).to(torch.int8)
     return codes, scale
 

@@ -131,8 +131,8 @@ class CodebookLevels(UniformLevels):
         result = torch.zeros(len(codes), TABLE_SIZE, device=codes.device)
         for width in _narrow(widths):
             rows = (widths == width).nonzero()[:, 0]
-            found = codebook_tables(codes[rows], widths[rows]).float()
-            result[rows] = _filled(found)
+            table = codebook_tables(codes[rows], widths[rows]).float()
+            result[rows] = _filled(table)
         return result
 
     def levels_of(self, row: Tensor, width: int) -> Tensor | None:
@@ -172,9 +172,9 @@ class Int4Levels(UniformLevels):
             return None
         result = torch.zeros(len(codes), TABLE_SIZE, device=codes.device)
         for width in _narrow(widths):
-            own = int4_levels() if width == INT4_BITS else uniform_levels(width)
+            levels = int4_levels() if width == INT4_BITS else uniform_levels(width)
             rows = (widths == width).nonzero()[:, 0].to(result.device)
-            result[rows] = _filled(own.to(result)[None])[0]
+            result[rows] = _filled(levels.to(result)[None])[0]
         return result
 
     def levels_of(self, row: Tensor, width: int) -> Tensor | None:
@@ -182,8 +182,8 @@ class Int4Levels(UniformLevels):
         return int4_levels().float() if width == INT4_BITS else None
 
     def _fits(self, codes: Tensor, widths: Tensor) -> Tensor:
-        own = (codes >= -8) & (codes <= 7)
-        return torch.where(widths == INT4_BITS, own, super()._fits(codes, widths))
+        inside = (codes >= -8) & (codes <= 7)
+        return torch.where(widths == INT4_BITS, inside, super()._fits(codes, widths))
 
     def index(self, codes: Tensor, width: int, channels: Tensor) -> Tensor:
         """See `UniformLevels.index`."""

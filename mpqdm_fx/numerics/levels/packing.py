@@ -283,8 +283,8 @@ def _table_mask(widths: Tensor, stored: Tensor, columns: int) -> Tensor:
 
 
 def _unpack_tables(stored: Tensor, widths: Tensor, levels: LevelKind) -> Tensor:
-    own = LEVEL_SETS[levels].stored(widths)
-    fitted = widths[own]
+    has_table = LEVEL_SETS[levels].stored(widths)
+    fitted = widths[has_table]
     columns = 2 ** int(fitted.max()) if len(fitted) else 0
     expected = int((2**fitted).sum()) if len(fitted) else 0
     if stored.dtype != torch.int8 or stored.shape != (expected,):
@@ -294,7 +294,7 @@ def _unpack_tables(stored: Tensor, widths: Tensor, levels: LevelKind) -> Tensor:
         )
     tables = torch.zeros(len(widths), columns, dtype=torch.int8)
     if columns:
-        mask = _table_mask(widths, own, columns)
+        mask = _table_mask(widths, has_table, columns)
         tables[mask] = stored
         falling = (tables.to(torch.int16).diff(dim=1) < 0) & mask[:, 1:]
         if bool(falling.any()) or bool((stored == -128).any()):
@@ -303,16 +303,16 @@ def _unpack_tables(stored: Tensor, widths: Tensor, levels: LevelKind) -> Tensor:
 
 
 def _unpack_widths(stored: Tensor, channels: int, bits: int | Tensor | None) -> Tensor:
-    given = torch.full((channels,), bits) if isinstance(bits, int) else bits
-    if given is not None:
-        given = check_bits(given, channels)
+    expected = torch.full((channels,), bits) if isinstance(bits, int) else bits
+    if expected is not None:
+        expected = check_bits(expected, channels)
     if not len(stored):
-        if given is None:
+        if expected is None:
             raise ConfigError("all channels have one width, which the bytes do not tell: pass bits")
-        if bool((given != given[0]).any()):
+        if bool((expected != expected[0]).any()):
             raise ArtifactError("widths: none stored, but the plan's channels differ in width")
-        return given
+        return expected
     widths = unpack_bits(stored, WIDTH_BITS, channels).to(torch.int64) + 1
-    if given is not None and not torch.equal(widths, given):
+    if expected is not None and not torch.equal(widths, expected):
         raise ArtifactError("widths: the stored widths are not the plan's; the file is corrupted")
     return widths

@@ -63,8 +63,8 @@ class RowLevels:
         Args:
             rows: Rows of one matrix.
         """
-        every = torch.arange(len(self.bits), device=self.scale.device)
-        return [self.take(part) for part in torch.split(every, rows)]
+        index = torch.arange(len(self.bits), device=self.scale.device)
+        return [self.take(part) for part in torch.split(index, rows)]
 
     def take(self, rows: Tensor) -> Self:
         """The level sets of some of the rows.

@@ -79,18 +79,18 @@ def _blocks(width: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, width))
 
 
-def _round_block(wanted: Tensor, snapper: ColumnSnapper, upper: Tensor) -> Tensor:
+def _round_block(target: Tensor, snapper: ColumnSnapper, upper: Tensor) -> Tensor:
     """Codes of one block [O, b]; `upper` is its unit upper factor [b, b]."""
     # A column is a row here: contiguous. In the snapper's units, of two levels' distance.
-    columns = wanted.T.contiguous() / 2
+    columns = target.T.contiguous() / 2
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
-    given, couplings = errors.T, upper.T.contiguous().unbind()
+    row_errors, couplings = errors.T, upper.T.contiguous().unbind()
     parts = zip(columns.unbind(), codes.unbind(), errors.unbind(), strict=True)
     with one_thread():
         for index, (column, code, error) in enumerate(parts):
             value = column
             if index:
-                value = torch.addmv(column, given[:, :index], couplings[index][:index])
+                value = torch.addmv(column, row_errors[:, :index], couplings[index][:index])
             snapper(value, code)
             torch.sub(column, code, out=error)
     return 2 * codes.T
@@ -137,10 +137,10 @@ class _PrimalFeedback:
 
     def block(self, columns: slice) -> tuple[Tensor, Tensor]:
         before = slice(0, columns.start)
-        own = self._upper[columns, columns]
-        wanted = self._errors[:, before] @ self._upper[before, columns]
-        return own, torch.linalg.solve_triangular(
-            own, wanted, upper=True, left=False, unitriangular=True
+        upper = self._upper[columns, columns]
+        rhs = self._errors[:, before] @ self._upper[before, columns]
+        return upper, torch.linalg.solve_triangular(
+            upper, rhs, upper=True, left=False, unitriangular=True
         )
 
     def commit(self, columns: slice, errors: Tensor) -> None:

@@ -43,8 +43,8 @@ def kept_rows(width: int, available: int, max_rows: int) -> int:
         As many as are wanted and available if they are at least K (primal form), else at most
         `DUAL_ROWS` of them (dual form).
     """
-    wanted = min(available, max_rows)
-    return wanted if width <= wanted else min(wanted, DUAL_ROWS)
+    rows = min(available, max_rows)
+    return rows if width <= rows else min(rows, DUAL_ROWS)
 
 
 def cholesky(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
@@ -177,14 +177,14 @@ class Gram:
             rows: As of `regress`.
             targets: As of `regress`.
         """
-        wanted = targets.to(torch.float64)
+        wide = targets.to(torch.float64)
         if self.rows is not None:
             # X X^T / N: its chunks are columns of X
             kernel = _second_moments(self.rows.T.contiguous()) * (self.width / self.count)
-            return Regression(gram=self, matrix=kernel.to(self.dtype), wanted=wanted.to(self.dtype))
+            return Regression(gram=self, matrix=kernel.to(self.dtype), rhs=wide.to(self.dtype))
         assert self.matrix is not None
-        cross = _cross(rows, wanted).to(self.dtype)
-        return Regression(gram=self, matrix=self.matrix.to(self.dtype), wanted=cross)
+        cross = _cross(rows, wide).to(self.dtype)
+        return Regression(gram=self, matrix=self.matrix.to(self.dtype), rhs=cross)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,12 +194,12 @@ class Regression:
     Attributes:
         gram: Moments of the rows.
         matrix: H [K, K], or the kernel X X^T / N [N, N] in the dual form.
-        wanted: X^T Y / N [K, O], or the targets Y [N, O] in the dual form.
+        rhs: X^T Y / N [K, O], or the targets Y [N, O] in the dual form.
     """
 
     gram: Gram
     matrix: Tensor
-    wanted: Tensor
+    rhs: Tensor
 
     def solve(self, damping: float) -> Tensor:
         """B, float32 [O, K], for one ridge in units of the average diagonal; see `Gram.regress`.
@@ -208,7 +208,7 @@ class Regression:
             CalibrationError: The moments are degenerate.
         """
         factor, _ = cholesky(self.matrix, self.gram.ridge(damping))
-        solved = torch.cholesky_solve(self.wanted, factor).T
+        solved = torch.cholesky_solve(self.rhs, factor).T
         if self.gram.rows is None:
             return solved.float()
         weights = solved / self.gram.count
@@ -248,6 +248,6 @@ def _cross(rows: Tensor, targets: Tensor) -> Tensor:
     """rows^T targets / N, float64 [K, O]."""
     total = torch.zeros(rows.shape[1], targets.shape[1], dtype=torch.float64, device=rows.device)
     parts = zip(torch.split(rows, _CHUNK), torch.split(targets, _CHUNK), strict=True)
-    for part, wanted in parts:
-        total += part.float().T @ wanted.float()
+    for part, target in parts:
+        total += part.float().T @ target.float()
     return total / len(rows)

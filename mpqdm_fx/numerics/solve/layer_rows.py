@@ -81,15 +81,15 @@ class LayerRows:
     def take(self, index: Tensor | slice) -> Self:
         """Some of the rows."""
 
-        def taken(tensor: Tensor | None) -> Tensor | None:
+        def pick(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[index]
 
         return replace(
             self,
             inputs=self.inputs[index],
-            shift=taken(self.shift),
-            residual=taken(self.residual),
-            weights=taken(self.weights),
+            shift=pick(self.shift),
+            residual=pick(self.residual),
+            weights=pick(self.weights),
         )
 
     def group(self, index: int, channels: int) -> Self:
@@ -102,12 +102,12 @@ class LayerRows:
         Returns:
             Inputs and shift [N, K], and the residual of the group's own channels.
         """
-        own = slice(index * channels, (index + 1) * channels)
+        outputs = slice(index * channels, (index + 1) * channels)
         return replace(
             self,
             inputs=self.inputs[:, index],
             shift=None if self.shift is None else self.shift[:, index],
-            residual=None if self.residual is None else self.residual[:, own],
+            residual=None if self.residual is None else self.residual[:, outputs],
         )
 
     def means(self) -> RowMeans:
@@ -170,9 +170,9 @@ class LayerRows:
         Returns:
             float64 [N, O] for each source that there is.
         """
-        found = []
+        targets = []
         if self.shift is not None:
-            found.append((self.shift @ W.float().T).to(torch.float64))
+            targets.append((self.shift @ W.float().T).to(torch.float64))
         if self.residual is not None:
-            found.append(self.residual.to(torch.float64))
-        return found
+            targets.append(self.residual.to(torch.float64))
+        return targets

@@ -152,10 +152,10 @@ def _best_strengths(total: Tensor, outputs: list[Tensor]) -> tuple[list[float], 
         free, info = torch.linalg.solve_ex(q, p)
         if int(info) == 0 and bool(((free >= 0) & (free <= 1)).all()):
             candidates.append(free)
-        for own in (0, 1):
-            for other in (0.0, 1.0):  # the optimum on each side of the square, corners included
-                s = torch.full((2,), other, dtype=torch.float64)
-                s[own] = _ratio(p[own] - other * q[own, 1 - own], q[own, own])
+        for axis in (0, 1):
+            for edge in (0.0, 1.0):  # the optimum on each side of the square, corners included
+                s = torch.full((2,), edge, dtype=torch.float64)
+                s[axis] = _ratio(p[axis] - edge * q[axis, 1 - axis], q[axis, axis])
                 candidates.append(s)
     best = max(candidates, key=gain)
     value = gain(best)

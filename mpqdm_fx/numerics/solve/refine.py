@@ -49,13 +49,13 @@ def refine(
     if not passes:
         return codes, levels
     moments = _Moments(gram, damping)
-    wanted = W.to(gram.dtype)
-    image = moments.image(wanted)
-    state = _State.of(wanted, codes.to(gram.dtype), levels, moments)
+    target = W.to(gram.dtype)
+    image = moments.image(target)
+    state = _State.of(target, codes.to(gram.dtype), levels, moments)
     best, best_scale, best_error = codes.clone(), levels.scale.clone(), state.error()
     active = torch.arange(len(W), device=W.device)
     for _ in range(passes):
-        state = state.refitted(wanted, image)
+        state = state.refitted(target, image)
         state.descend()
         error = state.error()
         # A row that did not improve would start from the same place again.
@@ -63,7 +63,7 @@ def refine(
         if not len(better):
             break
         active, best_error = active[better], error[better]
-        wanted, image, state = wanted[better], image[better], state.take(better)
+        target, image, state = target[better], image[better], state.take(better)
         best[active] = state.codes.to(torch.int8)
         best_scale[active.to(best_scale.device)] = state.levels.scale
     return best, replace(levels, scale=best_scale)
@@ -114,9 +114,9 @@ class _Moments:
         if self._matrix is not None:
             return self._matrix[columns, columns]
         assert self._rows is not None
-        own = self._rows[:, columns].T @ self._rows[:, columns]
-        own.diagonal().add_(self.ridge)
-        return own
+        block = self._rows[:, columns].T @ self._rows[:, columns]
+        block.diagonal().add_(self.ridge)
+        return block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +174,9 @@ class _State:
             W: Target rows [O, K].
             image: Their image.
         """
-        own = image / self._scale - self.image  # of the codes
-        cross = self.moments.inner(self.codes, own, W, image)
-        power = self.moments.inner(self.codes, own, self.codes, own)
+        code_image = image / self._scale - self.image
+        cross = self.moments.inner(self.codes, code_image, W, image)
+        power = self.moments.inner(self.codes, code_image, self.codes, code_image)
         scale = (cross / power.clamp_min(1e-300)).to(self.levels.scale.device)
         # `max_scale`: any int8 level that the descent may move to stays a finite float32.
         usable = torch.isfinite(scale) & (scale > MIN_SCALE) & (scale < max_scale(_TOP))
@@ -189,7 +189,7 @@ class _State:
             levels=levels,
             codes=self.codes.clone(),
             errors=W / step - self.codes,
-            image=image / step - own,
+            image=image / step - code_image,
         )
 
     def descend(self) -> None:
@@ -209,25 +209,27 @@ class _State:
             self.image.add_(self.moments.image(changes, columns))
 
 
-def _descend_block(codes: Tensor, gradient: Tensor, own: Tensor, snapper: ColumnSnapper) -> Tensor:
+def _descend_block(
+    codes: Tensor, gradient: Tensor, block: Tensor, snapper: ColumnSnapper
+) -> Tensor:
     """What one block's codes [O, b] give up: old minus new, column after column.
 
     Args:
         codes: Codes before.
         gradient: `E (H + ridge I)` at the block's columns, [O, b].
-        own: `H + ridge I` among them, [b, b].
+        block: `H + ridge I` among them, [b, b].
         snapper: The rows' levels.
     """
     # A column is a row here: contiguous. In the snapper's units, of two levels' distance.
     before, slopes = codes.T.contiguous() / 2, gradient.T.contiguous() / 2
-    steps, couplings = (1 / own.diagonal()).unbind(), own.contiguous().unbind()
+    steps, couplings = (1 / block.diagonal()).unbind(), block.contiguous().unbind()
     changes = torch.empty_like(before)
-    given = changes.T
+    moves = changes.T
     columns = zip(before.unbind(), slopes.unbind(), changes.unbind(), strict=True)
     with one_thread():
         for index, (code, slope, change) in enumerate(columns):
             if index:
-                slope = torch.addmv(slope, given[:, :index], couplings[index][:index])
+                slope = torch.addmv(slope, moves[:, :index], couplings[index][:index])
             snapper(torch.addcmul(code, slope, steps[index]), change)
             torch.sub(code, change, out=change)
     return 2 * changes.T

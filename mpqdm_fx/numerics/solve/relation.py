@@ -64,13 +64,13 @@ def relation_divergence(
         raise ConfigError(f"temperature={temperature!r}: give a positive number")
     teacher = teacher.detach()
     if memory is None:
-        seen, wanted = student @ student.mT, teacher @ teacher.mT
+        student_map, teacher_map = student @ student.mT, teacher @ teacher.mT
     else:
-        seen, wanted = student @ memory.detach().mT, teacher @ memory.detach().mT
-    log_seen = (seen / temperature).log_softmax(-1)
-    log_wanted = (wanted / temperature).log_softmax(-1)
-    apart = functional.kl_div(log_seen, log_wanted, reduction="none", log_target=True)
-    return apart.sum(-1).mean()
+        student_map, teacher_map = student @ memory.detach().mT, teacher @ memory.detach().mT
+    log_student = (student_map / temperature).log_softmax(-1)
+    log_teacher = (teacher_map / temperature).log_softmax(-1)
+    divergence = functional.kl_div(log_student, log_teacher, reduction="none", log_target=True)
+    return divergence.sum(-1).mean()
 
 
 def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:

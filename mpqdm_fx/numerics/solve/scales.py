@@ -99,8 +99,8 @@ def uniform_scales(W: Tensor, importance: Tensor | None = None) -> Tensor:
         importance = check_importance(importance, rows.shape)
     parts = []
     for part in row_chunks(*rows.shape):
-        own = torch.arange(len(rows), device=rows.device)[part]
-        search = _ScaleSearch.of(rows[part], importance_of(importance, own))
+        index = torch.arange(len(rows), device=rows.device)[part]
+        search = _ScaleSearch.of(rows[part], importance_of(importance, index))
         parts.append(torch.stack([search.scale(bits) for bits in range(1, MAX_BITS + 1)]))
     return torch.cat(parts, dim=1)
 
@@ -109,11 +109,11 @@ def _scales(rows: Tensor, widths: Tensor, importance: Tensor | None) -> Tensor:
     """Best scale of each row at its own width, float32 [O]."""
     scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     for part in row_chunks(*rows.shape):
-        own = torch.arange(len(rows), device=rows.device)[part]
-        search = _ScaleSearch.of(rows[part], importance_of(importance, own))
+        index = torch.arange(len(rows), device=rows.device)[part]
+        search = _ScaleSearch.of(rows[part], importance_of(importance, index))
         for width in sorted(set(widths[part].tolist())):
             members = (widths[part] == width).nonzero()[:, 0].to(rows.device)
-            scale[own[members]] = search.take(members).scale(width)
+            scale[index[members]] = search.take(members).scale(width)
     return scale
 
 
@@ -180,15 +180,15 @@ class _ScaleSearch:
 
     def scale(self, bits: int) -> Tensor:
         """The best scale of each row, float32 [n]."""
-        every = torch.arange(len(self.power), device=self.power.device)
-        parts = row_chunks(len(every), 2 ** _HALVINGS.get(bits, 0) * 2**bits)
-        return torch.cat([self.take(every[part])._scale(bits) for part in parts])
+        index = torch.arange(len(self.power), device=self.power.device)
+        parts = row_chunks(len(index), 2 ** _HALVINGS.get(bits, 0) * 2**bits)
+        return torch.cat([self.take(index[part])._scale(bits) for part in parts])
 
     def _scale(self, bits: int) -> Tensor:
         best = torch.where(self.ordered.values[:, -1] > 0, self._search(bits) * self.power, 0.0)
         scale = round_scale(best).clamp(max=max_scale(top_level(bits)))
-        on_grid, found = _grid_scale(self.exact, self.maximum, bits)
-        return torch.where(found, on_grid, scale)
+        grid_scale, on_grid = _grid_scale(self.exact, self.maximum, bits)
+        return torch.where(on_grid, grid_scale, scale)
 
     def _search(self, bits: int) -> Tensor:
         """The best bfloat16 scale for the unit rows, as float64 [n]."""
@@ -294,7 +294,7 @@ def _sorted_errors(rows: SortedRows, levels: Tensor, scale: Tensor) -> tuple[Ten
 
 
 def _grid_scale(exact: Tensor, maximum: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Find rows that lie on a grid already: (scale float32 [n], found bool [n]).
+    """Find rows that lie on a grid already: (scale float32 [n], on_grid bool [n]).
 
     The maximum of such a row is a level times a bfloat16 scale, which few rows satisfy; only
     those are compared element by element, finest scale first.
@@ -312,17 +312,17 @@ def _grid_scale(exact: Tensor, maximum: Tensor, bits: int) -> tuple[Tensor, Tens
     rows, level = possible.nonzero(as_tuple=True)  # by row, then by level
     for columns in (slice(0, 8), slice(0, 64), slice(None)):  # a few elements refuse most of them
         parts = row_chunks(len(rows), len(range(*columns.indices(exact.shape[1]))))
-        held = [
+        checks = [
             _lies_on(exact[rows[part]][:, columns], scales[rows[part], level[part]], bits)
             for part in parts
         ]
-        kept = torch.cat(held) if held else torch.zeros(0, dtype=torch.bool)
-        rows, level = rows[kept], level[kept]
+        matches = torch.cat(checks) if checks else torch.zeros(0, dtype=torch.bool)
+        rows, level = rows[matches], level[matches]
     # backwards, so that each row ends with its finest scale
     scale[rows.flip(0)] = scales[rows, level].flip(0)
-    found = maximum == 0
-    found[rows] = True
-    return scale.to(torch.float32), found
+    on_grid = maximum == 0
+    on_grid[rows] = True
+    return scale.to(torch.float32), on_grid
 
 
 def _lies_on(exact: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -67,15 +67,15 @@ class SplitGeglu(GraphPass):
 
 def _gated_layers(graph_module: fx.GraphModule) -> list[tuple[WeightLayer, int]]:
     """Find gated projections, each with the index of its half that is the gate."""
-    found = []
+    layers = []
     for layer in weight_layers(graph_module).values():
         # a subclass may do something else in forward, a buffer may belong to the whole weight
         if type(layer.module) is not nn.Linear or layer.module._buffers:
             continue
         gates = {_gate_index(graph_module, node) for node in layer.nodes}
         if len(gates) == 1 and (gate := gates.pop()) is not None:
-            found.append((layer, gate))
-    return found
+            layers.append((layer, gate))
+    return layers
 
 
 def _gate_index(graph_module: fx.GraphModule, projection: fx.Node) -> int | None:

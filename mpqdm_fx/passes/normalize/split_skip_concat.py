@@ -54,8 +54,8 @@ class SplitSkipConcat(GraphPass):
     def rewrite(self, graph_module: fx.GraphModule) -> bool:
         """Apply the rules until no layer reads a concatenation."""
         modified = False
-        while found := _concatenating_layers(graph_module):
-            for layer, sizes in found:
+        while readers := _concatenating_layers(graph_module):
+            for layer, sizes in readers:
                 _split(graph_module, layer, sizes)
             modified = True
         return modified
@@ -76,7 +76,7 @@ def _concatenating_layers(
     graph_module: fx.GraphModule,
 ) -> list[tuple[WeightLayer, tuple[int, ...]]]:
     """Find layers over a concatenation, each with its parts' numbers of channels."""
-    found = []
+    readers = []
     layers = weight_layers(graph_module)
     learned = _downstream(n for layer in layers.values() for n in layer.nodes)
     for layer in layers.values():
@@ -86,9 +86,9 @@ def _concatenating_layers(
         if getattr(layer.module, "groups", 1) != 1:
             continue
         sizes = {_part_sizes(layer.module, node, learned) for node in layer.nodes}
-        if len(sizes) == 1 and (known := sizes.pop()) is not None:
-            found.append((layer, known))
-    return found
+        if len(sizes) == 1 and (parts := sizes.pop()) is not None:
+            readers.append((layer, parts))
+    return readers
 
 
 def _downstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -79,11 +79,11 @@ class AssignQConfigs(GraphPass):
         planned = {layer.name: layer for layer in self.plan.layers}
         modified = False
         for name, layer in weight_layers(graph_module, embeddings=True).items():
-            wanted = LayerQConfig(weight=planned.get(name), activation=self.activations.get(name))
-            if all(node.meta.get(QCONFIG) == wanted for node in layer.nodes):
+            qconfig = LayerQConfig(weight=planned.get(name), activation=self.activations.get(name))
+            if all(node.meta.get(QCONFIG) == qconfig for node in layer.nodes):
                 continue
             for node in layer.nodes:
-                node.meta[QCONFIG] = wanted
+                node.meta[QCONFIG] = qconfig
             modified = True
         return modified
 
@@ -97,11 +97,11 @@ def assigned_qconfigs(graph_module: fx.GraphModule) -> dict[str, LayerQConfig]:
     Raises:
         DialectError: Calls of one layer say different things.
     """
-    found = {}
+    assigned = {}
     for name, layer in weight_layers(graph_module, embeddings=True).items():
-        told = [node.meta[QCONFIG] for node in layer.nodes if QCONFIG in node.meta]
-        if any(other != told[0] for other in told):
+        qconfigs = [node.meta[QCONFIG] for node in layer.nodes if QCONFIG in node.meta]
+        if any(qconfig != qconfigs[0] for qconfig in qconfigs):
             raise DialectError(f"{name}: its calls have different qconfigs; run AssignQConfigs")
-        if told:
-            found[name] = told[0]
-    return found
+        if qconfigs:
+            assigned[name] = qconfigs[0]
+    return assigned

@@ -122,9 +122,9 @@ def _site(
 
 
 def _in_graph_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    wanted = set(nodes)
-    graph = next(iter(wanted)).graph
-    return [node for node in graph.nodes if node in wanted]
+    members = set(nodes)
+    graph = next(iter(members)).graph
+    return [node for node in graph.nodes if node in members]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +182,8 @@ class QuantizeActivations(GraphPass):
         layers = weight_layers(graph_module)
 
         def static(bits: int, zero_point: int = 0) -> StaticActivation:
-            one = ActivationRange(scale=8.0 / 2**bits, zero_point=zero_point, bits=bits)
-            return StaticActivation(input=one, output=one)
+            grid = ActivationRange(scale=8.0 / 2**bits, zero_point=zero_point, bits=bits)
+            return StaticActivation(input=grid, output=grid)
 
         kinds: list[Activation] = [static(8), static(4), DynamicActivation(bits=8)]
         levels = None
@@ -217,8 +217,8 @@ class QuantizeActivations(GraphPass):
                 f"that `noise_argument` names, and this graph takes ({', '.join(arguments)}); use "
                 f"activation_mode='static' or 'dynamic'"
             )
-        done = [is_quantized_call(graph_module, call) for call in self._calls(graph_module)]
-        if any(done) and not all(done):
+        quantized = [is_quantized_call(graph_module, call) for call in self._calls(graph_module)]
+        if any(quantized) and not all(quantized):
             raise DialectError(
                 "some of the named layers already read and write quantized values; quantize the "
                 "activations of all layers at once, on the graph with float activations"
@@ -242,12 +242,12 @@ class QuantizeActivations(GraphPass):
             if not isinstance(activation, DynamicActivation)
         }
         latest: dict[fx.Node, fx.Node] = {}
-        told, groups = self._noise_argument(graph_module), None
+        argument, groups = self._noise_argument(graph_module), None
         for site in activation_sites(calls, widths):
             source = latest.get(site.value, site.value)
             users = [u for u in source.users if site.calls is None or u in site.calls]
             activation = self.ranges[site.layer]
-            follows = told is not None and follows_batch(source, told)
+            follows = argument is not None and follows_batch(source, argument)
             if isinstance(activation, TimestepActivation) and follows:
                 if groups is None:
                     assert self.noise_levels is not None

@@ -85,26 +85,26 @@ class ScaleInputs(GraphPass):
     def rewrite(self, graph_module: fx.GraphModule) -> bool:
         """Insert the products; False if all of them are there."""
         layers = weight_layers(graph_module)
-        wanted = {
+        factors = {
             name: factor.float()
             for name, factor in self.factors.items()
             if not all(is_scaled(call) for call in layers[name].nodes)
         }
-        names = {call: name for name in wanted for call in layers[name].nodes}
+        names = {call: name for name in factors for call in layers[name].nodes}
         products: dict[tuple[fx.Node, bytes], fx.Node] = {}
         for call in [node for node in graph_module.graph.nodes if node in names]:
             name, source = names[call], call.args[0]
             assert isinstance(source, fx.Node)
-            inverse = wanted[name].reciprocal().view(-1, *[1] * (layers[name].weight.dim() - 2))
+            inverse = factors[name].reciprocal().view(-1, *[1] * (layers[name].weight.dim() - 2))
             key = (source, inverse.numpy().tobytes() + bytes(inverse.dim()))
             if key not in products:
-                held = add_tensor(graph_module, f"{SCALES}.{name}", inverse, anchor=call)
-                args = (source, held)
+                attribute = add_tensor(graph_module, f"{SCALES}.{name}", inverse, anchor=call)
+                args = (source, attribute)
                 products[key] = insert_call(graph_module, _aten.mul.Tensor, args, anchor=call)
             call.update_arg(0, products[key])
-        for name, factor in wanted.items():
+        for name, factor in factors.items():
             replace_module(graph_module, name, _multiplied(layers[name], factor))
-        return bool(wanted)
+        return bool(factors)
 
 
 def is_scaled(call: fx.Node) -> bool:
@@ -112,11 +112,11 @@ def is_scaled(call: fx.Node) -> bool:
     product = call.args[0]
     if not isinstance(product, fx.Node) or product.target is not _aten.mul.Tensor:
         return False
-    held = product.args[1]
+    attribute = product.args[1]
     return (
-        isinstance(held, fx.Node)
-        and held.op == "get_attr"
-        and str(held.target).startswith(f"{SCALES}.")
+        isinstance(attribute, fx.Node)
+        and attribute.op == "get_attr"
+        and str(attribute.target).startswith(f"{SCALES}.")
     )
 
 
@@ -126,13 +126,13 @@ def factors_of(graph_module: fx.GraphModule) -> dict[str, Tensor]:
     Args:
         graph_module: A graph after `ScaleInputs`, rounded or not.
     """
-    found = {}
+    factors = {}
     for name, layer in weight_layers(graph_module).items():
         if is_scaled(layer.nodes[0]):
-            held = layer.nodes[0].args[0].args[1]  # type: ignore[union-attr]
-            inverse = graph_module.get_buffer(str(held.target))  # type: ignore[union-attr]
-            found[name] = inverse.detach().float().reciprocal().flatten().cpu()
-    return found
+            attribute = layer.nodes[0].args[0].args[1]  # type: ignore[union-attr]
+            inverse = graph_module.get_buffer(str(attribute.target))  # type: ignore[union-attr]
+            factors[name] = inverse.detach().float().reciprocal().flatten().cpu()
+    return factors
 
 
 def _channels(layer: WeightLayer) -> int:
@@ -143,8 +143,8 @@ def _multiplied(layer: WeightLayer, factor: Tensor) -> nn.Module:
     """A copy of a layer, its weights multiplied by the factor of their input channel."""
     weight = layer.weight.detach()
     groups = int(getattr(layer.module, "groups", 1))
-    own = factor.to(weight).view(groups, 1, -1, *[1] * (weight.dim() - 2))
-    wide = (weight.view(groups, -1, *weight.shape[1:]) * own).view_as(weight)
+    factors = factor.to(weight).view(groups, 1, -1, *[1] * (weight.dim() - 2))
+    wide = (weight.view(groups, -1, *weight.shape[1:]) * factors).view_as(weight)
     clone = shallow_clone(layer.module)
     clone._parameters = {
         **layer.module._parameters,

@@ -126,13 +126,13 @@ def test_damage_is_found_and_leaves_nothing_behind(damage, tmp_path):
     if damage == "flipped":
         flip(packed)
     else:  # zeros are a file of 0 bytes in the format before .xz, which has no checksum
-        other = {
+        contents = {
             "truncated": content[:-40],
             "no xz": b"not compressed",
             "zeros": bytes(len(content)),
             "lzma": lzma.compress(b"program", format=lzma.FORMAT_ALONE),
         }
-        packed.write_bytes(other[damage])
+        packed.write_bytes(contents[damage])
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(ArtifactError, match="damaged or truncated"):
         expand_program(packed)

@@ -140,11 +140,11 @@ def test_float_net_is_one_delegate(kind, tmp_path):
     program = lower_xnnpack_float(graph, inputs, tmp_path / "net.pte")
     assert program.refusals == OUTSIDE[kind]
     assert program.subgraphs == 1
-    (found,) = XnnpackRunner(program.path)(*inputs.values())
+    (output,) = XnnpackRunner(program.path)(*inputs.values())
     with torch.no_grad():
         expected = graph(**inputs)
-    assert sqnr_db(expected, found) > 100
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert sqnr_db(expected, output) > 100
+    assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("kind", [Image, Tokens, Guided])
@@ -155,8 +155,8 @@ def test_static_int8_net_is_one_delegate_and_only_layers_are_quantized(kind, tmp
     program = lower_xnnpack(graph, ranges, inputs, tmp_path / "net.pte")
     assert program.refusals == {}
     assert program.subgraphs == 1
-    (found,) = XnnpackRunner(program.path)(*inputs.values())
+    (output,) = XnnpackRunner(program.path)(*inputs.values())
     with torch.no_grad():
         expected = graph(**inputs)
     # 8 bits for what layers read and write; a quantized norm or a layout mistake costs far more
-    assert sqnr_db(expected, found) > 25
+    assert sqnr_db(expected, output) > 25

@@ -39,24 +39,24 @@ def interrupted():
 
 def test_a_float_graph_gets_the_delegates_that_were_foretold(tmp_path):
     graph, inputs = interrupted()
-    found = diagnose(graph, inputs)
+    diagnosis = diagnose(graph, inputs)
     program = lower_xnnpack_float(graph, inputs, tmp_path / "net.pte")
-    assert found.delegates == program.subgraphs == 2
-    assert len(found.outside) == program.undelegated
-    assert sum(found.operators.values()) == sum(program.refusals.values())
-    (node,) = found.outside
+    assert diagnosis.delegates == program.subgraphs == 2
+    assert len(diagnosis.outside) == program.undelegated
+    assert sum(diagnosis.operators.values()) == sum(program.refusals.values())
+    (node,) = diagnosis.outside
     assert node.op == "aten.cumsum.default"
     assert node.shape == (2, 5, 6, 8)
     assert node.reason == "XNNPACK has no such op"
-    assert "aten.cumsum.default [2, 5, 6, 8] in between: XNNPACK has no such op" in str(found)
+    assert "aten.cumsum.default [2, 5, 6, 8] in between: XNNPACK has no such op" in str(diagnosis)
 
 
 def test_an_int8_graph_gets_the_delegates_that_were_foretold(tmp_path):
     graph, ranges, inputs = rounded(Residual())
-    found = diagnose(graph, inputs, ranges)
+    diagnosis = diagnose(graph, inputs, ranges)
     program = lower_xnnpack(graph, ranges, inputs, tmp_path / "net.pte")
-    assert found.delegates == program.subgraphs
-    assert len(found.outside) == program.undelegated
+    assert diagnosis.delegates == program.subgraphs
+    assert len(diagnosis.outside) == program.undelegated
 
 
 def test_a_refusal_of_the_partitioner_is_told_in_its_own_words():
@@ -65,8 +65,8 @@ def test_a_refusal_of_the_partitioner_is_told_in_its_own_words():
             return torch.sigmoid(x) * (index + index)
 
     inputs = {"x": torch.randn(2, 3), "index": torch.ones(2, 3, dtype=torch.int64)}
-    found = diagnose(trace(Whole(), inputs), inputs)
-    assert any("dtype" in node.reason for node in found.outside)
+    diagnosis = diagnose(trace(Whole(), inputs), inputs)
+    assert any("dtype" in node.reason for node in diagnosis.outside)
 
 
 def test_too_many_delegates_are_refused_before_lowering_with_all_that_stays_out(tmp_path):

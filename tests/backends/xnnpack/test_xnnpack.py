@@ -56,8 +56,8 @@ def fake_quantized(graph, ranges, inputs):
 
 def test_program_is_bit_equal_to_the_fake_quantized_graph_with_whole_biases(residual):
     graph, ranges, inputs, program = residual
-    (found,) = XnnpackRunner(program.path)(inputs["x"])
-    assert torch.equal(found, fake_quantized(graph, ranges, inputs))
+    (output,) = XnnpackRunner(program.path)(inputs["x"])
+    assert torch.equal(output, fake_quantized(graph, ranges, inputs))
     assert program.output_scale == pytest.approx(ranges["conv_out"].output.scale)
     assert (program.sqnr_db, program.max_lsb) == (math.inf, 0.0)
 
@@ -191,9 +191,9 @@ def test_channel_of_zero_weights_keeps_its_bias(tmp_path):
     graph = round_to_grid(trace(model, inputs), bits=3)
     ranges = measured_ranges(graph, inputs)
     program = lower_xnnpack(graph, ranges, inputs, tmp_path / "net.pte")
-    (found,) = XnnpackRunner(program.path)(*inputs.values())
-    assert torch.equal(found, fake_quantized(graph, ranges, inputs))
-    assert found.abs().max() > 0
+    (output,) = XnnpackRunner(program.path)(*inputs.values())
+    assert torch.equal(output, fake_quantized(graph, ranges, inputs))
+    assert output.abs().max() > 0
 
 
 class Conditions(nn.Module):
@@ -219,12 +219,12 @@ def test_conv1d_is_int8_and_dictionaries_are_taken_in_any_order(tmp_path):
     assert "aten_convolution_default" not in program.refusals
     assert [spec.name for spec in program.inputs] == ["x", "conditions.ids", "conditions.text"]
     runner = XnnpackRunner(program.path)
-    one = runner(x, {"text": text, "ids": ids})
-    other = runner(x, {"ids": ids, "text": text})
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    ordered = runner(x, {"text": text, "ids": ids})
+    reordered = runner(x, {"ids": ids, "text": text})
+    assert all(torch.equal(a, b) for a, b in zip(ordered, reordered, strict=True))
     with torch.no_grad():
         exact = graph(**inputs)
-    for a, b in zip(one, exact, strict=True):
+    for a, b in zip(ordered, exact, strict=True):
         assert (a - b).abs().max() < 0.05 * b.abs().max()
 
 

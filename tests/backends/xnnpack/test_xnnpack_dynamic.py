@@ -171,10 +171,10 @@ def test_program_equals_our_fake_quantized_graph_for_samples_of_any_size(tmp_pat
     inputs["x"] = inputs["x"].repeat(2, 1, 1, 1) * torch.logspace(-3, 2, 4).view(-1, 1, 1, 1)
     kinds = dict.fromkeys(ranges, DYNAMIC)
     program = lower_xnnpack(graph, kinds, inputs, tmp_path / "net.pte")
-    (found,) = XnnpackRunner(program.path)(inputs["x"])
+    (output,) = XnnpackRunner(program.path)(inputs["x"])
     with torch.no_grad():
         expected = QuantizeActivations(ranges=kinds)(graph).graph_module(**inputs)
-    error = (found - expected).flatten(1).abs().amax(1)
+    error = (output - expected).flatten(1).abs().amax(1)
     assert bool((error <= 1e-5 * expected.flatten(1).abs().amax(1)).all())
     assert program.output_scale is None
     assert program.max_lsb is None
@@ -191,15 +191,15 @@ def test_weights_keep_their_integers_and_dynamic_layers_their_biases():
         if before is not None:
             assert torch.equal(before, after) == isinstance(kind, DynamicActivation), name
     converted = convert.converted_graph(plain, runnable, tuple(inputs.values()))
-    found = {}
+    weights = {}
     for node in converted.graph.nodes:
         if node.target in WEIGHT_OPS:
             layer = next(entry[0] for entry in reversed(node.meta["nn_module_stack"].values()))
-            found[layer] = getattr(converted, node.args[1].args[0].target)
+            weights[layer] = getattr(converted, node.args[1].args[0].target)
             reads = str(node.args[0].target)
             assert reads.endswith("tensor" if kinds[layer] is DYNAMIC else "default"), layer
-    assert set(found) == set(ranges)
-    for layer, codes in found.items():
+    assert set(weights) == set(ranges)
+    for layer, codes in weights.items():
         assert torch.equal(codes, graph.get_submodule(layer).weight_codes), layer
 
 
@@ -294,6 +294,6 @@ def test_empty_and_constant_samples_are_right(tmp_path):
     inputs["x"][0], inputs["x"][1] = 0.0, 3.0
     program = lower_xnnpack(graph, {"a": DYNAMIC}, inputs, tmp_path / "net.pte")
     assert program.sqnr_db > EXACT_DB
-    (found,) = XnnpackRunner(program.path)(inputs["x"])
-    assert torch.equal(found[0], found[0, :, :1, :1].expand_as(found[0]))
-    assert math.isfinite(float(found.abs().max()))
+    (output,) = XnnpackRunner(program.path)(inputs["x"])
+    assert torch.equal(output[0], output[0, :, :1, :1].expand_as(output[0]))
+    assert math.isfinite(float(output.abs().max()))

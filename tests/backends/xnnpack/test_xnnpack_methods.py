@@ -128,9 +128,9 @@ def test_table_of_timesteps_is_lowered_with_the_step(whole, tmp_path):
     assert sqnr_db(graph(**inputs), run_program(programs, at_step)) > 100
     assert set(programs["denoise"].refusals) <= {"aten_index_select_default", *_COPIES}
     for step, timestep in enumerate(SCHEDULE):
-        want = graph(**{**inputs, "timestep": torch.tensor([timestep] * 2)})
-        found = run_program(programs, {**inputs, "timestep": torch.tensor([step] * 2)})
-        assert sqnr_db(want, found) > 100
+        expected = graph(**{**inputs, "timestep": torch.tensor([timestep] * 2)})
+        actual = run_program(programs, {**inputs, "timestep": torch.tensor([step] * 2)})
+        assert sqnr_db(expected, actual) > 100
     with pytest.raises(LoweringError, match="failed at run time"):
         run_program(programs, {**inputs, "timestep": torch.tensor([0, len(SCHEDULE)])})
 
@@ -162,14 +162,14 @@ def test_weight_of_two_methods_is_stored_once(quantized, tmp_path):
     net, small, large = Wide().eval(), {"x": torch.randn(2, 120)}, {"x": torch.randn(5, 120)}
     graph = round_to_grid(trace(net, small))
     ranges = measured_ranges(graph, small) if quantized else None
-    one = lower_methods({"a": graph}, {"a": small}, tmp_path / "one.pte", ranges=ranges)
-    two = lower_methods(
+    single = lower_methods({"a": graph}, {"a": small}, tmp_path / "one.pte", ranges=ranges)
+    double = lower_methods(
         {"a": graph, "b": graph}, {"a": small, "b": large}, tmp_path / "two.pte", ranges=ranges
     )
     weight = 120 * 200 * (1 if quantized else 4)
-    assert weight < one["a"].bytes
-    assert two["a"].bytes - one["a"].bytes < weight / 4
-    assert two["b"].inputs[0].shape == (5, 120)
+    assert weight < single["a"].bytes
+    assert double["a"].bytes - single["a"].bytes < weight / 4
+    assert double["b"].inputs[0].shape == (5, 120)
 
 
 def test_runner_names_the_methods_that_a_file_has(floats):

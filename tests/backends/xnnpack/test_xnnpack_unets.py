@@ -124,9 +124,9 @@ def test_unet_is_one_delegate_and_computes_the_graph(make, form, tmp_path):
     assert program.sqnr_db > program.reference_sqnr_db - 3.5
     # but it is no worse a draw: what counts is the distance from the graph without rounding noise
     graph, _ = rounded_as(form, graph, inputs)
-    (found,) = XnnpackRunner(program.path)(*inputs.values())
+    (output,) = XnnpackRunner(program.path)(*inputs.values())
     with torch.no_grad():
-        assert sqnr_db(graph(**inputs)[0], found) > program.reference_sqnr_db - 1
+        assert sqnr_db(graph(**inputs)[0], output) > program.reference_sqnr_db - 1
 
 
 @pytest.mark.parametrize("make", [digits, oblong, condition, sdxl], ids=lambda make: make.__name__)
@@ -137,8 +137,8 @@ def test_torch_ao_is_bit_equal_to_the_fake_quantized_graph(make, engine):
     graph = round_biases(graph, ranges)
     fake = QuantizeActivations(ranges=ranges)(graph).graph_module
     with torch.no_grad():
-        expected, found = (
+        expected, actual = (
             fake(**inputs)[0],
             lower_torch_ao(graph, ranges, inputs, engine)(**inputs)[0],
         )
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)

@@ -99,10 +99,10 @@ def test_inside_the_range_the_error_is_at_most_half_a_step(x, bits):
 @given(samples(), st.integers(2, 8), st.integers(2, 12))
 def test_the_search_is_never_worse_than_the_whole_range(x, bits, steps):
     low, high = float(x.min()), float(x.max())
-    found = search_range(x, low, high, bits, steps=steps)
-    assert loss(x, found, bits) <= loss(x, affine_qparams(low, high, bits), bits)
-    assert limits(bits)[0] <= found[1] <= limits(bits)[1]
-    assert found[0] == float(torch.tensor(found[0], dtype=torch.float32))
+    qparams = search_range(x, low, high, bits, steps=steps)
+    assert loss(x, qparams, bits) <= loss(x, affine_qparams(low, high, bits), bits)
+    assert limits(bits)[0] <= qparams[1] <= limits(bits)[1]
+    assert qparams[0] == float(torch.tensor(qparams[0], dtype=torch.float32))
 
 
 def test_a_search_that_fails_falls_back_to_the_whole_range(monkeypatch):
@@ -185,20 +185,22 @@ def exhaustive(x, low, high, bits, steps=24):
         return pairs[int(rows.error(levels[None])[0].argmin())].tolist()
 
     ratio = 64.0 ** -torch.linspace(0, 1, steps, dtype=torch.float64)
-    found = best(ratio, ratio)
+    coarse = best(ratio, ratio)
     fine = 64.0 ** (torch.linspace(-1, 1, steps, dtype=torch.float64) / (steps - 1))
-    a, b = best(*((fine * shrink).clamp_max(1.0) for shrink in found))
-    found, whole = affine_qparams(low * a, high * b, bits), affine_qparams(low, high, bits)
-    return found if loss(x, found, bits) < loss(x, whole, bits) else whole
+    a, b = best(*((fine * shrink).clamp_max(1.0) for shrink in coarse))
+    clipped, whole = affine_qparams(low * a, high * b, bits), affine_qparams(low, high, bits)
+    return clipped if loss(x, clipped, bits) < loss(x, whole, bits) else whole
 
 
 @given(samples(), BITS, st.floats(1, 3))
 @settings(max_examples=40)
 def test_pairs_that_are_left_out_are_never_the_best(x, bits, reach):
     low, high = min(float(x.min()) * reach, 0.0), max(float(x.max()) * reach, 0.0)
-    found = search_range(x, low, high, bits)
+    qparams = search_range(x, low, high, bits)
     if low < high:
-        want = exhaustive(x, low, high, bits)
+        expected = exhaustive(x, low, high, bits)
         # of pairs whose errors differ by the rounding of sums alone, either may come
-        tie = math.isclose(loss(x, found, bits), loss(x, want, bits), rel_tol=1e-9, abs_tol=1e-300)
-        assert found == want or tie
+        tie = math.isclose(
+            loss(x, qparams, bits), loss(x, expected, bits), rel_tol=1e-9, abs_tol=1e-300
+        )
+        assert qparams == expected or tie

@@ -66,8 +66,8 @@ def _pareto(points):
 def _joint_pareto(layers):
     front = [(0, 0.0)]
     for layer in layers:
-        own = _pareto([(size, cost) for size, cost, _ in _all_choices(layer)])
-        front = _pareto([(a + c, b + d) for a, b in front for c, d in own])
+        points = _pareto([(size, cost) for size, cost, _ in _all_choices(layer)])
+        front = _pareto([(a + c, b + d) for a, b in front for c, d in points])
     return front
 
 
@@ -146,17 +146,17 @@ def test_no_single_step_that_fits_lowers_the_cost(layers, data):
     budget = _draw_budget(data, layers)
     _, cost, choices = _solve(layers, budget)
     for index, (layer, choice) in enumerate(zip(layers, choices, strict=True)):
-        others = (
+        steps = (
             [LayerChoice(bits=choice.bits, levels="codebook")] if layer.codebook is not None else []
         )
-        others.append(LayerChoice(bits=choice.bits, levels="uniform"))
+        steps.append(LayerChoice(bits=choice.bits, levels="uniform"))
         for channel in range(layer.channels):
             for bits in range(1, 9):
                 stepped = choice.bits.clone()
                 stepped[channel] = bits
-                others.append(LayerChoice(bits=stepped, levels=choice.levels))
-        for other in others:
-            changed = [*choices[:index], other, *choices[index + 1 :]]
+                steps.append(LayerChoice(bits=stepped, levels=choice.levels))
+        for step in steps:
+            changed = [*choices[:index], step, *choices[index + 1 :]]
             if total_bits(layers, changed) <= budget:
                 assert total_cost(layers, changed) >= cost * (1 - 1e-9) - 1e-12
 

@@ -73,10 +73,12 @@ def test_channels_wider_than_four_bits_are_uniform(data):
 def test_every_weight_takes_the_nearest_value_of_its_channel(data):
     W, bits = data.draw(weights_and_bits(max_bits=CODEBOOK_MAX_BITS))
     codes, scale = quantize_codebook(W, bits, data.draw(importances(W.shape)))
-    own = (W.double() - dequantize(codes, scale).double()).abs()
+    distance = (W.double() - dequantize(codes, scale).double()).abs()
     values = codes.double() * scale.double()[:, None]  # [O, K]: those that the channel uses
     nearest = (W.double()[:, :, None] - values[:, None, :]).abs().amin(dim=2)
-    assert bool((own <= nearest + W.double().abs() * 2**-22 + scale.double()[:, None] * 1e-6).all())
+    assert bool(
+        (distance <= nearest + W.double().abs() * 2**-22 + scale.double()[:, None] * 1e-6).all()
+    )
 
 
 @given(st.data())
@@ -84,11 +86,11 @@ def test_rows_do_not_influence_each_other_whatever_the_chunks(data):
     W, bits = data.draw(weights_and_bits())
     importance = data.draw(importances(W.shape))
     order = torch.tensor(data.draw(st.permutations(range(len(W)))))
-    own = importance if importance is None or importance.ndim == 1 else importance[order]
+    h = importance if importance is None or importance.ndim == 1 else importance[order]
     codes, scale = quantize_codebook(W, bits, importance)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows_module, "MAX_CHUNK", 1)
-        moved_codes, moved_scale = quantize_codebook(W[order], bits[order], own)
+        moved_codes, moved_scale = quantize_codebook(W[order], bits[order], h)
     assert torch.equal(moved_codes, codes[order])
     assert torch.equal(moved_scale, scale[order])
 

@@ -199,9 +199,9 @@ def test_rows_do_not_influence_each_other(data):
     W, bits = data.draw(weights_and_bits())
     importance = data.draw(importances(W.shape))
     order = torch.tensor(data.draw(st.permutations(range(len(W)))))
-    own = importance if importance is None or importance.ndim == 1 else importance[order]
+    h = importance if importance is None or importance.ndim == 1 else importance[order]
     codes, scale = quantize_uniform(W, bits, importance)
-    moved_codes, moved_scale = quantize_uniform(W[order], bits[order], own)
+    moved_codes, moved_scale = quantize_uniform(W[order], bits[order], h)
     assert torch.equal(moved_codes, codes[order])
     assert torch.equal(moved_scale, scale[order])
 

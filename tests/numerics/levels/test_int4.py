@@ -37,11 +37,11 @@ def test_a_row_on_the_grid_comes_back_and_powers_of_two_pass_through(seed, colum
     codes[:, 0] = torch.tensor([-8, -1, 1, 4, 7])  # no row of zeros, which has a scale of its own
     scale = round_scale(torch.rand(5, generator=generator) + 0.1)
     W, bits = dequantize(codes, scale), torch.full((5,), 4)
-    found = quantize_int4(W, bits)
-    assert torch.equal(dequantize(*found), W)
+    plain = quantize_int4(W, bits)
+    assert torch.equal(dequantize(*plain), W)
     scaled = quantize_int4(W * 2.0**power, bits)
-    assert torch.equal(scaled[0], found[0])
-    assert torch.equal(scaled[1], found[1] * 2.0**power)
+    assert torch.equal(scaled[0], plain[0])
+    assert torch.equal(scaled[1], plain[1] * 2.0**power)
 
 
 @given(seed=st.integers(0, 10**6))
@@ -53,8 +53,8 @@ def test_scale_is_at_least_as_good_as_any_of_a_fine_grid(seed):
     for ratio in torch.linspace(0.05, 0.3, 200):
         trial = round_scale(ratio * top)
         q = (W / trial[:, None]).round().clamp(-8, 7)
-        other = (W - q * trial[:, None]).square().sum(dim=1)
-        assert bool((error <= 1.03 * other).all())
+        trial_error = (W - q * trial[:, None]).square().sum(dim=1)
+        assert bool((error <= 1.03 * trial_error).all())
 
 
 def test_error_is_that_of_balanced_levels_within_half_a_decibel():

@@ -40,9 +40,9 @@ def test_snap_takes_the_nearest_of_all_levels_of_the_row(drawn, log_factor, dtyp
     codes = levels.snap(values)
     assert codes.dtype == dtype
     for row, scale in enumerate(levels.scale.double()):
-        own = level_set(levels, row)
-        assert set(codes[row].tolist()) <= set(own.tolist())
-        distance = (values[row].double()[:, None] - own * scale).abs()
+        row_levels = level_set(levels, row)
+        assert set(codes[row].tolist()) <= set(row_levels.tolist())
+        distance = (values[row].double()[:, None] - row_levels * scale).abs()
         chosen = (values[row].double() - codes[row].double() * scale).abs()
         slack = values[row].double().abs() * 2 * torch.finfo(dtype).eps  # of the division
         assert bool((chosen <= distance.amin(dim=1) + slack).all())
@@ -103,8 +103,8 @@ def test_rows_of_all_widths_at_once_are_the_rows_of_each_width(drawn, kind, data
     codes = together.snap(W)
     for width in bits.unique().tolist():
         rows = (bits == width).nonzero()[:, 0]
-        own = importance if importance is None or importance.ndim == 1 else importance[rows]
-        alone = RowLevels.fit(W[rows], bits[rows], kind, own)
+        h = importance if importance is None or importance.ndim == 1 else importance[rows]
+        alone = RowLevels.fit(W[rows], bits[rows], kind, h)
         assert torch.equal(alone.scale, together.scale[rows])
         assert torch.equal(alone.snap(W[rows]), codes[rows])
         if alone.tables is not None:
@@ -163,12 +163,12 @@ def test_matrices_that_are_fitted_together_have_the_levels_of_each_alone(drawn, 
     parts = [W * (1 + index) for index in range(count)]
     together = RowLevels.fit(torch.cat(parts), bits.repeat(count), kind).split(len(W))
     assert len(together) == count
-    for part, found in zip(parts, together, strict=True):
+    for part, levels in zip(parts, together, strict=True):
         alone = RowLevels.fit(part, bits, kind)
-        assert torch.equal(found.bits, alone.bits)
-        assert torch.equal(found.scale, alone.scale)
-        assert (found.tables is None) == (alone.tables is None)
-        assert torch.equal(found.snap(part), alone.snap(part))
+        assert torch.equal(levels.bits, alone.bits)
+        assert torch.equal(levels.scale, alone.scale)
+        assert (levels.tables is None) == (alone.tables is None)
+        assert torch.equal(levels.snap(part), alone.snap(part))
 
 
 @given(fitted(), st.integers(0, 9))
@@ -177,7 +177,7 @@ def test_columns_are_snapped_as_whole_matrices_are(drawn, seed):
     ratio = torch.randn(W.shape, generator=torch.Generator().manual_seed(seed)).double() * 9
     snapper = levels.snapper(ratio)
     whole = levels.with_scale(torch.ones_like(levels.scale)).snap(ratio)
-    for column, want in zip(ratio.T, whole.T, strict=True):
-        found = torch.empty_like(column)
-        snapper(column / 2, found)
-        assert torch.equal(2 * found, want)
+    for column, expected in zip(ratio.T, whole.T, strict=True):
+        codes = torch.empty_like(column)
+        snapper(column / 2, codes)
+        assert torch.equal(2 * codes, expected)

@@ -65,9 +65,9 @@ def test_the_stream_is_the_values_written_lowest_bit_first(count, width, seed):
 @pytest.mark.parametrize("width", range(1, 9))
 def test_packing_is_injective_on_all_short_sequences(width):
     length = 2 if width <= 4 else 1
-    every = torch.cartesian_prod(*[torch.arange(2**width)] * length).view(-1, length)
-    streams = {tuple(pack_bits(values, width).tolist()) for values in every}
-    assert len(streams) == len(every)
+    sequences = torch.cartesian_prod(*[torch.arange(2**width)] * length).view(-1, length)
+    streams = {tuple(pack_bits(values, width).tolist()) for values in sequences}
+    assert len(streams) == len(sequences)
 
 
 @pytest.mark.parametrize("width", range(1, 9))

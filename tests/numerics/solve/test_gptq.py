@@ -52,9 +52,9 @@ def naive_pivots(damped, order):
     A = damped[order][:, order]
     pivots = []
     for j in range(len(A)):
-        own, later = A[j, j], A[j + 1 :, j + 1 :]
+        pivot, later = A[j, j], A[j + 1 :, j + 1 :]
         coupling = A[j, j + 1 :]
-        pivots.append(own - coupling @ torch.linalg.solve(later, coupling))
+        pivots.append(pivot - coupling @ torch.linalg.solve(later, coupling))
     return torch.stack(pivots)
 
 

@@ -61,8 +61,8 @@ def ridge_by_conjugate_gradients(rows, targets, ridge, steps):
 def test_moments_are_those_of_the_definition_whatever_the_chunks(rows, center, form, chunk, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gram_module, "_CHUNK", chunk)
-        found = make_moments(rows, center=center, form=form)
-    gram, H = found.gram, found.H
+        case = make_moments(rows, center=center, form=form)
+    gram, H = case.gram, case.H
     assert (gram.count, gram.width) == rows.shape
     assert torch.equal(gram.diagonal, H.diagonal())
     assert gram.mean_diagonal == pytest.approx(float(H.diagonal().mean()))
@@ -104,11 +104,11 @@ def test_regression_is_ridge_regression_with_a_free_intercept_if_centred(
 @given(input_rows(), dampings, st.integers(0, 99))
 def test_conjugate_gradients_without_a_matrix_come_within_one_percent(rows, damping, seed):
     targets = integers(seed, len(rows), 3)
-    found = make_moments(rows)
-    B = found.gram.regress(rows, targets, damping)
+    case = make_moments(rows)
+    B = case.gram.regress(rows, targets, damping)
     steps = 2 * rows.shape[1]
-    close = ridge_by_conjugate_gradients(rows, targets, found.gram.ridge(damping), steps)
-    assert h_norm(B - close, found.H) <= 0.01 * h_norm(B, found.H) + 1e-6
+    close = ridge_by_conjugate_gradients(rows, targets, case.gram.ridge(damping), steps)
+    assert h_norm(B - close, case.H) <= 0.01 * h_norm(B, case.H) + 1e-6
 
 
 @given(input_rows(), st.booleans(), dampings, st.integers(0, 99))
@@ -147,8 +147,8 @@ def test_rows_of_zeros_have_a_ridge_and_regress_to_nothing(form):
 def test_rows_of_any_dtype_count_as_float32(form, dtype, center):
     rows, targets = make_inputs(8, 5, "coupled", 0, 2), integers(0, 16, 2)
     fitted = [fitted_inputs(x, center=center) for x in (rows, rows.to(dtype))]
-    found = [Gram.of(x, form=form).regress(x, targets, 0.1) for x in fitted]
-    assert torch.equal(*found)
+    weights = [Gram.of(x, form=form).regress(x, targets, 0.1) for x in fitted]
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -216,11 +216,11 @@ sizes = st.integers(1, 10_000)
 @given(sizes, sizes, sizes)
 def test_as_many_rows_are_kept_as_fill_the_matrix_or_as_the_dual_form_takes(width, have, limit):
     kept = kept_rows(width, have, limit)
-    wanted = min(have, limit)
-    if width <= wanted:
-        assert kept == wanted
+    available = min(have, limit)
+    if width <= available:
+        assert kept == available
     else:
-        assert kept == min(wanted, DUAL_ROWS)
+        assert kept == min(available, DUAL_ROWS)
         assert kept < width
 
 

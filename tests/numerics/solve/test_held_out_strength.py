@@ -51,11 +51,11 @@ def test_one_strength_is_that_of_the_grid(drawn, damping):
     total, (output,) = validation_terms(W, train, validation, gram, damping)
     errors = [energy(total - a * output) for a in GRID]
     best = GRID[errors.index(min(errors))]
-    found = choose_correction(W, train, gram, validation, dampings=(damping,))
-    assert found.beta == 0
+    correction = choose_correction(W, train, gram, validation, dampings=(damping,))
+    assert correction.beta == 0
     if energy(output) > 1e-6 * energy(total):  # else every strength is as good
-        assert abs(found.alpha - best) <= 0.02
-    assert energy(total - found.alpha * output) <= min(errors) + 1e-5 * energy(total)
+        assert abs(correction.alpha - best) <= 0.02
+    assert energy(total - correction.alpha * output) <= min(errors) + 1e-5 * energy(total)
 
 
 @given(held_out(residual=True), dampings)
@@ -69,8 +69,8 @@ def test_two_strengths_are_those_of_the_grid(drawn, damping):
     grid = torch.stack([a, b], dim=1)
     errors = energy(total) - 2 * grid @ p + ((grid @ q) * grid).sum(dim=1)
     best = grid[errors.argmin()]
-    found = choose_correction(W, train, gram, validation, dampings=(damping,))
-    chosen = torch.tensor([found.alpha, found.beta]).double()
+    correction = choose_correction(W, train, gram, validation, dampings=(damping,))
+    chosen = torch.tensor([correction.alpha, correction.beta]).double()
     error = energy(total - chosen[0] * outputs[0] - chosen[1] * outputs[1])
     assert error <= float(errors.min()) + 1e-5 * energy(total)
     spread = torch.linalg.eigvalsh(q)
@@ -80,37 +80,37 @@ def test_two_strengths_are_those_of_the_grid(drawn, damping):
 
 @given(held_out(residual=True, centers=(True,)), st.sampled_from(["shift", "residual"]), dampings)
 def test_a_source_that_is_missing_has_no_strength(drawn, missing, damping):
-    W, *both = drawn
+    W, *sets = drawn
     train, validation = (
         LayerRows(
             inputs=rows.inputs,
             shift=None if missing == "shift" else rows.shift,
             residual=None if missing == "residual" else rows.residual,
         )
-        for rows in both
+        for rows in sets
     )
     gram = Gram.of(train.inputs)
-    found = choose_correction(W, train, gram, validation, dampings=(damping,))
-    assert (found.alpha if missing == "shift" else found.beta) == 0
+    correction = choose_correction(W, train, gram, validation, dampings=(damping,))
+    assert (correction.alpha if missing == "shift" else correction.beta) == 0
     assert len(train.targets(W)) == 1
-    assert (found.weight is None) == (found.alpha == found.beta == 0)
+    assert (correction.weight is None) == (correction.alpha == correction.beta == 0)
 
 
 @given(held_out(residual=True))
 def test_the_damping_of_most_gain_wins_and_its_share_is_what_it_removes(drawn):
     W, train, validation = drawn
     gram = Gram.of(train.inputs)
-    found = choose_correction(W, train, gram, validation)
+    correction = choose_correction(W, train, gram, validation)
     singles = [choose_correction(W, train, gram, validation, dampings=(d,)) for d in DAMPINGS]
-    assert found.explained == max(one.explained for one in singles)
-    assert 0 <= found.explained <= 1 + 1e-9
-    if found.weight is None:
-        assert found == Correction()
+    assert correction.explained == max(single.explained for single in singles)
+    assert 0 <= correction.explained <= 1 + 1e-9
+    if correction.weight is None:
+        assert correction == Correction()
         return
-    assert found.damping in DAMPINGS
-    total, outputs = validation_terms(W, train, validation, gram, found.damping)
-    left = total - found.alpha * outputs[0] - found.beta * outputs[1]
-    assert 1 - energy(left) / energy(total) == pytest.approx(found.explained, abs=1e-5)
+    assert correction.damping in DAMPINGS
+    total, outputs = validation_terms(W, train, validation, gram, correction.damping)
+    left = total - correction.alpha * outputs[0] - correction.beta * outputs[1]
+    assert 1 - energy(left) / energy(total) == pytest.approx(correction.explained, abs=1e-5)
 
 
 @given(
@@ -121,17 +121,17 @@ def test_rows_of_the_correction_are_only_scaled_down_into_their_bounds(drawn, bi
     W[0] = 0  # has no norm to trust
     gram = Gram.of(train.inputs)
     bits = torch.tensor(bits)
-    found = choose_correction(W, train, gram, validation, bits=bits)
-    if found.weight is None:
+    correction = choose_correction(W, train, gram, validation, bits=bits)
+    if correction.weight is None:
         return
-    assert bool((found.weight.norm(dim=1) <= 0.3 * W.norm(dim=1) * (1 + 1e-5)).all())
-    grown = (W + found.weight).abs().amax(dim=1) / W.abs().amax(dim=1).clamp_min(1e-30)
+    assert bool((correction.weight.norm(dim=1) <= 0.3 * W.norm(dim=1) * (1 + 1e-5)).all())
+    grown = (W + correction.weight).abs().amax(dim=1) / W.abs().amax(dim=1).clamp_min(1e-30)
     assert bool((grown <= 1.25 + 1e-5)[bits <= 4].all())
     sources = train.targets(W)
-    weights = [gram.regress(train.inputs, source, found.damping) for source in sources]
-    free = found.alpha * weights[0] + found.beta * weights[1]
-    factor = (found.weight * free).sum(dim=1) / free.square().sum(dim=1).clamp_min(1e-30)
-    torch.testing.assert_close(found.weight, factor[:, None] * free, rtol=1e-4, atol=1e-5)
+    weights = [gram.regress(train.inputs, source, correction.damping) for source in sources]
+    free = correction.alpha * weights[0] + correction.beta * weights[1]
+    factor = (correction.weight * free).sum(dim=1) / free.square().sum(dim=1).clamp_min(1e-30)
+    torch.testing.assert_close(correction.weight, factor[:, None] * free, rtol=1e-4, atol=1e-5)
     assert bool(((factor >= 0) & (factor <= 1 + 1e-5)).all())
     inside = free.norm(dim=1) <= 0.299 * W.norm(dim=1)
     inside &= ((W + free).abs().amax(dim=1) <= 1.249 * W.abs().amax(dim=1)) | (bits > 4)
@@ -152,8 +152,8 @@ def test_units_of_the_activations_do_not_change_the_strengths(unit):
         )
 
     gram = Gram.of(scaled(train).inputs)
-    found = choose_correction(W, scaled(train), gram, scaled(validation))
+    correction = choose_correction(W, scaled(train), gram, scaled(validation))
     assert 0 < plain.alpha < 1 or 0 < plain.beta < 1
-    assert found.damping == plain.damping
-    assert (found.alpha, found.beta) == pytest.approx((plain.alpha, plain.beta), rel=1e-4)
-    torch.testing.assert_close(found.weight, plain.weight, rtol=1e-3, atol=1e-5)
+    assert correction.damping == plain.damping
+    assert (correction.alpha, correction.beta) == pytest.approx((plain.alpha, plain.beta), rel=1e-4)
+    torch.testing.assert_close(correction.weight, plain.weight, rtol=1e-3, atol=1e-5)

@@ -43,11 +43,11 @@ def test_plain_sums_of_squares_of_fitted_rows_are_the_weighted_ones(rows, center
     assert fitted.weights is None
     for name in PARTS:
         part = getattr(rows, name).double() - getattr(means, name) * center
-        found = getattr(fitted, name)
-        assert found.dtype == torch.float32
+        actual = getattr(fitted, name)
+        assert actual.dtype == torch.float32
         expected = part.T @ (share[:, None] * part)
         torch.testing.assert_close(
-            found.double().T @ found.double(), expected, rtol=1e-5, atol=1e-4
+            actual.double().T @ actual.double(), expected, rtol=1e-5, atol=1e-4
         )
 
 
@@ -57,29 +57,33 @@ def test_a_whole_weight_repeats_its_row(rows, center, seed):
     once, often = fit(rows, center=center), fit(many, center=center)
     for name in PARTS:
         torch.testing.assert_close(getattr(rows.means(), name), getattr(many.means(), name))
-    one, all_of_them = Gram.of(once.inputs), Gram.of(often.inputs)
-    torch.testing.assert_close(one.diagonal, all_of_them.diagonal, rtol=1e-5, atol=1e-5)
+    weighted_gram, repeated_gram = Gram.of(once.inputs), Gram.of(often.inputs)
+    torch.testing.assert_close(weighted_gram.diagonal, repeated_gram.diagonal, rtol=1e-5, atol=1e-5)
     left = integers(seed + 1, 3, 5)
     close = {"rtol": 1e-5, "atol": 1e-4}
-    torch.testing.assert_close(one.quadratic(left), all_of_them.quadratic(left), **close)
+    torch.testing.assert_close(
+        weighted_gram.quadratic(left), repeated_gram.quadratic(left), **close
+    )
     errors = [output_error(left, part.inputs, part.targets(W)) for part in (once, often)]
     torch.testing.assert_close(*errors, **close)
     corrections = [
         fixed_correction(W, part, gram, 0.5, damping=0.1).weight
-        for part, gram in ((once, one), (often, all_of_them))
+        for part, gram in ((once, weighted_gram), (often, repeated_gram))
     ]
     torch.testing.assert_close(*corrections, rtol=1e-3, atol=1e-3)
 
 
 @given(weighted_rows(), weighted_rows(), st.booleans(), seeds)
 def test_strengths_are_those_of_rows_repeated(train, validation, center, seed):
-    W, found = integers(seed, 3, 5), []
+    W, corrections = integers(seed, 3, 5), []
     for fitted_to, judges in ((train, validation), (repeated(train), repeated(validation))):
         means = fitted_to.means() if center else None
-        own = fitted_to.fitted(means)
+        fitted = fitted_to.fitted(means)
         judge = judges.fitted(means)
-        found.append(choose_correction(W, own, Gram.of(own.inputs), judge, dampings=(0.1,)))
-    once, often = found
+        corrections.append(
+            choose_correction(W, fitted, Gram.of(fitted.inputs), judge, dampings=(0.1,))
+        )
+    once, often = corrections
     assert once.explained == pytest.approx(often.explained, abs=1e-3)
     assert (once.weight is None) == (often.weight is None) or often.explained < 1e-3
 
@@ -90,8 +94,8 @@ def test_only_proportions_of_weights_matter(rows, exponent):
     for name in PARTS:
         assert torch.equal(getattr(scaled.means(), name), getattr(rows.means(), name))
         for center in (False, True):
-            own, other = (getattr(fit(part, center=center), name) for part in (rows, scaled))
-            assert torch.equal(own, other)
+            expected, actual = (getattr(fit(part, center=center), name) for part in (rows, scaled))
+            assert torch.equal(expected, actual)
 
 
 @given(weighted_rows())
@@ -99,8 +103,8 @@ def test_rows_of_one_weight_are_rows_without(rows):
     alike, plain = with_weights(rows, torch.full((len(rows),), 3.0)), with_weights(rows, None)
     for name in PARTS:
         torch.testing.assert_close(getattr(alike.means(), name), getattr(plain.means(), name))
-        found, expected = (getattr(fit(part, center=False), name) for part in (alike, plain))
-        assert torch.equal(found, expected)
+        actual, expected = (getattr(fit(part, center=False), name) for part in (alike, plain))
+        assert torch.equal(actual, expected)
 
 
 @given(weighted_rows(), seeds, st.sets(st.sampled_from(["shift", "residual", "weights"])))
@@ -116,8 +120,8 @@ def test_the_bias_of_the_means_leaves_no_weighted_mean_error(rows, seed, missing
     mean = weights.double() @ left / float(weights.sum())
     torch.testing.assert_close(mean, torch.zeros(3).double(), rtol=0, atol=1e-9)
     # and so no other bias has a smaller error
-    others = left + integers(seed + 2, 3)
-    least, more = (weights.double() @ x.square() for x in (left, others))
+    shifted = left + integers(seed + 2, 3)
+    least, more = (weights.double() @ x.square() for x in (left, shifted))
     assert bool((least <= more + 1e-9).all())
 
 
@@ -145,15 +149,15 @@ def test_groups_and_joins_keep_each_rows_weight():
     inputs, shift = (torch.randn(4, 2, 3, generator=generator) for _ in range(2))
     residual, weights = torch.randn(4, 6, generator=generator), torch.arange(4) + 1.0
     rows = LayerRows(inputs=inputs, shift=shift, residual=residual, weights=weights)
-    own = rows.group(1, 3)
-    assert torch.equal(own.inputs, inputs[:, 1])
-    assert torch.equal(own.shift, shift[:, 1])
-    assert torch.equal(own.residual, residual[:, 3:])
-    assert torch.equal(own.weights, weights)
+    group = rows.group(1, 3)
+    assert torch.equal(group.inputs, inputs[:, 1])
+    assert torch.equal(group.shift, shift[:, 1])
+    assert torch.equal(group.residual, residual[:, 3:])
+    assert torch.equal(group.weights, weights)
     # each group's rows are weighted by row, whatever the axis of groups
-    assert torch.equal(rows.fitted(None).inputs[:, 1], own.fitted(None).inputs)
-    both = LayerRows.join([rows.take(slice(0, 1)), rows.take(slice(1, None))])
+    assert torch.equal(rows.fitted(None).inputs[:, 1], group.fitted(None).inputs)
+    joined = LayerRows.join([rows.take(slice(0, 1)), rows.take(slice(1, None))])
     assert all(
-        torch.equal(getattr(both, name), getattr(rows, name)) for name in (*PARTS, "weights")
+        torch.equal(getattr(joined, name), getattr(rows, name)) for name in (*PARTS, "weights")
     )
     assert LayerRows.join([rows, with_weights(rows, None)]).weights is None

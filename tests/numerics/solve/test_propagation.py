@@ -120,12 +120,12 @@ def test_strength_is_a_penalty_on_leaving_the_base_layers_output(problem, alpha)
     _, Y, target = by_definition(W, rows)
     mu = 1 / alpha - 1
     stacked = torch.cat([Y, mu**0.5 * Y])
-    wanted = torch.cat([target, mu**0.5 * Y @ W.double().T])
-    best = torch.linalg.lstsq(stacked, wanted).solution.T
+    stacked_target = torch.cat([target, mu**0.5 * Y @ W.double().T])
+    best = torch.linalg.lstsq(stacked, stacked_target).solution.T
     gram = Gram.of(rows.inputs, form="primal")
-    found = fixed_correction(W, rows, gram, alpha, damping=NO_RIDGE)
-    assert (found.alpha, found.damping) == (alpha, NO_RIDGE)
-    difference = energy(Y @ (W.double() + found.weight.double() - best).T)
+    correction = fixed_correction(W, rows, gram, alpha, damping=NO_RIDGE)
+    assert (correction.alpha, correction.damping) == (alpha, NO_RIDGE)
+    difference = energy(Y @ (W.double() + correction.weight.double() - best).T)
     assert difference <= 1e-12 * energy(target)
 
 
@@ -166,14 +166,14 @@ def test_error_is_that_of_the_statistics_of_the_rows(problem, seed):
     W, rows = problem
     X, Y, target = by_definition(W, rows)
     Q = W + integers(seed, *W.shape)
-    found = output_error(W - Q, rows.inputs, rows.targets(W))
+    error = output_error(W - Q, rows.inputs, rows.targets(W))
     direct = (target - Y @ Q.double().T).square().mean(dim=0)
-    torch.testing.assert_close(found, direct, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(error, direct, rtol=1e-6, atol=1e-6)
     N, D, V = len(Y), Q.double() - W.double(), W.double()
     H, C = Y.T @ Y / N, (X - Y).T @ Y / N
     t = ((X - Y) @ V.T).square().mean(dim=0)
     statistics = ((D @ H) * D).sum(dim=1) - 2 * ((V @ C) * D).sum(dim=1) + t
-    torch.testing.assert_close(found, statistics, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(error, statistics, rtol=1e-6, atol=1e-6)
 
 
 @given(seeds, st.integers(0, 3))
@@ -181,7 +181,7 @@ def test_bias_takes_up_what_the_training_rows_miss_on_average(seed, channels):
     W, Q = integers(seed, 3, 5), integers(seed + 1, 3, 5)
     channels = 3 if channels else 0
     train = lanes(seed, 8, 5, channels=channels, offset=3)
-    other = lanes(seed + 9, 12, 5, channels=channels, offset=2)
+    validation = lanes(seed + 9, 12, 5, channels=channels, offset=2)
 
     def missing(rows):
         _, Y, target = by_definition(W, rows)
@@ -189,11 +189,11 @@ def test_bias_takes_up_what_the_training_rows_miss_on_average(seed, channels):
 
     means = train.means()
     torch.testing.assert_close(means.bias(W, Q), missing(train).mean(dim=0), rtol=0, atol=1e-9)
-    for rows in (train, other):
+    for rows in (train, validation):
         expected = (missing(rows) - missing(train).mean(dim=0)).square().mean(dim=0)
         fitted = rows.fitted(means)
-        found = output_error(W - Q, fitted.inputs, fitted.targets(W))
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        error = output_error(W - Q, fitted.inputs, fitted.targets(W))
+        torch.testing.assert_close(error, expected, rtol=1e-6, atol=1e-6)
 
 
 @given(seeds, dampings, st.sampled_from(FORMS))
@@ -241,9 +241,11 @@ def test_correction_turns_with_the_inputs(seed, width, damping, center, form):
     fixed = fixed_correction(W, train, gram, 0.5, damping=damping)
     moved = fixed_correction(W @ R, turned(train), turned_gram, 0.5, damping=damping)
     torch.testing.assert_close(moved.weight, fixed.weight @ R, rtol=1e-3, atol=1e-3)
-    one = (damping,)
-    chosen = choose_correction(W, train, gram, validation, dampings=one)
-    moved = choose_correction(W @ R, turned(train), turned_gram, turned(validation), dampings=one)
+    single = (damping,)
+    chosen = choose_correction(W, train, gram, validation, dampings=single)
+    moved = choose_correction(
+        W @ R, turned(train), turned_gram, turned(validation), dampings=single
+    )
     assert moved.explained == pytest.approx(chosen.explained, abs=1e-4)
     if chosen.explained > 1e-3:
         assert (moved.alpha, moved.beta) == pytest.approx((chosen.alpha, chosen.beta), abs=1e-3)
@@ -295,9 +297,9 @@ def test_targets_of_all_groups_are_the_convolution_of_the_shift(
     W, channels = weight_rows(conv), 8 // groups
     assert len(rows) == len(expected)
     parts = [rows.group(g, channels) if groups > 1 else rows for g in range(groups)]
-    found = [part.targets(W[g * channels : (g + 1) * channels]) for g, part in enumerate(parts)]
-    assert torch.equal(torch.cat([shift for shift, _ in found], dim=1), expected)
-    assert torch.equal(torch.cat([other for _, other in found], dim=1), residual.double())
+    targets = [part.targets(W[g * channels : (g + 1) * channels]) for g, part in enumerate(parts)]
+    assert torch.equal(torch.cat([shift for shift, _ in targets], dim=1), expected)
+    assert torch.equal(torch.cat([rest for _, rest in targets], dim=1), residual.double())
 
 
 @pytest.mark.parametrize("form", FORMS)

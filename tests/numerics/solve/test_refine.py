@@ -68,8 +68,8 @@ def test_codes_stay_on_their_levels_and_only_scales_move(drawn, passes):
     assert moved.bits is levels.bits
     assert moved.tables is levels.tables
     assert torch.equal(moved.scale.bfloat16().float(), moved.scale)
-    for row, own in enumerate(refined.double()):
-        assert set(own.tolist()) <= set(level_set(levels, row).tolist())
+    for row, row_codes in enumerate(refined.double()):
+        assert set(row_codes.tolist()) <= set(level_set(levels, row).tolist())
 
 
 @given(rounded(max_width=8), dampings)
@@ -79,11 +79,11 @@ def test_in_the_end_no_other_code_and_no_other_scale_is_better(drawn, damping):
     damped = known.damped(damping)
     best = damped_error(W, codes, levels, damped) - noise(W, levels, damped)
     for row, column in itertools.product(range(len(W)), range(W.shape[1])):
-        own = level_set(levels, row)
-        tried = codes[row].double().expand(len(own), -1).clone()
-        tried[:, column] = own
-        many = select(levels, [row] * len(own))
-        errors = damped_error(W[row].expand(len(own), -1), tried, many, damped)
+        row_levels = level_set(levels, row)
+        tried = codes[row].double().expand(len(row_levels), -1).clone()
+        tried[:, column] = row_levels
+        many = select(levels, [row] * len(row_levels))
+        errors = damped_error(W[row].expand(len(row_levels), -1), tried, many, damped)
         assert bool((errors >= best[row]).all())
     for scale in scales_around(levels.scale, -2, 2).float().T:
         moved = levels.with_scale(scale)
@@ -103,10 +103,12 @@ def test_rows_of_all_widths_at_once_are_the_runs_of_each_row_stacked(drawn, pass
     known, W, levels, codes = drawn
     refined, moved = refine(W, codes, levels, known.gram, passes=passes)
     for row in range(len(W)):
-        one = slice(row, row + 1)
-        alone, own = refine(W[one], codes[one], select(levels, [row]), known.gram, passes=passes)
-        assert torch.equal(alone, refined[one])
-        assert torch.equal(own.scale, moved.scale[one])
+        index = slice(row, row + 1)
+        alone, row_levels = refine(
+            W[index], codes[index], select(levels, [row]), known.gram, passes=passes
+        )
+        assert torch.equal(alone, refined[index])
+        assert torch.equal(row_levels.scale, moved.scale[index])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -115,11 +117,11 @@ def test_both_forms_refine_to_the_same_codes_and_scales(family, seed):
     rows = fitted_inputs(make_inputs(5, 12, family, seed, offset=3), center=True)
     W = torch.randn(6, 12, generator=torch.Generator().manual_seed(seed))
     levels = RowLevels.fit(W, torch.tensor([1, 2, 3, 4, 5, 8]), "codebook")
-    found = []
+    refined = []
     for form in FORMS:
         gram = Gram.of(rows, form=form)
-        found.append(refine(W, levels.snap(W).to(torch.int8), levels, gram, passes=2))
-    (primal, primal_levels), (dual, dual_levels) = found
+        refined.append(refine(W, levels.snap(W).to(torch.int8), levels, gram, passes=2))
+    (primal, primal_levels), (dual, dual_levels) = refined
     assert torch.equal(primal, dual)
     assert torch.equal(primal_levels.scale, dual_levels.scale)
 
@@ -155,12 +157,12 @@ def test_extreme_weights_stay_finite(known, unit, bits):
 def test_products_that_are_carried_along_stay_those_of_the_errors(drawn, passes, damping):
     known, W, levels, codes = drawn
     moments = _Moments(known.gram, damping)
-    wanted = W.to(moments.dtype)
-    state = _State.of(wanted, codes.to(moments.dtype), levels, moments)
+    target = W.to(moments.dtype)
+    state = _State.of(target, codes.to(moments.dtype), levels, moments)
     for _ in range(passes):
-        state = state.refitted(wanted, moments.image(wanted))
+        state = state.refitted(target, moments.image(target))
         state.descend()
-    again = _State.of(wanted, state.codes, state.levels, moments)
-    scale = float(moments.image(wanted / again._scale).abs().max()) + 1e-30
+    again = _State.of(target, state.codes, state.levels, moments)
+    scale = float(moments.image(target / again._scale).abs().max()) + 1e-30
     assert float((state.image - again.image).abs().max()) <= 1e-6 * scale
     torch.testing.assert_close(state.errors, again.errors, rtol=1e-6, atol=1e-6)

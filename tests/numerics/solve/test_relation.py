@@ -33,10 +33,10 @@ def test_divergence_is_that_of_the_formula():
         rows = torch.nn.functional.normalize(feature[0].flatten(1).T, dim=1)
         return torch.softmax(rows @ rows.T / 0.1, dim=1)
 
-    wanted, seen = relations(teacher), relations(student)
-    expected = (wanted * (wanted / seen).log()).sum() / 4
-    found = relation_divergence(pixels(student), pixels(teacher), 0.1)
-    assert torch.allclose(found, expected, rtol=1e-4)
+    p, q = relations(teacher), relations(student)
+    expected = (p * (p / q).log()).sum() / 4
+    divergence = relation_divergence(pixels(student), pixels(teacher), 0.1)
+    assert torch.allclose(divergence, expected, rtol=1e-4)
 
 
 def test_gradient_reaches_the_student_and_never_the_teacher():

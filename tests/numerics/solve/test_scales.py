@@ -15,10 +15,12 @@ FAMILIES = ("normal", "student_t", "outlier_element", "tiny", "huge", "small_int
 @given(weight_rows(), st.data())
 def test_scales_at_all_widths_are_those_of_each_width(W, data):
     h = data.draw(importances(W.shape))
-    found = uniform_scales(W, h)
-    assert found.shape == (8, len(W))
+    by_width = uniform_scales(W, h)
+    assert by_width.shape == (8, len(W))
     for bits in range(1, 9):
-        assert torch.equal(found[bits - 1], quantize_uniform(W, torch.full((len(W),), bits), h)[1])
+        assert torch.equal(
+            by_width[bits - 1], quantize_uniform(W, torch.full((len(W),), bits), h)[1]
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -34,12 +36,12 @@ def test_scales_that_are_left_out_are_never_the_best(monkeypatch, family, weight
 @given(st.integers(0, 2**16), st.integers(1, 30))
 def test_without_repeats_every_scale_is_there_once(seed, width):
     generator = torch.Generator().manual_seed(seed)
-    given = torch.randint(1, 12, (3, width), generator=generator).double()
-    kept = scales._without_repeats(given)
-    for row, own in zip(given.tolist(), kept.tolist(), strict=True):
+    candidates = torch.randint(1, 12, (3, width), generator=generator).double()
+    unique = scales._without_repeats(candidates)
+    for row, values in zip(candidates.tolist(), unique.tolist(), strict=True):
         distinct = sorted(set(row))
-        assert own[: len(distinct)] == distinct
-        assert set(own) == set(distinct)
+        assert values[: len(distinct)] == distinct
+        assert set(values) == set(distinct)
 
 
 @given(st.integers(2, 8), st.integers(0, 2**16))
@@ -52,6 +54,6 @@ def test_rows_on_a_grid_keep_their_finest_scale(bits, seed):
     codes = codes.clamp_max(top if top % 2 else top - 1).float()
     codes[:, 0] = top
     W = codes * step
-    found, scale = quantize_uniform(W, torch.full((5,), bits))
+    actual, scale = quantize_uniform(W, torch.full((5,), bits))
     assert torch.equal(scale, step[:, 0])
-    assert torch.equal(found.float(), codes)
+    assert torch.equal(actual.float(), codes)

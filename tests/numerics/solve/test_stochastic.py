@@ -51,5 +51,5 @@ def test_tables_have_the_same_means_and_may_repeat_a_level(seed, levels):
 def test_a_draw_in_the_middle_takes_the_nearest_level(seed, bits):
     weight = ratios(seed, 40, 5.0).reshape(4, 10)
     scale, widths = torch.full((4,), 0.3), torch.full((4,), bits)
-    found = stochastic_codes(weight, scale, widths, torch.full((4, 10), 0.5))
-    assert torch.equal(found, snap(weight, scale, widths))
+    codes = stochastic_codes(weight, scale, widths, torch.full((4, 10), 0.5))
+    assert torch.equal(codes, snap(weight, scale, widths))

@@ -35,8 +35,8 @@ def test_static_rounding_is_that_of_the_ops_bit_for_bit(seed, bits):
     exact = float(torch.tensor(scale))
     codes = ops.quantize_per_tensor(x, exact, zero, low, high, torch.int8)
     expected = ops.dequantize_per_tensor(codes, exact, zero, low, high, torch.int8)
-    found = fake_quantize_affine(x, torch.tensor(exact), torch.tensor(float(zero)), low, high)
-    assert torch.equal(found, expected)
+    actual = fake_quantize_affine(x, torch.tensor(exact), torch.tensor(float(zero)), low, high)
+    assert torch.equal(actual, expected)
 
 
 @given(seed=SEEDS)
@@ -62,8 +62,8 @@ def test_weights_are_those_of_their_codes_bit_for_bit(seed, bits):
     widths = torch.full((3,), bits)
     codes, scale = quantize_uniform(rows, widths)
     reach = torch.full((3,), 127.5 if bits == 8 else 2.0**bits)
-    found = values_of_codes(rows, scale, snap(rows, scale, widths), reach)
-    assert torch.equal(found, dequantize(codes, scale))
+    weights = values_of_codes(rows, scale, snap(rows, scale, widths), reach)
+    assert torch.equal(weights, dequantize(codes, scale))
 
 
 def test_weights_beyond_their_range_get_no_gradient_and_pull_on_the_step_instead():
@@ -91,9 +91,9 @@ def test_levels_get_the_gradients_of_their_weights():
     weight = torch.tensor([[-1.0, 0.1, 0.2, 1.2]], requires_grad=True)
     scale = torch.tensor([0.1])
     table = torch.tensor([[-9.0, 2.0, 11.0]], requires_grad=True)
-    found = table_values(weight, scale, table)
-    assert torch.equal(found, torch.tensor([[-9.0, 2.0, 2.0, 11.0]]) * 0.1)
-    (found * torch.tensor([[1.0, 10.0, 100.0, 1000.0]])).sum().backward()
+    values = table_values(weight, scale, table)
+    assert torch.equal(values, torch.tensor([[-9.0, 2.0, 2.0, 11.0]]) * 0.1)
+    (values * torch.tensor([[1.0, 10.0, 100.0, 1000.0]])).sum().backward()
     assert torch.allclose(table.grad, torch.tensor([[0.1, 11.0, 100.0]]))
 
 
@@ -111,7 +111,7 @@ def test_rounding_passes_gradients_unchanged():
 @given(seed=SEEDS)
 def test_dynamic_rounding_is_exact_and_passes_gradients(seed):
     x = drawn(seed, 2, 3, 4).requires_grad_()
-    found = fake_quantize_dynamic_ste(x, 8, 1)
-    assert torch.equal(found, fake_quantize_dynamic(x, 8, 1))
-    found.sum().backward()
+    rounded = fake_quantize_dynamic_ste(x, 8, 1)
+    assert torch.equal(rounded, fake_quantize_dynamic(x, 8, 1))
+    rounded.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))

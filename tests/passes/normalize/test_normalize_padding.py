@@ -53,8 +53,8 @@ def test_zero_padding_is_exact(rank, kernel, dilation, groups, padding):
     amounts = [d * (k - 1) for k, d in zip(kernel[:rank], dilation[:rank], strict=True)]
     odd = padding == "same" and any(a % 2 for a in amounts)
     assert count(plain, pad) == odd
-    wanted = tuple(0 if odd or padding == "valid" else a // 2 for a in amounts)
-    assert plain.get_submodule("0").padding == wanted
+    expected = tuple(0 if odd or padding == "valid" else a // 2 for a in amounts)
+    assert plain.get_submodule("0").padding == expected
     assert graph.get_submodule("0").padding == padding
 
 

@@ -133,13 +133,13 @@ def test_ranges_that_do_not_fit_the_noise_levels_are_refused():
 def test_dynamic_inputs_have_a_range_per_sample_or_per_row_and_outputs_stay_float(net):
     ranges = dict.fromkeys(NAMES, DynamicActivation(bits=6))
     result = run(QuantizeActivations(ranges=ranges), net)
-    found = {}
+    sites = {}
     for name, weight_layer in weight_layers(result).items():
         (call,) = weight_layer.nodes
         quantizer = called_module(result, call.args[0], DynamicQuantizer)
-        found[name] = (quantizer.bits, quantizer.axes)
+        sites[name] = (quantizer.bits, quantizer.axes)
         assert not any(called_module(result, user, DynamicQuantizer) for user in call.users)
-    assert found == {"conv": (6, 3), "to_q": (6, 1), "to_k": (6, 1), "table": (6, 1)}
+    assert sites == {"conv": (6, 3), "to_q": (6, 1), "to_k": (6, 1), "table": (6, 1)}
     # to_q and to_k share one
     quantizers = [n for n in result.graph.nodes if called_module(result, n, DynamicQuantizer)]
     assert len(quantizers) == 3
@@ -218,14 +218,14 @@ def test_ranges_read_back_quantize_the_float_graph_to_the_same_numbers(case):
         return  # with quantized activations already: nothing is inserted
     for graph_pass in QuantizeActivations.examples(case.graph_module):
         result = run(graph_pass, case.graph_module)
-        found = read_activations(result)
-        assert found.keys() <= graph_pass.ranges.keys()
+        activations = read_activations(result)
+        assert activations.keys() <= graph_pass.ranges.keys()
         used = {site.key[0] for site in quantizer_sites(result).values()}
-        assert used <= found.keys()
-        again = run(replace(graph_pass, ranges=found), case.graph_module)
-        for want, got in zip(result(**case.inputs), again(**case.inputs), strict=True):
-            assert torch.equal(want, got)
-        assert read_activations(again) == found
+        assert used <= activations.keys()
+        again = run(replace(graph_pass, ranges=activations), case.graph_module)
+        for expected, actual in zip(result(**case.inputs), again(**case.inputs), strict=True):
+            assert torch.equal(expected, actual)
+        assert read_activations(again) == activations
 
 
 def test_quantized_graphs_can_be_deep_copied(net):

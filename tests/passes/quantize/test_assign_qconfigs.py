@@ -18,22 +18,24 @@ from mpqdm_fx.testing import graphs
 def test_what_is_written_is_what_is_read_and_every_call_says_it(case):
     for assign in AssignQConfigs.examples(case.graph_module):
         graph = assign(case.graph_module).graph_module
-        found = assigned_qconfigs(graph)
+        qconfigs = assigned_qconfigs(graph)
         layers = weight_layers(graph, embeddings=True)
-        assert list(found) == list(layers)
-        assert [q.weight for q in found.values() if q.weight] == list(assign.plan.layers)
-        told = {name: q.activation for name, q in found.items() if q.activation}
-        assert told == dict(assign.activations)
+        assert list(qconfigs) == list(layers)
+        # a layer whose result nobody reads is gone, as after every pass
+        planned = [planned for planned in assign.plan.layers if planned.name in layers]
+        assert [q.weight for q in qconfigs.values() if q.weight] == planned
+        activations = {name: q.activation for name, q in qconfigs.items() if q.activation}
+        assert activations == {n: a for n, a in assign.activations.items() if n in layers}
         for name, layer in layers.items():
-            assert {id(node.meta[QCONFIG]) for node in layer.nodes} == {id(found[name])}
+            assert {id(node.meta[QCONFIG]) for node in layer.nodes} == {id(qconfigs[name])}
 
 
 def test_a_layer_that_is_not_there_and_calls_that_differ_are_refused():
     quantized = quantize(tiny_unet(), MPQConfig(weight_bits=4, allocation="uniform"), unet_calls(2))
     graph = quantized.rounded
-    other = dataclasses.replace(quantized.plan.layers[0], name="nowhere")
+    stranger = dataclasses.replace(quantized.plan.layers[0], name="nowhere")
     with pytest.raises(DialectError, match=r"'nowhere'.*no weight layer"):
-        AssignQConfigs(plan=BitPlan(layers=(other,)))(graph)
+        AssignQConfigs(plan=BitPlan(layers=(stranger,)))(graph)
     assert assigned_qconfigs(graph).keys() == weight_layers(graph, embeddings=True).keys()
 
 
@@ -43,7 +45,7 @@ def test_a_quantized_model_says_its_plan_and_its_activations_also_when_it_is_loa
     quantized = quantize(tiny_unet(), config, unet_calls(2))
     save(quantized, tmp_path / "out")
     for model in (quantized, load(tmp_path / "out")):
-        found = assigned_qconfigs(model.rounded)
-        assert {q.weight for q in found.values() if q.weight} == set(quantized.plan.layers)
-        told = {name: q.activation for name, q in found.items() if q.activation}
-        assert told == dict(quantized.ranges)
+        qconfigs = assigned_qconfigs(model.rounded)
+        assert {q.weight for q in qconfigs.values() if q.weight} == set(quantized.plan.layers)
+        activations = {name: q.activation for name, q in qconfigs.items() if q.activation}
+        assert activations == dict(quantized.ranges)

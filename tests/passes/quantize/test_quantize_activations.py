@@ -137,9 +137,9 @@ def test_projections_of_different_widths_get_a_pair_each():
         "to_v": make_layer(input_scale=2.0, bits=4),
     }
     _, result = quantize(Projections(), {"x": torch.randn(3, 4)}, ranges)
-    found = {name: producer(call_of(result, name))[1] for name in ranges}
+    producers = {name: producer(call_of(result, name))[1] for name in ranges}
     narrow = [parameters(0.5, bits=4)]
-    assert found == {"to_q": narrow, "to_k": [parameters(0.25)], "to_v": narrow}
+    assert producers == {"to_q": narrow, "to_k": [parameters(0.25)], "to_v": narrow}
 
 
 def test_layers_without_a_range_stay_in_float():
@@ -182,8 +182,8 @@ def test_placeholders_stay_first_and_in_order():
 def test_second_run_with_other_ranges_changes_nothing_and_partial_runs_are_refused():
     ranges = {"first": make_layer(), "second": make_layer()}
     _, result = chain(ranges)
-    other = {name: make_layer(2.0, 2.0) for name in ranges}
-    assert not QuantizeActivations(ranges=other)(result).modified
+    doubled = {name: make_layer(2.0, 2.0) for name in ranges}
+    assert not QuantizeActivations(ranges=doubled)(result).modified
     _, partial = chain({"second": make_layer()})
     with pytest.raises(DialectError, match="all layers at once"):
         QuantizeActivations(ranges=ranges)(partial)

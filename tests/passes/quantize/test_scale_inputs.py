@@ -49,24 +49,24 @@ class Shared(nn.Module):
 
 def test_layers_that_read_one_value_with_the_same_factors_share_the_product():
     call = {"x": torch.randn(3, 4, 6)}
-    same, other = powers(6), powers(6, seed=1)
-    assert not torch.equal(same, other)
-    _, result = scaled(Shared(), call, {"q": same, "k": same.clone(), "v": other})
+    same, different = powers(6), powers(6, seed=1)
+    assert not torch.equal(same, different)
+    _, result = scaled(Shared(), call, {"q": same, "k": same.clone(), "v": different})
     layers = weight_layers(result.graph_module)
     read = {name: layer.nodes[0].args[0] for name, layer in layers.items()}
     assert read["q"] is read["k"]
     assert read["q"] is not read["v"]
     assert len(products(result.graph_module)) == 2
-    held = {name for name, _ in result.graph_module.named_buffers()}
-    assert held == {f"{SCALES}.q", f"{SCALES}.v"}
+    buffers = {name for name, _ in result.graph_module.named_buffers()}
+    assert buffers == {f"{SCALES}.q", f"{SCALES}.v"}
     # others still read the value itself
     (sine,) = result.graph_module.graph.find_nodes(
         op="call_function", target=torch.ops.aten.sin.default
     )
     assert sine.args[0].op == "placeholder"
     # and a layer that has no factors, too
-    _, some = scaled(Shared(), call, {"q": same})
-    layers = weight_layers(some.graph_module)
+    _, partial = scaled(Shared(), call, {"q": same})
+    layers = weight_layers(partial.graph_module)
     assert [is_scaled(layers[name].nodes[0]) for name in "qkv"] == [True, False, False]
 
 
@@ -81,8 +81,8 @@ def test_a_grouped_convolution_has_a_factor_for_each_channel_of_all_groups(group
     old = graph_module.get_submodule("0").weight
     for out in range(12):
         first = out // (12 // groups) * (8 // groups)
-        own = factor[first : first + 8 // groups]
-        assert torch.equal(weight[out], old[out] * own[:, None, None])
+        factors = factor[first : first + 8 // groups]
+        assert torch.equal(weight[out], old[out] * factors[:, None, None])
     scales = result.graph_module.get_buffer(f"{SCALES}.0")
     assert torch.equal(scales, (1 / factor).view(8, 1, 1))
 
@@ -101,8 +101,8 @@ def test_a_linear_layer_has_a_factor_for_each_number_of_a_row(shape):
 def test_a_layer_that_is_called_twice_reads_a_product_each_time(layer):
     shape = (3, 6) if isinstance(layer, nn.Linear) else (3, 6, 7)
     _, result = scaled(Twice(layer), {"x": torch.randn(shape)}, {"layer": powers(6)})
-    (found,) = weight_layers(result.graph_module).values()
-    assert [is_scaled(call) for call in found.nodes] == [True, True]
+    (weight_layer,) = weight_layers(result.graph_module).values()
+    assert [is_scaled(call) for call in weight_layer.nodes] == [True, True]
     assert len(products(result.graph_module)) == 2
 
 
@@ -152,11 +152,11 @@ def test_the_next_power_of_two_is_the_one_on_the_logarithmic_scale():
 
 def test_the_factors_of_a_graph_bring_its_float_model_into_the_same_form():
     call = {"x": torch.randn(3, 4, 6)}
-    wanted = {"q": powers(6), "k": powers(6), "v": powers(6, seed=1)}
-    plain, result = scaled(Shared(), call, wanted)
-    found = factors_of(result.graph_module)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], factor) for name, factor in wanted.items())
-    again = ScaleInputs(factors=found)(plain).graph_module
+    factors = {"q": powers(6), "k": powers(6), "v": powers(6, seed=1)}
+    plain, result = scaled(Shared(), call, factors)
+    actual = factors_of(result.graph_module)
+    assert actual.keys() == factors.keys()
+    assert all(torch.equal(actual[name], factor) for name, factor in factors.items())
+    again = ScaleInputs(factors=actual)(plain).graph_module
     assert describe(again) == describe(result.graph_module)
     assert factors_of(plain) == {}

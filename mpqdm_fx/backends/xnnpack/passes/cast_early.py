@@ -77,8 +77,8 @@ def _swap(graph_module: fx.GraphModule, cast: fx.Node, move: fx.Node) -> fx.Node
     early = insert_call(graph_module, _aten.to.dtype, args, anchor=move)
     target = move.target
     assert callable(target)
-    rest = (early, *move.args[1:])
-    moved = insert_call(graph_module, target, rest, dict(move.kwargs), anchor=cast)
+    arguments = (early, *move.args[1:])
+    moved = insert_call(graph_module, target, arguments, dict(move.kwargs), anchor=cast)
     cast.replace_all_uses_with(moved)
     for node in (cast, move):
         graph_module.graph.erase_node(node)

@@ -97,6 +97,6 @@ def _additive(graph_module: fx.GraphModule, mask: fx.Node, anchor: fx.Node) -> f
     if mask.meta["val"].dtype != torch.bool:
         return mask
     lowest = torch.finfo(torch.float32).min
-    kept = insert_call(graph_module, _aten.to.dtype, (mask, torch.float32), anchor=anchor)
-    removed = insert_call(graph_module, _aten.sub.Tensor, (kept, 1.0), anchor=anchor)
+    indicator = insert_call(graph_module, _aten.to.dtype, (mask, torch.float32), anchor=anchor)
+    removed = insert_call(graph_module, _aten.sub.Tensor, (indicator, 1.0), anchor=anchor)
     return insert_call(graph_module, _aten.mul.Tensor, (removed, -lowest), anchor=anchor)

@@ -33,9 +33,9 @@ class DivideReciprocals(GraphPass):
             value = node.meta.get("val")
             if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
                 continue
-            one = torch.ones(1, dtype=value.dtype)
-            held = add_tensor(graph_module, f"{node.name}_one", one, anchor=node)
-            result = insert_call(graph_module, _aten.div.Tensor, (held, node.args[0]), anchor=node)
+            ones = torch.ones(1, dtype=value.dtype)
+            one = add_tensor(graph_module, f"{node.name}_one", ones, anchor=node)
+            result = insert_call(graph_module, _aten.div.Tensor, (one, node.args[0]), anchor=node)
             node.replace_all_uses_with(result)
             graph_module.graph.erase_node(node)
             modified = True

@@ -33,15 +33,15 @@ class DropUnitFactors(GraphPass):
         """Remove every such node; False if there was none."""
         modified = False
         for node in list(graph_module.graph.nodes):
-            kept = _kept(node)
-            if kept is not None and _alike(node, kept):
-                node.replace_all_uses_with(kept)
+            operand = _operand(node)
+            if operand is not None and _alike(node, operand):
+                node.replace_all_uses_with(operand)
                 graph_module.graph.erase_node(node)
                 modified = True
         return modified
 
 
-def _kept(node: fx.Node) -> fx.Node | None:
+def _operand(node: fx.Node) -> fx.Node | None:
     """The input that equals the result, as far as the arguments tell."""
     if node.op != "call_function":
         return None
@@ -62,8 +62,8 @@ def _is_one(value: object) -> bool:
     return isinstance(value, int | float) and value == 1
 
 
-def _alike(node: fx.Node, kept: fx.Node) -> bool:
-    a, b = node.meta.get("val"), kept.meta.get("val")
+def _alike(node: fx.Node, operand: fx.Node) -> bool:
+    a, b = node.meta.get("val"), operand.meta.get("val")
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
     # symbolic sizes count as equal only if they are the same expression: no guard is made

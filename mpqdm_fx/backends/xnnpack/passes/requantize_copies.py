@@ -66,9 +66,9 @@ class RequantizeCopies(GraphPass):
             inputs = node.all_input_nodes
             if not all(is_dequantize(source) for source in inputs):
                 continue
-            wanted = qdq_parameters(users[0])
+            parameters = qdq_parameters(users[0])
             for source in inputs:
-                if qdq_parameters(source) != wanted:
-                    node.replace_input_with(source, insert_pair(graph_module, source, wanted))
+                if qdq_parameters(source) != parameters:
+                    node.replace_input_with(source, insert_pair(graph_module, source, parameters))
                     modified = True
         return modified

@@ -57,11 +57,11 @@ def _is_covered(node: fx.Node) -> bool:
         return False
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
         return False
-    found = sizes(node)
-    if found.count(-1) > 1 or 0 in found:
+    shape = sizes(node)
+    if shape.count(-1) > 1 or 0 in shape:
         return False
     # a reshape must not fix a size that the op leaves open, nor leave one open that it fixes
-    same = found.count(-1) == sizes(source).count(-1)
+    same = shape.count(-1) == sizes(source).count(-1)
     return same and (node.target in _UNITS or isinstance(node.args[2], int))
 
 

@@ -42,9 +42,9 @@ def decompose(inputs, **settings):
 
 
 def assert_close(graph, result, inputs):
-    expected, found = graph(**inputs), result.graph_module(**inputs)
-    assert found.shape == expected.shape
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    expected, actual = graph(**inputs), result.graph_module(**inputs)
+    assert actual.shape == expected.shape
+    assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @given(

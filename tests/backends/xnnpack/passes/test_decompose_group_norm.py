@@ -76,18 +76,18 @@ def test_large_mean_costs_no_accuracy(mean, std, shape):
     x = draw(*shape, mean=mean, std=std).float()
     graph = traced(nn.Sequential(nn.GroupNorm(3, 6, eps=0.0)), x)
     exact = torch.nn.functional.group_norm(x.double(), 3, eps=0.0)
-    found = (outputs(decomposed(graph), x) - exact).abs().max()
+    error = (outputs(decomposed(graph), x) - exact).abs().max()
     stock = (outputs(graph, x) - exact).abs().max()
     # mean / std times the unit roundoff is what the input itself is uncertain by
-    assert found <= 4 * abs(mean) / std * 2**-24 + 4e-6
-    assert found <= 4 * stock + 4e-6
+    assert error <= 4 * abs(mean) / std * 2**-24 + 4e-6
+    assert error <= 4 * stock + 4e-6
 
 
 def test_constant_input_gives_the_bias():
     norm = randomized(nn.GroupNorm(2, 4))
     x = torch.full((2, 4, 3, 5), 7.0)
-    found = outputs(decomposed(traced(nn.Sequential(norm), x)), x)
-    assert torch.allclose(found, norm.bias.detach()[:, None, None].expand_as(x), atol=1e-6)
+    actual = outputs(decomposed(traced(nn.Sequential(norm), x)), x)
+    assert torch.allclose(actual, norm.bias.detach()[:, None, None].expand_as(x), atol=1e-6)
 
 
 @given(batch=st.integers(1, 5), rank=st.sampled_from([2, 3, 4, 5]))
@@ -106,8 +106,8 @@ def test_image_may_have_all_but_its_channels_dynamic():
     shapes = ({0: size, 2: size, 3: size},)
     x = draw(2, 6, 5, 4).float()
     program = torch.export.export(decomposed(graph), (x,), dynamic_shapes=shapes).module()
-    other = draw(3, 6, 7, 9).float()
-    assert_close(outputs(program, other), norm(other).detach())
+    larger = draw(3, 6, 7, 9).float()
+    assert_close(outputs(program, larger), norm(larger).detach())
 
 
 class Aten(nn.Module):
@@ -144,8 +144,8 @@ def test_native_form_is_covered_unless_its_statistics_are_read():
     x, w = draw(2, 6, 5, 7).float(), draw(6).float()
     first = traced(native(lambda r: r[0]), x, dynamic_batch=False, w=w)
     assert_close(outputs(decomposed(first), x), outputs(first, x))
-    both = traced(native(lambda r: r[0] * r[1].mean()), x, dynamic_batch=False, w=w)
-    assert not DecomposeGroupNorm()(both).modified
+    second = traced(native(lambda r: r[0] * r[1].mean()), x, dynamic_batch=False, w=w)
+    assert not DecomposeGroupNorm()(second).modified
 
 
 def test_weight_that_is_computed_is_left_alone():

@@ -63,8 +63,8 @@ def test_large_mean_costs_no_accuracy(mean, std):
     x = draw(2, 7, 48, mean=mean, std=std).float()
     graph = traced(nn.Sequential(nn.LayerNorm(48, eps=0.0)), x)
     exact = layer_norm(x.double(), (48,), eps=0.0)
-    found = (outputs(decomposed(graph), x) - exact).abs().max()
-    assert found <= 4 * abs(mean) / std * 2**-24 + 4e-6
+    error = (outputs(decomposed(graph), x) - exact).abs().max()
+    assert error <= 4 * abs(mean) / std * 2**-24 + 4e-6
 
 
 @given(batch=st.integers(1, 5), rank=st.sampled_from([2, 3, 4]))

@@ -24,9 +24,9 @@ def decomposed(graph):
     return result.graph_module
 
 
-def assert_bit_equal(found, expected):
-    assert found.shape == expected.shape
-    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+def assert_bit_equal(actual, expected):
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.view(torch.int32), expected.view(torch.int32))
 
 
 MODES = st.sampled_from(["nearest", "nearest-exact"])

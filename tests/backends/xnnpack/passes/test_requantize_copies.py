@@ -80,8 +80,8 @@ def test_numbers_are_bit_equal_whatever_the_parameters(scales, zero_points, name
 
 
 def test_equal_parameters_are_left_alone():
-    one = (0.02, 3)
-    assert not RequantizeCopies()(graph_of(MOVES["cat"], inner=(one, one), outer=one)).modified
+    grid = (0.02, 3)
+    assert not RequantizeCopies()(graph_of(MOVES["cat"], inner=(grid, grid), outer=grid)).modified
 
 
 def test_op_with_another_reader_or_a_float_input_is_left_alone():

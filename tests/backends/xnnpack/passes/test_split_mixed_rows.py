@@ -120,5 +120,5 @@ def test_integers_and_scales_go_with_their_channels():
 @pytest.mark.parametrize("least_bytes", [5, 7])
 def test_a_split_has_to_save_bytes(least_bytes):
     graph = trace(Mlp().eval(), {"x": x()}, dynamic_batch=False)
-    wanted = SplitMixedRows(widths={"a": [4, 4, 4, 8, 8, 8]}, least_bytes=least_bytes)
-    assert wanted(graph).modified == (least_bytes <= 6)  # half a byte for 12 weights
+    graph_pass = SplitMixedRows(widths={"a": [4, 4, 4, 8, 8, 8]}, least_bytes=least_bytes)
+    assert graph_pass(graph).modified == (least_bytes <= 6)  # half a byte for 12 weights

@@ -27,8 +27,8 @@ class Skips(nn.Module):
 def shared():
     torch.manual_seed(0)
     inputs = {"x": torch.randn(2, 3, 5, 7)}
-    one = ActivationRange(scale=0.03, zero_point=4)
-    ranges = {name: StaticActivation(input=one, output=one) for name in ("a", "b")}
+    grid = ActivationRange(scale=0.03, zero_point=4)
+    ranges = {name: StaticActivation(input=grid, output=grid) for name in ("a", "b")}
     graph = trace(Skips().eval(), inputs)
     return QuantizeActivations(ranges=ranges)(graph).graph_module, inputs
 
@@ -69,9 +69,9 @@ def test_one_user_that_reads_it_twice_is_one_user():
             h = self.a(x)
             return h * h
 
-    one = ActivationRange(scale=0.03, zero_point=4)
+    grid = ActivationRange(scale=0.03, zero_point=4)
     inputs = {"x": torch.randn(2, 3)}
-    graph = QuantizeActivations(ranges={"a": StaticActivation(input=one, output=one)})(
+    graph = QuantizeActivations(ranges={"a": StaticActivation(input=grid, output=grid)})(
         trace(Square().eval(), inputs)
     ).graph_module
     assert not UnshareDequantize()(graph).modified

@@ -1,9 +1,9 @@
 """The benchmark of a stranger's model: its reference, its rows, and what is not made again."""
 
+import importlib
 import json
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +17,9 @@ from mpqdm_fx.numerics.metrics import sqnr_db
 
 @pytest.fixture(scope="module")
 def stranger():
-    """The program as a module; it imports `terrain_model`, which lies beside it."""
+    """The program as a module."""
     pytest.importorskip("executorch")
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-    import stranger
-
-    yield stranger
-    sys.path.pop(0)
+    return importlib.import_module("stranger")
 
 
 def test_the_reference_rounds_weights_to_so_many_levels_and_leaves_the_model_alone(stranger):
