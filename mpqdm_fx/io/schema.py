@@ -84,7 +84,7 @@ class Format:
                     f"{self.oldest} on{_end(fix)}"
                 )
         sealed = self.sealed_from is not None and version >= self.sealed_from
-        return verified(data, where) if sealed else data
+        return verified(data, where, fix=fix) if sealed else data
 
 
 class Strict(BaseModel):

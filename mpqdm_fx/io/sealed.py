@@ -169,8 +169,8 @@ def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, _DIGEST: digest_of(content)}
 
 
-def verified(manifest: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Inverse of `seal`.
+def verified(manifest: Mapping[str, Any], where: object, *, fix: str = "") -> dict[str, Any]:
+    """Inverse of `seal`; `where` and `fix` as of `parse_json`.
 
     Raises:
         ArtifactError: The manifest is not what was sealed.
@@ -179,6 +179,7 @@ def verified(manifest: Mapping[str, Any], where: object) -> dict[str, Any]:
     if manifest.get(_DIGEST) != digest_of(content):
         raise ArtifactError(
             f"{where} is corrupted: its content does not have the digest that it was written with"
+            f"{f'; {fix}' if fix else ''}"
         )
     return content
 
