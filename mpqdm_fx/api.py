@@ -18,8 +18,8 @@ from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.progress import stage, tracked
 from mpqdm_fx.io.versions import versions
-from mpqdm_fx.model.quantized import PreparedModel, QuantizedModel
-from mpqdm_fx.model.stages import assemble, normalized
+from mpqdm_fx.model.quantized import PreparedModel, Quantization, QuantizedModel
+from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.former_keywords import former_keywords
 from mpqdm_fx.records.report import QuantizationReport
@@ -132,15 +132,15 @@ def convert(
         activations=result.choices,
         judged=result.judged,
     )
-    return assemble(
-        result.rounded,
+    quantization = Quantization(
         plan=result.plan,
         ranges=result.activations,
         noise_levels=result.noise_levels,
         settings=prepared.settings,
         report=report,
-        model_config=prepared.config,
+        config=prepared.config,
     )
+    return QuantizedModel(result.rounded, quantization)
 
 
 @_solving_keywords

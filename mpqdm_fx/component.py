@@ -5,7 +5,6 @@ the class that it has to inherit from among that module's names. So this file is
 loads such a pipeline, and `ModelMixin` stays a name of it.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any, Self
 
@@ -117,5 +116,5 @@ class QuantizedComponent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diff
         root = Path(pretrained_model_name_or_path)
         quantized = load(root if subfolder is None else root / subfolder)
         for dtype in dtypes:
-            quantized.signature = dataclasses.replace(quantized.signature, dtype=dtype)
+            quantized = quantized.with_dtype(dtype)
         return cls(quantized)

@@ -18,7 +18,7 @@ import executorch
 import numpy as np
 import torch
 
-from mpqdm_fx.io.folders import open_folder
+from mpqdm_fx.model.folder import open_folder
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.sources.denoisers import PROGRAM, draw, open_denoiser, program_names
 

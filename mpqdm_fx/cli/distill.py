@@ -90,13 +90,14 @@ def distill(
     announce(f"training {directory} to {output}: {budget or f'{updates} updates'}")
     from mpqdm_fx.cli.screens.result import ResultScreen
     from mpqdm_fx.distill.config import DistillConfig
-    from mpqdm_fx.io.folders import WEIGHTS, open_folder
+    from mpqdm_fx.io.folders import WEIGHTS
     from mpqdm_fx.io.processes import joined
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.jobs.distill import distill_folder
     from mpqdm_fx.jobs.evaluate import check_gates, gate_stages, judge_result
+    from mpqdm_fx.model.folder import open_folder
+    from mpqdm_fx.model.summary import read_summary
     from mpqdm_fx.pipelines.components import as_recorded
-    from mpqdm_fx.records.summary import read_summary
     from mpqdm_fx.sources.denoisers import source_of
 
     checks.check_device(device)

@@ -36,18 +36,16 @@ def inspect(
     """Show a quantized folder: layer, shape, mean bits, bytes, SQNR."""
     from mpqdm_fx.cli.screens.layers import activation_table, judgement_table, layer_table
     from mpqdm_fx.cli.screens.result import summary_table
-    from mpqdm_fx.io.folders import open_folder
     from mpqdm_fx.io.schema import plain
-    from mpqdm_fx.records.report import QuantizationReport
-    from mpqdm_fx.records.summary import SUMMARY, read_summary
+    from mpqdm_fx.model.folder import open_folder
+    from mpqdm_fx.model.summary import SUMMARY, read_summary
 
     folder = open_folder(directory)
     folder.files.check()
-    manifest = folder.manifest
+    report = folder.manifest.report
     if as_json:
-        opt.console().print_json(json.dumps(plain(manifest["report"])))
+        opt.console().print_json(json.dumps(plain(report.to_dict())))
         return
-    report = QuantizationReport.from_dict(manifest["report"])
     console = opt.console()
     console.print(layer_table(report, order=sort, top=top))
     if report.activations:

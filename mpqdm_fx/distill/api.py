@@ -18,12 +18,13 @@ from mpqdm_fx.calibration.sampling import check_loop
 from mpqdm_fx.calibration.trajectories import Conditions, make_conditions, sample_shape_of
 from mpqdm_fx.capture.entry import unwrap
 from mpqdm_fx.distill.called import Called
+from mpqdm_fx.distill.checkpoint import History
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.importance import Effects, measure_effects
 from mpqdm_fx.distill.judge import Errors, Judge
 from mpqdm_fx.distill.runs import Recorder, Runs, Start
 from mpqdm_fx.distill.student import Student, freeze, make_student
-from mpqdm_fx.distill.train import History, Trainer
+from mpqdm_fx.distill.train import Trainer
 from mpqdm_fx.errors import ConfigError, DialectError
 from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.graph.describe import describe, first_difference
@@ -184,14 +185,14 @@ def _distilled(
 
 def _float_graph(quantized: QuantizedModel, teacher: nn.Module) -> fx.GraphModule:
     """The float model's graph in the form that was quantized; refuses another model's."""
-    other: object
+    difference: object
     try:
         graph = in_form_of(quantized, teacher, example_call(quantized.signature))
-        other = first_difference(describe(graph), describe(quantized.rounded))
+        difference = first_difference(describe(graph), describe(quantized.rounded))
     except DialectError as error:  # it lacks a layer whose input is scaled
-        other = error
-    if other is not None:
-        raise ConfigError(f"the float model is not the one that was quantized: {other}")
+        difference = error
+    if difference is not None:
+        raise ConfigError(f"the float model is not the one that was quantized: {difference}")
     return graph
 
 
@@ -279,13 +280,13 @@ def _identity(
     # a run may be given more time, and go on
     del settings["seconds"]
     digest, start, loop = hashlib.sha256(), runs.start, recorder.scheduler
-    given: Any = (start.noise, start.conditions, start.unconditional)
+    values: Any = (start.noise, start.conditions, start.unconditional)
     if is_sampler(loop):  # its settings are its own affair, but they show in what it does
-        told = {"sampler": f"{type(loop).__module__}.{type(loop).__qualname__}"}
-        given = (given, dict(runs.inputs))
+        schedule = {"sampler": f"{type(loop).__module__}.{type(loop).__qualname__}"}
+        values = (values, dict(runs.inputs))
     else:
-        told = json.loads(loop.to_json_string())
-    for value in pytree.tree_leaves(given):
+        schedule = json.loads(loop.to_json_string())
+    for value in pytree.tree_leaves(values):
         if isinstance(value, Tensor):
             hash_tensor(digest, value)
         else:
@@ -295,7 +296,7 @@ def _identity(
         "float model": float_model,
         "quantized model": graph_fingerprint(quantized.graph_module),
         "activation bits": quantized.settings.activation_bits,
-        "scheduler": told,
+        "scheduler": schedule,
         "noise and conditions": digest.hexdigest(),
         "versions": versions(),
     }

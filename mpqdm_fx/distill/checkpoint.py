@@ -1,7 +1,7 @@
 """The state of a training run on disk: what an interrupted run needs to go on to the same bits."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.exchange import sweep_leftovers
-from mpqdm_fx.io.schema import Count, Strict, plain, validated
+from mpqdm_fx.io.schema import Count, Strict, Whole, plain, validated
 from mpqdm_fx.io.tensors import read_record, write_record
 from mpqdm_fx.io.unfinished import refuse_another_run, refuse_foreign_folder
 
 __all__ = [
     "RESTART",
+    "History",
     "Numbers",
     "State",
     "check_tensors",
@@ -36,23 +37,33 @@ RESTART = "delete it to start anew"
 _Amount = Annotated[float, Field(ge=0)]
 
 
-class _History(Strict):
-    updates: Count
-    seconds: _Amount
-    losses: tuple[_Amount, ...]
-    resumed: Count
+@dataclass(kw_only=True)
+class History:
+    """What a run did.
+
+    Attributes:
+        updates: Updates made, before and after interruptions.
+        seconds: Wall time of training, likewise.
+        losses: Mean task loss of every hundred updates (noise error as a share of its energy).
+        resumed: Update at which the last interruption was taken up; 0 without one.
+    """
+
+    updates: Count = 0
+    seconds: _Amount = 0.0
+    losses: list[_Amount] = field(default_factory=list)
+    resumed: Count = 0
 
 
 class Numbers(Strict):
     """What a state holds beside tensors.
 
     Attributes:
-        history: Fields of `History`.
+        history: What the run did.
         weight: Weight of the second loss.
         recent: Task losses since the last mean, fewer than a hundred.
     """
 
-    history: _History
+    history: Annotated[History, Whole()]
     weight: _Amount
     recent: Annotated[tuple[_Amount, ...], Field(max_length=99)]
 
@@ -118,22 +129,24 @@ def load_state(directory: Path, identity: Mapping[str, Any]) -> State | None:
     return State(tensors=record.tensors, numbers=head.numbers)
 
 
-def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def check_tensors(
+    path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
     """Refuse tensors that are not those of a run.
 
     Args:
         path: File that they were read from.
-        found: What was read.
-        wanted: Tensors of the shapes and dtypes that there are to be.
+        tensors: What was read.
+        expected: Tensors of the shapes and dtypes that there are to be.
 
     Raises:
         ArtifactError: One is missing, is too many, has another shape or dtype, or is not finite.
     """
-    for name in sorted({*found} ^ {*wanted}):
-        state = "is missing" if name in wanted else "has no place in this run"
+    for name in sorted({*tensors} ^ {*expected}):
+        state = "is missing" if name in expected else "has no place in this run"
         raise ArtifactError(f"{path} is damaged: {name[:100]!r} {state}; {RESTART}")
-    for name, tensor in found.items():
-        other = wanted[name]
+    for name, tensor in tensors.items():
+        other = expected[name]
         if tensor.dtype != other.dtype or tensor.shape != other.shape:
             raise ArtifactError(
                 f"{path} is damaged: {name!r} is {tensor.dtype} {list(tensor.shape)}, this run has "

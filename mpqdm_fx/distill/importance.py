@@ -71,10 +71,10 @@ def importance(config: DistillConfig, calls: int, effects: Effects | None = None
         return Importance(draw=plain, weight=torch.ones(calls))
     error = effects.error.clamp_min(effects.error.max() * 1e-6)
     # both parts count the same at the start: each is 1 there
-    wanted = (1 - config.final_share) * plain / (plain * error).sum()
-    wanted += config.final_share * effects.moved / error / effects.moved.sum()
-    draw = (1 - _EVEN) * wanted * error + _EVEN / calls
-    weight = wanted / draw
+    share = (1 - config.final_share) * plain / (plain * error).sum()
+    share += config.final_share * effects.moved / error / effects.moved.sum()
+    draw = (1 - _EVEN) * share * error + _EVEN / calls
+    weight = share / draw
     return Importance(draw=draw, weight=(weight / (draw * weight).sum()).float())
 
 
@@ -123,10 +123,10 @@ def _measure_part(student: Predict, recorder: Recorder, start: Start, advance: S
     for place, count in enumerate(counts):
         deviant = _Deviant(student, recorder.teacher, answers, place)
         distance = _energy(recorder.denoise(deviant, start) - finished)
-        found, right = (recorder.noise_of(a, start) for a in (deviant.answer, answers[place]))
+        answer, target = (recorder.noise_of(a, start) for a in (deviant.answer, answers[place]))
         # the examples of one call share what it does
         moved += [distance / count] * count
-        error += [_energy(found - right) / count] * count
+        error += [_energy(answer - target) / count] * count
         advance()
     return Effects(
         error=torch.tensor(error, dtype=torch.float64),

@@ -77,11 +77,11 @@ class Judge:
         mean = self.errors(fit).mean.to(self.recorder.device)
         if last.bias is None or len(last.bias) != len(mean):
             return before
-        kept = last.bias.detach().clone()
+        bias = last.bias.detach().clone()
         # guidance combines two outputs with weights 1 - g and g, which sum to 1
         last.bias.sub_(mean)
         after = self.errors(test)
         if after.share < before.share:
             return after
-        last.bias.copy_(kept)
+        last.bias.copy_(bias)
         return before

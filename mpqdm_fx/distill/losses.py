@@ -66,11 +66,11 @@ class Losses:
         self._generator = generator
         self.memory: list[Tensor] = []
         signature = teacher.meta["signature"]
-        own = student.graph_module
+        graph = student.graph_module
         if config.relation != "none":
-            own = with_features(own, feature_nodes(own, config.features))
+            graph = with_features(graph, feature_nodes(graph, config.features))
             teacher = with_features(teacher, feature_nodes(teacher, config.features))
-        trained: nn.Module = Recomputed(own, config.recompute) if config.recompute else own
+        trained: nn.Module = Recomputed(graph, config.recompute) if config.recompute else graph
         self._student, self._teacher = Called(trained, signature), Called(teacher, signature)
 
     def __call__(self, batch: Batch) -> Parts:
@@ -79,11 +79,11 @@ class Losses:
         if self.config.relation == "none":
             task = self._task(self._student(**batch.inputs), batch)
             return Parts(task=task, relation=None, roughness=roughness.sum())
-        output, seen = self._student(**batch.inputs)
+        output, features = self._student(**batch.inputs)
         with torch.no_grad():
-            _, wanted = self._teacher(**batch.inputs)
+            _, targets = self._teacher(**batch.inputs)
         task = self._task(output, batch)
-        relation = self._relation(batch, seen, wanted)
+        relation = self._relation(batch, features, targets)
         return Parts(task=task, relation=relation, roughness=roughness.sum())
 
     def _task(self, output: Any, batch: Batch) -> Tensor:
@@ -95,22 +95,24 @@ class Losses:
         return rows.mean() / self._energy
 
     def _relation(
-        self, batch: Batch, seen: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
+        self, batch: Batch, features: tuple[Tensor, ...], targets: tuple[Tensor, ...]
     ) -> Tensor:
         kind = self.config.relation
         if kind == "feature":
             return torch.stack(
-                [feature_distance(s, w) for s, w in zip(seen, wanted, strict=True)]
+                [feature_distance(s, w) for s, w in zip(features, targets, strict=True)]
             ).mean()
         if kind == "trd":
             # the gradient belongs to the current step; the one before is context
             with torch.no_grad():
-                _, seen_before = self._student(**batch.previous)
-                _, wanted_before = self._teacher(**batch.previous)
-            seen = tuple((s + b) / 2 for s, b in zip(seen, seen_before, strict=True))
-            wanted = tuple((w + b) / 2 for w, b in zip(wanted, wanted_before, strict=True))
-        found = [self._divergence(*pair) for pair in enumerate(zip(seen, wanted, strict=True))]
-        return torch.stack(found).mean()
+                _, features_before = self._student(**batch.previous)
+                _, targets_before = self._teacher(**batch.previous)
+            features = tuple((s + b) / 2 for s, b in zip(features, features_before, strict=True))
+            targets = tuple((w + b) / 2 for w, b in zip(targets, targets_before, strict=True))
+        losses = [
+            self._divergence(*pair) for pair in enumerate(zip(features, targets, strict=True))
+        ]
+        return torch.stack(losses).mean()
 
     def _divergence(self, place: int, pair: tuple[Tensor, Tensor]) -> Tensor:
         places = pair[0].flatten(2).shape[2] if pair[0].ndim == 4 else pair[0].shape[1]

@@ -55,11 +55,11 @@ def make_optimiser(student: Student, config: DistillConfig) -> torch.optim.Optim
         if layer.bias is not None:
             size = float(layer.bias.detach().square().mean().sqrt())
             add(config.bias_rate * max(size, 1e-3), [layer.bias])
-    for chosen in student.ranges.values():
-        size = float(chosen.start_scale.mean()) if config.absolute_rates else 1.0
-        add(config.range_rate / size, [chosen.log_scale])
+    for activation in student.ranges.values():
+        size = float(activation.start_scale.mean()) if config.absolute_rates else 1.0
+        add(config.range_rate / size, [activation.log_scale])
         codes = 1.0 if config.absolute_rates else _ZERO_POINT_FACTOR
-        add(config.range_rate * codes, [chosen.shift])
+        add(config.range_rate * codes, [activation.shift])
     if not groups:
         raise ConfigError("nothing is trained: give a rate above 0 for a part that the model has")
     return torch.optim.Adam(groups, eps=_EPS)

@@ -48,24 +48,24 @@ class Recomputed(nn.Module):
             for node in self._inputs
         }
         for part in self._parts:
-            given = [values[node] for node in part.reads]
+            reads = [values[node] for node in part.reads]
             # nothing in a graph draws random numbers
-            found = checkpoint(
-                self._run, part, *given, use_reentrant=False, preserve_rng_state=False
+            gives = checkpoint(
+                self._run, part, *reads, use_reentrant=False, preserve_rng_state=False
             )
-            values.update(zip(part.gives, found, strict=True))
+            values.update(zip(part.gives, gives, strict=True))
         return fx.map_arg(self._output.args[0], values.__getitem__)
 
-    def _run(self, part: _Part, *given: Any) -> tuple[Any, ...]:
+    def _run(self, part: _Part, *values: Any) -> tuple[Any, ...]:
         interpreter = fx.Interpreter(self.graph_module, garbage_collect_values=False)
-        interpreter.env = dict(zip(part.reads, given, strict=True))
+        interpreter.env = dict(zip(part.reads, values, strict=True))
         for node in part.nodes:
             interpreter.env[node] = interpreter.run_node(node)
         return tuple(interpreter.env[node] for node in part.gives)
 
 
 def _part(nodes: list[fx.Node]) -> _Part:
-    own = set(nodes)
-    reads = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own)
-    gives = (node for node in nodes if any(user not in own for user in node.users))
+    inner = set(nodes)
+    reads = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inner)
+    gives = (node for node in nodes if any(user not in inner for user in node.users))
     return _Part(nodes=tuple(nodes), reads=tuple(reads), gives=tuple(gives))

@@ -125,20 +125,20 @@ class Runs:
         )
 
     def _inputs(self, runs: Tensor, calls: Tensor) -> dict[str, Any]:
-        drawn: dict[str, Any] = pytree.tree_map_only(
+        recorded: dict[str, Any] = pytree.tree_map_only(
             Tensor, lambda tensor: tensor[runs, calls], dict(self.inputs)
         )
         if self.conditioned:
-            return drawn
+            return recorded
         start = self.start.rows(runs)
         # what was recorded has the extra channels already
-        own = {**start.conditions, **drawn}
-        own.pop(EXTRA_CHANNELS, None)
+        conditioned = {**start.conditions, **recorded}
+        conditioned.pop(EXTRA_CHANNELS, None)
         if start.unconditional is None:
-            return own
-        plain = {**own, **start.unconditional}
-        plain.pop(EXTRA_CHANNELS, None)
-        joined: dict[str, Any] = concatenate([plain, own])
+            return conditioned
+        unconditioned = {**conditioned, **start.unconditional}
+        unconditioned.pop(EXTRA_CHANNELS, None)
+        joined: dict[str, Any] = concatenate([unconditioned, conditioned])
         return joined
 
 
@@ -241,33 +241,33 @@ class Recorder:
         inputs: list[dict[str, Any]] = []
         targets: list[Tensor] = []
 
-        def watched(**given: Any) -> Tensor:
-            answer = first_tensor(walker(**given))
-            right = answer if walker is self.teacher else first_tensor(self.teacher(**given))
-            for example, target in self._examples(given, right, start):
+        def recorded(**call: Any) -> Tensor:
+            answer = first_tensor(walker(**call))
+            right = answer if walker is self.teacher else first_tensor(self.teacher(**call))
+            for example, target in self._examples(call, right, start):
                 inputs.append(_copied(example))
                 targets.append(_copied(target))
             return answer
 
         if is_sampler(self.scheduler):
-            self.denoise(watched, start)
+            self.denoise(recorded, start)
             advance(len(start))
         else:
-            self.denoise(watched, start, lambda index, timestep, sample: advance(len(sample)))
+            self.denoise(recorded, start, lambda index, timestep, sample: advance(len(sample)))
         return Runs(inputs=_stacked(inputs), targets=torch.stack(targets, 1), start=start)
 
     def _examples(
-        self, given: Mapping[str, Any], right: Tensor, start: Start
+        self, inputs: Mapping[str, Any], right: Tensor, start: Start
     ) -> Iterator[tuple[Any, Tensor]]:
         """The examples in one call, each with a row for each run: inputs and target."""
         if not is_sampler(self.scheduler):
             # the conditional half; conditions are those of the start
             half = slice(-len(start), None)
-            yield {n: given[n][half] for n in ("sample", "timestep")}, self.noise_of(right, start)
+            yield {n: inputs[n][half] for n in ("sample", "timestep")}, self.noise_of(right, start)
             return
-        count = self.examples_in(given, start)
+        count = self.examples_in(inputs, start)
         for rows in torch.split(torch.arange(count * len(start)), len(start)):
-            yield take_rows(dict(given), rows), right[rows]
+            yield take_rows(dict(inputs), rows), right[rows]
 
 
 def _copied(tree: Any) -> Any:

@@ -28,7 +28,6 @@ from mpqdm_fx.graph.quantizer_sites import (
 )
 from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelQuantizer
 from mpqdm_fx.model.quantized import QuantizedModel
-from mpqdm_fx.model.stages import assemble
 from mpqdm_fx.passes.quantize.round_weights import install_codes
 from mpqdm_fx.records.activations import ActivationRange
 from mpqdm_fx.records.plan import LayerPlan
@@ -66,8 +65,8 @@ class Student(nn.Module):
             for key, value in layer.named_parameters(recurse=False):
                 if value.requires_grad:
                     yield f"{name}.{key}", value
-        for (name, side), chosen in self.ranges.items():
-            for key, value in chosen.named_parameters(recurse=False):
+        for (name, side), activation in self.ranges.items():
+            for key, value in activation.named_parameters(recurse=False):
                 yield f"{name}.{side}.{key}", value
 
     @contextlib.contextmanager
@@ -139,7 +138,7 @@ def _base(
 def _install_ranges(graph_module: fx.GraphModule) -> dict[tuple[str, str], TrainableRange]:
     """Replace every activation quantizer, in place; those with one key share a module."""
     sites = list(quantizer_sites(graph_module).values())
-    found: dict[tuple[str, str], TrainableRange] = {}
+    ranges: dict[tuple[str, str], TrainableRange] = {}
     for site in sites:
         if site.kind == "dynamic":
             module = graph_module.get_submodule(str(site.node.target))
@@ -148,15 +147,15 @@ def _install_ranges(graph_module: fx.GraphModule) -> dict[tuple[str, str], Train
                 graph_module, str(site.node.target), DynamicRange(module.bits, module.axes)
             )
             continue
-        chosen = found.setdefault(site.key, TrainableRange(_ranges_of(graph_module, site)))
+        activation = ranges.setdefault(site.key, TrainableRange(_ranges_of(graph_module, site)))
         if site.kind == "timestep":
-            replace_module(graph_module, str(site.node.target), chosen)
+            replace_module(graph_module, str(site.node.target), activation)
         else:
-            _replace_pair(graph_module, site, chosen)
+            _replace_pair(graph_module, site, activation)
     graph_module.graph.lint()
     prune(graph_module)
     graph_module.recompile()
-    return found
+    return ranges
 
 
 def _ranges_of(graph_module: fx.GraphModule, site: QuantizerSite) -> tuple[ActivationRange, ...]:
@@ -212,15 +211,8 @@ def freeze(student: Student, quantized: QuantizedModel) -> QuantizedModel:
         else:
             set_pair(site.node, ranges[0].scale, ranges[0].zero_point)
     fitted.recompile()
-    return assemble(
-        rounded,
-        plan=quantized.plan,
-        ranges=read_activations(fitted),
-        settings=quantized.settings,
-        report=_without_errors(quantized.report),
-        model_config=quantized.config,
-        noise_levels=quantized.noise_levels,
-    )
+    report = _without_errors(quantized.report)
+    return quantized.with_graph(rounded, ranges=read_activations(fitted), report=report)
 
 
 def _without_errors(report: QuantizationReport) -> QuantizationReport:

@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from mpqdm_fx.distill.checkpoint import (
     RESTART,
+    History,
     State,
     check_tensors,
     load_state,
@@ -34,29 +34,12 @@ from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
 from mpqdm_fx.io.processes import processes
 from mpqdm_fx.io.progress import stage
 
-__all__ = ["History", "Trainer"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
 _SAVE_SECONDS = 60.0
 _WEIGH_EVERY = 50  # updates after which the second loss is weighted anew
-
-
-@dataclass(kw_only=True)
-class History:
-    """What a run did.
-
-    Attributes:
-        updates: Updates made, before and after interruptions.
-        seconds: Wall time of training, likewise.
-        losses: Mean task loss of every hundred updates (noise error as a share of its energy).
-        resumed: Update at which the last interruption was taken up; 0 without one.
-    """
-
-    updates: int = 0
-    seconds: float = 0.0
-    losses: list[float] = dataclasses.field(default_factory=list)
-    resumed: int = 0
 
 
 class Trainer:
@@ -172,8 +155,8 @@ class Trainer:
                 f"(weight_rate={self.config.weight_rate}, range_rate={self.config.range_rate})"
             )
         self.optimiser.step()
-        for chosen in self.student.ranges.values():
-            chosen.hold()
+        for activation in self.student.ranges.values():
+            activation.hold()
         self.history.updates += 1
         self.average.step(self._trained)
         self._recent.append(value)
@@ -225,12 +208,12 @@ class Trainer:
         trained = self._trained
         norms = []
         for part in (parts.task, parts.relation):
-            found = torch.autograd.grad(part, trained, retain_graph=True, allow_unused=True)
-            norms.append(math.sqrt(sum(float(g.square().sum()) for g in found if g is not None)))
+            grads = torch.autograd.grad(part, trained, retain_graph=True, allow_unused=True)
+            norms.append(math.sqrt(sum(float(g.square().sum()) for g in grads if g is not None)))
         if self._world > 1:
-            both = torch.tensor(norms, dtype=torch.float64, device=self._device)
-            distributed.all_reduce(both)
-            norms = both.tolist()
+            sums = torch.tensor(norms, dtype=torch.float64, device=self._device)
+            distributed.all_reduce(sums)
+            norms = sums.tolist()
         self.weight = self.config.relation_share * norms[0] / norms[1] if norms[1] > 0 else 0.0
 
     def _share_gradients(self) -> None:
@@ -292,16 +275,11 @@ class Trainer:
             raise ArtifactError(
                 f"{state_path(self.directory)} is damaged: {error}; {RESTART}"
             ) from None
-        self.history = History(
-            updates=numbers.history.updates,
-            seconds=numbers.history.seconds,
-            losses=list(numbers.history.losses),
-            resumed=numbers.history.updates,
-        )
+        self.history = dataclasses.replace(numbers.history, resumed=numbers.history.updates)
         self.weight, self._recent = numbers.weight, list(numbers.recent)
         if "own.targets" in tensors:
-            own = _own_tensors(self.runs)
-            leaves = iter([tensors[name] for name in own if name != "own.targets"])
+            drawn = _own_tensors(self.runs)
+            leaves = iter([tensors[name] for name in drawn if name != "own.targets"])
             inputs = pytree.tree_map_only(Tensor, lambda _: next(leaves), dict(self.runs.inputs))
             self._own = dataclasses.replace(
                 self.runs, inputs=inputs, targets=tensors["own.targets"]
@@ -311,21 +289,21 @@ class Trainer:
     def _check(self, state: State) -> None:
         """Refuse a state that this run cannot have left."""
         assert self.directory is not None
-        path, found = state_path(self.directory), state.tensors
+        path, tensors = state_path(self.directory), state.tensors
         limit = self.config.updates
         if limit is not None and state.numbers.history.updates > limit:
             raise ArtifactError(
                 f"{path} has {state.numbers.history.updates} updates of {limit}; {RESTART}"
             )
-        wanted: dict[str, Tensor] = {f"now.{name}": v for name, v in self.student.trained()}
-        wanted |= {f"average.{i}": value for i, value in enumerate(self.average.shadow_params)}
-        wanted["generator"] = self.generator.get_state()
-        for group in self._optional(found):
-            if any(name in found for name in group):
-                wanted |= group
-        check_tensors(path, found, wanted)
+        expected: dict[str, Tensor] = {f"now.{name}": v for name, v in self.student.trained()}
+        expected |= {f"average.{i}": value for i, value in enumerate(self.average.shadow_params)}
+        expected["generator"] = self.generator.get_state()
+        for group in self._optional(tensors):
+            if any(name in tensors for name in group):
+                expected |= group
+        check_tensors(path, tensors, expected)
 
-    def _optional(self, found: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    def _optional(self, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Tensors that a state has together or not at all."""
         for index, moving in enumerate(self._moving):
             moments = {f"adam.{index}.{key}": moving for key in ("exp_avg", "exp_avg_sq")}
@@ -334,9 +312,9 @@ class Trainer:
             drawn = slice(min(len(self.runs), self.config.batch_size))
             yield {name: value[drawn] for name, value in _own_tensors(self.runs).items()}
         if self.config.relation == "queue":
-            kept = {name: rows for name, rows in found.items() if name.startswith("memory.")}
-            for index in range(len(kept)):
-                rows = kept.get(f"memory.{index}", torch.empty(0))
+            memory = {name: rows for name, rows in tensors.items() if name.startswith("memory.")}
+            for index in range(len(memory)):
+                rows = memory.get(f"memory.{index}", torch.empty(0))
                 fits = rows.dim() == 2 and len(rows) <= self.config.memory
                 yield {f"memory.{index}": rows if fits else torch.empty(0)}
 

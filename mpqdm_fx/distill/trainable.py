@@ -222,8 +222,8 @@ def row_tables(planned: LayerPlan, rounded: nn.Module) -> dict[int, Tensor]:
     assert isinstance(codes, Tensor)
     levels = LEVEL_SETS[planned.levels]
     rows = zip(codes.flatten(1), planned.bits, strict=True)
-    found = {index: levels.levels_of(row, width) for index, (row, width) in enumerate(rows)}
-    return {index: own for index, own in found.items() if own is not None}
+    tables = {index: levels.levels_of(row, width) for index, (row, width) in enumerate(rows)}
+    return {index: table for index, table in tables.items() if table is not None}
 
 
 def cell_base(

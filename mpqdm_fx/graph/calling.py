@@ -22,8 +22,8 @@ __all__ = [
     "example_inputs",
     "in_dtype",
     "join_outputs",
+    "output_class",
     "pack_output",
-    "signature_from_dict",
     "signature_to_dict",
     "split_batch",
 ]
@@ -222,17 +222,21 @@ def pack_output(signature: Signature, output: Any) -> Any:
     Returns:
         An object of the model's output class, or `output` itself where it declares none.
     """
-    if signature.output_class is None or not isinstance(output, tuple):
-        return output
-    return _output_class(signature.output_class)(*output)
+    kind = output_class(signature) if isinstance(output, tuple) else None
+    return output if kind is None else kind(*output)
 
 
-def _output_class(path: str) -> Callable[..., Any]:
-    """The dataclass of that name; a name from a file imports nothing but the libraries of models.
+def output_class(signature: Signature) -> Callable[..., Any] | None:
+    """The dataclass that the model's forward returns; None where it declares none.
+
+    A name from a file imports nothing but the libraries of models.
 
     Raises:
         ArtifactError: It is no dataclass, or its module was neither imported nor is a library's.
     """
+    path = signature.output_class
+    if path is None:
+        return None
     module, _, name = path.rpartition(".")
     if module.partition(".")[0] in _LIBRARIES:
         with contextlib.suppress(ImportError):
@@ -261,7 +265,7 @@ def in_dtype(output: Any, dtype: torch.dtype) -> Any:
 
 
 def signature_to_dict(signature: Signature) -> dict[str, Any]:
-    """Plain JSON types; `signature_from_dict` is the inverse.
+    """Plain JSON types, as a field of a `Strict` record reads them.
 
     Args:
         signature: Its baked arguments must be plain JSON values.
@@ -272,38 +276,3 @@ def signature_to_dict(signature: Signature) -> dict[str, Any]:
     if not signature.defaults:
         del data["defaults"]
     return data
-
-
-def signature_from_dict(data: Mapping[str, Any]) -> Signature:
-    """Inverse of `signature_to_dict`.
-
-    Raises:
-        KeyError, TypeError: `data` is not what `signature_to_dict` wrote.
-        ArtifactError: The output class is not known.
-    """
-    if data["output_class"] is not None:
-        _output_class(data["output_class"])
-    inputs = tuple(
-        InputSpec(
-            **{
-                **entry,
-                "shape": tuple(entry["shape"]),
-                "dtype": getattr(torch, entry["dtype"]),
-            }
-        )
-        for entry in data["inputs"]
-    )
-    batch_range = data["batch_range"]
-    return Signature(
-        **{
-            **data,
-            "parameters": tuple(data["parameters"]),
-            "arguments": tuple(data["arguments"]),
-            "baked": tuple((name, value) for name, value in data["baked"]),
-            "defaults": tuple((name, value) for name, value in data.get("defaults", ())),
-            "inputs": inputs,
-            "batch_range": None if batch_range is None else tuple(batch_range),
-            # folders of older versions come from float32 models
-            "dtype": getattr(torch, data.get("dtype", "float32")),
-        }
-    )

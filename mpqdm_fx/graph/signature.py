@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from torch import nn
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.nested import constant_leaves, same_constant, tensor_leaves
 from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
+from mpqdm_fx.graph.stored_types import BatchSize, ComputeDType, InputDType
+from mpqdm_fx.io.schema import Name, Shape, Whole
 
 __all__ = [
     "NOISE_NAMES",
@@ -36,11 +38,11 @@ class InputSpec:
         batch_multiple: Rows of the leading axis per sample (video models: one prompt per frame).
     """
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    batch_axis: int | None = None
-    batch_multiple: int = 1
+    name: Name
+    shape: Shape
+    dtype: InputDType
+    batch_axis: Literal[0] | None = None
+    batch_multiple: BatchSize = 1
 
     def shape_at(self, batch: int) -> tuple[int, ...]:
         """Return the shape for a batch of ``batch`` samples."""
@@ -76,17 +78,17 @@ class Signature:
             dtype are taken too, and models return it.
     """
 
-    model_class: str
-    output_class: str | None = None
-    parameters: tuple[str, ...]
-    arguments: tuple[str, ...]
-    baked: tuple[tuple[str, Any], ...] = ()
-    inputs: tuple[InputSpec, ...]
-    batch: int
-    batch_range: tuple[int, int | None] | None = None
-    defaults: tuple[tuple[str, Any], ...] = ()
+    model_class: Name
+    output_class: Name | None = None
+    parameters: tuple[Name, ...]
+    arguments: tuple[Name, ...]
+    baked: tuple[tuple[Name, Any], ...] = ()
+    inputs: tuple[Annotated[InputSpec, Whole()], ...]
+    batch: BatchSize
+    batch_range: tuple[BatchSize, BatchSize | None] | None = None
+    defaults: tuple[tuple[Name, Any], ...] = ()
     note: str = ""
-    dtype: torch.dtype = torch.float32
+    dtype: ComputeDType = torch.float32
 
     @property
     def dynamic_batch(self) -> bool:
@@ -95,10 +97,7 @@ class Signature:
 
     def spec(self, name: str) -> InputSpec:
         """Return the spec of the tensor input ``name``; raises KeyError if there is none."""
-        for spec in self.inputs:
-            if spec.name == name:
-                return spec
-        raise KeyError(name)
+        return {spec.name: spec for spec in self.inputs}[name]
 
     def bind(
         self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

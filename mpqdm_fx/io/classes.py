@@ -31,11 +31,11 @@ def diffusers_class(kind: Kind, name: Any, place: str = "") -> Any:
         ArtifactError: diffusers has no such class; it may have something else of that name. Or the
             class needs a package that is not installed.
     """
-    found = _named(kind, name)
-    if _proper(kind, found):
-        return found
+    member = _named(kind, name)
+    if _proper(kind, member):
+        return member
     where = f"{place}: " if place else ""
-    missing = _missing(found)
+    missing = _missing(member)
     if missing:
         raise ArtifactError(
             f"{where}{name} of diffusers needs {' and '.join(missing)}, which is not installed: "
@@ -59,17 +59,17 @@ def _named(kind: Kind, name: Any) -> Any:
     return getattr(importlib.import_module(f"diffusers.{kind}s"), name, None)
 
 
-def _proper(kind: Kind, found: Any) -> bool:
+def _proper(kind: Kind, member: Any) -> bool:
     """Whether it is a proper subclass of the kind's base that is defined in its package."""
     base = getattr(importlib.import_module("diffusers"), _BASES[kind])
-    proper = isinstance(found, type) and issubclass(found, base) and found is not base
-    return proper and found.__module__.startswith(f"diffusers.{kind}s.")
+    proper = isinstance(member, type) and issubclass(member, base) and member is not base
+    return proper and member.__module__.startswith(f"diffusers.{kind}s.")
 
 
-def _missing(found: Any) -> list[str]:
+def _missing(member: Any) -> list[str]:
     """Packages that diffusers lacks for a class, in whose place it has a dummy then."""
-    if not isinstance(found, importlib.import_module("diffusers.utils").DummyObject):
+    if not isinstance(member, importlib.import_module("diffusers.utils").DummyObject):
         return []
-    backends: list[str] = found._backends
+    backends: list[str] = member._backends
     absent = [name for name in backends if importlib.util.find_spec(name) is None]
     return absent or backends

@@ -42,20 +42,20 @@ logger = logging.getLogger(__name__)
 _LONGEST = 56  # characters of a name that are repeated in a hidden one: up to 4 bytes each of 255
 
 
-def check_version(path: str | Path, found: Any, newest: int) -> None:
+def check_version(path: str | Path, version: Any, newest: int) -> None:
     """Refuse a file of a newer format.
 
     Args:
         path: The file.
-        found: What it has for its format's version.
+        version: What it has for its format's version.
         newest: The last version that this package reads.
 
     Raises:
         ArtifactError: It is newer, or no version.
     """
-    if type(found) is not int or not 1 <= found <= newest:
+    if type(version) is not int or not 1 <= version <= newest:
         raise ArtifactError(
-            f"{path} has format version {found!r}, this package reads up to {newest}; "
+            f"{path} has format version {version!r}, this package reads up to {newest}; "
             f"update mpqdm-fx"
         )
 
@@ -123,15 +123,15 @@ def _held_anew(parent: Path, name: str, kind: str, stack: contextlib.ExitStack) 
     """The abandoned folders, held until the stack ends: no other process sweeps or takes them."""
     if not parent.is_dir():
         return []
-    made = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.{re.escape(kind)}")
-    held = []
-    for path in sorted(path for path in parent.iterdir() if made.fullmatch(path.name)):
+    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.{re.escape(kind)}")
+    folders = []
+    for path in sorted(path for path in parent.iterdir() if pattern.fullmatch(path.name)):
         with contextlib.suppress(OSError):  # in use, another user's, or gone
             lock = _lock(path) if path.is_dir() and not path.is_symlink() else None
             if lock is not None:
                 stack.callback(os.close, lock)
-                held.append(path)
-    return held
+                folders.append(path)
+    return folders
 
 
 def sweep_abandoned(parent: Path, name: str, kind: str) -> None:
@@ -144,8 +144,8 @@ def sweep_abandoned(parent: Path, name: str, kind: str) -> None:
 
 def is_empty_but_for_hidden(folder: Path) -> bool:
     """Whether a folder holds nothing, or only what a killed run was about to write into it."""
-    made = re.compile(r"\..*\.[0-9a-f]{8}\.part")
-    return all(made.fullmatch(path.name) for path in folder.iterdir())
+    pattern = re.compile(r"\..*\.[0-9a-f]{8}\.part")
+    return all(pattern.fullmatch(path.name) for path in folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -181,28 +181,28 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def differences(found: Any, wanted: Any) -> list[tuple[str, Any, Any]]:
+def differences(value: Any, reference: Any) -> list[tuple[str, Any, Any]]:
     """Where a JSON value is not what it should be.
 
     Args:
-        found: What was read.
-        wanted: What it should be; a tuple counts as the list that JSON makes of it.
+        value: What was read.
+        reference: What it should be; a tuple counts as the list that JSON makes of it.
 
     Returns:
         Of each difference the path (keys of nested objects, joined by dots), the value found and
         the value wanted; a key that one side lacks is None there.
     """
-    return list(_differences(found, json.loads(json.dumps(wanted)), ""))
+    return list(_differences(value, json.loads(json.dumps(reference)), ""))
 
 
-def first_difference(found: Any, wanted: Any) -> str | None:
+def first_difference(value: Any, reference: Any) -> str | None:
     """The first of `differences` in words of bounded length, `seed was 3, is 4`; None if none is.
 
     Args:
-        found: What was read.
-        wanted: What it should be.
+        value: What was read.
+        reference: What it should be.
     """
-    for path, old, new in _differences(found, json.loads(json.dumps(wanted)), ""):
+    for path, old, new in _differences(value, json.loads(json.dumps(reference)), ""):
         was, is_ = (_short.repr(value)[:_LONGEST_TOLD] for value in (old, new))
         return f"{path[:_LONGEST_TOLD]} was {was}, is {is_}"
     return None
@@ -213,10 +213,10 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
 
-def _differences(found: Any, wanted: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted({*found, *wanted}):
+def _differences(value: Any, reference: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(value, dict) and isinstance(reference, dict):
+        for key in sorted({*value, *reference}):
             path = f"{where}.{key}" if where else key
-            yield from _differences(found.get(key), wanted.get(key), path)
-    elif found != wanted:
-        yield where, found, wanted
+            yield from _differences(value.get(key), reference.get(key), path)
+    elif value != reference:
+        yield where, value, reference

@@ -1,4 +1,4 @@
-"""Folders that this package writes: opened with checks, replaced whole, never somebody else's.
+"""Folders that this package writes: sealed, replaced whole, never somebody else's.
 
 Each has a manifest that lists all of its files: `mpqdm.json`, or `pipeline.json` of an export, or
 `pareto.json` of several budgets.
@@ -6,21 +6,16 @@ Each has a manifest that lists all of its files: `mpqdm.json`, or `pipeline.json
 
 import contextlib
 import json
-import logging
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.exchange import staged_folder
-from mpqdm_fx.io.files import check_version, write_text
-from mpqdm_fx.io.manifest import checked_manifest
-from mpqdm_fx.io.sealed import Entry, SealedFolder, read_json, seal, verified
-from mpqdm_fx.io.versions import FORMAT, FORMAT_VERSION
+from mpqdm_fx.io.files import write_text
+from mpqdm_fx.io.sealed import Entry, read_json, seal
+from mpqdm_fx.io.versions import FIRST_SEALED, FORMAT
 
 __all__ = [
     "EXPORT_MANIFEST",
@@ -31,19 +26,14 @@ __all__ = [
     "PARETO_MANIFEST",
     "SCHEDULER_CONFIG",
     "WEIGHTS",
-    "ModelFolder",
     "check_target",
     "holds_result",
     "is_export",
     "listed_files",
-    "open_folder",
     "refuse_other_results",
-    "rewritten_folder",
     "seal_folder",
     "staged_directory",
 ]
-
-logger = logging.getLogger(__name__)
 
 MANIFEST = "mpqdm.json"
 EXPORT_MANIFEST = "pipeline.json"
@@ -58,66 +48,8 @@ _FORMATS: Mapping[str, str] = {
     EXPORT_MANIFEST: "mpqdm_fx.pipeline",
     PARETO_MANIFEST: "mpqdm-fx pareto",
 }
-_FIRST_SEALED = 3  # older ones list weights and config.json alone, with neither digest nor proof
 # What running a folder leaves in it: expanded programs, and Python's compiled files.
 _MADE_BY_RUNNING = re.compile(r"\.[^/]+\.[0-9a-f]{16}(\.[0-9a-f]{8}\.part)?|__pycache__/[^/]+\.pyc")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFolder:
-    """A folder of a quantized model.
-
-    Attributes:
-        root: The folder.
-        manifest: Content of its `mpqdm.json`, checked, plain JSON types.
-        files: Its files; each is hashed when it is used.
-    """
-
-    root: Path
-    manifest: Mapping[str, Any]
-    files: SealedFolder
-
-    def require(self, name: str) -> None:
-        """Refuse a folder that does not list a file; of an older version's, say that it is one.
-
-        Args:
-            name: The file.
-
-        Raises:
-            ArtifactError: The file is not listed.
-        """
-        if name not in self.files and self.manifest["proof"] is None:
-            raise ArtifactError(
-                f"{self.root} was written by an older version, which lists no {name}; quantize the "
-                f"model again"
-            )
-        self.files.require(name)
-
-
-def open_folder(directory: str | Path) -> ModelFolder:
-    """Open a folder written by `save` or `mpqdm-fx quantize`.
-
-    Sizes of all listed files are compared; a file is hashed when it is used.
-
-    Raises:
-        ArtifactError: The folder is missing, damaged or of a newer version; names file and field.
-    """
-    root = Path(directory)
-    path = root / MANIFEST
-    if not root.is_dir():
-        raise ArtifactError(f"{root} is not a folder; give one that mpqdm-fx quantize wrote")
-    if not path.exists():
-        refuse_other_results(root)
-        raise ArtifactError(f"{root} has no {MANIFEST}: it was not written by mpqdm-fx quantize")
-    data = read_json(path)
-    version = data.get("version")
-    if "format" in data:
-        check_version(path, version, FORMAT_VERSION)
-    sealed = isinstance(version, int) and version >= _FIRST_SEALED
-    manifest = checked_manifest(verified(data, path) if sealed else data, path, proof=sealed)
-    files = SealedFolder(root, manifest["files"], path)
-    files.require(*((WEIGHTS,) if manifest["proof"] is None else (WEIGHTS, GRAPH, OUTPUTS)))
-    return ModelFolder(root=root, manifest=manifest, files=files)
 
 
 def refuse_other_results(root: Path) -> None:
@@ -178,12 +110,12 @@ def seal_folder(root: Path, manifest: Mapping[str, Any] | None = None) -> dict[s
 
 def listed_files(root: Path, manifest: str) -> dict[str, Any]:
     """All files of a folder but its manifest and what running it leaves, as manifests list them."""
-    found = {}
+    entries = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if path.is_file() and name != manifest and not _MADE_BY_RUNNING.fullmatch(name):
-            found[name] = Entry.of(path).to_dict()
-    return found
+            entries[name] = Entry.of(path).to_dict()
+    return entries
 
 
 def check_target(output: str | Path, manifest: str = MANIFEST, *, overwrite: bool = False) -> Path:
@@ -231,19 +163,19 @@ def check_target(output: str | Path, manifest: str = MANIFEST, *, overwrite: boo
 def _is_older(data: Mapping[str, Any]) -> bool:
     """Whether a manifest is of a version that did not list all files."""
     version = data.get("version")
-    return data.get("format") == FORMAT and type(version) is int and 1 <= version < _FIRST_SEALED
+    return data.get("format") == FORMAT and type(version) is int and 1 <= version < FIRST_SEALED
 
 
 def _foreign_files(root: Path, manifest: str, listed: Any) -> list[str]:
     """Files of a folder that its manifest does not list."""
-    known = {manifest, *(listed if isinstance(listed, Mapping) else ())}
-    found = []
+    names = {manifest, *(listed if isinstance(listed, Mapping) else ())}
+    foreign = []
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         plain_folder = path.is_dir() and not path.is_symlink()
-        if not (plain_folder or name in known or _MADE_BY_RUNNING.fullmatch(name)):
-            found.append(name)
-    return found
+        if not (plain_folder or name in names or _MADE_BY_RUNNING.fullmatch(name)):
+            foreign.append(name)
+    return foreign
 
 
 @contextlib.contextmanager
@@ -263,35 +195,3 @@ def staged_directory(
     target = check_target(output, manifest, overwrite=overwrite)
     with staged_folder(target) as stage:
         yield stage
-
-
-@contextlib.contextmanager
-def rewritten_folder(root: Path) -> Iterator[Path]:
-    """A stage that holds a folder's files already, and takes its place if the block ends well.
-
-    Files are links to the old ones where the disk can do that: replace them, do not write into
-    them. The folder is sealed anew.
-
-    Args:
-        root: Folder written by this package.
-
-    Raises:
-        ArtifactError: It holds files of others, which would become its own; a file is not what was
-            written; or it is of an older version, which lists none.
-    """
-    check_target(root, overwrite=True)
-    opened = open_folder(root)
-    if opened.manifest["proof"] is None:
-        raise ArtifactError(f"{root} was written by an older version; save it again first")
-    opened.files.check()
-    with staged_folder(root) as stage:
-        shutil.copytree(root, stage, dirs_exist_ok=True, copy_function=_link)
-        yield stage
-        seal_folder(stage)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)

@@ -62,10 +62,10 @@ def checked_model_config(config: Mapping[str, Any], place: str) -> Any:
     """
     if "_class_name" not in config:
         raise ArtifactError(f"{place} has no _class_name: not a diffusers model")
-    found = diffusers_class("model", config["_class_name"], place)
+    model_class = diffusers_class("model", config["_class_name"], place)
     for name, value in config.items():
         _check_sizes(value, name, place)
-    return found
+    return model_class
 
 
 def model_from_config(config: Mapping[str, Any], place: str) -> nn.Module:
@@ -78,17 +78,17 @@ def model_from_config(config: Mapping[str, Any], place: str) -> nn.Module:
     Raises:
         ArtifactError: As of `read_model_config`; or the class refuses the config.
     """
-    found = checked_model_config(config, place)
-    count_parameters(found, config, place)
-    model: nn.Module = found.from_config(config)
+    model_class = checked_model_config(config, place)
+    count_parameters(model_class, config, place)
+    model: nn.Module = model_class.from_config(config)
     return model.eval()
 
 
-def count_parameters(found: Any, config: Mapping[str, Any], place: str) -> int:
+def count_parameters(model_class: Any, config: Mapping[str, Any], place: str) -> int:
     """Numbers that a file of a model's weights holds, counted without allocating them.
 
     Args:
-        found: Class of the model.
+        model_class: Class of the model.
         config: Its configuration.
         place: The file, for messages.
 
@@ -98,15 +98,15 @@ def count_parameters(found: Any, config: Mapping[str, Any], place: str) -> int:
     """
     try:
         with _counted(place), torch.device("meta"):
-            model = found.from_config(dict(config))
+            model = model_class.from_config(dict(config))
     except ArtifactError:
         raise
     except Exception as error:  # constructors trust their arguments
         reason = first_line(error)
-        raise ArtifactError(f"{place}: {found.__name__} refuses it: {reason}") from None
+        raise ArtifactError(f"{place}: {model_class.__name__} refuses it: {reason}") from None
     # buffers that are made anew are in no file, and tied weights once
-    stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
-    return sum(tensor.numel() for tensor in stored.values())
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 @contextlib.contextmanager

@@ -80,12 +80,12 @@ def parse_json(data: bytes, where: object, *, fix: str = "", finite: bool = True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"key {twice[:40]!r} is there twice")
-    return found
+    return entries
 
 
 def _refuse_constant(text: str) -> float:
@@ -169,8 +169,8 @@ def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, _DIGEST: digest_of(content)}
 
 
-def verified(manifest: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Inverse of `seal`.
+def verified(manifest: Mapping[str, Any], where: object, *, fix: str = "") -> dict[str, Any]:
+    """Inverse of `seal`; `where` and `fix` as of `parse_json`.
 
     Raises:
         ArtifactError: The manifest is not what was sealed.
@@ -179,6 +179,7 @@ def verified(manifest: Mapping[str, Any], where: object) -> dict[str, Any]:
     if manifest.get(_DIGEST) != digest_of(content):
         raise ArtifactError(
             f"{where} is corrupted: its content does not have the digest that it was written with"
+            f"{f'; {fix}' if fix else ''}"
         )
     return content
 
@@ -194,6 +195,13 @@ class Entry:
 
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        size, digest = self.bytes, self.sha256
+        if type(size) is not int or size < 0 or not isinstance(digest, str):
+            raise ArtifactError("size and hash of a file are no number and no text")
+        if not _HEXADECIMAL.fullmatch(digest):
+            raise ArtifactError(f"{digest[:80]!r} is no SHA-256")
 
     @classmethod
     def of(cls, path: Path) -> "Entry":
@@ -239,8 +247,8 @@ def _sized(path: Path, entry: Entry) -> Iterator[int]:
         yield descriptor
 
 
-def _compare(path: Path, entry: Entry, found: str) -> None:
-    if found != entry.sha256:
+def _compare(path: Path, entry: Entry, digest: str) -> None:
+    if digest != entry.sha256:
         raise ArtifactError(f"{path} is corrupted: its checksum differs from the manifest's")
 
 
@@ -273,13 +281,12 @@ class SealedFolder:
         plain = "/".join(parts) == name and not name.startswith("/") and ".." not in parts
         if not plain or not parts or "\\" in name or ":" in name or not name.isprintable():
             raise ArtifactError(f"{self.manifest} is damaged: {name[:80]!r} is no file's name")
-        sound = isinstance(value, Mapping) and set(value) == {"bytes", "sha256"}
-        if sound:
-            size, digest = value["bytes"], value["sha256"]
-            sound = type(size) is int and size >= 0 and isinstance(digest, str)
-            if sound and _HEXADECIMAL.fullmatch(digest):
-                return Entry(bytes=size, sha256=digest)
-        raise ArtifactError(f"{self.manifest} is damaged: size and hash of {name!r} are malformed")
+        try:
+            return Entry(**value)
+        except (TypeError, ArtifactError):
+            raise ArtifactError(
+                f"{self.manifest} is damaged: size and hash of {name!r} are malformed"
+            ) from None
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries

@@ -97,12 +97,12 @@ def read_record(path: Path, kind: str, version: int, *, fix: str) -> Record:
     if len(text) > 2 * _LARGEST_HEAD:  # what is around it is short
         raise ArtifactError(f"{path} is damaged: its head has {len(text)} characters; {fix}")
     content = parse_json(text.encode(), path, fix=fix)
-    found = content.pop("sha256", None)
+    digest = content.pop("sha256", None)
     if content.get("kind") != kind:
         raise ArtifactError(f"{path} holds {content.get('kind')!r}, not {kind!r}; {fix}")
     check_version(path, content.get("version"), version)
     head = content.get("head")
-    if not isinstance(head, dict) or found != _hash(content, tensors):
+    if not isinstance(head, dict) or digest != _hash(content, tensors):
         raise ArtifactError(
             f"{path} is corrupted: its content does not have the hash that it was written with; "
             f"{fix}"

@@ -45,18 +45,20 @@ class UnfinishedRun:
     ) -> None:
         self.directory = directory
         sweep_leftovers(directory)
-        told = plain(identity)
-        self.digest = digest_of(told)
-        if self.check(directory, header, told, resume=resume, solved=solved, whole=True):
+        content = plain(identity)
+        self.digest = digest_of(content)
+        if self.check(directory, header, content, resume=resume, solved=solved, whole=True):
             return
         directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / header, json.dumps(told, indent=1, sort_keys=True, allow_nan=False))
+        write_text(
+            directory / header, json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+        )
 
     @staticmethod
     def check(
         directory: Path,
         header: str,
-        wanted: Mapping[str, Any],
+        identity: Mapping[str, Any],
         *,
         resume: bool,
         solved: str,
@@ -67,7 +69,7 @@ class UnfinishedRun:
         Args:
             directory: The folder.
             header: As of the class.
-            wanted: What the header must say.
+            identity: What the header must say.
             resume: As of the class.
             solved: As of the class.
             whole: Whether the header must say nothing else.
@@ -79,9 +81,9 @@ class UnfinishedRun:
         refuse_foreign_folder(directory, header)
         if not path.is_file():
             return False
-        found = read_json(path, fix="delete the folder to start anew")
-        told = found if whole else {key: found.get(key) for key in wanted}
-        refuse_another_run(directory, told, wanted)
+        content = read_json(path, fix="delete the folder to start anew")
+        kept = content if whole else {key: content.get(key) for key in identity}
+        refuse_another_run(directory, kept, identity)
         if not resume and any(file.name != header for file in directory.glob(solved)):
             raise ConfigError(
                 f"{directory} holds a run that was not finished; resume it, or delete it"
@@ -89,21 +91,23 @@ class UnfinishedRun:
         return True
 
 
-def refuse_another_run(place: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def refuse_another_run(
+    place: Path, content: Mapping[str, Any], identity: Mapping[str, Any]
+) -> None:
     """Refuse to go on with a run of something else.
 
     Args:
         place: Where it lies, for the message.
-        found: What it says of itself, plain JSON types.
-        wanted: What is to be done.
+        content: What it says of itself, plain JSON types.
+        identity: What is to be done.
 
     Raises:
         ConfigError: They differ; the first difference is named.
     """
-    different = first_difference(found, plain(wanted))
-    if different:
+    difference = first_difference(content, plain(identity))
+    if difference:
         raise ConfigError(
-            f"{place} holds an unfinished run with other settings: {different}; use what it was "
+            f"{place} holds an unfinished run with other settings: {difference}; use what it was "
             f"started with, or delete it"
         )
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.folders import WEIGHTS, seal_folder, staged_directory
-from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, plain, validated
-from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, plain, read_as
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.evaluation import Evaluation, evaluated_metrics
 from mpqdm_fx.jobs.presets import write_recipe
@@ -161,4 +160,4 @@ def read_point(place: Path) -> Point:
     Raises:
         ArtifactError: It is damaged.
     """
-    return validated(Point, read_json(place / _POINT, fix=_FIX), place / _POINT, fix=_FIX)
+    return read_as(Point, place / _POINT, fix=_FIX)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.io.files import write_text
-from mpqdm_fx.io.folders import MANIFEST, ModelFolder, seal_folder, staged_directory
-from mpqdm_fx.records.summary import read_summary, write_summary
+from mpqdm_fx.io.folders import MANIFEST, seal_folder, staged_directory
+from mpqdm_fx.model.folder import ModelFolder
+from mpqdm_fx.model.summary import read_summary, write_summary
 from mpqdm_fx.sources.denoisers import SOURCE
 
 __all__ = ["copy_folder"]

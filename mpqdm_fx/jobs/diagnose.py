@@ -9,10 +9,11 @@ from mpqdm_fx.backends.xnnpack.doctor import Diagnosis, diagnose
 from mpqdm_fx.bits.allocate import even_levels, fixed_plan, layer_limits
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.io.folders import MANIFEST, open_folder
+from mpqdm_fx.io.folders import MANIFEST
 from mpqdm_fx.io.progress import expect, stage
 from mpqdm_fx.jobs.foretold import doctor_stages
 from mpqdm_fx.jobs.result_folder import Form
+from mpqdm_fx.model.folder import open_folder
 from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.model.storage import load
 from mpqdm_fx.passes.quantize.round_weights import RoundWeights
@@ -59,12 +60,12 @@ def diagnose_model(
         with stage("loading"):
             quantized = load(Path(name))
         example = example_inputs(quantized.signature, batch_size=1)
-        program = open_folder(name).manifest["program"] or {}
+        program = open_folder(name).manifest.program
         return diagnose(
             quantized.rounded,
             example,
             quantized.ranges or None,
-            four_bit=program.get("four_bit", "whole"),
+            four_bit="whole" if program is None else program.four_bit,
         )
     if config is not None:
         Form(backend="xnnpack", four_bit=four_bit).check(config)

@@ -12,7 +12,7 @@ from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.io.files import checkpoint_of
-from mpqdm_fx.io.folders import check_target, open_folder
+from mpqdm_fx.io.folders import check_target
 from mpqdm_fx.io.processes import is_first
 from mpqdm_fx.io.progress import expect
 from mpqdm_fx.io.unfinished import refuse_foreign_folder
@@ -27,9 +27,10 @@ from mpqdm_fx.jobs.result_folder import (
     Form,
     write_folder,
 )
+from mpqdm_fx.model.folder import open_folder
 from mpqdm_fx.model.storage import load
+from mpqdm_fx.model.summary import read_summary
 from mpqdm_fx.pipelines.components import as_recorded
-from mpqdm_fx.records.summary import read_summary
 from mpqdm_fx.records.validation import NonNegative, Some, checked
 from mpqdm_fx.sources.denoisers import origin_of, source_of
 
@@ -80,7 +81,7 @@ def distill_folder(
     )
     opened = open_folder(folder)
     summary = read_summary(opened)
-    form = Form.of(summary["backend"], opened.manifest["program"])
+    form = Form.of(summary["backend"], opened.manifest.program)
     check_target(output, overwrite=overwrite)
     state = checkpoint_of(output)
     refuse_foreign_folder(state, state_path(state).name)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.graph.noise_argument import find_noise_argument
-from mpqdm_fx.io.folders import open_folder
 from mpqdm_fx.io.progress import expect, stage
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.evaluation import (
@@ -18,10 +17,11 @@ from mpqdm_fx.jobs.evaluation import (
 )
 from mpqdm_fx.jobs.foretold import evaluate_stages
 from mpqdm_fx.jobs.result_folder import FolderResult
+from mpqdm_fx.model.folder import open_folder
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.model.storage import load
+from mpqdm_fx.model.summary import SUMMARY, read_summary
 from mpqdm_fx.pipelines.components import as_recorded
-from mpqdm_fx.records.summary import SUMMARY, read_summary
 from mpqdm_fx.records.validation import Count, Seed, checked
 from mpqdm_fx.report.gates import (
     METRICS,

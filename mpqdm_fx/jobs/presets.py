@@ -7,12 +7,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.io.files import check_version, write_text
-from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.io.files import write_text
+from mpqdm_fx.io.schema import Format, Strict, read_as
+from mpqdm_fx.records.config import MPQConfig, StoredSettings
 
 __all__ = [
     "PRESETS",
@@ -26,6 +25,15 @@ __all__ = [
 
 RECIPE = "recipe.json"
 _FORMAT, _VERSION = "mpqdm-fx recipe", 1
+
+
+class _Recipe(Strict):
+    stored_as: ClassVar[Format] = Format(name=_FORMAT, noun="recipe", newest=_VERSION)
+
+    format: str
+    version: int
+    settings: StoredSettings
+
 
 PresetName = Literal["quick", "balanced", "small"]
 PRESET_NAMES: tuple[PresetName, ...] = get_args(PresetName)
@@ -102,14 +110,4 @@ def read_recipe(path: Path) -> MPQConfig:
         ArtifactError: It is missing, damaged, of a newer version, or no recipe.
     """
     path = path / RECIPE if path.is_dir() else path
-    data = read_json(path, fix="give the recipe.json of a result folder")
-    if data.get("format") != _FORMAT:
-        raise ArtifactError(f"{path} is no recipe; give the recipe.json of a result folder")
-    check_version(path, data.get("version"), _VERSION)
-    if set(data) != {"format", "version", "settings"}:
-        other = sorted(set(data) ^ {"format", "version", "settings"})[0]
-        raise ArtifactError(f"{path} is damaged: {other[:80]!r} is missing or unknown")
-    try:
-        return MPQConfig.from_dict(data["settings"])
-    except ConfigError as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from None
+    return read_as(_Recipe, path, fix="give the recipe.json of a result folder").settings

@@ -6,12 +6,12 @@ from typing import Any
 
 from mpqdm_fx.errors import ArtifactError, MPQError
 from mpqdm_fx.io.files import write_text
-from mpqdm_fx.io.schema import validated
+from mpqdm_fx.io.schema import read_listed
+from mpqdm_fx.model.summary import SUMMARY
 from mpqdm_fx.pipelines.inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.pictures import DrawnPictures, draw_pictures
 from mpqdm_fx.pipelines.program_files import ProgramFiles
 from mpqdm_fx.pipelines.report import export_gallery, with_pictures
-from mpqdm_fx.records.summary import SUMMARY
 from mpqdm_fx.report.page.render import render_report
 from mpqdm_fx.report.record import RECORD, ReportRecord, write_record
 
@@ -45,7 +45,7 @@ def report_export(
             f"{directory} keeps no numbers for a report: it was exported by an older version; "
             f"export the pipeline again"
         )
-    record = validated(ReportRecord, programs.files.read_json(RECORD), directory / RECORD)
+    record = read_listed(ReportRecord, programs.files, RECORD)
     summary = programs.files.read_json(SUMMARY)
     inputs, without = _inputs(summary, model)
     if samples is None:

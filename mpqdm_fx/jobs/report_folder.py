@@ -9,9 +9,9 @@ from typing import Any
 from mpqdm_fx.errors import ConfigError, MPQError
 from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.io.files import write_text
-from mpqdm_fx.io.folders import SCHEDULER_CONFIG, WEIGHTS, ModelFolder, is_export, open_folder
+from mpqdm_fx.io.folders import SCHEDULER_CONFIG, WEIGHTS, is_export
 from mpqdm_fx.io.progress import expect, stage
-from mpqdm_fx.io.schema import validated
+from mpqdm_fx.io.schema import read_listed
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.foretold import report_stages
 from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
@@ -21,13 +21,13 @@ from mpqdm_fx.jobs.report import (
     record_of,
 )
 from mpqdm_fx.jobs.report_export import report_export
+from mpqdm_fx.model.folder import ModelFolder, open_folder
 from mpqdm_fx.model.packed import read_packed
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.model.stages import in_form_of
 from mpqdm_fx.model.storage import load
+from mpqdm_fx.model.summary import SUMMARY, read_summary
 from mpqdm_fx.pipelines.components import as_recorded, is_in_pipeline
-from mpqdm_fx.records.report import QuantizationReport
-from mpqdm_fx.records.summary import SUMMARY, read_summary
 from mpqdm_fx.records.validation import Some, checked
 from mpqdm_fx.report.comparison import compare_all
 from mpqdm_fx.report.gather import Measured, part_of, training_of, with_command
@@ -154,7 +154,7 @@ def retell_report(
     """
     if RECORD not in folder.files or not can_render():
         return
-    stored = validated(ReportRecord, folder.files.read_json(RECORD), folder.root / RECORD)
+    stored = read_listed(ReportRecord, folder.files, RECORD)
     report = FolderReport(
         folder=folder,
         record=stored,
@@ -196,7 +196,7 @@ def open_report(
     if inputs is not None and why:
         raise ConfigError(f"nothing can be measured on --inputs {inputs}: {why}")
     if not _measures(folder, inputs, sensitivity):
-        record = validated(ReportRecord, folder.files.read_json(RECORD), folder.root / RECORD)
+        record = read_listed(ReportRecord, folder.files, RECORD)
     else:
         with stage("comparing outputs"):
             measured = _measured(quantized, source, inputs, sensitivity, why)
@@ -315,16 +315,16 @@ def _measured(
 
 
 def _record(folder: ModelFolder, source: Source | None, measured: Measured) -> ReportRecord:
-    manifest: Mapping[str, Any] = folder.manifest
+    manifest = folder.manifest
     with folder.files.opened(WEIGHTS) as path:
-        plan = read_packed(path, manifest["weights"], name=folder.root / WEIGHTS).plan
+        plan = read_packed(path, manifest.weights, name=folder.root / WEIGHTS).plan
     summary = read_summary(folder) if SUMMARY in folder.files else None
     part = part_of(
         "unet",
-        manifest["signature"]["model_class"],
+        manifest.signature.model_class,
         plan=plan,
-        report=QuantizationReport.from_dict(manifest["report"]),
-        settings=manifest["settings"],
+        report=manifest.report,
+        settings=manifest.settings.to_dict(),
         measured=measured,
         summary=summary,
     )
@@ -334,7 +334,7 @@ def _record(folder: ModelFolder, source: Source | None, measured: Measured) -> R
     return record_of(
         name,
         part,
-        versions=manifest["versions"],
+        versions=manifest.versions,
         command=(summary or {}).get("command"),
         drawn=None,
         missing={},

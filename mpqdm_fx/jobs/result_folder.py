@@ -20,20 +20,22 @@ from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.graph.nested import first_row
 from mpqdm_fx.io import progress
 from mpqdm_fx.io.files import write_text
-from mpqdm_fx.io.folders import MANIFEST, open_folder, seal_folder, staged_directory
+from mpqdm_fx.io.folders import MANIFEST, seal_folder, staged_directory
 from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.jobs.calibration import held_out_of
 from mpqdm_fx.jobs.memory import peak_memory
 from mpqdm_fx.jobs.pictures import Drawn, draw_pictures
 from mpqdm_fx.jobs.presets import write_recipe
 from mpqdm_fx.jobs.report import write_report
+from mpqdm_fx.model.folder import open_folder
+from mpqdm_fx.model.manifest import Program
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.model.stages import in_form_of
 from mpqdm_fx.model.storage import write_model
+from mpqdm_fx.model.summary import SUMMARY, write_summary
 from mpqdm_fx.parity.verify import store_parity
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.plan import Fate
-from mpqdm_fx.records.summary import SUMMARY, write_summary
 from mpqdm_fx.records.validation import check_fields
 from mpqdm_fx.report.comparison import Comparison, compare_all
 from mpqdm_fx.report.images import save_rows
@@ -113,7 +115,7 @@ class Form:
             )
 
     @classmethod
-    def of(cls, backend: Any, program: Mapping[str, Any] | None) -> "Form":
+    def of(cls, backend: Any, program: Program | None) -> "Form":
         """The form of a folder, from its summary's backend and its manifest's `program`.
 
         Raises:
@@ -121,7 +123,7 @@ class Form:
         """
         if backend not in BACKENDS:
             raise ArtifactError(f"{SUMMARY} is damaged: there is no backend {backend!r}")
-        options = {key: value for key, value in (program or {}).items() if key != "expanded"}
+        options = {} if program is None else program.model_dump(exclude={"expanded"})
         return cls(backend=backend, **options)
 
     def to_dict(self) -> dict[str, Any]:

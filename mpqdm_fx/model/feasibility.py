@@ -65,8 +65,8 @@ def check_feasible(
     budget = config.effective_bits is not None or config.weight_bytes is not None
     names = [name for name, module in model.named_modules() if isinstance(module, _LAYERS)]
     unknown = any(not any(map(rule.matches, names)) for rule in config.rules)
-    told = config.noise_argument is not None
-    if not (unknown or budget or told or max_memory is not None or table is not None):
+    argument = config.noise_argument is not None
+    if not (unknown or budget or argument or max_memory is not None or table is not None):
         return
     # as `prepare` does: the file of sensitivities is of that graph
     graph_module = normalized(model, inputs, config, fractional_timesteps=True)
@@ -86,9 +86,9 @@ def _check_memory(
     batch_size: int,
 ) -> None:
     every = [torch.arange(config.timestep_groups)]
-    told = find_noise_argument(graph_module, config.noise_argument) is not None
+    by_level = find_noise_argument(graph_module, config.noise_argument) is not None
     limits = layer_limits(graph_module, config)
-    lanes, _ = two_lanes(graph_module, every if told else [], config, limits.skipped)
+    lanes, _ = two_lanes(graph_module, every if by_level else [], config, limits.skipped)
     call = example_inputs(graph_module.meta["signature"], batch_size=batch_size)
     _, smallest = walk_memory(lanes, [call])
     if max_memory < smallest:

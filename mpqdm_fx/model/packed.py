@@ -9,25 +9,66 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.parameters import first_names
-from mpqdm_fx.io.manifest import STORED_DTYPES
+from mpqdm_fx.io.schema import Name, Shape, Strict
 from mpqdm_fx.numerics.halves import fits_half
 from mpqdm_fx.numerics.levels.packing import PackedLayer, pack_layer, storage_bits, unpack_layer
 from mpqdm_fx.numerics.levels.packing import unpack_bits as unpack_integers
-from mpqdm_fx.records.plan import FLOAT_REASON, BitPlan, FloatTensor, LayerPlan
+from mpqdm_fx.records.config import Levels
+from mpqdm_fx.records.plan import FLOAT_REASON, BitPlan, FloatTensor, LayerPlan, StoredFate
 
-__all__ = ["PackedWeights", "read_packed", "write_packed"]
+__all__ = ["Layout", "PackedWeights", "read_packed", "write_packed"]
 
 _INTEGER_BITS_OF_WIDTH = 3  # a width 1..8 is stored as width - 1
 _DTYPES = {"codes": "uint8", "widths": "uint8", "tables": "int8", "scales": "bfloat16"}
+
+
+_StoredDType = Literal[
+    "float16", "bfloat16", "float32", "float64", "complex64", "bool",
+    "uint8", "int8", "int16", "int32", "int64",
+]  # fmt: skip
+_Width = Annotated[int, Field(ge=1, le=8)]
+
+
+class LayerLayout(Strict):
+    """A `LayerPlan` whose widths are in the file of the weights where they are not all equal."""
+
+    name: Name
+    kind: Name
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, lt=2**40)], ...], Field(min_length=1)]
+    bits: _Width | Literal["mixed"]
+    levels: Levels
+    reason: str | None
+    fraction: Annotated[float, Field(ge=0, le=1)]
+
+
+class Layout(Strict):
+    """What `read_packed` needs beside the file.
+
+    Attributes:
+        layers: Quantized layers in the order of their codes.
+        floats: Name, stored dtype, dtype and shape of every other tensor, in their order.
+        float_weights: Why each weight stays in float.
+        activation_bits: As of `BitPlan`; `parameters` and `copies` too.
+        shared: Further names of tensors, and the name that each is stored under.
+    """
+
+    layers: tuple[LayerLayout, ...]
+    floats: tuple[tuple[Name, _StoredDType, _StoredDType, Shape], ...]
+    float_weights: dict[str, str]
+    activation_bits: _Width
+    shared: dict[str, str] = Field(default_factory=dict)
+    parameters: tuple[StoredFate, ...] = ()
+    copies: tuple[Name, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +102,7 @@ def write_packed(path: Path, rounded: fx.GraphModule, plan: BitPlan) -> dict[str
         plan: The plan.
 
     Returns:
-        The layout, plain JSON types: what `read_packed` needs beside the file.
+        A `Layout` in plain JSON types.
 
     Raises:
         ArtifactError: A tensor is of a kind that no packed file holds.
@@ -106,10 +147,10 @@ def _write_floats(
             continue
         stored = tensor.half() if fits_half(tensor) else tensor
         key = str(stored.dtype).removeprefix("torch.")
-        if key not in STORED_DTYPES:
+        if key not in get_args(_StoredDType):
             raise ArtifactError(
                 f"{name} is {key}, which a packed file does not hold; convert it before the model "
-                f"is quantized, to one of {', '.join(sorted(STORED_DTYPES))}"
+                f"is quantized, to one of {', '.join(sorted(get_args(_StoredDType)))}"
             )
         by_dtype.setdefault(key, []).append(stored.flatten())
         layout.append([name, key, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
@@ -158,14 +199,12 @@ class _Reader:
                 raise ArtifactError(f"{self.name}: {key!r} is longer than its layout; corrupted")
 
 
-def read_packed(
-    path: Path, layout: Mapping[str, Any], *, name: object | None = None
-) -> PackedWeights:
+def read_packed(path: Path, layout: Layout, *, name: object | None = None) -> PackedWeights:
     """Inverse of `write_packed`.
 
     Args:
         path: The file.
-        layout: What `write_packed` returned.
+        layout: Of what is in it.
         name: What messages call it, if `path` is no name of its own.
 
     Raises:
@@ -175,47 +214,47 @@ def read_packed(
     layers: list[LayerPlan] = []
     codes: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
-    for entry in layout["layers"]:
-        shape = tuple(entry["shape"])
+    for entry in layout.layers:
+        shape = entry.shape
         rows = (shape[0], math.prod(shape[1:]))
         # Nothing is made of a size that the file does not have: a bit and a scale at the least.
         reader.check("scales", shape[0])
         reader.check("codes", math.prod(shape) // 8)
-        bits, widths = _read_widths(reader, entry["bits"], shape[0])
-        size = storage_bits(rows, bits, entry["levels"])
+        bits, widths = _read_widths(reader, entry.bits, shape[0])
+        size = storage_bits(rows, bits, entry.levels)
         packed = PackedLayer(
             stream=reader.take("codes", -(-size.codes // 8)),
             widths=widths,
             tables=reader.take("tables", size.tables // 8).view(torch.int8),
         )
-        values, _ = unpack_layer(packed, rows, bits, entry["levels"])
-        codes[entry["name"]] = values.reshape(shape)
-        scales[entry["name"]] = reader.take("scales", shape[0]).float()
-        layers.append(LayerPlan(**{**entry, "shape": shape, "bits": tuple(bits.tolist())}))
+        values, _ = unpack_layer(packed, rows, bits, entry.levels)
+        codes[entry.name] = values.reshape(shape)
+        scales[entry.name] = reader.take("scales", shape[0]).float()
+        layers.append(LayerPlan(**{**dict(entry), "bits": tuple(bits.tolist())}))
     floats = {
         # A copy: kernels round by where memory begins, and a slice begins anywhere.
         name: reader.take(f"rest.{stored}", math.prod(shape))
         .to(getattr(torch, dtype))
         .reshape(shape)
-        for name, stored, dtype, shape in layout["floats"]
+        for name, stored, dtype, shape in layout.floats
     }
     reader.finish()
     plan = BitPlan(
         layers=tuple(layers),
-        floats=tuple(_float_tensor(entry, layout["float_weights"]) for entry in layout["floats"]),
-        activation_bits=layout["activation_bits"],
-        **BitPlan.fates_from_dict(layout),
+        floats=tuple(_float_tensor(entry, layout.float_weights) for entry in layout.floats),
+        activation_bits=layout.activation_bits,
+        parameters=layout.parameters,
+        copies=layout.copies,
     )
-    shared = dict(layout.get("shared", {}))
-    return PackedWeights(plan=plan, codes=codes, scales=scales, floats=floats, shared=shared)
+    return PackedWeights(plan=plan, codes=codes, scales=scales, floats=floats, shared=layout.shared)
 
 
 def _float_tensor(entry: Sequence[Any], weights: Mapping[str, str]) -> FloatTensor:
-    name, stored, _, shape = entry
+    name, dtype, _, shape = entry
     return FloatTensor(
         name=name,
         numel=math.prod(shape),
-        bits=8 * torch.empty(0, dtype=getattr(torch, stored)).element_size(),
+        bits=8 * torch.empty(0, dtype=getattr(torch, dtype)).element_size(),
         is_weight=name in weights,
         reason=weights.get(name, FLOAT_REASON),
     )

@@ -11,11 +11,12 @@ what two independent roundings would differ by: twice the energy of the stored r
 import hashlib
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
@@ -27,9 +28,10 @@ from mpqdm_fx.graph.difference import same_bits
 from mpqdm_fx.graph.nested import tensors_of, to_device
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.io.folders import OUTPUTS
+from mpqdm_fx.io.schema import Strict
 from mpqdm_fx.model.quantized import QuantizedModel
 
-__all__ = ["KERNEL_TOLERANCE", "check_outputs", "environment", "proof_inputs", "write_outputs"]
+__all__ = ["KERNEL_TOLERANCE", "Environment", "check_outputs", "proof_inputs", "write_outputs"]
 
 KERNEL_TOLERANCE = 1e-3
 """Largest difference that other kernels may make, in units of the output's root mean square."""
@@ -74,23 +76,34 @@ def _values(like: Tensor, seed: int, *, positive: bool) -> Tensor:
     return ((numbers.float() + 1 if positive else numbers.float() - 128) / 64).to(like.dtype)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What decides the last bits of a sum: two of these are equal where bits have to be.
+class Environment(Strict):
+    """What decides the last bits of a sum: two of these are equal where bits have to be."""
+
+    torch: str
+    machine: str
+    kernels: str
+    threads: Annotated[int, Field(ge=1, le=2**20)]
+    precision: str
+    device: str
+
+
+def environment(device: torch.device) -> Environment:
+    """That of this process.
 
     Args:
         device: Where the graph runs.
     """
-    return {
-        "torch": torch.__version__,
-        "machine": hashlib.sha256(platform.node().encode()).hexdigest()[:16],
-        "kernels": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "precision": torch.get_float32_matmul_precision(),
-        "device": device.type,
-    }
+    return Environment(
+        torch=str(torch.__version__),
+        machine=hashlib.sha256(platform.node().encode()).hexdigest()[:16],
+        kernels=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        precision=torch.get_float32_matmul_precision(),
+        device=device.type,
+    )
 
 
-def write_outputs(path: Path, quantized: QuantizedModel) -> dict[str, Any]:
+def write_outputs(path: Path, quantized: QuantizedModel) -> Environment:
     """Write what a model and its graph with float activations return for `proof_inputs`.
 
     Two calls, of batch 1 where the graph takes that; three where the first gives NaN, which proves
@@ -101,15 +114,15 @@ def write_outputs(path: Path, quantized: QuantizedModel) -> dict[str, Any]:
         quantized: The model.
 
     Returns:
-        `environment`, plain JSON types.
+        Where they were computed.
     """
     tensors = {}
-    floats = _run(quantized.rounded, quantized, positive=False)
-    if positive := any(bool(output.isnan().any()) for output in floats):
-        floats = _run(quantized.rounded, quantized, positive=True)
+    rounded = _run(quantized.rounded, quantized, positive=False)
+    if positive := any(bool(output.isnan().any()) for output in rounded):
+        rounded = _run(quantized.rounded, quantized, positive=True)
         tensors[_POSITIVE] = torch.ones(1)
-    found = _run(quantized.graph_module, quantized, positive=positive)
-    for form, outputs in (("quantized", found), ("rounded", floats)):
+    forms = {"quantized": _run(quantized.graph_module, quantized, positive=positive)}
+    for form, outputs in {**forms, "rounded": rounded}.items():
         for index, output in enumerate(outputs):
             tensors[f"{form}.{index}"] = output.clone(memory_format=torch.contiguous_format)
     save_file(tensors, path)
@@ -126,7 +139,7 @@ def _run(graph: fx.GraphModule, quantized: QuantizedModel, *, positive: bool) ->
     return [output.detach().cpu() for output in outputs]
 
 
-def check_outputs(path: Path, written_in: Mapping[str, Any], quantized: QuantizedModel) -> None:
+def check_outputs(path: Path, written_in: Environment, quantized: QuantizedModel) -> None:
     """Refuse a model that returns other numbers than those that were stored.
 
     One call if the bits are the same, else two.
@@ -141,23 +154,24 @@ def check_outputs(path: Path, written_in: Mapping[str, Any], quantized: Quantize
             farther off than other kernels explain.
     """
     stored = _Stored(path)
-    found = _run(quantized.graph_module, quantized, positive=stored.positive)
-    wanted = stored.outputs("quantized", found)
-    if same_bits(found, wanted):
+    outputs = _run(quantized.graph_module, quantized, positive=stored.positive)
+    expected = stored.outputs("quantized", outputs)
+    if same_bits(outputs, expected):
         return
-    here = environment(quantized.device)
-    changed = ", ".join(key for key in here if here[key] != written_in.get(key))
+    here, there = environment(quantized.device), dict(written_in)
+    changed = ", ".join(key for key, value in here if value != there[key])
     floats = _run(quantized.rounded, quantized, positive=stored.positive)
-    kept = stored.outputs("rounded", floats)
-    noise = _energy(_minus(wanted, kept)) + KERNEL_TOLERANCE**2 * _energy(wanted)
-    far = _energy(_minus(floats, kept)) > KERNEL_TOLERANCE**2 * _energy(kept)
+    stored_floats = stored.outputs("rounded", floats)
+    noise = _energy(_minus(expected, stored_floats)) + KERNEL_TOLERANCE**2 * _energy(expected)
+    far = _energy(_minus(floats, stored_floats)) > KERNEL_TOLERANCE**2 * _energy(stored_floats)
     far = far or math.isinf(noise)  # of such a model no bound tells anything
-    if not changed or far or not _energy(_minus(found, wanted)) <= 2 * noise:
+    if not changed or far or not _energy(_minus(outputs, expected)) <= 2 * noise:
+        place = f"another {changed}" if changed else "same machine, same torch"
         raise ArtifactError(
             f"the loaded model returns other numbers than the one that was saved: "
-            f"{_decibels(found, wanted)} between them, {_decibels(floats, kept)} with float "
-            f"activations ({f'another {changed}' if changed else 'same machine, same torch'}); "
-            f"load it with the versions that the manifest names, or save it again"
+            f"{_decibels(outputs, expected)} between them, {_decibels(floats, stored_floats)} with "
+            f"float activations ({place}); load it with the versions that the manifest names, or "
+            f"save it again"
         )
 
 
@@ -204,9 +218,9 @@ def _energy(values: list[Tensor]) -> float:
     return math.inf if math.isnan(total) else total
 
 
-def _decibels(found: list[Tensor], wanted: list[Tensor]) -> str:
-    error = _energy(_minus(found, wanted))
-    signal = _energy(wanted)
+def _decibels(outputs: list[Tensor], expected: list[Tensor]) -> str:
+    error = _energy(_minus(outputs, expected))
+    signal = _energy(expected)
     if not 0 < error < math.inf or not signal:
         return "not one number alike" if error else "no difference"
     return f"{10 * math.log10(signal / error):.1f} dB"

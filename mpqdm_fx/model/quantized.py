@@ -1,8 +1,10 @@
 """The two models that users hold: prepared (records its inputs) and quantized."""
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +14,11 @@ from mpqdm_fx.calibration.calls import check_call, check_indices, table_sizes
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.calling import in_dtype, join_outputs, pack_output, split_batch
+from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.io.ambient import plain_torch, without_autocast
+from mpqdm_fx.passes.quantize.assign_qconfigs import AssignQConfigs
+from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.records.activations import (
     Activation,
     NoiseLevels,
@@ -24,7 +29,7 @@ from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.plan import BitPlan
 from mpqdm_fx.records.report import Judgement, LayerReport, QuantizationReport
 
-__all__ = ["PreparedModel", "QuantizedModel"]
+__all__ = ["PreparedModel", "Quantization", "QuantizedModel"]
 
 
 class _TracedModel(nn.Module):
@@ -56,15 +61,15 @@ class _TracedModel(nn.Module):
 
         `return_dict` is taken of models whose forward lacks it too.
         """
-        given, return_dict = dict(kwargs), True
+        arguments, return_dict = dict(kwargs), True
         if "return_dict" not in self.signature.parameters:
-            return_dict = given.pop("return_dict", True)
-        given = self.signature.bind(args, given)
-        return given, given.pop("return_dict", return_dict)
+            return_dict = arguments.pop("return_dict", True)
+        arguments = self.signature.bind(args, arguments)
+        return arguments, arguments.pop("return_dict", return_dict)
 
-    def _parts(self, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _parts(self, values: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Normalized inputs of one call of the model, in parts if it is large."""
-        return [self.signature.normalize((), part) for part in split_batch(self.signature, given)]
+        return [self.signature.normalize((), part) for part in split_batch(self.signature, values)]
 
     def _output(self, parts: list[dict[str, Any]], *, return_dict: bool) -> Any:
         """What the model returns for a call of these parts."""
@@ -118,9 +123,9 @@ class PreparedModel(_TracedModel):
         """
         place = self.records.place
         try:
-            given, return_dict = self._bound(args, kwargs)
-            check_call(given, place)
-            parts = self._parts(given)
+            arguments, return_dict = self._bound(args, kwargs)
+            check_call(arguments, place)
+            parts = self._parts(arguments)
         except TraceError as error:
             raise TraceError(f"{place}: {error}") from None
         for part in parts:
@@ -157,44 +162,93 @@ class PreparedModel(_TracedModel):
             self.records.append(part, held_out=self._holding_out)
 
 
-class QuantizedModel(_TracedModel):
-    """The quantized graph, called exactly like the model that it came from.
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """What a quantized model is, beside its graph.
 
     Attributes:
         plan: Bits of every output channel and what they cost.
         ranges: How each layer's activations are quantized, by layer name.
         noise_levels: What the groups of ranges by noise level are; None if there are no such
             ranges.
-        report: What quantization did, layer by layer.
         settings: The run's settings.
-        rounded: The graph with rounded weights and float activations; backends start from it.
+        report: What quantization did, layer by layer.
+        config: Configuration of the model that was quantized, if it has one.
     """
 
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        rounded: fx.GraphModule,
-        signature: Signature,
-        model_config: Any,
-        *,
-        plan: BitPlan,
-        ranges: Mapping[str, Activation],
-        report: QuantizationReport,
-        settings: MPQConfig,
-        noise_levels: NoiseLevels | None = None,
-    ) -> None:
-        super().__init__(graph_module, signature, model_config)
-        self.plan = plan
-        self.ranges = dict(ranges)
-        self.noise_levels = noise_levels
-        self.report = report
-        self.settings = settings
+    plan: BitPlan
+    ranges: Mapping[str, Activation]
+    noise_levels: NoiseLevels | None = None
+    settings: MPQConfig
+    report: QuantizationReport
+    config: Any = None
+
+
+class QuantizedModel(_TracedModel):
+    """The quantized graph, called exactly like the model that it came from.
+
+    Its activations are quantized here, and nothing else happens.
+
+    Args:
+        rounded: The graph with rounded weights and float activations, and the signature in its
+            `meta`; it is not changed.
+        quantization: What the model is.
+    """
+
+    def __init__(self, rounded: fx.GraphModule, quantization: Quantization) -> None:
+        ranges = quantization.ranges
+        assign = AssignQConfigs(plan=quantization.plan, activations=ranges)
+        rounded = assign(_detached(rounded)).graph_module
+        quantize = QuantizeActivations(ranges=ranges, noise_levels=quantization.noise_levels)
+        graph_module = quantize(rounded).graph_module
+        super().__init__(graph_module, rounded.meta["signature"], quantization.config)
+        self.quantization = quantization
         # Outside `modules()`: it shares every parameter with `graph_module`.
         self._rounded = (rounded,)
 
+    def with_graph(self, rounded: fx.GraphModule, **changes: Any) -> "QuantizedModel":
+        """The same model of another graph.
+
+        Args:
+            rounded: Its rounded graph, changed or made again.
+            **changes: What else of `Quantization` is to be another.
+        """
+        return QuantizedModel(rounded, dataclasses.replace(self.quantization, **changes))
+
+    def with_dtype(self, dtype: torch.dtype) -> "QuantizedModel":
+        """The same model, which takes inputs and returns outputs in another dtype."""
+        rounded = copy_graph_module(self.rounded)
+        rounded.meta["signature"] = dataclasses.replace(self.signature, dtype=dtype)
+        return self.with_graph(rounded)
+
+    @property
+    def plan(self) -> BitPlan:
+        """Bits of every output channel and what they cost."""
+        return self.quantization.plan
+
+    @property
+    def ranges(self) -> Mapping[str, Activation]:
+        """How each layer's activations are quantized, by layer name."""
+        return self.quantization.ranges
+
+    @property
+    def noise_levels(self) -> NoiseLevels | None:
+        """What the groups of ranges by noise level are; None if there are no such ranges."""
+        return self.quantization.noise_levels
+
+    @property
+    def report(self) -> QuantizationReport:
+        """What quantization did, layer by layer."""
+        return self.quantization.report
+
+    @property
+    def settings(self) -> MPQConfig:
+        """The run's settings."""
+        return self.quantization.settings
+
     @property
     def rounded(self) -> fx.GraphModule:
-        """Graph with rounded weights and float activations."""
+        """Graph with rounded weights and float activations; backends start from it."""
         return self._rounded[0]
 
     def codes(self, name: str) -> Tensor:
@@ -209,12 +263,12 @@ class QuantizedModel(_TracedModel):
     def summary(self) -> str:
         """What this model is, in ten lines of at most 80 columns; `print` shows the same."""
         plan, report, settings = self.plan, self.report, self.settings
-        stored, whole = plan.weight_bytes + plan.float_bytes, 4 * plan.num_parameters
+        size, whole = plan.weight_bytes + plan.float_bytes, 4 * plan.num_parameters
         facts = {
             "weights": f"{plan.num_weights:,}, {plan.mean_bits:.2f} bits over the budget, "
             f"{plan.effective_bits:.2f} with all overhead",
             "channels": _shares(Counter(bits for la in plan.layers for bits in la.bits)),
-            "bytes": f"{stored:,} of {whole:,} in float32, {whole / max(stored, 1):.1f} times less",
+            "bytes": f"{size:,} of {whole:,} in float32, {whole / max(size, 1):.1f} times less",
             "activations": f"{settings.activation_bits} bits, {settings.activation_mode}: "
             + _counts(_kind(self.ranges.get(layer.name)) for layer in plan.layers),
             "recipe": f"{settings.allocation} bits, {settings.rounding} rounding, "
@@ -226,7 +280,7 @@ class QuantizedModel(_TracedModel):
             + ", ".join(f"{name} {v}" for name, v in report.versions.items() if name in _MADE_WITH),
         }
         lines = [f"{self.signature.model_class}, quantized: {len(plan.layers)} layers"]
-        lines += [f"  {name:<13}{told}" for name, told in facts.items()]
+        lines += [f"  {name:<13}{fact}" for name, fact in facts.items()]
         return "\n".join(_cut(line) for line in lines)
 
     def __repr__(self) -> str:
@@ -238,8 +292,33 @@ class QuantizedModel(_TracedModel):
         Raises:
             TraceError: The arguments do not fit the traced signature.
         """
-        given, return_dict = self._bound(args, kwargs)
-        return self._output(self._parts(given), return_dict=return_dict)
+        arguments, return_dict = self._bound(args, kwargs)
+        return self._output(self._parts(arguments), return_dict=return_dict)
+
+
+def _detached(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with parameters that need no gradient and lie in memory as in a file.
+
+    Both decide bits: a product folds its batch axes or not by whether its weight wants a gradient,
+    and kernels for channels-last weights sum in another order. Values are shared where they can be.
+    """
+    result = copy_graph_module(graph_module)
+    copies: dict[nn.Parameter, nn.Parameter] = {}
+
+    def plain(parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or (not parameter.requires_grad and parameter.is_contiguous()):
+            return parameter
+        value = parameter.detach().contiguous()
+        return copies.setdefault(parameter, nn.Parameter(value, requires_grad=False))
+
+    for name, module in list(result.named_modules()):
+        parameters = {key: plain(value) for key, value in module._parameters.items()}
+        if any(value is not module._parameters[key] for key, value in parameters.items()):
+            if name:
+                module = shallow_clone(module)
+                replace_module(result, name, module)
+            module._parameters = parameters
+    return result
 
 
 _COLUMNS = 80
@@ -249,8 +328,8 @@ _MADE_WITH = ("mpqdm-fx", "torch")
 
 def _shares(counts: Counter[int]) -> str:
     total = sum(counts.values())
-    told = [f"{counts[bits] / total:.0%} at {bits}" for bits in sorted(counts)]
-    return f"{total:,}: {', '.join(told)} bits" if told else "none"
+    shares = [f"{counts[bits] / total:.0%} at {bits}" for bits in sorted(counts)]
+    return f"{total:,}: {', '.join(shares)} bits" if shares else "none"
 
 
 def _counts(kinds: Iterable[str]) -> str:
@@ -266,8 +345,8 @@ def _kind(activation: Activation | None) -> str:
 
 def _judged(judged: Iterable[Judgement]) -> str:
     """What was taken, then the next best."""
-    ordered = sorted(judged, key=lambda one: (not one.chosen, one.error))
-    return "; ".join(f"{one.decibels:.1f} dB {one.recipe}" for one in ordered[:2])
+    ordered = sorted(judged, key=lambda judgement: (not judgement.chosen, judgement.error))
+    return "; ".join(f"{judgement.decibels:.1f} dB {judgement.recipe}" for judgement in ordered[:2])
 
 
 def _worst(layers: Iterable[LayerReport]) -> str:

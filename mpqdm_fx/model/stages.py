@@ -7,23 +7,18 @@ from torch import Tensor, fx, nn
 
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.graph.editing import copy_graph_module, prune, replace_module, shallow_clone
+from mpqdm_fx.graph.editing import copy_graph_module, prune, replace_module
 from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.parameters import first_names
 from mpqdm_fx.model.packed import PackedWeights
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.passes import NORMALIZE, SplitSkipConcat
 from mpqdm_fx.passes.base import Pipeline
-from mpqdm_fx.passes.quantize.assign_qconfigs import AssignQConfigs
-from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.quantize.round_weights import install_codes
 from mpqdm_fx.passes.quantize.scale_inputs import ScaleInputs, factors_of
-from mpqdm_fx.records.activations import Activation, NoiseLevels
 from mpqdm_fx.records.config import MPQConfig
-from mpqdm_fx.records.plan import BitPlan
-from mpqdm_fx.records.report import QuantizationReport
 
-__all__ = ["assemble", "in_form_of", "normalized", "positional_inputs", "reassembled", "restore"]
+__all__ = ["in_form_of", "normalized", "positional_inputs", "restore"]
 
 
 def normalized(
@@ -86,77 +81,6 @@ def positional_inputs(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -
     """Inputs by name in the order in which a graph takes them."""
     nodes = graph_module.graph.find_nodes(op="placeholder")
     return tuple(inputs[str(node.target)] for node in nodes)
-
-
-def assemble(
-    rounded: fx.GraphModule,
-    *,
-    plan: BitPlan,
-    ranges: Mapping[str, Activation],
-    settings: MPQConfig,
-    report: QuantizationReport,
-    model_config: Any,
-    noise_levels: NoiseLevels | None = None,
-) -> QuantizedModel:
-    """The quantized model of a rounded graph: activations are quantized, nothing else happens."""
-    assign = AssignQConfigs(plan=plan, activations=ranges)
-    rounded = assign(_detached(rounded)).graph_module
-    quantize = QuantizeActivations(ranges=ranges, noise_levels=noise_levels)
-    quantized = quantize(rounded).graph_module
-    return QuantizedModel(
-        quantized,
-        rounded,
-        rounded.meta["signature"],
-        model_config,
-        plan=plan,
-        ranges=ranges,
-        report=report,
-        settings=settings,
-        noise_levels=noise_levels,
-    )
-
-
-def reassembled(quantized: QuantizedModel, rounded: fx.GraphModule) -> QuantizedModel:
-    """The same quantized model from another graph of its.
-
-    Args:
-        quantized: The model.
-        rounded: Its rounded graph, changed or made again.
-    """
-    return assemble(
-        rounded,
-        plan=quantized.plan,
-        ranges=quantized.ranges,
-        settings=quantized.settings,
-        report=quantized.report,
-        model_config=quantized.config,
-        noise_levels=quantized.noise_levels,
-    )
-
-
-def _detached(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The graph with parameters that need no gradient and lie in memory as in a file.
-
-    Both decide bits: a product folds its batch axes or not by whether its weight wants a gradient,
-    and kernels for channels-last weights sum in another order. Values are shared where they can be.
-    """
-    result = copy_graph_module(graph_module)
-    done: dict[nn.Parameter, nn.Parameter] = {}
-
-    def plain(parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or (not parameter.requires_grad and parameter.is_contiguous()):
-            return parameter
-        value = parameter.detach().contiguous()
-        return done.setdefault(parameter, nn.Parameter(value, requires_grad=False))
-
-    for name, module in list(result.named_modules()):
-        parameters = {key: plain(value) for key, value in module._parameters.items()}
-        if any(value is not module._parameters[key] for key, value in parameters.items()):
-            if name:
-                module = shallow_clone(module)
-                replace_module(result, name, module)
-            module._parameters = parameters
-    return result
 
 
 def restore(graph_module: fx.GraphModule, weights: PackedWeights) -> fx.GraphModule:

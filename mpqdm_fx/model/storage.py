@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from mpqdm_fx.capture.entry import unwrap
 from mpqdm_fx.errors import ArtifactError, ConfigError, MPQError
-from mpqdm_fx.graph.calling import example_call, signature_from_dict
+from mpqdm_fx.graph.calling import example_call, output_class
 from mpqdm_fx.graph.describe import Description, code_in
 from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
 from mpqdm_fx.graph.rebuild import infer_values, rebuild
@@ -23,24 +23,24 @@ from mpqdm_fx.io.folders import (
     MODEL_CONFIG,
     OUTPUTS,
     WEIGHTS,
-    ModelFolder,
-    open_folder,
     seal_folder,
     staged_directory,
 )
-from mpqdm_fx.io.manifest import checked_manifest
 from mpqdm_fx.io.model_config import model_from_config
-from mpqdm_fx.io.schema import plain
+from mpqdm_fx.io.schema import plain, validated
+from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.io.versions import FORMAT, FORMAT_VERSION, versions
+from mpqdm_fx.model.folder import ModelFolder, open_folder
+from mpqdm_fx.model.manifest import Manifest
 from mpqdm_fx.model.packed import PackedWeights, read_packed, write_packed
 from mpqdm_fx.model.plain import given_config, plain_config, plain_signature
 from mpqdm_fx.model.proof import check_outputs, write_outputs
-from mpqdm_fx.model.quantized import QuantizedModel
-from mpqdm_fx.model.stages import assemble, normalized, reassembled, restore
+from mpqdm_fx.model.quantized import Quantization, QuantizedModel
+from mpqdm_fx.model.stages import normalized, restore
 from mpqdm_fx.model.stored_graph import check_same_graph, read_graph, write_graph
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.quantize.scale_inputs import SCALES, ScaleInputs
-from mpqdm_fx.records.activations import NoiseLevels, activation_from_dict, activation_to_dict
+from mpqdm_fx.records.activations import NoiseLevels
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.report import QuantizationReport
 
@@ -111,11 +111,6 @@ def write_model(
         (stage / MODEL_CONFIG).write_text(text, encoding="utf-8")
     written_in = write_outputs(stage / OUTPUTS, quantized)
     needs_model = code_in(graph) is not None
-    if not needs_model:
-        weights = read_packed(stage / WEIGHTS, layout, name=stage / WEIGHTS)
-        again = _rebuilt(graph, signature_from_dict(signature), weights)
-        check_same_graph(again, graph)
-        check_outputs(stage / OUTPUTS, written_in, reassembled(quantized, again))
     levels = quantized.noise_levels
     manifest = {
         "format": FORMAT,
@@ -124,17 +119,22 @@ def write_model(
         "signature": signature,
         "settings": quantized.settings.to_dict(),
         "weights": layout,
-        "ranges": {name: activation_to_dict(a) for name, a in quantized.ranges.items()},
+        "ranges": {name: dataclasses.asdict(a) for name, a in quantized.ranges.items()},
         "noise_levels": None if levels is None else list(levels.boundaries),
         "report": quantized.report.to_dict(),
         "program": None if program is None else dict(program),
-        "proof": {"model_required": needs_model, "environment": written_in},
+        "proof": {"model_required": needs_model, "environment": dict(written_in)},
     }
     try:  # what a load would refuse is not written
-        checked_manifest(plain({**manifest, "files": {}}), "its manifest", proof=True)
+        read = validated(Manifest, seal(plain({**manifest, "files": {}})), "its manifest")
     except ArtifactError as error:
         name = quantized.signature.model_class
         raise ArtifactError(f"{name} cannot be saved so that it loads: {error}") from None
+    if not needs_model:
+        weights = read_packed(stage / WEIGHTS, read.weights, name=stage / WEIGHTS)
+        again = _rebuilt(graph, read.signature, weights)
+        check_same_graph(again, graph)
+        check_outputs(stage / OUTPUTS, written_in, quantized.with_graph(again))
     seal_folder(stage, plain(manifest))
 
 
@@ -157,24 +157,21 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
     """
     folder = open_folder(directory)
     manifest = folder.manifest
+    signature, settings, report = manifest.signature, manifest.settings, manifest.report
+    output_class(signature)  # refuses one that is not known
+    levels = None
     try:
-        signature = signature_from_dict(manifest["signature"])
-        settings = MPQConfig.from_dict(manifest["settings"])
-        ranges = {name: activation_from_dict(entry) for name, entry in manifest["ranges"].items()}
-        boundaries = manifest["noise_levels"]
-        levels = None
-        if boundaries is not None:
+        if manifest.noise_levels is not None:
             named = settings.noise_argument
-            levels = NoiseLevels(boundaries=tuple(boundaries), argument=named)
-        QuantizeActivations(ranges=ranges, noise_levels=levels)  # refuses what does not fit
+            levels = NoiseLevels(boundaries=manifest.noise_levels, argument=named)
+        QuantizeActivations(
+            ranges=manifest.ranges, noise_levels=levels
+        )  # refuses what does not fit
         with folder.files.opened(WEIGHTS) as path:
-            weights = read_packed(path, manifest["weights"], name=folder.root / WEIGHTS)
-        report = QuantizationReport.from_dict(manifest["report"])
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"{folder.files.manifest} is damaged: {error!r}") from None
-    proof = manifest["proof"]
+            weights = read_packed(path, manifest.weights, name=folder.root / WEIGHTS)
+    except ConfigError as error:
+        raise ArtifactError(f"{folder.files.manifest} is damaged: {error}") from None
+    proof = manifest.proof
     try:
         if proof is None:
             logger.warning(
@@ -189,18 +186,18 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
         config = None
         if MODEL_CONFIG in folder.files:
             config = given_config(folder.files.read_json(MODEL_CONFIG, finite=False))
-        loaded = assemble(
-            rounded,
+        quantization = Quantization(
             plan=weights.plan,
-            ranges=ranges,
+            ranges=manifest.ranges,
+            noise_levels=levels,
             settings=settings,
             report=report,
-            model_config=getattr(model, "config", None) if config is None else config,
-            noise_levels=levels,
+            config=getattr(model, "config", None) if config is None else config,
         )
+        loaded = QuantizedModel(rounded, quantization)
         if proof is not None:
             with folder.files.opened(OUTPUTS) as path:
-                check_outputs(path, proof["environment"], loaded)
+                check_outputs(path, proof.environment, loaded)
     except MPQError as error:
         where = "" if model is None else f" does not fit {type(model).__name__}"
         raise ArtifactError(f"{folder.root}{where}: {error}") from error
@@ -258,13 +255,13 @@ def _traced(
 
 def _factors(weights: PackedWeights, report: QuantizationReport) -> dict[str, Tensor]:
     """What the inputs of layers are divided by; layers that share an input share the factors."""
-    found: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
     for choice in report.activations:
-        held = [f"{SCALES}.{name}" for name in choice.layers]
-        inverse = next((weights.floats[name] for name in held if name in weights.floats), None)
+        names = [f"{SCALES}.{name}" for name in choice.layers]
+        inverse = next((weights.floats[name] for name in names if name in weights.floats), None)
         if inverse is not None:
-            found.update(dict.fromkeys(choice.layers, inverse.float().reciprocal().flatten()))
-    return found
+            factors.update(dict.fromkeys(choice.layers, inverse.float().reciprocal().flatten()))
+    return factors
 
 
 def _skeleton(folder: ModelFolder) -> nn.Module:

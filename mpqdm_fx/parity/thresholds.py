@@ -6,15 +6,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
 from mpqdm_fx.backends.xnnpack.reference import CLOSE_DB, MARGIN_DB
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.io.files import check_version, write_text
-from mpqdm_fx.io.schema import Name, Ratio, Strict, plain, validated
-from mpqdm_fx.io.sealed import SealedFolder, seal, verified
+from mpqdm_fx.io.files import write_text
+from mpqdm_fx.io.schema import Format, Name, Ratio, Strict, plain, validated
+from mpqdm_fx.io.sealed import SealedFolder, seal
 from mpqdm_fx.io.versions import versions
 from mpqdm_fx.parity.inputs import INPUTS
 from mpqdm_fx.parity.ladder import Ladder, Rung
@@ -63,6 +63,14 @@ class _Rung(Strict):
 
 class _File(Strict):
     """What `parity.json` holds beside its digest."""
+
+    stored_as: ClassVar[Format] = Format(
+        name=_FORMAT,
+        noun="file of thresholds",
+        oldest=_VERSION,  # older ones hold no measurements
+        newest=_VERSION,
+        sealed_from=_VERSION,
+    )
 
     format: Name
     version: int
@@ -236,14 +244,7 @@ class Thresholds:
         Raises:
             ArtifactError: It is damaged, or of another version.
         """
-        if data.get("format") != _FORMAT:
-            raise ArtifactError(f"{path} holds no thresholds of this package; {_FIX}")
-        check_version(path, data.get("version"), _VERSION)
-        if data["version"] < _VERSION:
-            raise ArtifactError(
-                f"{path} is of an older format, which holds no measurements; {_FIX}"
-            )
-        content = validated(_File, verified(data, path), path, fix=_FIX)
+        content = validated(_File, data, path, fix=_FIX)
         if content.margins_db != _MARGINS:
             raise ArtifactError(f"{path} was stored with other margins; {_FIX}")
         try:

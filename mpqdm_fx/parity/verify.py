@@ -1,7 +1,7 @@
 """Check a quantized folder rung by rung against what it was measured to be."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.calling import example_call, example_inputs
 from mpqdm_fx.io import progress
 from mpqdm_fx.io.ambient import plain_torch
-from mpqdm_fx.io.folders import ModelFolder, check_target, open_folder, rewritten_folder
+from mpqdm_fx.io.folders import check_target
 from mpqdm_fx.io.sealed import Entry
+from mpqdm_fx.model.folder import ModelFolder, open_folder, rewritten_folder
+from mpqdm_fx.model.manifest import Program
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.model.stages import in_form_of, positional_inputs
 from mpqdm_fx.model.storage import load
@@ -97,7 +99,7 @@ def verify(
     graphs = None
     if runner is not None:
         with progress.stage("exporting"):
-            graphs = _program_graphs(quantized, opened.manifest["program"] or {})
+            graphs = _program_graphs(quantized, opened.manifest.program)
     measured = _measure(quantized, calls, floats, outputs, runner, graphs, stability=store)
     if thresholds is None:
         with rewritten_folder(folder) as stage:
@@ -209,12 +211,12 @@ def _program_forms(runner: Any, graphs: Any, quantized: QuantizedModel) -> list[
     ]
 
 
-def _program_graphs(quantized: QuantizedModel, program: Mapping[str, Any]) -> Any:
+def _program_graphs(quantized: QuantizedModel, program: Program | None) -> Any:
     from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 
     example = example_inputs(quantized.signature, batch_size=1)
     inputs = positional_inputs(quantized.rounded, example)
-    four_bit = program.get("four_bit", "whole")
+    four_bit = "whole" if program is None else program.four_bit
     return ProgramGraphs.of(quantized.rounded, quantized.ranges, inputs, four_bit=four_bit)
 
 

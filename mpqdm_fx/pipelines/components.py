@@ -18,9 +18,10 @@ from torch import Tensor
 
 from mpqdm_fx.errors import ArtifactError, ConfigError, first_line
 from mpqdm_fx.graph.nested import concatenate
-from mpqdm_fx.io.folders import MANIFEST, MODEL_CONFIG, open_folder
+from mpqdm_fx.io.folders import MANIFEST, MODEL_CONFIG
 from mpqdm_fx.io.progress import stage
 from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.model.folder import open_folder
 from mpqdm_fx.pipelines.conditions import (
     Call,
     Halves,

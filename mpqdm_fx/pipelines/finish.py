@@ -12,13 +12,13 @@ from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.progress import stage
 from mpqdm_fx.io.schema import plain, validated
+from mpqdm_fx.model.summary import SUMMARY
 from mpqdm_fx.pipelines.inputs import PipelineInputs
 from mpqdm_fx.pipelines.measure import drop_expanded, measure_parts
 from mpqdm_fx.pipelines.part_numbers import KeptPart
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.pictures import GRID, DrawnPictures, draw_pictures
 from mpqdm_fx.pipelines.report import write_export_report
-from mpqdm_fx.records.summary import SUMMARY
 from mpqdm_fx.report.images import save_rows
 
 __all__ = ["finish"]

@@ -16,7 +16,7 @@ from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.graph.layers import replace_module, weight_layers
 from mpqdm_fx.graph.signature import tensor_leaves
 from mpqdm_fx.model.quantized import QuantizedModel
-from mpqdm_fx.model.stages import in_form_of, normalized, reassembled
+from mpqdm_fx.model.stages import in_form_of, normalized
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.manifest import method_entry
@@ -299,4 +299,4 @@ def _at_shapes(part: Part, quantized: QuantizedModel, inputs: Call) -> Quantized
     graph = in_form_of(quantized, part.module, dict(inputs))
     for name in weight_layers(quantized.rounded, embeddings=True):
         replace_module(graph, name, quantized.rounded.get_submodule(name))
-    return reassembled(quantized, graph)
+    return quantized.with_graph(graph)

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -15,8 +15,8 @@ from mpqdm_fx.backends.xnnpack.runner import stored_files
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.io.files import write_text
-from mpqdm_fx.io.schema import Name, Strict, plain, validated
-from mpqdm_fx.io.sealed import Entry, SealedFolder, read_json, seal, verified
+from mpqdm_fx.io.schema import Format, Name, Strict, plain, read_as
+from mpqdm_fx.io.sealed import Entry, SealedFolder, seal
 from mpqdm_fx.io.unfinished import UnfinishedRun
 
 __all__ = ["WorkFolder"]
@@ -27,6 +27,8 @@ _FIX = "delete this file and resume"
 
 class _Finished(Strict):
     """What the folder keeps of a finished program."""
+
+    stored_as: ClassVar[Format] = Format(sealed_from=1)
 
     run: str
     program: Name
@@ -68,7 +70,7 @@ class WorkFolder:
         path = self._record(program)
         if not path.is_file():
             return None
-        record = validated(_Finished, verified(read_json(path, fix=_FIX), path), path, fix=_FIX)
+        record = read_as(_Finished, path, fix=_FIX)
         if (record.run, record.program) != (self._run, program):
             raise ArtifactError(
                 f"{path} is of {record.program} in another run than {_HEADER} beside it; {_FIX}"
@@ -121,10 +123,10 @@ class WorkFolder:
         Returns:
             Size and hash of what each compressed file expands to.
         """
-        record = verified(read_json(self._record(program), fix=_FIX), self._record(program))
+        record = read_as(_Finished, self._record(program), fix=_FIX)
         expanded = {}
         with self._remedied(program):
-            sealed = self._files(program, record["files"])
+            sealed = self._files(program, record.files)
             for name, entry in sealed.entries.items():
                 with sealed.opened(name) as path:
                     if compress:

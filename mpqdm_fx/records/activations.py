@@ -16,10 +16,11 @@ whole or fractional. So ranges keyed by it survive another number of steps and a
 import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import Discriminator, Tag
 from torch import Tensor
 
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
@@ -35,9 +36,8 @@ __all__ = [
     "NoiseLevels",
     "Side",
     "StaticActivation",
+    "StoredActivation",
     "TimestepActivation",
-    "activation_from_dict",
-    "activation_to_dict",
     "kernel_activations",
     "placeholder_activations",
     "static_ranges",
@@ -94,11 +94,6 @@ class StaticActivation:
     def __post_init__(self) -> None:
         check_fields(self, "layer's activation: ")
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `dataclasses.asdict`."""
-        return cls(input=ActivationRange(**data["input"]), output=ActivationRange(**data["output"]))
-
 
 @dataclass(frozen=True, kw_only=True)
 class TimestepActivation:
@@ -145,6 +140,21 @@ class DynamicActivation:
 
 Activation = StaticActivation | TimestepActivation | DynamicActivation
 """How one layer's activations are quantized."""
+
+
+def _kind(data: Any) -> str:
+    """Which of them plain JSON types are."""
+    keys = data if isinstance(data, Mapping) else ()
+    return "timestep" if "groups" in keys else "dynamic" if "bits" in keys else "static"
+
+
+StoredActivation = Annotated[
+    Annotated[StaticActivation, Tag("static")]
+    | Annotated[TimestepActivation, Tag("timestep")]
+    | Annotated[DynamicActivation, Tag("dynamic")],
+    Discriminator(_kind),
+]
+"""An `Activation` as a field of a `Strict` record."""
 
 KernelActivation = StaticActivation | DynamicActivation
 """What integer kernels run: one fixed range, or one that is chosen at run time."""
@@ -257,26 +267,6 @@ def _spaced_by_ratio(levels: Tensor) -> bool:
     return bool(ratios < differences)
 
 
-def activation_to_dict(activation: Activation) -> dict[str, Any]:
-    """Plain JSON types; `activation_from_dict` is its inverse."""
-    return asdict(activation)
-
-
-def activation_from_dict(data: Mapping[str, Any]) -> Activation:
-    """Inverse of `activation_to_dict`.
-
-    Raises:
-        KeyError, TypeError: A key is missing or unknown.
-        ConfigError: A value is out of range.
-    """
-    if "groups" in data:
-        groups = tuple(StaticActivation.from_dict(group) for group in data["groups"])
-        return TimestepActivation(groups=groups)
-    if "bits" in data:
-        return DynamicActivation(**data)
-    return StaticActivation.from_dict(data)
-
-
 def placeholder_activations(
     widths: Mapping[str, int],
     mode: ActivationMode,
@@ -299,7 +289,7 @@ def placeholder_activations(
         return {}
     if mode == "dynamic":
         return {name: DynamicActivation(bits=bits) for name, bits in widths.items()}
-    unknown = {
+    pairs = {
         name: StaticActivation(
             input=ActivationRange(scale=1.0, zero_point=0, bits=bits),
             output=ActivationRange(scale=1.0, zero_point=0, bits=output_bits),
@@ -307,8 +297,8 @@ def placeholder_activations(
         for name, bits in widths.items()
     }
     if mode == "static":
-        return dict(unknown)
-    return {name: TimestepActivation(groups=(one,) * groups) for name, one in unknown.items()}
+        return dict(pairs)
+    return {name: TimestepActivation(groups=(pair,) * groups) for name, pair in pairs.items()}
 
 
 def static_ranges(ranges: Mapping[str, Activation], backend: str) -> dict[str, StaticActivation]:
@@ -321,7 +311,7 @@ def static_ranges(ranges: Mapping[str, Activation], backend: str) -> dict[str, S
     Raises:
         LoweringError: A layer's activation is of another kind; names the layer and what runs.
     """
-    found: dict[str, StaticActivation] = {}
+    static: dict[str, StaticActivation] = {}
     for name, activation in ranges.items():
         if not isinstance(activation, StaticActivation):
             kind, door = "by noise level", ""
@@ -332,8 +322,8 @@ def static_ranges(ranges: Mapping[str, Activation], backend: str) -> dict[str, S
                 f'only; quantize with activation_mode="static", {door}or keep the model in packed '
                 f'form (backend="packed")'
             )
-        found[name] = activation
-    return found
+        static[name] = activation
+    return static
 
 
 def kernel_activations(
@@ -348,7 +338,7 @@ def kernel_activations(
     Raises:
         LoweringError: A layer has ranges by noise level; names the layer and what runs.
     """
-    found: dict[str, KernelActivation] = {}
+    activations: dict[str, KernelActivation] = {}
     for name, activation in ranges.items():
         if isinstance(activation, TimestepActivation):
             raise LoweringError(
@@ -356,5 +346,5 @@ def kernel_activations(
                 f'ranges and ranges chosen at run time; quantize with activation_mode="static" or '
                 f'"dynamic", or keep the model in packed form (backend="packed")'
             )
-        found[name] = activation
-    return found
+        activations[name] = activation
+    return activations

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
+from pydantic import PlainValidator
+
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.records.validation import Between, Bits, Bytes, Count, Seed, check_fields, check_value
 
@@ -21,6 +23,7 @@ __all__ = [
     "Override",
     "Rounding",
     "RowWeighting",
+    "StoredSettings",
 ]
 
 Allocation = Literal["measured", "omq", "uniform"]
@@ -190,12 +193,12 @@ class MPQConfig:
         self._check_budget()
 
     def _check_budget(self) -> None:
-        given = [n for n in ("effective_bits", "weight_bytes") if getattr(self, n) is not None]
-        if len(given) > 1:
+        budgets = [n for n in ("effective_bits", "weight_bytes") if getattr(self, n) is not None]
+        if len(budgets) > 1:
             raise ConfigError("give effective_bits or weight_bytes, not both")
-        if given and self.allocation != "measured":
+        if budgets and self.allocation != "measured":
             raise ConfigError(
-                f"{given[0]} is a budget for allocation='measured', not for {self.allocation!r}"
+                f"{budgets[0]} is a budget for allocation='measured', not for {self.allocation!r}"
             )
 
     def override_for(self, name: str) -> Override | None:
@@ -215,8 +218,8 @@ class MPQConfig:
     @property
     def narrowest_activation_bits(self) -> int:
         """The fewest bits that the input of a layer can have."""
-        given = [rule.activation_bits or self.activation_bits for rule in self.rules]
-        return min([self.activation_bits, *given])
+        widths = [rule.activation_bits or self.activation_bits for rule in self.rules]
+        return min([self.activation_bits, *widths])
 
     @property
     def rules(self) -> tuple[Override, ...]:
@@ -229,11 +232,11 @@ class MPQConfig:
         Raises:
             ConfigError: A rule matches nothing; the message lists the nearest names.
         """
-        known = list(names)
+        layers = list(names)
         for rule in self.rules:
-            if not any(rule.matches(name) for name in known):
-                wanted = rule.pattern.removeprefix("re:")
-                near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3) or known[:3]
+            if not any(rule.matches(name) for name in layers):
+                pattern = rule.pattern.removeprefix("re:")
+                near = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.3) or layers[:3]
                 raise ConfigError(
                     f"override {rule.pattern!r} matches no layer; nearest names: {', '.join(near)}"
                 )
@@ -264,3 +267,7 @@ class MPQConfig:
     def to_json(self) -> str:
         """JSON text of `to_dict`."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+
+StoredSettings = Annotated[MPQConfig, PlainValidator(MPQConfig.from_dict)]
+"""Settings as a field of a `Strict` record."""

@@ -5,11 +5,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator
 
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.io.schema import Name, Strict, validated
 from mpqdm_fx.numerics.levels.packing import StorageBits, storage_bits
 from mpqdm_fx.records.config import Levels
 from mpqdm_fx.records.validation import Between, Bits, check_fields, check_value
@@ -21,6 +23,7 @@ __all__ = [
     "FloatTensor",
     "LayerPlan",
     "ParameterFate",
+    "StoredFate",
 ]
 
 
@@ -32,6 +35,7 @@ Fate = Literal["quantized", "float", "shared", "folded", "unused"]
 parameter has the same storage, its numbers are part of another tensor, or forward reads it not."""
 
 _SAID_SHARE = 0.01  # of the weights: so many in float are said
+_CHANNELS = 2**24  # more than any layer has
 _NAMED = 3  # names of each kind in a remark
 
 
@@ -70,13 +74,34 @@ class ParameterFate:
         note: Why, or which tensor it shares, went into, or is stored as.
     """
 
-    name: str
+    name: Name
     numel: Annotated[int, Between(0, 2**62)]
     fate: Fate
     note: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self, f"{self.name}: ")
+
+
+def _fields(row: Any) -> Any:
+    """A fate of a file, which is short: `[name, numel, fate, note]`."""
+    if not isinstance(row, list) or len(row) != 4:
+        raise ValueError("the fate of a parameter has four parts")
+    return dict(zip(("name", "numel", "fate", "note"), row, strict=True))
+
+
+StoredFate = Annotated[ParameterFate, BeforeValidator(_fields)]
+"""A fate as a field of a `Strict` record."""
+
+
+def _widths(runs: Any) -> Any:
+    """Inverse of `_run_lengths`: `[[2, 2], [3, 1]]` -> `(2, 2, 3)`."""
+    if not isinstance(runs, list) or not all(isinstance(r, list) and len(r) == 2 for r in runs):
+        raise ValueError("the widths are no pairs of bits and count")
+    counts = [count for _, count in runs]
+    if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) > _CHANNELS:
+        raise ValueError("the counts of widths are none of a layer")
+    return tuple(bits for bits, count in runs for _ in range(count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +122,9 @@ class LayerPlan:
     name: str
     kind: str
     shape: tuple[Annotated[int, Between(1, 2**31)], ...]
-    bits: tuple[Bits, ...]
+    bits: Annotated[tuple[Bits, ...], BeforeValidator(_widths)]
     levels: Levels = "uniform"
-    reason: str | None = None
+    reason: Name | None = None
     fraction: Annotated[float, Between(0, 1)] = 0.0
 
     def __post_init__(self) -> None:
@@ -111,6 +136,10 @@ class LayerPlan:
             raise ConfigError(
                 f"{self.name}: {len(self.bits)} widths for {self.shape[0]} output channels"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, as a field of a `Strict` record reads them."""
+        return {**asdict(self), "bits": _run_lengths(self.bits)}
 
     @property
     def num_weights(self) -> int:
@@ -155,7 +184,7 @@ class BitPlan:
     layers: tuple[LayerPlan, ...]
     floats: tuple[FloatTensor, ...] = ()
     activation_bits: Bits = 8
-    parameters: tuple[ParameterFate, ...] = ()
+    parameters: tuple[StoredFate, ...] = ()
     copies: tuple[str, ...] = ()
     _by_name: Mapping[str, LayerPlan] = field(init=False, repr=False, compare=False)
 
@@ -258,12 +287,10 @@ class BitPlan:
         return 8 * self.weight_bytes / self.num_weights if self.num_weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is its inverse."""
+        """Plain JSON types, as a field of a `Strict` record reads them."""
         return {
             "activation_bits": self.activation_bits,
-            "layers": [
-                {**asdict(layer), "bits": _run_lengths(layer.bits)} for layer in self.layers
-            ],
+            "layers": [layer.to_dict() for layer in self.layers],
             "floats": [asdict(tensor) for tensor in self.floats],
             **self.fates_to_dict(),
         }
@@ -275,48 +302,22 @@ class BitPlan:
             "copies": list(self.copies),
         }
 
-    @staticmethod
-    def fates_from_dict(data: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of a plan that `fates_to_dict` wrote; none of them in older files.
-
-        Raises:
-            ConfigError: A fate is unknown, or a size negative.
-        """
-        parameters = (
-            ParameterFate(name=name, numel=numel, fate=fate, note=note)
-            for name, numel, fate, note in data.get("parameters", ())
-        )
-        return {"parameters": tuple(parameters), "copies": tuple(data.get("copies", ()))}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`.
-
-        Raises:
-            ConfigError: A value is out of range.
-        """
-        layers = tuple(
-            LayerPlan(
-                **{
-                    **entry,
-                    "shape": tuple(entry["shape"]),
-                    "bits": tuple(b for b, count in entry["bits"] for _ in range(count)),
-                }
-            )
-            for entry in data["layers"]
-        )
-        floats = tuple(FloatTensor(**entry) for entry in data["floats"])
-        fates = cls.fates_from_dict(data)
-        return cls(layers=layers, floats=floats, activation_bits=data["activation_bits"], **fates)
-
     def to_json(self) -> str:
         """JSON text of `to_dict`."""
         return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
+    def from_json(cls, text: str) -> "BitPlan":
+        """Inverse of `to_json`.
+
+        Raises:
+            ArtifactError: It is no plan; the first field that does not fit is named.
+        """
+        return validated(_File, {"plan": json.loads(text)}, "the text of a plan").plan
+
+
+class _File(Strict):
+    plan: BitPlan
 
 
 def _named(entries: list[tuple[str, str]]) -> str:

@@ -3,13 +3,18 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+from pydantic import Field
 from torch import Tensor
 
+from mpqdm_fx.io.schema import Count, Name, Ratio, Shape, Whole
 from mpqdm_fx.numerics.metrics import ratio_db
 
 __all__ = ["ActivationChoice", "ActivationKind", "Judgement", "LayerReport", "QuantizationReport"]
+
+_Amount = Annotated[float, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 
 ActivationKind = Literal["float", "static", "dynamic"]
 """How the input of a layer may be quantized."""
@@ -29,12 +34,12 @@ class ActivationChoice:
         slowdown: Time that the choice takes over the fastest one, over the whole program's.
     """
 
-    layers: tuple[str, ...]
+    layers: Annotated[tuple[Name, ...], Field(min_length=1)]
     kind: ActivationKind
-    exponent: float
-    quantized_cost: float
-    cost: float
-    slowdown: float
+    exponent: _Share
+    quantized_cost: _Amount
+    cost: _Amount
+    slowdown: _Amount
 
     @property
     def told(self) -> str:
@@ -43,15 +48,6 @@ class ActivationChoice:
             return "float"
         scaled = {0.0: "", 0.5: ", channels nearer", 1.0: ", channels alike"}
         return f"{self.kind}{scaled.get(self.exponent, '')}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is its inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
-        return cls(**{**data, "layers": tuple(data["layers"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,24 +62,15 @@ class Judgement:
         chosen: Whether this is the result.
     """
 
-    recipe: str
+    recipe: Name
     sqnr_db: tuple[float | None, ...]
-    error: float
+    error: Ratio
     chosen: bool
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `dataclasses.asdict`."""
-        return cls(**{**data, "sqnr_db": tuple(data["sqnr_db"])})
 
     @property
     def decibels(self) -> float:
         """The error in dB below the output."""
         return -10 * math.log10(self.error) if 0 < self.error < math.inf else math.inf
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is its inverse."""
-        return asdict(self)
 
     @classmethod
     def of(cls, recipe: str, powers: Tensor) -> Self:
@@ -93,8 +80,8 @@ class Judgement:
             recipe: What was done.
             powers: Sums over calls, float64 [G, 2].
         """
-        seen = [(signal, noise) for signal, noise in powers.tolist() if signal or noise]
-        ratios = [noise / signal if signal else math.inf for signal, noise in seen]
+        energies = [(signal, noise) for signal, noise in powers.tolist() if signal or noise]
+        ratios = [noise / signal if signal else math.inf for signal, noise in energies]
         error = sum(ratios) / len(ratios) if ratios else 0.0
         return cls(
             recipe=recipe,
@@ -132,19 +119,19 @@ class LayerReport:
         reason: Why the layer is off the budget, or None.
     """
 
-    name: str
-    kind: str
-    shape: tuple[int, ...]
+    name: Name
+    kind: Name
+    shape: Shape
     mean_bits: float
-    bytes: int
-    sqnr_db: float | None
-    fraction: float
+    bytes: Count
+    sqnr_db: Ratio | None
+    fraction: _Share
     reason: str | None
-    base_sqnr_db: float | None = None
+    base_sqnr_db: Ratio | None = None
     alpha: float = 0.0
     beta: float = 0.0
     damping: float = 0.0
-    rows: int = 0
+    rows: Count = 0
     refitted: bool = False
 
 
@@ -162,23 +149,13 @@ class QuantizationReport:
         judged: What was chosen and plain rounding, compared at the model's output.
     """
 
-    layers: tuple[LayerReport, ...]
-    calibration_calls: int
-    seconds: float
+    layers: tuple[Annotated[LayerReport, Whole(lacking=("refitted",))], ...]
+    calibration_calls: Count
+    seconds: _Amount
     versions: Mapping[str, str]
     activations: tuple[ActivationChoice, ...] = ()
     judged: tuple[Judgement, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is its inverse."""
+        """Plain JSON types, as a field of a `Strict` record reads them."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "QuantizationReport":
-        """Inverse of `to_dict`."""
-        layers = tuple(
-            LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["layers"]
-        )
-        activations = tuple(ActivationChoice.from_dict(e) for e in data.get("activations", ()))
-        judged = tuple(Judgement.from_dict(entry) for entry in data.get("judged", ()))
-        return cls(**{**data, "layers": layers, "activations": activations, "judged": judged})

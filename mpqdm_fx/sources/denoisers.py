@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mpqdm_fx.calibration.sampling import denoise_in_batches
 from mpqdm_fx.errors import ArtifactError, ConfigError
-from mpqdm_fx.graph.calling import example_inputs, signature_from_dict, split_batch
+from mpqdm_fx.graph.calling import example_inputs, split_batch
 from mpqdm_fx.graph.nested import take_rows
 from mpqdm_fx.graph.signature import InputSpec, Signature
-from mpqdm_fx.io.folders import MANIFEST, MODEL_CONFIG, SCHEDULER_CONFIG, ModelFolder, open_folder
+from mpqdm_fx.io.folders import MANIFEST, MODEL_CONFIG, SCHEDULER_CONFIG
 from mpqdm_fx.io.model_config import checked_model_config
-from mpqdm_fx.io.schema import Name, Strict, validated
-from mpqdm_fx.io.sealed import Entry, hashed_file
+from mpqdm_fx.io.schema import Name, Strict, read_listed
+from mpqdm_fx.io.sealed import hashed_file
+from mpqdm_fx.model.folder import ModelFolder, open_folder
 from mpqdm_fx.model.storage import load
 from mpqdm_fx.records.validation import Count, DerivedSeed, checked
 from mpqdm_fx.sources.config_fields import CLASSES
@@ -98,8 +99,7 @@ def program_denoiser(folder: ModelFolder) -> Denoiser:
     Raises:
         ArtifactError: It has none, or it is not what was written.
     """
-    signature = signature_from_dict(folder.manifest["signature"])
-    return runner_denoiser(open_program(folder), signature)
+    return runner_denoiser(open_program(folder), folder.manifest.signature)
 
 
 def runner_denoiser(runner: "XnnpackRunner", signature: Signature) -> Denoiser:
@@ -146,7 +146,7 @@ def open_program(folder: ModelFolder) -> "XnnpackRunner":
     names = program_names(folder)
     if not names:
         raise ArtifactError(f"{folder.root} has no {PROGRAM}; quantize with --backend xnnpack")
-    expanded = (folder.manifest["program"] or {}).get("expanded", {})
+    expanded = {} if folder.manifest.program is None else folder.manifest.program.expanded
     with contextlib.ExitStack() as stack:
         paths = []
         for name in names:
@@ -157,7 +157,7 @@ def open_program(folder: ModelFolder) -> "XnnpackRunner":
                         f"{folder.files.manifest} does not say what {name} expands to; it is "
                         f"damaged, or of an older version: quantize again"
                     )
-                content = Entry(**expanded[name])
+                content = expanded[name]
                 plain = expand_program(
                     folder.root / name,
                     content=content,
@@ -217,7 +217,7 @@ def saved_source(folder: ModelFolder, model: Denoiser) -> Source:
     folder.require(SCHEDULER_CONFIG)
     place = str(folder.root / SCHEDULER_CONFIG)
     scheduler = scheduler_from_config(folder.files.read_json(SCHEDULER_CONFIG, finite=False), place)
-    signature = signature_from_dict(folder.manifest["signature"])
+    signature = folder.manifest.signature
     if MODEL_CONFIG in folder.files and signature.model_class in CLASSES:
         config = folder.files.read_json(MODEL_CONFIG, finite=False)
         checked_model_config(config, str(folder.root / MODEL_CONFIG))
@@ -255,7 +255,7 @@ def origin_of(folder: Path, model: str | None = None) -> Origin:
     if model is not None and SOURCE not in opened.files:
         return Origin(model=model, subfolder=None)
     opened.require(SOURCE)
-    return validated(Origin, opened.files.read_json(SOURCE), folder / SOURCE)
+    return read_listed(Origin, opened.files, SOURCE)
 
 
 def _as_traced(source: Source, signature: Signature) -> Source:
@@ -291,7 +291,7 @@ def source_of(folder: Path, model: str | None = None) -> Source:
         raise ArtifactError(
             f"the float model of {folder} is gone ({error}); give --model"
         ) from None
-    return _as_traced(source, signature_from_dict(open_folder(folder).manifest["signature"]))
+    return _as_traced(source, open_folder(folder).manifest.signature)
 
 
 @checked

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.layers import WeightLayer
-from mpqdm_fx.io.schema import Count, Name, Ratio, Shape, Strict, plain, validated
+from mpqdm_fx.io.schema import Count, Ratio, Strict, Whole, plain, validated
 from mpqdm_fx.io.tensors import read_record, write_record
 from mpqdm_fx.io.unfinished import UnfinishedRun
-from mpqdm_fx.numerics.levels.grids import MAX_BITS, round_scale
+from mpqdm_fx.numerics.levels.grids import round_scale
 from mpqdm_fx.numerics.levels.packing import pack_layer
-from mpqdm_fx.records.config import Levels
-from mpqdm_fx.records.plan import BitPlan, LayerPlan
+from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.sweep.solve import LayerSolution
 
 __all__ = ["HEADER", "Checkpoint"]
@@ -30,25 +29,14 @@ _KIND, _VERSION = "solved layer", 1
 _FIX = "delete this file and resume"
 _LONGEST = 80  # characters of a layer's name that its file's name repeats
 
-_Width = Annotated[int, Field(ge=1, le=MAX_BITS)]
 _Amount = Annotated[float, Field(ge=0)]
-
-
-class _Plan(Strict):
-    name: Name
-    kind: Name
-    shape: Shape
-    bits: tuple[tuple[_Width, Count], ...]
-    levels: Levels
-    reason: Name | None
-    fraction: Annotated[float, Field(ge=0, le=1)]
 
 
 class _Head(Strict):
     """What a file says of its layer, beside the tensors."""
 
     run: str
-    plan: _Plan
+    plan: Annotated[LayerPlan, Whole()]
     alpha: float
     beta: float
     damping: _Amount
@@ -105,12 +93,12 @@ class Checkpoint:
         if head.run != self.run:
             raise ArtifactError(f"{path} is of another run than {HEADER} beside it; {_FIX}")
         try:
-            plan = _plan_of(head.plan, layer)
-            _check_tensors(record.tensors, plan, layer)
+            _check_layer(head.plan, layer)
+            _check_tensors(record.tensors, head.plan, layer)
         except ValueError as error:
             raise ArtifactError(f"{path} does not fit {layer.name}: {error}; {_FIX}") from None
         return LayerSolution(
-            plan=plan,
+            plan=head.plan,
             codes=record.tensors["codes"],
             scale=record.tensors["scale"],
             bias=record.tensors.get("bias"),
@@ -127,8 +115,7 @@ class Checkpoint:
         if solution.bias is not None:
             tensors["bias"] = solution.bias
         head = plain({name: getattr(solution, name) for name in _NUMBERS})
-        (planned,) = BitPlan(layers=(solution.plan,)).to_dict()["layers"]
-        head |= {"run": self.run, "plan": planned}
+        head |= {"run": self.run, "plan": solution.plan.to_dict()}
         write_record(self._path(solution.plan.name), _KIND, _VERSION, head, tensors)
 
     def _path(self, name: str) -> Path:
@@ -138,15 +125,11 @@ class Checkpoint:
         return self.directory / f"layer-{readable}-{digest}.safetensors"
 
 
-def _plan_of(plan: _Plan, layer: WeightLayer) -> LayerPlan:
-    """The plan of a layer; raises ValueError if it is another layer's or no plan."""
+def _check_layer(plan: LayerPlan, layer: WeightLayer) -> None:
+    """Raise ValueError if a plan is another layer's."""
     shape, kind = tuple(layer.weight.shape), type(layer.module).__name__
     if (plan.name, plan.kind, plan.shape) != (layer.name, kind, shape):
         raise ValueError(f"it is of {plan.name!r}, a {plan.kind} of shape {list(plan.shape)}")
-    if sum(count for _, count in plan.bits) != shape[0]:
-        raise ValueError(f"it has no width for each of {shape[0]} channels")
-    data = {"layers": [plan.model_dump()], "floats": [], "activation_bits": 8}
-    return BitPlan.from_dict(data).layers[0]
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], plan: LayerPlan, layer: WeightLayer) -> None:

@@ -1,11 +1,11 @@
 """A graph takes the very inputs that it was traced with, and refuses other constants by name."""
 
 import copy
-import json
 from typing import Any
 
 import pytest
 import torch
+from records import read_back
 from small import condition_calls, tiny_condition_unet
 from torch import Tensor, nn
 from trace_helpers import randn
@@ -13,8 +13,9 @@ from trace_helpers import randn
 from mpqdm_fx.api import prepare, quantize
 from mpqdm_fx.capture.trace import same_bits, trace
 from mpqdm_fx.errors import TraceError
-from mpqdm_fx.graph.calling import example_call, signature_from_dict, signature_to_dict
+from mpqdm_fx.graph.calling import example_call, signature_to_dict
 from mpqdm_fx.graph.nested import same_constant
+from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.model.storage import load, save
 from mpqdm_fx.passes.normalize.drop_dropout import DropDropout
 from mpqdm_fx.records.config import MPQConfig
@@ -163,7 +164,7 @@ def test_prepared_model_records_and_quantized_model_takes_the_inputs(tmp_path):
 
 def test_signature_with_defaults_survives_json_and_gives_a_call_of_the_model(graph):
     signature = graph.meta["signature"]
-    again = signature_from_dict(json.loads(json.dumps(signature_to_dict(signature))))
+    again = read_back(Signature, signature_to_dict(signature))
     assert again == signature
     example = example_call(again)
     assert example["scale"] == 0.5

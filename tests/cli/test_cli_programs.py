@@ -14,9 +14,9 @@ import mpqdm_fx
 from mpqdm_fx.backends.xnnpack.convert import decomposed
 from mpqdm_fx.backends.xnnpack.doctor import Diagnosis
 from mpqdm_fx.backends.xnnpack.four_bit import four_bit_layers
-from mpqdm_fx.io.folders import open_folder
 from mpqdm_fx.jobs import diagnose as diagnose_job
 from mpqdm_fx.jobs import quantize as quantize_job
+from mpqdm_fx.model.folder import open_folder
 
 pytestmark = pytest.mark.xnnpack
 
@@ -71,7 +71,7 @@ def test_the_folder_has_both_files_compressed_and_nothing_expanded(written):
 def test_no_weight_is_at_four_bits_if_none_is_to_be(written):
     output, _ = written
     summary = json.loads((output / "summary.json").read_text())
-    program = open_folder(output).manifest["program"]
+    program = open_folder(output).manifest.program.model_dump()
     expanded = {name: entry["bytes"] for name, entry in program.pop("expanded").items()}
     assert expanded == {
         "unet.pte.xz": summary["program"]["bytes"],

@@ -125,7 +125,7 @@ def test_the_help_says_what_each_preset_is_for(command, monkeypatch):
         ("[]", "recipe.json"),
         ('{"settings": {}}', "is no recipe"),
         ('{"format": "mpqdm-fx recipe", "version": 9, "settings": {}}', "update mpqdm-fx"),
-        ('{"format": "mpqdm-fx recipe", "version": 1}', "'settings' is missing or unknown"),
+        ('{"format": "mpqdm-fx recipe", "version": 1}', "is damaged: settings: Field required"),
         ('{"format": "mpqdm-fx recipe", "version": 1, "settings": 3}', "is damaged: settings"),
         (
             '{"format": "mpqdm-fx recipe", "version": 1, "settings": {"weight_bit": 3}}',

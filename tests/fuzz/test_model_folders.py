@@ -11,12 +11,13 @@ from small import TinyNet, net_calls
 
 from mpqdm_fx.api import quantize
 from mpqdm_fx.cli.screens.result import summary_table
-from mpqdm_fx.io.folders import MANIFEST, SCHEDULER_CONFIG, WEIGHTS, open_folder, seal_folder
+from mpqdm_fx.io.folders import MANIFEST, SCHEDULER_CONFIG, WEIGHTS, seal_folder
 from mpqdm_fx.io.sealed import seal
+from mpqdm_fx.model.folder import open_folder
 from mpqdm_fx.model.proof import proof_inputs
 from mpqdm_fx.model.storage import load, save
+from mpqdm_fx.model.summary import read_summary
 from mpqdm_fx.records.config import MPQConfig
-from mpqdm_fx.records.summary import read_summary
 from mpqdm_fx.sources.denoisers import origin_of
 
 CALL = net_calls(1, seed=9)[0]

@@ -21,8 +21,9 @@ from mpqdm_fx.backends.lower import lower
 from mpqdm_fx.backends.xnnpack.compressed import compress_program, expand_program
 from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.io.folders import listed_files, open_folder, seal_folder
+from mpqdm_fx.io.folders import listed_files, seal_folder
 from mpqdm_fx.io.sealed import Entry, seal
+from mpqdm_fx.model.folder import open_folder
 from mpqdm_fx.model.storage import save
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.sources.denoisers import open_program

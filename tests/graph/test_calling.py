@@ -1,16 +1,14 @@
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import read_back
 from small import tiny_unet, unet_calls
 
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.graph.calling import (
     example_inputs,
     pack_output,
-    signature_from_dict,
     signature_to_dict,
     split_batch,
 )
@@ -42,7 +40,7 @@ def _signature(largest: int | None = 7) -> Signature:
 @given(st.sampled_from([None, 7, 63]))
 def test_a_signature_survives_json(largest):
     signature = _signature(largest)
-    assert signature_from_dict(json.loads(json.dumps(signature_to_dict(signature)))) == signature
+    assert read_back(Signature, signature_to_dict(signature)) == signature
 
 
 @given(batch=st.integers(1, 9), seed=st.integers(0, 9))
@@ -94,4 +92,4 @@ def test_the_output_is_packed_into_the_models_own_class(traced):
 
 def test_a_traced_signature_survives_json(traced):
     signature = traced.meta["signature"]
-    assert signature_from_dict(json.loads(json.dumps(signature_to_dict(signature)))) == signature
+    assert read_back(Signature, signature_to_dict(signature)) == signature

@@ -61,7 +61,7 @@ def test_what_is_measured_on_the_way_is_of_stages_that_are_foretold(quantized):
 
 
 def test_the_result_has_what_libraries_printed_in_its_list(quantized):
-    from mpqdm_fx.io.folders import open_folder
+    from mpqdm_fx.model.folder import open_folder
 
     assert open_folder(quantized[0]).files.entries["log.txt"].bytes == len("said")
 

@@ -13,16 +13,15 @@ from small import TinyNet, net_calls, tiny_unet, unet_calls
 
 from mpqdm_fx.api import quantize
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.io import manifest
 from mpqdm_fx.io.folders import (
     MANIFEST,
     WEIGHTS,
-    rewritten_folder,
     seal_folder,
     staged_directory,
 )
 from mpqdm_fx.io.versions import FORMAT_VERSION
-from mpqdm_fx.model import storage
+from mpqdm_fx.model import manifest, storage
+from mpqdm_fx.model.folder import rewritten_folder
 from mpqdm_fx.model.storage import load, save
 from mpqdm_fx.records.config import MPQConfig
 
@@ -68,9 +67,8 @@ def test_what_was_chosen_for_inputs_and_judged_at_the_output_is_kept(quantized, 
 def test_an_error_without_measure_is_kept(quantized, tmp_path):
     # of an output of zeros every error is infinite
     report = quantized.report
-    endless = [replace(score, error=math.inf) for score in report.judged]
-    model = copy.copy(quantized)
-    model.report = replace(report, judged=tuple(endless))
+    endless = tuple(replace(score, error=math.inf) for score in report.judged)
+    model = quantized.with_graph(quantized.rounded, report=replace(report, judged=endless))
     loaded = load(save(model, tmp_path / "model")).report
     assert loaded.judged == model.report.judged
 

@@ -15,7 +15,6 @@ from mpqdm_fx.backends.torch_ao import to_qconfig_mapping
 from mpqdm_fx.errors import ArtifactError, CalibrationError, LoweringError
 from mpqdm_fx.io.folders import MANIFEST
 from mpqdm_fx.model.quantized import QuantizedModel
-from mpqdm_fx.model.stages import assemble
 from mpqdm_fx.model.storage import load, save
 from mpqdm_fx.records.activations import (
     ActivationRange,
@@ -65,14 +64,8 @@ def by_level():
 
 def in_mode(model: QuantizedModel, mode: str) -> QuantizedModel:
     """The same weights with activations of another kind, in some range."""
-    return assemble(
-        model.rounded,
-        plan=model.plan,
-        ranges=placeholder_activations(dict.fromkeys(model.ranges, 8), mode),
-        settings=model.settings,
-        report=model.report,
-        model_config=model.config,
-    )
+    ranges = placeholder_activations(dict.fromkeys(model.ranges, 8), mode)
+    return model.with_graph(model.rounded, ranges=ranges, noise_levels=None)
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +114,7 @@ def test_xnnpack_runs_a_quantized_model_with_dynamic_and_with_mixed_activations(
     wide = ActivationRange(scale=0.05, zero_point=0)
     mixed = {**quantized.ranges, layer: StaticActivation(input=wide, output=wide)}
     for name, ranges in {"dynamic": quantized.ranges, "mixed": mixed}.items():
-        model = assemble(
-            by_level.rounded, plan=by_level.plan, ranges=ranges, settings=by_level.settings,
-            report=by_level.report, model_config=by_level.config,
-        )  # fmt: skip
+        model = by_level.with_graph(by_level.rounded, ranges=ranges, noise_levels=None)
         program = lower(model, "xnnpack", output=tmp_path / f"{name}.pte", batch_size=2)
         assert program.sqnr_db > program.reference_sqnr_db + 10, name
         assert program.inputs[0].shape[0] == 2

@@ -8,9 +8,9 @@ from small import TinyNet, net_calls
 from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.lower import lower
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
-from mpqdm_fx.io.folders import open_folder, seal_folder
+from mpqdm_fx.io.folders import seal_folder
+from mpqdm_fx.model.folder import open_folder
 from mpqdm_fx.model.quantized import QuantizedModel
-from mpqdm_fx.model.stages import reassembled
 from mpqdm_fx.model.storage import load, save, write_model
 from mpqdm_fx.parity.thresholds import THRESHOLDS
 from mpqdm_fx.passes.quantize.round_weights import install_codes
@@ -41,8 +41,9 @@ def double_a_scale(folder: Path, layer: str, channel: int = 0) -> None:
     scale = module.weight_scale.clone()
     scale[channel] *= 2
     replace_module(rounded, layer, install_codes(module, module.weight_codes, scale))
-    changed = reassembled(quantized, rounded)
-    write_model(changed, folder, program=open_folder(folder).manifest["program"])
+    program = open_folder(folder).manifest.program
+    changed = quantized.with_graph(rounded)
+    write_model(changed, folder, program=None if program is None else program.model_dump())
 
 
 def edit_thresholds(folder: Path, change) -> None:

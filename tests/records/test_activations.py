@@ -1,10 +1,11 @@
 import itertools
-import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from records import read_back
 
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
 from mpqdm_fx.records.activations import (
@@ -12,9 +13,8 @@ from mpqdm_fx.records.activations import (
     DynamicActivation,
     NoiseLevels,
     StaticActivation,
+    StoredActivation,
     TimestepActivation,
-    activation_from_dict,
-    activation_to_dict,
     kernel_activations,
     placeholder_activations,
     static_ranges,
@@ -49,8 +49,7 @@ timesteps = st.one_of(
 
 @given(activations)
 def test_json_round_trip_gives_an_equal_activation_of_the_same_kind(activation):
-    data = json.loads(json.dumps(activation_to_dict(activation)))
-    assert activation_from_dict(data) == activation
+    assert read_back(StoredActivation, asdict(activation)) == activation
 
 
 @given(timesteps, st.integers(1, 8))

@@ -1,3 +1,4 @@
+import json
 from typing import get_args
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_plan_of_an_older_file_counts_what_it_names():
     norm = FloatTensor(name="norm.weight", numel=8, bits=16, is_weight=False, reason="norm")
     old = BitPlan(layers=(layer,), floats=(norm,)).to_dict()
     del old["parameters"], old["copies"]
-    assert BitPlan.from_dict(old).num_parameters == 24
+    assert BitPlan.from_json(json.dumps(old)).num_parameters == 24
 
 
 def test_fates_and_copies_that_cannot_be_are_refused():

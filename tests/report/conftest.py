@@ -4,9 +4,9 @@ import pytest
 from unet_folders import saved_unet
 
 from mpqdm_fx.api import quantize
-from mpqdm_fx.io.folders import rewritten_folder
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.quantize import quantize_to_folder
+from mpqdm_fx.model.folder import rewritten_folder
 from mpqdm_fx.model.storage import save
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.sources.denoisers import SOURCE, Origin

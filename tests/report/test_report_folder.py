@@ -8,10 +8,10 @@ from PIL import Image
 from unet_folders import saved_unet
 
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.io.folders import open_folder, rewritten_folder
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.jobs.compare import compare_folders
 from mpqdm_fx.jobs.report_folder import report_folder
+from mpqdm_fx.model.folder import open_folder, rewritten_folder
 from mpqdm_fx.report.page import packages
 from mpqdm_fx.report.page.packages import can_render, renders
 

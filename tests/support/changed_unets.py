@@ -12,8 +12,8 @@ from mpqdm_fx.capture.trace import same_bits
 from mpqdm_fx.errors import ArtifactError, TraceError
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.model.quantized import QuantizedModel
-from mpqdm_fx.model.stages import assemble, normalized
+from mpqdm_fx.model.quantized import Quantization, QuantizedModel
+from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.model.storage import load, save
 from mpqdm_fx.passes.quantize.round_weights import RoundWeights
 from mpqdm_fx.records.activations import placeholder_activations
@@ -37,14 +37,14 @@ def rounded_model(model: nn.Module, example: Mapping[str, Any]) -> QuantizedMode
             for name, layer in layers.items()
         )
     )
-    return assemble(
-        RoundWeights(plan=plan)(graph_module).graph_module,
+    quantization = Quantization(
         plan=plan,
         ranges=placeholder_activations(dict.fromkeys(layers, 8), "dynamic"),
         settings=MPQConfig(activation_mode="dynamic"),
         report=QuantizationReport(layers=(), calibration_calls=0, seconds=0.0, versions={}),
-        model_config=getattr(model, "config", None),
+        config=getattr(model, "config", None),
     )
+    return QuantizedModel(RoundWeights(plan=plan)(graph_module).graph_module, quantization)
 
 
 def returned(quantized: QuantizedModel) -> Any:

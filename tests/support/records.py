@@ -5,10 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import create_model
+
+from mpqdm_fx.io.schema import Strict, plain, validated
 from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.io.tensors import read_record, write_record
 
-__all__ = ["change_tensor", "edit_json", "edit_record", "flip"]
+__all__ = ["change_tensor", "edit_json", "edit_record", "flip", "read_back"]
 
 
 def flip(path: Path, byte: int | None = None, *, bit: int = 0) -> None:
@@ -46,3 +49,9 @@ def edit_record(
 def change_tensor(name: str, change: Callable[[Any], Any]) -> Callable[[Any, Any], None]:
     """A change for `edit_record` that puts another tensor in the place of one."""
     return lambda _, tensors: tensors.update({name: change(tensors[name])})
+
+
+def read_back(kind: Any, data: Any) -> Any:
+    """Plain JSON types as what they are of, as where a record has such a field."""
+    record = create_model("Record", __base__=Strict, value=(kind, ...))
+    return validated(record, {"value": plain(data)}, "the record").value

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import read_back
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -161,7 +162,7 @@ def test_a_report_with_judgements_survives_json() -> None:
     report = QuantizationReport(
         layers=(), calibration_calls=1, seconds=0.0, versions={}, judged=(judgement,)
     )
-    assert QuantizationReport.from_dict(report.to_dict()) == report
+    assert read_back(QuantizationReport, report.to_dict()) == report
     assert judgement.decibels == pytest.approx(30.0)
 
 

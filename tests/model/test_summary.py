@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mpqdm_fx.records.summary import SUMMARY, Summary, write_summary
+from mpqdm_fx.model.summary import SUMMARY, Summary, write_summary
 
 MEASURED = {
     "backend": "packed",

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import model_validator
 
 from mpqdm_fx.io.files import write_text
-from mpqdm_fx.io.folders import ModelFolder
-from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, plain, validated
+from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, plain, read_listed
+from mpqdm_fx.model.folder import ModelFolder
 
 __all__ = ["SUMMARY", "Summary", "read_summary", "write_summary"]
 
@@ -114,5 +114,4 @@ def read_summary(folder: ModelFolder) -> dict[str, Any]:
         ArtifactError: It is missing, not what was written, or a field does not fit.
     """
     folder.require(SUMMARY)
-    found = validated(Summary, folder.files.read_json(SUMMARY), folder.root / SUMMARY)
-    return found.model_dump()
+    return read_listed(Summary, folder.files, SUMMARY).model_dump()
