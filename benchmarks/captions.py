@@ -47,11 +47,11 @@ from mpqdm_fx import MPQConfig, RunOptions, convert, lower, prepare, save
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.calibration.sampling import Denoiser, denoise, first_tensor, guided
 from mpqdm_fx.calibration.trajectories import Trajectories
-from mpqdm_fx.distill.api import Distilled, distill
+from mpqdm_fx.distill.distillation import Distilled, distill
 from mpqdm_fx.model.quantized import PreparedModel, QuantizedModel
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.report.images import save_grid
-from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.reference_run import EVALUATION_SEED
 from mpqdm_fx.sources.denoisers import runner_denoiser
 
 STEPS, GUIDANCE = 10, 3.0

@@ -15,7 +15,7 @@ from diffusers import UNet2DModel
 
 from mpqdm_fx import MPQConfig, convert, prepare
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.sweep.quantize import start_sweep
+from mpqdm_fx.sweep.start import start_sweep
 from mpqdm_fx.testing.rerun import rerun_for_every_layer
 
 

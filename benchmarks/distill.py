@@ -22,8 +22,8 @@ from quality import SHORTCUTS, Bench, columns, read, write_row
 from tqdm import tqdm
 
 from mpqdm_fx import MPQConfig, RunOptions, convert
-from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.distillation import distill
 from mpqdm_fx.model.quantized import QuantizedModel
 
 SETTINGS = ("W2A4", "W2A6", "W3A4")

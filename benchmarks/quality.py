@@ -31,7 +31,7 @@ from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.model.quantized import PreparedModel, QuantizedModel
 from mpqdm_fx.report.metrics import FeatureClassifier, evaluate_against
-from mpqdm_fx.report.reference import EVALUATION_SEED, ReferenceRun, run_reference
+from mpqdm_fx.report.reference_run import EVALUATION_SEED, ReferenceRun, run_reference
 from mpqdm_fx.sources.source import Source
 from mpqdm_fx.sources.sources import load_source
 

@@ -26,8 +26,8 @@ from mpqdm_fx.records.report import QuantizationReport
 from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.records.validation import check_value, checked
 from mpqdm_fx.sweep.finish import finish
-from mpqdm_fx.sweep.measured import check_budget
-from mpqdm_fx.sweep.quantize import start_sweep
+from mpqdm_fx.sweep.measured_bits import check_budget
+from mpqdm_fx.sweep.start import start_sweep
 from mpqdm_fx.sweep.sweep import Sweep
 
 __all__ = ["convert", "open_sweep", "prepare", "prepare_on", "quantize"]

@@ -178,7 +178,9 @@ def test_sensitivities_are_kept_for_another_budget(monkeypatch, tmp_path):
     calls, run = net_calls(), RunOptions(sensitivity=path)
     first = quantize(TinyNet(), MPQConfig(effective_bits=5.0), calls, run=run)
     assert path.exists()
-    monkeypatch.setattr("mpqdm_fx.sweep.measured.measure_sensitivity", None)  # not called again
+    monkeypatch.setattr(
+        "mpqdm_fx.sweep.measured_bits.measure_sensitivity", None
+    )  # not called again
     second = quantize(TinyNet(), MPQConfig(effective_bits=4.0), calls, run=run)
     assert second.plan.effective_bits <= 4.0 < first.plan.effective_bits <= 5.0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io.files import checkpoint_of
 from mpqdm_fx.io.sealed import read_json
-from mpqdm_fx.sources.names import BUNDLED, check_name
+from mpqdm_fx.sources.model_names import BUNDLED, check_name
 
 __all__ = [
     "EXTRAS",

@@ -46,7 +46,7 @@ def doctor(
     checks.check_name(model)
     checks.check_packages("executorch", purpose="doctor")
     announce(f"asking XNNPACK what it takes of {model}")
-    from mpqdm_fx.jobs.diagnose import diagnose_model
+    from mpqdm_fx.jobs.doctor import diagnose_model
 
     diagnosis = diagnose_model(
         model, None if in_float else config, four_bit=four_bit, subfolder=subfolder,

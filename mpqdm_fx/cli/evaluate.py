@@ -66,7 +66,7 @@ def evaluate(
 
     judge = None
     if clip is not None:
-        from mpqdm_fx.pipelines.clip import open_clip
+        from mpqdm_fx.pipelines.open_clip import open_clip
 
         judge = open_clip(clip)
     evaluation = evaluate_folder(

@@ -84,7 +84,7 @@ def export(
     )
     from mpqdm_fx.pipelines.estimate import estimate_export
     from mpqdm_fx.records.run_options import RunOptions
-    from mpqdm_fx.report.pipelines import export_estimate_table, export_table, pictures_line
+    from mpqdm_fx.report.export_tables import export_estimate_table, export_table, pictures_line
     from mpqdm_fx.report.record import PAGE
 
     checks.check_device(device)

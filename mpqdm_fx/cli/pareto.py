@@ -76,13 +76,13 @@ def pareto(
     announce(f"quantizing {model} to {output}: {widths} bits a weight")
     from mpqdm_fx.jobs.calibration import open_source
     from mpqdm_fx.jobs.pareto import check_pareto, evaluation_of, pareto_to_folder
-    from mpqdm_fx.jobs.result_folder import Form
+    from mpqdm_fx.jobs.result_folder import ProgramForm
     from mpqdm_fx.model.feasibility import weights_of
     from mpqdm_fx.records.run_options import RunOptions
     from mpqdm_fx.report.pareto_table import pareto_table
 
     checks.check_device(device)
-    form = Form(backend=backend)
+    form = ProgramForm(backend=backend)
     check_pareto(
         form, config, budgets, output, evaluation=evaluation_of(num=num, steps=steps),
         picks=gates is not None, resume=resume, overwrite=overwrite,

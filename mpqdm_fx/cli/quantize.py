@@ -15,7 +15,7 @@ from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.gates import parse_gates
 
 if TYPE_CHECKING:
-    from mpqdm_fx.jobs.result_folder import Form
+    from mpqdm_fx.jobs.result_folder import ProgramForm
     from mpqdm_fx.sources.source import Source
 
 __all__ = ["plan", "quantize"]
@@ -72,12 +72,12 @@ def quantize(
     from mpqdm_fx.jobs.calibration import open_source, rows_of
     from mpqdm_fx.jobs.evaluate import check_gates, gate_stages, judge_result
     from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
-    from mpqdm_fx.jobs.result_folder import Form
+    from mpqdm_fx.jobs.result_folder import ProgramForm
     from mpqdm_fx.model.feasibility import check_feasible, weights_of
     from mpqdm_fx.records.run_options import RunOptions
 
     checks.check_device(device)
-    form = Form(
+    form = ProgramForm(
         backend=backend,
         four_bit=four_bit,
         external_weights=external_weights,
@@ -158,10 +158,10 @@ def plan(
     memory = opt.memory_of(max_memory)
     announce(f"planning {model}: {bits_of(config)}; nothing is written")
     from mpqdm_fx.jobs.calibration import open_source
-    from mpqdm_fx.jobs.result_folder import Form
+    from mpqdm_fx.jobs.result_folder import ProgramForm
     from mpqdm_fx.model.feasibility import check_feasible
 
-    form = Form(backend=backend, four_bit=four_bit)
+    form = ProgramForm(backend=backend, four_bit=four_bit)
     source = open_source(
         model, subfolder=subfolder, variant=variant, inputs=inputs, held_out=held_out,
         prompts=prompts, guidance=guidance,
@@ -176,7 +176,7 @@ def plan(
 def _foretell(
     source: "Source",
     config: MPQConfig,
-    form: "Form",
+    form: "ProgramForm",
     *,
     trajectories: int,
     steps: int,

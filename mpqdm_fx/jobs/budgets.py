@@ -20,7 +20,7 @@ from mpqdm_fx.report.metrics import epsilon_sqnr
 from mpqdm_fx.sources.denoisers import SOURCE, Origin, pictures
 from mpqdm_fx.sources.source import Source
 
-__all__ = ["STRIP", "Judge", "Point", "read_point", "smallest", "write_point"]
+__all__ = ["STRIP", "BudgetJudge", "Point", "read_point", "smallest", "write_point"]
 
 STRIP = "strip.png"
 _POINT = "point.json"
@@ -46,7 +46,7 @@ class Point(Strict):
     command: str | None
 
 
-class Judge:
+class BudgetJudge:
     """Measures each budget; the float model is run when the first one is there.
 
     Args:
@@ -91,7 +91,7 @@ class Judge:
 def write_point(
     place: Path,
     quantized: QuantizedModel,
-    judge_of: Judge,
+    judge_of: BudgetJudge,
     bits: float,
     seconds: float,
     command: str | None,

@@ -6,9 +6,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.checkpoint import has_state, state_path
 from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.distillation import distill
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.io.files import checkpoint_of
@@ -24,7 +24,7 @@ from mpqdm_fx.jobs.foretold import distill_stages
 from mpqdm_fx.jobs.report_folder import retell_report
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
-    Form,
+    ProgramForm,
     write_folder,
 )
 from mpqdm_fx.model.folder import open_folder
@@ -81,7 +81,7 @@ def distill_folder(
     )
     opened = open_folder(folder)
     summary = read_summary(opened)
-    form = Form.of(summary["backend"], opened.manifest.program)
+    form = ProgramForm.of(summary["backend"], opened.manifest.program)
     check_target(output, overwrite=overwrite)
     state = checkpoint_of(output)
     refuse_foreign_folder(state, state_path(state).name)

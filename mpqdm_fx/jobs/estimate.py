@@ -12,7 +12,7 @@ from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.jobs.calibration import BATCH, rows_of
-from mpqdm_fx.jobs.result_folder import Form
+from mpqdm_fx.jobs.result_folder import ProgramForm
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.records.config import MPQConfig
@@ -20,7 +20,7 @@ from mpqdm_fx.records.validation import Bytes, Count, Some, checked
 from mpqdm_fx.report.units import duration
 from mpqdm_fx.sources.source import Source
 from mpqdm_fx.sweep.estimate import Estimate, estimate, row_seconds
-from mpqdm_fx.sweep.measured import expected_bytes
+from mpqdm_fx.sweep.measured_bits import expected_bytes
 
 __all__ = [
     "Finish",
@@ -130,7 +130,7 @@ def estimate_run(
     source: Source,
     config: MPQConfig,
     *,
-    form: Form,
+    form: ProgramForm,
     trajectories: Count = 16,
     steps: Count = 20,
     samples: Some = 16,
@@ -190,7 +190,7 @@ def _calls_of(source: Source, trajectories: int, steps: int) -> tuple[int, int]:
 
 
 def estimate_finish(
-    graph_module: fx.GraphModule, form: Form, *, row_seconds: float, images: int
+    graph_module: fx.GraphModule, form: ProgramForm, *, row_seconds: float, images: int
 ) -> Finish:
     """What lowering, comparing and measuring a quantized graph would take.
 
@@ -217,7 +217,7 @@ def estimate_finish(
 
 
 def finish_of(
-    quantized: QuantizedModel, source: Source, form: Form, *, samples: int, steps: int
+    quantized: QuantizedModel, source: Source, form: ProgramForm, *, samples: int, steps: int
 ) -> Finish:
     """What lowering, comparing and measuring a quantized model would take.
 
@@ -281,7 +281,7 @@ def estimate_training(
     source: Source,
     config: DistillConfig,
     *,
-    form: Form,
+    form: ProgramForm,
     samples: int,
 ) -> TrainingEstimate:
     """What training a folder would take on this machine.

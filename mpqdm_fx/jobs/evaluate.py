@@ -34,10 +34,10 @@ from mpqdm_fx.report.gates import (
 from mpqdm_fx.report.metrics import EvaluationResult, epsilon_sqnr
 from mpqdm_fx.report.networks import Networks
 from mpqdm_fx.report.noise_levels import sqnr_by_noise_level
-from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.reference_run import EVALUATION_SEED
 from mpqdm_fx.sources.denoisers import source_of
 from mpqdm_fx.sources.functions import calls_of
-from mpqdm_fx.sources.names import BUNDLED
+from mpqdm_fx.sources.model_names import BUNDLED
 from mpqdm_fx.sources.source import Source
 
 __all__ = ["FolderEvaluation", "check_gates", "evaluate_folder", "gate_stages", "judge_result"]

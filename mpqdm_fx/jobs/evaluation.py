@@ -13,9 +13,9 @@ from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.report.gates import Gate, check_measured
 from mpqdm_fx.report.metrics import EvaluationResult, FeatureClassifier, evaluate_against
 from mpqdm_fx.report.networks import Networks
-from mpqdm_fx.report.reference import ReferenceRun, reference_run, run_reference, shows_pictures
+from mpqdm_fx.report.reference_run import ReferenceRun, reference_run, run_reference, shows_pictures
 from mpqdm_fx.report.sample_metrics import measures_pictures
-from mpqdm_fx.sources.names import BUNDLED
+from mpqdm_fx.sources.model_names import BUNDLED
 from mpqdm_fx.sources.source import Source
 
 __all__ = [

@@ -10,7 +10,7 @@ from mpqdm_fx.bits.activation_choice import options_of
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.jobs.calibration import HELD_OUT_RUNS
 from mpqdm_fx.jobs.estimate import Finish, TrainingEstimate
-from mpqdm_fx.jobs.result_folder import Form
+from mpqdm_fx.jobs.result_folder import ProgramForm
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.page.packages import renders
 from mpqdm_fx.sources.source import Source
@@ -95,7 +95,7 @@ def quantize_stages(
 
 
 def pareto_stages(
-    source: Source, budgets: Mapping[float, MPQConfig], form: Form, *, samples: int | None
+    source: Source, budgets: Mapping[float, MPQConfig], form: ProgramForm, *, samples: int | None
 ) -> dict[str, float]:
     """Seconds by stage of `pareto_to_folder`, in running order.
 

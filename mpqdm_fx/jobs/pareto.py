@@ -20,12 +20,12 @@ from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.io.unfinished import UnfinishedRun
 from mpqdm_fx.io.versions import versions
-from mpqdm_fx.jobs.budgets import STRIP, Judge, Point, read_point, smallest, write_point
+from mpqdm_fx.jobs.budgets import STRIP, BudgetJudge, Point, read_point, smallest, write_point
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.evaluation import check_evaluated, evaluated_metrics
 from mpqdm_fx.jobs.foretold import pareto_stages
 from mpqdm_fx.jobs.quantize import command_of
-from mpqdm_fx.jobs.result_folder import FolderResult, Form, write_folder
+from mpqdm_fx.jobs.result_folder import FolderResult, ProgramForm, write_folder
 from mpqdm_fx.model.feasibility import check_feasible
 from mpqdm_fx.model.quantized import PreparedModel
 from mpqdm_fx.model.storage import load
@@ -35,7 +35,7 @@ from mpqdm_fx.records.validation import Count, Some, checked
 from mpqdm_fx.report.gates import Gate
 from mpqdm_fx.report.page.packages import can_render
 from mpqdm_fx.report.pareto_page import render_pareto
-from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.reference_run import EVALUATION_SEED
 from mpqdm_fx.sources.source import Source
 from mpqdm_fx.sweep.checkpoint import HEADER, Checkpoint
 from mpqdm_fx.sweep.identity import run_identity
@@ -102,7 +102,7 @@ def evaluation_of(*, num: int, steps: int) -> dict[str, int]:
 
 
 def check_pareto(
-    form: Form,
+    form: ProgramForm,
     config: MPQConfig,
     bits: Sequence[float],
     output: Path,
@@ -143,7 +143,7 @@ def check_pareto(
     UnfinishedRun.check(checkpoint_of(output), HEADER, identity, resume=resume, solved="bits-*")
 
 
-def pick_metrics(source: Source, form: Form) -> tuple[str, ...]:
+def pick_metrics(source: Source, form: ProgramForm) -> tuple[str, ...]:
     """Names of the metrics that every budget is measured by, and that a pick may name.
 
     Args:
@@ -160,7 +160,7 @@ def pareto_to_folder(
     config: MPQConfig,
     bits: Sequence[float],
     *,
-    form: Form,
+    form: ProgramForm,
     output: Path,
     pick: Sequence[Gate] | None = None,
     trajectories: Count = 16,
@@ -218,7 +218,7 @@ def pareto_to_folder(
         root=root,
         # a budget's folder is this run's own, so it goes on: the folder above says whether it may
         run=replace(run, resume=True, sensitivity=run.sensitivity or root / _TABLE),
-        judge_of=Judge(source, evaluation),
+        judge_of=BudgetJudge(source, evaluation),
         trajectories=trajectories,
         steps=steps,
         samples=samples,
@@ -263,10 +263,10 @@ class _Budgets:
     """What all budgets share; `root` holds them until the result appears."""
 
     source: Source
-    form: Form
+    form: ProgramForm
     root: Path
     run: RunOptions
-    judge_of: Judge
+    judge_of: BudgetJudge
     trajectories: int
     steps: int
     samples: int

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.reference_run import EVALUATION_SEED
 from mpqdm_fx.sources.denoisers import Denoiser, as_pictures, draw
 from mpqdm_fx.sources.source import Source
 

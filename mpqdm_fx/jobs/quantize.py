@@ -20,7 +20,7 @@ from mpqdm_fx.jobs.estimate import finish_of
 from mpqdm_fx.jobs.foretold import finish_stages, quantize_stages
 from mpqdm_fx.jobs.result_folder import (
     FolderResult,
-    Form,
+    ProgramForm,
     write_folder,
 )
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
@@ -77,7 +77,7 @@ def quantize_to_folder(
     Raises:
         MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
-    form = Form(
+    form = ProgramForm(
         backend=backend, four_bit=four_bit, external_weights=external_weights, compress=compress
     )
     solved = checkpoint_of(output)
@@ -103,7 +103,7 @@ def quantize_to_folder(
 def command_of(
     source: Source,
     config: MPQConfig,
-    form: Form,
+    form: ProgramForm,
     output: Path,
     *,
     trajectories: int,
@@ -139,7 +139,7 @@ def command_of(
 
 
 def check_start(
-    form: Form, config: MPQConfig, output: Path, *, resume: bool, overwrite: bool = False
+    form: ProgramForm, config: MPQConfig, output: Path, *, resume: bool, overwrite: bool = False
 ) -> None:
     """Refuse what `quantize_to_folder` could not end with, before the model is loaded.
 

@@ -8,13 +8,13 @@ from mpqdm_fx.io.files import write_text
 from mpqdm_fx.jobs.pictures import Drawn
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.numerics.metrics import sqnr_db
-from mpqdm_fx.report.gather import Measured, part_of, with_command
+from mpqdm_fx.report.gather import PartMeasurements, part_of, with_command
 from mpqdm_fx.report.page.gallery import Gallery, gallery_of
 from mpqdm_fx.report.page.render import render_report
 from mpqdm_fx.report.record import (
     PAGE,
     RECORD,
-    Part,
+    PartRecord,
     PictureNumbers,
     ReportRecord,
     write_record,
@@ -48,7 +48,7 @@ def write_report(
     quantized: QuantizedModel,
     source: Source,
     *,
-    measured: Measured,
+    measured: PartMeasurements,
     drawn: Drawn | None,
     summary: Mapping[str, Any],
     why_no_pictures: str = "",
@@ -88,7 +88,7 @@ def write_report(
 
 def record_of(
     model: str,
-    part: Part,
+    part: PartRecord,
     *,
     versions: Mapping[str, str],
     command: str | None,

@@ -8,7 +8,7 @@ from mpqdm_fx.errors import ArtifactError, MPQError
 from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.schema import read_listed
 from mpqdm_fx.model.summary import SUMMARY
-from mpqdm_fx.pipelines.inputs import PipelineInputs, inputs_of
+from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.pictures import DrawnPictures, draw_pictures
 from mpqdm_fx.pipelines.program_files import ProgramFiles
 from mpqdm_fx.pipelines.report import export_gallery, with_pictures

@@ -29,13 +29,13 @@ from mpqdm_fx.model.storage import load
 from mpqdm_fx.model.summary import SUMMARY, read_summary
 from mpqdm_fx.pipelines.components import as_recorded, is_in_pipeline
 from mpqdm_fx.records.validation import Some, checked
+from mpqdm_fx.report.against_float import measured_of
 from mpqdm_fx.report.comparison import compare_all
-from mpqdm_fx.report.gather import Measured, part_of, training_of, with_command
-from mpqdm_fx.report.measured import measured_of
+from mpqdm_fx.report.gather import PartMeasurements, part_of, training_of, with_command
 from mpqdm_fx.report.page.packages import can_render
 from mpqdm_fx.report.page.render import render_report
 from mpqdm_fx.report.record import PAGE, RECORD, ReportRecord, write_record
-from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.reference_run import EVALUATION_SEED
 from mpqdm_fx.sources.denoisers import (
     SOURCE,
     Denoiser,
@@ -287,15 +287,15 @@ def _measured(
     inputs: str | None,
     sensitivity: Path | None,
     why: str,
-) -> Measured:
+) -> PartMeasurements:
     """What can be measured of a folder that keeps no record of it."""
     if quantized is None or source is None:
-        return Measured(missing=dict.fromkeys(("levels", "kurtosis"), why))
+        return PartMeasurements(missing=dict.fromkeys(("levels", "kurtosis"), why))
     if inputs is not None:
         calls: Sequence[Mapping[str, Any]] = calls_of(inputs, source.model, held_out=0).calls
     elif source.scheduler is None:
         no_calls = f"{source.name} has no scheduler; give calls with --inputs module:function"
-        return Measured(missing=dict.fromkeys(("levels", "kurtosis"), no_calls))
+        return PartMeasurements(missing=dict.fromkeys(("levels", "kurtosis"), no_calls))
     else:
         calls = list(held_out_of(source, steps=_STEPS, seed=EVALUATION_SEED))
     compared = compare_all(
@@ -314,7 +314,7 @@ def _measured(
     )
 
 
-def _record(folder: ModelFolder, source: Source | None, measured: Measured) -> ReportRecord:
+def _record(folder: ModelFolder, source: Source | None, measured: PartMeasurements) -> ReportRecord:
     manifest = folder.manifest
     with folder.files.opened(WEIGHTS) as path:
         plan = read_packed(path, manifest.weights, name=folder.root / WEIGHTS).plan

@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 import torch
 
+from mpqdm_fx.backends.check_settings import check_settings
 from mpqdm_fx.backends.lower import lower_to_torch_ao, lower_to_xnnpack
 from mpqdm_fx.backends.names import BACKENDS, Backend
-from mpqdm_fx.backends.settings import check_settings
 from mpqdm_fx.backends.xnnpack.compressed import compress_program, drop_expansions
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
@@ -37,11 +37,11 @@ from mpqdm_fx.parity.verify import store_parity
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.plan import Fate
 from mpqdm_fx.records.validation import check_fields
+from mpqdm_fx.report.against_float import measured_of
 from mpqdm_fx.report.comparison import Comparison, compare_all
 from mpqdm_fx.report.images import save_rows
-from mpqdm_fx.report.measured import measured_of
 from mpqdm_fx.report.page.packages import can_render
-from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.reference_run import EVALUATION_SEED
 from mpqdm_fx.report.timing import time_per_step
 from mpqdm_fx.sources.denoisers import (
     PROGRAM,
@@ -53,7 +53,7 @@ from mpqdm_fx.sources.denoisers import (
 )
 from mpqdm_fx.sources.source import Source
 
-__all__ = ["FolderResult", "Form", "write_folder"]
+__all__ = ["FolderResult", "ProgramForm", "write_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class FolderResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class ProgramForm:
     """What a folder holds beside the packed weights, which are always there.
 
     Attributes:
@@ -115,7 +115,7 @@ class Form:
             )
 
     @classmethod
-    def of(cls, backend: Any, program: Program | None) -> "Form":
+    def of(cls, backend: Any, program: Program | None) -> "ProgramForm":
         """The form of a folder, from its summary's backend and its manifest's `program`.
 
         Raises:
@@ -140,7 +140,7 @@ def write_folder(
     source: Source,
     output: Path,
     *,
-    form: Form,
+    form: ProgramForm,
     steps: int,
     samples: int,
     subfolder: str | None = None,
@@ -230,7 +230,7 @@ def write_folder(
 
 
 def _write_program(
-    quantized: QuantizedModel, stage: Path, form: Form
+    quantized: QuantizedModel, stage: Path, form: ProgramForm
 ) -> tuple[XnnpackProgram, dict[str, Any]]:
     """Write the program; what it is, and what each compressed file expands to."""
     lowered = lower_to_xnnpack(

@@ -17,7 +17,7 @@ from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.run.cost import walk_memory
 from mpqdm_fx.sweep.build_lanes import two_lanes
-from mpqdm_fx.sweep.measured import check_budget
+from mpqdm_fx.sweep.measured_bits import check_budget
 
 __all__ = ["check_feasible", "weights_of"]
 

@@ -16,9 +16,9 @@ from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.schema import Format, Name, Ratio, Strict, plain, validated
 from mpqdm_fx.io.sealed import SealedFolder, seal
 from mpqdm_fx.io.versions import versions
-from mpqdm_fx.parity.inputs import INPUTS
+from mpqdm_fx.parity.compare_forms import FormValues
 from mpqdm_fx.parity.ladder import Ladder, Rung
-from mpqdm_fx.parity.measure import Measured
+from mpqdm_fx.parity.rung_inputs import INPUTS
 from mpqdm_fx.parity.sites import WEIGHT_OPS, Site
 
 __all__ = ["MEASURED_MARGIN_DB", "THRESHOLDS", "Thresholds"]
@@ -124,7 +124,7 @@ class Thresholds:
     versions: Mapping[str, str]
 
     @classmethod
-    def of(cls, measured: Measured, files: Mapping[str, Mapping[str, Any]]) -> "Thresholds":
+    def of(cls, measured: FormValues, files: Mapping[str, Mapping[str, Any]]) -> "Thresholds":
         """Derive thresholds from a measurement with stability.
 
         Args:

@@ -19,9 +19,16 @@ from mpqdm_fx.model.manifest import Program
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.model.stages import in_form_of, positional_inputs
 from mpqdm_fx.model.storage import load
-from mpqdm_fx.parity.inputs import INPUTS, Call, random_calls, read_calls, source_calls, write_calls
+from mpqdm_fx.parity.compare_forms import FormValues, ModelForm, measure
 from mpqdm_fx.parity.ladder import Ladder
-from mpqdm_fx.parity.measure import Form, Measured, measure
+from mpqdm_fx.parity.rung_inputs import (
+    INPUTS,
+    Call,
+    random_calls,
+    read_calls,
+    source_calls,
+    write_calls,
+)
 from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
 from mpqdm_fx.records.activations import DynamicActivation
 from mpqdm_fx.run.cost import bind_sizes, value_bytes
@@ -169,7 +176,7 @@ def _measure(
     *,
     stability: bool,
     floats: fx.GraphModule | None = None,
-) -> Measured:
+) -> FormValues:
     signature, notes = quantized.signature, []
     forms = []
     if model is None:
@@ -177,14 +184,14 @@ def _measure(
             "the float model is not there: its stored outputs stand for it, and the layers of the "
             "fake-quantized graph are compared with nothing"
         )
-        forms.append(Form(name="float", run=lambda number, _: outputs[number]))
+        forms.append(ModelForm(name="float", run=lambda number, _: outputs[number]))
     else:
         graph = floats
         if graph is None:
             with progress.stage("tracing"):
                 graph = in_form_of(quantized, model, example_call(signature))
-        forms.append(Form(name="float", graph=graph))
-    forms.append(Form(name="quantized", graph=_graph(quantized)))
+        forms.append(ModelForm(name="float", graph=graph))
+    forms.append(ModelForm(name="quantized", graph=_graph(quantized)))
     if runner is None:
         notes.append(f"there is no {PROGRAM}: the ladder ends with the fake-quantized graph")
     else:
@@ -197,13 +204,13 @@ def _measure(
     return measure(forms, inputs, notes=notes, stability=stability)
 
 
-def _program_forms(runner: Any, graphs: Any, quantized: QuantizedModel) -> list[Form]:
+def _program_forms(runner: Any, graphs: Any, quantized: QuantizedModel) -> list[ModelForm]:
     dynamic = any(isinstance(a, DynamicActivation) for a in quantized.ranges.values())
     return [
-        Form(name="decomposed", graph=graphs.decomposed),
-        Form(name="converted", graph=graphs.converted),
-        Form(name="edge", graph=graphs.edge),
-        Form(
+        ModelForm(name="decomposed", graph=graphs.decomposed),
+        ModelForm(name="converted", graph=graphs.converted),
+        ModelForm(name="edge", graph=graphs.edge),
+        ModelForm(
             name="pte",
             run=lambda _, inputs: runner(*inputs),
             against="decomposed" if dynamic else None,
@@ -232,7 +239,7 @@ def _source(folder: Path, model: str | None) -> Source:
     return source_of(folder, model)
 
 
-def _store(measured: Measured, calls: Sequence[Call], folder: Path) -> Thresholds:
+def _store(measured: FormValues, calls: Sequence[Call], folder: Path) -> Thresholds:
     names = (INPUTS, *program_names(open_folder(folder)))
     write_calls(folder / INPUTS, calls, measured.outputs["float"])
     thresholds = Thresholds.of(

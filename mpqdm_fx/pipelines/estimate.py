@@ -13,8 +13,8 @@ from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.pipelines.export import check_export
-from mpqdm_fx.pipelines.inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.layout import Size
+from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import side_settings
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from mpqdm_fx import errors
 from mpqdm_fx.api import quantize
-from mpqdm_fx.backends.settings import check_settings
+from mpqdm_fx.backends.check_settings import check_settings
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.sampling import scheduled
@@ -30,15 +30,15 @@ from mpqdm_fx.io.versions import versions
 from mpqdm_fx.model.feasibility import check_feasible, weights_of
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.pipelines import picture_files, program_files, runner
-from mpqdm_fx.pipelines.finish import finish
-from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs, inputs_of
+from mpqdm_fx.pipelines.finish_export import finish
 from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manifest
+from mpqdm_fx.pipelines.part_inputs import DenoiserCalls, PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.part_numbers import kept_part
 from mpqdm_fx.pipelines.parts import Part
-from mpqdm_fx.pipelines.programs import Judged, quantize_part, write_programs
+from mpqdm_fx.pipelines.programs import JudgedPart, quantize_part, write_programs
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
-from mpqdm_fx.pipelines.work import WorkFolder
+from mpqdm_fx.pipelines.work_folder import WorkFolder
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.former_keywords import former_keywords
 from mpqdm_fx.records.run_options import RunOptions
@@ -316,10 +316,10 @@ def _judge(
     config: MPQConfig | None,
     bound: float,
     run: RunOptions,
-) -> Judged:
+) -> JudgedPart:
     """Quantize one part; the denoiser as asked, the others if they stay good enough."""
     if config is None:
-        return Judged(quantized=None, sqnr_db=None)
+        return JudgedPart(quantized=None, sqnr_db=None)
     logger.info("quantizing %s", part.name)
     if part.name != "denoiser":
         side = replace(run, sensitivity=None)
@@ -329,7 +329,7 @@ def _judge(
     every = list(calls)
     held_out = [every[index] for index in calls.held_out_calls] or every
     compared = compare(part.module, found, held_out, noise_argument=config.noise_argument)
-    return Judged(
+    return JudgedPart(
         quantized=found,
         sqnr_db=compared.sqnr_db,
         seconds=found.report.seconds,
@@ -338,7 +338,7 @@ def _judge(
     )
 
 
-def _quality(judged: Judged) -> dict[str, Any]:
+def _quality(judged: JudgedPart) -> dict[str, Any]:
     if judged.quantized is None:
         return {"precision": "float", "quantized_sqnr_db": judged.sqnr_db}
     plan, settings = judged.quantized.plan, judged.quantized.settings

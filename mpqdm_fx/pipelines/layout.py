@@ -25,7 +25,7 @@ from mpqdm_fx.pipelines.parts import (
     TextEncoder,
 )
 from mpqdm_fx.records.validation import Count, check_value
-from mpqdm_fx.sources.names import BUNDLED, unknown_model
+from mpqdm_fx.sources.model_names import BUNDLED, unknown_model
 
 __all__ = ["SUPPORTED", "Kind", "Layout", "Size", "layout_of", "open_pipeline"]
 

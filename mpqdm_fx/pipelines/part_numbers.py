@@ -9,12 +9,12 @@ from mpqdm_fx.io.schema import Strict, plain
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.model.stages import in_form_of
 from mpqdm_fx.pipelines import parts
-from mpqdm_fx.pipelines.programs import Judged, WrittenMethod
+from mpqdm_fx.pipelines.programs import JudgedPart, WrittenMethod
 from mpqdm_fx.records.config import MPQConfig
-from mpqdm_fx.report.gather import Measured, kurtosis_of, part_of, program_of
+from mpqdm_fx.report.against_float import graph_of, measured_of
+from mpqdm_fx.report.gather import PartMeasurements, kurtosis_of, part_of, program_of
 from mpqdm_fx.report.layer_levels import running_sqnr
-from mpqdm_fx.report.measured import graph_of, measured_of
-from mpqdm_fx.report.record import FloatPart, Part
+from mpqdm_fx.report.record import FloatPart, PartRecord
 
 __all__ = ["KeptPart", "kept_part", "with_costs"]
 
@@ -28,7 +28,7 @@ class KeptPart(Strict):
     """
 
     seconds: float
-    numbers: Part | FloatPart
+    numbers: PartRecord | FloatPart
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -38,7 +38,7 @@ class KeptPart(Strict):
 
 def kept_part(
     part: parts.Part,
-    judged: Judged,
+    judged: JudgedPart,
     written: Sequence[WrittenMethod],
     config: MPQConfig | None,
     *,
@@ -59,7 +59,7 @@ def kept_part(
     methods = tuple(program_of(method.to_dict()) for method in written if method is not often)
     quantized = judged.quantized
     if quantized is None:
-        numbers: Part | FloatPart = FloatPart(
+        numbers: PartRecord | FloatPart = FloatPart(
             name=part.name,
             model_class=type(part.module).__name__,
             float32_bytes=4 * part.parameters,
@@ -91,7 +91,7 @@ def kept_part(
     return KeptPart(seconds=judged.seconds, numbers=numbers.model_copy(update={"methods": methods}))
 
 
-def _why_float(judged: Judged, config: MPQConfig | None, bound: float) -> str:
+def _why_float(judged: JudgedPart, config: MPQConfig | None, bound: float) -> str:
     if config is None:
         return "all parts were to stay in float (--float)"
     return (
@@ -101,8 +101,8 @@ def _why_float(judged: Judged, config: MPQConfig | None, bound: float) -> str:
 
 
 def _measured(
-    part: parts.Part, quantized: QuantizedModel, judged: Judged, sensitivity: str | Path | None
-) -> Measured:
+    part: parts.Part, quantized: QuantizedModel, judged: JudgedPart, sensitivity: str | Path | None
+) -> PartMeasurements:
     """What is told that needs the float part; of what runs once per image its weights alone."""
     floats = in_form_of(quantized, part.module, example_call(quantized.signature))
     if judged.comparison is not None:
@@ -115,7 +115,7 @@ def _measured(
             sensitivity=sensitivity,
         )
     once, names = "it runs once per image", [layer.name for layer in quantized.plan.layers]
-    return Measured(
+    return PartMeasurements(
         running=running_sqnr(floats, graph_of(quantized), names, judged.held_out),
         kurtosis=kurtosis_of(floats, quantized.plan),
         missing={
@@ -126,8 +126,12 @@ def _measured(
 
 
 def with_costs(
-    numbers: Part | FloatPart, costs: Mapping[str, Any], *, files: Mapping[str, int], threads: int
-) -> Part | FloatPart:
+    numbers: PartRecord | FloatPart,
+    costs: Mapping[str, Any],
+    *,
+    files: Mapping[str, int],
+    threads: int,
+) -> PartRecord | FloatPart:
     """The numbers of a part with what its program and its float model were measured to take.
 
     Args:

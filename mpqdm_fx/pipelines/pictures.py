@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpqdm_fx.numerics.metrics import ratio_db, sqnr_db
-from mpqdm_fx.pipelines.inputs import PipelineInputs
-from mpqdm_fx.pipelines.measure import FloatPrograms
+from mpqdm_fx.pipelines.measure_parts import FloatPrograms
+from mpqdm_fx.pipelines.part_inputs import PipelineInputs
 from mpqdm_fx.pipelines.program_files import ProgramFiles
 from mpqdm_fx.pipelines.runner import PipelineRunner
 from mpqdm_fx.report.comparison import row_powers
 from mpqdm_fx.report.record import PictureNumbers
-from mpqdm_fx.report.reference import EVALUATION_SEED, shows_pictures
+from mpqdm_fx.report.reference_run import EVALUATION_SEED, shows_pictures
 from mpqdm_fx.report.sample_metrics import measures_pictures, psnr, ssim
 
 __all__ = ["FLOAT", "GRID", "PROGRAMS", "DrawnPictures", "draw_pictures"]

@@ -30,7 +30,7 @@ from mpqdm_fx.split.timestep_table import tabulate_timesteps
 __all__ = [
     "DENOISE",
     "ENCODE_PROMPT",
-    "Judged",
+    "JudgedPart",
     "PartMethod",
     "WrittenMethod",
     "method_name",
@@ -51,7 +51,7 @@ ENCODE_PROMPT, DENOISE = "encode_prompt", "denoise"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class JudgedPart:
     """A part as it is to be lowered, and how good it is.
 
     Attributes:
@@ -125,7 +125,7 @@ def side_settings(config: MPQConfig) -> MPQConfig:
 
 def quantize_part(
     part: Part, calls: list[dict[str, Any]], config: MPQConfig, *, bound: float, run: RunOptions
-) -> Judged:
+) -> JudgedPart:
     """Quantize a text encoder or a half of the VAE, and keep that only if it is good.
 
     Args:
@@ -145,12 +145,12 @@ def quantize_part(
     ratio = sqnr_of(part.module, quantized, unseen)
     seconds = quantized.report.seconds
     if ratio >= bound:
-        return Judged(quantized=quantized, sqnr_db=ratio, seconds=seconds, held_out=unseen)
+        return JudgedPart(quantized=quantized, sqnr_db=ratio, seconds=seconds, held_out=unseen)
     logger.warning(
         "%s stays in float: quantized to 8 bits it has %.1f dB on held-out inputs, less than %.1f",
         part.name, ratio, bound,
     )  # fmt: skip
-    return Judged(quantized=None, sqnr_db=ratio, seconds=seconds)
+    return JudgedPart(quantized=None, sqnr_db=ratio, seconds=seconds)
 
 
 def sqnr_of(reference: nn.Module, quantized: nn.Module, calls: Iterable[Call]) -> float:

@@ -16,7 +16,7 @@ from mpqdm_fx.report.record import (
     PAGE,
     RECORD,
     FloatPart,
-    Part,
+    PartRecord,
     PictureNumbers,
     ReportRecord,
     write_record,
@@ -27,7 +27,7 @@ __all__ = ["export_gallery", "with_pictures", "write_export_report"]
 
 def write_export_report(
     folder: Path,
-    numbers: Mapping[str, Part | FloatPart],
+    numbers: Mapping[str, PartRecord | FloatPart],
     summary: Mapping[str, Any],
     manifest: Mapping[str, Any],
     drawn: DrawnPictures | None,
@@ -57,7 +57,7 @@ def write_export_report(
         )
         for name, part in numbers.items()
     }
-    quantized = tuple(part for part in parts.values() if isinstance(part, Part))
+    quantized = tuple(part for part in parts.values() if isinstance(part, PartRecord))
     backend = summary["backend_denoiser_sqnr_db"]
     record = ReportRecord(
         model=summary["model"] or summary["pipeline"],

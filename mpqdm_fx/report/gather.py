@@ -17,10 +17,10 @@ from mpqdm_fx.report.comparison import Comparison, LevelSqnr
 from mpqdm_fx.report.record import (
     ActivationNumbers,
     BytesByKind,
-    Judged,
+    JudgedRecipe,
     LayerNumbers,
     LevelNumbers,
-    Part,
+    PartRecord,
     Place,
     ProgramNumbers,
     ReportRecord,
@@ -29,7 +29,7 @@ from mpqdm_fx.report.record import (
 )
 
 __all__ = [
-    "Measured",
+    "PartMeasurements",
     "kurtosis_of",
     "part_of",
     "program_of",
@@ -40,7 +40,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class PartMeasurements:
     """What is measured with the float model at hand; empty where it was not.
 
     Attributes:
@@ -97,9 +97,9 @@ def part_of(
     plan: BitPlan,
     report: QuantizationReport,
     settings: Mapping[str, Any],
-    measured: Measured,
+    measured: PartMeasurements,
     summary: Mapping[str, Any] | None = None,
-) -> Part:
+) -> PartRecord:
     """The numbers of one quantized model.
 
     Args:
@@ -129,7 +129,7 @@ def part_of(
             "sensitivity", "a folder does not keep sensitivities; give the file of --sensitivity"
         )
     ratios = _ratios(measured, content)
-    return Part(
+    return PartRecord(
         name=name,
         model_class=model_class,
         backend=backend,
@@ -163,7 +163,7 @@ def part_of(
             for choice in report.activations
         ),
         judged=tuple(
-            Judged(
+            JudgedRecipe(
                 recipe=score.recipe,
                 sqnr_db=score.decibels,
                 by_group=score.sqnr_db,
@@ -178,7 +178,9 @@ def part_of(
     )
 
 
-def _ratios(measured: Measured, summary: Mapping[str, Any]) -> tuple[float | None, float | None]:
+def _ratios(
+    measured: PartMeasurements, summary: Mapping[str, Any]
+) -> tuple[float | None, float | None]:
     """SQNR of the noise: what the folder says, else what was measured now."""
     ratios = []
     for key, comparison in (
@@ -189,7 +191,7 @@ def _ratios(measured: Measured, summary: Mapping[str, Any]) -> tuple[float | Non
     return ratios[0], ratios[1]
 
 
-def _levels(measured: Measured, backend: str | None) -> tuple[LevelNumbers, ...]:
+def _levels(measured: PartMeasurements, backend: str | None) -> tuple[LevelNumbers, ...]:
     comparison = measured.quantized
     if comparison is None:
         return ()
@@ -210,7 +212,7 @@ def _levels(measured: Measured, backend: str | None) -> tuple[LevelNumbers, ...]
 
 
 def _layers(
-    plan: BitPlan, report: QuantizationReport, measured: Measured
+    plan: BitPlan, report: QuantizationReport, measured: PartMeasurements
 ) -> tuple[LayerNumbers, ...]:
     reports = {layer.name: layer for layer in report.layers}
     is_unet = any(layer.name.startswith(("down_blocks.", "up_blocks.")) for layer in plan.layers)
@@ -224,7 +226,7 @@ def _layers(
 
 
 def _layer(
-    planned: LayerPlan, report: LayerReport, measured: Measured, place: Place
+    planned: LayerPlan, report: LayerReport, measured: PartMeasurements, place: Place
 ) -> LayerNumbers:
     counts = Counter(planned.bits)
     return LayerNumbers(

@@ -25,7 +25,7 @@ from mpqdm_fx.io.progress import stage
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.records.validation import Count, Seed
 from mpqdm_fx.report.networks import Networks
-from mpqdm_fx.report.reference import (
+from mpqdm_fx.report.reference_run import (
     EVALUATION_SEED,
     Decode,
     ReferenceRun,

@@ -18,10 +18,10 @@ __all__ = [
     "BytesByKind",
     "Costs",
     "FloatPart",
-    "Judged",
+    "JudgedRecipe",
     "LayerNumbers",
     "LevelNumbers",
-    "Part",
+    "PartRecord",
     "PictureNumbers",
     "Place",
     "ProgramNumbers",
@@ -53,9 +53,9 @@ class LayerNumbers(Strict):
     `bits` counts channels by their width. `sqnr_db` is of the layer alone on held-out rows,
     `base_sqnr_db` the same without error propagation, whose strength is `alpha` (of the residual
     `beta`). `by_level` is the ratio of the layer's output in the running model at each of
-    `Part.levels`. `kurtosis` is of the float weights of its channels, `sensitivity` the squared
-    error of the model's output per squared error of a channel's. Of a model that is told no noise
-    level `running_sqnr_db` is what `by_level` is of others.
+    `PartRecord.levels`. `kurtosis` is of the float weights of its channels, `sensitivity` the
+    squared error of the model's output per squared error of a channel's. Of a model that is told no
+    noise level `running_sqnr_db` is what `by_level` is of others.
     """
 
     name: Name
@@ -116,7 +116,7 @@ class ActivationNumbers(Strict):
     slowdown: float
 
 
-class Judged(Strict):
+class JudgedRecipe(Strict):
     """One way to round the model, at its output on held-out calls, by group of noise levels."""
 
     recipe: Name
@@ -213,7 +213,7 @@ class Costs(Strict):
         return self.program_bytes or 0
 
 
-class Part(Costs):
+class PartRecord(Costs):
     """One quantized model."""
 
     backend: Name | None
@@ -230,7 +230,7 @@ class Part(Costs):
     levels: tuple[LevelNumbers, ...]
     layers: tuple[LayerNumbers, ...]
     activations: tuple[ActivationNumbers, ...]
-    judged: tuple[Judged, ...]
+    judged: tuple[JudgedRecipe, ...]
     trained: TrainingNumbers | None
     remarks: tuple[str, ...]
 
@@ -269,7 +269,7 @@ class ReportRecord(Strict):
     command: str | None
     versions: dict[str, str]
     pictures: PictureNumbers | None
-    parts: tuple[Part, ...]
+    parts: tuple[PartRecord, ...]
     missing: dict[str, str]
     float_parts: tuple[FloatPart, ...] = ()
 

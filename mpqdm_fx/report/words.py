@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["LADDERS", "Ladder", "word_of", "word_of_sqnr", "word_of_x0"]
+__all__ = ["WORD_SCALES", "WordScale", "word_of", "word_of_sqnr", "word_of_x0"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ladder:
+class WordScale:
     """Words of a metric, the best one first.
 
     Attributes:
@@ -36,15 +36,15 @@ class Ladder:
         return self.otherwise
 
 
-LADDERS: Mapping[str, Ladder] = {
+WORD_SCALES: Mapping[str, WordScale] = {
     # One call on the same inputs. Eight-bit rounding of all inputs alone leaves about 40 dB.
-    "epsilon_sqnr": Ladder(
+    "epsilon_sqnr": WordScale(
         steps=((40, "as float"), (30, "very close"), (20, "close"), (10, "rough")),
         otherwise="broken",
         higher_is_better=True,
     ),
     # A whole run from the same noise, along which errors add up: 15 to 20 dB below one call.
-    "x0_sqnr": Ladder(
+    "x0_sqnr": WordScale(
         steps=(
             (30, "the same pictures"),
             (20, "hardly a visible change"),
@@ -55,7 +55,7 @@ LADDERS: Mapping[str, Ladder] = {
         higher_is_better=True,
     ),
     # Of samples from the same noise, as the three below; see `report.image_metrics`.
-    "psnr": Ladder(
+    "psnr": WordScale(
         steps=(
             (40, "the same pictures"),
             (30, "hardly a visible change"),
@@ -65,7 +65,7 @@ LADDERS: Mapping[str, Ladder] = {
         otherwise="other pictures",
         higher_is_better=True,
     ),
-    "ssim": Ladder(
+    "ssim": WordScale(
         steps=(
             (0.98, "the same pictures"),
             (0.95, "hardly a visible change"),
@@ -77,7 +77,7 @@ LADDERS: Mapping[str, Ladder] = {
     ),
     # The bundled classifier's features: between two sets of 256 float samples of other noise the
     # distance is 7.
-    "frechet_distance": Ladder(
+    "frechet_distance": WordScale(
         steps=((0.5, "as float"), (2, "very close"), (7, "close"), (30, "another distribution")),
         otherwise="broken",
         higher_is_better=False,
@@ -93,7 +93,7 @@ def word_of(metric: str, value: float) -> str:
         metric: Name as of `report.gates.METRICS`.
         value: In the metric's unit.
     """
-    ladder = LADDERS.get(metric)
+    ladder = WORD_SCALES.get(metric)
     return "" if ladder is None else ladder.word(value)
 
 

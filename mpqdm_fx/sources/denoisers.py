@@ -21,7 +21,7 @@ from mpqdm_fx.model.folder import ModelFolder, open_folder
 from mpqdm_fx.model.storage import load
 from mpqdm_fx.records.validation import Count, DerivedSeed, checked
 from mpqdm_fx.sources.config_fields import CLASSES
-from mpqdm_fx.sources.names import is_function
+from mpqdm_fx.sources.model_names import is_function
 from mpqdm_fx.sources.source import Source
 from mpqdm_fx.sources.sources import load_source, make_source, scheduler_from_config
 

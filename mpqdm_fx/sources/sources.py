@@ -20,7 +20,7 @@ from mpqdm_fx.sources.config_fields import check_fields
 from mpqdm_fx.sources.example_inputs import ModelInputs
 from mpqdm_fx.sources.extra_channels import ExtraChannels, extra_channels_of
 from mpqdm_fx.sources.functions import calls_of, model_of
-from mpqdm_fx.sources.names import BUNDLED, check_name, is_function
+from mpqdm_fx.sources.model_names import BUNDLED, check_name, is_function
 from mpqdm_fx.sources.source import Source
 from mpqdm_fx.sources.weight_files import load_weights
 

@@ -20,7 +20,7 @@ from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.validation import Bytes, checked
 from mpqdm_fx.run.cost import bind_sizes, node_cost, walk_memory
 from mpqdm_fx.sweep.build_lanes import two_lanes
-from mpqdm_fx.sweep.work import layer_work
+from mpqdm_fx.sweep.layer_work import layer_work
 
 __all__ = ["Estimate", "estimate", "row_seconds", "stage_seconds"]
 

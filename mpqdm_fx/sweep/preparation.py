@@ -25,7 +25,7 @@ from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.run.cost import bind_sizes
 from mpqdm_fx.run.speed import InputOption
 from mpqdm_fx.sweep.checkpoint import Checkpoint
-from mpqdm_fx.sweep.measured import mean_bits, measured_table, solve_budget
+from mpqdm_fx.sweep.measured_bits import mean_bits, measured_table, solve_budget
 from mpqdm_fx.sweep.shards import Shards
 
 __all__ = ["Preparation", "prepared_sweep"]

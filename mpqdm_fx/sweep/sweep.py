@@ -53,10 +53,10 @@ from mpqdm_fx.sweep.collect import (
     residual_of,
     rows_key,
 )
+from mpqdm_fx.sweep.layer_work import layer_work
 from mpqdm_fx.sweep.preparation import Preparation
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerData, LayerSolution, solve_layer
-from mpqdm_fx.sweep.work import layer_work
 
 __all__ = ["Sweep", "install_solution"]
 

@@ -193,7 +193,7 @@ def test_conditions_are_judged_before_the_first_run(labels, message):
 
 
 def test_distill_judges_conditions_before_it_traces(monkeypatch):
-    monkeypatch.setattr("mpqdm_fx.distill.api.in_form_of", None)
+    monkeypatch.setattr("mpqdm_fx.distill.distillation.in_form_of", None)
     labels = {"class_labels": torch.tensor([1.0, float("nan")])}
     with pytest.raises(CalibrationError, match=r"'class_labels'.*NaN"):
         distill(

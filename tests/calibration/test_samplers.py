@@ -13,7 +13,7 @@ from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.nested import concatenate
 from mpqdm_fx.report.metrics import epsilon_sqnr
-from mpqdm_fx.report.reference import run_reference
+from mpqdm_fx.report.reference_run import run_reference
 from mpqdm_fx.report.sample_metrics import x0_sqnr
 
 SHAPE = (2, 6, 10)

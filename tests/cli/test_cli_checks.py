@@ -18,7 +18,7 @@ from mpqdm_fx.io.folders import holds_result, seal_folder
 from mpqdm_fx.jobs import distill as distill_job
 from mpqdm_fx.jobs import export as export_job
 from mpqdm_fx.jobs import quantize as quantize_job
-from mpqdm_fx.jobs.result_folder import Form
+from mpqdm_fx.jobs.result_folder import ProgramForm
 from mpqdm_fx.model.feasibility import weights_of
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.sources.sources import load_source
@@ -339,7 +339,7 @@ def test_the_space_that_there_is_suffices(tmp_path):
 
 def start(place, *, resume=False, **changed):
     settings = MPQConfig(weight_bits=2, allocation="uniform", **changed)
-    quantize_job.check_start(Form(backend="packed"), settings, place / "new", resume=resume)
+    quantize_job.check_start(ProgramForm(backend="packed"), settings, place / "new", resume=resume)
 
 
 def unfinished(place, settings):

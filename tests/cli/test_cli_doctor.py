@@ -8,7 +8,7 @@ from test_cli import run
 
 import mpqdm_fx
 from mpqdm_fx.io.progress import reporting
-from mpqdm_fx.jobs.diagnose import diagnose_model
+from mpqdm_fx.jobs.doctor import diagnose_model
 from mpqdm_fx.records.config import MPQConfig
 
 pytest.importorskip("executorch")

@@ -17,7 +17,7 @@ from mpqdm_fx.jobs.pareto import PARETO, budget_settings
 from mpqdm_fx.jobs.presets import read_recipe
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.sources.sources import load_source
-from mpqdm_fx.sweep import measured
+from mpqdm_fx.sweep import measured_bits
 
 QUICK = ["--backend", "packed", "--refinements", 0, "--propagation", 0, "--trajectories", 2]
 QUICK += ["--steps", 3, "--num", 4, "--samples", 0]
@@ -58,7 +58,7 @@ def curve(model_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("cli") / "curve"
     outcome = {}
     tables = pytest.MonkeyPatch()
-    measuring = Counted(measured.measure_sensitivity, tables, module=measured)
+    measuring = Counted(measured_bits.measure_sensitivity, tables, module=measured_bits)
     with pytest.MonkeyPatch.context() as monkeypatch:
         Counted(job.convert, monkeypatch, most=1)
         with pytest.raises(Killed):

@@ -14,7 +14,7 @@ import mpqdm_fx
 from mpqdm_fx.backends.xnnpack.convert import decomposed
 from mpqdm_fx.backends.xnnpack.doctor import Diagnosis
 from mpqdm_fx.backends.xnnpack.four_bit import four_bit_layers
-from mpqdm_fx.jobs import diagnose as diagnose_job
+from mpqdm_fx.jobs import doctor as doctor_job
 from mpqdm_fx.jobs import quantize as quantize_job
 from mpqdm_fx.model.folder import open_folder
 
@@ -132,7 +132,7 @@ def test_evaluate_inspect_and_doctor_take_the_folder(folder, monkeypatch):
         calls.append(options)
         return Diagnosis(delegates=1, delegated=1, outside=())
 
-    monkeypatch.setattr(diagnose_job, "diagnose", diagnose)
+    monkeypatch.setattr(doctor_job, "diagnose", diagnose)
     assert run("doctor", folder)[0] == 0
     assert calls == [{"four_bit": "never"}]
 

@@ -12,9 +12,9 @@ from records import edit_record, flip
 from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
 
 import mpqdm_fx
-from mpqdm_fx.distill.api import _held_out, _moved, distill
 from mpqdm_fx.distill.called import Called
 from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.distillation import _held_out, _moved, distill
 from mpqdm_fx.distill.importance import measure_effects
 from mpqdm_fx.distill.judge import Judge
 from mpqdm_fx.distill.losses import Losses

@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 from diffusers import DDIMScheduler
 from small import tiny_unet, unet_calls
 import mpqdm_fx
-from mpqdm_fx.distill.api import distill
+from mpqdm_fx.distill.distillation import distill
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.io.processes import is_first, joined
 

@@ -10,8 +10,8 @@ from samplers import Consistency, Guided, Heun
 from small import SIGMAS, TinyEDM, edm_calls
 
 import mpqdm_fx
-from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.distillation import distill
 from mpqdm_fx.distill.importance import measure_effects
 from mpqdm_fx.distill.runs import Recorder, Start
 from mpqdm_fx.errors import CalibrationError, ConfigError

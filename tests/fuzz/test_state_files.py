@@ -16,10 +16,10 @@ from mpqdm_fx.graph.signature import InputSpec, Signature
 from mpqdm_fx.io.sealed import read_json, seal, verified
 from mpqdm_fx.io.tensors import read_record, write_record
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
-from mpqdm_fx.parity.inputs import read_calls, write_calls
+from mpqdm_fx.parity.rung_inputs import read_calls, write_calls
 from mpqdm_fx.parity.sites import Site
 from mpqdm_fx.parity.thresholds import RungThresholds, Seen, Thresholds
-from mpqdm_fx.pipelines.work import WorkFolder
+from mpqdm_fx.pipelines.work_folder import WorkFolder
 from mpqdm_fx.records.activations import NoiseLevels
 from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.sweep.checkpoint import HEADER, Checkpoint

@@ -11,7 +11,7 @@ from mpqdm_fx.io.progress import reporting
 from mpqdm_fx.jobs.distill import distill_folder
 from mpqdm_fx.jobs.foretold import pareto_stages, quantize_stages
 from mpqdm_fx.jobs.quantize import quantize_to_folder
-from mpqdm_fx.jobs.result_folder import Form
+from mpqdm_fx.jobs.result_folder import ProgramForm
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.sources.sources import load_source
 
@@ -99,9 +99,9 @@ def test_what_settings_leave_out_is_not_foretold(model, options, missing):
 def test_of_several_budgets_the_first_one_measures(model):
     source = load_source(model, None, None)
     budgets = {bits: MPQConfig(weight_bits=bits, activation_mode="dynamic") for bits in (2, 3)}
-    stages = pareto_stages(source, budgets, Form(backend="packed"), samples=None)
+    stages = pareto_stages(source, budgets, ProgramForm(backend="packed"), samples=None)
     assert list(stages)[-3:] == ["2 bits", "3 bits", "page"]
     assert stages["2 bits"] > stages["3 bits"] > 0
-    picked = pareto_stages(source, budgets, Form(backend="packed"), samples=2)
+    picked = pareto_stages(source, budgets, ProgramForm(backend="packed"), samples=2)
     assert list(picked)[len(stages) - 1] == "comparing forms"
     assert list(picked)[-1] == "page"

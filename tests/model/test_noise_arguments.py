@@ -12,7 +12,7 @@ from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.io.folders import OUTPUTS
 from mpqdm_fx.model.feasibility import check_feasible
 from mpqdm_fx.model.proof import proof_inputs
-from mpqdm_fx.parity.inputs import random_calls
+from mpqdm_fx.parity.rung_inputs import random_calls
 from mpqdm_fx.records.activations import TimestepActivation
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.report.noise_levels import sqnr_by_noise_level

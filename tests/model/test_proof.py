@@ -16,8 +16,8 @@ from small import TinyNet, net_calls, plain_unet
 from torch import nn
 
 from mpqdm_fx.capture.trace import same_bits
-from mpqdm_fx.distill.api import distill
 from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.distillation import distill
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.io.folders import GRAPH, MANIFEST, OUTPUTS, seal_folder
 from mpqdm_fx.model import proof, storage

@@ -19,7 +19,7 @@ from mpqdm_fx.io.folders import MANIFEST, seal_folder
 from mpqdm_fx.io.sealed import Entry, read_json
 from mpqdm_fx.model.storage import load, write_model
 from mpqdm_fx.parity import verify as verify_module
-from mpqdm_fx.parity.inputs import INPUTS, random_calls, read_calls, write_calls
+from mpqdm_fx.parity.rung_inputs import INPUTS, random_calls, read_calls, write_calls
 from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
 from mpqdm_fx.parity.verify import store_parity, verify
 from mpqdm_fx.sources.sources import make_source

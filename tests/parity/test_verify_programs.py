@@ -16,7 +16,7 @@ from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.folders import seal_folder
 from mpqdm_fx.model.storage import load, write_model
-from mpqdm_fx.parity.inputs import INPUTS, read_calls
+from mpqdm_fx.parity.rung_inputs import INPUTS, read_calls
 from mpqdm_fx.parity.sites import sites
 from mpqdm_fx.parity.verify import verify
 

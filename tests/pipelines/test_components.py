@@ -13,10 +13,10 @@ import mpqdm_fx
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.jobs.calibration import calibration_of, held_out_of
 from mpqdm_fx.pipelines.components import in_pipeline
-from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.pipelines.layout import layout_of
+from mpqdm_fx.pipelines.part_inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.report.images import save_grid, save_rows
-from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.reference_run import EVALUATION_SEED
 from mpqdm_fx.sources.denoisers import draw, pictures, zoom_of
 from mpqdm_fx.sources.functions import GivenCalls
 from mpqdm_fx.sources.sources import load_source

@@ -11,7 +11,7 @@ from conditioned import CHEAP, PROMPTS, RUNS, run, source_in
 
 import mpqdm_fx
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.jobs.budgets import Judge
+from mpqdm_fx.jobs.budgets import BudgetJudge
 from mpqdm_fx.jobs.evaluate import check_gates
 from mpqdm_fx.jobs.evaluation import Evaluation, check_networks, evaluated_metrics
 from mpqdm_fx.report.gates import parse_gates
@@ -107,7 +107,7 @@ def test_a_vae_of_another_width_is_not_used(pipeline, tmp_path):
 def test_gates_and_budgets_judge_decoded_pictures(pipeline, quantized):
     source = source_in(pipeline[1], prompts=PROMPTS, guidance=3.0)
     check_gates(parse_gates(["psnr>=20", "ssim>=0.5"]), source, "packed")
-    judge = Judge(source, {"num": 3, "steps": 2, "seed": 90_000})
+    judge = BudgetJudge(source, {"num": 3, "steps": 2, "seed": 90_000})
     measured, images = judge.measure(mpqdm_fx.load(quantized))
     floats = judge.evaluation.run.images
     assert measured["psnr"] == pytest.approx(peak_ratio(pipeline[0].vae, floats, images), abs=1e-3)

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.estimate import estimate_export
-from mpqdm_fx.pipelines.inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.layout import layout_of
-from mpqdm_fx.pipelines.measure import FloatPrograms
+from mpqdm_fx.pipelines.measure_parts import FloatPrograms
+from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.runner import PipelineRunner
 
 KINDS = [

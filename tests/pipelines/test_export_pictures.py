@@ -8,10 +8,10 @@ import torch
 from eager_programs import EagerPrograms, eager_export
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.pipelines.inputs import inputs_of
+from mpqdm_fx.pipelines.part_inputs import inputs_of
 from mpqdm_fx.pipelines.pictures import FLOAT, PROGRAMS, draw_pictures
 from mpqdm_fx.pipelines.program_files import ProgramFiles
-from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.reference_run import EVALUATION_SEED
 
 KINDS = [
     "stable_diffusion", "stable_diffusion_xl", "inpainting", "ddpm", "ddim", "latent_diffusion",

@@ -16,7 +16,7 @@ from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.pipelines.parts import ImageDecoder
 from mpqdm_fx.pipelines.runner import PipelineRunner
-from mpqdm_fx.report.reference import EVALUATION_SEED
+from mpqdm_fx.report.reference_run import EVALUATION_SEED
 
 pytestmark = pytest.mark.xnnpack
 

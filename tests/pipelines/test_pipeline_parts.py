@@ -6,8 +6,8 @@ import torch
 
 from mpqdm_fx import MPQConfig
 from mpqdm_fx.capture.trace import trace
-from mpqdm_fx.pipelines.inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.pipelines.layout import layout_of
+from mpqdm_fx.pipelines.part_inputs import DenoiserCalls, PipelineInputs
 from mpqdm_fx.pipelines.programs import quantize_part, side_settings
 
 PROMPTS = ("a cat", "a dog", "three pears on a table")

@@ -8,7 +8,7 @@ from records import edit_json, flip
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.io.sealed import Entry
-from mpqdm_fx.pipelines.work import WorkFolder
+from mpqdm_fx.pipelines.work_folder import WorkFolder
 
 RUN = {"pipeline": "DDPMPipeline", "settings": {"seed": 0}, "sizes": [[8, 8]]}
 RECORD = {

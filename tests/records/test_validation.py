@@ -23,12 +23,12 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.jobs.estimate import estimate_run
 from mpqdm_fx.jobs.evaluate import evaluate_folder
 from mpqdm_fx.jobs.quantize import quantize_to_folder
-from mpqdm_fx.jobs.result_folder import Form
+from mpqdm_fx.jobs.result_folder import ProgramForm
 from mpqdm_fx.records.activations import ActivationRange, DynamicActivation, NoiseLevels
 from mpqdm_fx.records.config import MPQConfig, Override
 from mpqdm_fx.records.plan import BitPlan, FloatTensor, LayerPlan
 from mpqdm_fx.records.validation import Between, check_value, checked
-from mpqdm_fx.report.reference import run_reference
+from mpqdm_fx.report.reference_run import run_reference
 from mpqdm_fx.sources.denoisers import draw
 from mpqdm_fx.sweep.estimate import estimate
 
@@ -42,7 +42,7 @@ RECORDS = [
     LayerPlan(name="a", kind="Linear", shape=(1, 2), bits=(3,)),
     FloatTensor(name="a", numel=3, bits=32, is_weight=True, reason="b"),
     BitPlan(layers=()),
-    Form(backend="packed"),
+    ProgramForm(backend="packed"),
     TrainConfig(),
     mpqdm_fx.Pipeline(passes=()),
 ]

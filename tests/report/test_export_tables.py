@@ -4,8 +4,8 @@ import pytest
 
 from mpqdm_fx.cli.options import console
 from mpqdm_fx.report.export_metrics import EXPORTED, export_metrics
+from mpqdm_fx.report.export_tables import export_estimate_table, export_table, pictures_line
 from mpqdm_fx.report.gates import METRICS
-from mpqdm_fx.report.pipelines import export_estimate_table, export_table, pictures_line
 
 PART = {
     "precision": "rounded",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.report.metrics import epsilon_sqnr, evaluate_against, evaluate_denoiser
-from mpqdm_fx.report.reference import run_reference
+from mpqdm_fx.report.reference_run import run_reference
 from mpqdm_fx.report.sample_metrics import class_accuracy, frechet_distance, x0_sqnr
 
 

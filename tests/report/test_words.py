@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpqdm_fx.report.words import LADDERS, word_of, word_of_sqnr, word_of_x0
+from mpqdm_fx.report.words import WORD_SCALES, word_of, word_of_sqnr, word_of_x0
 
 
 @pytest.mark.parametrize(
@@ -21,9 +21,9 @@ def test_samples_are_judged_more_mildly_than_one_call():
     assert word_of_x0(5) == "other pictures"
 
 
-@given(st.sampled_from(sorted(LADDERS)), st.floats(-100, 100), st.floats(0, 100))
+@given(st.sampled_from(sorted(WORD_SCALES)), st.floats(-100, 100), st.floats(0, 100))
 def test_a_better_value_never_has_a_worse_word(metric, value, gain):
-    ladder = LADDERS[metric]
+    ladder = WORD_SCALES[metric]
     words = [word for _, word in ladder.steps] + [ladder.otherwise]
     better = value + gain if ladder.higher_is_better else value - gain
     assert words.index(word_of(metric, better)) <= words.index(word_of(metric, value))

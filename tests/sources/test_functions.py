@@ -7,7 +7,7 @@ from small import TinyEDM
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.sources.functions import calls_of, model_of
-from mpqdm_fx.sources.names import is_function
+from mpqdm_fx.sources.model_names import is_function
 
 FILE = """
 import torch

@@ -8,7 +8,7 @@ from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.sweep.finish import GraphQuantization, finish
-from mpqdm_fx.sweep.quantize import start_sweep
+from mpqdm_fx.sweep.start import start_sweep
 
 
 def traced(model: Any, calls: list[dict[str, Any]]) -> tuple[fx.GraphModule, list[dict[str, Any]]]:

@@ -9,7 +9,7 @@ from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.sweep.estimate import estimate
 from mpqdm_fx.sweep.finish import finish
-from mpqdm_fx.sweep.quantize import start_sweep
+from mpqdm_fx.sweep.start import start_sweep
 
 
 @pytest.fixture(scope="module")

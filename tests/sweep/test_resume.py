@@ -13,7 +13,7 @@ from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.sweep.finish import finish
-from mpqdm_fx.sweep.quantize import start_sweep
+from mpqdm_fx.sweep.start import start_sweep
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.sweep import sweep as sweep_module
 from mpqdm_fx.sweep.collect import rows_of_all_calls
 from mpqdm_fx.sweep.finish import finish
-from mpqdm_fx.sweep.quantize import start_sweep
 from mpqdm_fx.sweep.shards import Shards
+from mpqdm_fx.sweep.start import start_sweep
 from mpqdm_fx.sweep.sweep import Sweep
 from mpqdm_fx.testing.rerun import rerun_for_every_layer
 

@@ -7,10 +7,10 @@ from torch import fx
 
 from mpqdm_fx.backends.fit_channels import fit_channels, round_biases, split_calls
 from mpqdm_fx.backends.pt2e import convert_pt2e_graph
-from mpqdm_fx.backends.xnnpack.activations import runnable_activations, split_activations
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, four_bit_convolutions, split_mixed_layers
 from mpqdm_fx.backends.xnnpack.passes.linearize_pointwise import LinearizePointwise
 from mpqdm_fx.backends.xnnpack.pipelines import DECOMPOSE, REMEDIES
+from mpqdm_fx.backends.xnnpack.runnable_activations import runnable_activations, split_activations
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.records.activations import Activation, KernelActivation
 

@@ -24,9 +24,10 @@ from mpqdm_fx.backends.xnnpack.edge import (
     to_edge,
     to_program,
 )
-from mpqdm_fx.backends.xnnpack.files import written
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
+from mpqdm_fx.backends.xnnpack.lowering_stages import Stages
 from mpqdm_fx.backends.xnnpack.method import Method, argument_names
+from mpqdm_fx.backends.xnnpack.output_files import written
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 from mpqdm_fx.backends.xnnpack.runner import (
@@ -35,7 +36,6 @@ from mpqdm_fx.backends.xnnpack.runner import (
     require_executorch,
     weights_path,
 )
-from mpqdm_fx.backends.xnnpack.stages import Stages
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.records.activations import Activation

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpqdm_fx.report.page import text
-from mpqdm_fx.report.record import Costs, Part, ReportRecord
+from mpqdm_fx.report.record import Costs, PartRecord, ReportRecord
 from mpqdm_fx.report.words import word_of_sqnr
 
 __all__ = ["Card", "Whole", "cards_of", "whole_of"]
@@ -46,7 +46,7 @@ class Whole:
     rows: tuple[tuple[str, ...], ...]
 
 
-def cards_of(part: Part) -> tuple[Card, ...]:
+def cards_of(part: PartRecord) -> tuple[Card, ...]:
     """The five numbers that matter: size, time, memory, quality, whether the program is whole."""
     name = "Size" if part.program is None else "Program"
     return (
@@ -75,7 +75,7 @@ def whole_of(record: ReportRecord) -> Whole | None:
             _time(denoiser),
             _memory(largest, f"{largest.name}, "),
             _quality(denoiser)
-            if isinstance(denoiser, Part)
+            if isinstance(denoiser, PartRecord)
             else Card(name="Noise SQNR", value="float", note="the denoiser was not quantized"),
             _wholeness(parts),
         ),
@@ -85,7 +85,7 @@ def whole_of(record: ReportRecord) -> Whole | None:
 
 def _row(part: Costs) -> tuple[str, ...]:
     weights, ratio = "float", ""
-    if isinstance(part, Part):
+    if isinstance(part, PartRecord):
         weights = f"{text.bits_text(part.mean_bits)} bits"
         ratio = text.db_text(part.epsilon_sqnr_db)
     times, peaks = (
@@ -154,7 +154,7 @@ def _memory(part: Costs, of: str = "") -> Card:
     )
 
 
-def _quality(part: Part) -> Card:
+def _quality(part: PartRecord) -> Card:
     output = "Noise" if part.calls_per_step else "Output"
     db = part.backend_epsilon_sqnr_db
     db = part.epsilon_sqnr_db if db is None else db
@@ -171,7 +171,7 @@ def _quality(part: Part) -> Card:
     )
 
 
-def _bits(part: Part) -> Card:
+def _bits(part: PartRecord) -> Card:
     return Card(
         name="Bits a weight",
         value=text.bits_text(part.effective_bits),

@@ -19,7 +19,7 @@ from mpqdm_fx.report.page.svg import (
     chart,
 )
 from mpqdm_fx.report.page.text import bits_text, bytes_text, db_text
-from mpqdm_fx.report.record import LayerNumbers, Part
+from mpqdm_fx.report.record import LayerNumbers, PartRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ __all__ = [
 _ORDER = "layer, in running order"
 
 
-def bits_chart(part: Part) -> Chart:
+def bits_chart(part: PartRecord) -> Chart:
     """Bits of a weight along the model."""
     layers = part.layers
 
@@ -77,7 +77,7 @@ def bits_chart(part: Part) -> Chart:
     )
 
 
-def solve_chart(part: Part) -> Chart | None:
+def solve_chart(part: PartRecord) -> Chart | None:
     """Each layer's error with and without error propagation, and the strength that was chosen."""
     layers = part.layers
     known = [i for i, la in enumerate(layers) if _finite(la.sqnr_db)]
@@ -133,7 +133,7 @@ def solve_chart(part: Part) -> Chart | None:
     )
 
 
-def levels_chart(part: Part) -> Chart | None:
+def levels_chart(part: PartRecord) -> Chart | None:
     """The output's error along a run."""
     if not part.levels:
         return None
@@ -186,7 +186,7 @@ def levels_chart(part: Part) -> Chart | None:
     )
 
 
-def heat_chart(part: Part) -> Chart | None:
+def heat_chart(part: PartRecord) -> Chart | None:
     """Each layer's error at each noise level."""
     layers, levels = part.layers, part.levels
     if not levels or all(layer.by_level is None for layer in layers):
@@ -240,7 +240,7 @@ def heat_chart(part: Part) -> Chart | None:
     )
 
 
-def judged_chart(part: Part) -> Chart | None:
+def judged_chart(part: PartRecord) -> Chart | None:
     """The recipe and plain rounding by group of noise levels."""
     groups = max((len(score.by_group) for score in part.judged), default=0)
     if groups < 2:
@@ -293,7 +293,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-def bytes_chart(part: Part) -> Chart:
+def bytes_chart(part: PartRecord) -> Chart:
     """Where the bytes are."""
     sizes = {_KINDS[key]: size for key, size in part.bytes.model_dump().items() if size}
     program = part.program_bytes

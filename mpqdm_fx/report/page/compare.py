@@ -10,7 +10,7 @@ from mpqdm_fx.report.page.charts import band_places, finite_or_nan
 from mpqdm_fx.report.page.gallery import Gallery
 from mpqdm_fx.report.page.render import page_environment, setting_text
 from mpqdm_fx.report.page.svg import INK, SERIES, Chart, Table, chart
-from mpqdm_fx.report.record import Part, ReportRecord
+from mpqdm_fx.report.record import PartRecord, ReportRecord
 from mpqdm_fx.report.words import word_of_sqnr
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class ComparedRow:
     best: frozenset[int]
 
 
-_Number = Callable[[Part], float | None]
+_Number = Callable[[PartRecord], float | None]
 _Text = Callable[[float], str]
 
 
@@ -72,7 +72,7 @@ _NUMBERS: tuple[tuple[str, _Number, _Text, bool | None], ...] = (
 
 
 def compared_rows(
-    parts: Sequence[Part], x0_sqnr_db: Sequence[float] | None = None
+    parts: Sequence[PartRecord], x0_sqnr_db: Sequence[float] | None = None
 ) -> list[ComparedRow]:
     """The table of all numbers; a number that no folder knows has no row.
 
@@ -101,7 +101,7 @@ def _row(
     return ComparedRow(name=name, values=shown, best=best)
 
 
-def _worst(part: Part) -> float | None:
+def _worst(part: PartRecord) -> float | None:
     known = [la.sqnr_db for la in part.layers if la.sqnr_db is not None]
     return min(known, default=None)
 
@@ -146,13 +146,13 @@ def render_compare(
     )
 
 
-def _different_settings(parts: Sequence[Part]) -> list[tuple[str, ...]]:
+def _different_settings(parts: Sequence[PartRecord]) -> list[tuple[str, ...]]:
     keys: Mapping[str, None] = dict.fromkeys(key for part in parts for key in part.settings)
     rows = [(key, *(setting_text(part.settings.get(key)) for part in parts)) for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def _levels(names: Sequence[str], parts: Sequence[Part]) -> Chart | None:
+def _levels(names: Sequence[str], parts: Sequence[PartRecord]) -> Chart | None:
     """Output's error along a run, of every folder."""
     known = [(name, part) for name, part in zip(names, parts, strict=True) if part.levels]
     if not known:
@@ -186,7 +186,7 @@ def _levels(names: Sequence[str], parts: Sequence[Part]) -> Chart | None:
     )
 
 
-def _trade(names: Sequence[str], parts: Sequence[Part]) -> Chart | None:
+def _trade(names: Sequence[str], parts: Sequence[PartRecord]) -> Chart | None:
     """Bytes against noise SQNR."""
     known = [
         (name, part.shipped_bytes, part.epsilon_sqnr_db)
@@ -227,7 +227,7 @@ def _trade(names: Sequence[str], parts: Sequence[Part]) -> Chart | None:
     )
 
 
-def _bits(names: Sequence[str], parts: Sequence[Part]) -> Chart | None:
+def _bits(names: Sequence[str], parts: Sequence[PartRecord]) -> Chart | None:
     """Bits along the model, where the folders have the same layers."""
     layers = parts[0].layers
     if any([la.name for la in part.layers] != [la.name for la in layers] for part in parts):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 from mpqdm_fx.report.page.text import bits_text, bytes_text, db_text, shape_text
-from mpqdm_fx.report.record import LayerNumbers, LevelNumbers, Part, Spread
+from mpqdm_fx.report.record import LayerNumbers, LevelNumbers, PartRecord, Spread
 
 __all__ = ["BIT_AXIS", "LayerRow", "layer_rows"]
 
@@ -52,12 +52,12 @@ class LayerRow:
     missing: tuple[str, ...]
 
 
-def layer_rows(part: Part) -> list[LayerRow]:
+def layer_rows(part: PartRecord) -> list[LayerRow]:
     """Rows of all layers of a part, in running order."""
     return [_row(part, index, layer) for index, layer in enumerate(part.layers)]
 
 
-def _row(part: Part, index: int, layer: LayerNumbers) -> LayerRow:
+def _row(part: PartRecord, index: int, layer: LayerNumbers) -> LayerRow:
     drawings = [("Channels by their bits", _bits(layer))]
     missing = []
     if layer.kurtosis is not None:

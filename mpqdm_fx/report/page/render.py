@@ -13,7 +13,7 @@ from mpqdm_fx.report.page.cards import Card, cards_of, whole_of
 from mpqdm_fx.report.page.details import BIT_AXIS, LayerRow, layer_rows
 from mpqdm_fx.report.page.gallery import Gallery
 from mpqdm_fx.report.page.svg import Chart
-from mpqdm_fx.report.record import ActivationNumbers, Part, ReportRecord
+from mpqdm_fx.report.record import ActivationNumbers, PartRecord, ReportRecord
 from mpqdm_fx.report.words import word_of, word_of_sqnr, word_of_x0
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class PartView:
         defaults: All others.
     """
 
-    part: Part
+    part: PartRecord
     cards: tuple[Card, ...]
     charts: dict[str, Chart]
     layers: tuple[LayerRow, ...]
@@ -136,7 +136,7 @@ def _verdict(record: ReportRecord) -> str:
     return " ".join(sentences)
 
 
-def _view(part: Part) -> PartView:
+def _view(part: PartRecord) -> PartView:
     drawn = {
         chart.name.removeprefix(f"{part.name}-"): chart
         for chart in (

@@ -17,7 +17,7 @@ from mpqdm_fx.numerics.metrics import power_sums, ratio_db
 from mpqdm_fx.parity.ladder import Ladder, NodeParity, Rung
 from mpqdm_fx.parity.sites import WEIGHT_OPS, Site, matching_sites, sites
 
-__all__ = ["Form", "Measured", "measure"]
+__all__ = ["FormValues", "ModelForm", "measure"]
 
 # Nudges of several times the rounding error of a sum, and two of them: a value next to a tie falls
 # to the other side on another processor, and what that does to every layer behind is wanted here.
@@ -26,7 +26,7 @@ _NUDGE = 8 * NUDGE
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class ModelForm:
     """One form of the model.
 
     Attributes:
@@ -44,7 +44,7 @@ class Form:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class FormValues:
     """A ladder without thresholds, and what thresholds are made of.
 
     Attributes:
@@ -86,8 +86,8 @@ class _Powers:
 class _Pair:
     """A form, what it is compared with, and the sums so far."""
 
-    form: Form
-    before: Form
+    form: ModelForm
+    before: ModelForm
     matches: dict[Site, tuple[fx.Node, fx.Node]]
     nodes: dict[Site, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
     own: dict[Site, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
@@ -99,12 +99,12 @@ class _Pair:
 
 
 def measure(
-    forms: Sequence[Form],
+    forms: Sequence[ModelForm],
     calls: Sequence[Sequence[Any]],
     *,
     notes: Sequence[str] = (),
     stability: bool = False,
-) -> Measured:
+) -> FormValues:
     """Compare each form with the one before, on all calls.
 
     Args:
@@ -148,7 +148,7 @@ def measure(
         for rung in rungs
         if rung.unmatched
     ]
-    return Measured(
+    return FormValues(
         ladder=Ladder(rungs=tuple(rungs), calls=len(calls), notes=(*notes, *lost)),
         stability={p.form.name: {s: powers.db for s, powers in p.nudged.items()} for p in pairs},
         own_stability={
@@ -158,7 +158,7 @@ def measure(
     )
 
 
-def _matches(before: Form, after: Form) -> dict[Site, tuple[fx.Node, fx.Node]]:
+def _matches(before: ModelForm, after: ModelForm) -> dict[Site, tuple[fx.Node, fx.Node]]:
     if before.graph is None or after.graph is None:
         return {}
     return matching_sites(before.graph, after.graph)
@@ -185,7 +185,7 @@ class _KeepNudged(_Keep, Nudged):
 
 
 def _run(
-    form: Form, number: int, inputs: Sequence[Any], nodes: set[fx.Node]
+    form: ModelForm, number: int, inputs: Sequence[Any], nodes: set[fx.Node]
 ) -> tuple[dict[fx.Node, Tensor], tuple[Tensor, ...]]:
     if form.graph is None:
         assert form.run is not None

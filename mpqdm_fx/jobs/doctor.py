@@ -12,7 +12,7 @@ from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.io.folders import MANIFEST
 from mpqdm_fx.io.progress import expect, stage
 from mpqdm_fx.jobs.foretold import doctor_stages
-from mpqdm_fx.jobs.result_folder import Form
+from mpqdm_fx.jobs.result_folder import ProgramForm
 from mpqdm_fx.model.folder import open_folder
 from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.model.storage import load
@@ -68,7 +68,7 @@ def diagnose_model(
             four_bit="whole" if program is None else program.four_bit,
         )
     if config is not None:
-        Form(backend="xnnpack", four_bit=four_bit).check(config)
+        ProgramForm(backend="xnnpack", four_bit=four_bit).check(config)
     with stage("loading"):
         source = load_with_calls(name, subfolder, variant, inputs)
     with stage("tracing"):

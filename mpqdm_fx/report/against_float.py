@@ -9,7 +9,7 @@ from torch import fx
 from mpqdm_fx.bits.sensitivity_table import SensitivityTable
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.report.comparison import Comparison
-from mpqdm_fx.report.gather import Measured, kurtosis_of, sensitivity_of
+from mpqdm_fx.report.gather import PartMeasurements, kurtosis_of, sensitivity_of
 from mpqdm_fx.report.layer_levels import running_sqnr, sqnr_by_layer
 
 __all__ = ["graph_of", "measured_of"]
@@ -23,7 +23,7 @@ def measured_of(
     floats: fx.GraphModule,
     compared: Mapping[str, Comparison],
     sensitivity: str | Path | None = None,
-) -> Measured:
+) -> PartMeasurements:
     """What a report tells that needs the float model.
 
     Args:
@@ -52,7 +52,7 @@ def measured_of(
     elif quantized.settings.allocation != "measured":
         mode = quantized.settings.allocation
         missing["sensitivity"] = f'allocation="{mode}" measures none'
-    return Measured(
+    return PartMeasurements(
         quantized=comparison,
         backend=compared.get("backend"),
         by_level=by_level,

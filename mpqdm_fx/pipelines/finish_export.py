@@ -13,8 +13,8 @@ from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.progress import stage
 from mpqdm_fx.io.schema import plain, validated
 from mpqdm_fx.model.summary import SUMMARY
-from mpqdm_fx.pipelines.inputs import PipelineInputs
-from mpqdm_fx.pipelines.measure import drop_expanded, measure_parts
+from mpqdm_fx.pipelines.measure_parts import drop_expanded, measure_parts
+from mpqdm_fx.pipelines.part_inputs import PipelineInputs
 from mpqdm_fx.pipelines.part_numbers import KeptPart
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.pictures import GRID, DrawnPictures, draw_pictures

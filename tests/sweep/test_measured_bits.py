@@ -11,8 +11,8 @@ from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.records.plan import BitPlan
 from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.sweep import preparation
-from mpqdm_fx.sweep.measured import solve_budget
-from mpqdm_fx.sweep.quantize import start_sweep
+from mpqdm_fx.sweep.measured_bits import solve_budget
+from mpqdm_fx.sweep.start import start_sweep
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_the_table_is_written_once_and_read_for_another_budget(net, tmp_path, mo
     def refuse(*args, **options):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("mpqdm_fx.sweep.measured.measure_sensitivity", refuse)
+    monkeypatch.setattr("mpqdm_fx.sweep.measured_bits.measure_sensitivity", refuse)
     larger = settings_of(allocation="measured", effective_bits=4.0)
     start_sweep(graph, recorded(calls), larger, run=RunOptions(sensitivity=path))
 

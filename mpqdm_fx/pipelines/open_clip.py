@@ -8,7 +8,7 @@ from mpqdm_fx.errors import ArtifactError, first_line
 from mpqdm_fx.io.folders import MODEL_CONFIG
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.pipelines.folder import load_encoder
-from mpqdm_fx.report.clip import ClipScore
+from mpqdm_fx.report.clip_score import ClipScore
 
 __all__ = ["open_clip"]
 

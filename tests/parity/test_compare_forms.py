@@ -14,8 +14,8 @@ from mpqdm_fx.backends.xnnpack.reference import CLOSE_DB
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.graph.editing import copy_graph_module
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.parity.compare_forms import ModelForm, measure
 from mpqdm_fx.parity.ladder import Ladder
-from mpqdm_fx.parity.measure import Form, measure
 from mpqdm_fx.parity.sites import sites
 from mpqdm_fx.parity.thresholds import MEASURED_MARGIN_DB, Thresholds
 
@@ -39,7 +39,7 @@ def two_layers():
     nets = [TwoLayers(seed).requires_grad_(False) for seed in (0, 1)]
     calls = [(torch.randn(1, 6, generator=torch.Generator().manual_seed(n)),) for n in range(3)]
     graphs = [trace(net, {"x": torch.randn(2, 6)}) for net in nets]
-    forms = [Form(name=n, graph=g) for n, g in zip(("a", "b"), graphs, strict=True)]
+    forms = [ModelForm(name=n, graph=g) for n, g in zip(("a", "b"), graphs, strict=True)]
     return SimpleNamespace(nets=nets, calls=calls, rung=measure(forms, calls).ladder.rung("b"))
 
 
@@ -76,9 +76,9 @@ def graphs():
 
 def ladder_of(graphs, converted, thresholds: Thresholds | None = None) -> tuple[Ladder, Thresholds]:
     forms = [
-        Form(name="float", graph=graphs.rounded),
-        Form(name="quantized", graph=graphs.quantized),
-        Form(name="converted", graph=converted),
+        ModelForm(name="float", graph=graphs.rounded),
+        ModelForm(name="quantized", graph=graphs.quantized),
+        ModelForm(name="converted", graph=converted),
     ]
     measured = measure(forms, [tuple(graphs.inputs.values())], stability=thresholds is None)
     thresholds = thresholds or Thresholds.of(measured, {})
@@ -135,10 +135,10 @@ def test_a_form_without_a_graph_is_compared_by_its_outputs(graphs):
         return [graphs.quantized(*inputs) * 1.01]
 
     forms = [
-        Form(name="float", graph=graphs.rounded),
-        Form(name="quantized", graph=graphs.quantized),
-        Form(name="pte", run=run),
-        Form(name="other", run=run, against="quantized"),
+        ModelForm(name="float", graph=graphs.rounded),
+        ModelForm(name="quantized", graph=graphs.quantized),
+        ModelForm(name="pte", run=run),
+        ModelForm(name="other", run=run, against="quantized"),
     ]
     ladder = measure(forms, [tuple(graphs.inputs.values())]).ladder
     assert ladder.rung("pte").nodes == ()
@@ -150,6 +150,6 @@ def test_a_form_without_a_graph_is_compared_by_its_outputs(graphs):
 def test_a_layer_without_its_like_is_reported(graphs):
     changed = copy_graph_module(graphs.rounded)
     next(n for n in changed.graph.nodes if n.target == "mix").meta["nn_module_stack"] = {}
-    forms = [Form(name="float", graph=graphs.rounded), Form(name="other", graph=changed)]
+    forms = [ModelForm(name="float", graph=graphs.rounded), ModelForm(name="other", graph=changed)]
     ladder = measure(forms, [tuple(graphs.inputs.values())]).ladder
     assert ladder.rung("other").unmatched == ("mix",)

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 import mpqdm_fx
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.jobs.evaluation import Evaluation, check_networks
-from mpqdm_fx.pipelines.clip import open_clip
+from mpqdm_fx.pipelines.open_clip import open_clip
 from mpqdm_fx.report.networks import Networks
 
 FEW = ["--num", 3, "--steps", 2]

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from mpqdm_fx.backends.xnnpack.compressed import drop_expansions
 from mpqdm_fx.graph.nested import tensor_leaves
-from mpqdm_fx.pipelines.inputs import PipelineInputs
 from mpqdm_fx.pipelines.memory import nested, part_peak
+from mpqdm_fx.pipelines.part_inputs import PipelineInputs
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.program_files import ProgramFiles
 from mpqdm_fx.report.timing import time_per_step
