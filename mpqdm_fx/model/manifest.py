@@ -38,7 +38,7 @@ def _bounded(signature: Signature) -> Signature:
 
 
 class Program(Strict):
-    """What a program was made with; see `jobs.result_folder.Form`.
+    """What a program was made with; see `jobs.result_folder.ProgramForm`.
 
     Attributes:
         expanded: Size and hash of what each compressed file expands to.
