@@ -146,11 +146,11 @@ def check_tensors(
         state = "is missing" if name in expected else "has no place in this run"
         raise ArtifactError(f"{path} is damaged: {name[:100]!r} {state}; {RESTART}")
     for name, tensor in tensors.items():
-        other = expected[name]
-        if tensor.dtype != other.dtype or tensor.shape != other.shape:
+        reference = expected[name]
+        if tensor.dtype != reference.dtype or tensor.shape != reference.shape:
             raise ArtifactError(
                 f"{path} is damaged: {name!r} is {tensor.dtype} {list(tensor.shape)}, this run has "
-                f"{other.dtype} {list(other.shape)}; {RESTART}"
+                f"{reference.dtype} {list(reference.shape)}; {RESTART}"
             )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ArtifactError(f"{path} is damaged: {name!r} holds NaN or infinity; {RESTART}")

@@ -111,9 +111,9 @@ def distill(
     _check_batch(quantized.signature, config)
     teacher = unwrap(teacher)
     graph = _float_graph(quantized, teacher)
-    own_loop = is_sampler(scheduler)
-    check_loop(scheduler, None if own_loop else config.steps, config.guidance_scale)
-    if not own_loop:
+    sampled = is_sampler(scheduler)
+    check_loop(scheduler, None if sampled else config.steps, config.guidance_scale)
+    if not sampled:
         check_scheduled(teacher)
     fingerprint = graph_fingerprint(graph)
     student = _moved(make_student(quantized, graph, config), device)

@@ -273,8 +273,8 @@ class TrainableRange(ActivationQuantizer):
         super().__init__()
         self.bits = ranges[0].bits
         self.quant_min, self.quant_max = ranges[0].quant_min, ranges[0].quant_max
-        scales = torch.tensor([chosen.scale for chosen in ranges], dtype=torch.float32)
-        zeros = torch.tensor([float(chosen.zero_point) for chosen in ranges])
+        scales = torch.tensor([activation.scale for activation in ranges], dtype=torch.float32)
+        zeros = torch.tensor([float(activation.zero_point) for activation in ranges])
         self.register_buffer("start_scale", scales, persistent=False)
         self.register_buffer("start_zero", zeros, persistent=False)
         self.log_scale = nn.Parameter(torch.zeros(len(ranges)))
