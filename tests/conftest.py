@@ -5,6 +5,7 @@ time; nightly (1000, others every time), which belongs to the matrix.
 """
 
 import os
+import signal
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -31,6 +32,9 @@ settings.register_profile(
     "nightly", max_examples=1000, deadline=None, suppress_health_check=_SLOW_IS_FINE
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+# A shell that starts the tests in the background has them ignore it, and so would what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Sums of convolutions depend on the number of threads; bit-equality is claimed at equal numbers.
 torch.set_num_threads(1)

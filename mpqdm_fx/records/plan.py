@@ -100,7 +100,7 @@ def _widths(runs: Any) -> Any:
         raise ValueError("the widths are no pairs of bits and count")
     counts = [count for _, count in runs]
     if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) > _CHANNELS:
-        raise ValueError("the counts of widths are none of a layer")
+        raise ValueError(f"counts of channels are whole and at most {_CHANNELS} together")
     return tuple(bits for bits, count in runs for _ in range(count))
 
 

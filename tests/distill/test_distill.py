@@ -39,12 +39,21 @@ def quantized():
     return mpqdm_fx.quantize(tiny_unet(), SETTINGS, unet_calls())
 
 
+PLAIN = {"updates": 20, "ema": 0.0, "correct_mean": False}
+
+
 def distilled(quantized, directory=None, scheduler=None, conditions=LABELS, **settings):
     config = dataclasses.replace(CONFIG, **settings)
     return distill(
         quantized, tiny_unet(), config, scheduler=scheduler or DDIMScheduler(),
         conditions=conditions, directory=directory,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(quantized):
+    """A short training without any option."""
+    return distilled(quantized, **PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +103,9 @@ def test_runs_hold_what_the_model_was_given_and_answered(parts):
     assert torch.equal(batch.previous["sample"][1], batch.inputs["sample"][1])
 
 
-@pytest.mark.parametrize("relation", ["none", "trd", "queue"])
+@pytest.mark.parametrize(
+    "relation", ["none", "trd", pytest.param("queue", marks=pytest.mark.matrix)]
+)
 def test_loss_falls_and_sizes_stay(quantized, relation):
     # the correction of the mean alone would lower the error
     result = distilled(
@@ -133,10 +144,9 @@ def test_interrupted_run_equals_the_uninterrupted_one(quantized, tmp_path, monke
 @pytest.mark.parametrize(
     "settings", [{"recompute": 5}, {"mixed_precision": True}, {"noise_bias": (3.0, 1.0)}]
 )
-def test_options_train_too(quantized, settings):
-    result = distilled(quantized, updates=20, ema=0.0, correct_mean=False, **settings)
+def test_options_train_too(quantized, plain, settings):
+    result = distilled(quantized, **PLAIN, **settings)
     assert result.after < 0.9 * result.before
-    plain = distilled(quantized, updates=20, ema=0.0, correct_mean=False)
     # recomputing alone changes no number
     assert (result.after == plain.after) is ("recompute" in settings)
 
@@ -145,7 +155,7 @@ def test_options_train_too(quantized, settings):
 def test_stochastic_rounding_takes_the_same_draws_when_a_pass_is_computed_again(quantized):
     errors = [
         distilled(
-            quantized, updates=20, ema=0.0, correct_mean=False, rounding=rounding,
+            quantized, **PLAIN, rounding=rounding,
             recompute=recompute,
         ).after
         for rounding, recompute in [("nearest", 0), ("stochastic", 0), ("stochastic", 5)]

@@ -45,7 +45,16 @@ def pair_of(name, model, calls):
     return quantized, teacher
 
 
-@pytest.fixture(scope="module", params=CASES)
+_RARE = ("narrow", "int4")
+"""What the other cases hold in parts: of the long matrix."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.matrix) if name in _RARE else name for name in CASES
+    ],
+)
 def case(request):
     return *pair_of(request.param, tiny_unet(), unet_calls()), unet_calls(seed=9)[0]
 

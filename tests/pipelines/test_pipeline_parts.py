@@ -4,7 +4,7 @@ import pytest
 import tiny_pipelines
 import torch
 
-from mpqdm_fx import MPQConfig
+from mpqdm_fx import MPQConfig, RunOptions
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.pipelines.layout import layout_of
 from mpqdm_fx.pipelines.part_inputs import DenoiserCalls, PipelineInputs
@@ -51,7 +51,7 @@ def test_encoders_give_the_pipelines_embeddings_and_trace_bit_equal(tmp_path, ki
 def test_layers_behind_the_state_that_is_taken_are_not_quantized(tmp_path):
     part = layout_of(tiny_pipelines.stable_diffusion_xl(tmp_path)).parts["text_encoder"]
     calls = [{"input_ids": torch.randint(50, (4, tiny_pipelines.LENGTH))} for _ in range(4)]
-    quantized = quantize_part(part, calls, MPQConfig(), bound=0.0).quantized
+    quantized = quantize_part(part, calls, MPQConfig(), bound=0.0, run=RunOptions()).quantized
     assert any("layers.0." in name for name in quantized.ranges)
     assert not any("layers.1." in name for name in quantized.ranges)
     assert not any("layers.1." in layer.name for layer in quantized.plan.layers)
@@ -123,10 +123,10 @@ def test_a_part_is_kept_in_int8_only_above_the_bound(tmp_path, caplog):
     inputs = inputs_of(tiny_pipelines.stable_diffusion(tmp_path))
     part = inputs.layout.parts["vae_decoder"]
     calls = inputs.calls("vae_decoder")
-    good = quantize_part(part, calls, MPQConfig(), bound=10.0)
+    good = quantize_part(part, calls, MPQConfig(), bound=10.0, run=RunOptions())
     assert good.quantized is not None
     assert good.sqnr_db > 10
-    bad = quantize_part(part, calls, MPQConfig(), bound=good.sqnr_db + 1)
+    bad = quantize_part(part, calls, MPQConfig(), bound=good.sqnr_db + 1, run=RunOptions())
     assert bad.quantized is None
     assert bad.sqnr_db == good.sqnr_db
     assert "vae_decoder stays in float" in caplog.text

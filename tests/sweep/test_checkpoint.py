@@ -148,7 +148,7 @@ def _plan(**changes):
         (_head(more=1), "more"),
         (_plan(levels="best"), "levels"),
         (_plan(bits=[[9, 4]]), "bits"),
-        (_plan(bits=[[2, 2**62]]), "no width for each of 4 channels"),
+        (_plan(bits=[[2, 2**62]]), "bits: counts of channels are whole and at most"),
         (_plan(shape=[4, 8]), "a Linear of shape"),
         (_plan(kind="Conv2d"), "a Conv2d of shape"),
         (change_tensor("codes", lambda x: x.float()), "codes is torch.float32"),
