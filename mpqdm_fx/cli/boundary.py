@@ -30,7 +30,7 @@ from mpqdm_fx.cli.usage import USAGE_ERROR, usage_line
 from mpqdm_fx.errors import MPQError
 from mpqdm_fx.io.versions import versions
 
-__all__ = ["INTERNAL", "KINDS", "Kind", "Told", "run", "tell"]
+__all__ = ["INTERNAL", "KINDS", "Ending", "Kind", "run", "tell"]
 
 INTERNAL = 70
 """Exit status of what should not happen (`EX_SOFTWARE` of sysexits.h)."""
@@ -40,7 +40,7 @@ Places = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Told:
+class Ending:
     """What a user is told of an exception.
 
     Attributes:
@@ -87,13 +87,13 @@ def run(app: typer.Typer) -> NoReturn:
     sys.exit(status)
 
 
-def _print(ending: Told) -> int:
+def _print(ending: Ending) -> int:
     with suppress(OSError):
         say(Console(stderr=True), ending.line, style="red")
     return ending.status
 
 
-def tell(error: BaseException, places: Places) -> Told:
+def tell(error: BaseException, places: Places) -> Ending:
     """What an exception means to who typed the command.
 
     Args:
@@ -101,12 +101,12 @@ def tell(error: BaseException, places: Places) -> Told:
         places: What was typed.
     """
     if isinstance(error, Stopped):
-        return Told(error.status, _stopped(error, places))
+        return Ending(error.status, _stopped(error, places))
     for kind in KINDS:
         if kind.holds(error):
-            return Told(2, f"error: {kind.line(error, places)}")
+            return Ending(2, f"error: {kind.line(error, places)}")
     cause = f"{type(error).__name__}: {_flat(error)}"[:200]
-    return Told(INTERNAL, f"internal error ({cause}), please report it with {_log(error)}")
+    return Ending(INTERNAL, f"internal error ({cause}), please report it with {_log(error)}")
 
 
 _RESUMABLE = ("quantize", "distill", "export", "pareto")

@@ -87,16 +87,16 @@ class _Guard:
     def write(self, text: str) -> int:
         if self._before is not None:
             self._before()
-        with self._told():
+        with self._failures():
             return int(self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        with self._told():
+        with self._failures():
             self._stream.flush()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _failures(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -60,12 +60,12 @@ def usage_line(error: Any) -> str:
         error: A `USAGE_ERROR`.
     """
     command = error.ctx.command_path if error.ctx is not None else "mpqdm-fx"
-    message = _told(error) or "no command was given"
+    message = _message(error) or "no command was given"
     see = " See" if message.endswith("?") else "; see"
     return f"{message}{see} {command} --help"
 
 
-def _told(error: Any) -> str:
+def _message(error: Any) -> str:
     param = getattr(error, "param", None)
     if param is None or not error.message:
         return str(error.format_message()).strip().rstrip(".").removeprefix("Invalid value: ")

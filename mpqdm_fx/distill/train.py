@@ -115,7 +115,7 @@ class Trainer:
             set_progress(self.optimiser, progress)
             self._update()
             self.history.seconds = before + time.perf_counter() - started
-            training(progress - training.done, note=self._told())
+            training(progress - training.done, note=self._note())
             if self.directory is not None and time.perf_counter() - saved > _SAVE_SECONDS:
                 self.save()
                 saved = time.perf_counter()
@@ -138,7 +138,7 @@ class Trainer:
             distributed.broadcast(share, src=0)
         return float(share)
 
-    def _told(self) -> str:
+    def _note(self) -> str:
         loss = sum(self._recent[-50:]) / max(1, len(self._recent[-50:]))
         quality = -10 * math.log10(loss) if loss > 0 else math.inf
         return f"update {self.history.updates}, {quality:.2f} dB"

@@ -111,8 +111,10 @@ def evaluate_folder(
             metrics = _compared(source, quantized, inputs)
     else:
         evaluation = Evaluation.of(source, num=num, steps=steps, seed=seed, networks=networks)
-        metrics = _told(evaluation.measure(quantized))
-    return FolderEvaluation(metrics=metrics, verdicts=judge(gates, {**numbers, **_known(metrics)}))
+        metrics = _measured(evaluation.measure(quantized))
+    return FolderEvaluation(
+        metrics=metrics, verdicts=judge(gates, {**numbers, **_documented(metrics)})
+    )
 
 
 def check_gates(gates: Sequence[Gate], source: Source, backend: str) -> None:
@@ -179,15 +181,15 @@ def _wanted_of(result: FolderResult, names: set[str], *, steps: int, num: int) -
         source, num=num, steps=steps, seed=EVALUATION_SEED,
         pictures=not names.isdisjoint(PICTURE_METRICS),
     )  # fmt: skip
-    return _known(_told(evaluation.measure(result.quantized)))
+    return _documented(_measured(evaluation.measure(result.quantized)))
 
 
-def _told(result: EvaluationResult) -> dict[str, Any]:
+def _measured(result: EvaluationResult) -> dict[str, Any]:
     """What was measured, ratios as numbers."""
     return {name: getattr(result, name) for name in result.to_dict()}
 
 
-def _known(metrics: dict[str, Any]) -> dict[str, float]:
+def _documented(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name in METRICS}
 
 

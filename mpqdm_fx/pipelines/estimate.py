@@ -134,8 +134,8 @@ def estimate_export(
     )  # fmt: skip
     parts, solved = {}, 0
     for part in inputs.layout.parts.values():
-        found, disk = _part(part, inputs, config, chosen, measure, max_memory)
-        parts[part.name] = found
+        estimated, disk = _part(part, inputs, config, chosen, measure, max_memory)
+        parts[part.name] = estimated
         solved = max(solved, disk)
     # in float, by the programs, and by these again on the calls of the float runs
     drawing = samples * (1 + 2 * _PROGRAM) * _image_seconds(parts, inputs)
@@ -181,7 +181,7 @@ def _part(
         quantize += call_seconds * calls * rows if config is not None else 0.0
     methods = len(sizes) if part.sized else 1
     lower = methods * (len(layers) * _LOWER_LAYER + weights * _LOWER_WEIGHT)
-    found = PartEstimate(
+    estimated = PartEstimate(
         parameters=part.parameters,
         float_bytes=4 * part.parameters,
         program_bytes=stored + methods * len(layers) * _LAYER_BYTES,
@@ -191,7 +191,7 @@ def _part(
         measure_seconds=(2 * _PROCESS + 2 * _TIMED * call_seconds) if measure else 0.0,
         peak_bytes=peak,
     )
-    return found, disk
+    return estimated, disk
 
 
 def _calls(part: Part, inputs: PipelineInputs) -> tuple[int, int]:

@@ -237,9 +237,14 @@ def export_pipeline(
             kept = kept_part(
                 part, judged, written, config, bound=minimum_sqnr_db, sensitivity=run.sensitivity
             )
-            methods = [one.entry for one in written]
-            told = {"methods": methods, "quality": _quality(judged), "report": kept.to_dict()}
-            record = work.finish(part.name, told)
+            record = work.finish(
+                part.name,
+                {
+                    "methods": [method.entry for method in written],
+                    "quality": _quality(judged),
+                    "report": kept.to_dict(),
+                },
+            )
         records[part.name] = record
     with staged_directory(target, MANIFEST, overwrite=overwrite) as stage:
         expanded = {}
@@ -325,14 +330,14 @@ def _judge(
         side = replace(run, sensitivity=None)
         return quantize_part(part, inputs.calls(part.name), config, bound=bound, run=side)
     calls = DenoiserCalls(inputs.runs)
-    found = quantize(part.module, config, calls, run=run)
-    every = list(calls)
-    held_out = [every[index] for index in calls.held_out_calls] or every
-    compared = compare(part.module, found, held_out, noise_argument=config.noise_argument)
+    quantized = quantize(part.module, config, calls, run=run)
+    recorded = list(calls)
+    held_out = [recorded[index] for index in calls.held_out_calls] or recorded
+    compared = compare(part.module, quantized, held_out, noise_argument=config.noise_argument)
     return JudgedPart(
-        quantized=found,
+        quantized=quantized,
         sqnr_db=compared.sqnr_db,
-        seconds=found.report.seconds,
+        seconds=quantized.report.seconds,
         comparison=compared,
         held_out=held_out,
     )

@@ -87,7 +87,7 @@ def told_levels(batches: Sequence[Mapping[str, Any]], name: str) -> Tensor:
     Returns:
         float64 [N], N samples of all calls.
     """
-    return torch.cat([_told(batch[name], batch_size_of(batch)) for batch in batches])
+    return torch.cat([_noise_levels(batch[name], batch_size_of(batch)) for batch in batches])
 
 
 def _argument(batch: Mapping[str, Any], name: str | None) -> str:
@@ -102,7 +102,7 @@ def _argument(batch: Mapping[str, Any], name: str | None) -> str:
     return known
 
 
-def _told(value: Any, batch: int) -> Tensor:
+def _noise_levels(value: Any, batch: int) -> Tensor:
     # of float32 the decimal that was meant: 0.3, not 0.30000001
     levels = torch.as_tensor(value).detach().flatten().cpu()
     exact = torch.tensor([float(f"{level:.7g}") for level in levels.tolist()], dtype=torch.float64)

@@ -180,10 +180,10 @@ def make_source(
     inputs = ModelInputs(
         class_name=class_name or type(model).__name__,
         config=dict(model.config if config is None else config),
-        text_width=_told(root, "text_encoder_2/config.json", "projection_dim", int),
+        text_width=_stored(root, "text_encoder_2/config.json", "projection_dim", int),
         aesthetic=aesthetic
         if aesthetic is not None
-        else _told(root, "model_index.json", "requires_aesthetics_score", bool),
+        else _stored(root, "model_index.json", "requires_aesthetics_score", bool),
     )
     example = inputs.example()
     shape, extra = tuple(example.get("sample", torch.empty(0)).shape[1:]), None
@@ -207,9 +207,9 @@ def _extra_of(inputs: ModelInputs, scheduler: Any, root: Path | None) -> ExtraCh
     extra = extra_channels_of(
         inputs.config,
         learned_variance=variance.startswith("learned"),
-        scaling=_told(root, "vae/config.json", "scaling_factor", int | float),
+        scaling=_stored(root, "vae/config.json", "scaling_factor", int | float),
     )
-    pipeline = _told(root, "model_index.json", "_class_name", str)
+    pipeline = _stored(root, "model_index.json", "_class_name", str)
     if extra is not None and pipeline is not None and pipeline.startswith("Marigold"):
         raise ConfigError(
             f"a {pipeline} has its picture before the noisy channels; use the Python interface "
@@ -218,7 +218,7 @@ def _extra_of(inputs: ModelInputs, scheduler: Any, root: Path | None) -> ExtraCh
     return extra
 
 
-def _told(root: Path | None, file: str, name: str, kind: type | UnionType) -> Any:
+def _stored(root: Path | None, file: str, name: str, kind: type | UnionType) -> Any:
     """What another file of a pipeline's folder says; None if it does not, or nothing of use."""
     if root is None or not (root / file).is_file():
         return None

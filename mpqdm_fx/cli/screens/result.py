@@ -46,7 +46,7 @@ class ResultScreen:
 
     def _lines(self, width: int) -> Iterator[tuple[str, str]]:
         """Labels and values, each a line."""
-        for label, value in _told(self.summary):
+        for label, value in _facts(self.summary):
             for index, line in enumerate(textwrap.wrap(value, width - _LABEL)):
                 yield "" if index else label, line
         layers = [] if self.report is None else list(self.report.layers)
@@ -60,7 +60,7 @@ class ResultScreen:
             yield "report", str(self.folder / _REPORT)
 
 
-def _told(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     backend, program = summary["backend"], summary["program"]
     weights, before = _sizes(summary)
     size = f"weights {amount(weights)}, were {amount(before)} ({weights / before:.1%})"
