@@ -6,7 +6,8 @@ A `UNet2DConditionModel` and word embeddings (`caption_model.py`) are trained on
 drawn as they are needed, with every tenth caption dropped, and kept in `--directory`. Every cell is
 then quantized on guided runs, trained for the same number of updates on the float model's guided
 runs of its seed, and measured on held-out captions and paired noise. `--program` adds a row that
-has an XNNPACK program before and after training, on the first seed.
+has an XNNPACK program before and after training, on the first seed. `--defaults` quantizes with the
+package's default settings and dynamic activations of eight bits, without training.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ from mpqdm_fx.sources.denoisers import runner_denoiser
 
 STEPS, GUIDANCE = 10, 3.0
 SETTINGS = ("W2A6", "W2A4")
+DEFAULTS = ("W4A8", "W3A8", "W2A8")
 OURS = ("efficientdm", "untrained", "ours")
 
 
@@ -193,6 +195,21 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
         save_file(pictures, arguments.directory / f"{key}.safetensors")
 
 
+def measure_defaults(bench: Bench, arguments: argparse.Namespace) -> None:
+    """The default settings at each width."""
+    for setting in DEFAULTS:
+        key = f"{setting} default {bench.seed}"
+        if key in read(arguments.output):
+            continue
+        bench.prepared.settings = MPQConfig(
+            weight_bits=int(setting[1]), activation_mode="dynamic", seed=bench.seed
+        )
+        clock = time.process_time()
+        quantized = convert(bench.prepared)
+        row = {"seconds": time.process_time() - clock}
+        write_row(arguments.output, key, row | bench.measured(quantized)[0])
+
+
 def program(bench: Bench, arguments: argparse.Namespace) -> None:
     """Lower a model before and after training: the same size, and the graph's numbers."""
     key = f"W4A8 program {bench.seed}"
@@ -221,11 +238,16 @@ def program(bench: Bench, arguments: argparse.Namespace) -> None:
     write_row(arguments.output, key, row)
 
 
-def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
+def table(
+    rows: Mapping[str, Any],
+    seeds: list[int],
+    settings: Sequence[str] = SETTINGS,
+    recipes: Sequence[str] = OURS,
+) -> str:
     """Markdown table: mean and spread (largest minus smallest) over the seeds."""
     heads = "setting | recipe | eps-SQNR dB | x0-SQNR dB | followed | bits | seconds | seeds"
     lines = [f"| {heads} |", "|---" * 8 + "|"]
-    for setting, recipe in itertools.product(SETTINGS, OURS):
+    for setting, recipe in itertools.product(settings, recipes):
         runs = [rows[k] for s in seeds if (k := f"{setting} {recipe} {s}") in rows]
         if not runs:
             continue
@@ -263,6 +285,7 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=1500)
     parser.add_argument("--updates", type=int, default=150)
     parser.add_argument("--program", action="store_true", help="also lower, on the first seed")
+    parser.add_argument("--defaults", action="store_true", help="default settings, and no others")
     parser.add_argument("--output", type=Path, default=Path("captions.json"))
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
@@ -274,6 +297,9 @@ def main() -> None:
         train(arguments.directory, arguments.train_steps)
     for seed in arguments.seeds:
         bench = Bench.of(arguments.directory, seed)
+        if arguments.defaults:
+            measure_defaults(bench, arguments)
+            continue
         measure(bench, arguments)
         if arguments.program and seed == arguments.seeds[0]:
             program(bench, arguments)
@@ -281,6 +307,7 @@ def main() -> None:
             picture(arguments.directory, setting, arguments.recipes, seed)
     rows = read(arguments.output)
     print(table(rows, arguments.seeds))
+    print(table(rows, arguments.seeds, DEFAULTS, ("default",)))
     for key in (key for key in rows if " program " in key):
         print(f"\n{key}: {json.dumps(rows[key], indent=1)}")
 
