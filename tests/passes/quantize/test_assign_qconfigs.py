@@ -39,7 +39,14 @@ def test_a_layer_that_is_not_there_and_calls_that_differ_are_refused():
     assert assigned_qconfigs(graph).keys() == weight_layers(graph, embeddings=True).keys()
 
 
-@pytest.mark.parametrize("mode", ["static", "dynamic", "float"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "dynamic",
+        pytest.param("static", marks=pytest.mark.matrix),
+        pytest.param("float", marks=pytest.mark.matrix),
+    ],
+)
 def test_a_quantized_model_says_its_plan_and_its_activations_also_when_it_is_loaded(mode, tmp_path):
     config = MPQConfig(weight_bits=2, allocation="omq", activation_mode=mode, slowdown=1)
     quantized = quantize(tiny_unet(), config, unet_calls(2))
