@@ -115,6 +115,4 @@ class QuantizedComponent(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diff
             raise ConfigError("device_map: load the pipeline without it and call pipeline.to(...)")
         root = Path(pretrained_model_name_or_path)
         quantized = load(root if subfolder is None else root / subfolder)
-        for dtype in dtypes:
-            quantized = quantized.with_dtype(dtype)
-        return cls(quantized)
+        return cls(quantized.with_dtype(dtypes[-1]) if dtypes else quantized)

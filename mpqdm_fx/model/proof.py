@@ -121,8 +121,8 @@ def write_outputs(path: Path, quantized: QuantizedModel) -> Environment:
     if positive := any(bool(output.isnan().any()) for output in rounded):
         rounded = _run(quantized.rounded, quantized, positive=True)
         tensors[_POSITIVE] = torch.ones(1)
-    forms = {"quantized": _run(quantized.graph_module, quantized, positive=positive)}
-    for form, outputs in {**forms, "rounded": rounded}.items():
+    fake_quantized = _run(quantized.graph_module, quantized, positive=positive)
+    for form, outputs in (("quantized", fake_quantized), ("rounded", rounded)):
         for index, output in enumerate(outputs):
             tensors[f"{form}.{index}"] = output.clone(memory_format=torch.contiguous_format)
     save_file(tensors, path)

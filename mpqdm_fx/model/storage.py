@@ -164,9 +164,8 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
         if manifest.noise_levels is not None:
             named = settings.noise_argument
             levels = NoiseLevels(boundaries=manifest.noise_levels, argument=named)
-        QuantizeActivations(
-            ranges=manifest.ranges, noise_levels=levels
-        )  # refuses what does not fit
+        # refuses what does not fit
+        QuantizeActivations(ranges=manifest.ranges, noise_levels=levels)
         with folder.files.opened(WEIGHTS) as path:
             weights = read_packed(path, manifest.weights, name=folder.root / WEIGHTS)
     except ConfigError as error:
