@@ -1,0 +1,74 @@
+// Multiplication by unpacked blocks, once for each instruction set, chosen at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "mpqdm/blob.h"
+
+namespace mpqdm {
+
+// Where the inputs of some pixels lie. A pixel's inputs are `segments` runs of `groups` groups of 4
+// bytes; run s of pixel p begins at `pixels[p] + s * segment_stride`.
+struct Inputs {
+  const uint8_t* const* pixels;  // [KernelSet::pixels]; int8 codes, or codes + 128 (offset_inputs)
+  size_t segment_stride;
+  int segments;
+  int groups;
+};
+
+// What becomes of the sums of a pair of blocks: the channels that they belong to, and their numbers.
+struct PairRows {
+  int count;                       // rows that stand for a channel, at most 16; they come first
+  bool adjacent;                   // whether their channels follow each other
+  uint32_t channel[2 * kBlockRows];
+  int32_t weight_sum[2 * kBlockRows];
+  float scale[2 * kBlockRows];
+  float bias[2 * kBlockRows];
+};
+
+// Functions of one instruction set.
+struct KernelSet {
+  const char* name;
+  // Whether inputs are uint8, code + 128, which x86 multiplies; else int8 as they are.
+  bool offset_inputs;
+  // Pixels that `multiply` computes at once.
+  int pixels;
+  // Unpacks all tiles of a block: `tiles` * 256 bytes. The order within 8 inputs is the kernel's own.
+  void (*unpack)(const Block& block, int tiles, int8_t* weights);
+  // sums[r] = sum_k weights[r][k] over the first `groups` groups of an unpacked block; [8].
+  void (*sum_weights)(const int8_t* weights, int groups, int32_t* sums);
+  // sums[p][r] = sum_k inputs[p][k] * weights[r][k], for 8 rows (one block) or 16 (two, the second at
+  // `second`; null for one). `largest` bounds the absolute codes of both. sums is [pixels][16] int32.
+  void (*multiply)(const Inputs& inputs, const int8_t* first, const int8_t* second, int largest,
+                   int32_t* sums);
+  // out[channel] = float(sum - zero_point * weight_sum) * (activation_scale * scale) + bias for all
+  // rows of one pixel, whose sums are [16].
+  void (*store)(const int32_t* sums, const PairRows& rows, float activation_scale,
+                int32_t zero_point, float* out);
+  // Extends [low, high] to `count` numbers. False, and the range undefined, if one is NaN or infinite.
+  bool (*extend_range)(const float* x, size_t count, float* low, float* high);
+  // codes = round(clamp(x * inverse_scale, -128 - zero_point, 127 - zero_point)) + zero_point.
+  void (*quantize)(const float* x, size_t count, float inverse_scale, float zero_point,
+                   int8_t* codes);
+  // Adds (x - shift) and its square to the sums of each of `channels`, over `pixels` of them.
+  void (*add_moments)(const float* x, size_t pixels, size_t channels, const float* shift,
+                      float* sums, float* squares);
+  // out = x * scale + offset by channel, and SiLU of it where asked for.
+  void (*normalize)(const float* x, size_t pixels, size_t channels, const float* scale,
+                    const float* offset, bool silu, float* out);
+};
+
+// The kernels of this binary that this CPU runs, best first; the last is `scalar`.
+size_t kernel_sets(const KernelSet* const** sets);
+
+// The first of them, or the one that the environment variable MPQDM_KERNELS names, if it is among them.
+const KernelSet& best_kernels();
+
+// By name; null if this binary or this CPU has none of that name.
+const KernelSet* find_kernels(const char* name);
+
+// Unpacks a block in the plain order [group][row 8][input 4]: the reference.
+void unpack_scalar(const Block& block, int tiles, int8_t* weights);
+
+}  // namespace mpqdm

@@ -1,0 +1,245 @@
+// Convolutions as implicit matrix products: the inputs of a pixel are read where they lie, a run of
+// `kernel * channels` for each kernel row; nothing is gathered. What is copied is one image of int8
+// codes, for its border of zero points.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "kernel_sets.h"
+#include "mpqdm/layers.h"
+
+namespace mpqdm {
+namespace {
+
+constexpr size_t kAlignment = 64;
+// Pixels that one task multiplies by an unpacked pair of blocks, where there are enough of them: many,
+// so that unpacking is spread, but not so many that their inputs leave the cache of a core.
+constexpr size_t kChunkBytes = size_t{192} * 1024;
+constexpr size_t kLeastChunk = 64;
+// Tasks for each thread, so that a slow one does not keep the others waiting.
+constexpr size_t kTasksPerThread = 4;
+
+// A sample's codes as the kernels read them, with a border.
+struct Image {
+  const uint8_t* data;
+  size_t pitch;  // bytes of a row with its border
+};
+
+struct Job {
+  const KernelSet& kernels;
+  const Blob& blob;
+  const Codes& codes;
+  const ConvolutionShape& shape;
+  Image image;
+  size_t sample;
+  size_t pixels, chunk;  // of the output; of a task
+  float* floats;         // results, or
+  int32_t* integers;     // their integers
+};
+
+size_t divide_up(size_t value, size_t by) { return (value + by - 1) / by; }
+
+// Working memory of one thread.
+class Buffers {
+ public:
+  int8_t* weights(size_t bytes) { return aligned<int8_t>(weights_, bytes); }
+  int32_t* sums(size_t count) { return aligned<int32_t>(sums_, count * sizeof(int32_t)); }
+
+ private:
+  template <class T>
+  static T* aligned(std::vector<uint8_t>& bytes, size_t size) {
+    if (bytes.size() < size + kAlignment) bytes.assign(size + kAlignment, 0);
+    const auto at = reinterpret_cast<uintptr_t>(bytes.data());
+    return reinterpret_cast<T*>((at + kAlignment - 1) / kAlignment * kAlignment);
+  }
+
+  std::vector<uint8_t> weights_, sums_;
+};
+
+PairRows pair_rows(const Job& job, uint32_t first_block, const int32_t* sums) {
+  PairRows rows = {};
+  rows.adjacent = true;
+  const uint32_t end = std::min(first_block + 2, job.blob.blocks());
+  for (uint32_t block = first_block; block < end; ++block) {
+    for (int row = 0; row < kBlockRows; ++row) {
+      const uint32_t channel = job.blob.channel(block, row);
+      if (channel == kNoRow) continue;
+      const int at = rows.count++;
+      rows.channel[at] = channel;
+      rows.scale[at] = job.blob.scale(channel);
+      rows.bias[at] = job.blob.bias(channel);
+      rows.weight_sum[at] = sums[kBlockRows * static_cast<int>(block - first_block) + row];
+      rows.adjacent = rows.adjacent && channel == rows.channel[0] + static_cast<uint32_t>(at);
+    }
+  }
+  return rows;
+}
+
+void store_integers(const int32_t* sums, const PairRows& rows, int32_t zero_point, int32_t* out) {
+  for (int row = 0; row < rows.count; ++row) {
+    out[rows.channel[row]] = sums[row] - zero_point * rows.weight_sum[row];
+  }
+}
+
+// Results of `count` pixels from `first` on.
+void store(const Job& job, const PairRows& rows, size_t first, size_t count, const int32_t* sums) {
+  const size_t all = job.shape.batch * job.pixels;
+  const size_t pixels_of_part = all / job.codes.parts;
+  const int32_t offset = job.kernels.offset_inputs ? 128 : 0;
+  for (size_t i = 0; i < count; ++i) {
+    const size_t pixel = job.sample * job.pixels + first + i;
+    const size_t part = pixel / pixels_of_part;
+    const int32_t zero_point = job.codes.zero_point[part] + offset;
+    const size_t at = pixel * job.blob.rows();
+    if (job.integers != nullptr) {
+      store_integers(sums + kPairRows * i, rows, zero_point, job.integers + at);
+    } else {
+      job.kernels.store(sums + kPairRows * i, rows, job.codes.scale[part], zero_point,
+                        job.floats + at);
+    }
+  }
+}
+
+const uint8_t* pixel_inputs(const Job& job, size_t pixel) {
+  const size_t width = job.shape.out_width(job.blob);
+  const size_t y = pixel / width * job.shape.stride, x = pixel % width * job.shape.stride;
+  return job.image.data + y * job.image.pitch + x * job.blob.channels();
+}
+
+// One pair of blocks times one chunk of pixels.
+void multiply_chunk(const Job& job, uint32_t first_block, size_t first, size_t end) {
+  thread_local Buffers buffers;
+  const KernelSet& kernels = job.kernels;
+  const auto tiles = static_cast<size_t>(job.blob.tiles());
+  int8_t* weights = buffers.weights(2 * tiles * kTileBytes);
+  int32_t* sums = buffers.sums(static_cast<size_t>(kPairRows * kernels.pixels));
+  int32_t weight_sums[kPairRows] = {};
+  const bool paired = first_block + 1 < job.blob.blocks();
+  int largest = 0;
+  for (uint32_t i = 0; i < (paired ? 2u : 1u); ++i) {
+    const Block block = job.blob.block(first_block + i);
+    int8_t* unpacked = weights + i * tiles * kTileBytes;
+    kernels.unpack(block, static_cast<int>(tiles), unpacked);
+    kernels.sum_weights(unpacked, static_cast<int>(job.blob.depth() / kGroupDepth),
+                        weight_sums + kBlockRows * i);
+    largest = std::max(largest, block.largest);
+  }
+  const PairRows rows = pair_rows(job, first_block, weight_sums);
+  std::vector<const uint8_t*> pixels(static_cast<size_t>(kernels.pixels));
+  const uint32_t kernel = job.blob.kernel();
+  const Inputs inputs = {pixels.data(), job.image.pitch, static_cast<int>(kernel),
+                         static_cast<int>(kernel * job.blob.channels() / kGroupDepth)};
+  for (size_t pixel = first; pixel < end; pixel += pixels.size()) {
+    const size_t count = std::min(pixels.size(), end - pixel);
+    for (size_t i = 0; i < pixels.size(); ++i) {
+      pixels[i] = pixel_inputs(job, pixel + std::min(i, count - 1));
+    }
+    kernels.multiply(inputs, weights, paired ? weights + tiles * kTileBytes : nullptr, largest, sums);
+    store(job, rows, pixel, count, sums);
+  }
+}
+
+void multiply_task(void* context, size_t index) {
+  const Job& job = *static_cast<const Job*>(context);
+  const size_t pairs = divide_up(job.blob.blocks(), 2);
+  const size_t first = index / pairs * job.chunk;
+  multiply_chunk(job, static_cast<uint32_t>(2 * (index % pairs)), first,
+                 std::min(first + job.chunk, job.pixels));
+}
+
+// Copies a row of an image between its borders, moved to the kernels' range.
+struct Copy {
+  const int8_t* codes;
+  uint8_t* image;
+  size_t height, width, channels, padding, pitch;
+  uint8_t border, flip;
+};
+
+void copy_row(void* context, size_t row) {
+  const Copy& copy = *static_cast<const Copy*>(context);
+  uint8_t* out = copy.image + row * copy.pitch;
+  if (row < copy.padding || row >= copy.padding + copy.height) {
+    std::memset(out, copy.border, copy.pitch);
+    return;
+  }
+  const size_t side = copy.padding * copy.channels, inner = copy.width * copy.channels;
+  const auto* in = reinterpret_cast<const uint8_t*>(copy.codes) + (row - copy.padding) * inner;
+  std::memset(out, copy.border, side);
+  for (size_t i = 0; i < inner; ++i) out[side + i] = in[i] ^ copy.flip;
+  std::memset(out + side + inner, copy.border, side);
+}
+
+// Whether the kernels read the codes where they are.
+bool is_direct(const KernelSet& kernels, const ConvolutionShape& shape) {
+  return shape.padding == 0 && !kernels.offset_inputs;
+}
+
+Image make_image(const KernelSet& kernels, const Blob& blob, const Codes& codes,
+                 const ConvolutionShape& shape, size_t sample, uint8_t* scratch,
+                 const Executor& executor) {
+  const size_t channels = blob.channels();
+  const int8_t* from = codes.codes + sample * shape.height * shape.width * channels;
+  if (is_direct(kernels, shape)) {
+    return {reinterpret_cast<const uint8_t*>(from), shape.width * channels};
+  }
+  // With padding there is one part a sample, or one for all.
+  const size_t part = sample * codes.parts / shape.batch;
+  const uint8_t flip = kernels.offset_inputs ? 0x80 : 0;
+  const size_t pitch = (shape.width + 2 * shape.padding) * channels;
+  Copy copy = {from,   scratch,
+               shape.height,  shape.width,
+               channels, shape.padding,
+               pitch,  static_cast<uint8_t>(static_cast<uint8_t>(codes.zero_point[part]) ^ flip),
+               flip};
+  executor.run(executor.self, shape.height + 2 * shape.padding, copy_row, &copy);
+  return {scratch, pitch};
+}
+
+size_t chunk_pixels(const KernelSet& kernels, const Blob& blob, size_t pixels, size_t threads) {
+  const auto step = static_cast<size_t>(kernels.pixels);
+  const size_t pairs = divide_up(blob.blocks(), 2);
+  const size_t cached = std::max(kLeastChunk, kChunkBytes / (blob.channels() * blob.kernel()));
+  const size_t chunks = divide_up(threads > 1 ? kTasksPerThread * threads : 1, pairs);
+  const size_t wanted = std::min(cached, std::max(kLeastChunk, divide_up(pixels, chunks)));
+  return divide_up(std::min(wanted, pixels), step) * step;
+}
+
+void run(const KernelSet& kernels, const Blob& blob, const Codes& codes,
+         const ConvolutionShape& shape, uint8_t* scratch, const Executor& executor, float* floats,
+         int32_t* integers) {
+  const size_t pixels = shape.out_height(blob) * shape.out_width(blob);
+  for (size_t sample = 0; sample < shape.batch; ++sample) {
+    const Image image = make_image(kernels, blob, codes, shape, sample, scratch, executor);
+    const size_t chunk = chunk_pixels(kernels, blob, pixels, executor.threads);
+    Job job = {kernels, blob, codes, shape, image, sample, pixels, chunk, floats, integers};
+    const size_t tasks = divide_up(blob.blocks(), 2) * divide_up(pixels, chunk);
+    executor.run(executor.self, tasks, multiply_task, &job);
+  }
+}
+
+}  // namespace
+
+Executor serial_executor() {
+  const auto run = [](void*, size_t count, void (*task)(void*, size_t), void* context) {
+    for (size_t index = 0; index < count; ++index) task(context, index);
+  };
+  return {run, nullptr, 1};
+}
+
+size_t convolution_scratch(const Blob& blob, const ConvolutionShape& shape) {
+  const size_t height = shape.height + 2 * shape.padding, width = shape.width + 2 * shape.padding;
+  return height * width * blob.channels();
+}
+
+void convolve(const KernelSet& kernels, const Blob& blob, const Codes& codes,
+              const ConvolutionShape& shape, uint8_t* scratch, const Executor& executor, float* out) {
+  run(kernels, blob, codes, shape, scratch, executor, out, nullptr);
+}
+
+void convolve_integers(const KernelSet& kernels, const Blob& blob, const Codes& codes,
+                       const ConvolutionShape& shape, uint8_t* scratch, const Executor& executor,
+                       int32_t* out) {
+  run(kernels, blob, codes, shape, scratch, executor, nullptr, out);
+}
+
+}  // namespace mpqdm

@@ -1,0 +1,52 @@
+// What is the same in all instruction sets, compiled for each of them: sums of weights, and results.
+// Everything here has internal linkage: a definition that two files share would be compiled for one
+// instruction set, and run on CPUs that lack it.
+#pragma once
+
+#include <cstring>
+
+#include "kernel_sets.h"
+
+namespace mpqdm {
+namespace {
+
+// `kRun`: inputs of a row that stand together in an unpacked block, 4 or 8.
+template <int kRun>
+void sum_unpacked(const int8_t* weights, int groups, int32_t* sums) {
+  constexpr int kChunk = kBlockRows * kRun;
+  int32_t lanes[kChunk] = {};
+  const int whole = groups * kGroupDepth / kRun;
+  for (int chunk = 0; chunk < whole; ++chunk, weights += kChunk) {
+    for (int lane = 0; lane < kChunk; ++lane) lanes[lane] += weights[lane];
+  }
+  if (groups * kGroupDepth % kRun != 0) {  // half a run of 8
+    for (int lane = 0; lane < kChunk; ++lane) {
+      if (lane % kRun < kGroupDepth) lanes[lane] += weights[lane];
+    }
+  }
+  for (int row = 0; row < kBlockRows; ++row) {
+    sums[row] = 0;
+    for (int i = 0; i < kRun; ++i) sums[row] += lanes[row * kRun + i];
+  }
+}
+
+void store_rows(const int32_t* sums, const PairRows& rows, float activation_scale,
+                int32_t zero_point, float* out) {
+  float results[kPairRows];
+  for (int row = 0; row < kPairRows; ++row) {
+    const auto sum = static_cast<float>(sums[row] - zero_point * rows.weight_sum[row]);
+    results[row] = sum * (activation_scale * rows.scale[row]) + rows.bias[row];
+  }
+  if (rows.adjacent) {
+    if (rows.count == kPairRows) {
+      std::memcpy(out + rows.channel[0], results, sizeof results);
+    } else {
+      std::memcpy(out + rows.channel[0], results, sizeof(float) * static_cast<size_t>(rows.count));
+    }
+    return;
+  }
+  for (int row = 0; row < rows.count; ++row) out[rows.channel[row]] = results[row];
+}
+
+}  // namespace
+}  // namespace mpqdm
