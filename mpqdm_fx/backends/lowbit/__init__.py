@@ -1,0 +1,1 @@
+"""Programs on weights of their own widths: the weight blob, and the operators that read it."""
