@@ -22,6 +22,10 @@ __m256i load_weights(const int8_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 
+// Keeps compilers from adding products up in another order, for which they would need more registers
+// than there are: they know that integer sums may be reordered, but not what that costs.
+void keep_order(__m256i& sum) { asm("" : "+x"(sum)); }
+
 template <int kBlocks>
 struct Sums {
   __m256i of[kPixels][kBlocks];
@@ -60,6 +64,7 @@ inline __attribute__((always_inline)) void add_run(const uint8_t* const (&x)[kPi
       MPQDM_UNROLL for (int b = 0; b < kBlocks; ++b) {
         narrow.of[p][b] =
             _mm256_add_epi16(narrow.of[p][b], _mm256_maddubs_epi16(input, weights[b]));
+        keep_order(narrow.of[p][b]);
       }
     }
   };
