@@ -10,7 +10,9 @@ function(mpqdm_compile target)
   target_compile_options(${target} PRIVATE
     -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wnon-virtual-dtor
     # The format says which results are rounded: products and sums are not to be fused.
-    -ffp-contract=off)
+    -ffp-contract=off
+    # No floating-point exceptions and no errno are read: loops may be vectorized as if there were none.
+    -fno-trapping-math -fno-math-errno)
   if(MPQDM_WERROR)
     target_compile_options(${target} PRIVATE -Werror)
   endif()

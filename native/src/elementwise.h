@@ -36,13 +36,16 @@ bool extend_range(const float* x, size_t count, float* low, float* high) {
     highs[0] = x[at] > highs[0] ? x[at] : highs[0];
     zeros[0] += x[at] * 0.0f;
   }
-  bool finite = true;
-  for (size_t lane = 0; lane < kLanes; ++lane) {
-    *low = lows[lane] < *low ? lows[lane] : *low;
-    *high = highs[lane] > *high ? highs[lane] : *high;
-    finite = finite && zeros[lane] == 0.0f;
+  for (size_t half = kLanes / 2; half > 0; half /= 2) {
+    for (size_t lane = 0; lane < half; ++lane) {
+      lows[lane] = lows[lane + half] < lows[lane] ? lows[lane + half] : lows[lane];
+      highs[lane] = highs[lane + half] > highs[lane] ? highs[lane + half] : highs[lane];
+      zeros[lane] += zeros[lane + half];
+    }
   }
-  return finite;
+  *low = lows[0];
+  *high = highs[0];
+  return zeros[0] == 0.0f;
 }
 
 void quantize_run(const float* x, size_t count, float inverse_scale, float zero_point,
@@ -70,11 +73,18 @@ void add_moments(const float* x, size_t pixels, size_t channels, const float* sh
   }
 }
 
-// e^x to two units in the last place (Cephes' polynomial); 0 and infinity come out as 2^-126, 2^127.
-inline float exponential(float x) {
+uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// e^x to two units in the last place, for |x| <= kExponentLimit; NaN gives NaN. The polynomial is the
+// minimax one of degree 5 about 0 that Cephes' expf uses.
+constexpr float kExponentLimit = 87.0f;
+
+float exponential(float x) {
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 87.0f ? 87.0f : x;
   const float shifted = x * kLog2E + kRounder;
   const float whole = shifted - kRounder;
   const float rest = (x - whole * kLn2High) - whole * kLn2Low;
@@ -85,25 +95,35 @@ inline float exponential(float x) {
   sum = sum * rest + 1.6666665459e-1f;
   sum = sum * rest + 5.0000001201e-1f;
   const float power = sum * (rest * rest) + rest + 1.0f;
-  const auto exponent = static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23;
+  const uint32_t exponent = (bits_of(shifted) - bits_of(kRounder) + 127) << 23;
   float scale;
   std::memcpy(&scale, &exponent, sizeof scale);
   return power * scale;
 }
 
+// Limits and exponentials are loops of their own: in one loop compilers branch on the limits.
+void apply_silu(float* x, size_t count) {
+  constexpr size_t kPiece = 64;
+  float limited[kPiece];
+  for (size_t first = 0; first < count; first += kPiece) {
+    const size_t piece = count - first < kPiece ? count - first : kPiece;
+    float* values = x + first;
+    for (size_t i = 0; i < piece; ++i) {
+      float negative = -values[i];
+      negative = negative < -kExponentLimit ? -kExponentLimit : negative;
+      limited[i] = negative > kExponentLimit ? kExponentLimit : negative;
+    }
+    for (size_t i = 0; i < piece; ++i) values[i] /= 1.0f + exponential(limited[i]);
+  }
+}
+
 void normalize(const float* x, size_t pixels, size_t channels, const float* scale,
                const float* offset, bool silu, float* out) {
   for (size_t pixel = 0; pixel < pixels; ++pixel, x += channels, out += channels) {
-    if (silu) {
-      for (size_t channel = 0; channel < channels; ++channel) {
-        const float value = x[channel] * scale[channel] + offset[channel];
-        out[channel] = value / (1.0f + exponential(-value));
-      }
-    } else {
-      for (size_t channel = 0; channel < channels; ++channel) {
-        out[channel] = x[channel] * scale[channel] + offset[channel];
-      }
+    for (size_t channel = 0; channel < channels; ++channel) {
+      out[channel] = x[channel] * scale[channel] + offset[channel];
     }
+    if (silu) apply_silu(out, channels);
   }
 }
 
