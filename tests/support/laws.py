@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 from torch import fx
 from torch.fx.passes.infra.pass_manager import PassManager
 
+import mpqdm_fx.backends.lowbit.passes
 import mpqdm_fx.backends.xnnpack.passes
 import mpqdm_fx.passes
+from mpqdm_fx.backends.lowbit.passes import MoveLayouts, UseMixedLayers, UseMixedNorms
 from mpqdm_fx.graph.dynamic_chain import insert_dynamic_chain
 from mpqdm_fx.graph.editing import copy_graph_module, eliminate_dead_code
 from mpqdm_fx.graph.lanes import has_lanes
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.passes.base import GraphPass, PassResult
+from mpqdm_fx.passes.base import GraphPass, PassResult, Pipeline
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 from mpqdm_fx.testing import (
@@ -41,7 +43,11 @@ from mpqdm_fx.testing import (
 )
 
 #: Packages that hold passes, and nothing else.
-FOLDERS = (mpqdm_fx.passes, mpqdm_fx.backends.xnnpack.passes)
+FOLDERS = (
+    mpqdm_fx.passes,
+    mpqdm_fx.backends.xnnpack.passes,
+    mpqdm_fx.backends.lowbit.passes,
+)
 
 
 def discover_passes() -> list[type[GraphPass]]:
@@ -62,14 +68,15 @@ def _is_pass_of(module_name: str, value: object) -> bool:
 def zoo(stride: int = 1) -> tuple[RandomGraph, ...]:
     """Return graphs with each kind and variant of block: every pass meets what it is for.
 
-    Each comes three times: plain, with quantized activations, and with chains that quantize at run
-    time. `stride` thins them out.
+    Each comes four times: plain, with quantized activations, with chains that quantize at run
+    time, and with layers in own operators. `stride` thins them out.
     """
     plain = list(_plain_zoo(stride))
     return (
         *plain,
         *map(with_quantized_activations, plain),
         *map(with_dynamic_chains, plain),
+        *map(with_own_operators, plain),
     )
 
 
@@ -100,6 +107,17 @@ def with_dynamic_chains(case: RandomGraph) -> RandomGraph:
     return replace(case, graph_module=chained(case.graph_module))
 
 
+def with_own_operators(case: RandomGraph) -> RandomGraph:
+    """Return the case with its layers in own operators and permutations around them.
+
+    If its seed is odd, with norms in own operators too, and permutations where they copy least.
+    """
+    passes: tuple[GraphPass, ...] = UseMixedLayers.examples(case.graph_module)
+    if case.spec.seed % 2:
+        passes = (*passes, UseMixedNorms(), MoveLayouts())
+    return replace(case, graph_module=Pipeline(passes=passes)(case.graph_module).graph_module)
+
+
 def chained(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Return the graph with quantizer chains as PT2E writes them: one per value, for all layers."""
     graph_module = copy_graph_module(graph_module)
@@ -117,9 +135,14 @@ def chained(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def cases(max_blocks: int) -> st.SearchStrategy[RandomGraph]:
-    """Draw graphs as tracing leaves them, or with quantized activations of both kinds."""
+    """Draw graphs as tracing leaves them, or with quantized activations or own operators."""
     plain = graphs(max_blocks=max_blocks)
-    return st.one_of(plain, plain.map(with_quantized_activations), plain.map(with_dynamic_chains))
+    return st.one_of(
+        plain,
+        plain.map(with_quantized_activations),
+        plain.map(with_dynamic_chains),
+        plain.map(with_own_operators),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,8 @@
+"""Passes that only own kernels need: one pass, one file, one class, named by a verb."""
+
+from mpqdm_fx.backends.lowbit.passes.fuse_norm_quantize import FuseNormQuantize
+from mpqdm_fx.backends.lowbit.passes.move_layouts import MoveLayouts
+from mpqdm_fx.backends.lowbit.passes.use_mixed_layers import UseMixedLayers
+from mpqdm_fx.backends.lowbit.passes.use_mixed_norms import UseMixedNorms
+
+__all__ = ["FuseNormQuantize", "MoveLayouts", "UseMixedLayers", "UseMixedNorms"]

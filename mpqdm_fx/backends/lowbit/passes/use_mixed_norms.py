@@ -1,0 +1,135 @@
+"""Let own kernels run the group norms in front of own layers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+import mpqdm_fx.backends.lowbit.ops  # noqa: F401 - registers the operators
+from mpqdm_fx.backends.lowbit.axes import moved_axes, permuted, to_first, to_last
+from mpqdm_fx.graph.editing import add_tensor, insert_call
+from mpqdm_fx.graph.layers import called_module
+from mpqdm_fx.graph.nodes import argument, sizes
+from mpqdm_fx.graph.norms import NormCall, constant, norm_name
+from mpqdm_fx.passes.base import GraphPass
+
+__all__ = ["UseMixedNorms"]
+
+_aten = torch.ops.aten
+_mpqdm = torch.ops.mpqdm
+_VIEWS = frozenset(
+    {_aten.reshape.default, _aten.view.default, _aten.flatten.using_ints, _aten.unflatten.int}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UseMixedNorms(GraphPass):
+    """Turn group norms, with a SiLU behind them, into `mpqdm::group_norm_mixed`.
+
+    1. A norm is taken if all that reads it, through SiLU, permutations and views, is
+       `mpqdm::quantize_mixed`: then its result lies channels last for own layers.
+    2. Its value is [B, C, H, W], or [B, C, L], which is an image of one row; float32, of known
+       sizes, with constant weights.
+    3. The norm reads a permutation and its users read one of its result; `MoveLayouts` takes
+       away the pairs that cancel.
+    """
+
+    # The same sums in another order; codes behind it may be the neighbouring ones.
+    tolerance: ClassVar[float] = 1e-2
+
+    def rewrite(self, graph_module: fx.GraphModule) -> bool:
+        """Rewrite every norm that the rules cover; False if there was none."""
+        modified = False
+        for node in list(graph_module.graph.nodes):
+            call = _group_norm(graph_module, node)
+            if call is not None and _feeds_own_layers(graph_module, node):
+                _rewrite(graph_module, node, call)
+                modified = True
+        return modified
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GroupNormCall(NormCall):
+    groups: int
+
+
+def _group_norm(graph_module: fx.GraphModule, node: fx.Node) -> _GroupNormCall | None:
+    """Read a call off its node, or None if the rules do not cover it."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
+        return None
+    module: Any = called_module(graph_module, node, nn.GroupNorm)
+    weight: Tensor | fx.Node | None
+    bias: Tensor | fx.Node | None
+    if module is not None and type(module).forward is nn.GroupNorm.forward:
+        weight, bias, groups, eps = module.weight, module.bias, module.num_groups, module.eps
+    elif node.target is _aten.group_norm.default:
+        weight = constant(graph_module, argument(node, 2, "weight", None))
+        bias = constant(graph_module, argument(node, 3, "bias", None))
+        groups, eps = argument(node, 1, "num_groups", 1), argument(node, 4, "eps", 1e-5)
+    else:
+        return None
+    call = _GroupNormCall(source=source, weight=weight, bias=bias, groups=groups, eps=eps)
+    shape = sizes(source)
+    fits = call.is_float and call.dtype == torch.float32 and len(shape) in (3, 4)
+    return call if fits and min(shape) >= 1 else None
+
+
+def _feeds_own_layers(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    readers = list(_readers(graph_module, node))
+    return bool(readers) and all(
+        reader.target is _mpqdm.quantize_mixed.default for reader in readers
+    )
+
+
+def _readers(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a value at last."""
+    for user in node.users:
+        passes_on = user.target in _VIEWS or moved_axes(user) or _is_silu(graph_module, user)
+        if passes_on and user.args[0] is node:
+            yield from _readers(graph_module, user)
+        else:
+            yield user
+
+
+def _is_silu(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    module = called_module(graph_module, node, nn.SiLU)
+    if module is not None:
+        return not module.inplace
+    return node.target is _aten.silu.default
+
+
+def _rewrite(graph_module: fx.GraphModule, node: fx.Node, call: _GroupNormCall) -> None:
+    only = next(iter(node.users)) if len(node.users) == 1 else node
+    silu = only is not node and _is_silu(graph_module, only)
+    shape = sizes(call.source)
+    last = permuted(graph_module, call.source, to_last(len(shape)), anchor=node)
+    if len(shape) == 3:
+        row = [shape[0], 1, shape[2], shape[1]]
+        last = insert_call(graph_module, _aten.reshape.default, (last, row), anchor=node)
+    weight = _affine(graph_module, node, call, "weight")
+    bias = _affine(graph_module, node, call, "bias")
+    args = (last, weight, bias, call.groups, call.eps, silu)
+    result = insert_call(graph_module, _mpqdm.group_norm_mixed.default, args, anchor=node)
+    if len(shape) == 3:
+        tokens = [shape[0], shape[2], shape[1]]
+        result = insert_call(graph_module, _aten.reshape.default, (result, tokens), anchor=node)
+    result = permuted(graph_module, result, to_first(len(shape)), anchor=node)
+    replaced = [only, node] if silu else [node]
+    replaced[0].replace_all_uses_with(result)
+    for old in replaced:
+        graph_module.graph.erase_node(old)
+
+
+def _affine(
+    graph_module: fx.GraphModule, node: fx.Node, call: _GroupNormCall, name: str
+) -> fx.Node:
+    tensor = getattr(call, name)
+    if tensor is None:
+        channels = sizes(call.source)[1]
+        tensor = torch.ones(channels) if name == "weight" else torch.zeros(channels)
+    assert isinstance(tensor, Tensor)  # `is_float` lets no other through
+    fqn = f"{norm_name(node)}_{name}"
+    return add_tensor(graph_module, fqn, tensor.detach().clone(), anchor=node)
