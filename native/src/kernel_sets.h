@@ -6,6 +6,7 @@
 namespace mpqdm {
 
 constexpr int kPairRows = 2 * kBlockRows;  // rows of a pair of blocks, columns of `sums`
+constexpr int kMaxPixels = 16;             // at least every set's `pixels`
 
 extern const KernelSet kScalarKernels;
 #if defined(MPQDM_X86)

@@ -1,6 +1,61 @@
 // int8 dot products in 16 registers of 256 bits.
-#define MPQDM_PIXELS 6
-#define MPQDM_DOT _mm256_dpbusd_avx_epi32
-#define MPQDM_KERNELS kAvxVnniKernels
-#define MPQDM_NAME "avxvnni"
-#include "kernels_vnni.inc"
+#include "elementwise.h"
+#include "store.h"
+#include "unpack_avx2.h"
+
+namespace mpqdm {
+namespace {
+
+constexpr int kPixels = 6;  // 6 x 2 sums, two weights, an input
+
+#define MPQDM_UNROLL _Pragma("GCC unroll 8")
+
+template <int kBlocks>
+void multiply_blocks(const Inputs& inputs, const int8_t* const (&blocks)[kBlocks], int32_t* out) {
+  __m256i sums[kPixels][kBlocks];
+  MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
+    MPQDM_UNROLL for (int b = 0; b < kBlocks; ++b) sums[p][b] = _mm256_setzero_si256();
+  }
+  const auto depth = static_cast<size_t>(kGroupDepth * inputs.groups);
+  size_t from = 0;
+  for (int segment = 0; segment < inputs.segments; ++segment) {
+    const uint8_t* x[kPixels];
+    for (int p = 0; p < kPixels; ++p) {
+      x[p] = inputs.pixels[p] + static_cast<size_t>(segment) * inputs.segment_stride;
+    }
+    for (size_t at = 0; at < depth; at += kGroupDepth, from += kGroupBytes) {
+      __m256i weights[kBlocks];
+      MPQDM_UNROLL for (int b = 0; b < kBlocks; ++b) {
+        weights[b] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks[b] + from));
+      }
+      MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
+        int32_t four;
+        std::memcpy(&four, x[p] + at, sizeof four);
+        const __m256i input = _mm256_set1_epi32(four);
+        MPQDM_UNROLL for (int b = 0; b < kBlocks; ++b) {
+          sums[p][b] = _mm256_dpbusd_avx_epi32(sums[p][b], input, weights[b]);
+        }
+      }
+    }
+  }
+  MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
+    MPQDM_UNROLL for (int b = 0; b < kBlocks; ++b) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + kPairRows * p + kBlockRows * b),
+                          sums[p][b]);
+    }
+  }
+}
+
+void multiply_avxvnni(const Inputs& inputs, const int8_t* first, const int8_t* second, int,
+                      int32_t* sums) {
+  if (second == nullptr) return multiply_blocks<1>(inputs, {first}, sums);
+  multiply_blocks<2>(inputs, {first, second}, sums);
+}
+
+}  // namespace
+
+const KernelSet kAvxVnniKernels = {
+    "avxvnni", true, kPixels, unpack_avx2, sum_unpacked<kGroupDepth>, multiply_avxvnni, store_rows,
+    extend_range, quantize_run, add_moments, normalize};
+
+}  // namespace mpqdm
