@@ -153,7 +153,7 @@ void multiply_avx2(const Inputs& inputs, const int8_t* first, const int8_t* seco
 }  // namespace
 
 const KernelSet kAvx2Kernels = {
-    "avx2", true, kPixels, unpack_avx2, sum_unpacked<kGroupDepth>, multiply_avx2, store_rows,
+    "avx2", true, kPixels, unpack_avx2, sum_avx2, multiply_avx2, store_rows,
     extend_range, quantize_run, add_moments, normalize};
 
 }  // namespace mpqdm

@@ -16,16 +16,6 @@ __m512i broadcast(const uint8_t* from) {
   return _mm512_set1_epi32(four);
 }
 
-void sum_weights(const int8_t* weights, int groups, int32_t* sums) {
-  const __m256i ones = _mm256_set1_epi8(1);
-  __m256i rows[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-  for (int group = 0; group < groups; ++group, weights += kGroupBytes) {
-    const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
-    rows[group % 2] = _mm256_dpbusd_epi32(rows[group % 2], ones, four);
-  }
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), _mm256_add_epi32(rows[0], rows[1]));
-}
-
 void multiply_avx512(const Inputs& inputs, const int8_t* first, const int8_t* second, int,
                      int32_t* out) {
   // One block alone is multiplied twice: as many instructions, and its second result is not read.
@@ -56,7 +46,7 @@ void multiply_avx512(const Inputs& inputs, const int8_t* first, const int8_t* se
 }  // namespace
 
 const KernelSet kAvx512VnniKernels = {
-    "avx512vnni", true, kPixels, unpack_avx2, sum_weights, multiply_avx512, store_rows,
+    "avx512vnni", true, kPixels, unpack_avx2, sum_avx2, multiply_avx512, store_rows,
     extend_range, quantize_run, add_moments, normalize};
 
 }  // namespace mpqdm

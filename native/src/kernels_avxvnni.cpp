@@ -55,7 +55,7 @@ void multiply_avxvnni(const Inputs& inputs, const int8_t* first, const int8_t* s
 }  // namespace
 
 const KernelSet kAvxVnniKernels = {
-    "avxvnni", true, kPixels, unpack_avx2, sum_unpacked<kGroupDepth>, multiply_avxvnni, store_rows,
+    "avxvnni", true, kPixels, unpack_avx2, sum_avx2, multiply_avxvnni, store_rows,
     extend_range, quantize_run, add_moments, normalize};
 
 }  // namespace mpqdm

@@ -1,4 +1,4 @@
-// Unpacking with AVX2, for the instruction sets that have it.
+// Unpacking with AVX2, and sums of what was unpacked, for the instruction sets that have it.
 #pragma once
 
 #include <immintrin.h>
@@ -121,6 +121,18 @@ void unpack_table(const Block& block, int tiles, int8_t* weights) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights), tables.look_up(codes[group]));
     }
   }
+}
+
+// As `KernelSet::sum_weights`. A sum of four in 16 bits is at most 512.
+void sum_avx2(const int8_t* weights, int groups, int32_t* sums) {
+  const __m256i ones = _mm256_set1_epi8(1), wide_ones = _mm256_set1_epi16(1);
+  __m256i rows = _mm256_setzero_si256();
+  for (int group = 0; group < groups; ++group, weights += kGroupBytes) {
+    const __m256i levels = load_vector(reinterpret_cast<const uint8_t*>(weights));
+    const __m256i pairs = _mm256_maddubs_epi16(ones, levels);
+    rows = _mm256_add_epi32(rows, _mm256_madd_epi16(pairs, wide_ones));
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), rows);
 }
 
 void unpack_avx2(const Block& block, int tiles, int8_t* weights) {
