@@ -110,10 +110,12 @@ def checked_entries(octets: NDArray[np.uint8], header: Header) -> NDArray[np.voi
             raise bad_blob("bad block", f"block {index} has the kind {kind} of {bits} bits")
         encoding = Encoding(KINDS[kind], bits)
         if (encoding.kind == "table") != bool(entry["tables_at"]):
-            raise bad_blob("bad block", f"block {index} of kind {encoding.kind} and its table")
+            found = "a table" if entry["tables_at"] else "no table"
+            raise bad_blob("bad block", f"block {index} of kind {encoding.kind} has {found}")
         expected = largest_level(encoding)
         if expected is not None and entry["largest"] != expected:
-            raise bad_blob("bad block", f"block {index}: largest {entry['largest']}, {expected} is")
+            found = f"largest {entry['largest']}, not {expected}"
+            raise bad_blob("bad block", f"block {index}: {found}")
     return entries
 
 

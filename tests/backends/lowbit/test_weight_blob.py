@@ -119,6 +119,24 @@ def test_whole_blocks_cost_the_width_of_their_rows_and_no_more():
         assert content.sections.codes == 16 * 64 * bits // 8
 
 
+def packed_bits(*members, depth=64):
+    """Bits of each block of a layer of these classes."""
+    source = torch.Generator().manual_seed(2)
+    codes = torch.stack([make_row(kind, bits, depth, source) for kind, bits in members])
+    return [block.bits for block in unpack_blob(pack_blob(codes, torch.ones(len(codes)))).blocks]
+
+
+def test_rows_of_one_encoding_find_each_other():
+    assert packed_bits(*[("odd", 6), ("integer", 6)] * 8) == [6, 6]
+
+
+def test_rows_left_over_are_joined_from_the_widest_on():
+    assert packed_bits(*[("odd", 1)] * 5, *[("integer", 6)] * 4) == [6, 1]
+    assert packed_bits(*[("odd", 6)] * 4, *[("integer", 6)] * 4) == [7]
+    assert packed_bits(*[("table", 4)] * 4, *[("integer", 7)] * 4) == [8]
+    assert packed_bits(*[("table", 4)] * 4, *[("odd", 2)] * 4) == [4]
+
+
 @given(layer=layers())
 def test_bytes_are_counted_without_a_blob(layer):
     blob = pack_blob(*layer)
