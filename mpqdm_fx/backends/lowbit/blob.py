@@ -104,12 +104,12 @@ def pack_blob(codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tenso
     octets = np.zeros(layout.blob_bytes, dtype=np.uint8)
     order = blocks.order.copy()
     order[shape.rows :] = NO_ROW
-    _write(octets, layout.order_at, order.astype("<u4"))
-    _write(octets, layout.scale_at, _numbers(scale))
+    _write(octets, layout.named.order_at, order.astype("<u4"))
+    _write(octets, layout.named.scale_at, _numbers(scale))
     if bias is not None:
-        _write(octets, layout.bias_at, _numbers(bias))
+        _write(octets, layout.named.bias_at, _numbers(bias))
     largest = _write_codes(octets, layout, blocks, present, rows)
-    _write(octets, layout.block_at, _entries(layout, blocks, largest))
+    _write(octets, layout.named.block_at, _entries(layout, blocks, largest))
     _write(octets, 0, np.frombuffer(_header(octets, layout, shape).pack(), dtype=np.uint8))
     return torch.from_numpy(octets)
 
@@ -259,11 +259,8 @@ def _header(octets: NDArray[np.uint8], layout: Layout, shape: WeightShape) -> He
         channels=shape.channels,
         kernel=shape.kernel,
         blocks=-(-shape.rows // BLOCK_ROWS),
-        flags=HAS_BIAS if layout.bias_at else 0,
-        order_at=layout.order_at,
-        block_at=layout.block_at,
-        scale_at=layout.scale_at,
-        bias_at=layout.bias_at,
+        flags=HAS_BIAS if layout.named.bias_at else 0,
+        **layout.named._asdict(),
     )
 
 

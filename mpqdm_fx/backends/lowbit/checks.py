@@ -23,6 +23,7 @@ from mpqdm_fx.backends.lowbit.layout import (
     Header,
     Sections,
     checksum,
+    named_offsets,
 )
 from mpqdm_fx.backends.lowbit.tiles import TILE_DEPTH, tile_count
 from mpqdm_fx.errors import ArtifactError
@@ -69,6 +70,7 @@ def checked_header(octets: NDArray[np.uint8]) -> Header:
     _check_sizes(header)
     if header.pack() != start:
         raise bad_blob("bad sizes", "the end of the header is not zero")
+    _check_offsets(header)
     if checksum(octets[HEADER_BYTES:]) != header.checksum:
         raise bad_blob("bad checksum", "the bytes behind the header were changed")
     return header
@@ -88,6 +90,16 @@ def _check_sizes(header: Header) -> None:
         raise bad_blob("bad sizes", fault)
 
 
+def _check_offsets(header: Header) -> None:
+    """The checksum leaves the header out: a changed offset must not lead to other numbers."""
+    expected, end = named_offsets(header.rows, bias=bool(header.flags & HAS_BIAS))
+    for name, at in expected._asdict().items():
+        if (found := getattr(header, name)) != at:
+            raise bad_blob("bad offset", f"{name} is {found}, not {at}")
+    if end > header.blob_bytes:
+        raise bad_blob("bad offset", f"sections end at {end} of {header.blob_bytes} bytes")
+
+
 def checked_entries(octets: NDArray[np.uint8], header: Header) -> NDArray[np.void]:
     """Read the block table.
 
@@ -99,9 +111,8 @@ def checked_entries(octets: NDArray[np.uint8], header: Header) -> NDArray[np.voi
         Entries [blocks] of encodings that there are.
 
     Raises:
-        ArtifactError: The table lies outside the blob, or an entry says what no block has.
+        ArtifactError: An entry says what no block has.
     """
-    _check_inside("block table", header.block_at, header.blocks * ENTRY.itemsize, header)
     size = header.blocks * ENTRY.itemsize
     entries = octets[header.block_at : header.block_at + size].view(ENTRY)
     for index, entry in enumerate(entries):
@@ -120,7 +131,7 @@ def checked_entries(octets: NDArray[np.uint8], header: Header) -> NDArray[np.voi
 
 
 def checked_sections(header: Header, entries: NDArray[np.void]) -> Sections:
-    """Check that all sections are aligned, inside the blob and apart, and count their bytes.
+    """Check that tables and codes are aligned, inside the blob and apart, and count all bytes.
 
     Args:
         header: Of the blob, checked.
@@ -132,15 +143,12 @@ def checked_sections(header: Header, entries: NDArray[np.void]) -> Sections:
     Raises:
         ArtifactError: Names the section that is not.
     """
-    has_bias = bool(header.flags & HAS_BIAS)
-    if not has_bias and header.bias_at:
-        raise bad_blob("bad offset", f"bias at {header.bias_at}, but there is none")
     spans = [
         ("header", 0, HEADER_BYTES),
         ("order", header.order_at, 4 * BLOCK_ROWS * header.blocks),
         ("blocks", header.block_at, ENTRY.itemsize * header.blocks),
         ("scale", header.scale_at, 4 * header.rows),
-        *([("bias", header.bias_at, 4 * header.rows)] if has_bias else []),
+        *([("bias", header.bias_at, 4 * header.rows)] if header.bias_at else []),
     ]
     tile_depth = tile_count(header.depth) * TILE_DEPTH
     for entry in entries:
@@ -148,25 +156,21 @@ def checked_sections(header: Header, entries: NDArray[np.void]) -> Sections:
             at = ALIGNMENT * int(entry["tables_at"])
             spans.append(("tables", at, BLOCK_ROWS << int(entry["bits"])))
         spans.append(("codes", int(entry["codes_at"]), tile_depth * int(entry["bits"])))
-    for name, at, size in spans[1:]:
-        _check_inside(name, at, size, header)
-    _check_apart(spans)
+    _check_apart(spans, header)
     sizes = dict.fromkeys(Sections._fields, 0)
     for name, _, size in spans:
         sizes[name] += size
     return Sections(**{**sizes, "padding": header.blob_bytes - sum(sizes.values())})
 
 
-def _check_inside(name: str, at: int, size: int, header: Header) -> None:
-    if at % ALIGNMENT or at < HEADER_BYTES or at + size > header.blob_bytes:
-        raise bad_blob("bad offset", f"{name} at {at}, {size} of {header.blob_bytes} bytes")
-
-
-def _check_apart(spans: list[tuple[str, int, int]]) -> None:
-    ordered = sorted(spans, key=lambda span: span[1])
+def _check_apart(spans: list[tuple[str, int, int]], header: Header) -> None:
+    for name, at, _ in spans:
+        if at % ALIGNMENT:
+            raise bad_blob("bad offset", f"{name} at {at}, no multiple of {ALIGNMENT}")
+    ordered = [*sorted(spans, key=lambda span: span[1]), ("the end", header.blob_bytes, 0)]
     for (name, at, size), (other, start, _) in itertools.pairwise(ordered):
         if at + size > start:
-            raise bad_blob("bad offset", f"{name} at {at} and {other} at {start} overlap")
+            raise bad_blob("bad offset", f"{name} at {at}, {size} bytes, runs into {other}")
 
 
 def checked_order(octets: NDArray[np.uint8], header: Header) -> NDArray[np.int64]:

@@ -19,10 +19,12 @@ __all__ = [
     "VERSION",
     "Header",
     "Layout",
+    "Offsets",
     "Sections",
     "WeightShape",
     "checksum",
     "lay_out",
+    "named_offsets",
 ]
 
 MAGIC = 0x4C51504D
@@ -138,6 +140,11 @@ class Header(NamedTuple):
         """Of the weights."""
         return WeightShape(self.rows, self.channels, self.kernel)
 
+    @property
+    def named(self) -> "Offsets":
+        """Where sections begin."""
+        return Offsets(self.order_at, self.block_at, self.scale_at, self.bias_at)
+
 
 class Sections(NamedTuple):
     """Bytes of a blob by what they hold.
@@ -163,30 +170,59 @@ class Sections(NamedTuple):
     padding: int
 
 
-class Layout(NamedTuple):
-    """Where the sections of a blob begin.
+class Offsets(NamedTuple):
+    """Where the sections begin that the header names; they follow it in this order.
 
     Attributes:
         order_at: Order of rows.
         block_at: Block table.
         scale_at: Scales.
         bias_at: Biases; 0 without.
-        tables_at: int64 [blocks], 0 for blocks without a table.
-        codes_at: int64 [blocks].
-        blob_bytes: Of the whole blob.
     """
 
     order_at: int
     block_at: int
     scale_at: int
     bias_at: int
+
+
+class Layout(NamedTuple):
+    """Where everything in a blob begins.
+
+    Attributes:
+        named: Sections that the header names.
+        tables_at: int64 [blocks], 0 for blocks without a table.
+        codes_at: int64 [blocks].
+        blob_bytes: Of the whole blob.
+    """
+
+    named: Offsets
     tables_at: NDArray[np.int64]
     codes_at: NDArray[np.int64]
     blob_bytes: int
 
 
+def named_offsets(rows: int, *, bias: bool) -> tuple[Offsets, int]:
+    """Place the sections that the header names.
+
+    Args:
+        rows: Output channels.
+        bias: Whether there is a bias.
+
+    Returns:
+        Where they begin, and where the last of them ends, all multiples of 64.
+    """
+    blocks = -(-rows // BLOCK_ROWS)
+    block_at = HEADER_BYTES + _aligned(4 * BLOCK_ROWS * blocks)
+    scale_at = block_at + _aligned(ENTRY.itemsize * blocks)
+    bias_at = scale_at + _aligned(4 * rows)
+    if not bias:
+        return Offsets(HEADER_BYTES, block_at, scale_at, 0), bias_at
+    return Offsets(HEADER_BYTES, block_at, scale_at, bias_at), bias_at + _aligned(4 * rows)
+
+
 def lay_out(blocks: Blocks, depth: int, *, bias: bool) -> Layout:
-    """Place the sections behind one another.
+    """Place the sections, then the tables, then the codes.
 
     Args:
         blocks: Rows by block.
@@ -196,27 +232,14 @@ def lay_out(blocks: Blocks, depth: int, *, bias: bool) -> Layout:
     Returns:
         Offsets, multiples of 64.
     """
-    count = len(blocks.bits)
-    order_at = HEADER_BYTES
-    block_at = order_at + _aligned(4 * BLOCK_ROWS * count)
-    scale_at = block_at + _aligned(ENTRY.itemsize * count)
-    behind = scale_at + _aligned(4 * blocks.rows)
-    bias_at = behind if bias else 0
-    behind += _aligned(4 * blocks.rows) if bias else 0
+    named, behind = named_offsets(blocks.rows, bias=bias)
     has_table = blocks.kinds == KINDS.index("table")
     table_sizes = np.where(has_table, _aligned(BLOCK_ROWS << blocks.bits), 0)
     code_sizes = _aligned(tile_count(depth) * TILE_DEPTH * blocks.bits)
-    ends = behind + np.cumsum(np.concatenate([table_sizes, code_sizes]))
-    starts = ends - np.concatenate([table_sizes, code_sizes])
-    return Layout(
-        order_at=order_at,
-        block_at=block_at,
-        scale_at=scale_at,
-        bias_at=bias_at,
-        tables_at=np.where(has_table, starts[:count], 0),
-        codes_at=starts[count:],
-        blob_bytes=int(ends[-1]),
-    )
+    sizes = np.concatenate([table_sizes, code_sizes])
+    ends = behind + np.cumsum(sizes)
+    tables_at, codes_at = np.split(ends - sizes, 2)
+    return Layout(named, np.where(has_table, tables_at, 0), codes_at, int(ends[-1]))
 
 
 def _aligned(size: _Size) -> _Size:
