@@ -18,7 +18,7 @@ function(mpqdm_compile target)
   endif()
   if(MPQDM_SANITIZE)
     target_compile_options(${target} PRIVATE
-      -fsanitize=${MPQDM_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
+      -fsanitize=${MPQDM_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
     target_link_options(${target} PUBLIC -fsanitize=${MPQDM_SANITIZE})
   endif()
 endfunction()

@@ -47,6 +47,22 @@ bool are_sizes(const Header& header) {
   return (header.flags & ~kHasBias) == 0;
 }
 
+// Whether the sections that the header names lie where their sizes put them. The checksum does not
+// cover the header, so a changed offset must not lead to other numbers.
+bool are_offsets(const Header& header) {
+  uint64_t at = kHeaderBytes;
+  const auto is_next = [&](uint64_t offset, uint64_t size) {
+    const bool right = offset == at && is_section(at, size, header.bytes);
+    at += (size + kAlignment - 1) / kAlignment * kAlignment;
+    return right;
+  };
+  const uint64_t rows = header.rows, blocks = header.blocks;
+  return is_next(header.order_at, blocks * kBlockRows * 4) &&
+         is_next(header.block_at, blocks * sizeof(BlockEntry)) &&
+         is_next(header.scale_at, rows * 4) &&
+         ((header.flags & kHasBias) != 0 ? is_next(header.bias_at, rows * 4) : header.bias_at == 0);
+}
+
 // Greatest absolute value that an encoding can express without a table.
 int largest_level(Encoding encoding, int bits) {
   switch (encoding) {
@@ -149,14 +165,8 @@ BlobError Blob::read(const uint8_t* data, size_t size, Blob* blob) {
   for (const uint8_t zero : header.zeros) {
     if (zero != 0) return BlobError::bad_sizes;
   }
-  const uint64_t rows = header.rows, blocks = header.blocks;
   const bool has_bias = (header.flags & kHasBias) != 0;
-  if (!is_section(header.order_at, blocks * kBlockRows * 4, header.bytes) ||
-      !is_section(header.block_at, blocks * sizeof(BlockEntry), header.bytes) ||
-      !is_section(header.scale_at, rows * 4, header.bytes) ||
-      (has_bias ? !is_section(header.bias_at, rows * 4, header.bytes) : header.bias_at != 0)) {
-    return BlobError::bad_offset;
-  }
+  if (!are_offsets(header)) return BlobError::bad_offset;
   Blob view;
   view.data_ = data;
   view.bytes_ = header.bytes;
@@ -170,7 +180,7 @@ BlobError Blob::read(const uint8_t* data, size_t size, Blob* blob) {
   view.entries_ = data + header.block_at;
   view.scales_ = data + header.scale_at;
   view.biases_ = has_bias ? data + header.bias_at : nullptr;
-  for (uint64_t index = 0; index < blocks; ++index) {
+  for (uint64_t index = 0; index < header.blocks; ++index) {
     const auto entry = load<BlockEntry>(view.entries_ + index * sizeof(BlockEntry));
     const BlobError error =
         check_block(data, entry, header.bytes, static_cast<uint64_t>(view.tiles()));

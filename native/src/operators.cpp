@@ -100,9 +100,9 @@ void quantize_mixed(Call& call) {
   if (!call.require(count_of(*x) % parts == 0, "parts", "does not divide x into equal parts")) return;
   const CodesOutputs out = write_codes(call, 2, *x, parts);
   if (!call.ok()) return;
-  quantize(best_kernels(), x->const_data_ptr<float>(), count_of(*x) / parts, parts,
-           thread_pool_executor(), out.codes->mutable_data_ptr<int8_t>(),
-           out.scale->mutable_data_ptr<float>(), out.zero_point->mutable_data_ptr<int32_t>());
+  quantize(best_kernels(), x->const_data_ptr<float>(), count_of(*x), parts, thread_pool_executor(),
+           out.codes->mutable_data_ptr<int8_t>(), out.scale->mutable_data_ptr<float>(),
+           out.zero_point->mutable_data_ptr<int32_t>());
 }
 
 struct GroupNormArguments {
