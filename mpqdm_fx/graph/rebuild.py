@@ -6,7 +6,7 @@ source, and a name with a quote or a bracket in it would be code.
 
 import keyword
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from mpqdm_fx.graph.leaves import LEAF_CLASSES
 from mpqdm_fx.graph.literals import target_of, value_of
 from mpqdm_fx.graph.signature import Signature, tensor_leaves
 
-__all__ = ["infer_values", "rebuild"]
+__all__ = ["infer_static_values", "infer_values", "rebuild"]
 
 _CLASSES = {stock.__name__: stock for stock in LEAF_CLASSES}
 # Submodules may be called anything; torch.fx puts the name between quotes.
@@ -195,6 +195,22 @@ def infer_values(graph_module: fx.GraphModule) -> None:
         raise ArtifactError(
             f"the stored graph does not run on inputs of its signature: {first_line(error)}"
         ) from None
+
+
+def infer_static_values(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Set `node.meta["val"]` of every node, in place, for inputs of these very sizes.
+
+    Args:
+        graph_module: A graph whose tensors have values.
+        inputs: Its inputs in order; only their sizes and dtypes count.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: Tensor) -> Tensor:
+        return mode.from_tensor(tensor, static_shapes=True)
+
+    with torch.no_grad(), mode:
+        _Values(graph_module, mode).run(*pytree.tree_map_only(Tensor, fake, tuple(inputs)))
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode, *, dynamic: bool) -> Tensor:

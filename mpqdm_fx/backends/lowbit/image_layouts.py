@@ -34,6 +34,8 @@ class ImageLayouts:
         labels: Of every value with a layout: where its channels are as the graph writes it.
         free: Calls that can be turned.
         moves: Permutations between the two layouts, with the value that each is a copy of.
+        copies: Bytes of each of these permutations that copies an image: something that is, was
+            or becomes a value [B, C, H, W] or [B, H, W, C].
         best: The label in which each call of `free` computes, for least cost.
         bytes_now: What the permutations of the graph copy.
         bytes_best: What they would.
@@ -42,6 +44,7 @@ class ImageLayouts:
     labels: Mapping[fx.Node, int]
     free: Mapping[fx.Node, LayoutFree]
     moves: Mapping[fx.Node, fx.Node]
+    copies: Mapping[fx.Node, int]
     best: Mapping[fx.Node, int]
     bytes_now: int
     bytes_best: int
@@ -53,12 +56,14 @@ class ImageLayouts:
         labels, free, moves = labelled.labels(), labelled.free, labelled.moves
         values = _values(graph_module, labels, free, moves)
         best = _cheapest(values, free)
+        sizes_of_moves = {node: _bytes(node, labels[node]) for node in moves}
         return cls(
             labels=labels,
             free=free,
             moves=moves,
             best=best,
-            bytes_now=sum(_bytes(node, labels[node]) for node in moves),
+            copies={n: size for n, size in sizes_of_moves.items() if size and labelled.known(n)},
+            bytes_now=sum(sizes_of_moves.values()),
             bytes_best=sum(value.cost(best) for value in values),
         )
 
@@ -88,6 +93,10 @@ class _Labels:
             root, other = self._root(node)
             result[node] = self._given.get(root, FIRST) ^ other
         return result
+
+    def known(self, node: fx.Node) -> bool:
+        """Whether something tells the label of a value."""
+        return self._root(node)[0] in self._given
 
     def _read(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
         order = moved_axes(node)

@@ -37,7 +37,7 @@ _UNARY = frozenset(
     for name in names
 )  # fmt: skip
 #: They may also ask for a memory format, and are then bound to axes.
-_COPIES = frozenset({_aten.clone.default, _aten._to_copy.default})
+_COPIES = frozenset({_aten.clone.default, _aten.contiguous.default, _aten._to_copy.default})
 _BINARY = frozenset(
     {
         _aten.add.Tensor,

@@ -16,7 +16,7 @@ def require_kernels(operator: str = "mpqdm::conv2d_mixed") -> None:
     """Register the kernels with ExecuTorch's runtime in this process.
 
     Args:
-        operator: An operator that is about to run; messages name it.
+        operator: An operator that is about to run, with its namespace; messages name it.
 
     Raises:
         LoweringError: The library is not installed, or has no such operator; says how to install.
@@ -52,6 +52,8 @@ def calls_own_operators(path: Path) -> str | None:
     Args:
         path: A plain `.pte`.
     """
+    if not path.stat().st_size:
+        return None
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start = content.find(_MARK, 0, _program_end(content))
         if start < 0:

@@ -6,45 +6,25 @@ one execution, compared with the fake-quantized graph. Lowering that succeeds pr
 backend; only running the file does.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from mpqdm_fx.backends.pt2e import export_graph
-from mpqdm_fx.backends.xnnpack.doctor import refuse_fragments
-from mpqdm_fx.backends.xnnpack.edge import (
-    delegation,
-    move_weights_out,
-    runnable,
-    to_edge,
-    to_program,
-)
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.lowering_stages import Stages
-from mpqdm_fx.backends.xnnpack.method import Method, argument_names
-from mpqdm_fx.backends.xnnpack.output_files import written
+from mpqdm_fx.backends.xnnpack.method import Method, make_methods
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
-from mpqdm_fx.backends.xnnpack.runner import (
-    TensorSpec,
-    XnnpackRunner,
-    require_executorch,
-    weights_path,
-)
-from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
-from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.backends.xnnpack.runner import require_executorch
+from mpqdm_fx.backends.xnnpack.write_program import FORWARD, write_program
 from mpqdm_fx.records.activations import Activation
 
 __all__ = ["lower_methods", "lower_xnnpack", "lower_xnnpack_float"]
-
-logger = logging.getLogger(__name__)
-
-_FORWARD = "forward"
 
 
 def lower_xnnpack(
@@ -96,9 +76,14 @@ def lower_xnnpack(
         stage("decompose")
         method = Method(rounded, example_inputs, ranges, four_bit=four_bit)
         edges: list[fx.GraphModule] | None = [] if keep_graphs else None
-        result = _lower(
-            {_FORWARD: method}, Path(path), stage, max_delegates, external_weights, edges
-        )[_FORWARD]
+        result = write_program(
+            {FORWARD: method},
+            Path(path),
+            stage,
+            max_delegates=max_delegates,
+            external_weights=external_weights,
+            edges=edges,
+        )[FORWARD]
     if not edges or method.quantized is None:
         return result
     graphs = ProgramGraphs(
@@ -131,8 +116,14 @@ def lower_xnnpack_float(
     require_executorch()
     with Stages() as stage, torch.no_grad():
         stage("decompose")
-        methods = {_FORWARD: Method(graph, example_inputs)}
-        return _lower(methods, Path(path), stage, max_delegates, external_weights)[_FORWARD]
+        methods = {FORWARD: Method(graph, example_inputs)}
+        return write_program(
+            methods,
+            Path(path),
+            stage,
+            max_delegates=max_delegates,
+            external_weights=external_weights,
+        )[FORWARD]
 
 
 def lower_methods(
@@ -175,115 +166,15 @@ def lower_methods(
     """
     check_four_bit(four_bit)
     require_executorch()
-    _check_names(graphs, ranges or {})
-    values: dict[str, Any] = {}
-    methods: dict[str, Method] = {}
     with Stages() as stage, torch.no_grad():
-        for name, graph in graphs.items():
-            stage("decompose")
-            inputs = _inputs(name, graph, {**values, **example_inputs.get(name, {})})
-            layers = weight_layers(graph)
-            activations = {
-                layer: activation for layer, activation in (ranges or {}).items() if layer in layers
-            }
-            methods[name] = Method(graph, inputs, activations or None, four_bit=four_bit)
-            values.update(methods[name].named_outputs)
-        return _lower(methods, Path(path), stage, max_delegates, external_weights)
-
-
-def _lower(
-    methods: Mapping[str, Method],
-    path: Path,
-    stage: Stages,
-    max_delegates: int | None,
-    external_weights: bool,
-    edges: list[fx.GraphModule] | None = None,
-) -> dict[str, XnnpackProgram]:
-    """Lower, write beside `path`, execute, compare, and only then rename.
-
-    `edges` receives the edge graphs.
-    """
-    stage("export")
-    exported = {name: export_graph(m.lowered, m.inputs) for name, m in methods.items()}
-    if max_delegates is not None:
-        for name, program in exported.items():
-            refuse_fragments(name, program, max_delegates)
-    weights = weights_path(path) if external_weights else None
-    if weights is not None:
-        for program in exported.values():
-            move_weights_out(program)
-    stage("lower")
-    watch = None if edges is None else lambda program: edges.append(runnable(program))
-    edge = to_edge(exported, watch=watch)
-    stage("serialise")
-    measured = {}
-    program = to_program(edge, external_weights=external_weights)
-    with written(program, path, weights) as parts:
-        stage("execute")
-        for name, method in methods.items():
-            outputs = _execute(parts, path.name, name, method)
-            measured[name] = method.expected.check(path, outputs, method.output_scale)
-        sizes = [part.stat().st_size for part in parts]
-    result = {}
-    for name, method in methods.items():
-        sqnr, steps = measured[name]
-        result[name] = XnnpackProgram(
-            path=path,
-            bytes=sizes[0],
-            weights_path=weights,
-            weights_bytes=sum(sizes[1:]),
-            inputs=tuple(_spec(*entry) for entry in method.named_inputs),
-            outputs=tuple(_spec(*entry) for entry in method.named_outputs.items()),
-            output_scale=method.output_scale,
-            sqnr_db=sqnr,
-            max_lsb=steps,
-            reference_sqnr_db=method.expected.quality_db,
-            float_layers=method.floats,
-            seconds=stage.seconds,
-            four_bit_layers=method.four_bit,
-            eight_bit_layers=method.eight_bit,
-            **delegation(edge, name),
+        stage("decompose")
+        methods = make_methods(
+            graphs, example_inputs, ranges or {}, partial(Method, four_bit=four_bit)
         )
-        logger.info(
-            "%s, method %s: %d bytes, %d delegates, %d nodes delegated and %d not, %.1f dB against "
-            "the graph", path, name, sum(sizes), result[name].subgraphs, result[name].delegated,
-            result[name].undelegated, sqnr,
-        )  # fmt: skip
-    return result
-
-
-def _execute(parts: Sequence[Path], file: str, name: str, method: Method) -> list[Tensor]:
-    try:
-        weights = parts[1] if len(parts) > 1 else None
-        return list(XnnpackRunner(parts[0], name, weights=weights)(*method.inputs))
-    except (ArtifactError, LoweringError) as error:
-        place = file if name == _FORWARD else f"{file}, method {name!r}"
-        raise LoweringError(
-            f"{place}: ExecuTorch lowered the graph, but its own runtime refuses the program "
-            f"({error.__cause__ or error}); nothing was written. This is a bug of the backend or "
-            f"of its remedies: please report the model"
-        ) from error
-
-
-def _check_names(graphs: Mapping[str, fx.GraphModule], ranges: Mapping[str, Activation]) -> None:
-    if not graphs:
-        raise ConfigError("there are no methods to lower")
-    layers = {name for graph in graphs.values() for name in weight_layers(graph)}
-    for name in ranges:
-        if name not in layers:
-            raise ConfigError(f"ranges name {name!r}, which is a layer of no method")
-
-
-def _inputs(name: str, graph: fx.GraphModule, values: Mapping[str, Any]) -> dict[str, Any]:
-    missing = [argument for argument in argument_names(graph) if argument not in values]
-    if missing:
-        raise ConfigError(
-            f"method {name!r} takes {', '.join(missing)}, for which there is neither an example "
-            "nor an earlier method that returns it; give examples by method"
+        return write_program(
+            methods,
+            Path(path),
+            stage,
+            max_delegates=max_delegates,
+            external_weights=external_weights,
         )
-    return {argument: values[argument] for argument in argument_names(graph)}
-
-
-def _spec(name: str, value: Tensor) -> TensorSpec:
-    shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-    return TensorSpec(name=name, shape=shape, dtype=dtype)

@@ -1,7 +1,7 @@
-"""One graph made ready for lowering: what is exported, and what its program has to compute."""
+"""Graphs made ready for lowering: what is exported, and what the program has to compute."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -16,13 +16,15 @@ from mpqdm_fx.backends.xnnpack.four_bit import FourBit, four_bit_layers
 from mpqdm_fx.backends.xnnpack.pipelines import DECOMPOSE
 from mpqdm_fx.backends.xnnpack.reference import Reference
 from mpqdm_fx.backends.xnnpack.runner import flat_inputs, sorted_entries
-from mpqdm_fx.errors import LoweringError
+from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.editing import replace_module, shallow_clone
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.qdq import is_dequantize, qdq_parameters
 from mpqdm_fx.records.activations import Activation
 
-__all__ = ["Method", "argument_names", "positional"]
+__all__ = ["Method", "argument_names", "make_methods", "positional"]
+
+_Method = TypeVar("_Method", bound="Method")
 
 
 class Method:
@@ -37,6 +39,7 @@ class Method:
     Attributes:
         inputs: The inputs in order, contiguous.
         quantized: What the program is to compute, in float; None for a float program.
+        prepared: The same with what `prepare` put in; `quantized` itself if it put in nothing.
         lowered: What is exported: ops that XNNPACK knows, with int8 weights and q/dq ops.
         expected: What the program has to compute.
         floats: Layers that stay in float for want of a kernel, with the reason.
@@ -60,6 +63,7 @@ class Method:
         self.graph, self.inputs = graph, positional(example_inputs)
         self.floats: dict[str, str] = {}
         self.quantized: fx.GraphModule | None = None
+        self.prepared: fx.GraphModule | None = None
         self.four_bit: tuple[str, ...] = ()
         self.eight_bit: dict[str, str] = {}
         if activations is None:
@@ -67,11 +71,37 @@ class Method:
             self.expected = Reference.of_float(graph, self.inputs)
             return
         plain, runnable, self.floats = decomposed(graph, activations, four_bit=four_bit)
-        self.quantized = quantized_graph(plain, runnable)
+        self.quantized = self.prepared = quantized_graph(plain, runnable)
         self.expected = Reference.of_quantized(graph, self.quantized, self.inputs)
+        prepared, taken = self.prepare(activations)
+        if taken:
+            rest = {name: a for name, a in activations.items() if name not in self.floats}
+            rest = {name: a for name, a in rest.items() if name not in taken}
+            if rest:
+                plain, runnable, _ = decomposed(prepared, rest, four_bit=four_bit)
+            else:
+                plain, runnable = DECOMPOSE(prepared).graph_module, {}
+            self.prepared = quantized_graph(plain, runnable)
         if four_bit != "never":
             self.four_bit, self.eight_bit = four_bit_layers(plain, runnable)
-        self.lowered = converted_graph(plain, runnable, self.inputs, self.four_bit)
+        if runnable:
+            self.lowered = converted_graph(plain, runnable, self.inputs, self.four_bit)
+        else:
+            self.lowered = _without_codes(plain)
+
+    def prepare(
+        self, activations: Mapping[str, Activation]
+    ) -> tuple[fx.GraphModule, Collection[str]]:
+        """Put other operators in the place of layers before XNNPACK's passes see them.
+
+        Args:
+            activations: By layer name.
+
+        Returns:
+            The graph, a new one if layers were taken; and the names of these layers, which it no
+            longer calls. Here no layer is.
+        """
+        return self.graph, ()
 
     @property
     def named_inputs(self) -> list[tuple[str, Tensor]]:
@@ -90,6 +120,37 @@ class Method:
         """Step of the first output, if it comes from integers."""
         first = self.lowered.graph.output_node().all_input_nodes[0]
         return float(qdq_parameters(first)[0]) if is_dequantize(first) else None
+
+
+def make_methods(
+    graphs: Mapping[str, fx.GraphModule],
+    example_inputs: Mapping[str, Mapping[str, Any]],
+    ranges: Mapping[str, Activation],
+    make: Callable[[fx.GraphModule, Mapping[str, Any], Mapping[str, Activation] | None], _Method],
+) -> dict[str, _Method]:
+    """Make graphs ready that pass values on to one another by name.
+
+    Args:
+        graphs: Module-level graphs by method, in running order.
+        example_inputs: Inputs of each method by its name. What an earlier method returns under the
+            name of an argument may be left out.
+        ranges: Activation by layer name, in whichever methods the layer is.
+        make: Makes one ready: graph, inputs, and activations of its layers (None without any).
+
+    Raises:
+        ConfigError: There are no methods, an argument has no example, or `ranges` names a layer
+            that no method has.
+    """
+    _check_names(graphs, ranges)
+    values: dict[str, Any] = {}
+    methods: dict[str, _Method] = {}
+    for name, graph in graphs.items():
+        inputs = _inputs(name, graph, {**values, **example_inputs.get(name, {})})
+        layers = weight_layers(graph)
+        own = {layer: activation for layer, activation in ranges.items() if layer in layers}
+        methods[name] = make(graph, inputs, own or None)
+        values.update(methods[name].named_outputs)
+    return methods
 
 
 def positional(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
@@ -126,3 +187,22 @@ def _without_codes(graph: fx.GraphModule) -> fx.GraphModule:
             del clone._buffers["weight_codes"], clone._buffers["weight_scale"]
             replace_module(graph, name, clone)
     return graph
+
+
+def _check_names(graphs: Mapping[str, fx.GraphModule], ranges: Mapping[str, Activation]) -> None:
+    if not graphs:
+        raise ConfigError("there are no methods to lower")
+    layers = {name for graph in graphs.values() for name in weight_layers(graph)}
+    for name in ranges:
+        if name not in layers:
+            raise ConfigError(f"ranges name {name!r}, which is a layer of no method")
+
+
+def _inputs(name: str, graph: fx.GraphModule, values: Mapping[str, Any]) -> dict[str, Any]:
+    missing = [argument for argument in argument_names(graph) if argument not in values]
+    if missing:
+        raise ConfigError(
+            f"method {name!r} takes {', '.join(missing)}, for which there is neither an example "
+            "nor an earlier method that returns it; give examples by method"
+        )
+    return {argument: values[argument] for argument in argument_names(graph)}

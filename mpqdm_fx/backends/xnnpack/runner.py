@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mpqdm_fx.backends.lowbit.library import calls_own_operators, require_kernels
 from mpqdm_fx.backends.xnnpack.compressed import SUFFIX, expand_program
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
 
@@ -129,7 +130,8 @@ class XnnpackRunner:
         name: What messages call it, if `path` is no name of its own.
 
     Raises:
-        LoweringError: ExecuTorch is not installed.
+        LoweringError: ExecuTorch is not installed, or the program calls own operators and the
+            native library, which has their kernels, is not.
         ArtifactError: The file is missing, damaged, or cannot be loaded by this runtime.
     """
 
@@ -147,8 +149,12 @@ class XnnpackRunner:
         if not self.path.is_file():
             raise ArtifactError(f"{self.path} does not exist")
         data = _weights_of(self.path) if weights is None else Path(weights)
+        plain = _plain(self.path)
+        operator = calls_own_operators(plain)
+        if operator is not None:
+            require_kernels(operator)
         try:
-            names, execute, meta = _load(_plain(self.path), method, _plain(data))
+            names, execute, meta = _load(plain, method, data and _plain(data))
         except RuntimeError as error:
             raise ArtifactError(
                 f"{name or self.path} cannot be loaded by ExecuTorch: {error}; it is damaged, or "
@@ -211,12 +217,12 @@ def _first(*candidates: Path) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-def _plain(path: Path | None) -> Path | None:
-    return expand_program(path) if path is not None and path.suffix == SUFFIX else path
+def _plain(path: Path) -> Path:
+    return expand_program(path) if path.suffix == SUFFIX else path
 
 
 def _load(
-    path: Path | None, method: str, weights: Path | None
+    path: Path, method: str, weights: Path | None
 ) -> tuple[set[str], Callable[[list[Tensor]], Any] | None, Any]:
     """Names of a program's methods, and how to execute one of them with what it takes."""
     if weights is None:

@@ -1,0 +1,34 @@
+"""The list of passes that put own operators into a rounded graph, in running order."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mpqdm_fx.backends.lowbit.passes.fuse_norm_quantize import FuseNormQuantize
+from mpqdm_fx.backends.lowbit.passes.move_layouts import MoveLayouts
+from mpqdm_fx.backends.lowbit.passes.use_mixed_layers import UseMixedLayers
+from mpqdm_fx.backends.lowbit.passes.use_mixed_norms import UseMixedNorms
+from mpqdm_fx.backends.xnnpack.pipelines import DECOMPOSE
+from mpqdm_fx.passes.base import Pipeline
+
+__all__ = ["own_operators"]
+
+
+def own_operators(blobs: Mapping[str, Tensor]) -> Pipeline:
+    """Layers first, then the norms that they read, before XNNPACK's passes write those out.
+
+    Permutations move when all is written in operators that stay: upsampling brings some of its
+    own. A norm and its quantizer meet only behind that.
+
+    Args:
+        blobs: Weight blob by layer name.
+    """
+    return Pipeline(
+        passes=(
+            UseMixedLayers(blobs=blobs),
+            UseMixedNorms(),
+            *DECOMPOSE.passes,
+            MoveLayouts(),
+            FuseNormQuantize(),
+        )
+    )
