@@ -140,7 +140,7 @@ def layout_free(graph_module: fx.GraphModule, node: fx.Node) -> LayoutFree | Non
         return _elementwise(node, (first,))
     if target is _aten.slice.Tensor:
         return _slice(node, first)
-    if target is _aten.constant_pad_nd.default:
+    if target in (_aten.constant_pad_nd.default, _aten.pad.default):
         return _pad(node, first)
     if target in _VIEWS:
         return _view(node, first)
@@ -216,6 +216,10 @@ def _slice(node: fx.Node, source: fx.Node) -> LayoutFree | None:
 
 def _pad(node: fx.Node, source: fx.Node) -> LayoutFree | None:
     pads, number = node.args[1], argument(node, 2, "value", 0)
+    if node.target is _aten.pad.default:
+        if argument(node, 2, "mode", "constant") != "constant":
+            return None
+        number = argument(node, 3, "value", None) or 0
     if not isinstance(pads, Sequence) or not all(isinstance(n, int) for n in pads):
         return None
     rank = len(sizes(node))
