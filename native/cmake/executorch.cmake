@@ -2,7 +2,8 @@
 # project that includes this one, from an install of ExecuTorch (CMAKE_PREFIX_PATH), or from the
 # Python package, of the build environment or the installed one.
 
-# Asks Python where its packages are. Under pip's build isolation they are not importable, but there.
+# Asks Python for its packages: those that it can import, as in a build environment, then those that
+# are installed, which pip hides from imports while it builds.
 function(mpqdm_find_python_executorch result)
   if(NOT Python_EXECUTABLE)
     find_program(Python_EXECUTABLE NAMES python3 python)
@@ -10,12 +11,8 @@ function(mpqdm_find_python_executorch result)
   set(found "")
   if(Python_EXECUTABLE)
     execute_process(
-      COMMAND "${Python_EXECUTABLE}" -c
-              "import sysconfig; print(sysconfig.get_path('platlib'))"
-      OUTPUT_VARIABLE packages OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-    if(EXISTS "${packages}/executorch/lib/cmake/executorch")
-      set(found "${packages}/executorch/lib/cmake/executorch")
-    endif()
+      COMMAND "${Python_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/cmake/find_executorch.py"
+      OUTPUT_VARIABLE found OUTPUT_STRIP_TRAILING_WHITESPACE)
   endif()
   set(${result} "${found}" PARENT_SCOPE)
 endfunction()

@@ -4,11 +4,11 @@
 #include <executorch/runtime/core/event_tracer_hooks.h>
 #include <executorch/runtime/core/exec_aten/util/tensor_dimension_limit.h>
 #include <executorch/runtime/kernel/operator_registry.h>
-#include <executorch/runtime/platform/log.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <new>
 
@@ -272,8 +272,12 @@ constexpr std::array<Kernel, 5> kOperators{
 // for an operator that it has already.
 size_t mpqdm_register_operators(void) {
   size_t registered = 0;
-  for (const auto& kernel : mpqdm::kOperators) {
-    if (executorch::runtime::registry_has_op_function(kernel.name_)) continue;
+  for (const mpqdm::Kernel& kernel : mpqdm::kOperators) {
+    const auto known = executorch::runtime::get_registered_kernels();
+    const bool is_known = std::any_of(known.begin(), known.end(), [&](const mpqdm::Kernel& other) {
+      return std::strcmp(other.name_, kernel.name_) == 0;
+    });
+    if (is_known) continue;
     if (executorch::runtime::register_kernel(kernel) == executorch::runtime::Error::Ok) ++registered;
   }
   return registered;

@@ -1,0 +1,91 @@
+"""The operators of low-bit programs for ExecuTorch's Python runtime.
+
+`load()` registers them; then the runtime executes programs that call them:
+
+    import mpqdm_kernels
+    from executorch.runtime import Runtime
+
+    mpqdm_kernels.load()
+    Runtime.get().load_program("unet.pte")
+"""
+
+import ctypes
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+__all__ = ["__version__", "kernel_sets", "load", "operators"]
+
+__version__ = version("mpqdm-kernels")
+
+_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+_OVERLOAD = ".out"
+
+
+def load() -> None:
+    """Register the operators with ExecuTorch's runtime in this process; again does nothing.
+
+    Raises:
+        ImportError: ExecuTorch is not installed, or has another version than 1.5.
+        OSError: A library cannot be loaded; says which.
+    """
+    _library()
+
+
+def operators() -> tuple[str, ...]:
+    """Names of the operators, such as ``"mpqdm::conv2d_mixed"``.
+
+    Raises:
+        ImportError: As `load`.
+        OSError: As `load`.
+    """
+    names = _names(_library().mpqdm_operator_name)
+    return tuple(name.removesuffix(_OVERLOAD) for name in names)
+
+
+def kernel_sets() -> tuple[str, ...]:
+    """Instruction sets that this CPU has kernels for, best first; the last is ``"scalar"``.
+
+    The environment variable ``MPQDM_KERNELS`` names one to use in place of the best.
+
+    Raises:
+        ImportError: As `load`.
+        OSError: As `load`.
+    """
+    return _names(_library().mpqdm_kernel_set_name)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    # The runtime's libraries first, from their own folder: the operators name them without a path,
+    # and so get those that ExecuTorch's Python module has loaded or will load, with one registry.
+    for name in ("libexecutorch", "libexecutorch_threadpool"):
+        ctypes.CDLL(str(_runtime_folder() / f"{name}{_SUFFIX}"))
+    library = ctypes.CDLL(str(Path(__file__).with_name(f"libmpqdm_kernels{_SUFFIX}")))
+    for function in (library.mpqdm_operator_name, library.mpqdm_kernel_set_name):
+        function.argtypes, function.restype = [ctypes.c_size_t], ctypes.c_char_p
+    return library
+
+
+def _runtime_folder() -> Path:
+    remedy = 'pip install "executorch>=1.5.1,<1.6"'
+    package = importlib.util.find_spec("executorch")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError(f"mpqdm_kernels needs ExecuTorch, which is not installed: {remedy}")
+    folders = [Path(place) / "lib" for place in package.submodule_search_locations]
+    for folder in folders:
+        if (folder / f"libexecutorch{_SUFFIX}").is_file():
+            return folder
+    raise ImportError(
+        f"mpqdm_kernels needs libexecutorch{_SUFFIX}, which is not in {folders[0]}: {remedy}"
+    )
+
+
+def _names(name_at: Callable[[int], bytes | None]) -> tuple[str, ...]:
+    names: list[str] = []
+    while name := name_at(len(names)):
+        names.append(name.decode())
+    return tuple(names)
