@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from mpqdm_fx.graph.editing import insert_call
+from mpqdm_fx.graph.editing import infer_val, inherit_meta
 from mpqdm_fx.graph.nodes import sizes
 
 __all__ = ["moved_axes", "moves_nothing", "permuted", "to_first", "to_last"]
@@ -47,15 +47,19 @@ def permuted(
 
     Args:
         graph_module: The copy to edit, in place.
-        source: A value of known sizes, contiguous.
+        source: A value of known sizes, contiguous; its provenance is taken over.
         order: For each new axis the old one.
-        anchor: Node to insert before; its provenance is taken over.
+        anchor: Node to insert before.
     """
     shape = sizes(source)
+    target, argument = _aten.permute.default, list(order)
     if moves_nothing(shape, order):
-        after = [shape[axis] for axis in order]
-        return insert_call(graph_module, _aten.reshape.default, (source, after), anchor=anchor)
-    return insert_call(graph_module, _aten.permute.default, (source, list(order)), anchor=anchor)
+        target, argument = _aten.reshape.default, [shape[axis] for axis in order]
+    with graph_module.graph.inserting_before(anchor):
+        node = graph_module.graph.call_function(target, (source, argument))
+    inherit_meta(node, source)
+    infer_val(graph_module, node)
+    return node
 
 
 def moves_nothing(shape: Sequence[int], order: Sequence[int]) -> bool:

@@ -14,7 +14,7 @@ from mpqdm_fx.backends.xnnpack.method import Method
 from mpqdm_fx.graph.editing import copy_graph_module
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.rebuild import infer_static_values
-from mpqdm_fx.records.activations import Activation
+from mpqdm_fx.records.activations import Activation, DynamicActivation
 
 __all__ = ["LowbitMethod"]
 
@@ -63,7 +63,9 @@ class LowbitMethod(Method):
         if not self.choice.own:
             return self.graph, ()
         blobs = _blobs(sized, self.choice.own)
-        return own_operators(blobs)(sized).graph_module, self.choice.own
+        dynamic = {n for n, a in activations.items() if isinstance(a, DynamicActivation)}
+        left = dynamic.difference(self.choice.own)
+        return own_operators(blobs, left)(sized).graph_module, self.choice.own
 
 
 def _blobs(graph: fx.GraphModule, names: Collection[str]) -> dict[str, Tensor]:

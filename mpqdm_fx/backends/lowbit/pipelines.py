@@ -1,6 +1,6 @@
 """The list of passes that put own operators into a rounded graph, in running order."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -8,25 +8,30 @@ from mpqdm_fx.backends.lowbit.passes.fuse_norm_quantize import FuseNormQuantize
 from mpqdm_fx.backends.lowbit.passes.move_layouts import MoveLayouts
 from mpqdm_fx.backends.lowbit.passes.use_mixed_layers import UseMixedLayers
 from mpqdm_fx.backends.lowbit.passes.use_mixed_norms import UseMixedNorms
+from mpqdm_fx.backends.xnnpack.passes.linearize_pointwise import LinearizePointwise
 from mpqdm_fx.backends.xnnpack.pipelines import DECOMPOSE
 from mpqdm_fx.passes.base import Pipeline
 
 __all__ = ["own_operators"]
 
 
-def own_operators(blobs: Mapping[str, Tensor]) -> Pipeline:
+def own_operators(blobs: Mapping[str, Tensor], left: Collection[str] = ()) -> Pipeline:
     """Layers first, then the norms that they read, before XNNPACK's passes write those out.
 
-    Permutations move when all is written in operators that stay: upsampling brings some of its
-    own. A norm and its quantizer meet only behind that.
+    XNNPACK runs 1x1 convolutions as linear layers over pixels that lie channels last; written as
+    such they need no permutation between own layers. Permutations move when all is written in
+    operators that stay: upsampling brings some of its own. A norm and its quantizer meet only
+    behind that.
 
     Args:
         blobs: Weight blob by layer name.
+        left: Names of layers that XNNPACK runs on ranges chosen at run time.
     """
     return Pipeline(
         passes=(
             UseMixedLayers(blobs=blobs),
             UseMixedNorms(),
+            LinearizePointwise(layers=frozenset(left)),
             *DECOMPOSE.passes,
             MoveLayouts(),
             FuseNormQuantize(),
