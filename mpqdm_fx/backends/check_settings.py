@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping
 
-from mpqdm_fx.backends.names import BACKENDS, Backend
+from mpqdm_fx.backends.names import BACKENDS, Backend, Cpu, Kernels
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.records.config import ActivationMode, MPQConfig
 
-__all__ = ["MODES", "check_settings"]
+__all__ = ["MODES", "check_kernel_options", "check_settings"]
 
 #: How activations may be quantized, by what runs them.
 MODES: Mapping[Backend, tuple[ActivationMode, ...]] = {
     "torch_ao": ("static",),
     "xnnpack": ("measured", "static", "dynamic"),
+    "lowbit": ("measured", "dynamic"),  # own kernels choose ranges at run time
     "packed": ("measured", "static", "timestep", "dynamic", "float"),
 }
 
@@ -36,8 +37,33 @@ def check_settings(backend: Backend, settings: MPQConfig, *, alternatives: bool 
             + (f" or backend={doors}" if alternatives else "")
         )
     if backend != "packed" and bits != 8:
-        name = {"xnnpack": "XNNPACK", "torch_ao": "torch.ao"}[backend]
+        name = {"xnnpack": "XNNPACK", "torch_ao": "torch.ao"}.get(backend, backend)
         raise ConfigError(
             f"{name} runs activations of 8 bits, not {bits}; choose activation_bits=8"
             + (' or backend="packed"' if alternatives else "")
+        )
+
+
+def check_kernel_options(backend: Backend, kernels: Kernels, cpu: Cpu) -> None:
+    """Refuse a choice of kernels, or a class of CPUs, that would change nothing.
+
+    Args:
+        backend: The backend.
+        kernels: What is wanted of own kernels; `"auto"` is the default.
+        cpu: Class of CPUs; `"avx2"` is the default.
+
+    Raises:
+        ConfigError: The backend has no own kernels, or `kernels` asks no cost table.
+    """
+    if backend != "lowbit":
+        for name, value, usual in (("kernels", kernels, "auto"), ("cpu", cpu, "avx2")):
+            if value != usual:
+                raise ConfigError(
+                    f"{name}={value!r}: {backend} has no own kernels; choose "
+                    f'backend="lowbit" or leave {name} out'
+                )
+    elif kernels != "auto" and cpu != "avx2":
+        raise ConfigError(
+            f'cpu={cpu!r}: only kernels="auto" asks how long layers take there, and '
+            f"kernels={kernels!r} does not; leave one of the two out"
         )

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mpqdm_fx.backends.names import Backend, FourBit
+from mpqdm_fx.backends.check_settings import check_kernel_options
+from mpqdm_fx.backends.lowbit.program import LowbitProgram
+from mpqdm_fx.backends.names import Backend, Cpu, FourBit, Kernels
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.calling import example_inputs
@@ -19,7 +21,13 @@ from mpqdm_fx.model.stages import positional_inputs
 from mpqdm_fx.model.storage import save
 from mpqdm_fx.records.validation import Count, check_value, checked
 
-__all__ = ["lower", "lower_to_packed", "lower_to_torch_ao", "lower_to_xnnpack"]
+__all__ = [
+    "lower",
+    "lower_to_lowbit",
+    "lower_to_packed",
+    "lower_to_torch_ao",
+    "lower_to_xnnpack",
+]
 
 
 @overload
@@ -39,6 +47,20 @@ def lower(
     four_bit: FourBit = ...,
 ) -> XnnpackProgram: ...
 @overload
+def lower(
+    quantized: QuantizedModel,
+    backend: Literal["lowbit"],
+    *,
+    output: str | Path,
+    kernels: Kernels = ...,
+    cpu: Cpu = ...,
+    batch_size: int = ...,
+    max_delegates: int | None = ...,
+    keep_graphs: bool = ...,
+    external_weights: bool = ...,
+    four_bit: FourBit = ...,
+) -> LowbitProgram: ...
+@overload
 def lower(quantized: QuantizedModel, backend: Literal["packed"], *, output: str | Path) -> Path: ...
 
 
@@ -49,11 +71,13 @@ def lower(quantized: QuantizedModel, backend: Backend, **options: Any) -> Any:
         quantized: Quantized model.
         backend: `"torch_ao"`: a GraphModule of torch.ao quantized operators, see
             `lower_to_torch_ao`. `"xnnpack"`: an ExecuTorch program, see `lower_to_xnnpack`.
-            `"packed"`: a folder with the weights at their own bits, see `lower_to_packed`.
+            `"lowbit"`: one with own kernels for weights at their own bits, which needs the native
+            library where it runs, see `lower_to_lowbit`. `"packed"`: a folder with the weights at
+            their own bits, see `lower_to_packed`.
         options: Of that function.
 
     Returns:
-        A GraphModule, an `XnnpackProgram`, or the folder's path.
+        A GraphModule, an `XnnpackProgram`, a `LowbitProgram`, or the folder's path.
 
     Raises:
         ConfigError: `backend` is unknown, does not take an option, or needs one that is missing.
@@ -143,18 +167,67 @@ def lower_to_xnnpack(
     """
     from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack
 
-    example = example_inputs(quantized.signature, batch_size=batch_size)
-    inputs = _in_domain(quantized.rounded, positional_inputs(quantized.rounded, example))
-    if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
-        raise LoweringError(
-            "an XNNPACK program takes tensors alone, and a list among the inputs holds constants "
-            "beside them; let the model take these as arguments of their own"
-        )
     return lower_xnnpack(
         quantized.rounded,
         quantized.ranges,
-        inputs,
+        _program_inputs(quantized, batch_size),
         Path(output),
+        max_delegates=max_delegates,
+        keep_graphs=keep_graphs,
+        external_weights=external_weights,
+        four_bit=four_bit,
+    )
+
+
+@plain_torch()
+@checked
+def lower_to_lowbit(
+    quantized: QuantizedModel,
+    *,
+    output: str | Path,
+    kernels: Kernels = "auto",
+    cpu: Cpu = "avx2",
+    batch_size: Count = 1,
+    max_delegates: Count | None = None,
+    keep_graphs: bool = False,
+    external_weights: bool = False,
+    four_bit: FourBit = "whole",
+) -> LowbitProgram:
+    """Write an ExecuTorch program with own kernels beside XNNPACK's, for weights at their own bits.
+
+    What runs the program needs the native library `mpqdm_kernels`. It is executed here if the
+    library is installed; without it, its graph is, with the operators' references in Python.
+
+    Args:
+        quantized: Quantized model; own kernels run layers with dynamic activations of 8 bits, and
+            XNNPACK's run the others.
+        output: File; it appears whole or not at all.
+        kernels: `"auto"`: own kernels run the layers for which the cost table says that they are
+            faster; `"memory"`: all that they can run, for least memory; `"xnnpack"`: none.
+        cpu: Class of CPUs that the cost table is asked about: `"avx2"`, `"vnni"` or `"dotprod"`.
+        batch_size: Batch that the program is made for: its shapes are static.
+        max_delegates: Refuse a program of more XNNPACK subgraphs. Own operators part the program:
+            there are about as many subgraphs as own layers.
+        keep_graphs: Return the graphs that the program was made of, too: several times the model.
+        external_weights: Write the weights to a file of their own, `<stem>.ptd`, beside `output`.
+        four_bit: Which of the weights that XNNPACK runs are stored at four bits, as of
+            `lower_to_xnnpack`.
+
+    Raises:
+        ConfigError: No layer has an activation, or `cpu` is given where no table is asked.
+        LoweringError: XNNPACK cannot run the rest of the model, or the program computes other
+            numbers.
+    """
+    check_kernel_options("lowbit", kernels, cpu)
+    from mpqdm_fx.backends.lowbit.lower import lower_lowbit
+
+    return lower_lowbit(
+        quantized.rounded,
+        quantized.ranges,
+        _program_inputs(quantized, batch_size),
+        Path(output),
+        kernels=kernels,
+        cpu=cpu,
         max_delegates=max_delegates,
         keep_graphs=keep_graphs,
         external_weights=external_weights,
@@ -165,8 +238,21 @@ def lower_to_xnnpack(
 _VERBS: Mapping[Backend, Callable[..., Any]] = {
     "torch_ao": lower_to_torch_ao,
     "xnnpack": lower_to_xnnpack,
+    "lowbit": lower_to_lowbit,
     "packed": lower_to_packed,
 }
+
+
+def _program_inputs(quantized: QuantizedModel, batch_size: int) -> tuple[Any, ...]:
+    """What a program is made for and tried on: tensors in order."""
+    example = example_inputs(quantized.signature, batch_size=batch_size)
+    inputs = _in_domain(quantized.rounded, positional_inputs(quantized.rounded, example))
+    if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
+        raise LoweringError(
+            "an XNNPACK program takes tensors alone, and a list among the inputs holds constants "
+            "beside them; let the model take these as arguments of their own"
+        )
+    return inputs
 
 
 def _in_domain(graph_module: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

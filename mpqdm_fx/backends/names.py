@@ -2,10 +2,22 @@
 
 from typing import Literal, get_args
 
-__all__ = ["BACKENDS", "Backend", "FourBit"]
+__all__ = ["BACKENDS", "CPUS", "PROGRAMS", "Backend", "Cpu", "FourBit", "Kernels", "ProgramBackend"]
 
-Backend = Literal["torch_ao", "xnnpack", "packed"]
+Backend = Literal["torch_ao", "xnnpack", "lowbit", "packed"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+ProgramBackend = Literal["xnnpack", "lowbit"]
+"""Backends that write an ExecuTorch program."""
+PROGRAMS: tuple[ProgramBackend, ...] = get_args(ProgramBackend)
+
+Kernels = Literal["auto", "memory", "xnnpack"]
+"""Which layers run in own kernels: those that are faster there, all that fit, or none."""
+
+Cpu = Literal["avx2", "vnni", "dotprod"]
+"""Classes of CPUs, by the instructions that multiply int8: AVX2 alone, AVX-VNNI or AVX512-VNNI,
+and ARM's dot product."""
+CPUS: tuple[Cpu, ...] = get_args(Cpu)
 
 FourBit = Literal["never", "whole", "split"]
 """Weights that a program stores at four bits.

@@ -6,17 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
+from mpqdm_fx.backends.names import CPUS, Cpu
 from mpqdm_fx.errors import ConfigError
 
 __all__ = ["CPUS", "Cpu", "Point", "check_cpu", "relative_time"]
-
-Cpu = Literal["avx2", "vnni", "dotprod"]
-"""Classes of CPUs, by the instructions that multiply int8: AVX2 alone, AVX-VNNI or AVX512-VNNI,
-and ARM's dot product."""
-
-CPUS: tuple[Cpu, ...] = get_args(Cpu)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,15 +10,13 @@ from torch import Tensor, fx, nn
 from mpqdm_fx.backends.lowbit.costs import Cpu, check_cpu, relative_time
 from mpqdm_fx.backends.lowbit.encodings import form_blocks, values_present
 from mpqdm_fx.backends.lowbit.layout import WeightShape
+from mpqdm_fx.backends.names import Kernels
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import WeightLayer, padding_sides, weight_layers
 from mpqdm_fx.graph.nodes import sizes
 from mpqdm_fx.records.activations import Activation, DynamicActivation
 
 __all__ = ["Kernels", "LayerChoice", "call_refusal", "check_kernels", "choose_layers"]
-
-Kernels = Literal["auto", "memory", "xnnpack"]
-"""Which layers run in own kernels: those that are faster there, all that fit, or none."""
 
 _FEW_ROWS = 8  # for so few positions unpacking the weights takes most of the time
 _NARROW_BITS = 6  # wider weights sum in int32, as XNNPACK's do, with an unpacking on top

@@ -8,6 +8,7 @@ fake-quantized graph; the written file is run too, where the native library is i
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mpqdm_fx.backends.lowbit.layers import Kernels, check_kernels
 from mpqdm_fx.backends.lowbit.library import has_kernels
 from mpqdm_fx.backends.lowbit.method import LowbitMethod
 from mpqdm_fx.backends.lowbit.program import LowbitProgram
+from mpqdm_fx.backends.lowbit.road import LowbitGraphs
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.lowering_stages import Stages
 from mpqdm_fx.backends.xnnpack.method import make_methods
@@ -43,6 +45,7 @@ def lower_lowbit(
     kernels: Kernels = "auto",
     cpu: Cpu = "avx2",
     max_delegates: int | None = None,
+    keep_graphs: bool = False,
     external_weights: bool = False,
     four_bit: FourBit = "whole",
 ) -> LowbitProgram:
@@ -59,6 +62,7 @@ def lower_lowbit(
         cpu: Class of CPUs that the cost table is asked about.
         max_delegates: Refuse a program of more XNNPACK subgraphs; None takes any number. Own
             operators part the program: there are about as many subgraphs as own layers.
+        keep_graphs: Return the graphs that the program was made of, too: several times the model.
         external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
         four_bit: Which of XNNPACK's weights are stored at four bits, as of `lower_xnnpack`.
 
@@ -78,7 +82,8 @@ def lower_lowbit(
             rounded, example_inputs, ranges, kernels=kernels, cpu=cpu, four_bit=four_bit
         )
         methods = {FORWARD: method}
-        return _write(methods, Path(path), stage, max_delegates, external_weights)[FORWARD]
+        result = _write(methods, Path(path), stage, max_delegates, external_weights)[FORWARD]
+    return replace(result, graphs=LowbitGraphs.of_method(method)) if keep_graphs else result
 
 
 def lower_lowbit_methods(

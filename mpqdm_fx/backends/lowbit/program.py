@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from mpqdm_fx.backends.lowbit.counting import Borders, layout_copies
-from mpqdm_fx.backends.lowbit.method import LowbitMethod
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
+
+if TYPE_CHECKING:
+    from mpqdm_fx.backends.lowbit.method import LowbitMethod
 
 __all__ = ["LowbitProgram"]
 
@@ -38,7 +40,7 @@ class LowbitProgram(XnnpackProgram):
 
     @classmethod
     def of(
-        cls, program: XnnpackProgram, method: LowbitMethod, borders: Borders, *, executed: bool
+        cls, program: XnnpackProgram, method: "LowbitMethod", borders: Borders, *, executed: bool
     ) -> Self:
         """A program with what is known of its own operators.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mpqdm_fx.backends.xnnpack.runner import TensorSpec
 
 if TYPE_CHECKING:
-    from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
+    from mpqdm_fx.backends.xnnpack.road import RoadGraphs
 
 __all__ = ["XnnpackProgram"]
 
@@ -61,7 +61,7 @@ class XnnpackProgram:
     eight_bit_layers: Mapping[str, str] = field(default_factory=dict)
     weights_path: Path | None = None
     weights_bytes: int = 0
-    graphs: "ProgramGraphs | None" = field(default=None, repr=False, compare=False)
+    graphs: "RoadGraphs | None" = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types without the graphs; the path is left to its file name."""

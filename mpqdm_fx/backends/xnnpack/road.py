@@ -14,25 +14,34 @@ from mpqdm_fx.backends.xnnpack.method import Method
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.records.activations import Activation
 
-__all__ = ["ProgramGraphs"]
+__all__ = ["ProgramGraphs", "RoadGraphs"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProgramGraphs:
-    """What `lower_xnnpack` goes through.
+class RoadGraphs:
+    """What every road to a program begins with.
 
     Attributes:
         decomposed: In operators that XNNPACK knows, with biases in whole steps and fake-quantized
             activations: what the program is to compute.
-        converted: With int8 weights and q/dq ops, after the remedies.
-        edge: In ExecuTorch's edge operators, as the partitioner is given it.
-        inputs: Inputs in order, whose shapes all three take.
+        inputs: Inputs in order, whose shapes all graphs take.
     """
 
     decomposed: fx.GraphModule
+    inputs: tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramGraphs(RoadGraphs):
+    """What `lower_xnnpack` goes through.
+
+    Attributes:
+        converted: With int8 weights and q/dq ops, after the remedies.
+        edge: In ExecuTorch's edge operators, as the partitioner is given it.
+    """
+
     converted: fx.GraphModule
     edge: fx.GraphModule
-    inputs: tuple[Any, ...]
 
     @classmethod
     def of(
