@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from mpqdm_fx.backends.lowbit.library import require_kernels
+from mpqdm_fx.backends.names import PROGRAMS, Backend, Kernels
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io.files import checkpoint_of
 from mpqdm_fx.io.sealed import read_json
@@ -14,6 +16,7 @@ from mpqdm_fx.sources.model_names import BUNDLED, check_name
 
 __all__ = [
     "EXTRAS",
+    "check_backend",
     "check_device",
     "check_name",
     "check_output_file",
@@ -185,6 +188,23 @@ def check_packages(*packages: str, purpose: str) -> None:
                 f"{purpose} needs {package}, which is not installed: "
                 f'pip install "mpqdm-fx[{EXTRAS[package]}]"'
             )
+
+
+def check_backend(backend: Backend, kernels: Kernels = "auto") -> None:
+    """Refuse a command that has to run the program that it writes, where it cannot be run.
+
+    Args:
+        backend: What is written.
+        kernels: Which layers own kernels run.
+
+    Raises:
+        ConfigError: ExecuTorch is not installed.
+        LoweringError: The library of own kernels is not installed, or does not load.
+    """
+    if backend in PROGRAMS:
+        check_packages("executorch", purpose=f"--backend {backend}")
+    if backend == "lowbit" and kernels != "xnnpack":
+        require_kernels()
 
 
 def is_installed(package: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mpqdm_fx.backends.names import Backend, FourBit
+from mpqdm_fx.backends.names import Backend, Cpu, FourBit, Kernels
 from mpqdm_fx.cli import streams
 from mpqdm_fx.cli.panels import BITS, CALIBRATION, MODEL, PROGRAM, RUN
 from mpqdm_fx.cli.recipes import PresetOption, RecipeOption, preset_values, with_typed
@@ -29,6 +29,7 @@ __all__ = [
     "RUN",
     "BackendOption",
     "CompressOption",
+    "CpuOption",
     "DeviceOption",
     "ExternalWeightsOption",
     "FloatModelOption",
@@ -38,6 +39,7 @@ __all__ = [
     "HeldOutOption",
     "InputsOption",
     "JsonOption",
+    "KernelsOption",
     "MemoryOption",
     "ModelArgument",
     "OutputOption",
@@ -176,7 +178,8 @@ BackendOption = Annotated[
     Backend,
     typer.Option(
         case_sensitive=False,
-        help="What is made: a program for phones, torch.ao's operators, or packed weights alone.",
+        help="What is made: a program for phones (xnnpack; lowbit: with own kernels for weights "
+        "below 8 bits), torch.ao's operators, or packed weights alone.",
         rich_help_panel=PROGRAM,
     ),
 ]
@@ -186,6 +189,24 @@ FourBitOption = Annotated[
         case_sensitive=False,
         help="Weights that a program stores at four bits: never; whole (those of layers that "
         "fit); split (also parts of other layers: fewer bytes, more time).",
+        rich_help_panel=PROGRAM,
+    ),
+]
+KernelsOption = Annotated[
+    Kernels,
+    typer.Option(
+        case_sensitive=False,
+        help="Layers that own kernels run, for lowbit: auto (those that are faster there); memory "
+        "(all that fit, for least memory); xnnpack (none).",
+        rich_help_panel=PROGRAM,
+    ),
+]
+CpuOption = Annotated[
+    Cpu,
+    typer.Option(
+        case_sensitive=False,
+        help="Class of CPUs that --kernels auto chooses for: avx2, vnni (AVX-VNNI or AVX512-VNNI) "
+        "or dotprod (ARM's).",
         rich_help_panel=PROGRAM,
     ),
 ]
@@ -250,7 +271,7 @@ def takes_settings(
             values = {options[name][0]: given.pop(name) for name in options}
             values["activation_mode"] = activation_mode_of(
                 values["activation_mode"],
-                backend=given.get("backend", "xnnpack"),
+                backend=given.get("backend") or "xnnpack",
                 activations=values["activation_bits"],
             )
             settings = settings_of(**values)

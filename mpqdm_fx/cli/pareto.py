@@ -66,8 +66,8 @@ def pareto(
     memory = opt.memory_of(max_memory)
     checks.check_output_folder(output, model)
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
-    if backend == "xnnpack" and gates is not None:
-        checks.check_packages("executorch", purpose="--backend xnnpack")
+    if gates is not None:
+        checks.check_backend(backend)
     if checks.has_text_encoder(model):
         checks.check_packages("transformers", purpose="a pipeline with a text encoder")
     if model == "digits":

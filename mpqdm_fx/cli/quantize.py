@@ -41,6 +41,8 @@ def quantize(
     four_bit: opt.FourBitOption = "whole",
     external_weights: opt.ExternalWeightsOption = False,
     compress: opt.CompressOption = False,
+    kernels: opt.KernelsOption = "auto",
+    cpu: opt.CpuOption = "avx2",
     overwrite: opt.OverwriteOption = False,
     gate: GateOption = None,
     dry_run: Annotated[
@@ -61,8 +63,7 @@ def quantize(
     gates = parse_gates(gate)
     checks.check_output_folder(output, model)
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
-    if backend == "xnnpack":
-        checks.check_packages("executorch", purpose="--backend xnnpack")
+    checks.check_backend(backend, kernels)
     if checks.has_text_encoder(model):
         checks.check_packages("transformers", purpose="a pipeline with a text encoder")
     announce(f"quantizing {model} to {output}: {bits_of(config)}, {backend}")
@@ -82,6 +83,8 @@ def quantize(
         four_bit=four_bit,
         external_weights=external_weights,
         compress=compress,
+        kernels=kernels,
+        cpu=cpu,
     )
     check_start(form, config, output, resume=resume, overwrite=overwrite)
     source = open_source(
@@ -118,6 +121,8 @@ def quantize(
             four_bit=form.four_bit,
             external_weights=external_weights,
             compress=compress,
+            kernels=kernels,
+            cpu=cpu,
             overwrite=overwrite,
             then=gate_stages(gates, source, steps=steps),
         )
@@ -149,6 +154,7 @@ def plan(
     held_out: opt.HeldOutOption = None,
     max_memory: opt.MemoryOption = None,
     four_bit: opt.FourBitOption = "whole",
+    kernels: opt.KernelsOption = "auto",
     subfolder: opt.SubfolderOption = None,
     variant: opt.VariantOption = None,
     as_json: opt.JsonOption = False,
@@ -157,11 +163,13 @@ def plan(
     checks.check_name(model)
     memory = opt.memory_of(max_memory)
     announce(f"planning {model}: {bits_of(config)}; nothing is written")
+    from mpqdm_fx.backends.check_settings import check_kernel_options
     from mpqdm_fx.jobs.calibration import open_source
     from mpqdm_fx.jobs.result_folder import ProgramForm
     from mpqdm_fx.model.feasibility import check_feasible
 
-    form = ProgramForm(backend=backend, four_bit=four_bit)
+    form = ProgramForm(backend=backend, four_bit=four_bit, kernels=kernels)
+    check_kernel_options(backend, kernels, form.cpu)
     source = open_source(
         model, subfolder=subfolder, variant=variant, inputs=inputs, held_out=held_out,
         prompts=prompts, guidance=guidance,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mpqdm_fx.backends.names import PROGRAMS
 from mpqdm_fx.cli.panels import BITS
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.jobs.presets import PRESETS, PresetName, read_recipe
@@ -47,7 +48,7 @@ def preset_values(
         typed: Those that were typed, which stay as they are.
     """
     preset = PRESETS[name]
-    program = given.get("backend", "xnnpack") == "xnnpack"
+    program = (given.get("backend") or "xnnpack") in PROGRAMS
     values = {**preset.options, **(preset.program if program else {})}
     return {key: value for key, value in values.items() if key in given and key not in typed}
 

@@ -51,8 +51,8 @@ SETTINGS: Mapping[str, _Option] = {
             TypedMode,
             typer.Option(
                 case_sensitive=False,
-                help="auto (dynamic on xnnpack, else static), measured (dynamic or static for each "
-                "input), static, timestep (ranges by noise level), dynamic or float.",
+                help="auto (dynamic in programs, else static), measured (dynamic or static for "
+                "each input), static, timestep (ranges by noise level), dynamic or float.",
                 rich_help_panel=BITS,
             ),
         ],

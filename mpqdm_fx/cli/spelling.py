@@ -19,7 +19,7 @@ _OTHER_NAMES: Mapping[str, str] = {
 }
 
 #: What refusals of programs advise, whatever command found them: options of `quantize`.
-_EVERYWHERE = ("backend", "four_bit", "external_weights", "compress")
+_EVERYWHERE = ("backend", "four_bit", "external_weights", "compress", "kernels", "cpu")
 
 _QUOTED = r"""(?:"[^"]*"|'[^']*')"""
 _WORD = rf"(?:{_QUOTED}|\w+(?:[.+-]+\w+)*|\.\.\.|-\d[\w.]*)"

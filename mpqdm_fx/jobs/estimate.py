@@ -159,7 +159,8 @@ def estimate_run(
     layers = weight_layers(graph_module, embeddings=True)
     weights = sum(layer.weight.numel() for layer in layers.values())
     stored, remainder = expected_bytes(graph_module, config, layer_limits(graph_module, config))
-    program = weights + 2 * remainder + len(layers) * _LAYER_BYTES
+    own = form.backend == "lowbit" and form.kernels == "memory"
+    program = (stored if own else weights) + 2 * remainder + len(layers) * _LAYER_BYTES
     return RunEstimate(
         sweep=sweep,
         finish=estimate_finish(
@@ -171,7 +172,7 @@ def estimate_run(
         trace_seconds=traced,
         record_seconds=0.0 if source.calls is not None else sweep.row_seconds * calls * rows,
         weight_bytes=stored + remainder,
-        program_bytes=program if form.backend == "xnnpack" else 0,
+        program_bytes=program if form.has_program else 0,
     )
 
 
@@ -202,12 +203,14 @@ def estimate_finish(
     """
     layers = weight_layers(graph_module, embeddings=True)
     weights = sum(layer.weight.numel() for layer in layers.values())
+    lowering = len(layers) * _LOWER_LAYER + weights * _LOWER_WEIGHT
     lower = {
-        "xnnpack": len(layers) * _LOWER_LAYER + weights * _LOWER_WEIGHT,
+        "xnnpack": lowering,
+        "lowbit": lowering,
         "torch_ao": len(layers) * _CONVERT_LAYER,
         "packed": 0.0,
     }[form.backend]
-    forms = 2 if form.backend == "xnnpack" else 1
+    forms = 2 if form.has_program else 1
     rows = _MEASURED_PASSES * _MEASURED_ROWS + _TIMED_CALLS + images
     return Finish(
         lower_seconds=lower,

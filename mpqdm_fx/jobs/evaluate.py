@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpqdm_fx.backends.names import PROGRAMS
 from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.io.progress import expect, stage
 from mpqdm_fx.jobs.calibration import held_out_of
@@ -128,7 +129,8 @@ def check_gates(gates: Sequence[Gate], source: Source, backend: str) -> None:
     Raises:
         ConfigError: A metric will not be there.
     """
-    numbers = expected_summary(backend, drawn=source.scheduler is not None)
+    drawn = source.scheduler is not None
+    numbers = expected_summary(program=backend in PROGRAMS, drawn=drawn)
     measured = {*evaluated_metrics(source), *numbers}
     check_evaluated(gates, source, measured, f"{source.name} here")
 

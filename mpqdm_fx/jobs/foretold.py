@@ -6,6 +6,7 @@ machine takes longer by a factor, which progress finds as it goes (`progress.exp
 
 from collections.abc import Mapping
 
+from mpqdm_fx.backends.names import PROGRAMS
 from mpqdm_fx.bits.activation_choice import options_of
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.jobs.calibration import HELD_OUT_RUNS
@@ -147,7 +148,7 @@ def folder_stages(source: Source, backend: str, samples: int) -> dict[str, float
     """
     drawn = source.scheduler is not None
     comes = {
-        "lowering": backend == "xnnpack",
+        "lowering": backend in PROGRAMS,
         "comparing forms": True,
         "measuring": True,
         "drawing": drawn and samples > 0,

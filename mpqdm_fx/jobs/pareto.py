@@ -151,7 +151,7 @@ def pick_metrics(source: Source, form: ProgramForm) -> tuple[str, ...]:
         form: Form of the folder that is picked.
     """
     sizes = ("parameter_bytes", "effective_bits", "seconds")
-    return (*evaluated_metrics(source), *sizes, *(("bytes",) if form.backend != "xnnpack" else ()))
+    return (*evaluated_metrics(source), *sizes, *(() if form.has_program else ("bytes",)))
 
 
 @checked

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.api import quantize
-from mpqdm_fx.backends.names import Backend
+from mpqdm_fx.backends.names import Backend, Cpu, Kernels
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.io.files import checkpoint_of
@@ -48,6 +48,8 @@ def quantize_to_folder(
     four_bit: FourBit = "whole",
     external_weights: bool = False,
     compress: bool = False,
+    kernels: Kernels = "auto",
+    cpu: Cpu = "avx2",
     overwrite: bool = False,
     then: Mapping[str, NonNegative] | None = None,
 ) -> FolderResult | None:
@@ -56,8 +58,8 @@ def quantize_to_folder(
     Args:
         source: Model and scheduler, or model and calls (`Source.with_calls`).
         config: Settings.
-        backend: `"xnnpack"` also writes `unet.pte`; `"torch_ao"` also checks that conversion
-            succeeds and times it; packed weights are always written.
+        backend: `"xnnpack"` and `"lowbit"` also write `unet.pte`; `"torch_ao"` also checks that
+            conversion succeeds and times it; packed weights are always written.
         output: Folder; it appears whole or not at all.
         trajectories: Denoising runs to calibrate on, where the source has no calls.
         steps: Steps of each.
@@ -68,6 +70,8 @@ def quantize_to_folder(
         four_bit: Which weights the program stores at four bits, as of `lower`.
         external_weights: Write the program's weights to a file of their own, `unet.ptd`.
         compress: Store the program's files as `.xz`, which are expanded when they are first run.
+        kernels: Which layers own kernels run, of `"lowbit"`; as of `lower`, like `cpu`.
+        cpu: Class of CPUs that the choice is made for.
         overwrite: Whether `output` may be a result that is replaced.
         then: Seconds by stage of what the caller does behind it, for progress.
 
@@ -78,7 +82,12 @@ def quantize_to_folder(
         MPQError: One of the steps cannot be done; no half of a result is left behind.
     """
     form = ProgramForm(
-        backend=backend, four_bit=four_bit, external_weights=external_weights, compress=compress
+        backend=backend,
+        four_bit=four_bit,
+        external_weights=external_weights,
+        compress=compress,
+        kernels=kernels,
+        cpu=cpu,
     )
     solved = checkpoint_of(output)
     run = run.inside(solved)
@@ -130,7 +139,9 @@ def command_of(
             **calibration,
             "--guidance": beside.scale if beside is not None and beside.prompts else None,
             "--samples": samples,
-            "--four-bit": form.four_bit if form.backend == "xnnpack" else None,
+            "--four-bit": form.four_bit if form.has_program else None,
+            "--kernels": form.kernels if form.backend == "lowbit" else None,
+            "--cpu": None if form.cpu == "avx2" else form.cpu,
             "--external-weights": form.external_weights,
             "--compress": form.compress,
             "--output": output,
@@ -154,7 +165,7 @@ def check_start(
         ConfigError: Settings do not fit the backend, or an unfinished run lies beside `output` that
             has other settings, or is not to be resumed.
         ArtifactError: `output` holds something else.
-        LoweringError: ExecuTorch is missing.
+        LoweringError: ExecuTorch is missing, or the library of own kernels is.
     """
     form.check(config)
     check_target(output, overwrite=overwrite)

@@ -8,9 +8,10 @@ from typing import Any, get_args
 
 import torch
 
-from mpqdm_fx.backends.check_settings import check_settings
-from mpqdm_fx.backends.lower import lower_to_torch_ao, lower_to_xnnpack
-from mpqdm_fx.backends.names import BACKENDS, Backend
+from mpqdm_fx.backends.check_settings import check_kernel_options, check_settings
+from mpqdm_fx.backends.lowbit.library import require_kernels
+from mpqdm_fx.backends.lower import lower_to_lowbit, lower_to_torch_ao, lower_to_xnnpack
+from mpqdm_fx.backends.names import BACKENDS, PROGRAMS, Backend, Cpu, Kernels
 from mpqdm_fx.backends.xnnpack.compressed import compress_program, drop_expansions
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
@@ -82,31 +83,44 @@ class ProgramForm:
     """What a folder holds beside the packed weights, which are always there.
 
     Attributes:
-        backend: `"xnnpack"` has a program, `unet.pte`; `"torch_ao"` is converted and timed.
+        backend: `"xnnpack"` and `"lowbit"` have a program, `unet.pte`; `"torch_ao"` is converted
+            and timed.
         four_bit: Which weights the program stores at four bits, as of `lower`.
         external_weights: The program's weights have a file of their own, `unet.ptd`.
         compress: The program's files are `.xz`, which are expanded when they are first run.
+        kernels: Which layers own kernels run, of `"lowbit"`; as of `lower`, like `cpu`.
+        cpu: Class of CPUs that the choice is made for.
     """
 
     backend: Backend
     four_bit: FourBit = "whole"
     external_weights: bool = False
     compress: bool = False
+    kernels: Kernels = "auto"
+    cpu: Cpu = "avx2"
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def has_program(self) -> bool:
+        """Whether there is an ExecuTorch program."""
+        return self.backend in PROGRAMS
 
     def check(self, config: MPQConfig) -> None:
         """Refuse settings that the backend does not run, and one that is not installed.
 
         Raises:
             ConfigError: Settings do not fit the backend.
-            LoweringError: ExecuTorch is missing.
+            LoweringError: ExecuTorch is missing, or the library of own kernels is.
         """
         check_settings(self.backend, config)
-        if self.backend == "xnnpack":
+        check_kernel_options(self.backend, self.kernels, self.cpu)
+        if self.has_program:
             check_four_bit(self.four_bit, config.activation_mode)
             require_executorch()
+            if self.backend == "lowbit" and self.kernels != "xnnpack":
+                require_kernels()  # what is written is run: compared, timed, drawn with
         elif self.external_weights or self.compress or self.four_bit != "whole":
             raise ConfigError(
                 f"{self.backend} writes no program whose weights could be apart, compressed or at "
@@ -124,14 +138,17 @@ class ProgramForm:
         if backend not in BACKENDS:
             raise ArtifactError(f"{SUMMARY} is damaged: there is no backend {backend!r}")
         options = {} if program is None else program.model_dump(exclude={"expanded"})
-        return cls(backend=backend, **options)
+        known = {name: value for name, value in options.items() if value is not None}
+        return cls(backend=backend, **known)
 
     def to_dict(self) -> dict[str, Any]:
         """What a program was made with, plain JSON types."""
+        own = {"kernels": self.kernels, "cpu": self.cpu} if self.backend == "lowbit" else {}
         return {
             "four_bit": self.four_bit,
             "external_weights": self.external_weights,
             "compress": self.compress,
+            **own,
         }
 
 
@@ -176,11 +193,11 @@ def write_folder(
         runner: Denoiser = quantized
         lowered: XnnpackProgram | None = None
         options: dict[str, Any] | None = None
-        if backend == "xnnpack":
+        if form.has_program:
             lowered, expanded = _write_program(quantized, stage, form)
             options = {**form.to_dict(), "expanded": expanded}
         write_model(quantized, stage, program=options)
-        if backend == "xnnpack":
+        if form.has_program:
             runner = program_denoiser(open_folder(stage))
         elif backend == "torch_ao":
             runner = _positional(lower_to_torch_ao(quantized), quantized)
@@ -196,7 +213,7 @@ def write_folder(
         summary = {**_summarise(source, quantized, backend, compared, timing), **(more or {})}
         summary |= {"program": program, "command": command}
         drawn = _draw(source, runner, stage, steps=steps, samples=samples)
-        peak = "pte" if backend == "xnnpack" else "packed"
+        peak = "pte" if form.has_program else "packed"
         has_scheduler = source.scheduler is not None  # else another process cannot make a call
         with progress.stage("peak memory"):
             summary["peak_memory_bytes"] = {
@@ -233,12 +250,16 @@ def _write_program(
     quantized: QuantizedModel, stage: Path, form: ProgramForm
 ) -> tuple[XnnpackProgram, dict[str, Any]]:
     """Write the program; what it is, and what each compressed file expands to."""
-    lowered = lower_to_xnnpack(
-        quantized,
-        output=stage / PROGRAM,
-        keep_graphs=True,
-        external_weights=form.external_weights,
-        four_bit=form.four_bit,
+    options: dict[str, Any] = {
+        "output": stage / PROGRAM,
+        "keep_graphs": True,
+        "external_weights": form.external_weights,
+        "four_bit": form.four_bit,
+    }
+    lowered = (
+        lower_to_lowbit(quantized, kernels=form.kernels, cpu=form.cpu, **options)
+        if form.backend == "lowbit"
+        else lower_to_xnnpack(quantized, **options)
     )
     expanded = {}
     for file in (lowered.path, lowered.weights_path) if form.compress else ():

@@ -41,12 +41,16 @@ class Program(Strict):
     """What a program was made with; see `jobs.result_folder.ProgramForm`.
 
     Attributes:
+        kernels: Which layers own kernels were to run; None for a program of XNNPACK's alone.
+        cpu: Class of CPUs that they were chosen for; None with `kernels`.
         expanded: Size and hash of what each compressed file expands to.
     """
 
     four_bit: Literal["never", "whole", "split"]
     external_weights: bool
     compress: bool
+    kernels: Literal["auto", "memory", "xnnpack"] | None = None
+    cpu: Literal["avx2", "vnni", "dotprod"] | None = None
     expanded: dict[str, Entry] = Field(default_factory=dict)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, plain, read_listed
@@ -23,7 +23,7 @@ class _Tensor(Strict):
 
 
 class _Program(Strict):
-    """See `backends.xnnpack.program.XnnpackProgram`."""
+    """See `XnnpackProgram` and `LowbitProgram` of the backends; older ones had no own layers."""
 
     path: Name
     bytes: Count
@@ -43,6 +43,13 @@ class _Program(Strict):
     eight_bit_layers: dict[str, str]
     weights_path: Name | None
     weights_bytes: Count
+    own_layers: tuple[str, ...] = ()
+    left_layers: dict[str, str] = Field(default_factory=dict)
+    own_operators: dict[str, Count] = Field(default_factory=dict)
+    crossings: Count = 0
+    layout_copies: Count = 0
+    layout_copy_bytes: Count = 0
+    executed: bool = True
 
 
 class _Training(Strict):

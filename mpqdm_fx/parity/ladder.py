@@ -55,7 +55,7 @@ class Rung:
     """One form of the model, run on the check inputs.
 
     Attributes:
-        name: `float`, `quantized`, `decomposed`, `converted`, `edge` or `pte`.
+        name: `float`, `quantized`, `decomposed`, `converted`, `edge`, `mixed` or `pte`.
         against: Rung that it is compared with; None for the first.
         float_db: Its outputs against the float model's.
         previous_db: Its outputs against those of `against`; None for the first.

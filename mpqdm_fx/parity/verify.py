@@ -10,6 +10,7 @@ from torch import fx, nn
 from mpqdm_fx.backends.xnnpack.runner import sorted_entries
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.calling import example_call, example_inputs
+from mpqdm_fx.graph.nested import tensors_of
 from mpqdm_fx.io import progress
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.folders import check_target
@@ -53,7 +54,8 @@ def verify(
     (`converted`), ExecuTorch's edge program (`edge`), and the program itself, of which only outputs
     can be seen. Each is compared with the one before; the program of a model with dynamic ranges
     with `decomposed`, because the two between name one range per tensor where the kernels have one
-    per row.
+    per row. Between `decomposed` and a program of the backend `lowbit` there is one rung, of which
+    outputs are compared too: own operators by their references in Python (`mixed`).
 
     The inputs, the float model's outputs and the thresholds lie in the folder
     (`parity.safetensors`, `parity.json`).
@@ -132,7 +134,8 @@ def store_parity(
         quantized: The model.
         source: Its float model.
         folder: Folder that holds its files.
-        graphs: `ProgramGraphs` of the program in the folder; None if there is none.
+        graphs: `ProgramGraphs` or `LowbitGraphs` of the program in the folder; None if there is
+            none.
         floats: The float graph in the form that was quantized, if it was traced already.
 
     Returns:
@@ -205,26 +208,29 @@ def _measure(
 
 
 def _program_forms(runner: Any, graphs: Any, quantized: QuantizedModel) -> list[ModelForm]:
+    mixed = getattr(graphs, "mixed", None)
+    forms = [ModelForm(name="decomposed", graph=graphs.decomposed)]
+    if mixed is None:
+        forms.append(ModelForm(name="converted", graph=graphs.converted))
+        forms.append(ModelForm(name="edge", graph=graphs.edge))
+    else:
+        forms.append(ModelForm(name="mixed", run=lambda _, inputs: tensors_of(mixed(*inputs))))
     dynamic = any(isinstance(a, DynamicActivation) for a in quantized.ranges.values())
-    return [
-        ModelForm(name="decomposed", graph=graphs.decomposed),
-        ModelForm(name="converted", graph=graphs.converted),
-        ModelForm(name="edge", graph=graphs.edge),
-        ModelForm(
-            name="pte",
-            run=lambda _, inputs: runner(*inputs),
-            against="decomposed" if dynamic else None,
-        ),
-    ]
+    against = "decomposed" if dynamic or mixed is not None else None
+    program = ModelForm(name="pte", run=lambda _, inputs: runner(*inputs), against=against)
+    return [*forms, program]
 
 
 def _program_graphs(quantized: QuantizedModel, program: Program | None) -> Any:
+    from mpqdm_fx.backends.lowbit.road import LowbitGraphs
     from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 
     example = example_inputs(quantized.signature, batch_size=1)
     inputs = positional_inputs(quantized.rounded, example)
-    four_bit = "whole" if program is None else program.four_bit
-    return ProgramGraphs.of(quantized.rounded, quantized.ranges, inputs, four_bit=four_bit)
+    form = {} if program is None else program.model_dump(include={"four_bit", "kernels", "cpu"})
+    form = {name: value for name, value in form.items() if value is not None}
+    kind = LowbitGraphs if "kernels" in form else ProgramGraphs
+    return kind.of(quantized.rounded, quantized.ranges, inputs, **form)
 
 
 def _graph(quantized: QuantizedModel) -> fx.GraphModule:

@@ -283,14 +283,14 @@ def judge(gates: Iterable[Gate], measured: Mapping[str, float]) -> tuple[Verdict
     return tuple(Verdict(gate=gate, measured=float(measured[gate.metric])) for gate in known)
 
 
-def expected_summary(backend: str, *, drawn: bool) -> tuple[str, ...]:
+def expected_summary(*, program: bool, drawn: bool) -> tuple[str, ...]:
     """Names of the metrics that the summary of a job to come will hold.
 
     Args:
-        backend: What the job writes for.
+        program: Whether the job writes one.
         drawn: Whether the source has a scheduler; else no peak of memory is measured.
     """
-    without: set[str] = set() if backend == "xnnpack" else {"program_sqnr", "subgraphs"}
+    without: set[str] = set() if program else {"program_sqnr", "subgraphs"}
     if not drawn:
         without.add("peak_memory")
     names = (metric.name for metric in METRICS.values() if metric.source == "summary")
