@@ -1,6 +1,6 @@
-"""Step time of a mid-size UNet on XNNPACK: ours beside stock ExecuTorch, eager and compiled.
+"""Step time of a mid-size UNet on XNNPACK and own kernels, beside stock ExecuTorch and eager.
 
-    pip install -e ".[bench]"
+    pip install -e ".[bench]" ./native
     python benchmarks/phone.py --directory phone          # programs are kept there and used again
 
 27 M parameters (128, 256, 256), attention at 16x16 and 8x8, 32x32 pixels, batch 1, random weights:
@@ -23,7 +23,9 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from mpqdm_fx import MPQConfig, QuantizedModel, quantize
+from mpqdm_fx import MPQConfig, QuantizedModel, load, quantize, save
+from mpqdm_fx.backends.lowbit.layers import Kernels
+from mpqdm_fx.backends.lowbit.lower import lower_lowbit
 from mpqdm_fx.backends.xnnpack.edge import delegation, to_edge, to_program
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
@@ -83,23 +85,38 @@ def ours_float(unet: UNet2DModel, path: Path) -> dict[str, Any]:
     return lower_xnnpack_float(trace(unet, inputs(), dynamic_batch=False), inputs(), path).to_dict()
 
 
-def ours(bits: int, mode: str) -> Callable[[UNet2DModel, Path], dict[str, Any]]:
-    """This package, `bits` a weight on average, static or dynamic int8 activations."""
+def _quantized(unet: UNet2DModel, folder: Path, bits: int, mode: str) -> QuantizedModel:
+    """`bits` a weight on average, static or dynamic int8 activations; kept beside the programs."""
+    if folder.exists():
+        return load(folder)
+    settings = MPQConfig(
+        weight_bits=bits,
+        activation_mode=mode,  # type: ignore[arg-type]
+        allocation="uniform" if bits == 8 else "measured",
+        levels="uniform",
+        rounding="nearest",
+        propagation=0.0,
+        slowdown=1,
+        judge=False,
+    )
+    quantized: QuantizedModel = quantize(unet, settings, [inputs(seed) for seed in range(4)])
+    save(quantized, folder)
+    return quantized
+
+
+def ours(
+    bits: int, mode: str, kernels: Kernels | None = None
+) -> Callable[[UNet2DModel, Path], dict[str, Any]]:
+    """This package, on XNNPACK or, with `kernels`, on own kernels beside it."""
 
     def make(unet: UNet2DModel, path: Path) -> dict[str, Any]:
-        settings = MPQConfig(
-            weight_bits=bits,
-            activation_mode=mode,  # type: ignore[arg-type]
-            allocation="uniform" if bits == 8 else "measured",
-            levels="uniform",
-            rounding="nearest",
-            propagation=0.0,
-            slowdown=1,
-            judge=False,
-        )
-        calls = [inputs(seed) for seed in range(4)]
-        quantized: QuantizedModel = quantize(unet, settings, calls)
-        return lower_xnnpack(quantized.rounded, quantized.ranges, inputs(), path).to_dict()
+        quantized = _quantized(unet, path.with_name(f"W{bits}A8_{mode}"), bits, mode)
+        effective = {"effective_bits": quantized.plan.effective_bits}
+        graph, ranges = quantized.rounded, quantized.ranges
+        if kernels is None:
+            return {**lower_xnnpack(graph, ranges, inputs(), path).to_dict(), **effective}
+        program = lower_lowbit(graph, ranges, inputs(), path, kernels=kernels)
+        return {**program.to_dict(), **effective}
 
     return make
 
@@ -111,6 +128,8 @@ FORMS: Mapping[str, Callable[[UNet2DModel, Path], dict[str, Any]]] = {
     "ours W8A8 static": ours(8, "static"),
     "ours W8A8 dynamic": ours(8, "dynamic"),
     "ours W4A8 static": ours(4, "static"),
+    **{f"ours W{bits}A8 dynamic": ours(bits, "dynamic") for bits in (4, 3, 2)},
+    **{f"own kernels W{bits}A8": ours(bits, "dynamic", "memory") for bits in (8, 4, 3, 2)},
 }
 
 
