@@ -1,0 +1,83 @@
+"""Quantization in C++ is the torch reference's bit by bit; group norm is near it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mpqdm_fx.backends.lowbit.ops  # noqa: F401  (registers the reference)
+
+ops = torch.ops.mpqdm
+
+
+def assert_same_codes(native, x, parts, threads=1):
+    expected = ops.quantize_mixed(x, parts)
+    for name in native.kernel_sets:
+        for got, wanted in zip(native.quantize(name, x, parts, threads), expected, strict=True):
+            assert torch.equal(got.nan_to_num(-1), wanted.nan_to_num(-1)), name
+
+
+@given(
+    parts=st.integers(1, 6),
+    size=st.integers(1, 200),
+    width=st.sampled_from([1e-38, 1e-3, 1.0, 1e4, 1e37]),
+    shift=st.sampled_from([0.0, 0.5, -0.5, 3.0, -3.0]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+)
+def test_quantization(native, parts, size, width, shift, threads, seed):
+    source = torch.Generator().manual_seed(seed)
+    x = width * (torch.rand(parts, size, generator=source) - 0.5 + shift)
+    assert_same_codes(native, x, parts, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_quantization_of_a_part_that_threads_share(native, threads):
+    x = torch.randn(2, 70001, generator=torch.Generator().manual_seed(0))
+    assert_same_codes(native, x, 2, threads)
+    x[1, 69999] = torch.nan
+    assert_same_codes(native, x, 2, threads)
+
+
+@pytest.mark.parametrize("number", [0.0, -0.0, 1.0, -1.0, 1e-45, 3e38, torch.inf, -torch.inf])
+def test_quantization_of_one_number(native, number):
+    assert_same_codes(native, torch.full((1, 40), number), 1)
+    assert_same_codes(native, torch.tensor([[0.5, number, -2.0]]), 1)
+
+
+def test_halves_go_to_the_even_code(native):
+    # 256 levels of step 1 from -128 to 127: the zero point is 0, and every second half ties
+    x = torch.cat([torch.tensor([-128.0, 127.0]), torch.arange(-127.5, 127.0)])
+    assert_same_codes(native, x, 1)
+    assert ops.quantize_mixed(x, 1)[0][2:5].tolist() == [-128, -126, -126]
+
+
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9)),
+    groups=st.integers(1, 5),
+    width=st.integers(1, 9),
+    silu=st.booleans(),
+    mean=st.sampled_from([0.0, 2.0, -50.0]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+)
+def test_group_norm(native, shape, groups, width, silu, mean, threads, seed):
+    source = torch.Generator().manual_seed(seed)
+    channels = groups * width
+    x = torch.randn(*shape, channels, generator=source) + mean
+    weight, bias = torch.randn(2, channels, generator=source)
+    expected = ops.group_norm_mixed(x, weight, bias, groups, 1e-2, silu)
+    # a mean far from 0 is subtracted from products of its size
+    bound = 4e-6 * expected.abs().clamp(min=1) + 2.5e-7 * (x * weight).abs() / 0.1
+    for name in native.kernel_sets:
+        got = native.group_norm(name, x, weight, bias, groups, 1e-2, silu, threads)
+        assert ((got - expected).abs() <= bound).all(), name
+
+
+def test_the_number_of_threads_changes_no_bit(native):
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, 48, 32, generator=source)
+    ones = torch.ones(32)
+    for name in native.kernel_sets:
+        alone = native.group_norm(name, x, ones, ones, 4, 1e-5, True, 1)
+        assert torch.equal(native.group_norm(name, x, ones, ones, 4, 1e-5, True, 3), alone), name
