@@ -1,10 +1,11 @@
-"""The command `mpqdm-fx doctor`: what XNNPACK would take of a model."""
+"""The command `mpqdm-fx doctor`: what XNNPACK, and own kernels, would take of a model."""
 
 import json
 from typing import Annotated
 
 import typer
 
+from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.streams import announce, say
@@ -22,7 +23,31 @@ __all__ = ["doctor"]
 def doctor(
     model: opt.FolderOrModelArgument,
     config: MPQConfig = opt.DEFAULTS,
+    backend: Annotated[
+        ProgramBackend | None,
+        typer.Option(
+            case_sensitive=False,
+            help="What the program is for. Default: xnnpack, or what the folder was written for.",
+            rich_help_panel=opt.PROGRAM,
+        ),
+    ] = None,
     four_bit: opt.FourBitOption = "whole",
+    kernels: Annotated[
+        Kernels | None,
+        typer.Option(
+            case_sensitive=False,
+            help="As of quantize. Default: auto, or as the folder's program was made.",
+            rich_help_panel=opt.PROGRAM,
+        ),
+    ] = None,
+    cpu: Annotated[
+        Cpu | None,
+        typer.Option(
+            case_sensitive=False,
+            help="As of quantize. Default: avx2, or as the folder's program was made.",
+            rich_help_panel=opt.PROGRAM,
+        ),
+    ] = None,
     in_float: Annotated[
         bool,
         typer.Option(
@@ -42,15 +67,15 @@ def doctor(
     inputs: opt.InputsOption = None,
     as_json: opt.JsonOption = False,
 ) -> None:
-    """Say how many delegates XNNPACK would take MODEL in, and why what stays out does."""
+    """Say in how many delegates XNNPACK would take MODEL, and why what stays out does."""
     checks.check_name(model)
     checks.check_packages("executorch", purpose="doctor")
     announce(f"asking XNNPACK what it takes of {model}")
     from mpqdm_fx.jobs.doctor import diagnose_model
 
     diagnosis = diagnose_model(
-        model, None if in_float else config, four_bit=four_bit, subfolder=subfolder,
-        variant=variant, inputs=inputs,
+        model, None if in_float else config, backend=backend, four_bit=four_bit, kernels=kernels,
+        cpu=cpu, subfolder=subfolder, variant=variant, inputs=inputs,
     )  # fmt: skip
     if as_json:
         opt.console().print_json(json.dumps(diagnosis.to_dict()))

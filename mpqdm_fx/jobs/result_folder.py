@@ -107,8 +107,12 @@ class ProgramForm:
         """Whether there is an ExecuTorch program."""
         return self.backend in PROGRAMS
 
-    def check(self, config: MPQConfig) -> None:
+    def check(self, config: MPQConfig, *, runs: bool = True) -> None:
         """Refuse settings that the backend does not run, and one that is not installed.
+
+        Args:
+            config: Settings.
+            runs: Whether a program is run here, and not only foretold.
 
         Raises:
             ConfigError: Settings do not fit the backend.
@@ -119,8 +123,8 @@ class ProgramForm:
         if self.has_program:
             check_four_bit(self.four_bit, config.activation_mode)
             require_executorch()
-            if self.backend == "lowbit" and self.kernels != "xnnpack":
-                require_kernels()  # what is written is run: compared, timed, drawn with
+            if runs and self.backend == "lowbit" and self.kernels != "xnnpack":
+                require_kernels()  # what is written is compared, timed, drawn with
         elif self.external_weights or self.compress or self.four_bit != "whole":
             raise ConfigError(
                 f"{self.backend} writes no program whose weights could be apart, compressed or at "

@@ -1,7 +1,7 @@
 """Count what own operators cost beside their arithmetic: crossings and layout copies."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,22 +40,27 @@ def layout_copies(graph_module: fx.GraphModule) -> tuple[int, int]:
     return len(layouts.copies), sum(layouts.copies.values())
 
 
-def count_borders(graph_module: fx.GraphModule) -> Borders:
-    """Count in a graph that ExecuTorch has partitioned.
+def count_borders(graph_module: fx.GraphModule, delegated: Collection[fx.Node] = ()) -> Borders:
+    """Count in a graph that ExecuTorch has partitioned, or would.
 
     Args:
-        graph_module: Of an edge program with delegates.
+        graph_module: Of an edge program.
+        delegated: Nodes that would be in delegates, where none were made of them.
     """
+
+    def side(node: fx.Node) -> str | None:
+        return "delegate" if node in delegated else _side(node)
+
     operators: Counter[str] = Counter()
     crossings = 0
     for node in graph_module.graph.nodes:
-        side = _side(node)
-        if side == "own":
+        own_side = side(node)
+        if own_side == "own":
             operators[_operator(node)] += 1
         crossings += sum(
-            any(_side(user) not in (None, side) for user in _readers(value))
+            any(side(user) not in (None, own_side) for user in _readers(value))
             for value in _results(node)
-            if side is not None
+            if own_side is not None and not _is_item(node)
         )
     return Borders(own_operators=dict(sorted(operators.items())), crossings=crossings)
 

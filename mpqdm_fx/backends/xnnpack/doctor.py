@@ -8,9 +8,9 @@ program: delegates hand their values over in memory, and a portable kernel runs 
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -24,7 +24,9 @@ from mpqdm_fx.errors import LoweringError
 from mpqdm_fx.io.progress import stage
 from mpqdm_fx.records.activations import Activation
 
-__all__ = ["Diagnosis", "OutsideNode", "diagnose", "refuse_fragments"]
+__all__ = ["Diagnosis", "OutsideNode", "diagnose", "diagnose_method", "refuse_fragments"]
+
+_Method = TypeVar("_Method", bound=Method)
 
 _PARTITION_LOGGER = "executorch.backends.xnnpack.partition"
 
@@ -110,12 +112,33 @@ def diagnose(
         LoweringError: ExecuTorch is missing or fails on the graph.
     """
     require_executorch()
+    return diagnose_method(lambda: Method(graph_module, example_inputs, ranges, four_bit=four_bit))[
+        1
+    ]
+
+
+def diagnose_method(
+    make: Callable[[], _Method],
+    watch: Callable[[fx.GraphModule, Collection[fx.Node]], None] | None = None,
+) -> tuple[_Method, Diagnosis]:
+    """Predict the delegates of what is made ready for lowering.
+
+    Args:
+        make: Makes it ready.
+        watch: Called with the graph that the partitioner is given, and the nodes that it takes.
+
+    Returns:
+        What was made ready, and its diagnosis.
+
+    Raises:
+        LoweringError: ExecuTorch fails on the graph.
+    """
     with torch.no_grad():
         with stage("exporting"):
-            method = Method(graph_module, example_inputs, ranges, four_bit=four_bit)
+            method = make()
             exported = export_graph(method.lowered, method.inputs)
         with stage("asking XNNPACK"):
-            return _diagnosis(exported)
+            return method, _diagnosis(exported, watch)
 
 
 def refuse_fragments(name: str, exported: torch.export.ExportedProgram, max_delegates: int) -> None:
@@ -138,8 +161,11 @@ def refuse_fragments(name: str, exported: torch.export.ExportedProgram, max_dele
         )
 
 
-def _diagnosis(exported: torch.export.ExportedProgram) -> Diagnosis:
-    partitioner = _watching_partitioner()
+def _diagnosis(
+    exported: torch.export.ExportedProgram,
+    watch: Callable[[fx.GraphModule, Collection[fx.Node]], None] | None = None,
+) -> Diagnosis:
+    partitioner = _watching_partitioner(watch)
     with _reasons() as reasons:
         try:
             to_edge(exported, partitioner)
@@ -156,7 +182,9 @@ def _diagnosis(exported: torch.export.ExportedProgram) -> Diagnosis:
     )
 
 
-def _watching_partitioner() -> Any:
+def _watching_partitioner(
+    watch: Callable[[fx.GraphModule, Collection[fx.Node]], None] | None,
+) -> Any:
     """ExecuTorch's partitioner, which tells what it would delegate and delegates nothing."""
     with root_logger_kept():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -172,6 +200,8 @@ def _watching_partitioner() -> Any:
             self.delegated = sum(node in inside for node in calls)
             self.outside = [n for n in calls if n not in inside and "getitem" not in n.name]
             self.supported = frozenset(self.target_partitioner_configs)
+            if watch is not None:
+                watch(ep.graph_module, inside)
             return []
 
     return Watching()
