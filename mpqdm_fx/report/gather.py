@@ -38,6 +38,16 @@ __all__ = [
     "with_command",
 ]
 
+#: Numbers that programs of the backend `lowbit` have.
+_OWN = (
+    "own_layers",
+    "left_layers",
+    "own_operators",
+    "crossings",
+    "layout_copies",
+    "layout_copy_bytes",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PartMeasurements:
@@ -305,6 +315,7 @@ def program_of(program: Mapping[str, Any]) -> ProgramNumbers:
         max_lsb=program["max_lsb"],
         seconds=program["seconds"],
         method=program.get("method", "forward"),
+        **{name: program[name] for name in _OWN if name in program},
     )
 
 

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, plain
 
@@ -126,7 +128,10 @@ class JudgedRecipe(Strict):
 
 
 class ProgramNumbers(Strict):
-    """A method of a lowered file; `outside` counts nodes on portable kernels by their kind."""
+    """A method of a lowered file; `outside` counts nodes on portable kernels by their kind.
+
+    Own layers, and what lies between them and XNNPACK, are of the backend `lowbit` alone.
+    """
 
     file: Name
     bytes: Count
@@ -142,6 +147,12 @@ class ProgramNumbers(Strict):
     max_lsb: Ratio | None
     seconds: float
     method: Name = "forward"
+    own_layers: tuple[str, ...] = ()
+    left_layers: dict[str, str] = Field(default_factory=dict)
+    own_operators: dict[str, Count] = Field(default_factory=dict)
+    crossings: Count = 0
+    layout_copies: Count = 0
+    layout_copy_bytes: Count = 0
 
 
 class TrainingNumbers(Strict):

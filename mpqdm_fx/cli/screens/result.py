@@ -89,6 +89,8 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if trained := summary.get("distilled"):
         yield "training", _training(trained)
     yield "whole program", _whole(program, backend)
+    if backend == "lowbit" and program is not None:
+        yield "own kernels", _own(program)
     for remark in summary["remarks"]:
         yield "note", remark
 
@@ -118,6 +120,15 @@ def _whole(program: Mapping[str, Any] | None, backend: str) -> str:
     names = [name.removeprefix("aten_").removesuffix("_default") for name in program["refusals"]]
     rest = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return f"{whole} with {program['delegated']:,} nodes; outside {program['undelegated']}: {rest}"
+
+
+def _own(program: Mapping[str, Any]) -> str:
+    own, left = len(program["own_layers"]), len(program["left_layers"])
+    copied = amount(program["layout_copy_bytes"])
+    return (
+        f"{own} layers, {left} left to XNNPACK; {program['crossings']} crossings, "
+        f"{program['layout_copies']} layout copies of {copied}"
+    )
 
 
 def summary_table(summary: Mapping[str, Any]) -> Columns:
@@ -157,6 +168,12 @@ def summary_table(summary: Mapping[str, Any]) -> Columns:
         table.add("program: XNNPACK subgraphs", str(program["subgraphs"]), "")
         table.add("program: nodes delegated", f"{program['delegated']:,}", "")
         table.add("program: nodes on portable kernels", f"{program['undelegated']:,}", "")
+        if backend == "lowbit":
+            table.add("program: layers in own kernels", str(len(program["own_layers"])), "")
+            table.add("program: layers left to XNNPACK", str(len(program["left_layers"])), "")
+            table.add("program: crossings between the two", str(program["crossings"]), "")
+            table.add("program: layout copies", str(program["layout_copies"]), "")
+            table.add("program: layout copies, bytes", f"{program['layout_copy_bytes']:,}", "")
         if program["four_bit_layers"]:
             layers = f"{len(program['four_bit_layers'])}"
             table.add("program: layers stored at four bits", layers, "")

@@ -180,7 +180,10 @@ def _bits(part: PartRecord) -> Card:
 
 
 def _wholeness(parts: Sequence[Costs]) -> Card:
-    """Whether XNNPACK runs each method whole, but for one node that it may not know."""
+    """Whether XNNPACK runs each method whole, but for one node that it may not know.
+
+    Own kernels part a program; where there are some, their layers are told in its place.
+    """
     methods = [method for part in parts for method in part.programs]
     whole = all(method.undelegated <= 1 and method.subgraphs == 1 for method in methods)
     subgraphs = sum(method.subgraphs for method in methods)
@@ -188,6 +191,15 @@ def _wholeness(parts: Sequence[Costs]) -> Card:
     note = f"{subgraphs} XNNPACK subgraph{'' if subgraphs == 1 else 's'}"
     if len(methods) > 1:
         note += f" in {len(methods)} methods"
+    if own := sum(len(method.own_layers) for method in methods):
+        crossings = sum(method.crossings for method in methods)
+        copies = sum(method.layout_copies for method in methods)
+        return Card(
+            name="In own kernels",
+            value=f"{own}",
+            unit="layers",
+            note=f"{crossings} crossings, {copies} layout copies; {note}",
+        )
     return Card(
         name="One whole program" if len(methods) == 1 else "Whole programs",
         value="yes" if whole else "no",

@@ -66,6 +66,9 @@ _NUMBERS: tuple[tuple[str, _Number, _Text, bool | None], ...] = (
         _decimals(0),
         False,
     ),
+    ("layers in own kernels", lambda p: _of_program(p, "own_layers"), _decimals(0), None),
+    ("crossings to own kernels", lambda p: _of_program(p, "crossings"), _decimals(0), False),
+    ("layout copies", lambda p: _of_program(p, "layout_copies"), _decimals(0), False),
     ("layers", lambda p: len(p.layers), _decimals(0), None),
     ("seconds to quantize", lambda p: p.seconds_to_quantize, _decimals(0), None),
 )
@@ -99,6 +102,14 @@ def _row(
         best = frozenset(i for i, value in enumerate(values) if value == extreme)
     shown = tuple(text.NONE if value is None else to_text(value) for value in values)
     return ComparedRow(name=name, values=shown, best=best)
+
+
+def _of_program(part: PartRecord, name: str) -> float | None:
+    """A number of own kernels; None of a program without any."""
+    if part.program is None or not part.program.own_layers:
+        return None
+    value = getattr(part.program, name)
+    return float(len(value) if isinstance(value, tuple) else value)
 
 
 def _worst(part: PartRecord) -> float | None:
