@@ -1,6 +1,5 @@
 """Let own kernels run the group norms in front of own layers."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +8,7 @@ from torch import Tensor, fx, nn
 
 import mpqdm_fx.backends.lowbit.ops  # noqa: F401 - registers the operators
 from mpqdm_fx.backends.lowbit.axes import moved_axes, permuted, to_first, to_last
+from mpqdm_fx.backends.lowbit.layout_free import layout_free
 from mpqdm_fx.graph.editing import add_tensor, insert_call
 from mpqdm_fx.graph.layers import called_module
 from mpqdm_fx.graph.nodes import argument, sizes
@@ -28,8 +28,9 @@ _VIEWS = frozenset(
 class UseMixedNorms(GraphPass):
     """Turn group norms, with a SiLU behind them, into `mpqdm::group_norm_mixed`.
 
-    1. A norm is taken if all that reads it, through SiLU, permutations and views, is
-       `mpqdm::quantize_mixed`: then its result lies channels last for own layers.
+    1. A norm is taken if all that reads it, through permutations, views and what computes alike
+       in both layouts, is `mpqdm::quantize_mixed`: then its result lies channels last for own
+       layers. A SiLU that alone reads it goes with it.
     2. Its value is [B, C, H, W], or [B, C, L], which is an image of one row; float32, of known
        sizes, with constant weights.
     3. The norm reads a permutation and its users read one of its result; `MoveLayouts` takes
@@ -78,20 +79,27 @@ def _group_norm(graph_module: fx.GraphModule, node: fx.Node) -> _GroupNormCall |
 
 
 def _feeds_own_layers(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    readers = list(_readers(graph_module, node))
-    return bool(readers) and all(
-        reader.target is _mpqdm.quantize_mixed.default for reader in readers
-    )
+    """Whether all that reads a value at last are quantizers of own layers."""
+    waiting, seen, found = [node], {node}, False
+    while waiting:
+        value = waiting.pop()
+        for user in value.users:
+            if user.target is _mpqdm.quantize_mixed.default:
+                found = True
+            elif not _passes_on(graph_module, user, value):
+                return False
+            elif user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return found
 
 
-def _readers(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
-    """What reads a value at last."""
-    for user in node.users:
-        passes_on = user.target in _VIEWS or moved_axes(user) or _is_silu(graph_module, user)
-        if passes_on and user.args[0] is node:
-            yield from _readers(graph_module, user)
-        else:
-            yield user
+def _passes_on(graph_module: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
+    """Whether a node computes the same wherever the channels of a value lie, or moves them."""
+    if node.target in _VIEWS or moved_axes(node) is not None:
+        return node.args[0] is value
+    call = layout_free(graph_module, node)
+    return call is not None and value in call.links
 
 
 def _is_silu(graph_module: fx.GraphModule, node: fx.Node) -> bool:
