@@ -1,9 +1,6 @@
 """The operators in ExecuTorch's runtime: those of programs, and calls with anything wrong."""
 
-import ctypes
-import importlib.util
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,20 +15,6 @@ from mpqdm_fx.numerics.metrics import sqnr_db
 ops = torch.ops.mpqdm
 pytestmark = pytest.mark.xnnpack
 GENERATOR = torch.Generator().manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    """ExecuTorch's Python runtime with the library that is built from this checkout."""
-    require_compiler()
-    library = next((build("linux", "mpqdm_kernels") / "src").glob("libmpqdm_kernels.*"))
-    package = Path(importlib.util.find_spec("executorch").submodule_search_locations[0])
-    for name in ("executorch", "executorch_threadpool"):
-        ctypes.CDLL(str(package / "lib" / f"lib{name}{library.suffix}"))
-    ctypes.CDLL(str(library))
-    from executorch.runtime import Runtime
-
-    return Runtime.get()
 
 
 def blob(rows, *shape):
