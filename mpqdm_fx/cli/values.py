@@ -6,7 +6,6 @@ from typing import Any
 
 import typer
 
-from mpqdm_fx.backends.names import PROGRAMS
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.records.config import MPQConfig
 
@@ -78,11 +77,12 @@ def activation_mode_of(text: str, *, backend: str, activations: int) -> str:
     """The mode that `auto` stands for, or `text` as it is.
 
     Ranges computed at run time cost nothing in calibration and measured 5 dB better on the bundled
-    model at 8 bits; programs have kernels for them, torch.ao's convolutions have none.
+    model at 8 bits; XNNPACK has kernels for them, own kernels run nothing else, and torch.ao's convolutions have none.
     """
     if text != "auto":
         return text
-    return "dynamic" if backend in PROGRAMS and activations == 8 else "static"
+    dynamic = backend == "lowbit" or (backend == "xnnpack" and activations == 8)
+    return "dynamic" if dynamic else "static"
 
 
 def settings_of(*, overrides: list[str] | None = None, **settings: Any) -> MPQConfig:
