@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mpqdm_fx.backends.names import ProgramBackend
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.gates import GateOption, MetricsOption, end_with_gates, print_gates, with_gates
@@ -49,6 +50,17 @@ def export(
     max_memory: opt.MemoryOption = None,
     device: opt.DeviceOption = None,
     sensitivity: opt.SensitivityOption = None,
+    backend: Annotated[
+        ProgramBackend,
+        typer.Option(
+            case_sensitive=False,
+            help="What programs are for: XNNPACK alone, or own kernels for weights below 8 bits "
+            "beside it.",
+            rich_help_panel=opt.PROGRAM,
+        ),
+    ] = "xnnpack",
+    kernels: opt.KernelsOption = "auto",
+    cpu: opt.CpuOption = "avx2",
     four_bit: opt.FourBitOption = "whole",
     external_weights: opt.ExternalWeightsOption = False,
     compress: opt.CompressOption = False,
@@ -71,6 +83,7 @@ def export(
     checks.check_output_folder(output, model, prompts)
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
     checks.check_packages("executorch", purpose="export")
+    checks.check_backend(backend, kernels)
     if checks.has_text_encoder(model):
         checks.check_packages("transformers", purpose="a pipeline with a text encoder")
     form = "float" if in_float else bits_of(config)
@@ -102,7 +115,8 @@ def export(
     if dry_run:
         forecast = estimate_export(
             model, settings, sizes=sizes, prompts=runs.texts, steps=steps, guidance=guidance,
-            trajectories=trajectories, max_memory=memory, four_bit=four_bit, samples=samples,
+            trajectories=trajectories, max_memory=memory, backend=backend, kernels=kernels,
+            cpu=cpu, four_bit=four_bit, samples=samples,
         ).to_dict()  # fmt: skip
         if as_json:
             console.print_json(json.dumps(forecast))
@@ -119,6 +133,9 @@ def export(
             resume=resume, activation_memory=memory, device=device, sensitivity=sensitivity
         ),
         tabulate=tabulate,
+        backend=backend,
+        kernels=kernels,
+        cpu=cpu,
         four_bit=four_bit,
         external_weights=external_weights,
         compress=compress,

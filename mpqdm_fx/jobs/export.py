@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpqdm_fx.backends.xnnpack.four_bit import FourBit
+from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend
 from mpqdm_fx.io.peak_memory import tells_peaks
 from mpqdm_fx.jobs.command_text import export_command
 from mpqdm_fx.pipelines.export import MINIMUM_SQNR_DB, ExportResult, export_pipeline
@@ -55,6 +55,9 @@ def export_to_folder(
     minimum_sqnr_db: float = MINIMUM_SQNR_DB,
     run: RunOptions = RunOptions(),
     tabulate: bool = False,
+    backend: ProgramBackend = "xnnpack",
+    kernels: Kernels = "auto",
+    cpu: Cpu = "avx2",
     four_bit: FourBit = "whole",
     external_weights: bool = False,
     compress: bool = False,
@@ -78,6 +81,9 @@ def export_to_folder(
             "--trajectories": runs.trajectories,
             "--tabulate": tabulate,
             "--minimum-sqnr": None if minimum_sqnr_db == MINIMUM_SQNR_DB else minimum_sqnr_db,
+            "--backend": None if backend == "xnnpack" else backend,
+            "--kernels": kernels if backend == "lowbit" else None,
+            "--cpu": None if cpu == "avx2" else cpu,
             "--four-bit": None if four_bit == "whole" else four_bit,
             "--external-weights": external_weights,
             "--compress": compress,
@@ -98,6 +104,9 @@ def export_to_folder(
         minimum_sqnr_db=minimum_sqnr_db,
         run=run,
         tabulate=tabulate,
+        backend=backend,
+        kernels=kernels,
+        cpu=cpu,
         four_bit=four_bit,
         external_weights=external_weights,
         compress=compress,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mpqdm_fx.backends.xnnpack.four_bit import FourBit
+from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.model.stages import normalized
@@ -116,18 +116,22 @@ def estimate_export(
     trajectories: Count = 16,
     batch_size: Count = 8,
     max_memory: Bytes | None = None,
+    backend: ProgramBackend = "xnnpack",
+    kernels: Kernels = "auto",
+    cpu: Cpu = "avx2",
     four_bit: FourBit = "whole",
     samples: Some = 4,
     measure: bool = True,
 ) -> ExportEstimate:
     """Estimate an export without running it: each part is traced, and called twice.
 
-    Args: as of `export_pipeline`. Weights count eight bits, of which `four_bit` may halve some.
+    Args: as of `export_pipeline`. Weights count eight bits, of which `four_bit` may halve some, and
+    own kernels keep more.
 
     Raises:
         MPQError: Settings have no program, the pipeline cannot be opened, or a part not traced.
     """
-    check_export(config, prompts, four_bit)
+    check_export(config, prompts, four_bit, backend=backend, kernels=kernels, cpu=cpu)
     inputs, chosen = inputs_of(
         pipeline, sizes, prompts=tuple(prompts), steps=steps, guidance=guidance,
         trajectories=trajectories, batch_size=batch_size, seed=0 if config is None else config.seed,

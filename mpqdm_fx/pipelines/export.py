@@ -17,7 +17,10 @@ from typing import Annotated, Any
 
 from mpqdm_fx import errors
 from mpqdm_fx.api import quantize
-from mpqdm_fx.backends.check_settings import check_settings
+from mpqdm_fx.backends.check_settings import check_kernel_options, check_settings
+from mpqdm_fx.backends.lowbit import library
+from mpqdm_fx.backends.lowbit.library import require_kernels
+from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.sampling import scheduled
@@ -67,6 +70,7 @@ RUNNER = {
     "sealed.py": sealed,
     "expansion.py": expansion,
     "classes.py": classes,
+    "library.py": library,
     "errors.py": errors,
 }
 
@@ -113,6 +117,9 @@ def export_pipeline(
     minimum_sqnr_db: Annotated[float, Between(-300, 300)] = MINIMUM_SQNR_DB,
     run: RunOptions = RunOptions(),
     tabulate: bool = False,
+    backend: ProgramBackend = "xnnpack",
+    kernels: Kernels = "auto",
+    cpu: Cpu = "avx2",
     four_bit: FourBit = "whole",
     external_weights: bool = False,
     compress: bool = False,
@@ -153,6 +160,10 @@ def export_pipeline(
             the denoiser's.
         tabulate: Replace the denoiser's time branch by tables for `steps` steps of the pipeline's
             scheduler. The folder then draws with that number of steps of that scheduler alone.
+        backend: `"lowbit"` has own kernels beside XNNPACK's for quantized parts; what draws with
+            the folder then needs the library `mpqdm_kernels`, and so does this function.
+        kernels: Which layers own kernels run, of `"lowbit"`; as of `lower`, like `cpu`.
+        cpu: Class of CPUs that the choice is made for.
         four_bit: Which weights programs store at four bits, as of `lower`.
         external_weights: Write each program's weights to a file of their own, `<part>.ptd`.
         compress: Store programs and weights as `.xz`; the runner expands them when they are first
@@ -172,11 +183,15 @@ def export_pipeline(
             program.
         ArtifactError: The pipeline's folder is not whole, or `output` holds something else.
         DialectError: There are to be tables, and the denoiser has no time branch of its own.
+        LoweringError: ExecuTorch is missing, or the library of own kernels is.
         MPQError: A part cannot be traced, quantized or lowered; nothing is left at `output`.
     """
-    check_export(config, prompts, four_bit)
+    check_export(config, prompts, four_bit, backend=backend, kernels=kernels, cpu=cpu)
     check_value(run, RunOptions, "run")
     require_executorch()
+    own = [backend, kernels, cpu] if backend == "lowbit" else []
+    if own and kernels != "xnnpack":
+        require_kernels()
     target = check_target(output, MANIFEST, overwrite=overwrite)
     run = run.inside(checkpoint_of(target))
     inputs, chosen = inputs_of(
@@ -208,7 +223,7 @@ def export_pipeline(
             "prompts": list(prompts) if layout.tokenizers else [],
             "numbers": [steps, guidance, trajectories, batch_size, minimum_sqnr_db],
             "timesteps": timesteps,
-            "program form": [four_bit, external_weights],
+            "program form": [four_bit, external_weights, *own],
             "versions": versions(),
         },
         resume=run.resume,
@@ -233,10 +248,14 @@ def export_pipeline(
                 timesteps=timesteps if part.stepped else None,
                 four_bit=four_bit,
                 external_weights=external_weights,
+                backend=backend,
+                kernels=kernels,
+                cpu=cpu,
             )
             kept = kept_part(
-                part, judged, written, config, bound=minimum_sqnr_db, sensitivity=run.sensitivity
-            )
+                part, judged, written, config, bound=minimum_sqnr_db,
+                sensitivity=run.sensitivity, backend=backend,
+            )  # fmt: skip
             record = work.finish(
                 part.name,
                 {
@@ -288,7 +307,15 @@ def _foretold(layout: Layout, *, samples: int, measure: bool) -> dict[str, float
     return seconds | ({"report": _REPORT_SECONDS} if renders() else {})
 
 
-def check_export(config: MPQConfig | None, prompts: Sequence[str], four_bit: FourBit) -> None:
+def check_export(
+    config: MPQConfig | None,
+    prompts: Sequence[str],
+    four_bit: FourBit,
+    *,
+    backend: ProgramBackend,
+    kernels: Kernels,
+    cpu: Cpu,
+) -> None:
     """Refuse settings that no export runs.
 
     Args: as of `export_pipeline`.
@@ -296,12 +323,18 @@ def check_export(config: MPQConfig | None, prompts: Sequence[str], four_bit: Fou
     Raises:
         ConfigError: There is no prompt, or programs do not run the settings.
     """
+    check_kernel_options(backend, kernels, cpu)
     check_value(prompts, Sequence[str], "prompts")
     if not prompts:
         raise ConfigError("prompts: give a sequence of at least one prompt")
     check_four_bit(four_bit, "float" if config is None else config.activation_mode)
-    if config is not None and config.activation_mode != "float":
-        check_settings("xnnpack", config, alternatives=False)
+    if backend == "lowbit" and config is None:
+        raise ConfigError(
+            "float programs have no layers for own kernels, which run rounded weights; quantize, "
+            'or choose backend="xnnpack"'
+        )
+    if config is not None and (backend == "lowbit" or config.activation_mode != "float"):
+        check_settings(backend, config, alternatives=False)
 
 
 def _schedule(scheduler: Any, steps: int) -> list[float]:
@@ -312,7 +345,7 @@ def _schedule(scheduler: Any, steps: int) -> list[float]:
 
 def _apart(module: ModuleType) -> str:
     """A module's text where its package is the folder that it lies in."""
-    return re.sub(r"from mpqdm_fx\.(?:\w+\.)?", "from ", inspect.getsource(module))
+    return re.sub(r"from mpqdm_fx\.(?:\w+\.)*(?=\w+ import)", "from ", inspect.getsource(module))
 
 
 def _judge(

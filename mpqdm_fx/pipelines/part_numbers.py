@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpqdm_fx.backends.names import ProgramBackend
 from mpqdm_fx.graph.calling import example_call
 from mpqdm_fx.io.schema import Strict, plain
 from mpqdm_fx.model.quantized import QuantizedModel
@@ -44,6 +45,7 @@ def kept_part(
     *,
     bound: float,
     sensitivity: str | Path | None,
+    backend: ProgramBackend = "xnnpack",
 ) -> KeptPart:
     """The numbers of a part whose programs are written.
 
@@ -54,6 +56,7 @@ def kept_part(
         config: Settings of the denoiser; None if all stays in float.
         bound: Least signal-to-noise ratio of the other parts, in dB.
         sensitivity: File of the denoiser's sensitivities.
+        backend: What its programs are for.
     """
     often = next((method for method in written if method.entry["size"] is not None), written[0])
     methods = tuple(program_of(method.to_dict()) for method in written if method is not often)
@@ -83,7 +86,7 @@ def kept_part(
             settings=quantized.settings.to_dict(),
             measured=_measured(part, quantized, judged, sensitivity),
             summary={
-                "backend": "xnnpack",
+                "backend": backend,
                 "program": often.to_dict(),
                 "epsilon_sqnr_db": judged.sqnr_db,
             },

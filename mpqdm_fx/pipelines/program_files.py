@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpqdm_fx.errors import ArtifactError, first_line
+from mpqdm_fx.backends.lowbit.library import calls_own_operators, require_kernels
+from mpqdm_fx.errors import ArtifactError, LoweringError, first_line
 from mpqdm_fx.io.expansion import expand, expansion_path
 from mpqdm_fx.io.sealed import Entry, SealedFolder, hashed_file, read_json, verified
 
@@ -223,10 +224,14 @@ class ProgramFiles:
         return self._methods[key]
 
     def _open(self, file: str, weights: str | None) -> Any:
-        """A program; ExecuTorch gets no byte that was not hashed."""
+        """A program; ExecuTorch gets no byte that was not hashed.
+
+        What calls own operators is refused before it is loaded where their library is missing.
+        """
         try:
             with contextlib.ExitStack() as stack:
                 program = stack.enter_context(self._plain(file))
+                self._require_kernels(program, file)
                 if weights is not None:
                     return _WithWeights(program, stack.enter_context(self._plain(weights)))
                 from executorch.runtime import Runtime, Verification
@@ -239,6 +244,14 @@ class ProgramFiles:
                 f"{self.folder / file} cannot be loaded by ExecuTorch: {first_line(error)}; it was "
                 f"made by another version"
             ) from error
+
+    def _require_kernels(self, program: Path, file: str) -> None:
+        operator = calls_own_operators(program)
+        if operator is not None:
+            try:
+                require_kernels(operator)
+            except LoweringError as error:
+                raise RunnerError(f"{self.folder / file}: {error}") from error
 
     def _method(self, program: Any, entry: Mapping[str, Any]) -> Any:
         where = f"{self.folder / entry['file']}: method {entry['method']!r}"

@@ -1,8 +1,9 @@
 """One part of a pipeline: quantize it, judge it, and write its programs."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.api import quantize
-from mpqdm_fx.backends.xnnpack.four_bit import FourBit
+from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.graph.layers import replace_module, weight_layers
 from mpqdm_fx.graph.signature import tensor_leaves
@@ -182,6 +183,9 @@ def write_programs(
     timesteps: Sequence[float] | None = None,
     four_bit: FourBit = "whole",
     external_weights: bool = False,
+    backend: ProgramBackend = "xnnpack",
+    kernels: Kernels = "auto",
+    cpu: Cpu = "avx2",
 ) -> list[WrittenMethod]:
     """Lower one part to a file with all of its methods, which share their weights.
 
@@ -193,6 +197,9 @@ def write_programs(
         timesteps: As of `part_methods`.
         four_bit: Which weights are stored at four bits, as of `lower`.
         external_weights: Write the weights to a file of their own beside `path`, `<stem>.ptd`.
+        backend: `"lowbit"` has own kernels beside XNNPACK's.
+        kernels: Which layers own kernels run, as of `lower`, like `cpu`.
+        cpu: Class of CPUs that the choice is made for.
 
     Returns:
         Its methods, in running order.
@@ -202,6 +209,7 @@ def write_programs(
         LoweringError: The backend cannot run the part.
     """
     # importing the package must not load torchao
+    from mpqdm_fx.backends.lowbit.lower import lower_lowbit_methods
     from mpqdm_fx.backends.xnnpack.lower import lower_methods
 
     methods = part_methods(part, quantized, examples, timesteps=timesteps)
@@ -211,7 +219,10 @@ def write_programs(
     ranges = {} if quantized is None else quantized.ranges
     ranges = {layer: chosen for layer, chosen in ranges.items() if layer in known}
     calls = {name: method.example for name, method in methods.items()}
-    programs = lower_methods(
+    lower_all: Callable[..., Mapping[str, XnnpackProgram]] = lower_methods
+    if backend == "lowbit":
+        lower_all = partial(lower_lowbit_methods, kernels=kernels, cpu=cpu)
+    programs = lower_all(
         graphs,
         calls,
         path,
