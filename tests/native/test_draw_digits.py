@@ -8,9 +8,12 @@ import pytest
 import torch
 from native_builds import NATIVE, build, require_compiler
 from rounded_nets import round_to_grid
-from small import tiny_unet
+from torch import nn
 
+import mpqdm_fx.backends.lowbit.ops  # noqa: F401  (registers the operators)
+from mpqdm_fx.backends.lowbit.blob import pack_blob
 from mpqdm_fx.backends.lowbit.lower import lower_lowbit
+from mpqdm_fx.backends.xnnpack.edge import to_edge
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.digits.bundled import load_digits_scheduler, load_digits_unet
 from mpqdm_fx.graph.layers import weight_layers
@@ -35,27 +38,43 @@ def inputs_text(noise):
     return module.inputs_text(LABELS, STEPS, noise)
 
 
-def put_program(folder, unet, size):
-    """Write a program of own kernels, and what the app reads beside it; return the noise."""
-    noise = torch.randn(2, 1, size, size, generator=torch.Generator().manual_seed(0))
-    example = {
-        "sample": noise,
+class Denoiser(nn.Module):
+    """A network that is small, and so quickly lowered: layers of XNNPACK around own operators."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.entry, self.end = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(12, 1, 3, padding=1)
+        self.times, self.classes = nn.Linear(1, 8), nn.Embedding(10, 8)
+        codes = torch.randint(-7, 8, (12, 8, 3, 3)).to(torch.int8)
+        self.register_buffer("weight", pack_blob(codes, torch.full((12,), 0.02), torch.zeros(12)))
+
+    def forward(self, sample, timestep, class_labels):
+        condition = self.times(timestep[:, None] / 1000) + self.classes(class_labels)
+        y = (self.entry(sample) + condition[:, :, None, None]).permute(0, 2, 3, 1).contiguous()
+        norm = (torch.ones(8), torch.zeros(8), 2, 1e-5, True)
+        codes = torch.ops.mpqdm.group_norm_quantize_mixed(y, *norm)
+        y = torch.ops.mpqdm.conv2d_mixed(*codes, self.weight, 12, 3, 1, 1)
+        return self.end(y.permute(0, 3, 1, 2))
+
+
+def example_inputs(size):
+    """A call of two images."""
+    return {
+        "sample": torch.randn(2, 1, size, size, generator=torch.Generator().manual_seed(0)),
         "timestep": torch.tensor([10, 10]),
         "class_labels": torch.tensor(LABELS),
     }
-    graph = Pipeline(passes=NORMALIZE)(trace(unet, example)).graph_module
-    graph = round_to_grid(graph, 8)
-    ranges = dict.fromkeys(weight_layers(graph), DynamicActivation())
-    lower_lowbit(graph, ranges, example, folder / "unet.pte", kernels="memory")
-    (folder / "inputs.txt").write_text(inputs_text(noise))
-    return noise
 
 
 @pytest.fixture(scope="module")
 def drawing(tmp_path_factory):
-    """A folder with the program of a small network; and its noise."""
-    folder = tmp_path_factory.mktemp("digits")
-    return folder, put_program(folder, tiny_unet(), 8)
+    """A folder with a program, and what the app reads beside it; and the noise."""
+    folder, example = tmp_path_factory.mktemp("digits"), example_inputs(8)
+    exported = torch.export.export(Denoiser().eval(), tuple(example.values()))
+    (folder / "unet.pte").write_bytes(to_edge(exported).to_executorch().buffer)
+    (folder / "inputs.txt").write_text(inputs_text(example["sample"]))
+    return folder, example["sample"]
 
 
 def draw(folder, inputs="inputs.txt", **environment):
@@ -96,8 +115,13 @@ def test_the_app_draws_the_bytes_of_diffusers_on_all_kernels(runtime, native, dr
 
 @pytest.mark.matrix
 def test_the_bundled_models_digits_are_those_of_diffusers(runtime, tmp_path):
-    noise = put_program(tmp_path, load_digits_unet(), 16)
-    lines = assert_drawn(tmp_path, drawn_in_python(runtime, tmp_path, noise))
+    example = example_inputs(16)
+    graph = Pipeline(passes=NORMALIZE)(trace(load_digits_unet(), example)).graph_module
+    graph = round_to_grid(graph, 8)
+    ranges = dict.fromkeys(weight_layers(graph), DynamicActivation())
+    lower_lowbit(graph, ranges, example, tmp_path / "unet.pte", kernels="memory")
+    (tmp_path / "inputs.txt").write_text(inputs_text(example["sample"]))
+    lines = assert_drawn(tmp_path, drawn_in_python(runtime, tmp_path, example["sample"]))
     assert any("@" in line for line in lines)
 
 
