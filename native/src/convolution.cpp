@@ -75,12 +75,6 @@ PairRows pair_rows(const Job& job, uint32_t first_block, const int32_t* sums) {
   return rows;
 }
 
-void store_integers(const int32_t* sums, const PairRows& rows, int32_t zero_point, int32_t* out) {
-  for (int row = 0; row < rows.count; ++row) {
-    out[rows.channel[row]] = sums[row] - zero_point * rows.weight_sum[row];
-  }
-}
-
 // The pixels of a chunk in order: where their inputs lie, and whose scale and zero point they have.
 // Counts along instead of dividing: a division takes as long as a good part of a small pixel.
 class PixelWalk {
@@ -109,39 +103,54 @@ class PixelWalk {
   const uint8_t *row_, *inputs_;
 };
 
+// Scales and zero points of the pixels that are multiplied together.
 class PartWalk {
  public:
   PartWalk(const Job& job, size_t first)
-      : pixels_(job.shape.batch * job.pixels / job.codes.parts),
+      : codes_(job.codes),
+        offset_(job.kernels.offset_inputs ? 128 : 0),
+        pixels_(job.shape.batch * job.pixels / job.codes.parts),
         part_((job.sample * job.pixels + first) / pixels_),
         at_((job.sample * job.pixels + first) % pixels_) {}
 
-  size_t next() {
-    const size_t part = part_;
-    if (++at_ == pixels_) {
-      at_ = 0;
-      ++part_;
+  void next(size_t count) {
+    for (size_t i = 0; i < count; ++i) {
+      scales[i] = codes_.scale[part_];
+      zero_points[i] = codes_.zero_point[part_] + offset_;
+      if (++at_ == pixels_) {
+        at_ = 0;
+        ++part_;
+      }
     }
-    return part;
   }
 
+  float scales[kMaxPixels];
+  int32_t zero_points[kMaxPixels];
+
  private:
+  const Codes& codes_;
+  int32_t offset_;
   size_t pixels_, part_, at_;
 };
 
-// Results of `count` pixels from `first` on.
-void store(const Job& job, const PairRows& rows, size_t first, size_t count, PartWalk& parts,
-           const int32_t* sums) {
-  const int32_t offset = job.kernels.offset_inputs ? 128 : 0;
-  size_t at = (job.sample * job.pixels + first) * job.blob.rows();
-  for (size_t i = 0; i < count; ++i, sums += kPairRows, at += job.blob.rows()) {
-    const size_t part = parts.next();
-    const int32_t zero_point = job.codes.zero_point[part] + offset;
-    if (job.integers != nullptr) {
-      store_integers(sums, rows, zero_point, job.integers + at);
-    } else {
-      job.kernels.store(sums, rows, job.codes.scale[part], zero_point, job.floats + at);
+void store_integers(const int32_t* sums, size_t count, const PairRows& rows,
+                    const int32_t* zero_points, size_t stride, int32_t* out) {
+  for (size_t pixel = 0; pixel < count; ++pixel, sums += kPairRows, out += stride) {
+    for (int row = 0; row < rows.count; ++row) {
+      out[rows.channel[row]] = sums[row] - zero_points[pixel] * rows.weight_sum[row];
     }
+  }
+}
+
+// Results of `count` pixels from `first` on.
+void store(const Job& job, const PairRows& rows, size_t first, size_t count, const PartWalk& parts,
+           const int32_t* sums) {
+  const size_t stride = job.blob.rows();
+  const size_t at = (job.sample * job.pixels + first) * stride;
+  if (job.integers != nullptr) {
+    store_integers(sums, count, rows, parts.zero_points, stride, job.integers + at);
+  } else {
+    job.kernels.store(sums, count, rows, parts.scales, parts.zero_points, stride, job.floats + at);
   }
 }
 
@@ -175,6 +184,7 @@ void multiply_chunk(const Job& job, uint32_t first_block, size_t first, size_t e
     const size_t count = std::min(together, end - pixel);
     for (size_t i = 0; i < together; ++i) pixels[i] = i < count ? walk.next() : pixels[0];
     kernels.multiply(inputs, weights, paired ? weights + tiles * kTileBytes : nullptr, largest, sums);
+    parts.next(count);
     store(job, rows, pixel, count, parts, sums);
   }
 }

@@ -30,22 +30,23 @@ void sum_unpacked(const int8_t* weights, int groups, int32_t* sums) {
   }
 }
 
-void store_rows(const int32_t* sums, const PairRows& rows, float activation_scale,
-                int32_t zero_point, float* out) {
-  float results[kPairRows];
-  for (int row = 0; row < kPairRows; ++row) {
-    const auto sum = static_cast<float>(sums[row] - zero_point * rows.weight_sum[row]);
-    results[row] = sum * (activation_scale * rows.scale[row]) + rows.bias[row];
-  }
-  if (rows.adjacent) {
-    if (rows.count == kPairRows) {
+void store_rows(const int32_t* sums, size_t count, const PairRows& rows,
+                const float* activation_scales, const int32_t* zero_points, size_t stride,
+                float* out) {
+  for (size_t pixel = 0; pixel < count; ++pixel, sums += kPairRows, out += stride) {
+    float results[kPairRows];
+    for (int row = 0; row < kPairRows; ++row) {
+      const auto sum = static_cast<float>(sums[row] - zero_points[pixel] * rows.weight_sum[row]);
+      results[row] = sum * (activation_scales[pixel] * rows.scale[row]) + rows.bias[row];
+    }
+    if (rows.count < kPairRows) {
+      for (int row = 0; row < rows.count; ++row) out[rows.channel[row]] = results[row];
+    } else if (rows.adjacent) {
       std::memcpy(out + rows.channel[0], results, sizeof results);
     } else {
-      std::memcpy(out + rows.channel[0], results, sizeof(float) * static_cast<size_t>(rows.count));
+      for (int row = 0; row < kPairRows; ++row) out[rows.channel[row]] = results[row];
     }
-    return;
   }
-  for (int row = 0; row < rows.count; ++row) out[rows.channel[row]] = results[row];
 }
 
 }  // namespace

@@ -42,10 +42,11 @@ struct KernelSet {
   // `second`; null for one). `largest` bounds the absolute codes of both. sums is [pixels][16] int32.
   void (*multiply)(const Inputs& inputs, const int8_t* first, const int8_t* second, int largest,
                    int32_t* sums);
-  // out[channel] = float(sum - zero_point * weight_sum) * (activation_scale * scale) + bias for all
-  // rows of one pixel, whose sums are [16].
-  void (*store)(const int32_t* sums, const PairRows& rows, float activation_scale,
-                int32_t zero_point, float* out);
+  // out[channel] = float(sum - zero_point * weight_sum) * (activation_scale * scale) + bias for the rows
+  // of `count` pixels. Pixel p has sums[16 p ..], activation_scales[p], zero_points[p], out[stride p ..].
+  void (*store)(const int32_t* sums, size_t count, const PairRows& rows,
+                const float* activation_scales, const int32_t* zero_points, size_t stride,
+                float* out);
   // Extends [low, high] to `count` numbers. False, and the range undefined, if one is NaN or infinite.
   bool (*extend_range)(const float* x, size_t count, float* low, float* high);
   // codes = round(clamp(x * inverse_scale, -128 - zero_point, 127 - zero_point)) + zero_point.
