@@ -1,0 +1,96 @@
+"""Pipelines exported for own kernels: programs, report, and a runner that asks for the library."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny_pipelines
+from diffusers import DDPMPipeline, DDPMScheduler
+from kernel_package import kernels_installed, kernels_missing
+from small import plain_unet
+
+from mpqdm_fx import ConfigError, export_pipeline
+from mpqdm_fx.backends.lowbit.library import calls_own_operators
+from mpqdm_fx.errors import LoweringError
+from mpqdm_fx.pipelines.runner import PipelineRunner, RunnerError
+
+SETTINGS = tiny_pipelines.cheap_settings(activation_mode="dynamic")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ddpm")
+    DDPMPipeline(plain_unet(), DDPMScheduler()).save_pretrained(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    with kernels_installed(tmp_path_factory.mktemp("kernels")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(installed, pipeline, tmp_path_factory):
+    output = tmp_path_factory.mktemp("lowbit") / "out"
+    return export_pipeline(
+        pipeline, SETTINGS, output, steps=2, trajectories=2, samples=1, measure=False,
+        backend="lowbit", kernels="memory",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        (SETTINGS, {"kernels": "memory"}, "kernels='memory': xnnpack has no own kernels"),
+        (None, {"backend": "lowbit"}, "float programs have no layers for own kernels"),
+        (
+            tiny_pipelines.cheap_settings(activation_mode="static"),
+            {"backend": "lowbit"},
+            "lowbit does not run activation_mode='static'",
+        ),
+    ],
+)
+def test_settings_that_own_kernels_do_not_run_are_refused(
+    pipeline, tmp_path, settings, options, message
+):
+    with pytest.raises(ConfigError, match=message):
+        export_pipeline(pipeline, settings, tmp_path / "out", **options)
+
+
+def test_without_the_library_nothing_is_begun(pipeline, tmp_path):
+    with kernels_missing(), pytest.raises(LoweringError, match=r"calls mpqdm::conv2d_mixed"):
+        export_pipeline(pipeline, SETTINGS, tmp_path / "out", backend="lowbit")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.xnnpack
+def test_the_denoiser_calls_own_kernels_and_its_report_says_so(exported):
+    folder = exported.directory
+    assert calls_own_operators(folder / "denoiser.pte").startswith("mpqdm::")
+    (part,) = json.loads((folder / "report.json").read_text())["parts"]
+    assert part["backend"] == "lowbit"
+    assert part["program"]["own_layers"]
+    assert part["program"]["crossings"] > 0
+    assert PipelineRunner(folder).sample(steps=2, seed=1).shape == (8, 8, 1)
+
+
+@pytest.mark.xnnpack
+def test_the_runner_refuses_before_it_loads_where_the_library_is_missing(exported):
+    with kernels_missing(), pytest.raises(RunnerError, match=r"denoiser.pte: the program calls"):
+        PipelineRunner(exported.directory).sample(steps=1)
+    # the copy in the folder, which knows nothing of this package
+    code = (
+        "import sys, runpy; sys.modules.update(mpqdm_kernels=None, mpqdm_fx=None); "
+        "sys.argv = ['run.py', '--steps', '1', '--output', sys.argv[1]]; "
+        "sys.path.insert(0, '.'); runpy.run_path('run.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(exported.directory.parent / "picture.png")],
+        cwd=exported.directory, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode not in (0, None)
+    assert "calls mpqdm::" in done.stderr
+    assert 'pip install "mpqdm-fx[kernels]"' in done.stderr
+    assert "Traceback" not in done.stderr
