@@ -24,6 +24,7 @@ from mpqdm_fx.records.activations import DynamicActivation
 pytestmark = pytest.mark.xnnpack
 EXAMPLE = NATIVE / "examples" / "draw_digits"
 LABELS, STEPS = [3, 7], 4
+FLOAT = 6  # float32 as the runtime reports it
 
 
 def app():
@@ -67,10 +68,11 @@ def example_inputs(size):
     }
 
 
-@pytest.fixture(scope="module")
-def drawing(tmp_path_factory):
+@pytest.fixture(scope="module", params=[torch.int64, torch.float32], ids=str)
+def drawing(tmp_path_factory, request):
     """A folder with a program, and what the app reads beside it; and the noise."""
     folder, example = tmp_path_factory.mktemp("digits"), example_inputs(8)
+    example["timestep"] = example["timestep"].to(request.param)
     exported = torch.export.export(Denoiser().eval(), tuple(example.values()))
     (folder / "unet.pte").write_bytes(to_edge(exported).to_executorch().buffer)
     (folder / "inputs.txt").write_text(inputs_text(example["sample"]))
@@ -86,11 +88,14 @@ def draw(folder, inputs="inputs.txt", **environment):
 
 def drawn_in_python(runtime, folder, noise):
     method = runtime.load_program(folder / "unet.pte").load_method("forward")
+    takes_float = method.metadata.input_tensor_meta(1).dtype() == FLOAT
     scheduler = load_digits_scheduler()
     scheduler.set_timesteps(STEPS)
     sample = noise
     for time in scheduler.timesteps:
-        (output,) = method.execute((sample, time.repeat(2), torch.tensor(LABELS)))
+        times = time.repeat(2)
+        times = times.float() if takes_float else times
+        (output,) = method.execute((sample, times, torch.tensor(LABELS)))
         sample = scheduler.step(output.clone(), time, sample).prev_sample
     return sample.numpy()
 

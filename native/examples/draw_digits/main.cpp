@@ -2,8 +2,8 @@
 //
 //   draw_digits PROGRAM.pte INPUTS.txt OUTPUT.f32
 //
-// PROGRAM takes sample float32 [B, 1, H, W], timestep int64 [B] and class_labels int64 [B], and returns
-// the predicted noise. INPUTS is text, a word and its numbers on each line, as write_inputs.py beside
+// PROGRAM takes sample float32 [B, 1, H, W], timestep int64 or float32 [B] and class_labels int64 [B],
+// and returns the predicted noise. INPUTS is text, a word and its numbers on each line, as write_inputs.py beside
 // this file writes them:
 //
 //   clip BOUND              predicted images are clipped to [-BOUND, BOUND]; without it they are not
@@ -90,9 +90,11 @@ class Denoiser {
     const auto meta = module_.method_meta("forward");
     if (!meta.ok()) fail(path + " is no program with a method forward");
     if (meta->num_inputs() != 3) fail(path + " does not take sample, timestep and class_labels");
-    const auto sample = meta->input_tensor_meta(0);
+    const auto sample = meta->input_tensor_meta(0), timestep = meta->input_tensor_meta(1);
     if (!sample.ok() || sample->sizes().size() != 4) fail(path + " takes no images");
+    if (!timestep.ok()) fail(path + " takes no timestep");
     sizes_.assign(sample->sizes().begin(), sample->sizes().end());
+    takes_float_ = timestep->scalar_type() == executorch::aten::ScalarType::Float;
   }
 
   const std::vector<int32_t>& sizes() const { return sizes_; }
@@ -100,11 +102,13 @@ class Denoiser {
   // Noise that the program sees in the sample, as long as the sample.
   std::vector<float> predict(std::vector<float>& sample, int64_t timestep,
                              std::vector<int64_t>& labels) {
-    std::vector<int64_t> timesteps(labels.size(), timestep);
+    std::vector<int64_t> wholes(labels.size(), timestep);
+    std::vector<float> floats(labels.size(), static_cast<float>(timestep));
     const auto batch = static_cast<int32_t>(labels.size());
     constexpr auto kLong = executorch::aten::ScalarType::Long;
-    const auto result = module_.forward({from_blob(sample.data(), sizes_),
-                                         from_blob(timesteps.data(), {batch}, kLong),
+    const auto timesteps = takes_float_ ? from_blob(floats.data(), {batch})
+                                        : from_blob(wholes.data(), {batch}, kLong);
+    const auto result = module_.forward({from_blob(sample.data(), sizes_), timesteps,
                                          from_blob(labels.data(), {batch}, kLong)});
     if (!result.ok()) fail("the program failed; ExecuTorch's log says why");
     const auto& noise = result->at(0).toTensor();
@@ -116,6 +120,7 @@ class Denoiser {
  private:
   Module module_;
   std::vector<int32_t> sizes_;
+  bool takes_float_ = false;
 };
 
 // DDIM (arXiv 2010.02502), equation 12 with sigma = 0, in float32 and in the order of diffusers.
