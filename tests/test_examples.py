@@ -51,6 +51,21 @@ def test_the_strangers_model_becomes_a_program(tmp_path):
     assert program.with_suffix(".png").exists()
 
 
+@pytest.mark.matrix
+@pytest.mark.xnnpack
+def test_the_phone_example_draws_from_cpp_what_diffusers_draws(tmp_path):
+    """Quantizes digits and compiles with g++; takes minutes."""
+    folder = str(tmp_path / "out")
+    quantize = ["-m", "mpqdm_fx", "quantize", "digits", "--preset", "quick", "-o", folder]
+    compare = [str(ROOT / "examples" / "phone" / "run.py"), folder, "--label", "3"]
+    for command in (quantize, compare):
+        result = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+    assert "C++ and diffusers are" in result.stdout
+
+
 def test_every_example_is_run_by_a_test():
     assert {example.stem for example in EXAMPLES} == {*SAID, "stranger"}
 

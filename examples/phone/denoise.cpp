@@ -2,7 +2,7 @@
 //
 //   denoise PROGRAM.pte SCHEDULE.txt NOISE.f32 LABEL OUTPUT.f32
 //
-// PROGRAM takes sample float32 [1, C, H, W], timestep int64 [1] and class_labels int64 [1], and
+// PROGRAM takes sample float32 [1, C, H, W], timestep float32 [1] and class_labels int64 [1], and
 // returns the predicted noise. SCHEDULE has a first line with the bound that predicted images are
 // clipped to (0: none), then one line per step: timestep, cumulative alpha now, cumulative alpha
 // after the step. NOISE and OUTPUT are bare float32 numbers. `run.py` beside this file builds it,
@@ -176,12 +176,15 @@ int main(int count, char** arguments) {
 
   const er::TensorInfo shape = checked(meta.input_tensor_meta(0), "reading the first input");
   std::vector<float> sample = floats(arguments[3], shape.nbytes() / sizeof(float));
-  int64_t timestep = 0;
+  float timestep = 0;
   int64_t label = std::atoll(arguments[4]);
   Input first(shape, sample.data());
   Input second(checked(meta.input_tensor_meta(1), "reading the second input"), &timestep);
   Input third(checked(meta.input_tensor_meta(2), "reading the third input"), &label);
   Input* inputs[] = {&first, &second, &third};
+  if (second.impl->dtype() != ea::ScalarType::Float || third.impl->dtype() != ea::ScalarType::Long) {
+    fail("the program takes other inputs than sample, timestep float32 and class_labels int64");
+  }
 
   std::ifstream schedule(arguments[2]);
   float bound = 0;

@@ -3,14 +3,13 @@
     mpqdm-fx quantize digits --output out
     python examples/phone/run.py out --label 3
 
-The wheel's libraries need a shared libpython beside them; on a phone, link ExecuTorch's own
+It links the libraries of the wheel, which need no Python; on a phone, link ExecuTorch's own
 libraries instead (docs/mobile.md). Needs g++.
 """
 
 import argparse
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -23,25 +22,26 @@ from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.sources.denoisers import PROGRAM, draw, open_denoiser, program_names
 
 HERE = Path(__file__).parent
+#: Of the wheel. Kernels and delegate register themselves, so they are linked unasked.
+LIBRARIES = (
+    "executorch",
+    "executorch_kernels_optimized",
+    "executorch_backend_xnnpack",
+    "executorch_threadpool",
+)
 
 
 def build(target: Path) -> Path:
     """Compile the program; about ten seconds."""
     root = Path(next(iter(executorch.__path__)))
-    include = root / "include"
-    portable = next((root / "extension" / "pybindings").glob("_portable_lib*.so"))
-    runtime = root / "backends" / "qualcomm" / "libqnn_executorch_backend.so"  # log, abort, clock
-    python = Path(sysconfig.get_config_var("LIBDIR"))
-    folders = [portable.parent, runtime.parent, Path(torch.__file__).parent / "lib", python]
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    include, libraries = root / "include", root / "lib"
     subprocess.run(
         [
             "g++", "-std=c++20", "-O2", str(HERE / "denoise.cpp"), "-o", str(target),
             f"-I{include}", f"-I{include}/executorch/runtime/core/portable_type/c10",
             "-DC10_USING_CUSTOM_GENERATED_MACROS",
-            "-Wl,--no-as-needed", f"-L{python}", f"-l{version}", str(portable), str(runtime),
-            f"-Wl,-rpath,{':'.join(map(str, folders))}",
-            "-Wl,--unresolved-symbols=ignore-in-shared-libs",
+            "-Wl,--no-as-needed", f"-L{libraries}", *(f"-l{name}" for name in LIBRARIES),
+            f"-Wl,-rpath,{libraries}",
         ],
         check=True,
     )  # fmt: skip

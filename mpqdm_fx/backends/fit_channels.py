@@ -102,7 +102,7 @@ def split_calls(
 ) -> tuple[fx.GraphModule, dict[str, StaticActivation]]:
     """Give a layer of its own to every call that reads another scale.
 
-    The bias in integers depends on the scale of the input. ExecuTorch (1.4.1) stores the bias of a
+    The bias in integers depends on the scale of the input. ExecuTorch (1.5.1) stores the bias of a
     layer once, in the integers of its first call, and adds those to the others too: wrong numbers.
 
     Args:

@@ -4,9 +4,8 @@ This file is copied into that folder, beside `run.py`, with what it imports of t
 """
 
 import contextlib
-import copy
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -232,12 +231,12 @@ class ProgramFiles:
             with contextlib.ExitStack() as stack:
                 program = stack.enter_context(self._plain(file))
                 self._require_kernels(program, file)
-                if weights is not None:
-                    return _WithWeights(program, stack.enter_context(self._plain(weights)))
                 from executorch.runtime import Runtime, Verification
 
                 return Runtime.get().load_program(
-                    program, verification=Verification.InternalConsistency
+                    program,
+                    verification=Verification.InternalConsistency,
+                    data_path=weights and stack.enter_context(self._plain(weights)),
                 )
         except RuntimeError as error:
             raise ArtifactError(
@@ -296,36 +295,6 @@ class _Outputs(dict[str, Tensor]):
 
     def __missing__(self, name: str) -> Tensor:
         raise ArtifactError(f"no program returns {name!r} among {', '.join(self)}")
-
-
-class _WithWeights:
-    """A program whose weights are in a file of their own, and its methods.
-
-    ExecuTorch's public `Runtime` takes no such file (1.4.1); this is what it is made of.
-    """
-
-    def __init__(self, program: Path, weights: Path) -> None:
-        from executorch.extension.pybindings.portable_lib import _load_for_executorch
-
-        self._module = _load_for_executorch(str(program), str(weights))
-        self._method = "forward"
-
-    @property
-    def method_names(self) -> Collection[str]:
-        names: Collection[str] = self._module.method_names()
-        return names
-
-    def load_method(self, name: str) -> "_WithWeights":
-        method = copy.copy(self)
-        method._method = name
-        return method
-
-    @property
-    def metadata(self) -> Any:
-        return self._module.method_meta(self._method)
-
-    def execute(self, values: list[Tensor]) -> Any:
-        return self._module.run_method(self._method, values)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -6,12 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from norm_cases import draw, targets, traced
 from test_time_branch import changed
-from torch import nn
-from torch.nn import functional
 
 from mpqdm_fx.backends.xnnpack.passes import (
     DivideReciprocals,
-    ExcludePadding,
     FloatScalars,
     SliceChunks,
 )
@@ -52,28 +49,6 @@ def test_a_reciprocal_is_a_division():
     x[0, :3] = torch.tensor([-0.0, float("inf"), 1e-42])
     graph = changed(DivideReciprocals(), traced(lambda m, x: x.reciprocal() * 2, x), x)
     assert aten.reciprocal.default not in targets(graph)
-
-
-POOLINGS = {
-    "module": (nn.AvgPool2d(2), True),
-    "stride": (nn.AvgPool2d(3, stride=1), True),
-    "divisor": (nn.AvgPool2d(2, divisor_override=3), True),
-    "without padding": (nn.AvgPool2d(2, count_include_pad=False), False),
-    "padded": (nn.AvgPool2d(3, padding=1), False),
-    "rounded up": (nn.AvgPool2d(2, ceil_mode=True), False),
-}
-
-
-@pytest.mark.parametrize("kind", POOLINGS)
-def test_padding_is_excluded_where_there_is_none(kind):
-    pooling, changes = POOLINGS[kind]
-    x = draw(2, 3, 5, 6).float()
-    graph = traced(lambda m, x: functional.silu(pooling(x)), x)
-    plain = changed(ExcludePadding(), graph, x)
-    assert (plain is not None) == changes
-    if changes:
-        (node,) = plain.graph.find_nodes(op="call_function", target=aten.avg_pool2d.default)
-        assert node.args[5] is False
 
 
 @pytest.mark.parametrize(

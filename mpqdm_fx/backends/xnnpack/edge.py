@@ -105,7 +105,7 @@ def move_weights_out(exported: torch.export.ExportedProgram) -> None:
     """Mark all constants of a program, in place, to be written to a data file of their own.
 
     ExecuTorch's own pass for this marks an unlifted graph before it is exported again; there the
-    marks of frozen int8 weights are lost (1.4.1).
+    marks of frozen int8 weights are lost (1.5.1).
     """
     inputs = set(exported.graph_signature.user_inputs)
     for node in exported.graph.find_nodes(op="placeholder"):

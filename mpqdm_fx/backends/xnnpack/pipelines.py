@@ -8,7 +8,6 @@ from mpqdm_fx.backends.xnnpack.passes.decompose_upsample import DecomposeUpsampl
 from mpqdm_fx.backends.xnnpack.passes.divide_reciprocals import DivideReciprocals
 from mpqdm_fx.backends.xnnpack.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.backends.xnnpack.passes.drop_unit_factors import DropUnitFactors
-from mpqdm_fx.backends.xnnpack.passes.exclude_padding import ExcludePadding
 from mpqdm_fx.backends.xnnpack.passes.float_scalars import FloatScalars
 from mpqdm_fx.backends.xnnpack.passes.fold_constants import FoldConstants
 from mpqdm_fx.backends.xnnpack.passes.pin_layouts import PinLayouts
@@ -37,7 +36,6 @@ DECOMPOSE = Pipeline(
         DecomposeUpsample(),
         FloatScalars(),
         DivideReciprocals(),
-        ExcludePadding(),
         SliceChunks(),
         CastEarly(),
         ReshapeUnitAxes(),

@@ -225,27 +225,16 @@ def _load(
     path: Path, method: str, weights: Path | None
 ) -> tuple[set[str], Callable[[list[Tensor]], Any] | None, Any]:
     """Names of a program's methods, and how to execute one of them with what it takes."""
-    if weights is None:
-        from executorch.runtime import Runtime, Verification
+    from executorch.runtime import Runtime, Verification
 
-        program = Runtime.get().load_program(path, verification=Verification.InternalConsistency)
-        if method not in program.method_names:
-            return program.method_names, None, None
-        loaded = program.load_method(method)
+    program = Runtime.get().load_program(
+        path, verification=Verification.InternalConsistency, data_path=weights
+    )
+    if method not in program.method_names:
+        return program.method_names, None, None
+    loaded = program.load_method(method)
 
-        def execute(tensors: list[Tensor], program: Any = program) -> Any:
-            return loaded.execute(tensors)  # the program owns the memory of the method
+    def execute(tensors: list[Tensor], program: Any = program) -> Any:
+        return loaded.execute(tensors)  # the program owns the memory of the method
 
-        return program.method_names, execute, loaded.metadata
-    # ExecuTorch's public `Runtime` takes no data file (1.4.1); this is what it is made of.
-    from executorch.extension.pybindings.portable_lib import _load_for_executorch
-
-    module = _load_for_executorch(str(path), str(weights))
-    names = set(module.method_names())
-    if method not in names:
-        return names, None, None
-
-    def run(tensors: list[Tensor]) -> Any:
-        return module.run_method(method, tensors)
-
-    return names, run, module.method_meta(method)
+    return program.method_names, execute, loaded.metadata

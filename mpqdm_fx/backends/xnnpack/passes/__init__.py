@@ -8,7 +8,6 @@ from mpqdm_fx.backends.xnnpack.passes.decompose_upsample import DecomposeUpsampl
 from mpqdm_fx.backends.xnnpack.passes.divide_reciprocals import DivideReciprocals
 from mpqdm_fx.backends.xnnpack.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.backends.xnnpack.passes.drop_unit_factors import DropUnitFactors
-from mpqdm_fx.backends.xnnpack.passes.exclude_padding import ExcludePadding
 from mpqdm_fx.backends.xnnpack.passes.float_scalars import FloatScalars
 from mpqdm_fx.backends.xnnpack.passes.fold_constants import FoldConstants
 from mpqdm_fx.backends.xnnpack.passes.linearize_pointwise import LinearizePointwise
@@ -29,7 +28,6 @@ __all__ = [
     "DivideReciprocals",
     "DropNoopSlices",
     "DropUnitFactors",
-    "ExcludePadding",
     "FloatScalars",
     "FoldConstants",
     "LinearizePointwise",

@@ -1,6 +1,6 @@
 """Write group norms out in the ops that XNNPACK delegates, in the layout it computes in.
 
-ExecuTorch (1.4.1) leaves `native_group_norm` on a portable kernel, which cuts the program in two at
+ExecuTorch (1.5.1) leaves `native_group_norm` on a portable kernel, which cuts the program in two at
 every norm. XNNPACK keeps images channels last; a view of the groups would transpose the image there
 and back. So statistics are taken per channel, where no view is needed, and only those numbers,
 [N, C, 1, 1], are gathered in groups.

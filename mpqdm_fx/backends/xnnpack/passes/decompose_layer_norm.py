@@ -1,6 +1,6 @@
 """Write layer norms and RMS norms out in the ops that XNNPACK delegates.
 
-ExecuTorch (1.4.1) leaves `native_layer_norm` on a portable kernel, which cuts the program in two at
+ExecuTorch (1.5.1) leaves `native_layer_norm` on a portable kernel, which cuts the program in two at
 every norm. XNNPACK takes means over the last two of four axes only, so tokens are viewed as images
 one pixel wide.
 """

@@ -1,6 +1,6 @@
 """Write nearest upsampling as concatenations of an image with itself.
 
-ExecuTorch (1.4.1) leaves `upsample_nearest2d` on a portable kernel, and XNNPACK's only resize is
+ExecuTorch (1.5.1) leaves `upsample_nearest2d` on a portable kernel, and XNNPACK's only resize is
 bilinear. Channels last, a pixel is a row of numbers and an image row a longer one, so repeating
 pixels and rows is joining a matrix to itself side by side: long copies, no arithmetic. (A product
 with ones that broadcasts took 1.2 times as long, a transposed convolution thirty times.)

@@ -1,4 +1,4 @@
-"""Write reciprocals as divisions: XNNPACK in ExecuTorch (1.4.1) divides, and has no reciprocal.
+"""Write reciprocals as divisions: XNNPACK in ExecuTorch (1.5.1) divides, and has no reciprocal.
 
 Preconditioned models (Karras et al. 2022) scale their input by one; left to a portable kernel, it
 parts the program in two.

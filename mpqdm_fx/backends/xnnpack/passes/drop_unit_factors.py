@@ -1,7 +1,7 @@
 """Remove multiplication and division by one, and repetition to the size that is there already.
 
 diffusers divides every residual by an `output_scale_factor` that is 1. A backend reads and writes
-the whole image for it, and ExecuTorch (1.4.1) converts the factor on a portable kernel at every
+the whole image for it, and ExecuTorch (1.5.1) converts the factor on a portable kernel at every
 run if it is an int.
 """
 

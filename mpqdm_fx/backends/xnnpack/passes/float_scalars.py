@@ -1,6 +1,6 @@
 """Write whole numbers as fractions in arithmetic of floating-point tensors.
 
-ExecuTorch (1.4.1) makes a tensor of the number in `x + 1`: of an int64, which it converts on a
+ExecuTorch (1.5.1) makes a tensor of the number in `x + 1`: of an int64, which it converts on a
 portable kernel at every run.
 """
 

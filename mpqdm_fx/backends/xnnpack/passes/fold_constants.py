@@ -1,6 +1,6 @@
 """Compute once what depends on no input.
 
-The frequencies of a timestep embedding are made of `arange` in every call. ExecuTorch (1.4.1) has a
+The frequencies of a timestep embedding are made of `arange` in every call. ExecuTorch (1.5.1) has a
 portable kernel for it only, and what follows cannot join the program's main delegate.
 """
 

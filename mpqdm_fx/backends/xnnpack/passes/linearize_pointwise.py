@@ -1,7 +1,7 @@
 """Write 1x1 convolutions as linear layers over the channels of each pixel.
 
 XNNPACK stores the weights of linear layers at four bits, those of convolutions never (ExecuTorch
-1.4.1 lowers a 1x1 convolution of four bits to a program that its own runtime refuses).
+1.5.1 lowers a 1x1 convolution of four bits to a program that its own runtime refuses).
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Say in the graph where memory layouts change around layers that quantize at run time.
 
-XNNPACK convolves channels last. In front of a dynamic convolution ExecuTorch (1.4.1,
+XNNPACK convolves channels last. In front of a dynamic convolution ExecuTorch (1.5.1,
 `channels_last_tagged_reshape_pass.py`) does not stop at the quantizer chain: it walks from first
 argument to first argument up to the root of the graph, puts the copy there, and so changes the
 layout of all values on the way, whatever their rank and whoever else reads them. With the copies in

@@ -2,7 +2,9 @@
 
 XNNPACK runs `dequantize.. -> op -> quantize` as one int8 op. For an op that only moves numbers
 (cat, view, permute, slice) its kernel moves codes, so all inputs and the output must have the same
-scale and zero point; ExecuTorch (1.4.1) does not see to that, and the program fails to load.
+scale and zero point. ExecuTorch (1.5.1) sees to that for a slice alone: a portable kernel runs it,
+which parts the program in two. With the others the program fails to load, or (relu) rounds
+otherwise.
 """
 
 from dataclasses import dataclass

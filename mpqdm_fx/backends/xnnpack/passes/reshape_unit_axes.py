@@ -1,6 +1,6 @@
 """Write the adding and taking away of axes of size one as reshapes.
 
-XNNPACK in ExecuTorch (1.4.1) adds an axis only behind the last, takes none away, and selects from
+XNNPACK in ExecuTorch (1.5.1) adds an axis only behind the last, takes none away, and selects from
 none; it reshapes and slices whatever it is given.
 """
 

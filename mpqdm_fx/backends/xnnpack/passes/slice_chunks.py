@@ -1,6 +1,6 @@
 """Write what cuts a tensor into parts as one slice for each part.
 
-XNNPACK in ExecuTorch (1.4.1) slices, but knows no `chunk` and no `split`: attention that makes
+XNNPACK in ExecuTorch (1.5.1) slices, but knows no `chunk` and no `split`: attention that makes
 queries, keys and values with one layer, and norms that are scaled and shifted, fall apart there.
 """
 

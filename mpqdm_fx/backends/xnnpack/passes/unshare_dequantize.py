@@ -1,9 +1,10 @@
 """Give every user of a dequantized value its own dequantize node.
 
-ExecuTorch's XNNPACK partitioner (1.4.1, `partition/config/generic_node_configs.py`) takes the
+ExecuTorch's XNNPACK partitioner (1.5.1, `partition/config/generic_node_configs.py`) takes the
 dequantize inputs of `dequantize -> op -> quantize` into the op and keeps their values as int8,
 without looking for other users. A shared one then hands int8 codes to a reader that expects
-float32: wrong numbers where the shapes happen to fit, a failure at load or run time where not.
+float32: the program runs and its numbers are noise. Other graphs cannot be lowered ("Invalid
+partition, found dependency cycles").
 """
 
 from dataclasses import dataclass

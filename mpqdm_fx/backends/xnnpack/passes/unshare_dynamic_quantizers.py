@@ -1,6 +1,6 @@
 """Give every reader of a value that is quantized at run time a quantizer chain of its own.
 
-XNNPACK runs a dynamic layer together with the chain in front of it. ExecuTorch (1.4.1) brings that
+XNNPACK runs a dynamic layer together with the chain in front of it. ExecuTorch (1.5.1) brings that
 chain into the layout that its layer wants, by a copy placed inside or in front of the chain; with
 two layers behind one chain (a convolution and a linear layer on one value) each gets the other's
 copy, and the layer behind it is no longer seen as quantized.
