@@ -284,6 +284,8 @@ def test_bad_input_gets_one_clear_error_and_nothing_is_written(
         ("auto", "xnnpack", 8, "dynamic"),
         ("auto", "torch_ao", 8, "static"),
         ("auto", "packed", 8, "static"),
+        ("auto", "lowbit", 8, "dynamic"),
+        ("auto", "lowbit", 4, "dynamic"),  # which is then refused for its bits
         ("auto", "packed", 4, "static"),
         ("static", "xnnpack", 8, "static"),
     ],

@@ -70,8 +70,14 @@ CALLS = (
     WrongCall(
         "A backend that is none",
         "quantize digits --backend tflite",
-        "--backend tflite: choose one of 'torch_ao', 'xnnpack', 'packed'; see mpqdm-fx "
+        "--backend tflite: choose one of 'torch_ao', 'xnnpack', 'lowbit', 'packed'; see mpqdm-fx "
         "quantize --help",
+    ),
+    WrongCall(
+        "Own kernels for a backend that has none",
+        "quantize digits --kernels memory",
+        "--kernels memory: xnnpack has no own kernels; choose --backend lowbit or leave kernels "
+        "out",
     ),
     WrongCall(
         "An activation mode that the backend does not run",
