@@ -4,16 +4,18 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from mpqdm_fx.backends.xnnpack.inner_values import InnerValues
 from mpqdm_fx.backends.xnnpack.reference import NUDGE, Nudged
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.progress import tracked
 from mpqdm_fx.numerics.metrics import power_sums, ratio_db
+from mpqdm_fx.parity.fused_values import fused_value, siblings
 from mpqdm_fx.parity.ladder import Ladder, NodeParity, Rung
 from mpqdm_fx.parity.sites import WEIGHT_OPS, Site, matching_sites, sites
 
@@ -34,13 +36,20 @@ class ModelForm:
         graph: Graph that takes the inputs in order; None if only outputs are known.
         run: Called with a call's number and its inputs in order, gives the outputs; None with a
             graph.
+        inner: Beside `run`, what shows values inside; None if it is a graph or shows none.
         against: Earlier form that it is compared with; None for the one before.
     """
 
     name: str
     graph: fx.GraphModule | None = None
     run: Callable[[int, Sequence[Any]], Sequence[Tensor]] | None = None
+    inner: InnerValues | None = None
     against: str | None = None
+
+    @property
+    def shows_values(self) -> bool:
+        """Whether more is known of it than outputs."""
+        return self.graph is not None or self.inner is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +91,34 @@ class _Powers:
         return ratio_db(self.signal, self.noise)
 
 
+class _Match(NamedTuple):
+    """Nodes of the same value.
+
+    Attributes:
+        before: In the graph of the earlier form.
+        after: In that of the later one, or in the graph that its inner values are shown by.
+        source: The site's node in the earlier graph, which `before` lies behind where the later
+            form holds the value with something fused into it.
+    """
+
+    before: fx.Node
+    after: fx.Node
+    source: fx.Node
+
+
 @dataclass
 class _Pair:
     """A form, what it is compared with, and the sums so far."""
 
     form: ModelForm
     before: ModelForm
-    matches: dict[Site, tuple[fx.Node, fx.Node]]
+    matches: dict[Site, _Match]
     nodes: dict[Site, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
     own: dict[Site, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
     shapes: dict[Site, tuple[int, ...]] = field(default_factory=dict)
     nudged: dict[Site | None, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
     own_nudged: dict[Site, _Powers] = field(default_factory=lambda: defaultdict(_Powers))
+    copied: _Powers = field(default_factory=_Powers)
     output: _Powers = field(default_factory=_Powers)
     quality: _Powers = field(default_factory=_Powers)
 
@@ -130,11 +155,12 @@ def measure(
                     if form in (pair.form, pair.before)
                     for site in pair.matches
                 }
-                values[form.name], results = _run(form, number, inputs, nodes)
+                values[form.name], results, copied = _run(form, number, inputs, nodes)
                 outputs[form.name].append(results)
                 for pair in pairs:
                     if pair.form is form:
                         _compare(pair, inputs, values, outputs)
+                        _add_all(pair.copied, results, copied)
                     if pair.before is form and stability:
                         _nudge(pair, inputs, values[form.name], results)
                 ahead = forms[forms.index(form) + 1 :]
@@ -142,14 +168,10 @@ def measure(
                 values = {name: tensors for name, tensors in values.items() if name in needed}
     rungs = [Rung(name=forms[0].name, against=None, float_db=math.inf, previous_db=None)]
     rungs += [_rung(pair) for pair in pairs]
-    lost = [
-        f"rung `{rung.name}` has no value to compare of {len(rung.unmatched)} layers: "
-        f"{', '.join(rung.unmatched)}"
-        for rung in rungs
-        if rung.unmatched
-    ]
     return FormValues(
-        ladder=Ladder(rungs=tuple(rungs), calls=len(calls), notes=(*notes, *lost)),
+        ladder=Ladder(
+            rungs=tuple(rungs), calls=len(calls), notes=(*notes, *_lost(rungs), *_strayed(pairs))
+        ),
         stability={p.form.name: {s: powers.db for s, powers in p.nudged.items()} for p in pairs},
         own_stability={
             p.form.name: {s: powers.db for s, powers in p.own_nudged.items()} for p in pairs
@@ -158,10 +180,37 @@ def measure(
     )
 
 
-def _matches(before: ModelForm, after: ModelForm) -> dict[Site, tuple[fx.Node, fx.Node]]:
-    if before.graph is None or after.graph is None:
+def _lost(rungs: Sequence[Rung]) -> list[str]:
+    return [
+        f"rung `{rung.name}` has no value to compare of {len(rung.unmatched)} layers: "
+        f"{', '.join(rung.unmatched)}"
+        for rung in rungs
+        if rung.unmatched
+    ]
+
+
+def _strayed(pairs: Sequence[_Pair]) -> list[str]:
+    return [
+        f"rung `{pair.form.name}`: its values are those of a copy that shows them, whose outputs "
+        f"have {pair.copied.db:.1f} dB against its own"
+        for pair in pairs
+        if pair.copied.db != math.inf
+    ]
+
+
+def _matches(before: ModelForm, after: ModelForm) -> dict[Site, _Match]:
+    graph = after.inner.edge if after.inner is not None else after.graph
+    if before.graph is None or graph is None:
         return {}
-    return matching_sites(before.graph, after.graph)
+    result = {}
+    for site, (left, right) in matching_sites(before.graph, graph).items():
+        same: fx.Node | None = left
+        if after.inner is not None:
+            held = after.inner.held.get(right)
+            same = None if held is None else fused_value(left, held)
+        if same is not None:
+            result[site] = _Match(same, right, left)
+    return result
 
 
 class _Keep(fx.Interpreter):
@@ -186,11 +235,17 @@ class _KeepNudged(_Keep, Nudged):
 
 def _run(
     form: ModelForm, number: int, inputs: Sequence[Any], nodes: set[fx.Node]
-) -> tuple[dict[fx.Node, Tensor], tuple[Tensor, ...]]:
-    if form.graph is None:
-        assert form.run is not None
-        return {}, tuple(form.run(number, inputs))
-    return _interpret(_Keep(form.graph), inputs, nodes)
+) -> tuple[dict[fx.Node, Tensor], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Values of nodes, outputs, and the outputs of what showed the values."""
+    if form.graph is not None:
+        values, outputs = _interpret(_Keep(form.graph), inputs, nodes)
+        return values, outputs, outputs
+    assert form.run is not None
+    outputs = tuple(form.run(number, inputs))
+    if form.inner is None:
+        return {}, outputs, outputs
+    copied, values = form.inner.run(inputs, nodes)
+    return values, outputs, copied
 
 
 def _interpret(
@@ -212,21 +267,53 @@ def _compare(
 ) -> None:
     """Add one call to the sums of a pair."""
     before, after = values[pair.before.name], values[pair.form.name]
-    if pair.matches and pair.form.graph is not None:
-        replacements = {right: before[left] for left, right in pair.matches.values()}
-        alone, _ = _interpret(_Keep(pair.form.graph), inputs, set(replacements), replacements)
-        for site, (left, right) in pair.matches.items():
-            reference = _as_shaped(before[left], after[right])
-            if reference is not None:
-                pair.nodes[site].add(reference, after[right])
-                pair.own[site].add(reference, alone[right])
-                pair.shapes[site] = tuple(after[right].shape)
+    alone = _alone(pair, inputs, before, after) if pair.matches else {}
+    for site, (left, right, _) in pair.matches.items():
+        value = after.get(right)
+        reference = None if value is None else _as_shaped(before[left], value)
+        if value is None or reference is None:
+            continue
+        pair.nodes[site].add(reference, value)
+        pair.shapes[site] = tuple(value.shape)
+        if pair.form.graph is not None:
+            pair.own[site].add(reference, alone[right])
+        else:
+            pair.own[site].add(alone[left].reshape(value.shape), value)
     first = next(iter(outputs.values()))[-1]
     results = outputs[pair.form.name][-1]
     for sums, targets in ((pair.output, outputs[pair.before.name][-1]), (pair.quality, first)):
         _check_outputs(pair, targets, results)
-        for expected, tensor in zip(targets, results, strict=True):
-            sums.add(expected, tensor)
+        _add_all(sums, targets, results)
+
+
+def _alone(
+    pair: _Pair,
+    inputs: Sequence[Any],
+    before: Mapping[fx.Node, Tensor],
+    after: Mapping[fx.Node, Tensor],
+) -> dict[fx.Node, Tensor]:
+    """What one form makes of the values of the other.
+
+    That is the later form on values of the earlier one where it is a graph. A program takes no
+    values, so there the earlier form reads the program's.
+    """
+    if pair.form.graph is not None:
+        values = {right: before[left] for left, right, _ in pair.matches.values()}
+        return _interpret(_Keep(pair.form.graph), inputs, set(values), values)[0]
+    assert pair.before.graph is not None
+    nodes = {left for left, _, _ in pair.matches.values()}
+    values = {
+        node: after[right]
+        for left, right, _ in pair.matches.values()
+        if right in after
+        for node in siblings(left)
+    }
+    return _interpret(_Keep(pair.before.graph), inputs, nodes, values)[0]
+
+
+def _add_all(sums: _Powers, targets: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    for expected, tensor in zip(targets, results, strict=True):
+        sums.add(expected, tensor)
 
 
 def _check_outputs(pair: _Pair, targets: Sequence[Tensor], results: Sequence[Tensor]) -> None:
@@ -256,7 +343,7 @@ def _nudge(
     """Add what nudges do to the earlier form of a pair."""
     if pair.before.graph is None:
         return
-    same = {left: values[left] for left, _ in pair.matches.values()}
+    same = {left: values[left] for left, _, _ in pair.matches.values()}
     for seed in _NUDGES:
         nudged, results = _interpret(
             _KeepNudged(pair.before.graph, seed=seed, size=_NUDGE), inputs, set(same)
@@ -264,11 +351,10 @@ def _nudge(
         alone, _ = _interpret(
             _KeepNudged(pair.before.graph, seed=seed, size=_NUDGE), inputs, set(same), same
         )
-        for site, (left, _) in pair.matches.items():
+        for site, (left, _, _) in pair.matches.items():
             pair.nudged[site].add(values[left], nudged[left])
             pair.own_nudged[site].add(values[left], alone[left])
-        for expected, tensor in zip(outputs, results, strict=True):
-            pair.nudged[None].add(expected, tensor)
+        _add_all(pair.nudged[None], outputs, results)
 
 
 def _rung(pair: _Pair) -> Rung:
@@ -276,9 +362,9 @@ def _rung(pair: _Pair) -> Rung:
         NodeParity(site=site, shape=pair.shapes[site], sqnr_db=powers.db, own_db=pair.own[site].db)
         for site, powers in pair.nodes.items()
     )
-    graph = None if pair.form.graph is None else pair.before.graph
+    graph = pair.before.graph if pair.form.shows_values else None
     layers = {} if graph is None else sites(graph)
-    known = {left for site, (left, _) in pair.matches.items() if site in pair.nodes}
+    known = {match.source for site, match in pair.matches.items() if site in pair.nodes}
     return Rung(
         name=pair.form.name,
         against=pair.before.name,
@@ -288,5 +374,5 @@ def _rung(pair: _Pair) -> Rung:
         unmatched=tuple(
             str(site) for site, n in layers.items() if site.op in WEIGHT_OPS and n not in known
         ),
-        inside=pair.form.graph is not None and pair.before.graph is not None,
+        inside=graph is not None,
     )

@@ -5,25 +5,20 @@ from, and which of its calls. Names of nodes they do not keep.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from mpqdm_fx.graph.layers import WEIGHT_LAYERS
 from mpqdm_fx.graph.nodes import rank
+from mpqdm_fx.graph.operators import operator_name
 from mpqdm_fx.graph.quantizers import ActivationQuantizer
 
 __all__ = ["WEIGHT_OPS", "Site", "matching_sites", "sites"]
 
 #: What a weight layer's operator is called here, in whatever dialect it is written.
 WEIGHT_OPS = frozenset({"convolution", "linear"})
-
-_NAMES: Mapping[str, str] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), "convolution"),
-    **dict.fromkeys(("addmm", "mm"), "linear"),
-}
 
 # They compute nothing: their value is that of another node.
 _MOVES = frozenset(
@@ -170,11 +165,4 @@ def _operator(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
         if isinstance(module, WEIGHT_LAYERS):
             return "linear" if isinstance(module, torch.nn.Linear) else "convolution"
         return type(module).__name__.lower()
-    schema: Any = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
-        return None
-    namespace, _, name = str(schema.name).partition("::")
-    if namespace == "quantized_decomposed":
-        return None
-    name = name.removesuffix("_copy")
-    return _NAMES.get(name, name)
+    return operator_name(node)

@@ -28,7 +28,9 @@ THRESHOLDS = "parity.json"
 #: How much less than what was measured is still right.
 MEASURED_MARGIN_DB = 1.0
 
-_FORMAT, _VERSION = "mpqdm_fx.parity", 2
+_FORMAT = "mpqdm_fx.parity"
+_OLDEST = 2  # earlier ones hold no measurements
+_VERSION = 3  # since then with values inside programs
 _FIX = "`mpqdm-fx verify DIRECTORY --store` measures anew and replaces it"
 
 
@@ -67,9 +69,9 @@ class _File(Strict):
     stored_as: ClassVar[Format] = Format(
         name=_FORMAT,
         noun="file of thresholds",
-        oldest=_VERSION,  # older ones hold no measurements
+        oldest=_OLDEST,
         newest=_VERSION,
-        sealed_from=_VERSION,
+        sealed_from=_OLDEST,
     )
 
     format: Name
@@ -117,11 +119,14 @@ class Thresholds:
         rungs: By name, from the second rung on.
         files: Size and SHA-256 of the files they hold for, by name.
         versions: Versions of the packages that they were measured with.
+        inside_programs: Whether they could be of values inside a program; earlier versions of this
+            package saw its outputs alone.
     """
 
     rungs: Mapping[str, RungThresholds]
     files: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, str]
+    inside_programs: bool = True
 
     @classmethod
     def of(cls, measured: FormValues, files: Mapping[str, Mapping[str, Any]]) -> "Thresholds":
@@ -188,6 +193,9 @@ class Thresholds:
             elif thresholds.against != rung.against:
                 start = f"rung `{name}` was compared with `{rung.against}`, and has thresholds of"
                 yield True, f"{start} a comparison with `{thresholds.against}`"
+            elif rung.inside and not thresholds.nodes and not self.inside_programs:
+                start = f"rung `{name}`: an earlier version stored the thresholds, and saw no"
+                yield False, f"{start} values there; `verify --store` stores theirs too"
             elif rung.inside:
                 yield from _unpaired_values(rung, thresholds)
 
@@ -260,7 +268,12 @@ class Thresholds:
             }
         except ValueError as error:
             raise ArtifactError(f"{path} is damaged: {error}; {_FIX}") from None
-        return cls(rungs=rungs, files=content.files, versions=content.versions)
+        return cls(
+            rungs=rungs,
+            files=content.files,
+            versions=content.versions,
+            inside_programs=content.version >= _VERSION,
+        )
 
     def check(self, files: SealedFolder, programs: Sequence[str]) -> None:
         """Refuse a folder with other files than those that they hold for.

@@ -1,12 +1,15 @@
 """Check a quantized folder rung by rung against what it was measured to be."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
 
+from mpqdm_fx.backends.xnnpack.inner_values import InnerValues
 from mpqdm_fx.backends.xnnpack.runner import sorted_entries
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.calling import example_call, example_inputs
@@ -33,7 +36,14 @@ from mpqdm_fx.parity.rung_inputs import (
 from mpqdm_fx.parity.thresholds import THRESHOLDS, Thresholds
 from mpqdm_fx.records.activations import DynamicActivation
 from mpqdm_fx.run.cost import bind_sizes, value_bytes
-from mpqdm_fx.sources.denoisers import PROGRAM, SOURCE, open_program, program_names, source_of
+from mpqdm_fx.sources.denoisers import (
+    PROGRAM,
+    SOURCE,
+    open_program,
+    program_files,
+    program_names,
+    source_of,
+)
 from mpqdm_fx.sources.source import Source
 
 __all__ = ["store_parity", "verify"]
@@ -41,6 +51,15 @@ __all__ = ["store_parity", "verify"]
 logger = logging.getLogger(__name__)
 
 _LARGEST = 2**30  # bytes of one call's values that are measured without being asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lowered:
+    """A folder's program: loaded, and the graphs it was made of."""
+
+    folder: ModelFolder
+    runner: Any
+    graphs: Any
 
 
 @plain_torch()
@@ -51,11 +70,12 @@ def verify(
 
     The rungs are the float model, the fake-quantized graph, and, if the folder has a `.pte`: that
     graph in XNNPACK's operators with biases in whole steps (`decomposed`), the int8 graph
-    (`converted`), ExecuTorch's edge program (`edge`), and the program itself, of which only outputs
-    can be seen. Each is compared with the one before; the program of a model with dynamic ranges
-    with `decomposed`, because the two between name one range per tensor where the kernels have one
-    per row. Between `decomposed` and a program of the backend `lowbit` there is one rung, of which
-    outputs are compared too: own operators by their references in Python (`mixed`).
+    (`converted`), ExecuTorch's edge program (`edge`), and the program itself (`pte`), whose inner
+    values a copy of it shows. Each is compared with the one before; the program of a model with
+    dynamic ranges with `decomposed`, because the two between name one range per tensor where the
+    kernels have one per row. Between `decomposed` and a program of the backend `lowbit` there is
+    one rung: own operators by their references in Python (`mixed`). Of it and of such a program
+    outputs alone are compared.
 
     The inputs, the float model's outputs and the thresholds lie in the folder
     (`parity.safetensors`, `parity.json`).
@@ -105,11 +125,12 @@ def verify(
             if source is not None
             else random_calls(quantized.signature)
         )
-    graphs = None
+    lowered = None
     if runner is not None:
         with progress.stage("exporting"):
             graphs = _program_graphs(quantized, opened.manifest.program)
-    measured = _measure(quantized, calls, floats, outputs, runner, graphs, stability=store)
+        lowered = _Lowered(folder=opened, runner=runner, graphs=graphs)
+    measured = _measure(quantized, calls, floats, outputs, lowered, stability=store)
     if thresholds is None:
         with rewritten_folder(folder) as stage:
             thresholds = _store(measured, calls, stage)
@@ -150,10 +171,11 @@ def store_parity(
             "several times as much; `mpqdm-fx verify --store` does it", size / 2**30,
         )  # fmt: skip
         return None
-    runner = None if graphs is None else open_program(open_folder(folder))
-    measured = _measure(
-        quantized, calls, source.model, [], runner, graphs, stability=True, floats=floats
-    )
+    lowered = None
+    if graphs is not None:
+        opened = open_folder(folder)
+        lowered = _Lowered(folder=opened, runner=open_program(opened), graphs=graphs)
+    measured = _measure(quantized, calls, source.model, [], lowered, stability=True, floats=floats)
     return _store(measured, calls, folder).judge(measured.ladder)
 
 
@@ -174,8 +196,7 @@ def _measure(
     calls: Sequence[Call],
     model: nn.Module | None,
     outputs: Sequence[Any],
-    runner: Any,
-    graphs: Any,
+    lowered: _Lowered | None,
     *,
     stability: bool,
     floats: fx.GraphModule | None = None,
@@ -195,29 +216,39 @@ def _measure(
                 graph = in_form_of(quantized, model, example_call(signature))
         forms.append(ModelForm(name="float", graph=graph))
     forms.append(ModelForm(name="quantized", graph=_graph(quantized)))
-    if runner is None:
-        notes.append(f"there is no {PROGRAM}: the ladder ends with the fake-quantized graph")
-    else:
-        forms += _program_forms(runner, graphs, quantized)
-        notes.append("the runtime shows no values inside the program: of it, outputs are compared")
     inputs = [
         [sorted_entries(value) for value in positional_inputs(quantized.rounded, call)]
         for call in calls
     ]
-    return measure(forms, inputs, notes=notes, stability=stability)
+    with contextlib.ExitStack() as stack:
+        if lowered is None:
+            notes.append(f"there is no {PROGRAM}: the ladder ends with the fake-quantized graph")
+        else:
+            forms += _program_forms(lowered, quantized, stack)
+            if forms[-1].inner is None:
+                notes.append("of a program with own kernels outputs alone are compared")
+        return measure(forms, inputs, notes=notes, stability=stability)
 
 
-def _program_forms(runner: Any, graphs: Any, quantized: QuantizedModel) -> list[ModelForm]:
+def _program_forms(
+    lowered: _Lowered, quantized: QuantizedModel, stack: contextlib.ExitStack
+) -> list[ModelForm]:
+    """The forms on the way to a program, and the program; its files are open as long as `stack`."""
+    graphs, inner = lowered.graphs, None
     mixed = getattr(graphs, "mixed", None)
     forms = [ModelForm(name="decomposed", graph=graphs.decomposed)]
     if mixed is None:
         forms.append(ModelForm(name="converted", graph=graphs.converted))
         forms.append(ModelForm(name="edge", graph=graphs.edge))
+        path, weights = stack.enter_context(program_files(lowered.folder))
+        inner = InnerValues(path, weights, graphs.edge)
     else:
         forms.append(ModelForm(name="mixed", run=lambda _, inputs: tensors_of(mixed(*inputs))))
     dynamic = any(isinstance(a, DynamicActivation) for a in quantized.ranges.values())
     against = "decomposed" if dynamic or mixed is not None else None
-    program = ModelForm(name="pte", run=lambda _, inputs: runner(*inputs), against=against)
+    program = ModelForm(
+        name="pte", run=lambda _, inputs: lowered.runner(*inputs), inner=inner, against=against
+    )
     return [*forms, program]
 
 

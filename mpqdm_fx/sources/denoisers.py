@@ -1,7 +1,7 @@
 """What predicts the noise: a float model, packed weights, or a program; and drawing with it."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ __all__ = [
     "origin_of",
     "pictures",
     "program_denoiser",
+    "program_files",
     "program_names",
     "runner_denoiser",
     "saved_source",
@@ -131,17 +132,17 @@ def program_names(folder: ModelFolder) -> tuple[str, ...]:
     return tuple(name for name in files if name is not None) if files[0] else ()
 
 
-def open_program(folder: ModelFolder) -> "XnnpackRunner":
-    """Load a folder's program; ExecuTorch gets it only after its hash was found right.
+@contextlib.contextmanager
+def program_files(folder: ModelFolder) -> Iterator[tuple[Path, Path | None]]:
+    """Paths to a folder's program and its weights (None if they are not apart), both plain.
 
-    A compressed one is expanded once, to a hidden file beside it.
+    What is behind them was hashed and found right; they are gone afterwards. Compressed files are
+    expanded once, to hidden files beside them.
 
     Raises:
-        ArtifactError: There is none, or a file is not what was written.
-        LoweringError: ExecuTorch is not installed.
+        ArtifactError: There is no program, or a file is not what was written.
     """
     from mpqdm_fx.backends.xnnpack.compressed import expand_program
-    from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 
     names = program_names(folder)
     if not names:
@@ -166,9 +167,21 @@ def open_program(folder: ModelFolder) -> "XnnpackRunner":
                 )
                 path = stack.enter_context(hashed_file(plain, content))
             paths.append(path)
-        return XnnpackRunner(
-            paths[0], weights=paths[1] if len(paths) > 1 else None, name=str(folder.root / names[0])
-        )
+        yield paths[0], paths[1] if len(paths) > 1 else None
+
+
+def open_program(folder: ModelFolder) -> "XnnpackRunner":
+    """Load a folder's program; ExecuTorch gets it only after its hash was found right.
+
+    Raises:
+        ArtifactError: There is none, or a file is not what was written.
+        LoweringError: ExecuTorch is not installed.
+    """
+    from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
+
+    with program_files(folder) as (program, weights):
+        name = str(folder.root / program_names(folder)[0])
+        return XnnpackRunner(program, weights=weights, name=name)
 
 
 def open_denoiser(

@@ -18,6 +18,7 @@ __all__ = [
     "TensorSpec",
     "XnnpackRunner",
     "flat_inputs",
+    "program_dtype",
     "require_executorch",
     "sorted_entries",
     "stored_files",
@@ -88,6 +89,11 @@ def flat_inputs(values: Sequence[Any], names: Sequence[str] | None = None) -> li
             keys = [str(getattr(k, "key", getattr(k, "idx", k))) for k in path]
             result.append((".".join([name, *keys]), leaf))
     return result
+
+
+def program_dtype(meta: Any) -> torch.dtype:
+    """The dtype of a program's tensor, from what ExecuTorch says of it."""
+    return _DTYPES[meta.dtype()]
 
 
 def sorted_entries(value: Any) -> Any:
@@ -165,7 +171,7 @@ class XnnpackRunner:
             raise ArtifactError(f"{name or self.path} holds no method `{method}`; it has {listed}")
         self._execute = execute
         self._inputs = [meta.input_tensor_meta(i) for i in range(meta.num_inputs())]
-        self._dtypes = [_DTYPES[tensor.dtype()] for tensor in self._inputs]
+        self._dtypes = [program_dtype(tensor) for tensor in self._inputs]
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,31 @@
+"""What the operator of a node is called, in whatever dialect a graph is written."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+__all__ = ["operator_name"]
+
+_NAMES: Mapping[str, str] = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), "convolution"),
+    **dict.fromkeys(("addmm", "mm"), "linear"),
+}
+
+
+def operator_name(node: fx.Node) -> str | None:
+    """Name of the operator that a node calls, without namespace, overload and dialect.
+
+    Weight layers are `convolution` and `linear` whichever operator computes them.
+
+    Returns:
+        None for what calls no operator of torch or ExecuTorch, and for quantizers.
+    """
+    schema: Any = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return None
+    namespace, _, name = str(schema.name).partition("::")
+    if namespace == "quantized_decomposed":
+        return None
+    name = name.removesuffix("_copy")
+    return _NAMES.get(name, name)
