@@ -266,7 +266,10 @@ class _Contents:
 
 def _restore_doubles(program: Any, data: bytes) -> None:
     """Give a program's numbers the bits that they have in its file; ExecuTorch rounds them."""
-    exact = PROGRAM.to_json(data)
+    from executorch.exir._serialize._program import _get_extended_header
+
+    header = _get_extended_header(data)
+    exact = PROGRAM.to_json(data if header is None else data[: header.program_size])
     for plan, exact_plan in zip(program.execution_plan, exact["execution_plan"], strict=True):
         for value, exact_value in zip(plan.values, exact_plan["values"], strict=True):
             if exact_value["val_type"] == "Double":
