@@ -9,6 +9,7 @@ from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.lower import lower
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
 from mpqdm_fx.io.folders import seal_folder
+from mpqdm_fx.io.sealed import Entry
 from mpqdm_fx.model.folder import open_folder
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.model.storage import load, save, write_model
@@ -44,6 +45,20 @@ def double_a_scale(folder: Path, layer: str, channel: int = 0) -> None:
     program = open_folder(folder).manifest.program
     changed = quantized.with_graph(rounded)
     write_model(changed, folder, program=None if program is None else program.model_dump())
+
+
+def flip_a_weight(folder: Path, layer: str) -> None:
+    """Change the sign of one weight in the bytes of a program, whose folder and thresholds fit."""
+    codes = load(folder, TinyNet()).rounded.get_submodule(layer).weight_codes
+    stored = (codes.permute(0, 2, 3, 1) if codes.dim() == 4 else codes).contiguous()
+    changed = stored.clone()
+    changed.view(-1)[stored.flatten().int().abs().argmax()].neg_()
+    path = folder / "unet.pte"
+    data, old, new = path.read_bytes(), stored.numpy().tobytes(), changed.numpy().tobytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    entry = Entry.of(path).to_dict()
+    edit_thresholds(folder, lambda content: content["files"].update({"unet.pte": entry}))
 
 
 def edit_thresholds(folder: Path, change) -> None:

@@ -38,7 +38,7 @@ def test_a_unet_passes_at_every_rung_and_again(make, mode, tmp_path):
         layer["name"]
         for layer in json.loads((folder / "mpqdm.json").read_text())["report"]["layers"]
     ]
-    for name in ("quantized", "decomposed", "converted", "edge"):
+    for name in ("quantized", "decomposed", "converted", "edge", "pte"):
         rung = ladder.rung(name)
         assert not rung.unmatched
         assert {node.site.module for node in rung.layers} >= {n for n in layers if "conv1" in n}

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from parity_folders import folder_of_net
-from small import TinyNet
+from parity_folders import edit_thresholds, flip_a_weight, folder_of_net
+from small import TinyNet, net_calls
 from torch import nn
 
 from mpqdm_fx import MPQConfig, lower, quantize
@@ -15,7 +15,7 @@ from mpqdm_fx.backends.xnnpack.road import ProgramGraphs
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.folders import seal_folder
-from mpqdm_fx.model.storage import load, write_model
+from mpqdm_fx.model.storage import load, save, write_model
 from mpqdm_fx.parity.rung_inputs import INPUTS, read_calls
 from mpqdm_fx.parity.sites import sites
 from mpqdm_fx.parity.verify import verify
@@ -38,7 +38,7 @@ def test_all_rungs_of_a_program_are_measured_and_pass(lowered):
     folder, first, _ = lowered
     assert [rung.name for rung in first.rungs] == RUNGS
     assert first.passed
-    for name in RUNGS[1:-1]:
+    for name in RUNGS[1:]:
         assert {n.site.module for n in first.rung(name).layers} == {
             "conv_in", "body", "mix", "conv_out",
         }  # fmt: skip
@@ -46,7 +46,11 @@ def test_all_rungs_of_a_program_are_measured_and_pass(lowered):
     # the same integers, up to the order of sums in what stays float
     assert first.rung("converted").previous_db == math.inf
     assert min(node.own_db for node in first.rung("edge").nodes) > 100
-    assert first.rung("pte").previous_db > 60
+    program = first.rung("pte")
+    assert program.previous_db > 60
+    assert min(node.own_db for node in program.nodes) > 100
+    assert {n.site for n in program.nodes} >= {n.site for n in first.rung("edge").nodes}
+    assert not [note for note in first.notes if "copy" in note]
     again = verify(folder, model=TinyNet())
     assert again.passed
     assert json.loads(json.dumps(again.to_dict(), allow_nan=False))["passed"] is True
@@ -77,6 +81,76 @@ def test_a_program_that_computes_other_numbers_fails_with_its_rung_named(lowered
     first = verify(folder, model=TinyNet()).first_divergence
     assert (first.rung, first.against, first.node) == ("pte", "edge", None)
     assert first.sqnr_db == pytest.approx(40, abs=0.5)
+
+
+@pytest.mark.xnnpack
+@pytest.mark.parametrize("layer", ["conv_in", "body", "mix", "conv_out"])
+def test_one_changed_weight_in_a_program_is_found_and_its_layer_named(
+    lowered, layer, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(lowered[0], tmp_path / "net")
+    flip_a_weight(folder, layer)
+    monkeypatch.setattr("mpqdm_fx.parity.verify._program_graphs", lambda *_: lowered[2])
+    ladder = verify(folder, model=TinyNet())
+    assert ladder.passed is False
+    first = ladder.first_divergence
+    assert (first.rung, first.against, first.node.site.module) == ("pte", "edge", layer)
+    assert f"rung `pte` falls short: {layer}: {first.node.site.op} [" in str(first)
+    # what stands behind it reads other values; alone, only the damaged layer computes others
+    short = {node.site.module for node in ladder.rung("pte").nodes if node.short_alone}
+    assert short == {layer}
+
+
+@pytest.mark.xnnpack
+def test_a_dynamic_program_computes_inside_what_the_decomposed_graph_does(tmp_path):
+    config = MPQConfig(
+        weight_bits=4, allocation="uniform", refinements=0, activation_mode="dynamic"
+    )
+    quantized = quantize(TinyNet(), config, net_calls())
+    save(quantized, tmp_path / "net")
+    lower(quantized, "xnnpack", output=tmp_path / "net" / "unet.pte")
+    seal_folder(tmp_path / "net")
+    rung = verify(tmp_path / "net", model=TinyNet(), store=True).rung("pte")
+    assert (rung.against, rung.unmatched) == ("decomposed", ())
+    assert {node.site.module for node in rung.layers} == {"conv_in", "body", "mix", "conv_out"}
+    assert min(node.own_db for node in rung.nodes) > 100
+
+
+@pytest.mark.xnnpack
+def test_thresholds_of_an_earlier_version_hold_without_values_inside_the_program(
+    lowered, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(lowered[0], tmp_path / "net")
+    monkeypatch.setattr("mpqdm_fx.parity.verify._program_graphs", lambda *_: lowered[2])
+
+    def forget(data):
+        data["rungs"]["pte"].update(nodes={}, own={})
+
+    def age(data):
+        forget(data)
+        data["version"] = 2
+
+    edit_thresholds(folder, age)
+    ladder = verify(folder, model=TinyNet())
+    assert ladder.passed, ladder.failure
+    assert any("rung `pte`: an earlier version stored" in note for note in ladder.notes)
+    assert len(ladder.rung("pte").layers) == 4
+    folder = shutil.copytree(lowered[0], tmp_path / "new")
+    edit_thresholds(folder, forget)
+    assert "4 weight layers have no threshold" in verify(folder, model=TinyNet()).failure
+
+
+@pytest.mark.xnnpack
+def test_values_of_a_copy_that_strays_are_told_of(lowered, monkeypatch):
+    folder, _, graphs = lowered
+    runner = XnnpackRunner(folder / "unet.pte")
+    monkeypatch.setattr(
+        "mpqdm_fx.parity.verify.open_program", lambda _: lambda x: [runner(x)[0] * 1.01]
+    )
+    monkeypatch.setattr("mpqdm_fx.parity.verify._program_graphs", lambda *_: graphs)
+    (note,) = (note for note in verify(folder, model=TinyNet()).notes if "copy" in note)
+    assert note.startswith("rung `pte`: its values are those of a copy")
+    assert " 40." in note
 
 
 @pytest.mark.xnnpack
