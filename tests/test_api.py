@@ -148,7 +148,7 @@ def test_empty_or_broken_calibration_is_refused(model):
 
 
 def test_lower_refuses_what_it_cannot_do(quantized, tmp_path):
-    with pytest.raises(ConfigError, match="'torch_ao', 'xnnpack' or 'packed'"):
+    with pytest.raises(ConfigError, match="'torch_ao', 'xnnpack', 'lowbit' or 'packed'"):
         lower(quantized, "tensorrt")
     with pytest.raises(ConfigError, match="output"):
         lower(quantized, "xnnpack")

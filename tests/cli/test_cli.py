@@ -255,7 +255,7 @@ def test_plan_foretells_what_a_dry_run_of_quantize_does_and_both_write_nothing(
         (["quantize", "digits", "--activations", 6], "activations of 8 bits, not 6"),
         (
             ["quantize", "digits", "--activation-mode", "dynamic", "--backend", "torch_ao"],
-            "--backend xnnpack or packed",
+            "--backend xnnpack or lowbit or packed",
         ),
         (["quantize", "digits", "--override", "conv_in"], "PATTERN=BITS"),
         (["quantize", "digits", "--override", "conv_in=W4A"], "PATTERN=W4A8"),

@@ -144,7 +144,7 @@ def test_wrong_inputs_are_named(drawing, name):
     change, message = WRONG[name]
     (folder / "wrong.txt").write_text(change((folder / "inputs.txt").read_text()))
     done = draw(folder, "wrong.txt")
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert message in done.stderr
 
 
@@ -155,5 +155,5 @@ def test_a_damaged_program_is_named(drawing, tmp_path):
     (tmp_path / "unet.pte").write_bytes(program)
     (tmp_path / "inputs.txt").write_text((folder / "inputs.txt").read_text())
     done = draw(tmp_path)
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert "the program failed" in done.stderr

@@ -208,5 +208,5 @@ def test_settings_of_a_verb_are_refused_before_anything_else_is_looked_at():
         mpqdm_fx.prepare(torch.nn.Linear(1, 1), {}, ())
     with pytest.raises(ConfigError, match="batch_size=0"):
         mpqdm_fx.lower(None, "xnnpack", output="net.pte", batch_size=0)
-    with pytest.raises(ConfigError, match="'torch_ao', 'xnnpack' or 'packed'"):
+    with pytest.raises(ConfigError, match="'torch_ao', 'xnnpack', 'lowbit' or 'packed'"):
         mpqdm_fx.lower(None, "tflite")

@@ -79,6 +79,7 @@ def test_a_job_that_runs_its_program_is_refused_without_the_library():
         ProgramForm(backend="lowbit", kernels="xnnpack").check(DYNAMIC)
 
 
+@pytest.mark.matrix
 @pytest.mark.xnnpack
 @pytest.mark.parametrize("kernels", ["memory", "xnnpack"])
 def test_the_doctor_foretells_what_is_written(quantized, tmp_path, kernels):

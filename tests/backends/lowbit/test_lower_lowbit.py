@@ -125,6 +125,7 @@ def test_small_nets(net, tmp_path):
     assert program.sqnr_db > EXACT_DB
 
 
+@pytest.mark.matrix
 def test_static_layers_stay_with_xnnpack(tmp_path, block):
     graph, activations, inputs = block
     grid = ActivationRange(scale=0.05, zero_point=3)
@@ -134,6 +135,7 @@ def test_static_layers_stay_with_xnnpack(tmp_path, block):
     assert 'activation_mode="dynamic"' in program.left_layers["conv1"]
 
 
+@pytest.mark.matrix
 def test_without_own_layers_the_program_is_that_of_xnnpack(tmp_path, block):
     own = lower_lowbit(*block, tmp_path / "own.pte", kernels="xnnpack")
     stock = lower_xnnpack(*block, tmp_path / "stock.pte")

@@ -96,6 +96,7 @@ def test_no_permutation_is_left_in_a_block_of_the_digits():
     assert count(graph, mpqdm.group_norm_mixed.default) == 4  # in front of attention
 
 
+@pytest.mark.matrix
 def test_auto_leaves_layers_to_xnnpack_without_copies_around_them():
     method = prepared("digits", "auto")
     assert any("conv_shortcut" in name for name in method.choice.left)  # 1.09 times as long
