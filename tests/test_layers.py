@@ -45,7 +45,7 @@ COPIED = {
     "mpqdm_fx.io.expansion",
     "mpqdm_fx.io.sealed",
     "mpqdm_fx.io.classes",
-    "mpqdm_fx.backends.lowbit.library",
+    "mpqdm_fx.backends.kernel_library",
     "mpqdm_fx.errors",
 }
 

@@ -2,7 +2,17 @@
 
 from typing import Literal, get_args
 
-__all__ = ["BACKENDS", "CPUS", "PROGRAMS", "Backend", "Cpu", "FourBit", "Kernels", "ProgramBackend"]
+__all__ = [
+    "BACKENDS",
+    "CPUS",
+    "PROGRAMS",
+    "Backend",
+    "Cpu",
+    "FourBit",
+    "Kernels",
+    "ProgramBackend",
+    "may_call_own_kernels",
+]
 
 Backend = Literal["torch_ao", "xnnpack", "lowbit", "packed"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -25,3 +35,8 @@ FourBit = Literal["never", "whole", "split"]
 Those of linear layers and 1x1 convolutions that fit as a whole, or also the channels that fit in
 layers of mixed widths, or none.
 """
+
+
+def may_call_own_kernels(backend: Backend, kernels: Kernels) -> bool:
+    """Whether a program of these settings may need the library of own kernels where it runs."""
+    return backend == "lowbit" and kernels != "xnnpack"

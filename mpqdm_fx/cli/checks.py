@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mpqdm_fx.backends.lowbit.library import require_kernels
-from mpqdm_fx.backends.names import PROGRAMS, Backend, Kernels
+from mpqdm_fx.backends.kernel_library import require_kernels
+from mpqdm_fx.backends.names import PROGRAMS, Backend, Kernels, may_call_own_kernels
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io.files import checkpoint_of
 from mpqdm_fx.io.sealed import read_json
@@ -203,7 +203,7 @@ def check_backend(backend: Backend, kernels: Kernels = "auto") -> None:
     """
     if backend in PROGRAMS:
         check_packages("executorch", purpose=f"--backend {backend}")
-    if backend == "lowbit" and kernels != "xnnpack":
+    if may_call_own_kernels(backend, kernels):
         require_kernels()
 
 

@@ -9,9 +9,16 @@ from typing import Any, get_args
 import torch
 
 from mpqdm_fx.backends.check_settings import check_kernel_options, check_settings
-from mpqdm_fx.backends.lowbit.library import require_kernels
+from mpqdm_fx.backends.kernel_library import require_kernels
 from mpqdm_fx.backends.lower import lower_to_lowbit, lower_to_torch_ao, lower_to_xnnpack
-from mpqdm_fx.backends.names import BACKENDS, PROGRAMS, Backend, Cpu, Kernels
+from mpqdm_fx.backends.names import (
+    BACKENDS,
+    PROGRAMS,
+    Backend,
+    Cpu,
+    Kernels,
+    may_call_own_kernels,
+)
 from mpqdm_fx.backends.xnnpack.compressed import compress_program, drop_expansions
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
@@ -123,7 +130,7 @@ class ProgramForm:
         if self.has_program:
             check_four_bit(self.four_bit, config.activation_mode)
             require_executorch()
-            if runs and self.backend == "lowbit" and self.kernels != "xnnpack":
+            if runs and may_call_own_kernels(self.backend, self.kernels):
                 require_kernels()  # what is written is compared, timed, drawn with
         elif self.external_weights or self.compress or self.four_bit != "whole":
             raise ConfigError(

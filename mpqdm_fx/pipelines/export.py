@@ -17,10 +17,10 @@ from typing import Annotated, Any
 
 from mpqdm_fx import errors
 from mpqdm_fx.api import quantize
+from mpqdm_fx.backends import kernel_library
 from mpqdm_fx.backends.check_settings import check_kernel_options, check_settings
-from mpqdm_fx.backends.lowbit import library
-from mpqdm_fx.backends.lowbit.library import require_kernels
-from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend
+from mpqdm_fx.backends.kernel_library import require_kernels
+from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend, may_call_own_kernels
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.sampling import scheduled
@@ -70,7 +70,7 @@ RUNNER = {
     "sealed.py": sealed,
     "expansion.py": expansion,
     "classes.py": classes,
-    "library.py": library,
+    "kernel_library.py": kernel_library,
     "errors.py": errors,
 }
 
@@ -190,7 +190,7 @@ def export_pipeline(
     check_value(run, RunOptions, "run")
     require_executorch()
     own = [backend, kernels, cpu] if backend == "lowbit" else []
-    if own and kernels != "xnnpack":
+    if may_call_own_kernels(backend, kernels):
         require_kernels()
     target = check_target(output, MANIFEST, overwrite=overwrite)
     run = run.inside(checkpoint_of(target))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpqdm_fx.backends.lowbit.library import calls_own_operators, require_kernels
+from mpqdm_fx.backends.kernel_library import calls_own_operators, require_kernels
 from mpqdm_fx.errors import ArtifactError, LoweringError, first_line
 from mpqdm_fx.io.expansion import expand, expansion_path
 from mpqdm_fx.io.sealed import Entry, SealedFolder, hashed_file, read_json, verified

@@ -55,8 +55,6 @@ void quantize_run(const float* x, size_t count, float inverse_scale, float zero_
     float steps = x[at] * inverse_scale;
     steps = steps < least ? least : steps;
     steps = steps > most ? most : steps;
-    // The zero point is whole: rounding first and adding then is adding first and rounding then, but
-    // only as long as the sum is exact, so the order is kept.
     const float rounded = (steps + kRounder) - kRounder;
     codes[at] = static_cast<int8_t>(static_cast<int32_t>(rounded + zero_point));
   }

@@ -8,6 +8,7 @@ namespace mpqdm {
 namespace {
 
 constexpr int kPixels = 3;  // 3 x 16 sums of 16 and of 32 bits, two weights, an input, ones: 16 registers
+static_assert(kPixels <= kMaxPixels);
 constexpr int kInputPair = 2 * 255;  // the largest that a pair of inputs multiplies a weight by
 
 #define MPQDM_UNROLL _Pragma("GCC unroll 16")

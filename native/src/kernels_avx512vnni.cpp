@@ -7,6 +7,7 @@ namespace mpqdm {
 namespace {
 
 constexpr int kPixels = 8;
+static_assert(kPixels <= kMaxPixels);
 
 #define MPQDM_UNROLL _Pragma("GCC unroll 16")
 

@@ -7,6 +7,7 @@ namespace mpqdm {
 namespace {
 
 constexpr int kPixels = 6;  // 6 x 2 sums, two weights, an input
+static_assert(kPixels <= kMaxPixels);
 
 #define MPQDM_UNROLL _Pragma("GCC unroll 8")
 

@@ -7,6 +7,7 @@ namespace mpqdm {
 namespace {
 
 constexpr int kPixels = 8;
+static_assert(kPixels <= kMaxPixels);
 constexpr int kDeep = 16;  // inputs of a pixel in a register: four groups
 
 #define MPQDM_UNROLL _Pragma("GCC unroll 8")

@@ -7,6 +7,7 @@ namespace mpqdm {
 namespace {
 
 constexpr int kPixels = 8;
+static_assert(kPixels <= kMaxPixels);
 constexpr int kPairs = kPixels / 2;
 constexpr int kRun = 8;                         // inputs of a row that stand together
 constexpr int kRunBytes = kBlockRows * kRun;    // of all rows

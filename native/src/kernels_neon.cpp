@@ -8,6 +8,7 @@ namespace mpqdm {
 namespace {
 
 constexpr int kPixels = 4;
+static_assert(kPixels <= kMaxPixels);
 constexpr int kInput = 128;  // the largest absolute input
 
 #define MPQDM_UNROLL _Pragma("GCC unroll 8")

@@ -10,6 +10,7 @@ namespace mpqdm {
 namespace {
 
 constexpr int kPixels = 4;
+static_assert(kPixels <= kMaxPixels);
 
 int code_at(const uint8_t* tile, int bits, int group, int lane) {
   int code = 0, from = 0;

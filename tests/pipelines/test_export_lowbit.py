@@ -11,7 +11,7 @@ from kernel_package import kernels_installed, kernels_missing
 from small import plain_unet
 
 from mpqdm_fx import ConfigError, export_pipeline
-from mpqdm_fx.backends.lowbit.library import calls_own_operators
+from mpqdm_fx.backends.kernel_library import calls_own_operators
 from mpqdm_fx.errors import LoweringError
 from mpqdm_fx.pipelines.runner import PipelineRunner, RunnerError
 

@@ -99,7 +99,7 @@ def test_the_folder_is_whole_and_nothing_else_is_left(exported):
         "denoiser.pte",
         "errors.py",
         "expansion.py",
-        "library.py",
+        "kernel_library.py",
         "picture_files.py",
         "pipeline.json",
         "program_files.py",

@@ -1,16 +1,17 @@
 """Count what own operators cost beside their arithmetic: crossings and layout copies."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from mpqdm_fx.backends.lowbit.image_layouts import ImageLayouts
+from mpqdm_fx.backends.lowbit.layers import LayerChoice
 from mpqdm_fx.backends.lowbit.ops import NAMESPACE
 
-__all__ = ["Borders", "count_borders", "layout_copies"]
+__all__ = ["Borders", "OwnWork", "count_borders", "layout_copies", "own_work"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,48 @@ class Borders:
 
     own_operators: dict[str, int]
     crossings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnWork:
+    """What own kernels do of a program, and what that costs beside their arithmetic.
+
+    Attributes:
+        own_layers: Layers that own kernels run.
+        left_layers: Reason by name for every other layer with an activation.
+        own_operators: How often each own operator is called.
+        crossings: Values handed over between own operators and XNNPACK's delegates.
+        layout_copies: Copies of images between channels first and channels last.
+        layout_copy_bytes: Bytes that they copy.
+    """
+
+    own_layers: tuple[str, ...]
+    left_layers: Mapping[str, str]
+    own_operators: Mapping[str, int]
+    crossings: int
+    layout_copies: int
+    layout_copy_bytes: int
+
+
+def own_work(
+    choice: LayerChoice, borders: Borders, graph_module: fx.GraphModule | None
+) -> dict[str, Any]:
+    """The fields of `OwnWork`, for records that have them.
+
+    Args:
+        choice: Layers by what runs them.
+        borders: Counted in the partitioned graph.
+        graph_module: The module-level graph with own operators; None of a float program.
+    """
+    copies, size = (0, 0) if graph_module is None else layout_copies(graph_module)
+    return {
+        "own_layers": choice.own,
+        "left_layers": choice.left,
+        "own_operators": borders.own_operators,
+        "crossings": borders.crossings,
+        "layout_copies": copies,
+        "layout_copy_bytes": size,
+    }
 
 
 def layout_copies(graph_module: fx.GraphModule) -> tuple[int, int]:

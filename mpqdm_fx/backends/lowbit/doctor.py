@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from mpqdm_fx.backends.lowbit.costs import Cpu, check_cpu
-from mpqdm_fx.backends.lowbit.counting import Borders, count_borders, layout_copies
+from mpqdm_fx.backends.lowbit.counting import Borders, OwnWork, count_borders, own_work
 from mpqdm_fx.backends.lowbit.layers import Kernels, check_kernels
 from mpqdm_fx.backends.lowbit.method import LowbitMethod
 from mpqdm_fx.backends.lowbit.ops import NAMESPACE
@@ -20,26 +20,11 @@ __all__ = ["LowbitDiagnosis", "diagnose_lowbit"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowbitDiagnosis(Diagnosis):
+class LowbitDiagnosis(OwnWork, Diagnosis):
     """What own kernels would take of a program, and XNNPACK of the rest.
 
     `outside` are nodes of portable kernels: own operators are not among them.
-
-    Attributes:
-        own_layers: Layers that own kernels run.
-        left_layers: Reason by name for every other layer with an activation.
-        own_operators: How often each own operator is called.
-        crossings: Values handed over between own operators and XNNPACK's delegates.
-        layout_copies: Copies of images between channels first and channels last.
-        layout_copy_bytes: Bytes that they copy.
     """
-
-    own_layers: tuple[str, ...]
-    left_layers: Mapping[str, str]
-    own_operators: Mapping[str, int]
-    crossings: int
-    layout_copies: int
-    layout_copy_bytes: int
 
     def __str__(self) -> str:
         own, left = len(self.own_layers), len(self.left_layers)
@@ -90,13 +75,5 @@ def diagnose_lowbit(
     known = {field.name: getattr(diagnosis, field.name) for field in fields(Diagnosis)}
     own = f"{NAMESPACE}."
     known["outside"] = tuple(n for n in diagnosis.outside if not n.op.startswith(own))
-    copies, size = (0, 0) if method.prepared is None else layout_copies(method.prepared)
-    return LowbitDiagnosis(
-        **known,
-        own_layers=method.choice.own,
-        left_layers=method.choice.left,
-        own_operators=counted[-1].own_operators,
-        crossings=counted[-1].crossings,
-        layout_copies=copies,
-        layout_copy_bytes=size,
-    )
+    work = own_work(method.choice, counted[-1], method.prepared)
+    return LowbitDiagnosis(**known, **work)

@@ -19,7 +19,6 @@ from mpqdm_fx.records.activations import Activation, DynamicActivation
 __all__ = ["Kernels", "LayerChoice", "call_refusal", "check_kernels", "choose_layers"]
 
 _FEW_ROWS = 8  # for so few positions unpacking the weights takes most of the time
-_NARROW_BITS = 6  # wider weights sum in int32, as XNNPACK's do, with an unpacking on top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +149,6 @@ def _slower(layer: WeightLayer, cpu: Cpu) -> str | None:
     if rows <= _FEW_ROWS:
         return f"XNNPACK is faster on {rows} rows or pixels"
     widths = form_blocks(values_present(codes.flatten(1).numpy())).bits.tolist()
-    if max(widths) > _NARROW_BITS:
-        return f"XNNPACK is faster on weights of {max(widths)} bits"
     kernel = module.kernel_size[0] if isinstance(module, nn.Conv2d) else 1
     time = relative_time(cpu, kernel=kernel, channels=codes.shape[1], rows=rows, widths=widths)
     return None if time < 1 else f"own kernels would take {time:.2f} times as long on {cpu}"

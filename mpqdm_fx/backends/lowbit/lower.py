@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mpqdm_fx.backends.kernel_library import has_kernels
 from mpqdm_fx.backends.lowbit.costs import Cpu, check_cpu
 from mpqdm_fx.backends.lowbit.counting import Borders, count_borders
 from mpqdm_fx.backends.lowbit.layers import Kernels, check_kernels
-from mpqdm_fx.backends.lowbit.library import has_kernels
 from mpqdm_fx.backends.lowbit.method import LowbitMethod
 from mpqdm_fx.backends.lowbit.program import LowbitProgram
 from mpqdm_fx.backends.lowbit.road import LowbitGraphs

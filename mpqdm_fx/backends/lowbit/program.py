@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
-from mpqdm_fx.backends.lowbit.counting import Borders, layout_copies
+from mpqdm_fx.backends.lowbit.counting import Borders, OwnWork, own_work
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 
 if TYPE_CHECKING:
@@ -14,28 +14,16 @@ __all__ = ["LowbitProgram"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowbitProgram(XnnpackProgram):
+class LowbitProgram(OwnWork, XnnpackProgram):
     """A written `.pte` that calls own operators, which need the native library.
 
     `undelegated` and `refusals` are what portable kernels run: own operators are not among them.
 
     Attributes:
-        own_layers: Layers that own kernels run.
-        left_layers: Reason by name for every other layer with an activation.
-        own_operators: How often each own operator is called.
-        crossings: Values handed over between own operators and XNNPACK's delegates.
-        layout_copies: Copies of images between channels first and channels last.
-        layout_copy_bytes: Bytes that they copy.
         executed: Whether the written file was run. Without the native library it was not, and
             `sqnr_db` is that of its graph, with the operators' references in Python.
     """
 
-    own_layers: tuple[str, ...]
-    left_layers: Mapping[str, str]
-    own_operators: Mapping[str, int]
-    crossings: int
-    layout_copies: int
-    layout_copy_bytes: int
     executed: bool
 
     @classmethod
@@ -54,17 +42,8 @@ class LowbitProgram(XnnpackProgram):
         own = borders.own_operators
         known["refusals"] = {n: c for n, c in program.refusals.items() if not _is_own(n, own)}
         known["undelegated"] = sum(known["refusals"].values())
-        copies, size = (0, 0) if method.prepared is None else layout_copies(method.prepared)
-        return cls(
-            **known,
-            own_layers=method.choice.own,
-            left_layers=method.choice.left,
-            own_operators=own,
-            crossings=borders.crossings,
-            layout_copies=copies,
-            layout_copy_bytes=size,
-            executed=executed,
-        )
+        work = own_work(method.choice, borders, method.prepared)
+        return cls(**known, **work, executed=executed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types without the graphs; the path is left to its file name."""

@@ -9,7 +9,7 @@ from rounded_nets import Attention, Residual, round_to_grid
 from torch import nn
 from torch.nn import functional
 
-from mpqdm_fx.backends.lowbit.library import calls_own_operators, has_kernels
+from mpqdm_fx.backends.kernel_library import calls_own_operators, has_kernels
 from mpqdm_fx.backends.lowbit.lower import lower_lowbit, lower_lowbit_methods
 from mpqdm_fx.backends.lowbit.passes import MoveLayouts
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack

@@ -1,5 +1,7 @@
 """UNets with own operators: the numbers of the quantized graph, and no copy inside a block."""
 
+import re
+
 import pytest
 import torch
 from rounded_nets import round_to_grid
@@ -111,7 +113,8 @@ def test_wide_weights_stay_with_xnnpack_in_auto():
     left = prepared("plain", "auto", bits=8).choice.left
     blocks = [name for name in left if name.endswith((".conv1", ".conv2"))]
     assert len(blocks) == 6
-    assert all("faster on weights of 8 bits" in left[name] for name in blocks)
+    times = [float(re.search(r"would take ([\d.]+) times", left[name])[1]) for name in blocks]
+    assert min(times) > 1.3
 
 
 def test_without_own_layers_the_road_is_xnnpack_s():

@@ -1,7 +1,7 @@
 """Let own kernels run the group norms in front of own layers."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,8 +11,8 @@ from mpqdm_fx.backends.lowbit.axes import moved_axes, permuted, to_first, to_las
 from mpqdm_fx.backends.lowbit.layout_free import layout_free
 from mpqdm_fx.graph.editing import add_tensor, insert_call
 from mpqdm_fx.graph.layers import called_module
-from mpqdm_fx.graph.nodes import argument, sizes
-from mpqdm_fx.graph.norms import NormCall, constant, norm_name
+from mpqdm_fx.graph.nodes import sizes
+from mpqdm_fx.graph.norms import GroupNormCall, group_norm_call, norm_name
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["UseMixedNorms"]
@@ -44,38 +44,19 @@ class UseMixedNorms(GraphPass):
         """Rewrite every norm that the rules cover; False if there was none."""
         modified = False
         for node in list(graph_module.graph.nodes):
-            call = _group_norm(graph_module, node)
-            if call is not None and _feeds_own_layers(graph_module, node):
+            call = group_norm_call(graph_module, node)
+            if call is None or not _is_covered(node, call):
+                continue
+            if _feeds_own_layers(graph_module, node):
                 _rewrite(graph_module, node, call)
                 modified = True
         return modified
 
 
-@dataclass(frozen=True, kw_only=True)
-class _GroupNormCall(NormCall):
-    groups: int
-
-
-def _group_norm(graph_module: fx.GraphModule, node: fx.Node) -> _GroupNormCall | None:
-    """Read a call off its node, or None if the rules do not cover it."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
-        return None
-    module: Any = called_module(graph_module, node, nn.GroupNorm)
-    weight: Tensor | fx.Node | None
-    bias: Tensor | fx.Node | None
-    if module is not None and type(module).forward is nn.GroupNorm.forward:
-        weight, bias, groups, eps = module.weight, module.bias, module.num_groups, module.eps
-    elif node.target is _aten.group_norm.default:
-        weight = constant(graph_module, argument(node, 2, "weight", None))
-        bias = constant(graph_module, argument(node, 3, "bias", None))
-        groups, eps = argument(node, 1, "num_groups", 1), argument(node, 4, "eps", 1e-5)
-    else:
-        return None
-    call = _GroupNormCall(source=source, weight=weight, bias=bias, groups=groups, eps=eps)
-    shape = sizes(source)
-    fits = call.is_float and call.dtype == torch.float32 and len(shape) in (3, 4)
-    return call if fits and min(shape) >= 1 else None
+def _is_covered(node: fx.Node, call: GroupNormCall) -> bool:
+    shape = sizes(call.source)
+    known = isinstance(node.meta.get("val"), Tensor) and len(shape) in (3, 4) and min(shape) >= 1
+    return known and call.is_float and call.dtype == torch.float32
 
 
 def _feeds_own_layers(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -109,7 +90,7 @@ def _is_silu(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return node.target is _aten.silu.default
 
 
-def _rewrite(graph_module: fx.GraphModule, node: fx.Node, call: _GroupNormCall) -> None:
+def _rewrite(graph_module: fx.GraphModule, node: fx.Node, call: GroupNormCall) -> None:
     only = next(iter(node.users)) if len(node.users) == 1 else node
     silu = only is not node and _is_silu(graph_module, only)
     shape = sizes(call.source)
@@ -131,9 +112,7 @@ def _rewrite(graph_module: fx.GraphModule, node: fx.Node, call: _GroupNormCall) 
         graph_module.graph.erase_node(old)
 
 
-def _affine(
-    graph_module: fx.GraphModule, node: fx.Node, call: _GroupNormCall, name: str
-) -> fx.Node:
+def _affine(graph_module: fx.GraphModule, node: fx.Node, call: GroupNormCall, name: str) -> fx.Node:
     tensor = getattr(call, name)
     if tensor is None:
         channels = sizes(call.source)[1]

@@ -7,14 +7,14 @@ and back. So statistics are taken per channel, where no view is needed, and only
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from mpqdm_fx.graph.editing import add_tensor, insert_call
-from mpqdm_fx.graph.nodes import argument, sizes
-from mpqdm_fx.graph.norms import NormCall, constant, norm_name, take_over
+from mpqdm_fx.graph.nodes import sizes
+from mpqdm_fx.graph.norms import GroupNormCall, group_norm_call, norm_name, take_over
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["DecomposeGroupNorm"]
@@ -46,55 +46,20 @@ class DecomposeGroupNorm(GraphPass):
         """Rewrite every call that the rules cover; False if there was none."""
         modified = False
         for node in list(graph_module.graph.nodes):
-            call = _group_norm(graph_module, node)
-            if call is not None:
+            call = group_norm_call(graph_module, node)
+            if call is not None and _is_covered(call):
                 take_over(graph_module, node, _plain(graph_module, node, call))
                 modified = True
         return modified
 
 
-@dataclass(frozen=True, kw_only=True)
-class _GroupNormCall(NormCall):
-    groups: int
-
-
-def _group_norm(graph_module: fx.GraphModule, node: fx.Node) -> _GroupNormCall | None:
-    """Read a call off its node, or None if the rules do not cover it."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
-        return None
-    groups: Any
-    eps: Any
-    weight: Tensor | fx.Node | None
-    bias: Tensor | fx.Node | None
-    if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        if not isinstance(module, nn.GroupNorm) or type(module).forward is not nn.GroupNorm.forward:
-            return None
-        weight, bias, groups, eps = module.weight, module.bias, module.num_groups, module.eps
-    elif node.target is _aten.group_norm.default:
-        weight = constant(graph_module, argument(node, 2, "weight", None))
-        bias = constant(graph_module, argument(node, 3, "bias", None))
-        groups, eps = argument(node, 1, "num_groups", 1), argument(node, 4, "eps", 1e-5)
-    elif node.target is _aten.native_group_norm.default:
-        weight = constant(graph_module, argument(node, 1, "weight", None))
-        bias = constant(graph_module, argument(node, 2, "bias", None))
-        groups, eps = node.args[6], node.args[7]
-        if any(user.args[1:] != (0,) for user in node.users):
-            return None  # its mean and variance are read too
-    else:
-        return None
-    call = _GroupNormCall(source=source, weight=weight, bias=bias, groups=groups, eps=eps)
-    return call if _is_covered(call) else None
-
-
-def _is_covered(call: _GroupNormCall) -> bool:
+def _is_covered(call: GroupNormCall) -> bool:
     shape = sizes(call.source)
     dynamic = shape.count(-1) > 1 and len(shape) != 4
     return call.is_float and len(shape) >= 2 and shape[1] != -1 and 0 not in shape and not dynamic
 
 
-def _plain(graph_module: fx.GraphModule, node: fx.Node, call: _GroupNormCall) -> fx.Node:
+def _plain(graph_module: fx.GraphModule, node: fx.Node, call: GroupNormCall) -> fx.Node:
     def emit(target: torch._ops.OpOverload, *args: object) -> fx.Node:
         return insert_call(graph_module, target, args, anchor=node)
 
@@ -139,7 +104,7 @@ def _affine(
     graph_module: fx.GraphModule,
     name: str,
     tensor: Tensor | fx.Node,
-    call: _GroupNormCall,
+    call: GroupNormCall,
     node: fx.Node,
 ) -> fx.Node:
     assert isinstance(tensor, Tensor)  # what is computed is left alone

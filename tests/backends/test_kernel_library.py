@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from mpqdm_fx.backends.lowbit.library import calls_own_operators, has_kernels, require_kernels
+from mpqdm_fx.backends.kernel_library import calls_own_operators, has_kernels, require_kernels
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError, LoweringError
 

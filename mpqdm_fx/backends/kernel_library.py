@@ -21,7 +21,7 @@ def require_kernels(operator: str = "mpqdm::conv2d_mixed") -> None:
     Raises:
         LoweringError: The library is not installed, or has no such operator; says how to install.
     """
-    remedy = 'pip install "mpqdm-fx[kernels]", or in a checkout: pip install ./native'
+    remedy = 'in a checkout: pip install ./native; elsewhere: pip install "mpqdm-fx[kernels]"'
     try:
         library = importlib.import_module(_MODULE)
         library.load()
