@@ -5,7 +5,10 @@
 
 27 M parameters (128, 256, 256), attention at 16x16 and 8x8, 32x32 pixels, batch 1, random weights:
 speed, sizes and delegates, no quality. All forms run in one process on the same threads,
-interleaved; medians and ratios to the first form. Numbers go to `<directory>/result.json`.
+interleaved; medians, quartiles, and ratios to the first form. Memory is that of a process of its
+own: by how much loading and a step raise its peak, and its anonymous pages afterwards. `--peers`
+adds OpenVINO and ONNX Runtime, `--instructions avx2` hides int8 dot products from XNNPACK and own
+kernels. Numbers go to `<directory>/result.json`.
 """
 
 import argparse
@@ -15,12 +18,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_features import hide_dot_products
 from diffusers import UNet2DModel
+from phone_peers import PEERS, file_bytes, open_peer
 from torch import Tensor
 
 from mpqdm_fx import MPQConfig, QuantizedModel, load, quantize, save
@@ -165,8 +170,8 @@ def build(unet: UNet2DModel, directory: Path, form: str) -> dict[str, Any]:
     return {**content, "path": str(path)}
 
 
-def times(forms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each form, interleaved."""
+def times(forms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Quartiles of the milliseconds of each form, interleaved."""
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for index in range(rounds + 2):
         for name, run in forms.items():
@@ -174,22 +179,64 @@ def times(forms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, floa
             run()
             if index >= 2:
                 taken[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in taken.items()}
+    return {name: statistics.quantiles(values, n=4) for name, values in taken.items()}
 
 
-def memory(path: str) -> float:
-    """Mebibytes by which loading a program and a step raise the peak of a fresh process."""
+def memory(path: str) -> tuple[float, float]:
+    """Peak and anonymous mebibytes that a file and a step add to a fresh process."""
     done = subprocess.run(
         [sys.executable, __file__, "--memory", path], capture_output=True, text=True, check=True
     )
-    return float(done.stdout.split()[-1])
+    peak, anonymous = done.stdout.split()[-2:]
+    return float(peak), float(anonymous)
 
 
-def print_memory(path: str) -> None:
+def print_memory(path: Path) -> None:
     """The task of that process."""
-    from executorch.extension.pybindings import portable_lib  # noqa: F401
+    kept = []
 
-    print(peak_rise(lambda: XnnpackRunner(path)(*inputs(9).values())) / 2**20)
+    def step() -> None:
+        if path.suffix == ".pte":
+            runner = XnnpackRunner(path)
+            kept.append((runner, runner(*inputs(9).values())))
+        else:
+            run = open_peer(path, inputs(9), threads=1)
+            kept.append((run, run()))
+
+    if path.suffix == ".pte":
+        from executorch.extension.pybindings import portable_lib  # noqa: F401
+    else:
+        __import__({".onnx": "onnxruntime", ".xml": "openvino"}[path.suffix])
+    before = _anonymous()
+    peak = peak_rise(step)
+    print(peak / 2**20, (_anonymous() - before) / 2**20)
+
+
+def _anonymous() -> int:
+    """Bytes of this process's memory that are no file's."""
+    for line in Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines():
+        if line.startswith("Anonymous:"):
+            return 1024 * int(line.split()[1])
+    raise OSError("/proc/self/smaps_rollup has no anonymous pages")
+
+
+def open_peers(
+    unet: UNet2DModel, directory: Path, threads: int
+) -> tuple[dict[str, Callable[[], Any]], dict[str, dict[str, Any]]]:
+    """What runs each peer, and what is known of it; a peer that fails has its error there."""
+    runs: dict[str, Callable[[], Any]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    network, calls = _Plain(unet).eval(), [inputs(seed) for seed in range(4)]
+    for name, make in PEERS.items():
+        try:
+            path = make(network, calls, directory)
+            runs[name] = open_peer(path, inputs(9), threads)
+            runs[name]()
+            facts[name] = {"path": str(path), "bytes": file_bytes(path)}
+        except Exception as error:  # whatever a peer raises is its row
+            runs.pop(name, None)
+            facts[name] = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+    return runs, facts
 
 
 def main() -> None:
@@ -200,13 +247,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--compiled", action="store_true", help="torch.compile too")
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--peers", action="store_true", help="OpenVINO and ONNX Runtime too")
+    parser.add_argument("--instructions", choices=["avx2"], help="hide int8 dot products")
+    parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         print_memory(arguments.memory)
         return
     logging.basicConfig(level=logging.ERROR)
     torch.set_num_threads(arguments.threads)
+    if arguments.instructions == "avx2":
+        hide_dot_products()
     arguments.directory.mkdir(parents=True, exist_ok=True)
     unet, call = model(), inputs(9)
     facts = {form: build(unet, arguments.directory, form) for form in arguments.forms}
@@ -216,33 +267,50 @@ def main() -> None:
     portable_lib._unsafe_reset_threadpool(arguments.threads)
     runners = {form: XnnpackRunner(facts[form]["path"]) for form in arguments.forms}
     runs: dict[str, Callable[[], Any]] = {
-        form: (lambda runner=runner: runner(*call.values())) for form, runner in runners.items()
+        form: (lambda runner=runner: runner(*call.values())[0]) for form, runner in runners.items()
     }
+    if arguments.peers:
+        peers, known = open_peers(unet, arguments.directory, arguments.threads)
+        runs.update(peers)
+        facts.update(known)
     with torch.no_grad():
-        expected = unet(**call).sample
-        runs["eager fp32"] = lambda: unet(**call)
+        runs["eager fp32"] = lambda: unet(**call).sample
         if arguments.compiled:
             compiled = torch.compile(unet)
-            runs["compiled fp32"] = lambda: compiled(**call)
+            runs["compiled fp32"] = lambda: compiled(**call).sample
         measured = times(runs, arguments.rounds)
-    first = next(iter(measured))
-    peaks = {form: memory(facts[form]["path"]) for form in arguments.forms}
-    print("| form | ms | ratio | subgraphs | outside | bytes | peak MiB | SQNR dB | build s |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for form, value in measured.items():
-        row = facts.get(form, {})
-        output = runners[form](*call.values())[0] if form in runners else None
-        sqnr = "" if output is None else f"{sqnr_db(expected, output):.1f}"
-        print(
-            f"| {form} | {value:.1f} | {value / measured[first]:.2f} | {row.get('subgraphs', '')} "
-            f"| {row.get('undelegated', '')} | {row.get('bytes', '')} "
-            f"| {f'{peaks[form]:.0f}' if form in peaks else ''} | {sqnr} "
-            f"| {row.get('seconds', 0):.0f} |"
-        )
-    result = {
-        "milliseconds": measured, "facts": facts, "peak_mib": peaks, "threads": arguments.threads,
-    }  # fmt: skip
+        outputs = {form: run() for form, run in runs.items()}
+    for row in facts.values():
+        if "path" in row:
+            row["peak_mib"], row["anonymous_mib"] = memory(row["path"])
+    for form, output in outputs.items():
+        if form != "eager fp32":
+            row = facts.setdefault(form, {})
+            row["sqnr_db"] = sqnr_db(outputs["eager fp32"], output)
+    print_table(measured, facts)
+    result = {"quartiles_ms": measured, "facts": facts, "threads": arguments.threads}
     (arguments.directory / "result.json").write_text(json.dumps(result, indent=1))
+
+
+def print_table(
+    measured: Mapping[str, Sequence[float]], facts: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """A row a form; the errors of those that do not run."""
+    first = next(iter(measured.values()))[1]
+    columns = ("subgraphs", "crossings", "layout_copies", "undelegated", "bytes")
+    numbers = ("peak_mib", "anonymous_mib", "sqnr_db")
+    header = ("form", "ms", "quartiles", "ratio", *columns, *numbers)
+    print(f"| {' | '.join(header)} |")
+    print("|---" * len(header) + "|")
+    for form, (low, median, high) in measured.items():
+        row = facts.get(form, {})
+        cells = [form, f"{median:.1f}", f"{low:.1f} {high:.1f}", f"{median / first:.2f}"]
+        cells += [str(row.get(name, "")) for name in columns]
+        cells += [f"{row[name]:.1f}" if name in row else "" for name in numbers]
+        print(f"| {' | '.join(cells)} |")
+    for form, row in facts.items():
+        if "error" in row:
+            print(f"{form}: {row['error']}")
 
 
 if __name__ == "__main__":

@@ -104,28 +104,36 @@ void multiply_narrow(const Inputs& inputs, const int8_t* const (&w)[kBlocks], in
   sums.write(out);
 }
 
-// Any int8 weight. An input is 2 * (its upper 7 bits) + its lowest bit: pairs of the first times int8
-// fit 16 bits, and the madd that widens them also doubles them.
+// Any int8 weight: pairs of such products do not fit 16 bits. The bytes at even and at odd places are
+// widened to 16 bits apart, so that both kinds of products are summed in the 32 bits of their row.
 template <int kBlocks>
 void multiply_wide(const Inputs& inputs, const int8_t* const (&w)[kBlocks], int32_t* out) {
-  const __m256i low_bit = _mm256_set1_epi8(1), upper = _mm256_set1_epi8(0x7f);
-  const __m256i ones = _mm256_set1_epi16(1), twos = _mm256_set1_epi16(2);
+  const __m256i low_byte = _mm256_set1_epi16(0xff);
   Sums<kBlocks> sums;
   sums.clear();
   size_t from = 0;
   for (int segment = 0; segment < inputs.segments; ++segment) {
+    const uint8_t* x[kPixels];
+    for (int p = 0; p < kPixels; ++p) {
+      x[p] = inputs.pixels[p] + static_cast<size_t>(segment) * inputs.segment_stride;
+    }
     for (int group = 0; group < inputs.groups; ++group, from += kGroupBytes) {
-      const size_t at = static_cast<size_t>(segment) * inputs.segment_stride +
-                        static_cast<size_t>(kGroupDepth * group);
-      for (int p = 0; p < kPixels; ++p) {
-        const __m256i input = broadcast(inputs.pixels[p] + at);
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(input, 1), upper);
-        const __m256i low = _mm256_and_si256(input, low_bit);
-        for (int b = 0; b < kBlocks; ++b) {
-          const __m256i weights = load_weights(w[b] + from);
-          const __m256i doubled = _mm256_madd_epi16(_mm256_maddubs_epi16(high, weights), twos);
-          const __m256i rest = _mm256_madd_epi16(_mm256_maddubs_epi16(low, weights), ones);
-          sums.of[p][b] = _mm256_add_epi32(sums.of[p][b], _mm256_add_epi32(doubled, rest));
+      __m256i even[kBlocks], odd[kBlocks];
+      MPQDM_UNROLL for (int b = 0; b < kBlocks; ++b) {
+        const __m256i weights = load_weights(w[b] + from);
+        even[b] = _mm256_srai_epi16(_mm256_slli_epi16(weights, 8), 8);
+        odd[b] = _mm256_srai_epi16(weights, 8);
+      }
+      MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
+        const __m256i input = broadcast(x[p] + static_cast<size_t>(kGroupDepth * group));
+        const __m256i evens = _mm256_and_si256(input, low_byte);
+        const __m256i odds = _mm256_srli_epi16(input, 8);
+        MPQDM_UNROLL for (int b = 0; b < kBlocks; ++b) {
+          __m256i& sum = sums.of[p][b];
+          sum = _mm256_add_epi32(sum, _mm256_madd_epi16(evens, even[b]));
+          keep_order(sum);
+          sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odds, odd[b]));
+          keep_order(sum);
         }
       }
     }
