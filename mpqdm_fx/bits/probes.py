@@ -8,14 +8,16 @@ independent errors e_ip change the output by
 for random v with E v v^T = I (Hutchinson 1989). One backward pass gives all layers' terms for a v.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from mpqdm_fx.bits.detach_gate import DetachGate
 from mpqdm_fx.bits.noise_groups import NoiseGroups
 from mpqdm_fx.bits.probed_parts import probed_parts
 from mpqdm_fx.errors import CalibrationError
@@ -85,6 +87,7 @@ def output_energies(
     weights: Sequence[Tensor] | None = None,
     groups: NoiseGroups | None = None,
     watch: GradientWatch | None = None,
+    skipped: Collection[str] = (),
 ) -> OutputEnergies:
     """Measure every weight layer of a float graph.
 
@@ -97,15 +100,16 @@ def output_energies(
         weights: Importance of each sample, one tensor [B] per call. Default: all alike.
         groups: Groups of noise levels; None for one group.
         watch: Is shown what layers read and write, and the gradients there.
+        skipped: Layers whose energies nobody asks for: no gradient has to reach them.
 
     Raises:
         CalibrationError: The weights do not fit the calls, the output does not depend on any weight
-            layer, or what a layer writes or a gradient is not finite.
+            layer, or on one in steps alone, or what a layer writes or a gradient is not finite.
     """
     if weights is not None and len(weights) != len(calls):
         raise CalibrationError(f"{len(weights)} tensors of weights for {len(calls)} calls")
     groups = groups or NoiseGroups.one()
-    probe = _Probe(_without_gradients(graph_module), seed, groups, watch)
+    probe = _Probe(_without_gradients(graph_module), seed, groups, watch, skipped)
     parts = probed_parts(graph_module, calls, weights, samples, groups)
     for inputs, importance in tracked(parts, "sensitivities"):
         probe.measure(inputs, probes, importance)
@@ -140,10 +144,13 @@ class _Probe(fx.Interpreter):
         seed: int,
         groups: NoiseGroups,
         watch: GradientWatch | None,
+        skipped: Collection[str],
     ) -> None:
         super().__init__(graph_module)
+        self.skipped = skipped
         self.groups = groups
         self.watch = watch
+        self.gate = DetachGate(graph_module)
         layers = weight_layers(graph_module, embeddings=True)
         self.layer_of = {node: layer for layer in layers.values() for node in layer.nodes}
         self.reaching = reaching_output(graph_module)
@@ -202,13 +209,8 @@ class _Probe(fx.Interpreter):
             root = importance.sqrt().repeat_interleave(max(1, len(leaf) // len(importance)))
             signs.append((draw * root.view(-1, *[1] * (leaf.dim() - 1))).to(leaf))
         reads = [*self.read.values()]
-        gradients = torch.autograd.grad(
-            leaves,
-            [*(written.value for written in self.watched), *(read.value for read in reads)],
-            signs,
-            retain_graph=retain,
-            allow_unused=True,
-        )
+        values = [*(written.value for written in self.watched), *(read.value for read in reads)]
+        gradients = self._gradients(leaves, values, signs, retain=retain)
         samples = len(importance)
         for written, gradient in zip(self.watched, gradients[: len(self.watched)], strict=True):
             if gradient is None:
@@ -224,6 +226,21 @@ class _Probe(fx.Interpreter):
         if self.watch is not None:
             self.watch.finish(samples)
 
+    def _gradients(
+        self, leaves: list[Tensor], values: list[Tensor], signs: list[Tensor], *, retain: bool
+    ) -> list[Tensor | None]:
+        """Gradients of values; through `detach` for those that no other way leads to."""
+        find = partial(torch.autograd.grad, leaves, grad_outputs=signs, allow_unused=True)
+        gradients: list[Tensor | None] = [*find(values, retain_graph=retain or bool(self.gate))]
+        missing = [i for i, gradient in enumerate(gradients) if gradient is None]
+        if self.gate and missing:
+            self.gate.is_open = True
+            detached = find([values[i] for i in missing], retain_graph=retain)
+            self.gate.is_open = False
+            for index, gradient in zip(missing, detached, strict=True):
+                gradients[index] = gradient
+        return gradients
+
     def _add(self, written: "_Written", gradient: Tensor, groups: Tensor, probes: int) -> None:
         """Add the squares of one gradient to the layer's energies."""
         layer, energy = written.layer, self.energy[written.layer.name]
@@ -237,13 +254,13 @@ class _Probe(fx.Interpreter):
         self.by_group[layer.name].index_add_(0, *_by_sample(squared, groups))
 
     def _check_unused(self, layer: WeightLayer) -> None:
-        """Refuse a layer without gradient, unless it is written and never read."""
-        if self.reaching.isdisjoint(layer.nodes):
+        """Refuse a layer without gradient, unless it is skipped or written and never read."""
+        if layer.name in self.skipped or self.reaching.isdisjoint(layer.nodes):
             return
         raise CalibrationError(
             f"{layer.name}: it reaches the output, but no gradient of the output reaches it: the "
-            "model detaches or rounds values behind it, so its sensitivity cannot be measured; "
-            'use allocation="uniform" or "omq"'
+            "model rounds or compares values behind it, so its sensitivity cannot be measured; "
+            f'keep it in float: overrides=[{{"pattern": "{layer.name}", "skip": True}}]'
         )
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
@@ -263,6 +280,8 @@ class _Probe(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Execute a node; watch what weight layers write."""
+        if n in self.gate:
+            return self.gate.detached(self.env[n.all_input_nodes[0]])
         result = super().run_node(n)
         layer = self.layer_of.get(n)
         if layer is None:
@@ -275,8 +294,8 @@ class _Probe(fx.Interpreter):
             result = result.detach().requires_grad_()
         index = None
         if isinstance(layer.module, EMBEDDINGS):
-            source = n.args[0] if n.args else n.kwargs["input"]
-            index = self.env[source]  # type: ignore[index]
+            indices = n.args[0] if n.args else n.kwargs["input"]
+            index = self.env[indices]  # type: ignore[index]
         self.watched.append(_Written(call=n, layer=layer, value=result, index=index))
         return result
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["operator_name"]
+__all__ = ["operator_name", "plain_name"]
 
 _NAMES: Mapping[str, str] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), "convolution"),
-    **dict.fromkeys(("addmm", "mm"), "linear"),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv2d_mixed"), "convolution"),
+    **dict.fromkeys(("addmm", "mm", "linear_mixed"), "linear"),
 }
 
 
@@ -24,8 +24,15 @@ def operator_name(node: fx.Node) -> str | None:
     schema: Any = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return None
-    namespace, _, name = str(schema.name).partition("::")
-    if namespace == "quantized_decomposed":
-        return None
-    name = name.removesuffix("_copy")
+    name = str(schema.name)
+    return None if name.startswith("quantized_decomposed::") else plain_name(name)
+
+
+def plain_name(name: str) -> str:
+    """An operator's name without namespace and dialect.
+
+    Args:
+        name: As its schema has it (`aten::view_copy`).
+    """
+    name = name.rpartition("::")[2].removesuffix("_copy")
     return _NAMES.get(name, name)

@@ -38,6 +38,8 @@ class ModelForm:
             graph.
         inner: Beside `run`, what shows values inside; None if it is a graph or shows none.
         against: Earlier form that it is compared with; None for the one before.
+        channels_last: Whether its images lie channels last. Of such a form and another one outputs
+            alone are compared.
     """
 
     name: str
@@ -45,11 +47,12 @@ class ModelForm:
     run: Callable[[int, Sequence[Any]], Sequence[Tensor]] | None = None
     inner: InnerValues | None = None
     against: str | None = None
+    channels_last: bool = False
 
-    @property
-    def shows_values(self) -> bool:
-        """Whether more is known of it than outputs."""
-        return self.graph is not None or self.inner is not None
+    def comparable_inside(self, before: "ModelForm") -> bool:
+        """Whether values inside can be compared with those of an earlier form."""
+        shown = self.graph is not None or self.inner is not None
+        return shown and before.graph is not None and self.channels_last == before.channels_last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +202,11 @@ def _strayed(pairs: Sequence[_Pair]) -> list[str]:
 
 
 def _matches(before: ModelForm, after: ModelForm) -> dict[Site, _Match]:
-    graph = after.inner.edge if after.inner is not None else after.graph
-    if before.graph is None or graph is None:
+    if not after.comparable_inside(before):
         return {}
+    graph = after.inner.edge if after.inner is not None else after.graph
+    assert before.graph is not None
+    assert graph is not None
     result = {}
     for site, (left, right) in matching_sites(before.graph, graph).items():
         same: fx.Node | None = left
@@ -362,7 +367,7 @@ def _rung(pair: _Pair) -> Rung:
         NodeParity(site=site, shape=pair.shapes[site], sqnr_db=powers.db, own_db=pair.own[site].db)
         for site, powers in pair.nodes.items()
     )
-    graph = pair.before.graph if pair.form.shows_values else None
+    graph = pair.before.graph if pair.form.comparable_inside(pair.before) else None
     layers = {} if graph is None else sites(graph)
     known = {match.source for site, match in pair.matches.items() if site in pair.nodes}
     return Rung(

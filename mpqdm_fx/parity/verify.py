@@ -13,7 +13,6 @@ from mpqdm_fx.backends.xnnpack.inner_values import InnerValues
 from mpqdm_fx.backends.xnnpack.runner import sorted_entries
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.calling import example_call, example_inputs
-from mpqdm_fx.graph.nested import tensors_of
 from mpqdm_fx.io import progress
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.folders import check_target
@@ -74,8 +73,8 @@ def verify(
     values a copy of it shows. Each is compared with the one before; the program of a model with
     dynamic ranges with `decomposed`, because the two between name one range per tensor where the
     kernels have one per row. Between `decomposed` and a program of the backend `lowbit` there is
-    one rung: own operators by their references in Python (`mixed`). Of it and of such a program
-    outputs alone are compared.
+    one rung: own operators by their references in Python (`mixed`). Its images lie channels last,
+    so of it outputs alone are compared; the program's values are compared with its.
 
     The inputs, the float model's outputs and the thresholds lie in the folder
     (`parity.safetensors`, `parity.json`).
@@ -225,8 +224,6 @@ def _measure(
             notes.append(f"there is no {PROGRAM}: the ladder ends with the fake-quantized graph")
         else:
             forms += _program_forms(lowered, quantized, stack)
-            if forms[-1].inner is None:
-                notes.append("of a program with own kernels outputs alone are compared")
         return measure(forms, inputs, notes=notes, stability=stability)
 
 
@@ -234,20 +231,22 @@ def _program_forms(
     lowered: _Lowered, quantized: QuantizedModel, stack: contextlib.ExitStack
 ) -> list[ModelForm]:
     """The forms on the way to a program, and the program; its files are open as long as `stack`."""
-    graphs, inner = lowered.graphs, None
+    graphs = lowered.graphs
     mixed = getattr(graphs, "mixed", None)
     forms = [ModelForm(name="decomposed", graph=graphs.decomposed)]
     if mixed is None:
         forms.append(ModelForm(name="converted", graph=graphs.converted))
         forms.append(ModelForm(name="edge", graph=graphs.edge))
-        path, weights = stack.enter_context(program_files(lowered.folder))
-        inner = InnerValues(path, weights, graphs.edge)
     else:
-        forms.append(ModelForm(name="mixed", run=lambda _, inputs: tensors_of(mixed(*inputs))))
+        forms.append(ModelForm(name="mixed", graph=mixed, channels_last=True))
     dynamic = any(isinstance(a, DynamicActivation) for a in quantized.ranges.values())
-    against = "decomposed" if dynamic or mixed is not None else None
+    path, weights = stack.enter_context(program_files(lowered.folder))
     program = ModelForm(
-        name="pte", run=lambda _, inputs: lowered.runner(*inputs), inner=inner, against=against
+        name="pte",
+        run=lambda _, inputs: lowered.runner(*inputs),
+        inner=InnerValues(path, weights, graphs.edge),
+        against="decomposed" if dynamic and mixed is None else None,
+        channels_last=mixed is not None,
     )
     return [*forms, program]
 

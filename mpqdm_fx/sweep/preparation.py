@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from mpqdm_fx.bits.activation_choice import choose_activations, options_of
 from mpqdm_fx.bits.activation_costs import ActivationCosts
-from mpqdm_fx.bits.allocate import Limits
+from mpqdm_fx.bits.allocate import Limits, layer_limits
 from mpqdm_fx.bits.noise_groups import NoiseGroups
 from mpqdm_fx.bits.probed_parts import probed_parts
 from mpqdm_fx.bits.probes import SAMPLES, GradientWatch, OutputEnergies, output_energies
@@ -87,6 +87,7 @@ class _Probes:
                 seed=self.settings.seed,
                 groups=self.groups,
                 watch=watch,
+                skipped=layer_limits(self.graph_module, self.settings).skipped,
             )
         return self._energies
 

@@ -153,23 +153,63 @@ def test_the_graph_is_left_as_it_was(scalar_graph):
 class Cut(nn.Module):
     """A layer that the output is computed from, behind a step without gradient."""
 
-    def __init__(self):
+    def __init__(self, cut):
         super().__init__()
-        self.used, self.cut = nn.Linear(3, 2), nn.Linear(3, 2)
+        self.used, self.cut, self.by = nn.Linear(3, 2), nn.Linear(3, 2), cut
 
     def forward(self, x):
-        return self.used(x) + self.cut(x).detach()
+        return self.used(x) + self.by(self.cut(x))
 
 
-def test_a_layer_that_reaches_the_output_without_gradient_is_refused_by_name():
+class StraightThrough(nn.Module):
+    """A vector quantizer as it is written for training."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.codes = nn.Linear(3, 2), nn.Embedding(5, 2)
+
+    def forward(self, x):
+        z = self.encode(x)
+        distances = (z[..., None, :] - self.codes.weight).square().sum(-1)
+        nearest = self.codes(distances.argmin(-1))
+        return (z + (nearest - z).detach()).tanh()
+
+
+def test_gradients_pass_what_is_detached():
     calls = [{"x": torch.randn(4, 3)}]
-    with pytest.raises(CalibrationError, match=r"cut: it reaches the output, but no gradient"):
-        output_energies(trace(Cut(), calls[0]), calls)
+    torch.manual_seed(0)
+    detached = trace(Cut(torch.Tensor.detach), calls[0])
+    torch.manual_seed(0)
+    plain = trace(Cut(torch.Tensor.contiguous), calls[0])
+    expected, found = (output_energies(graph, calls).channels for graph in (plain, detached))
+    for name in ("used", "cut"):
+        assert torch.equal(expected[name], found[name])
+
+
+def test_both_sides_of_a_straight_through_estimator_have_energies():
+    calls = [{"x": torch.randn(64, 3)}]
+    model = StraightThrough()
+    energies = output_energies(trace(model, calls[0]), calls).channels
+    z = model.encode(calls[0]["x"])
+    indices = (z[:, None] - model.codes.weight).square().sum(-1).argmin(-1)
+    slope = (1 - model.codes(indices).tanh().square()).square().double()
+    torch.testing.assert_close(energies["encode"], slope.mean(0), rtol=1e-5, atol=0)
+    by_code = torch.zeros(5, 2).double().index_add(0, indices, slope) / 64
+    torch.testing.assert_close(energies["codes"], by_code, rtol=1e-5, atol=0)
+
+
+def test_a_layer_that_reaches_the_output_in_steps_alone_is_refused_by_name_or_skipped():
+    calls = [{"x": torch.randn(4, 3)}]
+    graph = trace(Cut(lambda y: (y > 0).float()), calls[0])
+    with pytest.raises(CalibrationError, match=r"cut: .* no gradient .*\"cut\", \"skip\": True"):
+        output_energies(graph, calls)
+    energies = output_energies(graph, calls, skipped=("cut",)).channels
+    torch.testing.assert_close(energies["used"], torch.ones(2).double())
 
 
 def test_a_layer_that_nothing_reads_has_no_energy():
     calls = [{"x": torch.randn(4, 3)}]
-    graph_module = trace(Cut(), calls[0])
+    graph_module = trace(Cut(torch.Tensor.detach), calls[0])
     (output,) = graph_module.graph.find_nodes(op="output")
     (used,) = (node for node in graph_module.graph.nodes if node.target == "used")
     output.replace_input_with(output.all_input_nodes[0], used)

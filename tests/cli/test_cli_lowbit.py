@@ -116,7 +116,10 @@ def test_verify_holds_the_program_to_the_operators_in_python(folder):
     assert status == 0, text
     rungs = json.loads(text)["rungs"]
     assert [rung["name"] for rung in rungs] == ["float", "quantized", "decomposed", "mixed", "pte"]
-    assert rungs[-1]["against"] == "decomposed"
+    assert rungs[-1]["against"] == "mixed"
+    own = set(json.loads((folder / "summary.json").read_text())["program"]["own_layers"])
+    inside = {node["module"] for node in rungs[-1]["nodes"]}
+    assert own <= inside
 
 
 def test_the_doctor_judges_a_folder_as_it_was_made_or_is_asked(folder):

@@ -82,8 +82,11 @@ def lower_lowbit(
             rounded, example_inputs, ranges, kernels=kernels, cpu=cpu, four_bit=four_bit
         )
         methods = {FORWARD: method}
-        result = _write(methods, Path(path), stage, max_delegates, external_weights)[FORWARD]
-    return replace(result, graphs=LowbitGraphs.of_method(method)) if keep_graphs else result
+        edges: list[fx.GraphModule] | None = [] if keep_graphs else None
+        result = _write(methods, Path(path), stage, max_delegates, external_weights, edges=edges)[
+            FORWARD
+        ]
+    return replace(result, graphs=LowbitGraphs.of_method(method, edges[0])) if edges else result
 
 
 def lower_lowbit_methods(
@@ -139,6 +142,8 @@ def _write(
     stage: Stages,
     max_delegates: int | None,
     external_weights: bool,
+    *,
+    edges: list[fx.GraphModule] | None = None,
 ) -> dict[str, LowbitProgram]:
     for method in methods.values():
         method.expected.check(path, _by_references(method), method.output_scale)
@@ -162,6 +167,7 @@ def _write(
         external_weights=external_weights,
         execute=execute_method if runs else _in_python,
         inspect=count,
+        edges=edges,
     )
     return {
         name: LowbitProgram.of(program, methods[name], borders[name], executed=runs)

@@ -10,6 +10,8 @@ from torch import fx
 from mpqdm_fx.backends.lowbit.costs import Cpu
 from mpqdm_fx.backends.lowbit.layers import Kernels
 from mpqdm_fx.backends.lowbit.method import LowbitMethod
+from mpqdm_fx.backends.pt2e import export_graph
+from mpqdm_fx.backends.xnnpack.edge import edge_graph
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.backends.xnnpack.road import RoadGraphs
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
@@ -23,18 +25,27 @@ class LowbitGraphs(RoadGraphs):
     """What `lower_lowbit` goes through.
 
     Attributes:
-        mixed: With own operators in the place of layers, by their references in Python. Its values
-            lie channels last: node by node it is comparable with no other graph.
+        mixed: With own operators in the place of layers, by their references in Python. Its images
+            lie channels last: node by node it is comparable with `edge` alone.
+        edge: In ExecuTorch's edge operators, as the partitioner is given it.
     """
 
     mixed: fx.GraphModule
+    edge: fx.GraphModule
 
     @classmethod
-    def of_method(cls, method: LowbitMethod) -> Self:
-        """The graphs of a method that is ready for lowering."""
+    def of_method(cls, method: LowbitMethod, edge: fx.GraphModule) -> Self:
+        """The graphs of a method that was lowered.
+
+        Args:
+            method: The method.
+            edge: Its edge graph.
+        """
         assert method.quantized is not None
         assert method.prepared is not None
-        return cls(decomposed=method.quantized, mixed=method.prepared, inputs=method.inputs)
+        return cls(
+            decomposed=method.quantized, mixed=method.prepared, edge=edge, inputs=method.inputs
+        )
 
     @classmethod
     def of(
@@ -59,4 +70,5 @@ class LowbitGraphs(RoadGraphs):
             method = LowbitMethod(
                 rounded, example_inputs, ranges, kernels=kernels, cpu=cpu, four_bit=four_bit
             )
-        return cls.of_method(method)
+            edge = edge_graph(export_graph(method.lowered, method.inputs))
+        return cls.of_method(method, edge)

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from mpqdm_fx.backends.xnnpack.delegate_graph import DelegateGraph, DelegateNode, DelegateValue
 from mpqdm_fx.backends.xnnpack.event_dump import recorded, recording_bytes
 from mpqdm_fx.backends.xnnpack.flat_json import PROGRAM, double_of
+from mpqdm_fx.backends.xnnpack.kernel_calls import KernelCall, kernel_call, nodes_of_calls
 from mpqdm_fx.backends.xnnpack.runner import flat_inputs, program_dtype
 from mpqdm_fx.errors import LoweringError
 from mpqdm_fx.graph.operators import operator_name
@@ -74,7 +75,7 @@ class InnerValues:
         self._handles: dict[tuple[int, str], list[fx.Node]] = defaultdict(list)
         for node in edge.graph.nodes:
             op = operator_name(node)
-            if op is not None:
+            if op is not None and isinstance(node.meta.get("val"), Tensor):
                 self._handles[node.meta.get("debug_handle", -1), op].append(node)
         self._permutes = _permutes(self._handles)
         contents = _Contents(self._data, self._permutes)
@@ -130,21 +131,18 @@ class InnerValues:
         return result
 
     def _outside(self, contents: "_Contents") -> dict[fx.Node, tuple[_Place, HeldValue]]:
-        """Nodes that kernels compute: the k-th call of an operator is the k-th node left."""
+        """Nodes that kernels compute."""
         inside = {n.handle for graph in contents.delegates.values() for n in graph.nodes}
-        left: dict[str, list[fx.Node]] = defaultdict(list)
-        for (handle, op), nodes in self._handles.items():
-            if handle not in inside:
-                left[op] += nodes
-        calls: dict[str, list[int]] = defaultdict(list)
-        for instruction, name in contents.kernels.items():
-            calls[name].append(instruction)
+        left = [
+            node
+            for (handle, _), nodes in self._handles.items()
+            if handle not in inside
+            for node in nodes
+        ]
         held = HeldValue(clamped=False, codes=None)
         return {
-            node: (_Place(instruction=instruction, number=None), held)
-            for op, nodes in left.items()
-            if len(nodes) == len(calls[op])
-            for node, instruction in zip(nodes, calls[op], strict=True)
+            node: (_Place(instruction=number, number=None), held)
+            for node, number in nodes_of_calls(self.edge, left, contents.kernels).items()
         }
 
     def _shown(self, nodes: Collection[fx.Node]) -> tuple["_Contents", bytes]:
@@ -161,7 +159,7 @@ class _Contents:
     Attributes:
         plan: Its method's plan.
         delegates: XNNPACK's delegates by the instruction that calls them.
-        kernels: Names of operators by the instruction that calls them.
+        kernels: Calls of kernels by instruction.
     """
 
     def __init__(self, data: bytes, permutes: Collection[tuple[int, tuple[int, ...]]]) -> None:
@@ -172,7 +170,7 @@ class _Contents:
         _restore_doubles(program, data)
         self.plan = next(p for p in program.execution_plan if p.name == _METHOD)
         self.delegates: dict[int, DelegateGraph] = {}
-        self.kernels: dict[int, str] = {}
+        self.kernels: dict[int, KernelCall] = {}
         self._shown: list[int] = []
         calls = Counter(
             getattr(i.instr_args, "delegate_index", None) for i in self.plan.chains[0].instructions
@@ -180,7 +178,7 @@ class _Contents:
         for number, instruction in enumerate(self.plan.chains[0].instructions):
             call = instruction.instr_args
             if hasattr(call, "op_index"):
-                self.kernels[number] = _name(self.plan.operators[call.op_index].name)
+                self.kernels[number] = kernel_call(program, self.plan, call)
             elif hasattr(call, "delegate_index") and calls[call.delegate_index] == 1:
                 delegate = self.plan.delegates[call.delegate_index]
                 if delegate.id == _BACKEND:
@@ -293,10 +291,6 @@ def _shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     """A tensor in a shape that differs in axes of size one alone; None if it is another one."""
     sizes = ([size for size in side if size != 1] for side in (tensor.shape, shape))
     return tensor.reshape(shape) if next(sizes) == next(sizes) else None
-
-
-def _name(operator: str) -> str:
-    return operator.rpartition("::")[2].removesuffix("_copy")
 
 
 def _permutes(
