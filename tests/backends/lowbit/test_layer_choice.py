@@ -74,7 +74,9 @@ def test_memory_takes_all_that_fits(net):
 def test_auto_takes_what_is_faster(net):
     choice = choose_layers(*net, kernels="auto", cpu="avx2")
     assert choice.own == ("fits", "odd")
-    assert choice.left["wide"] == "own kernels would take 1.69 times as long on avx2"  # 8 bits
+    assert choice.left["wide"] == (
+        "own kernels would take 0.99 of the time on avx2: too small a gain"  # 8 bits
+    )
     assert "2 rows" in choice.left["few"]
     assert choose_layers(*net).own == choice.own
 
@@ -121,8 +123,8 @@ def test_time_between_two_measured_widths_is_between_their_times(bits, widths):
 
 def test_time_of_a_measured_shape_and_of_mixed_widths():
     where = {"kernel": 3, "channels": 320, "rows": 4096}
-    assert relative_time("avx2", **where, widths=[4]) == 0.60
-    assert relative_time("avx2", **where, widths=[2, 4]) == pytest.approx(0.59)
+    assert relative_time("avx2", **where, widths=[4]) == 0.64
+    assert relative_time("avx2", **where, widths=[2, 4]) == pytest.approx(0.635)
     # the nearest shape answers
-    assert relative_time("avx2", kernel=3, channels=300, rows=3000, widths=[4]) == 0.60
-    assert relative_time("avx2", kernel=1, channels=1280, rows=1, widths=[3]) == 1.75
+    assert relative_time("avx2", kernel=3, channels=300, rows=3000, widths=[4]) == 0.64
+    assert relative_time("avx2", kernel=1, channels=1280, rows=1, widths=[3]) == 2.53
