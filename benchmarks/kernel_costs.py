@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from cpu_features import hide_dot_products
+from machine import hide_dot_products
 from torch import Tensor, nn
 
 from mpqdm_fx import MPQConfig, quantize

@@ -1,4 +1,4 @@
-"""Lower a UNet of Stable Diffusion 1.5's size to XNNPACK on a small machine, and run a step.
+"""Lower a UNet of Stable Diffusion 1.5's size on a small machine, and run a step.
 
     python benchmarks/large_phone.py --directory large_phone
     python benchmarks/large_phone.py --directory try --narrower 4      # a quick try
@@ -22,22 +22,25 @@ from typing import Any
 
 import torch
 from large_unet import calls, model, peak_gib
+from machine import anonymous_bytes
 
 from mpqdm_fx import MPQConfig, quantize
+from mpqdm_fx.backends.lowbit.lower import lower_lowbit
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack, lower_xnnpack_float
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.passes import NORMALIZE
 from mpqdm_fx.passes.base import Pipeline
 
-#: Bits of a weight, its levels and kind of activations; None is the float program. XNNPACK stores
-#: four-bit levels at four bits in linear layers and 1x1 convolutions of dynamic activations.
-FORMS: Mapping[str, tuple[int, str, str] | None] = {
+#: Bits of a weight, its levels, kind of activations and backend; None is the float program. XNNPACK
+#: stores four-bit levels at four bits in linear layers and 1x1 convolutions of dynamic activations.
+FORMS: Mapping[str, tuple[int, str, str, str] | None] = {
     "fp32": None,
-    "W8A8-static": (8, "uniform", "static"),
-    "W8A8-dynamic": (8, "uniform", "dynamic"),
-    "W4A8-static": (4, "uniform", "static"),
-    "W4A8-dynamic": (4, "int4", "dynamic"),
+    "W8A8-static": (8, "uniform", "static", "xnnpack"),
+    "W8A8-dynamic": (8, "uniform", "dynamic", "xnnpack"),
+    "W4A8-static": (4, "uniform", "static", "xnnpack"),
+    "W4A8-dynamic": (4, "int4", "dynamic", "xnnpack"),
+    "W3A8-own": (3, "uniform", "dynamic", "lowbit"),
 }
 
 
@@ -69,7 +72,10 @@ def lower_form(form: str, path: Path, narrower: int) -> dict[str, Any]:
         del unet, quantized
         quantized_at, before = time.perf_counter(), peak_gib()
         print(f"{form}: quantized, peak {before:.1f} GiB", flush=True)
-        program = lower_xnnpack(graph, ranges, data[-1], path)
+        if chosen[3] == "lowbit":
+            program = lower_lowbit(graph, ranges, data[-1], path, kernels="memory")
+        else:
+            program = lower_xnnpack(graph, ranges, data[-1], path)
     facts = program.to_dict()
     facts["inputs"] = facts["outputs"] = None
     seconds = time.perf_counter() - quantized_at
@@ -81,7 +87,7 @@ def run_form(path: Path, steps: int, threads: int) -> dict[str, Any]:
     from executorch.extension.pybindings import portable_lib
 
     portable_lib._unsafe_reset_threadpool(threads)
-    idle = peak_gib()
+    idle, before = peak_gib(), anonymous_bytes()
     start = time.perf_counter()
     runner = XnnpackRunner(path)
     loaded = time.perf_counter() - start
@@ -95,6 +101,7 @@ def run_form(path: Path, steps: int, threads: int) -> dict[str, Any]:
         "first_step_seconds": taken[0],
         "step_seconds": statistics.median(taken[1:]),
         "running_peak_gib": peak_gib() - idle,
+        "running_anonymous_gib": (anonymous_bytes() - before) / 2**30,
         "threads": threads,
     }
 

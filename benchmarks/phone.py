@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_features import hide_dot_products
 from diffusers import UNet2DModel
+from machine import anonymous_bytes, hide_dot_products
 from phone_peers import PEERS, file_bytes, open_peer
 from torch import Tensor
 
@@ -207,17 +207,9 @@ def print_memory(path: Path) -> None:
         from executorch.extension.pybindings import portable_lib  # noqa: F401
     else:
         __import__({".onnx": "onnxruntime", ".xml": "openvino"}[path.suffix])
-    before = _anonymous()
+    before = anonymous_bytes()
     peak = peak_rise(step)
-    print(peak / 2**20, (_anonymous() - before) / 2**20)
-
-
-def _anonymous() -> int:
-    """Bytes of this process's memory that are no file's."""
-    for line in Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines():
-        if line.startswith("Anonymous:"):
-            return 1024 * int(line.split()[1])
-    raise OSError("/proc/self/smaps_rollup has no anonymous pages")
+    print(peak / 2**20, (anonymous_bytes() - before) / 2**20)
 
 
 def open_peers(

@@ -1,10 +1,10 @@
-"""Hide int8 dot products from XNNPACK and from our own kernels, to time both as on an older CPU."""
+"""What benchmarks ask of this machine: int8 dot products hidden, as on an older CPU; memory."""
 
 import ctypes
 import os
 from pathlib import Path
 
-__all__ = ["hide_dot_products"]
+__all__ = ["anonymous_bytes", "hide_dot_products"]
 
 #: Neighbours in cpuinfo's record of x86 features, with their names in /proc/cpuinfo.
 _FEATURES = (
@@ -39,6 +39,14 @@ def hide_dot_products() -> None:
         if name.startswith("avx512") or name == "avx_vnni":
             record[start + position] = 0
     os.environ["MPQDM_KERNELS"] = "avx2"
+
+
+def anonymous_bytes() -> int:
+    """Bytes of this process's memory that are no file's."""
+    for line in Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines():
+        if line.startswith("Anonymous:"):
+            return 1024 * int(line.split()[1])
+    raise OSError("/proc/self/smaps_rollup has no anonymous pages")
 
 
 def _flags() -> set[str]:
