@@ -22,7 +22,7 @@ from mpqdm_fx.capture.trace import same_bits, trace
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.layers import weight_layers
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "graph"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from model_zoo import ALL
 from zoo_base import Case
 

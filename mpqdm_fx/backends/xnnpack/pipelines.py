@@ -16,6 +16,7 @@ from mpqdm_fx.backends.xnnpack.passes.reshape_unit_axes import ReshapeUnitAxes
 from mpqdm_fx.backends.xnnpack.passes.slice_chunks import SliceChunks
 from mpqdm_fx.backends.xnnpack.passes.unshare_dequantize import UnshareDequantize
 from mpqdm_fx.backends.xnnpack.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
+from mpqdm_fx.backends.xnnpack.passes.view_means import ViewMeans
 from mpqdm_fx.passes.base import Pipeline
 from mpqdm_fx.passes.normalize.normalize_padding import NormalizePadding
 
@@ -33,6 +34,7 @@ DECOMPOSE = Pipeline(
         DecomposeAttention(),
         DecomposeGroupNorm(),
         DecomposeLayerNorm(),
+        ViewMeans(),
         DecomposeUpsample(),
         FloatScalars(),
         DivideReciprocals(),

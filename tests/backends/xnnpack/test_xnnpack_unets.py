@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from rounded_nets import measured_ranges, round_to_grid
 from small import tiny_condition_unet, tiny_sdxl_unet
+from torch import fx
 
 from mpqdm_fx.backends.fit_channels import round_biases
 from mpqdm_fx.backends.torch_ao import ENGINES, lower_torch_ao
@@ -129,16 +130,49 @@ def test_unet_is_one_delegate_and_computes_the_graph(make, form, tmp_path):
         assert sqnr_db(graph(**inputs)[0], output) > program.reference_sqnr_db - 1
 
 
+class Values(fx.Interpreter):
+    """Keeps the values of all nodes."""
+
+    def __init__(self, graph, inputs):
+        super().__init__(graph)
+        self.values = {}
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        with torch.no_grad():
+            self.run(*[inputs[str(node.target)] for node in placeholders])
+
+    def run_node(self, n):
+        self.values[n] = super().run_node(n)
+        return self.values[n]
+
+
+def calls(graph, names):
+    nodes = graph.graph.find_nodes(op="call_module")
+    return {node.name: node for node in nodes if node.target in names}
+
+
 @pytest.mark.parametrize("make", [digits, oblong, condition, sdxl], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_torch_ao_is_bit_equal_to_the_fake_quantized_graph(make, engine):
+def test_layers_of_torch_ao_have_the_integers_of_the_fake_quantized_graph(make, engine):
+    # layer by layer: the norms between sum floats in an order that depends on layout and CPU, and
+    # one code on the other side of a tie changes all behind it
     graph, inputs = traced(make)
     graph, ranges = rounded_as("static", graph, inputs)
     graph = round_biases(graph, ranges)
     fake = QuantizeActivations(ranges=ranges)(graph).graph_module
-    with torch.no_grad():
-        expected, actual = (
-            fake(**inputs)[0],
-            lower_torch_ao(graph, ranges, inputs, engine)(**inputs)[0],
-        )
-    assert torch.equal(actual, expected)
+    engine_graph = lower_torch_ao(graph, ranges, inputs, engine)
+    before, after = Values(fake, inputs).values, Values(engine_graph, inputs).values
+    expected, actual = calls(fake, ranges), calls(engine_graph, ranges)
+    assert expected.keys() == actual.keys()
+    for name, call in actual.items():
+        like = after[call.args[0]]
+        layer = engine_graph.get_submodule(call.target)
+        read = before[expected[name].args[0]]
+        codes = torch.quantize_per_tensor(read, like.q_scale(), like.q_zero_point(), like.dtype)
+        (quantize,) = expected[name].users
+        (dequantize, *_) = quantize.users
+        assert torch.equal(codes.dequantize(), read)
+        written = layer(codes).dequantize()
+        step = quantize.args[1]
+        steps = (before[expected[name]] - written).abs() / step
+        assert steps[written != before[dequantize]].sub(0.5).abs().le(1e-4).all(), name
+        assert (written - before[dequantize]).abs().max() < 1.5 * step, name

@@ -18,6 +18,7 @@ from mpqdm_fx.backends.xnnpack.passes.slice_chunks import SliceChunks
 from mpqdm_fx.backends.xnnpack.passes.split_mixed_rows import SplitMixedRows
 from mpqdm_fx.backends.xnnpack.passes.unshare_dequantize import UnshareDequantize
 from mpqdm_fx.backends.xnnpack.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
+from mpqdm_fx.backends.xnnpack.passes.view_means import ViewMeans
 
 __all__ = [
     "CastEarly",
@@ -38,4 +39,5 @@ __all__ = [
     "SplitMixedRows",
     "UnshareDequantize",
     "UnshareDynamicQuantizers",
+    "ViewMeans",
 ]
