@@ -79,6 +79,7 @@ def test_a_stopped_run_says_so_and_leaves_nothing_half_written(
     assert {path.name for path in place.iterdir()} <= {"model", "out.checkpoint"}
 
 
+@pytest.mark.matrix
 def test_a_stopped_run_goes_on_with_resume(place, monkeypatch, capsys):
     words = [*QUANTIZE, "--output", "out"]
     assert stopped_in(monkeypatch, capsys, "sweep/solve.py", signal.SIGTERM, *words)[0] == 143

@@ -104,7 +104,7 @@ def test_runs_hold_what_the_model_was_given_and_answered(parts):
 
 
 @pytest.mark.parametrize(
-    "relation", ["none", "trd", pytest.param("queue", marks=pytest.mark.matrix)]
+    "relation", ["none", *(pytest.param(n, marks=pytest.mark.matrix) for n in ("trd", "queue"))]
 )
 def test_loss_falls_and_sizes_stay(quantized, relation):
     # the correction of the mean alone would lower the error
@@ -121,7 +121,7 @@ def test_loss_falls_and_sizes_stay(quantized, relation):
     "settings",
     [
         {"relation": "queue", "pixels": 16, "memory": 64, "on_policy": 0.5, "refresh": 4},
-        {"rounding": "stochastic"},
+        pytest.param({"rounding": "stochastic"}, marks=pytest.mark.matrix),
     ],
     ids=["queue", "stochastic"],
 )
@@ -253,6 +253,7 @@ def test_time_is_a_budget_too(quantized):
     assert result.history.seconds >= 2.0
 
 
+@pytest.mark.matrix
 def test_guided_runs_and_ancestral_schedulers_are_taken():
     model = tiny_condition_unet()
     calls = [

@@ -32,7 +32,9 @@ def _same(first, second):
     assert first.plan == second.plan
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "measured"])
+@pytest.mark.parametrize(
+    "allocation", ["uniform", pytest.param("measured", marks=pytest.mark.matrix)]
+)
 def test_a_run_that_was_killed_resumes_to_the_same_bits(unet, tmp_path, allocation):
     graph, calls = unet
     settings = settings_of(allocation=allocation)
