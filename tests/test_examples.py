@@ -38,6 +38,7 @@ def test_an_example_runs_as_written_and_says_what_it_should(example, tmp_path):
 @pytest.mark.xnnpack
 def test_the_strangers_model_becomes_a_program(tmp_path):
     """Downloads a wheel of 42 MB; takes minutes."""
+    pytest.importorskip("onnx", reason="reads the model's file: pip install -e '.[bench]'")
     example, program = ROOT / "examples" / "stranger.py", tmp_path / "terrain.pte"
     options = ["--weights", "8", "--runs", "2", "--output", str(program)]
     result = subprocess.run(

@@ -1,6 +1,7 @@
 """The documentation's pages: what they show runs, what they name is there."""
 
 import ast
+import contextlib
 import importlib
 import re
 import shlex
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from kernel_package import kernels_installed
 from typer.testing import CliRunner
 
 import mpqdm_fx
@@ -17,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 # a downloaded pipeline; tests/pipelines runs the same with a tiny one
 ELSEWHERE = {"PIPELINE"}
+# pages whose programs need the kernels' library
+OWN_KERNELS = {"low_bit_kernels"}
 # reports for other projects: their snippets are parts of programs
 REPORTS = {"upstream.md"}
 # what takes minutes on the page takes seconds here
@@ -86,10 +90,18 @@ def result(tmp_path_factory):
 @pytest.mark.parametrize(
     "page", _named([p for p in PAGES if _blocks(p, "python", "bash") and p.name not in REPORTS])
 )
-def test_every_block_of_a_page_runs_as_written(page, result, tmp_path, monkeypatch):
+def test_every_block_of_a_page_runs_as_written(
+    page, result, tmp_path, tmp_path_factory, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     if page.stem != "tutorial":
         (tmp_path / "out").symlink_to(result, target_is_directory=True)
+    kernels = tmp_path_factory.mktemp("kernels")
+    with kernels_installed(kernels) if page.stem in OWN_KERNELS else contextlib.nullcontext():
+        _run_blocks(page)
+
+
+def _run_blocks(page):
     names: dict[str, object] = {}
     for language, block in _blocks(page, "python", "bash"):
         if language == "python":
