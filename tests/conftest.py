@@ -38,3 +38,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Sums of convolutions depend on the number of threads; bit-equality is claimed at equal numbers.
 torch.set_num_threads(1)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of one file run in one process: what they share is made once, not once a process."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)

@@ -113,8 +113,8 @@ def test_wide_weights_stay_with_xnnpack_in_auto():
     left = prepared("plain", "auto", bits=8).choice.left
     blocks = [name for name in left if name.endswith((".conv1", ".conv2"))]
     assert len(blocks) == 6
-    times = [float(re.search(r"would take ([\d.]+) times", left[name])[1]) for name in blocks]
-    assert min(times) > 1.3
+    times = [float(re.search(r"would take ([\d.]+) ", left[name])[1]) for name in blocks]
+    assert min(times) > 0.95
 
 
 def test_without_own_layers_the_road_is_xnnpack_s():
