@@ -7,6 +7,7 @@ time; nightly (1000, others every time), which belongs to the matrix.
 import os
 import signal
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -40,6 +41,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Tests of one file run in one process: what they share is made once, not once a process."""
     from xdist.scheduler import LoadFileScheduling

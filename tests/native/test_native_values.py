@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from node_values import node_values
 from rounded_nets import round_to_grid
-from torch import fx, nn
+from torch import nn
 from torch.nn import functional
 
 from mpqdm_fx.backends.lowbit.lower import lower_lowbit
@@ -64,7 +65,7 @@ def test_own_layers_compute_inside_what_their_references_do(net, tmp_path, apart
     shown = {site.module for site, (_, node) in layers.items() if node in inner.held}
     assert shown == set(ranges) - {"twice"}  # its calls read the same weights
     _, values = inner.run(tuple(inputs.values()), inner.held)
-    expected = values_of(mixed, tuple(inputs.values()))
+    expected = node_values(mixed, tuple(inputs.values()))
     compared = [
         sqnr_db(expected[left], values[right])
         for left, right in pairs.values()
@@ -72,15 +73,3 @@ def test_own_layers_compute_inside_what_their_references_do(net, tmp_path, apart
     ]
     assert len(compared) > len(shown)
     assert min(compared) > 100
-
-
-def values_of(graph, inputs):
-    class Keep(fx.Interpreter):
-        def run_node(self, n):
-            kept[n] = super().run_node(n)
-            return kept[n]
-
-    kept = {}
-    with torch.no_grad():
-        Keep(graph).run(*inputs)
-    return kept

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from node_values import node_values
 from rounded_nets import Attention, MovedOutput, Residual, SharedOutput, rounded, widen_inputs
-from torch import fx, nn
+from torch import nn
 from torch.nn import functional
 
 from mpqdm_fx.backends.xnnpack.inner_values import InnerValues
@@ -76,18 +77,6 @@ def lowered(net, folder, mode):
     return program, tuple(inputs.values())
 
 
-def values_of(graph, inputs):
-    class Keep(fx.Interpreter):
-        def run_node(self, n):
-            kept[n] = super().run_node(n)
-            return kept[n]
-
-    kept = {}
-    with torch.no_grad():
-        Keep(graph).run(*inputs)
-    return kept
-
-
 CASES = [
     pytest.param(Residual(), "static", id="residual, static"),
     pytest.param(Residual(), "dynamic", id="residual, dynamic"),
@@ -118,7 +107,7 @@ def test_every_value_is_that_of_its_node(net, mode, tmp_path):
     for ours, own in zip(outputs, XnnpackRunner(program.path)(*inputs), strict=True):
         assert torch.equal(ours, own)
     assert program.path.read_bytes() == written
-    expected = values_of(program.graphs.edge, inputs)
+    expected = node_values(program.graphs.edge, inputs)
     # per-tensor ranges of the edge graph stand for those per row that dynamic kernels have
     least = 25 if mode in ("dynamic", "mixed") else 80
     for node, value in values.items():

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from diffusers import UNet2DModel
+from node_values import node_values
 from rounded_nets import measured_ranges, round_to_grid
 from small import tiny_condition_unet, tiny_sdxl_unet
-from torch import fx
 
 from mpqdm_fx.backends.fit_channels import round_biases
 from mpqdm_fx.backends.torch_ao import ENGINES, lower_torch_ao
@@ -130,19 +130,8 @@ def test_unet_is_one_delegate_and_computes_the_graph(make, form, tmp_path):
         assert sqnr_db(graph(**inputs)[0], output) > program.reference_sqnr_db - 1
 
 
-class Values(fx.Interpreter):
-    """Keeps the values of all nodes."""
-
-    def __init__(self, graph, inputs):
-        super().__init__(graph)
-        self.values = {}
-        placeholders = graph.graph.find_nodes(op="placeholder")
-        with torch.no_grad():
-            self.run(*[inputs[str(node.target)] for node in placeholders])
-
-    def run_node(self, n):
-        self.values[n] = super().run_node(n)
-        return self.values[n]
+def arguments(graph, inputs):
+    return [inputs[str(node.target)] for node in graph.graph.find_nodes(op="placeholder")]
 
 
 def calls(graph, names):
@@ -160,7 +149,7 @@ def test_layers_of_torch_ao_have_the_integers_of_the_fake_quantized_graph(make, 
     graph = round_biases(graph, ranges)
     fake = QuantizeActivations(ranges=ranges)(graph).graph_module
     engine_graph = lower_torch_ao(graph, ranges, inputs, engine)
-    before, after = Values(fake, inputs).values, Values(engine_graph, inputs).values
+    before, after = (node_values(g, arguments(g, inputs)) for g in (fake, engine_graph))
     expected, actual = calls(fake, ranges), calls(engine_graph, ranges)
     assert expected.keys() == actual.keys()
     for name, call in actual.items():
