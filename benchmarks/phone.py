@@ -12,6 +12,7 @@ kernels. Numbers go to `<directory>/result.json`.
 """
 
 import argparse
+import importlib
 import json
 import logging
 import statistics
@@ -206,7 +207,7 @@ def print_memory(path: Path) -> None:
     if path.suffix == ".pte":
         from executorch.extension.pybindings import portable_lib  # noqa: F401
     else:
-        __import__({".onnx": "onnxruntime", ".xml": "openvino"}[path.suffix])
+        importlib.import_module({".onnx": "onnxruntime", ".xml": "openvino"}[path.suffix])
     before = anonymous_bytes()
     peak = peak_rise(step)
     print(peak / 2**20, (anonymous_bytes() - before) / 2**20)
