@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from mpqdm_fx.graph.norms import constant
 from mpqdm_fx.graph.operators import operator_name, plain_name
 
 __all__ = ["KernelCall", "kernel_call", "nodes_of_calls"]
@@ -78,23 +79,13 @@ def nodes_of_calls(
 
 def _possible_calls(edge: fx.GraphModule, node: fx.Node) -> set[KernelCall]:
     """How a program may have a node: constants inside it, or in a file of their own."""
-    read = [n for n in node.all_input_nodes if n.op == "get_attr"]
-    constants = {str(n.target): _constant(edge, n) for n in read}
-    digests = tuple(_digest(_bytes(tensor)) for tensor in constants.values())
+    read = {str(n.target): constant(edge, n) for n in node.all_input_nodes if n.op == "get_attr"}
+    digests = tuple(
+        _digest(t.numpy(force=True).tobytes()) for t in read.values() if isinstance(t, Tensor)
+    )
     op = operator_name(node)
     assert op is not None
-    return {KernelCall(op=op, constants=known) for known in (digests, tuple(constants))}
-
-
-def _constant(edge: fx.GraphModule, node: fx.Node) -> Tensor:
-    path, _, name = str(node.target).rpartition(".")
-    value: Tensor = getattr(edge.get_submodule(path), name)
-    return value
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    data: bytes = tensor.detach().contiguous().cpu().numpy().tobytes()
-    return data
+    return {KernelCall(op=op, constants=known) for known in (digests, tuple(read))}
 
 
 def _digest(data: bytes) -> str:
