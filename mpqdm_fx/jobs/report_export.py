@@ -8,6 +8,7 @@ from mpqdm_fx.errors import ArtifactError, MPQError
 from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.schema import read_listed
 from mpqdm_fx.model.summary import SUMMARY
+from mpqdm_fx.pipelines.loops.loop import loop_class
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.pictures import DrawnPictures, draw_pictures
 from mpqdm_fx.pipelines.program_files import ProgramFiles
@@ -94,8 +95,8 @@ def _drawn(
     """Pictures, or why there are none."""
     if samples == 0:
         return None, "no samples were asked for (--samples 0)"
-    if inputs is None and programs.manifest["kind"] == "inpainting":
-        return None, "images to paint into are made for the float pipeline, which is not here"
+    if inputs is None and "image" in loop_class(programs.manifest["kind"]).needs:
+        return None, "pictures to start from are made for the float pipeline, which is not here"
     try:
         drawn = draw_pictures(programs.folder, samples, prompts=summary["prompts"], inputs=inputs)
     except ArtifactError as error:

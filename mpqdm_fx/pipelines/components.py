@@ -29,8 +29,8 @@ from mpqdm_fx.pipelines.conditions import (
     encode_prompts,
     with_numbers,
 )
+from mpqdm_fx.pipelines.families.registry import is_supported
 from mpqdm_fx.pipelines.folder import INDEX, load_model, load_pipeline, read_index
-from mpqdm_fx.pipelines.layout import SUPPORTED
 from mpqdm_fx.pipelines.parts import ImageDecoder
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.sources.denoisers import SOURCE, origin_of
@@ -182,7 +182,7 @@ class PipelineComponents:
         try:
             self._encode(self.prompts[:1])
         except ArtifactError as error:
-            if name in SUPPORTED:
+            if is_supported(name):
                 raise
             return f"the {name}'s text encoder cannot be used ({error})"
         halves = self._encoded[self.prompts[0]]

@@ -1,7 +1,7 @@
 """What a pipeline conditions its denoiser on: prompts, image sizes, and embedded guidance.
 
-One road for every calibration: `PipelineInputs` takes it for `export`, `PipelineComponents` for
-the denoiser alone.
+For a denoiser that is quantized alone, `PipelineComponents`; `export` runs the family's own loop,
+which makes the same of the same prompts.
 """
 
 import inspect
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mpqdm_fx.pipelines.runner import guidance_embedding, time_ids
+from mpqdm_fx.pipelines.loops.text_to_image import guidance_embedding, time_ids
 
 __all__ = ["Call", "Halves", "default_guidance", "encode_prompts", "with_numbers"]
 

@@ -149,9 +149,9 @@ def estimate_export(
 
 def _image_seconds(parts: Mapping[str, PartEstimate], inputs: PipelineInputs) -> float:
     """One picture in float."""
-    calls = inputs.steps * (2 if inputs.guided else 1)
-    once = (part.call_seconds for name, part in parts.items() if name != "denoiser")
-    return calls * parts["denoiser"].call_seconds + sum(once)
+    calls = inputs.steps * inputs.calls_per_step
+    stepped = {name for name, part in inputs.layout.parts.items() if part.stepped}
+    return sum(p.call_seconds * (calls if name in stepped else 1) for name, p in parts.items())
 
 
 def _part(
@@ -200,10 +200,10 @@ def _part(
 
 def _calls(part: Part, inputs: PipelineInputs) -> tuple[int, int]:
     """Calibration calls of a part, and rows of one."""
-    if part.name.startswith("text_encoder"):
+    if not part.sized:
         rows = 1 + len(inputs.prompts)
     elif part.stepped:
-        rows = inputs.trajectories * inputs.steps * (2 if inputs.guided else 1)
+        rows = inputs.trajectories * inputs.steps * inputs.calls_per_step
     else:
         return inputs.trajectories, 1
     batch = min(rows, inputs.batch_size)

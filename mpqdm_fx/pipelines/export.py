@@ -8,6 +8,7 @@ that a run that was killed goes on with them; the output appears whole.
 import inspect
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,8 +36,9 @@ from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.pipelines import picture_files, program_files, runner
 from mpqdm_fx.pipelines.finish_export import finish
 from mpqdm_fx.pipelines.layout import Layout, Size
+from mpqdm_fx.pipelines.loops.loop import Loop
 from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manifest
-from mpqdm_fx.pipelines.part_inputs import DenoiserCalls, PipelineInputs, inputs_of
+from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.part_numbers import kept_part
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import JudgedPart, quantize_part, write_programs
@@ -207,7 +209,7 @@ def export_pipeline(
     layout, guidance = inputs.layout, inputs.guidance
     if config is not None:
         check_feasible(
-            layout.unet, inputs.example("denoiser", chosen[0]), config,
+            layout.denoiser, inputs.example("denoiser", chosen[0]), config,
             sensitivity=run.sensitivity, max_memory=run.activation_memory,
             batch_size=min(batch_size, max(1, (trajectories - trajectories // 4) * steps)),
         )  # fmt: skip
@@ -272,7 +274,7 @@ def export_pipeline(
         for name, tokenizer in layout.tokenizers.items():
             tokenizer.save_pretrained(stage / name)
         layout.pipeline.scheduler.save_pretrained(stage / "scheduler")
-        for file, module in RUNNER.items():
+        for file, module in {**RUNNER, **_loop_files(layout.loop)}.items():
             (stage / file).write_text(_apart(module), encoding="utf-8")
         methods = [entry for record in records.values() for entry in record["methods"]]
         write = partial(
@@ -280,7 +282,7 @@ def export_pipeline(
             stage,
             layout,
             sizes=chosen,
-            defaults={"steps": steps, "guidance": guidance},
+            defaults={"steps": steps, "guidance": guidance, "numbers": inputs.numbers},
             methods=[compressed_entry(entry) for entry in methods] if compress else methods,
             parts={name: record["quality"] for name, record in records.items()},
             quantization=None if config is None else config.to_dict(),
@@ -343,6 +345,12 @@ def _schedule(scheduler: Any, steps: int) -> list[float]:
     return list(dict.fromkeys(timesteps.float().tolist()))
 
 
+def _loop_files(loop: type[Loop]) -> dict[str, ModuleType]:
+    """The files that define a loop and the loops that it is made from."""
+    modules = [sys.modules[base.__module__] for base in loop.__mro__ if issubclass(base, Loop)]
+    return {f"{module.__name__.rpartition('.')[2]}.py": module for module in modules}
+
+
 def _apart(module: ModuleType) -> str:
     """A module's text where its package is the folder that it lies in."""
     return re.sub(r"from mpqdm_fx\.(?:\w+\.)*(?=\w+ import)", "from ", inspect.getsource(module))
@@ -355,14 +363,15 @@ def _judge(
     bound: float,
     run: RunOptions,
 ) -> JudgedPart:
-    """Quantize one part; the denoiser as asked, the others if they stay good enough."""
+    """Quantize one part; what runs in every step as asked, the rest if it stays good enough."""
     if config is None:
         return JudgedPart(quantized=None, sqnr_db=None)
     logger.info("quantizing %s", part.name)
     if part.name != "denoiser":
-        side = replace(run, sensitivity=None)
-        return quantize_part(part, inputs.calls(part.name), config, bound=bound, run=side)
-    calls = DenoiserCalls(inputs.runs)
+        run = replace(run, sensitivity=None)
+    if not part.stepped:
+        return quantize_part(part, inputs.calls(part.name), config, bound=bound, run=run)
+    calls = inputs.runs.calls(part.name)
     quantized = quantize(part.module, config, calls, run=run)
     recorded = list(calls)
     held_out = [recorded[index] for index in calls.held_out_calls] or recorded

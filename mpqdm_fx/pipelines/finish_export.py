@@ -96,7 +96,7 @@ def _summarise(
     measured: Mapping[str, Any],
     drawn: DrawnPictures | None,
 ) -> dict[str, Any]:
-    calls = 2 if inputs.guided else 1
+    calls = inputs.calls_per_step
     parts = {
         part.name: {
             **manifest["parts"][part.name],
@@ -107,7 +107,6 @@ def _summarise(
         }
         for part in inputs.layout.parts.values()
     }
-    conditional = inputs.layout.kind != "unconditional"
     return {
         "pipeline": manifest["pipeline"],
         "bytes": sum(part["bytes"] for part in parts.values()),
@@ -116,14 +115,14 @@ def _summarise(
         "backend_denoiser_sqnr_db": None if drawn is None else drawn.backend_sqnr_db,
         "pictures": None if drawn is None else drawn.numbers().model_dump(),
         "calls_per_step": calls,
-        "milliseconds_per_step": _step(parts["denoiser"]["milliseconds"], calls),
+        "milliseconds_per_step": _step(parts, calls),
         "threads": torch.get_num_threads(),
         "parts": parts,
         "settings": manifest["quantization"],
         "size": list(inputs.size),
         "steps": inputs.steps,
         "guidance": inputs.guidance,
-        "prompts": list(inputs.prompts) if conditional else [],
+        "prompts": list(inputs.prompts) if inputs.takes_text else [],
         "trajectories": inputs.trajectories,
         "seed": inputs.seed,
         "versions": manifest["versions"],
@@ -158,8 +157,9 @@ def _programs(part: Part, manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _step(times: Mapping[str, float] | None, calls: int) -> dict[str, float] | None:
-    """Milliseconds of a step: guidance calls the denoiser twice."""
-    if times is None:
+def _step(parts: Mapping[str, Any], calls: int) -> dict[str, float] | None:
+    """Milliseconds of a step: every call of it runs all stepped parts."""
+    times = [part["milliseconds"] for part in parts.values() if part["calls_per_step"]]
+    if None in times:
         return None
-    return {form: times[form] * calls for form in ("float", "program")}
+    return {form: calls * sum(time[form] for time in times) for form in ("float", "program")}

@@ -90,7 +90,7 @@ def write_manifest(
         "version": VERSION,
         "versions": versions(),
         "pipeline": layout.class_name,
-        "kind": layout.kind,
+        "kind": layout.family.kind,
         "sizes": [list(size) for size in sizes],
         "latents": {"channels": layout.latent_channels, "scale": layout.scale},
         "defaults": dict(defaults),

@@ -9,54 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from mpqdm_fx.backends.xnnpack.compressed import drop_expansions
 from mpqdm_fx.graph.nested import tensor_leaves
-from mpqdm_fx.pipelines.memory import nested, part_peak
+from mpqdm_fx.pipelines.memory import part_peak
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.program_files import ProgramFiles
+from mpqdm_fx.pipelines.recorded import ModuleParts
 from mpqdm_fx.report.timing import time_per_step
 
-__all__ = ["FloatPrograms", "drop_expanded", "measure_parts"]
+__all__ = ["drop_expanded", "measure_parts"]
 
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 5  # timed calls: a step of a large pipeline takes seconds
-
-
-class FloatPrograms(ProgramFiles):
-    """The pipeline's own modules in the place of a folder's programs.
-
-    Args:
-        folder: An exported folder.
-        inputs: The pipeline that it was exported from, and how its parts are called.
-    """
-
-    def __init__(self, folder: Path, inputs: PipelineInputs) -> None:
-        super().__init__(folder)
-        self._inputs = inputs
-
-    def has(self, part: str, size: tuple[int, int] | None = None) -> bool:
-        """Whether the pipeline has a part; it computes nothing of the denoiser once per image."""
-        component = self._inputs.layout.parts.get(part)
-        return component is not None and component.sized == (size is not None)
-
-    def run(
-        self, part: str, size: tuple[int, int] | None, inputs: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Run a part as torch does; see `ProgramFiles.run`."""
-        component = self._inputs.layout.parts[part]
-        example = dict(tensor_leaves(self._inputs.example(part, size or self._inputs.size)))
-        call = {name: inputs[name] for name in example}
-        table = self.manifest["timesteps"]
-        if table is not None and component.stepped:
-            call["timestep"] = torch.tensor([table[int(call["timestep"])]])
-        with torch.no_grad():
-            outputs = pytree.tree_leaves(component.module(**nested(call)))
-        return dict(zip(component.outputs, outputs, strict=True))
 
 
 def measure_parts(
@@ -96,7 +63,7 @@ def _milliseconds(
 ) -> dict[str, float]:
     tensors = dict(tensor_leaves(dict(example)))
     size = inputs.size if part.sized else None
-    original = FloatPrograms(programs.folder, inputs)
+    original = ModuleParts(inputs.layout, programs.manifest["timesteps"])
     times = {}
     if part.sized and programs.has(part.name, None):
         once = tensors

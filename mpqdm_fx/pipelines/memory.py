@@ -18,6 +18,7 @@ from torch import Tensor
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.graph.nested import tensor_leaves
 from mpqdm_fx.io.peak_memory import measured_apart, peak_rise
+from mpqdm_fx.pipelines.families.controlnet import ControlResiduals
 from mpqdm_fx.pipelines.folder import load_part, part_class, read_index
 from mpqdm_fx.pipelines.parts import ImageDecoder, ImageEncoder, TextEncoder
 from mpqdm_fx.pipelines.program_files import ProgramFiles
@@ -28,6 +29,7 @@ __all__ = ["COMPONENTS", "main", "nested", "part_peak"]
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("text_encoder",),
     "text_encoder_2": ("text_encoder_2",),
+    "controlnet": ("controlnet",),
     "denoiser": ("unet",),
     "vae_decoder": ("vae", "vqvae"),
     "vae_encoder": ("vae",),
@@ -36,6 +38,7 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
 _WRAPPERS: Mapping[str, Callable[[Any], Any]] = {
     "text_encoder": TextEncoder,
     "text_encoder_2": TextEncoder,
+    "controlnet": ControlResiduals,
     "vae_decoder": ImageDecoder,
     "vae_encoder": ImageEncoder,
 }
@@ -66,7 +69,7 @@ def part_peak(
 
 
 def nested(named: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Keyword arguments of a part's module from tensors by dotted names."""
+    """Keyword arguments of a part's module from tensors by dotted names; numbers are places."""
     call: dict[str, Any] = {}
     for name, value in named.items():
         *path, last = name.split(".")
@@ -74,7 +77,16 @@ def nested(named: Mapping[str, Tensor]) -> dict[str, Any]:
         for key in path:
             place = place.setdefault(key, {})
         place[last] = value
-    return call
+    return {name: _with_tuples(value) for name, value in call.items()}
+
+
+def _with_tuples(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    entries = {key: _with_tuples(entry) for key, entry in value.items()}
+    if not all(key.isdecimal() for key in entries):
+        return entries
+    return tuple(entries[key] for key in sorted(entries, key=int))
 
 
 def main(arguments: list[str]) -> None:

@@ -137,24 +137,51 @@ class ImageDecoder(nn.Module):
 class ImageEncoder(nn.Module):
     """An image to mean and standard deviation of its latents, both in the scheduler's scale.
 
-    The program is deterministic; the runner draws `mean + std * noise` with its own generator.
+    The program is deterministic; the runner draws `mean + std * noise` with its own generator. A
+    tiny VAE's latents have no deviation.
 
     Args:
-        vae: `AutoencoderKL`.
+        vae: `AutoencoderKL` or `AutoencoderTiny`. Its `latents_mean` and `latents_std` are used if
+            it has both, as StableDiffusionXLImg2ImgPipeline does.
+        scaled: Whether latents are scaled as the scheduler's are.
     """
 
     #: Parameters of the other half.
     unread = ("vae.decoder.", "vae.post_quant_conv.")
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, *, scaled: bool = True) -> None:
         super().__init__()
         self.vae = vae
-        self.scale = float(vae.config.scaling_factor)
+        config = vae.config
+        self.scale = float(config.get("scaling_factor") or 1.0) if scaled else 1.0
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        self.mean: Tensor | None
+        self.std: Tensor | None
+        has_statistics = scaled and mean is not None and std is not None
+        self.register_buffer("mean", _channels(mean) if has_statistics else None)
+        self.register_buffer("std", _channels(std) if has_statistics else None)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what it returns."""
+        return ("mean", "std") if hasattr(self.vae, "quant_conv") else ("mean",)
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Encode images in -1..1 [B, 3, H, W] to mean and deviation, both [B, C, h, w]."""
-        posterior = self.vae.encode(image).latent_dist
-        return posterior.mean * self.scale, posterior.std * self.scale
+        encoded = self.vae.encode(image)
+        if not hasattr(encoded, "latent_dist"):
+            mean: Tensor = self._normalised(encoded.latents)
+            return mean
+        posterior = encoded.latent_dist
+        return self._normalised(posterior.mean), self._spread(posterior.std)
+
+    def _normalised(self, latents: Tensor) -> Tensor:
+        if self.mean is not None and self.std is not None:
+            return (latents - self.mean) * self.scale / self.std
+        return latents * self.scale
+
+    def _spread(self, deviation: Tensor) -> Tensor:
+        return deviation * self.scale if self.std is None else deviation * self.scale / self.std
 
 
 def _channels(values: Any) -> Tensor:

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpqdm_fx.numerics.metrics import ratio_db, sqnr_db
-from mpqdm_fx.pipelines.measure_parts import FloatPrograms
+from mpqdm_fx.pipelines.layout import Layout
+from mpqdm_fx.pipelines.loops.loop import Loop, Parts, Request
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs
 from mpqdm_fx.pipelines.program_files import ProgramFiles
+from mpqdm_fx.pipelines.recorded import ModuleParts
 from mpqdm_fx.pipelines.runner import PipelineRunner
 from mpqdm_fx.report.comparison import row_powers
 from mpqdm_fx.report.record import PictureNumbers
@@ -84,61 +86,64 @@ def draw_pictures(
     Raises:
         ArtifactError: A program cannot draw; says why.
     """
-    programs = _KeepingRunner(folder)
-    rows = {PROGRAMS: programs}
-    compared: _ComparedPrograms | None = None
+    runner = _KeepingRunner(folder)
+    rows: dict[str, Parts] = {PROGRAMS: runner.programs}
+    compared: _ComparedParts | None = None
     if inputs is not None:
-        compared = _ComparedPrograms(folder, inputs, programs.programs)
-        original = _KeepingRunner(folder)
-        original.programs = compared
-        rows = {FLOAT: original, PROGRAMS: programs}
-    conditional = programs.manifest["kind"] != "unconditional"
+        compared = _ComparedParts(inputs.layout, runner.programs)
+        rows = {FLOAT: compared, PROGRAMS: runner.programs}
+    conditional = "prompt" in runner.loop.needs
     shown = tuple(prompts[index % len(prompts)] for index in range(count)) if conditional else ()
     images: dict[str, list[Tensor]] = {name: [] for name in rows}
-    for name, runner in rows.items():
+    samples: dict[str, list[Tensor]] = {name: [] for name in rows}
+    for name, parts in rows.items():
         for index in range(count):
             logger.info("drawing picture %d of %d, %s", index + 1, count, name)
             picture_inputs = {} if inputs is None else inputs.picture(index)
             prompt = shown[index] if conditional else None
-            pixels = runner.sample(prompt, seed=EVALUATION_SEED + index, **picture_inputs)
+            request = runner.request(prompt, seed=EVALUATION_SEED + index, **picture_inputs)
+            pixels = runner.draw(request, parts)
             images[name].append(torch.from_numpy(pixels).permute(2, 0, 1) * 2 - 1)
+            samples[name].append(runner.sampled)
     return DrawnPictures(
-        samples={name: torch.cat(runner.samples) for name, runner in rows.items()},
+        samples={name: torch.cat(drawn) for name, drawn in samples.items()},
         images={name: torch.stack(drawn) for name, drawn in images.items()},
         prompts=shown,
-        steps=programs.manifest["defaults"]["steps"],
+        steps=runner.manifest["defaults"]["steps"],
         backend_sqnr_db=None if compared is None else ratio_db(*compared.powers.tolist()),
     )
 
 
 class _KeepingRunner(PipelineRunner):
-    """A runner that keeps what the scheduler ended with."""
+    """A runner that keeps what the scheduler ended with last.
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.samples: list[Tensor] = []
+    Attributes:
+        sampled: Float [1, C, h, w].
+    """
 
-    def _decoded(self, latents: Tensor, size: tuple[int, int]) -> NDArray[np.float32]:
-        self.samples.append(latents)
-        return super()._decoded(latents, size)
+    sampled: Tensor
+
+    def _decoded(self, loop: Loop, latents: Tensor, request: Request) -> NDArray[np.float32]:
+        self.sampled = latents
+        return super()._decoded(loop, latents, request)
 
 
-class _ComparedPrograms(FloatPrograms):
+class _ComparedParts(ModuleParts):
     """The pipeline in float, whose denoiser's calls the program answers too.
 
     Attributes:
         powers: Energy of the float denoiser's outputs and of the program's difference, float64 [2].
     """
 
-    def __init__(self, folder: Path, inputs: PipelineInputs, programs: ProgramFiles) -> None:
-        super().__init__(folder, inputs)
+    def __init__(self, layout: Layout, programs: ProgramFiles) -> None:
+        super().__init__(layout, programs.manifest["timesteps"])
         self._beside = programs
         self.powers = torch.zeros(2, dtype=torch.float64)
 
     def run(
         self, part: str, size: tuple[int, int] | None, inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Run a part as torch does; see `ProgramFiles.run`."""
+        """Run a part as torch does; see `Parts.run`."""
         outputs = super().run(part, size, inputs)
         if part == "denoiser":
             call: dict[str, Any] = dict(inputs)

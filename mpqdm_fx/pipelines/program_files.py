@@ -25,14 +25,15 @@ __all__ = [
     "VERSION",
     "ProgramFiles",
     "RunnerError",
+    "check_settings",
     "refusals",
 ]
 
 MANIFEST = "pipeline.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 FORMAT = "mpqdm_fx.pipeline"
-#: Of the manifest. Since version 4 it lists what compressed files expand to, and has a digest.
-VERSION = 4
+#: Of the manifest. Since version 5 the loop says what its settings are, and has numbers of its own.
+VERSION = 5
 
 _NUMBER = (int, float)
 _TENSOR = {"name": str, "shape": [int], "dtype": str}
@@ -45,13 +46,8 @@ _SHAPE: Mapping[str, Any] = {
     "kind": str,
     "sizes": [[int]],
     "latents": {"channels": int, "scale": int},
-    "defaults": {"steps": int, "guidance": _NUMBER},
-    "settings": {
-        "time_cond_proj_dim": (int, None),
-        "time_ids": bool,
-        "force_zeros_for_empty_prompt": bool,
-        "prediction_type": str,
-    },
+    "defaults": {"steps": int, "guidance": _NUMBER, "numbers": dict},
+    "settings": dict,
     "methods": [
         {
             "part": str,
@@ -317,12 +313,27 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def check_settings(settings: Mapping[str, Any], shape: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a manifest without what a loop must know.
+
+    Args:
+        settings: The manifest's.
+        shape: Names and types: a type, or a tuple of alternatives.
+        folder: The folder, for the message.
+
+    Raises:
+        ArtifactError: A setting is missing, too much, or of another type.
+    """
+    if not _fits(settings, shape):
+        raise ArtifactError(f"{folder / MANIFEST} is damaged: 'settings' is not what it should be")
+
+
 def _in_range(manifest: Mapping[str, Any]) -> bool:
     """Whether the numbers are such that nothing huge is made of them."""
     sizes, latents = manifest["sizes"], manifest["latents"]
-    width = manifest["settings"]["time_cond_proj_dim"]
     numbers = [side for size in sizes for side in size]
-    numbers += [*latents.values(), manifest["defaults"]["steps"], 4 if width is None else width]
+    numbers += [*latents.values(), manifest["defaults"]["steps"]]
+    whole = [value for value in manifest["settings"].values() if type(value) is int]
     specs = [
         spec for entry in manifest["methods"] for spec in (*entry["inputs"], *entry["outputs"])
     ]
@@ -331,7 +342,8 @@ def _in_range(manifest: Mapping[str, Any]) -> bool:
         and all(len(size) == 2 for size in sizes)
         and all(1 <= number <= LARGEST for number in numbers)
         and latents["channels"] * max(math.prod(size) for size in sizes) <= LARGEST**2
-        and (width is None or width >= 4)
+        and all(abs(value) <= LARGEST for value in whole)
+        and all(_fits(value, _NUMBER) for value in manifest["defaults"]["numbers"].values())
         and manifest["timesteps"] != []
         and all(spec["dtype"] in _SCALAR_TYPES for spec in specs)
     )

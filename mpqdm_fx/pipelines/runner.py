@@ -10,11 +10,10 @@ They need numpy, ExecuTorch's runtime, the scheduler (diffusers, with torch), th
 import argparse
 import copy
 import importlib
-import inspect
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +21,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from mpqdm_fx.errors import ArtifactError, first_line
 from mpqdm_fx.io.classes import diffusers_class
+from mpqdm_fx.pipelines.loops.loop import Loop, Number, Parts, Request, Spec, loop_class
 from mpqdm_fx.pipelines.picture_files import check_output, read_picture, write_picture
 from mpqdm_fx.pipelines.program_files import (
     LARGEST,
     SCHEDULER,
     ProgramFiles,
     RunnerError,
+    check_settings,
     refusals,
 )
 
-__all__ = ["PipelineRunner", "RunnerError", "guidance_embedding", "main", "time_ids"]
+__all__ = ["PipelineRunner", "RunnerError", "main"]
 
 logger = logging.getLogger(__name__)
-
-
-def time_ids(height: int, width: int) -> Tensor:
-    """Stable Diffusion XL's size conditions: original size, crop at the corner, target size.
-
-    Returns:
-        float32 [1, 6].
-    """
-    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
-
-
-def guidance_embedding(guidance: float, width: int) -> Tensor:
-    """What a model with distilled guidance gets instead of a second call (LCM).
-
-    The sinusoidal embedding of `1000 (guidance - 1)`, sines first, as diffusers computes it.
-
-    Returns:
-        float32 [1, width].
-    """
-    half = width // 2
-    step = np.log(np.float32(10000.0)) / np.float32(half - 1)
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -float(step))
-    angles = torch.tensor([[(guidance - 1) * 1000.0]], dtype=torch.float32) * frequencies
-    return functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
 class PipelineRunner:
@@ -79,7 +55,10 @@ class PipelineRunner:
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
         self.folder = Path(folder)
-        self.programs = ProgramFiles(folder, verify=verify)
+        self.programs: ProgramFiles = ProgramFiles(folder, verify=verify)
+        #: How the folder draws.
+        self.loop: type[Loop] = loop_class(self.manifest["kind"])
+        check_settings(self.manifest["settings"], self.loop.settings, self.folder)
         self._tokenizers: dict[str, Any] = {}
 
     @property
@@ -111,33 +90,18 @@ class PipelineRunner:
         self,
         prompt: str | None = None,
         *,
-        negative: str | None = None,
-        seed: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        image: Any = None,
-        mask: Any = None,
         scheduler: Any = None,
         callback: Callable[[int, int], None] | None = None,
+        **wanted: Any,
     ) -> NDArray[np.float32]:
         """Draw one image as float numbers.
 
         Args:
             prompt: What to draw; None for an unconditional model.
-            negative: What not to draw; used with guidance.
-            seed: Seed of the noise; the same numbers as diffusers with a CPU generator.
-            steps: Steps of the scheduler; default: those of the export.
-            guidance: Weight of classifier-free guidance; up to 1 switches it off, and halves the
-                work. Default: that of the export.
-            height: Height in pixels; height and width must be a size of the export.
-            width: Width in pixels.
-            image: For inpainting: uint8 [H, W, 3] or float in 0..1.
-            mask: For inpainting: [H, W], nonzero (uint8: from 128) where to draw.
             scheduler: Class name of a diffusers scheduler, or a scheduler, in place of the
                 folder's own.
             callback: Told the step's number and their count after each step.
+            **wanted: As of `request`.
 
         Returns:
             float32 [H, W, channels] in 0..1.
@@ -148,52 +112,89 @@ class PipelineRunner:
                 package is not installed.
             ArtifactError: A file of the folder is not what was written.
         """
-        defaults = self.manifest["defaults"]
-        steps = defaults["steps"] if steps is None else steps
-        guidance = defaults["guidance"] if guidance is None else guidance
-        size = self._size(height, width)
-        self._check_conditions(prompt, image, mask)
-        _check_numbers(steps, guidance, seed)
-        generator = torch.Generator().manual_seed(seed)
-        scheduler = self.scheduler(scheduler)
-        named = type(scheduler).__name__
-        with refusals(f"{named} has no schedule of {steps} steps"):
-            scheduler.set_timesteps(steps)
-            times = self._times(scheduler.timesteps)
-        if not hasattr(scheduler, "init_noise_sigma"):
-            raise RunnerError(
-                f"{named} has no init_noise_sigma: schedulers of flow matching are not supported; "
-                f"give one of noise or v-prediction, such as DDIMScheduler"
-            )
-        runs = [self._once(run) for run in self._conditions(prompt, negative, guidance, size)]
-        spec = self.manifest["latents"]
-        shape = (1, spec["channels"], *(side // spec["scale"] for side in size))
-        latents = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
-        extra = self._masked(image, mask, size, generator)
-        drawing = f"{named} cannot draw with this folder"
-        with refusals(drawing):
-            accepted = inspect.signature(scheduler.step).parameters
-        options = {"generator": generator} if "generator" in accepted else {}
-        for index, timestep in enumerate(scheduler.timesteps):
-            with refusals(drawing):
-                scaled = scheduler.scale_model_input(latents, timestep)
-            call = {"sample": torch.cat([scaled, *extra], dim=1), "timestep": times[index]}
-            noise, *plain = (
-                self.programs.run("denoiser", size, {**call, **run})["noise_pred"] for run in runs
-            )
-            if plain:
-                noise = plain[0] + guidance * (noise - plain[0])
-            with refusals(drawing):
-                latents = scheduler.step(noise, timestep, latents, return_dict=False, **options)[0]
-            if callback is not None:
-                callback(index + 1, len(scheduler.timesteps))
-        return self._decoded(latents, size)
+        return self.draw(self.request(prompt, **wanted), self.programs, scheduler, callback)
 
-    def _decoded(self, latents: Tensor, size: tuple[int, int]) -> NDArray[np.float32]:
+    def request(
+        self,
+        prompt: str | None = None,
+        *,
+        negative: str | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        image: Any = None,
+        mask: Any = None,
+        **numbers: float,
+    ) -> Request:
+        """What is to be drawn, checked.
+
+        Args:
+            prompt: What to draw; None for an unconditional model.
+            negative: What not to draw; used with guidance.
+            seed: Seed of the noise; the same numbers as diffusers with a CPU generator.
+            steps: Steps of the scheduler; default: those of the export.
+            guidance: Weight of classifier-free guidance; up to 1 switches it off, and saves its
+                calls. Default: that of the export.
+            height: Height in pixels; height and width must be a size of the export.
+            width: Width in pixels.
+            image: What a picture is drawn from or into, where the pipeline takes one: uint8
+                [H, W, 3] or float in 0..1.
+            mask: For inpainting: [H, W], nonzero (uint8: from 128) where to draw.
+            **numbers: What only this kind of pipeline takes; `loop.numbers` lists it, such as the
+                `strength` of image to image.
+
+        Raises:
+            RunnerError: As `sample`.
+        """
+        defaults = self.manifest["defaults"]
+        size = self._size(height, width)
+        self._check_conditions({"prompt": prompt, "image": image, "mask": mask})
+        request = Request(
+            prompt=prompt,
+            negative=negative,
+            size=size,
+            seed=seed,
+            steps=defaults["steps"] if steps is None else steps,
+            guidance=defaults["guidance"] if guidance is None else guidance,
+            image=None if image is None else _picture(image, size),
+            mask=None if mask is None else _area(mask, size),
+            numbers=self._numbers(numbers),
+        )
+        _check_numbers(request)
+        return request
+
+    def draw(
+        self,
+        request: Request,
+        parts: Parts,
+        scheduler: Any = None,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> NDArray[np.float32]:
+        """Draw what was asked for with these programs, or with what stands in their place.
+
+        Args:
+            request: What is asked for, checked.
+            parts: What runs.
+            scheduler: As of `sample`.
+            callback: As of `sample`.
+        """
+        latents_of = self.manifest["latents"]
+        spec = Spec(
+            settings=self.manifest["settings"],
+            channels=latents_of["channels"],
+            scale=latents_of["scale"],
+            timesteps=self.manifest["timesteps"],
+            tokenizer=self._tokenizer,
+        )
+        loop = self.loop(parts, spec)
+        latents = loop.draw(request, self.scheduler(scheduler), callback)
+        return self._decoded(loop, latents, request)
+
+    def _decoded(self, loop: Loop, latents: Tensor, request: Request) -> NDArray[np.float32]:
         """What the scheduler ended with as a picture."""
-        picture = latents
-        if "vae_decoder" in self.manifest["parts"]:
-            picture = self.programs.run("vae_decoder", size, {"latents": latents})["image"]
+        picture = loop.decode(latents, request)
         if bool(picture.isnan().any()):
             raise RunnerError("the image is not a number (NaN); use less guidance or more steps")
         result: NDArray[np.float32] = (picture / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
@@ -234,102 +235,39 @@ class PipelineRunner:
             )
         return size
 
-    def _check_conditions(self, prompt: str | None, image: Any, mask: Any) -> None:
-        kind = self.manifest["kind"]
-        if (prompt is None) != (kind == "unconditional"):
-            rule = "takes no prompt" if kind == "unconditional" else "needs a prompt"
-            raise RunnerError(f"this {self.manifest['pipeline']} {rule}")
-        present = (image is not None, mask is not None)
-        if present != (kind == "inpainting",) * 2:
-            rule = "needs" if kind == "inpainting" else "takes no"
-            raise RunnerError(f"this {self.manifest['pipeline']} {rule} image and mask")
+    def _check_conditions(self, conditions: Mapping[str, Any]) -> None:
+        for name, value in conditions.items():
+            if (value is not None) != (name in self.loop.needs):
+                rule = "needs" if value is None else "takes no"
+                article = "a " if name == "prompt" and value is None else ""
+                raise RunnerError(f"this {self.manifest['pipeline']} {rule} {article}{name}")
 
-    def _conditions(
-        self, prompt: str | None, negative: str | None, guidance: float, size: tuple[int, int]
-    ) -> list[dict[str, Tensor]]:
-        """Inputs of the denoiser's calls of one step: with the prompt, and without it if guided."""
-        if prompt is None:
-            return [{}]
-        settings = self.manifest["settings"]
-        width = settings["time_cond_proj_dim"]
-        runs = [self._encode(prompt)]
-        if guidance > 1 and width is None:
-            zeros = negative is None and settings["force_zeros_for_empty_prompt"]
-            runs.append(
-                {name: torch.zeros_like(value) for name, value in runs[0].items()}
-                if zeros
-                else self._encode(negative or "")
-            )
-        more = {}
-        if settings["time_ids"]:
-            more["added_cond_kwargs.time_ids"] = time_ids(*size)
-        if width is not None:
-            more["timestep_cond"] = guidance_embedding(guidance, width)
-        return [{**run, **more} for run in runs]
-
-    def _once(self, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add what the denoiser computes once per image: keys and values of the prompt."""
-        if not self.programs.has("denoiser"):
-            return conditions
-        return {**conditions, **self.programs.run("denoiser", None, conditions)}
-
-    def _times(self, timesteps: Tensor) -> list[Tensor]:
-        """What the denoiser is told of each step: the timestep, or its row in the tables."""
-        table = self.manifest.get("timesteps")
-        if table is None:
-            return [timestep.float().reshape(1) for timestep in timesteps]
-        rows = {value: row for row, value in enumerate(table)}
-        missing = [value for value in timesteps.float().tolist() if value not in rows]
-        if missing:
+    def _numbers(self, given: Mapping[str, float]) -> dict[str, float]:
+        """The loop's own numbers, those that are not given by their defaults."""
+        unknown = [name for name in given if name not in self.loop.numbers]
+        if unknown:
+            known = ", ".join(self.loop.numbers) or "no numbers of its own"
             raise RunnerError(
-                f"timestep {missing[0]:g} is not in this folder's tables, which have "
-                f"{len(rows)} timesteps from {table[0]:g} to {table[-1]:g}; draw with "
-                f"{self.manifest['defaults']['steps']} steps of the folder's own scheduler, or "
-                f"export without tables"
+                f"this {self.manifest['pipeline']} takes no {unknown[0]}; it takes {known}"
             )
-        return [torch.tensor([rows[value]]) for value in timesteps.float().tolist()]
+        for name, value in given.items():
+            _check_number(name, value, self.loop.numbers[name])
+        return {**self.manifest["defaults"]["numbers"], **given}
 
-    def _encode(self, prompt: str) -> dict[str, Tensor]:
-        embeddings: dict[str, list[Tensor]] = {}
-        for part in ("text_encoder", "text_encoder_2"):
-            if self.programs.has(part):
-                outputs = self.programs.run(part, None, {"input_ids": self._tokens(part, prompt)})
-                for name, value in outputs.items():
-                    embeddings.setdefault(name, []).append(value)
-        named = {name: torch.cat(values, dim=-1) for name, values in embeddings.items()}
-        if "text_embeds" in named:
-            named["added_cond_kwargs.text_embeds"] = named.pop("text_embeds")
-        return named
+    def _tokenizer(self, name: str) -> Any:
+        if name not in self._tokenizers:
+            loader = importlib.import_module("transformers").AutoTokenizer
+            folder = self.programs.checked_folder(name)
+            self._tokenizers[name] = loader.from_pretrained(folder, local_files_only=True)
+        return self._tokenizers[name]
 
-    def _tokens(self, part: str, prompt: str) -> Tensor:
-        name = part.replace("text_encoder", "tokenizer")
-        with refusals(f"the {name} cannot read the prompt"):
-            if name not in self._tokenizers:
-                loader = importlib.import_module("transformers").AutoTokenizer
-                folder = self.programs.checked_folder(name)
-                self._tokenizers[name] = loader.from_pretrained(folder, local_files_only=True)
-            tokenizer = self._tokenizers[name]
-            ids: Tensor = tokenizer(
-                [prompt],
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-        return ids
 
-    def _masked(
-        self, image: Any, mask: Any, size: tuple[int, int], generator: torch.Generator
-    ) -> list[Tensor]:
-        """Mask and masked image's latents for the denoiser of an inpainting pipeline."""
-        if image is None:
-            return []
-        pixels = _unit(image, (*size, 3), "image").permute(2, 0, 1)[None] * 2 - 1
-        area = (_unit(mask, size, "mask") >= 0.5).float()[None, None]
-        encoded = self.programs.run("vae_encoder", size, {"image": pixels * (area < 0.5)})
-        mean, std = encoded["mean"], encoded["std"]
-        latents = mean + std * torch.randn(mean.shape, generator=generator)
-        return [functional.interpolate(area, size=mean.shape[-2:]), latents]
+def _picture(image: Any, size: tuple[int, int]) -> Tensor:
+    return _unit(image, (*size, 3), "image").permute(2, 0, 1)[None]
+
+
+def _area(mask: Any, size: tuple[int, int]) -> Tensor:
+    return (_unit(mask, size, "mask") >= 0.5).float()[None, None]
 
 
 def _unit(value: Any, shape: tuple[int, ...], name: str) -> Tensor:
@@ -341,7 +279,15 @@ def _unit(value: Any, shape: tuple[int, ...], name: str) -> Tensor:
     return torch.from_numpy(array.astype(np.float32) / np.float32(scale))
 
 
-def _check_numbers(steps: int, guidance: float, seed: int) -> None:
+def _check_number(name: str, value: float, number: Number) -> None:
+    if not number.least <= value <= number.most:
+        raise RunnerError(
+            f"{name} is {value}; give at least {number.least:g} and at most {number.most:g}"
+        )
+
+
+def _check_numbers(request: Request) -> None:
+    steps, guidance, seed = request.steps, request.guidance, request.seed
     if not 1 <= steps <= LARGEST:
         raise RunnerError(f"steps is {steps}; give at least 1 and at most {LARGEST}")
     if not math.isfinite(guidance):
@@ -350,13 +296,10 @@ def _check_numbers(steps: int, guidance: float, seed: int) -> None:
         raise RunnerError(f"seed is {seed}; give at least -2**63 and less than 2**64")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw an image from the command line; an error is one line on stderr and exit status 2.
-
-    Args:
-        arguments: Words after the program's name; default: those that it was called with.
-    """
-    parser = argparse.ArgumentParser(description="Draw an image with the programs beside this file")
+def _parser(numbers: Mapping[str, Number]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Draw an image with the programs beside this file", parents=[_folder_parser()]
+    )
     parser.add_argument("prompt", nargs="?", help="what to draw")
     parser.add_argument("--negative", help="what not to draw")
     parser.add_argument("--seed", type=int, default=0)
@@ -364,21 +307,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, help="up to 1: off")
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
-    parser.add_argument("--image", type=Path, help="picture to paint into")
+    parser.add_argument("--image", type=Path, help="picture to start from or to paint into")
     parser.add_argument("--mask", type=Path, help="white where to paint")
+    for name, number in numbers.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=float, default=argparse.SUPPRESS, help=number.text)
     parser.add_argument("--scheduler", help="class of diffusers in place of the folder's own")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
     parser.add_argument("--output", type=Path, default=Path("image.png"))
-    options = vars(parser.parse_args(arguments))
+    return parser
+
+
+def _folder_parser() -> argparse.ArgumentParser:
+    """What says which numbers there are: every kind of pipeline has its own."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw an image from the command line; an error is one line on stderr and exit status 2.
+
+    Args:
+        arguments: Words after the program's name; default: those that it was called with.
+    """
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    output, folder = options.pop("output"), options.pop("folder")
+    folder = _folder_parser().parse_known_args(arguments)[0].folder
+    try:
+        runner = PipelineRunner(folder)
+    except ArtifactError as error:
+        _parser({}).parse_known_args(arguments)  # help is for everyone
+        logger.error("error: %s", error)
+        return 2
+    options = vars(_parser(runner.loop.numbers).parse_args(arguments))
+    output = options.pop("output")
+    del options["folder"]
     try:
         check_output(output)
-        runner = PipelineRunner(folder)
-        if options["image"] is not None and options["mask"] is not None:
-            size = runner._size(options["height"], options["width"])
-            options["image"] = read_picture(options["image"], "RGB", size)
-            options["mask"] = read_picture(options["mask"], "L", size)
+        size = runner._size(options["height"], options["width"])
+        for name, mode in (("image", "RGB"), ("mask", "L")):
+            if options[name] is not None:
+                options[name] = read_picture(options[name], mode, size)
         pixels = runner(
             options.pop("prompt"),
             **options,

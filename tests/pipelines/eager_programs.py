@@ -10,6 +10,7 @@ from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.backends.xnnpack.runner import TensorSpec, flat_inputs
 from mpqdm_fx.pipelines.export import export_pipeline
 from mpqdm_fx.pipelines.manifest import method_entry
+from mpqdm_fx.pipelines.memory import nested
 from mpqdm_fx.pipelines.program_files import ProgramFiles
 from mpqdm_fx.pipelines.programs import PartMethod, WrittenMethod, method_name, part_methods
 from mpqdm_fx.pipelines.runner import PipelineRunner
@@ -89,13 +90,7 @@ class _EagerMethod:
         self.module, self.names = module, names
 
     def execute(self, values):
-        call: dict[str, Any] = {}
-        for name, value in zip(self.names, values, strict=True):
-            *path, last = name.split(".")
-            place = call
-            for key in path:
-                place = place.setdefault(key, {})
-            place[last] = value
+        call = nested(dict(zip(self.names, values, strict=True)))
         with torch.no_grad():
             return pytree.tree_leaves(self.module(**call))
 

@@ -14,8 +14,8 @@ from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.estimate import estimate_export
 from mpqdm_fx.pipelines.layout import layout_of
-from mpqdm_fx.pipelines.measure_parts import FloatPrograms
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
+from mpqdm_fx.pipelines.recorded import ModuleParts
 from mpqdm_fx.pipelines.runner import PipelineRunner
 
 KINDS = [
@@ -35,12 +35,13 @@ def test_what_programs_are_compared_with_draws_as_diffusers_does(
     eager_export(pipeline, output, monkeypatch, tabulate=tabulate, split=tabulate, **RUNS)
     inputs, _ = inputs_of(pipeline, None, prompts=("a cat",), batch_size=8, seed=0, **RUNS)
     runner = PipelineRunner(output)
-    runner.programs = FloatPrograms(output, inputs)
-    prompt = [] if runner.manifest["kind"] == "unconditional" else ["a cat"]
+    parts = ModuleParts(inputs.layout, runner.manifest["timesteps"])
+    prompt = ["a cat"] if inputs.takes_text else []
     guided = {"guidance_scale": 3.0} if prompt else {}
     runner_call, pipeline_call = pixels(runner)
     expected = diffusers_image(pipeline, *prompt, num_inference_steps=3, **guided, **pipeline_call)
-    assert np.abs(runner.sample(*prompt, **runner_call) - expected).max() < 1e-4
+    actual = runner.draw(runner.request(*prompt, **runner_call), parts)
+    assert np.abs(actual - expected).max() < 1e-4
 
 
 @pytest.fixture

@@ -14,12 +14,15 @@ pytestmark = [pytest.mark.matrix, pytest.mark.xnnpack]
 
 def pixels(runner):
     """Inputs of the runner and of the pipeline that are neither prompt nor numbers."""
-    if runner.manifest["kind"] != "inpainting":
+    needs = runner.loop.needs
+    if "image" not in needs:
         return {}, {}
     from PIL import Image
 
     generator = np.random.default_rng(0)
     image = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    if "mask" not in needs:
+        return {"image": image}, {"image": Image.fromarray(image)}
     mask = np.zeros((16, 16), np.uint8)
     mask[3:9, 5:14] = 255
     pictures = {"image": Image.fromarray(image), "mask_image": Image.fromarray(mask)}
@@ -28,7 +31,12 @@ def pixels(runner):
 
 @pytest.mark.parametrize("mode", ["float", "static", "dynamic"])
 @pytest.mark.parametrize(
-    "kind", ["stable_diffusion_xl", "inpainting", "ddpm", "ddim", "latent_diffusion"]
+    "kind",
+    [
+        "stable_diffusion_xl", "inpainting", "ddpm", "ddim", "latent_diffusion",
+        "latent_consistency", "image_to_image", "image_to_image_xl", "instruct_pix2pix",
+        "controlnet",
+    ],  # fmt: skip
 )
 def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, mode):
     pipeline = getattr(tiny_pipelines, kind)(tmp_path)

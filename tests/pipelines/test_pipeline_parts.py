@@ -7,7 +7,7 @@ import torch
 from mpqdm_fx import MPQConfig, RunOptions
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.pipelines.layout import layout_of
-from mpqdm_fx.pipelines.part_inputs import DenoiserCalls, PipelineInputs
+from mpqdm_fx.pipelines.part_inputs import PipelineInputs
 from mpqdm_fx.pipelines.programs import quantize_part, side_settings
 
 PROMPTS = ("a cat", "a dog", "three pears on a table")
@@ -34,15 +34,15 @@ def test_encoders_give_the_pipelines_embeddings_and_trace_bit_equal(tmp_path, ki
         )
         for name in layout.tokenizers:
             part = layout.parts[name.replace("tokenizer", "text_encoder")]
-            call = {"input_ids": inputs.token_ids(part.name, ["a cat", "a dog"])}
+            call = inputs.calls(part.name)[0]
             outputs = part.module(**call)
             graph = trace(part.module, call)
             traced = graph(**graph.meta["signature"].normalize((), call))
             outputs, traced = (v if isinstance(v, tuple) else (v,) for v in (outputs, traced))
             assert len(outputs) == len(part.outputs)
             assert all(torch.equal(a, b) for a, b in zip(outputs, traced, strict=True))
-            states.append(outputs[0][:1])
-            pooled += [value[:1] for value in outputs[1:]]
+            states.append(outputs[0][1:2])
+            pooled += [value[1:2] for value in outputs[1:]]
     torch.testing.assert_close(torch.cat(states, dim=-1), expected[0])
     if pooled:
         torch.testing.assert_close(pooled[0], expected[2])
@@ -77,7 +77,7 @@ def test_example_inputs_of_every_part_fit_it_at_any_size(tmp_path, kind, names):
 
 def test_the_denoiser_is_calibrated_on_both_halves_of_guidance_with_float_timesteps(tmp_path):
     pipeline = tiny_pipelines.stable_diffusion(tmp_path)
-    calls = DenoiserCalls(inputs_of(pipeline).runs)
+    calls = inputs_of(pipeline).runs.calls("denoiser")
     batches = list(calls)
     rows = torch.cat([batch["encoder_hidden_states"] for batch in batches])
     assert len(rows) == 4 * 3 * 2
@@ -90,13 +90,14 @@ def test_the_denoiser_is_calibrated_on_both_halves_of_guidance_with_float_timest
 
 
 def test_without_guidance_the_denoiser_is_calibrated_on_prompts_alone(tmp_path):
-    calls = DenoiserCalls(inputs_of(tiny_pipelines.stable_diffusion(tmp_path), guidance=1.0).runs)
+    inputs = inputs_of(tiny_pipelines.stable_diffusion(tmp_path), guidance=1.0)
+    calls = inputs.runs.calls("denoiser")
     assert sum(len(batch["sample"]) for batch in calls) == 4 * 3
 
 
 def test_inpainting_is_calibrated_on_nine_channels_with_masks_of_zeros_and_ones(tmp_path):
     inputs = inputs_of(tiny_pipelines.inpainting(tmp_path))
-    samples = torch.cat([call["sample"] for call in DenoiserCalls(inputs.runs)])
+    samples = torch.cat([call["sample"] for call in inputs.runs.calls("denoiser")])
     assert samples.shape[1:] == (9, 8, 8)
     assert set(samples[:, 4].unique().tolist()) == {0.0, 1.0}
     assert {call["image"].shape for call in inputs.calls("vae_encoder")} == {(1, 3, 16, 16)}

@@ -11,7 +11,8 @@ from manifests import edit_manifest
 from PIL import Image
 
 from mpqdm_fx.errors import ArtifactError
-from mpqdm_fx.pipelines.runner import PipelineRunner, RunnerError, guidance_embedding
+from mpqdm_fx.pipelines.loops.text_to_image import guidance_embedding
+from mpqdm_fx.pipelines.runner import PipelineRunner, RunnerError
 
 # The same floating-point operations but for the halves of guidance in two calls instead of a batch.
 TOLERANCE = 2e-5

@@ -9,13 +9,20 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    ControlNetModel,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     LDMPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -169,6 +176,48 @@ def inpainting(folder: Path, *, channels: int = 9) -> StableDiffusionInpaintPipe
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def latent_consistency(folder: Path) -> LatentConsistencyModelPipeline:
+    """Guidance that is told, and a scheduler of few steps."""
+    pipeline = stable_diffusion(folder, time_cond_proj_dim=32)
+    options = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    parts = {**pipeline.components, "scheduler": LCMScheduler(**options)}
+    return LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+
+
+def image_to_image(folder: Path, *, kl: bool = True) -> StableDiffusionImg2ImgPipeline:
+    """Stable Diffusion that starts from a picture."""
+    parts = stable_diffusion(folder, kl=kl).components
+    return StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+
+
+def image_to_image_xl(folder: Path) -> StableDiffusionXLImg2ImgPipeline:
+    """The same of XL, whose latents are normalised on the way in too."""
+    parts = stable_diffusion_xl(folder).components
+    return StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
+
+
+def instruct_pix2pix(folder: Path) -> StableDiffusionInstructPix2PixPipeline:
+    """Eight channels into the UNet: latents and the picture's."""
+    torch.manual_seed(6)
+    parts = {**stable_diffusion(folder, kl=True).components, "unet": _unet(8)}
+    return StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+
+
+def controlnet(folder: Path) -> StableDiffusionControlNetPipeline:
+    """A control network beside the UNet, none of whose residuals is zero."""
+    parts = stable_diffusion(folder, kl=True, mid_block_type="UNetMidBlock2DCrossAttn").components
+    torch.manual_seed(7)
+    network = ControlNetModel.from_unet(
+        parts["unet"], conditioning_embedding_out_channels=(8, 8), load_weights_from_unet=True
+    ).eval()
+    for parameter in network.parameters():
+        if not parameter.any():  # zero convolutions of a network that was never trained
+            torch.nn.init.normal_(parameter, std=0.3)
+    return StableDiffusionControlNetPipeline(
+        **{**parts, "controlnet": network}, requires_safety_checker=False
     )
 
 

@@ -1,0 +1,131 @@
+"""What a family of pipelines says of itself, so that `export` can take it apart.
+
+A pipeline of one's own, or one that is not there yet, is a `Family` and a `Loop`, each a small
+file, and one call of `register_family`.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from mpqdm_fx.capture.entry import unwrap
+from mpqdm_fx.capture.foreign_models import check_model
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.pipelines.loops.loop import Loop
+from mpqdm_fx.pipelines.parts import Part
+
+__all__ = ["Family", "Latents", "denoiser_part", "ready", "sides_of", "sized_part"]
+
+_USUAL_SIDE = 64  # of latents, where a model does not say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """What the scheduler steps on.
+
+    Attributes:
+        channels: Their channels.
+        scale: Pixels for one of them, per side.
+        sides: Height and width of those that the denoiser was trained on.
+    """
+
+    channels: int
+    scale: int
+    sides: tuple[int, int]
+
+
+class Family(ABC):
+    """Pipelines that are made of the same parts and draw in the same way."""
+
+    #: How they draw; its file becomes a file of exported folders.
+    loop: ClassVar[type[Loop]]
+    #: Components that must be there.
+    needed: ClassVar[tuple[str, ...]] = ("unet", "scheduler")
+    #: Tokenizers, those of them that a pipeline has.
+    tokenizers: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def kind(self) -> str:
+        """Name of the loop's file."""
+        return self.loop.__module__.rpartition(".")[2]
+
+    def check(self, pipeline: Any) -> None:
+        """Refuse a pipeline that lacks a component, or is made otherwise than others of its class.
+
+        Args:
+            pipeline: It.
+
+        Raises:
+            ConfigError: Says what is missing or other, and what to do.
+        """
+        for component in self.needed:
+            if getattr(pipeline, component, None) is None:
+                raise ConfigError(
+                    f"the {type(pipeline).__name__} has no {component}; load it with one"
+                )
+
+    @abstractmethod
+    def parts(self, pipeline: Any) -> Sequence[Part]:
+        """The networks that become programs, in running order."""
+
+    @abstractmethod
+    def latents(self, pipeline: Any) -> Latents:
+        """What the scheduler steps on."""
+
+    def settings(self, pipeline: Any) -> Mapping[str, Any]:
+        """What the loop must know, as `Loop.settings` lists it; plain JSON types."""
+        return {"prediction_type": pipeline.scheduler.config.get("prediction_type", "epsilon")}
+
+
+def ready(module: nn.Module) -> Any:
+    """The module if it computes in float32 and evaluation mode, else such a copy.
+
+    Args:
+        module: A component of a pipeline.
+
+    Raises:
+        TraceError: It is offloaded, cast layer by layer, or quantized already.
+    """
+    module = unwrap(module)
+    check_model(module)
+    floating = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if floating <= {torch.float32} and not any(m.training for m in module.modules()):
+        return module
+    return copy.deepcopy(module).float().eval()
+
+
+def sized_part(
+    name: str, module: nn.Module, outputs: tuple[str, ...], *, stepped: tuple[str, ...] = ()
+) -> Part:
+    """A part with a method for each image size.
+
+    Args:
+        name: Its name.
+        module: In evaluation mode, or a new wrapper of such a module.
+        outputs: As of `Part`.
+        stepped: As of `Part`.
+    """
+    return Part(name=name, module=module.eval(), outputs=outputs, sized=True, stepped=stepped)
+
+
+def denoiser_part(pipeline: Any) -> Part:
+    """A pipeline's UNet as its denoiser."""
+    return sized_part(
+        "denoiser", ready(pipeline.unet), ("noise_pred",), stepped=("sample", "timestep")
+    )
+
+
+def sides_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of a denoiser's latents, as its config says them.
+
+    Args:
+        config: It.
+    """
+    side = config.get("sample_size") or _USUAL_SIDE
+    height, width = (side, side) if isinstance(side, int) else side
+    return int(height), int(width)

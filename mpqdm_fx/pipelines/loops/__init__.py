@@ -1,0 +1,1 @@
+"""How pipelines draw: one loop a kind. A kind is the name of its file here."""

@@ -1,0 +1,51 @@
+"""A picture drawn over another one: the loop starts late, from that picture with noise."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mpqdm_fx.pipelines.loops.loop import Number, Request
+from mpqdm_fx.pipelines.loops.text_to_image import TextToImage
+from mpqdm_fx.pipelines.program_files import RunnerError, refusals
+
+__all__ = ["ImageToImage"]
+
+
+class ImageToImage(TextToImage):
+    """Stable Diffusion's img2img (Meng et al. 2021, SDEdit)."""
+
+    needs: ClassVar[tuple[str, ...]] = ("prompt", "image")
+    numbers: ClassVar[Mapping[str, Number]] = {
+        "strength": Number(
+            default=0.8, least=0.0, most=1.0, text="share of the steps that are run; 1 is all"
+        )
+    }
+
+    def schedule(self, request: Request, scheduler: Any) -> Tensor:
+        """The last timesteps, as many as the strength says."""
+        timesteps = super().schedule(request, scheduler)
+        steps, strength = request.steps, request.numbers["strength"]
+        skipped = max(steps - min(int(steps * strength), steps), 0)
+        if skipped == steps:
+            raise RunnerError(
+                f"strength {strength:g} of {steps} steps is no step; give more strength or steps"
+            )
+        first = skipped * getattr(scheduler, "order", 1)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        return timesteps[first:]
+
+    def begin(
+        self, request: Request, scheduler: Any, timesteps: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The picture's latents with noise of the first timestep that is run."""
+        encoded = self.parts.run("vae_encoder", request.size, {"image": request.pixels})
+        latents = encoded["mean"]
+        if "std" in encoded:
+            latents = latents + encoded["std"] * torch.randn(latents.shape, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        with refusals(f"{type(scheduler).__name__} cannot add noise to a picture"):
+            started: Tensor = scheduler.add_noise(latents, noise, timesteps[:1])
+        return started

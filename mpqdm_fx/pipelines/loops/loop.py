@@ -1,0 +1,336 @@
+"""What every way of drawing has in common: the loop over a scheduler's timesteps.
+
+This file is copied into exported folders, beside `run.py`, with the file of the folder's own kind.
+Calibration runs the same loops with the pipeline's float modules in the place of programs, so that
+a program meets at run time what its part was calibrated on.
+"""
+
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from mpqdm_fx.pipelines.program_files import RunnerError, refusals
+
+__all__ = [
+    "EXTRA",
+    "Loop",
+    "Number",
+    "Parts",
+    "Request",
+    "Spec",
+    "guide",
+    "loop_class",
+    "register_loop",
+]
+
+#: Condition that stands in further channels behind the latents in every call of the denoiser.
+EXTRA = "extra_channels"
+Inputs = dict[str, Tensor]
+Size = tuple[int, int]
+StepCallback = Callable[[int, int], None]
+
+
+class Parts(Protocol):
+    """The networks of a pipeline: programs of a folder, or a pipeline's own modules."""
+
+    def has(self, part: str, size: Size | None = None) -> bool:
+        """Whether there is such a part for images of a size; None: for images of any size."""
+        ...
+
+    def run(self, part: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Inputs:
+        """Run a part on tensors by name; returns its outputs by name."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """A number of a request that only some loops take.
+
+    Attributes:
+        default: What it is where a request does not say.
+        least: Smallest value.
+        most: Largest value.
+        text: What it does, for help texts.
+    """
+
+    default: float
+    least: float
+    most: float
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One picture that is asked for.
+
+    Attributes:
+        size: Height and width in pixels.
+        steps: Steps of the scheduler.
+        guidance: Weight of classifier-free guidance; up to 1: none.
+        seed: Seed of all noise.
+        prompt: What to draw; None without text.
+        negative: What not to draw.
+        image: A picture to start from, float [1, 3, H, W] in 0..1.
+        mask: Where to draw, float [1, 1, H, W], zeros and ones.
+        numbers: The loop's own numbers by name.
+    """
+
+    size: Size
+    steps: int
+    guidance: float
+    seed: int
+    prompt: str | None = None
+    negative: str | None = None
+    image: Tensor | None = None
+    mask: Tensor | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def pixels(self) -> Tensor:
+        """The picture in -1..1.
+
+        Raises:
+            RunnerError: There is none.
+        """
+        if self.image is None:
+            raise RunnerError("the request has no image")
+        return self.image * 2 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What an exported folder says of its pipeline beside its programs.
+
+    Attributes:
+        settings: What the loop must know of the models, as its `settings` lists it.
+        channels: Channels of the latents.
+        scale: Pixels for one of the latents, per side.
+        timesteps: Those that the denoiser has table rows for; None if it takes any.
+        tokenizer: The tokenizer of a name.
+    """
+
+    settings: Mapping[str, Any]
+    channels: int
+    scale: int
+    timesteps: Sequence[float] | None
+    tokenizer: Callable[[str], Any]
+
+
+class Loop(ABC):
+    """A way of drawing; a subclass is one kind of pipeline.
+
+    Args:
+        parts: What it runs.
+        spec: What is known of them.
+    """
+
+    #: What a request must have, and what none else may: of `prompt`, `image` and `mask`.
+    needs: ClassVar[tuple[str, ...]] = ()
+    #: Numbers that a request may have beside steps and guidance.
+    numbers: ClassVar[Mapping[str, Number]] = {}
+    #: Parts that run in every step, in running order; the last is the denoiser.
+    stepped: ClassVar[tuple[str, ...]] = ("denoiser",)
+    #: Names and types of what `Spec.settings` holds, as `program_files` describes JSON values.
+    settings: ClassVar[Mapping[str, Any]] = {"prediction_type": str}
+
+    def __init__(self, parts: Parts, spec: Spec) -> None:
+        self.parts = parts
+        self.spec = spec
+
+    @abstractmethod
+    def conditions(self, request: Request, generator: torch.Generator) -> list[Inputs]:
+        """What the stepped parts get beside latents and timestep, for each call of one step."""
+
+    @classmethod
+    def calls_per_step(cls, guidance: float, settings: Mapping[str, Any]) -> int:
+        """How often a step calls the denoiser.
+
+        Args:
+            guidance: As of `Request`.
+            settings: As of `Spec`.
+        """
+        return 1
+
+    def draw(
+        self, request: Request, scheduler: Any, callback: StepCallback | None = None
+    ) -> Tensor:
+        """Run the loop.
+
+        Args:
+            request: What is asked for, checked.
+            scheduler: A scheduler of diffusers; it is changed.
+            callback: Told each step's number and their count after the step.
+
+        Returns:
+            What the scheduler ends with, float [1, C, h, w].
+
+        Raises:
+            RunnerError: The scheduler cannot draw, a timestep has no row in the tables, or a part
+                has no program.
+        """
+        generator = torch.Generator().manual_seed(request.seed)
+        timesteps = self.schedule(request, scheduler)
+        times = self._times(timesteps, request.steps)
+        latents = self.begin(request, scheduler, timesteps, generator)
+        runs = [self._once(inputs) for inputs in self.conditions(request, generator)]
+        drawing = f"{type(scheduler).__name__} cannot draw with this folder"
+        with refusals(drawing):
+            accepted = inspect.signature(scheduler.step).parameters
+        options = {"generator": generator} if "generator" in accepted else {}
+        for index, timestep in enumerate(timesteps):
+            with refusals(drawing):
+                scaled = scheduler.scale_model_input(latents, timestep)
+            outputs = [self._called(run, scaled, times[index], request) for run in runs]
+            predicted = self.combine(outputs, request)
+            with refusals(drawing):
+                latents = scheduler.step(
+                    predicted, timestep, latents, return_dict=False, **options
+                )[0]
+            if callback is not None:
+                callback(index + 1, len(timesteps))
+        return latents
+
+    def schedule(self, request: Request, scheduler: Any) -> Tensor:
+        """The scheduler's timesteps that are run, [steps]; the scheduler stands at the first."""
+        named = type(scheduler).__name__
+        with refusals(f"{named} has no schedule of {request.steps} steps"):
+            scheduler.set_timesteps(request.steps)
+        if not hasattr(scheduler, "init_noise_sigma"):
+            raise RunnerError(
+                f"{named} has no init_noise_sigma: schedulers of flow matching are not supported; "
+                f"give one of noise or v-prediction, such as DDIMScheduler"
+            )
+        timesteps: Tensor = scheduler.timesteps
+        return timesteps
+
+    def begin(
+        self, request: Request, scheduler: Any, timesteps: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """What the first step starts from, float [1, C, h, w]: noise at the first level."""
+        noise = self.noise(request, generator)
+        started: Tensor = noise * scheduler.init_noise_sigma
+        return started
+
+    def noise(self, request: Request, generator: torch.Generator) -> Tensor:
+        """Standard normal latents for a request's size."""
+        sides = (side // self.spec.scale for side in request.size)
+        return torch.randn((1, self.spec.channels, *sides), generator=generator)
+
+    def denoiser_inputs(self, inputs: Inputs, request: Request) -> Inputs:
+        """What the denoiser gets, from what all stepped parts of this call get."""
+        return inputs
+
+    def combine(self, outputs: Sequence[Tensor], request: Request) -> Tensor:
+        """What the calls of a step predict together."""
+        return outputs[0]
+
+    def decode(self, latents: Tensor, request: Request) -> Tensor:
+        """The picture of latents, float [1, channels, H, W] in -1..1, not clamped."""
+        if not self.parts.has("vae_decoder", request.size):
+            return latents
+        return self.parts.run("vae_decoder", request.size, {"latents": latents})["image"]
+
+    def _called(
+        self, run: Mapping[str, Inputs], latents: Tensor, time: Tensor, request: Request
+    ) -> Tensor:
+        """One call of the stepped parts."""
+        outputs: Inputs = {}
+        for part in self.stepped:
+            inputs = dict(run[part])
+            extra = inputs.pop(EXTRA, None)
+            sample = latents if extra is None else torch.cat([latents, extra], dim=1)
+            inputs |= {"sample": sample, "timestep": time, **outputs}
+            if part == self.stepped[-1]:
+                inputs = self.denoiser_inputs(inputs, request)
+            outputs = self.parts.run(part, request.size, inputs)
+        return outputs["noise_pred"]
+
+    def _once(self, conditions: Inputs) -> dict[str, Inputs]:
+        """By stepped part: the conditions, and what it computes of them once per image."""
+        return {
+            part: {**conditions, **self.parts.run(part, None, conditions)}
+            if self.parts.has(part)
+            else conditions
+            for part in self.stepped
+        }
+
+    def _times(self, timesteps: Tensor, steps: int) -> list[Tensor]:
+        """What the denoiser is told of each step: the timestep, or its row in the tables."""
+        table = self.spec.timesteps
+        if table is None:
+            return [timestep.float().reshape(1) for timestep in timesteps]
+        rows = {value: row for row, value in enumerate(table)}
+        missing = [value for value in timesteps.float().tolist() if value not in rows]
+        if missing:
+            raise RunnerError(
+                f"timestep {missing[0]:g} is not in this folder's tables, which have "
+                f"{len(rows)} timesteps from {table[0]:g} to {table[-1]:g}; draw with the steps "
+                f"of the export and the folder's own scheduler, or export without tables"
+            )
+        return [torch.tensor([rows[value]]) for value in timesteps.float().tolist()]
+
+
+def guide(outputs: Sequence[Tensor], guidance: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022, equation 6).
+
+    Args:
+        outputs: With the prompt, and without it; or the first alone, which is returned.
+        guidance: Its weight.
+    """
+    conditional, *plain = outputs
+    return plain[0] + guidance * (conditional - plain[0]) if plain else conditional
+
+
+_REGISTERED: dict[str, type[Loop]] = {}
+
+
+def register_loop(kind: str, loop: type[Loop]) -> None:
+    """Make a loop known by the name of its kind.
+
+    Args:
+        kind: A Python name; the file that defines it becomes `<kind>.py` in exported folders.
+        loop: The loop.
+
+    Raises:
+        ValueError: The name is no Python name, or another loop's.
+    """
+    if not kind.isidentifier() or _REGISTERED.get(kind, loop) is not loop:
+        raise ValueError(f"kind {kind!r} is no Python name, or another loop's")
+    _REGISTERED[kind] = loop
+
+
+def loop_class(kind: str) -> type[Loop]:
+    """The loop of a kind: registered, or the one class of a loop in the file `<kind>.py`.
+
+    Args:
+        kind: As a manifest has it.
+
+    Raises:
+        RunnerError: There is none.
+    """
+    if kind in _REGISTERED:
+        return _REGISTERED[kind]
+    package = __name__.rpartition(".")[0]
+    try:
+        if not kind.isidentifier():
+            raise ImportError(kind)
+        module = importlib.import_module(f"{package}.{kind}" if package else kind)
+    except ImportError as error:
+        raise RunnerError(
+            f"nothing here draws pictures of the kind {kind[:80]!r}; draw with the folder's own "
+            f"run.py, or register its loop"
+        ) from error
+    for value in vars(module).values():
+        if (
+            inspect.isclass(value)
+            and issubclass(value, Loop)
+            and value.__module__ == module.__name__
+        ):
+            return value
+    raise RunnerError(f"{kind}.py defines no loop")

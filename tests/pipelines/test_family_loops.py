@@ -1,0 +1,148 @@
+"""Every family draws what its diffusers pipeline draws, with the parts themselves as programs."""
+
+import numpy as np
+import pytest
+import tiny_pipelines
+import torch
+from eager_programs import eager_export
+from PIL import Image
+from test_runner_loop import TOLERANCE, diffusers_image
+
+from mpqdm_fx.pipelines.runner import PipelineRunner, RunnerError
+
+SIDE = 16
+
+
+def picture():
+    generator = np.random.default_rng(0)
+    return generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def expected_and_drawn(pipeline, folder, monkeypatch, runner_call, pipeline_call):
+    """What diffusers draws and what the runner draws; both get seed 3 and three steps."""
+    _, runner = eager_export(pipeline, folder, monkeypatch, steps=3, trajectories=2)
+    expected = diffusers_image(pipeline, "a cat", num_inference_steps=3, seed=3, **pipeline_call)
+    return expected, runner.sample("a cat", seed=3, **runner_call)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 6.0])
+def test_latent_consistency_models_are_told_their_guidance(tmp_path, monkeypatch, guidance):
+    pipeline = tiny_pipelines.latent_consistency(tmp_path)
+    expected, drawn = expected_and_drawn(
+        pipeline, tmp_path / "out", monkeypatch,
+        {"guidance": guidance}, {"guidance_scale": guidance},
+    )  # fmt: skip
+    assert np.abs(drawn - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("strength", [0.4, 0.8, 1.0])
+@pytest.mark.parametrize("kl", [True, False])
+def test_image_to_image_starts_where_the_strength_says(tmp_path, monkeypatch, kl, strength):
+    pipeline = tiny_pipelines.image_to_image(tmp_path, kl=kl)
+    expected, drawn = expected_and_drawn(
+        pipeline, tmp_path / "out", monkeypatch,
+        {"image": picture(), "strength": strength, "guidance": 4.0},
+        {"image": Image.fromarray(picture()), "strength": strength, "guidance_scale": 4.0},
+    )  # fmt: skip
+    assert np.abs(drawn - expected).max() <= TOLERANCE
+
+
+def test_image_to_image_of_xl_normalises_latents_both_ways(tmp_path, monkeypatch):
+    pipeline = tiny_pipelines.image_to_image_xl(tmp_path)
+    expected, drawn = expected_and_drawn(
+        pipeline, tmp_path / "out", monkeypatch,
+        {"image": picture(), "strength": 0.7, "guidance": 4.0},
+        {"image": Image.fromarray(picture()), "strength": 0.7, "guidance_scale": 4.0},
+    )  # fmt: skip
+    assert np.abs(drawn - expected).max() <= 2 * TOLERANCE
+
+
+@pytest.mark.parametrize(("guidance", "calls"), [(7.5, 3), (1.0, 1)])
+def test_instructions_are_guided_by_text_and_picture(tmp_path, monkeypatch, guidance, calls):
+    pipeline = tiny_pipelines.instruct_pix2pix(tmp_path)
+    folder, image = tmp_path / "out", picture()
+    _, runner = eager_export(pipeline, folder, monkeypatch, steps=3, trajectories=2)
+    numbers = {"guidance_scale": guidance, "image_guidance_scale": 2.0}
+    expected = diffusers_image(
+        pipeline, "a cat", Image.fromarray(image), num_inference_steps=3, **numbers
+    )
+    seen = []
+    with runner.models["denoiser.pte"]["forward"].register_forward_hook(lambda *_: seen.append(1)):
+        drawn = runner.sample("a cat", image=image, guidance=guidance, image_guidance=2.0)
+    assert np.abs(drawn - expected).max() <= TOLERANCE
+    assert len(seen) == 3 * calls
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.6, 1.0])
+def test_control_networks_add_their_residuals(tmp_path, monkeypatch, scale):
+    pipeline = tiny_pipelines.controlnet(tmp_path)
+    expected, drawn = expected_and_drawn(
+        pipeline, tmp_path / "out", monkeypatch,
+        {"image": picture(), "conditioning_scale": scale, "guidance": 4.0},
+        {
+            "image": Image.fromarray(picture()), "controlnet_conditioning_scale": scale,
+            "guidance_scale": 4.0,
+        },
+    )  # fmt: skip
+    assert np.abs(drawn - expected).max() <= TOLERANCE
+
+
+def test_a_control_picture_changes_what_is_drawn(tmp_path, monkeypatch):
+    pipeline = tiny_pipelines.controlnet(tmp_path)
+    _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch, steps=2, trajectories=2)
+    first = runner.sample("a cat", image=picture())
+    other = runner.sample("a cat", image=255 - picture())
+    assert np.abs(first - other).max() > 100 * TOLERANCE
+
+
+def test_the_control_network_and_the_denoiser_are_calibrated_on_what_they_meet(tmp_path):
+    from mpqdm_fx.pipelines.part_inputs import inputs_of
+
+    inputs, _ = inputs_of(
+        tiny_pipelines.controlnet(tmp_path), None, prompts=("a cat", "a dog"), steps=3,
+        guidance=4.0, trajectories=4, batch_size=6, seed=0,
+    )  # fmt: skip
+    control, denoiser = (inputs.runs.calls(part) for part in ("controlnet", "denoiser"))
+    assert len(control) == len(denoiser) == 4
+    assert len(denoiser.held_out_calls) == 1
+    network = inputs.layout.parts["controlnet"].module
+    for given, met in zip(control, denoiser, strict=True):
+        with torch.no_grad():
+            *down, middle = network(**given)
+        torch.testing.assert_close(middle, met["mid_block_additional_residual"])
+        assert [t.shape for t in down] == [
+            t.shape for t in met["down_block_additional_residuals"]
+        ]
+
+
+@pytest.fixture(scope="module")
+def started_from_a_picture(tmp_path_factory):
+    root = tmp_path_factory.mktemp("image_to_image")
+    with pytest.MonkeyPatch.context() as patch:
+        pipeline = tiny_pipelines.image_to_image(root)
+        return eager_export(pipeline, root / "out", patch, steps=3, trajectories=2)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs image"),
+        ({"image": 0, "mask": 0}, "takes no mask"),
+        ({"image": 0, "strength": 1.5}, "strength is 1.5; give at least 0 and at most 1"),
+        ({"image": 0, "strength": float("nan")}, "strength is nan"),
+        ({"image": 0, "strength": 0.1}, "strength 0.1 of 3 steps is no step"),
+        ({"image": 0, "image_guidance": 2.0}, "takes no image_guidance; it takes strength"),
+    ],
+)
+def test_requests_that_do_not_fit_the_family_are_refused(started_from_a_picture, options, message):
+    given = {name: picture() if value == 0 else value for name, value in options.items()}
+    with pytest.raises(RunnerError, match=message):
+        started_from_a_picture.sample("a cat", **given)
+
+
+def test_the_folder_has_its_own_loop_and_what_that_is_made_from(started_from_a_picture):
+    folder = started_from_a_picture.folder
+    loops = {"loop.py", "text_to_image.py", "image_to_image.py"}
+    assert loops <= {path.name for path in folder.glob("*.py")}
+    assert not (folder / "controlnet.py").exists()
+    assert isinstance(PipelineRunner(folder).loop, type)
