@@ -150,7 +150,7 @@ class PipelineRunner:
         """
         defaults = self.manifest["defaults"]
         size = self._size(height, width)
-        self._check_conditions({"prompt": prompt, "image": image, "mask": mask})
+        self.check_conditions({"prompt": prompt, "image": image, "mask": mask})
         request = Request(
             prompt=prompt,
             negative=negative,
@@ -235,12 +235,25 @@ class PipelineRunner:
             )
         return size
 
-    def _check_conditions(self, conditions: Mapping[str, Any]) -> None:
-        for name, value in conditions.items():
-            if (value is not None) != (name in self.loop.needs):
-                rule = "needs" if value is None else "takes no"
-                article = "a " if name == "prompt" and value is None else ""
-                raise RunnerError(f"this {self.manifest['pipeline']} {rule} {article}{name}")
+    def check_conditions(self, conditions: Mapping[str, Any]) -> None:
+        """Refuse a request without what the pipeline draws from, or with what it does not take.
+
+        Args:
+            conditions: Prompt, image and mask; None where there is none.
+
+        Raises:
+            RunnerError: Says what is missing, or too much.
+        """
+        given = {name for name, value in conditions.items() if value is not None}
+        needs, pipeline = self.loop.needs, self.manifest["pipeline"]
+        if "prompt" in needs and "prompt" not in given:
+            raise RunnerError(f"this {pipeline} needs a prompt")
+        pictures = [name for name in needs if name != "prompt"]
+        if not given.issuperset(pictures):
+            raise RunnerError(f"this {pipeline} needs {' and '.join(pictures)}")
+        if given - set(needs):
+            unwanted = " and ".join(name for name in conditions if name in given - set(needs))
+            raise RunnerError(f"this {pipeline} takes no {unwanted}")
 
     def _numbers(self, given: Mapping[str, float]) -> dict[str, float]:
         """The loop's own numbers, those that are not given by their defaults."""
@@ -344,6 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_output(output)
         size = runner._size(options["height"], options["width"])
+        runner.check_conditions({name: options[name] for name in ("prompt", "image", "mask")})
         for name, mode in (("image", "RGB"), ("mask", "L")):
             if options[name] is not None:
                 options[name] = read_picture(options[name], mode, size)

@@ -58,12 +58,15 @@ def test_guidance_doubles_the_rows_and_none_leaves_the_prompts_alone(pipeline):
 
 @pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_xl"])
 def numbered(calls):
-    """Rows of all but the noise, in an order of their own: timestep, then the conditions' sums."""
+    """Rows of all but the noise, by timestep and then by what they are conditioned on."""
     rows = concatenate([{**call, "timestep": call["timestep"].float()} for call in calls])
     del rows["sample"]
-    sums = [tensor.flatten(1).sum(dim=1) for _, tensor in tensor_leaves(rows) if tensor.ndim > 1]
-    keys = [rows["timestep"].tolist(), *(total.tolist() for total in sums)]
-    order = sorted(range(len(keys[0])), key=lambda row: [round(key[row], 3) for key in keys])
+    weights = torch.arange(1, 10_000, dtype=torch.float64)
+    keys = [rows["timestep"].tolist()]
+    for _, tensor in tensor_leaves(rows):
+        flat = tensor.flatten(1).double() if tensor.ndim > 1 else tensor[:, None].double()
+        keys.append((flat @ weights[: flat.shape[1]]).tolist())
+    order = sorted(range(len(keys[0])), key=lambda row: [round(key[row], 1) for key in keys])
     return take_rows(rows, torch.tensor(order))
 
 

@@ -100,6 +100,7 @@ def test_the_folder_is_whole_and_nothing_else_is_left(exported):
         "errors.py",
         "expansion.py",
         "kernel_library.py",
+        "loop.py",
         "picture_files.py",
         "pipeline.json",
         "program_files.py",
@@ -111,6 +112,7 @@ def test_the_folder_is_whole_and_nothing_else_is_left(exported):
         "sealed.py",
         "summary.json",
         "text_encoder.pte",
+        "text_to_image.py",
         "tokenizer",
         "vae_decoder.pte",
     }

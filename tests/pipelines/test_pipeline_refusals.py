@@ -76,16 +76,15 @@ def test_a_fused_lora_must_be_unloaded_and_is_then_part_of_the_weights(
 
 
 def test_other_pipelines_are_refused_by_name(folder, tmp_path):
-    from diffusers import StableDiffusionImg2ImgPipeline
+    from diffusers import StableDiffusionUpscalePipeline
 
     index = json.loads((folder / "model_index.json").read_text())
-    index["_class_name"] = "FluxPipeline"
+    index["_class_name"] = "AuraFlowPipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
-    refused(
-        ConfigError, "FluxPipeline cannot be exported; supported are Stable", folder, tmp_path / "o"
-    )
-    pipeline = object.__new__(StableDiffusionImg2ImgPipeline)
-    refused(ConfigError, "StableDiffusionImg2ImgPipeline cannot", pipeline, tmp_path / "o")
+    message = "AuraFlowPipeline cannot be exported; supported are Stable"
+    refused(ConfigError, message, folder, tmp_path / "o")
+    pipeline = object.__new__(StableDiffusionUpscalePipeline)
+    refused(ConfigError, "StableDiffusionUpscalePipeline cannot", pipeline, tmp_path / "o")
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "vae", "unet", "scheduler"])

@@ -239,7 +239,7 @@ def test_what_cannot_be_drawn_is_refused(stable_diffusion):
         ({"height": 32}, "no program for 32x16 pixels.*16x16, 24x16"),
         ({"steps": 0}, "at least 1"),
         ({"scheduler": "NoSuchScheduler"}, "no scheduler class 'NoSuchScheduler'"),
-        ({"mask": np.zeros((16, 16))}, "takes no image and mask"),
+        ({"mask": np.zeros((16, 16))}, "takes no mask"),
     ]:
         with pytest.raises(RunnerError, match=message):
             runner("a cat", **options)
@@ -281,13 +281,14 @@ def test_damaged_folders_are_refused(tmp_path, monkeypatch):
     [
         ({"version": 99}, "update mpqdm-fx"),
         ({"version": 3}, "its own run.py"),
-        ({"version": "4"}, "no manifest of an export"),
+        ({"version": "5"}, "no manifest of an export"),
         ({"format": "other"}, "no manifest of an export"),
         ({"sizes": []}, "out of range"),
         ({"sizes": [[16]]}, "out of range"),
         ({"sizes": [[16, True]]}, "'sizes'"),
         ({"latents": {"channels": 10**9, "scale": 1}}, "out of range"),
-        ({"defaults": {"steps": 0, "guidance": 1.0}}, "out of range"),
+        ({"defaults": {"steps": 0, "guidance": 1.0, "numbers": {}}}, "out of range"),
+        ({"defaults": {"steps": 1, "guidance": 1.0, "numbers": {"a": "b"}}}, "out of range"),
         ({"methods": [{}]}, "'methods'"),
         ({"files": {}}, "lists no"),
         ({"files": {"../unet.pte": {"bytes": 1, "sha256": "0" * 64}}}, "no file's name"),
