@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mpqdm_fx.calibration.conventions import CallingConvention, convention_of
 from mpqdm_fx.capture.entry import unwrap
 from mpqdm_fx.errors import CalibrationError, ConfigError, MPQError, first_line
 from mpqdm_fx.graph.nested import named_leaves
@@ -35,12 +36,14 @@ __all__ = [
     "check_scheduled",
     "first_tensor",
     "is_sampler",
+    "model_convention",
     "rows_of",
     "run_sampler",
 ]
 
 Denoiser = Callable[..., Any]
-"""What is called as `model(sample=..., timestep=..., **conditions)`, or as its sampler calls it."""
+"""Called as `model(sample=..., timestep=..., **conditions)`, by its own names for these, or as its
+sampler calls it."""
 
 
 class Sampler(Protocol):
@@ -82,25 +85,44 @@ def is_sampler(loop: object) -> TypeGuard[Sampler]:
     return callable(getattr(loop, "sample", None)) and not hasattr(loop, "set_timesteps")
 
 
-def check_scheduled(model: Any) -> None:
+def model_convention(model: Any) -> CallingConvention:
+    """How a model is called along a schedule, by its class and config.
+
+    Args:
+        model: A module, or what was made of one; of another callable nothing is known, and it is
+            called as UNets are.
+    """
+    inner = unwrap(model) if isinstance(model, nn.Module) else model
+    traced = getattr(getattr(inner, "signature", None), "model_class", None)
+    config = getattr(inner, "config", None)
+    return convention_of(
+        traced if isinstance(traced, str) else type(inner).__name__,
+        config if isinstance(config, Mapping) else {},
+    )
+
+
+def check_scheduled(model: Any, convention: CallingConvention) -> None:
     """Refuse a module that a scheduler's loop cannot call.
 
     Args:
         model: What is to be called; of what is no module nothing is known.
+        convention: What it is called with.
 
     Raises:
-        ConfigError: It takes no `sample` or no `timestep`.
+        ConfigError: It does not take these arguments.
     """
     if not isinstance(model, nn.Module):
         return
     inner = unwrap(model)
     parameters = inspect.signature(inner.forward).parameters
     whatever = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if not whatever and not {"sample", "timestep"} <= set(parameters):
+    if not whatever and not {convention.sample, convention.timestep} <= set(parameters):
         raise ConfigError(
             f"{type(inner).__name__} takes ({', '.join(parameters)}), and the loop of a scheduler "
-            f"calls its model with sample and timestep; give a Sampler in the scheduler's place, "
-            f"which calls it by its own names (see mpqdm_fx.calibration.samplers)"
+            f"calls it with {convention.sample} and {convention.timestep}; say how it is called "
+            f"with convention=CallingConvention(sample=..., timestep=...) of "
+            f"mpqdm_fx.calibration.conventions, or give a Sampler in the scheduler's place (see "
+            f"mpqdm_fx.calibration.samplers)"
         )
 
 

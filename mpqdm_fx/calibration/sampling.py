@@ -11,23 +11,26 @@ is.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpqdm_fx.calibration.conventions import CallingConvention
 from mpqdm_fx.calibration.samplers import (
     Denoiser,
     called,
+    check_scheduled,
     first_tensor,
     is_sampler,
+    model_convention,
     run_sampler,
 )
 from mpqdm_fx.calibration.schedulers import check_scheduler
+from mpqdm_fx.calibration.schedules import schedule_of, set_steps
 from mpqdm_fx.capture.entry import in_float32
-from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.errors import CalibrationError, ConfigError, MPQError
 from mpqdm_fx.graph.nested import concatenate, take_rows
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.progress import stage, tracked
@@ -42,7 +45,7 @@ __all__ = [
     "denoise_in_batches",
     "first_tensor",
     "guided",
-    "model_timesteps",
+    "scheduled",
 ]
 
 EXTRA_CHANNELS = "extra_channels"
@@ -66,6 +69,7 @@ def denoise(
     conditions: Mapping[str, Any] | None = None,
     guidance_scale: NonNegative | None = None,
     unconditional: Mapping[str, Any] | None = None,
+    convention: CallingConvention | None = None,
     callback: StepCallback | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -75,14 +79,16 @@ def denoise(
     the condition `EXTRA_CHANNELS` is put behind the noisy channels in every call.
 
     Args:
-        model: called with `sample` [B, ...], `timestep` [B] and the conditions as keywords; returns
-            a tensor, a tuple whose first entry is the tensor, or an output with `.sample`. With
-            guidance B is twice the batch of `noise`, the unconditional half first. A module in half
-            precision runs as a float32 copy.
-        scheduler: a diffusers scheduler with `init_noise_sigma` (all but those of flow matching); a
-            copy of it is used. Or a `Sampler`, which names the model's arguments itself, combines
-            the halves of guidance itself, and knows its own steps.
-        noise: standard normal, float [N, ...], not yet scaled by the scheduler's initial sigma.
+        model: called with the noisy samples [B, ...], times [B] and the conditions as keywords;
+            returns a tensor, a tuple whose first entry is the tensor, or an output with `.sample`.
+            With guidance B is twice the batch of `noise`, the unconditional half first. A module in
+            half precision runs as a float32 copy.
+        scheduler: a diffusers scheduler, of noise prediction or of flow matching; a copy of it is
+            used. Or a `Sampler`, which names the model's arguments itself, combines the halves of
+            guidance itself, and knows its own steps.
+        noise: standard normal, float [N, ...], not yet scaled by the scheduler's initial sigma. Of
+            models that read packed sequences (Flux) it is packed, [N, tokens, channels], and so are
+            the samples; position ids are conditions [N, tokens, axes].
         num_inference_steps: how many steps the schedule has; None with a `Sampler`.
         seed: of the noise that ancestral schedulers add at each step. Noise that was drawn with a
             generator of the same seed is another stream.
@@ -90,6 +96,8 @@ def denoise(
             with the batch N in front.
         guidance_scale: weight of classifier-free guidance; None runs the conditional half alone.
         unconditional: the conditions of the unconditional half, the same keywords as `conditions`.
+        convention: what the model calls noisy samples and times, and how it is told these; None
+            takes that of the model's class. See `mpqdm_fx.calibration.conventions`.
         callback: called after every step of a scheduler.
         progress: show a progress bar over the steps.
 
@@ -98,7 +106,8 @@ def denoise(
 
     Raises:
         ConfigError: a number is out of range or missing, the scheduler has no schedule of so many
-            steps, or a `Sampler` is given what belongs to schedulers.
+            steps, the model does not take what the convention names, or a `Sampler` is given what
+            belongs to schedulers.
         CalibrationError: guidance without unconditional conditions, conditions that do not match,
             a scheduler that it cannot drive or whose numbers are no schedule, or a model output of
             another shape than the sample.
@@ -117,40 +126,33 @@ def denoise(
         inputs = _pair_conditions(unconditional, inputs)
     extra = inputs.pop(EXTRA_CHANNELS, None)
     _check_extra(extra, len(noise) * (2 if paired else 1), noise)
-    if not hasattr(scheduler, "init_noise_sigma"):
-        raise CalibrationError(
-            f"{type(scheduler).__name__} has no init_noise_sigma: schedulers of flow matching are "
-            f"not supported; give one of noise or v-prediction, such as DDIMScheduler"
-        )
-    scheduler = scheduled(scheduler, num_inference_steps, device=noise.device)
-    step_arguments = (
-        {"generator": generator}
-        if "generator" in inspect.signature(scheduler.step).parameters
-        else {}
+    convention = convention or model_convention(model)
+    check_scheduled(model, convention)
+    started = scheduled(
+        scheduler,
+        num_inference_steps,
+        convention=convention,
+        sample_shape=noise.shape[1:],
+        device=noise.device,
     )
-    timesteps = model_timesteps(scheduler)
-    sample: Tensor = noise * scheduler.init_noise_sigma
-    steps = tracked(
-        zip(scheduler.timesteps, timesteps, strict=True),
-        "denoising" if progress else None,
-        len(timesteps),
-    )
+    schedule = schedule_of(started, convention)
+    times = schedule.times
+    sample = schedule.first_sample(noise)
     with torch.no_grad():
-        for index, (scheduler_timestep, timestep) in enumerate(steps):
-            model_input = torch.cat([sample, sample]) if paired else sample
-            model_input = scheduler.scale_model_input(model_input, scheduler_timestep)
+        for index, time in enumerate(tracked(times, "denoising" if progress else None, len(times))):
+            seen = schedule.model_input(sample, index)
+            model_input = torch.cat([seen, seen]) if paired else seen
             if extra is not None:
                 model_input = torch.cat([model_input, extra], dim=1)
-            call = {"sample": model_input, "timestep": timestep.repeat(len(model_input)), **inputs}
-            output = first_tensor(called(model, call))
+            rows = len(model_input)
+            call = {convention.sample: model_input, convention.timestep: time.repeat(rows)}
+            output = first_tensor(called(model, {**call, **inputs}))
             output = _drop_learned_variance(output.to(sample.dtype), sample, scheduler)
             output = _guided_mean(output, sample.shape[1], guidance_scale)
-            sample = scheduler.step(
-                output, scheduler_timestep, sample, return_dict=False, **step_arguments
-            )[0]
+            sample = schedule.step(output, index, sample, generator)
             if callback is not None:
-                callback(index, timestep, sample)
-    return sample
+                callback(index, time, sample)
+    return schedule.last_sample(sample)
 
 
 def check_loop(
@@ -190,22 +192,33 @@ def check_loop(
     return None
 
 
-def scheduled(scheduler: Any, steps: int, *, device: torch.device | str = "cpu") -> Any:
+def scheduled(
+    scheduler: Any,
+    steps: int,
+    *,
+    convention: CallingConvention | None = None,
+    sample_shape: Sequence[int] = (),
+    device: torch.device | str = "cpu",
+) -> Any:
     """Return a copy of a scheduler that stands at the start of a run.
 
     Args:
         scheduler: a diffusers scheduler.
         steps: steps of the run.
+        convention: of the model; None is that of UNets.
+        sample_shape: shape of one sample without the batch axis, for schedules that depend on it.
         device: where its timesteps are to be.
 
     Raises:
         ConfigError: the scheduler has no schedule of so many steps; says why.
-        CalibrationError: its numbers are no schedule.
+        CalibrationError: its numbers are no schedule, or it depends on a shape that is not known.
     """
     check_scheduler(scheduler)
     schedule = copy.deepcopy(scheduler)
     try:
-        schedule.set_timesteps(steps, device=device)
+        set_steps(schedule, steps, convention or CallingConvention(), sample_shape, device=device)
+    except MPQError:
+        raise
     except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
@@ -225,6 +238,7 @@ def denoise_in_batches(
     conditions: Mapping[str, Any],
     guidance_scale: float | None = None,
     unconditional: Mapping[str, Any] | None = None,
+    convention: CallingConvention | None = None,
     batch_size: int = 16,
     progress: str | None = None,
 ) -> Tensor:
@@ -239,6 +253,7 @@ def denoise_in_batches(
         conditions: tensors, or dicts and tuples of them, with N in front.
         guidance_scale: as of `denoise`.
         unconditional: as of `denoise`.
+        convention: as of `denoise`.
         batch_size: samples at once.
         progress: name of the stage that tells of the steps; None tells of none.
 
@@ -263,6 +278,7 @@ def denoise_in_batches(
                 unconditional=None
                 if unconditional is None
                 else take_rows(dict(unconditional), rows),
+                convention=convention,
                 callback=None if own_loop else lambda *step: advance(len(step[-1])),
             )
             if own_loop:
@@ -290,22 +306,6 @@ def _guided_mean(output: Tensor, channels: int, guidance_scale: float | None) ->
         return guided(output, guidance_scale)
     variance = output.chunk(2)[1][:, channels:]
     return torch.cat([guided(output[:, :channels], guidance_scale), variance], dim=1)
-
-
-def model_timesteps(scheduler: Any) -> Tensor:
-    """Return the timesteps of a scheduler, after `set_timesteps`, as the model is to get them.
-
-    Some schedulers (Euler, Heun, ...) keep their timesteps in floating point. Whole numbers become
-    int64, because diffusion models are traced and exported with integer timesteps; a schedule with
-    fractions stays float32.
-
-    Returns:
-        int64 or float32 [steps].
-    """
-    timesteps: Tensor = scheduler.timesteps
-    if timesteps.is_floating_point() and not torch.equal(timesteps, timesteps.round()):
-        return timesteps.float()
-    return timesteps.long()
 
 
 def _check_extra(extra: Any, rows: int, noise: Tensor) -> None:

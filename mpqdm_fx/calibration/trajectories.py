@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.calibration.calls import check_call
-from mpqdm_fx.calibration.samplers import Denoiser, check_scheduled, is_sampler, rows_of
+from mpqdm_fx.calibration.conventions import CallingConvention
+from mpqdm_fx.calibration.samplers import (
+    Denoiser,
+    check_scheduled,
+    is_sampler,
+    model_convention,
+    rows_of,
+)
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, check_loop, denoise
 from mpqdm_fx.capture.entry import in_float32, unwrap
 from mpqdm_fx.errors import CalibrationError, ConfigError
@@ -45,15 +52,15 @@ _RUN = "__run"  # which run a recorded row belongs to, until the rows are in bat
 class Trajectories:
     """The inputs a model gets along its own denoising runs, as batches of keyword arguments.
 
-    Iterating yields dicts `{"sample", "timestep", **conditions}`, or of what a `Sampler` calls the
-    model with, exactly as the model was called: with guidance both halves of each pair are there.
+    Iterating yields dicts `{"sample", "timestep", **conditions}` under the model's names, or of what
+    a `Sampler` calls the model with, exactly as the model was called: with guidance both halves of each pair are there.
     Every trajectory contributes every timestep of the schedule (every call of a sampler). The runs
     are made once, at the first iteration, with a progress bar; the same settings give the same
     batches, however often they are read.
 
     Args:
-        model: the float denoiser, called as `model(sample=..., timestep=..., **conditions)`, or as
-            the sampler calls it; one in half precision runs as a float32 copy.
+        model: the float denoiser, called as `model(sample=..., timestep=..., **conditions)`, by its
+            own names for these, or as the sampler calls it; one in half precision runs as a float32 copy.
         scheduler: a diffusers scheduler; it is copied. Or a `Sampler`: a loop of one's own.
         sample_shape: shape of one sample without the batch axis; None reads `model.config`.
         num_trajectories: how many runs from different noise.
@@ -69,6 +76,8 @@ class Trajectories:
             model was called.
         guidance_scale: weight of classifier-free guidance, None for none and with a sampler.
         unconditional: conditions of the unconditional half, in the same form.
+        convention: what the model calls samples and times, and how it is told these; None takes
+            that of the model's class.
         shuffle: True mixes trajectories and timesteps, so that each batch holds many noise levels;
             False keeps the order of the runs, one timestep in a batch.
         held_out: so many of the runs, the last ones, fill batches of their own at the end; see
@@ -97,6 +106,7 @@ class Trajectories:
         conditions: Conditions | None = None,
         guidance_scale: NonNegative | None = None,
         unconditional: Conditions | None = None,
+        convention: CallingConvention | None = None,
         shuffle: bool = True,
         rows_per_timestep: Count | None = None,
         held_out: Some = 0,
@@ -106,8 +116,9 @@ class Trajectories:
                 f"held_out is {held_out}; it must leave some of the {num_trajectories} runs"
             )
         check_loop(scheduler, num_inference_steps, guidance_scale)
+        self.convention = convention or model_convention(model)
         if not is_sampler(scheduler):
-            check_scheduled(model)
+            check_scheduled(model, self.convention)
         self.model = model
         self.scheduler = scheduler
         self.num_trajectories = num_trajectories
@@ -210,6 +221,7 @@ class Trajectories:
                             if self._unconditional is None
                             else take_rows(self._unconditional, rows)
                         ),
+                        convention=self.convention,
                         callback=advance if sampler is None else None,
                     )
                 )

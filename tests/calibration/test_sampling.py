@@ -14,7 +14,9 @@ from diffusers import (
 )
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from mpqdm_fx.calibration.sampling import denoise, first_tensor, model_timesteps
+from mpqdm_fx.calibration.conventions import CallingConvention
+from mpqdm_fx.calibration.sampling import denoise, first_tensor
+from mpqdm_fx.calibration.schedules import schedule_of
 from mpqdm_fx.errors import CalibrationError, ConfigError
 
 SCHEDULERS = [
@@ -209,7 +211,7 @@ def test_guidance_without_unconditional_conditions_is_refused():
 )
 def test_whole_timesteps_are_integers_and_fractions_stay_float32(scheduler, dtype):
     scheduler.set_timesteps(7)
-    timesteps = model_timesteps(scheduler)
+    timesteps = schedule_of(scheduler, CallingConvention()).times
     assert timesteps.dtype == dtype
     assert torch.equal(timesteps.double(), scheduler.timesteps.double())
 
@@ -310,11 +312,21 @@ def test_guidance_leaves_a_learned_variance_to_the_conditional_half():
     assert torch.allclose(seen[0][:, :2], plain + 7 * (conditional - plain), atol=1e-5)
 
 
-def test_a_scheduler_of_flow_matching_is_refused_by_name():
-    with pytest.raises(CalibrationError, match="FlowMatchEulerDiscreteScheduler has no init_noise"):
-        denoise(
-            toy_model, FlowMatchEulerDiscreteScheduler(), noise(), num_inference_steps=2, seed=0
-        )
+def test_flow_matching_equals_a_loop_written_by_hand():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    scheduler.set_timesteps(4)
+    sample = noise()
+    for timestep in scheduler.timesteps:
+        output = toy_model(sample, timestep.repeat(3))
+        sample = scheduler.step(output, timestep, sample).prev_sample
+    found = denoise(
+        toy_model,
+        FlowMatchEulerDiscreteScheduler(shift=2.0),
+        noise(),
+        num_inference_steps=4,
+        seed=0,
+    )
+    assert torch.equal(found, sample)
 
 
 def test_more_steps_than_the_scheduler_has_are_refused_with_its_own_reason():
