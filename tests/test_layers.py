@@ -46,7 +46,10 @@ COPIED = {
     "mpqdm_fx.io.sealed",
     "mpqdm_fx.io.classes",
     "mpqdm_fx.backends.kernel_library",
+    "mpqdm_fx.calibration.conventions",
+    "mpqdm_fx.calibration.schedules",
     "mpqdm_fx.errors",
+    *(name for name in modules() if name.startswith("mpqdm_fx.pipelines.loops.")),
 }
 
 #: (importer, imported package or module) of imports inside functions, and why they are there.

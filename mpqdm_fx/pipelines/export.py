@@ -24,7 +24,7 @@ from mpqdm_fx.backends.kernel_library import require_kernels
 from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend, may_call_own_kernels
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
-from mpqdm_fx.calibration.sampling import scheduled
+from mpqdm_fx.calibration import conventions, schedules
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io import classes, expansion, progress, sealed
 from mpqdm_fx.io.ambient import plain_torch
@@ -72,6 +72,8 @@ RUNNER = {
     "sealed.py": sealed,
     "expansion.py": expansion,
     "classes.py": classes,
+    "conventions.py": conventions,
+    "schedules.py": schedules,
     "kernel_library.py": kernel_library,
     "errors.py": errors,
 }
@@ -213,7 +215,7 @@ def export_pipeline(
             sensitivity=run.sensitivity, max_memory=run.activation_memory,
             batch_size=min(batch_size, max(1, (trajectories - trajectories // 4) * steps)),
         )  # fmt: skip
-    timesteps = _schedule(layout.pipeline.scheduler, steps) if tabulate else None
+    timesteps = _schedule(inputs) if tabulate else None
     digests = {name: part.digest for name, part in layout.parts.items()}
     work = WorkFolder(
         checkpoint_of(target),
@@ -339,10 +341,11 @@ def check_export(
         check_settings(backend, config, alternatives=False)
 
 
-def _schedule(scheduler: Any, steps: int) -> list[float]:
-    """A schedule's timesteps as the runner meets them; one that comes twice needs one row."""
-    timesteps = scheduled(scheduler, steps).timesteps
-    return list(dict.fromkeys(timesteps.float().tolist()))
+def _schedule(inputs: PipelineInputs) -> list[float]:
+    """What the denoiser is told at each call; a time that comes twice needs one row."""
+    convention = inputs.layout.convention
+    times = schedules.schedule_of(inputs.scheduled(), convention).times
+    return list(dict.fromkeys(times.float().tolist()))
 
 
 def _loop_files(loop: type[Loop]) -> dict[str, ModuleType]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from mpqdm_fx.calibration.conventions import CallingConvention
+from mpqdm_fx.calibration.samplers import model_convention
 from mpqdm_fx.calibration.schedulers import check_scheduler
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io.folders import refuse_other_results
@@ -43,6 +45,7 @@ class Layout:
         tokenizers: By the name of their folder.
         latent_channels: Channels of what the scheduler steps on.
         scale: Pixels of an image for one of the latents, per side.
+        multiple: What heights and widths are multiples of.
         default_size: Size that the denoiser was trained for.
         settings: What the family's loop must know of the models.
     """
@@ -54,6 +57,7 @@ class Layout:
     tokenizers: Mapping[str, Any]
     latent_channels: int
     scale: int
+    multiple: int
     default_size: Size
     settings: Mapping[str, Any]
 
@@ -61,6 +65,11 @@ class Layout:
     def denoiser(self) -> nn.Module:
         """The denoiser."""
         return self.parts["denoiser"].module
+
+    @property
+    def convention(self) -> CallingConvention:
+        """How the denoiser is called along a schedule."""
+        return model_convention(self.denoiser)
 
     @property
     def loop(self) -> type[Loop]:
@@ -76,10 +85,10 @@ class Layout:
         check_value(sizes, Sequence[Size] | None, "sizes")
         chosen = tuple(sizes or (self.default_size,))
         for height, width in chosen:
-            if height % self.scale or width % self.scale:
+            if height % self.multiple or width % self.multiple:
                 raise ConfigError(
-                    f"size {height}x{width}: height and width must be multiples of {self.scale}, "
-                    f"the scale of the pipeline's decoder"
+                    f"size {height}x{width}: height and width must be multiples of "
+                    f"{self.multiple}, for the pipeline's decoder and denoiser"
                 )
         if len(set(chosen)) < len(chosen):
             raise ConfigError(f"sizes {list(chosen)}: each size once")
@@ -151,6 +160,7 @@ def layout_of(pipeline: Any) -> Layout:
         },
         latent_channels=latents.channels,
         scale=latents.scale,
+        multiple=latents.multiple,
         default_size=(height * latents.scale, width * latents.scale),
         settings=family.settings(pipeline),
     )

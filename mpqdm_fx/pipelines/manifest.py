@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def write_manifest(
         "kind": layout.family.kind,
         "sizes": [list(size) for size in sizes],
         "latents": {"channels": layout.latent_channels, "scale": layout.scale},
+        "convention": asdict(layout.convention),
         "defaults": dict(defaults),
         "settings": dict(layout.settings),
         "methods": list(methods),

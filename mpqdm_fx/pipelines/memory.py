@@ -20,7 +20,12 @@ from mpqdm_fx.graph.nested import tensor_leaves
 from mpqdm_fx.io.peak_memory import measured_apart, peak_rise
 from mpqdm_fx.pipelines.families.controlnet import ControlResiduals
 from mpqdm_fx.pipelines.folder import load_part, part_class, read_index
-from mpqdm_fx.pipelines.parts import ImageDecoder, ImageEncoder, TextEncoder
+from mpqdm_fx.pipelines.parts import (
+    ImageDecoder,
+    ImageEncoder,
+    MaskedTextEncoder,
+    TextEncoder,
+)
 from mpqdm_fx.pipelines.program_files import ProgramFiles
 
 __all__ = ["COMPONENTS", "main", "nested", "part_peak"]
@@ -29,15 +34,13 @@ __all__ = ["COMPONENTS", "main", "nested", "part_peak"]
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("text_encoder",),
     "text_encoder_2": ("text_encoder_2",),
+    "text_encoder_3": ("text_encoder_3",),
     "controlnet": ("controlnet",),
-    "denoiser": ("unet",),
+    "denoiser": ("unet", "transformer"),
     "vae_decoder": ("vae", "vqvae"),
     "vae_encoder": ("vae",),
 }
-# Last hidden states or the last but one: the same memory.
 _WRAPPERS: Mapping[str, Callable[[Any], Any]] = {
-    "text_encoder": TextEncoder,
-    "text_encoder_2": TextEncoder,
     "controlnet": ControlResiduals,
     "vae_decoder": ImageDecoder,
     "vae_encoder": ImageEncoder,
@@ -105,9 +108,15 @@ def main(arguments: list[str]) -> None:
             _run_program(ProgramFiles(folder), part, inputs)
         else:
             module = load_part(folder, component)
-            _WRAPPERS.get(part, lambda encoder: encoder)(module)(**nested(inputs))
+            _wrapped(part, module, inputs)(**nested(inputs))
 
     typer.echo(peak_rise(call))
+
+
+def _wrapped(part: str, module: Any, inputs: Mapping[str, Tensor]) -> Any:
+    if part.startswith("text_encoder"):  # last hidden states or the last but one: the same memory
+        return (MaskedTextEncoder if "attention_mask" in inputs else TextEncoder)(module)
+    return _WRAPPERS.get(part, lambda model: model)(module)
 
 
 def _component(folder: Path, part: str) -> str:

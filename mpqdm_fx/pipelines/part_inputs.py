@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mpqdm_fx.calibration.sampling import scheduled
 from mpqdm_fx.graph.nested import concatenate
 from mpqdm_fx.pipelines.conditions import Call, default_guidance
 from mpqdm_fx.pipelines.layout import Layout, Size, layout_of, open_pipeline
@@ -68,6 +69,18 @@ class PipelineInputs:
     def numbers(self) -> dict[str, float]:
         """The loop's own numbers, by their defaults."""
         return {name: number.default for name, number in self.layout.loop.numbers.items()}
+
+    def scheduled(self) -> Any:
+        """A copy of the pipeline's scheduler at the start of a run.
+
+        Raises:
+            MPQError: It has no schedule of so many steps.
+        """
+        layout = self.layout
+        shape = (layout.latent_channels, *(side // layout.scale for side in self.size))
+        return scheduled(
+            layout.pipeline.scheduler, self.steps, convention=layout.convention, sample_shape=shape
+        )
 
     @cached_property
     def runs(self) -> RecordedRuns:
@@ -183,4 +196,6 @@ def inputs_of(
         guidance = 1.0
     elif guidance is None:
         guidance = default_guidance(type(layout.pipeline))
-    return PipelineInputs(layout=layout, size=chosen[0], guidance=guidance, **settings), chosen
+    inputs = PipelineInputs(layout=layout, size=chosen[0], guidance=guidance, **settings)
+    inputs.scheduled()  # what has no such schedule is refused here
+    return inputs, chosen

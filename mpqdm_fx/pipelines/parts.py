@@ -19,6 +19,7 @@ from mpqdm_fx.io.tensors import hash_tensor
 __all__ = [
     "ImageDecoder",
     "ImageEncoder",
+    "MaskedTextEncoder",
     "Part",
     "PenultimateStates",
     "TextEncoder",
@@ -80,6 +81,23 @@ class TextEncoder(nn.Module):
         return states
 
 
+class MaskedTextEncoder(nn.Module):
+    """The same for encoders that are told which tokens are padding: T5 of PixArt.
+
+    Args:
+        encoder: An encoder whose first output is the last hidden state.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Encode token numbers and their mask, int64 [B, L], to float [B, L, D]."""
+        states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        return states
+
+
 class PenultimateStates(nn.Module):
     """Token numbers to the last but one hidden state, as Stable Diffusion XL is conditioned.
 
@@ -105,17 +123,18 @@ class ImageDecoder(nn.Module):
 
     Args:
         vae: `AutoencoderKL`, `AutoencoderTiny` or `VQModel`. Its `latents_mean` and `latents_std`
-            are used if it has both, as StableDiffusionXLPipeline does; `shift_factor` is not, as
-            none of the supported pipelines reads it.
+            are used if it has both, as StableDiffusionXLPipeline does.
+        shifted: Whether its `shift_factor` is used, as pipelines of flow matching do.
     """
 
     #: Parameters of the other half.
     unread = ("vae.encoder.", "vae.quant_conv.")
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, *, shifted: bool = False) -> None:
         super().__init__()
         self.vae = vae
         config = vae.config
+        self.shift = float(config.get("shift_factor") or 0.0) if shifted else 0.0
         mean, std = config.get("latents_mean"), config.get("latents_std")
         self.scale = float(config.get("scaling_factor") or 1.0)
         self.mean: Tensor | None
@@ -130,6 +149,8 @@ class ImageDecoder(nn.Module):
             latents = latents * self.std / self.scale + self.mean
         else:
             latents = latents / self.scale
+        if self.shift:
+            latents = latents + self.shift
         image: Tensor = self.vae.decode(latents, return_dict=False)[0]
         return image
 

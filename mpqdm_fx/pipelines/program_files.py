@@ -32,7 +32,7 @@ __all__ = [
 MANIFEST = "pipeline.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 FORMAT = "mpqdm_fx.pipeline"
-#: Of the manifest. Since version 5 the loop says what its settings are, and has numbers of its own.
+#: Of the manifest. Since version 5 a loop says what its settings and numbers are.
 VERSION = 5
 
 _NUMBER = (int, float)
@@ -46,6 +46,18 @@ _SHAPE: Mapping[str, Any] = {
     "kind": str,
     "sizes": [[int]],
     "latents": {"channels": int, "scale": int},
+    "convention": {
+        "sample": str,
+        "timestep": str,
+        "time_scale": _NUMBER,
+        "time_divisor": _NUMBER,
+        "time_end": (*_NUMBER, None),
+        "negated": bool,
+        "even_sigmas": bool,
+        "patch": (int, None),
+        "packed": bool,
+        "max_shift": _NUMBER,
+    },
     "defaults": {"steps": int, "guidance": _NUMBER, "numbers": dict},
     "settings": dict,
     "methods": [

@@ -5,6 +5,7 @@ will get: whatever the family, nothing is said twice.
 """
 
 import contextlib
+import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.calibration.sampling import scheduled
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.nested import concatenate, take_rows, tensors_of
 from mpqdm_fx.io.ambient import plain_torch
@@ -64,7 +64,8 @@ class ModuleParts:
         taken = inspect.signature(component.module.forward).parameters
         named = {name: value for name, value in inputs.items() if name.partition(".")[0] in taken}
         if self._timesteps is not None and component.stepped:
-            named["timestep"] = torch.tensor([self._timesteps[int(named["timestep"])]])
+            name = self._layout.convention.timestep
+            named[name] = torch.tensor([self._timesteps[int(named[name])]])
         return nested(named)
 
 
@@ -79,6 +80,7 @@ def float_loop(layout: Layout, parts: Any) -> Loop:
         settings=layout.settings,
         channels=layout.latent_channels,
         scale=layout.scale,
+        convention=layout.convention,
         timesteps=None,
         tokenizer=layout.tokenizers.__getitem__,
     )
@@ -202,7 +204,7 @@ class RecordedRuns:
         steps = self._requests[0].steps
         with stage("float model's runs", len(self._requests) * steps, unit="step") as advance:
             for recorder.draw, request in enumerate(self._requests):
-                scheduler = scheduled(layout.pipeline.scheduler, request.steps)
+                scheduler = copy.deepcopy(layout.pipeline.scheduler)
                 samples.append(loop.draw(request, scheduler, lambda *_: advance(1)))
         finals = torch.cat(samples)
         if not torch.isfinite(finals).all():
@@ -229,7 +231,7 @@ def first_calls(layout: Layout, request: Request) -> dict[str, Call]:
         raise _BegunError
 
     recorder = _Recorder(layout, 1)
-    scheduler = scheduled(layout.pipeline.scheduler, request.steps)
+    scheduler = copy.deepcopy(layout.pipeline.scheduler)
     with contextlib.suppress(_BegunError):
         float_loop(layout, recorder).draw(request, scheduler, stop)
     return {part: take_rows(calls[0][1], slice(0, 1)) for part, calls in recorder.calls.items()}

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpqdm_fx.calibration.conventions import CallingConvention
 from mpqdm_fx.errors import ArtifactError, first_line
 from mpqdm_fx.io.classes import diffusers_class
 from mpqdm_fx.pipelines.loops.loop import Loop, Number, Parts, Request, Spec, loop_class
@@ -185,6 +186,7 @@ class PipelineRunner:
             settings=self.manifest["settings"],
             channels=latents_of["channels"],
             scale=latents_of["scale"],
+            convention=CallingConvention(**self.manifest["convention"]),
             timesteps=self.manifest["timesteps"],
             tokenizer=self._tokenizer,
         )

@@ -96,6 +96,7 @@ def test_the_folder_is_whole_and_nothing_else_is_left(exported):
     names = {path.name for path in result.directory.iterdir()}
     assert names - {"log.txt"} == {  # which is there if libraries said something
         "classes.py",
+        "conventions.py",
         "denoiser.pte",
         "errors.py",
         "expansion.py",
@@ -109,6 +110,7 @@ def test_the_folder_is_whole_and_nothing_else_is_left(exported):
         "run.py",
         "samples.png",
         "scheduler",
+        "schedules.py",
         "sealed.py",
         "summary.json",
         "text_encoder.pte",

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny_pipelines
+import tiny_transformers
 import torch
 from eager_programs import eager_export
 from PIL import Image
@@ -110,9 +111,7 @@ def test_the_control_network_and_the_denoiser_are_calibrated_on_what_they_meet(t
         with torch.no_grad():
             *down, middle = network(**given)
         torch.testing.assert_close(middle, met["mid_block_additional_residual"])
-        assert [t.shape for t in down] == [
-            t.shape for t in met["down_block_additional_residuals"]
-        ]
+        assert [t.shape for t in down] == [t.shape for t in met["down_block_additional_residuals"]]
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +145,28 @@ def test_the_folder_has_its_own_loop_and_what_that_is_made_from(started_from_a_p
     assert loops <= {path.name for path in folder.glob("*.py")}
     assert not (folder / "controlnet.py").exists()
     assert isinstance(PipelineRunner(folder).loop, type)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_pixart_is_told_which_tokens_are_padding(tmp_path, monkeypatch, guidance):
+    pipeline = tiny_transformers.pixart_sigma(tmp_path)
+    expected, drawn = expected_and_drawn(
+        pipeline, tmp_path / "out", monkeypatch, {"guidance": guidance, "negative": "a dog"},
+        {
+            "guidance_scale": guidance, "negative_prompt": "a dog", "height": SIDE, "width": SIDE,
+            "use_resolution_binning": False, "clean_caption": False,
+        },
+    )  # fmt: skip
+    assert np.abs(drawn - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("long", "scheduler"), [(True, {}), (False, {}), (False, {"use_dynamic_shifting": True})]
+)
+def test_stable_diffusion_3_draws_with_t5_and_without(tmp_path, monkeypatch, long, scheduler):
+    pipeline = tiny_transformers.stable_diffusion_3(tmp_path, long=long, **scheduler)
+    expected, drawn = expected_and_drawn(
+        pipeline, tmp_path / "out", monkeypatch, {"guidance": 5.0, "negative": "a dog"},
+        {"guidance_scale": 5.0, "negative_prompt": "a dog", "height": SIDE, "width": SIDE},
+    )  # fmt: skip
+    assert np.abs(drawn - expected).max() <= TOLERANCE

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny_pipelines
+import tiny_transformers
 from test_export_programs import decibels
 from test_runner_loop import diffusers_image
 
@@ -33,19 +34,31 @@ def pixels(runner):
 @pytest.mark.parametrize(
     "kind",
     [
-        "stable_diffusion_xl", "inpainting", "ddpm", "ddim", "latent_diffusion",
-        "latent_consistency", "image_to_image", "image_to_image_xl", "instruct_pix2pix",
+        "stable_diffusion_xl",
+        "inpainting",
+        "ddpm",
+        "ddim",
+        "latent_diffusion",
+        "latent_consistency",
+        "image_to_image",
+        "image_to_image_xl",
+        "instruct_pix2pix",
         "controlnet",
-    ],  # fmt: skip
+        "pixart_sigma",
+        "stable_diffusion_3",
+    ],
 )
 def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, mode):
-    pipeline = getattr(tiny_pipelines, kind)(tmp_path)
+    module = tiny_pipelines if hasattr(tiny_pipelines, kind) else tiny_transformers
+    pipeline = getattr(module, kind)(tmp_path)
     config = tiny_pipelines.cheap_settings(activation_mode=mode) if mode != "float" else None
     export_pipeline(pipeline, config, tmp_path / "out", steps=3, guidance=3.0, trajectories=4)
     runner = PipelineRunner(tmp_path / "out", verify=True)
     prompt = [] if runner.manifest["kind"] == "unconditional" else ["a cat"]
     guided = {"guidance_scale": 3.0} if prompt else {}
     runner_call, pipeline_call = pixels(runner)
+    if kind == "pixart_sigma":
+        pipeline_call = {"use_resolution_binning": False, "clean_caption": False}
     expected = diffusers_image(pipeline, *prompt, num_inference_steps=3, **guided, **pipeline_call)
     actual = runner.sample(*prompt, **runner_call)
     if mode != "float":

@@ -51,7 +51,8 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     )
 
 
-def _text(tokens: CLIPTokenizer, *, layers: int = 1, width: int = 16) -> CLIPTextConfig:
+def clip_config(tokens: CLIPTokenizer, *, layers: int = 1, width: int = 16) -> CLIPTextConfig:
+    """Of an encoder of a few numbers."""
     return CLIPTextConfig(
         vocab_size=len(tokens),
         hidden_size=width,
@@ -120,7 +121,8 @@ _BLOCKS: Mapping[str, Any] = {
 }
 
 
-def _kl_vae(**options: Any) -> AutoencoderKL:
+def kl_vae(**options: Any) -> AutoencoderKL:
+    """The full VAE's blocks, two of them."""
     return AutoencoderKL(latent_channels=4, sample_size=16, **_BLOCKS, **options).eval()
 
 
@@ -130,8 +132,8 @@ def stable_diffusion(folder: Path, *, kl: bool = False, **unet: Any) -> StableDi
     tokens = tokenizer(folder / "tokens")
     prediction = {"prediction_type": unet.pop("prediction_type", "epsilon")}
     return StableDiffusionPipeline(
-        vae=_kl_vae() if kl else _tiny_vae(),
-        text_encoder=CLIPTextModel(_text(tokens)).eval(),
+        vae=kl_vae() if kl else _tiny_vae(),
+        text_encoder=CLIPTextModel(clip_config(tokens)).eval(),
         tokenizer=tokens,
         unet=_unet(**unet),
         scheduler=_scheduler(**prediction),
@@ -145,9 +147,9 @@ def stable_diffusion_xl(folder: Path) -> StableDiffusionXLPipeline:
     """Two encoders of different widths, added conditions, normalised latents."""
     torch.manual_seed(1)
     tokens = tokenizer(folder / "tokens")
-    first, second = _text(tokens, layers=2), _text(tokens, layers=2, width=24)
+    first, second = clip_config(tokens, layers=2), clip_config(tokens, layers=2, width=24)
     return StableDiffusionXLPipeline(
-        vae=_kl_vae(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.9, 1.1, 1.0, 1.2]),
+        vae=kl_vae(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.9, 1.1, 1.0, 1.2]),
         text_encoder=CLIPTextModel(first).eval(),
         text_encoder_2=CLIPTextModelWithProjection(second).eval(),
         tokenizer=tokens,
@@ -168,8 +170,8 @@ def inpainting(folder: Path, *, channels: int = 9) -> StableDiffusionInpaintPipe
     torch.manual_seed(2)
     tokens = tokenizer(folder / "tokens")
     return StableDiffusionInpaintPipeline(
-        vae=_kl_vae(),
-        text_encoder=CLIPTextModel(_text(tokens)).eval(),
+        vae=kl_vae(),
+        text_encoder=CLIPTextModel(clip_config(tokens)).eval(),
         tokenizer=tokens,
         unet=_unet(channels),
         scheduler=_scheduler(),

@@ -83,7 +83,7 @@ class StableDiffusionControlNet(StableDiffusion):
             "controlnet", network, (*names, _MIDDLE),
             stepped=("sample", "timestep", "controlnet_cond"),
         )  # fmt: skip
-        denoiser = denoiser_part(pipeline)
+        denoiser = denoiser_part(pipeline.unet)
         stepped = (*denoiser.stepped, _DOWN, _MIDDLE)
         return [control, sized_part("denoiser", denoiser.module, denoiser.outputs, stepped=stepped)]
 

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from mpqdm_fx.calibration.conventions import convention_of
 from mpqdm_fx.capture.entry import unwrap
 from mpqdm_fx.capture.foreign_models import check_model
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.pipelines.loops.loop import Loop
+from mpqdm_fx.pipelines.loops.loop import Loop, predicts_flow
 from mpqdm_fx.pipelines.parts import Part
 
 __all__ = ["Family", "Latents", "denoiser_part", "ready", "sides_of", "sized_part"]
@@ -31,11 +32,13 @@ class Latents:
     Attributes:
         channels: Their channels.
         scale: Pixels for one of them, per side.
+        multiple: What heights and widths in pixels are multiples of.
         sides: Height and width of those that the denoiser was trained on.
     """
 
     channels: int
     scale: int
+    multiple: int
     sides: tuple[int, int]
 
 
@@ -79,7 +82,11 @@ class Family(ABC):
 
     def settings(self, pipeline: Any) -> Mapping[str, Any]:
         """What the loop must know, as `Loop.settings` lists it; plain JSON types."""
-        return {"prediction_type": pipeline.scheduler.config.get("prediction_type", "epsilon")}
+        scheduler = pipeline.scheduler
+        return {
+            "prediction_type": scheduler.config.get("prediction_type", "epsilon"),
+            "flow": predicts_flow(scheduler),
+        }
 
 
 def ready(module: nn.Module) -> Any:
@@ -113,11 +120,15 @@ def sized_part(
     return Part(name=name, module=module.eval(), outputs=outputs, sized=True, stepped=stepped)
 
 
-def denoiser_part(pipeline: Any) -> Part:
-    """A pipeline's UNet as its denoiser."""
-    return sized_part(
-        "denoiser", ready(pipeline.unet), ("noise_pred",), stepped=("sample", "timestep")
-    )
+def denoiser_part(model: Any) -> Part:
+    """A pipeline's UNet or transformer as its denoiser.
+
+    Args:
+        model: A model of diffusers.
+    """
+    convention = convention_of(type(model).__name__, model.config)
+    stepped = (convention.sample, convention.timestep)
+    return sized_part("denoiser", ready(model), ("noise_pred",), stepped=stepped)
 
 
 def sides_of(config: Mapping[str, Any]) -> tuple[int, int]:

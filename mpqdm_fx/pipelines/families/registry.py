@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.families.controlnet import StableDiffusionControlNet
 from mpqdm_fx.pipelines.families.family import Family
+from mpqdm_fx.pipelines.families.pixart import PixArtAlpha, PixArtSigma
 from mpqdm_fx.pipelines.families.stable_diffusion import (
     StableDiffusion,
     StableDiffusionImageToImage,
@@ -13,6 +14,7 @@ from mpqdm_fx.pipelines.families.stable_diffusion import (
     StableDiffusionXL,
     StableDiffusionXLImageToImage,
 )
+from mpqdm_fx.pipelines.families.stable_diffusion_3 import StableDiffusion3
 from mpqdm_fx.pipelines.families.unconditional import LatentDiffusion, PixelDiffusion
 from mpqdm_fx.pipelines.loops.loop import register_loop
 
@@ -27,6 +29,9 @@ _FAMILIES: dict[str, Family] = {
     "StableDiffusionControlNetPipeline": StableDiffusionControlNet(),
     "StableDiffusionXLPipeline": StableDiffusionXL(),
     "StableDiffusionXLImg2ImgPipeline": StableDiffusionXLImageToImage(),
+    "StableDiffusion3Pipeline": StableDiffusion3(),
+    "PixArtSigmaPipeline": PixArtSigma(),
+    "PixArtAlphaPipeline": PixArtAlpha(),
     "DDPMPipeline": PixelDiffusion(),
     "DDIMPipeline": PixelDiffusion(),
     "LDMPipeline": LatentDiffusion(),

@@ -88,14 +88,16 @@ class StableDiffusion(Family):
 
     def stepped_parts(self, pipeline: Any) -> Sequence[Part]:
         """What runs in every step."""
-        return [denoiser_part(pipeline)]
+        return [denoiser_part(pipeline.unet)]
 
     def latents(self, pipeline: Any) -> Latents:
         """As the VAE has them."""
         config = pipeline.vae.config
+        scale = 2 ** (len(config.block_out_channels) - 1)
         return Latents(
             channels=int(config.latent_channels),
-            scale=2 ** (len(config.block_out_channels) - 1),
+            scale=scale,
+            multiple=scale,
             sides=sides_of(pipeline.unet.config),
         )
 

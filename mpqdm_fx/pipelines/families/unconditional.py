@@ -25,12 +25,14 @@ class PixelDiffusion(Family):
 
     def parts(self, pipeline: Any) -> Sequence[Part]:
         """The denoiser."""
-        return [denoiser_part(pipeline)]
+        return [denoiser_part(pipeline.unet)]
 
     def latents(self, pipeline: Any) -> Latents:
         """Pixels."""
         config = pipeline.unet.config
-        return Latents(channels=int(config.in_channels), scale=1, sides=sides_of(config))
+        return Latents(
+            channels=int(config.in_channels), scale=1, multiple=1, sides=sides_of(config)
+        )
 
 
 class LatentDiffusion(PixelDiffusion):
@@ -41,10 +43,12 @@ class LatentDiffusion(PixelDiffusion):
     def parts(self, pipeline: Any) -> Sequence[Part]:
         """Denoiser and decoder."""
         decoder = ImageDecoder(ready(pipeline.vqvae))
-        return [denoiser_part(pipeline), sized_part("vae_decoder", decoder, ("image",))]
+        return [denoiser_part(pipeline.unet), sized_part("vae_decoder", decoder, ("image",))]
 
     def latents(self, pipeline: Any) -> Latents:
         """As the decoder takes them."""
         config = pipeline.unet.config
         scale = 2 ** (len(pipeline.vqvae.config.block_out_channels) - 1)
-        return Latents(channels=int(config.in_channels), scale=scale, sides=sides_of(config))
+        return Latents(
+            channels=int(config.in_channels), scale=scale, multiple=scale, sides=sides_of(config)
+        )

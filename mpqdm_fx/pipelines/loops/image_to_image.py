@@ -1,11 +1,12 @@
 """A picture drawn over another one: the loop starts late, from that picture with noise."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from mpqdm_fx.calibration.schedules import Schedule
 from mpqdm_fx.pipelines.loops.loop import Number, Request
 from mpqdm_fx.pipelines.loops.text_to_image import TextToImage
 from mpqdm_fx.pipelines.program_files import RunnerError, refusals
@@ -23,29 +24,29 @@ class ImageToImage(TextToImage):
         )
     }
 
-    def schedule(self, request: Request, scheduler: Any) -> Tensor:
-        """The last timesteps, as many as the strength says."""
-        timesteps = super().schedule(request, scheduler)
+    def first_call(self, request: Request, schedule: Schedule) -> int:
+        """The first of the last calls, of which there are as many as the strength says."""
         steps, strength = request.steps, request.numbers["strength"]
         skipped = max(steps - min(int(steps * strength), steps), 0)
         if skipped == steps:
             raise RunnerError(
                 f"strength {strength:g} of {steps} steps is no step; give more strength or steps"
             )
-        first = skipped * getattr(scheduler, "order", 1)
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first)
-        return timesteps[first:]
+        first: int = skipped * getattr(schedule.scheduler, "order", 1)
+        if hasattr(schedule.scheduler, "set_begin_index"):
+            schedule.scheduler.set_begin_index(first)
+        return first
 
     def begin(
-        self, request: Request, scheduler: Any, timesteps: Tensor, generator: torch.Generator
+        self, request: Request, schedule: Schedule, first: int, generator: torch.Generator
     ) -> Tensor:
-        """The picture's latents with noise of the first timestep that is run."""
+        """The picture's latents with noise of the first call's level."""
         encoded = self.parts.run("vae_encoder", request.size, {"image": request.pixels})
         latents = encoded["mean"]
         if "std" in encoded:
             latents = latents + encoded["std"] * torch.randn(latents.shape, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
+        scheduler, timestep = schedule.scheduler, schedule.timesteps[first : first + 1]
         with refusals(f"{type(scheduler).__name__} cannot add noise to a picture"):
-            started: Tensor = scheduler.add_noise(latents, noise, timesteps[:1])
+            started: Tensor = scheduler.add_noise(latents, noise, timestep)
         return started

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from mpqdm_fx.calibration.conventions import CallingConvention
+from mpqdm_fx.calibration.schedules import Schedule, schedule_of, set_steps
 from mpqdm_fx.pipelines.program_files import RunnerError, refusals
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Spec",
     "guide",
     "loop_class",
+    "predicts_flow",
     "register_loop",
 ]
 
@@ -111,6 +114,7 @@ class Spec:
         settings: What the loop must know of the models, as its `settings` lists it.
         channels: Channels of the latents.
         scale: Pixels for one of the latents, per side.
+        convention: How the denoiser is called along a schedule.
         timesteps: Those that the denoiser has table rows for; None if it takes any.
         tokenizer: The tokenizer of a name.
     """
@@ -118,6 +122,7 @@ class Spec:
     settings: Mapping[str, Any]
     channels: int
     scale: int
+    convention: CallingConvention
     timesteps: Sequence[float] | None
     tokenizer: Callable[[str], Any]
 
@@ -137,7 +142,7 @@ class Loop(ABC):
     #: Parts that run in every step, in running order; the last is the denoiser.
     stepped: ClassVar[tuple[str, ...]] = ("denoiser",)
     #: Names and types of what `Spec.settings` holds, as `program_files` describes JSON values.
-    settings: ClassVar[Mapping[str, Any]] = {"prediction_type": str}
+    settings: ClassVar[Mapping[str, Any]] = {"prediction_type": str, "flow": bool}
 
     def __init__(self, parts: Parts, spec: Spec) -> None:
         self.parts = parts
@@ -175,52 +180,54 @@ class Loop(ABC):
                 has no program.
         """
         generator = torch.Generator().manual_seed(request.seed)
-        timesteps = self.schedule(request, scheduler)
-        times = self._times(timesteps, request.steps)
-        latents = self.begin(request, scheduler, timesteps, generator)
+        schedule = self.schedule(request, scheduler)
+        first = self.first_call(request, schedule)
+        times = self._times(schedule.times[first:])
+        latents = self.begin(request, schedule, first, generator)
         runs = [self._once(inputs) for inputs in self.conditions(request, generator)]
         drawing = f"{type(scheduler).__name__} cannot draw with this folder"
-        with refusals(drawing):
-            accepted = inspect.signature(scheduler.step).parameters
-        options = {"generator": generator} if "generator" in accepted else {}
-        for index, timestep in enumerate(timesteps):
+        for index, time in enumerate(times):
             with refusals(drawing):
-                scaled = scheduler.scale_model_input(latents, timestep)
-            outputs = [self._called(run, scaled, times[index], request) for run in runs]
-            predicted = self.combine(outputs, request)
+                seen = schedule.model_input(latents, first + index)
+            predicted = self.combine([self._called(r, seen, time, request) for r in runs], request)
             with refusals(drawing):
-                latents = scheduler.step(
-                    predicted, timestep, latents, return_dict=False, **options
-                )[0]
+                latents = schedule.step(predicted, first + index, latents, generator)
             if callback is not None:
-                callback(index + 1, len(timesteps))
-        return latents
+                callback(index + 1, len(times))
+        return schedule.last_sample(latents)
 
-    def schedule(self, request: Request, scheduler: Any) -> Tensor:
-        """The scheduler's timesteps that are run, [steps]; the scheduler stands at the first."""
-        named = type(scheduler).__name__
-        with refusals(f"{named} has no schedule of {request.steps} steps"):
-            scheduler.set_timesteps(request.steps)
-        if not hasattr(scheduler, "init_noise_sigma"):
+    def schedule(self, request: Request, scheduler: Any) -> Schedule:
+        """The scheduler's schedule of so many steps, for latents of the request's size."""
+        name = type(scheduler).__name__
+        if predicts_flow(scheduler) != self.spec.settings["flow"]:
+            kinds = {True: "flow matching", False: "noise or v-prediction"}
             raise RunnerError(
-                f"{named} has no init_noise_sigma: schedulers of flow matching are not supported; "
-                f"give one of noise or v-prediction, such as DDIMScheduler"
+                f"{name} is no scheduler of {kinds[self.spec.settings['flow']]}, which this "
+                f"folder's model was trained with; give one that is, or the folder's own"
             )
-        timesteps: Tensor = scheduler.timesteps
-        return timesteps
+        with refusals(f"{name} has no schedule of {request.steps} steps"):
+            shape = self.latent_shape(request)
+            set_steps(scheduler, request.steps, self.spec.convention, shape)
+        with refusals(f"{name} cannot draw with this folder"):
+            return schedule_of(scheduler, self.spec.convention)
+
+    def first_call(self, request: Request, schedule: Schedule) -> int:
+        """The first call of the schedule that is run."""
+        return 0
 
     def begin(
-        self, request: Request, scheduler: Any, timesteps: Tensor, generator: torch.Generator
+        self, request: Request, schedule: Schedule, first: int, generator: torch.Generator
     ) -> Tensor:
-        """What the first step starts from, float [1, C, h, w]: noise at the first level."""
-        noise = self.noise(request, generator)
-        started: Tensor = noise * scheduler.init_noise_sigma
-        return started
+        """What the first call starts from, float [1, C, h, w]: noise at the first level."""
+        return schedule.first_sample(self.noise(request, generator))
+
+    def latent_shape(self, request: Request) -> tuple[int, ...]:
+        """Shape of what the scheduler steps on, without the batch axis."""
+        return (self.spec.channels, *(side // self.spec.scale for side in request.size))
 
     def noise(self, request: Request, generator: torch.Generator) -> Tensor:
         """Standard normal latents for a request's size."""
-        sides = (side // self.spec.scale for side in request.size)
-        return torch.randn((1, self.spec.channels, *sides), generator=generator)
+        return torch.randn((1, *self.latent_shape(request)), generator=generator)
 
     def denoiser_inputs(self, inputs: Inputs, request: Request) -> Inputs:
         """What the denoiser gets, from what all stepped parts of this call get."""
@@ -245,7 +252,8 @@ class Loop(ABC):
             inputs = dict(run[part])
             extra = inputs.pop(EXTRA, None)
             sample = latents if extra is None else torch.cat([latents, extra], dim=1)
-            inputs |= {"sample": sample, "timestep": time, **outputs}
+            convention = self.spec.convention
+            inputs |= {convention.sample: sample, convention.timestep: time, **outputs}
             if part == self.stepped[-1]:
                 inputs = self.denoiser_inputs(inputs, request)
             outputs = self.parts.run(part, request.size, inputs)
@@ -260,20 +268,30 @@ class Loop(ABC):
             for part in self.stepped
         }
 
-    def _times(self, timesteps: Tensor, steps: int) -> list[Tensor]:
-        """What the denoiser is told of each step: the timestep, or its row in the tables."""
+    def _times(self, times: Tensor) -> list[Tensor]:
+        """What the denoiser is told at each call: the time, or its row in the tables."""
         table = self.spec.timesteps
         if table is None:
-            return [timestep.float().reshape(1) for timestep in timesteps]
+            return [time.float().reshape(1) for time in times]
         rows = {value: row for row, value in enumerate(table)}
-        missing = [value for value in timesteps.float().tolist() if value not in rows]
+        missing = [value for value in times.float().tolist() if value not in rows]
         if missing:
             raise RunnerError(
                 f"timestep {missing[0]:g} is not in this folder's tables, which have "
                 f"{len(rows)} timesteps from {table[0]:g} to {table[-1]:g}; draw with the steps "
                 f"of the export and the folder's own scheduler, or export without tables"
             )
-        return [torch.tensor([rows[value]]) for value in timesteps.float().tolist()]
+        return [torch.tensor([rows[value]]) for value in times.float().tolist()]
+
+
+def predicts_flow(scheduler: Any) -> bool:
+    """Whether a scheduler takes the velocity of flow matching for the model's prediction.
+
+    Args:
+        scheduler: A scheduler of diffusers.
+    """
+    kind = scheduler.config.get("prediction_type", "")
+    return kind in ("flow_prediction", "trigflow") or not hasattr(scheduler, "init_noise_sigma")
 
 
 def guide(outputs: Sequence[Tensor], guidance: float) -> Tensor:

@@ -45,10 +45,10 @@ class TextToImage(Loop):
 
     needs: ClassVar[tuple[str, ...]] = ("prompt",)
     settings: ClassVar[Mapping[str, Any]] = {
+        **Loop.settings,
         "time_cond_proj_dim": (int, None),
         "time_ids": bool,
         "force_zeros_for_empty_prompt": bool,
-        "prediction_type": str,
     }
 
     @classmethod
