@@ -17,8 +17,14 @@ from mpqdm_fx.calibration.sampling import scheduled
 from mpqdm_fx.graph.nested import concatenate
 from mpqdm_fx.pipelines.conditions import Call, default_guidance
 from mpqdm_fx.pipelines.layout import Layout, Size, layout_of, open_pipeline
-from mpqdm_fx.pipelines.loops.loop import Request
-from mpqdm_fx.pipelines.recorded import ModuleParts, RecordedRuns, first_calls, float_loop
+from mpqdm_fx.pipelines.loops.loop import Loop, Request
+from mpqdm_fx.pipelines.recorded import (
+    ModuleParts,
+    RecordedRuns,
+    decoder_call,
+    first_calls,
+    float_loop,
+)
 from mpqdm_fx.records.validation import Count, NonNegative, Seed, check_fields
 from mpqdm_fx.sources.extra_channels import random_masks
 
@@ -77,7 +83,7 @@ class PipelineInputs:
             MPQError: It has no schedule of so many steps.
         """
         layout = self.layout
-        shape = (layout.latent_channels, *(side // layout.scale for side in self.size))
+        shape = self._loop.latent_shape(self._request(0, self.size))
         return scheduled(
             layout.pipeline.scheduler, self.steps, convention=layout.convention, sample_shape=shape
         )
@@ -144,14 +150,20 @@ class PipelineInputs:
             size = self.batch_size
             return [concatenate(rows[start : start + size]) for start in range(0, len(rows), size)]
         if part == "vae_decoder":
-            return [{"latents": latents[None]} for latents in self.runs.final_samples]
+            request = self._request(0, self.size)
+            samples = self.runs.final_samples
+            return [decoder_call(self.layout, latents[None], request) for latents in samples]
         # large activations: one by one
         return [dict(call) for call in self.runs.calls(part, batch_size=1)]
 
     def _tokens(self, part: str, prompt: str) -> Call:
         """What a text encoder gets of a prompt."""
-        loop: Any = float_loop(self.layout, ModuleParts(self.layout))
+        loop: Any = self._loop
         return dict(loop.token_inputs(part, prompt))
+
+    @property
+    def _loop(self) -> Loop:
+        return float_loop(self.layout, ModuleParts(self.layout))
 
     def example(self, part: str, size: Size) -> Call:
         """Inputs of one call with batch 1; at most one step is run for it.
@@ -165,8 +177,7 @@ class PipelineInputs:
         if part == "vae_decoder":
             request = self._request(0, size)
             generator = torch.Generator().manual_seed(self.seed)
-            loop = float_loop(self.layout, ModuleParts(self.layout))
-            return {"latents": loop.noise(request, generator)}
+            return decoder_call(self.layout, self._loop.noise(request, generator), request)
         if size not in self._first_calls:
             self._first_calls[size] = first_calls(self.layout, self._request(0, size))
         return dict(self._first_calls[size][part])

@@ -22,6 +22,7 @@ __all__ = [
     "MaskedTextEncoder",
     "Part",
     "PenultimateStates",
+    "PooledText",
     "TextEncoder",
 ]
 
@@ -96,6 +97,23 @@ class MaskedTextEncoder(nn.Module):
         """Encode token numbers and their mask, int64 [B, L], to float [B, L, D]."""
         states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
         return states
+
+
+class PooledText(nn.Module):
+    """Token numbers to CLIP's pooled embedding, as Flux is conditioned beside T5's states.
+
+    Args:
+        encoder: A `CLIPTextModel`.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Encode token numbers, int64 [B, L], to float [B, P]."""
+        pooled: Tensor = self.encoder(input_ids=input_ids).pooler_output
+        return pooled
 
 
 class PenultimateStates(nn.Module):

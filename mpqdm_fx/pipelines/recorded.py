@@ -25,7 +25,7 @@ from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.loops.loop import Loop, Request, Spec
 from mpqdm_fx.pipelines.memory import nested
 
-__all__ = ["ModuleParts", "PartCalls", "RecordedRuns", "first_calls", "float_loop"]
+__all__ = ["ModuleParts", "PartCalls", "RecordedRuns", "decoder_call", "first_calls", "float_loop"]
 
 #: Bytes of recorded calls of one part; a control network's residuals are many times its inputs.
 _MEMORY = 2 << 30
@@ -213,6 +213,28 @@ class RecordedRuns:
                 "weights, and that its scheduler belongs to its denoiser"
             )
         return finals, recorder.calls
+
+
+class _Decoder(ModuleParts):
+    """Keeps what the decoder is called with, and decodes nothing."""
+
+    def run(self, part: str, size: Size | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.inputs = self.call(part, inputs)
+        raise _BegunError
+
+
+def decoder_call(layout: Layout, latents: Tensor, request: Request) -> Call:
+    """What the decoder is called with for latents as a scheduler leaves them.
+
+    Args:
+        layout: A pipeline with a decoder.
+        latents: With a batch of one.
+        request: What was drawn.
+    """
+    decoder = _Decoder(layout)
+    with contextlib.suppress(_BegunError):
+        float_loop(layout, decoder).decode(latents, request)
+    return decoder.inputs
 
 
 class _BegunError(Exception):

@@ -152,6 +152,8 @@ class PipelineRunner:
         defaults = self.manifest["defaults"]
         size = self._size(height, width)
         self.check_conditions({"prompt": prompt, "image": image, "mask": mask})
+        if negative is not None and not self.loop.negatives:
+            raise RunnerError(f"this {self.manifest['pipeline']} takes no negative prompt")
         request = Request(
             prompt=prompt,
             negative=negative,

@@ -19,10 +19,16 @@ def picture():
     return generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
 
 
-def expected_and_drawn(pipeline, folder, monkeypatch, runner_call, pipeline_call):
-    """What diffusers draws and what the runner draws; both get seed 3 and three steps."""
-    _, runner = eager_export(pipeline, folder, monkeypatch, steps=3, trajectories=2)
-    expected = diffusers_image(pipeline, "a cat", num_inference_steps=3, seed=3, **pipeline_call)
+def expected_and_drawn(
+    pipeline, folder, monkeypatch, runner_call, pipeline_call, *, steps=3, side=SIDE
+):
+    """What diffusers draws and what the runner draws; both get seed 3."""
+    _, runner = eager_export(
+        pipeline, folder, monkeypatch, steps=steps, trajectories=2, sizes=[(side, side)]
+    )
+    expected = diffusers_image(
+        pipeline, "a cat", num_inference_steps=steps, seed=3, **pipeline_call
+    )
     return expected, runner.sample("a cat", seed=3, **runner_call)
 
 
@@ -168,5 +174,39 @@ def test_stable_diffusion_3_draws_with_t5_and_without(tmp_path, monkeypatch, lon
     expected, drawn = expected_and_drawn(
         pipeline, tmp_path / "out", monkeypatch, {"guidance": 5.0, "negative": "a dog"},
         {"guidance_scale": 5.0, "negative_prompt": "a dog", "height": SIDE, "width": SIDE},
+    )  # fmt: skip
+    assert np.abs(drawn - expected).max() <= TOLERANCE
+
+
+SANA_CALL = {"height": 32, "width": 32, "use_resolution_binning": False, "clean_caption": False}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_sana_puts_its_instruction_before_the_prompt_alone(tmp_path, monkeypatch, guidance):
+    pipeline = tiny_transformers.sana(tmp_path)
+    expected, drawn = expected_and_drawn(
+        pipeline, tmp_path / "out", monkeypatch, {"guidance": guidance, "negative": "a dog"},
+        {"guidance_scale": guidance, "negative_prompt": "a dog", **SANA_CALL}, side=32,
+    )  # fmt: skip
+    assert np.abs(drawn - expected).max() <= 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_sana_sprint_is_told_its_guidance(tmp_path, monkeypatch, steps):
+    pipeline = tiny_transformers.sana(tmp_path, sprint=True)
+    intermediate = {} if steps == 2 else {"intermediate_timesteps": None}
+    expected, drawn = expected_and_drawn(
+        pipeline, tmp_path / "out", monkeypatch, {"guidance": 3.0},
+        {"guidance_scale": 3.0, **SANA_CALL, **intermediate}, steps=steps, side=32,
+    )  # fmt: skip
+    assert np.abs(drawn - expected).max() <= 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_flux_steps_on_tokens(tmp_path, monkeypatch, told):
+    pipeline = tiny_transformers.flux(tmp_path, told=told)
+    expected, drawn = expected_and_drawn(
+        pipeline, tmp_path / "out", monkeypatch, {"guidance": 3.0},
+        {"guidance_scale": 3.0, "height": SIDE, "width": SIDE},
     )  # fmt: skip
     assert np.abs(drawn - expected).max() <= TOLERANCE

@@ -5,18 +5,28 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from tiny_pipelines import clip_config, kl_vae, tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -95,4 +105,59 @@ def stable_diffusion_3(folder: Path, *, long: bool = True, **scheduler: Any) -> 
         tokenizer_2=tokens,
         text_encoder_3=encoder,
         tokenizer_3=t5_tokenizer(256) if long else None,
+    )
+
+
+def _dc_vae() -> AutoencoderDC:
+    blocks = ("ResBlock", "ResBlock")
+    return AutoencoderDC(
+        in_channels=3, latent_channels=4, attention_head_dim=8, scaling_factor=0.4,
+        encoder_block_types=blocks, decoder_block_types=blocks,
+        encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+        upsample_block_type="interpolate", downsample_block_type="Conv",
+    ).eval()  # fmt: skip
+
+
+def sana(_: Path, *, sprint: bool = False) -> Any:
+    """A language model of one layer; with `sprint` guidance that is told, and SCM's schedule."""
+    torch.manual_seed(12)
+    transformer = SanaTransformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=1,
+        num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=T5_WIDTH,
+        guidance_embeds=sprint, qk_norm="rms_norm_across_heads" if sprint else None,
+    ).eval()  # fmt: skip
+    config = Gemma2Config(
+        vocab_size=32, hidden_size=T5_WIDTH, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=12, max_position_embeddings=4096,
+    )  # fmt: skip
+    return (SanaSprintPipeline if sprint else SanaPipeline)(
+        tokenizer=t5_tokenizer(300),
+        text_encoder=Gemma2Model(config).eval(),
+        vae=_dc_vae(),
+        transformer=transformer,
+        scheduler=SCMScheduler() if sprint else FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def flux(folder: Path, *, told: bool = True) -> FluxPipeline:
+    """Latents cut into tokens; with `told` guidance is."""
+    torch.manual_seed(13)
+    tokens = tokenizer(folder / "tokens")
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=T5_WIDTH, pooled_projection_dim=16,
+        guidance_embeds=told, axes_dims_rope=(4, 4, 8),
+    ).eval()  # fmt: skip
+    vae = AutoencoderKL(**{**kl_vae().config, "shift_factor": 0.1, "scaling_factor": 1.5}).eval()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=CLIPTextModel(clip_config(tokens)).eval(),
+        tokenizer=tokens,
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(512),
+        transformer=transformer,
     )

@@ -39,7 +39,7 @@ class PixArtSigma(Family):
     def check(self, pipeline: Any) -> None:
         """Refuse models that are told sizes."""
         super().check(pipeline)
-        if pipeline.transformer.use_additional_conditions:
+        if getattr(pipeline.transformer, "use_additional_conditions", False):
             raise ConfigError(
                 f"the transformer of this {type(pipeline).__name__} is told resolution and aspect "
                 f"ratio (use_additional_conditions), which programs are not; only models without "

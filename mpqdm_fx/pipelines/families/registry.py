@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.families.controlnet import StableDiffusionControlNet
 from mpqdm_fx.pipelines.families.family import Family
+from mpqdm_fx.pipelines.families.flux import Flux
 from mpqdm_fx.pipelines.families.pixart import PixArtAlpha, PixArtSigma
+from mpqdm_fx.pipelines.families.sana import Sana
 from mpqdm_fx.pipelines.families.stable_diffusion import (
     StableDiffusion,
     StableDiffusionImageToImage,
@@ -32,6 +34,9 @@ _FAMILIES: dict[str, Family] = {
     "StableDiffusion3Pipeline": StableDiffusion3(),
     "PixArtSigmaPipeline": PixArtSigma(),
     "PixArtAlphaPipeline": PixArtAlpha(),
+    "SanaPipeline": Sana(),
+    "SanaSprintPipeline": Sana(),
+    "FluxPipeline": Flux(),
     "DDPMPipeline": PixelDiffusion(),
     "DDIMPipeline": PixelDiffusion(),
     "LDMPipeline": LatentDiffusion(),

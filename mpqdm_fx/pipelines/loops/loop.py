@@ -137,6 +137,8 @@ class Loop(ABC):
 
     #: What a request must have, and what none else may: of `prompt`, `image` and `mask`.
     needs: ClassVar[tuple[str, ...]] = ()
+    #: Whether a request may say what not to draw.
+    negatives: ClassVar[bool] = False
     #: Numbers that a request may have beside steps and guidance.
     numbers: ClassVar[Mapping[str, Number]] = {}
     #: Parts that run in every step, in running order; the last is the denoiser.

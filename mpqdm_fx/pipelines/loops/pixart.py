@@ -16,6 +16,7 @@ class PixArt(Loop):
     """The denoiser is told which of the prompt's tokens are padding."""
 
     needs: ClassVar[tuple[str, ...]] = ("prompt",)
+    negatives: ClassVar[bool] = True
     settings: ClassVar[Mapping[str, Any]] = {**Loop.settings, "tokens": int}
 
     @classmethod

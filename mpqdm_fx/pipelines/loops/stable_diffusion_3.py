@@ -21,6 +21,7 @@ class StableDiffusion3(Loop):
     """CLIP's states stand before those of T5, which are zeros where the encoder is left out."""
 
     needs: ClassVar[tuple[str, ...]] = ("prompt",)
+    negatives: ClassVar[bool] = True
     settings: ClassVar[Mapping[str, Any]] = {
         **Loop.settings,
         "clip_tokens": int,

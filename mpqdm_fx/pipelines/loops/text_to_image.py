@@ -44,6 +44,7 @@ class TextToImage(Loop):
     """A prompt's picture from noise; with guidance a second call without the prompt."""
 
     needs: ClassVar[tuple[str, ...]] = ("prompt",)
+    negatives: ClassVar[bool] = True
     settings: ClassVar[Mapping[str, Any]] = {
         **Loop.settings,
         "time_cond_proj_dim": (int, None),
