@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from mpqdm_fx.errors import TraceError
 
-__all__ = ["LOW_PRECISION", "check_model", "own_tensors"]
+__all__ = ["LOW_PRECISION", "check_model", "is_adapter", "own_tensors"]
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 """What a caller's model may be stored in beside float32."""
@@ -24,6 +24,10 @@ _QUANTIZERS = re.compile(
     r"|(torchao|bitsandbytes|optimum\.quanto|quanto|hqq|gptqmodel|auto_gptq|awq|modelopt"
     r"|compressed_tensors|nunchaku|quark|fbgemm_gpu)\b"
 )
+
+# peft's base class of every layer that wraps another one. By name: peft need not be installed, and
+# where it is not, no model has one.
+_ADAPTER = "BaseTunerLayer"
 
 _FLOAT_MODEL = "load the float model and give that one"
 
@@ -48,7 +52,7 @@ def check_model(model: nn.Module, *, rounded: bool = False) -> None:
 
     Raises:
         TraceError: It is offloaded, cast layer by layer, hooked by accelerate or diffusers,
-            quantized, scripted, sharded or not initialised, or in a dtype that does not fit.
+            carries a LoRA, is quantized, scripted, sharded or not initialised, or in a dtype that does not fit.
     """
     for name, module in model.named_modules():
         reason = _module_reason(module, rounded=rounded)
@@ -58,6 +62,11 @@ def check_model(model: nn.Module, *, rounded: bool = False) -> None:
         reason = _tensor_reason(tensor, is_parameter=is_parameter)
         if reason:
             raise TraceError(f"{_place(model, name)} {reason}")
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Tell whether a layer is one of peft's, which computes another layer and a path beside it."""
+    return any(base.__name__ == _ADAPTER for base in type(module).__mro__)
 
 
 def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
@@ -88,6 +97,12 @@ def _module_reason(module: nn.Module, *, rounded: bool) -> str:
         return f"is quantized already ({kind.__name__}); {_FLOAT_MODEL}"
     if kind.__module__.startswith("torch.distributed.fsdp"):
         return f"is sharded ({kind.__name__}); gather it into a module of one process"
+    if is_adapter(module):
+        return (
+            f"carries a LoRA ({kind.__name__}), whose path would stay beside the rounded weight; "
+            "of a pipeline call fuse_lora() and then unload_lora_weights(), of peft's model "
+            "merge_and_unload()"
+        )
     if "_hf_hook" in attributes:
         return (
             f"is under a hook of accelerate ({type(attributes['_hf_hook']).__name__}: offloading "

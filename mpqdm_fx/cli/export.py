@@ -41,6 +41,11 @@ def export(
             help="Tables for --steps steps of the pipeline's scheduler in the time branch's place.",
         ),
     ] = False,
+    fuse_lora: Annotated[
+        Path | None,
+        typer.Option(help="LoRA (.safetensors) that is fused into the weights first."),
+    ] = None,
+    lora_scale: Annotated[float, typer.Option(help="Weight of the LoRA.")] = 1.0,
     in_float: Annotated[bool, typer.Option("--float", help="Export without quantizing.")] = False,
     config: MPQConfig = opt.DEFAULTS,
     minimum_sqnr: Annotated[
@@ -82,6 +87,8 @@ def export(
     sizes = [_size_of(text) for text in size] if size else None
     checks.check_output_folder(output, model, prompts)
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
+    if fuse_lora is not None:
+        checks.check_packages("peft", purpose="--fuse-lora")
     checks.check_packages("executorch", purpose="export")
     checks.check_backend(backend, kernels)
     if checks.has_text_encoder(model):
@@ -95,6 +102,7 @@ def export(
         export_to_folder,
         judge_export,
     )
+    from mpqdm_fx.pipelines.adapters import Lora
     from mpqdm_fx.pipelines.estimate import estimate_export
     from mpqdm_fx.records.run_options import RunOptions
     from mpqdm_fx.report.export_tables import export_estimate_table, export_table, pictures_line
@@ -109,6 +117,7 @@ def export(
         guidance=guidance,
         trajectories=trajectories,
         samples=samples,
+        lora=None if fuse_lora is None else Lora(file=fuse_lora, scale=lora_scale),
     )
     settings = None if in_float else config
     expected = check_export_gates(gates, settings, runs)

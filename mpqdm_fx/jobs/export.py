@@ -8,6 +8,7 @@ from pathlib import Path
 from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend
 from mpqdm_fx.io.peak_memory import tells_peaks
 from mpqdm_fx.jobs.command_text import export_command
+from mpqdm_fx.pipelines.adapters import Lora
 from mpqdm_fx.pipelines.export import MINIMUM_SQNR_DB, ExportResult, export_pipeline
 from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
@@ -31,6 +32,7 @@ class ExportRuns:
         guidance: See above.
         trajectories: See above.
         samples: See above.
+        lora: See above.
     """
 
     sizes: Sequence[Size] | None = None
@@ -39,6 +41,7 @@ class ExportRuns:
     guidance: float | None = None
     trajectories: int = 16
     samples: int = 4
+    lora: Lora | None = None
 
     @property
     def texts(self) -> Sequence[str]:
@@ -79,6 +82,8 @@ def export_to_folder(
             "--guidance": runs.guidance,
             "--steps": runs.steps,
             "--trajectories": runs.trajectories,
+            "--fuse-lora": None if runs.lora is None else runs.lora.file,
+            "--lora-scale": None if runs.lora is None else runs.lora.scale,
             "--tabulate": tabulate,
             "--minimum-sqnr": None if minimum_sqnr_db == MINIMUM_SQNR_DB else minimum_sqnr_db,
             "--backend": None if backend == "xnnpack" else backend,
@@ -101,6 +106,7 @@ def export_to_folder(
         guidance=runs.guidance,
         trajectories=runs.trajectories,
         samples=runs.samples,
+        lora=runs.lora,
         minimum_sqnr_db=minimum_sqnr_db,
         run=run,
         tabulate=tabulate,

@@ -4,17 +4,72 @@ A LoRA that is loaded but not fused leaves the original weight and adds a second
 Quantizing would round the original weight and run the path in float; what was meant is the sum.
 """
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 from torch import nn
 
-from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.capture.foreign_models import is_adapter
+from mpqdm_fx.errors import ConfigError, first_line
+from mpqdm_fx.records.validation import Between, check_fields
 
-__all__ = ["adapter_layers", "refuse_adapters"]
+__all__ = ["Lora", "adapter_layers", "fused", "refuse_adapters"]
 
-# peft's base class of every layer that wraps another one. By name: peft need not be installed, and
-# where it is not, no model has one.
-_WRAPPER = "BaseTunerLayer"
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A LoRA that is to be fused into a pipeline's weights.
+
+    Attributes:
+        file: A `.safetensors` file, as `save_lora_weights` of diffusers writes it.
+        scale: Its weight.
+    """
+
+    file: Path
+    scale: Annotated[float, Between(-100, 100)] = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def fused(pipeline: Any, lora: Lora) -> Any:
+    """A copy of a pipeline whose weights hold the LoRA, and nothing else of it.
+
+    Args:
+        pipeline: A pipeline of diffusers without adapters; it is not changed.
+        lora: What is fused.
+
+    Raises:
+        ConfigError: There is no such file, it changes nothing in the pipeline, or it belongs to
+            other layers; says what diffusers says.
+    """
+    refuse_adapters(dict(pipeline.components))
+    if not lora.file.is_file():
+        raise ConfigError(f"{lora.file}: there is no such file; give a LoRA's .safetensors")
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise ConfigError(f"a {type(pipeline).__name__} takes no LoRA")
+    changed = copy.deepcopy(pipeline)
+    try:
+        changed.load_lora_weights(str(lora.file.parent), weight_name=lora.file.name)
+        names = [name for name, part in changed.components.items() if _adapted(part)]
+        if names:
+            changed.fuse_lora(components=names, lora_scale=lora.scale, safe_fusing=True)
+            changed.unload_lora_weights()
+    except Exception as error:  # whatever peft and diffusers say to a file
+        raise ConfigError(
+            f"{lora.file} cannot be fused into this {type(pipeline).__name__}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not names:
+        raise ConfigError(f"{lora.file} has nothing for this {type(pipeline).__name__}'s layers")
+    return changed
+
+
+def _adapted(part: object) -> bool:
+    return isinstance(part, nn.Module) and bool(adapter_layers(part))
 
 
 def adapter_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -26,11 +81,7 @@ def adapter_layers(module: nn.Module) -> dict[str, nn.Module]:
     Returns:
         Layers that peft has wrapped, by name.
     """
-    return {
-        name: child
-        for name, child in module.named_modules()
-        if any(base.__name__ == _WRAPPER for base in type(child).__mro__)
-    }
+    return {name: child for name, child in module.named_modules() if is_adapter(child)}
 
 
 def refuse_adapters(parts: Mapping[str, object]) -> None:
@@ -68,5 +119,5 @@ def _message(part: str, layers: Mapping[str, nn.Module]) -> str:
     return (
         f"{where}. It is not fused: call pipeline.fuse_lora() and then "
         f"pipeline.unload_lora_weights() to quantize the sum, or unload_lora_weights() alone to "
-        f"leave the LoRA out"
+        f"leave the LoRA out; or give the file of the LoRA to export (--fuse-lora)"
     )

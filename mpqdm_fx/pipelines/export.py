@@ -5,44 +5,38 @@ The road: take the pipeline apart -> for each part: calibrate, quantize, judge, 
 that a run that was killed goes on with them; the output appears whole.
 """
 
-import inspect
 import logging
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
-from mpqdm_fx import errors
 from mpqdm_fx.api import quantize
-from mpqdm_fx.backends import kernel_library
 from mpqdm_fx.backends.check_settings import check_kernel_options, check_settings
 from mpqdm_fx.backends.kernel_library import require_kernels
 from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend, may_call_own_kernels
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
-from mpqdm_fx.calibration import conventions, schedules
+from mpqdm_fx.calibration.schedules import schedule_of
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.io import classes, expansion, progress, sealed
+from mpqdm_fx.io import progress
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.files import checkpoint_of
 from mpqdm_fx.io.folders import check_target, staged_directory
 from mpqdm_fx.io.versions import versions
 from mpqdm_fx.model.feasibility import check_feasible, weights_of
 from mpqdm_fx.model.quantized import QuantizedModel
-from mpqdm_fx.pipelines import picture_files, program_files, runner
+from mpqdm_fx.pipelines.adapters import Lora
 from mpqdm_fx.pipelines.finish_export import finish
 from mpqdm_fx.pipelines.layout import Layout, Size
-from mpqdm_fx.pipelines.loops.loop import Loop
 from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manifest
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.part_numbers import kept_part
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import JudgedPart, quantize_part, write_programs
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
+from mpqdm_fx.pipelines.runner_files import write_runner
 from mpqdm_fx.pipelines.work_folder import WorkFolder
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.former_keywords import former_keywords
@@ -64,20 +58,6 @@ logger = logging.getLogger(__name__)
 
 #: Below this a quantized text encoder or VAE is not used: noise of a thousandth of the power.
 MINIMUM_SQNR_DB = 30.0
-#: Files of the package that become files of the folder. They import no other ones of the package.
-RUNNER = {
-    "run.py": runner,
-    "program_files.py": program_files,
-    "picture_files.py": picture_files,
-    "sealed.py": sealed,
-    "expansion.py": expansion,
-    "classes.py": classes,
-    "conventions.py": conventions,
-    "schedules.py": schedules,
-    "kernel_library.py": kernel_library,
-    "errors.py": errors,
-}
-
 
 _SECONDS_A_WEIGHT = 2e-4  # quantizing and lowering the bundled model
 _END_SHARE = 0.15  # drawing, and measuring, against all parts
@@ -131,6 +111,7 @@ def export_pipeline(
     samples: Some = 4,
     measure: bool = True,
     command: str | None = None,
+    lora: Lora | None = None,
 ) -> ExportResult:
     """Turn a diffusers pipeline into a folder of ExecuTorch programs and a runner.
 
@@ -178,13 +159,14 @@ def export_pipeline(
         measure: Measure time and peak memory of every part, as a program and in float; peaks of
             the float parts only where `pipeline` is a folder.
         command: The command line that does the same, for the report.
+        lora: A LoRA that is fused into a copy of the pipeline first.
 
     Returns:
         What was made.
 
     Raises:
-        ConfigError: The pipeline's class is not supported, it carries a LoRA, or a setting has no
-            program.
+        ConfigError: The pipeline's class is not supported, it carries a LoRA that is not to be
+            fused, or a setting has no program.
         ArtifactError: The pipeline's folder is not whole, or `output` holds something else.
         DialectError: There are to be tables, and the denoiser has no time branch of its own.
         LoweringError: ExecuTorch is missing, or the library of own kernels is.
@@ -207,6 +189,7 @@ def export_pipeline(
         trajectories=trajectories,
         batch_size=batch_size,
         seed=0 if config is None else config.seed,
+        lora=lora,
     )
     layout, guidance = inputs.layout, inputs.guidance
     if config is not None:
@@ -276,8 +259,7 @@ def export_pipeline(
         for name, tokenizer in layout.tokenizers.items():
             tokenizer.save_pretrained(stage / name)
         layout.pipeline.scheduler.save_pretrained(stage / "scheduler")
-        for file, module in {**RUNNER, **_loop_files(layout.loop)}.items():
-            (stage / file).write_text(_apart(module), encoding="utf-8")
+        write_runner(stage, layout.loop)
         methods = [entry for record in records.values() for entry in record["methods"]]
         write = partial(
             write_manifest,
@@ -344,19 +326,8 @@ def check_export(
 def _schedule(inputs: PipelineInputs) -> list[float]:
     """What the denoiser is told at each call; a time that comes twice needs one row."""
     convention = inputs.layout.convention
-    times = schedules.schedule_of(inputs.scheduled(), convention).times
+    times = schedule_of(inputs.scheduled(), convention).times
     return list(dict.fromkeys(times.float().tolist()))
-
-
-def _loop_files(loop: type[Loop]) -> dict[str, ModuleType]:
-    """The files that define a loop and the loops that it is made from."""
-    modules = [sys.modules[base.__module__] for base in loop.__mro__ if issubclass(base, Loop)]
-    return {f"{module.__name__.rpartition('.')[2]}.py": module for module in modules}
-
-
-def _apart(module: ModuleType) -> str:
-    """A module's text where its package is the folder that it lies in."""
-    return re.sub(r"from mpqdm_fx\.(?:\w+\.)*(?=\w+ import)", "from ", inspect.getsource(module))
 
 
 def _judge(

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from mpqdm_fx.calibration.sampling import scheduled
 from mpqdm_fx.graph.nested import concatenate
+from mpqdm_fx.pipelines.adapters import Lora, fused
 from mpqdm_fx.pipelines.conditions import Call, default_guidance
 from mpqdm_fx.pipelines.layout import Layout, Size, layout_of, open_pipeline
 from mpqdm_fx.pipelines.loops.loop import Loop, Request
@@ -188,7 +189,12 @@ class PipelineInputs:
 
 
 def inputs_of(
-    pipeline: Any, sizes: Sequence[Size] | None, *, guidance: float | None, **settings: Any
+    pipeline: Any,
+    sizes: Sequence[Size] | None,
+    *,
+    guidance: float | None,
+    lora: Lora | None = None,
+    **settings: Any,
 ) -> tuple[PipelineInputs, tuple[Size, ...]]:
     """Open a pipeline; how its parts are called, and the sizes that it is to draw.
 
@@ -196,12 +202,14 @@ def inputs_of(
         pipeline: As of `open_pipeline`.
         sizes: As of `Layout.check_sizes`.
         guidance: Guidance scale; None takes the pipeline's own.
+        lora: A LoRA that is fused into a copy of the pipeline first.
         **settings: The other fields of `PipelineInputs`.
 
     Raises:
         MPQError: See `open_pipeline`, `layout_of` and `Layout.check_sizes`.
     """
-    layout = layout_of(open_pipeline(pipeline))
+    opened = open_pipeline(pipeline)
+    layout = layout_of(opened if lora is None else fused(opened, lora))
     chosen = layout.check_sizes(sizes)
     if "prompt" not in layout.loop.needs:
         guidance = 1.0

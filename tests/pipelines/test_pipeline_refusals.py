@@ -10,9 +10,16 @@ from eager_programs import eager_export
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from mpqdm_fx import ArtifactError, ConfigError, MPQConfig, RunOptions, export_pipeline
+from mpqdm_fx import (
+    ArtifactError,
+    ConfigError,
+    MPQConfig,
+    RunOptions,
+    export_pipeline,
+    quantize,
+)
 from mpqdm_fx.cli import app as cli
-from mpqdm_fx.errors import MPQError
+from mpqdm_fx.errors import MPQError, TraceError
 from mpqdm_fx.pipelines.adapters import adapter_layers, refuse_adapters
 from mpqdm_fx.pipelines.layout import open_pipeline
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
@@ -50,6 +57,12 @@ def test_a_lora_that_is_not_fused_is_refused_with_both_ways_out(pipeline, tmp_pa
     refused(
         ConfigError, r"unet: \d+ layers carry a LoRA \(style\).*fuse_lora", pipeline, tmp_path / "o"
     )
+
+
+def test_a_denoiser_with_a_lora_is_refused_by_python_verbs_too(pipeline):
+    pipeline.unet.add_adapter(lora_config(), adapter_name="style")
+    with pytest.raises(TraceError, match=r"attn1.to_q carries a LoRA.*fuse_lora.*merge_and_unload"):
+        quantize(pipeline.unet, MPQConfig(), [])
 
 
 def test_a_lora_in_the_text_encoder_is_found_too(pipeline, tmp_path):
