@@ -1,5 +1,7 @@
 """Every family draws what its diffusers pipeline draws, with the parts themselves as programs."""
 
+import importlib
+
 import numpy as np
 import pytest
 import tiny_pipelines
@@ -9,6 +11,9 @@ from eager_programs import eager_export
 from PIL import Image
 from test_runner_loop import TOLERANCE, diffusers_image
 
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.pipelines.families import registry
+from mpqdm_fx.pipelines.families.stable_diffusion import StableDiffusion
 from mpqdm_fx.pipelines.runner import PipelineRunner, RunnerError
 
 SIDE = 16
@@ -210,3 +215,32 @@ def test_flux_steps_on_tokens(tmp_path, monkeypatch, told):
         {"guidance_scale": 3.0, "height": SIDE, "width": SIDE},
     )  # fmt: skip
     assert np.abs(drawn - expected).max() <= TOLERANCE
+
+
+OWN_LOOP = """
+from mpqdm_fx.pipelines.loops.text_to_image import TextToImage
+
+
+class Doubled(TextToImage):
+    def combine(self, outputs, request):
+        return 2 * super().combine(outputs, request)
+"""
+
+
+def test_a_family_of_ones_own_is_exported_with_its_loop(tmp_path, monkeypatch):
+    (tmp_path / "doubled_noise.py").write_text(OWN_LOOP)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    loop = importlib.import_module("doubled_noise").Doubled
+    family = type("Family", (StableDiffusion,), {"loop": loop})()
+    with pytest.raises(ConfigError, match="StableDiffusionPipeline has a family already"):
+        registry.register_family("StableDiffusionPipeline", family)
+    pipeline = tiny_pipelines.stable_diffusion(tmp_path)
+    kind = type("OtherPipeline", (type(pipeline),), {})
+    other = kind(**pipeline.components, requires_safety_checker=False)
+    registry.register_family("OtherPipeline", family)
+    _, runner = eager_export(other, tmp_path / "out", monkeypatch, steps=2, trajectories=2)
+    assert "class Doubled" in (tmp_path / "out" / "doubled_noise.py").read_text()
+    assert runner.loop is loop
+    drawn = runner.sample("a cat")
+    assert np.abs(drawn - diffusers_image(pipeline, "a cat", num_inference_steps=2)).max() > 1e-2
