@@ -43,7 +43,12 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Tests of one file run in one process: what they share is made once, not once a process."""
+    """Tests of one file run in one process: what they share is made once, not once a process.
+
+    Not so in the matrix, where single files take most of the time.
+    """
+    if config.getoption("markexpr") == "matrix":
+        return None
     from xdist.scheduler import LoadFileScheduling
 
     return LoadFileScheduling(config, log)

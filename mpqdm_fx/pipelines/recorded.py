@@ -56,7 +56,7 @@ class ModuleParts:
         call = self.call(part, inputs)
         with torch.no_grad():
             outputs = pytree.tree_leaves(component.module(**call))
-        return dict(zip(component.outputs, outputs, strict=False))
+        return dict(zip(component.outputs, outputs, strict=True))
 
     def call(self, part: str, inputs: Mapping[str, Tensor]) -> Call:
         """Keyword arguments of a part's module: those of the inputs that it takes."""
@@ -201,7 +201,7 @@ class RecordedRuns:
         layout = self._layout
         recorder = _Recorder(layout, len(self._requests))
         loop, samples = float_loop(layout, recorder), []
-        steps = self._requests[0].steps
+        steps = loop.count(self._requests[0], copy.deepcopy(layout.pipeline.scheduler))
         with stage("float model's runs", len(self._requests) * steps, unit="step") as advance:
             for recorder.draw, request in enumerate(self._requests):
                 scheduler = copy.deepcopy(layout.pipeline.scheduler)

@@ -14,6 +14,7 @@ from test_runner_loop import TOLERANCE, diffusers_image
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.families import registry
 from mpqdm_fx.pipelines.families.stable_diffusion import StableDiffusion
+from mpqdm_fx.pipelines.loops.loop import loop_class
 from mpqdm_fx.pipelines.runner import PipelineRunner, RunnerError
 
 SIDE = 16
@@ -244,3 +245,9 @@ def test_a_family_of_ones_own_is_exported_with_its_loop(tmp_path, monkeypatch):
     assert runner.loop is loop
     drawn = runner.sample("a cat")
     assert np.abs(drawn - diffusers_image(pipeline, "a cat", num_inference_steps=2)).max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["loop", "os", "../loop", "antigravity", ""])
+def test_a_manifest_imports_no_other_module(kind):
+    with pytest.raises(RunnerError, match="nothing here draws"):
+        loop_class(kind)

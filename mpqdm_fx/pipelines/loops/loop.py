@@ -10,6 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -198,6 +199,11 @@ class Loop(ABC):
                 callback(index + 1, len(times))
         return schedule.last_sample(latents)
 
+    def count(self, request: Request, scheduler: Any) -> int:
+        """Steps of `draw` as its callback counts them; the scheduler is changed."""
+        schedule = self.schedule(request, scheduler)
+        return len(schedule.times) - self.first_call(request, schedule)
+
     def schedule(self, request: Request, scheduler: Any) -> Schedule:
         """The scheduler's schedule of so many steps, for latents of the request's size."""
         name = type(scheduler).__name__
@@ -336,21 +342,19 @@ def loop_class(kind: str) -> type[Loop]:
     """
     if kind in _REGISTERED:
         return _REGISTERED[kind]
-    package = __name__.rpartition(".")[0]
-    try:
-        if not kind.isidentifier():
-            raise ImportError(kind)
+    # a file of this folder and nothing else, whatever a manifest says
+    if kind.isidentifier() and Path(__file__).with_name(f"{kind}.py").is_file():
+        package = __name__.rpartition(".")[0]
         module = importlib.import_module(f"{package}.{kind}" if package else kind)
-    except ImportError as error:
-        raise RunnerError(
-            f"nothing here draws pictures of the kind {kind[:80]!r}; draw with the folder's own "
-            f"run.py, or register its loop"
-        ) from error
-    for value in vars(module).values():
-        if (
-            inspect.isclass(value)
-            and issubclass(value, Loop)
-            and value.__module__ == module.__name__
-        ):
-            return value
-    raise RunnerError(f"{kind}.py defines no loop")
+        for value in vars(module).values():
+            if _is_loop(value) and value.__module__ == module.__name__:
+                loop: type[Loop] = value
+                return loop
+    raise RunnerError(
+        f"nothing here draws pictures of the kind {kind[:80]!r}; draw with the folder's own "
+        f"run.py, or register its loop"
+    )
+
+
+def _is_loop(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, Loop) and not inspect.isabstract(value)
