@@ -162,7 +162,7 @@ TRANSFORMER_CONDITIONS: Mapping[str, Callable[[Draw], Named]] = {
 }
 
 
-def _picture(conditions: Callable[[Draw], Named], time: float | int) -> Callable[[Draw], Named]:
+def _picture(conditions: Callable[[Draw], Named], time: float) -> Callable[[Draw], Named]:
     def rule(draw: Draw) -> Named:
         yield "hidden_states", draw.normal(draw.config["in_channels"], *draw.sides())
         yield "timestep", torch.full((draw.batch,), time)
