@@ -33,7 +33,7 @@ def fixed(graph, groups, **settings):
 def test_time_layers_have_eight_bits_and_say_why(graph):
     found = fixed(graph, groups_of(4))
     reason = "time or class embedding, calibrated at 4 noise levels"
-    assert found == {name: (8, reason) for name in TIME}
+    assert found == dict.fromkeys(TIME, (8, reason))
 
 
 @pytest.mark.parametrize(
