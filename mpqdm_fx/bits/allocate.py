@@ -53,8 +53,9 @@ class Limits:
 def layer_limits(graph_module: fx.GraphModule, settings: MPQConfig) -> Limits:
     """What overrides and the recipe fix.
 
-    With `allocation="measured"` every layer competes for bits (but see `few_levels`); else the first and the last layer,
-    the time and class embeddings and the embedding tables have 8 bits, as in MPQ-DM.
+    With `allocation="measured"` every layer competes for bits (but see `few_levels`); else the
+    first and the last layer, the time and class embeddings and the embedding tables have 8 bits, as
+    in MPQ-DM.
 
     Args:
         graph_module: Normalized graph.

@@ -7,7 +7,7 @@ recorded as it calls the model: each row of a call is an example, whatever its a
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ class Recorder:
     steps: int
     guidance_scale: float | None
     batch_size: int
-    convention: CallingConvention = CallingConvention()
+    convention: CallingConvention = field(default_factory=CallingConvention)
     device: torch.device | str = "cpu"
 
     def denoise(

@@ -37,7 +37,11 @@ KINDS = {
         DPMSolverMultistepScheduler(),
         (4, 8, 8),
     ),
-    "pixart": (lambda: PixArtTransformer2DModel(**PIXART), DPMSolverMultistepScheduler(), (4, 8, 8)),
+    "pixart": (
+        lambda: PixArtTransformer2DModel(**PIXART),
+        DPMSolverMultistepScheduler(),
+        (4, 8, 8),
+    ),
     "sd3": (
         lambda: SD3Transformer2DModel(**SD3),
         FlowMatchEulerDiscreteScheduler(**FLOW),
