@@ -1,6 +1,8 @@
-"""The quality table on the bundled model: settings x methods, paired seeds.
+"""The quality table on the bundled model, or a DiT of digits: settings x methods, paired seeds.
 
     python benchmarks/quality.py --seeds 0 1 2 --output quality.json --resume
+    python benchmarks/quality.py --model dit --settings W4A8 W2A8 --output digits_dit.json \
+        --methods default+dynamic gptq+dynamic rtn+dynamic
 
 Every cell is quantized from calibration trajectories of its seed and measured on held-out
 trajectories and paired noise, the same for all cells of a seed. `--resume` skips the cells that the
@@ -36,6 +38,12 @@ from mpqdm_fx.sources.source import Source
 from mpqdm_fx.sources.sources import load_source
 
 SETTINGS = ("W8A8", "W4A8", "W3A8", "W2A8", "W3A6", "W2A6", "W4A4", "W2A4", "W4", "W3", "W2")
+MODELS: Mapping[str, tuple[str, str | None]] = {
+    "unet": ("digits", None),
+    "dit": (str(Path(__file__).parent / "models" / "digits_dit"), "transformer"),
+}
+"""Name or folder, and subfolder."""
+
 METRICS = ("epsilon_sqnr", "x0_sqnr", "frechet_distance", "accuracy")
 
 #: The 1x1 convolutions beside residual blocks, whose input errors reach the output unhindered.
@@ -52,6 +60,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "default+dynamic": {"activation_mode": "dynamic"},
     "rtn": {**_PLAIN, "rounding": "nearest"},
     "gptq": _PLAIN,
+    "rtn+dynamic": {**_PLAIN, "rounding": "nearest", "activation_mode": "dynamic"},
+    "gptq+dynamic": {**_PLAIN, "activation_mode": "dynamic"},
     "rtn+qep.5": {**_PLAIN, "rounding": "nearest", "propagation": 0.5, "bias_correction": True},
     "gptq+qep.5": {**_AUTO, "propagation": 0.5},
     "gptq+qep.auto": _AUTO,
@@ -77,7 +87,7 @@ class Bench:
     """What all cells of one seed share.
 
     Attributes:
-        source: The bundled model.
+        source: The model.
         prepared: It with its recorded calls.
         reference: Its held-out runs.
         classifier: Judge of the samples.
@@ -89,9 +99,9 @@ class Bench:
     classifier: FeatureClassifier
 
     @classmethod
-    def of(cls, seed: int, samples: int) -> "Bench":
+    def of(cls, seed: int, samples: int, model: str = "unet") -> "Bench":
         """Record the calibration runs of a seed, and run the float model on held-out ones."""
-        source = load_source("digits")
+        source = load_source(*MODELS[model])
         classifier = load_digits_classifier()
         calibration = calibration_of(source, trajectories=16, steps=20, seed=seed)
         reference = run_reference(
@@ -138,13 +148,14 @@ def measure(
     samples: int,
     output: Path,
     folder: Path,
+    model: str = "unet",
 ) -> None:
     """Quantize and measure every cell of one seed that is missing; write after each.
 
     Sensitivities depend on the kind of levels alone: they are measured once for each and kept in a
     file of the folder, so the seconds of all cells but the first of a kind are without them.
     """
-    bench = Bench.of(seed, samples)
+    bench = Bench.of(seed, samples, model)
     cells = [(s, m) for s in settings for m in methods]
     for setting, method in tqdm(cells, desc=f"seed {seed}"):
         rows = read(output)
@@ -204,7 +215,7 @@ def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
             ratios = [
                 10 ** ((rows[base]["epsilon_sqnr"] - row["epsilon_sqnr"]) / 10)
                 for seed, row in runs.items()
-                if (base := f"{setting} gptq {seed}") in rows
+                if (base := _base(rows, setting, method, seed)) in rows
             ]
             change = f"{100 * (statistics.mean(ratios) - 1):+.0f} %" if ratios else ""
             lines.append(
@@ -216,12 +227,20 @@ def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
     return "\n".join(lines)
 
 
+def _base(rows: Mapping[str, Any], setting: str, method: str, seed: int) -> str:
+    """Key of the row that a row is compared with: GPTQ, with dynamic inputs where that is there."""
+    key = f"{setting} gptq+dynamic {seed}"
+    is_dynamic = METHODS[method].get("activation_mode") == "dynamic"
+    return key if is_dynamic and key in rows else f"{setting} gptq {seed}"
+
+
 def main() -> None:
     """Measure what is asked for and print the table of all that is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--model", default="unet", choices=list(MODELS))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("quality.json"))
     parser.add_argument("--resume", action="store_true")
@@ -241,6 +260,7 @@ def main() -> None:
                     arguments.samples,
                     arguments.output,
                     Path(folder),
+                    arguments.model,
                 )
     print(table(read(arguments.output), arguments.seeds))
 

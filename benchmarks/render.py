@@ -26,6 +26,7 @@ SEEDS = [0, 1, 2]
 #: By file of rows, what makes the table of them.
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "quality.json": lambda rows: quality.table(rows, SEEDS),
+    "digits_dit.json": lambda rows: quality.table(rows, SEEDS),
     "distill.json": lambda rows: distill.table(rows, SEEDS),
     "captions.json": lambda rows: captions.table(rows, SEEDS),
     "captions_defaults.json": lambda rows: captions.table(

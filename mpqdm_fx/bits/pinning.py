@@ -12,13 +12,16 @@ from torch import fx
 
 from mpqdm_fx.graph.layers import weight_layers
 
-__all__ = ["FIRST_LAYER", "LAST_LAYER", "pinned_layers"]
+__all__ = ["EMBEDDING", "FIRST_LAYER", "LAST_LAYER", "pinned_layers"]
 
 FIRST_LAYER = "first layer"
 """Reason of layers that read the noisy sample before any other weight layer did."""
 
 LAST_LAYER = "last layer"
 """Reason of layers behind which the output comes without another weight layer."""
+
+EMBEDDING = "time or class embedding"
+"""Reason of layers that read the time or the class, and nothing of the sample."""
 
 _EMBEDDING_PARTS = frozenset(
     {
@@ -59,7 +62,7 @@ def pinned_layers(graph_module: fx.GraphModule) -> dict[str, str]:
         reasons[calls[node]] = LAST_LAYER
     for name, layer in layers.items():
         if _EMBEDDING_PARTS & set(name.split(".")):
-            reasons.setdefault(name, "time or class embedding")
+            reasons.setdefault(name, EMBEDDING)
         elif type(layer.module).__name__ == "Embedding":
             reasons.setdefault(name, "embedding table")
     return reasons

@@ -52,15 +52,16 @@ _RUN = "__run"  # which run a recorded row belongs to, until the rows are in bat
 class Trajectories:
     """The inputs a model gets along its own denoising runs, as batches of keyword arguments.
 
-    Iterating yields dicts `{"sample", "timestep", **conditions}` under the model's names, or of what
-    a `Sampler` calls the model with, exactly as the model was called: with guidance both halves of each pair are there.
-    Every trajectory contributes every timestep of the schedule (every call of a sampler). The runs
-    are made once, at the first iteration, with a progress bar; the same settings give the same
-    batches, however often they are read.
+    Iterating yields dicts `{"sample", "timestep", **conditions}` under the model's names, or of
+    what a `Sampler` calls the model with, exactly as the model was called: with guidance both
+    halves of each pair are there. Every trajectory contributes every timestep of the schedule
+    (every call of a sampler). The runs are made once, at the first iteration, with a progress bar;
+    the same settings give the same batches, however often they are read.
 
     Args:
         model: the float denoiser, called as `model(sample=..., timestep=..., **conditions)`, by its
-            own names for these, or as the sampler calls it; one in half precision runs as a float32 copy.
+            own names for these, or as the sampler calls it; one in half precision runs as a float32
+            copy.
         scheduler: a diffusers scheduler; it is copied. Or a `Sampler`: a loop of one's own.
         sample_shape: shape of one sample without the batch axis; None reads `model.config`.
         num_trajectories: how many runs from different noise.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from mpqdm_fx.calibration.samplers import check_scheduled, is_sampler
+from mpqdm_fx.calibration.conventions import CallingConvention
+from mpqdm_fx.calibration.samplers import check_scheduled, is_sampler, model_convention
 from mpqdm_fx.calibration.sampling import check_loop
 from mpqdm_fx.calibration.trajectories import Conditions, make_conditions, sample_shape_of
 from mpqdm_fx.capture.entry import unwrap
@@ -76,6 +77,7 @@ def distill(
     sample_shape: tuple[Count, ...] | None = None,
     conditions: Conditions | None = None,
     unconditional: Conditions | None = None,
+    convention: CallingConvention | None = None,
     directory: str | Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Distilled:
@@ -94,6 +96,7 @@ def distill(
         sample_shape: Shape of one sample without the batch; None reads the model's config.
         conditions: Further arguments of the model, as `Trajectories` takes them.
         unconditional: Those of the unconditional half of guidance, with a scheduler.
+        convention: How the loop of a scheduler calls the model; None takes that of its class.
         directory: Folder for checkpoints, from which the same call goes on to the same bits (with
             a budget of updates; one of time depends on the clock). None keeps none.
         device: Where to train, for example `"cuda"`; the result lies on the CPU.
@@ -113,8 +116,9 @@ def distill(
     graph = _float_graph(quantized, teacher)
     sampled = is_sampler(scheduler)
     check_loop(scheduler, None if sampled else config.steps, config.guidance_scale)
+    convention = convention or model_convention(teacher)
     if not sampled:
-        check_scheduled(teacher)
+        check_scheduled(teacher, convention)
     fingerprint = graph_fingerprint(graph)
     student = _moved(make_student(quantized, graph, config), device)
     graph = _moved(graph, device)
@@ -126,6 +130,7 @@ def distill(
         steps=config.steps,
         guidance_scale=config.guidance_scale,
         batch_size=config.batch_size,
+        convention=convention,
         device=device,
     )
     runs = recorder.record(right, start, progress="float model's runs")

@@ -7,13 +7,14 @@ recorded as it calls the model: each row of a call is an example, whatever its a
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mpqdm_fx.calibration.conventions import CallingConvention
 from mpqdm_fx.calibration.samplers import first_tensor, is_sampler, rows_of
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS, denoise, guided
 from mpqdm_fx.errors import CalibrationError
@@ -89,8 +90,8 @@ class Runs:
     """Recorded runs.
 
     Attributes:
-        inputs: What the model was given at each call, tensors [runs, calls, ...]: `sample`, scaled
-            by the scheduler, and `timestep`; all that a sampler gave.
+        inputs: What the model was given at each call, tensors [runs, calls, ...]: the sample,
+            scaled by the scheduler, and the time; all that a sampler gave.
         targets: (Guided) answers of the float model, [runs, calls, C, H, W].
         start: What they started from.
         conditioned: Whether `inputs` hold the conditions too, as of samplers; else those of `start`
@@ -152,6 +153,7 @@ class Recorder:
         steps: Steps of a run; a sampler has its own.
         guidance_scale: Weight of guidance, None for none.
         batch_size: Runs at once.
+        convention: How both models are called by the loop of a scheduler.
         device: Where the models are; what is recorded stays on the CPU.
     """
 
@@ -160,6 +162,7 @@ class Recorder:
     steps: int
     guidance_scale: float | None
     batch_size: int
+    convention: CallingConvention = field(default_factory=CallingConvention)
     device: torch.device | str = "cpu"
 
     def denoise(
@@ -178,6 +181,7 @@ class Recorder:
             conditions=to_device(start.conditions, self.device),
             unconditional=to_device(start.unconditional, self.device),
             guidance_scale=self.guidance_scale,
+            convention=self.convention,
             callback=callback,
         )
 
@@ -263,7 +267,8 @@ class Recorder:
         if not is_sampler(self.scheduler):
             # the conditional half; conditions are those of the start
             half = slice(-len(start), None)
-            yield {n: inputs[n][half] for n in ("sample", "timestep")}, self.noise_of(right, start)
+            names = (self.convention.sample, self.convention.timestep)
+            yield {name: inputs[name][half] for name in names}, self.noise_of(right, start)
             return
         count = self.examples_in(inputs, start)
         for rows in torch.split(torch.arange(count * len(start)), len(start)):

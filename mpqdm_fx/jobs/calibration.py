@@ -124,6 +124,7 @@ def _runs(
         batch_size=BATCH,
         seed=seed,
         sample_shape=source.sample_shape,
+        convention=source.convention,
         held_out=trajectories // 4,
         **source.runs(trajectories, seed, unseen=unseen),
     )

@@ -117,6 +117,7 @@ def distill_folder(
         config,
         scheduler=source.scheduler,
         sample_shape=source.sample_shape,
+        convention=source.convention,
         conditions=runs["conditions"],
         unconditional=runs.get("unconditional"),
         directory=state,

@@ -90,6 +90,7 @@ class Evaluation:
                 seed=seed,
                 decode=source.pictures if pictures else _no_pictures,
                 prompts=source.prompts(num),
+                convention=source.convention,
             )
         return cls(source=source, run=run, classifier=classifier, networks=networks or Networks())
 

@@ -54,6 +54,7 @@ def source_calls(source: Source, signature: Signature) -> list[Call]:
         batch_size=1,
         seed=_SEED,
         sample_shape=source.sample_shape,
+        convention=source.convention,
         conditions=source.conditions(1, _SEED),
         shuffle=False,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpqdm_fx.calibration.conventions import CallingConvention
 from mpqdm_fx.calibration.samplers import Denoiser, first_tensor, is_sampler
 from mpqdm_fx.calibration.sampling import denoise_in_batches
 from mpqdm_fx.calibration.trajectories import Trajectories, balanced_class_labels
@@ -51,6 +52,8 @@ class ReferenceRun:
         decode: Makes pictures [N, 1 or 3, H, W] in about -1..1 of samples, or None of what is no
             picture; None shows samples themselves, where they look like pictures.
         prompts: What each sample was told; empty where it was told no text.
+        convention: How the models are called by a scheduler's loop; None takes that of each one's
+            class.
     """
 
     inputs: tuple[Mapping[str, Any], ...]
@@ -62,6 +65,7 @@ class ReferenceRun:
     seed: int
     decode: Decode | None = None
     prompts: tuple[str, ...] = ()
+    convention: CallingConvention | None = None
 
     @functools.cached_property
     def pictures(self) -> Tensor | None:
@@ -90,6 +94,7 @@ class ReferenceRun:
             num_inference_steps=self.num_inference_steps,
             batch_size=self.batch_size,
             seed=self.seed + 1,
+            convention=self.convention,
             progress="quantized samples",
         )
 
@@ -174,6 +179,7 @@ def reference_run(
     seed: int,
     decode: Decode | None = None,
     prompts: tuple[str, ...] = (),
+    convention: CallingConvention | None = None,
 ) -> ReferenceRun:
     """Run the float model once, on inputs that are there and under conditions of any kind.
 
@@ -189,6 +195,7 @@ def reference_run(
         seed: Of the evaluation; the samples' noise has the next one.
         decode: As of `ReferenceRun`.
         prompts: What each sample is told, as of `ReferenceRun`.
+        convention: As of `ReferenceRun`.
     """
     batches = tuple(inputs)
     shape, steps = sample_shape, num_inference_steps
@@ -198,7 +205,7 @@ def reference_run(
         images=_draw(
             reference, scheduler, runs, num_samples, sample_shape=shape,
             num_inference_steps=steps, batch_size=batch_size, seed=seed + 1,
-            progress="float samples",
+            convention=convention, progress="float samples",
         ),
         runs=runs,
         num_inference_steps=num_inference_steps,
@@ -206,6 +213,7 @@ def reference_run(
         seed=seed,
         decode=decode,
         prompts=prompts,
+        convention=convention,
     )  # fmt: skip
 
 
@@ -235,6 +243,7 @@ def _draw(
     seed: int,
     num_inference_steps: int | None,
     batch_size: int,
+    convention: CallingConvention | None,
     progress: str,
 ) -> Tensor:
     noise = torch.randn(count, *sample_shape, generator=torch.Generator().manual_seed(seed))
@@ -245,6 +254,7 @@ def _draw(
         num_inference_steps=num_inference_steps,
         seed=seed,
         batch_size=batch_size,
+        convention=convention,
         progress=progress,
         **runs,
     )

@@ -1,4 +1,4 @@
-"""What each setting of each UNet of diffusers does: which inputs it gives or shapes.
+"""What each setting of each known model of diffusers does: which inputs it gives or shapes.
 
 A model loaded from a folder is called with inputs made from its config. A setting that nobody knew
 would lose a branch of the model without a word (a UNet of latent consistency models without
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.sources.transformer_inputs import TRANSFORMER_FIELDS
 
 __all__ = ["CLASSES", "FIELDS", "INNER", "check_fields", "inputs_of_field"]
 
@@ -144,6 +145,7 @@ CLASSES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "ctrl_conditioning_embedding_out_channels": ("controlnet_cond",),
         "projection_class_embeddings_input_dim": (_TEXT,),
     },
+    **TRANSFORMER_FIELDS,
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mpqdm_fx.calibration.conventions import convention_of
 from mpqdm_fx.calibration.sampling import denoise_in_batches
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.calling import example_inputs, split_batch
@@ -250,7 +251,7 @@ def saved_source(folder: ModelFolder, model: Denoiser) -> Source:
         model=model,
         scheduler=scheduler,
         example_inputs=inputs,
-        sample_shape=tuple(inputs["sample"].shape[1:]),
+        sample_shape=tuple(inputs[convention_of(signature.model_class, {}).sample].shape[1:]),
     )
 
 
@@ -339,6 +340,7 @@ def draw(
         num_inference_steps=steps,
         seed=seed,
         **source.runs(num, seed),
+        convention=source.convention,
         batch_size=batch_size,
         progress="drawing",
     )

@@ -1,4 +1,4 @@
-"""From a UNet's config to the inputs of one call: every class and setting of `config_fields`."""
+"""From a model's config to the inputs of one call: every class and setting of `config_fields`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +20,11 @@ from mpqdm_fx.sources.input_parts import (
     sizes,
     unknown,
 )
+from mpqdm_fx.sources.transformer_inputs import (
+    TEXT_LENGTHS,
+    TRANSFORMER_CONDITIONS,
+    TRANSFORMER_RULES,
+)
 
 __all__ = ["ModelInputs"]
 
@@ -32,7 +37,7 @@ _CASCADE_SIDE = 24
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInputs:
-    """The inputs that a diffusers UNet takes, by its class and config.
+    """The inputs that a diffusers model takes, by its class and config.
 
     Attributes:
         class_name: Name of the class.
@@ -40,7 +45,7 @@ class ModelInputs:
         text_width: Width of the pooled text of SDXL's kind, where the pipeline's folder says it.
         aesthetic: Whether its sizes are those of SDXL's refiner, with an aesthetic score; None
             where the folder does not say.
-        context_length: Tokens of a text.
+        context_length: Tokens of a text; None is as many as the class's pipeline has.
 
     Raises:
         ConfigError: The class or a setting is unknown, or settings contradict each other.
@@ -50,9 +55,12 @@ class ModelInputs:
     config: Config = field(repr=False)
     text_width: int | None = None
     aesthetic: bool | None = None
-    context_length: int = CONTEXT_LENGTH
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
+        if self.context_length is None:
+            usual = TEXT_LENGTHS.get(self.class_name, CONTEXT_LENGTH)
+            object.__setattr__(self, "context_length", usual)
         check_fields(self.class_name, self.config)
 
     @property
@@ -95,7 +103,7 @@ class ModelInputs:
             self.config,
             text_width=self.text_width,
             aesthetic=self.aesthetic,
-            context_length=self.context_length,
+            context_length=self.context_length or CONTEXT_LENGTH,
             batch=batch,
             seed=seed,
         )
@@ -259,6 +267,7 @@ _RULES: Mapping[str, Callable[[Draw], Named]] = {
     "StableCascadeUNet": _cascade,
     "UVit2DModel": _uvit,
     "UNetControlNetXSModel": _controlled,
+    **TRANSFORMER_RULES,
 }
 
 #: Classes that are called with a noisy image, a timestep and conditions.
@@ -267,4 +276,5 @@ _CONDITIONS: Mapping[str, Callable[[Draw], Named]] = {
     "UNet2DConditionModel": _condition_extras,
     "DreamLiteUNetModel": _condition_extras,
     "Kandinsky3UNet": _kandinsky_3_extras,
+    **TRANSFORMER_CONDITIONS,
 }

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpqdm_fx.calibration.conventions import CallingConvention, convention_of
+from mpqdm_fx.calibration.samplers import model_convention
 from mpqdm_fx.calibration.sampling import EXTRA_CHANNELS
 from mpqdm_fx.graph.nested import tensor_leaves
 from mpqdm_fx.sources.components import Components
@@ -19,7 +21,10 @@ __all__ = ["Source"]
 
 # Conditions that are numbers of the run, and no embeddings of anything.
 _ENCODED = ("encoder_hidden_states", "text_embeds")
-_NUMBERS = ("time_ids", "timestep_cond", "encoder_attention_mask")
+_NUMBERS = (
+    "time_ids", "timestep_cond", "encoder_attention_mask", "guidance", "img_ids", "txt_ids",
+    "resolution", "aspect_ratio",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,13 @@ class Source:
     calls: GivenCalls | None = None
     components: Components | None = None
 
+    @property
+    def convention(self) -> CallingConvention:
+        """How a scheduler's loop calls the model, whatever the model is called through."""
+        if self.inputs is None:
+            return model_convention(self.model)
+        return convention_of(self.inputs.class_name, self.inputs.config)
+
     def with_calls(self, calls: GivenCalls) -> "Source":
         """The source with calls of the user's own."""
         example = calls.calls[0]
@@ -77,7 +89,7 @@ class Source:
             seed: Seed of the random values.
 
         Returns:
-            Keyword arguments beside `sample` and `timestep`, batch `count`; extra channels as
+            Keyword arguments beside the sample and the time, batch `count`; extra channels as
             `"extra_channels"`.
 
         Raises:
@@ -88,7 +100,7 @@ class Source:
             return {
                 name: _random_like(value, count, generator)
                 for name, value in self.example_inputs.items()
-                if name not in ("sample", "timestep")
+                if name not in (self.convention.sample, self.convention.timestep)
             }
         return self._with_extra(self._made(count, seed), count, seed)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mpqdm_fx.calibration.conventions import convention_of
 from mpqdm_fx.calibration.schedulers import check_scheduler, check_scheduler_config
 from mpqdm_fx.digits import bundled
 from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError, first_line
@@ -166,10 +167,10 @@ def make_source(
 
     Args:
         name: What the user called it.
-        model: A UNet of diffusers, or what is called like it.
+        model: A UNet or transformer of diffusers, or what is called like it.
         scheduler: A diffusers scheduler; None for a model that a function made.
-        class_name: Name of the UNet's class; by default the model's.
-        config: Settings of the UNet; by default the model's.
+        class_name: Name of its class; by default the model's.
+        config: Its settings; by default the model's.
         root: Pipeline folder that it came from, which may tell more.
         aesthetic: Whether sizes end with an aesthetic score; by default as `root` says.
         variant: Variant of its weight files.
@@ -186,7 +187,8 @@ def make_source(
         else _stored(root, "model_index.json", "requires_aesthetics_score", bool),
     )
     example = inputs.example()
-    shape, extra = tuple(example.get("sample", torch.empty(0)).shape[1:]), None
+    noisy = convention_of(inputs.class_name, inputs.config).sample
+    shape, extra = tuple(example.get(noisy, torch.empty(0)).shape[1:]), None
     if inputs.is_denoiser:
         extra = _extra_of(inputs, scheduler, root)
         shape = shape if extra is None else (extra.noise, *shape[1:])

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from mpqdm_fx.bits.allocate import layer_limits
+from mpqdm_fx.bits.allocate import few_levels, layer_limits
 from mpqdm_fx.bits.noise_groups import NoiseGroups
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.errors import CalibrationError
@@ -53,8 +53,8 @@ def start_sweep(
         raise CalibrationError("calibration reached no weight layer; check the recorded inputs")
     calls = list(records)
     shards = Shards.of(len(calls))
-    limits = layer_limits(graph_module, settings)
     groups = NoiseGroups.of(graph_module, calls, settings)
+    limits = few_levels(layer_limits(graph_module, settings), graph_module, settings, groups)
     held_out = records.held_out or groups.held_out(calls)
     if settings.propagation == "auto" and not held_out:
         logger.warning(

@@ -1,4 +1,4 @@
-"""Our loop beside the pipelines of diffusers: the same latents from the same noise and embeddings."""
+"""Our loop beside diffusers' pipelines: the same latents from the same noise and embeddings."""
 
 import inspect
 

@@ -1,19 +1,22 @@
-"""The table of settings knows every setting of every UNet that diffusers has."""
+"""The table of settings knows every setting of every UNet, and of transformers, of diffusers."""
 
 import importlib
 import inspect
 import pkgutil
 
+import diffusers
 import pytest
 import torch
 from diffusers import ModelMixin, UNetControlNetXSModel
 from diffusers.models import unets
 from zoo_more_unets import OTHER_UNETS
+from zoo_transformers import TRANSFORMERS
 from zoo_unets import UNETS_1D, UNETS_2D, UNETS_2D_CONDITION
 
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.sources.config_fields import CLASSES, FIELDS, INNER, check_fields, inputs_of_field
 from mpqdm_fx.sources.example_inputs import ModelInputs
+from mpqdm_fx.sources.transformer_inputs import TRANSFORMER_FIELDS
 
 #: Holds modules for other UNets; it has no forward of its own.
 PARTS = {"MotionAdapter"}
@@ -33,20 +36,21 @@ def unet_classes():
 
 
 UNETS = unet_classes()
+MODELS = UNETS | {name: getattr(diffusers, name) for name in TRANSFORMER_FIELDS}
 SETTINGS = {
     name: [setting for setting in inspect.signature(unet.__init__).parameters if setting != "self"]
-    for name, unet in UNETS.items()
+    for name, unet in MODELS.items()
 }
 
 
-def test_the_table_has_the_unet_classes_of_diffusers_and_no_others():
-    assert set(CLASSES) == set(UNETS)
+def test_the_table_has_the_unet_classes_of_diffusers_and_its_transformers():
+    assert set(CLASSES) == set(MODELS)
     assert len(UNETS) >= 12
 
 
-@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_setting_gives_inputs_that_forward_takes_or_is_inside(name):
-    arguments = inspect.signature(UNETS[name].forward).parameters
+    arguments = inspect.signature(MODELS[name].forward).parameters
     for setting in SETTINGS[name]:
         inputs = inputs_of_field(name, setting)
         assert inputs is not None, f"{name} has a setting {setting}: say what it does"
@@ -62,7 +66,7 @@ def test_the_table_has_no_setting_that_no_class_has():
     assert all(set(fields) <= set(SETTINGS[name]) for name, fields in CLASSES.items())
 
 
-@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_setting_that_nobody_knows_is_refused_by_name(name):
     known = dict.fromkeys(SETTINGS[name], None)
     check_fields(name, known | {"_class_name": name})
@@ -71,11 +75,14 @@ def test_a_setting_that_nobody_knows_is_refused_by_name(name):
 
 
 def test_a_class_without_a_row_is_refused_by_name():
-    with pytest.raises(ConfigError, match="FluxTransformer2DModel"):
-        check_fields("FluxTransformer2DModel", {})
+    with pytest.raises(ConfigError, match="Flux2Transformer2DModel"):
+        check_fields("Flux2Transformer2DModel", {})
 
 
-CASES = {case.name: case for case in (*UNETS_1D, *UNETS_2D, *UNETS_2D_CONDITION, *OTHER_UNETS)}
+KNOWN = [case for case in TRANSFORMERS if case.name.partition("/")[0] in TRANSFORMER_FIELDS]
+CASES = {
+    case.name: case for case in (*UNETS_1D, *UNETS_2D, *UNETS_2D_CONDITION, *OTHER_UNETS, *KNOWN)
+}
 #: What no config asks for, but a caller may give.
 OPTIONAL = {
     "down_block_additional_residuals",
