@@ -52,8 +52,8 @@ def check_model(model: nn.Module, *, rounded: bool = False) -> None:
 
     Raises:
         TraceError: It is offloaded, cast layer by layer, hooked by accelerate or diffusers,
-            carries a LoRA, is quantized, scripted, sharded or not initialised, or in a dtype that does
-            not fit.
+            carries a LoRA, is quantized, scripted, sharded or not initialised, or in a dtype that
+            does not fit.
     """
     for name, module in model.named_modules():
         reason = _module_reason(module, rounded=rounded)

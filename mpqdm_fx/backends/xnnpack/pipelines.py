@@ -10,6 +10,7 @@ from mpqdm_fx.backends.xnnpack.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.backends.xnnpack.passes.drop_unit_factors import DropUnitFactors
 from mpqdm_fx.backends.xnnpack.passes.float_scalars import FloatScalars
 from mpqdm_fx.backends.xnnpack.passes.fold_constants import FoldConstants
+from mpqdm_fx.backends.xnnpack.passes.gather_codes import GatherCodes
 from mpqdm_fx.backends.xnnpack.passes.pin_layouts import PinLayouts
 from mpqdm_fx.backends.xnnpack.passes.requantize_copies import RequantizeCopies
 from mpqdm_fx.backends.xnnpack.passes.reshape_unit_axes import ReshapeUnitAxes
@@ -30,6 +31,7 @@ DECOMPOSE = Pipeline(
     passes=(
         DropUnitFactors(),
         FoldConstants(),
+        GatherCodes(),
         NormalizePadding(),
         DecomposeAttention(),
         DecomposeGroupNorm(),

@@ -10,6 +10,7 @@ from mpqdm_fx.backends.xnnpack.passes.drop_noop_slices import DropNoopSlices
 from mpqdm_fx.backends.xnnpack.passes.drop_unit_factors import DropUnitFactors
 from mpqdm_fx.backends.xnnpack.passes.float_scalars import FloatScalars
 from mpqdm_fx.backends.xnnpack.passes.fold_constants import FoldConstants
+from mpqdm_fx.backends.xnnpack.passes.gather_codes import GatherCodes
 from mpqdm_fx.backends.xnnpack.passes.linearize_pointwise import LinearizePointwise
 from mpqdm_fx.backends.xnnpack.passes.pin_layouts import PinLayouts
 from mpqdm_fx.backends.xnnpack.passes.requantize_copies import RequantizeCopies
@@ -31,6 +32,7 @@ __all__ = [
     "DropUnitFactors",
     "FloatScalars",
     "FoldConstants",
+    "GatherCodes",
     "LinearizePointwise",
     "PinLayouts",
     "RequantizeCopies",
