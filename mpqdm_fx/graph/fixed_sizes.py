@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.graph.editing import copy_graph_module, eliminate_dead_code
+from mpqdm_fx.graph.rebuild import infer_static_values
 
 __all__ = ["fixed_sizes"]
 
@@ -30,10 +30,7 @@ def fixed_sizes(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
     if not any(_is_dynamic(node) for node in graph_module.graph.nodes):
         return graph_module
     result = copy_graph_module(graph_module)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = [pytree.tree_map_only(Tensor, mode.from_tensor, value) for value in inputs]
-    with mode, torch.no_grad():
-        _NoteValues(result).run(*fake)
+    infer_static_values(result, inputs)
     for node in list(result.graph.nodes):
         number = node.meta.get("val")
         if node.op == "call_function" and isinstance(number, bool | int | float):
@@ -42,16 +39,6 @@ def fixed_sizes(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
     result.graph.lint()
     result.recompile()
     return result
-
-
-class _NoteValues(fx.Interpreter):
-    """Run on fake tensors and note what each node gives."""
-
-    def run_node(self, node: fx.Node) -> Any:
-        result = super().run_node(node)
-        if "val" in node.meta:
-            node.meta["val"] = result
-        return result
 
 
 def _is_dynamic(node: fx.Node) -> bool:

@@ -18,7 +18,9 @@ from mpqdm_fx.backends.xnnpack.passes.forward_slices import ForwardSlices
 from mpqdm_fx.backends.xnnpack.passes.join_scatters import JoinScatters
 from mpqdm_fx.backends.xnnpack.passes.linearize_patches import LinearizePatches
 from mpqdm_fx.backends.xnnpack.passes.linearize_pointwise import LinearizePointwise
+from mpqdm_fx.backends.xnnpack.passes.merge_reshapes import MergeReshapes
 from mpqdm_fx.backends.xnnpack.passes.multiply_repeats import MultiplyRepeats
+from mpqdm_fx.backends.xnnpack.passes.narrow_permutations import NarrowPermutations
 from mpqdm_fx.backends.xnnpack.passes.pin_layouts import PinLayouts
 from mpqdm_fx.backends.xnnpack.passes.requantize_copies import RequantizeCopies
 from mpqdm_fx.backends.xnnpack.passes.reshape_unit_axes import ReshapeUnitAxes
@@ -49,7 +51,9 @@ __all__ = [
     "JoinScatters",
     "LinearizePatches",
     "LinearizePointwise",
+    "MergeReshapes",
     "MultiplyRepeats",
+    "NarrowPermutations",
     "PinLayouts",
     "RequantizeCopies",
     "ReshapeUnitAxes",

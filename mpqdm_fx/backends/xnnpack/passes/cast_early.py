@@ -41,9 +41,7 @@ _MOVES = frozenset(
 class CastEarly(GraphPass):
     """Rewrite `cast(move(x))` as `move(cast(x))`.
 
-    1. A cast is `aten.to.dtype` to float32 from another real dtype, without other settings; or to
-       float64 from float32, where nothing but moves stands between it and inputs of the graph.
-       These, too, then stand in front of all that is delegated, not in its middle.
+    1. A cast is `aten.to.dtype` to float32 from another real dtype, without other settings.
     2. A move is an op that rearranges, repeats, joins or picks numbers, and whose users are all
        this cast. What it joins has one dtype.
     3. A chain of moves is passed one after the other.
@@ -59,35 +57,26 @@ class CastEarly(GraphPass):
             cast = queue.pop(0)
             move = _movable(cast)
             if move is not None:
-                queue = [c for c in queue if c not in move.users] + _swap(graph_module, cast, move)
+                queue = [c for c in queue if c not in move.users] + _swap(graph_module, move)
                 modified = True
         return modified
 
 
 def _movable(cast: fx.Node) -> fx.Node | None:
     """The move that a cast can pass, or None."""
-    dtype = _dtype_of_cast(cast)
-    move = cast.args[0] if dtype is not None else None
+    move = cast.args[0] if _is_cast(cast) else None
     if not isinstance(move, fx.Node) or move.target not in _MOVES:
         return None
-    if any(_dtype_of_cast(user) is not dtype for user in move.users):
+    dtype = _dtype(move)
+    if dtype is None or dtype.is_complex or dtype is torch.float32:
         return None
-    source = _dtype(move)
-    if source is None or source.is_complex or any(_dtype(n) != source for n in _sources(move)):
-        return None
-    if dtype is torch.float64:
-        passes = source is torch.float32 and _moves_inputs(move)
-    else:
-        passes = source is not torch.float32
-    return move if passes else None
+    alike = all(_dtype(source) is dtype for source in _sources(move))
+    return move if alike and all(_is_cast(user) for user in move.users) else None
 
 
-def _dtype_of_cast(node: fx.Node) -> torch.dtype | None:
-    """What a plain cast casts to; None for any other node."""
-    if node.target is not _aten.to.dtype or len(node.args) != 2 or node.kwargs:
-        return None
-    dtype = node.args[1]
-    return dtype if dtype in (torch.float32, torch.float64) else None  # type: ignore[return-value]
+def _is_cast(node: fx.Node) -> bool:
+    plain = node.target is _aten.to.dtype and len(node.args) == 2 and not node.kwargs
+    return plain and node.args[1] is torch.float32
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
@@ -101,17 +90,10 @@ def _sources(move: fx.Node) -> list[fx.Node]:
     return [node for node in listed if isinstance(node, fx.Node)]
 
 
-def _moves_inputs(node: fx.Node) -> bool:
-    if node.target in _MOVES:
-        return all(_moves_inputs(source) for source in _sources(node))
-    return node.op == "placeholder"
-
-
-def _swap(graph_module: fx.GraphModule, cast: fx.Node, move: fx.Node) -> list[fx.Node]:
+def _swap(graph_module: fx.GraphModule, move: fx.Node) -> list[fx.Node]:
     """Return the new casts."""
-    dtype = cast.args[1]
     casts = [
-        insert_call(graph_module, _aten.to.dtype, (source, dtype), anchor=move)
+        insert_call(graph_module, _aten.to.dtype, (source, torch.float32), anchor=move)
         for source in _sources(move)
     ]
     target = move.target
