@@ -40,8 +40,8 @@ __all__ = ["DECOMPOSE", "REMEDIES"]
 #: moves axes comes last, because earlier passes leave such moves behind.
 DECOMPOSE = Pipeline(
     passes=(
-        DropCopies(),
         SplitComplex(),
+        DropCopies(),
         DropUnitFactors(),
         FoldConstants(),
         NormalizePadding(),

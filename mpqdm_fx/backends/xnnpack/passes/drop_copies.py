@@ -30,8 +30,9 @@ _COPIES = frozenset(
 class DropCopies(GraphPass):
     """Replace copies, aliases and concatenations of one tensor by what they are of.
 
-    A graph writes into none of its values, and reads none by its strides, so that a value and its
-    copy are the same. Bit-equal; a program trains nothing, so `detach` is a copy too.
+    A graph writes into none of its values, and but for `view_as_complex`, before which a copy is
+    left, reads none by its strides: a value and its copy are the same. A program trains nothing,
+    so that `detach` is a copy too. Bit-equal.
     """
 
     # But a copy may lie in memory in another order, in which a sum that follows is rounded.
@@ -50,16 +51,16 @@ class DropCopies(GraphPass):
 
 
 def _copied(node: fx.Node) -> fx.Node | None:
-    if node.op != "call_function":
+    if any(user.target is _aten.view_as_complex.default for user in node.users):
         return None
-    if node.target in _COPIES:
+    if node.op == "call_function" and node.target in _COPIES:
         source = node.args[0]
     elif node.target is _aten.cat.default:
         parts = node.args[0]
         assert isinstance(parts, list | tuple)
         source = parts[0] if len(parts) == 1 else None
     else:
-        return None
+        source = None
     if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
         return None
     return source
