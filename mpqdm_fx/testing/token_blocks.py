@@ -42,6 +42,10 @@ def fill(b: GraphBuilder, variant: int) -> None:
     elif variant == 1:
         part = b.call(_aten.neg.default, b.call(_aten.select.int, x, 1, 0))
         y = b.call(_aten.select_scatter.default, x, part, 1, channels - 1)
+        joined = b.call(_aten.cat.default, [y, x], 1)
+        y = b.call(_aten.slice.Tensor, joined, 1, 0, channels)
+        flat = b.call(_aten.flatten.using_ints, y, 2)
+        y = b.call(_aten.reshape.default, flat, [b.batch, channels, *b.shape[1:]])
     else:
         empty = b.call(_aten.empty_like.default, x)
         even, odd = (b.call(_aten.slice.Tensor, x, 1, i, channels, 2) for i in (0, 1))
@@ -102,6 +106,7 @@ def products(b: GraphBuilder, variant: int) -> None:
         first = b.call(_aten.select.int, b.call(_aten.select.int, x, 0, 0), 0, 0)
         vector = b.call(_aten.select.int, first, 0, 0)
         y = b.call(_aten.unsqueeze.default, b.call(_aten.matmul.default, x, vector), -1)
+        y = b.call(_aten.pow.Tensor_Scalar, y, 3.0)
     b.set_image(b.call(_aten.add.Tensor, b.image, y), channels)
 
 
@@ -124,7 +129,26 @@ def patches(b: GraphBuilder, variant: int) -> None:
     b.set_image(b.call(_aten.squeeze.dim, flat, 2), channels, (height, width))
 
 
+def choices(b: GraphBuilder, variant: int) -> None:
+    """Emit values that a condition chooses between, or sequences that are padded to one length."""
+    channels = b.shape[0]
+    if variant < 2:
+        other = b.call(_aten.neg.default, b.image)
+        if variant == 1:
+            other = b.call(_aten.full.default, [1, 1, 1, 1], 0.5)
+        choice = b.call(_aten.gt.Scalar, b.timestep, 4)
+        choice = b.call(_aten.reshape.default, choice, [b.batch, 1, 1, 1])
+        b.set_image(b.call(_aten.where.self, choice, b.image, other), channels)
+        return
+    first = b.call(_aten.select.int, b.image, 0, 0)
+    second = b.call(_aten.slice.Tensor, first, 0, 0, channels - 1)
+    sequences = [first, second] if variant == 2 else [first]
+    stacked = b.call(_aten.pad_sequence.default, sequences, True)
+    mean = b.call(_aten.mean.dim, stacked, [0], True)
+    b.set_image(b.call(_aten.add.Tensor, b.image, mean), channels)
+
+
 #: Kind to emitter, each with four variants.
 TOKEN_EMITTERS: Mapping[str, Callable[[GraphBuilder, int], None]] = {
-    f.__name__: f for f in (repeats, fill, rotary, products, patches)
+    f.__name__: f for f in (repeats, fill, rotary, products, patches, choices)
 }

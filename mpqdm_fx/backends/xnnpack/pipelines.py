@@ -1,6 +1,7 @@
 """The lists of passes between a rounded graph and its program, in running order."""
 
 from mpqdm_fx.backends.xnnpack.passes.average_sums import AverageSums
+from mpqdm_fx.backends.xnnpack.passes.blend_branches import BlendBranches
 from mpqdm_fx.backends.xnnpack.passes.cast_early import CastEarly
 from mpqdm_fx.backends.xnnpack.passes.decompose_attention import DecomposeAttention
 from mpqdm_fx.backends.xnnpack.passes.decompose_group_norm import DecomposeGroupNorm
@@ -18,6 +19,7 @@ from mpqdm_fx.backends.xnnpack.passes.forward_slices import ForwardSlices
 from mpqdm_fx.backends.xnnpack.passes.join_scatters import JoinScatters
 from mpqdm_fx.backends.xnnpack.passes.linearize_patches import LinearizePatches
 from mpqdm_fx.backends.xnnpack.passes.merge_reshapes import MergeReshapes
+from mpqdm_fx.backends.xnnpack.passes.multiply_powers import MultiplyPowers
 from mpqdm_fx.backends.xnnpack.passes.multiply_repeats import MultiplyRepeats
 from mpqdm_fx.backends.xnnpack.passes.narrow_permutations import NarrowPermutations
 from mpqdm_fx.backends.xnnpack.passes.pin_layouts import PinLayouts
@@ -25,6 +27,7 @@ from mpqdm_fx.backends.xnnpack.passes.requantize_copies import RequantizeCopies
 from mpqdm_fx.backends.xnnpack.passes.reshape_unit_axes import ReshapeUnitAxes
 from mpqdm_fx.backends.xnnpack.passes.slice_chunks import SliceChunks
 from mpqdm_fx.backends.xnnpack.passes.split_complex import SplitComplex
+from mpqdm_fx.backends.xnnpack.passes.stack_sequences import StackSequences
 from mpqdm_fx.backends.xnnpack.passes.unshare_dequantize import UnshareDequantize
 from mpqdm_fx.backends.xnnpack.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
 from mpqdm_fx.backends.xnnpack.passes.view_means import ViewMeans
@@ -40,10 +43,12 @@ __all__ = ["DECOMPOSE", "REMEDIES"]
 #: moves axes comes last, because earlier passes leave such moves behind.
 DECOMPOSE = Pipeline(
     passes=(
+        FoldConstants(),
         SplitComplex(),
+        StackSequences(),
         DropCopies(),
         DropUnitFactors(),
-        FoldConstants(),
+        BlendBranches(),
         NormalizePadding(),
         LinearizePatches(),
         DecomposeAttention(),
@@ -53,6 +58,7 @@ DECOMPOSE = Pipeline(
         AverageSums(),
         ViewMeans(),
         DecomposeUpsample(),
+        MultiplyPowers(),
         FloatScalars(),
         DivideReciprocals(),
         SliceChunks(),

@@ -1,6 +1,7 @@
 """Passes that only XNNPACK needs: one pass, one file, one class, named by a verb."""
 
 from mpqdm_fx.backends.xnnpack.passes.average_sums import AverageSums
+from mpqdm_fx.backends.xnnpack.passes.blend_branches import BlendBranches
 from mpqdm_fx.backends.xnnpack.passes.cast_early import CastEarly
 from mpqdm_fx.backends.xnnpack.passes.decompose_attention import DecomposeAttention
 from mpqdm_fx.backends.xnnpack.passes.decompose_group_norm import DecomposeGroupNorm
@@ -19,6 +20,7 @@ from mpqdm_fx.backends.xnnpack.passes.join_scatters import JoinScatters
 from mpqdm_fx.backends.xnnpack.passes.linearize_patches import LinearizePatches
 from mpqdm_fx.backends.xnnpack.passes.linearize_pointwise import LinearizePointwise
 from mpqdm_fx.backends.xnnpack.passes.merge_reshapes import MergeReshapes
+from mpqdm_fx.backends.xnnpack.passes.multiply_powers import MultiplyPowers
 from mpqdm_fx.backends.xnnpack.passes.multiply_repeats import MultiplyRepeats
 from mpqdm_fx.backends.xnnpack.passes.narrow_permutations import NarrowPermutations
 from mpqdm_fx.backends.xnnpack.passes.pin_layouts import PinLayouts
@@ -27,6 +29,7 @@ from mpqdm_fx.backends.xnnpack.passes.reshape_unit_axes import ReshapeUnitAxes
 from mpqdm_fx.backends.xnnpack.passes.slice_chunks import SliceChunks
 from mpqdm_fx.backends.xnnpack.passes.split_complex import SplitComplex
 from mpqdm_fx.backends.xnnpack.passes.split_mixed_rows import SplitMixedRows
+from mpqdm_fx.backends.xnnpack.passes.stack_sequences import StackSequences
 from mpqdm_fx.backends.xnnpack.passes.unshare_dequantize import UnshareDequantize
 from mpqdm_fx.backends.xnnpack.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
 from mpqdm_fx.backends.xnnpack.passes.view_means import ViewMeans
@@ -34,6 +37,7 @@ from mpqdm_fx.backends.xnnpack.passes.view_strided_slices import ViewStridedSlic
 
 __all__ = [
     "AverageSums",
+    "BlendBranches",
     "CastEarly",
     "DecomposeAttention",
     "DecomposeGroupNorm",
@@ -52,6 +56,7 @@ __all__ = [
     "LinearizePatches",
     "LinearizePointwise",
     "MergeReshapes",
+    "MultiplyPowers",
     "MultiplyRepeats",
     "NarrowPermutations",
     "PinLayouts",
@@ -60,6 +65,7 @@ __all__ = [
     "SliceChunks",
     "SplitComplex",
     "SplitMixedRows",
+    "StackSequences",
     "UnshareDequantize",
     "UnshareDynamicQuantizers",
     "ViewMeans",

@@ -17,6 +17,9 @@ from mpqdm_fx.passes.base import GraphPass
 __all__ = ["CastEarly"]
 
 _aten = torch.ops.aten
+_OTHER_CASTS = frozenset(
+    {_aten.to.dtype_layout, _aten.to.other, _aten.type_as.default, _aten._to_copy.default}
+)
 #: Ops that move numbers about without looking at them.
 _MOVES = frozenset(
     {
@@ -41,10 +44,12 @@ _MOVES = frozenset(
 class CastEarly(GraphPass):
     """Rewrite `cast(move(x))` as `move(cast(x))`.
 
-    1. A cast is `aten.to.dtype` to float32 from another real dtype, without other settings.
+    1. A cast is `aten.to.dtype` to float32 from another real dtype, without other settings. Other
+       casts of a tensor to float32 become such.
     2. A move is an op that rearranges, repeats, joins or picks numbers, and whose users are all
        this cast. What it joins has one dtype.
     3. A chain of moves is passed one after the other.
+    4. A cast of float32 numbers that were cast to float64 is left out.
 
     The same numbers are cast: bit-equal.
     """
@@ -52,6 +57,13 @@ class CastEarly(GraphPass):
     def rewrite(self, graph_module: fx.GraphModule) -> bool:
         """Move every cast as far up as it goes; False if none moved."""
         modified = False
+        for node in list(graph_module.graph.nodes):
+            if node.target in _OTHER_CASTS and _is_between_reals(node):
+                args = (node.args[0], torch.float32)
+                cast = insert_call(graph_module, _aten.to.dtype, args, anchor=node)
+                node.replace_all_uses_with(cast)
+                graph_module.graph.erase_node(node)
+                modified = True
         queue = [n for n in graph_module.graph.nodes if n.target is _aten.to.dtype]
         while queue:
             cast = queue.pop(0)
@@ -59,7 +71,30 @@ class CastEarly(GraphPass):
             if move is not None:
                 queue = [c for c in queue if c not in move.users] + _swap(graph_module, move)
                 modified = True
-        return modified
+        return _drop_detours(graph_module) or modified
+
+
+def _is_between_reals(node: fx.Node) -> bool:
+    source, value = node.args[0], node.meta.get("val")
+    before = source.meta.get("val") if isinstance(source, fx.Node) else None
+    if not isinstance(before, Tensor) or not isinstance(value, Tensor):
+        return False
+    return value.dtype is torch.float32 and not before.is_complex()
+
+
+def _drop_detours(graph_module: fx.GraphModule) -> bool:
+    modified = False
+    for node in [n for n in graph_module.graph.nodes if _is_cast(n)]:
+        wide = node.args[0]
+        plain = isinstance(wide, fx.Node) and wide.target is _aten.to.dtype and not wide.kwargs
+        if not plain or wide.args[1] is not torch.float64 or len(wide.args) > 2:  # type: ignore[union-attr]
+            continue
+        source = wide.args[0]  # type: ignore[union-attr]
+        if isinstance(source, fx.Node) and _dtype(source) is torch.float32:
+            node.replace_all_uses_with(source)
+            graph_module.graph.erase_node(node)
+            modified = True
+    return modified
 
 
 def _movable(cast: fx.Node) -> fx.Node | None:

@@ -15,6 +15,7 @@ from mpqdm_fx.passes.base import GraphPass
 __all__ = ["DropCopies"]
 
 _aten = torch.ops.aten
+_VIEW = _aten.view_as_complex.default
 _COPIES = frozenset(
     {
         _aten.alias.default,
@@ -30,9 +31,9 @@ _COPIES = frozenset(
 class DropCopies(GraphPass):
     """Replace copies, aliases and concatenations of one tensor by what they are of.
 
-    A graph writes into none of its values, and but for `view_as_complex`, before which a copy is
-    left, reads none by its strides: a value and its copy are the same. A program trains nothing,
-    so that `detach` is a copy too. Bit-equal.
+    A graph writes into none of its values and reads none by its strides, so that a value and its
+    copy are the same; but for `view_as_complex`, with which all copies are left. A program trains
+    nothing, so that `detach` is a copy too. Bit-equal.
     """
 
     # But a copy may lie in memory in another order, in which a sum that follows is rounded.
@@ -41,6 +42,8 @@ class DropCopies(GraphPass):
     def rewrite(self, graph_module: fx.GraphModule) -> bool:
         """Remove every copy; False if there was none."""
         modified = False
+        if graph_module.graph.find_nodes(op="call_function", target=_VIEW):
+            return False
         for node in list(graph_module.graph.nodes):
             source = _copied(node)
             if source is not None:
@@ -51,8 +54,6 @@ class DropCopies(GraphPass):
 
 
 def _copied(node: fx.Node) -> fx.Node | None:
-    if any(user.target is _aten.view_as_complex.default for user in node.users):
-        return None
     if node.op == "call_function" and node.target in _COPIES:
         source = node.args[0]
     elif node.target is _aten.cat.default:

@@ -86,6 +86,8 @@ def _joined(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
         insert_call(graph_module, _aten.reshape.default, (part, shape), anchor=node)
         for part in parts
     ]
+    if len(views) == 1:
+        return views[0]
     return insert_call(graph_module, _aten.cat.default, (views, axis), anchor=node)
 
 

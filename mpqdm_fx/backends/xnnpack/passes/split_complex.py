@@ -31,6 +31,7 @@ _MOVES = frozenset(
         _aten.detach.default,
         _aten.expand.default,
         _aten.flatten.using_ints,
+        _aten.gather.default,
         _aten.index.Tensor,
         _aten.index_select.default,
         _aten.pad_sequence.default,
@@ -41,7 +42,9 @@ _MOVES = frozenset(
         _aten.resolve_conj.default,
         _aten.resolve_neg.default,
         _aten.select.int,
+        _aten.select_scatter.default,
         _aten.slice.Tensor,
+        _aten.slice_scatter.default,
         _aten.split.Tensor,
         _aten.split_with_sizes.default,
         _aten.squeeze.default,
@@ -54,6 +57,7 @@ _MOVES = frozenset(
         _aten.view.default,
     }
 )
+_CASTS = frozenset({_aten.to.dtype, _aten.to.dtype_layout, _aten._to_copy.default})
 _SUMS = frozenset({_aten.add.Tensor, _aten.sub.Tensor})
 _CONJUGATES = frozenset({_aten._conj.default, _aten.conj.default, _aten.conj_physical.default})
 _Emit = Callable[..., fx.Node]
@@ -69,7 +73,10 @@ class SplitComplex(GraphPass):
        conjugated, taken to the power of e, and multiplied: (a + bi)(c + di) = (ac - bd) + (ad +
        bc)i. They may be divided by real numbers.
     2. An input stays complex and is split where it comes in.
-    3. If a complex value meets any other op, nothing is rewritten (`uncovered_complex` names it).
+    3. Where one operand has double precision and the other single, so have the results single: a
+       rotary table is rounded before it is multiplied, and not the product after. What the graph
+       then reads has the dtype that it had.
+    4. If a complex value meets any other op, nothing is rewritten (`uncovered_complex` names it).
 
     Sums of two products are rounded once more where the complex product fuses them.
     """
@@ -127,6 +134,8 @@ def _is_covered(node: fx.Node) -> bool:
         return False
     if node.target is _aten.mul.Tensor:
         return True
+    if node.target in _CASTS:
+        return _is_complex(node) and _is_complex(node.all_input_nodes[0])
     if node.target in _SUMS:
         numbers = any(isinstance(operand, complex) for operand in node.args)
         return node.kwargs.get("alpha", 1) == 1 and not numbers
@@ -136,6 +145,8 @@ def _is_covered(node: fx.Node) -> bool:
     if node.target is _aten.index.Tensor:
         return isinstance(node.args[0], fx.Node) and _is_complex(node.args[0])
     unary = (_aten.exp.default, _aten.neg.default)
+    if node.target in (_aten.select_scatter.default, _aten.slice_scatter.default):
+        return all(_is_complex(source) for source in node.all_input_nodes)
     return node.target in {*_MOVES, *_CONJUGATES, *_SOURCES, *_RESULTS, *unary}
 
 
@@ -174,6 +185,9 @@ def _split(graph_module: fx.GraphModule, node: fx.Node, parts: dict[fx.Node, _Pa
             for i in (0, 1)
         )
     first = _parts(node.args[0], parts)
+    if node.target in _CASTS:
+        double = node.meta["val"].dtype is torch.complex128
+        return first if double else (_single(emit, first[0]), _single(emit, first[1]))
     if node.target is _aten.exp.default:
         radius = emit(_aten.exp.default, first[0])
         return _polar(emit, radius, first[1])
@@ -182,6 +196,8 @@ def _split(graph_module: fx.GraphModule, node: fx.Node, parts: dict[fx.Node, _Pa
     if node.target in _CONJUGATES:
         return first[0], emit(_aten.neg.default, first[1])
     second = _parts(node.args[1], parts)
+    if len({_real_dtype(part) for part in (*first, *second)} - {None}) > 1:
+        first, second = (tuple(_single(emit, p) for p in pair) for pair in (first, second))
     if node.target in _SUMS:
         return _sum(emit, node.target, first, second)
     if node.target is _aten.div.Tensor:
@@ -194,6 +210,15 @@ def _parts(operand: Any, parts: dict[fx.Node, _Pair]) -> _Pair:
     if isinstance(operand, fx.Node):
         return parts.get(operand, (operand, None))
     return (operand.real, operand.imag) if isinstance(operand, complex) else (operand, None)
+
+
+def _real_dtype(part: Any) -> torch.dtype | None:
+    return part.meta["val"].dtype if isinstance(part, fx.Node) else None
+
+
+def _single(emit: _Emit, part: Any) -> Any:
+    double = _real_dtype(part) is torch.float64
+    return emit(_aten.to.dtype, part, torch.float32) if double else part
 
 
 def _mapped(arguments: Any, parts: dict[fx.Node, _Pair], index: int) -> Any:
@@ -248,7 +273,11 @@ def _real_result(
 ) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    return _RESULTS[node.target](_emitter(graph_module, node), *parts[source])
+    emit = _emitter(graph_module, node)
+    result = _RESULTS[node.target](emit, *parts[source])
+    dtype = node.meta["val"].dtype
+    same = result.meta["val"].dtype is dtype
+    return result if same else emit(_aten.to.dtype, result, dtype)
 
 
 _RESULTS: dict[Any, Callable[[_Emit, fx.Node, fx.Node], fx.Node]] = {
