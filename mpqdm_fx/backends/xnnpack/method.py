@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.backends.xnnpack.convert import (
@@ -62,6 +63,7 @@ class Method:
         four_bit: FourBit = "whole",
     ) -> None:
         self.inputs = positional(example_inputs)
+        _refuse_unknown_sizes(graph)
         self.graph = graph = fixed_sizes(graph, self.inputs)
         self.floats: dict[str, str] = {}
         self.quantized: fx.GraphModule | None = None
@@ -174,6 +176,22 @@ def argument_names(graph: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]
 
 
+def _refuse_unknown_sizes(graph: fx.GraphModule) -> None:
+    """Refuse sizes that depend on values, which no program of fixed sizes has."""
+    for node in graph.graph.nodes:
+        if free_unbacked_symbols(pytree.tree_leaves(node.meta.get("val"))):
+            raise LoweringError(
+                f"{_module_of(node)}: the size of what {node.target} gives ({node.name}) depends "
+                f"on the values of its input, and a program has fixed sizes; write it with a mask "
+                f"instead of an index, or use the torch_ao backend"
+            )
+
+
+def _module_of(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack and stack[-1][0] else "the model"
+
+
 def _refuse_unknown(graph: fx.GraphModule) -> None:
     """Refuse what neither XNNPACK nor a portable kernel runs, after all that is rewritten."""
     for name, layer in weight_layers(graph).items():
@@ -184,10 +202,8 @@ def _refuse_unknown(graph: fx.GraphModule) -> None:
                 f"backend, or a model without volumetric convolutions"
             )
     for node in uncovered_complex(graph):
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        place = stack[-1][0] if stack else ""
         raise LoweringError(
-            f"{place or 'the model'}: {node.target} of complex numbers ({node.name}) has no kernel "
+            f"{_module_of(node)}: {node.target} of complex numbers ({node.name}) has no kernel "
             f"in ExecuTorch and no rewriting in real numbers here; write it with real tensors "
             f"(torch.view_as_real, cos and sin), or use the torch_ao backend"
         )
