@@ -20,10 +20,10 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardSlices(GraphPass):
-    """Replace a slice of a concatenation, along its axis, that lies within one of its parts.
+    """Replace slices of a concatenation along its axis, within one part or of whole parts.
 
-    It becomes that part, or a slice of it. Reshapes that cancel between the two are passed. Static
-    sizes alone. Numbers are only moved: bit-equal.
+    They become that part, a slice of it, or the concatenation of those that are taken. Reshapes
+    that cancel between the two are passed. Static sizes alone. Numbers are only moved: bit-equal.
     """
 
     def rewrite(self, graph_module: fx.GraphModule) -> bool:
@@ -61,17 +61,20 @@ def _forwarded(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         return None
     axis %= len(shape)
     start, _, _ = slice(argument(node, 2, "start", None), None).indices(joined[axis])
+    taken, offset = [], 0
     for part in parts:
         size = part.meta["val"].shape[axis]
-        if start >= 0 and start + shape[axis] <= size:
+        if offset <= start and start + shape[axis] <= offset + size:
             if size == shape[axis]:
                 return part  # type: ignore[no-any-return]
-            args = (part, axis, start, start + shape[axis])
+            args = (part, axis, start - offset, start - offset + shape[axis])
             return insert_call(graph_module, _aten.slice.Tensor, args, anchor=node)
-        start -= size
-        if start < 0:
-            return None
-    return None
+        if start <= offset and offset + size <= start + shape[axis]:
+            taken.append(part)
+        offset += size
+    if sum(part.meta["val"].shape[axis] for part in taken) < shape[axis]:
+        return None
+    return insert_call(graph_module, _aten.cat.default, (taken, axis), anchor=node)
 
 
 def _passed(node: fx.Node) -> fx.Node:
