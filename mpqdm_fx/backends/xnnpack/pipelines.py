@@ -38,16 +38,18 @@ from mpqdm_fx.passes.normalize.normalize_padding import NormalizePadding
 __all__ = ["DECOMPOSE", "REMEDIES"]
 
 #: On the module-level graph, before conversion: what XNNPACK does not know becomes what it knows.
-#: First goes what computes nothing: a factor of one hides that a chain is constant. Then single
-#: ops are written out; they meet no others' results but for attention, whose pieces stay. What
-#: moves axes comes last, because earlier passes leave such moves behind.
+#: First goes what computes nothing: a factor of one hides that a chain is constant, and complex
+#: constants are split with all other complex values. Then single ops are written out; they meet no
+#: others' results but for attention, whose pieces stay, and products, which may expand. What moves
+#: axes comes last, because earlier passes leave such moves behind; and then, once more, constants,
+#: which by now have tables of rotary embeddings and masks among them.
 DECOMPOSE = Pipeline(
     passes=(
+        DropUnitFactors(),
         FoldConstants(),
         SplitComplex(),
         StackSequences(),
         DropCopies(),
-        DropUnitFactors(),
         BlendBranches(),
         NormalizePadding(),
         LinearizePatches(),
