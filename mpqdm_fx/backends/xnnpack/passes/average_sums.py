@@ -4,7 +4,7 @@ Models pool prompts by sums over the tokens that a mask leaves.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -35,7 +35,11 @@ class AverageSums(GraphPass):
             number = _summed(node)
             if not number:
                 continue
-            args = (node.args[0], node.args[1], argument(node, 2, "keepdim", False))
+            args = (
+                node.args[0],
+                argument(node, 1, "dim", None),
+                argument(node, 2, "keepdim", False),
+            )
             mean = insert_call(graph_module, _aten.mean.dim, args, anchor=node)
             total = insert_call(graph_module, _aten.mul.Tensor, (mean, float(number)), anchor=node)
             node.replace_all_uses_with(total)
@@ -46,12 +50,13 @@ class AverageSums(GraphPass):
 
 def _summed(node: fx.Node) -> int:
     """How many numbers each sum has; 0 if the rule does not cover the node."""
-    source, axes = node.args[:2] if len(node.args) > 1 else (None, None)
+    source = node.args[0]
+    axes: Any = argument(node, 1, "dim", None)
     value = source.meta.get("val") if isinstance(source, fx.Node) else None
     if not isinstance(source, fx.Node) or not isinstance(value, Tensor) or not axes:
         return 0
     if value.dtype not in (torch.float32, torch.float64) or argument(node, 3, "dtype", None):
         return 0
     shape = sizes(source)
-    summed = [shape[axis] for axis in axes]  # type: ignore[union-attr]
+    summed = [shape[axis] for axis in axes]
     return 0 if -1 in summed else torch.Size(summed).numel()

@@ -87,9 +87,9 @@ def _drop_detours(graph_module: fx.GraphModule) -> bool:
     for node in [n for n in graph_module.graph.nodes if _is_cast(n)]:
         wide = node.args[0]
         plain = isinstance(wide, fx.Node) and wide.target is _aten.to.dtype and not wide.kwargs
-        if not plain or wide.args[1] is not torch.float64 or len(wide.args) > 2:  # type: ignore[union-attr]
+        if not plain or wide.args[1] is not torch.float64 or len(wide.args) > 2:
             continue
-        source = wide.args[0]  # type: ignore[union-attr]
+        source = wide.args[0]
         if isinstance(source, fx.Node) and _dtype(source) is torch.float32:
             node.replace_all_uses_with(source)
             graph_module.graph.erase_node(node)

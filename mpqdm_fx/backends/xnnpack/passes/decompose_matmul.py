@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from mpqdm_fx.graph.editing import insert_call
-from mpqdm_fx.graph.nodes import sizes
+from mpqdm_fx.graph.nodes import broadcast_shape, sizes
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["DecomposeMatmul"]
@@ -82,7 +82,7 @@ def _batched(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
         left, right = viewed(left, [1, -1, rows[1]]), viewed(right, [1, *columns])
     else:
         if sizes(left)[:-2] != sizes(right)[:-2]:
-            leading = torch.broadcast_shapes(sizes(left)[:-2], sizes(right)[:-2])
+            leading = broadcast_shape([sizes(left)[:-2], sizes(right)[:-2]])
             left, right = (
                 x if tuple(sizes(x)[:-2]) == leading else emit(_aten.expand.default, x, shape)
                 for x, shape in ((left, [*leading, *rows]), (right, [*leading, *columns]))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from mpqdm_fx.graph.nodes import broadcast_shape
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["DropExpansions"]
@@ -51,7 +52,8 @@ class DropExpansions(GraphPass):
 
 def _broadcasts(user: fx.Node, expansion: fx.Node) -> bool:
     """Tell whether a user gives the same from what is expanded."""
-    operands = user.args[: _BROADCASTS.get(user.target, 0)]  # type: ignore[arg-type]
+    count = next((n for target, n in _BROADCASTS.items() if user.target is target), 0)
+    operands = user.args[:count]
     if expansion not in operands:
         return False
     source = expansion.args[0]
@@ -59,7 +61,7 @@ def _broadcasts(user: fx.Node, expansion: fx.Node) -> bool:
     result = _shape(user)
     if result is None or any(shape is None for shape in shapes):
         return False
-    return tuple(torch.broadcast_shapes(*(s for s in shapes if s is not None))) == result
+    return broadcast_shape([shape for shape in shapes if shape is not None]) == result
 
 
 def _shape(node: object) -> tuple[int, ...] | None:

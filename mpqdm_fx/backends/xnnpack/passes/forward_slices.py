@@ -5,6 +5,7 @@ the part before, the first to memory that nobody filled.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -55,8 +56,8 @@ def _forwarded(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     assert isinstance(along, int)
     if axis % len(shape) != along % len(shape):
         return None
-    parts, joined = source.args[0], _shape(source)
-    assert isinstance(parts, list | tuple)
+    parts: Any = source.args[0]
+    joined = _shape(source)
     if joined is None or any(_shape(part) is None for part in parts):
         return None
     axis %= len(shape)

@@ -54,7 +54,7 @@ def _order(node: fx.Node) -> list[int] | None:
     if node.target is _aten.permute.default:
         order = node.args[1]
         assert isinstance(order, list | tuple)
-        return [axes[axis] for axis in order]
+        return [axes[axis] for axis in order]  # type: ignore[index]
     if node.target is _aten.transpose.int:
         first, second = node.args[1:]
         axes[first], axes[second] = axes[second], axes[first]  # type: ignore[index]

@@ -58,10 +58,9 @@ def _is_covered(node: fx.Node) -> bool:
         return False
     source, value = node.args[0], node.meta.get("val")
     if node.target is _aten.stack.default:
-        assert isinstance(source, list | tuple)
-        if len({sources.meta["val"].dtype for sources in source if "val" in sources.meta}) != 1:
+        if len({part.meta["val"].dtype for part in node.all_input_nodes}) > 1:
             return False
-        source = source[0]
+        source = node.all_input_nodes[0]
     if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
         return False
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():

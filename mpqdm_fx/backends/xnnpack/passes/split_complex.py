@@ -138,7 +138,7 @@ def _is_covered(node: fx.Node) -> bool:
         return _is_complex(node) and _is_complex(node.all_input_nodes[0])
     if node.target in _SUMS:
         numbers = any(isinstance(operand, complex) for operand in node.args)
-        return node.kwargs.get("alpha", 1) == 1 and not numbers
+        return bool(node.kwargs.get("alpha", 1) == 1) and not numbers
     if node.target is _aten.div.Tensor:
         by = node.args[1]
         return not (isinstance(by, complex) or (isinstance(by, fx.Node) and _is_complex(by)))
@@ -261,10 +261,17 @@ def _polar(emit: _Emit, radius: fx.Node, angle: fx.Node) -> _Pair:
     return emit(_aten.mul.Tensor, radius, real), emit(_aten.mul.Tensor, radius, imag)
 
 
+def _from_polar(emit: _Emit, node: fx.Node) -> _Pair:
+    radius, angle = node.args[:2]
+    assert isinstance(radius, fx.Node)
+    assert isinstance(angle, fx.Node)
+    return _polar(emit, radius, angle)
+
+
 _SOURCES: dict[Any, Callable[[_Emit, fx.Node], _Pair]] = {
     _aten.view_as_complex.default: _columns,
     _aten.complex.default: _from_parts,
-    _aten.polar.default: lambda emit, node: _polar(emit, *node.args[:2]),
+    _aten.polar.default: _from_polar,
 }
 
 

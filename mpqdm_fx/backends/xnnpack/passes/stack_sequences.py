@@ -5,6 +5,7 @@ knows no `pad_sequence` and runs a dozen portable kernels for it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -44,8 +45,7 @@ def _is_static(node: fx.Node) -> bool:
 
 
 def _stacked(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
-    sequences = node.args[0]
-    assert isinstance(sequences, list | tuple)
+    sequences: Any = node.args[0]
     longest = max(sizes(sequence)[0] for sequence in sequences)
     padded = []
     for sequence in sequences:
