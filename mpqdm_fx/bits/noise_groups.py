@@ -12,8 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx
 
-from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.noise_argument import find_noise_argument, noise_levels_of
+from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.records.activations import NoiseLevels
 from mpqdm_fx.records.config import MPQConfig
 

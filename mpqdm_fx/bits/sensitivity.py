@@ -26,7 +26,6 @@ from mpqdm_fx.bits.row_weights import RowWeights
 from mpqdm_fx.bits.sensitivity_table import LayerSensitivity, SensitivityTable
 from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.errors import CalibrationError
-from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.layers import (
     EMBEDDINGS,
@@ -36,6 +35,7 @@ from mpqdm_fx.graph.layers import (
     weight_layers,
     weight_rows,
 )
+from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS, MAX_BITS
 from mpqdm_fx.numerics.solve.gram import kept_rows

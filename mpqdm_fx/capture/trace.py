@@ -31,6 +31,7 @@ from mpqdm_fx.capture.diagnose import (
     refuse,
 )
 from mpqdm_fx.capture.entry import enter
+from mpqdm_fx.capture.fixed_reads import fixed_reads
 from mpqdm_fx.capture.functional import functionalized, refuse_counters, refuse_writes
 from mpqdm_fx.capture.raise_modules import raise_leaf_modules
 from mpqdm_fx.errors import TraceError
@@ -40,6 +41,7 @@ from mpqdm_fx.graph.layouts import reshape_views
 from mpqdm_fx.graph.leaves import check_modules
 from mpqdm_fx.graph.noise_names import TIMESTEP_NAMES
 from mpqdm_fx.graph.parameters import note_parameters
+from mpqdm_fx.graph.samples import samples_listed
 from mpqdm_fx.graph.signature import Signature, bind_inputs
 from mpqdm_fx.graph.unread import unread_inputs
 from mpqdm_fx.io.ambient import plain_torch
@@ -219,6 +221,11 @@ def _export(
     model: nn.Module, call: dict[str, Any], signature: Signature, dynamic_batch: bool
 ) -> tuple[ExportedProgram, Signature, dict[str, Any]]:
     """Export with a free batch if possible, else as the example is."""
+    if dynamic_batch and samples_listed(call):
+        dynamic_batch = False
+        signature = dataclasses.replace(
+            signature, note="the batch is fixed: it is the length of a list"
+        )
     if dynamic_batch:
         note = ""
         for plan in batch_plans(signature):
@@ -245,16 +252,31 @@ def _export(
             signature, note=f"the batch is fixed: {note or 'no input has a batch axis'}"
         )
     try:
-        exported = _export_once(model, call, None)
+        exported, lengths = _export_fixed(model, call)
     except TraceError:
         raise
     except Exception as error:
         raise CaptureError(
             signature.model_class, "cannot be captured", refuse(model, error)
         ) from error
+    if lengths:
+        note = "; ".join(part for part in (signature.note, lengths) if part)
+        signature = dataclasses.replace(signature, note=note)
     if signature.note:
         _LOGGER.warning("%s: %s", signature.model_class, signature.note)
     return exported, signature, call
+
+
+def _export_fixed(model: nn.Module, call: dict[str, Any]) -> tuple[ExportedProgram, str]:
+    """Export as the example is; also what of its values is fixed, which is nothing if it can be."""
+    try:
+        return _export_once(model, call, None), ""
+    except Exception as error:
+        reads = fixed_reads(model, _copied(call)) if depends_on_data(error) else None
+        if reads is None:
+            raise
+    with reads.given():
+        return _export_once(model, call, None), str(reads)
 
 
 def _contains(batch_range: tuple[int, int | None], batch: int) -> bool:

@@ -17,7 +17,6 @@ from mpqdm_fx.graph.signature import InputSpec, Signature, tensor_leaves
 
 __all__ = [
     "TracedGraph",
-    "batch_size_of",
     "example_call",
     "example_inputs",
     "in_dtype",
@@ -156,11 +155,6 @@ def _lists(value: Any, *, constants: bool) -> Any:
     if entries.keys() == set(indices):
         return [entries[index] for index in indices]
     return {k: v for k, v in entries.items() if constants or any(True for _ in tensor_leaves(v))}
-
-
-def batch_size_of(call: Mapping[str, Any]) -> int:
-    """Samples in a call: the leading axis of its first tensor that has more than one axis."""
-    return next((len(tensor) for _, tensor in tensor_leaves(call) if tensor.ndim > 1), 1)
 
 
 def split_batch(signature: Signature, kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:

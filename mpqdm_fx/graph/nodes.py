@@ -1,8 +1,11 @@
 """What a node says of itself: arguments, rank and sizes of its value."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, fx
 
-__all__ = ["argument", "rank", "sizes"]
+__all__ = ["argument", "broadcast_shape", "rank", "sizes"]
 
 
 def argument(node: fx.Node, position: int, name: str, default: object) -> object:
@@ -19,3 +22,8 @@ def rank(node: fx.Node) -> int | None:
 def sizes(node: fx.Node) -> list[int]:
     """Static sizes of a node's value, -1 where an axis is dynamic."""
     return [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
+
+
+def broadcast_shape(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The size that values of these static sizes have together; RuntimeError if they do not fit."""
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]

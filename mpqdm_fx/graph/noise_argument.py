@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
+from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.records.config import MPQConfig
 

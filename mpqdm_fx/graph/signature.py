@@ -12,6 +12,7 @@ from torch import nn
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.nested import constant_leaves, same_constant, tensor_leaves
 from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
+from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.graph.stored_types import BatchSize, ComputeDType, InputDType
 from mpqdm_fx.io.schema import Name, Shape, Whole
 
@@ -261,7 +262,7 @@ def bind_inputs(
         )
     if "return_dict" in parameters:
         values["return_dict"] = False
-    batch = next((t.shape[0] for _, t in tensor_leaves(values) if t.ndim > 1), 1)
+    batch = batch_size_of(values)
     call = {
         name: _number_to_tensor(name, parameters[name], values[name], batch)
         for name in parameters

@@ -7,7 +7,7 @@ from typing import Any
 
 from mpqdm_fx.calibration.trajectories import Trajectories
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.graph.calling import batch_size_of
+from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.pipelines.components import in_pipeline
 from mpqdm_fx.pipelines.prompts import read_prompts
 from mpqdm_fx.sources.functions import GivenCalls

@@ -11,7 +11,7 @@ from mpqdm_fx.calibration.calls import check_calls
 from mpqdm_fx.calibration.samplers import Denoiser, first_tensor
 from mpqdm_fx.capture.entry import in_float32
 from mpqdm_fx.errors import CalibrationError, ConfigError
-from mpqdm_fx.graph.calling import batch_size_of
+from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.numerics.metrics import ratio_db
 from mpqdm_fx.records.activations import NoiseLevels

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.nested import take_rows
+from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.graph.signature import Signature, tensor_leaves
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.numerics.metrics import ratio_db

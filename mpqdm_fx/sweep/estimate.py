@@ -12,10 +12,10 @@ from torch import fx
 from mpqdm_fx.bits.activation_choice import options_of
 from mpqdm_fx.bits.allocate import layer_limits
 from mpqdm_fx.bits.probes import PROBES
-from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.quantizer_sites import quantizer_sites
+from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.validation import Bytes, checked
 from mpqdm_fx.run.cost import bind_sizes, node_cost, walk_memory

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from mpqdm_fx.testing.builder import GraphBuilder
+from mpqdm_fx.testing.token_blocks import TOKEN_EMITTERS
 
 __all__ = ["EMITTERS", "Block"]
 
@@ -319,6 +320,10 @@ def time_embedding(b: GraphBuilder, block: Block) -> None:
     b.set_image(b.call(_aten.add.Tensor, b.image, shift), channels)
 
 
+def _token_block(kind: str) -> Callable[[GraphBuilder, Block], None]:
+    return lambda b, block: TOKEN_EMITTERS[kind](b, block.variant)
+
+
 #: Kind to emitter, from plain to intricate.
 EMITTERS: Mapping[str, Callable[[GraphBuilder, Block], None]] = {
     f.__name__: f
@@ -343,4 +348,4 @@ EMITTERS: Mapping[str, Callable[[GraphBuilder, Block], None]] = {
         preconditioned,
         dead,
     )
-}
+} | {kind: _token_block(kind) for kind in TOKEN_EMITTERS}

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 
 from mpqdm_fx.bits.allocate import fixed_plan
 from mpqdm_fx.bits.row_weights import RowWeights
-from mpqdm_fx.graph.calling import batch_size_of
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, output_positions, sample_rows, weight_layers
+from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.numerics.solve.layer_rows import LayerRows
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.sweep.collect import readers_of_inputs, rows_of_all_calls, seeded

@@ -134,9 +134,8 @@ def test_layers_are_found_in_graph_order_with_all_their_calls(case):
     nodes = list(case.graph_module.graph.nodes)
     first_calls = [nodes.index(layer.nodes[0]) for layer in layers.values()]
     assert first_calls == sorted(first_calls)
-    calls = [
-        n for n in nodes if called_module(case.graph_module, n, nn.Conv2d, nn.Linear) is not None
-    ]
+    kinds = (nn.Conv2d, nn.Conv3d, nn.Linear)
+    calls = [n for n in nodes if called_module(case.graph_module, n, *kinds) is not None]
     assert sorted(n.name for la in layers.values() for n in la.nodes) == sorted(
         n.name for n in calls
     )

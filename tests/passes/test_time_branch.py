@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from norm_cases import draw, outputs, targets, traced
+from norm_cases import Call, draw, outputs, targets, traced
+from torch import nn
 
 from mpqdm_fx.backends.xnnpack.passes import (
     CastEarly,
@@ -93,7 +94,9 @@ def test_frequencies_of_a_timestep_become_one_buffer():
 )
 def test_what_is_no_small_constant_is_not_folded_away(function):
     x = draw(3, 4).float()
-    graph = traced(function, x, w=draw(4).float())
+    module = Call(function)
+    module.w = nn.Parameter(draw(4).float())
+    graph = traced(module, x)
     plain = FoldConstants()(graph).graph_module
     assert targets(plain) & {aten.exp.default, aten.ones.default, aten.arange.default}
 

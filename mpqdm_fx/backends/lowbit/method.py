@@ -11,9 +11,7 @@ from mpqdm_fx.backends.lowbit.layers import Kernels, LayerChoice, choose_layers
 from mpqdm_fx.backends.lowbit.pipelines import own_operators
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.backends.xnnpack.method import Method
-from mpqdm_fx.graph.editing import copy_graph_module
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.graph.rebuild import infer_static_values
 from mpqdm_fx.records.activations import Activation, DynamicActivation
 
 __all__ = ["LowbitMethod"]
@@ -57,15 +55,13 @@ class LowbitMethod(Method):
         self, activations: Mapping[str, Activation]
     ) -> tuple[fx.GraphModule, Collection[str]]:
         """Put own operators in the place of the chosen layers and of the norms in front of them."""
-        sized = copy_graph_module(self.graph)
-        infer_static_values(sized, self.inputs)
-        self.choice = choose_layers(sized, activations, kernels=self._kernels, cpu=self._cpu)
+        self.choice = choose_layers(self.graph, activations, kernels=self._kernels, cpu=self._cpu)
         if not self.choice.own:
             return self.graph, ()
-        blobs = _blobs(sized, self.choice.own)
+        blobs = _blobs(self.graph, self.choice.own)
         dynamic = {n for n, a in activations.items() if isinstance(a, DynamicActivation)}
         left = dynamic.difference(self.choice.own)
-        return own_operators(blobs, left)(sized).graph_module, self.choice.own
+        return own_operators(blobs, left)(self.graph).graph_module, self.choice.own
 
 
 def _blobs(graph: fx.GraphModule, names: Collection[str]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.backends.xnnpack.convert import (
@@ -13,11 +14,13 @@ from mpqdm_fx.backends.xnnpack.convert import (
     quantized_graph,
 )
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, four_bit_layers
+from mpqdm_fx.backends.xnnpack.passes.split_complex import uncovered_complex
 from mpqdm_fx.backends.xnnpack.pipelines import DECOMPOSE
 from mpqdm_fx.backends.xnnpack.reference import Reference
 from mpqdm_fx.backends.xnnpack.runner import flat_inputs, sorted_entries
 from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.editing import replace_module, shallow_clone
+from mpqdm_fx.graph.fixed_sizes import fixed_sizes
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.qdq import is_dequantize, qdq_parameters
 from mpqdm_fx.records.activations import Activation
@@ -59,8 +62,9 @@ class Method:
         *,
         four_bit: FourBit = "whole",
     ) -> None:
-        _refuse_conv3d(graph)
-        self.graph, self.inputs = graph, positional(example_inputs)
+        self.inputs = positional(example_inputs)
+        _refuse_unknown_sizes(graph)
+        self.graph = graph = fixed_sizes(graph, self.inputs)
         self.floats: dict[str, str] = {}
         self.quantized: fx.GraphModule | None = None
         self.prepared: fx.GraphModule | None = None
@@ -68,9 +72,11 @@ class Method:
         self.eight_bit: dict[str, str] = {}
         if activations is None:
             self.lowered = _without_codes(DECOMPOSE(graph).graph_module)
+            _refuse_unknown(self.lowered)
             self.expected = Reference.of_float(graph, self.inputs)
             return
         plain, runnable, self.floats = decomposed(graph, activations, four_bit=four_bit)
+        _refuse_unknown(plain)
         self.quantized = self.prepared = quantized_graph(plain, runnable)
         self.expected = Reference.of_quantized(graph, self.quantized, self.inputs)
         prepared, taken = self.prepare(activations)
@@ -170,13 +176,37 @@ def argument_names(graph: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]
 
 
-def _refuse_conv3d(graph: fx.GraphModule) -> None:
+def _refuse_unknown_sizes(graph: fx.GraphModule) -> None:
+    """Refuse sizes that depend on values, which no program of fixed sizes has."""
+    for node in graph.graph.nodes:
+        if free_unbacked_symbols(pytree.tree_leaves(node.meta.get("val"))):
+            raise LoweringError(
+                f"{_module_of(node)}: the size of what {node.target} gives ({node.name}) depends "
+                f"on the values of its input, and a program has fixed sizes; write it with a mask "
+                f"instead of an index, or use the torch_ao backend"
+            )
+
+
+def _module_of(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack and stack[-1][0] else "the model"
+
+
+def _refuse_unknown(graph: fx.GraphModule) -> None:
+    """Refuse what neither XNNPACK nor a portable kernel runs, after all that is rewritten."""
     for name, layer in weight_layers(graph).items():
         if isinstance(layer.module, torch.nn.Conv3d):
             raise LoweringError(
-                f"{name}: neither XNNPACK nor ExecuTorch's portable kernels have a Conv3d; use the "
-                f"torch_ao backend, or a model without volumetric convolutions"
+                f"{name}: neither XNNPACK nor ExecuTorch's portable kernels have a Conv3d (but "
+                f"over patches that do not overlap, which is a linear layer); use the torch_ao "
+                f"backend, or a model without volumetric convolutions"
             )
+    for node in uncovered_complex(graph):
+        raise LoweringError(
+            f"{_module_of(node)}: {node.target} of complex numbers ({node.name}) has no kernel "
+            f"in ExecuTorch and no rewriting in real numbers here; write it with real tensors "
+            f"(torch.view_as_real, cos and sin), or use the torch_ao backend"
+        )
 
 
 def _without_codes(graph: fx.GraphModule) -> fx.GraphModule:

@@ -23,7 +23,7 @@ class DropUnitFactors(GraphPass):
     """Replace a node by its input x if it is one of these and has the shape and dtype of x.
 
     1. x * 1, 1 * x or x / 1 with a Python number.
-    2. x * y or x / y, and y * x, with y = `aten.ones`.
+    2. x * y or x / y, and y * x, with y = `aten.ones` or `aten.ones_like`.
     3. `aten.expand` of x.
 
     Bit-equal: 1 is neutral in every arithmetic.
@@ -58,7 +58,7 @@ def _operand(node: fx.Node) -> fx.Node | None:
 
 def _is_one(value: object) -> bool:
     if isinstance(value, fx.Node):
-        return value.target is _aten.ones.default
+        return value.target in (_aten.ones.default, _aten.ones_like.default)
     return isinstance(value, int | float) and value == 1
 
 

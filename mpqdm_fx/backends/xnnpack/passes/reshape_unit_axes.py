@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from mpqdm_fx.graph.editing import insert_call
-from mpqdm_fx.graph.nodes import sizes
+from mpqdm_fx.graph.nodes import argument, sizes
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["ReshapeUnitAxes"]
@@ -23,11 +23,12 @@ _UNITS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class ReshapeUnitAxes(GraphPass):
-    """Rewrite floating-point `unsqueeze`, `squeeze` and `select` with at most one dynamic axis.
+    """Rewrite floating-point `unsqueeze`, `squeeze`, `select`, `stack` of one dynamic axis at most.
 
     1. `unsqueeze` and `squeeze` become one reshape to the size they give.
     2. `select` becomes a slice of length one (none if the axis has size one) and a reshape. Its
        axis must be static.
+    3. `stack` becomes a concatenation of values with an axis of size one each.
 
     Numbers are only moved: bit-equal.
     """
@@ -38,9 +39,12 @@ class ReshapeUnitAxes(GraphPass):
         for node in list(graph_module.graph.nodes):
             if not _is_covered(node):
                 continue
-            x = _sliced(graph_module, node) if node.target is _aten.select.int else node.args[0]
-            args = (x, sizes(node))
-            result = insert_call(graph_module, _aten.reshape.default, args, anchor=node)
+            if node.target is _aten.stack.default:
+                result = _joined(graph_module, node)
+            else:
+                x = _sliced(graph_module, node) if node.target is _aten.select.int else node.args[0]
+                args = (x, sizes(node))
+                result = insert_call(graph_module, _aten.reshape.default, args, anchor=node)
             node.replace_all_uses_with(result)
             graph_module.graph.erase_node(node)
             modified = True
@@ -50,9 +54,13 @@ class ReshapeUnitAxes(GraphPass):
 def _is_covered(node: fx.Node) -> bool:
     if node.op != "call_function" or node.kwargs:
         return False
-    if node.target not in _UNITS and node.target is not _aten.select.int:
+    if node.target not in _UNITS and node.target not in (_aten.select.int, _aten.stack.default):
         return False
     source, value = node.args[0], node.meta.get("val")
+    if node.target is _aten.stack.default:
+        if len({part.meta["val"].dtype for part in node.all_input_nodes}) > 1:
+            return False
+        source = node.all_input_nodes[0]
     if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
         return False
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
@@ -62,7 +70,24 @@ def _is_covered(node: fx.Node) -> bool:
         return False
     # a reshape must not fix a size that the op leaves open, nor leave one open that it fixes
     same = shape.count(-1) == sizes(source).count(-1)
-    return same and (node.target in _UNITS or isinstance(node.args[2], int))
+    return same and (node.target is not _aten.select.int or isinstance(node.args[2], int))
+
+
+def _joined(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    parts = node.args[0]
+    axis = argument(node, 1, "dim", 0)
+    assert isinstance(parts, list | tuple)
+    assert isinstance(axis, int)
+    axis %= len(sizes(node))
+    shape = sizes(node)
+    shape[axis] = 1
+    views = [
+        insert_call(graph_module, _aten.reshape.default, (part, shape), anchor=node)
+        for part in parts
+    ]
+    if len(views) == 1:
+        return views[0]
+    return insert_call(graph_module, _aten.cat.default, (views, axis), anchor=node)
 
 
 def _sliced(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:

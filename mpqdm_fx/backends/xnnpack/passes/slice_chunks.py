@@ -1,7 +1,8 @@
 """Write what cuts a tensor into parts as one slice for each part.
 
-XNNPACK in ExecuTorch (1.5.1) slices, but knows no `chunk` and no `split`: attention that makes
-queries, keys and values with one layer, and norms that are scaled and shifted, fall apart there.
+XNNPACK in ExecuTorch (1.5.1) slices, but knows no `chunk`, `split` or `unbind`: attention that
+makes queries, keys and values with one layer, and norms that are scaled and shifted, fall apart
+there.
 """
 
 import operator
@@ -18,15 +19,22 @@ __all__ = ["SliceChunks"]
 
 _aten = torch.ops.aten
 _CUTS = frozenset(
-    {_aten.chunk.default, _aten.split.Tensor, _aten.split.sizes, _aten.split_with_sizes.default}
+    {
+        _aten.chunk.default,
+        _aten.split.Tensor,
+        _aten.split.sizes,
+        _aten.split_with_sizes.default,
+        _aten.unbind.int,
+    }
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SliceChunks(GraphPass):
-    """Replace `chunk` and `split` by slices where the axis that is cut has a static size.
+    """Replace `chunk`, `split` and `unbind` by slices where the axis that is cut has a static size.
 
-    Parts that nobody reads are not made. Numbers are only moved: bit-equal.
+    A part of `unbind` is a `select`. Parts that nobody reads are not made. Numbers are only moved:
+    bit-equal.
     """
 
     def rewrite(self, graph_module: fx.GraphModule) -> bool:
@@ -43,7 +51,10 @@ class SliceChunks(GraphPass):
                 assert isinstance(index, int)
                 end = ends[index]
                 args = (node.args[0], axis, end - sizes[index], end)
-                result = insert_call(graph_module, _aten.slice.Tensor, args, anchor=part)
+                if node.target is _aten.unbind.int:
+                    result = insert_call(graph_module, _aten.select.int, args[:3], anchor=part)
+                else:
+                    result = insert_call(graph_module, _aten.slice.Tensor, args, anchor=part)
                 part.replace_all_uses_with(result)
                 graph_module.graph.erase_node(part)
             graph_module.graph.erase_node(node)
@@ -52,7 +63,7 @@ class SliceChunks(GraphPass):
 
 
 def _axis(node: fx.Node) -> int:
-    axis = argument(node, 2, "dim", 0)
+    axis = argument(node, 1 if node.target is _aten.unbind.int else 2, "dim", 0)
     assert isinstance(axis, int)
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -68,5 +79,7 @@ def _part_sizes(node: fx.Node) -> list[int] | None:
         return None
     if any(user.target is not operator.getitem for user in node.users):
         return None
+    if node.target is _aten.unbind.int:
+        return [1] * len(parts)
     sizes = [part.shape[_axis(node)] for part in parts]
     return sizes if all(isinstance(size, int) for size in sizes) else None
