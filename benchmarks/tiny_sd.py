@@ -153,6 +153,7 @@ def make_ours(form: str, directory: Path, narrower: int) -> dict[str, Any]:
         weight_bits=bits, activation_mode="dynamic", allocation="uniform", levels="uniform",
         rounding="nearest", refinements=0, propagation=0.0, bias_correction=False, slowdown=1,
         judge=False,
+        row_weights="plain",
     )  # fmt: skip
     result = export_pipeline(
         pipeline(directory.parent, narrower), settings, directory, steps=STEPS, trajectories=2,
