@@ -23,11 +23,12 @@ import mpqdm_fx.backends.xnnpack.passes
 import mpqdm_fx.passes
 from mpqdm_fx.backends.lowbit.passes import MoveLayouts, UseMixedLayers, UseMixedNorms
 from mpqdm_fx.graph.dynamic_chain import insert_dynamic_chain
-from mpqdm_fx.graph.editing import copy_graph_module, eliminate_dead_code
+from mpqdm_fx.graph.editing import copy_graph_module, eliminate_dead_code, replace_module
 from mpqdm_fx.graph.lanes import has_lanes
-from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.layers import EMBEDDINGS, weight_layers
 from mpqdm_fx.passes.base import GraphPass, PassResult, Pipeline
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
+from mpqdm_fx.passes.quantize.round_weights import install_codes
 from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 from mpqdm_fx.testing import (
     KINDS,
@@ -80,6 +81,18 @@ def zoo(stride: int = 1) -> tuple[RandomGraph, ...]:
     )
 
 
+def with_rounded_tables(case: RandomGraph) -> RandomGraph:
+    """The same graph with codes and scales in its embeddings."""
+    graph = copy_graph_module(case.graph_module)
+    for name, layer in weight_layers(graph, embeddings=True).items():
+        if isinstance(layer.module, EMBEDDINGS):
+            rows = layer.weight.detach()
+            scale = (rows.abs().amax(1) / 127).clamp(min=1e-30).to(torch.bfloat16).float()
+            codes = (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+            replace_module(graph, name, install_codes(layer.module, codes, scale))
+    return replace(case, graph_module=graph)
+
+
 def _plain_zoo(stride: int) -> Iterator[RandomGraph]:
     for index, kind in enumerate(KINDS):
         for variant in range(4):
@@ -90,6 +103,10 @@ def _plain_zoo(stride: int) -> Iterator[RandomGraph]:
             yield build_graph(GraphSpec(blocks=(*before, block), seed=variant))
     pointwise = Block(kind="conv", channels=8, kernel=1)
     yield build_graph(GraphSpec(blocks=(Block(kind="conv", channels=8), pointwise)))
+    table = Block(kind="time_embedding", variant=1, channels=8)
+    yield with_rounded_tables(
+        build_graph(GraphSpec(blocks=(Block(kind="conv", channels=8), table)))
+    )
 
 
 def with_quantized_activations(case: RandomGraph) -> RandomGraph:

@@ -7,10 +7,12 @@ a program meets at run time what its part was calibrated on.
 
 import importlib
 import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -344,8 +346,7 @@ def loop_class(kind: str) -> type[Loop]:
         return _REGISTERED[kind]
     # a file of this folder and nothing else, whatever a manifest says
     if kind.isidentifier() and Path(__file__).with_name(f"{kind}.py").is_file():
-        package = __name__.rpartition(".")[0]
-        module = importlib.import_module(f"{package}.{kind}" if package else kind)
+        module = _imported(kind)
         for value in vars(module).values():
             if _is_loop(value) and value.__module__ == module.__name__:
                 loop: type[Loop] = value
@@ -354,6 +355,20 @@ def loop_class(kind: str) -> type[Loop]:
         f"nothing here draws pictures of the kind {kind[:80]!r}; draw with the folder's own "
         f"run.py, or register its loop"
     )
+
+
+def _imported(kind: str) -> ModuleType:
+    """A file beside this one, as a module of this one's package, or of none in a folder."""
+    package = __name__.rpartition(".")[0]
+    if package:
+        return importlib.import_module(f"{package}.{kind}")
+    # whoever imported run.py by its path need not have the folder among the places of modules
+    place = str(Path(__file__).parent)
+    sys.path.insert(0, place)
+    try:
+        return importlib.import_module(kind)
+    finally:
+        sys.path.remove(place)
 
 
 def _is_loop(value: object) -> bool:

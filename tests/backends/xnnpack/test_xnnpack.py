@@ -247,7 +247,8 @@ def test_conv1d_is_int8_and_dictionaries_are_taken_in_any_order(tmp_path):
 
 def test_conv3d_is_refused_before_anything_is_lowered(tmp_path):
     inputs = {"input": torch.randn(1, 2, 3, 4, 5)}
-    graph = round_to_grid(trace(nn.Sequential(nn.Conv3d(2, 3, 1)).eval(), inputs))
+    # windows that overlap: others are patches, which a linear layer reads
+    graph = round_to_grid(trace(nn.Sequential(nn.Conv3d(2, 3, 3, padding=1)).eval(), inputs))
     with pytest.raises(LoweringError, match=r"^0: .*Conv3d.*torch_ao"):
         lower_xnnpack(graph, measured_ranges(graph, inputs), inputs, tmp_path / "net.pte")
     assert not list(tmp_path.iterdir())

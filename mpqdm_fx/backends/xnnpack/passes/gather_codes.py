@@ -6,6 +6,7 @@ copies rows of any dtype.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,6 +31,11 @@ class GatherCodes(GraphPass):
     """
 
     least: int = 1 << 16
+
+    @classmethod
+    def examples(cls, graph_module: fx.GraphModule) -> tuple[Self, ...]:
+        """Tables of any size."""
+        return (cls(least=1),)
 
     def rewrite(self, graph_module: fx.GraphModule) -> bool:
         """Replace every such call; False if there was none."""
