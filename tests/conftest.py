@@ -41,14 +41,24 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 
+#: Files whose tests look at one exported pipeline, which takes a minute to make.
+_OF_ONE_EXPORT = ("test_export_page.py", "test_export_programs.py", "test_export_report.py")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Tests of one file run in one process: what they share is made once, not once a process.
 
-    Not so in the matrix, where single files take most of the time.
+    So do files that share a session's fixture. Not so in the matrix, where single files take most
+    of the time.
     """
     if config.getoption("markexpr") == "matrix":
         return None
     from xdist.scheduler import LoadFileScheduling
 
-    return LoadFileScheduling(config, log)
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "exported" if file.rpartition("/")[2] in _OF_ONE_EXPORT else file
+
+    return Scheduling(config, log)

@@ -55,6 +55,7 @@ def test_quantize_judges_its_result_and_leaves_it_where_a_gate_fails(quantized):
     assert f"error: {output}: not reached: bytes<=1bytes" in text
 
 
+@pytest.mark.matrix
 def test_gates_are_a_stage_of_the_run(model_folder, tmp_path, monkeypatch, capfd):
     gates = ["--gate", "ssim>=0", "--output", tmp_path / "out"]
     status, _, errors = typed(monkeypatch, capfd, "quantize", model_folder, *QUICK, *gates)

@@ -126,6 +126,7 @@ def test_masked_images_are_the_models_own_samples_outside_the_mask(inpainting):
     assert not torch.equal(extra, source.conditions(6, seed=4)["extra_channels"])
 
 
+@pytest.mark.matrix
 def test_an_inpainting_unet_is_quantized_on_nine_channels(inpainting):
     source = load(inpainting)
     data = calibration_of(source, trajectories=2, steps=2, seed=0)

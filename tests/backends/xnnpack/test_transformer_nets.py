@@ -118,7 +118,13 @@ def test_float_net_is_one_delegate(kind, tmp_path):
     assert program.sqnr_db > 90
 
 
-@pytest.mark.parametrize("kind", OUTSIDE)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if index == 0 else pytest.param(kind, marks=pytest.mark.matrix)
+        for index, kind in enumerate(OUTSIDE)
+    ],
+)
 def test_dynamic_int8_net_is_one_delegate(kind, tmp_path):
     graph = round_to_grid(graph_of(kind), 4)
     activations = dict.fromkeys(weight_layers(graph), DynamicActivation())
