@@ -46,19 +46,27 @@ def pixels(runner):
         "controlnet",
         "pixart_sigma",
         "stable_diffusion_3",
+        "sana",
+        "flux",
     ],
 )
 def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, mode):
     module = tiny_pipelines if hasattr(tiny_pipelines, kind) else tiny_transformers
     pipeline = getattr(module, kind)(tmp_path)
     config = tiny_pipelines.cheap_settings(activation_mode=mode) if mode != "float" else None
-    export_pipeline(pipeline, config, tmp_path / "out", steps=3, guidance=3.0, trajectories=4)
+    side = 32 if kind == "sana" else 16
+    export_pipeline(
+        pipeline, config, tmp_path / "out", sizes=[(side, side)] if kind in ("sana", "flux") else None, steps=3, guidance=3.0,
+        trajectories=4,
+    )  # fmt: skip
     runner = PipelineRunner(tmp_path / "out", verify=True)
     prompt = [] if runner.manifest["kind"] == "unconditional" else ["a cat"]
     guided = {"guidance_scale": 3.0} if prompt else {}
     runner_call, pipeline_call = pixels(runner)
-    if kind == "pixart_sigma":
+    if kind in ("pixart_sigma", "sana"):
         pipeline_call = {"use_resolution_binning": False, "clean_caption": False}
+    if kind in ("pixart_sigma", "sana", "flux"):
+        pipeline_call |= {"height": side, "width": side}
     expected = diffusers_image(pipeline, *prompt, num_inference_steps=3, **guided, **pipeline_call)
     actual = runner.sample(*prompt, **runner_call)
     if mode != "float":
