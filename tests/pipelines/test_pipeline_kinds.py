@@ -55,10 +55,10 @@ def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, mode):
     pipeline = getattr(module, kind)(tmp_path)
     config = tiny_pipelines.cheap_settings(activation_mode=mode) if mode != "float" else None
     side = 32 if kind == "sana" else 16
+    sizes = [(side, side)] if kind in ("sana", "flux") else None  # else what the pipeline draws
     export_pipeline(
-        pipeline, config, tmp_path / "out", sizes=[(side, side)] if kind in ("sana", "flux") else None, steps=3, guidance=3.0,
-        trajectories=4,
-    )  # fmt: skip
+        pipeline, config, tmp_path / "out", sizes=sizes, steps=3, guidance=3.0, trajectories=4
+    )
     runner = PipelineRunner(tmp_path / "out", verify=True)
     prompt = [] if runner.manifest["kind"] == "unconditional" else ["a cat"]
     guided = {"guidance_scale": 3.0} if prompt else {}
