@@ -29,6 +29,7 @@ __all__ = ["ModuleParts", "PartCalls", "RecordedRuns", "decoder_call", "first_ca
 
 #: Bytes of recorded calls of one part; a control network's residuals are many times its inputs.
 _MEMORY = 2 << 30
+_LONG = 100  # calls of a part in the first run, whose number is not known
 
 Call = dict[str, Any]
 
@@ -113,9 +114,6 @@ class _Recorder(ModuleParts):
         return -(-size * seen * self._draws // _MEMORY)
 
 
-_LONG = 100  # calls of a part in the first run, whose number is not known
-
-
 @dataclass(frozen=True)
 class PartCalls:
     """Calls of one part in batches; those of held-out runs stand last.
@@ -182,15 +180,15 @@ class RecordedRuns:
         """
         recorded = self._drawn[1][part]
         generator = torch.Generator().manual_seed(self._seed)
-        batches: list[Call] = []
-        held_out = 0
+        halves = []
         for unseen in (False, True):
             rows = [c for draw, c in recorded if (draw >= self._first_held_out) == unseen]
-            order = torch.randperm(len(rows), generator=generator)
-            for indices in torch.split(order, batch_size or self._batch_size):
-                batches += [concatenate([rows[index] for index in indices])] if len(indices) else []
-            held_out = len(batches) - held_out
-        return PartCalls(batches, held_out)
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            size = batch_size or self._batch_size
+            batches = [order[start : start + size] for start in range(0, len(order), size)]
+            halves.append([concatenate([rows[row] for row in batch]) for batch in batches])
+        known, held_out = halves
+        return PartCalls([*known, *held_out], len(held_out))
 
     @cached_property
     def _drawn(self) -> tuple[Tensor, Mapping[str, list[tuple[int, Call]]]]:

@@ -105,6 +105,7 @@ def test_the_folder_is_whole_and_nothing_else_is_left(exported):
         "picture_files.py",
         "pipeline.json",
         "program_files.py",
+        "prompted.py",
         "report.html",
         "report.json",
         "run.py",

@@ -153,10 +153,10 @@ def test_requests_that_do_not_fit_the_family_are_refused(started_from_a_picture,
 
 def test_the_folder_has_its_own_loop_and_what_that_is_made_from(started_from_a_picture):
     folder = started_from_a_picture.folder
-    loops = {"loop.py", "text_to_image.py", "image_to_image.py"}
+    loops = {"loop.py", "prompted.py", "text_to_image.py", "image_to_image.py"}
     assert loops <= {path.name for path in folder.glob("*.py")}
     assert not (folder / "controlnet.py").exists()
-    assert isinstance(PipelineRunner(folder).loop, type)
+    assert PipelineRunner(folder).loop.__name__ == "ImageToImage"
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])

@@ -20,9 +20,30 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.loops.loop import Loop, predicts_flow
 from mpqdm_fx.pipelines.parts import Part
 
-__all__ = ["Family", "Latents", "denoiser_part", "ready", "sides_of", "sized_part"]
+__all__ = [
+    "TWO_ENCODERS",
+    "Family",
+    "Latents",
+    "denoiser_part",
+    "ready",
+    "sides_of",
+    "sized_part",
+    "transformer_latents",
+]
 
 _USUAL_SIDE = 64  # of latents, where a model does not say
+
+
+#: Components of pipelines around a transformer that two text encoders condition.
+TWO_ENCODERS = (
+    "transformer",
+    "scheduler",
+    "text_encoder",
+    "tokenizer",
+    "text_encoder_2",
+    "tokenizer_2",
+    "vae",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +150,23 @@ def denoiser_part(model: Any) -> Part:
     convention = convention_of(type(model).__name__, model.config)
     stepped = (convention.sample, convention.timestep)
     return sized_part("denoiser", ready(model), ("noise_pred",), stepped=stepped)
+
+
+def transformer_latents(pipeline: Any, *, scale: int | None = None) -> Latents:
+    """What a transformer pipeline's scheduler steps on: sides are whole patches.
+
+    Args:
+        pipeline: It has a `transformer` and a `vae`.
+        scale: Pixels for one of the latents; None: as a VAE of these blocks has it.
+    """
+    config = pipeline.transformer.config
+    scale = scale or 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    return Latents(
+        channels=int(config.in_channels),
+        scale=scale,
+        multiple=scale * int(config.patch_size),
+        sides=sides_of(config),
+    )
 
 
 def sides_of(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from mpqdm_fx.pipelines.families.family import (
+    TWO_ENCODERS,
     Family,
     Latents,
     denoiser_part,
@@ -23,15 +24,7 @@ class Flux(Family):
     """Two text encoders, a transformer, and a VAE's decoder."""
 
     loop: ClassVar[type[Loop]] = flux.Flux
-    needed: ClassVar[tuple[str, ...]] = (
-        "transformer",
-        "scheduler",
-        "text_encoder",
-        "tokenizer",
-        "text_encoder_2",
-        "tokenizer_2",
-        "vae",
-    )
+    needed: ClassVar[tuple[str, ...]] = TWO_ENCODERS
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
 
     def parts(self, pipeline: Any) -> Sequence[Part]:

@@ -9,8 +9,8 @@ from mpqdm_fx.pipelines.families.family import (
     Latents,
     denoiser_part,
     ready,
-    sides_of,
     sized_part,
+    transformer_latents,
 )
 from mpqdm_fx.pipelines.loops.loop import Loop
 from mpqdm_fx.pipelines.loops.pixart import PixArt
@@ -57,14 +57,7 @@ class PixArtSigma(Family):
 
     def latents(self, pipeline: Any) -> Latents:
         """As the VAE has them; sides are whole patches."""
-        config = pipeline.transformer.config
-        scale = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-        return Latents(
-            channels=int(config.in_channels),
-            scale=scale,
-            multiple=scale * int(config.patch_size),
-            sides=sides_of(config),
-        )
+        return transformer_latents(pipeline)
 
     def settings(self, pipeline: Any) -> Mapping[str, Any]:
         """Tokens of a prompt."""

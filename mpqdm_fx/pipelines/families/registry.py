@@ -1,7 +1,5 @@
 """Which pipelines can be exported: the families by the names of diffusers' classes."""
 
-from collections.abc import Iterator
-
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.families.controlnet import StableDiffusionControlNet
 from mpqdm_fx.pipelines.families.family import Family
@@ -20,7 +18,7 @@ from mpqdm_fx.pipelines.families.stable_diffusion_3 import StableDiffusion3
 from mpqdm_fx.pipelines.families.unconditional import LatentDiffusion, PixelDiffusion
 from mpqdm_fx.pipelines.loops.loop import register_loop
 
-__all__ = ["family_of", "is_supported", "register_family", "supported"]
+__all__ = ["family_of", "is_supported", "register_family"]
 
 _FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": StableDiffusion(),
@@ -41,11 +39,6 @@ _FAMILIES: dict[str, Family] = {
     "DDIMPipeline": PixelDiffusion(),
     "LDMPipeline": LatentDiffusion(),
 }
-
-
-def supported() -> Iterator[str]:
-    """Names of the pipeline classes that can be exported."""
-    return iter(_FAMILIES)
 
 
 def is_supported(name: str) -> bool:

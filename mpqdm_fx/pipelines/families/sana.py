@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from mpqdm_fx.pipelines.families.family import Latents, sides_of
+from mpqdm_fx.pipelines.families.family import Latents, transformer_latents
 from mpqdm_fx.pipelines.families.pixart import PixArtSigma
 from mpqdm_fx.pipelines.loops import sana
 from mpqdm_fx.pipelines.loops.loop import Loop
@@ -19,14 +19,8 @@ class Sana(PixArtSigma):
 
     def latents(self, pipeline: Any) -> Latents:
         """As the deep-compression VAE has them."""
-        config = pipeline.transformer.config
         scale = 2 ** (len(pipeline.vae.config.encoder_block_out_channels) - 1)
-        return Latents(
-            channels=int(config.in_channels),
-            scale=scale,
-            multiple=scale * int(config.patch_size),
-            sides=sides_of(config),
-        )
+        return transformer_latents(pipeline, scale=scale)
 
     def settings(self, pipeline: Any) -> Mapping[str, Any]:
         """The instruction that the pipeline puts before a prompt, and distilled guidance."""

@@ -1,15 +1,16 @@
-"""Stable Diffusion 3 and 3.5, with T5 and without."""
+"""Stable Diffusion 3, with T5 and without."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from mpqdm_fx.pipelines.families.family import (
+    TWO_ENCODERS,
     Family,
     Latents,
     denoiser_part,
     ready,
-    sides_of,
     sized_part,
+    transformer_latents,
 )
 from mpqdm_fx.pipelines.loops import stable_diffusion_3
 from mpqdm_fx.pipelines.loops.loop import Loop
@@ -25,15 +26,7 @@ class StableDiffusion3(Family):
     """Two CLIP encoders that pool, perhaps a T5, a transformer, and a VAE's decoder."""
 
     loop: ClassVar[type[Loop]] = stable_diffusion_3.StableDiffusion3
-    needed: ClassVar[tuple[str, ...]] = (
-        "transformer",
-        "scheduler",
-        "text_encoder",
-        "tokenizer",
-        "text_encoder_2",
-        "tokenizer_2",
-        "vae",
-    )
+    needed: ClassVar[tuple[str, ...]] = TWO_ENCODERS
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
     def parts(self, pipeline: Any) -> Sequence[Part]:
@@ -57,14 +50,7 @@ class StableDiffusion3(Family):
 
     def latents(self, pipeline: Any) -> Latents:
         """As the VAE has them; sides are whole patches."""
-        config = pipeline.transformer.config
-        scale = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-        return Latents(
-            channels=int(config.in_channels),
-            scale=scale,
-            multiple=scale * int(config.patch_size),
-            sides=sides_of(config),
-        )
+        return transformer_latents(pipeline)
 
     def settings(self, pipeline: Any) -> Mapping[str, Any]:
         """Tokens of a prompt, and the width of its embeddings."""

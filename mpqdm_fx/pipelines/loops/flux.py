@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.pipelines.loops.loop import Inputs, Loop, Request
-from mpqdm_fx.pipelines.program_files import refusals
+from mpqdm_fx.pipelines.loops.prompted import Prompted
 
 __all__ = ["Flux"]
 
 _SIDE = 2  # of a token, in latents
 
 
-class Flux(Loop):
+class Flux(Prompted):
     """The scheduler steps on tokens; guidance is distilled, and told to models that take it."""
 
-    needs: ClassVar[tuple[str, ...]] = ("prompt",)
+    negatives: ClassVar[bool] = False
     settings: ClassVar[Mapping[str, Any]] = {
         **Loop.settings,
         "clip_tokens": int,
@@ -25,35 +25,30 @@ class Flux(Loop):
         "guidance_embeds": bool,
     }
 
+    @classmethod
+    def calls_per_step(cls, guidance: float, settings: Mapping[str, Any]) -> int:
+        """One: guidance is distilled."""
+        return 1
+
     def conditions(self, request: Request, generator: torch.Generator) -> list[Inputs]:
-        """Embeddings of the prompt, and places of all tokens."""
-        assert request.prompt is not None  # `needs`
-        pooled = self.parts.run(
-            "text_encoder", None, self.token_inputs("text_encoder", request.prompt)
-        )
-        states = self.parts.run(
-            "text_encoder_2", None, self.token_inputs("text_encoder_2", request.prompt)
-        )
-        tokens = states["encoder_hidden_states"].shape[1]
-        run = {**pooled, **states, "txt_ids": torch.zeros(1, tokens, 3)}
+        """As of prompts, with the places of latents, and guidance for models that are told it."""
+        (run,) = super().conditions(request, generator)
         run["img_ids"] = self._places(request)
         if self.spec.settings["guidance_embeds"]:
             run["guidance"] = torch.tensor([request.guidance], dtype=torch.float32)
         return [run]
 
+    def encode(self, prompt: str) -> Inputs:
+        """CLIP's pooled embedding, T5's states and their places."""
+        run: Inputs = {}
+        for part in ("text_encoder", "text_encoder_2"):
+            run |= self.parts.run(part, None, self.token_inputs(part, prompt))
+        return {**run, "txt_ids": torch.zeros(1, run["encoder_hidden_states"].shape[1], 3)}
+
     def token_inputs(self, part: str, prompt: str) -> Inputs:
         """What a text encoder gets of a prompt."""
-        name = part.replace("text_encoder", "tokenizer")
         length = self.spec.settings["t5_tokens" if part == "text_encoder_2" else "clip_tokens"]
-        with refusals(f"the {name} cannot read the prompt"):
-            ids: Tensor = self.spec.tokenizer(name)(
-                [prompt],
-                padding="max_length",
-                max_length=length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-        return {"input_ids": ids}
+        return {"input_ids": self.tokens(part, prompt, length).input_ids}
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:
         """Tokens, and their channels."""

@@ -29,7 +29,6 @@ __all__ = [
     "Parts",
     "Request",
     "Spec",
-    "guide",
     "loop_class",
     "predicts_flow",
     "register_loop",
@@ -302,17 +301,6 @@ def predicts_flow(scheduler: Any) -> bool:
     """
     kind = scheduler.config.get("prediction_type", "")
     return kind in ("flow_prediction", "trigflow") or not hasattr(scheduler, "init_noise_sigma")
-
-
-def guide(outputs: Sequence[Tensor], guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022, equation 6).
-
-    Args:
-        outputs: With the prompt, and without it; or the first alone, which is returned.
-        guidance: Its weight.
-    """
-    conditional, *plain = outputs
-    return plain[0] + guidance * (conditional - plain[0]) if plain else conditional
 
 
 _REGISTERED: dict[str, type[Loop]] = {}

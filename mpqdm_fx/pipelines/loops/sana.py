@@ -31,11 +31,17 @@ class Sana(PixArt):
     def conditions(self, request: Request, generator: torch.Generator) -> list[Inputs]:
         """As of PixArt; a model with distilled guidance is told it."""
         scale = self.spec.settings["guidance_scale"]
-        runs = [self._chosen(request.prompt or "", self.spec.settings["instruction"])]
-        if self.calls_per_step(request.guidance, self.spec.settings) > 1:
-            runs.append(self._chosen(request.negative or "", ""))
+        runs = super().conditions(request, generator)
         told = {} if scale is None else {"guidance": torch.tensor([request.guidance * scale])}
         return [{**run, **told} for run in runs]
+
+    def encode(self, prompt: str) -> Inputs:
+        """States and mask of a prompt behind the instruction."""
+        return self._chosen(prompt, self.spec.settings["instruction"])
+
+    def negative(self, prompted: Inputs, negative: str | None) -> Inputs:
+        """States and mask without any instruction."""
+        return self._chosen(negative or "", "")
 
     def token_inputs(self, part: str, prompt: str) -> Inputs:
         """What the text encoder gets of a prompt, with the instruction."""
@@ -58,27 +64,19 @@ class Sana(PixArt):
         }
 
     def _tokens(self, prompt: str, instruction: str) -> Inputs:
+        part, count = "text_encoder", self.spec.settings["tokens"]
+        before = self.spec.settings["instruction"]
         with refusals("the tokenizer cannot read the prompt"):
             tokenizer = self.spec.tokenizer("tokenizer")
             tokenizer.padding_side = "right"
-            before = self.spec.settings["instruction"]
-            count = self.spec.settings["tokens"]
             length = len(tokenizer.encode(before)) + count - 2 if before else count
-            # a prompt without instruction is cut where it would be alone
-            own = length if instruction else count
-            tokens = tokenizer(
-                [instruction + prompt.lower().strip()],
-                padding="max_length",
-                max_length=own,
-                truncation=True,
-                add_special_tokens=True,
-                return_tensors="pt",
-            )
-            ids, mask = tokens.input_ids, tokens.attention_mask
-            padded = torch.full((1, length - own), tokenizer.pad_token_id)
+        # a prompt without instruction is cut where it would be alone
+        cut = length if instruction else count
+        tokens = self.tokens(part, instruction + prompt.lower().strip(), cut)
+        padded = torch.full((1, length - cut), tokenizer.pad_token_id)
         return {
-            "input_ids": torch.cat([ids, padded], dim=1),
-            "attention_mask": torch.cat([mask, torch.zeros_like(padded)], dim=1),
+            "input_ids": torch.cat([tokens.input_ids, padded], dim=1),
+            "attention_mask": torch.cat([tokens.attention_mask, torch.zeros_like(padded)], dim=1),
         }
 
 

@@ -1,14 +1,13 @@
 """Pictures of prompts that two CLIP encoders and perhaps a T5 read: Stable Diffusion 3."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
-from mpqdm_fx.pipelines.loops.loop import Inputs, Loop, Request, guide
-from mpqdm_fx.pipelines.program_files import refusals
+from mpqdm_fx.pipelines.loops.loop import Inputs, Loop
+from mpqdm_fx.pipelines.loops.prompted import Prompted
 
 __all__ = ["StableDiffusion3"]
 
@@ -17,29 +16,15 @@ _T5 = "text_encoder_3"
 _STATES = "encoder_hidden_states"
 
 
-class StableDiffusion3(Loop):
+class StableDiffusion3(Prompted):
     """CLIP's states stand before those of T5, which are zeros where the encoder is left out."""
 
-    needs: ClassVar[tuple[str, ...]] = ("prompt",)
-    negatives: ClassVar[bool] = True
     settings: ClassVar[Mapping[str, Any]] = {
         **Loop.settings,
         "clip_tokens": int,
         "t5_tokens": int,
         "width": int,
     }
-
-    @classmethod
-    def calls_per_step(cls, guidance: float, settings: Mapping[str, Any]) -> int:
-        """Two with guidance."""
-        return 2 if guidance > 1 else 1
-
-    def conditions(self, request: Request, generator: torch.Generator) -> list[Inputs]:
-        """Embeddings of the prompt, and with guidance of the negative prompt."""
-        assert request.prompt is not None  # `needs`
-        prompts = [request.prompt, request.negative or ""]
-        calls = self.calls_per_step(request.guidance, self.spec.settings)
-        return [self.encode(prompt) for prompt in prompts[:calls]]
 
     def encode(self, prompt: str) -> Inputs:
         """Embeddings of a prompt, and pooled ones."""
@@ -58,18 +43,5 @@ class StableDiffusion3(Loop):
 
     def token_inputs(self, part: str, prompt: str) -> Inputs:
         """What a text encoder gets of a prompt."""
-        name = part.replace("text_encoder", "tokenizer")
         length = self.spec.settings["t5_tokens" if part == _T5 else "clip_tokens"]
-        with refusals(f"the {name} cannot read the prompt"):
-            ids: Tensor = self.spec.tokenizer(name)(
-                [prompt],
-                padding="max_length",
-                max_length=length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-        return {"input_ids": ids}
-
-    def combine(self, outputs: Sequence[Tensor], request: Request) -> Tensor:
-        """Classifier-free guidance."""
-        return guide(outputs, request.guidance)
+        return {"input_ids": self.tokens(part, prompt, length).input_ids}

@@ -1,6 +1,6 @@
 """Pictures of prompts, as Stable Diffusion 1, 2 and XL and latent consistency models draw them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mpqdm_fx.pipelines.loops.loop import Inputs, Loop, Request, guide
-from mpqdm_fx.pipelines.program_files import refusals
+from mpqdm_fx.pipelines.loops.loop import Inputs, Loop, Request
+from mpqdm_fx.pipelines.loops.prompted import Prompted
 
 __all__ = ["TextToImage", "guidance_embedding", "time_ids"]
 
@@ -40,11 +40,9 @@ def guidance_embedding(guidance: float, width: int) -> Tensor:
     return functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
-class TextToImage(Loop):
-    """A prompt's picture from noise; with guidance a second call without the prompt."""
+class TextToImage(Prompted):
+    """One text encoder or two, whose states stand beside each other."""
 
-    needs: ClassVar[tuple[str, ...]] = ("prompt",)
-    negatives: ClassVar[bool] = True
     settings: ClassVar[Mapping[str, Any]] = {
         **Loop.settings,
         "time_cond_proj_dim": (int, None),
@@ -58,31 +56,21 @@ class TextToImage(Loop):
         return 2 if guidance > 1 and settings["time_cond_proj_dim"] is None else 1
 
     def conditions(self, request: Request, generator: torch.Generator) -> list[Inputs]:
-        """The prompt's embeddings, and with guidance those of the negative prompt."""
-        assert request.prompt is not None  # `needs`
+        """As of prompts, with image sizes and guidance for models that are told them."""
         settings = self.spec.settings
-        runs = [self.encode(request.prompt)]
-        if self.calls_per_step(request.guidance, settings) > 1:
-            runs.append(self.negative(runs[0], request.negative))
         more: Inputs = {}
         if settings["time_ids"]:
             more["added_cond_kwargs.time_ids"] = time_ids(*request.size)
         width = settings["time_cond_proj_dim"]
         if width is not None:
             more["timestep_cond"] = guidance_embedding(request.guidance, width)
-        return [{**run, **more} for run in runs]
+        return [{**run, **more} for run in super().conditions(request, generator)]
 
     def negative(self, prompted: Inputs, negative: str | None) -> Inputs:
-        """Embeddings of what is not wanted.
-
-        Args:
-            prompted: Embeddings of the prompt.
-            negative: The negative prompt; None is an empty one, or zeros where the model was
-                trained so.
-        """
+        """As of prompts; zeros for None where the model was trained so."""
         if negative is None and self.spec.settings["force_zeros_for_empty_prompt"]:
             return {name: torch.zeros_like(value) for name, value in prompted.items()}
-        return self.encode(negative or "")
+        return super().negative(prompted, negative)
 
     def encode(self, prompt: str) -> Inputs:
         """Embeddings of a prompt; those of two encoders stand beside each other."""
@@ -96,26 +84,3 @@ class TextToImage(Loop):
         if "text_embeds" in named:
             named["added_cond_kwargs.text_embeds"] = named.pop("text_embeds")
         return named
-
-    def token_inputs(self, part: str, prompt: str) -> Inputs:
-        """What a text encoder gets of a prompt.
-
-        Args:
-            part: The encoder's name.
-            prompt: The prompt.
-        """
-        name = part.replace("text_encoder", "tokenizer")
-        with refusals(f"the {name} cannot read the prompt"):
-            tokenizer = self.spec.tokenizer(name)
-            ids: Tensor = tokenizer(
-                [prompt],
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-        return {"input_ids": ids}
-
-    def combine(self, outputs: Sequence[Tensor], request: Request) -> Tensor:
-        """Classifier-free guidance."""
-        return guide(outputs, request.guidance)
