@@ -12,9 +12,13 @@ from PIL import Image
 from test_runner_loop import TOLERANCE, diffusers_image
 
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.nested import tensors_of
+from mpqdm_fx.pipelines import recorded
+from mpqdm_fx.pipelines import runner as runner_module
 from mpqdm_fx.pipelines.families import registry
 from mpqdm_fx.pipelines.families.stable_diffusion import StableDiffusion
 from mpqdm_fx.pipelines.loops.loop import loop_class
+from mpqdm_fx.pipelines.part_inputs import inputs_of
 from mpqdm_fx.pipelines.runner import PipelineRunner, RunnerError
 
 SIDE = 16
@@ -109,8 +113,6 @@ def test_a_control_picture_changes_what_is_drawn(tmp_path, monkeypatch):
 
 
 def test_the_control_network_and_the_denoiser_are_calibrated_on_what_they_meet(tmp_path):
-    from mpqdm_fx.pipelines.part_inputs import inputs_of
-
     inputs, _ = inputs_of(
         tiny_pipelines.controlnet(tmp_path), None, prompts=("a cat", "a dog"), steps=3,
         guidance=4.0, trajectories=4, batch_size=6, seed=0,
@@ -124,6 +126,19 @@ def test_the_control_network_and_the_denoiser_are_calibrated_on_what_they_meet(t
             *down, middle = network(**given)
         torch.testing.assert_close(middle, met["mid_block_additional_residual"])
         assert [t.shape for t in down] == [t.shape for t in met["down_block_additional_residuals"]]
+
+
+def test_large_calls_are_kept_sparsely_and_of_every_step(tmp_path, monkeypatch):
+    settings = {"prompts": ("a cat",), "steps": 4, "guidance": 1.0, "batch_size": 1, "seed": 0}
+    inputs, _ = inputs_of(tiny_pipelines.controlnet(tmp_path), None, trajectories=8, **settings)
+    large = sum(t.nbytes for t in tensors_of(dict(inputs.example("denoiser", inputs.size))))
+    monkeypatch.setattr(recorded, "_MEMORY", 8 * 4 * large // 3)
+    monkeypatch.setattr(recorded, "_LONG", 4)
+    calls = list(inputs.runs.calls("denoiser"))
+    kept = sum(t.nbytes for call in calls for t in tensors_of(dict(call)))
+    assert large < kept <= recorded._MEMORY
+    assert len(calls) < 8 * 4
+    assert len({float(call["timestep"]) for call in calls}) == 4
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +174,9 @@ def test_the_folder_has_its_own_loop_and_what_that_is_made_from(started_from_a_p
     assert PipelineRunner(folder).loop.__name__ == "ImageToImage"
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.5])
-def test_pixart_is_told_which_tokens_are_padding(tmp_path, monkeypatch, guidance):
-    pipeline = tiny_transformers.pixart_sigma(tmp_path)
+@pytest.mark.parametrize(("alpha", "guidance"), [(False, 1.0), (False, 4.5), (True, 4.5)])
+def test_pixart_is_told_which_tokens_are_padding(tmp_path, monkeypatch, alpha, guidance):
+    pipeline = tiny_transformers.pixart_sigma(tmp_path, alpha=alpha)
     expected, drawn = expected_and_drawn(
         pipeline, tmp_path / "out", monkeypatch, {"guidance": guidance, "negative": "a dog"},
         {
@@ -251,3 +266,17 @@ def test_a_family_of_ones_own_is_exported_with_its_loop(tmp_path, monkeypatch):
 def test_a_manifest_imports_no_other_module(kind):
     with pytest.raises(RunnerError, match="nothing here draws"):
         loop_class(kind)
+
+
+def test_the_command_line_has_the_numbers_of_the_family(
+    started_from_a_picture, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(runner_module, "PipelineRunner", lambda folder: started_from_a_picture)
+    Image.fromarray(picture()).save(tmp_path / "in.png")
+    words = ["a cat", "--image", str(tmp_path / "in.png"), "--output", str(tmp_path / "out.png")]
+    assert runner_module.main([*words, "--strength", "0.4"]) == 0
+    drawn = np.asarray(Image.open(tmp_path / "out.png"))
+    assert np.array_equal(drawn, started_from_a_picture("a cat", image=picture(), strength=0.4))
+    with pytest.raises(SystemExit, match="2"):
+        runner_module.main([*words, "--image-guidance", "2"])
+    assert "--image-guidance" in capsys.readouterr().err

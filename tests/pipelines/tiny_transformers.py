@@ -11,6 +11,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
@@ -59,15 +60,15 @@ def t5() -> T5EncoderModel:
     return T5EncoderModel(config).eval()
 
 
-def pixart_sigma(_: Path) -> PixArtSigmaPipeline:
-    """A transformer that predicts a variance too."""
+def pixart_sigma(_: Path, *, alpha: bool = False) -> Any:
+    """A transformer that predicts a variance too; `alpha` is the older class, of fewer tokens."""
     torch.manual_seed(10)
     transformer = PixArtTransformer2DModel(
         sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=2,
         caption_channels=T5_WIDTH, cross_attention_dim=16, in_channels=4, out_channels=8,
         use_additional_conditions=False,
     ).eval()  # fmt: skip
-    return PixArtSigmaPipeline(
+    return (PixArtAlphaPipeline if alpha else PixArtSigmaPipeline)(
         tokenizer=t5_tokenizer(300),
         text_encoder=t5(),
         vae=kl_vae(),

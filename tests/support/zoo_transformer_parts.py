@@ -65,6 +65,18 @@ def one_grid(*sizes: int, axes: int = 3) -> Any:
 
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
 
+Z_IMAGE: dict[str, Any] = {
+    "in_channels": 4,
+    "dim": 32,
+    "n_layers": 1,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 24,
+    "axes_dims": [4, 4, 8],
+    "axes_lens": [64, 32, 32],
+}
+
 FLUX: dict[str, Any] = {
     **HEADS,
     "patch_size": 1,
