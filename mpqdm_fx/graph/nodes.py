@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-__all__ = ["argument", "broadcast_shape", "rank", "sizes"]
+__all__ = ["argument", "broadcast_shape", "rank", "sizes", "static_shape"]
 
 
 def argument(node: fx.Node, position: int, name: str, default: object) -> object:
@@ -22,6 +22,14 @@ def rank(node: fx.Node) -> int | None:
 def sizes(node: fx.Node) -> list[int]:
     """Static sizes of a node's value, -1 where an axis is dynamic."""
     return [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
+
+
+def static_shape(node: object) -> tuple[int, ...] | None:
+    """Shape of a node's tensor; None where an axis is dynamic, or there is no node or no tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, Tensor):
+        return None
+    return tuple(value.shape) if all(isinstance(n, int) for n in value.shape) else None
 
 
 def broadcast_shape(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:

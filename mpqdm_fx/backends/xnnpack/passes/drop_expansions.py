@@ -7,9 +7,9 @@ portable kernel for `expand` only: it copies, and parts the program in two.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from mpqdm_fx.graph.nodes import broadcast_shape
+from mpqdm_fx.graph.nodes import broadcast_shape, static_shape
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["DropExpansions"]
@@ -57,15 +57,9 @@ def _broadcasts(user: fx.Node, expansion: fx.Node) -> bool:
     if expansion not in operands:
         return False
     source = expansion.args[0]
-    shapes = [_shape(source if n is expansion else n) for n in operands if isinstance(n, fx.Node)]
-    result = _shape(user)
+    read = [source if n is expansion else n for n in operands if isinstance(n, fx.Node)]
+    shapes = [static_shape(n) for n in read]
+    result = static_shape(user)
     if result is None or any(shape is None for shape in shapes):
         return False
     return broadcast_shape([shape for shape in shapes if shape is not None]) == result
-
-
-def _shape(node: object) -> tuple[int, ...] | None:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    if not isinstance(value, Tensor) or not all(isinstance(n, int) for n in value.shape):
-        return None
-    return tuple(value.shape)

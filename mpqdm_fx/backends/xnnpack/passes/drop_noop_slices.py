@@ -8,8 +8,9 @@ have looked at the graph: what was not an int8 pattern then becomes one behind t
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from mpqdm_fx.graph.nodes import static_shape
 from mpqdm_fx.graph.qdq import is_dequantize, is_quantize
 from mpqdm_fx.passes.base import GraphPass
 
@@ -30,7 +31,7 @@ class DropNoopSlices(GraphPass):
         for node in graph_module.graph.find_nodes(op="call_function", target=target):
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            if _static_shape(source) is None or _static_shape(source) != _static_shape(node):
+            if _shape(source) is None or _shape(source) != _shape(node):
                 continue
             node.replace_all_uses_with(source)
             graph_module.graph.erase_node(node)
@@ -38,13 +39,10 @@ class DropNoopSlices(GraphPass):
         return modified
 
 
-def _static_shape(node: fx.Node) -> tuple[int, ...] | None:
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
     # convert_pt2e puts in q/dq nodes without values; they have the shape of what they read
     while "val" not in node.meta and (is_quantize(node) or is_dequantize(node)):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         node = source
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
-        return None
-    return tuple(value.shape)
+    return static_shape(node)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from mpqdm_fx.graph.editing import insert_call
-from mpqdm_fx.graph.nodes import argument
+from mpqdm_fx.graph.nodes import argument, static_shape
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["ForwardSlices"]
@@ -33,19 +33,19 @@ class ForwardSlices(GraphPass):
         # in running order: what a slice gives may be a part of the next concatenation
         for node in list(graph_module.graph.nodes):
             if node.op == "call_function" and node.target is _aten.slice.Tensor:
-                while (found := _forwarded(graph_module, node)) is not None:
-                    node.replace_all_uses_with(found)
+                while (forwarded := _forwarded(graph_module, node)) is not None:
+                    node.replace_all_uses_with(forwarded)
                     graph_module.graph.erase_node(node)
                     modified = True
-                    if found.target is not _aten.slice.Tensor:
+                    if forwarded.target is not _aten.slice.Tensor:
                         break
-                    node = found
+                    node = forwarded
         return modified
 
 
 def _forwarded(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """What the slice takes, read from the part that it lies in; None if there is no such part."""
-    source, shape = node.args[0], _shape(node)
+    source, shape = node.args[0], static_shape(node)
     if not isinstance(source, fx.Node) or shape is None or argument(node, 4, "step", 1) != 1:
         return None
     source = _passed(source)
@@ -57,8 +57,8 @@ def _forwarded(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     if axis % len(shape) != along % len(shape):
         return None
     parts: Any = source.args[0]
-    joined = _shape(source)
-    if joined is None or any(_shape(part) is None for part in parts):
+    joined = static_shape(source)
+    if joined is None or any(static_shape(part) is None for part in parts):
         return None
     axis %= len(shape)
     start, _, _ = slice(argument(node, 2, "start", None), None).indices(joined[axis])
@@ -80,16 +80,9 @@ def _forwarded(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 def _passed(node: fx.Node) -> fx.Node:
     """The value before reshapes that come back to its shape."""
-    shape, source = _shape(node), node
+    shape, source = static_shape(node), node
     while source.target is _aten.reshape.default:
         before = source.args[0]
         assert isinstance(before, fx.Node)
         source = before
-    return source if shape is not None and _shape(source) == shape else node
-
-
-def _shape(node: object) -> tuple[int, ...] | None:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    if not isinstance(value, Tensor) or not all(isinstance(n, int) for n in value.shape):
-        return None
-    return tuple(value.shape)
+    return source if shape is not None and static_shape(source) == shape else node

@@ -7,10 +7,10 @@ portable kernel only; XNNPACK joins slices.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from mpqdm_fx.graph.editing import insert_call
-from mpqdm_fx.graph.nodes import argument
+from mpqdm_fx.graph.nodes import argument, static_shape
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["JoinScatters"]
@@ -47,8 +47,8 @@ def _span(node: fx.Node) -> tuple[int, int, int, int] | None:
     """Axis, start, end and step of what is overwritten; None if the rules do not cover it."""
     if node.op != "call_function" or node.target not in _SCATTERS:
         return None
-    shape = _static_shape(node)
-    if shape is None or any(_static_shape(source) is None for source in node.all_input_nodes):
+    shape = static_shape(node)
+    if shape is None or any(static_shape(source) is None for source in node.all_input_nodes):
         return None
     if len({n.meta["val"].dtype for n in (node, *node.all_input_nodes)}) > 1:
         return None
@@ -67,13 +67,6 @@ def _span(node: fx.Node) -> tuple[int, int, int, int] | None:
     if start >= end or (step > 1 and (size % step or start >= step or start + size - end >= step)):
         return None
     return axis % len(shape), start, end, step
-
-
-def _static_shape(node: fx.Node) -> tuple[int, ...] | None:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not all(isinstance(n, int) for n in value.shape):
-        return None
-    return tuple(value.shape)
 
 
 def _joined(

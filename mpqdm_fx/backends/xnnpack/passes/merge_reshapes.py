@@ -7,10 +7,10 @@ more than six axes between two others is one that XNNPACK does not have.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from mpqdm_fx.graph.editing import insert_call
-from mpqdm_fx.graph.nodes import sizes
+from mpqdm_fx.graph.nodes import sizes, static_shape
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["MergeReshapes"]
@@ -58,5 +58,4 @@ class MergeReshapes(GraphPass):
 def _is_static_reshape(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target not in _RESHAPES:
         return False
-    values = [node.meta.get("val"), node.args[0].meta.get("val")]  # type: ignore[union-attr]
-    return all(isinstance(v, Tensor) and all(isinstance(n, int) for n in v.shape) for v in values)
+    return all(static_shape(n) is not None for n in (node, node.args[0]))

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from mpqdm_fx.graph.editing import insert_call
-from mpqdm_fx.graph.nodes import argument, sizes
+from mpqdm_fx.graph.nodes import argument, sizes, static_shape
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["StackSequences"]
@@ -39,8 +39,7 @@ class StackSequences(GraphPass):
 
 
 def _is_static(node: fx.Node) -> bool:
-    values = [source.meta.get("val") for source in node.all_input_nodes]
-    static = all(isinstance(v, Tensor) and all(type(n) is int for n in v.shape) for v in values)
+    static = all(static_shape(source) is not None for source in node.all_input_nodes)
     return static and argument(node, 3, "padding_side", "right") == "right"
 
 
