@@ -52,9 +52,11 @@ SHORTCUTS = {"pattern": "*conv_shortcut*", "activation_bits": 8}
 _PLAIN = {
     "allocation": "uniform", "levels": "uniform", "refinements": 0, "propagation": 0.0,
     "bias_correction": False, "row_weights": "plain", "judge": False, "slowdown": 1,
+    "activation_allocation": "uniform", "activation_levels": "uniform",
 }  # fmt: skip
 _AUTO = {**_PLAIN, "propagation": "auto", "bias_correction": True}
 _FULL = {**_AUTO, "refinements": 4, "allocation": "measured", "levels": "codebook"}
+_TIMESTEP = {**_FULL, "activation_mode": "timestep"}
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "default+dynamic": {"activation_mode": "dynamic"},
@@ -71,10 +73,16 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "auto+refine+codebook": {**_AUTO, "refinements": 4, "levels": "codebook"},
     "auto+refine+measured": {**_FULL, "levels": "uniform"},
     "full": _FULL,
-    "full+timestep": {**_FULL, "activation_mode": "timestep"},
+    "full+timestep": _TIMESTEP,
+    "full+timestep+levels": {**_TIMESTEP, "activation_levels": "codebook"},
+    "full+timestep+widths": {**_TIMESTEP, "activation_allocation": "measured"},
+    "full+timestep+both": {
+        **_TIMESTEP,
+        "activation_levels": "codebook",
+        "activation_allocation": "measured",
+    },
     "full+timestep+shortcuts": {
-        **_FULL,
-        "activation_mode": "timestep",
+        **_TIMESTEP,
         "overrides": [SHORTCUTS],
     },
     "full+dynamic": {**_FULL, "activation_mode": "dynamic"},

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import sympy  # type: ignore[import-untyped]
 from torch import fx
 
-from mpqdm_fx.bits.pinning import FIRST_LAYER, LAST_LAYER, pinned_layers
+from mpqdm_fx.bits.activation_widths import width_options
+from mpqdm_fx.bits.pinning import ends_in_float
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.numerics.bits.knapsack import choose_options
 from mpqdm_fx.records.config import ActivationMode, MPQConfig
@@ -18,7 +19,7 @@ from mpqdm_fx.run.speed import (
     weight_bytes,
 )
 
-__all__ = ["choose_activations", "ends_in_float", "options_of"]
+__all__ = ["choose_activations", "options_of"]
 
 _QUANTIZED: Mapping[ActivationMode, tuple[ActivationKind, ...]] = {
     "static": ("static",),
@@ -32,6 +33,8 @@ _FLOAT = InputOption(kind="float")
 
 def options_of(settings: MPQConfig) -> tuple[InputOption, ...]:
     """What is chosen between for every input; nothing if mode or budget leave no choice."""
+    if settings.measures_widths:
+        return width_options(settings)
     kinds = _QUANTIZED.get(settings.activation_mode, ())
     if not kinds or (settings.slowdown == 1 and settings.activation_mode != "measured"):
         return ()
@@ -181,21 +184,6 @@ def _chosen(menus: Sequence[_Menu], time: float, size: float) -> list[int]:
         else:
             high, upper = middle, tried
     return upper[0]
-
-
-def ends_in_float(graph_module: fx.GraphModule, mode: ActivationMode) -> set[str]:
-    """Layers whose activations are float unasked: they read the sample or write the noise.
-
-    Late in a run the noise that is left in the sample is smaller than one step of a range over all
-    timesteps: rounding the sample erases what the model is asked to predict. And the output has to
-    be as exact as all of the model is; a dynamic quantizer leaves it alone.
-
-    Args:
-        graph_module: Normalized graph.
-        mode: How activations are quantized.
-    """
-    ends = {FIRST_LAYER} if mode == "dynamic" else {FIRST_LAYER, LAST_LAYER}
-    return {name for name, why in pinned_layers(graph_module).items() if why in ends}
 
 
 def _allowed(

@@ -8,7 +8,7 @@ them as independent, is 3 to 90 times too small for them. Errors of different va
 independent.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.bits.channel_sizes import ChannelSizes
-from mpqdm_fx.calibration.ranges import search_static
+from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
+from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.quantizer_sites import row_axes
+from mpqdm_fx.graph.quantizers import fixed_quantizer
 from mpqdm_fx.graph.same_values import value_key
 from mpqdm_fx.numerics.activations.dynamic import fake_quantize_dynamic
-from mpqdm_fx.numerics.activations.ranges import fake_quantize
-from mpqdm_fx.records.activations import OUTPUT_BITS, ActivationRange
+from mpqdm_fx.records.activations import OUTPUT_BITS, ActivationRange, NoiseLevels, Side
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.run.speed import InputOption
 from mpqdm_fx.run.walk import Walk
@@ -35,10 +36,16 @@ _RANGE_VALUES = 2**13  # numbers that a range is searched on, for its cost alone
 
 @dataclass(frozen=True, kw_only=True)
 class _InputKey:
-    """How a weight layer's calls read their input: equal ones see the same rounded numbers."""
+    """How a weight layer's calls read their input: equal ones see the same rounded numbers.
+
+    Attributes:
+        values: What they read.
+        bits: Width that an override gives; None for that of the option.
+        axes: What shares a dynamic range.
+    """
 
     values: Hashable
-    bits: int
+    bits: int | None
     axes: int | tuple[int, ...]
 
 
@@ -50,6 +57,7 @@ class ActivationCosts:
         calls: Calibration calls: for the sizes of channels, and for static ranges.
         settings: Widths and seed.
         options: What is to be measured.
+        levels: Groups of noise levels, for options of the kind `"timestep"`.
         max_memory: Bytes of activations held in memory.
         half: Hold activations as float16.
 
@@ -66,6 +74,7 @@ class ActivationCosts:
         settings: MPQConfig,
         options: Sequence[InputOption],
         *,
+        levels: NoiseLevels | None = None,
         max_memory: int | None = None,
         half: bool = False,
     ) -> None:
@@ -74,7 +83,7 @@ class ActivationCosts:
         self._readers = {
             call.name: _InputKey(
                 values=value_key(graph_module, call.args[0]),
-                bits=settings.activation_bits_of(name),
+                bits=settings.own_activation_bits(name),
                 axes=row_axes(layer.module),
             )
             for name, layer in layers.items()
@@ -86,10 +95,14 @@ class ActivationCosts:
         self._sums = {unit: dict.fromkeys(options, 0.0) for unit in self.units}
         self._now: dict[tuple[str, Hashable, InputOption], Tensor] = {}
         self._shown = 0
-        self._ranges: dict[tuple[str, str, float], ActivationRange] = {}
+        self._bits = settings.activation_bits
+        self._levels = levels
+        self._argument = find_noise_argument(graph_module, settings.noise_argument)
+        self._group = torch.zeros(1, dtype=torch.int64)
+        self._rounders: dict[tuple[str, str, InputOption], nn.Module] = {}
         with_memory = {"max_memory": max_memory, "half": half}
         self.sizes = ChannelSizes.of(graph_module, calls, self.units, **with_memory)  # type: ignore[arg-type]
-        if any(option.kind == "static" for option in options):
+        if any(option.kind in ("static", "timestep") for option in options):
             self._search_ranges(graph_module, calls, settings, **with_memory)  # type: ignore[arg-type]
 
     def costs(self) -> dict[str, dict[InputOption, float]]:
@@ -104,6 +117,12 @@ class ActivationCosts:
         """Calls of one width and granularity that read one value share a quantizer."""
         return self._readers[call.name]
 
+    def start(self, inputs: Mapping[str, Any]) -> None:
+        """Find the groups of noise levels of the samples that come."""
+        if self._levels is not None and self._argument is not None:
+            told = torch.as_tensor(inputs[str(self._argument.target)])
+            self._group = self._levels.group_of(told).to(told.device)
+
     def inputs(self, call: fx.Node, x: Tensor, gradient: Tensor, samples: int) -> None:
         """Add what rounding a value does to the output for its readers."""
         reader, layer = self._readers[call.name], self._layer_of[call.name]
@@ -111,18 +130,20 @@ class ActivationCosts:
             factor = self._factor(layer, option)
             scaled = x if factor is None else x / factor
             if option.kind == "dynamic":
-                rounded = fake_quantize_dynamic(scaled, reader.bits, reader.axes)
+                rounded = fake_quantize_dynamic(scaled, self._width(reader, option), reader.axes)
             else:
-                rounded = _rounded(scaled, self._ranges[call.name, "input", option.exponent])
+                rounded = self._rounded(scaled, call, "input", option)
             error = rounded - scaled
             self._add(call, option, error if factor is None else error * factor, gradient, samples)
 
     def outputs(self, call: fx.Node, y: Tensor, gradient: Tensor, samples: int) -> None:
         """Add what rounding an output does: static layers write integers."""
-        for option in self._options:
-            if option.kind == "static":
-                error = _rounded(y, self._ranges[call.name, "output", 0.0]) - y
-                self._add(call, option, error, gradient, samples, side=call.name)
+        for kind in ("static", "timestep"):
+            options = [option for option in self._options if option.kind == kind]
+            if options:
+                error = self._rounded(y, call, "output", InputOption(kind=kind)) - y
+                for option in options:
+                    self._add(call, option, error, gradient, samples, side=call.name)
 
     def finish(self, samples: int) -> None:
         """Square what one random direction brought together."""
@@ -150,6 +171,16 @@ class ActivationCosts:
         key = (unit, side or self._readers[call.name], option)
         self._now[key] = self._now[key] + changes if key in self._now else changes
 
+    def _width(self, reader: _InputKey, option: InputOption) -> int:
+        return reader.bits or option.bits or self._bits
+
+    def _rounded(self, value: Tensor, call: fx.Node, side: Side, option: InputOption) -> Tensor:
+        group = self._group
+        if option.kind == "static" or len(value) % len(group):  # a constant: the first group's
+            group = torch.zeros(1, dtype=torch.int64, device=value.device)
+        rounded: Tensor = self._rounders[call.name, side, option](value, group)
+        return rounded
+
     def _factor(self, layer: WeightLayer, option: InputOption) -> Tensor | None:
         """Factors of the channels that a layer reads, in the shape of its input's last axes."""
         if not option.exponent:
@@ -169,37 +200,55 @@ class ActivationCosts:
     ) -> None:
         """Find the range of what each call reads and writes."""
         walk = Walk(graph_module, calls, progress="ranges", max_memory=max_memory, half=half)
+        fixed = [option for option in self._options if option.kind != "dynamic"]
+        fitted = settings.fits_activation_levels
+        groups = [self._groups_of(call) for call in calls]
 
         def search(
-            node: fx.Node, bits: int, factor: Tensor | None, place: tuple[str, str]
-        ) -> ActivationRange:
+            node: fx.Node, bits: int, side: Side, call: fx.Node, option: InputOption
+        ) -> None:
+            layer = self._layer_of[call.name]
+            factor = self._factor(layer, option)
             values = walk.values(node)
             scaled = values if factor is None else (value / factor for value in values)
             try:
-                return search_static(scaled, bits, settings.seed, limit=_RANGE_VALUES)
+                ranges = self._search(scaled, bits, option, groups, settings.seed, fitted=fitted)
             except CalibrationError as error:
-                layer, side = self._layer_of[place[0]].name, place[1]
-                raise CalibrationError(f"{layer}, {side}: {error}") from error
+                raise CalibrationError(f"{layer.name}, {side}: {error}") from error
+            self._rounders[call.name, side, option] = fixed_quantizer(ranges)
 
         written: fx.Node | None = None
         for node in walk:
             if written is not None and written in walk.alive:
-                place = (written.name, "output")
-                self._ranges[*place, 0.0] = search(written, OUTPUT_BITS, None, place)
+                for kind in sorted({option.kind for option in fixed}):
+                    search(written, OUTPUT_BITS, "output", written, InputOption(kind=kind))
             written = None
             if node.name in self._readers:
-                source, bits = node.args[0], self._readers[node.name].bits
+                source, reader = node.args[0], self._readers[node.name]
                 assert isinstance(source, fx.Node)
-                for option in self._options:
-                    if option.kind == "static":
-                        factor = self._factor(self._layer_of[node.name], option)
-                        place = (node.name, "input")
-                        self._ranges[*place, option.exponent] = search(source, bits, factor, place)
+                for option in fixed:
+                    search(source, self._width(reader, option), "input", node, option)
                 written = node
 
+    def _groups_of(self, call: Mapping[str, Any]) -> Tensor:
+        self.start(call)
+        return self._group
 
-def _rounded(value: Tensor, chosen: ActivationRange) -> Tensor:
-    return fake_quantize(value, chosen.scale, chosen.zero_point, chosen.bits)
+    def _search(
+        self,
+        values: Iterable[Tensor],
+        bits: int,
+        option: InputOption,
+        groups: Sequence[Tensor],
+        seed: int,
+        *,
+        fitted: bool,
+    ) -> tuple[ActivationRange, ...]:
+        limit = _RANGE_VALUES
+        if option.kind == "static" or self._levels is None:
+            return (search_static(values, bits, seed, fitted=fitted, limit=limit),)
+        count = self._levels.count
+        return search_by_noise_level(values, groups, bits, count, seed, fitted=fitted, limit=limit)
 
 
 def _units(

@@ -11,8 +11,9 @@ import torch
 from torch import fx
 
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.records.config import ActivationMode
 
-__all__ = ["EMBEDDING", "FIRST_LAYER", "LAST_LAYER", "pinned_layers"]
+__all__ = ["EMBEDDING", "FIRST_LAYER", "LAST_LAYER", "ends_in_float", "pinned_layers"]
 
 FIRST_LAYER = "first layer"
 """Reason of layers that read the noisy sample before any other weight layer did."""
@@ -66,6 +67,21 @@ def pinned_layers(graph_module: fx.GraphModule) -> dict[str, str]:
         elif type(layer.module).__name__ == "Embedding":
             reasons.setdefault(name, "embedding table")
     return reasons
+
+
+def ends_in_float(graph_module: fx.GraphModule, mode: ActivationMode) -> set[str]:
+    """Layers whose activations are float unasked: they read the sample or write the noise.
+
+    Late in a run the noise that is left in the sample is smaller than one step of a range over all
+    timesteps: rounding the sample erases what the model is asked to predict. And the output has to
+    be as exact as all of the model is; a dynamic quantizer leaves it alone.
+
+    Args:
+        graph_module: Normalized graph.
+        mode: How activations are quantized.
+    """
+    ends = {FIRST_LAYER} if mode == "dynamic" else {FIRST_LAYER, LAST_LAYER}
+    return {name for name, why in pinned_layers(graph_module).items() if why in ends}
 
 
 def _reach(start: Iterable[fx.Node], stops: dict[fx.Node, str], *, forward: bool) -> list[fx.Node]:

@@ -56,6 +56,9 @@ class OutputEnergies:
 class GradientWatch(Protocol):
     """What else wants to see the gradients of a backward pass."""
 
+    def start(self, inputs: Mapping[str, Any]) -> None:
+        """The next gradients are those of a call, or of a part of one: by placeholder name."""
+
     def kind(self, call: fx.Node) -> Hashable:
         """Calls of one kind that read one value are seen as one reader of it."""
 
@@ -173,6 +176,8 @@ class _Probe(fx.Interpreter):
         names = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
         self.watched, self.read = [], {}
         groups = self.groups.of_samples(inputs)
+        if self.watch is not None:
+            self.watch.start(inputs)
         with torch.enable_grad():
             output = self.run(*[inputs[name] for name in names])
             leaves = [

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.numerics.activations.codebook import fit_levels
 from mpqdm_fx.numerics.activations.ranges import search_range
+from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS
 from mpqdm_fx.records.activations import ActivationRange
 
 __all__ = ["search_by_noise_level", "search_static"]
@@ -86,13 +88,21 @@ class _Sample:
             self.kept = self.kept[self.draw.kept]
         self.kept = torch.cat([self.kept, flat.float().cpu()])
 
-    def search(self, bits: int) -> ActivationRange:
+    def search(self, bits: int, *, fitted: bool = False) -> ActivationRange:
         scale, zero_point = search_range(self.kept, self.minimum, self.maximum, bits)
+        if fitted and bits <= CODEBOOK_MAX_BITS:
+            scale, levels = fit_levels(self.kept, scale, zero_point, bits)
+            return ActivationRange(scale=scale, zero_point=0, bits=bits, levels=levels)
         return ActivationRange(scale=scale, zero_point=zero_point, bits=bits)
 
 
 def search_static(
-    values: Iterable[Tensor], bits: int, seed: int, *, limit: int = MAX_VALUES
+    values: Iterable[Tensor],
+    bits: int,
+    seed: int,
+    *,
+    fitted: bool = False,
+    limit: int = MAX_VALUES,
 ) -> ActivationRange:
     """Find one range for all calls.
 
@@ -101,6 +111,7 @@ def search_static(
         bits: Width of the codes, 1 to 8.
         seed: Seed of the bounded sample that the error is measured on. The ends of the range are
             searched from the smallest and largest value of all.
+        fitted: Fit levels, where the width is at most 4 bits; else evenly spaced codes.
         limit: Numbers in that sample.
 
     Raises:
@@ -112,11 +123,18 @@ def search_static(
         sample.add(value)
     if sample.draw is None:
         raise CalibrationError("an activation range needs at least one call with values")
-    return sample.search(bits)
+    return sample.search(bits, fitted=fitted)
 
 
 def search_by_noise_level(
-    values: Iterable[Tensor], groups: Iterable[Tensor], bits: int, count: int, seed: int
+    values: Iterable[Tensor],
+    groups: Iterable[Tensor],
+    bits: int,
+    count: int,
+    seed: int,
+    *,
+    fitted: bool = False,
+    limit: int = MAX_VALUES,
 ) -> tuple[ActivationRange, ...]:
     """Find one range for each group of noise levels.
 
@@ -127,6 +145,8 @@ def search_by_noise_level(
         bits: Width of the codes, 1 to 8.
         count: Number of groups.
         seed: Seed of the bounded samples, one for each group.
+        fitted: Fit levels, where the width is at most 4 bits; else evenly spaced codes.
+        limit: Numbers in each sample.
 
     Returns:
         Ranges of groups 0 to `count - 1`. A group without samples takes that of the nearest group
@@ -136,14 +156,18 @@ def search_by_noise_level(
         CalibrationError: There are no values, or NaN or infinity among them.
         ConfigError: `bits` is outside 1..8, or a group is outside 0..count - 1.
     """
-    samples = [_Sample(seed, MAX_VALUES) for _ in range(count)]
+    samples = [_Sample(seed, limit) for _ in range(count)]
     for value, group in zip(values, groups, strict=True):
         rows = group.repeat_interleave(value.shape[0] // len(group))
         for index in torch.unique(group).tolist():
             if not 0 <= index < count:
                 raise ConfigError(f"a sample is in group {index} of {count} noise levels")
             samples[index].add(value[rows == index])
-    ranges = {index: sample.search(bits) for index, sample in enumerate(samples) if sample.draw}
+    ranges = {
+        index: sample.search(bits, fitted=fitted)
+        for index, sample in enumerate(samples)
+        if sample.draw
+    }
     if not ranges:
         raise CalibrationError("an activation range needs at least one call with values")
     missing = [index for index in range(count) if index not in ranges]

@@ -7,7 +7,15 @@ import typer
 
 from mpqdm_fx.cli.panels import BITS, CALIBRATION, RUN
 from mpqdm_fx.cli.values import whole_bits
-from mpqdm_fx.records.config import ActivationMode, Allocation, Levels, MPQConfig, Rounding
+from mpqdm_fx.records.config import (
+    ActivationAllocation,
+    ActivationLevels,
+    ActivationMode,
+    Allocation,
+    Levels,
+    MPQConfig,
+    Rounding,
+)
 
 __all__ = ["SETTINGS", "SeedOption"]
 
@@ -57,6 +65,31 @@ SETTINGS: Mapping[str, _Option] = {
             ),
         ],
         "auto",
+    ),
+    "activation_allocation": (
+        "activation_allocation",
+        Annotated[
+            ActivationAllocation,
+            typer.Option(
+                case_sensitive=False,
+                help="Below 8 bits: a width for each input by measured cost, or all alike.",
+                rich_help_panel=BITS,
+            ),
+        ],
+        _DEFAULTS.activation_allocation,
+    ),
+    "activation_levels": (
+        "activation_levels",
+        Annotated[
+            ActivationLevels,
+            typer.Option(
+                case_sensitive=False,
+                help="Levels of inputs of at most 4 bits with fixed ranges: fitted, or evenly "
+                "spaced.",
+                rich_help_panel=BITS,
+            ),
+        ],
+        _DEFAULTS.activation_levels,
     ),
     "slowdown": (
         "slowdown",

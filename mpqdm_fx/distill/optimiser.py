@@ -8,6 +8,7 @@ from torch import Tensor
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.student import Student
 from mpqdm_fx.distill.trainable import TrainableLayer
+from mpqdm_fx.distill.trainable_ranges import TrainableLevels
 from mpqdm_fx.errors import ConfigError
 
 __all__ = ["level_distance", "make_optimiser", "set_progress"]
@@ -59,7 +60,10 @@ def make_optimiser(student: Student, config: DistillConfig) -> torch.optim.Optim
         size = float(activation.start_scale.mean()) if config.absolute_rates else 1.0
         add(config.range_rate / size, [activation.log_scale])
         codes = 1.0 if config.absolute_rates else _ZERO_POINT_FACTOR
-        add(config.range_rate * codes, [activation.shift])
+        if isinstance(activation, TrainableLevels):
+            add(config.range_rate * codes * activation.gap, [activation.levels])
+        else:
+            add(config.range_rate * codes, [activation.shift])
     if not groups:
         raise ConfigError("nothing is trained: give a rate above 0 for a part that the model has")
     return torch.optim.Adam(groups, eps=_EPS)

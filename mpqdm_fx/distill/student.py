@@ -8,28 +8,27 @@ import torch
 from torch import fx, nn
 
 from mpqdm_fx.distill.config import DistillConfig
-from mpqdm_fx.distill.trainable import (
+from mpqdm_fx.distill.trainable import TrainableLayer, cell_base, row_tables
+from mpqdm_fx.distill.trainable_ranges import (
     DynamicRange,
-    TrainableLayer,
+    TrainableLevels,
     TrainableRange,
-    cell_base,
-    row_tables,
+    trainable_range,
 )
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.editing import add_module, copy_graph_module, free_name, inherit_meta, prune
 from mpqdm_fx.graph.layers import replace_module, weight_layers, weight_rows
-from mpqdm_fx.graph.qdq import is_dequantize, qdq_parameters
+from mpqdm_fx.graph.qdq import is_dequantize
 from mpqdm_fx.graph.quantizer_sites import (
     QuantizerSite,
     quantizer_sites,
     read_activations,
-    set_groups,
-    set_pair,
+    set_site_ranges,
+    site_ranges,
 )
-from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelQuantizer
+from mpqdm_fx.graph.quantizers import DynamicQuantizer
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.passes.quantize.round_weights import install_codes
-from mpqdm_fx.records.activations import ActivationRange
 from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.records.report import QuantizationReport
 
@@ -52,7 +51,7 @@ class Student(nn.Module):
         self,
         graph_module: fx.GraphModule,
         layers: Mapping[str, TrainableLayer],
-        ranges: Mapping[tuple[str, str], TrainableRange],
+        ranges: Mapping[tuple[str, str], TrainableRange | TrainableLevels],
     ) -> None:
         super().__init__()
         self.graph_module = graph_module
@@ -135,10 +134,12 @@ def _base(
     return cell_base(codes.flatten(1), scale, weight, planned.bits_tensor(), tables)
 
 
-def _install_ranges(graph_module: fx.GraphModule) -> dict[tuple[str, str], TrainableRange]:
+def _install_ranges(
+    graph_module: fx.GraphModule,
+) -> dict[tuple[str, str], TrainableRange | TrainableLevels]:
     """Replace every activation quantizer, in place; those with one key share a module."""
     sites = list(quantizer_sites(graph_module).values())
-    ranges: dict[tuple[str, str], TrainableRange] = {}
+    ranges: dict[tuple[str, str], TrainableRange | TrainableLevels] = {}
     for site in sites:
         if site.kind == "dynamic":
             module = graph_module.get_submodule(str(site.node.target))
@@ -147,8 +148,10 @@ def _install_ranges(graph_module: fx.GraphModule) -> dict[tuple[str, str], Train
                 graph_module, str(site.node.target), DynamicRange(module.bits, module.axes)
             )
             continue
-        activation = ranges.setdefault(site.key, TrainableRange(_ranges_of(graph_module, site)))
-        if site.kind == "timestep":
+        fixed = site_ranges(graph_module, site.node)
+        assert fixed is not None
+        activation = ranges.setdefault(site.key, trainable_range(fixed))
+        if site.node is site.result:
             replace_module(graph_module, str(site.node.target), activation)
         else:
             _replace_pair(graph_module, site, activation)
@@ -158,17 +161,8 @@ def _install_ranges(graph_module: fx.GraphModule) -> dict[tuple[str, str], Train
     return ranges
 
 
-def _ranges_of(graph_module: fx.GraphModule, site: QuantizerSite) -> tuple[ActivationRange, ...]:
-    if site.kind == "timestep":
-        module = graph_module.get_submodule(str(site.node.target))
-        assert isinstance(module, NoiseLevelQuantizer)
-        return module.ranges
-    scale, zero_point = qdq_parameters(site.node)[:2]
-    return (ActivationRange(scale=scale, zero_point=zero_point, bits=site.bits),)
-
-
 def _replace_pair(
-    graph_module: fx.GraphModule, site: QuantizerSite, module: TrainableRange
+    graph_module: fx.GraphModule, site: QuantizerSite, module: TrainableRange | TrainableLevels
 ) -> None:
     layer, side = site.key
     target = free_name(graph_module, f"{_FOLDER}.{layer.replace('.', '_')}_{side}")
@@ -205,11 +199,7 @@ def freeze(student: Student, quantized: QuantizedModel) -> QuantizedModel:
     for site in quantizer_sites(fitted).values():
         if site.kind == "dynamic":
             continue
-        ranges = student.ranges[site.key].frozen()
-        if site.kind == "timestep":
-            set_groups(fitted, site.node, ranges)
-        else:
-            set_pair(site.node, ranges[0].scale, ranges[0].zero_point)
+        set_site_ranges(fitted, site.node, student.ranges[site.key].frozen())
     fitted.recompile()
     report = _without_errors(quantized.report)
     return quantized.with_graph(rounded, ranges=read_activations(fitted), report=report)

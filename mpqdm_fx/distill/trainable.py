@@ -2,8 +2,8 @@
 
 Trained are the parts that cost nothing at run time: low-rank factors that are merged before the
 weight is rounded (QALoRA, EfficientDM, arXiv 2310.03270, section 3.2), the step of every channel,
-the levels of fitted tables, biases, and the ranges of activations (one set for each group of noise
-levels, EfficientDM's TALSQ). Codes are legal at every moment: each forward chooses them anew.
+the levels of fitted tables, biases, and the ranges of activations (`trainable_ranges`). Codes are
+legal at every moment: each forward chooses them anew.
 
 Rows of codebooks, and rows of -8..7 (`"int4"`), have tables; the others have the uniform levels.
 """
@@ -15,31 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mpqdm_fx.graph.quantizers import ActivationQuantizer
 from mpqdm_fx.numerics.halves import fits_half
 from mpqdm_fx.numerics.levels.grids import MAX_BITS, snap
 from mpqdm_fx.numerics.levels.level_sets import LEVEL_SETS
 from mpqdm_fx.numerics.solve.stochastic import stochastic_codes
 from mpqdm_fx.numerics.training.straight_through import (
-    fake_quantize_affine,
-    fake_quantize_dynamic_ste,
     round_half_ste,
     round_scale_ste,
     round_ste,
     table_values,
     values_of_codes,
 )
-from mpqdm_fx.records.activations import ActivationRange
 from mpqdm_fx.records.plan import LayerPlan
 
-__all__ = [
-    "DynamicRange",
-    "FrozenLayer",
-    "TrainableLayer",
-    "TrainableRange",
-    "cell_base",
-    "row_tables",
-]
+__all__ = ["FrozenLayer", "TrainableLayer", "cell_base", "row_tables"]
 
 # Shares of a cell's half width: how near to the border a weight may start.
 _INSIDE = 0.9
@@ -257,78 +246,3 @@ def cell_base(
         low, high = exact[row] - below[place], exact[row] + above[place]
         result[row] = ratio[row].clamp(low, high) * scale[row]
     return result
-
-
-class TrainableRange(ActivationQuantizer):
-    """A fixed activation quantizer whose step and zero point are trained, for each group.
-
-    Args:
-        ranges: Range of each group of noise levels; one for a static quantizer.
-    """
-
-    start_scale: Tensor
-    start_zero: Tensor
-
-    def __init__(self, ranges: tuple[ActivationRange, ...]) -> None:
-        super().__init__()
-        self.bits = ranges[0].bits
-        self.quant_min, self.quant_max = ranges[0].quant_min, ranges[0].quant_max
-        scales = torch.tensor([activation.scale for activation in ranges], dtype=torch.float32)
-        zeros = torch.tensor([float(activation.zero_point) for activation in ranges])
-        self.register_buffer("start_scale", scales, persistent=False)
-        self.register_buffer("start_zero", zeros, persistent=False)
-        self.log_scale = nn.Parameter(torch.zeros(len(ranges)))
-        self.shift = nn.Parameter(torch.zeros(len(ranges)))
-
-    @property
-    def scale(self) -> Tensor:
-        """Step of each group [G], float32."""
-        return self.start_scale * self.log_scale.exp()
-
-    @property
-    def zero_point(self) -> Tensor:
-        """Code of 0 in each group [G], whole numbers in float32."""
-        return round_ste((self.start_zero + self.shift).clamp(self.quant_min, self.quant_max))
-
-    def forward(self, x: Tensor, group: Tensor | None = None) -> Tensor:
-        """Round x; with `group` [B] each sample by the range of its group."""
-        scale, zero_point = self.scale, self.zero_point
-        if group is not None:
-            repeats = x.shape[0] // group.shape[0]
-            shape = (-1, *[1] * (x.dim() - 1))
-            scale = scale[group].repeat_interleave(repeats).reshape(shape)
-            zero_point = zero_point[group].repeat_interleave(repeats).reshape(shape)
-        return fake_quantize_affine(x, scale, zero_point, self.quant_min, self.quant_max)
-
-    @torch.no_grad()
-    def hold(self) -> None:
-        """Bring zero points back among the codes: beyond them they would have no gradient."""
-        self.shift.clamp_(self.quant_min - self.start_zero, self.quant_max - self.start_zero)
-
-    def roughness(self) -> Tensor:
-        """Squared steps between neighbouring groups of how far ranges moved; 0 for one group."""
-        moved = self.log_scale.diff().square().sum() + (self.shift.diff() / 16).square().sum()
-        return moved
-
-    @torch.no_grad()
-    def frozen(self) -> tuple[ActivationRange, ...]:
-        """The ranges as they are now."""
-        pairs = zip(self.scale.tolist(), self.zero_point.tolist(), strict=True)
-        return tuple(ActivationRange(scale=s, zero_point=int(z), bits=self.bits) for s, z in pairs)
-
-
-class DynamicRange(ActivationQuantizer):
-    """A `DynamicQuantizer` that gradients pass through; it has nothing to train.
-
-    Args:
-        bits: Width of the codes.
-        axes: See `DynamicQuantizer`.
-    """
-
-    def __init__(self, bits: int, axes: int | tuple[int, ...]) -> None:
-        super().__init__()
-        self.bits, self.axes = bits, axes
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Round x."""
-        return fake_quantize_dynamic_ste(x, self.bits, self.axes)

@@ -19,10 +19,11 @@ from mpqdm_fx.graph.layers import WEIGHT_LAYERS, called_module, is_pointwise
 from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.qdq import is_dequantize, is_quantize, qdq_parameters
 from mpqdm_fx.graph.quantizers import (
+    FIXED_QUANTIZERS,
     ActivationQuantizer,
     DynamicQuantizer,
     NoiseLevelGroups,
-    NoiseLevelQuantizer,
+    fixed_quantizer,
 )
 from mpqdm_fx.records.activations import (
     Activation,
@@ -42,8 +43,8 @@ __all__ = [
     "quantizer_sites",
     "read_activations",
     "row_axes",
-    "set_groups",
-    "set_pair",
+    "set_site_ranges",
+    "site_ranges",
 ]
 
 _FOLDER = "activation_quantizers"
@@ -54,7 +55,8 @@ class QuantizerSite:
     """One activation quantizer of a graph.
 
     Attributes:
-        node: The quantize node of a pair, or the call of a quantizer module.
+        node: The quantize node of a pair, or the call of a quantizer module (a range by noise
+            level, a range of the moment, or fitted levels).
         kind: `"static"`, `"timestep"` or `"dynamic"`. A dynamic quantizer has no range to set.
         value: Node that it reads: the value that is quantized.
         result: Node that has the quantized value: the dequantize node of a pair, else `node`.
@@ -103,10 +105,13 @@ def _site(graph_module: fx.GraphModule, node: fx.Node) -> QuantizerSite | None:
         low, high = qdq_parameters(node)[2:4]
         bits = (high - low + 1).bit_length() - 1
     else:
-        module = called_module(graph_module, node, NoiseLevelQuantizer, DynamicQuantizer)
+        module = called_module(graph_module, node, *FIXED_QUANTIZERS, DynamicQuantizer)
         if module is None:
             return None
-        kind = "timestep" if isinstance(module, NoiseLevelQuantizer) else "dynamic"
+        if isinstance(module, DynamicQuantizer):
+            kind = "dynamic"
+        elif len(node.args) > 1:
+            kind = "timestep"
         bits = int(module.bits)  # type: ignore[arg-type]
     value = node.args[0]
     assert isinstance(value, fx.Node)
@@ -126,55 +131,64 @@ def _is_layer_call(graph_module: fx.GraphModule, node: object) -> bool:
     return called_module(graph_module, node, *WEIGHT_LAYERS) is not None
 
 
-def set_pair(quantize: fx.Node, scale: float, zero_point: int) -> None:
-    """Give a static pair another range, in place; its width stays.
+def site_ranges(graph_module: fx.GraphModule, node: object) -> tuple[ActivationRange, ...] | None:
+    """Ranges of a fixed quantizer: one, or one for each group of noise levels.
 
     Args:
-        quantize: The quantize node of the pair.
-        scale: Step size; stored as float32, as every backend does.
-        zero_point: Code of the value 0.
+        graph_module: The node's graph.
+        node: Any node.
 
-    Raises:
-        DialectError: The node does not quantize.
-        ConfigError: The range is impossible.
+    Returns:
+        None of what is no fixed quantizer.
     """
-    if not is_quantize(quantize):
-        raise DialectError(
-            f"{quantize.name} ({quantize.target}) is no quantize node of a q/dq pair"
-        )
-    low, high = qdq_parameters(quantize)[2:4]
-    exact = float(torch.tensor(scale, dtype=torch.float32))
-    ActivationRange(scale=exact, zero_point=zero_point, bits=(high - low + 1).bit_length() - 1)
-    for node in (quantize, *(user for user in quantize.users if is_dequantize(user))):
-        node.update_arg(1, exact)
-        node.update_arg(2, zero_point)
+    module = called_module(graph_module, node, *FIXED_QUANTIZERS)
+    if module is not None:
+        ranges: tuple[ActivationRange, ...] = module.ranges  # type: ignore[assignment]
+        return ranges
+    if isinstance(node, fx.Node) and (is_quantize(node) or is_dequantize(node)):
+        scale, zero_point, low, high = qdq_parameters(node)[:4]
+        bits = (high - low + 1).bit_length() - 1
+        return (ActivationRange(scale=scale, zero_point=zero_point, bits=bits),)
+    return None
 
 
-def set_groups(
+def set_site_ranges(
     graph_module: fx.GraphModule, node: fx.Node, ranges: Sequence[ActivationRange]
 ) -> None:
-    """Give a quantizer by noise level other ranges: a new module takes the old one's place.
+    """Give a fixed quantizer other ranges, in place; its width and kind stay.
 
     Args:
         graph_module: The node's graph, edited in place.
-        node: A call of a `NoiseLevelQuantizer`.
-        ranges: Range of each group, of the width of the quantizer.
+        node: The quantize node of a pair, or the call of a module with fixed ranges.
+        ranges: Range of each group of noise levels, or the one range; scales are stored as float32,
+            as every backend does.
 
     Raises:
-        DialectError: The node calls no such module, or the number of groups or the width differs.
+        DialectError: The node is no fixed quantizer, or the number of ranges, their width, or
+            whether they have fitted levels differs.
     """
-    module = called_module(graph_module, node, NoiseLevelQuantizer)
-    if not isinstance(module, NoiseLevelQuantizer):
-        raise DialectError(f"{node.name} ({node.target}) is no quantizer by noise level")
-    if len(ranges) != len(module.scales) or {r.bits for r in ranges} != {module.bits}:
+    old = site_ranges(graph_module, node)
+    if old is None:
+        raise DialectError(f"{node.name} ({node.target}) is no quantizer with a fixed range")
+    if len(ranges) != len(old) or {(r.bits, bool(r.levels)) for r in ranges} != {
+        (r.bits, bool(r.levels)) for r in old
+    }:
         raise DialectError(
-            f"{node.target}: it has {len(module.scales)} groups of {module.bits} bits, and the new "
-            f"ranges are {len(ranges)} of {sorted({r.bits for r in ranges})} bits"
+            f"{node.target}: it has {_told(old)}, and the new ranges are {_told(ranges)}"
         )
-    new = NoiseLevelQuantizer(
-        [chosen.scale for chosen in ranges], [chosen.zero_point for chosen in ranges], module.bits
-    )
-    replace_module(graph_module, str(node.target), new)
+    if not is_quantize(node):
+        replace_module(graph_module, str(node.target), fixed_quantizer(ranges))
+        return
+    exact = float(torch.tensor(ranges[0].scale, dtype=torch.float32))
+    for each in (node, *(user for user in node.users if is_dequantize(user))):
+        each.update_arg(1, exact)
+        each.update_arg(2, ranges[0].zero_point)
+
+
+def _told(ranges: Sequence[ActivationRange]) -> str:
+    bits = ", ".join(map(str, sorted({chosen.bits for chosen in ranges})))
+    fitted = " with fitted levels" if any(chosen.levels for chosen in ranges) else ""
+    return f"{len(ranges)} of {bits} bits{fitted}"
 
 
 def read_activations(graph_module: fx.GraphModule) -> dict[str, Activation]:
@@ -205,26 +219,14 @@ def _activation_of(graph_module: fx.GraphModule, call: fx.Node) -> Activation | 
     dynamic = called_module(graph_module, call.args[0], DynamicQuantizer)
     if isinstance(dynamic, DynamicQuantizer):
         return DynamicActivation(bits=dynamic.bits)
-    read = _ranges(graph_module, call.args[0])
-    written = next(filter(None, (_ranges(graph_module, user) for user in call.users)), None)
+    read = site_ranges(graph_module, call.args[0])
+    written = next(filter(None, (site_ranges(graph_module, user) for user in call.users)), None)
     if read is None or written is None:
         return None
     count = max(len(read), len(written))
     pairs = zip(_repeated(read, count), _repeated(written, count), strict=True)
     groups = tuple(StaticActivation(input=i, output=o) for i, o in pairs)
     return groups[0] if count == 1 else TimestepActivation(groups=groups)
-
-
-def _ranges(graph_module: fx.GraphModule, node: object) -> tuple[ActivationRange, ...] | None:
-    """Ranges of a fixed quantizer: one, or one for each group."""
-    module = called_module(graph_module, node, NoiseLevelQuantizer)
-    if isinstance(module, NoiseLevelQuantizer):
-        return module.ranges
-    if isinstance(node, fx.Node) and (is_quantize(node) or is_dequantize(node)):
-        scale, zero_point, low, high = qdq_parameters(node)[:4]
-        bits = (high - low + 1).bit_length() - 1
-        return (ActivationRange(scale=scale, zero_point=zero_point, bits=bits),)
-    return None
 
 
 def _repeated(ranges: tuple[ActivationRange, ...], count: int) -> tuple[ActivationRange, ...]:

@@ -4,16 +4,26 @@ A static range needs no module: it is a pair of `quantized_decomposed` ops (`gra
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.numerics.activations.codebook import fake_quantize_levels
 from mpqdm_fx.numerics.activations.dynamic import fake_quantize_dynamic
 from mpqdm_fx.records.activations import ActivationRange, NoiseLevels
 from mpqdm_fx.records.validation import Bits, check_value
 
-__all__ = ["ActivationQuantizer", "DynamicQuantizer", "NoiseLevelGroups", "NoiseLevelQuantizer"]
+__all__ = [
+    "FIXED_QUANTIZERS",
+    "ActivationQuantizer",
+    "CodebookQuantizer",
+    "DynamicQuantizer",
+    "NoiseLevelGroups",
+    "NoiseLevelQuantizer",
+    "fixed_quantizer",
+]
 
 
 class ActivationQuantizer(nn.Module):
@@ -152,3 +162,84 @@ class NoiseLevelQuantizer(ActivationQuantizer):
     def extra_repr(self) -> str:
         """Settings, for print."""
         return f"bits={self.bits}, groups={len(self.scales)}"
+
+
+class CodebookQuantizer(ActivationQuantizer):
+    """Rounds to fitted levels, fixed: of the whole tensor, or of each sample's noise levels.
+
+    Args:
+        ranges: One range, or one for each group of noise levels; all of one width, with levels.
+
+    Raises:
+        ConfigError: A range has no levels, or the widths differ.
+    """
+
+    scales: Tensor
+    levels: Tensor
+
+    def __init__(self, ranges: Sequence[ActivationRange]) -> None:
+        super().__init__()
+        if len({chosen.bits for chosen in ranges}) != 1 or not all(r.levels for r in ranges):
+            raise ConfigError("fitted levels need one width, and levels in every range")
+        self.bits = ranges[0].bits
+        self.counts = [len(chosen.levels) for chosen in ranges]
+        # the last level repeated: it changes nothing
+        rows = [[*r.levels, *[r.levels[-1]] * ((1 << r.bits) - len(r.levels))] for r in ranges]
+        self.register_buffer("levels", torch.tensor(rows, dtype=torch.float32))
+        scales = torch.tensor([chosen.scale for chosen in ranges], dtype=torch.float32)
+        self.register_buffer("scales", scales)
+
+    @property
+    def ranges(self) -> tuple[ActivationRange, ...]:
+        """Range of each group, or the only one."""
+        rows = zip(self.scales.tolist(), self.levels.tolist(), self.counts, strict=True)
+        return tuple(
+            ActivationRange(
+                scale=scale, zero_point=0, bits=self.bits, levels=tuple(map(int, levels[:count]))
+            )
+            for scale, levels, count in rows
+        )
+
+    def forward(self, x: Tensor, group: Tensor | None = None) -> Tensor:
+        """Round x; with `group`, each sample by the levels of its group.
+
+        Args:
+            x: Float [n * B, ...], computed in float32; see `NoiseLevelQuantizer.forward`.
+            group: int64 [B], or [1] for all samples alike.
+
+        Returns:
+            Shape and dtype of x.
+        """
+        if group is None:
+            rows: Any = slice(0, 1)
+        else:  # one table serves all rows
+            rows = group.repeat_interleave(x.shape[0] // len(group)) if len(group) > 1 else group
+        rounded = fake_quantize_levels(x, self.scales[rows], self.levels[rows])
+        # x keeps its memory layout, on which later sums depend
+        return torch.empty_like(x).copy_(rounded)
+
+    def extra_repr(self) -> str:
+        """Settings, for print."""
+        return f"bits={self.bits}, groups={len(self.scales)}"
+
+
+FIXED_QUANTIZERS = (NoiseLevelQuantizer, CodebookQuantizer)
+"""Modules whose ranges are fixed beforehand; both have `ranges`."""
+
+
+def fixed_quantizer(ranges: Sequence[ActivationRange]) -> NoiseLevelQuantizer | CodebookQuantizer:
+    """The module that rounds by ranges of groups of noise levels, or by fitted levels.
+
+    Args:
+        ranges: One for each group, of one width.
+
+    Raises:
+        ConfigError: Some have fitted levels and others none, or the widths differ.
+    """
+    if any(chosen.levels for chosen in ranges):
+        return CodebookQuantizer(ranges)
+    return NoiseLevelQuantizer(
+        [chosen.scale for chosen in ranges],
+        [chosen.zero_point for chosen in ranges],
+        ranges[0].bits,
+    )

@@ -13,6 +13,8 @@ __all__ = ["distill_command", "export_command", "quantize_command", "typed"]
 #: Settings that have an option, and the option.
 _OPTIONS: Mapping[str, str] = {
     "activation_bits": "--activations",
+    "activation_allocation": "--activation-allocation",
+    "activation_levels": "--activation-levels",
     "slowdown": "--slowdown",
     "allocation": "--allocation",
     "effective_bits": "--effective-bits",

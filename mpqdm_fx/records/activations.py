@@ -24,6 +24,7 @@ from pydantic import Discriminator, Tag
 from torch import Tensor
 
 from mpqdm_fx.errors import CalibrationError, ConfigError, LoweringError
+from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS, MAX_BITS
 from mpqdm_fx.records.config import MAX_TIMESTEP_GROUPS, ActivationMode
 from mpqdm_fx.records.validation import Between, Bits, Positive, check_fields, check_value
 
@@ -48,6 +49,11 @@ logger = logging.getLogger(__name__)
 Side = Literal["input", "output"]
 """What a weight layer reads, and what it writes."""
 
+_EVEN = {
+    bits: tuple(range(-(1 << (bits - 1)), 1 << (bits - 1))) if bits <= CODEBOOK_MAX_BITS else ()
+    for bits in range(1, MAX_BITS + 1)
+}  # levels that are still to be fitted, by width
+
 OUTPUT_BITS = 8
 """Bits of what a layer writes: a static integer kernel writes int8, whatever width it reads."""
 
@@ -60,18 +66,33 @@ class ActivationRange:
         scale: Positive step size.
         zero_point: Code of the value 0, within `quant_min..quant_max`.
         bits: Width; codes run from `-2**(bits-1)` to `2**(bits-1) - 1` in an int8.
+        levels: Fitted levels, ascending, in place of evenly spaced codes: `value = scale * level`,
+            and the zero point is 0. A code is the place of a level. None of them: evenly spaced.
     """
 
     scale: Positive
     zero_point: Annotated[int, Between(-128, 127)]
     bits: Bits = 8
+    levels: tuple[Annotated[int, Between(-127, 127)], ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, "activation range: ")
+        if self.levels:
+            self._check_levels()
         if not self.quant_min <= self.zero_point <= self.quant_max:
             raise ConfigError(
                 f"zero_point {self.zero_point} is outside {self.quant_min}..{self.quant_max}"
             )
+
+    def _check_levels(self) -> None:
+        if self.bits > CODEBOOK_MAX_BITS or len(self.levels) > 1 << self.bits or self.zero_point:
+            raise ConfigError(
+                f"{len(self.levels)} fitted levels, {self.bits} bits, zero_point "
+                f"{self.zero_point}: fitted levels have at most {CODEBOOK_MAX_BITS} bits, no more "
+                f"levels than codes, and the zero_point 0"
+            )
+        if not all(a < b for a, b in itertools.pairwise(self.levels)):
+            raise ConfigError(f"fitted levels {self.levels} are not ascending")
 
     @property
     def quant_min(self) -> int:
@@ -273,6 +294,7 @@ def placeholder_activations(
     *,
     output_bits: int = OUTPUT_BITS,
     groups: int = 1,
+    fitted: bool = False,
 ) -> dict[str, Activation]:
     """Activations of the right kind and widths whose ranges are still to be found.
 
@@ -281,6 +303,7 @@ def placeholder_activations(
         mode: Kind of quantization.
         output_bits: Width of the outputs.
         groups: Groups of noise levels, for the mode `"timestep"`.
+        fitted: Whether inputs of at most 4 bits get fitted levels where their ranges are fixed.
 
     Returns:
         Activation by layer, every scale 1 and every zero point 0; nothing in the mode `"float"`.
@@ -291,7 +314,9 @@ def placeholder_activations(
         return {name: DynamicActivation(bits=bits) for name, bits in widths.items()}
     pairs = {
         name: StaticActivation(
-            input=ActivationRange(scale=1.0, zero_point=0, bits=bits),
+            input=ActivationRange(
+                scale=1.0, zero_point=0, bits=bits, levels=_EVEN[bits] if fitted else ()
+            ),
             output=ActivationRange(scale=1.0, zero_point=0, bits=output_bits),
         )
         for name, bits in widths.items()
@@ -322,8 +347,18 @@ def static_ranges(ranges: Mapping[str, Activation], backend: str) -> dict[str, S
                 f'only; quantize with activation_mode="static", {door}or keep the model in packed '
                 f'form (backend="packed")'
             )
+        _refuse_levels(name, activation, backend)
         static[name] = activation
     return static
+
+
+def _refuse_levels(name: str, activation: KernelActivation, backend: str) -> None:
+    if isinstance(activation, StaticActivation) and activation.input.levels:
+        raise LoweringError(
+            f"{name}: its input has fitted levels, but {backend} runs evenly spaced codes only; "
+            f'quantize with activation_bits=8, or with activation_levels="uniform", or keep the '
+            f'model in packed form (backend="packed")'
+        )
 
 
 def kernel_activations(
@@ -346,5 +381,6 @@ def kernel_activations(
                 f'ranges and ranges chosen at run time; quantize with activation_mode="static" or '
                 f'"dynamic", or keep the model in packed form (backend="packed")'
             )
+        _refuse_levels(name, activation, backend)
         activations[name] = activation
     return activations

@@ -16,6 +16,8 @@ from mpqdm_fx.records.validation import Between, Bits, Bytes, Count, Seed, check
 
 __all__ = [
     "MAX_TIMESTEP_GROUPS",
+    "ActivationAllocation",
+    "ActivationLevels",
     "ActivationMode",
     "Allocation",
     "Levels",
@@ -30,6 +32,8 @@ Allocation = Literal["measured", "omq", "uniform"]
 Rounding = Literal["nearest", "gptq"]
 Levels = Literal["uniform", "codebook", "int4"]
 RowWeighting = Literal["output", "plain"]
+ActivationAllocation = Literal["measured", "uniform"]
+ActivationLevels = Literal["codebook", "uniform"]
 ActivationMode = Literal["measured", "static", "timestep", "dynamic", "float"]
 
 MAX_TIMESTEP_GROUPS = 64
@@ -154,6 +158,11 @@ class MPQConfig:
             `noise_argument`, whatever that is; `"dynamic"`: computed at run time, per sample for
             convolutions, per row for linear layers and per pixel for 1x1 convolutions, what
             XNNPACK runs too; `"float"`: weights alone are quantized.
+        activation_allocation: `"measured"` gives each input a width of its own, so that the average
+            over all elements that layers read is `activation_bits`, by what its rounding does to
+            the model's output; `"uniform"` gives all the same. Without effect at 8 bits.
+        activation_levels: `"codebook"` fits 2^b int8 values for each input of at most 4 bits whose
+            range is fixed; `"uniform"`: evenly spaced codes.
         timestep_groups: Groups of noise levels, 1..64, for `activation_mode="timestep"`.
         noise_argument: The model's argument that tells noise levels, a number per sample: sigma,
             log-SNR, a time in 0..1, a timestep. Statistics, ranges by noise level and reports go
@@ -183,6 +192,8 @@ class MPQConfig:
     split_skips: bool = True
     activation_mode: ActivationMode = "static"
     slowdown: Annotated[float, Between(1, 100)] = 1.1
+    activation_allocation: ActivationAllocation = "measured"
+    activation_levels: ActivationLevels = "codebook"
     timestep_groups: Annotated[int, Between(1, MAX_TIMESTEP_GROUPS)] = 5
     noise_argument: str | None = None
 
@@ -209,11 +220,26 @@ class MPQConfig:
         return None
 
     def activation_bits_of(self, name: str) -> int:
-        """Bits of the input of the layer called `name`."""
+        """Bits of the input of the layer called `name`, where they are not measured."""
+        return self.own_activation_bits(name) or self.activation_bits
+
+    def own_activation_bits(self, name: str) -> int | None:
+        """Bits of its input that an override gives the layer called `name`; None for none."""
         for rule in reversed(self.rules):
             if rule.activation_bits is not None and rule.matches(name):
                 return rule.activation_bits
-        return self.activation_bits
+        return None
+
+    @property
+    def measures_widths(self) -> bool:
+        """Whether the width of each input is chosen by what its rounding costs."""
+        narrow = self.activation_bits < 8 and self.activation_mode != "float"
+        return narrow and self.activation_allocation == "measured"
+
+    @property
+    def fits_activation_levels(self) -> bool:
+        """Whether inputs of at most 4 bits get fitted levels where their ranges are fixed."""
+        return self.activation_levels == "codebook"
 
     @property
     def narrowest_activation_bits(self) -> int:

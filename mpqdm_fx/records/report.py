@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mpqdm_fx.io.schema import Count, Name, Ratio, Shape, Whole
 from mpqdm_fx.numerics.metrics import ratio_db
+from mpqdm_fx.records.validation import Bits
 
 __all__ = ["ActivationChoice", "ActivationKind", "Judgement", "LayerReport", "QuantizationReport"]
 
 _Amount = Annotated[float, Field(ge=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 
-ActivationKind = Literal["float", "static", "dynamic"]
+ActivationKind = Literal["float", "static", "timestep", "dynamic"]
 """How the input of a layer may be quantized."""
 
 
@@ -27,6 +28,7 @@ class ActivationChoice:
     Attributes:
         layers: Layers that share the input, in graph order.
         kind: What was chosen.
+        bits: Width of its codes; of no meaning where the input stays in float.
         exponent: How far the channels are brought to one size before (`passes.ScaleInputs`).
         quantized_cost: Squared error of the model's output from this input alone, over the output's
             energy, if it is quantized as it is.
@@ -36,6 +38,7 @@ class ActivationChoice:
 
     layers: Annotated[tuple[Name, ...], Field(min_length=1)]
     kind: ActivationKind
+    bits: Bits = 8
     exponent: _Share
     quantized_cost: _Amount
     cost: _Amount
@@ -47,7 +50,8 @@ class ActivationChoice:
         if self.kind == "float":
             return "float"
         scaled = {0.0: "", 0.5: ", channels nearer", 1.0: ", channels alike"}
-        return f"{self.kind}{scaled.get(self.exponent, '')}"
+        width = "" if self.bits == 8 else f", {self.bits} bits"
+        return f"{self.kind}{width}{scaled.get(self.exponent, '')}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.records.report import ActivationKind
 from mpqdm_fx.run.cost import node_cost, products, shape_at
 
-__all__ = ["InputOption", "layer_time", "other_time", "weight_bytes"]
+__all__ = ["InputOption", "elements", "layer_time", "other_time", "weight_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,13 @@ class InputOption:
 
     Attributes:
         kind: How it is quantized.
+        bits: Width of its codes; None for what the settings say.
         exponent: How far its channels are brought to one size before (`passes.ScaleInputs`): 0 not
             at all, 1 wholly.
     """
 
     kind: ActivationKind
+    bits: int | None = None
     exponent: float = 0.0
 
 
@@ -40,7 +42,7 @@ _INT8_PRODUCT = 0.25
 _QUANTIZE = 50  # an element that is read and rounded, or written and restored
 _ELEMENT = 40  # an element of what works element by element
 _WEIGHT_BYTE = 10  # a byte of weights that is fetched
-_BYTES: Mapping[ActivationKind, int] = {"float": 4, "static": 1, "dynamic": 1}
+_BYTES: Mapping[ActivationKind, int] = {"float": 4, "static": 1, "timestep": 1, "dynamic": 1}
 
 
 def layer_time(
@@ -57,13 +59,13 @@ def layer_time(
     total = 0.0
     for call in layer.nodes:
         multiplications = node_cost(graph_module, call, sizes)
-        read = _elements(call.args[0], sizes)
+        read = elements(call.args[0], sizes)
         if option.kind == "float":
             total += multiplications
             continue
         total += _INT8_PRODUCT * multiplications + _QUANTIZE * read
-        if option.kind == "static":
-            total += _QUANTIZE * _elements(call, sizes)
+        if option.kind != "dynamic":
+            total += _QUANTIZE * elements(call, sizes)
         if option.exponent:
             total += _ELEMENT * read
     return total + _WEIGHT_BYTE * weight_bytes(layer, option) * len(layer.nodes)
@@ -90,7 +92,13 @@ def other_time(graph_module: fx.GraphModule, sizes: _Sizes) -> float:
     return total
 
 
-def _elements(node: object, sizes: _Sizes) -> int:
+def elements(node: object, sizes: _Sizes) -> int:
+    """Numbers in a node's value.
+
+    Args:
+        node: Any node.
+        sizes: Symbols of the graph's shapes; see `cost.bind_sizes`.
+    """
     assert isinstance(node, fx.Node)
     value = node.meta.get("val")
     return torch.Size(shape_at(value, sizes)).numel() if isinstance(value, torch.Tensor) else 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpqdm_fx.bits.activation_choice import ends_in_float
+from mpqdm_fx.bits.pinning import ends_in_float
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
 from mpqdm_fx.graph.layers import weight_layers, weight_rows
 from mpqdm_fx.numerics.activations.ranges import affine_qparams

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from mpqdm_fx.bits.activation_choice import choose_activations, options_of
 from mpqdm_fx.bits.activation_costs import ActivationCosts
+from mpqdm_fx.bits.activation_widths import choose_widths
 from mpqdm_fx.bits.allocate import Limits, layer_limits
 from mpqdm_fx.bits.noise_groups import NoiseGroups
 from mpqdm_fx.bits.probed_parts import probed_parts
@@ -17,13 +18,15 @@ from mpqdm_fx.bits.row_weights import RowWeights
 from mpqdm_fx.bits.weight_costs import weight_costs
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.noise_argument import noise_levels_of
 from mpqdm_fx.passes.quantize.scale_inputs import ScaleInputs
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.plan import LayerPlan
-from mpqdm_fx.records.report import ActivationChoice, ActivationKind
+from mpqdm_fx.records.report import ActivationChoice
 from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.run.cost import bind_sizes
 from mpqdm_fx.run.speed import InputOption
+from mpqdm_fx.sweep.build_lanes import range_groups
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.measured_bits import mean_bits, measured_table, solve_budget
 from mpqdm_fx.sweep.shards import Shards
@@ -61,11 +64,6 @@ class Preparation:
             graph_module=graph_module,
         )
 
-    @property
-    def kinds(self) -> dict[str, ActivationKind]:
-        """Kind of each layer's activation, where it is measured."""
-        return {name: choice.kind for choice in self.choices for name in choice.layers}
-
 
 @dataclass(kw_only=True)
 class _Probes:
@@ -96,6 +94,18 @@ class _Probes:
     ) -> tuple[tuple[ActivationChoice, ...], dict[str, Tensor]]:
         """How each input is quantized, and the factors of those whose channels are scaled."""
         costs, energies = self._measured(options, run)
+        if self.settings.measures_widths:
+            sizes = bind_sizes(self.graph_module, self.calls[0])
+            choices = choose_widths(
+                self.graph_module,
+                costs.units,
+                costs.costs(),
+                energies.output,
+                self.settings,
+                sizes,
+                limits.skipped,
+            )
+            return choices, {}
         choices = choose_activations(
             self.graph_module,
             costs.units,
@@ -122,12 +132,14 @@ class _Probes:
         without = replace(self.settings, weight_bits=8, effective_bits=None, weight_bytes=None)
         key = (graph_fingerprint(self.graph_module), without, self.groups, tuple(options), run.half)
         if key not in self.measured:
+            levels = noise_levels_of(self.graph_module, self.calls, self.settings)
             probed = probed_parts(self.graph_module, self.calls, None, SAMPLES, self.groups)
             costs = ActivationCosts(
                 self.graph_module,
                 [part for part, _ in probed],
                 self.settings,
                 options,
+                levels=range_groups(self.graph_module, levels, self.settings),
                 max_memory=run.activation_memory,
                 half=run.half,
             )

@@ -32,13 +32,13 @@ from mpqdm_fx.graph.quantizer_sites import (
     QuantizerSite,
     quantizer_sites,
     read_activations,
-    set_groups,
-    set_pair,
+    set_site_ranges,
+    site_ranges,
 )
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.passes.quantize.round_weights import install_codes
-from mpqdm_fx.records.activations import Activation
+from mpqdm_fx.records.activations import Activation, ActivationRange
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.run.cost import bind_sizes, node_cost
@@ -146,10 +146,10 @@ class Sweep:
             [self.prepared.row_weights.groups.of_samples(call) for call in calls]
         )
         self.graph_module, self.noise_levels = two_lanes(
-            graph_module, levels, settings, limits.skipped, self.prepared.kinds
+            graph_module, levels, settings, limits.skipped, self.prepared.choices
         )
         self._sites = quantizer_sites(self.graph_module)
-        self._ranges: dict[object, Any] = {}
+        self._ranges: dict[object, tuple[ActivationRange, ...]] = {}
         self._rows: dict[object, list[CallRows]] = {}
         self._waiting = self._pending_layers()
         self._readers = readers_of_inputs(graph_module)
@@ -252,22 +252,21 @@ class Sweep:
                 layer, side = site.key
                 name = layer.removeprefix(error_lane_name(""))
                 raise CalibrationError(f"{name}, {side}: {error}") from error
-        bounds = self._ranges[key]
-        if site.kind == "static":
-            set_pair(site.node, bounds.scale, bounds.zero_point)
-        else:
-            set_groups(self.graph_module, site.node, bounds)
+        set_site_ranges(self.graph_module, site.node, self._ranges[key])
 
-    def _search_range(self, site: QuantizerSite) -> Any:
+    def _search_range(self, site: QuantizerSite) -> tuple[ActivationRange, ...]:
         values = self.shards.stream(self.walk.values(site.value))
-        seed = self.settings.seed
+        seed, old = self.settings.seed, site_ranges(self.graph_module, site.node)
+        assert old is not None
+        fitted = bool(old[0].levels)
         if site.kind == "static":
-            return search_static(values, site.bits, seed)
+            return (search_static(values, site.bits, seed, fitted=fitted),)
         assert self.noise_levels is not None
         group = site.node.args[1]
         assert isinstance(group, fx.Node)
         groups = self.shards.stream(self.walk.values(group))
-        return search_by_noise_level(values, groups, site.bits, self.noise_levels.count, seed)
+        count = self.noise_levels.count
+        return search_by_noise_level(values, groups, site.bits, count, seed, fitted=fitted)
 
     def _solve(self, twin: fx.Node, pending: _Pending) -> None:
         """Quantize one layer and install it in the quantized lane."""

@@ -141,7 +141,8 @@ def test_an_override_of_the_width_and_other_widths_leave_no_choice() -> None:
     wide = _choices(Outliers(), calls, slowdown=4.0, overrides=[rule])
     assert (wide["uneven"].kind, wide["uneven"].exponent) == ("dynamic", 0.0)
     assert wide["even"].kind == "float"
-    narrow = _choices(Outliers(), calls, slowdown=4.0, activation_bits=4)
+    alike = {"activation_bits": 4, "activation_allocation": "uniform"}
+    narrow = _choices(Outliers(), calls, slowdown=4.0, **alike)
     assert {name: choice.kind for name, choice in narrow.items()} == {
         "first": "float", "even": "dynamic", "uneven": "dynamic", "last": "dynamic",
     }  # fmt: skip

@@ -319,7 +319,11 @@ class Seen:
 
     def __init__(self, kinds=()):
         self.kinds, self.read, self.written = dict(kinds), {}, {}
-        self.finished = 0
+        self.started = self.finished = 0
+
+    def start(self, inputs):
+        assert inputs
+        self.started += 1
 
     def kind(self, call):
         return self.kinds.get(call.name, 8)
@@ -340,6 +344,7 @@ def test_a_watch_sees_the_gradient_of_what_weight_layers_alone_read():
     model, x = Readers(), torch.randn(3, 5, 6)
     watch = Seen()
     energies = output_energies(trace(model, {"x": x}), [{"x": x}], probes=1, watch=watch)
+    assert watch.started == 1
     assert watch.finished == 1  # random direction
     assert set(watch.read) == {"first", "left", "twice", "twice_1"}  # left stands for right too
     assert set(watch.written) == {"first", "left", "right", "twice", "twice_1"}

@@ -20,11 +20,21 @@ from mpqdm_fx.numerics.levels.grids import snap
 CONFIG = DistillConfig(updates=1, rank=2)
 CASES = {
     "static": {},
-    "timestep": {"activation_mode": "timestep", "timestep_groups": 3, "activation_bits": 4},
+    "timestep": {  # fitted levels
+        "activation_mode": "timestep",
+        "timestep_groups": 3,
+        "activation_bits": 4,
+        "activation_allocation": "uniform",
+    },
     "dynamic": {"activation_mode": "dynamic"},
     "uniform": {"levels": "uniform", "weight_bits": 3, "allocation": "omq"},
     # pairs that meet, one of eight bits and one of four
-    "narrow": {"activation_bits": 4},
+    "narrow": {
+        "activation_bits": 4,
+        "activation_levels": "uniform",
+        "activation_allocation": "uniform",
+    },
+    "levels": {"activation_bits": 4, "activation_allocation": "uniform"},
     "codebook": {"levels": "codebook", "weight_bits": 3, "allocation": "omq"},
     "int4": {"levels": "int4", "weight_bits": 4, "activation_mode": "dynamic"},
 }
@@ -54,7 +64,7 @@ def pair_of(name, model, calls):
     return quantized, teacher
 
 
-_RARE = ("narrow", "int4")
+_RARE = ("narrow", "levels", "int4")
 """What the other cases hold in parts: of the long matrix."""
 
 

@@ -12,12 +12,25 @@ from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.editing import infer_val
 from mpqdm_fx.graph.qdq import insert_pair, qdq_ops, quick_form
-from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelGroups, NoiseLevelQuantizer
+from mpqdm_fx.graph.quantizers import (
+    CodebookQuantizer,
+    DynamicQuantizer,
+    NoiseLevelGroups,
+    NoiseLevelQuantizer,
+    fixed_quantizer,
+)
 from mpqdm_fx.numerics.activations.dynamic import fake_quantize_dynamic
 from mpqdm_fx.numerics.activations.ranges import fake_quantize
-from mpqdm_fx.records.activations import NoiseLevels
+from mpqdm_fx.numerics.activations.codebook import fake_quantize_levels
+from mpqdm_fx.records.activations import ActivationRange, NoiseLevels
 
 SCALES, ZERO_POINTS = [0.1, 0.013, 0.5], [0, -7, 3]
+
+
+TABLES = [
+    ActivationRange(scale=scale, zero_point=0, bits=3, levels=levels)
+    for scale, levels in ((0.1, (-60, -7, 0, 7, 60)), (0.5, (-3, -1, 0, 1, 2, 3, 5, 9)))
+]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -51,10 +64,40 @@ def test_one_group_serves_all_samples(seed, group):
     assert torch.equal(module(x, torch.tensor([group])), module(x, torch.tensor([group] * 4)))
 
 
+@given(
+    seed=st.integers(0, 2**16),
+    groups=st.lists(st.integers(0, 1), min_size=1, max_size=4),
+    repeats=st.integers(1, 3),
+)
+def test_each_sample_is_rounded_to_the_levels_of_its_group(seed, groups, repeats):
+    x = values(seed, len(groups) * repeats, 3, 5)
+    module = CodebookQuantizer(TABLES)
+    got = module(x, torch.tensor(groups))
+    for index, group in enumerate(groups):
+        rows = slice(index * repeats, (index + 1) * repeats)
+        table, alone = TABLES[group], CodebookQuantizer([TABLES[group]])
+        scale, levels = torch.tensor([table.scale]), torch.tensor([table.levels]).float()
+        assert torch.equal(got[rows], fake_quantize_levels(x[rows], scale, levels))
+        assert torch.equal(got[rows], alone(x[rows]))
+    assert torch.equal(module(x, torch.tensor([1])), CodebookQuantizer(TABLES[1:])(x))
+
+
+def test_a_quantizer_of_levels_gives_its_ranges_back():
+    got = CodebookQuantizer(TABLES).ranges
+    assert [r.levels for r in got] == [r.levels for r in TABLES]
+    assert [r.scale for r in got] == torch.tensor([r.scale for r in TABLES]).tolist()
+    even = ActivationRange(scale=0.1, zero_point=0, bits=3)
+    for wrong in ([even, TABLES[0]], [TABLES[0], ActivationRange(scale=1.0, zero_point=0, bits=4)]):
+        with pytest.raises(ConfigError, match="one width"):
+            fixed_quantizer(wrong)
+
+
 def test_rounding_keeps_dtype_shape_and_memory_layout():
     x = values(0, 2, 3, 4, 5).to(torch.bfloat16).to(memory_format=torch.channels_last)
     for got in (
         NoiseLevelQuantizer(SCALES, ZERO_POINTS)(x, torch.tensor([0, 1])),
+        CodebookQuantizer(TABLES)(x, torch.tensor([0, 1])),
+        CodebookQuantizer(TABLES[:1])(x),
         DynamicQuantizer(8, 3)(x),
     ):
         assert (got.dtype, got.shape, got.stride()) == (x.dtype, x.shape, x.stride())

@@ -1,5 +1,5 @@
 import itertools
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -158,6 +158,32 @@ def test_a_backend_with_dynamic_kernels_refuses_ranges_by_noise_level_alone(acti
     message = r'conv: .*activation_mode="static" or "dynamic".*backend="packed"'
     with pytest.raises(LoweringError, match=message):
         kernel_activations({"conv": activation}, "XNNPACK")
+
+
+FITTED = ActivationRange(scale=0.5, zero_point=0, bits=2, levels=(-3, 0, 1, 7))
+
+
+def test_programs_refuse_fitted_levels_and_name_the_layer():
+    activation = StaticActivation(input=FITTED, output=ActivationRange(scale=1.0, zero_point=0))
+    for check in (static_ranges, kernel_activations):
+        with pytest.raises(LoweringError, match=r"conv: .*fitted levels.*activation_bits=8"):
+            check({"conv": activation}, "PT2E")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"levels": (0, 1, 2, 3, 4)},
+        {"levels": (1, 0)},
+        {"levels": (1, 1)},
+        {"levels": (-128, 0)},
+        {"zero_point": 1},
+        {"bits": 5},
+    ],
+)
+def test_impossible_levels_are_refused(change):
+    with pytest.raises(ConfigError, match=r"levels"):
+        replace(FITTED, **change)
 
 
 @given(layers())

@@ -25,7 +25,7 @@ from mpqdm_fx.graph.quantizer_sites import (
     insert_quantizer,
     row_axes,
 )
-from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelQuantizer
+from mpqdm_fx.graph.quantizers import FIXED_QUANTIZERS, DynamicQuantizer, fixed_quantizer
 from mpqdm_fx.passes.base import GraphPass
 from mpqdm_fx.records.activations import (
     Activation,
@@ -134,8 +134,10 @@ class QuantizeActivations(GraphPass):
     1. Layers with a `StaticActivation` get `quantized_decomposed` quantize/dequantize pairs at the
        values of `activation_sites`. An input-side pair serves the weight-layer calls of its value;
        all other users keep the float value. An output-side pair replaces all uses of the output.
-       Codes are int8, within the `bits` of the range: `-2**(bits-1)..2**(bits-1)-1`.
-    2. Layers with a `TimestepActivation` get a `NoiseLevelQuantizer` at those same values. One
+       Codes are int8, within the `bits` of the range: `-2**(bits-1)..2**(bits-1)-1`. A range with
+       fitted levels gets a `CodebookQuantizer` there.
+    2. Layers with a `TimestepActivation` get a `NoiseLevelQuantizer` (or, with fitted levels, a
+       `CodebookQuantizer`) at those same values. One
        `NoiseLevelGroups` node reads the noise levels for all of them. A value that does not
        follow the batch (a constant) cannot depend on the noise level: it gets a pair, with the
        first group's range.
@@ -185,11 +187,19 @@ class QuantizeActivations(GraphPass):
             grid = ActivationRange(scale=8.0 / 2**bits, zero_point=zero_point, bits=bits)
             return StaticActivation(input=grid, output=grid)
 
-        kinds: list[Activation] = [static(8), static(4), DynamicActivation(bits=8)]
+        table = ActivationRange(scale=0.25, zero_point=0, bits=3, levels=(-9, -3, -1, 0, 1, 4, 11))
+        fitted = StaticActivation(input=table, output=static(8).output)
+        kinds: list[Activation] = [static(8), static(4), fitted, DynamicActivation(bits=8)]
         levels = None
         if find_noise_argument(graph_module) is not None:
             levels = NoiseLevels(boundaries=(2.5, 6.0))
             kinds.append(TimestepActivation(groups=(static(8), static(8, 3), static(8, -5))))
+            other = dataclasses.replace(table, scale=0.5, levels=(-5, 0, 2, 7))
+            kinds.append(
+                TimestepActivation(
+                    groups=(fitted, dataclasses.replace(fitted, input=other), fitted)
+                )
+            )
         mixed = {name: kinds[index % len(kinds)] for index, name in enumerate(layers)}
         same = [cls(ranges=dict.fromkeys(layers, kind), noise_levels=levels) for kind in kinds]
         return (*same, cls(ranges={}), cls(ranges=mixed, noise_levels=levels))
@@ -209,8 +219,8 @@ class QuantizeActivations(GraphPass):
                     f"ranges name {name!r}, which is no convolution or linear layer of this graph; "
                     f"collect ranges on the graph that is quantized"
                 )
-        by_level = any(isinstance(a, TimestepActivation) for a in self.ranges.values())
-        if by_level and self._noise_argument(graph_module) is None:
+        is_fixed = any(isinstance(a, TimestepActivation) for a in self.ranges.values())
+        if is_fixed and self._noise_argument(graph_module) is None:
             arguments = [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]
             raise DialectError(
                 f"ranges by noise level need an argument `timestep` of shape [batch], or another "
@@ -252,14 +262,12 @@ class QuantizeActivations(GraphPass):
                 if groups is None:
                     assert self.noise_levels is not None
                     groups = insert_groups(graph_module, self.noise_levels)
-                ranges = activation.ranges(site.side)
-                module = NoiseLevelQuantizer(
-                    [chosen.scale for chosen in ranges],
-                    [chosen.zero_point for chosen in ranges],
-                    site.range.bits,
-                )
+                module = fixed_quantizer(activation.ranges(site.side))
                 name = f"{site.layer}.{site.side}"
                 restored = insert_quantizer(graph_module, module, source, name, groups)
+            elif site.range.levels:
+                module, name = fixed_quantizer([site.range]), f"{site.layer}.{site.side}"
+                restored = insert_quantizer(graph_module, module, source, name)
             else:
                 restored = insert_pair(graph_module, source, _parameters(site.range))
             for user in users:
@@ -303,15 +311,15 @@ def is_quantized_call(graph_module: fx.GraphModule, call: fx.Node) -> bool:
         call: A call with its input as `args[0]`.
     """
 
-    def by_level(node: object) -> bool:
-        return called_module(graph_module, node, NoiseLevelQuantizer) is not None
+    def is_fixed(node: object) -> bool:
+        return called_module(graph_module, node, *FIXED_QUANTIZERS) is not None
 
     source = call.args[0]
     assert isinstance(source, fx.Node)
     if called_module(graph_module, source, DynamicQuantizer) is not None:
         return True
-    reads = is_dequantize(source) or by_level(source)
-    return reads and all(is_quantize(user) or by_level(user) for user in call.users)
+    reads = is_dequantize(source) or is_fixed(source)
+    return reads and all(is_quantize(user) or is_fixed(user) for user in call.users)
 
 
 def _parameters(chosen: ActivationRange) -> tuple[Any, ...]:

@@ -14,8 +14,13 @@ from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ConfigError, DialectError
 from mpqdm_fx.graph.layers import called_module, weight_layers
 from mpqdm_fx.graph.qdq import is_dequantize, qdq_parameters
-from mpqdm_fx.graph.quantizer_sites import quantizer_sites, read_activations, set_groups, set_pair
-from mpqdm_fx.graph.quantizers import DynamicQuantizer, NoiseLevelGroups, NoiseLevelQuantizer
+from mpqdm_fx.graph.quantizer_sites import quantizer_sites, read_activations, set_site_ranges
+from mpqdm_fx.graph.quantizers import (
+    CodebookQuantizer,
+    DynamicQuantizer,
+    NoiseLevelGroups,
+    NoiseLevelQuantizer,
+)
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.records.activations import (
     ActivationRange,
@@ -74,6 +79,32 @@ def test_equal_ranges_in_all_groups_are_the_static_range_bit_for_bit(net):
     same = dict.fromkeys(NAMES, by_level(0.03, 0.03, 0.03))
     grouped = run(QuantizeActivations(ranges=same, noise_levels=LEVELS), net)
     assert torch.equal(grouped(**INPUTS), static(**INPUTS))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_levels_of_all_codes_are_the_evenly_spaced_range_but_halfway(net, groups):
+    even = ActivationRange(scale=0.03, zero_point=0, bits=4)
+    levels = replace(even, levels=tuple(range(-8, 8)))
+    fitted = StaticActivation(input=levels, output=ActivationRange(scale=0.03, zero_point=0))
+    plain = replace(fitted, input=even)
+    kinds = [a if groups == 1 else TimestepActivation(groups=(a,) * 3) for a in (fitted, plain)]
+    got, want = (
+        run(QuantizeActivations(ranges=dict.fromkeys(NAMES, a), noise_levels=LEVELS), net)
+        for a in kinds
+    )
+    assert any(called_module(got, node, CodebookQuantizer) for node in got.graph.nodes)
+    assert torch.allclose(got(**INPUTS), want(**INPUTS), atol=1e-5)
+
+
+def test_a_site_takes_ranges_of_its_own_kind_alone(net):
+    result = run(QuantizeActivations(ranges=dict.fromkeys(NAMES, layer(0.03))), net)
+    site = next(iter(quantizer_sites(result).values()))
+    fitted = ActivationRange(scale=1.0, zero_point=0, bits=4, levels=(-1, 0, 1))
+    for wrong in ([fitted], [ActivationRange(scale=1.0, zero_point=0)] * 2):
+        with pytest.raises(DialectError, match="the new ranges are"):
+            set_site_ranges(result, site.node, wrong)
+    with pytest.raises(DialectError, match="no quantizer"):
+        set_site_ranges(result, next(iter(result.graph.nodes)), [fitted])
 
 
 def test_each_sample_gets_the_static_range_of_its_noise_level(net):
@@ -193,10 +224,8 @@ def test_whole_unets_run_at_any_batch_and_change_little_at_eight_bits(unet, mode
     fine = ActivationRange(scale=16 / 256, zero_point=0)
     result = run(QuantizeActivations(ranges=ranges, noise_levels=LEVELS), graph)
     for site in quantizer_sites(result).values():
-        if site.kind == "static":
-            set_pair(site.node, fine.scale, fine.zero_point)
-        elif site.kind == "timestep":
-            set_groups(result, site.node, [fine] * LEVELS.count)
+        if site.kind != "dynamic":
+            set_site_ranges(result, site.node, [fine] * (LEVELS.count if mode == "timestep" else 1))
     result.recompile()
     want, got = graph(**inputs)[0], result(**inputs)[0]
     assert 0 < (want - got).norm() < 0.2 * want.norm()
