@@ -86,6 +86,7 @@ def choose_activations(
         ActivationChoice(
             layers=menu.layers,
             kind=menu.options[index].kind,
+            bits=settings.activation_bits_of(menu.layers[0]),  # the same for all, as units are made
             exponent=menu.options[index].exponent,
             quantized_cost=menu.plain / energy,
             cost=menu.errors[index] / energy,

@@ -102,7 +102,7 @@ class ActivationCosts:
         self._rounders: dict[tuple[str, str, InputOption], nn.Module] = {}
         with_memory = {"max_memory": max_memory, "half": half}
         self.sizes = ChannelSizes.of(graph_module, calls, self.units, **with_memory)  # type: ignore[arg-type]
-        if any(option.kind in ("static", "timestep") for option in options):
+        if any(option.is_fixed for option in options):
             self._search_ranges(graph_module, calls, settings, **with_memory)  # type: ignore[arg-type]
 
     def costs(self) -> dict[str, dict[InputOption, float]]:
@@ -200,7 +200,7 @@ class ActivationCosts:
     ) -> None:
         """Find the range of what each call reads and writes."""
         walk = Walk(graph_module, calls, progress="ranges", max_memory=max_memory, half=half)
-        fixed = [option for option in self._options if option.kind != "dynamic"]
+        fixed = [option for option in self._options if option.is_fixed]
         fitted = settings.fits_activation_levels
         groups = [self._groups_of(call) for call in calls]
 

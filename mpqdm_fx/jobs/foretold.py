@@ -85,7 +85,7 @@ def quantize_stages(
         "tracing": True,
         "recording calls": True,
         "channels": bool(options),
-        "ranges": any(option.kind == "static" for option in options),
+        "ranges": any(option.is_fixed for option in options),
         "sensitivities": bool(options) or measured or config.row_weights == "output",
         "rounding errors": measured,
         "rounding": True,

@@ -269,7 +269,9 @@ class QuantizedModel(_TracedModel):
             f"{plan.effective_bits:.2f} with all overhead",
             "channels": _shares(Counter(bits for la in plan.layers for bits in la.bits)),
             "bytes": f"{size:,} of {whole:,} in float32, {whole / max(size, 1):.1f} times less",
-            "activations": f"{settings.activation_bits} bits, {settings.activation_mode}: "
+            "activations": f"{settings.activation_bits} bits"
+            + (" on average" if settings.measures_widths else "")
+            + f", {settings.activation_mode}: "
             + _counts(_kind(self.ranges.get(layer.name)) for layer in plan.layers),
             "recipe": f"{settings.allocation} bits, {settings.rounding} rounding, "
             f"{settings.levels} levels, propagation {settings.propagation}",

@@ -35,6 +35,11 @@ class InputOption:
     bits: int | None = None
     exponent: float = 0.0
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether ranges are found beforehand."""
+        return self.kind in ("static", "timestep")
+
 
 _Sizes = Mapping[sympy.Symbol, int]
 
@@ -64,7 +69,7 @@ def layer_time(
             total += multiplications
             continue
         total += _INT8_PRODUCT * multiplications + _QUANTIZE * read
-        if option.kind != "dynamic":
+        if option.is_fixed:
             total += _QUANTIZE * elements(call, sizes)
         if option.exponent:
             total += _ELEMENT * read

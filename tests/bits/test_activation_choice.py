@@ -146,6 +146,9 @@ def test_an_override_of_the_width_and_other_widths_leave_no_choice() -> None:
     assert {name: choice.kind for name, choice in narrow.items()} == {
         "first": "float", "even": "dynamic", "uneven": "dynamic", "last": "dynamic",
     }  # fmt: skip
+    assert {choice.bits for choice in narrow.values()} == {4}
+    rule = {"pattern": "uneven", "activation_bits": 6}
+    assert _choices(Outliers(), calls, overrides=[rule], **alike)["uneven"].bits == 6
 
 
 def test_without_a_budget_nothing_is_measured() -> None:

@@ -93,6 +93,7 @@ def test_training_writes_a_folder_like_the_one_it_read(folder, tmp_path):
     assert any(not torch.equal(before.codes(name), after.codes(name)) for name in names)
 
 
+@pytest.mark.matrix
 def test_training_that_does_not_help_gives_a_copy_and_its_budget_counts_all(
     folder, tmp_path, monkeypatch
 ):

@@ -19,9 +19,9 @@ from mpqdm_fx.graph.quantizers import (
     NoiseLevelQuantizer,
     fixed_quantizer,
 )
+from mpqdm_fx.numerics.activations.codebook import fake_quantize_levels
 from mpqdm_fx.numerics.activations.dynamic import fake_quantize_dynamic
 from mpqdm_fx.numerics.activations.ranges import fake_quantize
-from mpqdm_fx.numerics.activations.codebook import fake_quantize_levels
 from mpqdm_fx.records.activations import ActivationRange, NoiseLevels
 
 SCALES, ZERO_POINTS = [0.1, 0.013, 0.5], [0, -7, 3]

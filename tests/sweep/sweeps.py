@@ -28,7 +28,13 @@ def recorded(calls: list[dict[str, Any]]) -> RecordedInputs:
 
 def settings_of(**settings: Any) -> MPQConfig:
     """Settings that make tests quick: few rows, one refinement; what the sweep made is kept."""
-    quick = {"max_rows": 256, "refinements": 1, "allocation": "uniform", "judge": False}
+    quick = {
+        "max_rows": 256,
+        "refinements": 1,
+        "allocation": "uniform",
+        "judge": False,
+        "slowdown": 1,
+    }
     return MPQConfig(**{**quick, **settings})
 
 

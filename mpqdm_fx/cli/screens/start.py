@@ -19,4 +19,5 @@ def bits_of(config: MPQConfig) -> str:
     if config.activation_mode == "float":
         return f"{weights}, float activations"
     kind = " by noise level" if config.activation_mode == "timestep" else ""
-    return f"{weights}, {config.activation_bits}-bit activations{kind}"
+    average = " on average" if config.measures_widths else ""
+    return f"{weights}, {config.activation_bits}-bit activations{average}{kind}"

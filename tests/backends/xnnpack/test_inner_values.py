@@ -79,10 +79,10 @@ def lowered(net, folder, mode):
 
 CASES = [
     pytest.param(Residual(), "static", id="residual, static"),
-    pytest.param(Residual(), "dynamic", id="residual, dynamic"),
+    pytest.param(Residual(), "dynamic", id="residual, dynamic", marks=pytest.mark.matrix),
     pytest.param(Residual(), "mixed", id="residual, mixed"),
     pytest.param(Attention(), "static", id="attention, static"),
-    pytest.param(Attention(), "dynamic", id="attention, dynamic"),
+    pytest.param(Attention(), "dynamic", id="attention, dynamic", marks=pytest.mark.matrix),
     pytest.param(SharedOutput(), "static", id="two delegates"),
     pytest.param(MovedOutput("relu"), "widened", id="relu of codes"),
     pytest.param(MovedOutput("cat"), "widened", id="concatenation of codes"),
