@@ -123,7 +123,8 @@ class TrainableLevels(ActivationQuantizer):
             rows = group.repeat_interleave(repeats)
             scale, table = scale[rows], table[rows]
         flat = x.to(torch.float32).reshape(len(table), -1)
-        return table_values(flat, scale, table).reshape(x.shape).to(x.dtype)
+        # x keeps its memory layout, on which later sums depend
+        return torch.empty_like(x).copy_(table_values(flat, scale, table).reshape(x.shape))
 
     @torch.no_grad()
     def hold(self) -> None:
