@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from small import tiny_unet
+from small import plain_unet
 from torch import nn
 from typing_in import typed
 
@@ -28,7 +28,7 @@ from mpqdm_fx.sources.sources import load_source
 def results(tmp_path_factory):
     """A model, and a folder that was quantized from it."""
     root = tmp_path_factory.mktemp("made")
-    tiny_unet().save_pretrained(root / "model")
+    plain_unet().save_pretrained(root / "model")
     DDIMScheduler().save_pretrained(root / "model" / "scheduler")
     settings = MPQConfig(weight_bits=2, allocation="uniform", refinements=0, propagation=0.0)
     quantize_job.quantize_to_folder(

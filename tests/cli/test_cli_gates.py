@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from small import tiny_unet
+from small import plain_unet
 from test_cli import run
 from typing_in import typed
 
@@ -29,7 +29,7 @@ def model_folder(tmp_path_factory):
     from diffusers import DDIMScheduler
 
     root = tmp_path_factory.mktemp("model")
-    tiny_unet().save_pretrained(root)
+    plain_unet().save_pretrained(root)
     DDIMScheduler().save_pretrained(root / "scheduler")
     return root
 

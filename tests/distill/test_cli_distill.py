@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from interruption import kill_at
-from small import tiny_unet
+from small import plain_unet
 from typer.testing import CliRunner
 
 import mpqdm_fx
@@ -27,7 +27,7 @@ SHORT = ["--trajectories", "4", "--steps", "3", "--batch-size", "4", "--samples"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    tiny_unet().save_pretrained(root / "pipeline" / "unet")
+    plain_unet().save_pretrained(root / "pipeline" / "unet")
     DDIMScheduler().save_pretrained(root / "pipeline" / "scheduler")
     index = json.dumps({"_class_name": "DDIMPipeline"})
     (root / "pipeline" / "model_index.json").write_text(index)
