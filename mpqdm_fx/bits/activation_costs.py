@@ -40,7 +40,7 @@ class _InputKey:
 
     Attributes:
         values: What they read.
-        bits: Width that an override gives; None for that of the option.
+        bits: Width that the settings give; None for that of the option.
         axes: What shares a dynamic range.
     """
 
@@ -79,11 +79,12 @@ class ActivationCosts:
         half: bool = False,
     ) -> None:
         layers = weight_layers(graph_module)
+        width = None if settings.measures_widths else settings.activation_bits
         self._layer_of = {call.name: layer for layer in layers.values() for call in layer.nodes}
         self._readers = {
             call.name: _InputKey(
                 values=value_key(graph_module, call.args[0]),
-                bits=settings.own_activation_bits(name),
+                bits=settings.own_activation_bits(name) or width,
                 axes=row_axes(layer.module),
             )
             for name, layer in layers.items()
@@ -95,7 +96,6 @@ class ActivationCosts:
         self._sums = {unit: dict.fromkeys(options, 0.0) for unit in self.units}
         self._now: dict[tuple[str, Hashable, InputOption], Tensor] = {}
         self._shown = 0
-        self._bits = settings.activation_bits
         self._levels = levels
         self._argument = find_noise_argument(graph_module, settings.noise_argument)
         self._group = torch.zeros(1, dtype=torch.int64)
@@ -121,7 +121,7 @@ class ActivationCosts:
         """Find the groups of noise levels of the samples that come."""
         if self._levels is not None and self._argument is not None:
             told = torch.as_tensor(inputs[str(self._argument.target)])
-            self._group = self._levels.group_of(told).to(told.device)
+            self._group = self._levels.group_of(told)
 
     def inputs(self, call: fx.Node, x: Tensor, gradient: Tensor, samples: int) -> None:
         """Add what rounding a value does to the output for its readers."""
@@ -171,14 +171,18 @@ class ActivationCosts:
         key = (unit, side or self._readers[call.name], option)
         self._now[key] = self._now[key] + changes if key in self._now else changes
 
-    def _width(self, reader: _InputKey, option: InputOption) -> int:
-        return reader.bits or option.bits or self._bits
+    @staticmethod
+    def _width(reader: _InputKey, option: InputOption) -> int:
+        width = reader.bits or option.bits
+        assert width is not None
+        return width
 
     def _rounded(self, value: Tensor, call: fx.Node, side: Side, option: InputOption) -> Tensor:
         group = self._group
         if option.kind == "static" or len(value) % len(group):  # a constant: the first group's
-            group = torch.zeros(1, dtype=torch.int64, device=value.device)
-        rounded: Tensor = self._rounders[call.name, side, option](value, group)
+            group = torch.zeros(1, dtype=torch.int64)
+        rounder = self._rounders[call.name, side, option].to(value.device)
+        rounded: Tensor = rounder(value, group.to(value.device))
         return rounded
 
     def _factor(self, layer: WeightLayer, option: InputOption) -> Tensor | None:
@@ -217,6 +221,7 @@ class ActivationCosts:
                 raise CalibrationError(f"{layer.name}, {side}: {error}") from error
             self._rounders[call.name, side, option] = fixed_quantizer(ranges)
 
+        searched: set[tuple[fx.Node, _InputKey]] = set()
         written: fx.Node | None = None
         for node in walk:
             if written is not None and written in walk.alive:
@@ -226,8 +231,10 @@ class ActivationCosts:
             if node.name in self._readers:
                 source, reader = node.args[0], self._readers[node.name]
                 assert isinstance(source, fx.Node)
-                for option in fixed:
-                    search(source, self._width(reader, option), "input", node, option)
+                if (source, reader) not in searched:  # the first call stands for all of them
+                    searched.add((source, reader))
+                    for option in fixed:
+                        search(source, self._width(reader, option), "input", node, option)
                 written = node
 
     def _groups_of(self, call: Mapping[str, Any]) -> Tensor:

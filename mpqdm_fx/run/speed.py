@@ -26,7 +26,7 @@ class InputOption:
 
     Attributes:
         kind: How it is quantized.
-        bits: Width of its codes; None for what the settings say.
+        bits: Width of its codes, where that is chosen; None for what the settings say.
         exponent: How far its channels are brought to one size before (`passes.ScaleInputs`): 0 not
             at all, 1 wholly.
     """
