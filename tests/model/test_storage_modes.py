@@ -62,6 +62,23 @@ def by_level():
     return quantize(TimedNet(), SETTINGS, CALLS)
 
 
+@pytest.mark.parametrize("mode", ["timestep", "static"])
+def test_widths_and_levels_of_inputs_are_kept_with_what_they_cost(tmp_path, mode):
+    settings = replace(SETTINGS, activation_bits=3, activation_mode=mode)
+    model = quantize(TimedNet(), settings, CALLS)
+    widths = {name: c.bits for c in model.report.activations for name in c.layers}
+    ranges = {n: a.groups[0] if mode == "timestep" else a for n, a in model.ranges.items()}
+    assert {name: pair.input.bits for name, pair in ranges.items()}.items() <= widths.items()
+    assert any(pair.input.levels for pair in ranges.values())
+    loaded = load(save(model, tmp_path / "model"))
+    assert loaded.ranges == model.ranges
+    assert loaded.report.activations == model.report.activations
+    call = timed_calls(1, seed=5)[0]
+    assert torch.equal(loaded(**call), model(**call))
+    with pytest.raises(LoweringError, match=r"activation_bits=8|keep the model in packed form"):
+        to_quantizer(loaded.rounded, loaded.ranges)
+
+
 def in_mode(model: QuantizedModel, mode: str) -> QuantizedModel:
     """The same weights with activations of another kind, in some range."""
     ranges = placeholder_activations(dict.fromkeys(model.ranges, 8), mode)
