@@ -64,7 +64,7 @@ def by_level():
 
 @pytest.mark.parametrize("mode", ["timestep", "static"])
 def test_widths_and_levels_of_inputs_are_kept_with_what_they_cost(tmp_path, mode):
-    settings = replace(SETTINGS, activation_bits=3, activation_mode=mode)
+    settings = replace(SETTINGS, activation_bits=3, activation_mode=mode, judge=False)
     model = quantize(TimedNet(), settings, CALLS)
     widths = {name: c.bits for c in model.report.activations for name in c.layers}
     ranges = {n: a.groups[0] if mode == "timestep" else a for n, a in model.ranges.items()}
