@@ -76,6 +76,10 @@ _PICTURES = CallingConvention(sample="hidden_states")
 _PACKED = CallingConvention(
     sample="hidden_states", time_divisor=1000.0, even_sigmas=True, packed=True
 )
+_Z_IMAGE = CallingConvention(
+    sample="x", timestep="t", time_end=1000.0, time_divisor=1000.0, negated=True,
+    even_sigmas=True, patch=2,
+)  # fmt: skip
 
 #: By class name; `convention_of` adds what the config says.
 CONVENTIONS: Mapping[str, CallingConvention] = {
@@ -87,12 +91,10 @@ CONVENTIONS: Mapping[str, CallingConvention] = {
     "QwenImageTransformer2DModel": _PACKED,
     "SD3Transformer2DModel": dataclasses.replace(_PICTURES, max_shift=1.16),
     "SanaTransformer2DModel": _PICTURES,
+    "ZImageDenoiser": _Z_IMAGE,  # what `export_pipeline` makes of it
     # takes lists, so a module around it stacks them
-    "ZImageTransformer2DModel": CallingConvention(
-        sample="x", timestep="t", time_end=1000.0, time_divisor=1000.0, negated=True,
-        even_sigmas=True, patch=2,
-    ),
-}  # fmt: skip
+    "ZImageTransformer2DModel": _Z_IMAGE,
+}
 
 
 def convention_of(class_name: str, config: Mapping[str, Any]) -> CallingConvention:

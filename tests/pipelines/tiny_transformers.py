@@ -20,6 +20,8 @@ from diffusers import (
     SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tiny_pipelines import clip_config, kl_vae, tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -29,6 +31,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -160,5 +164,48 @@ def flux(folder: Path, *, told: bool = True) -> FluxPipeline:
         tokenizer=tokens,
         text_encoder_2=t5(),
         tokenizer_2=t5_tokenizer(512),
+        transformer=transformer,
+    )
+
+
+#: As Qwen3's: an answer begins, which is empty thoughts where there are to be none.
+_TEMPLATE = (
+    "{% for message in messages %}<s>{{ message.role }} {{ message.content }}</s>{% endfor %}"
+    "<s>me {% if not enable_thinking %}<think></think>{% endif %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters without an end, and a template; padding stands behind."""
+    tokens = t5_tokenizer(1024)
+    tokens.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    tokens.chat_template = _TEMPLATE
+    return tokens
+
+
+def qwen3(model_class: Any, *, layers: int) -> Any:
+    """A language model with grouped heads."""
+    config = Qwen3Config(
+        vocab_size=32, hidden_size=T5_WIDTH, intermediate_size=32, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=12, max_position_embeddings=1024,
+    )  # fmt: skip
+    return model_class(config).eval()
+
+
+def z_image(_: Path, **scheduler: Any) -> ZImagePipeline:
+    """No layer starts at zero, nor do the tokens that fill sequences up."""
+    torch.manual_seed(14)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=T5_WIDTH, axes_dims=[4, 4, 8], axes_lens=[514, 16, 16],
+    ).eval()  # fmt: skip
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    vae = AutoencoderKL(**{**kl_vae().config, "shift_factor": 0.1, "scaling_factor": 1.5}).eval()
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+        vae=vae,
+        text_encoder=qwen3(Qwen3Model, layers=2),
+        tokenizer=chat_tokenizer(),
         transformer=transformer,
     )

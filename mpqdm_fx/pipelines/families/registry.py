@@ -16,6 +16,7 @@ from mpqdm_fx.pipelines.families.stable_diffusion import (
 )
 from mpqdm_fx.pipelines.families.stable_diffusion_3 import StableDiffusion3
 from mpqdm_fx.pipelines.families.unconditional import LatentDiffusion, PixelDiffusion
+from mpqdm_fx.pipelines.families.z_image import ZImage
 from mpqdm_fx.pipelines.loops.loop import register_loop
 
 __all__ = ["family_of", "is_supported", "register_family"]
@@ -35,6 +36,7 @@ _FAMILIES: dict[str, Family] = {
     "SanaPipeline": Sana(),
     "SanaSprintPipeline": Sana(),
     "FluxPipeline": Flux(),
+    "ZImagePipeline": ZImage(),
     "DDPMPipeline": PixelDiffusion(),
     "DDIMPipeline": PixelDiffusion(),
     "LDMPipeline": LatentDiffusion(),
