@@ -117,11 +117,11 @@ class PooledText(nn.Module):
 
 
 class PenultimateStates(nn.Module):
-    """Token numbers to the last but one hidden state, as Stable Diffusion XL is conditioned.
+    """Token numbers to the last but one hidden state, as Stable Diffusion XL and Z-Image need it.
 
     Args:
-        encoder: One of the pipeline's two encoders.
-        pooled: Whether it also gives `text_embeds`: the second encoder does.
+        encoder: One of the pipeline's encoders.
+        pooled: Whether it also gives `text_embeds`: the second encoder of XL does.
     """
 
     def __init__(self, encoder: nn.Module, *, pooled: bool) -> None:

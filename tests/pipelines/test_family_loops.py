@@ -233,27 +233,6 @@ def test_flux_steps_on_tokens(tmp_path, monkeypatch, told):
     assert np.abs(drawn - expected).max() <= TOLERANCE
 
 
-LONG = "a cat that sits on a mat and looks at a dog"
-
-
-@pytest.mark.parametrize(("guidance", "shifted"), [(0.0, False), (0.5, True)])
-def test_z_image_reads_prompts_of_any_length(tmp_path, monkeypatch, guidance, shifted):
-    options = {"use_dynamic_shifting": True} if shifted else {}
-    pipeline = tiny_transformers.z_image(tmp_path, **options)
-    sizes = [(SIDE, SIDE), (32, 16)]
-    _, runner = eager_export(
-        pipeline, tmp_path / "out", monkeypatch, steps=3, trajectories=2, sizes=sizes, split=True
-    )
-    for (height, width), prompt in zip(sizes, ("a cat", LONG), strict=True):
-        call = {"height": height, "width": width}
-        expected = diffusers_image(
-            pipeline, prompt, num_inference_steps=3, seed=3, guidance_scale=guidance,
-            negative_prompt=LONG[::-1], **call,
-        )  # fmt: skip
-        drawn = runner.sample(prompt, seed=3, guidance=guidance, negative=LONG[::-1], **call)
-        assert np.abs(drawn - expected).max() <= 2 * TOLERANCE
-
-
 OWN_LOOP = """
 from mpqdm_fx.pipelines.loops.text_to_image import TextToImage
 

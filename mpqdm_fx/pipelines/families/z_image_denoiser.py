@@ -121,16 +121,16 @@ class ZImageDenoiser(nn.Module):
                     f"a picture of {side} {name} of tokens is larger than this transformer's "
                     f"axes_lens {list(self.config['axes_lens'])}; export smaller sizes"
                 )
-        parts = []
+        parts, batch = [], start.shape[0]  # and not `len`, which fixes it
         for part in ("cosines", "sines"):
             first = nn.functional.embedding(start, self._table(part, 0))[:, None]
             down = self._table(part, 1)[:rows].repeat_interleave(columns, dim=0)
             across = self._table(part, 2)[:columns].repeat(rows, 1)
-            inside = torch.cat([down, across], dim=-1)[None].expand(len(start), -1, -1)
+            inside = torch.cat([down, across], dim=-1)[None].expand(batch, -1, -1)
             turned = torch.cat([first.expand(-1, rows * columns, -1), inside], dim=-1)
             if filling:
                 zeroth = [self._table(part, axis)[:1] for axis in (0, 1, 2)]
-                still = torch.cat(zeroth, dim=-1)[None].expand(len(start), filling, -1)
+                still = torch.cat(zeroth, dim=-1)[None].expand(batch, filling, -1)
                 turned = torch.cat([turned, still], dim=1)
             parts.append(turned)
         return torch.complex(*parts)
@@ -150,6 +150,6 @@ def _cut(x: Tensor) -> Tensor:
 
 def _joined(tokens: Tensor, rows: int, columns: int, channels: int) -> Tensor:
     """The pictures of tokens, [B, C, H, W]."""
-    cut = tokens.reshape(len(tokens), rows, columns, _PATCH, _PATCH, channels)
+    cut = tokens.reshape(tokens.shape[0], rows, columns, _PATCH, _PATCH, channels)
     joined = cut.permute(0, 5, 1, 3, 2, 4)
-    return joined.reshape(len(tokens), channels, rows * _PATCH, columns * _PATCH)
+    return joined.reshape(tokens.shape[0], channels, rows * _PATCH, columns * _PATCH)
