@@ -1,14 +1,16 @@
-"""Families whose prompts are messages to a language model: Z-Image."""
+"""Families whose prompts are messages to a language model: Z-Image and Flux.2 klein."""
 
 import numpy as np
 import pytest
 import tiny_transformers
 from eager_programs import eager_export
 from test_runner_loop import TOLERANCE, diffusers_image
+from transformers import Qwen3ForCausalLM
 
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.families.chat_template import around_prompts
 from mpqdm_fx.pipelines.layout import layout_of
+from mpqdm_fx.pipelines.runner import RunnerError
 
 SIDE = 16
 LONG = "a cat that sits on a mat and looks at a dog"
@@ -51,6 +53,38 @@ def test_pictures_larger_than_the_table_of_places_are_refused(tmp_path, monkeypa
             pipeline, tmp_path / "out", monkeypatch, steps=1, trajectories=1,
             sizes=[(16, 17 * 4)],
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_flux_2_reads_padding_too_and_guides_what_is_not_distilled(
+    tmp_path, monkeypatch, distilled
+):
+    pipeline = tiny_transformers.flux_2_klein(tmp_path, distilled=distilled)
+    pipeline.save_pretrained(tmp_path / "source")
+    sizes = [(SIDE, SIDE), (2 * SIDE, SIDE)]
+    _, runner = eager_export(
+        tmp_path / "source", tmp_path / "out", monkeypatch, steps=3, trajectories=1, sizes=sizes
+    )
+    seen = []
+    for (height, width), prompt in zip(sizes, ("a cat", LONG), strict=True):
+        call = {"height": height, "width": width}
+        expected = diffusers_image(
+            pipeline, prompt=prompt, num_inference_steps=3, seed=3, guidance_scale=3.0, **call
+        )
+        method = runner.models["denoiser.pte"]["forward"]
+        with method.register_forward_hook(lambda *_: seen.append(1)):
+            drawn = runner.sample(prompt, seed=3, guidance=3.0, **call)
+        assert np.abs(drawn - expected).max() <= 2 * TOLERANCE
+    assert len(seen) == 2 * 3 * (1 if distilled else 2)
+    with pytest.raises(RunnerError, match="takes no negative prompt"):
+        runner.sample("a cat", negative="a dog")
+
+
+def test_text_encoders_with_too_few_layers_for_flux_2_are_refused(tmp_path):
+    pipeline = tiny_transformers.flux_2_klein(tmp_path)
+    pipeline.text_encoder = tiny_transformers.qwen3(Qwen3ForCausalLM, layers=26)
+    with pytest.raises(ConfigError, match="has 26 layers, and the states behind layer 27"):
+        layout_of(pipeline)
 
 
 @pytest.mark.parametrize("thinking", [True, False])

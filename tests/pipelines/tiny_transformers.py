@@ -7,8 +7,11 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -32,6 +35,7 @@ from transformers import (
     Gemma2Model,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -208,4 +212,34 @@ def z_image(_: Path, **scheduler: Any) -> ZImagePipeline:
         text_encoder=qwen3(Qwen3Model, layers=2),
         tokenizer=chat_tokenizer(),
         transformer=transformer,
+    )
+
+
+def _squares_vae() -> AutoencoderKLFlux2:
+    """Statistics of squares of latents that are not standard."""
+    vae = AutoencoderKLFlux2(
+        latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=16,
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(vae.bn.running_mean, std=0.5)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    return vae
+
+
+def flux_2_klein(_: Path, *, distilled: bool = False) -> Flux2KleinPipeline:
+    """A language model of one layer more than are read."""
+    torch.manual_seed(15)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=3 * T5_WIDTH, timestep_guidance_channels=8,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    ).eval()  # fmt: skip
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=_squares_vae(),
+        text_encoder=qwen3(Qwen3ForCausalLM, layers=28),
+        tokenizer=chat_tokenizer(),
+        transformer=transformer,
+        is_distilled=distilled,
     )

@@ -4,6 +4,7 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.families.controlnet import StableDiffusionControlNet
 from mpqdm_fx.pipelines.families.family import Family
 from mpqdm_fx.pipelines.families.flux import Flux
+from mpqdm_fx.pipelines.families.flux_2 import Flux2
 from mpqdm_fx.pipelines.families.pixart import PixArtAlpha, PixArtSigma
 from mpqdm_fx.pipelines.families.sana import Sana
 from mpqdm_fx.pipelines.families.stable_diffusion import (
@@ -36,6 +37,7 @@ _FAMILIES: dict[str, Family] = {
     "SanaPipeline": Sana(),
     "SanaSprintPipeline": Sana(),
     "FluxPipeline": Flux(),
+    "Flux2KleinPipeline": Flux2(),
     "ZImagePipeline": ZImage(),
     "DDPMPipeline": PixelDiffusion(),
     "DDIMPipeline": PixelDiffusion(),

@@ -5,7 +5,14 @@ from typing import Any, ClassVar
 
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.families.chat_template import around_prompts
-from mpqdm_fx.pipelines.families.family import Family, Latents, denoiser_part, ready, sized_part
+from mpqdm_fx.pipelines.families.family import (
+    ONE_ENCODER,
+    Family,
+    Latents,
+    denoiser_part,
+    ready,
+    sized_part,
+)
 from mpqdm_fx.pipelines.families.z_image_denoiser import ZImageDenoiser
 from mpqdm_fx.pipelines.loops import z_image
 from mpqdm_fx.pipelines.loops.loop import Loop
@@ -21,13 +28,7 @@ class ZImage(Family):
     """A language model, a transformer with rows for the longest prompt, and a VAE's decoder."""
 
     loop: ClassVar[type[Loop]] = z_image.ZImage
-    needed: ClassVar[tuple[str, ...]] = (
-        "transformer",
-        "scheduler",
-        "text_encoder",
-        "tokenizer",
-        "vae",
-    )
+    needed: ClassVar[tuple[str, ...]] = ONE_ENCODER
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
 
     def check(self, pipeline: Any) -> None:

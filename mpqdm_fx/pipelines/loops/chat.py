@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 
 from mpqdm_fx.pipelines.loops.loop import Inputs, Loop
 from mpqdm_fx.pipelines.loops.prompted import Prompted
-from mpqdm_fx.pipelines.program_files import refusals
 
 __all__ = ["Chat"]
 
 
 class Chat(Prompted):
-    """Padding stands behind the message, so a causal encoder needs no mask of it."""
+    """One text encoder, whose tokenizer pads a message to one length."""
 
     settings: ClassVar[Mapping[str, Any]] = {
         **Loop.settings,
@@ -24,8 +23,9 @@ class Chat(Prompted):
     }
 
     def token_inputs(self, part: str, prompt: str) -> Inputs:
-        """What the text encoder gets of a prompt, int64 [1, tokens]."""
-        return {"input_ids": self.message(prompt).input_ids}
+        """What the text encoder gets of a prompt, and which of it is padding."""
+        message = self.message(prompt)
+        return {"input_ids": message.input_ids, "attention_mask": message.attention_mask}
 
     def message(self, prompt: str) -> Any:
         """Tokens of a prompt inside the template, as of `tokens`.
@@ -34,7 +34,5 @@ class Chat(Prompted):
             prompt: The prompt.
         """
         settings = self.spec.settings
-        with refusals("the tokenizer cannot read the prompt"):
-            self.spec.tokenizer("tokenizer").padding_side = "right"
         text = f"{settings['before']}{prompt}{settings['after']}"
         return self.tokens("text_encoder", text, settings["tokens"])

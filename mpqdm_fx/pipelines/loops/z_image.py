@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from mpqdm_fx.pipelines.loops.chat import Chat
 from mpqdm_fx.pipelines.loops.loop import Inputs, Request
+from mpqdm_fx.pipelines.program_files import refusals
 
 __all__ = ["ZImage"]
 
@@ -35,6 +36,16 @@ class ZImage(Chat):
             {**run, "attended": functional.pad(run["cap_attended"], (tokens, 0), value=1.0)}
             for run in super().conditions(request, generator)
         ]
+
+    def token_inputs(self, part: str, prompt: str) -> Inputs:
+        """What the text encoder gets of a prompt, int64 [1, tokens]."""
+        return {"input_ids": self.message(prompt).input_ids}
+
+    def message(self, prompt: str) -> Any:
+        """As of `Chat`; padding stands behind, so that a causal encoder needs no mask of it."""
+        with refusals("the tokenizer cannot read the prompt"):
+            self.spec.tokenizer("tokenizer").padding_side = "right"
+        return super().message(prompt)
 
     def encode(self, prompt: str) -> Inputs:
         """States of a prompt's tokens, which of the rows they are, and the picture's place.
