@@ -49,7 +49,7 @@ def pixels(runner):
         "sana",
         "flux",
         "z_image",
-        "flux_2_klein",
+        "shallow_flux_2_klein",
     ],
 )
 def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, mode):
@@ -57,7 +57,7 @@ def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, mode):
     pipeline = getattr(module, kind)(tmp_path)
     config = tiny_pipelines.cheap_settings(activation_mode=mode) if mode != "float" else None
     side = 32 if kind == "sana" else 16
-    told = ("sana", "flux", "z_image", "flux_2_klein")
+    told = ("sana", "flux", "z_image", "shallow_flux_2_klein")
     sizes = [(side, side)] if kind in told else None  # else what the pipeline draws
     export_pipeline(
         pipeline, config, tmp_path / "out", sizes=sizes, steps=3, guidance=3.0, trajectories=4
