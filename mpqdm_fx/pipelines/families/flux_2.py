@@ -94,6 +94,8 @@ class NormalizedDecoder(nn.Module):
         super().__init__()
         self.vae = vae
         deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        self.mean: Tensor
+        self.deviation: Tensor
         self.register_buffer("mean", vae.bn.running_mean.view(1, -1, 1, 1).clone())
         self.register_buffer("deviation", deviation.view(1, -1, 1, 1))
 
