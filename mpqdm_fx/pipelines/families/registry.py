@@ -44,6 +44,12 @@ _FAMILIES: dict[str, Family] = {
     "LDMPipeline": LatentDiffusion(),
 }
 
+#: Classes without a family, and why they have none.
+_WITHOUT = {
+    "StableAudioPipeline": "it makes sound, and exported folders draw pictures: sizes, run.py "
+    "and the report know nothing else",
+}
+
 
 def is_supported(name: str) -> bool:
     """Whether pipelines of a class can be exported."""
@@ -59,6 +65,11 @@ def family_of(name: str) -> Family:
     Raises:
         ConfigError: It has none; says which have one, and what else can be done.
     """
+    if name not in _FAMILIES and name in _WITHOUT:
+        raise ConfigError(
+            f"{name} cannot be exported: {_WITHOUT[name]}. The denoiser alone can be quantized: "
+            f"mpqdm_fx.quantize"
+        )
     if name not in _FAMILIES:
         raise ConfigError(
             f"{name} cannot be exported; supported are {', '.join(_FAMILIES)}. The denoiser alone "
