@@ -3,13 +3,18 @@
 import numpy as np
 import pytest
 import tiny_transformers
+import torch
 from eager_programs import eager_export
 from test_runner_loop import TOLERANCE, diffusers_image
+from torch.utils import _pytree as pytree
 from transformers import Qwen3ForCausalLM
 
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.families.chat_template import around_prompts
+from mpqdm_fx.pipelines.folder import load_part
 from mpqdm_fx.pipelines.layout import layout_of
+from mpqdm_fx.pipelines.memory import COMPONENTS, as_part
+from mpqdm_fx.pipelines.part_inputs import inputs_of
 from mpqdm_fx.pipelines.runner import RunnerError
 
 SIDE = 16
@@ -88,6 +93,26 @@ def test_text_encoders_with_too_few_layers_for_flux_2_are_refused(tmp_path):
     pipeline.text_encoder = tiny_transformers.qwen3(Qwen3ForCausalLM, layers=26)
     with pytest.raises(ConfigError, match="has 26 layers, and the states behind layer 27"):
         layout_of(pipeline)
+
+
+@pytest.mark.parametrize("kind", ["z_image", "flux_2_klein"])
+def test_float_peaks_are_measured_on_what_the_parts_are_called_with(tmp_path, kind):
+    getattr(tiny_transformers, kind)(tmp_path).save_pretrained(tmp_path)
+    inputs, _ = inputs_of(
+        tmp_path, [(SIDE, SIDE)], prompts=("a cat",), steps=1, guidance=1.0, trajectories=1,
+        batch_size=1, seed=0,
+    )  # fmt: skip
+    for name, part in inputs.layout.parts.items():
+        component = next(c for c in COMPONENTS[name] if (tmp_path / c).is_dir())
+        example = inputs.example(name, (SIDE, SIDE))
+        module = as_part(name, load_part(tmp_path, component), example)
+        with torch.no_grad():
+            expected, actual = (
+                pytree.tree_leaves(model(**example))[0] for model in (part.module, module)
+            )
+        # for a peak, one layer's states do for all that are read, and unshifted latents too
+        width = tiny_transformers.T5_WIDTH if name == "text_encoder" else expected.shape[-1]
+        assert actual.shape == (*expected.shape[:-1], width)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
