@@ -39,6 +39,8 @@ class CallingConvention:
         patch: Side of the square that is one token; None if it is not known.
         packed: Whether samples are sequences [tokens, channels], and no pictures [C, H, W].
         max_shift: Largest shift by the number of tokens where the scheduler does not say it.
+        steps_shift: Whether the shift is Flux.2's, by the numbers of tokens and steps, whatever the
+            scheduler says.
     """
 
     sample: str = "sample"
@@ -51,6 +53,7 @@ class CallingConvention:
     patch: int | None = None
     packed: bool = False
     max_shift: float = 1.15
+    steps_shift: bool = False
 
     def model_times(self, timesteps: Tensor) -> Tensor:
         """Times as the model is told them.
@@ -72,27 +75,34 @@ class CallingConvention:
         return -output if self.negated else output
 
 
+#: Slope in tokens and value at none of Flux.2's shift, for 10 and for 200 steps.
+_FEW_STEPS, _MANY_STEPS = (8.73809524e-05, 1.89833333), (0.00016927, 0.45666666)
+_LARGE = 4300  # tokens
+
 _PICTURES = CallingConvention(sample="hidden_states")
 _PACKED = CallingConvention(
     sample="hidden_states", time_divisor=1000.0, even_sigmas=True, packed=True
 )
+_Z_IMAGE = CallingConvention(
+    sample="x", timestep="t", time_end=1000.0, time_divisor=1000.0, negated=True,
+    even_sigmas=True, patch=2,
+)  # fmt: skip
 
 #: By class name; `convention_of` adds what the config says.
 CONVENTIONS: Mapping[str, CallingConvention] = {
     "AuraFlowTransformer2DModel": dataclasses.replace(_PICTURES, time_divisor=1000.0),
     "ChromaTransformer2DModel": _PACKED,
     "DiTTransformer2DModel": _PICTURES,
+    "Flux2Transformer2DModel": dataclasses.replace(_PACKED, steps_shift=True),
     "FluxTransformer2DModel": _PACKED,
     "PixArtTransformer2DModel": _PICTURES,
     "QwenImageTransformer2DModel": _PACKED,
     "SD3Transformer2DModel": dataclasses.replace(_PICTURES, max_shift=1.16),
     "SanaTransformer2DModel": _PICTURES,
+    "ZImageDenoiser": _Z_IMAGE,  # what `export_pipeline` makes of it
     # takes lists, so a module around it stacks them
-    "ZImageTransformer2DModel": CallingConvention(
-        sample="x", timestep="t", time_end=1000.0, time_divisor=1000.0, negated=True,
-        even_sigmas=True, patch=2,
-    ),
-}  # fmt: skip
+    "ZImageTransformer2DModel": _Z_IMAGE,
+}
 
 
 def convention_of(class_name: str, config: Mapping[str, Any]) -> CallingConvention:
@@ -141,20 +151,26 @@ def token_count(convention: CallingConvention, sample_shape: Sequence[int]) -> i
 
 
 def resolution_shift(
-    config: Mapping[str, Any], convention: CallingConvention, sample_shape: Sequence[int]
+    config: Mapping[str, Any],
+    convention: CallingConvention,
+    sample_shape: Sequence[int],
+    steps: int,
 ) -> float:
-    """The logarithm `mu` of a shift that grows linearly with the number of tokens.
+    """The logarithm `mu` of a shift that grows with the number of tokens.
 
     Args:
         config: Settings of the scheduler: `base_shift` at `base_image_seq_len` tokens, `max_shift`
             at `max_image_seq_len`. Those that it lacks are the pipeline's.
         convention: Of the model.
         sample_shape: Shape of one sample without the batch axis.
+        steps: Steps of the run.
 
     Raises:
         CalibrationError: The number of tokens is not known, or both of the scheduler's numbers are
             the same.
     """
+    if convention.steps_shift:
+        return _steps_shift(token_count(convention, sample_shape), steps)
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, largest = config.get("base_shift", 0.5), config.get("max_shift", convention.max_shift)
     if low == high:
@@ -165,3 +181,17 @@ def resolution_shift(
     # in this order, for the very bits of diffusers
     slope = (largest - base) / (high - low)
     return float(token_count(convention, sample_shape) * slope + (base - slope * low))
+
+
+def _steps_shift(tokens: int, steps: int) -> float:
+    """Flux.2's shift: a line in tokens for 10 steps, one for 200, and between them linear in steps.
+
+    The numbers are those that its makers fitted. Large pictures have that of 200 steps.
+    """
+    many = _MANY_STEPS[0] * tokens + _MANY_STEPS[1]
+    if tokens > _LARGE:
+        return many
+    few = _FEW_STEPS[0] * tokens + _FEW_STEPS[1]
+    # in this order, for the very bits of diffusers
+    slope = (many - few) / 190.0
+    return slope * steps + (many - 200.0 * slope)

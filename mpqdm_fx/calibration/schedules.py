@@ -44,7 +44,7 @@ def set_steps(
     config = scheduler.config
     settings: dict[str, Any] = {"device": device}
     if "mu" in accepted and config.get("use_dynamic_shifting"):
-        settings["mu"] = resolution_shift(config, convention, sample_shape)
+        settings["mu"] = resolution_shift(config, convention, sample_shape, steps)
     if convention.even_sigmas and "sigmas" in accepted and not config.get("use_flow_sigmas"):
         # in double precision, as diffusers has them
         settings["sigmas"] = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()

@@ -47,7 +47,8 @@ def measure_parts(
         logger.info("measuring %s", part.name)
         example = inputs.example(part.name, inputs.size)
         if part.stepped and programs.manifest["timesteps"] is not None:
-            example = {**example, "timestep": torch.zeros(1, dtype=torch.int64)}
+            row = inputs.layout.convention.timestep
+            example = {**example, row: torch.zeros(1, dtype=torch.int64)}
         costs[part.name] = {
             "milliseconds": _milliseconds(programs, part, inputs, example),
             "peak_memory_bytes": {

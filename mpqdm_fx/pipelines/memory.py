@@ -19,6 +19,8 @@ from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.graph.nested import tensor_leaves
 from mpqdm_fx.io.peak_memory import measured_apart, peak_rise
 from mpqdm_fx.pipelines.families.controlnet import ControlResiduals
+from mpqdm_fx.pipelines.families.flux_2 import NormalizedDecoder
+from mpqdm_fx.pipelines.families.z_image_denoiser import ZImageDenoiser
 from mpqdm_fx.pipelines.folder import load_part, part_class, read_index
 from mpqdm_fx.pipelines.parts import (
     ImageDecoder,
@@ -28,7 +30,7 @@ from mpqdm_fx.pipelines.parts import (
 )
 from mpqdm_fx.pipelines.program_files import ProgramFiles
 
-__all__ = ["COMPONENTS", "main", "nested", "part_peak"]
+__all__ = ["COMPONENTS", "as_part", "main", "nested", "part_peak"]
 
 #: Components of a pipeline that a part is made of.
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
@@ -44,6 +46,11 @@ _WRAPPERS: Mapping[str, Callable[[Any], Any]] = {
     "controlnet": ControlResiduals,
     "vae_decoder": ImageDecoder,
     "vae_encoder": ImageEncoder,
+}
+#: Of components of these classes, whatever the part.
+_OWN_WRAPPERS: Mapping[str, Callable[[Any], Any]] = {
+    "AutoencoderKLFlux2": NormalizedDecoder,
+    "ZImageTransformer2DModel": ZImageDenoiser,
 }
 
 
@@ -108,15 +115,25 @@ def main(arguments: list[str]) -> None:
             _run_program(ProgramFiles(folder), part, inputs)
         else:
             module = load_part(folder, component)
-            _wrapped(part, module, inputs)(**nested(inputs))
+            as_part(part, module, inputs)(**nested(inputs))
 
     typer.echo(peak_rise(call))
 
 
-def _wrapped(part: str, module: Any, inputs: Mapping[str, Tensor]) -> Any:
-    if part.startswith("text_encoder"):  # last hidden states or the last but one: the same memory
-        return (MaskedTextEncoder if "attention_mask" in inputs else TextEncoder)(module)
-    return _WRAPPERS.get(part, lambda model: model)(module)
+def as_part(part: str, module: Any, inputs: Mapping[str, Tensor]) -> Any:
+    """A component as a part is called.
+
+    Args:
+        part: The part's name.
+        module: The component.
+        inputs: Of one call, by dotted names.
+    """
+    if part.startswith("text_encoder"):
+        # last hidden states or inner ones: the same memory; a head's logits are much more
+        encoder = getattr(module, "base_model", module)
+        return (MaskedTextEncoder if "attention_mask" in inputs else TextEncoder)(encoder)
+    wrapper = _OWN_WRAPPERS.get(type(module).__name__, _WRAPPERS.get(part))
+    return module if wrapper is None else wrapper(module)
 
 
 def _component(folder: Path, part: str) -> str:

@@ -7,6 +7,7 @@ denoiser is the pipeline's UNet itself: layer names in settings and reports are 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from mpqdm_fx.io.tensors import hash_tensor
 __all__ = [
     "ImageDecoder",
     "ImageEncoder",
+    "InnerStates",
     "MaskedTextEncoder",
     "Part",
     "PenultimateStates",
@@ -117,11 +119,11 @@ class PooledText(nn.Module):
 
 
 class PenultimateStates(nn.Module):
-    """Token numbers to the last but one hidden state, as Stable Diffusion XL is conditioned.
+    """Token numbers to the last but one hidden state, as Stable Diffusion XL and Z-Image need it.
 
     Args:
-        encoder: One of the pipeline's two encoders.
-        pooled: Whether it also gives `text_embeds`: the second encoder does.
+        encoder: One of the pipeline's encoders.
+        pooled: Whether it also gives `text_embeds`: the second encoder of XL does.
     """
 
     def __init__(self, encoder: nn.Module, *, pooled: bool) -> None:
@@ -134,6 +136,33 @@ class PenultimateStates(nn.Module):
         output = self.encoder(input_ids=input_ids, output_hidden_states=True)
         states: Tensor = output.hidden_states[-2]
         return (states, output[0]) if self.pooled else states
+
+
+class InnerStates(nn.Module):
+    """Token numbers to the states behind inner layers side by side, as Flux.2 is conditioned.
+
+    Args:
+        encoder: A language model of transformers without a head.
+        layers: Numbers of the layers, from 1 on.
+    """
+
+    def __init__(self, encoder: Any, layers: Sequence[int]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.read = tuple(layers)
+        count = encoder.config.num_hidden_layers
+        #: Parameters that nothing is computed from.
+        self.unread = tuple(f"encoder.layers.{index}." for index in range(max(layers), count))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Encode token numbers and their mask, int64 [B, L], to float [B, L, layers * D]."""
+        states = self.encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states
+        return torch.cat([states[layer] for layer in self.read], dim=-1)
 
 
 class ImageDecoder(nn.Module):

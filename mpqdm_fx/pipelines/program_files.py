@@ -32,8 +32,8 @@ __all__ = [
 MANIFEST = "pipeline.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 FORMAT = "mpqdm_fx.pipeline"
-#: Of the manifest. Since version 5 a loop says what its settings and numbers are.
-VERSION = 5
+#: Of the manifest. Since version 6 a convention says whose shift by tokens a schedule has.
+VERSION = 6
 
 _NUMBER = (int, float)
 _TENSOR = {"name": str, "shape": [int], "dtype": str}
@@ -57,6 +57,7 @@ _SHAPE: Mapping[str, Any] = {
         "patch": (int, None),
         "packed": bool,
         "max_shift": _NUMBER,
+        "steps_shift": bool,
     },
     "defaults": {"steps": int, "guidance": _NUMBER, "numbers": dict},
     "settings": dict,

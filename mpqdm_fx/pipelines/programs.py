@@ -15,6 +15,7 @@ from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.graph.layers import replace_module, weight_layers
+from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.graph.signature import tensor_leaves
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.model.stages import in_form_of, normalized
@@ -274,7 +275,9 @@ def part_methods(
         graphs = {"forward": graph}
         if part.stepped and timesteps is not None:
             graph = tabulate_timesteps(graph, timesteps)
-            example = {**example, "timestep": torch.zeros(1, dtype=torch.int64)}
+            row = find_noise_argument(graph)
+            assert row is not None  # else there are no tables
+            example = {**example, str(row.target): torch.zeros(1, dtype=torch.int64)}
         if part.stepped:
             constant = [a for a in graph.meta["signature"].arguments if a not in part.stepped]
             graphs = split_methods(graph, {ENCODE_PROMPT: constant}, rest=DENOISE)

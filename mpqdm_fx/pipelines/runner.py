@@ -136,8 +136,8 @@ class PipelineRunner:
             negative: What not to draw; used with guidance.
             seed: Seed of the noise; the same numbers as diffusers with a CPU generator.
             steps: Steps of the scheduler; default: those of the export.
-            guidance: Weight of classifier-free guidance; up to 1 switches it off, and saves its
-                calls. Default: that of the export.
+            guidance: Weight of classifier-free guidance, as the pipeline takes it. Up to 1, for
+                Z-Image up to 0, switches it off and saves its calls. Default: that of the export.
             height: Height in pixels; height and width must be a size of the export.
             width: Width in pixels.
             image: What a picture is drawn from or into, where the pipeline takes one: uint8
@@ -321,7 +321,7 @@ def _parser(numbers: Mapping[str, Number]) -> argparse.ArgumentParser:
     parser.add_argument("--negative", help="what not to draw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--guidance", type=float, help="up to 1: off")
+    parser.add_argument("--guidance", type=float, help="up to 1 (Z-Image: 0): off")
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--image", type=Path, help="picture to start from or to paint into")

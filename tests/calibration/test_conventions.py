@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import nn
 from zoo_transformer_parts import SD3
 
@@ -80,14 +81,22 @@ def test_tokens_are_squares_of_a_picture_or_the_sequence_itself():
 def test_the_shift_goes_from_the_base_to_the_largest():
     config = {"base_image_seq_len": 10, "max_image_seq_len": 30, "base_shift": 1, "max_shift": 2}
     shifts = [
-        resolution_shift(config, CallingConvention(packed=True), (tokens, 4))
+        resolution_shift(config, CallingConvention(packed=True), (tokens, 4), 7)
         for tokens in (10, 20, 30)
     ]
     assert shifts == pytest.approx([1.0, 1.5, 2.0])
     with pytest.raises(CalibrationError, match=r"both 10; .* needs two of them"):
         resolution_shift(
-            {**config, "max_image_seq_len": 10}, CallingConvention(packed=True), (5, 4)
+            {**config, "max_image_seq_len": 10}, CallingConvention(packed=True), (5, 4), 7
         )
+
+
+@pytest.mark.parametrize("tokens", [16, 4096, 4300, 4301, 10000])
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_the_shift_of_flux_2_is_that_of_tokens_and_steps(tokens, steps):
+    convention = convention_of("Flux2Transformer2DModel", {"patch_size": 1})
+    shift = resolution_shift({"base_shift": 7.0}, convention, (tokens, 128), steps)
+    assert shift == compute_empirical_mu(tokens, steps)
 
 
 def test_a_shift_by_tokens_that_are_not_known_is_refused_with_two_ways_out():

@@ -59,9 +59,10 @@ def eager_writer(models: dict[str, Any], *, split: bool = False):
                 call = {node.target: call[node.target] for node in nodes}
             with torch.no_grad():
                 output = graph(**call)
-            if isinstance(output, dict):
+            named = type(output) is dict  # of a method, and no output of diffusers
+            if named:
                 values.update(output)
-            results = output if isinstance(output, dict) else enumerate(pytree.tree_leaves(output))
+            results = output if named else enumerate(pytree.tree_leaves(output))
             program = XnnpackProgram(
                 path=path,
                 bytes=path.stat().st_size,

@@ -48,6 +48,8 @@ def pixels(runner):
         "stable_diffusion_3",
         "sana",
         "flux",
+        "z_image",
+        "shallow_flux_2_klein",
     ],
 )
 def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, mode):
@@ -55,7 +57,8 @@ def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, mode):
     pipeline = getattr(module, kind)(tmp_path)
     config = tiny_pipelines.cheap_settings(activation_mode=mode) if mode != "float" else None
     side = 32 if kind == "sana" else 16
-    sizes = [(side, side)] if kind in ("sana", "flux") else None  # else what the pipeline draws
+    told = ("sana", "flux", "z_image", "shallow_flux_2_klein")
+    sizes = [(side, side)] if kind in told else None  # else what the pipeline draws
     export_pipeline(
         pipeline, config, tmp_path / "out", sizes=sizes, steps=3, guidance=3.0, trajectories=4
     )
@@ -65,7 +68,7 @@ def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, mode):
     runner_call, pipeline_call = pixels(runner)
     if kind in ("pixart_sigma", "sana"):
         pipeline_call = {"use_resolution_binning": False, "clean_caption": False}
-    if kind in ("pixart_sigma", "sana", "flux"):
+    if kind in ("pixart_sigma", *told):
         pipeline_call |= {"height": side, "width": side}
     expected = diffusers_image(pipeline, *prompt, num_inference_steps=3, **guided, **pipeline_call)
     actual = runner.sample(*prompt, **runner_call)

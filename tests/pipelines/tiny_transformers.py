@@ -7,8 +7,11 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -20,6 +23,8 @@ from diffusers import (
     SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tiny_pipelines import clip_config, kl_vae, tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -29,6 +34,9 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -162,3 +170,95 @@ def flux(folder: Path, *, told: bool = True) -> FluxPipeline:
         tokenizer_2=t5_tokenizer(512),
         transformer=transformer,
     )
+
+
+#: As Qwen3's: an answer begins, which is empty thoughts where there are to be none.
+_TEMPLATE = (
+    "{% for message in messages %}<s>{{ message.role }} {{ message.content }}</s>{% endfor %}"
+    "<s>me {% if not enable_thinking %}<think></think>{% endif %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters without an end, and a template; padding stands behind."""
+    tokens = t5_tokenizer(1024)
+    tokens.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    tokens.chat_template = _TEMPLATE
+    return tokens
+
+
+def qwen3(model_class: Any, *, layers: int) -> Any:
+    """A language model with grouped heads."""
+    config = Qwen3Config(
+        vocab_size=32, hidden_size=T5_WIDTH, intermediate_size=32, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=12, max_position_embeddings=1024,
+    )  # fmt: skip
+    return model_class(config).eval()
+
+
+def z_image(_: Path, **scheduler: Any) -> ZImagePipeline:
+    """No layer starts at zero, nor do the tokens that fill sequences up."""
+    torch.manual_seed(14)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=T5_WIDTH, axes_dims=[4, 4, 8], axes_lens=[514, 16, 16],
+    ).eval()  # fmt: skip
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    vae = AutoencoderKL(**{**kl_vae().config, "shift_factor": 0.1, "scaling_factor": 1.5}).eval()
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+        vae=vae,
+        text_encoder=qwen3(Qwen3Model, layers=2),
+        tokenizer=chat_tokenizer(),
+        transformer=transformer,
+    )
+
+
+def _squares_vae() -> AutoencoderKLFlux2:
+    """Statistics of squares of latents that are not standard."""
+    vae = AutoencoderKLFlux2(
+        latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=16,
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(vae.bn.running_mean, std=0.5)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    return vae
+
+
+def flux_2_klein(
+    _: Path, *, distilled: bool = False, layers: int = 28, kind: Any = Flux2KleinPipeline
+) -> Any:
+    """A language model of one layer more than are read."""
+    torch.manual_seed(15)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=3 * T5_WIDTH, timestep_guidance_channels=8,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    ).eval()  # fmt: skip
+    return kind(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=_squares_vae(),
+        text_encoder=qwen3(Qwen3ForCausalLM, layers=layers),
+        tokenizer=chat_tokenizer(),
+        transformer=transformer,
+        is_distilled=distilled,
+    )
+
+
+def shallow_flux_2_klein(folder: Path) -> Any:
+    """The states behind the first three layers are read: a program in a quarter of the time."""
+
+    def call(
+        self: Any, prompt: str, *, guidance_scale: float = 4.0,
+        text_encoder_out_layers: tuple[int, ...] = (1, 2, 3), **options: Any,
+    ) -> Any:  # fmt: skip
+        own = {
+            "guidance_scale": guidance_scale,
+            "text_encoder_out_layers": text_encoder_out_layers,
+        }
+        return Flux2KleinPipeline.__call__(self, prompt=prompt, **own, **options)
+
+    kind = type("Flux2KleinPipeline", (Flux2KleinPipeline,), {"__call__": call})
+    return flux_2_klein(folder, layers=4, kind=kind)

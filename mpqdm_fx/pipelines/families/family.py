@@ -21,6 +21,7 @@ from mpqdm_fx.pipelines.loops.loop import Loop, predicts_flow
 from mpqdm_fx.pipelines.parts import Part
 
 __all__ = [
+    "ONE_ENCODER",
     "TWO_ENCODERS",
     "Family",
     "Latents",
@@ -34,6 +35,8 @@ __all__ = [
 _USUAL_SIDE = 64  # of latents, where a model does not say
 
 
+#: Components of pipelines around a transformer that one text encoder conditions.
+ONE_ENCODER = ("transformer", "scheduler", "text_encoder", "tokenizer", "vae")
 #: Components of pipelines around a transformer that two text encoders condition.
 TWO_ENCODERS = (
     "transformer",

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.families.family import (
+    ONE_ENCODER,
     Family,
     Latents,
     denoiser_part,
@@ -25,13 +26,7 @@ class PixArtSigma(Family):
     """A T5 encoder, a transformer, and a VAE's decoder."""
 
     loop: ClassVar[type[Loop]] = PixArt
-    needed: ClassVar[tuple[str, ...]] = (
-        "transformer",
-        "scheduler",
-        "text_encoder",
-        "tokenizer",
-        "vae",
-    )
+    needed: ClassVar[tuple[str, ...]] = ONE_ENCODER
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     #: Tokens of a prompt, as the pipeline has them by default.
     tokens: ClassVar[int] = 300

@@ -4,6 +4,7 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.families.controlnet import StableDiffusionControlNet
 from mpqdm_fx.pipelines.families.family import Family
 from mpqdm_fx.pipelines.families.flux import Flux
+from mpqdm_fx.pipelines.families.flux_2 import Flux2
 from mpqdm_fx.pipelines.families.pixart import PixArtAlpha, PixArtSigma
 from mpqdm_fx.pipelines.families.sana import Sana
 from mpqdm_fx.pipelines.families.stable_diffusion import (
@@ -16,6 +17,7 @@ from mpqdm_fx.pipelines.families.stable_diffusion import (
 )
 from mpqdm_fx.pipelines.families.stable_diffusion_3 import StableDiffusion3
 from mpqdm_fx.pipelines.families.unconditional import LatentDiffusion, PixelDiffusion
+from mpqdm_fx.pipelines.families.z_image import ZImage
 from mpqdm_fx.pipelines.loops.loop import register_loop
 
 __all__ = ["family_of", "is_supported", "register_family"]
@@ -35,9 +37,17 @@ _FAMILIES: dict[str, Family] = {
     "SanaPipeline": Sana(),
     "SanaSprintPipeline": Sana(),
     "FluxPipeline": Flux(),
+    "Flux2KleinPipeline": Flux2(),
+    "ZImagePipeline": ZImage(),
     "DDPMPipeline": PixelDiffusion(),
     "DDIMPipeline": PixelDiffusion(),
     "LDMPipeline": LatentDiffusion(),
+}
+
+#: Classes without a family, and why they have none.
+_WITHOUT = {
+    "StableAudioPipeline": "it makes sound, and exported folders draw pictures: sizes, run.py "
+    "and the report know nothing else",
 }
 
 
@@ -55,6 +65,11 @@ def family_of(name: str) -> Family:
     Raises:
         ConfigError: It has none; says which have one, and what else can be done.
     """
+    if name not in _FAMILIES and name in _WITHOUT:
+        raise ConfigError(
+            f"{name} cannot be exported: {_WITHOUT[name]}. The denoiser alone can be quantized: "
+            f"mpqdm_fx.quantize"
+        )
     if name not in _FAMILIES:
         raise ConfigError(
             f"{name} cannot be exported; supported are {', '.join(_FAMILIES)}. The denoiser alone "
