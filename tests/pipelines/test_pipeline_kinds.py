@@ -1,81 +1,33 @@
 """Every kind of pipeline as real programs: quantized, lowered, drawn."""
 
-import numpy as np
 import pytest
 import tiny_pipelines
-import tiny_transformers
+from pipeline_kinds import KINDS, drawn_twice, options_of, pipeline_of
 from test_export_programs import decibels
 from test_runner_loop import diffusers_image
 
 from mpqdm_fx import export_pipeline
+from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.pipelines.runner import PipelineRunner
 
 pytestmark = [pytest.mark.matrix, pytest.mark.xnnpack]
 
 
-def pixels(runner):
-    """Inputs of the runner and of the pipeline that are neither prompt nor numbers."""
-    needs = runner.loop.needs
-    if "image" not in needs:
-        return {}, {}
-    from PIL import Image
-
-    generator = np.random.default_rng(0)
-    image = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    if "mask" not in needs:
-        return {"image": image}, {"image": Image.fromarray(image)}
-    mask = np.zeros((16, 16), np.uint8)
-    mask[3:9, 5:14] = 255
-    pictures = {"image": Image.fromarray(image), "mask_image": Image.fromarray(mask)}
-    return {"image": image, "mask": mask}, {**pictures, "height": 16, "width": 16}
-
-
 @pytest.mark.parametrize("mode", ["float", "static", "dynamic"])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "stable_diffusion_xl",
-        "inpainting",
-        "ddpm",
-        "ddim",
-        "latent_diffusion",
-        "latent_consistency",
-        "image_to_image",
-        "image_to_image_xl",
-        "instruct_pix2pix",
-        "controlnet",
-        "pixart_sigma",
-        "stable_diffusion_3",
-        "sana",
-        "flux",
-        "z_image",
-        "shallow_flux_2_klein",
-    ],
-)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "stable_diffusion"])
 def test_images_of_every_kind_are_the_pipelines(tmp_path, kind, mode):
-    module = tiny_pipelines if hasattr(tiny_pipelines, kind) else tiny_transformers
-    pipeline = getattr(module, kind)(tmp_path)
+    pipeline = pipeline_of(kind, tmp_path)
     config = tiny_pipelines.cheap_settings(activation_mode=mode) if mode != "float" else None
-    side = 32 if kind == "sana" else 16
-    told = ("sana", "flux", "z_image", "shallow_flux_2_klein")
-    sizes = [(side, side)] if kind in told else None  # else what the pipeline draws
     export_pipeline(
-        pipeline, config, tmp_path / "out", sizes=sizes, steps=3, guidance=3.0, trajectories=4
-    )
+        pipeline, config, tmp_path / "out", steps=3, guidance=3.0, trajectories=4,
+        **options_of(kind),
+    )  # fmt: skip
     runner = PipelineRunner(tmp_path / "out", verify=True)
-    prompt = [] if runner.manifest["kind"] == "unconditional" else ["a cat"]
-    guided = {"guidance_scale": 3.0} if prompt else {}
-    runner_call, pipeline_call = pixels(runner)
-    if kind in ("pixart_sigma", "sana"):
-        pipeline_call = {"use_resolution_binning": False, "clean_caption": False}
-    if kind in ("pixart_sigma", *told):
-        pipeline_call |= {"height": side, "width": side}
-    expected = diffusers_image(pipeline, *prompt, num_inference_steps=3, **guided, **pipeline_call)
-    actual = runner.sample(*prompt, **runner_call)
+    expected, actual = drawn_twice(kind, pipeline, runner)
     if mode != "float":
-        assert decibels(expected, actual) > 12
+        assert sqnr_db(expected, actual) > 12
     else:
-        assert np.abs(actual - expected).max() < 1e-3
+        assert (actual - expected).abs().max() < 1e-3
 
 
 def test_two_sizes_share_the_integers_and_draw_at_both(tmp_path):
