@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "pipelines"))
 
 from pipeline_kinds import KINDS, drawn_twice, options_of, pipeline_of
 from tiny_pipelines import cheap_settings
+from transformer_table import short_name
 
 from mpqdm_fx import export_pipeline
 from mpqdm_fx.errors import MPQError
@@ -60,19 +61,12 @@ def rows(kind: str, folder: Path) -> Iterator[str]:
 
 
 def _row(pipeline: str, part: str, program: dict[str, Any], picture: str) -> str:
-    outside = ", ".join(f"{count} {_short(op)}" for op, count in program["outside"].items())
+    outside = ", ".join(f"{count} {short_name(op)}" for op, count in program["outside"].items())
     cells = (
         pipeline, part, program["method"], program["subgraphs"], program["undelegated"],
         outside or "none", f"{program['sqnr_db']:.0f}", picture,
     )  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
-
-
-def _short(operator: str) -> str:
-    words = operator.removeprefix("aten_").removeprefix("dim_order_ops__")
-    for ending in ("_default", "_tensor", "_scalar", "_self"):
-        words = words.removesuffix(ending)
-    return "cast" if words == "to_dim_order_copy" else words
 
 
 def main() -> None:

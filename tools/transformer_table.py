@@ -57,7 +57,7 @@ class Row:
     def __str__(self) -> str:
         if self.delegates is None:
             return f"| {self.name} | - | - | {self.error} | - |"
-        operators = ", ".join(f"{n} {_short(op)}" for op, n in self.outside.items()) or "none"
+        operators = ", ".join(f"{n} {short_name(op)}" for op, n in self.outside.items()) or "none"
         total = sum(self.outside.values())
         return f"| {self.name} | {self.delegates} | {total} | {operators} | {self.sqnr_db:.0f} |"
 
@@ -94,7 +94,7 @@ def _lower(graph: Any, call: dict[str, Any], path: Path, *, quantized: bool) -> 
     return lower_xnnpack(rounded, activations, call, path)
 
 
-def _short(operator: str) -> str:
+def short_name(operator: str) -> str:
     """The operator's name as ATen has it: without prefixes and `_copy`."""
     name = operator.removeprefix("aten_").removeprefix("dim_order_ops__")
     for end in ("_default", "_tensor", "_self", "_scalar", "_int", "_copy"):
