@@ -28,12 +28,14 @@ from mpqdm_fx.model.quantized import QuantizedModel
 
 SETTINGS = ("W2A4", "W2A6", "W3A4")
 
+#: Evenly spaced codes of one width, as the published baseline has them.
+_FULL: Mapping[str, Any] = {"activation_allocation": "uniform", "activation_levels": "uniform"}
 _RTN = {
     "allocation": "uniform", "levels": "uniform", "rounding": "nearest", "refinements": 0,
-    "propagation": 0.0, "bias_correction": False,
+    "propagation": 0.0, "bias_correction": False, **_FULL,
 }  # fmt: skip
-_FULL: Mapping[str, Any] = {}
-_SHORTCUTS: Mapping[str, Any] = {"overrides": [SHORTCUTS]}
+_SHORTCUTS: Mapping[str, Any] = {"overrides": [SHORTCUTS], **_FULL}
+_INPUTS: Mapping[str, Any] = {}  # a width and levels for each input
 #: Its trained parts at our rates: its own are made for a hundred times the updates.
 _EFFICIENTDM: Mapping[str, Any] = {
     "recipe": "efficientdm", "absolute_rates": False,
@@ -55,6 +57,8 @@ RECIPES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {
     "ours, steps alike": (_FULL, {"final_share": 0.0}),
     "ours, stochastic": (_FULL, {"rounding": "stochastic"}),
     "ours, rtn start": (_RTN, {}),
+    "untrained+inputs": (_INPUTS, None),
+    "ours+inputs": (_INPUTS, {}),
     "untrained+shortcuts": (_SHORTCUTS, None),
     "ours+shortcuts": (_SHORTCUTS, {}),
 }
