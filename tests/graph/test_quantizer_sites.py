@@ -6,7 +6,7 @@ from small import Twice
 from torch import nn
 
 from mpqdm_fx.capture.trace import trace
-from mpqdm_fx.errors import ConfigError, DialectError
+from mpqdm_fx.errors import DialectError
 from mpqdm_fx.graph.editing import copy_graph_module
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.noise_argument import find_noise_argument
@@ -14,8 +14,7 @@ from mpqdm_fx.graph.quantizer_sites import (
     quantizer_sites,
     read_activations,
     row_axes,
-    set_groups,
-    set_pair,
+    set_site_ranges,
 )
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.records.activations import (
@@ -111,10 +110,7 @@ def test_a_graph_whose_ranges_are_set_equals_one_that_was_made_with_them(graph, 
     for index, site in enumerate(quantizer_sites(result).values()):
         scales = [(1 + index + g) / 100 for g in range(3 if mode == "timestep" else 1)]
         ranges = [ActivationRange(scale=s, zero_point=index, bits=site.bits) for s in scales]
-        if site.kind == "static":
-            set_pair(site.node, ranges[0].scale, ranges[0].zero_point)
-        else:
-            set_groups(result, site.node, ranges)
+        set_site_ranges(result, site.node, ranges)
         expected[site.key] = scales
     result.recompile()
     activations = read_activations(result)
@@ -133,27 +129,27 @@ def test_setting_groups_leaves_other_copies_of_the_graph_alone(graph):
     twin = copy_graph_module(result)
     before = twin(**INPUTS)
     for site in quantizer_sites(result).values():
-        set_groups(result, site.node, [ActivationRange(scale=0.5, zero_point=3)] * 3)
+        set_site_ranges(result, site.node, [ActivationRange(scale=0.5, zero_point=3)] * 3)
     assert torch.equal(twin(**INPUTS), before)
     assert not torch.equal(result(**INPUTS), before)
 
 
-def test_impossible_settings_are_refused(graph):
-    static, grouped = quantize(graph, "static"), quantize(graph, "timestep")
-    pair = next(iter(quantizer_sites(static)))
-    call = next(iter(quantizer_sites(grouped)))
+@pytest.mark.parametrize("mode", ["static", "timestep"])
+def test_a_quantizer_takes_as_many_ranges_of_its_width_and_kind_as_it_has(graph, mode):
+    result = quantize(graph, mode)
+    node, count = next(iter(quantizer_sites(result))), 3 if mode == "timestep" else 1
     wide = ActivationRange(scale=0.1, zero_point=0)
-    with pytest.raises(ConfigError, match="zero_point=200"):
-        set_pair(pair, 0.1, 200)
-    with pytest.raises(DialectError, match="no quantize node"):
-        set_pair(call, 0.1, 0)
-    with pytest.raises(DialectError, match="no quantizer by noise level"):
-        set_groups(static, pair, [wide] * 3)
-    with pytest.raises(DialectError, match="3 groups of 8 bits"):
-        set_groups(grouped, call, [wide] * 2)
     narrow = ActivationRange(scale=0.1, zero_point=0, bits=4)
-    with pytest.raises(DialectError, match=r"\[4\] bits"):
-        set_groups(grouped, call, [narrow] * 3)
+    fitted = ActivationRange(scale=0.1, zero_point=0, bits=4, levels=(-1, 0, 1))
+    for wrong, words in (
+        ([wide] * 2, "2 of 8 bits"),
+        ([narrow] * count, f"{count} of 4 bits"),
+        ([fitted] * count, f"{count} of 4 bits with fitted levels"),
+    ):
+        with pytest.raises(DialectError, match=f"has {count} of 8 bits, .* are {words}"):
+            set_site_ranges(result, node, wrong)
+    with pytest.raises(DialectError, match="no quantizer with a fixed range"):
+        set_site_ranges(result, node.args[0], [wide])
 
 
 def test_a_float_graph_has_no_sites_and_no_activations(graph):

@@ -96,17 +96,6 @@ def test_levels_of_all_codes_are_the_evenly_spaced_range_but_halfway(net, groups
     assert torch.allclose(got(**INPUTS), want(**INPUTS), atol=1e-5)
 
 
-def test_a_site_takes_ranges_of_its_own_kind_alone(net):
-    result = run(QuantizeActivations(ranges=dict.fromkeys(NAMES, layer(0.03))), net)
-    site = next(iter(quantizer_sites(result).values()))
-    fitted = ActivationRange(scale=1.0, zero_point=0, bits=4, levels=(-1, 0, 1))
-    for wrong in ([fitted], [ActivationRange(scale=1.0, zero_point=0)] * 2):
-        with pytest.raises(DialectError, match="the new ranges are"):
-            set_site_ranges(result, site.node, wrong)
-    with pytest.raises(DialectError, match="no quantizer"):
-        set_site_ranges(result, next(iter(result.graph.nodes)), [fitted])
-
-
 def test_each_sample_gets_the_static_range_of_its_noise_level(net):
     scales = (0.01, 0.05, 0.2)
     ranges = {name: by_level(*scales) for name in NAMES if name != "table"}
