@@ -67,14 +67,14 @@ def drawn_twice(kind: str, pipeline: Any, runner: Any) -> tuple[Tensor, Tensor]:
     guided = {"guidance_scale": 3.0} if prompt else {}
     asked, side = KINDS[kind].options, KINDS[kind].side
     size = {} if side is None else {"height": side, "width": side}
-    ours, theirs = _pixels(runner)
+    ours, theirs = pixels(runner)
     expected = diffusers_image(
         pipeline, *prompt, num_inference_steps=3, **guided, **size, **asked, **theirs
     )
     return torch.from_numpy(expected), torch.from_numpy(runner.sample(*prompt, **ours))
 
 
-def _pixels(runner: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def pixels(runner: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs of the runner and of the pipeline that are neither prompt nor numbers."""
     needs = runner.loop.needs
     if "image" not in needs:

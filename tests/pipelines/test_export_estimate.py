@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_pipelines
 from eager_programs import eager_export
-from test_pipeline_kinds import pixels
+from pipeline_kinds import pixels
 from test_runner_loop import diffusers_image
 from typer.testing import CliRunner
 
