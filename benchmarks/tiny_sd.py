@@ -106,7 +106,10 @@ class _Positional(nn.Module):
 
 def make_stock(directory: Path, narrower: int) -> dict[str, Any]:
     """The three programs of the public recipe."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+        XnnpackDynamicallyQuantizedPartitioner,
+        XnnpackPartitioner,
+    )
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
@@ -135,9 +138,11 @@ def make_stock(directory: Path, narrower: int) -> dict[str, Any]:
             prepared = prepare_pt2e(exported.module(), XNNPACKQuantizer().set_global(config))
             prepared(*values)
             exported = torch.export.export(convert_pt2e(prepared), values)
-        program = to_edge_transform_and_lower(
-            exported, partitioner=[XnnpackPartitioner()]
-        ).to_executorch()
+        partitioners = [XnnpackPartitioner()]
+        if name == "denoiser":
+            # by itself it ends with "Invalid partition, found dependency cycles" here
+            partitioners.insert(0, XnnpackDynamicallyQuantizedPartitioner())
+        program = to_edge_transform_and_lower(exported, partitioner=partitioners).to_executorch()
         path = directory / f"{name}.pte"
         with path.open("wb") as file:
             program.write_to_file(file)
