@@ -16,6 +16,7 @@ import captions
 import distill
 import quality
 import stranger
+import tiny_sd
 from quality import read
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
         rows, SEEDS, captions.DEFAULTS, ("default",)
     ),
     "stranger.json": stranger.table,
+    "tiny_sd.json": tiny_sd.table,
 }
 
 _MARKED = re.compile(r"(<!-- rows: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

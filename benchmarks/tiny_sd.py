@@ -275,7 +275,9 @@ def main() -> None:
             elif options.task == task:
                 path.write_text(json.dumps(_do(task, form, options), indent=1), encoding="utf-8")
     if options.task is None:
-        _print_table(options.directory, options.forms, files["run"])
+        rows = rows_of(options.directory)
+        (options.directory / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        print(table(rows))
 
 
 def _do(task: str, form: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -292,17 +294,33 @@ def _do(task: str, form: str, options: argparse.Namespace) -> dict[str, Any]:
     return {**facts, "seconds": time.perf_counter() - start, "peak_gib": peak_gib()}
 
 
-def _print_table(directory: Path, forms: list[str], run: str) -> None:
-    print("| form | MB | peak GiB | anonymous GiB | s a step | s an image | made in s |")
-    print("|---|---|---|---|---|---|---|")
-    for form in forms:
+def rows_of(directory: Path) -> dict[str, Any]:
+    """What was made and run in a directory, by `FORM, THREADS threads, INSTRUCTIONS`."""
+    rows: dict[str, Any] = {}
+    for path in sorted(directory.glob("*.run.*.json")):
+        form, _, threads, instructions, _ = path.name.split(".")
         made_of = json.loads((directory / f"{form}.make.json").read_text())
-        ran = json.loads((directory / f"{form}.{run}").read_text())
-        print(
-            f"| {form} | {made_of['bytes'] / 1e6:.0f} | {ran['peak_gib']:.2f} | "
-            f"{ran['anonymous_gib']:.2f} | {ran['step_seconds']:.2f} | "
-            f"{ran['image_seconds']:.1f} | {made_of['seconds']:.0f} |"
+        ran = json.loads(path.read_text())
+        key = f"{form}, {threads} threads, {instructions}"
+        rows[key] = {**ran, "bytes": made_of["bytes"], "made_seconds": made_of["seconds"]}
+    return rows
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """The rows, as Markdown."""
+    headings = (
+        "instructions", "threads", "form", "MB", "peak GiB", "anonymous GiB", "s a step",
+        "s an image",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    order = sorted(rows.items(), key=lambda pair: (pair[1]["instructions"], pair[1]["threads"]))
+    for key, row in order:
+        lines.append(
+            f"| {row['instructions']} | {row['threads']} | {key.partition(',')[0]} | "
+            f"{row['bytes'] / 1e6:.0f} | {row['peak_gib']:.2f} | {row['anonymous_gib']:.2f} | "
+            f"{row['step_seconds']:.2f} | {row['image_seconds']:.0f} |"
         )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
