@@ -23,7 +23,12 @@ from mpqdm_fx.graph.lanes import (
     twin_of,
 )
 from mpqdm_fx.graph.layers import called_module, replace_module, weight_layers
-from mpqdm_fx.graph.quantizers import ActivationQuantizer, DynamicQuantizer, NoiseLevelQuantizer
+from mpqdm_fx.graph.quantizers import (
+    ActivationQuantizer,
+    CodebookQuantizer,
+    DynamicQuantizer,
+    NoiseLevelQuantizer,
+)
 from mpqdm_fx.passes import CarryErrorLane, QuantizeActivations
 from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 from mpqdm_fx.testing import digest, graphs
@@ -114,7 +119,7 @@ def test_lanes_are_bit_equal_for_every_mode_of_activations():
         assert same_bits(noisy, run(source, inputs))
         called = (called_module(lanes, n, ActivationQuantizer) for n in lanes.graph.nodes)
         modules |= {type(module) for module in called if module is not None}
-    assert modules == {DynamicQuantizer, NoiseLevelQuantizer}
+    assert modules == {CodebookQuantizer, DynamicQuantizer, NoiseLevelQuantizer}
 
 
 @given(case=graphs(max_blocks=4), quantized=st.booleans())
