@@ -50,7 +50,7 @@ class ActivationChoice:
         if self.kind == "float":
             return "float"
         scaled = {0.0: "", 0.5: ", channels nearer", 1.0: ", channels alike"}
-        width = "" if self.bits == 8 else f", {self.bits} bits"
+        width = "" if self.bits == 8 else f" at {self.bits} bits"
         return f"{self.kind}{width}{scaled.get(self.exponent, '')}"
 
 
