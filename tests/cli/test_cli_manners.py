@@ -109,6 +109,8 @@ WRONG = {
     "weight_bits": 9,
     "activation_bits": 0,
     "activation_mode": "late",
+    "activation_allocation": "best",
+    "activation_levels": "odd",
     "slowdown": 0.5,
     "allocation": "best",
     "effective_bits": 0.5,
