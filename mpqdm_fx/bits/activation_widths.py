@@ -12,7 +12,8 @@ from mpqdm_fx.graph.same_values import value_key
 from mpqdm_fx.numerics.bits.knapsack import choose_options
 from mpqdm_fx.records.config import ActivationMode, MPQConfig
 from mpqdm_fx.records.report import ActivationChoice, ActivationKind
-from mpqdm_fx.run.speed import InputOption, elements
+from mpqdm_fx.run.cost import elements
+from mpqdm_fx.run.speed import InputOption
 
 __all__ = ["choose_widths", "width_options"]
 
@@ -35,7 +36,7 @@ def width_options(settings: MPQConfig) -> tuple[InputOption, ...]:
     narrowest = min(_NARROWEST, max(1, settings.activation_bits - 1))
     return tuple(
         InputOption(kind=kind, bits=bits)
-        for bits in _WIDTHS
+        for bits in sorted({*_WIDTHS, settings.activation_bits})
         if bits >= narrowest
         for kind in _KINDS[settings.activation_mode]
     )
@@ -68,11 +69,11 @@ def choose_widths(
     layers = weight_layers(graph_module)
     ends = ends_in_float(graph_module, settings.activation_mode)
     energy = energy or 1.0  # a model that writes zeros: nothing costs anything
-    menus = [
-        _menu(graph_module, [layers[name] for name in names], costs[unit], settings, sizes, ends)
-        for unit, names in units.items()
-        if not all(name in skipped for name in names)
-    ]
+    menus = []
+    for unit, names in units.items():
+        members = [layers[name] for name in names if name not in skipped]
+        if members:
+            menus.append(_menu(graph_module, members, costs[unit], settings, sizes, ends))
     free = [menu for menu in menus if len(menu.options) > 1]
     least = [min(option.bits or 0 for option in menu.options) for menu in free]
     numbers = [float(menu.elements) for menu in free]
@@ -134,10 +135,11 @@ def _menu(
     sizes: Mapping[sympy.Symbol, int],
     ends: Collection[str],
 ) -> _Menu:
+    sources = [call.args[0] for layer in layers for call in layer.nodes]
     read = {
-        value_key(graph_module, call.args[0]): elements(call.args[0], sizes)
-        for layer in layers
-        for call in layer.nodes
+        value_key(graph_module, source): elements(source, sizes)
+        for source in sources
+        if isinstance(source, fx.Node)
     }
     own = settings.own_activation_bits(layers[0].name)  # the same for all, as units are made
     options = tuple(costs)

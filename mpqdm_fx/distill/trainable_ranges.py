@@ -7,7 +7,7 @@ Fixed ranges have a set of parameters for each group of noise levels (EfficientD
 import torch
 from torch import Tensor, nn
 
-from mpqdm_fx.graph.quantizers import ActivationQuantizer
+from mpqdm_fx.graph.quantizers import ActivationQuantizer, level_table
 from mpqdm_fx.numerics.training.straight_through import (
     fake_quantize_affine,
     fake_quantize_dynamic_ste,
@@ -97,12 +97,10 @@ class TrainableLevels(ActivationQuantizer):
         super().__init__()
         self.bits = ranges[0].bits
         scales = torch.tensor([activation.scale for activation in ranges], dtype=torch.float32)
-        count = max(len(activation.levels) for activation in ranges)
-        rows = [[*r.levels, *[r.levels[-1]] * (count - len(r.levels))] for r in ranges]
         self.register_buffer("start_scale", scales, persistent=False)
-        start = torch.tensor(rows, dtype=torch.float32)
+        start = level_table(ranges)
         self.register_buffer("start_levels", start, persistent=False)
-        self.gap = float((start[:, -1] - start[:, 0]).mean()) / max(1, count - 1)
+        self.gap = float((start[:, -1] - start[:, 0]).mean()) / max(1, start.shape[1] - 1)
         self.log_scale = nn.Parameter(torch.zeros(len(ranges)))
         self.levels = nn.Parameter(start.clone())
 

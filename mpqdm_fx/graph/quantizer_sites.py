@@ -168,7 +168,7 @@ def set_site_ranges(
             whether they have fitted levels differs.
     """
     old = site_ranges(graph_module, node)
-    if old is None:
+    if old is None or is_dequantize(node):
         raise DialectError(f"{node.name} ({node.target}) is no quantizer with a fixed range")
     if len(ranges) != len(old) or {(r.bits, bool(r.levels)) for r in ranges} != {
         (r.bits, bool(r.levels)) for r in old

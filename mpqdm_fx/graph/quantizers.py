@@ -23,6 +23,7 @@ __all__ = [
     "NoiseLevelGroups",
     "NoiseLevelQuantizer",
     "fixed_quantizer",
+    "level_table",
 ]
 
 
@@ -183,9 +184,7 @@ class CodebookQuantizer(ActivationQuantizer):
             raise ConfigError("fitted levels need one width, and levels in every range")
         self.bits = ranges[0].bits
         self.counts = [len(chosen.levels) for chosen in ranges]
-        # the last level repeated: it changes nothing
-        rows = [[*r.levels, *[r.levels[-1]] * ((1 << r.bits) - len(r.levels))] for r in ranges]
-        self.register_buffer("levels", torch.tensor(rows, dtype=torch.float32))
+        self.register_buffer("levels", level_table(ranges))
         scales = torch.tensor([chosen.scale for chosen in ranges], dtype=torch.float32)
         self.register_buffer("scales", scales)
 
@@ -221,6 +220,18 @@ class CodebookQuantizer(ActivationQuantizer):
     def extra_repr(self) -> str:
         """Settings, for print."""
         return f"bits={self.bits}, groups={len(self.scales)}"
+
+
+def level_table(ranges: Sequence[ActivationRange]) -> Tensor:
+    """Fitted levels of ranges, float32 [ranges, L]; fewer than L repeat the last one.
+
+    Args:
+        ranges: Each has levels.
+    """
+    count = max(len(chosen.levels) for chosen in ranges)
+    # repeating a level changes nothing
+    rows = [[*r.levels, *[r.levels[-1]] * (count - len(r.levels))] for r in ranges]
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 FIXED_QUANTIZERS = (NoiseLevelQuantizer, CodebookQuantizer)

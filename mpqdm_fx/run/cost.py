@@ -20,6 +20,7 @@ __all__ = [
     "Sizes",
     "bind_calls",
     "bind_sizes",
+    "elements",
     "multiply_adds",
     "node_cost",
     "per_call",
@@ -157,7 +158,7 @@ def node_cost(graph_module: fx.GraphModule, node: fx.Node, sizes: Sizes | None =
     is_view = schema is not None and any(r.alias_info is not None for r in schema.returns)
     if is_view or node.target is operator.getitem:
         return 1
-    return max(1, _elements(node, binding))
+    return max(1, elements(node, binding))
 
 
 def multiply_adds(graph_module: fx.GraphModule, sizes: Sizes | None = None) -> int:
@@ -175,7 +176,13 @@ def multiply_adds(graph_module: fx.GraphModule, sizes: Sizes | None = None) -> i
     return sum(count for count in counts if count is not None)
 
 
-def _elements(node: fx.Node, sizes: Sizes) -> int:
+def elements(node: fx.Node, sizes: Sizes) -> int:
+    """Numbers in a node's value, or in its values together.
+
+    Args:
+        node: Any node.
+        sizes: Symbols of the graph's shapes; see `bind_sizes`.
+    """
     return sum(
         prod(shape_at(leaf, sizes))
         for leaf in pytree.tree_leaves(node.meta.get("val"))
@@ -198,15 +205,15 @@ def products(graph_module: fx.GraphModule, node: fx.Node, sizes: Sizes) -> int |
     if layer is not None:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        return _elements(node, sizes) * weight[0].numel()
+        return elements(node, sizes) * weight[0].numel()
     if node.target in _MATRIX_PRODUCTS:
         operand = node.args[1] if node.target in _BIAS_FIRST else node.args[0]
         shape = _shape_of(operand, sizes)
-        return _elements(node, sizes) * (shape[-1] if shape else 1)
+        return elements(node, sizes) * (shape[-1] if shape else 1)
     if node.target in _ATTENTION:
         query, key = (_shape_of(argument, sizes) for argument in node.args[:2])
         if query and key:  # scores, then their product with the values
-            return prod(query) * key[-2] + _elements(node, sizes) * key[-2]
+            return prod(query) * key[-2] + elements(node, sizes) * key[-2]
     return None
 
 

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy  # type: ignore[import-untyped]
-import torch
 from torch import fx
 
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.records.report import ActivationKind
-from mpqdm_fx.run.cost import node_cost, products, shape_at
+from mpqdm_fx.run.cost import elements, node_cost, products
 
-__all__ = ["InputOption", "elements", "layer_time", "other_time", "weight_bytes"]
+__all__ = ["InputOption", "layer_time", "other_time", "weight_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,9 @@ def layer_time(
     total = 0.0
     for call in layer.nodes:
         multiplications = node_cost(graph_module, call, sizes)
-        read = elements(call.args[0], sizes)
+        source = call.args[0]
+        assert isinstance(source, fx.Node)
+        read = elements(source, sizes)
         if option.kind == "float":
             total += multiplications
             continue
@@ -95,15 +96,3 @@ def other_time(graph_module: fx.GraphModule, sizes: _Sizes) -> float:
         else:
             total += multiplications
     return total
-
-
-def elements(node: object, sizes: _Sizes) -> int:
-    """Numbers in a node's value.
-
-    Args:
-        node: Any node.
-        sizes: Symbols of the graph's shapes; see `cost.bind_sizes`.
-    """
-    assert isinstance(node, fx.Node)
-    value = node.meta.get("val")
-    return torch.Size(shape_at(value, sizes)).numel() if isinstance(value, torch.Tensor) else 0

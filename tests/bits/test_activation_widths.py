@@ -15,7 +15,7 @@ NUMBERS = {"first": 3, "even": 16, "uneven": 16, "last": 16}
 """Elements of each input, in units of a channel."""
 
 
-def choices(model, shape, **settings):
+def choices(model, shape, skipped=(), **settings):
     generator = torch.Generator().manual_seed(0)
     calls = [{"x": torch.randn(shape, generator=generator)} for _ in range(3)]
     graph = trace(model.eval(), calls[0])
@@ -23,12 +23,14 @@ def choices(model, shape, **settings):
     costs = ActivationCosts(graph, calls, config, width_options(config))
     energies = output_energies(graph, calls, watch=costs)
     sizes = bind_sizes(graph, calls[0])
-    chosen = choose_widths(graph, costs.units, costs.costs(), energies.output, config, sizes)
+    chosen = choose_widths(
+        graph, costs.units, costs.costs(), energies.output, config, sizes, skipped
+    )
     return {name: choice for choice in chosen for name in choice.layers}
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic", "measured"])
-@pytest.mark.parametrize("bits", [2, 4, 6])
+@pytest.mark.parametrize("bits", [1, 2, 4, 6, 7])
 def test_the_average_over_elements_is_kept_and_ends_stay_in_float(mode, bits):
     chosen = choices(Outliers(), (2, 3, 16, 16), activation_mode=mode, activation_bits=bits)
     free = {name: choice for name, choice in chosen.items() if choice.kind != "float"}
@@ -57,6 +59,12 @@ def test_an_override_gives_the_width_and_takes_nothing_of_the_average():
     chosen = choices(Outliers(), (2, 3, 16, 16), activation_mode="static", overrides=[rule])
     assert chosen["even"].bits == 7
     assert chosen["uneven"].bits == 4
+
+
+def test_a_skipped_layer_gets_no_width_and_takes_none_of_the_others():
+    chosen = choices(Outliers(), (2, 3, 16, 16), ["even"], activation_mode="static")
+    assert "even" not in chosen
+    assert chosen["uneven"].bits <= 4
 
 
 def test_widths_are_measured_below_eight_bits_alone():

@@ -148,8 +148,10 @@ def test_a_quantizer_takes_as_many_ranges_of_its_width_and_kind_as_it_has(graph,
     ):
         with pytest.raises(DialectError, match=f"has {count} of 8 bits, .* are {words}"):
             set_site_ranges(result, node, wrong)
-    with pytest.raises(DialectError, match="no quantizer with a fixed range"):
-        set_site_ranges(result, node.args[0], [wide])
+    others = [node.args[0], *(user for user in node.users if mode == "static")]
+    for other in others:  # what is quantized, and what restores it
+        with pytest.raises(DialectError, match="no quantizer with a fixed range"):
+            set_site_ranges(result, other, [wide])
 
 
 def test_a_float_graph_has_no_sites_and_no_activations(graph):

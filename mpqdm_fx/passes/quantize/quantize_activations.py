@@ -219,8 +219,8 @@ class QuantizeActivations(GraphPass):
                     f"ranges name {name!r}, which is no convolution or linear layer of this graph; "
                     f"collect ranges on the graph that is quantized"
                 )
-        is_fixed = any(isinstance(a, TimestepActivation) for a in self.ranges.values())
-        if is_fixed and self._noise_argument(graph_module) is None:
+        by_level = any(isinstance(a, TimestepActivation) for a in self.ranges.values())
+        if by_level and self._noise_argument(graph_module) is None:
             arguments = [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]
             raise DialectError(
                 f"ranges by noise level need an argument `timestep` of shape [batch], or another "
