@@ -270,7 +270,7 @@ class QuantizedModel(_TracedModel):
             "channels": _shares(Counter(bits for la in plan.layers for bits in la.bits)),
             "bytes": f"{size:,} of {whole:,} in float32, {whole / max(size, 1):.1f} times less",
             "activations": f"{settings.activation_bits} bits"
-            + (" on average" if settings.measures_widths else "")
+            + (" on average" if len({c.bits for c in report.activations}) > 1 else "")
             + f", {settings.activation_mode}: "
             + _counts(_kind(self.ranges.get(layer.name)) for layer in plan.layers),
             "recipe": f"{settings.allocation} bits, {settings.rounding} rounding, "
