@@ -53,10 +53,16 @@ void quantize_run(const float* x, size_t count, float inverse_scale, float zero_
   const float least = -128.0f - zero_point, most = 127.0f - zero_point;
   for (size_t at = 0; at < count; ++at) {
     float steps = x[at] * inverse_scale;
-    steps = steps < least ? least : steps;
+    steps = steps > least ? steps : least;  // in this order NaN, too, becomes the least
     steps = steps > most ? most : steps;
     const float rounded = (steps + kRounder) - kRounder;
     codes[at] = static_cast<int8_t>(static_cast<int32_t>(rounded + zero_point));
+  }
+}
+
+void dequantize_run(const int8_t* codes, size_t count, float scale, int32_t zero_point, float* x) {
+  for (size_t at = 0; at < count; ++at) {
+    x[at] = static_cast<float>(static_cast<int32_t>(codes[at]) - zero_point) * scale;
   }
 }
 

@@ -3,12 +3,14 @@
 #include <vector>
 
 #include "parallel.h"
+#include "ranges.h"
 
 namespace mpqdm {
 namespace {
 
 constexpr size_t kFloatPixels = 64;        // summed in float before the sums go to double
 constexpr size_t kChunk = size_t{1} << 15;  // numbers of a task
+constexpr size_t kPiece = size_t{1} << 12;  // numbers that stay in the cache until they are codes
 
 // What x is multiplied by and what is added, by channel.
 struct Affine {
@@ -74,21 +76,50 @@ Affine make_affine(const std::vector<double>& moments, const float* first_pixel,
   return affine;
 }
 
+// Calls `write(affine, first, pixels)` for runs of pixels of all samples; `first` counts numbers.
+template <class Write>
+void for_chunks(const KernelSet& kernels, const float* x, const float* weight, const float* bias,
+                const GroupNormShape& shape, const Executor& executor, const Write& write) {
+  const size_t step = chunk_pixels(shape), size = shape.pixels * shape.channels;
+  for (size_t sample = 0; sample < shape.batch; ++sample) {
+    const float* start = x + sample * size;
+    const std::vector<double> moments = find_moments(kernels, start, shape, executor);
+    const Affine affine = make_affine(moments, start, weight, bias, shape);
+    parallel(executor, (shape.pixels + step - 1) / step, [&](size_t chunk) {
+      const size_t first = chunk * step;
+      write(affine, sample * size + first * shape.channels, std::min(step, shape.pixels - first));
+    });
+  }
+}
+
 }  // namespace
 
 void group_norm(const KernelSet& kernels, const float* x, const float* weight, const float* bias,
                 const GroupNormShape& shape, const Executor& executor, float* out) {
-  const size_t step = chunk_pixels(shape), size = shape.pixels * shape.channels;
-  for (size_t sample = 0; sample < shape.batch; ++sample, x += size, out += size) {
-    const std::vector<double> moments = find_moments(kernels, x, shape, executor);
-    const Affine affine = make_affine(moments, x, weight, bias, shape);
-    parallel(executor, (shape.pixels + step - 1) / step, [&](size_t chunk) {
-      const size_t first = chunk * step;
-      kernels.normalize(x + first * shape.channels, std::min(step, shape.pixels - first),
-                        shape.channels, affine.scale.data(), affine.offset.data(), shape.silu,
-                        out + first * shape.channels);
-    });
-  }
+  for_chunks(kernels, x, weight, bias, shape, executor,
+             [&](const Affine& affine, size_t first, size_t pixels) {
+               kernels.normalize(x + first, pixels, shape.channels, affine.scale.data(),
+                                 affine.offset.data(), shape.silu, out + first);
+             });
+}
+
+void group_norm_quantize_static(const KernelSet& kernels, const float* x, const float* weight,
+                                const float* bias, const GroupNormShape& shape, FixedRange range,
+                                const Executor& executor, int8_t* codes) {
+  const float inverse = inverse_of(range.scale), zero_point = static_cast<float>(range.zero_point);
+  const size_t step = std::max<size_t>(1, kPiece / shape.channels);
+  for_chunks(kernels, x, weight, bias, shape, executor,
+             [&](const Affine& affine, size_t first, size_t pixels) {
+               std::vector<float> piece(std::min(step, pixels) * shape.channels);
+               for (size_t done = 0; done < pixels; done += step) {
+                 const size_t count = std::min(step, pixels - done);
+                 const size_t at = first + done * shape.channels;
+                 kernels.normalize(x + at, count, shape.channels, affine.scale.data(),
+                                   affine.offset.data(), shape.silu, piece.data());
+                 kernels.quantize(piece.data(), count * shape.channels, inverse, zero_point,
+                                  codes + at);
+               }
+             });
 }
 
 void group_norm_quantize(const KernelSet& kernels, const float* x, const float* weight,

@@ -163,6 +163,6 @@ void multiply_avx2(const Inputs& inputs, const int8_t* first, const int8_t* seco
 
 const KernelSet kAvx2Kernels = {
     "avx2", true, kPixels, unpack_avx2, sum_avx2, multiply_avx2, store_rows,
-    extend_range, quantize_run, add_moments, normalize};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize};
 
 }  // namespace mpqdm

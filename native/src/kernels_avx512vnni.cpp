@@ -48,6 +48,6 @@ void multiply_avx512(const Inputs& inputs, const int8_t* first, const int8_t* se
 
 const KernelSet kAvx512VnniKernels = {
     "avx512vnni", true, kPixels, unpack_avx2, sum_avx2, multiply_avx512, store_rows,
-    extend_range, quantize_run, add_moments, normalize};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize};
 
 }  // namespace mpqdm

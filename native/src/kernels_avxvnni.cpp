@@ -57,6 +57,6 @@ void multiply_avxvnni(const Inputs& inputs, const int8_t* first, const int8_t* s
 
 const KernelSet kAvxVnniKernels = {
     "avxvnni", true, kPixels, unpack_avx2, sum_avx2, multiply_avxvnni, store_rows,
-    extend_range, quantize_run, add_moments, normalize};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize};
 
 }  // namespace mpqdm

@@ -60,6 +60,23 @@ CodesArguments read_codes(Call& call) {
   return read;
 }
 
+// A range that the program knows beforehand: one number each.
+FixedRange read_range(Call& call, size_t index) {
+  const Tensor* scale = call.input(index, "scale", ScalarType::Float);
+  const Tensor* zero_point = call.input(index + 1, "zero_point", ScalarType::Int);
+  if (!call.ok()) return {};
+  call.require(scale->dim() == 1 && count_of(*scale) == 1, "scale", "is not one number");
+  call.require(zero_point->dim() == 1 && count_of(*zero_point) == 1, "zero_point",
+               "is not one number");
+  if (!call.ok()) return {};
+  const FixedRange range{*scale->const_data_ptr<float>(), *zero_point->const_data_ptr<int32_t>()};
+  call.require(std::isnormal(range.scale) && range.scale > 0, "scale",
+               "is not a positive normal number");
+  call.require(range.zero_point >= -128 && range.zero_point <= 127, "zero_point",
+               "is outside -128..127");
+  return range;
+}
+
 // Reads the blob of a layer with `rows` outputs and kernels of `kernel` x `kernel`.
 Blob read_weight(Call& call, size_t index, int64_t rows, int64_t kernel) {
   Blob blob;
@@ -103,6 +120,26 @@ void quantize_mixed(Call& call) {
   quantize(best_kernels(), x->const_data_ptr<float>(), count_of(*x), parts, thread_pool_executor(),
            out.codes->mutable_data_ptr<int8_t>(), out.scale->mutable_data_ptr<float>(),
            out.zero_point->mutable_data_ptr<int32_t>());
+}
+
+// quantize_static_mixed.out(Tensor x, Tensor scale, Tensor zero_point, *, out!)
+void quantize_static_mixed(Call& call) {
+  const Tensor* x = call.input(0, "x", ScalarType::Float);
+  const FixedRange range = read_range(call, 1);
+  Tensor* out = call.output(3, "out", ScalarType::Char);
+  if (!call.ok() || !call.resize(*out, "out", x->sizes())) return;
+  quantize_static(best_kernels(), x->const_data_ptr<float>(), count_of(*x), range,
+                  thread_pool_executor(), out->mutable_data_ptr<int8_t>());
+}
+
+// dequantize_mixed.out(Tensor codes, Tensor scale, Tensor zero_point, *, out!)
+void dequantize_mixed(Call& call) {
+  const Tensor* codes = call.input(0, "codes", ScalarType::Char);
+  const FixedRange range = read_range(call, 1);
+  Tensor* out = call.output(3, "out", ScalarType::Float);
+  if (!call.ok() || !call.resize(*out, "out", codes->sizes())) return;
+  dequantize(best_kernels(), codes->const_data_ptr<int8_t>(), count_of(*codes), range,
+             thread_pool_executor(), out->mutable_data_ptr<float>());
 }
 
 struct GroupNormArguments {
@@ -159,6 +196,18 @@ void group_norm_quantize_mixed(Call& call) {
                       in.shape, thread_pool_executor(), reinterpret_cast<float*>(scratch.data()),
                       out.codes->mutable_data_ptr<int8_t>(), out.scale->mutable_data_ptr<float>(),
                       out.zero_point->mutable_data_ptr<int32_t>());
+}
+
+// group_norm_quantize_static_mixed.out(..., Tensor scale, Tensor zero_point, *, out!)
+void group_norm_quantize_static_mixed(Call& call) {
+  const GroupNormArguments in = read_group_norm(call);
+  const FixedRange range = read_range(call, 6);
+  Tensor* out = call.output(8, "out", ScalarType::Char);
+  if (!call.ok() || !call.resize(*out, "out", in.x->sizes())) return;
+  group_norm_quantize_static(best_kernels(), in.x->const_data_ptr<float>(),
+                             in.weight->const_data_ptr<float>(), in.bias->const_data_ptr<float>(),
+                             in.shape, range, thread_pool_executor(),
+                             out->mutable_data_ptr<int8_t>());
 }
 
 void convolve_into(Call& call, const Blob& blob, const Codes& codes, const ConvolutionShape& shape,
@@ -250,15 +299,22 @@ void run(KernelRuntimeContext& context, Span<EValue*> stack) {
 constexpr const char* kQuantize = "mpqdm::quantize_mixed.out";
 constexpr const char* kGroupNorm = "mpqdm::group_norm_mixed.out";
 constexpr const char* kGroupNormQuantize = "mpqdm::group_norm_quantize_mixed.out";
+constexpr const char* kQuantizeStatic = "mpqdm::quantize_static_mixed.out";
+constexpr const char* kDequantize = "mpqdm::dequantize_mixed.out";
+constexpr const char* kGroupNormQuantizeStatic = "mpqdm::group_norm_quantize_static_mixed.out";
 constexpr const char* kConvolution = "mpqdm::conv2d_mixed.out";
 constexpr const char* kLinear = "mpqdm::linear_mixed.out";
 
 using executorch::runtime::Kernel;
 
-constexpr std::array<Kernel, 5> kOperators{
+constexpr std::array<Kernel, 8> kOperators{
     Kernel(kQuantize, run<kQuantize, quantize_mixed, 5, 3>),
     Kernel(kGroupNorm, run<kGroupNorm, group_norm_mixed, 7, 1>),
     Kernel(kGroupNormQuantize, run<kGroupNormQuantize, group_norm_quantize_mixed, 9, 3>),
+    Kernel(kQuantizeStatic, run<kQuantizeStatic, quantize_static_mixed, 4, 1>),
+    Kernel(kDequantize, run<kDequantize, dequantize_mixed, 4, 1>),
+    Kernel(kGroupNormQuantizeStatic,
+           run<kGroupNormQuantizeStatic, group_norm_quantize_static_mixed, 9, 1>),
     Kernel(kConvolution, run<kConvolution, conv2d_mixed, 9, 1>),
     Kernel(kLinear, run<kLinear, linear_mixed, 6, 1>),
 };

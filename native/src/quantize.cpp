@@ -75,4 +75,21 @@ void quantize(const KernelSet& kernels, const float* x, size_t size, size_t part
   });
 }
 
+void quantize_static(const KernelSet& kernels, const float* x, size_t size, FixedRange range,
+                     const Executor& executor, int8_t* codes) {
+  const float inverse = inverse_of(range.scale), zero_point = static_cast<float>(range.zero_point);
+  parallel(executor, divide_up(size, kChunk), [&](size_t chunk) {
+    const size_t first = chunk * kChunk, count = std::min(kChunk, size - first);
+    kernels.quantize(x + first, count, inverse, zero_point, codes + first);
+  });
+}
+
+void dequantize(const KernelSet& kernels, const int8_t* codes, size_t size, FixedRange range,
+                const Executor& executor, float* x) {
+  parallel(executor, divide_up(size, kChunk), [&](size_t chunk) {
+    const size_t first = chunk * kChunk, count = std::min(kChunk, size - first);
+    kernels.dequantize(codes + first, count, range.scale, range.zero_point, x + first);
+  });
+}
+
 }  // namespace mpqdm

@@ -25,6 +25,9 @@ inline QuantizationParameters choose_parameters(float low, float high) {
   return {inverse, 1.0f / inverse, std::nearbyint(zero_point)};
 }
 
+// What numbers are multiplied by to be quantized on a known range: divided in double, as torch does.
+inline float inverse_of(float scale) { return static_cast<float>(1.0 / static_cast<double>(scale)); }
+
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 }  // namespace mpqdm

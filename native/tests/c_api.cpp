@@ -87,6 +87,14 @@ MPQDM_API int mpqdm_test_quantize(const char* name, const float* x, size_t size,
   return 0;
 }
 
+MPQDM_API int mpqdm_test_quantize_static(const char* name, const float* x, size_t size, float scale,
+                                         int32_t zero_point, size_t threads, int8_t* codes) {
+  const KernelSet* kernels = find_kernels(name);
+  if (kernels == nullptr) return -1;
+  quantize_static(*kernels, x, size, {scale, zero_point}, test::thread_executor(threads), codes);
+  return 0;
+}
+
 // shape: batch, pixels, channels, groups.
 MPQDM_API int mpqdm_test_group_norm(const char* name, const float* x, const float* weight,
                                     const float* bias, const size_t* shape, float epsilon, int silu,

@@ -53,6 +53,32 @@ bool check_quantization(const KernelSet& kernels, Random& random) {
   return right && codes == expected_codes && zero_point == expected_zero_point;
 }
 
+bool check_static_quantization(const KernelSet& kernels, Random& random) {
+  std::vector<float> x = make_numbers(random, static_cast<size_t>(random.integer(1, 300)));
+  const float special[] = {std::numeric_limits<float>::quiet_NaN(),
+                           std::numeric_limits<float>::infinity(),
+                           -std::numeric_limits<float>::infinity(), -0.0f, 3e38f};
+  if (random.chance(2)) {
+    x[static_cast<size_t>(random.integer(0, static_cast<int64_t>(x.size()) - 1))] =
+        random.choice(special);
+  }
+  const float scales[] = {1.2e-38f, 1e-5f, 0.5f, random.number(1e-3f, 2.0f), 3e38f};
+  const FixedRange range{random.choice(scales), static_cast<int32_t>(random.integer(-128, 127))};
+  const Executor executor = thread_executor(1 + x.size() % 3);
+  std::vector<int8_t> codes(x.size(), 99), expected(x.size());
+  quantize_static(kernels, x.data(), x.size(), range, executor, codes.data());
+  quantize_static_reference(x.data(), x.size(), range, expected.data());
+  std::vector<float> numbers(x.size(), -9.0f);
+  dequantize(kernels, codes.data(), codes.size(), range, executor, numbers.data());
+  bool right = codes == expected;
+  for (size_t i = 0; i < x.size(); ++i) {
+    right = right && numbers[i] == static_cast<float>(codes[i] - range.zero_point) * range.scale;
+  }
+  // Codes are those of their own numbers, as far as these are finite.
+  quantize_static(kernels, numbers.data(), numbers.size(), range, executor, expected.data());
+  return right && (range.scale > 1e30f || codes == expected);
+}
+
 bool check_group_norm(const KernelSet& kernels, Random& random) {
   const auto groups = static_cast<size_t>(random.integer(1, 8));
   const GroupNormShape shape{static_cast<size_t>(random.integer(1, 3)),
@@ -83,7 +109,14 @@ bool check_group_norm(const KernelSet& kernels, Random& random) {
                       scratch.data(), codes.data(), scale.data(), zero_point.data());
   quantize(kernels, out.data(), out.size(), shape.batch, executor,
            expected_codes.data(), expected_scale.data(), expected_zero_point.data());
-  return codes == expected_codes && scale == expected_scale && zero_point == expected_zero_point;
+  if (codes != expected_codes || scale != expected_scale || zero_point != expected_zero_point) {
+    return false;
+  }
+  const FixedRange range{random.number(0.01f, 0.1f), static_cast<int32_t>(random.integer(-128, 127))};
+  group_norm_quantize_static(kernels, x.data(), weight.data(), bias.data(), shape, range, executor,
+                             codes.data());
+  quantize_static(kernels, out.data(), out.size(), range, executor, expected_codes.data());
+  return codes == expected_codes;
 }
 
 }  // namespace
@@ -93,6 +126,7 @@ size_t check_elementwise(const KernelSet& kernels, uint64_t seed, size_t count) 
   for (uint64_t at = seed; at < seed + count; ++at) {
     Random random(at);
     if (!check_quantization(kernels, random)) failures.add(at, "other codes or ranges");
+    if (!check_static_quantization(kernels, random)) failures.add(at, "other codes on a known range");
     if (!check_group_norm(kernels, random)) failures.add(at, "another group norm");
   }
   return failures.count();

@@ -42,6 +42,18 @@ void add_output(OperatorCall& call, std::vector<int32_t> sizes, size_t count) {
   call.arguments.add(ScalarType::Float, std::move(sizes), std::vector<float>(count));
 }
 
+void add_codes_output(OperatorCall& call, std::vector<int32_t> sizes) {
+  call.inputs = call.arguments.values().size();
+  call.arguments.add(ScalarType::Char, std::move(sizes), std::vector<int8_t>(call.x.size()));
+}
+
+void add_range(OperatorCall& call, Random& random) {
+  call.scale = {random.number(0.005f, 0.05f)};
+  call.zero_point = {static_cast<int32_t>(random.integer(-128, 127))};
+  call.arguments.add(ScalarType::Float, {1}, call.scale);
+  call.arguments.add(ScalarType::Int, {1}, call.zero_point);
+}
+
 void add_group_norm(OperatorCall& call, Random& random) {
   call.x = numbers(random, 2 * 5 * 4 * 12);
   call.weight = numbers(random, 12);
@@ -74,6 +86,33 @@ OperatorCall quantize_call(Random& random) {
   call.arguments.add(ScalarType::Float, {3, 4, 7}, call.x);
   call.arguments.add(EValue(int64_t{3}));
   add_codes_outputs(call, {3, 4, 7}, 3);
+  return call;
+}
+
+OperatorCall quantize_static_call(Random& random) {
+  OperatorCall call("mpqdm::quantize_static_mixed.out");
+  call.x = numbers(random, 3 * 4 * 7);
+  call.arguments.add(ScalarType::Float, {3, 4, 7}, call.x);
+  add_range(call, random);
+  add_codes_output(call, {3, 4, 7});
+  return call;
+}
+
+OperatorCall dequantize_call(Random& random) {
+  OperatorCall call("mpqdm::dequantize_mixed.out");
+  call.codes.resize(3 * 4 * 7);
+  for (int8_t& code : call.codes) code = static_cast<int8_t>(random.integer(-128, 127));
+  call.arguments.add(ScalarType::Char, {3, 4, 7}, call.codes);
+  add_range(call, random);
+  add_output(call, {3, 4, 7}, call.codes.size());
+  return call;
+}
+
+OperatorCall group_norm_quantize_static_call(Random& random) {
+  OperatorCall call("mpqdm::group_norm_quantize_static_mixed.out");
+  add_group_norm(call, random);
+  add_range(call, random);
+  add_codes_output(call, {2, 5, 4, 12});
   return call;
 }
 

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "mpqdm/layers.h"
 #include "random_layer.h"
 
 namespace mpqdm::test {
@@ -70,9 +71,15 @@ struct OperatorCall {
   std::vector<float> scale;
   std::vector<int32_t> zero_point;
   std::vector<float> x, weight, bias;
+
+  // The range of a call on a known one.
+  FixedRange range() const { return {scale[0], zero_point[0]}; }
 };
 
 OperatorCall quantize_call(Random& random);
+OperatorCall quantize_static_call(Random& random);
+OperatorCall dequantize_call(Random& random);
+OperatorCall group_norm_quantize_static_call(Random& random);
 OperatorCall group_norm_call(Random& random);
 OperatorCall group_norm_quantize_call(Random& random);
 OperatorCall convolution_call(Random& random);

@@ -67,6 +67,32 @@ void expect_codes(OperatorCall& call, const float* x, size_t parts) {
   expect(right, call.name, "other codes or ranges than plain loops");
 }
 
+void expect_static_codes(OperatorCall& call, const float* x) {
+  std::vector<int8_t> codes(call.x.size());
+  quantize_static_reference(x, codes.size(), call.range(), codes.data());
+  expect(std::equal(codes.begin(), codes.end(), output<int8_t>(call, 0)), call.name,
+         "other codes than plain loops");
+}
+
+// Operators on a range that the program knows.
+void check_static_results(Random& random) {
+  OperatorCall quantization = quantize_static_call(random);
+  expect(quantization.arguments.run(quantization.name) == Error::Ok, quantization.name, "an error");
+  expect_static_codes(quantization, quantization.x.data());
+  OperatorCall back = dequantize_call(random);
+  expect(back.arguments.run(back.name) == Error::Ok, back.name, "an error for a right call");
+  for (size_t i = 0; i < back.codes.size(); ++i) {
+    const float number = static_cast<float>(back.codes[i] - back.zero_point[0]) * back.scale[0];
+    expect(output<float>(back, 0)[i] == number, back.name, "other numbers than plain loops");
+  }
+  OperatorCall norm = group_norm_call(random);
+  expect(norm.arguments.run(norm.name) == Error::Ok, norm.name, "an error for a right call");
+  OperatorCall fused = group_norm_quantize_static_call(random);
+  for (size_t i = 0; i < 3; ++i) fused.arguments.values()[i] = norm.arguments.values()[i];
+  expect(fused.arguments.run(fused.name) == Error::Ok, fused.name, "an error for a right call");
+  expect_static_codes(fused, output<float>(norm, 0));
+}
+
 void check_results(Random& random, bool temporary_memory) {
   const auto run = [&](OperatorCall& call) {
     const Error error =
@@ -122,8 +148,10 @@ void check_resizing(Random& random) {
 }
 
 using MakeCall = OperatorCall (*)(Random&);
-constexpr MakeCall kCalls[] = {quantize_call, group_norm_call, group_norm_quantize_call,
-                               convolution_call, linear_call};
+constexpr MakeCall kCalls[] = {
+    quantize_call,   group_norm_call,         group_norm_quantize_call,
+    quantize_static_call, dequantize_call, group_norm_quantize_static_call,
+    convolution_call, linear_call};
 
 // Values that no argument of that kind may have.
 std::vector<EValue> wrong_tensors(Arguments& keeper, const EValue& right) {
@@ -205,6 +233,15 @@ void check_wrong_numbers(Random& random) {
   OperatorCall call = convolution_call(random);
   call.arguments.values()[2].toTensor().mutable_data_ptr<int32_t>()[1] = 128;
   expect(call.arguments.run(call.name) == Error::InvalidArgument, call.name, "zero point 128");
+  for (const float scale : {0.0f, -1.0f, 1e-42f, std::numeric_limits<float>::infinity(),
+                            std::numeric_limits<float>::quiet_NaN()}) {
+    OperatorCall fixed = quantize_static_call(random);
+    fixed.arguments.values()[1].toTensor().mutable_data_ptr<float>()[0] = scale;
+    expect(fixed.arguments.run(fixed.name) == Error::InvalidArgument, fixed.name, "a wrong scale");
+  }
+  OperatorCall fixed = dequantize_call(random);
+  fixed.arguments.values()[2].toTensor().mutable_data_ptr<int32_t>()[0] = -129;
+  expect(fixed.arguments.run(fixed.name) == Error::InvalidArgument, fixed.name, "zero point -129");
 }
 
 // Blobs that were changed: before they were ever read, and in their structure after that.
@@ -259,6 +296,7 @@ int main(int argc, char** argv) {
   expect(mpqdm_register_operators() == 0, "registration", "operators were not there at load");
   check_results(random, true);
   check_results(random, false);
+  check_static_results(random);
   check_nan(random);
   check_resizing(random);
   for (const MakeCall make : kCalls) check_wrong_arguments(make, random);

@@ -60,6 +60,15 @@ void quantize_reference(const float* x, size_t size, int8_t* codes, float* scale
   *zero_point = static_cast<int32_t>(whole);
 }
 
+void quantize_static_reference(const float* x, size_t size, FixedRange range, int8_t* codes) {
+  const auto inverse = static_cast<float>(1.0 / double{range.scale});
+  for (size_t i = 0; i < size; ++i) {
+    const double code = std::nearbyint(double{x[i] * inverse}) + range.zero_point;
+    codes[i] = std::isnan(code) || code < -128.0 ? int8_t{-128}
+                                                 : static_cast<int8_t>(std::min(code, 127.0));
+  }
+}
+
 NormReference group_norm_reference(const std::vector<float>& x, const std::vector<float>& weight,
                                    const std::vector<float>& bias, const GroupNormShape& shape) {
   NormReference out{std::vector<double>(x.size()), std::vector<double>(x.size())};

@@ -19,6 +19,9 @@ std::vector<int64_t> convolve_reference(const std::vector<int8_t>& weights, uint
 void quantize_reference(const float* x, size_t size, int8_t* codes, float* scale,
                         int32_t* zero_point);
 
+// Codes on a known range, one number at a time.
+void quantize_static_reference(const float* x, size_t size, FixedRange range, int8_t* codes);
+
 struct NormReference {
   std::vector<double> values;
   // What each value was multiplied out of, |x| * |weight| / deviation: roundings are relative to it.

@@ -49,9 +49,12 @@ struct KernelSet {
                 float* out);
   // Extends [low, high] to `count` numbers. False, and the range undefined, if one is NaN or infinite.
   bool (*extend_range)(const float* x, size_t count, float* low, float* high);
-  // codes = round(clamp(x * inverse_scale, -128 - zero_point, 127 - zero_point)) + zero_point.
+  // codes = round(clamp(x * inverse_scale, -128 - zero_point, 127 - zero_point)) + zero_point; of NaN
+  // -128.
   void (*quantize)(const float* x, size_t count, float inverse_scale, float zero_point,
                    int8_t* codes);
+  // x = float(code - zero_point) * scale.
+  void (*dequantize)(const int8_t* codes, size_t count, float scale, int32_t zero_point, float* x);
   // Adds (x - shift) and its square to the sums of each of `channels`, over `pixels` of them.
   void (*add_moments)(const float* x, size_t pixels, size_t channels, const float* shift,
                       float* sums, float* squares);

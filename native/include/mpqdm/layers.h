@@ -59,6 +59,21 @@ void convolve_integers(const KernelSet& kernels, const Blob& blob, const Codes& 
 void quantize(const KernelSet& kernels, const float* x, size_t size, size_t parts,
               const Executor& executor, int8_t* codes, float* scale, int32_t* zero_point);
 
+// One range that is known beforehand: value = scale * (code - zero_point).
+struct FixedRange {
+  float scale;         // finite, normal, positive
+  int32_t zero_point;  // -128..127
+};
+
+// Quantizes all of x on a known range: round(x * float(1 / scale)) + zero_point, within -128..127.
+// Ties go to the even number; NaN gets the code -128.
+void quantize_static(const KernelSet& kernels, const float* x, size_t size, FixedRange range,
+                     const Executor& executor, int8_t* codes);
+
+// The numbers that codes stand for.
+void dequantize(const KernelSet& kernels, const int8_t* codes, size_t size, FixedRange range,
+                const Executor& executor, float* x);
+
 struct GroupNormShape {
   size_t batch, pixels, channels, groups;  // x is [batch, pixels, channels]
   float epsilon;
@@ -74,5 +89,10 @@ void group_norm(const KernelSet& kernels, const float* x, const float* weight, c
 void group_norm_quantize(const KernelSet& kernels, const float* x, const float* weight,
                          const float* bias, const GroupNormShape& shape, const Executor& executor,
                          float* scratch, int8_t* codes, float* scale, int32_t* zero_point);
+
+// The same on a known range. It needs no scratch: codes follow the norm piece by piece.
+void group_norm_quantize_static(const KernelSet& kernels, const float* x, const float* weight,
+                                const float* bias, const GroupNormShape& shape, FixedRange range,
+                                const Executor& executor, int8_t* codes);
 
 }  // namespace mpqdm
