@@ -12,7 +12,7 @@ __all__ = ["MODES", "check_kernel_options", "check_settings"]
 MODES: Mapping[Backend, tuple[ActivationMode, ...]] = {
     "torch_ao": ("static",),
     "xnnpack": ("measured", "static", "dynamic"),
-    "lowbit": ("measured", "dynamic"),  # own kernels choose ranges at run time
+    "lowbit": ("measured", "static", "dynamic"),
     "packed": ("measured", "static", "timestep", "dynamic", "float"),
 }
 

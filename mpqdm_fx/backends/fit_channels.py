@@ -8,7 +8,8 @@ In every other channel the bias is rounded to a whole number of steps.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,15 +27,21 @@ from mpqdm_fx.passes.quantize.quantize_activations import activation_sites
 from mpqdm_fx.passes.quantize.round_weights import install_codes
 from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 
-__all__ = ["fit_channels", "round_biases", "split_calls"]
+__all__ = ["fit_channels", "read_ranges", "round_biases", "split_calls", "split_layers"]
 
 logger = logging.getLogger(__name__)
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 # A bias of at most 2^30 steps leaves the other half of int32 to the products.
 _STEPS = 2.0**30
 
 
-def fit_channels(rounded: fx.GraphModule, ranges: Mapping[str, StaticActivation]) -> fx.GraphModule:
+def fit_channels(
+    rounded: fx.GraphModule,
+    ranges: Mapping[str, StaticActivation],
+    exact: Collection[str] = (),
+) -> fx.GraphModule:
     """Give degenerate channels a coarser scale.
 
     Their scale s grows by the smallest power of two 2^k with `|bias| <= 2^30 * input_scale * s` and
@@ -45,13 +52,14 @@ def fit_channels(rounded: fx.GraphModule, ranges: Mapping[str, StaticActivation]
     Args:
         rounded: Module-level graph after `RoundWeights`; it is not changed.
         ranges: Activation ranges by layer.
+        exact: Layers whose kernels add biases in float: they are left alone.
 
     Returns:
         `rounded` itself if no channel is degenerate, else a copy with new layers.
     """
     result = rounded
     layers = weight_layers(rounded)
-    for name, inputs in _inputs(rounded, ranges).items():
+    for name, inputs in read_ranges(rounded, ranges, exact).items():
         module = layers[name].module
         smallest = min(chosen.scale for chosen in inputs)
         shift = _shifts(module, smallest, ranges[name].output.scale)
@@ -68,7 +76,11 @@ def fit_channels(rounded: fx.GraphModule, ranges: Mapping[str, StaticActivation]
     return result
 
 
-def round_biases(rounded: fx.GraphModule, ranges: Mapping[str, StaticActivation]) -> fx.GraphModule:
+def round_biases(
+    rounded: fx.GraphModule,
+    ranges: Mapping[str, StaticActivation],
+    exact: Collection[str] = (),
+) -> fx.GraphModule:
     """Round every bias to whole steps of `input_scale * weight_scale`, as integer kernels do.
 
     A graph with such biases is computed by them exactly, but for ties and the order of sums in its
@@ -78,13 +90,14 @@ def round_biases(rounded: fx.GraphModule, ranges: Mapping[str, StaticActivation]
         rounded: Module-level graph after `fit_channels`; it is not changed.
         ranges: Activation ranges by layer. A layer whose calls read several scales keeps its bias,
             which cannot be whole in all of them (`split_calls` leaves no such layer).
+        exact: Layers whose kernels add biases in float: they are left alone.
 
     Returns:
         A copy with new layers.
     """
     result = copy_graph_module(rounded)
     layers = weight_layers(rounded)
-    for name, inputs in _inputs(rounded, ranges).items():
+    for name, inputs in read_ranges(rounded, ranges, exact).items():
         module = layers[name].module
         bias = module.bias
         if not isinstance(bias, Tensor) or len({chosen.scale for chosen in inputs}) > 1:
@@ -98,7 +111,9 @@ def round_biases(rounded: fx.GraphModule, ranges: Mapping[str, StaticActivation]
 
 
 def split_calls(
-    rounded: fx.GraphModule, ranges: Mapping[str, StaticActivation]
+    rounded: fx.GraphModule,
+    ranges: Mapping[str, StaticActivation],
+    exact: Collection[str] = (),
 ) -> tuple[fx.GraphModule, dict[str, StaticActivation]]:
     """Give a layer of its own to every call that reads another scale.
 
@@ -108,39 +123,75 @@ def split_calls(
     Args:
         rounded: Module-level graph after `RoundWeights`; it is not changed.
         ranges: Activation ranges by layer.
+        exact: Layers whose kernels add biases in float: they are left alone.
 
     Returns:
         `rounded` itself, or a copy in which further calls are of new layers that share the weight;
         and the ranges with those of the new layers.
     """
-    result, extended = rounded, dict(ranges)
     layers = weight_layers(rounded)
-    for name, inputs in _inputs(rounded, ranges).items():
-        if layers[name].module.bias is None or len({chosen.scale for chosen in inputs}) == 1:
+    scales = {
+        name: [chosen.scale for chosen in inputs]
+        for name, inputs in read_ranges(rounded, ranges, exact).items()
+        if layers[name].module.bias is not None
+    }
+    result, origins = split_layers(rounded, scales)
+    return result, {**ranges, **{new: ranges[name] for new, (name, _) in origins.items()}}
+
+
+def split_layers(
+    graph: fx.GraphModule, keys: Mapping[str, Sequence[_Key]]
+) -> tuple[fx.GraphModule, dict[str, tuple[str, _Key]]]:
+    """Give a layer of its own to every call whose key differs from that of the first call.
+
+    Args:
+        graph: Module-level graph; it is not changed.
+        keys: Of the calls of a layer, in graph order, by the layer's name.
+
+    Returns:
+        `graph` itself, or a copy in which further calls are of new layers that share the weight;
+        and by the names of the new layers the old name and the key.
+    """
+    result, origins = graph, dict[str, tuple[str, _Key]]()
+    layers = weight_layers(graph)
+    for name, of_calls in keys.items():
+        if len(set(of_calls)) <= 1:
             continue
-        if result is rounded:
-            result = copy_graph_module(rounded)
-        targets = {inputs[0].scale: name}
-        for node, chosen in zip(layers[name].nodes, inputs, strict=True):
-            if chosen.scale not in targets:
+        if result is graph:
+            result = copy_graph_module(graph)
+        targets = {of_calls[0]: name}
+        for node, key in zip(layers[name].nodes, of_calls, strict=True):
+            if key not in targets:
                 clone = shallow_clone(layers[name].module)
-                clone.bias = nn.Parameter(_tensor(clone, "bias").detach().clone())
-                targets[chosen.scale] = free_name(result, f"{name}_call")
-                add_module(result, targets[chosen.scale], clone)
-                extended[targets[chosen.scale]] = ranges[name]
-            if targets[chosen.scale] != name:
+                if isinstance(clone.bias, Tensor):
+                    clone.bias = nn.Parameter(clone.bias.detach().clone())
+                targets[key] = free_name(result, f"{name}_call")
+                add_module(result, targets[key], clone)
+                origins[targets[key]] = (name, key)
+            if targets[key] != name:
                 old = next(n for n in result.graph.nodes if n.name == node.name)
-                new = insert_call(result, targets[chosen.scale], old.args, anchor=old)
+                new = insert_call(result, targets[key], old.args, anchor=old)
                 old.replace_all_uses_with(new)
                 result.graph.erase_node(old)
     result.recompile()
-    return result, extended
+    return result, origins
 
 
-def _inputs(
-    graph: fx.GraphModule, ranges: Mapping[str, StaticActivation]
+def read_ranges(
+    graph: fx.GraphModule,
+    ranges: Mapping[str, StaticActivation],
+    left_out: Collection[str] = (),
 ) -> dict[str, list[ActivationRange]]:
-    """Range that each call of each layer really reads: its own, or that of the output it reads."""
+    """Range that each call of each layer really reads: its own, or that of the output it reads.
+
+    Args:
+        graph: Module-level graph.
+        ranges: Activation ranges by layer.
+        left_out: Layers that count among the readers of a value but are not told of.
+
+    Returns:
+        By layer, the ranges of its calls in graph order.
+    """
     calls = {n: name for name, layer in weight_layers(graph).items() for n in layer.nodes}
     ordered = {node: calls[node] for node in graph.graph.nodes if node in calls}
     read: dict[fx.Node, ActivationRange] = {}
@@ -149,7 +200,7 @@ def _inputs(
             read[call] = site.range
     inputs: dict[str, list[ActivationRange]] = {}
     for call, name in ordered.items():
-        if name in ranges:
+        if name in ranges and name not in left_out:
             inputs.setdefault(name, []).append(read[call])
     return inputs
 

@@ -153,6 +153,18 @@ def test_calls_on_different_scales_get_layers_of_their_own():
     assert same == extended
 
 
+def test_layers_that_add_biases_in_float_are_left_alone():
+    graph, ranges, _ = rounded(Attention())
+    exact = ["to_out"]
+    result, extended = split_calls(graph, ranges, exact)
+    assert result is graph
+    assert extended == ranges
+    biased = round_biases(graph, ranges, [*ranges])
+    assert torch.equal(biased.get_submodule("to_out").bias, graph.get_submodule("to_out").bias)
+    graph = linear(torch.tensor([0.01, 1e-38, 0.02]), torch.ones(3))
+    assert fit_channels(graph, RANGES, [*RANGES]) is graph
+
+
 def test_calls_on_one_scale_stay_one_layer():
     graph, ranges, _ = rounded(Residual())
     result, extended = split_calls(graph, ranges)

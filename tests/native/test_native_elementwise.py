@@ -53,6 +53,24 @@ def test_halves_go_to_the_even_code(native):
 
 
 @given(
+    scale=st.sampled_from([1.2e-38, 1e-5, 1 / 3, 1.0, 7.5, 1e30]),
+    zero_point=st.integers(-128, 127),
+    steps=st.sampled_from([0.5, 20.0, 300.0, 1e8]),
+    number=st.sampled_from([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 3e38]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+)
+def test_quantization_on_a_known_range(native, scale, zero_point, steps, number, threads, seed):
+    x = scale * steps * torch.randn(157, generator=torch.Generator().manual_seed(seed))
+    x[seed % 157] = number
+    known = torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32)
+    expected = ops.quantize_static_mixed(x, *known)
+    for name in native.kernel_sets:
+        got = native.quantize_static(name, x, *map(torch.Tensor.item, known), threads)
+        assert torch.equal(got, expected), name
+
+
+@given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9)),
     groups=st.integers(1, 5),
     width=st.integers(1, 9),

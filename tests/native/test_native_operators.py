@@ -48,6 +48,36 @@ class Norm(nn.Module):
         return self.operator(x, self.weight, self.weight, 3, 1e-5, True)
 
 
+class Known(nn.Module):
+    """Rounds its input to a known range, as codes for a layer or as numbers."""
+
+    def __init__(self, weight=None, *settings):
+        super().__init__()
+        self.layer = None if weight is None else Layer(weight, *settings)
+        self.register_buffer("scale", torch.tensor([0.02]))
+        self.register_buffer("zero_point", torch.tensor([-90], dtype=torch.int32))
+
+    def forward(self, x):
+        known = self.scale, self.zero_point
+        codes = ops.quantize_static_mixed(x, *known)
+        if self.layer is None:
+            return ops.dequantize_mixed(codes, *known)
+        layer = ops.conv2d_mixed if len(self.layer.settings) > 1 else ops.linear_mixed
+        return layer(codes, *known, self.layer.weight, *self.layer.settings)
+
+
+class KnownNorm(Norm):
+    """Group norm with codes on a known range behind it."""
+
+    def __init__(self):
+        super().__init__(ops.group_norm_quantize_static_mixed)
+        self.known = Known()
+
+    def forward(self, x):
+        known = self.known.scale, self.known.zero_point
+        return self.operator(x, self.weight, self.weight, 3, 1e-5, True, *known)
+
+
 class Block(nn.Module):
     """Group norm with codes, and a convolution of them."""
 
@@ -63,6 +93,10 @@ MODULES = {
     "convolution": (lambda: Layer(blob(21, 12, 3, 3), 21, 3, 2, 1), (2, 7, 6, 12)),
     "pointwise": (lambda: Layer(blob(8, 12, 1, 1), 8, 1, 1, 0), (3, 5, 4, 12)),
     "linear": (lambda: Layer(blob(9, 12), 9), (2, 7, 12)),
+    "known range, convolution": (lambda: Known(blob(21, 12, 3, 3), 21, 3, 1, 1), (2, 7, 6, 12)),
+    "known range, linear": (lambda: Known(blob(9, 12), 9), (2, 7, 12)),
+    "known range, numbers": (lambda: Known(), (2, 7, 12)),
+    "known range, group norm": (lambda: KnownNorm(), (2, 7, 6, 12)),
     "group norm": (lambda: Norm(ops.group_norm_mixed), (2, 7, 6, 12)),
     "group norm and codes": (lambda: Norm(ops.group_norm_quantize_mixed), (2, 7, 6, 12)),
 }

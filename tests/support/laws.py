@@ -128,8 +128,10 @@ def with_own_operators(case: RandomGraph) -> RandomGraph:
     """Return the case with its layers in own operators and permutations around them.
 
     If its seed is odd, with norms in own operators too, and permutations where they copy least.
+    Ranges are chosen at run time; of every second pair of seeds, half of them are fixed.
     """
-    passes: tuple[GraphPass, ...] = UseMixedLayers.examples(case.graph_module)
+    examples = UseMixedLayers.examples(case.graph_module)
+    passes: tuple[GraphPass, ...] = (examples[case.spec.seed // 2 % len(examples)],)
     if case.spec.seed % 2:
         passes = (*passes, UseMixedNorms(), MoveLayouts())
     return replace(case, graph_module=Pipeline(passes=passes)(case.graph_module).graph_module)

@@ -73,6 +73,17 @@ class NativeKernels:
         assert done == 0
         return tuple(map(torch.from_numpy, (codes, scale, zero_point)))
 
+    def quantize_static(self, kernels, x, scale, zero_point, threads=1):
+        """Codes on a known range."""
+        numbers, codes = x.contiguous().numpy(), np.zeros(x.shape, np.int8)
+        done = self._library.mpqdm_test_quantize_static(
+            kernels.encode(),
+            *(_at(numbers), _SIZE(numbers.size), ctypes.c_float(scale)),
+            *(ctypes.c_int32(zero_point), _SIZE(threads), _at(codes)),
+        )
+        assert done == 0
+        return torch.from_numpy(codes)
+
     def group_norm(self, kernels, x, weight, bias, groups, eps, silu, threads=1):
         """float32 in the shape of x [B, H, W, C]."""
         numbers, factors, offsets = (t.contiguous().numpy() for t in (x, weight, bias))

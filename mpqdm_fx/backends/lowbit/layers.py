@@ -14,7 +14,7 @@ from mpqdm_fx.backends.names import Kernels
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.layers import WeightLayer, padding_sides, weight_layers
 from mpqdm_fx.graph.nodes import sizes
-from mpqdm_fx.records.activations import Activation, DynamicActivation
+from mpqdm_fx.records.activations import Activation, StaticActivation, TimestepActivation
 
 __all__ = ["Kernels", "LayerChoice", "call_refusal", "check_kernels", "choose_layers"]
 
@@ -131,10 +131,14 @@ def _convolution_refusal(conv: nn.Conv2d) -> str | None:
 
 def _misfit(layer: WeightLayer, activation: Activation) -> str | None:
     module = layer.module
-    if not isinstance(activation, DynamicActivation):
-        return 'own kernels choose ranges at run time; quantize with activation_mode="dynamic"'
-    if activation.bits != 8:
-        return f"own kernels read activations of 8 bits, not {activation.bits}"
+    if isinstance(activation, TimestepActivation):
+        return (
+            "own kernels have one fixed range or choose ranges at run time, not by noise level; "
+            'quantize with activation_mode="static" or "dynamic"'
+        )
+    read = activation.input if isinstance(activation, StaticActivation) else activation
+    if read.bits != 8:
+        return f"own kernels read activations of 8 bits, not {read.bits}"
     if not isinstance(getattr(module, "weight_codes", None), Tensor):
         return "its weights are not rounded"
     reasons = (call_refusal(module, call) for call in layer.nodes)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from mpqdm_fx.backends.fit_channels import read_ranges, split_layers
 from mpqdm_fx.backends.lowbit.blob import pack_blob
 from mpqdm_fx.backends.lowbit.costs import Cpu
 from mpqdm_fx.backends.lowbit.layers import Kernels, LayerChoice, choose_layers
@@ -12,7 +13,12 @@ from mpqdm_fx.backends.lowbit.pipelines import own_operators
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.backends.xnnpack.method import Method
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.records.activations import Activation, DynamicActivation
+from mpqdm_fx.records.activations import (
+    Activation,
+    ActivationRange,
+    DynamicActivation,
+    StaticActivation,
+)
 
 __all__ = ["LowbitMethod"]
 
@@ -52,16 +58,55 @@ class LowbitMethod(Method):
         super().__init__(graph, example_inputs, activations, four_bit=four_bit)
 
     def prepare(
-        self, activations: Mapping[str, Activation]
-    ) -> tuple[fx.GraphModule, Collection[str]]:
+        self, written: fx.GraphModule, activations: Mapping[str, Activation]
+    ) -> tuple[fx.GraphModule, Collection[str], Mapping[str, Activation]]:
         """Put own operators in the place of the chosen layers and of the norms in front of them."""
         self.choice = choose_layers(self.graph, activations, kernels=self._kernels, cpu=self._cpu)
-        if not self.choice.own:
-            return self.graph, ()
-        blobs = _blobs(self.graph, self.choice.own)
-        dynamic = {n for n, a in activations.items() if isinstance(a, DynamicActivation)}
-        left = dynamic.difference(self.choice.own)
-        return own_operators(blobs, left)(self.graph).graph_module, self.choice.own
+        own = self.choice.own
+        if not own:
+            return self.graph, (), activations
+        left = {name: a for name, a in activations.items() if name not in own}
+        static = {name: a for name, a in activations.items() if isinstance(a, StaticActivation)}
+        reads = read_ranges(written, static)
+        of_calls = {
+            name: tuple(StaticActivation(input=r, output=static[name].output) for r in reads[name])
+            for name in own
+            if name in static
+        }
+        dynamic = {name for name, a in left.items() if isinstance(a, DynamicActivation)}
+        pipeline = own_operators(_blobs(self.graph, own), of_calls, dynamic)
+        graph = pipeline(self.graph).graph_module
+        if of_calls:
+            graph, left = _with_reads(graph, left, reads)
+        return graph, own, left
+
+
+def _with_reads(
+    graph: fx.GraphModule,
+    left: Mapping[str, Activation],
+    reads: Mapping[str, Sequence[ActivationRange]],
+) -> tuple[fx.GraphModule, dict[str, Activation]]:
+    """Give the static layers that are left the ranges of their inputs that are in use.
+
+    These may be another layer's: its output, or an input that several layers share. Own layers are
+    none to whoever looks for such ranges in the graph, so they are written down. A layer that
+    reads several ranges is split.
+
+    Args:
+        graph: With own operators.
+        left: Activations of the layers that it still calls.
+        reads: Ranges of the calls of all static layers.
+
+    Returns:
+        The graph, and the activations of its layers.
+    """
+    fixed = {name: a for name, a in left.items() if isinstance(a, StaticActivation)}
+    result, origins = split_layers(graph, {name: reads[name] for name in fixed})
+    origins |= {name: (name, reads[name][0]) for name in fixed}
+    activations = dict(left)
+    for name, (old, read) in origins.items():
+        activations[name] = StaticActivation(input=read, output=fixed[old].output)
+    return result, activations
 
 
 def _blobs(graph: fx.GraphModule, names: Collection[str]) -> dict[str, Tensor]:

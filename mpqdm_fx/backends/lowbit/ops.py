@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpqdm_fx.backends.lowbit import reference
+from mpqdm_fx.backends.lowbit import reference, reference_static
 
 __all__ = ["NAMESPACE", "OPERATORS"]
 
@@ -47,6 +47,23 @@ def _fake_group_norm_quantize(x: Tensor, *settings: Any) -> tuple[Tensor, Tensor
     return _fake_codes(_fake_group_norm(x, *settings), x.shape[0])
 
 
+def _fake_static_codes(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    reference.check_dtype("x", x, torch.float32)
+    reference_static.check_range(scale, zero_point)
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+def _fake_numbers(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    reference.check_dtype("codes", codes, torch.int8)
+    reference_static.check_range(scale, zero_point)
+    return codes.new_empty(codes.shape, dtype=torch.float32)
+
+
+def _fake_group_norm_quantize_static(x: Tensor, *settings: Any) -> Tensor:
+    *norm, scale, zero_point = settings
+    return _fake_static_codes(_fake_group_norm(x, *norm), scale, zero_point)
+
+
 def _fake_conv2d(codes: Tensor, scale: Tensor, _: Tensor, __: Tensor, *sizes: int) -> Tensor:
     return scale.new_empty(reference.conv2d_shape(codes, *sizes))
 
@@ -58,6 +75,7 @@ def _fake_linear(codes: Tensor, scale: Tensor, _: Tensor, __: Tensor, out_featur
 _CODES = ("codes", "scale", "zero_point")
 _INPUT = "Tensor codes, Tensor scale, Tensor zero_point, Tensor weight"
 _NORM = "Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu"
+_RANGE = "Tensor scale, Tensor zero_point"
 _OPERATORS = {
     "quantize_mixed": _Operator(
         "Tensor x, int parts", _CODES, reference.quantize_mixed, _fake_codes
@@ -65,6 +83,21 @@ _OPERATORS = {
     "group_norm_mixed": _Operator(_NORM, ("out",), reference.group_norm_mixed, _fake_group_norm),
     "group_norm_quantize_mixed": _Operator(
         _NORM, _CODES, reference.group_norm_quantize_mixed, _fake_group_norm_quantize
+    ),
+    "quantize_static_mixed": _Operator(
+        f"Tensor x, {_RANGE}",
+        ("out",),
+        reference_static.quantize_static_mixed,
+        _fake_static_codes,
+    ),
+    "dequantize_mixed": _Operator(
+        f"Tensor codes, {_RANGE}", ("out",), reference_static.dequantize_mixed, _fake_numbers
+    ),
+    "group_norm_quantize_static_mixed": _Operator(
+        f"{_NORM}, {_RANGE}",
+        ("out",),
+        reference_static.group_norm_quantize_static_mixed,
+        _fake_group_norm_quantize_static,
     ),
     "conv2d_mixed": _Operator(
         f"{_INPUT}, int out_channels, int kernel, int stride, int padding",

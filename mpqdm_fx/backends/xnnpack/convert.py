@@ -14,16 +14,13 @@ from mpqdm_fx.backends.xnnpack.runnable_activations import runnable_activations,
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.records.activations import Activation, KernelActivation
 
-__all__ = ["converted_graph", "decomposed", "quantized_graph"]
+__all__ = ["converted_graph", "decomposed", "fitted", "quantized_graph"]
 
 
 def decomposed(
     rounded: fx.GraphModule, activations: Mapping[str, Activation], *, four_bit: FourBit = "whole"
 ) -> tuple[fx.GraphModule, dict[str, KernelActivation], dict[str, str]]:
     """Write the graph in ops that XNNPACK knows, with weights and biases that its kernels can hold.
-
-    Static kernels add biases in integers; dynamic ones add them in float, so dynamic layers keep
-    theirs, and their scales.
 
     Args:
         rounded: Module-level graph after rounding; it is not changed.
@@ -39,14 +36,40 @@ def decomposed(
     """
     written = DECOMPOSE(rounded).graph_module
     runnable, floats = runnable_activations(written, activations)
+    return *fitted(written, runnable, four_bit=four_bit), floats
+
+
+def fitted(
+    written: fx.GraphModule,
+    runnable: Mapping[str, KernelActivation],
+    *,
+    four_bit: FourBit = "whole",
+    exact: Collection[str] = (),
+) -> tuple[fx.GraphModule, dict[str, KernelActivation]]:
+    """Bring weights and biases to what the kernels can hold.
+
+    Static kernels add biases in integers; dynamic ones add them in float, so dynamic layers keep
+    theirs, and their scales.
+
+    Args:
+        written: Graph in ops that XNNPACK knows.
+        runnable: Activations of its int8 layers.
+        four_bit: Which weights are stored at four bits.
+        exact: Static layers that other kernels run, which add biases in float.
+
+    Returns:
+        The graph, and the activations with those of layers that were split.
+    """
+    runnable = dict(runnable)
     if four_bit != "never":
         pointwise = four_bit_convolutions(written, runnable)
         written = LinearizePointwise(layers=pointwise)(written).graph_module
     if four_bit == "split":
         written, runnable = split_mixed_layers(written, runnable)
     static, dynamic = split_activations(runnable)
-    plain, static = split_calls(written, static)
-    return round_biases(fit_channels(plain, static), static), {**static, **dynamic}, floats
+    plain, static = split_calls(written, static, exact)
+    plain = round_biases(fit_channels(plain, static, exact), static, exact)
+    return plain, {**static, **dynamic}
 
 
 def quantized_graph(

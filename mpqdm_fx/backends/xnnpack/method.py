@@ -11,12 +11,14 @@ from torch.utils import _pytree as pytree
 from mpqdm_fx.backends.xnnpack.convert import (
     converted_graph,
     decomposed,
+    fitted,
     quantized_graph,
 )
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, four_bit_layers
 from mpqdm_fx.backends.xnnpack.passes.split_complex import uncovered_complex
 from mpqdm_fx.backends.xnnpack.pipelines import DECOMPOSE
 from mpqdm_fx.backends.xnnpack.reference import Reference
+from mpqdm_fx.backends.xnnpack.runnable_activations import runnable_activations
 from mpqdm_fx.backends.xnnpack.runner import flat_inputs, sorted_entries
 from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.editing import replace_module, shallow_clone
@@ -75,14 +77,15 @@ class Method:
             _refuse_unknown(self.lowered)
             self.expected = Reference.of_float(graph, self.inputs)
             return
-        plain, runnable, self.floats = decomposed(graph, activations, four_bit=four_bit)
+        written = DECOMPOSE(graph).graph_module
+        runnable, self.floats = runnable_activations(written, activations)
+        prepared, taken, rest = self.prepare(written, activations)
+        plain, runnable = fitted(written, runnable, four_bit=four_bit, exact=taken)
         _refuse_unknown(plain)
         self.quantized = self.prepared = quantized_graph(plain, runnable)
         self.expected = Reference.of_quantized(graph, self.quantized, self.inputs)
-        prepared, taken = self.prepare(activations)
         if taken:
-            rest = {name: a for name, a in activations.items() if name not in self.floats}
-            rest = {name: a for name, a in rest.items() if name not in taken}
+            rest = {name: a for name, a in rest.items() if name not in self.floats}
             if rest:
                 plain, runnable, _ = decomposed(prepared, rest, four_bit=four_bit)
             else:
@@ -96,18 +99,19 @@ class Method:
             self.lowered = _without_codes(plain)
 
     def prepare(
-        self, activations: Mapping[str, Activation]
-    ) -> tuple[fx.GraphModule, Collection[str]]:
+        self, written: fx.GraphModule, activations: Mapping[str, Activation]
+    ) -> tuple[fx.GraphModule, Collection[str], Mapping[str, Activation]]:
         """Put other operators in the place of layers before XNNPACK's passes see them.
 
         Args:
+            written: The graph in ops that XNNPACK knows.
             activations: By layer name.
 
         Returns:
-            The graph, a new one if layers were taken; and the names of these layers, which it no
-            longer calls. Here no layer is.
+            The graph, a new one if layers were taken; the names of these layers, which it no
+            longer calls; and the activations of those that it does call. Here no layer is taken.
         """
-        return self.graph, ()
+        return self.graph, (), activations
 
     @property
     def named_inputs(self) -> list[tuple[str, Tensor]]:

@@ -16,7 +16,12 @@ from mpqdm_fx.backends.lowbit.layers import choose_layers
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.rebuild import infer_static_values
-from mpqdm_fx.records.activations import ActivationRange, DynamicActivation, StaticActivation
+from mpqdm_fx.records.activations import (
+    ActivationRange,
+    DynamicActivation,
+    StaticActivation,
+    TimestepActivation,
+)
 
 DYNAMIC = DynamicActivation()
 GRID = ActivationRange(scale=0.1, zero_point=0)
@@ -33,12 +38,13 @@ class Net(nn.Module):
         self.narrow = nn.Conv2d(6, 8, 3, padding=1)
         self.line = nn.Conv1d(8, 8, 3, padding=1)
         self.fixed = nn.Conv2d(8, 8, 3, padding=1)
+        self.timed = nn.Conv2d(8, 8, 3, padding=1)
         self.coarse = nn.Conv2d(8, 8, 3, padding=1)
         self.few = nn.Linear(8, 8)
 
     def forward(self, x):
         h = self.narrow(self.odd(self.wide(self.fits(x))))
-        h = self.coarse(self.fixed(self.line(h.flatten(2)).view_as(h)))
+        h = self.coarse(self.timed(self.fixed(self.line(h.flatten(2)).view_as(h))))
         return self.few(h.mean((2, 3)))
 
 
@@ -51,6 +57,7 @@ def net():
     infer_static_values(graph, list(inputs.values()))
     activations = dict.fromkeys(bits, DYNAMIC)
     activations["fixed"] = StaticActivation(input=GRID, output=GRID)
+    activations["timed"] = TimestepActivation(groups=(activations["fixed"],) * 2)
     activations["coarse"] = DynamicActivation(bits=4)
     return graph, activations
 
@@ -58,14 +65,14 @@ def net():
 MISFITS = {
     "narrow": "6 input channels, no multiple of 4",
     "line": "Conv2d and Linear, not Conv1d",
-    "fixed": 'activation_mode="dynamic"',
+    "timed": 'not by noise level; quantize with activation_mode="static" or "dynamic"',
     "coarse": "8 bits, not 4",
 }
 
 
 def test_memory_takes_all_that_fits(net):
     choice = choose_layers(*net, kernels="memory")
-    assert choice.own == ("fits", "wide", "odd", "few")
+    assert choice.own == ("fits", "wide", "odd", "fixed", "few")
     assert choice.left.keys() == MISFITS.keys()
     for name, reason in MISFITS.items():
         assert reason in choice.left[name]
@@ -73,7 +80,7 @@ def test_memory_takes_all_that_fits(net):
 
 def test_auto_takes_what_is_faster(net):
     choice = choose_layers(*net, kernels="auto", cpu="avx2")
-    assert choice.own == ("fits", "odd")
+    assert choice.own == ("fits", "odd", "fixed")  # a fixed range costs what another does
     assert choice.left["wide"] == (
         "own kernels would take 0.99 of the time on avx2: too small a gain"  # 8 bits
     )

@@ -5,23 +5,34 @@ import sys
 
 import pytest
 import torch
-from rounded_nets import Attention, Residual, round_to_grid
+from rounded_nets import Attention, Residual, measured_ranges, round_to_grid
 from torch import nn
 from torch.nn import functional
 
 from mpqdm_fx.backends.kernel_library import calls_own_operators, has_kernels
 from mpqdm_fx.backends.lowbit.lower import lower_lowbit, lower_lowbit_methods
+from mpqdm_fx.backends.lowbit.method import LowbitMethod
 from mpqdm_fx.backends.lowbit.passes import MoveLayouts
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ConfigError, LoweringError
+from mpqdm_fx.graph.editing import copy_graph_module, replace_module
 from mpqdm_fx.graph.layers import weight_layers
-from mpqdm_fx.records.activations import ActivationRange, DynamicActivation, StaticActivation
+from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.passes.quantize.round_weights import install_codes
+from mpqdm_fx.records.activations import (
+    ActivationRange,
+    DynamicActivation,
+    StaticActivation,
+    TimestepActivation,
+)
+from mpqdm_fx.testing import count
 
 pytestmark = pytest.mark.xnnpack
 
 EXACT_DB = 120.0
+mpqdm = torch.ops.mpqdm
 
 
 class Block(nn.Module):
@@ -125,14 +136,91 @@ def test_small_nets(net, tmp_path):
     assert program.sqnr_db > EXACT_DB
 
 
-@pytest.mark.matrix
-def test_static_layers_stay_with_xnnpack(tmp_path, block):
+@pytest.mark.parametrize(
+    ("net", "own"),
+    [
+        (Block, ("conv1", "time", "conv2", "shortcut")),
+        (Residual, ("conv1", "shortcut", "conv_out")),
+        (Attention, ("to_q", "to_k", "to_v", "to_out")),
+    ],
+)
+def test_fixed_ranges(net, own, tmp_path):
+    graph, _, inputs = rounded(net())
+    ranges = measured_ranges(graph, inputs)
+    program = lower_lowbit(graph, ranges, inputs, tmp_path / "net.pte", kernels="memory")
+    assert program.own_layers == own
+    assert program.sqnr_db > EXACT_DB
+    assert "mpqdm.quantize_mixed.default" not in program.own_operators
+
+
+def test_norms_in_front_of_fixed_ranges_give_codes(tmp_path, block):
+    graph, _, inputs = block
+    ranges = measured_ranges(graph, inputs)
+    method = LowbitMethod(graph, inputs, ranges, kernels="memory")
+    assert count(method.prepared, mpqdm.group_norm_quantize_static_mixed.default) == 2
+    left, read = weight_layers(method.prepared), method.choice.own
+    assert set(left) == {"conv_in", "conv_out"}
+    assert set(read) == {"conv1", "time", "conv2", "shortcut"}
+
+
+class Shared(nn.Module):
+    """A layer of XNNPACK (5x5) that is called on an own layer's output, and on a value before."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.own, self.twin = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.wide = nn.Conv2d(8, 8, 5, padding=2, bias=bias)
+        self.last = nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.last(self.wide(self.own(x)) + self.wide(torch.relu(self.twin(x)) * 3.0))
+
+    @staticmethod
+    def inputs():
+        return {"x": torch.randn(2, 8, 6, 7, generator=torch.Generator().manual_seed(1))}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dynamic", [(), ("twin", "last"), ("wide",)])
+def test_ranges_that_own_layers_and_xnnpack_s_share(tmp_path, bias, dynamic):
+    graph, kinds, inputs = rounded(Shared(bias))
+    ranges = measured_ranges(graph, inputs) | {name: kinds[name] for name in dynamic}
+    with torch.no_grad():
+        method = LowbitMethod(graph, inputs, ranges, kernels="memory")
+        assert method.choice.own == ("own", "twin", "last")
+        actual, expected = method.prepared(*method.inputs), method.quantized(*method.inputs)
+    assert sqnr_db(expected, actual) > EXACT_DB
+    split = {"wide", "wide_call"} if "wide" not in dynamic else {"wide"}
+    assert set(weight_layers(method.prepared)) == split
+    program = lower_lowbit(graph, ranges, inputs, tmp_path / "net.pte", kernels="memory")
+    assert program.sqnr_db > method.expected.bound_db
+
+
+def test_own_layers_keep_biases_and_channels_that_integers_cannot_hold(tmp_path, block):
+    graph, _, inputs = block
+    ranges = measured_ranges(graph, inputs)
+    tiny = weight_layers(graph)["conv1"].module
+    tiny = install_codes(tiny, tiny.weight_codes, tiny.weight_scale * 1e-9)
+    graph = copy_graph_module(graph)
+    replace_module(graph, "conv1", tiny)
+    method = LowbitMethod(graph, inputs, ranges, kernels="memory")
+    layers = weight_layers(method.quantized)
+    assert torch.equal(layers["conv1"].module.weight_codes, tiny.weight_codes)
+    assert torch.equal(layers["conv1"].module.bias, tiny.bias)
+    conv_in = weight_layers(graph)["conv_in"].module
+    assert not torch.equal(layers["conv_in"].module.bias, conv_in.bias)
+    with torch.no_grad():
+        actual, expected = method.prepared(*method.inputs), method.quantized(*method.inputs)
+    assert sqnr_db(expected, actual) > EXACT_DB
+
+
+def test_ranges_by_noise_level_are_refused_by_name(tmp_path, block):
     graph, activations, inputs = block
     grid = ActivationRange(scale=0.05, zero_point=3)
-    mixed = activations | {"conv1": StaticActivation(input=grid, output=grid)}
-    program = lower_lowbit(graph, mixed, inputs, tmp_path / "mixed.pte", kernels="memory")
-    assert program.own_layers == ("time", "conv2", "shortcut")
-    assert 'activation_mode="dynamic"' in program.left_layers["conv1"]
+    pair = StaticActivation(input=grid, output=grid)
+    mixed = activations | {"conv1": TimestepActivation(groups=(pair, pair))}
+    with pytest.raises(LoweringError, match=r'conv1: .* noise level.*activation_mode="static"'):
+        lower_lowbit(graph, mixed, inputs, tmp_path / "net.pte", kernels="memory")
 
 
 @pytest.mark.matrix

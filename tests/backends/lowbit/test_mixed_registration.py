@@ -25,10 +25,14 @@ def blob(rows, *shape):
 X = torch.randn(2, 5, 4, 8, generator=GENERATOR)
 CODES = ops.quantize_mixed(X, 2)
 NORM = (X, torch.ones(8), torch.zeros(8), 2, 1e-5, True)
+RANGE = (torch.tensor([0.05]), torch.tensor([-3], dtype=torch.int32))
 CALLS = {
     "quantize_mixed": (X, 10),
     "group_norm_mixed": NORM,
     "group_norm_quantize_mixed": NORM,
+    "quantize_static_mixed": (X, *RANGE),
+    "dequantize_mixed": (CODES[0], *RANGE),
+    "group_norm_quantize_static_mixed": (*NORM, *RANGE),
     "conv2d_mixed": (*CODES, blob(12, 8, 3, 3), 12, 3, 2, 1),
     "linear_mixed": (*CODES, blob(12, 8), 12),
 }
@@ -80,6 +84,8 @@ def test_wrong_calls_are_refused_while_tracing():
             lambda: ops.quantize_mixed(x.half(), 1),
             lambda: ops.group_norm_mixed(x, x[0, 0, 0], x[0, 0, 0], 3, 1e-5, False),
             lambda: ops.linear_mixed(x, x[0], x[0], x[0], 4),
+            lambda: ops.quantize_static_mixed(x, x[0], x[0]),
+            lambda: ops.dequantize_mixed(x, x[0], x[0]),
             lambda: ops.conv2d_mixed(x.to(torch.int8), x[0], x[0], x[0], 4, 5, 1, 0),
         ):
             with pytest.raises(ConfigError):
@@ -111,6 +117,9 @@ class Block(nn.Module):
         self.norm, self.last = nn.GroupNorm(2, 8), nn.GroupNorm(3, 12)
         self.register_buffer("convolution", blob(16, 8, 3, 3))
         self.register_buffer("linear", blob(12, 16))
+        self.register_buffer("square", blob(12, 12))
+        self.register_buffer("scale", RANGE[0])
+        self.register_buffer("zero_point", RANGE[1])
 
     def forward(self, x):
         y = self.entry(x).permute(0, 2, 3, 1).contiguous()
@@ -118,7 +127,11 @@ class Block(nn.Module):
         y = ops.conv2d_mixed(*codes, self.convolution, 16, 3, 1, 1)
         codes = ops.quantize_mixed(y, y.shape[0] * y.shape[1] * y.shape[2])
         y = ops.linear_mixed(*codes, self.linear, 12)
-        y = ops.group_norm_mixed(y, self.last.weight, self.last.bias, 3, 1e-5, False)
+        norm, known = (self.last.weight, self.last.bias, 3, 1e-5), (self.scale, self.zero_point)
+        codes = ops.group_norm_quantize_static_mixed(y, *norm, True, *known)
+        y = ops.linear_mixed(codes, *known, self.square, 12)
+        y = ops.dequantize_mixed(ops.quantize_static_mixed(y, *known), *known)
+        y = ops.group_norm_mixed(y, *norm, False)
         return self.end(torch.relu(y))
 
 

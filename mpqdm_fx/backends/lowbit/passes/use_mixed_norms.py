@@ -19,6 +19,7 @@ __all__ = ["UseMixedNorms"]
 
 _aten = torch.ops.aten
 _mpqdm = torch.ops.mpqdm
+_QUANTIZERS = frozenset({_mpqdm.quantize_mixed.default, _mpqdm.quantize_static_mixed.default})
 _VIEWS = frozenset(
     {_aten.reshape.default, _aten.view.default, _aten.flatten.using_ints, _aten.unflatten.int}
 )
@@ -29,8 +30,8 @@ class UseMixedNorms(GraphPass):
     """Turn group norms, with a SiLU behind them, into `mpqdm::group_norm_mixed`.
 
     1. A norm is taken if all that reads it, through permutations, views and what computes alike
-       in both layouts, is `mpqdm::quantize_mixed`: then its result lies channels last for own
-       layers. A SiLU that alone reads it goes with it.
+       in both layouts, is `mpqdm::quantize_mixed` or `quantize_static_mixed`: then its result lies
+       channels last for own layers. A SiLU that alone reads it goes with it.
     2. Its value is [B, C, H, W], or [B, C, L], which is an image of one row; float32, of known
        sizes, with constant weights.
     3. The norm reads a permutation and its users read one of its result; `MoveLayouts` takes
@@ -65,7 +66,7 @@ def _feeds_own_layers(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     while waiting:
         value = waiting.pop()
         for user in value.users:
-            if user.target is _mpqdm.quantize_mixed.default:
+            if user.target in _QUANTIZERS:
                 found = True
             elif not _passes_on(graph_module, user, value):
                 return False

@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from rounded_nets import Attention, round_to_grid
+from rounded_nets import Attention, measured_ranges, round_to_grid
 from small import TinyNet, Twice, net_calls
 from torch import nn
 
+from mpqdm_fx.backends.fit_channels import read_ranges
 from mpqdm_fx.backends.lowbit.blob import pack_blob, unpack_blob
-from mpqdm_fx.backends.lowbit.passes import UseMixedLayers
+from mpqdm_fx.backends.lowbit.passes import ReuseCodes, UseMixedLayers
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.rebuild import infer_static_values
 from mpqdm_fx.passes import QuantizeActivations
-from mpqdm_fx.records.activations import DynamicActivation
+from mpqdm_fx.records.activations import DynamicActivation, StaticActivation
 from mpqdm_fx.testing import count
 
 mpqdm = torch.ops.mpqdm
@@ -87,6 +88,29 @@ def test_the_blob_takes_the_place_of_the_weight():
     packed = unpack_blob(state["body.weight_blob"]).codes
     assert torch.equal(packed.view(16, 3, 3, 12), codes.permute(0, 2, 3, 1))
     assert set(weight_layers(own)) == {"conv_in", "conv_out"}
+
+
+def test_fixed_ranges_are_constants_and_results_are_rounded():
+    inputs = Attention.inputs()
+    graph = rounded(Attention(), inputs)
+    ranges = measured_ranges(graph, inputs)
+    names = ["to_q", "to_k", "to_v", "to_out"]
+    static = {
+        name: [StaticActivation(input=r, output=ranges[name].output) for r in reads]
+        for name, reads in read_ranges(graph, {n: ranges[n] for n in names}).items()
+    }
+    second = static["to_out"][1].input  # the second call reads the first
+    assert second.scale == float(torch.tensor(ranges["to_out"].output.scale))
+    own = UseMixedLayers(blobs=blobs(graph, names), static=static)(graph).graph_module
+    own = ReuseCodes()(own).graph_module
+    expected = QuantizeActivations(ranges={n: ranges[n] for n in names})(graph).graph_module
+    assert_close(own, expected, inputs)
+    # one for the shared input, five results, one input of the first call of the last layer
+    assert count(own, mpqdm.quantize_static_mixed.default) == 7
+    assert count(own, mpqdm.quantize_mixed.default) == 0
+    scales = {float(value) for name, value in own.state_dict().items() if ".scale" in name}
+    used = {r.scale for pairs in static.values() for p in pairs for r in (p.input, p.output)}
+    assert scales == {float(torch.tensor(scale)) for scale in used}
 
 
 def test_layers_on_one_value_share_its_codes():
