@@ -199,8 +199,8 @@ def lower_to_lowbit(
     library is installed; without it, its graph is, with the operators' references in Python.
 
     Args:
-        quantized: Quantized model; own kernels run layers with dynamic activations of 8 bits, and
-            XNNPACK's run the others.
+        quantized: Quantized model; own kernels run layers with static or dynamic activations of 8
+            bits, and XNNPACK's run the others.
         output: File; it appears whole or not at all.
         kernels: `"auto"`: own kernels run the layers for which the cost table says that they are
             faster; `"memory"`: all that they can run, for least memory; `"xnnpack"`: none.

@@ -77,8 +77,7 @@ def activation_mode_of(text: str, *, backend: str, activations: int) -> str:
     """The mode that `auto` stands for, or `text` as it is.
 
     Ranges computed at run time cost nothing in calibration and measured 5 dB better on the bundled
-    model at 8 bits. XNNPACK has kernels for them, lowbit's run nothing else, and torch.ao's
-    convolutions have none.
+    model at 8 bits. XNNPACK and lowbit have kernels for them, and torch.ao's convolutions none.
     """
     if text != "auto":
         return text

@@ -69,8 +69,8 @@ def test_without_the_library_nothing_is_begun(model_folder, tmp_path):
             "--cpu vnni: only --kernels auto asks",
         ),
         (
-            ["--backend", "lowbit", "--kernels", "xnnpack", "--activation-mode", "static"],
-            "lowbit does not run --activation-mode static",
+            ["--backend", "lowbit", "--kernels", "xnnpack", "--activation-mode", "timestep"],
+            "lowbit does not run --activation-mode timestep; choose --activation-mode measured or",
         ),
         (
             ["--backend", "lowbit", "--kernels", "xnnpack", "--activations", 6],

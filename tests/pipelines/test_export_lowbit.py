@@ -46,9 +46,9 @@ def exported(installed, pipeline, tmp_path_factory):
         (SETTINGS, {"kernels": "memory"}, "kernels='memory': xnnpack has no own kernels"),
         (None, {"backend": "lowbit"}, "float programs have no layers for own kernels"),
         (
-            tiny_pipelines.cheap_settings(activation_mode="static"),
+            tiny_pipelines.cheap_settings(activation_mode="timestep"),
             {"backend": "lowbit"},
-            "lowbit does not run activation_mode='static'",
+            "lowbit does not run activation_mode='timestep'",
         ),
     ],
 )

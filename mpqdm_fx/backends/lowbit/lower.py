@@ -4,6 +4,9 @@ The road is that of `backends.xnnpack.lower`, with one step in front: layers tha
 become own operators on values that lie channels last. What is left goes to XNNPACK as it always
 does. The graph with own operators is run in Python, by their references, and compared with the
 fake-quantized graph; the written file is run too, where the native library is installed.
+
+Own kernels add biases in float. So biases and scales of static own layers stay as they are, in the
+fake-quantized graph too, where those of XNNPACK's static layers are fitted to integers.
 """
 
 import logging
@@ -53,8 +56,7 @@ def lower_lowbit(
 
     Args:
         rounded: Module-level graph after `RoundWeights`; it is not changed.
-        ranges: Activation by layer name. Own kernels run dynamic ones of 8 bits; all others stay
-            with XNNPACK, as in `lower_xnnpack`.
+        ranges: Activation by layer name, static or dynamic, of 8 bits, as in `lower_xnnpack`.
         example_inputs: Inputs of `rounded`, by name or in order; also what the program is tried on.
         path: File to write. It appears only if the program computes the right numbers.
         kernels: `"auto"`: own kernels run the layers for which the cost table says that they are

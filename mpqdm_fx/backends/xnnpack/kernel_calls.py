@@ -15,7 +15,9 @@ from torch import Tensor, fx
 from mpqdm_fx.graph.norms import constant
 from mpqdm_fx.graph.operators import operator_name, plain_name
 
-__all__ = ["KernelCall", "kernel_call", "nodes_of_calls"]
+__all__ = ["KernelCall", "constant_digest", "kernel_call", "nodes_of_calls"]
+
+_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,9 @@ def kernel_call(program: Any, plan: Any, call: Any) -> KernelCall:
         if name:
             constants.append(str(name))
         elif getattr(value, "data_buffer_idx", 0):
-            constants.append(_digest(program.constant_buffer[value.data_buffer_idx].storage))
+            constants.append(
+                constant_digest(program.constant_buffer[value.data_buffer_idx].storage)
+            )
     op = plain_name(plan.operators[call.op_index].name)
     return KernelCall(op=op, constants=tuple(constants))
 
@@ -81,12 +85,19 @@ def _possible_calls(edge: fx.GraphModule, node: fx.Node) -> set[KernelCall]:
     """How a program may have a node: constants inside it, or in a file of their own."""
     read = {str(n.target): constant(edge, n) for n in node.all_input_nodes if n.op == "get_attr"}
     digests = tuple(
-        _digest(t.numpy(force=True).tobytes()) for t in read.values() if isinstance(t, Tensor)
+        constant_digest(t.numpy(force=True).tobytes())
+        for t in read.values()
+        if isinstance(t, Tensor)
     )
     op = operator_name(node)
     assert op is not None
     return {KernelCall(op=op, constants=known) for known in (digests, tuple(read))}
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def constant_digest(data: bytes) -> str:
+    """SHA-256 of a constant with the zeros behind it that a program stores: up to 16 bytes.
+
+    Args:
+        data: The constant, with these zeros or without.
+    """
+    return hashlib.sha256(data.ljust(-(-len(data) // _ALIGNMENT) * _ALIGNMENT, b"\0")).hexdigest()

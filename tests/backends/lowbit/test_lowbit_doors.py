@@ -64,10 +64,11 @@ def test_options_of_own_kernels_are_refused_without_such_kernels(option):
             ProgramForm(backend=backend, **option).check(DYNAMIC)
 
 
-def test_static_ranges_alone_are_no_settings_for_own_kernels():
-    static = MPQConfig(activation_mode="static")
-    with pytest.raises(ConfigError, match="lowbit does not run activation_mode='static'"):
-        ProgramForm(backend="lowbit").check(static)
+def test_ranges_by_noise_level_are_no_settings_for_own_kernels():
+    ProgramForm(backend="lowbit").check(MPQConfig(activation_mode="static"), runs=False)
+    timestep = MPQConfig(activation_mode="timestep")
+    with pytest.raises(ConfigError, match=r'does not run .*; choose activation_mode="measured"'):
+        ProgramForm(backend="lowbit").check(timestep, runs=False)
 
 
 @pytest.mark.xnnpack

@@ -144,7 +144,7 @@ def test_layer_called_on_two_scales_adds_the_right_bias_each_time(tmp_path, monk
     graph = round_to_grid(trace(Twice().eval(), inputs))
     ranges = measured_ranges(graph, inputs)
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "split_calls", lambda graph, ranges: (graph, dict(ranges)))
+        patch.setattr(convert, "split_calls", lambda graph, ranges, _: (graph, dict(ranges)))
         with pytest.raises(LoweringError, match=r"differs from the graph.* steps of its"):
             lower_xnnpack(graph, ranges, inputs, tmp_path / "net.pte")
     program = lower_xnnpack(graph, ranges, inputs, tmp_path / "net.pte")
