@@ -34,7 +34,7 @@ class OwnWork:
 
     Attributes:
         own_layers: Layers that own kernels run.
-        left_layers: Reason by name for every other layer with an activation.
+        left_layers: Reason by name for every other weight layer.
         own_operators: How often each own operator is called.
         crossings: Values handed over between own operators and XNNPACK's delegates.
         layout_copies: Copies of images between channels first and channels last.

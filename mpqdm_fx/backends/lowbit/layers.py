@@ -28,7 +28,7 @@ class LayerChoice:
 
     Attributes:
         own: Names of the layers that own kernels run, in graph order.
-        left: Reason by name for every other layer with an activation.
+        left: Reason by name for every other weight layer.
     """
 
     own: tuple[str, ...]
@@ -53,11 +53,11 @@ def choose_layers(
     kernels: Kernels = "auto",
     cpu: Cpu = "avx2",
 ) -> LayerChoice:
-    """Sort the layers with an activation into own layers and layers that stay with XNNPACK.
+    """Sort the weight layers into own layers and layers that stay with XNNPACK.
 
     Args:
         rounded: Module-level graph after `RoundWeights`, with static values in `meta["val"]`.
-        activations: By layer name.
+        activations: By layer name; layers without one read floats.
         kernels: What is wanted of own kernels.
         cpu: Class of CPUs that the program is for.
 
@@ -68,9 +68,7 @@ def choose_layers(
     check_cpu(cpu)
     own, left = [], {}
     for name, layer in weight_layers(rounded).items():
-        if name not in activations:
-            continue
-        reason = _misfit(layer, activations[name])
+        reason = _misfit(layer, activations.get(name))
         if reason is None and kernels == "xnnpack":
             reason = 'kernels="xnnpack" leaves all layers there'
         if reason is None and kernels == "auto":
@@ -129,18 +127,20 @@ def _convolution_refusal(conv: nn.Conv2d) -> str | None:
     return WeightShape(conv.out_channels, conv.in_channels, kernel).fault()
 
 
-def _misfit(layer: WeightLayer, activation: Activation) -> str | None:
+def _misfit(layer: WeightLayer, activation: Activation | None) -> str | None:
     module = layer.module
     if isinstance(activation, TimestepActivation):
         return (
             "own kernels have one fixed range or choose ranges at run time, not by noise level; "
             'quantize with activation_mode="static" or "dynamic"'
         )
+    if not isinstance(getattr(module, "weight_codes", None), Tensor):
+        return "its weights are not rounded"
+    if activation is None:
+        return "its input stays in float, and own kernels read inputs of 8 bits"
     read = activation.input if isinstance(activation, StaticActivation) else activation
     if read.bits != 8:
         return f"own kernels read activations of 8 bits, not {read.bits}"
-    if not isinstance(getattr(module, "weight_codes", None), Tensor):
-        return "its weights are not rounded"
     reasons = (call_refusal(module, call) for call in layer.nodes)
     return next((reason for reason in reasons if reason is not None), None)
 

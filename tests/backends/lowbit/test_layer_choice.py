@@ -15,6 +15,8 @@ from mpqdm_fx.backends.lowbit.costs import CPUS, Point, relative_time
 from mpqdm_fx.backends.lowbit.layers import choose_layers
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.graph.editing import copy_graph_module, replace_module
+from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.rebuild import infer_static_values
 from mpqdm_fx.records.activations import (
     ActivationRange,
@@ -101,9 +103,15 @@ def test_xnnpack_takes_nothing(net):
     assert choice.left.keys() == net[1].keys()
 
 
-def test_layers_without_an_activation_are_not_named(net):
-    choice = choose_layers(net[0], {"fits": DYNAMIC}, kernels="memory")
-    assert (choice.own, dict(choice.left)) == (("fits",), {})
+@pytest.mark.parametrize("kernels", ["auto", "memory", "xnnpack"])
+def test_every_layer_that_stays_is_named_with_its_reason(net, kernels):
+    graph = copy_graph_module(net[0])
+    replace_module(graph, "few", nn.Linear(8, 8))
+    choice = choose_layers(graph, {"fits": DYNAMIC}, kernels=kernels)
+    assert {*choice.own, *choice.left} == set(weight_layers(graph))
+    assert not set(choice.own) & set(choice.left)
+    assert choice.left["wide"] == "its input stays in float, and own kernels read inputs of 8 bits"
+    assert choice.left["few"] == "its weights are not rounded"
 
 
 @pytest.mark.parametrize("settings", [{"kernels": "fast"}, {"cpu": "sse"}])

@@ -52,7 +52,7 @@ class UseMixedLayers(GraphPass):
 
     @classmethod
     def examples(cls, graph_module: fx.GraphModule) -> tuple[Self, ...]:
-        """All layers that fit, at four bits: with ranges chosen at run time, and with fixed ones."""
+        """All layers that fit, at four bits: ranges chosen at run time, and fixed ones."""
         blobs, layers = _example_blobs(graph_module), weight_layers(graph_module)
         grid = ActivationRange(scale=1 / 16, zero_point=3)
         pair = StaticActivation(input=grid, output=grid)
