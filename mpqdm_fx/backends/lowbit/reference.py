@@ -1,7 +1,7 @@
 """What the operators compute, in torch: exact integers, float steps in the order of FORMAT.md.
 
-Sums of products of codes are taken in float64. They stay below 2^31, so every partial sum is exact
-in any order.
+Sums of products of codes stay below 2^31. They are taken by float32 products of pieces that are
+exact in any order (`numerics.exact_products`).
 """
 
 import functools
@@ -13,6 +13,7 @@ from torch import Tensor
 from mpqdm_fx.backends.lowbit.blob import BlobContent, unpack_blob
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.numerics.activations.dynamic import dynamic_qparams
+from mpqdm_fx.numerics.exact_products import exact_convolution, exact_product
 
 __all__ = [
     "check_dtype",
@@ -138,12 +139,9 @@ def conv2d_mixed(
             f"conv2d_mixed: {parts} ranges for {batch} samples; use one for each sample, or a 1x1 "
             "kernel of stride 1"
         )
-    images = _centred(codes, zero_point).permute(0, 3, 1, 2)
-    kernels = content.codes.to(torch.float64).reshape(out_channels, kernel, kernel, -1)
-    sums = torch.nn.functional.conv2d(
-        images, kernels.permute(0, 3, 1, 2), stride=stride, padding=padding
-    )
-    return _scaled(sums.permute(0, 2, 3, 1).reshape(pixels, -1), scale, content).reshape(shape)
+    weights = content.codes.to(torch.float32).reshape(out_channels, kernel, kernel, -1)
+    sums = exact_convolution(_centred(codes, zero_point), weights, stride, padding)
+    return _scaled(sums, scale, content).reshape(shape)
 
 
 def linear_mixed(
@@ -171,7 +169,8 @@ def linear_mixed(
     if rows % parts:
         raise ConfigError(f"linear_mixed: {parts} ranges do not cut {rows} rows into equal parts")
     inputs = _centred(codes, zero_point).reshape(rows, -1)
-    return _scaled(inputs @ content.codes.to(torch.float64).T, scale, content).reshape(shape)
+    sums = exact_product(inputs, content.codes.to(torch.float32))
+    return _scaled(sums, scale, content).reshape(shape)
 
 
 def check_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
@@ -257,8 +256,8 @@ def _unpacked(octets: bytes) -> BlobContent:
 
 
 def _centred(codes: Tensor, zero_point: Tensor) -> Tensor:
-    """``code - zero_point`` in float64."""
-    parts = codes.to(torch.float64).reshape(len(zero_point), -1)
+    """``code - zero_point`` in float32."""
+    parts = codes.to(torch.float32).reshape(len(zero_point), -1)
     return (parts - zero_point[:, None]).reshape(codes.shape)
 
 
