@@ -14,6 +14,8 @@ from mpqdm_fx.backends.pt2e_observers import PT2EGridWeightObserver
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.dynamic_chain import EPS
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.stand_ins import stand_ins
+from mpqdm_fx.numerics.lazy_tensor import LazyTensor, plain
 from mpqdm_fx.passes.quantize.quantize_activations import activation_sites
 from mpqdm_fx.records.activations import (
     Activation,
@@ -199,17 +201,27 @@ def to_quantizer(
 
 
 def export_graph(
-    graph: fx.GraphModule, example_inputs: Mapping[str, Any] | Sequence[Any]
+    graph: fx.GraphModule,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    *,
+    lazy: bool = False,
 ) -> torch.export.ExportedProgram:
     """Export a module-level graph at the shapes of its example inputs, keeping module names.
 
     Args:
         graph: Module-level graph in evaluation mode.
         example_inputs: Its inputs by argument name, or in order.
+        lazy: Leave lazy weights lazy, for what turns them into integers one by one; else the
+            program holds their numbers.
     """
     args = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
     with torch.no_grad(), ao.quiet():
-        return torch.export.export(graph, tuple(args), strict=False)
+        with stand_ins(graph):
+            exported = torch.export.export(graph, tuple(args), strict=False)
+        for name, tensor in graph.state_dict(keep_vars=True).items():
+            if isinstance(tensor, LazyTensor) and name in exported.state_dict:
+                exported.state_dict[name] = tensor if lazy else _parameter(plain(tensor))
+        return exported
 
 
 def convert_pt2e_graph(
@@ -236,10 +248,14 @@ def convert_pt2e_graph(
         ConfigError: No layer is rounded, or `ranges` names a layer that is not.
     """
     quantizer = to_quantizer(rounded, ranges, four_bit=four_bit)
-    exported = export_graph(rounded, example_inputs).module(check_guards=False)
+    exported = export_graph(rounded, example_inputs, lazy=True).module(check_guards=False)
     with torch.no_grad(), ao.quiet():
         prepared = ao.prepare_pt2e(exported, quantizer)
         return cast(fx.GraphModule, ao.convert_pt2e(prepared))
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
 
 
 def _is_annotated(node: fx.Node) -> bool:
