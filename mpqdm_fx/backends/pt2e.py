@@ -251,7 +251,31 @@ def convert_pt2e_graph(
     exported = export_graph(rounded, example_inputs, lazy=True).module(check_guards=False)
     with torch.no_grad(), ao.quiet():
         prepared = ao.prepare_pt2e(exported, quantizer)
-        return cast(fx.GraphModule, ao.convert_pt2e(prepared))
+        converted = cast(fx.GraphModule, ao.convert_pt2e(prepared))
+    _share_codes(converted, rounded)
+    return converted
+
+
+def _share_codes(converted: fx.GraphModule, rounded: fx.GraphModule) -> None:
+    """Let the converted graph hold the very integers of the rounded one, not their copies."""
+    known: dict[Any, list[Tensor]] = {}
+    for layer in weight_layers(rounded).values():
+        codes = getattr(layer.module, "weight_codes", None)
+        if isinstance(codes, Tensor):
+            known.setdefault(_mark(codes), []).append(codes)
+    for name, tensor in list(converted.named_buffers()):
+        if tensor.dtype != torch.int8:
+            continue
+        same = (codes for codes in known.get(_mark(tensor), ()) if torch.equal(codes, tensor))
+        codes = next(same, None)
+        if codes is not None:
+            owner, _, field = name.rpartition(".")
+            converted.get_submodule(owner)._buffers[field] = codes
+
+
+def _mark(codes: Tensor) -> tuple[Any, ...]:
+    """What few other matrices have in common with this one."""
+    return (codes.shape, int(codes[0].sum()), int(codes[-1].sum()))
 
 
 def _parameter(value: Tensor) -> nn.Parameter:

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 PINNED_BITS = 8
-_CHECKED_NUMBERS = 1 << 24  # of a weight, at once
+_CHECKED_NUMBERS = 1 << 22  # of a weight, at once
 FEW_LEVELS = 8
 """With fewer noise levels among the calls, time layers are not for the budget to decide."""
 MAX_TABLE_SHARE = 1.0  # of the bits of a layer's codes, for its codebook tables
@@ -116,8 +116,8 @@ def check_weight(layer: WeightLayer) -> None:
     bad = sum(int((~torch.isfinite(block)).sum()) for block in blocks)
     if bad:
         raise CalibrationError(
-            f"{layer.name} ({type(layer.module).__name__}): {bad} of {layer.weight.numel()} weights "
-            f"are NaN or infinite; repair the checkpoint"
+            f"{layer.name} ({type(layer.module).__name__}): {bad} of {layer.weight.numel()} "
+            f"weights are NaN or infinite; repair the checkpoint"
         )
 
 

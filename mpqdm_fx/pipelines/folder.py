@@ -203,9 +203,7 @@ def load_encoder(folder: Path, name: str, variant: str | None, *, stored: bool =
     return _from_files(encoder_class, folder, variant, torch.float32)
 
 
-def _from_files(
-    encoder_class: Any, folder: Path, variant: str | None, dtype: torch.dtype
-) -> Any:
+def _from_files(encoder_class: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
     try:
         model, information = encoder_class.from_pretrained(
             folder,

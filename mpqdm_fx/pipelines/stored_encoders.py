@@ -6,6 +6,8 @@ large encoder is loaded like that: its weights become float32 layer by layer (`S
 the same bits as if all had been loaded in float32.
 """
 
+import copy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +66,10 @@ def hold_as_stored(model: nn.Module) -> bool:
         model: Loaded in the dtype of its files.
 
     Returns:
-        False if a buffer was rounded when the encoder was made in that dtype, so that the encoder
-        has to be loaded whole; it is then as it was.
+        False if a buffer was rounded when the encoder was made in that dtype and cannot be made
+        anew, so that the encoder has to be loaded whole; it is then as it was.
     """
-    if any(b.is_floating_point() and b.dtype != torch.float32 for b in model.buffers()):
+    if not _make_buffers_anew(model):
         return False
     held: dict[int, nn.Parameter] = {}
     layers = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
@@ -84,6 +86,36 @@ def hold_as_stored(model: nn.Module) -> bool:
     config: Any = getattr(model, "config", None)
     if config is not None:
         config.dtype = torch.float32  # what it computes in
+    return True
+
+
+def _make_buffers_anew(model: nn.Module) -> bool:
+    """Give buffers that were rounded to the model's dtype their values in float32, in place.
+
+    Gemma scales its embeddings by the root of their width, which no file holds: it is made with the
+    model, in the dtype that the model is made in.
+    """
+    rounded = {
+        name
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point() and buffer.dtype != torch.float32
+    }
+    if not rounded:
+        return True
+    config: Any = copy.deepcopy(getattr(model, "config", None))
+    try:
+        # looked up when it is needed: transformers moved it, and may again
+        no_init_weights = import_module("transformers.initialization").no_init_weights
+        config.dtype = torch.float32
+        with no_init_weights():  # memory that nobody writes to is none
+            whole = dict(type(model)(config).named_buffers())
+    except (ImportError, AttributeError):
+        return False
+    for name in rounded:
+        owner, _, field = name.rpartition(".")
+        module = model.get_submodule(owner)
+        stored = field not in module._non_persistent_buffers_set
+        module._buffers[field] = module.get_buffer(field).float() if stored else whole[name]
     return True
 
 

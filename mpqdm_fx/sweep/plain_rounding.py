@@ -32,7 +32,7 @@ from mpqdm_fx.sweep.shards import Shards
 
 __all__ = ["plain_activations", "plain_weights"]
 
-_NUMBERS = 1 << 24  # of a weight, rounded at once
+_NUMBERS = 1 << 22  # of a weight, rounded at once
 
 
 def plain_weights(graph_module: fx.GraphModule, plans: Iterable[LayerPlan]) -> fx.GraphModule:
@@ -50,9 +50,7 @@ def plain_weights(graph_module: fx.GraphModule, plans: Iterable[LayerPlan]) -> f
     for plan in plans:
         module = layers[plan.name].module
         codes, scale = _nearest(layers[plan.name].weight.detach(), plan.bits_tensor())
-        replace_module(
-            rounded, plan.name, install_codes(module, codes.reshape(plan.shape), scale)
-        )
+        replace_module(rounded, plan.name, install_codes(module, codes.reshape(plan.shape), scale))
     return rounded
 
 

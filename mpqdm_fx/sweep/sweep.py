@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 _CACHED = 64 * 2**20  # bytes of rows kept for layers that read the same value later
 _DECISION_ROWS = 2048
-_TABLE_NUMBERS = 1 << 24  # of an embedding table, rounded at once
+_TABLE_NUMBERS = 1 << 22  # of an embedding table, rounded at once
 
 
 def install_solution(module: nn.Module, solution: LayerSolution) -> nn.Module:
