@@ -11,10 +11,8 @@ _GROUP = Path("/sys/fs/cgroup")
 
 def available_memory() -> int | None:
     """Bytes that the machine, or the container, has left; None where the system does not tell."""
-    known = [
-        bytes_left for bytes_left in (_of_machine(), _of_container()) if bytes_left is not None
-    ]
-    return min(known, default=None)
+    told = (_of_machine(), _of_container())
+    return min((left for left in told if left is not None), default=None)
 
 
 def _of_machine() -> int | None:

@@ -21,6 +21,7 @@ from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.schedules import schedule_of
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io import progress
+from mpqdm_fx.io.allocator import large_blocks_returned
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.files import checkpoint_of
 from mpqdm_fx.io.folders import check_target, staged_directory
@@ -28,6 +29,7 @@ from mpqdm_fx.io.versions import versions
 from mpqdm_fx.model.feasibility import check_feasible, weights_of
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.pipelines.adapters import Lora
+from mpqdm_fx.pipelines.encoder_memory import check_memory
 from mpqdm_fx.pipelines.finish_export import finish
 from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manifest
@@ -37,6 +39,7 @@ from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import JudgedPart, quantize_part, write_programs
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.runner_files import write_runner
+from mpqdm_fx.pipelines.stored_encoders import is_held_as_stored
 from mpqdm_fx.pipelines.work_folder import WorkFolder
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.former_keywords import former_keywords
@@ -71,7 +74,8 @@ class ExportResult:
     Attributes:
         directory: The folder.
         quantized: Quantized parts by name. A part that stayed in float, or whose programs a
-            resumed run found finished, has none.
+            resumed run found finished, has none; nor has a text encoder that was read from its
+            files layer by layer, which would stay in memory.
         manifest: The content of `pipeline.json`.
         summary: The content of `summary.json`: sizes, times, peaks of memory, quality.
     """
@@ -129,6 +133,7 @@ def export_pipeline(
 
     Args:
         pipeline: Folder written by `save_pretrained`, or a pipeline object, which is not changed.
+            Text encoders of a folder that take more than a GiB in float32 are never loaded whole.
         config: Settings of the denoiser; None exports everything in float.
         output: Folder; it appears whole or not at all.
         sizes: Heights and widths in pixels that can be drawn; the first is the default and the one
@@ -166,7 +171,8 @@ def export_pipeline(
 
     Raises:
         ConfigError: The pipeline's class is not supported, it carries a LoRA that is not to be
-            fused, or a setting has no program.
+            fused, a setting has no program, or a text encoder does not fit in memory although it is
+            read layer by layer.
         ArtifactError: The pipeline's folder is not whole, or `output` holds something else.
         DialectError: There are to be tables, and the denoiser has no time branch of its own.
         LoweringError: ExecuTorch is missing, or the library of own kernels is.
@@ -190,6 +196,7 @@ def export_pipeline(
         batch_size=batch_size,
         seed=0 if config is None else config.seed,
         lora=lora,
+        stored=config is not None,
     )
     layout, guidance = inputs.layout, inputs.guidance
     if config is not None:
@@ -198,6 +205,7 @@ def export_pipeline(
             sensitivity=run.sensitivity, max_memory=run.activation_memory,
             batch_size=min(batch_size, max(1, (trajectories - trajectories // 4) * steps)),
         )  # fmt: skip
+    check_memory(layout.parts.values())
     timesteps = _schedule(inputs) if tabulate else None
     digests = {name: part.digest for name, part in layout.parts.items()}
     work = WorkFolder(
@@ -222,23 +230,25 @@ def export_pipeline(
         record = work.finished(part.name)
         if record is None:
             solving = replace(run, directory=work.directory / part.name)
-            judged = _judge(part, inputs, config, minimum_sqnr_db, solving)
-            if judged.quantized is not None:
-                quantized[part.name] = judged.quantized
-            logger.info("lowering %s", part.name)
+            held = is_held_as_stored(part.module)
             wanted = chosen if part.sized else (None,)
-            written = write_programs(
-                part,
-                judged.quantized,
-                {size: inputs.example(part.name, size or inputs.size) for size in wanted},
-                work.path(part.name),
-                timesteps=timesteps if part.stepped else None,
-                four_bit=four_bit,
-                external_weights=external_weights,
-                backend=backend,
-                kernels=kernels,
-                cpu=cpu,
-            )
+            with large_blocks_returned(held):
+                judged = _judge(part, inputs, config, minimum_sqnr_db, solving)
+                logger.info("lowering %s", part.name)
+                written = write_programs(
+                    part,
+                    judged.quantized,
+                    {size: inputs.example(part.name, size or inputs.size) for size in wanted},
+                    work.path(part.name),
+                    timesteps=timesteps if part.stepped else None,
+                    four_bit=four_bit,
+                    external_weights=external_weights,
+                    backend=backend,
+                    kernels=kernels,
+                    cpu=cpu,
+                )
+            if judged.quantized is not None and not held:
+                quantized[part.name] = judged.quantized
             kept = kept_part(
                 part, judged, written, config, bound=minimum_sqnr_db,
                 sensitivity=run.sensitivity, backend=backend,

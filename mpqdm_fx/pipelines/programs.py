@@ -20,6 +20,7 @@ from mpqdm_fx.graph.signature import tensor_leaves
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.model.stages import in_form_of, normalized
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.pipelines.encoder_memory import check_float_program
 from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.manifest import method_entry
 from mpqdm_fx.pipelines.parts import Part
@@ -138,6 +139,7 @@ def quantize_part(
         run: How it runs; see `RunOptions`.
 
     Raises:
+        ConfigError: It is not good, and does not fit in memory in float.
         MPQError: The part cannot be traced or quantized.
     """
     held_out = max(1, len(calls) // 4)
@@ -148,6 +150,7 @@ def quantize_part(
     seconds = quantized.report.seconds
     if ratio >= bound:
         return JudgedPart(quantized=quantized, sqnr_db=ratio, seconds=seconds, held_out=unseen)
+    check_float_program(part, ratio, bound)
     logger.warning(
         "%s stays in float: quantized to 8 bits it has %.1f dB on held-out inputs, less than %.1f",
         part.name, ratio, bound,
