@@ -28,10 +28,10 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
     torch.export takes a model's parameters apart, which only a tensor with a storage lets it do.
     """
     shells: dict[int, nn.Parameter] = {}
-    replaced: list[tuple[nn.Module, str, Tensor]] = []
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if isinstance(parameter, LazyTensor):
+            if parameter is not None and _is_lazy(parameter):
                 replaced.append((module, name, parameter))
     try:
         for module, name, parameter in replaced:
@@ -41,4 +41,8 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, name, parameter in replaced:
-            module._parameters[name] = parameter  # type: ignore[assignment]
+            module._parameters[name] = parameter
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    return isinstance(tensor, LazyTensor)

@@ -34,7 +34,7 @@ class LazyTensor(Tensor):
     @staticmethod
     def __new__(cls, shape: torch.Size, *_: Any) -> Self:
         """An empty shell of the shape."""
-        made: Self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Self = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=torch.float32, requires_grad=False
         )
         return made
@@ -60,7 +60,7 @@ class LazyTensor(Tensor):
         memo[id(self)] = twin
         return twin
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]  # torch has a private argument
         """Shape and kind; numbers would have to be made."""
         return f"{type(self).__name__}({tuple(self.shape)})"
 
@@ -75,10 +75,10 @@ class LazyTensor(Tensor):
         """Products see plain tensors from the start, so that torch chooses the same kernels."""
         if func is functional.linear:
             return func(*_plain_tree(args), **_plain_tree(dict(kwargs or {})))
-        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
+        return torch._C._disabled_torch_function_impl(func, types, args, dict(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own is no class method
         cls,
         func: Any,
         types: Sequence[type],

@@ -121,7 +121,7 @@ def test_it_lowers_in_float_where_it_is_not_good_enough(tmp_path):
 def test_what_would_not_fit_in_float_is_refused(tmp_path, monkeypatch):
     part = part_of(tmp_path, written(tmp_path, "t5"), stored=True)
     monkeypatch.setattr(encoder_memory, "available_memory", lambda: 1000)
-    with pytest.raises(ConfigError, match=r"text_encoder: .* --minimum-sqnr"):
+    with pytest.raises(ConfigError, match=r"text_encoder: .*--minimum-sqnr"):
         quantize_part(part, calls(), DYNAMIC, bound=300, run=RunOptions())
     with pytest.raises(ConfigError, match=r"text_encoder: .* parameters takes about"):
         check_memory([part])
