@@ -68,13 +68,14 @@ def check_memory(parts: Iterable[Part]) -> None:
             )
 
 
-def check_float_program(part: Part, ratio: float, bound: float) -> None:
+def check_float_program(part: Part, ratio: float, bound: float, bits: int) -> None:
     """Refuse to leave an encoder in float that does not fit in memory so.
 
     Args:
         part: One that is not good enough when it is quantized.
         ratio: Its signal-to-noise ratio, in dB.
         bound: Least one, in dB.
+        bits: Of its quantized weights.
 
     Raises:
         ConfigError: Less memory is left than its float program takes.
@@ -82,8 +83,8 @@ def check_float_program(part: Part, ratio: float, bound: float) -> None:
     left, needed = available_memory(), _FLOAT * part.parameters
     if is_held_as_stored(part.module) and left is not None and needed > left:
         raise ConfigError(
-            f"{part.name}: quantized to 8 bits it has {ratio:.1f} dB on held-out inputs, less than "
-            f"{bound:.1f}, and making its program in float would take about {needed / 1e9:.1f} GB, "
-            f"of which {left / 1e9:.1f} are left here; take it as it is (--minimum-sqnr "
-            f"{ratio - 1:.0f}), or export on a machine that has more memory"
+            f"{part.name}: quantized to {bits} bits it has {ratio:.1f} dB on held-out inputs, less "
+            f"than {bound:.1f}, and making its program in float would take about "
+            f"{needed / 1e9:.1f} GB, of which {left / 1e9:.1f} are left here; take it as it is "
+            f"(--minimum-sqnr {ratio - 1:.0f}), or export on a machine that has more memory"
         )

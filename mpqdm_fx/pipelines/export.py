@@ -36,7 +36,7 @@ from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manife
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.part_numbers import kept_part
 from mpqdm_fx.pipelines.parts import Part
-from mpqdm_fx.pipelines.programs import JudgedPart, quantize_part, write_programs
+from mpqdm_fx.pipelines.programs import JudgedPart, SideBits, quantize_part, write_programs
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.runner_files import write_runner
 from mpqdm_fx.pipelines.stored_encoders import is_held_as_stored
@@ -116,6 +116,7 @@ def export_pipeline(
     measure: bool = True,
     command: str | None = None,
     lora: Lora | None = None,
+    encoder_bits: SideBits = 8,
 ) -> ExportResult:
     """Turn a diffusers pipeline into a folder of ExecuTorch programs and a runner.
 
@@ -165,6 +166,8 @@ def export_pipeline(
             the float parts only where `pipeline` is a folder.
         command: The command line that does the same, for the report.
         lora: A LoRA that is fused into a copy of the pipeline first.
+        encoder_bits: Bits of text encoders' weights; embedding tables have 8. Give a lower
+            `minimum_sqnr_db` with 4.
 
     Returns:
         What was made.
@@ -218,7 +221,7 @@ def export_pipeline(
             "prompts": list(prompts) if layout.tokenizers else [],
             "numbers": [steps, guidance, trajectories, batch_size, minimum_sqnr_db],
             "timesteps": timesteps,
-            "program form": [four_bit, external_weights, *own],
+            "program form": [four_bit, external_weights, *own, *(["W4"] * (encoder_bits == 4))],
             "versions": versions(),
         },
         resume=run.resume,
@@ -233,7 +236,7 @@ def export_pipeline(
             held = is_held_as_stored(part.module)
             wanted = chosen if part.sized else (None,)
             with large_blocks_returned(held):
-                judged = _judge(part, inputs, config, minimum_sqnr_db, solving)
+                judged = _judge(part, inputs, config, minimum_sqnr_db, solving, encoder_bits)
                 logger.info("lowering %s", part.name)
                 written = write_programs(
                     part,
@@ -346,6 +349,7 @@ def _judge(
     config: MPQConfig | None,
     bound: float,
     run: RunOptions,
+    encoder_bits: SideBits,
 ) -> JudgedPart:
     """Quantize one part; what runs in every step as asked, the rest if it stays good enough."""
     if config is None:
@@ -354,7 +358,8 @@ def _judge(
     if part.name != "denoiser":
         run = replace(run, sensitivity=None)
     if not part.stepped:
-        return quantize_part(part, inputs.calls(part.name), config, bound=bound, run=run)
+        bits = encoder_bits if part.name.startswith("text_encoder") else 8
+        return quantize_part(part, inputs.calls(part.name), config, bound=bound, run=run, bits=bits)
     calls = inputs.runs.calls(part.name)
     quantized = quantize(part.module, config, calls, run=run)
     recorded = list(calls)

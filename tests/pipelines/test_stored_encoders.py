@@ -108,6 +108,21 @@ def test_the_program_is_the_same_file(tmp_path, monkeypatch):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_four_bits_are_stored_at_four(tmp_path):
+    config = T5Config(vocab_size=64, d_model=24, d_kv=12, d_ff=32, num_layers=3, num_heads=2)
+    model = T5EncoderModel(config).eval().to(torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    part = part_of(tmp_path, "T5EncoderModel", stored=True)
+    judged = quantize_part(part, calls(), DYNAMIC, bound=-300, run=RunOptions(), bits=4)
+    widths = {layer.name: set(layer.bits) for layer in judged.quantized.plan.layers}
+    assert {4} in widths.values()
+    assert all(bits == {8} for name, bits in widths.items() if "shared" in name)
+    narrow = {name for name, bits in widths.items() if bits == {4}}
+    example = {name: value[:1] for name, value in calls()[0].items()}
+    (method,) = write_programs(part, judged.quantized, {None: example}, tmp_path / "four.pte")
+    assert narrow <= set(method.program.four_bit_layers)
+
+
 def test_it_lowers_in_float_where_it_is_not_good_enough(tmp_path):
     kind = written(tmp_path, "t5")
     part = part_of(tmp_path, kind, stored=True)
