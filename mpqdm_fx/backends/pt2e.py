@@ -14,6 +14,8 @@ from mpqdm_fx.backends.pt2e_observers import PT2EGridWeightObserver
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.dynamic_chain import EPS
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.stand_ins import stand_ins
+from mpqdm_fx.numerics.lazy_tensor import LazyTensor, plain
 from mpqdm_fx.passes.quantize.quantize_activations import activation_sites
 from mpqdm_fx.records.activations import (
     Activation,
@@ -199,17 +201,27 @@ def to_quantizer(
 
 
 def export_graph(
-    graph: fx.GraphModule, example_inputs: Mapping[str, Any] | Sequence[Any]
+    graph: fx.GraphModule,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    *,
+    lazy: bool = False,
 ) -> torch.export.ExportedProgram:
     """Export a module-level graph at the shapes of its example inputs, keeping module names.
 
     Args:
         graph: Module-level graph in evaluation mode.
         example_inputs: Its inputs by argument name, or in order.
+        lazy: Leave lazy weights lazy, for what turns them into integers one by one; else the
+            program holds their numbers.
     """
     args = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
     with torch.no_grad(), ao.quiet():
-        return torch.export.export(graph, tuple(args), strict=False)
+        with stand_ins(graph):
+            exported = torch.export.export(graph, tuple(args), strict=False)
+        for name, tensor in graph.state_dict(keep_vars=True).items():
+            if isinstance(tensor, LazyTensor) and name in exported.state_dict:
+                exported.state_dict[name] = tensor if lazy else _parameter(plain(tensor))
+        return exported
 
 
 def convert_pt2e_graph(
@@ -236,10 +248,38 @@ def convert_pt2e_graph(
         ConfigError: No layer is rounded, or `ranges` names a layer that is not.
     """
     quantizer = to_quantizer(rounded, ranges, four_bit=four_bit)
-    exported = export_graph(rounded, example_inputs).module(check_guards=False)
+    exported = export_graph(rounded, example_inputs, lazy=True).module(check_guards=False)
     with torch.no_grad(), ao.quiet():
         prepared = ao.prepare_pt2e(exported, quantizer)
-        return cast(fx.GraphModule, ao.convert_pt2e(prepared))
+        converted = cast(fx.GraphModule, ao.convert_pt2e(prepared))
+    _share_codes(converted, rounded)
+    return converted
+
+
+def _share_codes(converted: fx.GraphModule, rounded: fx.GraphModule) -> None:
+    """Let the converted graph hold the very integers of the rounded one, not their copies."""
+    known: dict[Any, list[Tensor]] = {}
+    for layer in weight_layers(rounded).values():
+        codes = getattr(layer.module, "weight_codes", None)
+        if isinstance(codes, Tensor):
+            known.setdefault(_mark(codes), []).append(codes)
+    for name, tensor in list(converted.named_buffers()):
+        if tensor.dtype != torch.int8:
+            continue
+        same = (codes for codes in known.get(_mark(tensor), ()) if torch.equal(codes, tensor))
+        codes = next(same, None)
+        if codes is not None:
+            owner, _, field = name.rpartition(".")
+            converted.get_submodule(owner)._buffers[field] = codes
+
+
+def _mark(codes: Tensor) -> tuple[Any, ...]:
+    """What few other matrices have in common with this one."""
+    return (codes.shape, int(codes[0].sum()), int(codes[-1].sum()))
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
 
 
 def _is_annotated(node: fx.Node) -> bool:

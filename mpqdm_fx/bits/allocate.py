@@ -12,6 +12,7 @@ from mpqdm_fx.bits.pinning import EMBEDDING, pinned_layers
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers, weight_rows
 from mpqdm_fx.numerics.bits.allocation import PROMOTED_FRACTIONS, omq_search, output_errors
+from mpqdm_fx.numerics.lazy_tensor import row_blocks
 from mpqdm_fx.numerics.levels.codebook import quantize_codebook
 from mpqdm_fx.numerics.levels.grids import dequantize
 from mpqdm_fx.numerics.levels.level_sets import LEVEL_SETS
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 PINNED_BITS = 8
+_CHECKED_NUMBERS = 1 << 22  # of a weight, at once
 FEW_LEVELS = 8
 """With fewer noise levels among the calls, time layers are not for the budget to decide."""
 MAX_TABLE_SHARE = 1.0  # of the bits of a layer's codes, for its codebook tables
@@ -110,12 +112,12 @@ def check_weight(layer: WeightLayer) -> None:
     Raises:
         CalibrationError: It holds NaN or infinity.
     """
-    weight = weight_rows(layer.module)
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
+    blocks = row_blocks(layer.weight.detach(), _CHECKED_NUMBERS)
+    bad = sum(int((~torch.isfinite(block)).sum()) for block in blocks)
+    if bad:
         raise CalibrationError(
-            f"{layer.name} ({type(layer.module).__name__}): {bad} of {weight.numel()} weights are "
-            f"NaN or infinite; repair the checkpoint"
+            f"{layer.name} ({type(layer.module).__name__}): {bad} of {layer.weight.numel()} "
+            f"weights are NaN or infinite; repair the checkpoint"
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.errors import TraceError
+from mpqdm_fx.numerics.lazy_tensor import LazyTensor
 
 __all__ = ["LOW_PRECISION", "check_model", "is_adapter", "own_tensors"]
 
@@ -142,7 +143,7 @@ def _tensor_reason(tensor: Any, *, is_parameter: bool) -> str:
     kind = type(tensor)
     if nn.parameter.is_lazy(tensor):
         return "is not initialised yet; call the model once"
-    if not _is_plain(kind):
+    if not _is_plain(kind) and not issubclass(kind, LazyTensor):
         return (
             f"is a {kind.__module__}.{kind.__name__}, not a plain tensor: quantized or sharded "
             f"already; {_FLOAT_MODEL}"

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpqdm_fx.capture.foreign_models import own_tensors
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.nested import tensors_of
+from mpqdm_fx.numerics.lazy_tensor import LazyTensor
 
 __all__ = ["functionalized", "refuse_counters", "refuse_writes"]
 
@@ -66,7 +67,9 @@ class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         super().__init__()  # type: ignore[no-untyped-call]
         self._model_class = type(model).__name__
         self._names = {
-            _storage(tensor): name for name, tensor, _ in own_tensors(model) if tensor.numel()
+            _storage(tensor): name
+            for name, tensor, _ in own_tensors(model)
+            if tensor.numel() and not isinstance(tensor, LazyTensor)  # which refuse it themselves
         }
 
     def __torch_dispatch__(

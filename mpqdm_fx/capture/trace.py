@@ -43,6 +43,7 @@ from mpqdm_fx.graph.noise_names import TIMESTEP_NAMES
 from mpqdm_fx.graph.parameters import note_parameters
 from mpqdm_fx.graph.samples import samples_listed
 from mpqdm_fx.graph.signature import Signature, bind_inputs
+from mpqdm_fx.graph.stand_ins import stand_ins
 from mpqdm_fx.graph.unread import unread_inputs
 from mpqdm_fx.io.ambient import plain_torch
 
@@ -304,7 +305,7 @@ def _export_once(
     model: nn.Module, inputs: dict[str, Any], shapes: dict[str, Any] | None
 ) -> ExportedProgram:
     """Export as a program without in-place operators; the model is left as it was."""
-    with _unchanged(model), _quiet():
+    with _unchanged(model), stand_ins(model), _quiet():
         with refuse_counters(model):
             exported = torch.export.export(
                 model, (), _copied(inputs), dynamic_shapes=shapes, strict=False

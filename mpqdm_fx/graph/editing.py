@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.graph.calling import TracedGraph
+from mpqdm_fx.graph.stand_ins import shell
 
 __all__ = [
     "add_module",
@@ -292,7 +293,7 @@ def _evaluator(
         module = graph_module.get_submodule(str(node.target))
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         fake: dict[str, torch.Tensor] = {
-            name: mode.from_tensor(t, static_shapes=True) for name, t in tensors.items()
+            name: mode.from_tensor(shell(t), static_shapes=True) for name, t in tensors.items()
         }
 
         def run(*args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.graph.fold_parametrizations import plain_names
+from mpqdm_fx.numerics.lazy_tensor import LazyTensor
 
 __all__ = [
     "ModelParameter",
@@ -61,6 +62,8 @@ def first_names(module: nn.Module, first: Iterable[str] = ()) -> dict[str, str]:
 
 def _identity(tensor: Tensor) -> Any:
     """What two tensors have in common that hold the very same numbers in the same places."""
+    if isinstance(tensor, LazyTensor):  # without a storage; tied ones are one object
+        return id(tensor)
     address = tensor.untyped_storage().data_ptr() if tensor.numel() else 0
     if address == 0:  # empty, or on the meta device
         return id(tensor)

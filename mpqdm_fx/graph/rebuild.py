@@ -26,6 +26,7 @@ from mpqdm_fx.graph.describe import Description, code_in, setting_names
 from mpqdm_fx.graph.leaves import LEAF_CLASSES
 from mpqdm_fx.graph.literals import target_of, value_of
 from mpqdm_fx.graph.signature import Signature, tensor_leaves
+from mpqdm_fx.graph.stand_ins import shell
 
 __all__ = ["infer_static_values", "infer_values", "rebuild"]
 
@@ -235,4 +236,4 @@ class _Values(fx.Interpreter):
         return value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.mode.from_tensor(self.fetch_attr(target), static_shapes=True)
+        return self.mode.from_tensor(shell(self.fetch_attr(target)), static_shapes=True)

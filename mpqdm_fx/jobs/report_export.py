@@ -76,6 +76,7 @@ def _inputs(summary: Mapping[str, Any], model: str | None) -> tuple[PipelineInpu
             trajectories=summary["trajectories"],
             batch_size=_BATCH,
             seed=summary["seed"],
+            stored=summary["settings"] is not None,
         )
     except MPQError as error:
         return None, f"{error}; give --model"

@@ -12,12 +12,14 @@ from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.model.stages import normalized
+from mpqdm_fx.pipelines.encoder_memory import encoder_peak, held_bytes
 from mpqdm_fx.pipelines.export import check_export
 from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import side_settings
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
+from mpqdm_fx.pipelines.stored_encoders import is_held_as_stored
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.validation import Bytes, Count, NonNegative, Some, checked
 from mpqdm_fx.sweep.estimate import estimate
@@ -47,7 +49,9 @@ class PartEstimate:
         quantize_seconds: Calibration, rounding and judging; the denoiser's with its runs.
         lower_seconds: Lowering for all sizes.
         measure_seconds: Time and peaks of memory.
-        peak_bytes: While it is quantized.
+        peak_bytes: While it is quantized; of an encoder that stays in its files, also while it is
+            lowered.
+        held_bytes: What it takes in float while others are exported; pages of files do not count.
     """
 
     parameters: int
@@ -58,6 +62,7 @@ class PartEstimate:
     lower_seconds: float
     measure_seconds: float
     peak_bytes: int
+    held_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +94,8 @@ class ExportEstimate:
     @property
     def peak_bytes(self) -> int:
         """Of memory: all parts in float, and what the largest needs beside them."""
-        extra = max(part.peak_bytes - part.float_bytes for part in self.parts.values())
-        return sum(part.float_bytes for part in self.parts.values()) + max(0, extra)
+        extra = max(part.peak_bytes - part.held_bytes for part in self.parts.values())
+        return sum(part.held_bytes for part in self.parts.values()) + max(0, extra)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -135,6 +140,7 @@ def estimate_export(
     inputs, chosen = inputs_of(
         pipeline, sizes, prompts=tuple(prompts), steps=steps, guidance=guidance,
         trajectories=trajectories, batch_size=batch_size, seed=0 if config is None else config.seed,
+        stored=config is not None,
     )  # fmt: skip
     parts, solved = {}, 0
     for part in inputs.layout.parts.values():
@@ -183,6 +189,9 @@ def _part(
         stored = weights + 4 * (read - weights) + _SCALES * channels
     if part.stepped:
         quantize += call_seconds * calls * rows if config is not None else 0.0
+    held = 4 * part.parameters
+    if is_held_as_stored(part.module):
+        peak, held = encoder_peak(part.module), held_bytes(part.module)
     methods = len(sizes) if part.sized else 1
     lower = methods * (len(layers) * _LOWER_LAYER + weights * _LOWER_WEIGHT)
     estimated = PartEstimate(
@@ -194,6 +203,7 @@ def _part(
         lower_seconds=lower,
         measure_seconds=(2 * _PROCESS + 2 * _TIMED * call_seconds) if measure else 0.0,
         peak_bytes=peak,
+        held_bytes=held,
     )
     return estimated, disk
 

@@ -21,6 +21,7 @@ from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.schedules import schedule_of
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io import progress
+from mpqdm_fx.io.allocator import large_blocks_returned
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.files import checkpoint_of
 from mpqdm_fx.io.folders import check_target, staged_directory
@@ -28,15 +29,17 @@ from mpqdm_fx.io.versions import versions
 from mpqdm_fx.model.feasibility import check_feasible, weights_of
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.pipelines.adapters import Lora
+from mpqdm_fx.pipelines.encoder_memory import check_memory
 from mpqdm_fx.pipelines.finish_export import finish
 from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manifest
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.part_numbers import kept_part
 from mpqdm_fx.pipelines.parts import Part
-from mpqdm_fx.pipelines.programs import JudgedPart, quantize_part, write_programs
+from mpqdm_fx.pipelines.programs import JudgedPart, SideBits, quantize_part, write_programs
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.runner_files import write_runner
+from mpqdm_fx.pipelines.stored_encoders import is_held_as_stored
 from mpqdm_fx.pipelines.work_folder import WorkFolder
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.former_keywords import former_keywords
@@ -71,7 +74,8 @@ class ExportResult:
     Attributes:
         directory: The folder.
         quantized: Quantized parts by name. A part that stayed in float, or whose programs a
-            resumed run found finished, has none.
+            resumed run found finished, has none; nor has a text encoder that was read from its
+            files layer by layer, which would stay in memory.
         manifest: The content of `pipeline.json`.
         summary: The content of `summary.json`: sizes, times, peaks of memory, quality.
     """
@@ -112,6 +116,7 @@ def export_pipeline(
     measure: bool = True,
     command: str | None = None,
     lora: Lora | None = None,
+    encoder_bits: SideBits = 8,
 ) -> ExportResult:
     """Turn a diffusers pipeline into a folder of ExecuTorch programs and a runner.
 
@@ -129,6 +134,7 @@ def export_pipeline(
 
     Args:
         pipeline: Folder written by `save_pretrained`, or a pipeline object, which is not changed.
+            Text encoders of a folder that take more than a GiB in float32 are never loaded whole.
         config: Settings of the denoiser; None exports everything in float.
         output: Folder; it appears whole or not at all.
         sizes: Heights and widths in pixels that can be drawn; the first is the default and the one
@@ -160,13 +166,16 @@ def export_pipeline(
             the float parts only where `pipeline` is a folder.
         command: The command line that does the same, for the report.
         lora: A LoRA that is fused into a copy of the pipeline first.
+        encoder_bits: Bits of text encoders' weights; embedding tables have 8. Give a lower
+            `minimum_sqnr_db` with 4.
 
     Returns:
         What was made.
 
     Raises:
         ConfigError: The pipeline's class is not supported, it carries a LoRA that is not to be
-            fused, or a setting has no program.
+            fused, a setting has no program, or a text encoder does not fit in memory although it is
+            read layer by layer.
         ArtifactError: The pipeline's folder is not whole, or `output` holds something else.
         DialectError: There are to be tables, and the denoiser has no time branch of its own.
         LoweringError: ExecuTorch is missing, or the library of own kernels is.
@@ -190,6 +199,7 @@ def export_pipeline(
         batch_size=batch_size,
         seed=0 if config is None else config.seed,
         lora=lora,
+        stored=config is not None,
     )
     layout, guidance = inputs.layout, inputs.guidance
     if config is not None:
@@ -198,6 +208,7 @@ def export_pipeline(
             sensitivity=run.sensitivity, max_memory=run.activation_memory,
             batch_size=min(batch_size, max(1, (trajectories - trajectories // 4) * steps)),
         )  # fmt: skip
+    check_memory(layout.parts.values())
     timesteps = _schedule(inputs) if tabulate else None
     digests = {name: part.digest for name, part in layout.parts.items()}
     work = WorkFolder(
@@ -210,7 +221,7 @@ def export_pipeline(
             "prompts": list(prompts) if layout.tokenizers else [],
             "numbers": [steps, guidance, trajectories, batch_size, minimum_sqnr_db],
             "timesteps": timesteps,
-            "program form": [four_bit, external_weights, *own],
+            "program form": [four_bit, external_weights, *own, *(["W4"] * (encoder_bits == 4))],
             "versions": versions(),
         },
         resume=run.resume,
@@ -222,23 +233,25 @@ def export_pipeline(
         record = work.finished(part.name)
         if record is None:
             solving = replace(run, directory=work.directory / part.name)
-            judged = _judge(part, inputs, config, minimum_sqnr_db, solving)
-            if judged.quantized is not None:
-                quantized[part.name] = judged.quantized
-            logger.info("lowering %s", part.name)
+            held = is_held_as_stored(part.module)
             wanted = chosen if part.sized else (None,)
-            written = write_programs(
-                part,
-                judged.quantized,
-                {size: inputs.example(part.name, size or inputs.size) for size in wanted},
-                work.path(part.name),
-                timesteps=timesteps if part.stepped else None,
-                four_bit=four_bit,
-                external_weights=external_weights,
-                backend=backend,
-                kernels=kernels,
-                cpu=cpu,
-            )
+            with large_blocks_returned(held):
+                judged = _judge(part, inputs, config, minimum_sqnr_db, solving, encoder_bits)
+                logger.info("lowering %s", part.name)
+                written = write_programs(
+                    part,
+                    judged.quantized,
+                    {size: inputs.example(part.name, size or inputs.size) for size in wanted},
+                    work.path(part.name),
+                    timesteps=timesteps if part.stepped else None,
+                    four_bit=four_bit,
+                    external_weights=external_weights,
+                    backend=backend,
+                    kernels=kernels,
+                    cpu=cpu,
+                )
+            if judged.quantized is not None and not held:
+                quantized[part.name] = judged.quantized
             kept = kept_part(
                 part, judged, written, config, bound=minimum_sqnr_db,
                 sensitivity=run.sensitivity, backend=backend,
@@ -336,6 +349,7 @@ def _judge(
     config: MPQConfig | None,
     bound: float,
     run: RunOptions,
+    encoder_bits: SideBits,
 ) -> JudgedPart:
     """Quantize one part; what runs in every step as asked, the rest if it stays good enough."""
     if config is None:
@@ -344,7 +358,8 @@ def _judge(
     if part.name != "denoiser":
         run = replace(run, sensitivity=None)
     if not part.stepped:
-        return quantize_part(part, inputs.calls(part.name), config, bound=bound, run=run)
+        bits = encoder_bits if part.name.startswith("text_encoder") else 8
+        return quantize_part(part, inputs.calls(part.name), config, bound=bound, run=run, bits=bits)
     calls = inputs.runs.calls(part.name)
     quantized = quantize(part.module, config, calls, run=run)
     recorded = list(calls)

@@ -16,6 +16,7 @@ from mpqdm_fx.errors import ArtifactError, ConfigError, first_line
 from mpqdm_fx.io.classes import diffusers_class, is_model_class
 from mpqdm_fx.io.model_config import read_model_config
 from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.pipelines.stored_encoders import hold_as_stored, stored_dtype
 from mpqdm_fx.sources.weight_files import load_weights, refuse_missing
 
 __all__ = [
@@ -53,6 +54,7 @@ def load_pipeline(
     *,
     leave_out: Callable[[str], bool],
     variant: str | None = None,
+    stored: bool = False,
 ) -> Any:
     """Load a pipeline without some of its components.
 
@@ -62,6 +64,7 @@ def load_pipeline(
         leave_out: Told a component's name; those that it answers True for are None.
         variant: Variant of weight files where a component has it, for example `"fp16"`; computed
             in float32 all the same.
+        stored: As of `load_encoder`.
 
     Raises:
         ConfigError: The index names no pipeline of diffusers.
@@ -76,7 +79,7 @@ def load_pipeline(
             components[part] = None
         elif entry != [None, None]:
             _check_component(root, part, entry)
-            model = _loaded(root / part, entry[0], entry[1], variant)
+            model = _loaded(root / part, entry[0], entry[1], variant, stored=stored)
             components |= {} if model is None else {part: model}
     try:
         return loader.from_pretrained(
@@ -159,20 +162,26 @@ def _check_component(root: Path, part: str, entry: list[Any]) -> None:
         diffusers_class("scheduler", entry[1], place)
 
 
-def _loaded(folder: Path, library: str, name: str, variant: str | None) -> Any:
+def _loaded(
+    folder: Path, library: str, name: str, variant: str | None, *, stored: bool = False
+) -> Any:
     """A component with weights, every one of them from its files; None for other components."""
     if library == "diffusers" and is_model_class(name):
         return load_model(folder, variant)
-    return load_encoder(folder, name, variant) if library == "transformers" else None
+    if library != "transformers":
+        return None
+    return load_encoder(folder, name, variant, stored=stored)
 
 
-def load_encoder(folder: Path, name: str, variant: str | None) -> Any:
+def load_encoder(folder: Path, name: str, variant: str | None, *, stored: bool = False) -> Any:
     """A model of transformers in evaluation mode, float32; None for a tokenizer and the like.
 
     Args:
         folder: Where it is.
         name: Its class.
         variant: Variant of its weight files, if it has it.
+        stored: Leave the weights of a large one in its files (`stored_encoders`), where it has no
+            variant.
 
     Raises:
         ArtifactError: It cannot be loaded, or lacks weights.
@@ -184,13 +193,24 @@ def load_encoder(folder: Path, name: str, variant: str | None) -> Any:
     )
     if not is_model:
         return None
+    variant = _variant_of(folder, variant)
+    dtype = stored_dtype(folder) if stored and variant is None else None
+    if dtype is not None:
+        model = _from_files(encoder_class, folder, None, dtype)
+        if hold_as_stored(model):
+            return model
+        del model
+    return _from_files(encoder_class, folder, variant, torch.float32)
+
+
+def _from_files(encoder_class: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
     try:
         model, information = encoder_class.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
-            dtype=torch.float32,
-            variant=_variant_of(folder, variant),
+            dtype=dtype,
+            variant=variant,
             output_loading_info=True,
         )
     except Exception as error:  # whatever transformers says to a folder

@@ -95,11 +95,13 @@ class Layout:
         return chosen
 
 
-def open_pipeline(source: Any) -> Any:
+def open_pipeline(source: Any, *, stored: bool = False) -> Any:
     """Load a pipeline from its folder; a pipeline object is returned as it is.
 
     Args:
         source: Folder written by `save_pretrained`, or a pipeline.
+        stored: Leave the weights of large text encoders in the folder's files, from which they are
+            read layer by layer.
 
     Raises:
         ConfigError: There is no such folder, or its class is not supported.
@@ -116,7 +118,7 @@ def open_pipeline(source: Any) -> Any:
     family_of(str(index.get("_class_name")))
     if index.get("safety_checker") not in (None, [None, None]):
         _say_unchecked()
-    return load_pipeline(root, index, leave_out=lambda part: part in _UNUSED)
+    return load_pipeline(root, index, leave_out=lambda part: part in _UNUSED, stored=stored)
 
 
 def _say_unchecked() -> None:

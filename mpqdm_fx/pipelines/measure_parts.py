@@ -12,6 +12,7 @@ import torch
 
 from mpqdm_fx.backends.xnnpack.compressed import drop_expansions
 from mpqdm_fx.graph.nested import tensor_leaves
+from mpqdm_fx.io.memory import available_memory
 from mpqdm_fx.pipelines.memory import part_peak
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs
 from mpqdm_fx.pipelines.parts import Part
@@ -34,7 +35,8 @@ def measure_parts(
     Args:
         folder: An exported folder whose manifest is written.
         inputs: The pipeline, and how its parts are called.
-        root: The pipeline's folder; None for one in memory, of which no peaks are measured.
+        root: The pipeline's folder; None for one in memory, of which no peaks are measured. Nor are
+            those of a float part that does not fit in memory.
 
     Returns:
         By part: `milliseconds` of one call and `peak_memory_bytes` of loading it and of one call,
@@ -53,10 +55,19 @@ def measure_parts(
             "milliseconds": _milliseconds(programs, part, inputs, example),
             "peak_memory_bytes": {
                 "program": part_peak("program", folder, part.name, example),
-                "float": None if root is None else part_peak("float", root, part.name, example),
+                "float": _float_peak(part, root, example),
             },
         }
     return costs
+
+
+def _float_peak(part: Part, root: Path | None, example: Mapping[str, Any]) -> int | None:
+    """Peak of the part as torch runs it, loaded whole; None where that does not fit in memory."""
+    left = available_memory()
+    if root is None or (left is not None and 6 * part.parameters > left):
+        # float32, and half as much again: pages of files in half precision while they are read
+        return None
+    return part_peak("float", root, part.name, example)
 
 
 def _milliseconds(

@@ -194,6 +194,7 @@ def inputs_of(
     *,
     guidance: float | None,
     lora: Lora | None = None,
+    stored: bool = False,
     **settings: Any,
 ) -> tuple[PipelineInputs, tuple[Size, ...]]:
     """Open a pipeline; how its parts are called, and the sizes that it is to draw.
@@ -203,12 +204,13 @@ def inputs_of(
         sizes: As of `Layout.check_sizes`.
         guidance: Guidance scale; None takes the pipeline's own.
         lora: A LoRA that is fused into a copy of the pipeline first.
+        stored: As of `open_pipeline`; with a LoRA everything is loaded whole.
         **settings: The other fields of `PipelineInputs`.
 
     Raises:
         MPQError: See `open_pipeline`, `layout_of` and `Layout.check_sizes`.
     """
-    opened = open_pipeline(pipeline)
+    opened = open_pipeline(pipeline, stored=stored and lora is None)
     layout = layout_of(opened if lora is None else fused(opened, lora))
     chosen = layout.check_sizes(sizes)
     if "prompt" not in layout.loop.needs:

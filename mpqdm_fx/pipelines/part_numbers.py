@@ -98,8 +98,8 @@ def _why_float(judged: JudgedPart, config: MPQConfig | None, bound: float) -> st
     if config is None:
         return "all parts were to stay in float (--float)"
     return (
-        f"quantized to 8 bits its output has {judged.sqnr_db:.1f} dB on held-out inputs, less than "
-        f"the {bound:g} dB of --minimum-sqnr"
+        f"quantized to {judged.bits} bits its output has {judged.sqnr_db:.1f} dB on held-out "
+        f"inputs, less than the {bound:g} dB of --minimum-sqnr"
     )
 
 

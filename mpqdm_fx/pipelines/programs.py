@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,7 @@ from mpqdm_fx.graph.signature import tensor_leaves
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.model.stages import in_form_of, normalized
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.pipelines.encoder_memory import check_float_program
 from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.manifest import method_entry
 from mpqdm_fx.pipelines.parts import Part
@@ -34,6 +35,7 @@ __all__ = [
     "ENCODE_PROMPT",
     "JudgedPart",
     "PartMethod",
+    "SideBits",
     "WrittenMethod",
     "method_name",
     "part_methods",
@@ -46,6 +48,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Call = Mapping[str, Any]
+SideBits = Literal[4, 8]
+"""Bits of weights of what runs once per image."""
 Examples = Mapping[Size | None, Call]
 
 #: What the denoiser computes once per image, and once per step.
@@ -62,6 +66,7 @@ class JudgedPart:
         seconds: Wall time of quantizing it; 0 if it was not tried.
         comparison: The same by noise level; None of a part that is told none.
         held_out: The calls that judged it.
+        bits: Of the weights of a part that runs once per image.
     """
 
     quantized: QuantizedModel | None
@@ -69,6 +74,7 @@ class JudgedPart:
     seconds: float = 0.0
     comparison: Comparison | None = None
     held_out: Sequence[Call] = ()
+    bits: SideBits = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,18 +111,22 @@ class WrittenMethod:
         return {**self.program.to_dict(), "method": self.entry["method"]}
 
 
-def side_settings(config: MPQConfig) -> MPQConfig:
+def side_settings(config: MPQConfig, bits: SideBits = 8) -> MPQConfig:
     """Settings of text encoders and VAE: 8-bit weights, activations as the denoiser's.
 
     They run once per image, so that their bytes matter less than the denoiser's and nothing is
     searched; nearest rounding to 8 bits costs less than their activations' rounding.
+
+    Args:
+        config: The denoiser's.
+        bits: Of weights; 4 takes the integers that XNNPACK stores at four bits.
     """
     return MPQConfig(
-        weight_bits=8,
+        weight_bits=bits,
         activation_bits=config.activation_bits,
         activation_mode=config.activation_mode,
         allocation="uniform",
-        levels="uniform",
+        levels="uniform" if bits == 8 else "int4",
         rounding="nearest",
         refinements=0,
         propagation=0.0,
@@ -126,7 +136,13 @@ def side_settings(config: MPQConfig) -> MPQConfig:
 
 
 def quantize_part(
-    part: Part, calls: list[dict[str, Any]], config: MPQConfig, *, bound: float, run: RunOptions
+    part: Part,
+    calls: list[dict[str, Any]],
+    config: MPQConfig,
+    *,
+    bound: float,
+    run: RunOptions,
+    bits: SideBits = 8,
 ) -> JudgedPart:
     """Quantize a text encoder or a half of the VAE, and keep that only if it is good.
 
@@ -136,23 +152,26 @@ def quantize_part(
         config: Settings of the denoiser; see `side_settings`.
         bound: Least signal-to-noise ratio in dB of the quantized part.
         run: How it runs; see `RunOptions`.
+        bits: Of its weights.
 
     Raises:
+        ConfigError: It is not good, and does not fit in memory in float.
         MPQError: The part cannot be traced or quantized.
     """
     held_out = max(1, len(calls) // 4)
     known = calls[:-held_out] or calls
-    quantized = quantize(part.module, side_settings(config), known, run=run)
+    quantized = quantize(part.module, side_settings(config, bits), known, run=run)
     unseen = calls[-held_out:]
     ratio = sqnr_of(part.module, quantized, unseen)
     seconds = quantized.report.seconds
     if ratio >= bound:
         return JudgedPart(quantized=quantized, sqnr_db=ratio, seconds=seconds, held_out=unseen)
+    check_float_program(part, ratio, bound, bits)
     logger.warning(
-        "%s stays in float: quantized to 8 bits it has %.1f dB on held-out inputs, less than %.1f",
-        part.name, ratio, bound,
+        "%s stays in float: quantized to %d bits it has %.1f dB on held-out inputs, less than %.1f",
+        part.name, bits, ratio, bound,
     )  # fmt: skip
-    return JudgedPart(quantized=None, sqnr_db=ratio, seconds=seconds)
+    return JudgedPart(quantized=None, sqnr_db=ratio, seconds=seconds, bits=bits)
 
 
 def sqnr_of(reference: nn.Module, quantized: nn.Module, calls: Iterable[Call]) -> float:

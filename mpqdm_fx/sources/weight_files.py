@@ -13,7 +13,7 @@ from mpqdm_fx.io.folders import MODEL_CONFIG
 from mpqdm_fx.io.model_config import count_parameters
 from mpqdm_fx.io.sealed import read_json
 
-__all__ = ["count_numbers", "load_weights", "refuse_missing", "weight_files"]
+__all__ = ["count_numbers", "files_of_index", "load_weights", "refuse_missing", "weight_files"]
 
 _STEM = "diffusion_pytorch_model"
 _SINGLE, _INDEX = f"{_STEM}.safetensors", f"{_STEM}.safetensors.index.json"
@@ -93,7 +93,7 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
         raise ConfigError(f"variant {variant!r}: give the word in the files' names, such as fp16")
     index = folder / _with_variant(_INDEX, variant)
     if index.is_file():
-        return _shards(index)
+        return files_of_index(index)
     single = folder / _with_variant(_SINGLE, variant)
     if single.is_file():
         return [single]
@@ -106,7 +106,15 @@ def _with_variant(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}.{end}"
 
 
-def _shards(index: Path) -> list[Path]:
+def files_of_index(index: Path) -> list[Path]:
+    """The files that an index of shards names.
+
+    Args:
+        index: `*.safetensors.index.json`.
+
+    Raises:
+        ArtifactError: The index is damaged, or names what is no file of its folder.
+    """
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ArtifactError(f"{index} has no weight_map: it is damaged; copy the folder again")

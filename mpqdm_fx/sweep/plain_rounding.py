@@ -13,8 +13,9 @@ from torch import Tensor, fx
 
 from mpqdm_fx.bits.pinning import ends_in_float
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
-from mpqdm_fx.graph.layers import weight_layers, weight_rows
+from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.numerics.activations.ranges import affine_qparams
+from mpqdm_fx.numerics.lazy_tensor import row_blocks
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.passes.quantize.round_weights import install_codes
 from mpqdm_fx.records.activations import (
@@ -31,6 +32,8 @@ from mpqdm_fx.sweep.shards import Shards
 
 __all__ = ["plain_activations", "plain_weights"]
 
+_NUMBERS = 1 << 22  # of a weight, rounded at once
+
 
 def plain_weights(graph_module: fx.GraphModule, plans: Iterable[LayerPlan]) -> fx.GraphModule:
     """Round every weight to the nearest of the uniform levels up to its row's largest.
@@ -46,11 +49,21 @@ def plain_weights(graph_module: fx.GraphModule, plans: Iterable[LayerPlan]) -> f
     layers = weight_layers(graph_module, embeddings=True)
     for plan in plans:
         module = layers[plan.name].module
-        rows, bits = weight_rows(module).float(), plan.bits_tensor()
-        levels = RowLevels(bits=bits, scale=torch.ones(len(bits)), tables=None).unclipped(rows)
-        codes = levels.snap(rows).to(torch.int8).reshape(plan.shape)
-        replace_module(rounded, plan.name, install_codes(module, codes, levels.scale))
+        codes, scale = _nearest(layers[plan.name].weight.detach(), plan.bits_tensor())
+        replace_module(rounded, plan.name, install_codes(module, codes.reshape(plan.shape), scale))
     return rounded
+
+
+def _nearest(weight: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of all rows, of so many at once: a table can be a large model's."""
+    codes, scales, first = [], [], 0
+    for block in row_blocks(weight, _NUMBERS):
+        rows, widths = block.flatten(1).float(), bits[first : first + len(block)]
+        levels = RowLevels(bits=widths, scale=torch.ones(len(rows)), tables=None).unclipped(rows)
+        codes.append(levels.snap(rows).to(torch.int8))
+        scales.append(levels.scale)
+        first += len(rows)
+    return torch.cat(codes), torch.cat(scales)
 
 
 def plain_activations(

@@ -26,7 +26,7 @@ from mpqdm_fx.bits.output_powers import output_powers
 from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.lanes import error_lane_name, install_in_lane
-from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
+from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.graph.noise_argument import noise_levels_of
 from mpqdm_fx.graph.quantizer_sites import (
     QuantizerSite,
@@ -36,6 +36,7 @@ from mpqdm_fx.graph.quantizer_sites import (
     site_ranges,
 )
 from mpqdm_fx.io.ambient import plain_torch
+from mpqdm_fx.numerics.lazy_tensor import row_blocks
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.passes.quantize.round_weights import install_codes
 from mpqdm_fx.records.activations import Activation, ActivationRange
@@ -64,6 +65,7 @@ logger = logging.getLogger(__name__)
 
 _CACHED = 64 * 2**20  # bytes of rows kept for layers that read the same value later
 _DECISION_ROWS = 2048
+_TABLE_NUMBERS = 1 << 22  # of an embedding table, rounded at once
 
 
 def install_solution(module: nn.Module, solution: LayerSolution) -> nn.Module:
@@ -369,7 +371,12 @@ class Sweep:
 
 def _round_table(layer: WeightLayer, plan: LayerPlan) -> LayerSolution:
     """An embedding table has no input rows to weigh its columns: nearest levels."""
-    rows = weight_rows(layer.module).float()
-    levels = RowLevels.fit(rows, plan.bits_tensor(), plan.levels)
-    codes = levels.snap(rows).to(torch.int8).reshape(plan.shape)
-    return LayerSolution(plan=plan, codes=codes, scale=levels.scale, bias=None)
+    codes, scales, first, widths = [], [], 0, plan.bits_tensor()
+    for rows in row_blocks(layer.weight.detach(), _TABLE_NUMBERS):  # a table can be a large model's
+        bits = widths[first : first + len(rows)]
+        levels = RowLevels.fit(rows.float(), bits, plan.levels)
+        codes.append(levels.snap(rows.float()).to(torch.int8))
+        scales.append(levels.scale)
+        first += len(rows)
+    whole = torch.cat(codes).reshape(plan.shape)
+    return LayerSolution(plan=plan, codes=whole, scale=torch.cat(scales), bias=None)

@@ -29,11 +29,13 @@ def written(program: Any, path: Path, weights: Path | None = None) -> Iterator[t
         with part.open("wb") as file:
             program.write_to_file(file)
         if weights is None:
+            del program  # a copy of all weights, which is in the file now
             yield (part,)
             return
         data = stack.enter_context(replacing(weights))
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=data.parent))
         program.write_tensor_data_to_file(folder)
+        del program
         (ptd,) = Path(folder).iterdir()
         ptd.replace(data)
         yield part, data

@@ -80,7 +80,11 @@ def write_program(
     stage("serialise")
     measured = {}
     program = to_program(edge, external_weights=external_weights)
-    with written(program, path, weights) as parts:
+    delegated = {name: delegation(edge, name) for name in methods}
+    # Executing takes memory of its own; what is in the file need not be here as well.
+    writing = written(program, path, weights)
+    del program, edge, exported
+    with writing as parts:
         stage("execute")
         for name, method in methods.items():
             outputs = (execute or execute_method)(parts, path.name, name, method)
@@ -104,7 +108,7 @@ def write_program(
             seconds=stage.seconds,
             four_bit_layers=method.four_bit,
             eight_bit_layers=method.eight_bit,
-            **delegation(edge, name),
+            **delegated[name],
         )
         logger.info(
             "%s, method %s: %d bytes, %d delegates, %d nodes delegated and %d not, %.1f dB against "

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from mpqdm_fx.errors import CalibrationError, DialectError
 from mpqdm_fx.graph.layers import replace_module, weight_layers, weight_rows
+from mpqdm_fx.numerics.lazy_tensor import CodedTensor, LazyTensor
 from mpqdm_fx.numerics.levels.grids import dequantize
 from mpqdm_fx.numerics.levels.level_sets import LEVEL_SETS
 from mpqdm_fx.passes.base import GraphPass
@@ -114,14 +115,19 @@ def install_codes(module: nn.Module, codes: Tensor, scale: Tensor) -> nn.Module:
         scale: float32 [out_channels].
 
     Returns:
-        New module of the same class with buffers `weight_codes` and `weight_scale`.
+        New module of the same class with buffers `weight_codes` and `weight_scale`. Its weight is
+        computed from them whenever it is read if that of `module` is computed too.
     """
     old = module.weight
     assert isinstance(old, Tensor)
     # The copy gets a weight of its own below; copying the old one would double peak memory.
     rounded = copy.deepcopy(module, {id(old): old})
-    weight = dequantize(codes.flatten(1), scale).reshape(codes.shape)
-    rounded.weight = nn.Parameter(weight.to(old.dtype), requires_grad=False)
+    weight: Tensor
+    if isinstance(old, LazyTensor):
+        weight = CodedTensor(codes, scale)
+    else:
+        weight = dequantize(codes.flatten(1), scale).reshape(codes.shape).to(old.dtype)
+    rounded.weight = nn.Parameter(weight, requires_grad=False)
     rounded.register_buffer("weight_codes", codes)
     rounded.register_buffer("weight_scale", scale)
     return rounded
