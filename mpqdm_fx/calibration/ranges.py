@@ -24,19 +24,20 @@ MAX_VALUES = 2**17
 
 @dataclass(frozen=True, eq=False)
 class _Draw:
-    """Which values are in a sample once another call has added its own.
+    """Which values are in a sample once another call has given its own.
 
     Attributes:
-        chosen: Which of the call's values, int32; None for all.
-        kept: Which of those that were there before, int32; None for all.
-        count: Values in the sample.
+        chosen: Which of the call's values are taken, int32; None for all.
+        members: Which of the values taken from all calls so far, one call after the other, are in
+            the sample, int32; None for all.
+        taken: Values taken from all calls so far.
         seen: Values of all calls so far.
         state: The generator's, for the next draw.
     """
 
     chosen: Tensor | None
-    kept: Tensor | None
-    count: int
+    members: Tensor | None
+    taken: int
     seen: int
     state: Tensor
 
@@ -50,14 +51,18 @@ def _drawn(last: _Draw | None, seed: int, limit: int, size: int) -> _Draw:
         generator.manual_seed(seed)
     else:
         generator.set_state(last.state)
-    before, seen = (0, 0) if last is None else (last.count, last.seen)
+    taken, seen = (0, 0) if last is None else (last.taken, last.seen)
+    members = None if last is None else last.members
     seen += size
     if seen <= limit:
-        return _Draw(None, None, before + size, seen, generator.get_state())
+        return _Draw(None, None, taken + size, seen, generator.get_state())
     share = round(limit * size / seen)
     chosen = torch.randint(size, (share,), generator=generator).to(torch.int32)
-    kept = torch.randperm(before, generator=generator)[: limit - share].to(torch.int32)
-    return _Draw(chosen, kept, share + len(kept), seen, generator.get_state())
+    count = taken if members is None else len(members)
+    kept = torch.randperm(count, generator=generator)[: limit - share].to(torch.int32)
+    kept = kept if members is None else members[kept]
+    added = torch.arange(taken, taken + share, dtype=torch.int32)
+    return _Draw(chosen, torch.cat([kept, added]), taken + share, seen, generator.get_state())
 
 
 @dataclass
@@ -69,7 +74,7 @@ class _Sample:
     minimum: float = float("inf")
     maximum: float = float("-inf")
     draw: _Draw | None = None
-    kept: Tensor = field(default_factory=lambda: torch.empty(0))
+    taken: list[Tensor] = field(default_factory=list)
 
     def add(self, value: Tensor) -> None:
         flat = value.detach().reshape(-1)
@@ -83,15 +88,22 @@ class _Sample:
             )
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         self.draw = _drawn(self.draw, self.seed, self.limit, flat.numel())
-        if self.draw.chosen is not None and self.draw.kept is not None:
-            flat = flat[self.draw.chosen.to(flat.device)]
-            self.kept = self.kept[self.draw.kept]
-        self.kept = torch.cat([self.kept, flat.float().cpu()])
+        if self.draw.chosen is not None:
+            flat = flat.index_select(0, self.draw.chosen.to(flat.device))
+        self.taken.append(flat.float().cpu())
+
+    @property
+    def kept(self) -> Tensor:
+        """The sample, float32 [N]."""
+        values = torch.cat(self.taken)
+        members = None if self.draw is None else self.draw.members
+        return values if members is None else values.index_select(0, members)
 
     def search(self, bits: int, *, fitted: bool = False) -> ActivationRange:
-        scale, zero_point = search_range(self.kept, self.minimum, self.maximum, bits)
+        values = self.kept
+        scale, zero_point = search_range(values, self.minimum, self.maximum, bits)
         if fitted and bits <= CODEBOOK_MAX_BITS:
-            scale, levels = fit_levels(self.kept, scale, zero_point, bits)
+            scale, levels = fit_levels(values, scale, zero_point, bits)
             return ActivationRange(scale=scale, zero_point=0, bits=bits, levels=levels)
         return ActivationRange(scale=scale, zero_point=zero_point, bits=bits)
 
