@@ -163,8 +163,8 @@ class ActivationCosts:
         side: Hashable = None,
     ) -> None:
         rows = samples if len(error) % samples == 0 else 1
-        product = gradient.reshape(rows, 1, -1).double() @ error.reshape(rows, -1, 1).double()
-        changes = product.flatten().cpu()
+        product = (gradient * error).reshape(rows, -1)
+        changes = product.sum(dim=1, dtype=torch.float64).cpu()
         if rows != samples:  # a value that all samples share
             changes = torch.cat([changes, changes.new_zeros(samples - 1)])
         unit = self._unit_of[self._layer_of[call.name].name]
