@@ -29,6 +29,7 @@ from mpqdm_fx.numerics.levels.grids import (
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.numerics.solve.gptq import gptq
 from mpqdm_fx.numerics.solve.gram import Gram
+from mpqdm_fx.numerics.solve.layer_rows import in_parts
 from mpqdm_fx.numerics.solve.scales import quantize_uniform, uniform_scales
 
 __all__ = ["MAX_NUMBERS", "ChannelInputs", "channel_errors", "feedback_gains"]
@@ -65,7 +66,8 @@ class ChannelInputs:
             held_out: Rows that errors are measured on, in the same form.
             channels: Output channels O.
         """
-        energy = fit.double().square().mean(dim=0)
+        sums = [part.double().square_().sum(dim=0) for part in in_parts(fit)]
+        energy = torch.stack(sums).sum(dim=0) / len(fit)
         if fit.dim() == 3:
             energy = energy.repeat_interleave(channels // len(energy), dim=0)
         return cls(rows=held_out.float(), energy=energy)

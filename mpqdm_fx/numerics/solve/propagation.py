@@ -9,6 +9,7 @@ function of the input, such as the error of a residual that the output is added 
 arXiv 2509.06297).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.numerics.solve.gram import Gram, Regression
-from mpqdm_fx.numerics.solve.layer_rows import LayerRows
+from mpqdm_fx.numerics.solve.layer_rows import LayerRows, in_parts
 
 __all__ = [
     "DAMPINGS",
@@ -243,7 +244,13 @@ def output_error(difference: Tensor, inputs: Tensor, targets: Sequence[Tensor]) 
     Returns:
         float64 [O].
     """
-    error = (inputs @ difference.float().T).to(torch.float64)
-    for target in targets:
-        error += target
-    return error.square().mean(dim=0)
+    weight = difference.float().T
+    parts = in_parts(inputs, len(difference))
+    total = torch.zeros(len(difference), dtype=torch.float64, device=inputs.device)
+    aims = zip(*(torch.split(target, len(parts[0])) for target in targets), strict=True)
+    for part, aim in itertools.zip_longest(parts, aims, fillvalue=()):
+        error = (part @ weight).to(torch.float64)
+        for target in aim:
+            error += target
+        total += error.square_().sum(dim=0)
+    return total / len(inputs)
