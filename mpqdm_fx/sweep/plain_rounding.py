@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from mpqdm_fx.bits.pinning import ends_in_float
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
-from mpqdm_fx.graph.layers import weight_layers, weight_rows
+from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
 from mpqdm_fx.numerics.activations.ranges import affine_qparams
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.passes.quantize.round_weights import install_codes
@@ -29,7 +29,7 @@ from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.run.walk import Walk
 from mpqdm_fx.sweep.shards import Shards
 
-__all__ = ["plain_activations", "plain_weights"]
+__all__ = ["Extremes", "plain_activations", "plain_weights", "reads_extremes"]
 
 
 def plain_weights(graph_module: fx.GraphModule, plans: Iterable[LayerPlan]) -> fx.GraphModule:
@@ -53,12 +53,18 @@ def plain_weights(graph_module: fx.GraphModule, plans: Iterable[LayerPlan]) -> f
     return rounded
 
 
+def reads_extremes(settings: MPQConfig) -> bool:
+    """Whether plain ranges are fixed, from the smallest to the largest value."""
+    return settings.activation_mode not in ("float", "dynamic", "measured")
+
+
 def plain_activations(
     graph_module: fx.GraphModule,
     calls: Sequence[Mapping[str, Any]],
     settings: MPQConfig,
     shards: Shards,
     skipped: Collection[str] = (),
+    seen: "Extremes | None" = None,
 ) -> dict[str, Activation]:
     """Quantize every input but that of the ends: dynamic, or static from smallest to largest value.
 
@@ -68,6 +74,7 @@ def plain_activations(
         settings: Mode and widths.
         shards: Which calls are here.
         skipped: Layers that stay in float.
+        seen: What a walk over this graph and these calls has seen; None to walk here.
 
     Returns:
         Activation by layer.
@@ -81,9 +88,14 @@ def plain_activations(
         for name in weight_layers(graph_module)
         if name not in in_float
     }
-    if mode in ("dynamic", "measured"):
+    if not reads_extremes(settings):
         return {name: DynamicActivation(bits=width) for name, width in bits.items()}
-    extremes = _extremes(graph_module, calls, shards)
+    if seen is None:
+        seen = Extremes(graph_module, weight_layers(graph_module))
+        walk = Walk(graph_module, calls, progress="plain rounding" if shards.rank == 0 else None)
+        for node in walk:
+            seen.see(walk, node)
+    extremes = seen.of_all_calls(shards)
     return {
         name: StaticActivation(
             input=_range(extremes[name, "input"], width),
@@ -98,27 +110,49 @@ def _range(extremes: tuple[float, float], bits: int) -> ActivationRange:
     return ActivationRange(scale=scale, zero_point=zero_point, bits=bits)
 
 
-def _extremes(
-    graph_module: fx.GraphModule, calls: Sequence[Mapping[str, Any]], shards: Shards
-) -> dict[tuple[str, str], tuple[float, float]]:
-    """Smallest and largest value that each layer reads and writes."""
-    layer_of = {n: name for name, layer in weight_layers(graph_module).items() for n in layer.nodes}
-    extremes: dict[tuple[str, str], tuple[float, float]] = {}
-    walk = Walk(graph_module, calls, progress="plain rounding" if shards.rank == 0 else None)
+class Extremes:
+    """Smallest and largest value that each layer reads and writes, by the way of a walk.
 
-    def add(key: tuple[str, str], values: Iterable[Tensor]) -> None:
-        for low, high in shards.gather([tuple(map(float, torch.aminmax(v))) for v in values]):
-            least, most = extremes.get(key, (low, high))
-            extremes[key] = (min(least, low), max(most, high))
+    Args:
+        graph_module: The graph that is walked over; of one with two lanes, the float lane counts.
+        layers: Weight layers of the float graph, by name.
+    """
 
-    written: fx.Node | None = None
-    for node in walk:
+    def __init__(self, graph_module: fx.GraphModule, layers: Mapping[str, WeightLayer]) -> None:
+        names = {call.name: name for name, layer in layers.items() for call in layer.nodes}
+        nodes = graph_module.graph.nodes
+        self._layer_of = {node: names[node.name] for node in nodes if node.name in names}
+        self._calls: list[dict[tuple[str, str], tuple[float, float]]] = []
+        self._written: fx.Node | None = None
+
+    def see(self, walk: Walk, node: fx.Node) -> None:
+        """Look at the values that are there before the walk executes a node."""
+        written = self._written
         if written is not None and written in walk.alive:
-            add((layer_of[written], "output"), walk.values(written))
-        written = None
-        if node in layer_of:
+            self._add((self._layer_of[written], "output"), walk.values(written))
+        self._written = None
+        if node in self._layer_of:
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            add((layer_of[node], "input"), walk.values(source))
-            written = node
-    return extremes
+            self._add((self._layer_of[node], "input"), walk.values(source))
+            self._written = node
+
+    def _add(self, key: tuple[str, str], values: Iterable[Tensor]) -> None:
+        for index, value in enumerate(values):
+            if index == len(self._calls):
+                self._calls.append({})
+            low, high = map(float, torch.aminmax(value))
+            least, most = self._calls[index].get(key, (low, high))
+            self._calls[index][key] = (min(least, low), max(most, high))
+
+    def of_all_calls(self, shards: Shards) -> dict[tuple[str, str], tuple[float, float]]:
+        """Smallest and largest value by layer and side, "input" or "output".
+
+        Args:
+            shards: Which calls were walked over here.
+        """
+        calls = shards.gather(self._calls)
+        return {
+            key: (min(call[key][0] for call in calls), max(call[key][1] for call in calls))
+            for key in calls[0]
+        }

@@ -54,6 +54,7 @@ from mpqdm_fx.sweep.collect import (
     rows_key,
 )
 from mpqdm_fx.sweep.layer_work import layer_work
+from mpqdm_fx.sweep.plain_rounding import Extremes, reads_extremes
 from mpqdm_fx.sweep.preparation import Preparation
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerData, LayerSolution, solve_layer
@@ -114,6 +115,8 @@ class Sweep:
         graph_module: The graph of two lanes; the quantized lane's layers sit under `error_lane.`.
         solutions: Solved layers by name, in running order.
         noise_levels: Groups of noise levels, or None.
+        extremes: What the float lane holds, for plain rounding to be compared with; None where
+            that asks for no fixed ranges, or is done on another graph.
     """
 
     def __init__(
@@ -153,6 +156,7 @@ class Sweep:
         self._rows: dict[object, list[CallRows]] = {}
         self._waiting = self._pending_layers()
         self._readers = readers_of_inputs(graph_module)
+        self.extremes = self._seen_extremes()
         self.walk = Walk(
             self.graph_module,
             calls,
@@ -171,6 +175,8 @@ class Sweep:
     def __next__(self) -> fx.Node:
         """Execute the node that was yielded last, prepare the next one and yield it."""
         node = next(self.walk)
+        if self.extremes is not None:
+            self.extremes.see(self.walk, node)
         if node in self._sites:
             self._set_range(self._sites[node])
         if node in self._waiting:
@@ -228,6 +234,13 @@ class Sweep:
                 call = nodes[layer.nodes[0].name]
                 pending[nodes[call.meta["twin_node"]]] = _Pending(layer, call)
         return pending
+
+    def _seen_extremes(self) -> Extremes | None:
+        scaled = any(choice.exponent for choice in self.prepared.choices)
+        settings, levels = self.settings, self.noise_levels
+        if not settings.judge or levels is not None or scaled or not reads_extremes(settings):
+            return None
+        return Extremes(self.graph_module, weight_layers(self.source))
 
     def _work(self, call: Mapping[str, Any]) -> dict[fx.Node, int]:
         """Multiply-adds of solving each layer, for the progress bar."""
