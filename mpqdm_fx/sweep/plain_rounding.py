@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from mpqdm_fx.bits.pinning import ends_in_float
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module
-from mpqdm_fx.graph.layers import WeightLayer, weight_layers, weight_rows
+from mpqdm_fx.graph.layers import weight_layers, weight_rows
 from mpqdm_fx.numerics.activations.ranges import affine_qparams
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.passes.quantize.round_weights import install_codes
@@ -74,7 +74,7 @@ def plain_activations(
         settings: Mode and widths.
         shards: Which calls are here.
         skipped: Layers that stay in float.
-        seen: What a walk over this graph and these calls has seen; None to walk here.
+        seen: What a walk over these calls has seen; None to walk here.
 
     Returns:
         Activation by layer.
@@ -91,7 +91,7 @@ def plain_activations(
     if not reads_extremes(settings):
         return {name: DynamicActivation(bits=width) for name, width in bits.items()}
     if seen is None:
-        seen = Extremes(graph_module, weight_layers(graph_module))
+        seen = Extremes(graph_module)
         walk = Walk(graph_module, calls, progress="plain rounding" if shards.rank == 0 else None)
         for node in walk:
             seen.see(walk, node)
@@ -114,36 +114,34 @@ class Extremes:
     """Smallest and largest value that each layer reads and writes, by the way of a walk.
 
     Args:
-        graph_module: The graph that is walked over; of one with two lanes, the float lane counts.
-        layers: Weight layers of the float graph, by name.
+        graph_module: Normalized float graph; what is walked over has its nodes, by their names.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, layers: Mapping[str, WeightLayer]) -> None:
-        names = {call.name: name for name, layer in layers.items() for call in layer.nodes}
-        nodes = graph_module.graph.nodes
-        self._layer_of = {node: names[node.name] for node in nodes if node.name in names}
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._wanted: dict[str, set[tuple[str, str]]] = {}
+        for name, layer in weight_layers(graph_module).items():
+            for call in layer.nodes:
+                source = call.args[0]
+                assert isinstance(source, fx.Node)
+                self._wanted.setdefault(source.name, set()).add((name, "input"))
+                self._wanted.setdefault(call.name, set()).add((name, "output"))
         self._calls: list[dict[tuple[str, str], tuple[float, float]]] = []
-        self._written: fx.Node | None = None
+        self._last: fx.Node | None = None
 
     def see(self, walk: Walk, node: fx.Node) -> None:
-        """Look at the values that are there before the walk executes a node."""
-        written = self._written
-        if written is not None and written in walk.alive:
-            self._add((self._layer_of[written], "output"), walk.values(written))
-        self._written = None
-        if node in self._layer_of:
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            self._add((self._layer_of[node], "input"), walk.values(source))
-            self._written = node
+        """Look at what was written last, before the walk executes the next node."""
+        last, self._last = self._last, node
+        if last is not None and last.name in self._wanted and last in walk.alive:
+            self._add(self._wanted[last.name], walk.values(last))
 
-    def _add(self, key: tuple[str, str], values: Iterable[Tensor]) -> None:
+    def _add(self, keys: Collection[tuple[str, str]], values: Iterable[Tensor]) -> None:
         for index, value in enumerate(values):
             if index == len(self._calls):
                 self._calls.append({})
             low, high = map(float, torch.aminmax(value))
-            least, most = self._calls[index].get(key, (low, high))
-            self._calls[index][key] = (min(least, low), max(most, high))
+            for key in keys:
+                least, most = self._calls[index].get(key, (low, high))
+                self._calls[index][key] = (min(least, low), max(most, high))
 
     def of_all_calls(self, shards: Shards) -> dict[tuple[str, str], tuple[float, float]]:
         """Smallest and largest value by layer and side, "input" or "output".

@@ -115,8 +115,7 @@ class Sweep:
         graph_module: The graph of two lanes; the quantized lane's layers sit under `error_lane.`.
         solutions: Solved layers by name, in running order.
         noise_levels: Groups of noise levels, or None.
-        extremes: What the float lane holds, for plain rounding to be compared with; None where
-            that asks for no fixed ranges, or is done on another graph.
+        extremes: Of the float lane, for plain rounding; None where it has no ranges of its own.
     """
 
     def __init__(
@@ -156,7 +155,8 @@ class Sweep:
         self._rows: dict[object, list[CallRows]] = {}
         self._waiting = self._pending_layers()
         self._readers = readers_of_inputs(graph_module)
-        self.extremes = self._seen_extremes()
+        fixed = settings.judge and self.noise_levels is None and reads_extremes(settings)
+        self.extremes = Extremes(self.prepared.original) if fixed else None
         self.walk = Walk(
             self.graph_module,
             calls,
@@ -234,13 +234,6 @@ class Sweep:
                 call = nodes[layer.nodes[0].name]
                 pending[nodes[call.meta["twin_node"]]] = _Pending(layer, call)
         return pending
-
-    def _seen_extremes(self) -> Extremes | None:
-        scaled = any(choice.exponent for choice in self.prepared.choices)
-        settings, levels = self.settings, self.noise_levels
-        if not settings.judge or levels is not None or scaled or not reads_extremes(settings):
-            return None
-        return Extremes(self.graph_module, weight_layers(self.source))
 
     def _work(self, call: Mapping[str, Any]) -> dict[fx.Node, int]:
         """Multiply-adds of solving each layer, for the progress bar."""
