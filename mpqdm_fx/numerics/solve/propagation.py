@@ -9,7 +9,6 @@ function of the input, such as the error of a residual that the output is added 
 arXiv 2509.06297).
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -247,10 +246,10 @@ def output_error(difference: Tensor, inputs: Tensor, targets: Sequence[Tensor]) 
     weight = difference.float().T
     parts = in_parts(inputs, len(difference))
     total = torch.zeros(len(difference), dtype=torch.float64, device=inputs.device)
-    aims = zip(*(torch.split(target, len(parts[0])) for target in targets), strict=True)
-    for part, aim in itertools.zip_longest(parts, aims, fillvalue=()):
+    aims = [torch.split(target, len(parts[0])) for target in targets]
+    for index, part in enumerate(parts):
         error = (part @ weight).to(torch.float64)
-        for target in aim:
-            error += target
+        for aim in aims:
+            error += aim[index]
         total += error.square_().sum(dim=0)
     return total / len(inputs)
