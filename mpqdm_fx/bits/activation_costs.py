@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.bits.channel_sizes import ChannelSizes
-from mpqdm_fx.calibration.ranges import search_by_noise_level, search_static
+from mpqdm_fx.calibration.ranges import RangeSamples
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.graph.noise_argument import find_noise_argument
@@ -24,7 +24,7 @@ from mpqdm_fx.graph.quantizer_sites import row_axes
 from mpqdm_fx.graph.quantizers import fixed_quantizer
 from mpqdm_fx.graph.same_values import value_key
 from mpqdm_fx.numerics.activations.dynamic import fake_quantize_dynamic
-from mpqdm_fx.records.activations import OUTPUT_BITS, ActivationRange, NoiseLevels, Side
+from mpqdm_fx.records.activations import OUTPUT_BITS, NoiseLevels, Side
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.run.speed import InputOption
 from mpqdm_fx.run.walk import Walk
@@ -163,8 +163,8 @@ class ActivationCosts:
         side: Hashable = None,
     ) -> None:
         rows = samples if len(error) % samples == 0 else 1
-        product = gradient.reshape(rows, 1, -1).double() @ error.reshape(rows, -1, 1).double()
-        changes = product.flatten().cpu()
+        product = (gradient * error).reshape(rows, -1)
+        changes = product.sum(dim=1, dtype=torch.float64).cpu()
         if rows != samples:  # a value that all samples share
             changes = torch.cat([changes, changes.new_zeros(samples - 1)])
         unit = self._unit_of[self._layer_of[call.name].name]
@@ -209,53 +209,56 @@ class ActivationCosts:
         groups = [self._groups_of(call) for call in calls]
 
         def search(
-            node: fx.Node, bits: int, side: Side, call: fx.Node, option: InputOption
+            node: fx.Node, side: Side, call: fx.Node, widths: Mapping[InputOption, int]
         ) -> None:
             layer = self._layer_of[call.name]
-            factor = self._factor(layer, option)
-            values = walk.values(node)
-            scaled = values if factor is None else (value / factor for value in values)
+            samples: dict[tuple[str, float], RangeSamples] = {}
             try:
-                ranges = self._search(scaled, bits, option, groups, settings.seed, fitted=fitted)
+                for option, bits in widths.items():
+                    same = (option.kind, option.exponent)
+                    if same not in samples:
+                        factor = self._factor(layer, option)
+                        values = walk.values(node)
+                        scaled = values if factor is None else (value / factor for value in values)
+                        samples[same] = self._samples(scaled, option, groups, settings.seed)
+                    ranges = samples[same].ranges(bits, fitted=fitted)
+                    self._rounders[call.name, side, option] = fixed_quantizer(ranges)
             except CalibrationError as error:
                 raise CalibrationError(f"{layer.name}, {side}: {error}") from error
-            self._rounders[call.name, side, option] = fixed_quantizer(ranges)
 
         searched: set[tuple[fx.Node, _InputKey]] = set()
         written: fx.Node | None = None
         for node in walk:
             if written is not None and written in walk.alive:
-                for kind in sorted({option.kind for option in fixed}):
-                    search(written, OUTPUT_BITS, "output", written, InputOption(kind=kind))
+                kinds = sorted({option.kind for option in fixed})
+                widths = {InputOption(kind=kind): OUTPUT_BITS for kind in kinds}
+                search(written, "output", written, widths)
             written = None
             if node.name in self._readers:
                 source, reader = node.args[0], self._readers[node.name]
                 assert isinstance(source, fx.Node)
                 if (source, reader) not in searched:  # the first call stands for all of them
                     searched.add((source, reader))
-                    for option in fixed:
-                        search(source, self._width(reader, option), "input", node, option)
+                    widths = {option: self._width(reader, option) for option in fixed}
+                    search(source, "input", node, widths)
                 written = node
 
     def _groups_of(self, call: Mapping[str, Any]) -> Tensor:
         self.start(call)
         return self._group
 
-    def _search(
+    def _samples(
         self,
         values: Iterable[Tensor],
-        bits: int,
         option: InputOption,
         groups: Sequence[Tensor],
         seed: int,
-        *,
-        fitted: bool,
-    ) -> tuple[ActivationRange, ...]:
+    ) -> RangeSamples:
         limit = _RANGE_VALUES
         if option.kind == "static" or self._levels is None:
-            return (search_static(values, bits, seed, fitted=fitted, limit=limit),)
+            return RangeSamples.of(values, seed, limit=limit)
         count = self._levels.count
-        return search_by_noise_level(values, groups, bits, count, seed, fitted=fitted, limit=limit)
+        return RangeSamples.by_noise_level(values, groups, count, seed, limit=limit)
 
 
 def _units(

@@ -249,14 +249,17 @@ class _Probe(fx.Interpreter):
     def _add(self, written: "_Written", gradient: Tensor, groups: Tensor, probes: int) -> None:
         """Add the squares of one gradient to the layer's energies."""
         layer, energy = written.layer, self.energy[written.layer.name]
-        squared = gradient.double().square().cpu() / probes
+        squared = gradient.double().square_().cpu()
         if written.index is not None:
-            rows = squared.reshape(-1, squared.shape[-1])
+            rows = squared.reshape(-1, squared.shape[-1]) / probes
             energy.index_add_(0, written.index.flatten().cpu(), rows)
         else:
-            axis = -1 if isinstance(layer.module, nn.Linear) else squared.dim() - _spatial(layer)
-            energy += squared.movedim(axis, -1).flatten(0, -2).sum(dim=0)
-        self.by_group[layer.name].index_add_(0, *_by_sample(squared, groups))
+            spatial = 0 if isinstance(layer.module, nn.Linear) else layer.weight.dim() - 2
+            if spatial:  # sums of each channel of each sample: fewer numbers for what follows
+                squared = squared.flatten(-spatial).sum(dim=-1)
+            energy += squared.reshape(-1, squared.shape[-1]).sum(dim=0) / probes
+        group, sums = _by_sample(squared, groups)
+        self.by_group[layer.name].index_add_(0, group, sums / probes)
 
     def _check_unused(self, layer: WeightLayer) -> None:
         """Refuse a layer without gradient, unless it is skipped or written and never read."""
@@ -346,11 +349,6 @@ def reaching_output(graph_module: fx.GraphModule) -> set[fx.Node]:
                 nodes.add(source)
                 waiting.append(source)
     return nodes
-
-
-def _spatial(layer: WeightLayer) -> int:
-    """Places from the channel axis of a convolution's output to its end."""
-    return layer.weight.dim() - 1
 
 
 def _without_gradients(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -11,14 +11,14 @@ On the bundled model, weights at 2.4 / 3.4 / 4.4 effective bits rounded by GPTQ:
 dB from the diagonal, 34.8 / 42.5 / 50.2 dB from rows, 36.1 / 44.1 / 50.5 dB with the feedback.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from mpqdm_fx.numerics.levels.codebook import LevelKind, quantize_codebook
+from mpqdm_fx.numerics.levels.codebook import quantize_codebook
 from mpqdm_fx.numerics.levels.grids import (
     CODEBOOK_MAX_BITS,
     MAX_BITS,
@@ -29,9 +29,10 @@ from mpqdm_fx.numerics.levels.grids import (
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.numerics.solve.gptq import gptq
 from mpqdm_fx.numerics.solve.gram import Gram
+from mpqdm_fx.numerics.solve.layer_rows import in_parts
 from mpqdm_fx.numerics.solve.scales import quantize_uniform, uniform_scales
 
-__all__ = ["MAX_NUMBERS", "ChannelInputs", "channel_errors", "feedback_gains"]
+__all__ = ["MAX_NUMBERS", "ChannelInputs", "channel_errors", "feedback_gains", "fitted_scales"]
 
 MAX_NUMBERS = 2**18
 """Largest layer, in weights, whose every channel is fitted at every width."""
@@ -65,7 +66,8 @@ class ChannelInputs:
             held_out: Rows that errors are measured on, in the same form.
             channels: Output channels O.
         """
-        energy = fit.double().square().mean(dim=0)
+        sums = [part.double().square_().sum(dim=0) for part in in_parts(fit)]
+        energy = torch.stack(sums).sum(dim=0) / len(fit)
         if fit.dim() == 3:
             energy = energy.repeat_interleave(channels // len(energy), dim=0)
         return cls(rows=held_out.float(), energy=energy)
@@ -100,6 +102,7 @@ def channel_errors(
     *,
     codebooks: bool = True,
     max_numbers: int = MAX_NUMBERS,
+    scales: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Mean squared error of each channel's output, its weights rounded to nearest.
@@ -113,6 +116,7 @@ def channel_errors(
         inputs: What they are multiplied with.
         codebooks: Measure fitted levels too.
         max_numbers: Largest layer, in weights, that is fitted as a whole.
+        scales: From `fitted_scales`, where they are there already.
         seed: Of the sampled channels.
 
     Returns:
@@ -123,25 +127,43 @@ def channel_errors(
         CalibrationError: A weight or an input is not finite.
     """
     W = W.detach().float()
-    if W.numel() <= max_numbers:
+    if scales is None:
+        scales = fitted_scales(W, inputs.energy, max_numbers)
+    if scales is not None:
         energy = inputs.energy.float()
-        scales = list(uniform_scales(W, energy))
 
         def fitted(bits: int) -> Tensor:
             codes, scale = quantize_codebook(W, torch.full((len(W),), bits), energy)
             return inputs.error(W - dequantize(codes, scale), 0, len(W))
 
         return (
-            _columns(MAX_BITS, lambda bits: _error_at(W, inputs, scales[bits - 1], bits)),
+            _uniform_errors(W, inputs, scales),
             _columns(CODEBOOK_MAX_BITS, fitted) if codebooks else None,
         )
     few = _FewChannels.of(W, inputs.energy, seed)
-    scales = few.scales()
-    uniform = _columns(MAX_BITS, lambda bits: _error_at(W, inputs, scales[bits - 1], bits))
+    uniform = _uniform_errors(W, inputs, few.scales())
     if not codebooks:
         return uniform, None
     shares = [few.codebook_share(bits) for bits in range(1, CODEBOOK_MAX_BITS + 1)]
     return uniform, uniform[:, :CODEBOOK_MAX_BITS] * torch.tensor(shares, dtype=torch.float64)
+
+
+def fitted_scales(W: Tensor, energy: Tensor, max_numbers: int = MAX_NUMBERS) -> Tensor | None:
+    """Scales of all channels at every width, for layers that are not too large.
+
+    Args:
+        W: Weight rows, float [O, K].
+        energy: Mean square of each weight's input, [K] or [O, K].
+        max_numbers: Largest layer, in weights, that is fitted as a whole.
+
+    Returns:
+        float32 [8, O], of 1 to 8 bits; None for larger layers.
+    """
+    return uniform_scales(W, energy.float()) if W.numel() <= max_numbers else None
+
+
+def _uniform_errors(W: Tensor, inputs: ChannelInputs, scales: Sequence[Tensor] | Tensor) -> Tensor:
+    return _columns(MAX_BITS, lambda bits: _error_at(W, inputs, scales[bits - 1], bits))
 
 
 def _columns(bits: int, measure: Callable[[int], Tensor]) -> Tensor:
@@ -165,6 +187,7 @@ def feedback_gains(
     held_out: Tensor,
     *,
     codebooks: bool = True,
+    scales: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Share of the error of nearest rounding that GPTQ leaves, at each width.
@@ -178,6 +201,7 @@ def feedback_gains(
             grouped layer, the first group stands for all.
         held_out: Rows for the measurement, in the same form.
         codebooks: Measure fitted levels too.
+        scales: From `fitted_scales`; those of the few channels are fitted here where it has none.
         seed: Of the sampled channels.
 
     Returns:
@@ -196,11 +220,18 @@ def feedback_gains(
     gram = Gram.of(fit)
     tests = held_out.float()
     importance = gram.diagonal.float()
+    chosen = uniform_scales(rows, importance) if scales is None else scales[:, picked]
 
-    def gains(kind: LevelKind, largest: int) -> Tensor:
+    def uniform(stacked: Tensor, bits: Tensor) -> RowLevels:
+        return RowLevels(bits=bits, scale=chosen.flatten(), tables=None)
+
+    def codebook(stacked: Tensor, bits: Tensor) -> RowLevels:
+        return RowLevels.fit(stacked, bits, "codebook", importance)
+
+    def gains(fit: Callable[[Tensor, Tensor], RowLevels], largest: int) -> Tensor:
         stacked = rows.repeat(largest, 1)
         bits = torch.arange(1, largest + 1).repeat_interleave(len(rows))
-        levels = RowLevels.fit(stacked, bits, kind, importance)
+        levels = fit(stacked, bits)
         nearest = levels.snap(stacked)
         fed_back = gptq(stacked, levels, gram)
         errors = [
@@ -210,7 +241,7 @@ def feedback_gains(
         after, before = (error.view(largest, -1).sum(dim=1) for error in errors)
         return torch.where(before > 0, after / before.clamp_min(1e-300), 1.0).clamp(0, _MAX_GAIN)
 
-    return gains("uniform", MAX_BITS), gains("codebook", CODEBOOK_MAX_BITS) if codebooks else None
+    return gains(uniform, MAX_BITS), gains(codebook, CODEBOOK_MAX_BITS) if codebooks else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

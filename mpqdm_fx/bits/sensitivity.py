@@ -21,6 +21,7 @@ from mpqdm_fx.bits.rounding_errors import (
     ChannelInputs,
     channel_errors,
     feedback_gains,
+    fitted_scales,
 )
 from mpqdm_fx.bits.row_weights import RowWeights
 from mpqdm_fx.bits.sensitivity_table import LayerSensitivity, SensitivityTable
@@ -221,8 +222,11 @@ class _Measure:
         means = None if layer.module.bias is None else fit_rows.means()
         fit, held_out = fit_rows.fitted(means).inputs, held_out_rows.fitted(means).inputs
         inputs = ChannelInputs.of(fit, held_out, len(weight))
-        gains = feedback_gains(weight, fit, held_out, codebooks=self._codebooks, seed=self._seed)
-        return self._entry(layer, self._energies.channels[layer.name], inputs, gains)
+        scales = fitted_scales(weight, inputs.energy, self._max_numbers)
+        gains = feedback_gains(
+            weight, fit, held_out, codebooks=self._codebooks, scales=scales, seed=self._seed
+        )
+        return self._entry(layer, self._energies.channels[layer.name], inputs, gains, scales)
 
     def table(self, layer: WeightLayer) -> LayerSensitivity:
         """Entry of an embedding table from its energies [O, K].
@@ -247,12 +251,14 @@ class _Measure:
         sensitivity: Tensor,
         inputs: ChannelInputs,
         gains: tuple[Tensor, Tensor | None],
+        scales: Tensor | None = None,
     ) -> LayerSensitivity:
         uniform, codebook = channel_errors(
             weight_rows(layer.module).cpu(),
             inputs,
             codebooks=self._codebooks,
             max_numbers=self._max_numbers,
+            scales=scales,
             seed=self._seed,
         )
         return LayerSensitivity(

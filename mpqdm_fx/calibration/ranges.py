@@ -2,19 +2,20 @@
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.numerics.activations.codebook import fit_levels
-from mpqdm_fx.numerics.activations.ranges import search_range
+from mpqdm_fx.numerics.activations.ranges import RangeSearch
 from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS
 from mpqdm_fx.records.activations import ActivationRange
 
-__all__ = ["search_by_noise_level", "search_static"]
+__all__ = ["RangeSamples", "search_by_noise_level", "search_static"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,19 +25,20 @@ MAX_VALUES = 2**17
 
 @dataclass(frozen=True, eq=False)
 class _Draw:
-    """Which values are in a sample once another call has added its own.
+    """Which values are in a sample once another call has given its own.
 
     Attributes:
-        chosen: Which of the call's values, int32; None for all.
-        kept: Which of those that were there before, int32; None for all.
-        count: Values in the sample.
+        chosen: Which of the call's values are taken, int32; None for all.
+        members: Which of the values taken from all calls so far, one call after the other, are in
+            the sample, int32; None for all.
+        taken: Values taken from all calls so far.
         seen: Values of all calls so far.
         state: The generator's, for the next draw.
     """
 
     chosen: Tensor | None
-    kept: Tensor | None
-    count: int
+    members: Tensor | None
+    taken: int
     seen: int
     state: Tensor
 
@@ -50,14 +52,18 @@ def _drawn(last: _Draw | None, seed: int, limit: int, size: int) -> _Draw:
         generator.manual_seed(seed)
     else:
         generator.set_state(last.state)
-    before, seen = (0, 0) if last is None else (last.count, last.seen)
+    taken, seen = (0, 0) if last is None else (last.taken, last.seen)
+    members = None if last is None else last.members
     seen += size
     if seen <= limit:
-        return _Draw(None, None, before + size, seen, generator.get_state())
+        return _Draw(None, None, taken + size, seen, generator.get_state())
     share = round(limit * size / seen)
     chosen = torch.randint(size, (share,), generator=generator).to(torch.int32)
-    kept = torch.randperm(before, generator=generator)[: limit - share].to(torch.int32)
-    return _Draw(chosen, kept, share + len(kept), seen, generator.get_state())
+    count = taken if members is None else len(members)
+    kept = torch.randperm(count, generator=generator)[: limit - share].to(torch.int32)
+    kept = kept if members is None else members[kept]
+    added = torch.arange(taken, taken + share, dtype=torch.int32)
+    return _Draw(chosen, torch.cat([kept, added]), taken + share, seen, generator.get_state())
 
 
 @dataclass
@@ -69,7 +75,7 @@ class _Sample:
     minimum: float = float("inf")
     maximum: float = float("-inf")
     draw: _Draw | None = None
-    kept: Tensor = field(default_factory=lambda: torch.empty(0))
+    taken: list[Tensor] = field(default_factory=list)
 
     def add(self, value: Tensor) -> None:
         flat = value.detach().reshape(-1)
@@ -83,13 +89,24 @@ class _Sample:
             )
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         self.draw = _drawn(self.draw, self.seed, self.limit, flat.numel())
-        if self.draw.chosen is not None and self.draw.kept is not None:
-            flat = flat[self.draw.chosen.to(flat.device)]
-            self.kept = self.kept[self.draw.kept]
-        self.kept = torch.cat([self.kept, flat.float().cpu()])
+        if self.draw.chosen is not None:
+            flat = flat.index_select(0, self.draw.chosen.to(flat.device))
+        self.taken.append(flat.float().cpu())
+
+    @functools.cached_property
+    def kept(self) -> Tensor:
+        """The sample, float32 [N]."""
+        values = torch.cat(self.taken)
+        members = None if self.draw is None else self.draw.members
+        return values if members is None else values.index_select(0, members)
+
+    @functools.cached_property
+    def _found(self) -> RangeSearch:
+        return RangeSearch(self.kept, self.minimum, self.maximum)
 
     def search(self, bits: int, *, fitted: bool = False) -> ActivationRange:
-        scale, zero_point = search_range(self.kept, self.minimum, self.maximum, bits)
+        """The range of one width, once every call was added."""
+        scale, zero_point = self._found.best(bits)
         if fitted and bits <= CODEBOOK_MAX_BITS:
             scale, levels = fit_levels(self.kept, scale, zero_point, bits)
             return ActivationRange(scale=scale, zero_point=0, bits=bits, levels=levels)
@@ -118,12 +135,7 @@ def search_static(
         CalibrationError: There are no values, or NaN or infinity among them.
         ConfigError: `bits` is outside 1..8.
     """
-    sample = _Sample(seed, limit)
-    for value in values:
-        sample.add(value)
-    if sample.draw is None:
-        raise CalibrationError("an activation range needs at least one call with values")
-    return sample.search(bits, fitted=fitted)
+    return RangeSamples.of(values, seed, limit=limit).ranges(bits, fitted=fitted)[0]
 
 
 def search_by_noise_level(
@@ -156,22 +168,69 @@ def search_by_noise_level(
         CalibrationError: There are no values, or NaN or infinity among them.
         ConfigError: `bits` is outside 1..8, or a group is outside 0..count - 1.
     """
-    samples = [_Sample(seed, limit) for _ in range(count)]
-    for value, group in zip(values, groups, strict=True):
-        rows = group.repeat_interleave(value.shape[0] // len(group))
-        for index in torch.unique(group).tolist():
-            if not 0 <= index < count:
-                raise ConfigError(f"a sample is in group {index} of {count} noise levels")
-            samples[index].add(value[rows == index])
-    ranges = {
-        index: sample.search(bits, fitted=fitted)
-        for index, sample in enumerate(samples)
-        if sample.draw
-    }
-    if not ranges:
-        raise CalibrationError("an activation range needs at least one call with values")
-    missing = [index for index in range(count) if index not in ranges]
-    if missing:
-        logger.info("groups %s of %d noise levels have no samples", missing, count)
-    nearest = [min(ranges, key=lambda level: abs(level - index)) for index in range(count)]
-    return tuple(ranges[index] for index in nearest)
+    samples = RangeSamples.by_noise_level(values, groups, count, seed, limit=limit)
+    return samples.ranges(bits, fitted=fitted)
+
+
+class RangeSamples:
+    """Samples of one value, of all calls or by noise level, for ranges of any width.
+
+    Args:
+        samples: One for each group; a group may have no values.
+
+    Raises:
+        CalibrationError: There are no values.
+    """
+
+    def __init__(self, samples: Sequence[_Sample]) -> None:
+        self._samples = samples
+        self._filled = [index for index, sample in enumerate(samples) if sample.draw]
+        if not self._filled:
+            raise CalibrationError("an activation range needs at least one call with values")
+        missing = sorted({*range(len(samples))} - {*self._filled})
+        if missing:
+            logger.info("groups %s of %d noise levels have no samples", missing, len(samples))
+
+    @classmethod
+    def of(cls, values: Iterable[Tensor], seed: int, *, limit: int = MAX_VALUES) -> Self:
+        """One sample of all calls; see `search_static`."""
+        sample = _Sample(seed, limit)
+        for value in values:
+            sample.add(value)
+        return cls([sample])
+
+    @classmethod
+    def by_noise_level(
+        cls,
+        values: Iterable[Tensor],
+        groups: Iterable[Tensor],
+        count: int,
+        seed: int,
+        *,
+        limit: int = MAX_VALUES,
+    ) -> Self:
+        """One sample for each group; see `search_by_noise_level`."""
+        samples = [_Sample(seed, limit) for _ in range(count)]
+        for value, group in zip(values, groups, strict=True):
+            rows = group.repeat_interleave(value.shape[0] // len(group))
+            for index in torch.unique(group).tolist():
+                if not 0 <= index < count:
+                    raise ConfigError(f"a sample is in group {index} of {count} noise levels")
+                samples[index].add(value[rows == index])
+        return cls(samples)
+
+    def ranges(self, bits: int, *, fitted: bool = False) -> tuple[ActivationRange, ...]:
+        """Range of each group; one without samples takes that of the nearest that has some.
+
+        Args:
+            bits: Width of the codes, 1 to 8.
+            fitted: Fit levels, where the width is at most 4 bits.
+
+        Raises:
+            ConfigError: `bits` is outside 1..8.
+        """
+        ranges = {index: self._samples[index].search(bits, fitted=fitted) for index in self._filled}
+        return tuple(
+            ranges[min(self._filled, key=lambda level: abs(level - index))]
+            for index in range(len(self._samples))
+        )

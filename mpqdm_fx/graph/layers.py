@@ -5,7 +5,6 @@ Every algorithm of this package sees a weight layer as `Y = X @ W.T` with `W` [o
 field (im2col), K = in_channels / groups * prod(kernel_size).
 """
 
-import itertools
 from dataclasses import dataclass
 from math import prod
 
@@ -283,17 +282,23 @@ def _convolution_rows(conv: nn.modules.conv._ConvNd, x: Tensor, positions: Tenso
     size = _output_size(conv, padded)
     if positions is None:
         positions = torch.arange(padded.shape[0] * prod(size))
-    # The index of axis i has shape [P, 1, .., kernel_i, .., 1]; together they broadcast to
-    # [P, *kernel_size] and pick one receptive field per position.
-    ones = [1] * len(size)
+    # A number's place in memory is that of its field's corner and, within the field, one offset.
+    padded = padded.contiguous()
     coordinates = torch.unravel_index(positions.to(x.device), (padded.shape[0], *size))
-    index = [coordinates[0].view(-1, *ones)]
-    axes = zip(coordinates[1:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
-    for axis, (coordinate, k, stride, dilation) in enumerate(axes):
-        taps = torch.arange(k, device=x.device) * dilation
-        field = coordinate[:, None] * stride + taps  # [P, kernel_i]
-        shape = [*itertools.repeat(1, axis), k, *itertools.repeat(1, len(size) - axis - 1)]
-        index.append(field.view(-1, *shape))
-    fields = padded.movedim(1, -1)[tuple(index)]  # [P, *kernel_size, C]
-    rows = fields.movedim(-1, 1).flatten(1)  # [P, C * prod(kernel_size)]
+    corner = coordinates[0] * padded.stride(0)
+    offset = torch.arange(padded.shape[1], device=x.device) * padded.stride(1)
+    axes = zip(
+        coordinates[1:],
+        padded.stride()[2:],
+        conv.kernel_size,
+        conv.stride,
+        conv.dilation,
+        strict=True,
+    )
+    for coordinate, step, k, stride, dilation in axes:
+        corner = corner + coordinate * (step * stride)
+        offset = offset[..., None] + torch.arange(k, device=x.device) * (step * dilation)
+    few = torch.int32 if padded.numel() < 2**31 else torch.int64
+    places = corner[:, None].to(few) + offset.flatten().to(few)
+    rows = padded.flatten().index_select(0, places.flatten()).view(places.shape)
     return rows if conv.groups == 1 else rows.reshape(len(rows), conv.groups, -1)

@@ -3,6 +3,7 @@
 All of it is read from `node.meta["val"]`, so a whole run can be estimated before it starts.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
@@ -116,9 +117,15 @@ def _number(size: Any, sizes: Sizes) -> int:
         return size
     expression = size.node.expr
     if expression.free_symbols <= sizes.keys():
-        return int(expression.subs(sizes))
+        return _evaluated(expression, tuple(sizes.items()))
     hint = getattr(size.node, "hint", None)
     return 1 if hint is None else int(hint)
+
+
+# the same few expressions stand in the shapes of all nodes, and sympy is slow
+@functools.lru_cache(maxsize=1024)
+def _evaluated(expression: sympy.Expr, sizes: tuple[tuple[sympy.Symbol, int], ...]) -> int:
+    return int(expression.subs(dict(sizes)))
 
 
 def shape_at(value: torch.Tensor, sizes: Sizes) -> tuple[int, ...]:

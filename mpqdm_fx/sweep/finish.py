@@ -110,13 +110,19 @@ def _judged(sweep: Sweep, result: GraphQuantization) -> GraphQuantization:
     activations, levels = result.activations, result.noise_levels
     if levels is None:
         activations = plain_activations(
-            graph_module, sweep.calls, settings, sweep.shards, sweep.limits.skipped
+            graph_module,
+            sweep.calls,
+            settings,
+            sweep.shards,
+            sweep.limits.skipped,
+            sweep.extremes,
         )
     quantize = QuantizeActivations(ranges=activations, noise_levels=levels)
+    quantized = quantize(graph_module).graph_module
     judged = [Judgement.of(RECIPE, sweep.output_powers(None))]
     for name, layers in candidates.items():
-        rounded = plain_weights(graph_module, layers)
-        judged.append(Judgement.of(name, sweep.output_powers(quantize(rounded).graph_module)))
+        rounded = plain_weights(quantized, layers)
+        judged.append(Judgement.of(name, sweep.output_powers(rounded)))
     best = min(range(len(judged)), key=lambda index: judged[index].error)
     judgements = tuple(replace(j, chosen=index == best) for index, j in enumerate(judged))
     if not best:

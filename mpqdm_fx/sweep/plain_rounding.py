@@ -30,7 +30,7 @@ from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.run.walk import Walk
 from mpqdm_fx.sweep.shards import Shards
 
-__all__ = ["plain_activations", "plain_weights"]
+__all__ = ["Extremes", "plain_activations", "plain_weights", "reads_extremes"]
 
 _NUMBERS = 1 << 22  # of a weight, rounded at once
 
@@ -66,12 +66,18 @@ def _nearest(weight: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(codes), torch.cat(scales)
 
 
+def reads_extremes(settings: MPQConfig) -> bool:
+    """Whether plain ranges are fixed, from the smallest to the largest value."""
+    return settings.activation_mode not in ("float", "dynamic", "measured")
+
+
 def plain_activations(
     graph_module: fx.GraphModule,
     calls: Sequence[Mapping[str, Any]],
     settings: MPQConfig,
     shards: Shards,
     skipped: Collection[str] = (),
+    seen: "Extremes | None" = None,
 ) -> dict[str, Activation]:
     """Quantize every input but that of the ends: dynamic, or static from smallest to largest value.
 
@@ -81,6 +87,7 @@ def plain_activations(
         settings: Mode and widths.
         shards: Which calls are here.
         skipped: Layers that stay in float.
+        seen: What a walk over these calls has seen; None to walk here.
 
     Returns:
         Activation by layer.
@@ -94,9 +101,14 @@ def plain_activations(
         for name in weight_layers(graph_module)
         if name not in in_float
     }
-    if mode in ("dynamic", "measured"):
+    if not reads_extremes(settings):
         return {name: DynamicActivation(bits=width) for name, width in bits.items()}
-    extremes = _extremes(graph_module, calls, shards)
+    if seen is None:
+        seen = Extremes(graph_module)
+        walk = Walk(graph_module, calls, progress="plain rounding" if shards.rank == 0 else None)
+        for node in walk:
+            seen.see(walk, node)
+    extremes = seen.of_all_calls(shards)
     return {
         name: StaticActivation(
             input=_range(extremes[name, "input"], width),
@@ -111,27 +123,47 @@ def _range(extremes: tuple[float, float], bits: int) -> ActivationRange:
     return ActivationRange(scale=scale, zero_point=zero_point, bits=bits)
 
 
-def _extremes(
-    graph_module: fx.GraphModule, calls: Sequence[Mapping[str, Any]], shards: Shards
-) -> dict[tuple[str, str], tuple[float, float]]:
-    """Smallest and largest value that each layer reads and writes."""
-    layer_of = {n: name for name, layer in weight_layers(graph_module).items() for n in layer.nodes}
-    extremes: dict[tuple[str, str], tuple[float, float]] = {}
-    walk = Walk(graph_module, calls, progress="plain rounding" if shards.rank == 0 else None)
+class Extremes:
+    """Smallest and largest value that each layer reads and writes, by the way of a walk.
 
-    def add(key: tuple[str, str], values: Iterable[Tensor]) -> None:
-        for low, high in shards.gather([tuple(map(float, torch.aminmax(v))) for v in values]):
-            least, most = extremes.get(key, (low, high))
-            extremes[key] = (min(least, low), max(most, high))
+    Args:
+        graph_module: Normalized float graph; what is walked over has its nodes, by their names.
+    """
 
-    written: fx.Node | None = None
-    for node in walk:
-        if written is not None and written in walk.alive:
-            add((layer_of[written], "output"), walk.values(written))
-        written = None
-        if node in layer_of:
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            add((layer_of[node], "input"), walk.values(source))
-            written = node
-    return extremes
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._wanted: dict[str, set[tuple[str, str]]] = {}
+        for name, layer in weight_layers(graph_module).items():
+            for call in layer.nodes:
+                source = call.args[0]
+                assert isinstance(source, fx.Node)
+                self._wanted.setdefault(source.name, set()).add((name, "input"))
+                self._wanted.setdefault(call.name, set()).add((name, "output"))
+        self._calls: list[dict[tuple[str, str], tuple[float, float]]] = []
+        self._last: fx.Node | None = None
+
+    def see(self, walk: Walk, node: fx.Node) -> None:
+        """Look at what was written last, before the walk executes the next node."""
+        last, self._last = self._last, node
+        if last is not None and last.name in self._wanted and last in walk.alive:
+            self._add(self._wanted[last.name], walk.values(last))
+
+    def _add(self, keys: Collection[tuple[str, str]], values: Iterable[Tensor]) -> None:
+        for index, value in enumerate(values):
+            if index == len(self._calls):
+                self._calls.append({})
+            low, high = map(float, torch.aminmax(value))
+            for key in keys:
+                least, most = self._calls[index].get(key, (low, high))
+                self._calls[index][key] = (min(least, low), max(most, high))
+
+    def of_all_calls(self, shards: Shards) -> dict[tuple[str, str], tuple[float, float]]:
+        """Smallest and largest value by layer and side, "input" or "output".
+
+        Args:
+            shards: Which calls were walked over here.
+        """
+        calls = shards.gather(self._calls)
+        return {
+            key: (min(call[key][0] for call in calls), max(call[key][1] for call in calls))
+            for key in calls[0]
+        }

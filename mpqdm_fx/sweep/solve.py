@@ -19,6 +19,7 @@ from mpqdm_fx.numerics.solve.gram import Gram
 from mpqdm_fx.numerics.solve.layer_rows import LayerRows, RowMeans
 from mpqdm_fx.numerics.solve.propagation import (
     Correction,
+    SourceRegressions,
     choose_correction,
     fixed_correction,
     output_error,
@@ -314,9 +315,13 @@ def _corrections(plan: LayerPlan, problem: _Problem, settings: MPQConfig) -> lis
     """What to try; with the automatic strength, no correction comes first."""
     none, W, train, gram = Correction(), problem.W, problem.train, problem.gram
     if settings.propagation == "auto":
-        held_out = problem.judge if problem.judge is not train else train.take(slice(0, 0))
+        if problem.judge is train:
+            return [none]  # no rows are held out
         try:
-            chosen = choose_correction(W, train, gram, held_out, bits=plan.bits_tensor())
+            regressions = SourceRegressions(W, train, gram)
+            chosen = choose_correction(
+                W, train, gram, problem.judge, bits=plan.bits_tensor(), regressions=regressions
+            )
         except CalibrationError as error:
             logger.warning("%s: no correction, since %s", plan.name, error)
             return [none]
@@ -324,7 +329,8 @@ def _corrections(plan: LayerPlan, problem: _Problem, settings: MPQConfig) -> lis
             return [none]
         # The closed form does not see the rounding; where that tips the scales, the paper's
         # strength may do better, and it is there to be judged by the same rows.
-        return [none, chosen, fixed_correction(W, train, gram, PAPER_STRENGTH)]
+        paper = fixed_correction(W, train, gram, PAPER_STRENGTH, regressions=regressions)
+        return [none, chosen, paper]
     assert isinstance(settings.propagation, float | int)
     return [fixed_correction(W, train, gram, float(settings.propagation))]
 

@@ -55,6 +55,7 @@ from mpqdm_fx.sweep.collect import (
     rows_key,
 )
 from mpqdm_fx.sweep.layer_work import layer_work
+from mpqdm_fx.sweep.plain_rounding import Extremes, reads_extremes
 from mpqdm_fx.sweep.preparation import Preparation
 from mpqdm_fx.sweep.shards import Shards
 from mpqdm_fx.sweep.solve import LayerData, LayerSolution, solve_layer
@@ -116,6 +117,7 @@ class Sweep:
         graph_module: The graph of two lanes; the quantized lane's layers sit under `error_lane.`.
         solutions: Solved layers by name, in running order.
         noise_levels: Groups of noise levels, or None.
+        extremes: Of the float lane, for plain rounding; None where it has no ranges of its own.
     """
 
     def __init__(
@@ -155,6 +157,8 @@ class Sweep:
         self._rows: dict[object, list[CallRows]] = {}
         self._waiting = self._pending_layers()
         self._readers = readers_of_inputs(graph_module)
+        fixed = settings.judge and self.noise_levels is None and reads_extremes(settings)
+        self.extremes = Extremes(self.prepared.original) if fixed else None
         self.walk = Walk(
             self.graph_module,
             calls,
@@ -173,6 +177,8 @@ class Sweep:
     def __next__(self) -> fx.Node:
         """Execute the node that was yielded last, prepare the next one and yield it."""
         node = next(self.walk)
+        if self.extremes is not None:
+            self.extremes.see(self.walk, node)
         if node in self._sites:
             self._set_range(self._sites[node])
         if node in self._waiting:

@@ -6,6 +6,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -15,7 +16,7 @@ from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.numerics.levels.grids import MAX_BITS
 from mpqdm_fx.numerics.solve.rows import SortedRows, running_sum
 
-__all__ = ["affine_qparams", "fake_quantize", "search_range"]
+__all__ = ["RangeSearch", "affine_qparams", "fake_quantize", "search_range"]
 
 _MIN_SCALE = 2.0**-120  # a float32 whose inverse is one too, far below any activation
 _MAX_SCALE = torch.finfo(torch.float32).max
@@ -117,25 +118,60 @@ def search_range(
         ConfigError: ``bits`` or ``steps`` out of range, or ``minimum > maximum``.
         CalibrationError: The samples or ends hold NaN or infinity.
     """
-    whole = affine_qparams(minimum, maximum, bits)
-    if steps < 2:
-        raise ConfigError(f"a range search needs at least 2 steps, got {steps}")
-    values = samples.detach().flatten().to(torch.float32)
-    if not bool(torch.isfinite(values).all()):
-        raise CalibrationError("activation samples hold NaN or infinity")
-    low, high = min(minimum, 0.0), max(maximum, 0.0)
-    if not len(values) or low == high:
-        return whole
-    unit = max(high, -low)  # the sums hold squares of what may be any float32
-    sample = _Samples.of((values.to(torch.float64) / unit).to(torch.float32))
-    ratio = _MAX_SHRINK ** -torch.linspace(0, 1, steps, dtype=torch.float64)
-    best = _best_shrink(sample, low / unit, high / unit, ratio, ratio, bits)
-    step = _MAX_SHRINK ** (1 / (steps - 1))
-    fine = step ** torch.linspace(-1, 1, steps, dtype=torch.float64)
-    lower, upper = ((fine * shrink).clamp_max(1.0) for shrink in best)
-    best = _best_shrink(sample, low / unit, high / unit, lower, upper, bits)
-    clipped = affine_qparams(low * best[0], high * best[1], bits)
-    return clipped if _loss(values, clipped, bits) < _loss(values, whole, bits) else whole
+    return RangeSearch(samples, minimum, maximum).best(bits, steps=steps)
+
+
+class RangeSearch:
+    """`search_range` on one sample for any width: the sample is sorted once.
+
+    Args:
+        samples: As there.
+        minimum: As there.
+        maximum: As there.
+
+    Raises:
+        ConfigError: ``minimum > maximum``.
+        CalibrationError: The samples or ends hold NaN or infinity.
+    """
+
+    def __init__(self, samples: Tensor, minimum: float, maximum: float) -> None:
+        self._ends = minimum, maximum
+        affine_qparams(minimum, maximum, MAX_BITS)  # refuses ends that are none
+        self._values = samples.detach().flatten().to(torch.float32)
+        if not bool(torch.isfinite(self._values).all()):
+            raise CalibrationError("activation samples hold NaN or infinity")
+        self._low, self._high = min(minimum, 0.0), max(maximum, 0.0)
+        self._unit = max(self._high, -self._low)  # sums hold squares of what may be any float32
+
+    @cached_property
+    def _sample(self) -> "_Samples":
+        return _Samples.of((self._values.to(torch.float64) / self._unit).to(torch.float32))
+
+    def best(self, bits: int, *, steps: int = 24) -> tuple[float, int]:
+        """Scale and zero point; see `search_range`.
+
+        Args:
+            bits: 1 to 8.
+            steps: Candidates for each end in each stage, at least 2.
+
+        Raises:
+            ConfigError: ``bits`` or ``steps`` out of range.
+        """
+        whole = affine_qparams(*self._ends, bits)
+        if steps < 2:
+            raise ConfigError(f"a range search needs at least 2 steps, got {steps}")
+        low, high, values = self._low, self._high, self._values
+        if not len(values) or low == high:
+            return whole
+        sample, ends = self._sample, (low / self._unit, high / self._unit)
+        ratio = _MAX_SHRINK ** -torch.linspace(0, 1, steps, dtype=torch.float64)
+        best = _best_shrink(sample, *ends, ratio, ratio, bits)
+        step = _MAX_SHRINK ** (1 / (steps - 1))
+        fine = step ** torch.linspace(-1, 1, steps, dtype=torch.float64)
+        lower, upper = ((fine * shrink).clamp_max(1.0) for shrink in best)
+        best = _best_shrink(sample, *ends, lower, upper, bits)
+        clipped = affine_qparams(low * best[0], high * best[1], bits)
+        return clipped if _loss(values, clipped, bits) < _loss(values, whole, bits) else whole
 
 
 @dataclass(frozen=True, kw_only=True)

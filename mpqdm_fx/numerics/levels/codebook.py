@@ -166,7 +166,10 @@ def _lloyd(rows: SortedRows, centers: Tensor) -> Tensor:
     """Improve centers [n, C, L] by Lloyd's iteration; return the `_KEPT` best of each row."""
     for _ in range(_LLOYD_STEPS):
         mass, total = rows.cells(centers)
-        centers = torch.where(mass > 0, total / mass.clamp_min(1e-300), centers)
+        moved = torch.where(mass > 0, total / mass.clamp_min(1e-300), centers)
+        if torch.equal(moved, centers):
+            break
+        centers = moved
     best = rows.error(centers).topk(min(_KEPT, centers.shape[1]), dim=1, largest=False).indices
     return centers.gather(1, best[:, :, None].expand(-1, -1, centers.shape[2]))
 

@@ -108,7 +108,8 @@ class Gram:
         count, width = rows.shape
         exact = rows.float()
         diagonal = _mean_square(exact)
-        if not bool(torch.isfinite(exact).all()):
+        # sums of squares are finite where all numbers are, unless they overflow
+        if not bool(torch.isfinite(diagonal).all() or torch.isfinite(exact).all()):
             raise CalibrationError("calibration rows hold NaN or infinity")
         dual = (form or ("primal" if width <= count else "dual")) == "dual"
         return cls(

@@ -7,7 +7,20 @@ from typing import Self
 import torch
 from torch import Tensor
 
-__all__ = ["LayerRows", "RowMeans"]
+__all__ = ["LayerRows", "RowMeans", "in_parts"]
+
+_PART = 2**16  # numbers that are computed with in float64 at once: they stay in the cache
+
+
+def in_parts(rows: Tensor, numbers: int = 0) -> Sequence[Tensor]:
+    """Split rows into few enough for work in float64: new pages of memory cost more than the work.
+
+    Args:
+        rows: [N, ...].
+        numbers: What a row is made into; by default as many numbers as it has.
+    """
+    each = numbers or rows.numel() // max(1, len(rows))
+    return torch.split(rows, max(1, _PART // max(1, each)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +135,11 @@ class LayerRows:
             share = share / share.sum()
 
             def mean(rows: Tensor) -> Tensor:
-                return share @ rows.to(torch.float64)
+                parts = in_parts(rows)
+                shares = torch.split(share, len(parts[0]))
+                pairs = zip(shares, parts, strict=True)
+                sums = [some @ part.to(torch.float64) for some, part in pairs]
+                return torch.stack(sums).sum(dim=0)
 
         return RowMeans(
             inputs=mean(self.inputs),
@@ -147,9 +164,17 @@ class LayerRows:
         def part(rows: Tensor | None, mean: Tensor | None) -> Tensor | None:
             if rows is None:
                 return None
-            if mean is not None:
-                rows = (rows.to(torch.float64) - mean).to(torch.float32)
-            return rows if root is None else rows * root.view(-1, *[1] * (rows.dim() - 1))
+            if mean is None and root is None:
+                return rows
+            result = torch.empty_like(rows)
+            if mean is None:
+                result.copy_(rows)
+            else:
+                for some, part in zip(in_parts(result), in_parts(rows), strict=True):
+                    some.copy_(part.to(torch.float64).sub_(mean))
+            if root is not None:
+                result *= root.view(-1, *[1] * (rows.dim() - 1))
+            return result
 
         inputs = part(self.inputs, None if means is None else means.inputs)
         assert inputs is not None

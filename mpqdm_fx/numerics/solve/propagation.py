@@ -12,17 +12,19 @@ arXiv 2509.06297).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from mpqdm_fx.numerics.solve.gram import Gram
-from mpqdm_fx.numerics.solve.layer_rows import LayerRows
+from mpqdm_fx.numerics.solve.gram import Gram, Regression
+from mpqdm_fx.numerics.solve.layer_rows import LayerRows, in_parts
 
 __all__ = [
     "DAMPINGS",
     "PAPER_DAMPING",
     "Correction",
+    "SourceRegressions",
     "choose_correction",
     "fixed_correction",
     "output_error",
@@ -59,8 +61,52 @@ class Correction:
     explained: float = 0.0
 
 
+class SourceRegressions:
+    """What the rows explain of each source of error, by ridge; each ridge is solved once.
+
+    Args:
+        W: Float weight rows [O, K].
+        rows: Rows of the layer.
+        gram: Moments of `rows.inputs`.
+    """
+
+    def __init__(self, W: Tensor, rows: LayerRows, gram: Gram) -> None:
+        self._W, self._rows, self._gram = W, rows, gram
+        self._solved: dict[float, tuple[Tensor, ...]] = {}
+
+    @cached_property
+    def _regression(self) -> Regression | None:
+        """Of all sources at once: they share the factor of each ridge."""
+        targets = self._rows.targets(self._W)
+        if not targets:
+            return None
+        return self._gram.regression(self._rows.inputs, torch.cat(targets, dim=1))
+
+    def solve(self, damping: float) -> tuple[Tensor, ...]:
+        """Weights for each source of `LayerRows.targets`, float32 [O, K] each.
+
+        Args:
+            damping: Ridge in units of H's average diagonal.
+
+        Raises:
+            CalibrationError: The moments are degenerate.
+        """
+        if self._regression is None:
+            return ()
+        if damping not in self._solved:
+            solved = self._regression.solve(damping)
+            self._solved[damping] = torch.split(solved, len(self._W))
+        return self._solved[damping]
+
+
 def fixed_correction(
-    W: Tensor, rows: LayerRows, gram: Gram, alpha: float, *, damping: float = PAPER_DAMPING
+    W: Tensor,
+    rows: LayerRows,
+    gram: Gram,
+    alpha: float,
+    *,
+    damping: float = PAPER_DAMPING,
+    regressions: SourceRegressions | None = None,
 ) -> Correction:
     """The correction of a given strength: the paper's mode (equation 6).
 
@@ -70,6 +116,7 @@ def fixed_correction(
         gram: Moments of `rows.inputs`.
         alpha: Propagation strength, 0 to 1.
         damping: Ridge in units of H's average diagonal.
+        regressions: Those of these weights and rows, where they are there already.
 
     Returns:
         The correction; without weight if the lanes are the same value or the strength is 0.
@@ -79,8 +126,9 @@ def fixed_correction(
     """
     if rows.shift is None or alpha == 0:
         return Correction()
-    target = (rows.shift @ W.float().T).to(torch.float64)
-    weight = alpha * gram.regress(rows.inputs, target, damping)
+    if regressions is None:
+        regressions = SourceRegressions(W, replace(rows, residual=None), gram)
+    weight = alpha * regressions.solve(damping)[0]
     return Correction(weight=weight, alpha=alpha, damping=damping)
 
 
@@ -92,6 +140,7 @@ def choose_correction(
     *,
     bits: Tensor | None = None,
     dampings: Sequence[float] = DAMPINGS,
+    regressions: SourceRegressions | None = None,
 ) -> Correction:
     """Choose (alpha, damping[, beta]) in closed form on held-out rows.
 
@@ -107,6 +156,7 @@ def choose_correction(
         validation: Rows of other trajectories.
         bits: Width of each row, int64 [O]; None leaves the range unguarded.
         dampings: Candidates.
+        regressions: Those of the training rows, where they are there already.
 
     Returns:
         The correction; without weight if nothing helps on the validation rows.
@@ -114,15 +164,14 @@ def choose_correction(
     Raises:
         CalibrationError: The moments are degenerate.
     """
-    sources = train.targets(W)
-    if not sources or not len(validation):
+    if (train.shift is None and train.residual is None) or not len(validation):
         return Correction()
+    regressions = regressions or SourceRegressions(W, train, gram)
     total = torch.stack(validation.targets(W)).sum(dim=0)
     energy = float(total.square().sum())
     best, best_gain = Correction(), 0.0
-    regressions = [gram.regression(train.inputs, source) for source in sources]
     for damping in dampings:
-        weights = [regression.solve(damping) for regression in regressions]
+        weights = regressions.solve(damping)
         outputs = [(validation.inputs @ weight.T).to(torch.float64) for weight in weights]
         strengths, gain = _best_strengths(total, outputs)
         if gain > best_gain:
@@ -194,7 +243,13 @@ def output_error(difference: Tensor, inputs: Tensor, targets: Sequence[Tensor]) 
     Returns:
         float64 [O].
     """
-    error = (inputs @ difference.float().T).to(torch.float64)
-    for target in targets:
-        error += target
-    return error.square().mean(dim=0)
+    weight = difference.float().T
+    parts = in_parts(inputs, len(difference))
+    total = torch.zeros(len(difference), dtype=torch.float64, device=inputs.device)
+    aims = [torch.split(target, len(parts[0])) for target in targets]
+    for index, part in enumerate(parts):
+        error = (part @ weight).to(torch.float64)
+        for aim in aims:
+            error += aim[index]
+        total += error.square_().sum(dim=0)
+    return total / len(inputs)

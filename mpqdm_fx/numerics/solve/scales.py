@@ -40,7 +40,8 @@ _REFITS = 3
 _WIDE = 6  # from this width on, more bfloat16 neighbours of a refitted scale are tried
 _PRUNED = 4  # from this width on, bounds are worth more than they cost
 _ROUNDING = 1e-11  # of a row's energy: far above what rounding does to sums
-_DIRECT = 2  # rows shorter than this times their levels are evaluated weight by weight
+_DIRECT = 12  # rows shorter than this times their levels are evaluated weight by weight
+_CACHED = 2**16  # numbers that such an evaluation works on at once
 
 
 def quantize_uniform(
@@ -210,7 +211,7 @@ class _ScaleSearch:
         if direct:
             h = torch.ones_like(self.unit) if self.h is None else self.h
             errors = partial(_direct_errors, self.unit, h, bits)
-        few = bits >= _PRUNED and not direct
+        few = bits >= _PRUNED
         error, refit = (
             _hopeful_errors(errors, self.ordered, levels, scale) if few else errors(scale)
         )
@@ -270,13 +271,22 @@ def _without_repeats(scale: Tensor) -> Tensor:
 
 def _direct_errors(unit: Tensor, h: Tensor, bits: int, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return (squared error, least-squares refit) float64 [n, C] of scales, weight by weight."""
-    step, row = scale.to(torch.float32)[:, :, None], unit[:, None, :]  # [n, C, 1], [n, 1, K]
-    q = snap_ratio(row / step, bits).to(torch.float32)  # [n, C, K]
-    error = (h[:, None, :] * (row - step * q).square()).sum(dim=2)
-    power = (h[:, None, :] * q.square()).sum(dim=2)
-    cross = ((h * unit)[:, None, :] * q).sum(dim=2)
-    refit = cross.to(torch.float64) / power.to(torch.float64).clamp_min(1e-300)
-    return error.to(torch.float64), torch.where(power > 0, refit, scale)
+    sums = torch.empty(3, *scale.shape, device=scale.device)
+    # few enough numbers at once that they stay in the cache
+    rows = max(1, _CACHED // (scale.shape[1] * unit.shape[1]))
+    step = scale.to(torch.float32)
+    for start in range(0, len(unit), rows):
+        part = slice(start, start + rows)
+        trial, row, weight = step[part, :, None], unit[part, None, :], h[part, None, :]
+        q = snap_ratio(row / trial, bits).to(torch.float32)  # [n, C, K]
+        weighted = weight * q
+        torch.sum(weighted * row, dim=2, out=sums[0, part])
+        torch.sum(weighted.mul_(q), dim=2, out=sums[1, part])
+        off = q.mul_(trial).sub_(row).square_().mul_(weight)
+        torch.sum(off, dim=2, out=sums[2, part])
+    cross, power, error = sums.to(torch.float64)
+    refit = cross / power.clamp_min(1e-300)
+    return error, torch.where(power > 0, refit, scale)
 
 
 def _sorted_errors(rows: SortedRows, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
