@@ -269,9 +269,8 @@ class QuantizedModel(_TracedModel):
             f"{plan.effective_bits:.2f} with all overhead",
             "channels": _shares(Counter(bits for la in plan.layers for bits in la.bits)),
             "bytes": f"{size:,} of {whole:,} in float32, {whole / max(size, 1):.1f} times less",
-            "activations": f"{settings.activation_bits} bits"
-            + (" on average" if len({c.bits for c in report.activations}) > 1 else "")
-            + f", {settings.activation_mode}: "
+            "activations": f"{settings.activation_bits} bits{_average(report)}, "
+            f"{settings.activation_mode}: "
             + _counts(_kind(self.ranges.get(layer.name)) for layer in plan.layers),
             "recipe": f"{settings.allocation} bits, {settings.rounding} rounding, "
             f"{settings.levels} levels, propagation {settings.propagation}",
@@ -336,6 +335,14 @@ def _shares(counts: Counter[int]) -> str:
 
 def _counts(kinds: Iterable[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).most_common())
+
+
+def _average(report: QuantizationReport) -> str:
+    """That widths differ, and their other average."""
+    averages = report.input_bits
+    if averages is None or len({choice.bits for choice in report.activations}) < 2:
+        return ""
+    return f" on average ({averages[1]:.2f} by multiply-adds)"
 
 
 def _kind(activation: Activation | None) -> str:
