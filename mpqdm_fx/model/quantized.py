@@ -267,7 +267,7 @@ class QuantizedModel(_TracedModel):
         facts = {
             "weights": f"{plan.num_weights:,}, {plan.mean_bits:.2f} bits over the budget, "
             f"{plan.effective_bits:.2f} with all overhead",
-            "channels": _shares(Counter(bits for la in plan.layers for bits in la.bits)),
+            "channels": _channels(plan),
             "bytes": f"{size:,} of {whole:,} in float32, {whole / max(size, 1):.1f} times less",
             "activations": f"{settings.activation_bits} bits{_average(report)}, "
             f"{settings.activation_mode}: "
@@ -325,6 +325,14 @@ def _detached(graph_module: fx.GraphModule) -> fx.GraphModule:
 _COLUMNS = 80
 _NAME = 22  # columns of a layer's name
 _MADE_WITH = ("mpqdm-fx", "torch")
+
+
+def _channels(plan: BitPlan) -> str:
+    """Channels by width; those of entropy-coded layers have none."""
+    fixed = Counter(bits for layer in plan.layers if layer.coded is None for bits in layer.bits)
+    coded = sum(layer.shape[0] for layer in plan.layers if layer.coded is not None)
+    words = [f"{coded:,} entropy-coded"] if coded else []
+    return "; ".join(words + ([_shares(fixed)] if fixed or not coded else []))
 
 
 def _shares(counts: Counter[int]) -> str:

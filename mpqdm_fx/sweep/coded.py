@@ -1,4 +1,4 @@
-"""Layers without fixed widths: rounded to least error plus a price for what the codes take."""
+"""Layers without fixed widths: rounded at a pitch, which is what is left of a budget."""
 
 import logging
 import time
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.layers import WeightLayer, weight_rows
 from mpqdm_fx.numerics.levels.entropy_code import encode
-from mpqdm_fx.numerics.solve.gram import Gram
-from mpqdm_fx.numerics.solve.propagation import Correction, choose_correction, fixed_correction
-from mpqdm_fx.numerics.solve.rate_rounding import (
-    CodedRows,
+from mpqdm_fx.numerics.levels.grids import MAX_BITS
+from mpqdm_fx.numerics.levels.row_levels import RowLevels
+from mpqdm_fx.numerics.solve.coded_rounding import (
+    bit_price,
+    coded_size,
     first_steps,
-    round_with_rate,
-    shrunk_moments,
+    round_coded,
+    shrunk,
 )
+from mpqdm_fx.numerics.solve.propagation import Correction, choose_correction, fixed_correction
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.sweep.coded_budget import CodedBudget
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["solve_coded_layer", "solve_coded_table"]
 
-_DEARER, _TRIES = 1.4, 16
+_COARSER, _TRIES = 1.4, 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,23 +39,23 @@ class _Rounding:
     """One rounding of a group of rows.
 
     Attributes:
-        rows: Codes, steps, classes.
+        codes: int8 [O, K].
+        scale: Steps, float32 [O].
         correction: What the target was corrected by.
         error: Of each channel on the rows that judge, float64 [O].
+        bits: What the codes take.
     """
 
-    rows: CodedRows
+    codes: Tensor
+    scale: Tensor
     correction: Correction
     error: Tensor
+    bits: float
 
     @property
     def weight(self) -> Tensor:
         """Rounded rows, float32 [O, K]."""
-        return (self.rows.codes * self.rows.steps[:, None]).float()
-
-    def cost(self, sensitivity: Tensor, price: float) -> float:
-        """Error of the output, and the price of the bits."""
-        return float((sensitivity * self.error).sum()) + price * self.rows.bits
+        return self.codes.float() * self.scale[:, None].to(self.codes.device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,7 +76,7 @@ class _Result:
 def solve_coded_layer(
     module: nn.Module, plan: LayerPlan, data: LayerData, settings: MPQConfig, budget: CodedBudget
 ) -> LayerSolution:
-    """Round one convolution or linear layer at the budget's price, and take it from the budget.
+    """Round one convolution or linear layer at the budget's pitch, and take it from the budget.
 
     The correction for quantized predecessors and the refit of the bias are judged on held-out rows,
     as in `solve_layer`.
@@ -91,9 +93,8 @@ def solve_coded_layer(
         ConfigError: What is left of the budget does not hold the layer.
     """
     start = time.perf_counter()
-    sensitivity = budget.sensitivity[plan.name]
     solution = _within(
-        budget, plan, lambda price: _solved(module, plan, data, settings, sensitivity, price)
+        budget, plan, lambda pitch: _solved(module, plan, data, settings, budget, pitch)
     )
     return replace(solution, seconds=time.perf_counter() - start)
 
@@ -104,12 +105,12 @@ def solve_coded_table(layer: WeightLayer, plan: LayerPlan, budget: CodedBudget) 
     Args: as of `solve_coded_layer`.
     """
     rows, sensitivity = weight_rows(layer.module).float(), budget.sensitivity[plan.name]
-    moments = torch.eye(rows.shape[1], dtype=torch.float64)
 
-    def solve(price: float) -> LayerSolution:
-        steps = first_steps(rows, sensitivity, 1.0, price)
-        coded = round_with_rate(rows, moments, sensitivity, steps, price, 1)
-        return _solution(plan, [coded])
+    def solve(pitch: float) -> LayerSolution:
+        steps = first_steps(rows, sensitivity, budget.energy[plan.name], pitch)
+        bits = torch.full((len(rows),), MAX_BITS)
+        codes = RowLevels(bits=bits, scale=steps, tables=None).snap(rows)
+        return _solution(plan, [codes], [steps])
 
     return _within(budget, plan, solve)
 
@@ -117,15 +118,15 @@ def solve_coded_table(layer: WeightLayer, plan: LayerPlan, budget: CodedBudget) 
 def _within(
     budget: CodedBudget, plan: LayerPlan, solve: Callable[[float], LayerSolution]
 ) -> LayerSolution:
-    """Solve at the budget's price, or at a higher one where the others would not fit any more."""
-    price = budget.price()
+    """Solve at the budget's pitch, or at a coarser one where the others would not fit any more."""
+    pitch = budget.pitch()
     for _ in range(_TRIES):
-        solution = solve(price)
+        solution = solve(pitch)
         bits = solution.plan.storage.total
         if budget.allows(plan.name, bits):
             budget.take(plan.name, bits)
             return solution
-        price *= _DEARER
+        pitch *= _COARSER
     raise ConfigError(
         f"{plan.name}: what is left of the budget does not hold its {plan.num_weights} weights at "
         "any step; give more bits"
@@ -137,10 +138,10 @@ def _solved(
     plan: LayerPlan,
     data: LayerData,
     settings: MPQConfig,
-    sensitivity: Tensor,
-    price: float,
+    budget: CodedBudget,
+    pitch: float,
 ) -> LayerSolution:
-    """A layer at a price, group by group."""
+    """A layer at a pitch, group by group."""
     rows = weight_rows(module).float().to(data.train.inputs.device)
     bias = module.bias
     refit = isinstance(bias, Tensor) and settings.bias_correction
@@ -161,8 +162,9 @@ def _solved(
             W=rows[span],
             data=part,
             settings=settings,
-            sensitivity=sensitivity[span].to(rows.device),
-            price=price,
+            sensitivity=budget.sensitivity[plan.name][span].to(rows.device),
+            energy=budget.energy[plan.name],
+            pitch=pitch,
             places=plan.places,
         )
         results.append(group.solved(refit=refit))
@@ -176,7 +178,7 @@ def _solved(
     signal = signal or 1.0
     first = results[0].best.correction
     return replace(
-        _solution(plan, [result.best.rows for result in results]),
+        _solution(plan, [r.best.codes for r in results], [r.best.scale for r in results]),
         bias=new_bias,
         alpha=first.alpha,
         beta=first.beta,
@@ -188,12 +190,13 @@ def _solved(
     )
 
 
-def _solution(plan: LayerPlan, groups: list[CodedRows]) -> LayerSolution:
-    """Codes and scales of a layer, and the plan with the bytes that they take."""
-    codes = torch.cat([rows.codes for rows in groups]).to(torch.int8).cpu()
-    scale = torch.cat([rows.steps for rows in groups]).float().cpu()
-    plan = replace(plan, coded=len(encode(codes, plan.places)))
-    return LayerSolution(plan=plan, codes=codes.reshape(plan.shape), scale=scale, bias=None)
+def _solution(plan: LayerPlan, codes: list[Tensor], steps: list[Tensor]) -> LayerSolution:
+    """Codes and scales of a layer's groups, and the plan with the bytes that they take."""
+    joined = torch.cat(codes).to(torch.int8).cpu()
+    plan = replace(plan, coded=len(encode(joined, plan.places)))
+    return LayerSolution(
+        plan=plan, codes=joined.reshape(plan.shape), scale=torch.cat(steps).cpu(), bias=None
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -205,7 +208,8 @@ class _Group:
     data: LayerData
     settings: MPQConfig
     sensitivity: Tensor
-    price: float
+    energy: float
+    pitch: float
     places: int
 
     def solved(self, *, refit: bool) -> _Result:
@@ -230,24 +234,25 @@ class _Group:
         return _Result(best=best, bias=gained, energies=energies)
 
     def _cost(self, rounding: _Rounding) -> float:
-        return rounding.cost(self.sensitivity, self.price)
+        """Error of the output, and what the bits are worth."""
+        error = float((self.sensitivity * rounding.error).sum())
+        return error + bit_price(self.pitch) * rounding.bits
 
     def _rounded(self, problem: Problem) -> tuple[_Rounding, _Rounding]:
         """The rounding without correction, and the best one."""
-        gram = problem.gram
-        matrix = gram.matrix
-        if matrix is None:
-            matrix = Gram.of(problem.train.inputs, form="primal").matrix
-            assert matrix is not None
-        moments, energy = shrunk_moments(matrix), gram.mean_diagonal
+        gram = shrunk(problem.gram, problem.train.inputs)
         roundings = []
         for correction in self._corrections(problem):
             target = self.W if correction.weight is None else self.W + correction.weight
-            steps = first_steps(target, self.sensitivity, energy, self.price)
-            rows = round_with_rate(
-                target, moments, self.sensitivity, steps, self.price, self.places
+            steps = first_steps(target, self.sensitivity, self.energy, self.pitch)
+            codes, levels = round_coded(target, steps, gram, passes=self.settings.refinements)
+            plain = _Rounding(
+                codes=codes,
+                scale=levels.scale,
+                correction=correction,
+                error=torch.empty(0),
+                bits=coded_size(codes, self.places),
             )
-            plain = _Rounding(rows=rows, correction=correction, error=torch.empty(0))
             roundings.append(replace(plain, error=problem.error(plain.weight)))
         return roundings[0], min(roundings, key=self._cost)
 
