@@ -21,7 +21,8 @@ from mpqdm_fx.bits.allocate import layer_limits
 from mpqdm_fx.graph.layers import WeightLayer
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.sources.sources import load_source
-from mpqdm_fx.sweep.solve import LayerData, LayerSolution, solve_layer
+from mpqdm_fx.sweep.problem import LayerData
+from mpqdm_fx.sweep.solve import LayerSolution, solve_layer
 from mpqdm_fx.sweep.sweep import Sweep
 
 

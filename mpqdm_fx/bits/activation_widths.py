@@ -12,7 +12,7 @@ from mpqdm_fx.graph.same_values import value_key
 from mpqdm_fx.numerics.bits.knapsack import choose_options
 from mpqdm_fx.records.config import ActivationMode, MPQConfig
 from mpqdm_fx.records.report import ActivationChoice, ActivationKind
-from mpqdm_fx.run.cost import elements
+from mpqdm_fx.run.cost import elements, node_cost
 from mpqdm_fx.run.speed import InputOption
 
 __all__ = ["choose_widths", "width_options"]
@@ -104,12 +104,14 @@ class _Menu:
         options: What there is; a single one is taken.
         costs: Squared error of the output, by option.
         elements: Numbers that its layers read, each once.
+        multiply_adds: Of its layers, in one call.
     """
 
     layers: tuple[str, ...]
     options: tuple[InputOption, ...]
     costs: Mapping[InputOption, float]
     elements: int
+    multiply_adds: int
 
     def choice(self, option: InputOption, settings: MPQConfig, energy: float) -> ActivationChoice:
         """The record of a choice."""
@@ -124,6 +126,8 @@ class _Menu:
             quantized_cost=plain / energy,
             cost=0.0 if option.kind == "float" else self.costs[option] / energy,
             slowdown=0.0,
+            elements=self.elements,
+            multiply_adds=self.multiply_adds,
         )
 
 
@@ -154,4 +158,7 @@ def _menu(
         options=options,
         costs=costs,
         elements=sum(read.values()),
+        multiply_adds=sum(
+            node_cost(graph_module, call, sizes) for layer in layers for call in layer.nodes
+        ),
     )

@@ -15,6 +15,7 @@ from mpqdm_fx.records.config import (
     Levels,
     MPQConfig,
     Rounding,
+    WeightStorage,
 )
 
 __all__ = ["SETTINGS", "SeedOption"]
@@ -90,6 +91,19 @@ SETTINGS: Mapping[str, _Option] = {
             ),
         ],
         _DEFAULTS.activation_levels,
+    ),
+    "weight_storage": (
+        "weight_storage",
+        Annotated[
+            WeightStorage,
+            typer.Option(
+                case_sensitive=False,
+                help="Weights of fixed widths, or whole numbers that an entropy coder stores: far "
+                "better for their bytes on disk, int8 in memory; needs mpqdm-fx[entropy].",
+                rich_help_panel=BITS,
+            ),
+        ],
+        _DEFAULTS.weight_storage,
     ),
     "slowdown": (
         "slowdown",

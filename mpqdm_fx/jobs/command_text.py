@@ -15,6 +15,7 @@ _OPTIONS: Mapping[str, str] = {
     "activation_bits": "--activations",
     "activation_allocation": "--activation-allocation",
     "activation_levels": "--activation-levels",
+    "weight_storage": "--weight-storage",
     "slowdown": "--slowdown",
     "allocation": "--allocation",
     "effective_bits": "--effective-bits",

@@ -128,7 +128,7 @@ def evaluated_metrics(source: Source, networks: Networks | None = None) -> tuple
     """
     if source.calls is not None or source.scheduler is None:
         return ("epsilon_sqnr",)
-    names = ["epsilon_sqnr", "x0_sqnr"]
+    names = ["epsilon_sqnr", "x0_sqnr", "x0_median_sqnr"]
     if _why_no_pictures(source) is None and measures_pictures():
         names += [*PICTURE_METRICS, *(networks or Networks()).metrics]
     if source.name == BUNDLED:

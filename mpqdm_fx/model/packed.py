@@ -7,7 +7,7 @@ Where each layer's part begins follows from the layout, which is small enough fo
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -21,6 +21,7 @@ from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.parameters import first_names
 from mpqdm_fx.io.schema import Name, Shape, Strict
 from mpqdm_fx.numerics.halves import fits_half
+from mpqdm_fx.numerics.levels.entropy_code import decode, encode
 from mpqdm_fx.numerics.levels.packing import PackedLayer, pack_layer, storage_bits, unpack_layer
 from mpqdm_fx.numerics.levels.packing import unpack_bits as unpack_integers
 from mpqdm_fx.records.config import Levels
@@ -49,6 +50,7 @@ class LayerLayout(Strict):
     levels: Levels
     reason: str | None
     fraction: Annotated[float, Field(ge=0, le=1)]
+    coded: Annotated[int, Field(ge=1, lt=2**40)] | None = None
 
 
 class Layout(Strict):
@@ -112,12 +114,12 @@ def write_packed(path: Path, rounded: fx.GraphModule, plan: BitPlan) -> dict[str
     for planned in plan.layers:
         codes = rounded.get_buffer(f"{planned.name}.weight_codes")
         scale = rounded.get_buffer(f"{planned.name}.weight_scale")
-        packed = pack_layer(codes.flatten(1), planned.bits_tensor(), planned.levels)
+        packed = _packed(codes.flatten(1), planned)
         parts["codes"].append(packed.stream)
         parts["widths"].append(packed.widths)
         parts["tables"].append(packed.tables.flatten())
         parts["scales"].append(scale.to(torch.bfloat16))
-        entry = {**asdict(planned), "shape": list(planned.shape)}
+        entry = {**planned.to_dict(), "shape": list(planned.shape)}
         entry["bits"] = planned.bits[0] if len(set(planned.bits)) == 1 else "mixed"
         layers.append(entry)
     tensors = {key: torch.cat(value) for key, value in parts.items() if value}
@@ -134,6 +136,19 @@ def write_packed(path: Path, rounded: fx.GraphModule, plan: BitPlan) -> dict[str
         "shared": {name: other for name, other in first.items() if name != other},
         **plan.fates_to_dict(),
     }
+
+
+def _packed(codes: Tensor, planned: LayerPlan) -> PackedLayer:
+    """The codes [O, K] of a layer as bytes."""
+    if planned.coded is None:
+        return pack_layer(codes, planned.bits_tensor(), planned.levels)
+    stream = encode(codes, planned.places)
+    if len(stream) != planned.coded:
+        raise ArtifactError(
+            f"{planned.name}: its codes take {len(stream)} bytes, and the plan says {planned.coded}"
+        )
+    nothing = torch.empty(0, dtype=torch.uint8)
+    return PackedLayer(stream=stream, widths=nothing, tables=nothing.view(torch.int8))
 
 
 def _write_floats(
@@ -219,15 +234,18 @@ def read_packed(path: Path, layout: Layout, *, name: object | None = None) -> Pa
         rows = (shape[0], math.prod(shape[1:]))
         # Nothing is made of a size that the file does not have: a bit and a scale at the least.
         reader.check("scales", shape[0])
-        reader.check("codes", math.prod(shape) // 8)
+        reader.check("codes", math.prod(shape) // 8 if entry.coded is None else entry.coded)
         bits, widths = _read_widths(reader, entry.bits, shape[0])
-        size = storage_bits(rows, bits, entry.levels)
-        packed = PackedLayer(
-            stream=reader.take("codes", -(-size.codes // 8)),
-            widths=widths,
-            tables=reader.take("tables", size.tables // 8).view(torch.int8),
-        )
-        values, _ = unpack_layer(packed, rows, bits, entry.levels)
+        if entry.coded is not None:
+            values = decode(reader.take("codes", entry.coded), rows, math.prod(shape[2:]))
+        else:
+            size = storage_bits(rows, bits, entry.levels)
+            packed = PackedLayer(
+                stream=reader.take("codes", -(-size.codes // 8)),
+                widths=widths,
+                tables=reader.take("tables", size.tables // 8).view(torch.int8),
+            )
+            values, _ = unpack_layer(packed, rows, bits, entry.levels)
         codes[entry.name] = values.reshape(shape)
         scales[entry.name] = reader.take("scales", shape[0]).float()
         layers.append(LayerPlan(**{**dict(entry), "bits": tuple(bits.tolist())}))

@@ -267,11 +267,10 @@ class QuantizedModel(_TracedModel):
         facts = {
             "weights": f"{plan.num_weights:,}, {plan.mean_bits:.2f} bits over the budget, "
             f"{plan.effective_bits:.2f} with all overhead",
-            "channels": _shares(Counter(bits for la in plan.layers for bits in la.bits)),
+            "channels": _channels(plan),
             "bytes": f"{size:,} of {whole:,} in float32, {whole / max(size, 1):.1f} times less",
-            "activations": f"{settings.activation_bits} bits"
-            + (" on average" if len({c.bits for c in report.activations}) > 1 else "")
-            + f", {settings.activation_mode}: "
+            "activations": f"{settings.activation_bits} bits{_average(report)}, "
+            f"{settings.activation_mode}: "
             + _counts(_kind(self.ranges.get(layer.name)) for layer in plan.layers),
             "recipe": f"{settings.allocation} bits, {settings.rounding} rounding, "
             f"{settings.levels} levels, propagation {settings.propagation}",
@@ -328,6 +327,14 @@ _NAME = 22  # columns of a layer's name
 _MADE_WITH = ("mpqdm-fx", "torch")
 
 
+def _channels(plan: BitPlan) -> str:
+    """Channels by width; those of entropy-coded layers have none."""
+    fixed = Counter(bits for layer in plan.layers if layer.coded is None for bits in layer.bits)
+    coded = sum(layer.shape[0] for layer in plan.layers if layer.coded is not None)
+    words = [f"{coded:,} entropy-coded"] if coded else []
+    return "; ".join(words + ([_shares(fixed)] if fixed or not coded else []))
+
+
 def _shares(counts: Counter[int]) -> str:
     total = sum(counts.values())
     shares = [f"{counts[bits] / total:.0%} at {bits}" for bits in sorted(counts)]
@@ -336,6 +343,14 @@ def _shares(counts: Counter[int]) -> str:
 
 def _counts(kinds: Iterable[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).most_common())
+
+
+def _average(report: QuantizationReport) -> str:
+    """That widths differ, and their other average."""
+    averages = report.input_bits
+    if averages is None or len({choice.bits for choice in report.activations}) < 2:
+        return ""
+    return f" on average ({averages[1]:.2f} by multiply-adds)"
 
 
 def _kind(activation: Activation | None) -> str:

@@ -26,11 +26,13 @@ __all__ = [
     "Rounding",
     "RowWeighting",
     "StoredSettings",
+    "WeightStorage",
 ]
 
 Allocation = Literal["measured", "omq", "uniform"]
 Rounding = Literal["nearest", "gptq"]
 Levels = Literal["uniform", "codebook", "int4"]
+WeightStorage = Literal["fixed", "entropy"]
 RowWeighting = Literal["output", "plain"]
 ActivationAllocation = Literal["measured", "uniform"]
 ActivationLevels = Literal["codebook", "uniform"]
@@ -148,6 +150,10 @@ class MPQConfig:
             pays where all channels have the same bits (`allocation="uniform"`, `"omq"`);
             `"int4"` has the uniform ones, but -8..7 in 4-bit channels of linear layers and 1x1
             convolutions, which XNNPACK stores at four bits a weight.
+        weight_storage: `"fixed"`: each channel has codes of one width; `"entropy"`: whole numbers
+            within int8 that an arithmetic coder stores by how frequent they are, rounded to least
+            error plus the price of their bits. Programs have them as int8, which `--compress` takes
+            to about the same size.
         overrides: Rules for single layers; later ones win; a rule that matches nothing is an
             error.
         seed: Seed of every sampled choice (which activations are kept for statistics).
@@ -187,6 +193,7 @@ class MPQConfig:
     align: Annotated[int, Between(1, 4096)] = 1
     max_rows: Count = 8192
     levels: Levels = "uniform"
+    weight_storage: WeightStorage = "fixed"
     overrides: Sequence[Override | Mapping[str, Any]] = ()
     seed: Seed = 0
     split_skips: bool = True
@@ -202,6 +209,18 @@ class MPQConfig:
         object.__setattr__(self, "overrides", tuple(_as_override(e) for e in self.overrides))
         check_fields(self)
         self._check_budget()
+        self._check_storage()
+
+    def _check_storage(self) -> None:
+        if self.weight_storage == "fixed":
+            return
+        wanted = {"allocation": "measured", "rounding": "gptq", "levels": "uniform"}
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                raise ConfigError(
+                    f"weight_storage='entropy' has no widths to share and levels of its own: it "
+                    f"needs {name}={value!r}, not {getattr(self, name)!r}"
+                )
 
     def _check_budget(self) -> None:
         budgets = [n for n in ("effective_bits", "weight_bytes") if getattr(self, n) is not None]

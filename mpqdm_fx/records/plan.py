@@ -12,7 +12,7 @@ from pydantic import BeforeValidator
 
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io.schema import Name, Strict, validated
-from mpqdm_fx.numerics.levels.packing import StorageBits, storage_bits
+from mpqdm_fx.numerics.levels.packing import StorageBits, coded_bits, storage_bits
 from mpqdm_fx.records.config import Levels
 from mpqdm_fx.records.validation import Between, Bits, check_fields, check_value
 
@@ -117,6 +117,8 @@ class LayerPlan:
             `"int4"` for -8..7 in channels of 4 bits.
         reason: Why the layer is off the average budget, or None.
         fraction: Share of channels that OMQ promoted (and as many demoted).
+        coded: Bytes of an entropy-coded layer's codes, which have no fixed width (`bits` are those
+            of int8); 0 before they are decided, None for a layer of fixed widths.
     """
 
     name: str
@@ -126,10 +128,13 @@ class LayerPlan:
     levels: Levels = "uniform"
     reason: Name | None = None
     fraction: Annotated[float, Between(0, 1)] = 0.0
+    coded: Annotated[int, Between(0, 2**40)] | None = None
 
     def __post_init__(self) -> None:
         check_value(self.name, str, "name")
         check_fields(self, f"{self.name}: ")
+        if self.coded is not None and (self.levels != "uniform" or {*self.bits} != {8}):
+            raise ConfigError(f"{self.name}: an entropy-coded layer has whole numbers within int8")
         if len(self.shape) < 2:
             raise ConfigError(f"{self.name}: a weight has two axes at least, not {self.shape}")
         if len(self.bits) != self.shape[0]:
@@ -139,7 +144,10 @@ class LayerPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as a field of a `Strict` record reads them."""
-        return {**asdict(self), "bits": _run_lengths(self.bits)}
+        fields = {**asdict(self), "bits": _run_lengths(self.bits)}
+        if self.coded is None:  # older versions read layers of fixed widths
+            del fields["coded"]
+        return fields
 
     @property
     def num_weights(self) -> int:
@@ -152,8 +160,15 @@ class LayerPlan:
         return f"{self.name}.weight", f"{self.name}.weight_codes", f"{self.name}.weight_scale"
 
     @property
+    def places(self) -> int:
+        """Places of the kernel: 1 for linear layers and tables."""
+        return math.prod(self.shape[2:])
+
+    @property
     def mean_bits(self) -> float:
         """Average bits of a weight's code; all channels have equally many weights."""
+        if self.coded is not None:
+            return 8 * self.coded / self.num_weights
         return sum(self.bits) / len(self.bits)
 
     def bits_tensor(self) -> torch.Tensor:
@@ -163,6 +178,8 @@ class LayerPlan:
     @cached_property
     def storage(self) -> StorageBits:
         """Stored bits by kind: codes, scales, tables, widths."""
+        if self.coded is not None:
+            return coded_bits(self.shape[0], self.coded)
         rows = (self.shape[0], self.num_weights // self.shape[0])
         return storage_bits(rows, self.bits_tensor(), self.levels)
 

@@ -34,6 +34,9 @@ class ActivationChoice:
             energy, if it is quantized as it is.
         cost: The same as it was chosen.
         slowdown: Time that the choice takes over the fastest one, over the whole program's.
+        elements: Numbers of one call that the layers read, each once; 0 where widths are not
+            measured.
+        multiply_adds: Of the layers in one call; 0 where widths are not measured.
     """
 
     layers: Annotated[tuple[Name, ...], Field(min_length=1)]
@@ -43,6 +46,8 @@ class ActivationChoice:
     quantized_cost: _Amount
     cost: _Amount
     slowdown: _Amount
+    elements: Count = 0
+    multiply_adds: Count = 0
 
     @property
     def told(self) -> str:
@@ -159,6 +164,22 @@ class QuantizationReport:
     versions: Mapping[str, str]
     activations: tuple[ActivationChoice, ...] = ()
     judged: tuple[Judgement, ...] = ()
+
+    @property
+    def input_bits(self) -> tuple[float, float] | None:
+        """Mean width of the inputs that are quantized, by elements and by multiply-adds.
+
+        None where widths are not measured.
+        """
+        quantized = [choice for choice in self.activations if choice.kind != "float"]
+        elements = sum(choice.elements for choice in quantized)
+        work = sum(choice.multiply_adds for choice in quantized)
+        if not elements or not work:
+            return None
+        return (
+            sum(choice.bits * choice.elements for choice in quantized) / elements,
+            sum(choice.bits * choice.multiply_adds for choice in quantized) / work,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as a field of a `Strict` record reads them."""

@@ -76,6 +76,7 @@ def _metrics() -> Iterable[Metric]:
     for name, unit, direction, source, meaning in (
         ("epsilon_sqnr", "dB", "up", "evaluation", "one call against float, same inputs"),
         ("x0_sqnr", "dB", "up", "evaluation", "samples against float, same noise"),
+        ("x0_median_sqnr", "dB", "up", "evaluation", "the sample in the middle, same noise"),
         ("psnr", "dB", "up", "evaluation", "these samples as pictures, latents decoded"),
         ("ssim", "", "up", "evaluation", "likeness of these pictures, up to 1"),
         ("accuracy", "share", "up", "evaluation", "samples that show their class (digits)"),

@@ -39,6 +39,7 @@ from mpqdm_fx.report.sample_metrics import (
     measures_pictures,
     psnr,
     ssim,
+    x0_median_sqnr,
     x0_sqnr,
 )
 
@@ -68,6 +69,7 @@ class EvaluationResult:
     Attributes:
         epsilon_sqnr: Decibels, teacher-forced, on held-out trajectories; inf for identical outputs.
         x0_sqnr: Decibels of the final samples from the same noise.
+        x0_median_sqnr: Decibels of the sample in the middle, by its own ratio.
         psnr: Peak signal-to-noise ratio of the samples as pictures, decibels.
         ssim: Structural similarity of the samples as pictures, up to 1.
         frechet_distance: Between both sets of samples, in the classifier's features; 0 is best.
@@ -86,6 +88,7 @@ class EvaluationResult:
 
     epsilon_sqnr: float
     x0_sqnr: float
+    x0_median_sqnr: float
     psnr: float | None = None
     ssim: float | None = None
     frechet_distance: float | None = None
@@ -171,6 +174,7 @@ def evaluate_against(
     return EvaluationResult(
         epsilon_sqnr=_sqnr_of_batches(run.outputs, outputs),
         x0_sqnr=x0_sqnr(run.images, images),
+        x0_median_sqnr=x0_median_sqnr(run.images, images),
         num_samples=len(run.images),
         num_inference_steps=run.num_inference_steps,
         seed=run.seed,

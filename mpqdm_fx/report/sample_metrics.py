@@ -18,6 +18,7 @@ __all__ = [
     "psnr",
     "ssim",
     "structural_window",
+    "x0_median_sqnr",
     "x0_sqnr",
 ]
 
@@ -45,6 +46,32 @@ def x0_sqnr(reference_images: Tensor, images: Tensor) -> float:
         ConfigError: The shapes differ.
     """
     return sqnr_db(reference_images, images)
+
+
+def x0_median_sqnr(reference_images: Tensor, images: Tensor) -> float:
+    """Compare final samples one by one: what the sample in the middle has.
+
+    The ratio over all samples together is that of the few that went elsewhere; this one is what to
+    expect of a picture.
+
+    Args:
+        reference_images: Of the float model, float [N, ...], N at least 1.
+        images: Of the other model from the same noise, same shape.
+
+    Returns:
+        Decibels, of an even number of samples the lower of the two in the middle; inf when
+        identical.
+
+    Raises:
+        ConfigError: The shapes differ.
+    """
+    if reference_images.shape != images.shape:
+        raise ConfigError(
+            f"x0_median_sqnr: shapes {tuple(reference_images.shape)} and {tuple(images.shape)} "
+            "differ; give samples from the same noise"
+        )
+    ratios = [sqnr_db(one, other) for one, other in zip(reference_images, images, strict=True)]
+    return sorted(ratios)[(len(ratios) - 1) // 2]
 
 
 def frechet_distance(reference_features: Tensor, features: Tensor) -> float:

@@ -104,6 +104,8 @@ def _judged(sweep: Sweep, result: GraphQuantization) -> GraphQuantization:
     settings, graph_module = sweep.settings, sweep.prepared.original
     plans = [_uniform(plan) for plan in result.plan.layers]
     candidates = {"plain rounding with the same bits": plans}
+    if sweep.prepared.budget is not None:  # no width is the same
+        candidates = {}
     even = _even_plans(sweep, graph_module)
     if even is not None:
         candidates[f"plain rounding with {settings.weight_bits} bits"] = even

@@ -25,11 +25,13 @@ from mpqdm_fx.numerics.levels.packing import storage_bits
 from mpqdm_fx.records.config import Levels, MPQConfig
 from mpqdm_fx.records.plan import BitPlan, LayerPlan
 from mpqdm_fx.sweep.checkpoint import Checkpoint
+from mpqdm_fx.sweep.coded_budget import CodedBudget, coded_plan
 from mpqdm_fx.sweep.shards import Shards
 
 __all__ = [
     "budget_bits",
     "check_budget",
+    "coded_budget",
     "expected_bytes",
     "mean_bits",
     "measured_table",
@@ -145,6 +147,24 @@ def solve_budget(
         )
         for cost, choice in zip(costs, choices, strict=True)
     }
+
+
+def coded_budget(
+    graph_module: fx.GraphModule, table: SensitivityTable, settings: MPQConfig, limits: Limits
+) -> tuple[dict[str, LayerPlan], CodedBudget]:
+    """Layers without fixed widths, and what they may take together.
+
+    Args: as of `solve_budget`.
+    """
+    left = budget_bits(graph_module, settings, limits)
+    plans, coded = {}, {}
+    for name, layer in weight_layers(graph_module, embeddings=True).items():
+        if name in limits.fixed:
+            plans[name] = fixed_plan(layer, *limits.fixed[name])
+            left -= plans[name].storage.total
+        elif name not in limits.skipped:
+            plans[name], coded[name] = coded_plan(layer), layer
+    return plans, CodedBudget(coded, table, left)
 
 
 def _levels(layer: WeightLayer, chosen: Levels, settings: MPQConfig) -> Levels:

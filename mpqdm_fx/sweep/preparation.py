@@ -28,7 +28,8 @@ from mpqdm_fx.run.cost import bind_sizes
 from mpqdm_fx.run.speed import InputOption
 from mpqdm_fx.sweep.build_lanes import range_groups
 from mpqdm_fx.sweep.checkpoint import Checkpoint
-from mpqdm_fx.sweep.measured_bits import mean_bits, measured_table, solve_budget
+from mpqdm_fx.sweep.coded_budget import CodedBudget
+from mpqdm_fx.sweep.measured_bits import coded_budget, mean_bits, measured_table, solve_budget
 from mpqdm_fx.sweep.shards import Shards
 
 __all__ = ["Preparation", "prepared_sweep"]
@@ -40,6 +41,7 @@ class Preparation:
 
     Attributes:
         plans: Bits by layer, where they are decided beforehand; else None.
+        budget: What entropy-coded layers may take; None where widths are fixed.
         row_weights: How much the rows of each noise level count.
         choices: How each input is quantized, where that is measured; else empty.
         original: The float graph.
@@ -48,6 +50,7 @@ class Preparation:
     """
 
     plans: Mapping[str, LayerPlan] | None
+    budget: CodedBudget | None
     row_weights: RowWeights
     choices: tuple[ActivationChoice, ...]
     original: fx.GraphModule
@@ -58,6 +61,7 @@ class Preparation:
         """Nothing is decided: each layer decides its own bits, and its rows count alike."""
         return cls(
             plans=None,
+            budget=None,
             row_weights=RowWeights(groups=NoiseGroups.one(), energies={}),
             choices=(),
             original=graph_module,
@@ -202,7 +206,8 @@ def prepared_sweep(
     if options:
         choices, factors = shards.once(lambda: probes.choose(options, limits, run))
     scaled = ScaleInputs(factors=factors)(graph_module).graph_module
-    plans = None
+    plans: Mapping[str, LayerPlan] | None = None
+    budget: CodedBudget | None = None
     energies: Mapping[str, Tensor] = {}
     if settings.allocation == "measured":
         table = measured_table(
@@ -218,7 +223,10 @@ def prepared_sweep(
             max_memory=run.activation_memory,
             half=run.half,
         )
-        plans = solve_budget(scaled, table, settings, limits)
+        if settings.weight_storage == "entropy":
+            plans, budget = coded_budget(scaled, table, settings, limits)
+        else:
+            plans = solve_budget(scaled, table, settings, limits)
         if settings.row_weights == "output":
             groups = table.groups
             energies = {layer.name: layer.by_group for layer in table.layers}
@@ -228,6 +236,7 @@ def prepared_sweep(
         original=graph_module,
         graph_module=scaled,
         plans=plans,
+        budget=budget,
         row_weights=RowWeights(groups=groups, energies=energies),
         choices=choices,
     )

@@ -4,8 +4,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +14,16 @@ from mpqdm_fx.numerics.halves import fits_half
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.numerics.solve.gptq import gptq
 from mpqdm_fx.numerics.solve.gram import Gram
-from mpqdm_fx.numerics.solve.layer_rows import LayerRows, RowMeans
 from mpqdm_fx.numerics.solve.propagation import (
     Correction,
     SourceRegressions,
     choose_correction,
     fixed_correction,
-    output_error,
 )
 from mpqdm_fx.numerics.solve.refine import refine
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.plan import LayerPlan
+from mpqdm_fx.sweep.problem import LayerData, Problem
 
 PAPER_STRENGTH = 0.5
 """Propagation strength of QEP's main results (arXiv 2504.09629)."""
@@ -35,20 +32,7 @@ _WIDE = 6  # bits from which rows rounded with feedback may do without clipping
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["LayerData", "LayerSolution", "solve_layer"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerData:
-    """Rows of one layer in both lanes, [N, G, K] for grouped layers.
-
-    Attributes:
-        train: Rows that corrections and roundings are fitted to.
-        validation: Rows of held-out calls; may be empty.
-    """
-
-    train: LayerRows
-    validation: LayerRows
+__all__ = ["LayerSolution", "solve_layer", "stored_bias"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,62 +66,6 @@ class LayerSolution:
     error: float = 0.0
     rows: int = 0
     seconds: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Problem:
-    """One group of a layer: rows less what a bias takes up, each as often as it counts.
-
-    What only a rounding needs is made when it is asked for: to judge takes less.
-
-    Attributes:
-        W: Float weight rows [O, K].
-        data: Its rows as they were collected.
-        means: Means of the training rows that a refitted bias takes up; None if it stays.
-    """
-
-    W: Tensor
-    data: LayerData
-    means: RowMeans | None
-
-    @classmethod
-    def of(cls, W: Tensor, data: LayerData, *, refit: bool) -> Self:
-        return cls(W=W, data=data, means=data.train.means() if refit else None)
-
-    @cached_property
-    def train(self) -> LayerRows:
-        """Rows that corrections and roundings are fitted to."""
-        return self.data.train.fitted(self.means)
-
-    @cached_property
-    def judge(self) -> LayerRows:
-        """Held-out rows, or the same where there are none."""
-        held_out = self.data.validation
-        return held_out.fitted(self.means) if len(held_out) else self.train
-
-    @cached_property
-    def targets(self) -> list[Tensor]:
-        """What the output should gain on the rows that judge."""
-        return self.judge.targets(self.W)
-
-    @cached_property
-    def gram(self) -> Gram:
-        """Moments of the training inputs."""
-        return Gram.of(self.train.inputs)
-
-    def error(self, Q: Tensor) -> Tensor:
-        """Error of each channel of the rounded rows on the rows that judge, float64 [O]."""
-        return output_error(self.W - Q, self.judge.inputs, self.targets)
-
-    @property
-    def signal(self) -> float:
-        """Energy of the output on the rows that judge."""
-        return float((self.judge.inputs @ self.W.T).square().mean(dim=0, dtype=torch.float64).sum())
-
-    @property
-    def mismatch(self) -> float:
-        """Energy of the target's error that reaches the layer."""
-        return sum(float(target.square().mean(dim=0).sum()) for target in self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +143,7 @@ def solve_layer(
         gained = [
             rows.new_zeros(channels) if group.bias is None else group.bias for group in results
         ]
-        new_bias = _stored(bias.detach() + torch.cat(gained).to(bias), bias.detach())
+        new_bias = stored_bias(bias.detach() + torch.cat(gained).to(bias), bias.detach())
     energies = torch.stack([group.energies for group in results]).sum(dim=0)
     signal, mismatch, base, error = energies.tolist()
     signal = signal or 1.0
@@ -236,7 +164,7 @@ def solve_layer(
     )
 
 
-def _stored(bias: Tensor, old: Tensor) -> Tensor:
+def stored_bias(bias: Tensor, old: Tensor) -> Tensor:
     """A bias as precise as the one it replaces: half precision stays half precision on disk."""
     if old.dtype == torch.float32 and fits_half(old.detach()):
         half = bias.half().float()
@@ -248,10 +176,10 @@ def _solve_rows(
     W: Tensor, plan: LayerPlan, data: LayerData, settings: MPQConfig, *, refit: bool
 ) -> _Result:
     """Round one group of a layer, with its bias refitted or left, whichever errs less."""
-    problem = _Problem.of(W, data, refit=refit)
+    problem = Problem.of(W, data, refit=refit)
     base, best = _rounded(plan, problem, settings)
     if refit:
-        plain = _Problem.of(W, data, refit=False)
+        plain = Problem.of(W, data, refit=False)
         same = replace(best, error=plain.error(best.weight))
         if same.total < best.total:
             # What the refit fits to a few rows does not hold on others.
@@ -270,7 +198,7 @@ def _solve_rows(
 
 
 def _rounded(
-    plan: LayerPlan, problem: _Problem, settings: MPQConfig
+    plan: LayerPlan, problem: Problem, settings: MPQConfig
 ) -> tuple[_Candidate, _Candidate]:
     """The rounding without correction, and the best one of all."""
     options = _corrections(plan, problem, settings)
@@ -289,7 +217,7 @@ def _rounded(
     return candidates[0], _refined(best, problem, settings)
 
 
-def _refined(candidate: _Candidate, problem: _Problem, settings: MPQConfig) -> _Candidate:
+def _refined(candidate: _Candidate, problem: Problem, settings: MPQConfig) -> _Candidate:
     """The chosen rounding refined, unless that does not help on the rows that judge."""
     if settings.rounding != "gptq" or not settings.refinements:
         return candidate
@@ -311,7 +239,7 @@ def _corrected(W: Tensor, correction: Correction) -> Tensor:
     return W if correction.weight is None else W + correction.weight
 
 
-def _corrections(plan: LayerPlan, problem: _Problem, settings: MPQConfig) -> list[Correction]:
+def _corrections(plan: LayerPlan, problem: Problem, settings: MPQConfig) -> list[Correction]:
     """What to try; with the automatic strength, no correction comes first."""
     none, W, train, gram = Correction(), problem.W, problem.train, problem.gram
     if settings.propagation == "auto":
@@ -336,7 +264,7 @@ def _corrections(plan: LayerPlan, problem: _Problem, settings: MPQConfig) -> lis
 
 
 def _round(
-    corrections: Sequence[Correction], plan: LayerPlan, problem: _Problem, settings: MPQConfig
+    corrections: Sequence[Correction], plan: LayerPlan, problem: Problem, settings: MPQConfig
 ) -> list[tuple[Tensor, RowLevels]]:
     """Fit levels to the rows under each correction and round them, all in one run."""
     gram, targets = problem.gram, [_corrected(problem.W, correction) for correction in corrections]

@@ -46,6 +46,7 @@ from mpqdm_fx.run.cost import bind_sizes, node_cost
 from mpqdm_fx.run.walk import Walk
 from mpqdm_fx.sweep.build_lanes import two_lanes
 from mpqdm_fx.sweep.checkpoint import Checkpoint
+from mpqdm_fx.sweep.coded import solve_coded_layer, solve_coded_table
 from mpqdm_fx.sweep.collect import (
     CallRows,
     collect_rows,
@@ -57,8 +58,9 @@ from mpqdm_fx.sweep.collect import (
 from mpqdm_fx.sweep.layer_work import layer_work
 from mpqdm_fx.sweep.plain_rounding import Extremes, reads_extremes
 from mpqdm_fx.sweep.preparation import Preparation
+from mpqdm_fx.sweep.problem import LayerData
 from mpqdm_fx.sweep.shards import Shards
-from mpqdm_fx.sweep.solve import LayerData, LayerSolution, solve_layer
+from mpqdm_fx.sweep.solve import LayerSolution, solve_layer
 
 __all__ = ["Sweep", "install_solution"]
 
@@ -282,6 +284,8 @@ class Sweep:
         solution = self.shards.once(lambda: checkpoint.load(pending.layer) if checkpoint else None)
         if solution is not None:
             self._check_bits(solution)
+            if self.prepared.budget is not None and solution.plan.coded is not None:
+                self.prepared.budget.take(name, solution.plan.storage.total)
         else:
             solution = self._solution(twin, pending)
             if checkpoint and self.shards.rank == 0:
@@ -303,9 +307,11 @@ class Sweep:
     def _solution(self, twin: fx.Node, pending: _Pending) -> LayerSolution:
         layer = pending.layer
         if isinstance(layer.module, nn.Embedding):
-            return _round_table(
-                layer, self._fixed(layer) or fixed_plan(layer, 8, "embedding table")
-            )
+            plan = self._fixed(layer) or fixed_plan(layer, 8, "embedding table")
+            budget = self.prepared.budget
+            if plan.coded is not None and budget is not None:
+                return self.shards.once(lambda: solve_coded_table(layer, plan, budget))
+            return _round_table(layer, plan)
         data = self._data(twin, pending)
         return self.shards.once(lambda: self._solve_with(layer, data))
 
@@ -320,6 +326,9 @@ class Sweep:
                 if data.train.shift is not None:
                     exact = rows + data.train.shift[stride]
                 plan = decide_layer(layer, exact, rows, self.settings)
+            budget = self.prepared.budget
+            if plan.coded is not None and budget is not None:
+                return solve_coded_layer(layer.module, plan, data, self.settings, budget)
             return solve_layer(layer.module, plan, data, self.settings)
         except CalibrationError as error:
             kind, shape = type(layer.module).__name__, tuple(layer.weight.shape)

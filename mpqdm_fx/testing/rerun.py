@@ -18,7 +18,8 @@ from mpqdm_fx.numerics.solve.layer_rows import LayerRows
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.sweep.collect import readers_of_inputs, rows_of_all_calls, seeded
 from mpqdm_fx.sweep.draws import RowDraw
-from mpqdm_fx.sweep.solve import LayerData, solve_layer
+from mpqdm_fx.sweep.problem import LayerData
+from mpqdm_fx.sweep.solve import solve_layer
 from mpqdm_fx.sweep.sweep import install_solution
 
 __all__ = ["rerun_for_every_layer"]

@@ -54,6 +54,16 @@ def test_layers_that_read_the_same_numbers_get_one_width():
     assert chosen["a"] is chosen["b"]
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_elements_and_multiply_adds_are_those_of_one_traced_call(batch):
+    chosen = choices(Outliers(), (batch, 3, 16, 16), activation_mode="measured")
+    pixels = batch * 16 * 16
+    for name, channels in NUMBERS.items():
+        assert chosen[name].elements == channels * pixels
+        outputs = 3 if name == "last" else 16
+        assert chosen[name].multiply_adds == outputs * channels * 9 * pixels
+
+
 def test_an_override_gives_the_width_and_takes_nothing_of_the_average():
     rule = {"pattern": "even", "activation_bits": 7}
     chosen = choices(Outliers(), (2, 3, 16, 16), activation_mode="static", overrides=[rule])

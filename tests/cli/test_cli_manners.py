@@ -111,6 +111,7 @@ WRONG = {
     "activation_mode": "late",
     "activation_allocation": "best",
     "activation_levels": "odd",
+    "weight_storage": "loose",
     "slowdown": 0.5,
     "allocation": "best",
     "effective_bits": 0.5,

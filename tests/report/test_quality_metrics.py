@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.report.metrics import epsilon_sqnr, evaluate_against, evaluate_denoiser
 from mpqdm_fx.report.reference_run import run_reference
-from mpqdm_fx.report.sample_metrics import class_accuracy, frechet_distance, x0_sqnr
+from mpqdm_fx.report.sample_metrics import (
+    class_accuracy,
+    frechet_distance,
+    x0_median_sqnr,
+    x0_sqnr,
+)
 
 
 def gaussian(count, dim, seed, scale=1.0, shift=0.0):
@@ -86,6 +91,21 @@ def test_epsilon_sqnr_of_a_model_with_itself_is_infinite():
 def test_epsilon_sqnr_without_inputs_is_refused():
     with pytest.raises(CalibrationError, match="no batch"):
         epsilon_sqnr(lambda x: x, lambda x: x, [])
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=9))
+def test_the_median_is_the_ratio_of_a_sample_that_as_many_lie_below_as_above(ratios):
+    reference = torch.ones(len(ratios), 1, 4, 4)
+    errors = torch.tensor([10 ** (-ratio / 20) for ratio in ratios]).view(-1, 1, 1, 1)
+    median = x0_median_sqnr(reference, reference + errors)
+    assert round(median) in ratios
+    assert sum(ratio < round(median) for ratio in ratios) <= len(ratios) / 2
+    assert sum(ratio > round(median) for ratio in ratios) <= len(ratios) / 2
+
+
+def test_the_median_refuses_images_of_another_shape():
+    with pytest.raises(ConfigError, match="give samples from the same noise"):
+        x0_median_sqnr(torch.ones(2, 1, 4, 4), torch.ones(3, 1, 4, 4))
 
 
 def test_x0_sqnr_refuses_images_of_another_shape():

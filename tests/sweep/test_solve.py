@@ -18,7 +18,8 @@ from mpqdm_fx.numerics.solve.propagation import output_error
 from mpqdm_fx.records.activations import NoiseLevels
 from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.sweep import solve
-from mpqdm_fx.sweep.solve import LayerData, solve_layer
+from mpqdm_fx.sweep.problem import LayerData, Problem
+from mpqdm_fx.sweep.solve import solve_layer
 
 WIDTH, CHANNELS = 6, 4
 seeds = st.integers(0, 2**16)
@@ -120,7 +121,7 @@ def test_the_reported_errors_are_those_of_what_is_installed(seed, offset, propag
     layer = layer_of(seed)
     data = LayerData(train=rows_of(seed, 24, offset), validation=rows_of(seed + 1, 12))
     solution = solve_layer(layer, plan_of(layer, bits), data, settings_of(propagation=propagation))
-    problem = solve._Problem.of(layer.weight.detach(), data, refit=solution.bias is not None)
+    problem = Problem.of(layer.weight.detach(), data, refit=solution.bias is not None)
     error = installed_error(layer, solution, data.validation)
     assert solution.error * problem.signal == pytest.approx(error, rel=1e-3)
     assert solution.error <= solution.base_error

@@ -21,6 +21,7 @@ __all__ = [
     "WIDTH_BITS",
     "PackedLayer",
     "StorageBits",
+    "coded_bits",
     "pack_bits",
     "pack_layer",
     "storage_bits",
@@ -71,6 +72,16 @@ class StorageBits(NamedTuple):
 
 def _bytes(bits: int) -> int:
     return -(-bits // 8)
+
+
+def coded_bits(channels: int, coded: int) -> StorageBits:
+    """What an entropy-coded layer stores: its bytes, and its scales.
+
+    Args:
+        channels: Output channels.
+        coded: Bytes of the codes and of what tells their classes (`entropy_code.encode`).
+    """
+    return StorageBits(codes=8 * coded, scales=SCALE_BITS * channels, tables=0, widths=0)
 
 
 def storage_bits(shape: tuple[int, int], bits: Tensor, levels: LevelKind) -> StorageBits:

@@ -32,6 +32,7 @@ def refine(
     *,
     passes: int,
     damping: float = GPTQ_DAMPING,
+    refit: bool = True,
 ) -> tuple[Tensor, RowLevels]:
     """Alternate scale refits and coordinate descent over all weights.
 
@@ -42,6 +43,7 @@ def refine(
         gram: Second moments of the rows' inputs.
         passes: Rounds over all columns; 0 returns what came in.
         damping: Ridge in units of the average diagonal of H, as for `gptq`, positive.
+        refit: Whether scales may move.
 
     Returns:
         Codes and levels; no row's damped error is above what it was.
@@ -55,7 +57,8 @@ def refine(
     best, best_scale, best_error = codes.clone(), levels.scale.clone(), state.error()
     active = torch.arange(len(W), device=W.device)
     for _ in range(passes):
-        state = state.refitted(target, image)
+        if refit:
+            state = state.refitted(target, image)
         state.descend()
         error = state.error()
         # A row that did not improve would start from the same place again.

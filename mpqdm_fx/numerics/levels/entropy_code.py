@@ -1,0 +1,252 @@
+"""Codes without a fixed width: whole numbers -127..127, stored by what they tell.
+
+Small numbers are frequent and take few bits. Each weight has one of 40 classes, a rounded Gaussian
+of some deviation, and an arithmetic coder (ANS, Duda 2013, by the library `constriction`) spends
+-log2 of its frequency there. A weight's class is that of its row, shifted by its input channel and
+by its place in the kernel: six bits a row, four a channel, four a place, and no table in the file.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.numerics.levels.packing import pack_bits, unpack_bits
+
+__all__ = ["CLASSES", "TOP", "TOTAL", "CodeClasses", "code_lengths", "decode", "encode"]
+
+CLASSES = 40
+"""Deviations, from a sixteenth of a step up, three an octave."""
+
+TOP = 127
+"""Largest code."""
+
+TOTAL = 2**24
+"""What the frequencies of a class sum to: the coder's precision, so nothing is rounded again."""
+
+_ROW_BITS, _SHIFT_BITS = 6, 4
+_SHIFTS = 2**_SHIFT_BITS  # -8..7
+_FEW_ROWS = 4  # rows below which a shift of a channel costs more than it brings
+_NEAR = 6  # classes on both sides that a row is moved by at most, once it has one
+
+
+@cache
+def _frequencies() -> Tensor:
+    """Frequencies of all codes, int64 [CLASSES, 2 TOP + 1]."""
+    text = resources.files(__package__).joinpath("entropy_tables.json").read_text("utf-8")
+    half = torch.tensor(json.loads(text))
+    return torch.cat([half[:, 1:].flip(1), half], dim=1)
+
+
+@cache
+def code_lengths() -> Tensor:
+    """Bits of every code in every class, float32 [CLASSES, 2 TOP + 1]; code k is at k + TOP."""
+    return (-(_frequencies().double() / TOTAL).log2()).float()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CodeClasses:
+    """The class of every weight of a layer.
+
+    Attributes:
+        rows: Class of each row, int64 [O].
+        channels: Shift of each input channel, -8..7, int64 [I].
+        places: Shift of each place of the kernel, -8..7, int64 [T]; T is 1 for linear layers.
+    """
+
+    rows: Tensor
+    channels: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor, places: int) -> Self:
+        """Classes that fit the codes of a layer.
+
+        Args:
+            codes: Whole numbers [O, I * T], places of a channel one after the other.
+            places: T.
+        """
+        size = (codes.double().square().mean(dim=1) + 1e-3).sqrt().log2()
+        rows = ((size + 4) * 3).round().clamp(0, CLASSES - 1).long()
+        zeros = codes.new_zeros(codes.shape[1] // places, dtype=torch.int64)
+        start = cls(rows=rows, channels=zeros, places=zeros.new_zeros(places))
+        return start.fitted(codes).fitted(codes)
+
+    def of_weights(self) -> Tensor:
+        """Class of every weight, int64 [O, I * T]."""
+        return (self.rows[:, None] + self._columns()).clamp_(0, CLASSES - 1)
+
+    def _columns(self) -> Tensor:
+        return (self.channels[:, None] + self.places).flatten()
+
+    def bits(self, codes: Tensor) -> Tensor:
+        """Bits of the codes of each row, float64 [O]; what tells the classes is not in it."""
+        return _lengths(self.of_weights(), codes).sum(dim=1, dtype=torch.float64)
+
+    @property
+    def header_bits(self) -> int:
+        """Bits of what tells the classes."""
+        shifts = len(self.channels) if _shifts_channels(len(self.rows)) else 0
+        shifts += len(self.places) if len(self.places) > 1 else 0
+        return _ROW_BITS * len(self.rows) + _SHIFT_BITS * shifts
+
+    def fitted(self, codes: Tensor) -> Self:
+        """Each row, channel and place at its best class, the others kept; never more bits."""
+        fitted = replace(self, rows=self._best_rows(codes))
+        if _shifts_channels(len(codes)):
+            fitted = replace(fitted, channels=fitted._best_shifts(codes, by_place=False))
+        if len(self.places) > 1:
+            fitted = replace(fitted, places=fitted._best_shifts(codes, by_place=True))
+        return fitted
+
+    def _best_rows(self, codes: Tensor) -> Tensor:
+        columns, at = self._columns(), torch.arange(-_NEAR, _NEAR + 1)
+        totals = []
+        for shift in at.tolist():
+            rows = (self.rows + shift).clamp(0, CLASSES - 1)
+            classes = (rows[:, None] + columns).clamp_(0, CLASSES - 1)
+            totals.append(_lengths(classes, codes).sum(dim=1, dtype=torch.float64))
+        # the nearest of equally good ones
+        order = at.abs().argsort(stable=True)
+        best = torch.stack(totals)[order].argmin(dim=0)
+        return (self.rows + at[order][best].to(self.rows)).clamp(0, CLASSES - 1)
+
+    def _best_shifts(self, codes: Tensor, *, by_place: bool) -> Tensor:
+        shape = (len(self.rows), len(self.channels), len(self.places))
+        kept = self.channels[:, None] if by_place else self.places[None]
+        base = self.rows[:, None, None] + kept
+        axes = (0, 1) if by_place else (0, 2)
+        at = torch.arange(-_SHIFTS // 2, _SHIFTS // 2)
+        totals = [
+            _lengths((base + shift).clamp(0, CLASSES - 1).expand(shape), codes.view(shape)).sum(
+                dim=axes, dtype=torch.float64
+            )
+            for shift in at.tolist()
+        ]
+        order = at.abs().argsort(stable=True)
+        return at[order][torch.stack(totals)[order].argmin(dim=0)]
+
+
+def _shifts_channels(rows: int) -> bool:
+    return rows >= _FEW_ROWS
+
+
+def _lengths(classes: Tensor, codes: Tensor) -> Tensor:
+    """Bits of each code, shape of the codes."""
+    return code_lengths().flatten()[classes * (2 * TOP + 1) + codes.long() + TOP]
+
+
+def encode(codes: Tensor, places: int) -> Tensor:
+    """Write the codes of a layer.
+
+    Args:
+        codes: int8 [O, I * T], -127..127.
+        places: T, places of the kernel.
+
+    Returns:
+        Bytes, uint8 [n]: the classes, then the coder's words.
+
+    Raises:
+        ConfigError: A code is -128, or the library is missing.
+    """
+    if bool((codes < -TOP).any()):
+        raise ConfigError(f"an entropy-coded layer has codes {-TOP}..{TOP}, and one is -128")
+    classes = CodeClasses.of(codes.cpu(), places)
+    coder = _library().stream.stack.AnsCoder()
+    symbols = (codes.cpu().int() + TOP).flatten().numpy()
+    order = classes.of_weights().flatten().numpy()
+    for place in reversed(range(CLASSES)):
+        chosen = symbols[order == place]
+        if len(chosen):
+            coder.encode_reverse(chosen, _model(place))
+    words = torch.from_numpy(coder.get_compressed().astype("<u4").view("uint8").copy())
+    return torch.cat([_header(classes), words])
+
+
+def decode(stream: Tensor, shape: tuple[int, int], places: int) -> Tensor:
+    """Inverse of `encode`.
+
+    Args:
+        stream: uint8 [n], all of a layer's bytes.
+        shape: (O, I * T).
+        places: T.
+
+    Returns:
+        int8 [O, I * T].
+
+    Raises:
+        ArtifactError: The bytes are not those of such a layer.
+        ConfigError: The library is missing.
+    """
+    classes, used = _read_header(stream, shape, places)
+    words = stream[used:].numpy()
+    if len(words) % 4:
+        raise ArtifactError("codes: the words of an entropy-coded layer are cut; corrupted")
+    try:
+        coder = _library().stream.stack.AnsCoder(words.copy().view("<u4").astype("uint32"))
+    except ValueError as error:
+        raise ArtifactError(f"codes: no entropy-coded layer ({error}); corrupted") from None
+    order = classes.of_weights().flatten()
+    codes = torch.empty(order.numel(), dtype=torch.int8)
+    for place in range(CLASSES):
+        chosen = order == place
+        count = int(chosen.sum())
+        if count:
+            symbols = torch.from_numpy(coder.decode(_model(place), count))
+            codes[chosen] = (symbols - TOP).to(torch.int8)
+    if not coder.is_empty():
+        raise ArtifactError("codes: an entropy-coded layer has bytes left over; corrupted")
+    return codes.reshape(shape)
+
+
+def _header(classes: CodeClasses) -> Tensor:
+    shifts = [classes.channels] if _shifts_channels(len(classes.rows)) else []
+    shifts += [classes.places] if len(classes.places) > 1 else []
+    parts = [pack_bits(classes.rows.to(torch.uint8), _ROW_BITS)]
+    if shifts:
+        numbers = (torch.cat(shifts) + _SHIFTS // 2).to(torch.uint8)
+        parts.append(pack_bits(numbers, _SHIFT_BITS))
+    return torch.cat(parts)
+
+
+def _read_header(stream: Tensor, shape: tuple[int, int], places: int) -> tuple[CodeClasses, int]:
+    """Classes, and the bytes that told them."""
+    rows, channels = shape[0], shape[1] // places
+    counts = [channels if _shifts_channels(rows) else 0, places if places > 1 else 0]
+    first, second = -(-rows * _ROW_BITS // 8), -(-sum(counts) * _SHIFT_BITS // 8)
+    if len(stream) < first + second:
+        raise ArtifactError("codes: an entropy-coded layer ends within its classes; corrupted")
+    row_classes = unpack_bits(stream[:first], _ROW_BITS, rows).long()
+    if bool((row_classes >= CLASSES).any()):
+        raise ArtifactError("codes: a row has a class that there is not; corrupted")
+    shifts = unpack_bits(stream[first : first + second], _SHIFT_BITS, sum(counts)).long()
+    by_channel, by_place = (shifts - _SHIFTS // 2).split(counts)
+    none = torch.zeros(channels, dtype=torch.int64)
+    classes = CodeClasses(
+        rows=row_classes,
+        channels=by_channel if counts[0] else none,
+        places=by_place if counts[1] else none.new_zeros(places),
+    )
+    return classes, first + second
+
+
+def _library() -> Any:
+    try:
+        import constriction  # type: ignore[import-untyped]
+    except ImportError:
+        raise ConfigError(
+            "entropy-coded weights need the package constriction: pip install 'mpqdm-fx[entropy]'"
+        ) from None
+    return constriction
+
+
+@cache
+def _model(place: int) -> Any:
+    """The coder's model of one class; probabilities are exact, so it is the same everywhere."""
+    shares = (_frequencies()[place].double() / TOTAL).float().numpy()
+    return _library().stream.model.Categorical(shares, perfect=False)

@@ -1,0 +1,187 @@
+"""The pitch of a model, which a budget decides as the sweep goes on.
+
+What the layers will take at a pitch is foretold from their weights, and the pitch of the next one
+follows from what is left and from how the forecast did so far.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mpqdm_fx.bits.sensitivity_table import LayerSensitivity, SensitivityTable
+from mpqdm_fx.graph.layers import WeightLayer, weight_rows
+from mpqdm_fx.numerics.levels.packing import SCALE_BITS
+from mpqdm_fx.numerics.levels.row_levels import RowLevels
+from mpqdm_fx.numerics.solve.coded_rounding import coded_size, first_steps
+from mpqdm_fx.records.plan import LayerPlan
+
+__all__ = ["CodedBudget", "coded_plan"]
+
+_MARGIN = 0.002  # of the budget, which the forecast of the last layers may miss
+_PRIOR = 0.05  # of all bits: how much it counts beforehand that forecasts are right
+_LEAST_SHARE = 0.3  # of its forecast, which a layer can be brought down to in need
+_WIDEST = 8
+_OFFSETS = (-4.0, -2.0, 0.0, 2.0, 4.0)  # octaves of the pitch: two are about a bit a weight
+_ROWS = 128  # of a layer, that a forecast looks at
+
+
+def coded_plan(layer: WeightLayer) -> LayerPlan:
+    """A plan of a layer that is not rounded yet: whole numbers of any size within int8."""
+    shape = tuple(layer.weight.shape)
+    return LayerPlan(
+        name=layer.name,
+        kind=type(layer.module).__name__,
+        shape=shape,
+        bits=(_WIDEST,) * shape[0],
+        coded=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Forecast:
+    """What a layer will take at a pitch.
+
+    Attributes:
+        octaves: Binary logarithms of pitches, ascending.
+        sizes: Bits at each, descending.
+    """
+
+    octaves: tuple[float, ...]
+    sizes: tuple[float, ...]
+
+    def bits(self, octave: float) -> float:
+        """Between two pitches on the line, and on the outermost ones' line beyond."""
+        pairs = list(zip(self.octaves, self.sizes, strict=True))
+        upper = next((i for i in range(1, len(pairs)) if octave <= pairs[i][0]), len(pairs) - 1)
+        (x, low), (y, high) = pairs[upper - 1], pairs[upper]
+        return max(1.0, low + (high - low) * (octave - x) / (y - x))
+
+
+class CodedBudget:
+    """Bits that are left, and the pitch at which the rest will take them.
+
+    Args:
+        layers: Layers without fixed widths, in running order.
+        table: Sensitivities of all layers.
+        bits: What these layers may take in all.
+
+    Attributes:
+        sensitivity: What an error of each channel's output does to the model's output, by layer.
+        energy: Mean square of each layer's inputs, as its errors at eight bits tell it.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, WeightLayer], table: SensitivityTable, bits: int
+    ) -> None:
+        measured = {layer.name: layer for layer in table.layers}
+        self.sensitivity = {name: measured[name].sensitivity for name in layers}
+        models = [_Model.of(layer, measured[name]) for name, layer in layers.items()]
+        self.energy = dict(zip(layers, (model.energy for model in models), strict=True))
+        middle = _solved(lambda octave: sum(m.gaussian_bits(2.0**octave) for m in models), bits)
+        octaves = tuple(middle + offset for offset in _OFFSETS)
+        self._waiting = {
+            name: _Forecast(
+                octaves=octaves, sizes=tuple(model.nearest_bits(2.0**octave) for octave in octaves)
+            )
+            for name, model in zip(layers, models, strict=True)
+        }
+        self._bits, self._used = bits, 0.0
+        self._foretold = self._taken = 0.0
+
+    def pitch(self) -> float:
+        """Of the next layer; see `coded_rounding`."""
+        return float(2.0 ** self._octave())
+
+    def _octave(self) -> float:
+        left = (self._bits * (1 - _MARGIN) - self._used) / self._ratio
+        waiting = self._waiting.values()
+        return _solved(lambda octave: sum(layer.bits(octave) for layer in waiting), left)
+
+    def allows(self, name: str, bits: float) -> bool:
+        """Whether the others can still be brought down to what is left if a layer takes so many."""
+        octave = self._octave()
+        others = [layer for other, layer in self._waiting.items() if other != name]
+        least = sum(_LEAST_SHARE * layer.bits(octave) for layer in others)
+        return self._used + bits + self._ratio * least <= self._bits
+
+    def take(self, name: str, bits: float) -> None:
+        """A layer took so many."""
+        foretold = self._waiting[name].bits(self._octave())
+        del self._waiting[name]
+        self._used += bits
+        self._foretold += foretold
+        self._taken += bits
+
+    @property
+    def _ratio(self) -> float:
+        """Bits that layers take over what was foretold of them."""
+        prior = _PRIOR * self._bits
+        return (prior + self._taken) / (prior + self._foretold)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Model:
+    """What a forecast is made of.
+
+    Attributes:
+        rows: Weights, float32 [n, K], of some rows.
+        sensitivity: Of these rows, float64 [n].
+        share: All rows over these.
+        energy: Mean square of the inputs.
+        places: Places of the kernel.
+        overhead: Bits of all scales.
+    """
+
+    rows: Tensor
+    sensitivity: Tensor
+    share: float
+    energy: float
+    places: int
+    overhead: int
+
+    @classmethod
+    def of(cls, layer: WeightLayer, measured: LayerSensitivity) -> Self:
+        weight = weight_rows(layer.module).detach().float().cpu()
+        chosen = torch.arange(0, len(weight), -(-len(weight) // _ROWS))
+        rows = weight[chosen]
+        # nearest rounding errs by a twelfth of the squared step times the energy of the inputs
+        step = rows.abs().amax(dim=1).double().clamp_min(1e-30) / 127
+        noise = float((step.square() / 12).sum()) * rows.shape[1]
+        return cls(
+            rows=rows,
+            sensitivity=measured.sensitivity[chosen],
+            share=len(weight) / len(rows),
+            energy=float(measured.uniform[chosen, _WIDEST - 1].sum()) / noise,
+            places=math.prod(layer.weight.shape[2:]),
+            overhead=SCALE_BITS * len(weight),
+        )
+
+    def _steps(self, pitch: float) -> Tensor:
+        return first_steps(self.rows, self.sensitivity, self.energy, pitch)
+
+    def gaussian_bits(self, pitch: float) -> float:
+        """As if the rows were Gaussian: the entropy of their nearest codes, roughly."""
+        spread = self.rows.double().square().mean(dim=1).sqrt() / self._steps(pitch)
+        bits = (spread.square() * 2 * math.pi * math.e + 1).log2() / 2
+        return float(bits.sum()) * self.rows.shape[1] * self.share + self.overhead
+
+    def nearest_bits(self, pitch: float) -> float:
+        """Of the nearest codes, as they would be stored."""
+        levels = RowLevels(
+            bits=torch.full((len(self.rows),), _WIDEST), scale=self._steps(pitch), tables=None
+        )
+        codes = levels.snap(self.rows).to(torch.int8)
+        return coded_size(codes, self.places) * self.share + self.overhead
+
+
+def _solved(size: Callable[[float], float], bits: float) -> float:
+    """Octave at which a size that falls with it is so many bits."""
+    low, high = -200.0, 200.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(middle) > bits else (low, middle)
+    return high

@@ -1,0 +1,114 @@
+"""Entropy-coded weights: the budget holds, files have the bytes that are told, runs go on."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
+from sweeps import recorded, settings_of, traced
+
+from mpqdm_fx import MPQConfig, RunOptions, load, quantize, save
+from mpqdm_fx.distill.config import DistillConfig
+from mpqdm_fx.distill.distillation import distill
+from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.sweep.finish import finish
+from mpqdm_fx.sweep.start import start_sweep
+
+CODED = {"allocation": "measured", "weight_storage": "entropy", "activation_mode": "float"}
+"""Weights alone."""
+
+
+@pytest.fixture(scope="module")
+def swept():
+    graph_module, calls = traced(tiny_condition_unet(), condition_calls())
+
+    def run(**settings):
+        return finish(start_sweep(graph_module, recorded(calls), settings_of(**CODED, **settings)))
+
+    return run
+
+
+@pytest.mark.parametrize("bits", [2.6, 4.0])
+def test_the_budget_holds_and_is_used(swept, bits):
+    plan = swept(effective_bits=bits).plan
+    assert all(layer.coded for layer in plan.layers)
+    assert 0.93 * bits <= plan.effective_bits <= bits
+    stored = sum(layer.coded + 2 * layer.shape[0] for layer in plan.layers)
+    assert plan.weight_bytes == stored + sum(t.numel * t.bits // 8 for t in plan.float_weights)
+    assert 1.0 < plan.mean_bits < plan.effective_bits
+
+
+def test_more_bits_give_less_error(swept):
+    few, many = (swept(effective_bits=bits, judge=True).judged[0].error for bits in (2.6, 4.0))
+    assert many < 0.4 * few
+
+
+def test_a_rule_for_a_layer_gives_it_a_fixed_width(swept):
+    rule = {"pattern": "conv_in", "weight_bits": 5}
+    plan = swept(effective_bits=3.5, overrides=[rule]).plan
+    assert plan.layer("conv_in").coded is None
+    assert set(plan.layer("conv_in").bits) == {5}
+    assert plan.layer("conv_out").coded
+    assert plan.effective_bits <= 3.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "needs"),
+    [
+        ({"allocation": "uniform"}, "allocation='measured'"),
+        ({"rounding": "nearest"}, "rounding='gptq'"),
+        ({"levels": "int4"}, "levels='uniform'"),
+    ],
+)
+def test_settings_that_ask_for_widths_or_levels_are_refused(changes, needs):
+    with pytest.raises(ConfigError, match=needs):
+        MPQConfig(weight_storage="entropy", **changes)
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    settings = MPQConfig(weight_bits=3, judge=False, slowdown=1, **CODED)
+    return quantize(tiny_unet(), settings, unet_calls())
+
+
+def test_a_folder_has_the_bytes_that_the_plan_says_and_gives_the_same_model(quantized, tmp_path):
+    folder = save(quantized, tmp_path / "model")
+    stored = load_file(folder / "model.safetensors")
+    assert len(stored["codes"]) == sum(layer.coded for layer in quantized.plan.layers)
+    loaded = load(folder)
+    assert loaded.plan == quantized.plan
+    assert "entropy-coded" in loaded.summary()
+    call = unet_calls(1, seed=3)[0]
+    assert torch.equal(loaded(**call).sample, quantized(**call).sample)
+
+
+def test_training_is_refused(quantized):
+    with pytest.raises(ConfigError, match="weight_storage='fixed'"):
+        distill(quantized, tiny_unet(), DistillConfig(updates=1), scheduler=None)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(quantized, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    settings = dataclasses.replace(quantized.settings)
+    solved = []
+
+    def stop_at_the_fifth(solution):
+        solved.append(solution)
+        if len(solved) == 5:
+            raise KeyboardInterrupt
+
+    from mpqdm_fx.sweep.checkpoint import Checkpoint
+
+    save_layer = Checkpoint.save
+    monkeypatch.setattr(
+        Checkpoint, "save", lambda self, s: (save_layer(self, s), stop_at_the_fifth(s))[0]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_unet(), settings, unet_calls(), run=RunOptions(directory=folder))
+    monkeypatch.undo()
+    options = RunOptions(directory=folder, resume=True)
+    again = quantize(tiny_unet(), settings, unet_calls(), run=options)
+    assert again.plan == quantized.plan
+    for layer in again.plan.layers:
+        assert torch.equal(again.codes(layer.name), quantized.codes(layer.name))
