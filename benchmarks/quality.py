@@ -59,6 +59,7 @@ _FULL = {**_AUTO, "refinements": 4, "allocation": "measured", "levels": "codeboo
 _TIMESTEP = {**_FULL, "activation_mode": "timestep"}
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
+    "default+entropy": {"weight_storage": "entropy"},
     "default+dynamic": {"activation_mode": "dynamic"},
     "rtn": {**_PLAIN, "rounding": "nearest"},
     "gptq": _PLAIN,

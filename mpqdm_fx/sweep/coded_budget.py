@@ -21,11 +21,11 @@ from mpqdm_fx.records.plan import LayerPlan
 
 __all__ = ["CodedBudget", "coded_plan"]
 
-_MARGIN = 0.002  # of the budget, which the forecast of the last layers may miss
+_MARGIN = 0.002  # of what is left, for what the forecasts miss
 _PRIOR = 0.05  # of all bits: how much it counts beforehand that forecasts are right
 _LEAST_SHARE = 0.3  # of its forecast, which a layer can be brought down to in need
 _WIDEST = 8
-_OFFSETS = (-4.0, -2.0, 0.0, 2.0, 4.0)  # octaves of the pitch: two are about a bit a weight
+_OFFSETS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0)  # octaves of the pitch: two are about a bit a weight
 _ROWS = 128  # of a layer, that a forecast looks at
 
 
@@ -48,17 +48,25 @@ class _Forecast:
     Attributes:
         octaves: Binary logarithms of pitches, ascending.
         sizes: Bits at each, descending.
+        weights: Weights of the layer.
     """
 
     octaves: tuple[float, ...]
     sizes: tuple[float, ...]
+    weights: int
 
     def bits(self, octave: float) -> float:
-        """Between two pitches on the line, and on the outermost ones' line beyond."""
-        pairs = list(zip(self.octaves, self.sizes, strict=True))
-        upper = next((i for i in range(1, len(pairs)) if octave <= pairs[i][0]), len(pairs) - 1)
-        (x, low), (y, high) = pairs[upper - 1], pairs[upper]
-        return max(1.0, low + (high - low) * (octave - x) / (y - x))
+        """Between two pitches on the line; beyond, half a bit a weight less for each octave.
+
+        Below all of them it is what int8 holds: no pitch takes more.
+        """
+        first, last = self.octaves[0], self.octaves[-1]
+        if octave >= last:
+            return max(1.0, self.sizes[-1] - 0.5 * self.weights * (octave - last))
+        upper = next(i for i in range(1, len(self.octaves)) if octave < self.octaves[i])
+        x, y = self.octaves[upper - 1 : upper + 1]
+        low, high = self.sizes[upper - 1 : upper + 1]
+        return low + (high - low) * (max(octave, first) - x) / (y - x)
 
 
 class CodedBudget:
@@ -85,7 +93,9 @@ class CodedBudget:
         octaves = tuple(middle + offset for offset in _OFFSETS)
         self._waiting = {
             name: _Forecast(
-                octaves=octaves, sizes=tuple(model.nearest_bits(2.0**octave) for octave in octaves)
+                octaves=octaves,
+                sizes=tuple(model.nearest_bits(2.0**octave) for octave in octaves),
+                weights=layers[name].weight.numel(),
             )
             for name, model in zip(layers, models, strict=True)
         }
@@ -97,7 +107,7 @@ class CodedBudget:
         return float(2.0 ** self._octave())
 
     def _octave(self) -> float:
-        left = (self._bits * (1 - _MARGIN) - self._used) / self._ratio
+        left = (self._bits - self._used) * (1 - _MARGIN) / self._ratio
         waiting = self._waiting.values()
         return _solved(lambda octave: sum(layer.bits(octave) for layer in waiting), left)
 
