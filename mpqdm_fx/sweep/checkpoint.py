@@ -36,7 +36,7 @@ class _Head(Strict):
     """What a file says of its layer, beside the tensors."""
 
     run: str
-    plan: Annotated[LayerPlan, Whole()]
+    plan: Annotated[LayerPlan, Whole(lacking=("coded",))]
     alpha: float
     beta: float
     damping: _Amount
