@@ -1,6 +1,7 @@
 """Entropy-coded weights: the budget holds, files have the bytes that are told, runs go on."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -23,15 +24,18 @@ CODED = {"allocation": "measured", "weight_storage": "entropy", "activation_mode
 def swept():
     graph_module, calls = traced(tiny_condition_unet(), condition_calls())
 
-    def run(**settings):
-        return finish(start_sweep(graph_module, recorded(calls), settings_of(**CODED, **settings)))
+    @functools.cache
+    def run(bits, rule=None):
+        rules = [] if rule is None else [{"pattern": rule, "weight_bits": 5}]
+        settings = settings_of(effective_bits=bits, overrides=rules, judge=True, **CODED)
+        return finish(start_sweep(graph_module, recorded(calls), settings))
 
     return run
 
 
 @pytest.mark.parametrize("bits", [2.6, 4.0])
 def test_the_budget_holds_and_is_used(swept, bits):
-    plan = swept(effective_bits=bits).plan
+    plan = swept(bits).plan
     assert all(layer.coded for layer in plan.layers)
     assert 0.93 * bits <= plan.effective_bits <= bits
     stored = sum(layer.coded + 2 * layer.shape[0] for layer in plan.layers)
@@ -40,13 +44,12 @@ def test_the_budget_holds_and_is_used(swept, bits):
 
 
 def test_more_bits_give_less_error(swept):
-    few, many = (swept(effective_bits=bits, judge=True).judged[0].error for bits in (2.6, 4.0))
+    few, many = (swept(bits).judged[0].error for bits in (2.6, 4.0))
     assert many < 0.4 * few
 
 
 def test_a_rule_for_a_layer_gives_it_a_fixed_width(swept):
-    rule = {"pattern": "conv_in", "weight_bits": 5}
-    plan = swept(effective_bits=3.5, overrides=[rule]).plan
+    plan = swept(3.5, "conv_in").plan
     assert plan.layer("conv_in").coded is None
     assert set(plan.layer("conv_in").bits) == {5}
     assert plan.layer("conv_out").coded
