@@ -25,52 +25,13 @@ from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.plan import LayerPlan
 from mpqdm_fx.sweep.coded_budget import CodedBudget
 from mpqdm_fx.sweep.problem import LayerData, Problem
-from mpqdm_fx.sweep.solve import LayerSolution, stored_bias
+from mpqdm_fx.sweep.solve import Candidate, LayerSolution, join_groups, solve_group
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["solve_coded_layer", "solve_coded_table"]
 
 _COARSER, _TRIES = 1.4, 16
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Rounding:
-    """One rounding of a group of rows.
-
-    Attributes:
-        codes: int8 [O, K].
-        scale: Steps, float32 [O].
-        correction: What the target was corrected by.
-        error: Of each channel on the rows that judge, float64 [O].
-        bits: What the codes take.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    correction: Correction
-    error: Tensor
-    bits: float
-
-    @property
-    def weight(self) -> Tensor:
-        """Rounded rows, float32 [O, K]."""
-        return self.codes.float() * self.scale[:, None].to(self.codes.device)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Result:
-    """What is installed for a group of rows.
-
-    Attributes:
-        best: The rounding.
-        bias: What the bias gains, float64 [O], or None if it stays.
-        energies: Signal, mismatch, error without correction, error, float64 [4].
-    """
-
-    best: _Rounding
-    bias: Tensor | None
-    energies: Tensor
 
 
 def solve_coded_layer(
@@ -109,8 +70,10 @@ def solve_coded_table(layer: WeightLayer, plan: LayerPlan, budget: CodedBudget) 
     def solve(pitch: float) -> LayerSolution:
         steps = first_steps(rows, sensitivity, budget.energy[plan.name], pitch)
         bits = torch.full((len(rows),), MAX_BITS)
-        codes = RowLevels(bits=bits, scale=steps, tables=None).snap(rows)
-        return _solution(plan, [codes], [steps])
+        codes = RowLevels(bits=bits, scale=steps, tables=None).snap(rows).to(torch.int8)
+        return _counted(
+            LayerSolution(plan=plan, codes=codes.reshape(plan.shape), scale=steps, bias=None)
+        )
 
     return _within(budget, plan, solve)
 
@@ -143,60 +106,34 @@ def _solved(
 ) -> LayerSolution:
     """A layer at a pitch, group by group."""
     rows = weight_rows(module).float().to(data.train.inputs.device)
-    bias = module.bias
-    refit = isinstance(bias, Tensor) and settings.bias_correction
-    grouped = data.train.inputs.dim() == 3
-    groups = data.train.inputs.shape[1] if grouped else 1
-    channels = len(rows) // groups
+    refit = isinstance(module.bias, Tensor) and settings.bias_correction
+    parts = data.groups(len(rows))
+    channels = len(rows) // len(parts)
     results = []
-    for index in range(groups):
-        span = slice(index * channels, (index + 1) * channels)
-        part = data
-        if grouped:
-            part = LayerData(
-                train=data.train.group(index, channels),
-                validation=data.validation.group(index, channels),
-            )
+    for W, sensitivity, part in zip(
+        torch.split(rows, channels),
+        torch.split(budget.sensitivity[plan.name], channels),
+        parts,
+        strict=True,
+    ):
         group = _Group(
             name=plan.name,
-            W=rows[span],
-            data=part,
+            W=W,
             settings=settings,
-            sensitivity=budget.sensitivity[plan.name][span].to(rows.device),
+            sensitivity=sensitivity.to(rows.device),
             energy=budget.energy[plan.name],
             pitch=pitch,
             places=plan.places,
         )
-        results.append(group.solved(refit=refit))
-    new_bias = None
-    if any(result.bias is not None for result in results):
-        assert isinstance(bias, Tensor)
-        gained = [rows.new_zeros(channels) if r.bias is None else r.bias for r in results]
-        new_bias = stored_bias(bias.detach() + torch.cat(gained).to(bias), bias.detach())
-    energies = torch.stack([result.energies for result in results]).sum(dim=0)
-    signal, mismatch, base, error = energies.tolist()
-    signal = signal or 1.0
-    first = results[0].best.correction
-    return replace(
-        _solution(plan, [r.best.codes for r in results], [r.best.scale for r in results]),
-        bias=new_bias,
-        alpha=first.alpha,
-        beta=first.beta,
-        damping=first.damping,
-        mismatch=mismatch / signal,
-        base_error=base / signal,
-        error=error / signal,
-        rows=len(data.train),
-    )
+        results.append(solve_group(W, part, group.rounded, group.cost, refit=refit))
+    return _counted(join_groups(module, plan, results, len(data.train)))
 
 
-def _solution(plan: LayerPlan, codes: list[Tensor], steps: list[Tensor]) -> LayerSolution:
-    """Codes and scales of a layer's groups, and the plan with the bytes that they take."""
-    joined = torch.cat(codes).to(torch.int8).cpu()
-    plan = replace(plan, coded=len(encode(joined, plan.places)))
-    return LayerSolution(
-        plan=plan, codes=joined.reshape(plan.shape), scale=torch.cat(steps).cpu(), bias=None
-    )
+def _counted(solution: LayerSolution) -> LayerSolution:
+    """A solution whose plan has the bytes that its codes take."""
+    plan = solution.plan
+    stream = encode(solution.codes.flatten(1), plan.places)
+    return replace(solution, plan=replace(plan, coded=len(stream)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -205,56 +142,30 @@ class _Group:
 
     name: str
     W: Tensor
-    data: LayerData
     settings: MPQConfig
     sensitivity: Tensor
     energy: float
     pitch: float
     places: int
 
-    def solved(self, *, refit: bool) -> _Result:
-        """The best rounding, with the bias refitted or left, whichever costs less."""
-        problem = Problem.of(self.W, self.data, refit=refit)
-        base, best = self._rounded(problem)
-        if refit:
-            plain = Problem.of(self.W, self.data, refit=False)
-            same = replace(best, error=plain.error(best.weight))
-            if self._cost(same) < self._cost(best):
-                # What the refit fits to a few rows does not hold on others.
-                problem = plain
-                base, best = self._rounded(problem)
-                best = min(best, same, key=self._cost)
-        sums = [problem.signal, problem.mismatch, float(base.error.sum()), float(best.error.sum())]
-        energies = torch.tensor(sums, dtype=torch.float64)
-        if not bool(torch.isfinite(energies).all()):
-            raise CalibrationError(
-                "its statistics are not finite; check the calibration data and the layers before it"
-            )
-        gained = None if problem.means is None else problem.means.bias(self.W, best.weight)
-        return _Result(best=best, bias=gained, energies=energies)
-
-    def _cost(self, rounding: _Rounding) -> float:
+    def cost(self, candidate: Candidate) -> float:
         """Error of the output, and what the bits are worth."""
-        error = float((self.sensitivity * rounding.error).sum())
-        return error + bit_price(self.pitch) * rounding.bits
+        error = float((self.sensitivity * candidate.error).sum())
+        return error + bit_price(self.pitch) * coded_size(candidate.codes, self.places)
 
-    def _rounded(self, problem: Problem) -> tuple[_Rounding, _Rounding]:
+    def rounded(self, problem: Problem) -> tuple[Candidate, Candidate]:
         """The rounding without correction, and the best one."""
         gram = shrunk(problem.gram, problem.train.inputs)
-        roundings = []
+        candidates = []
         for correction in self._corrections(problem):
             target = self.W if correction.weight is None else self.W + correction.weight
             steps = first_steps(target, self.sensitivity, self.energy, self.pitch)
             codes, levels = round_coded(target, steps, gram, passes=self.settings.refinements)
-            plain = _Rounding(
-                codes=codes,
-                scale=levels.scale,
-                correction=correction,
-                error=torch.empty(0),
-                bits=coded_size(codes, self.places),
+            candidate = Candidate(
+                codes=codes, levels=levels, correction=correction, error=torch.empty(0)
             )
-            roundings.append(replace(plain, error=problem.error(plain.weight)))
-        return roundings[0], min(roundings, key=self._cost)
+            candidates.append(replace(candidate, error=problem.error(candidate.weight)))
+        return candidates[0], min(candidates, key=self.cost)
 
     def _corrections(self, problem: Problem) -> list[Correction]:
         """None, and what the held-out rows choose."""

@@ -26,6 +26,19 @@ class LayerData:
     train: LayerRows
     validation: LayerRows
 
+    def groups(self, channels: int) -> list["LayerData"]:
+        """Rows of each group of a layer with so many output channels; one, if it has no groups."""
+        inputs = self.train.inputs
+        if inputs.dim() == 2:
+            return [self]
+        each = channels // inputs.shape[1]
+        return [
+            LayerData(
+                train=self.train.group(index, each), validation=self.validation.group(index, each)
+            )
+            for index in range(inputs.shape[1])
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +32,14 @@ _WIDE = 6  # bits from which rows rounded with feedback may do without clipping
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["LayerSolution", "solve_layer", "stored_bias"]
+__all__ = [
+    "Candidate",
+    "GroupResult",
+    "LayerSolution",
+    "join_groups",
+    "solve_group",
+    "solve_layer",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,23 +76,34 @@ class LayerSolution:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Candidate:
+class Candidate:
+    """One rounding of a group.
+
+    Attributes:
+        codes: int8 [O, K].
+        levels: Their levels.
+        correction: What the target was corrected by.
+        error: Of each channel on the rows that judge, float64 [O].
+    """
+
     codes: Tensor
     levels: RowLevels
     correction: Correction
-    error: Tensor  # [O], on the rows that judge
+    error: Tensor
 
     @property
     def weight(self) -> Tensor:
+        """Rounded rows, float32 [O, K]."""
         return _dequantized(self.codes, self.levels)
 
     @property
     def total(self) -> float:
+        """Error of all channels."""
         return float(self.error.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Result:
+class GroupResult:
     """What is installed for one group of a layer.
 
     Attributes:
@@ -94,7 +112,7 @@ class _Result:
         energies: Signal, mismatch, base error, error, float64 [4].
     """
 
-    best: _Candidate
+    best: Candidate
     bias: Tensor | None
     energies: Tensor
 
@@ -123,35 +141,47 @@ def solve_layer(
     rows = weight_rows(module).float().to(data.train.inputs.device)
     bias = module.bias
     refit = isinstance(bias, Tensor) and settings.bias_correction
-    grouped = data.train.inputs.dim() == 3
-    groups = data.train.inputs.shape[1] if grouped else 1
-    channels = len(rows) // groups
-    results: list[_Result] = []
-    for index in range(groups):
-        span = slice(index * channels, (index + 1) * channels)
-        part = data
-        if grouped:
-            part = LayerData(
-                train=data.train.group(index, channels),
-                validation=data.validation.group(index, channels),
-            )
-        group_plan = replace(plan, bits=plan.bits[span], shape=(channels, *plan.shape[1:]))
-        results.append(_solve_rows(rows[span], group_plan, part, settings, refit=refit))
-    new_bias = None
-    if any(group.bias is not None for group in results):
+    parts = data.groups(len(rows))
+    channels = len(rows) // len(parts)
+    group_plans = [
+        replace(plan, bits=plan.bits[first : first + channels], shape=(channels, *plan.shape[1:]))
+        for first in range(0, len(rows), channels)
+    ]
+    results = [
+        _solve_rows(W, group_plan, part, settings, refit=refit)
+        for W, group_plan, part in zip(torch.split(rows, channels), group_plans, parts, strict=True)
+    ]
+    solution = join_groups(module, plan, results, len(data.train))
+    return replace(solution, seconds=time.perf_counter() - start)
+
+
+def join_groups(
+    module: nn.Module, plan: LayerPlan, groups: Sequence[GroupResult], rows: int
+) -> LayerSolution:
+    """What is installed for a layer.
+
+    Args:
+        module: The float layer.
+        plan: Its plan.
+        groups: What was found for its groups, in order.
+        rows: Rows it was fitted to.
+    """
+    bias, new_bias = module.bias, None
+    if any(group.bias is not None for group in groups):
         assert isinstance(bias, Tensor)
         gained = [
-            rows.new_zeros(channels) if group.bias is None else group.bias for group in results
+            group.best.error.new_zeros(len(group.best.codes)) if group.bias is None else group.bias
+            for group in groups
         ]
-        new_bias = stored_bias(bias.detach() + torch.cat(gained).to(bias), bias.detach())
-    energies = torch.stack([group.energies for group in results]).sum(dim=0)
+        new_bias = _stored(bias.detach() + torch.cat(gained).to(bias), bias.detach())
+    energies = torch.stack([group.energies for group in groups]).sum(dim=0)
     signal, mismatch, base, error = energies.tolist()
     signal = signal or 1.0
-    first = results[0].best.correction
+    first = groups[0].best.correction
     return LayerSolution(
         plan=plan,
-        codes=torch.cat([group.best.codes for group in results]).reshape(plan.shape).cpu(),
-        scale=torch.cat([group.best.levels.scale for group in results]).cpu(),
+        codes=torch.cat([group.best.codes for group in groups]).reshape(plan.shape).cpu(),
+        scale=torch.cat([group.best.levels.scale for group in groups]).cpu(),
         bias=new_bias,
         alpha=first.alpha,
         beta=first.beta,
@@ -159,12 +189,11 @@ def solve_layer(
         mismatch=mismatch / signal,
         base_error=base / signal,
         error=error / signal,
-        rows=len(data.train),
-        seconds=time.perf_counter() - start,
+        rows=rows,
     )
 
 
-def stored_bias(bias: Tensor, old: Tensor) -> Tensor:
+def _stored(bias: Tensor, old: Tensor) -> Tensor:
     """A bias as precise as the one it replaces: half precision stays half precision on disk."""
     if old.dtype == torch.float32 and fits_half(old.detach()):
         half = bias.half().float()
@@ -174,18 +203,47 @@ def stored_bias(bias: Tensor, old: Tensor) -> Tensor:
 
 def _solve_rows(
     W: Tensor, plan: LayerPlan, data: LayerData, settings: MPQConfig, *, refit: bool
-) -> _Result:
-    """Round one group of a layer, with its bias refitted or left, whichever errs less."""
+) -> GroupResult:
+    """Round one group of a layer."""
+    return solve_group(
+        W,
+        data,
+        lambda problem: _rounded(plan, problem, settings),
+        lambda candidate: candidate.total,
+        refit=refit,
+    )
+
+
+def solve_group(
+    W: Tensor,
+    data: LayerData,
+    rounded: Callable[[Problem], tuple[Candidate, Candidate]],
+    cost: Callable[[Candidate], float],
+    *,
+    refit: bool,
+) -> GroupResult:
+    """Round one group of a layer, with its bias refitted or left, whichever costs less.
+
+    Args:
+        W: Float weight rows [O, K].
+        data: The group's rows.
+        rounded: Makes the rounding without correction, and the best one.
+        cost: What a rounding costs.
+        refit: Whether there is a bias that may be refitted.
+
+    Raises:
+        CalibrationError: The statistics are not finite.
+    """
     problem = Problem.of(W, data, refit=refit)
-    base, best = _rounded(plan, problem, settings)
+    base, best = rounded(problem)
     if refit:
         plain = Problem.of(W, data, refit=False)
         same = replace(best, error=plain.error(best.weight))
-        if same.total < best.total:
+        if cost(same) < cost(best):
             # What the refit fits to a few rows does not hold on others.
             problem = plain
-            base, best = _rounded(plan, problem, settings)
-            best = min(best, same, key=lambda candidate: candidate.total)
+            base, best = rounded(problem)
+            best = min(best, same, key=cost)
     energies = torch.tensor(
         [problem.signal, problem.mismatch, base.total, best.total], dtype=torch.float64
     )
@@ -194,16 +252,14 @@ def _solve_rows(
             "its statistics are not finite; check the calibration data and the layers before it"
         )
     gained = None if problem.means is None else problem.means.bias(W, best.weight)
-    return _Result(best=best, bias=gained, energies=energies)
+    return GroupResult(best=best, bias=gained, energies=energies)
 
 
-def _rounded(
-    plan: LayerPlan, problem: Problem, settings: MPQConfig
-) -> tuple[_Candidate, _Candidate]:
+def _rounded(plan: LayerPlan, problem: Problem, settings: MPQConfig) -> tuple[Candidate, Candidate]:
     """The rounding without correction, and the best one of all."""
     options = _corrections(plan, problem, settings)
     candidates = [
-        _Candidate(
+        Candidate(
             codes=codes,
             levels=levels,
             correction=correction,
@@ -217,7 +273,7 @@ def _rounded(
     return candidates[0], _refined(best, problem, settings)
 
 
-def _refined(candidate: _Candidate, problem: Problem, settings: MPQConfig) -> _Candidate:
+def _refined(candidate: Candidate, problem: Problem, settings: MPQConfig) -> Candidate:
     """The chosen rounding refined, unless that does not help on the rows that judge."""
     if settings.rounding != "gptq" or not settings.refinements:
         return candidate
