@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from mpqdm_fx.bits.allocate import fixed_plan
+from mpqdm_fx.bits.allocate import even_levels, fixed_plan
 from mpqdm_fx.bits.pinning import pinned_layers
 from mpqdm_fx.calibration.count import bit_plan, tell_remarks
 from mpqdm_fx.graph.editing import copy_graph_module
@@ -151,7 +151,8 @@ def _judged(sweep: Sweep, result: GraphQuantization) -> GraphQuantization:
 
 
 def _uniform(plan: LayerPlan) -> LayerPlan:
-    return replace(plan, levels="uniform", fraction=0.0)
+    levels = plan.levels if plan.levels == "int4" else "uniform"
+    return replace(plan, levels=levels, fraction=0.0)
 
 
 def _even_plans(sweep: Sweep, graph_module: fx.GraphModule) -> list[LayerPlan] | None:
@@ -163,7 +164,7 @@ def _even_plans(sweep: Sweep, graph_module: fx.GraphModule) -> list[LayerPlan] |
     pinned = pinned_layers(graph_module)
     bits = {name: (8 if name in pinned else settings.weight_bits, None) for name in sweep.solutions}
     return [
-        fixed_plan(layer, *{**bits, **limits.fixed}[name])
+        fixed_plan(layer, *{**bits, **limits.fixed}[name], even_levels(layer, settings))
         for name, layer in weight_layers(graph_module, embeddings=True).items()
         if name in sweep.solutions
     ]

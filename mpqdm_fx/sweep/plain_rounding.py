@@ -16,6 +16,7 @@ from mpqdm_fx.graph.editing import copy_graph_module, replace_module
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.numerics.activations.ranges import affine_qparams
 from mpqdm_fx.numerics.lazy_tensor import row_blocks
+from mpqdm_fx.numerics.levels.int4 import INT4_BITS, nearest_int4
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.passes.quantize.round_weights import install_codes
 from mpqdm_fx.records.activations import (
@@ -36,11 +37,13 @@ _NUMBERS = 1 << 22  # of a weight, rounded at once
 
 
 def plain_weights(graph_module: fx.GraphModule, plans: Iterable[LayerPlan]) -> fx.GraphModule:
-    """Round every weight to the nearest of the uniform levels up to its row's largest.
+    """Round every weight to the nearest of the levels that reach to its row's largest.
+
+    Levels are uniform, or -8..7 where a plan has `"int4"`, which decides how a program stores them.
 
     Args:
         graph_module: Normalized float graph; it is not changed.
-        plans: Bits of the layers; their kind of levels does not matter.
+        plans: Bits of the layers; fitted levels become uniform ones.
 
     Returns:
         The rounded graph.
@@ -49,19 +52,23 @@ def plain_weights(graph_module: fx.GraphModule, plans: Iterable[LayerPlan]) -> f
     layers = weight_layers(graph_module, embeddings=True)
     for plan in plans:
         module = layers[plan.name].module
-        codes, scale = _nearest(layers[plan.name].weight.detach(), plan.bits_tensor())
+        codes, scale = _nearest(layers[plan.name].weight.detach(), plan)
         replace_module(rounded, plan.name, install_codes(module, codes.reshape(plan.shape), scale))
     return rounded
 
 
-def _nearest(weight: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest(weight: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor]:
     """Codes and scales of all rows, of so many at once: a table can be a large model's."""
-    codes, scales, first = [], [], 0
+    codes, scales, first, bits = [], [], 0, plan.bits_tensor()
     for block in row_blocks(weight, _NUMBERS):
         rows, widths = block.flatten(1).float(), bits[first : first + len(block)]
         levels = RowLevels(bits=widths, scale=torch.ones(len(rows)), tables=None).unclipped(rows)
-        codes.append(levels.snap(rows).to(torch.int8))
-        scales.append(levels.scale)
+        nearest, scale = levels.snap(rows), levels.scale
+        if plan.levels == "int4":
+            four = (widths == INT4_BITS).nonzero()[:, 0]
+            nearest[four], scale[four] = nearest_int4(rows[four])
+        codes.append(nearest.to(torch.int8))
+        scales.append(scale)
         first += len(rows)
     return torch.cat(codes), torch.cat(scales)
 

@@ -109,7 +109,7 @@ def test_the_program_is_the_same_file(tmp_path, monkeypatch):
 
 
 def test_four_bits_are_stored_at_four(tmp_path):
-    torch.manual_seed(3)  # where plain rounding is no better, which keeps other levels
+    torch.manual_seed(0)
     config = T5Config(vocab_size=64, d_model=24, d_kv=12, d_ff=32, num_layers=3, num_heads=2)
     model = T5EncoderModel(config).eval().to(torch.bfloat16)
     model.save_pretrained(tmp_path, max_shard_size="4KB")

@@ -20,7 +20,7 @@ from mpqdm_fx.numerics.solve.rows import (
 )
 from mpqdm_fx.numerics.solve.scales import quantize_uniform
 
-__all__ = ["INT4_BITS", "int4_levels", "quantize_int4", "snap_int4"]
+__all__ = ["INT4_BITS", "int4_levels", "nearest_int4", "quantize_int4", "snap_int4"]
 
 INT4_BITS = 4
 _LOWEST, _HIGHEST = -8, 7
@@ -38,6 +38,20 @@ def int4_levels() -> Tensor:
 def snap_int4(ratio: Tensor) -> Tensor:
     """The nearest of the integers -8..7, in the dtype of `ratio` (weights over their scale)."""
     return ratio.round().clamp(_LOWEST, _HIGHEST)
+
+
+def nearest_int4(W: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest of -8..7 at the scale at which 7 is each row's largest weight.
+
+    Args:
+        W: Weight rows [n, K], float32.
+
+    Returns:
+        Codes, whole numbers in float32 [n, K], and scale float32 [n] (bfloat16 values).
+    """
+    largest = W.abs().amax(dim=1)
+    scale = round_scale(torch.where(largest > 0, largest / _HIGHEST, torch.ones_like(largest)))
+    return snap_int4(W / scale[:, None]), scale
 
 
 def quantize_int4(

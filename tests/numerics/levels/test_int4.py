@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.numerics.levels.grids import dequantize, round_scale
-from mpqdm_fx.numerics.levels.int4 import int4_levels, quantize_int4
+from mpqdm_fx.numerics.levels.int4 import int4_levels, nearest_int4, quantize_int4
 from mpqdm_fx.numerics.levels.packing import pack_layer, storage_bits, unpack_layer
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.numerics.solve.gptq import gptq
@@ -103,3 +103,17 @@ def test_error_feedback_stays_on_the_levels_of_every_width(seed):
 def test_rows_of_zeros_stay_zero():
     codes, _ = quantize_int4(torch.zeros(2, 8), torch.tensor([4, 4]))
     assert not bool(codes.any())
+
+
+@given(seed=st.integers(0, 10**6), columns=st.integers(1, 30))
+def test_plain_rounding_reaches_to_the_largest_weight_and_is_off_by_half_a_step(seed, columns):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(4, columns, generator=generator)
+    rows[3] = 0
+    codes, scale = nearest_int4(rows)
+    assert torch.equal(scale, round_scale(scale))
+    assert bool((scale > 0).all())
+    assert set(codes.unique().tolist()) <= set(int4_levels().tolist())
+    # bfloat16 has eight bits: the scale may be a little short of the largest weight
+    error = (rows - codes * scale[:, None]).abs()
+    assert bool((error <= scale[:, None] * (0.5 + 7 * 2**-8)).all())
