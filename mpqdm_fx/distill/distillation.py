@@ -110,8 +110,8 @@ def distill(
             have, or the batch of its graph is fixed to another one; or a sampler is given guidance.
         CalibrationError: A run or the loss leaves the finite numbers, or conditions do not fit.
     """
-    _check_storage(quantized)
     start = _start(config, sample_shape or sample_shape_of(teacher), conditions, unconditional)
+    _check_storage(quantized)
     _check_batch(quantized.signature, config)
     teacher = unwrap(teacher)
     graph = _float_graph(quantized, teacher)

@@ -42,8 +42,8 @@ CALLS = (
     WrongCall(
         "An option misspelt",
         "quantize digits --weigths 3",
-        "No such option: --weigths (Possible options: --weight-bytes, --weights); see "
-        "mpqdm-fx quantize --help",
+        "No such option: --weigths (Possible options: --weight-bytes, --weight-storage, "
+        "--weights); see mpqdm-fx quantize --help",
     ),
     WrongCall(
         "More bits than eight",
