@@ -215,7 +215,7 @@ def _calls(part: Part, inputs: PipelineInputs) -> tuple[int, int]:
     elif part.stepped:
         rows = inputs.trajectories * inputs.steps * inputs.calls_per_step
     else:
-        return inputs.trajectories, 1
+        return inputs.picture_count(inputs.trajectories), 1
     batch = min(rows, inputs.batch_size)
     return math.ceil(rows / batch), batch
 

@@ -33,6 +33,7 @@ __all__ = ["PipelineInputs", "inputs_of"]
 
 _RUN_SEEDS = 1 << 40  # far from those of pictures that are drawn for eyes
 _SEEDS = 1 << 20  # runs of one seed, at most
+_PIXELS, _PICTURES = 1 << 20, 4  # that show a part of the VAE its values' ranges, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +153,28 @@ class PipelineInputs:
             return [concatenate(rows[start : start + size]) for start in range(0, len(rows), size)]
         if part == "vae_decoder":
             request = self._request(0, self.size)
-            samples = self.runs.final_samples
-            return [decoder_call(self.layout, latents[None], request) for latents in samples]
-        # large activations: one by one
-        return [dict(call) for call in self.runs.calls(part, batch_size=1)]
+            latents = self.runs.final_samples
+            chosen = self._evenly(len(latents))
+            return [decoder_call(self.layout, latents[row, None], request) for row in chosen]
+        calls = list(self.runs.calls(part, batch_size=1))  # large activations: one by one
+        return [dict(calls[row]) for row in self._evenly(len(calls))]
+
+    def picture_count(self, available: int) -> int:
+        """Pictures that a part of the VAE is calibrated on and judged by.
+
+        Their pixels are its rows: few large pictures show as many as many small ones, and each
+        takes a decoder's whole run several times.
+
+        Args:
+            available: Pictures that there are.
+        """
+        height, width = self.size
+        return min(available, max(_PICTURES, _PIXELS // (height * width)))
+
+    def _evenly(self, available: int) -> list[int]:
+        """Pictures of all runs alike, the last one among them."""
+        count = self.picture_count(available)
+        return [(place + 1) * available // count - 1 for place in range(count)]
 
     def _tokens(self, part: str, prompt: str) -> Call:
         """What a text encoder gets of a prompt."""

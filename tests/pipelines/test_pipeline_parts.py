@@ -1,5 +1,8 @@
 """Each part computes what the pipeline computes, and is calibrated on what the pipeline meets."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import tiny_pipelines
 import torch
@@ -107,6 +110,15 @@ def test_the_decoder_is_calibrated_on_what_the_runs_end_with(tmp_path):
     inputs = inputs_of(tiny_pipelines.stable_diffusion(tmp_path))
     latents = torch.cat([call["latents"] for call in inputs.calls("vae_decoder")])
     assert torch.equal(latents, inputs.runs.final_samples)
+
+
+@pytest.mark.parametrize(("side", "rows"), [(64, range(16)), (512, (3, 7, 11, 15)), (4096, None)])
+def test_few_large_pictures_show_the_decoder_as_much_as_many_small_ones(tmp_path, side, rows):
+    inputs = replace(inputs_of(tiny_pipelines.stable_diffusion(tmp_path)), size=(side, side))
+    vars(inputs)["runs"] = SimpleNamespace(final_samples=torch.arange(16.0).reshape(16, 1, 1, 1))
+    shown = [int(call["latents"]) for call in inputs.calls("vae_decoder")]
+    assert shown == list(rows or (3, 7, 11, 15))
+    assert inputs.picture_count(3) == 3
 
 
 def test_half_precision_and_training_pipelines_are_copied_and_left_as_they_are(tmp_path):
