@@ -26,7 +26,7 @@ from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.distillation import distill
 from mpqdm_fx.model.quantized import QuantizedModel
 
-SETTINGS = ("W2A4", "W2A6", "W3A4")
+SETTINGS = ("W2A4", "W2A6", "W3A4", "W3A6", "W4A4", "W4A8")
 
 #: Evenly spaced codes of one width, as the published baseline has them.
 _FULL: Mapping[str, Any] = {"activation_allocation": "uniform", "activation_levels": "uniform"}
@@ -35,6 +35,8 @@ _RTN = {
     "propagation": 0.0, "bias_correction": False, **_FULL,
 }  # fmt: skip
 _SHORTCUTS: Mapping[str, Any] = {"overrides": [SHORTCUTS], **_FULL}
+_WIDTHS: Mapping[str, Any] = {"activation_levels": "uniform"}
+_LEVELS: Mapping[str, Any] = {"activation_allocation": "uniform"}
 _INPUTS: Mapping[str, Any] = {}  # a width and levels for each input
 #: Its trained parts at our rates: its own are made for a hundred times the updates.
 _EFFICIENTDM: Mapping[str, Any] = {
@@ -57,7 +59,11 @@ RECIPES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {
     "ours, steps alike": (_FULL, {"final_share": 0.0}),
     "ours, stochastic": (_FULL, {"rounding": "stochastic"}),
     "ours, rtn start": (_RTN, {}),
+    "untrained+levels": (_LEVELS, None),
+    "untrained+widths": (_WIDTHS, None),
     "untrained+inputs": (_INPUTS, None),
+    "ours+levels": (_LEVELS, {}),
+    "ours+widths": (_WIDTHS, {}),
     "ours+inputs": (_INPUTS, {}),
     "untrained+shortcuts": (_SHORTCUTS, None),
     "ours+shortcuts": (_SHORTCUTS, {}),
@@ -122,13 +128,17 @@ def measure(
                 quantized = result.quantized
                 row = {"updates": updates, "before": result.before, "after": result.after}
             row["seconds"] = time.perf_counter() - clock
+            row["input_bits"] = quantized.report.input_bits or [float(setting[-1])] * 2
             write_row(output, key, row | bench.measured(quantized))
 
 
 def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
     """Markdown table: mean and spread (largest minus smallest) over the seeds."""
     heads = "setting | recipe | eps-SQNR dB | x0-SQNR dB | FD | accuracy | bits | seconds | seeds"
-    lines = [f"| {heads} |", "|---" * 9 + "|"]
+    more = ("median x0 dB", "input bits, elements", "input bits, multiply-adds")
+    has_more = all("input_bits" in row for row in rows.values())
+    heads = " | ".join((heads, *more)) if has_more else heads
+    lines = [f"| {heads} |", "|---" * len(heads.split("|")) + "|"]
     for setting in SETTINGS:
         for recipe in RECIPES:
             runs = [rows[k] for s in seeds if (k := f"{setting} {recipe} {s}") in rows]
@@ -136,10 +146,12 @@ def table(rows: Mapping[str, Any], seeds: list[int]) -> str:
                 continue
             bits = statistics.mean(row["effective_bits"] for row in runs)
             seconds = statistics.mean(row["seconds"] for row in runs)
-            lines.append(
-                f"| {setting} | {recipe} | {columns(runs)} | {bits:.3f} | {seconds:.0f} "
-                f"| {len(runs)} |"
-            )
+            cells = [setting, recipe, columns(runs), f"{bits:.3f}", f"{seconds:.0f}", len(runs)]
+            if has_more:
+                cells.append(f"{statistics.mean(row['x0_median_sqnr'] for row in runs):.2f}")
+                widths = zip(*(row["input_bits"] for row in runs), strict=True)
+                cells += [f"{statistics.mean(width):.2f}" for width in widths]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

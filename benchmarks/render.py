@@ -29,6 +29,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "quality.json": lambda rows: quality.table(rows, SEEDS),
     "digits_dit.json": lambda rows: quality.table(rows, SEEDS),
     "distill.json": lambda rows: distill.table(rows, SEEDS),
+    "few_bits.json": lambda rows: distill.table(rows, SEEDS),
     "captions.json": lambda rows: captions.table(rows, SEEDS),
     "captions_defaults.json": lambda rows: captions.table(
         rows, SEEDS, captions.DEFAULTS, ("default",)

@@ -2,6 +2,7 @@
 
     python benchmarks/tiny_sd.py --directory tiny_sd
     python benchmarks/tiny_sd.py --directory try --narrower 4      # a quick try
+    python benchmarks/tiny_sd.py --save sd-1.5     # only a folder for `mpqdm-fx export`, of SD 1.5
 
 TinySD's networks (UNet 323 M parameters, CLIP ViT-L, Stable Diffusion's VAE), 512x512, with seeded
 random weights: bytes, memory and time, no quality. The stock recipe is that of Arm's
@@ -44,16 +45,25 @@ OURS: Mapping[str, tuple[int, str]] = {
 }
 
 
-def pipeline(directory: Path, narrower: int) -> StableDiffusionPipeline:
-    """TinySD's networks, all widths divided, with a tokenizer of letters."""
+_TINY: Mapping[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 1,
+    "mid_block_type": None,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+}
+_SD_1_5: Mapping[str, Any] = {"block_out_channels": (320, 640, 1280, 1280)}  # else defaults
+
+
+def pipeline(
+    directory: Path, narrower: int, shape: Mapping[str, Any] = _TINY
+) -> StableDiffusionPipeline:
+    """Networks of a UNet's shape, all widths divided, with a tokenizer of letters."""
     torch.manual_seed(0)
+    widths = tuple(width // narrower for width in shape["block_out_channels"])
     unet = UNet(
         sample_size=SIDE // 8,
-        block_out_channels=tuple(width // narrower for width in (320, 640, 1280)),
-        layers_per_block=1,
-        mid_block_type=None,
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        **{**shape, "block_out_channels": widths},
         cross_attention_dim=768,
         attention_head_dim=8,
         norm_num_groups=32 if narrower == 1 else 8,
@@ -254,7 +264,10 @@ def made(directory: Path) -> list[str]:
 def main() -> None:
     """Make and run what is missing, each in a process of its own, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--directory", type=Path)
+    parser.add_argument(
+        "--save", type=Path, help="write a float folder with SD 1.5's UNet, no more"
+    )
     parser.add_argument("--forms", nargs="+", default=[*OURS, STOCK], choices=[*OURS, STOCK])
     parser.add_argument("--narrower", type=int, default=1, help="divide all widths, to try it out")
     parser.add_argument("--threads", type=int, default=2)
@@ -263,6 +276,11 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     torch.set_num_threads(options.threads)
+    if options.save is not None:
+        pipeline(options.save, options.narrower, _SD_1_5).save_pretrained(options.save)
+        return
+    if options.directory is None:
+        parser.error("give --directory or --save")
     options.directory.mkdir(parents=True, exist_ok=True)
     suffix = f"{options.threads}.{options.instructions}.json"
     files = {"make": "make.json", "run": f"run.{suffix}"}
