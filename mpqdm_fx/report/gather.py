@@ -238,7 +238,8 @@ def _layers(
 def _layer(
     planned: LayerPlan, report: LayerReport, measured: PartMeasurements, place: Place
 ) -> LayerNumbers:
-    counts = Counter(planned.bits)
+    # codes of an entropy coder have no width
+    counts = Counter(planned.bits if planned.coded is None else ())
     return LayerNumbers(
         name=planned.name,
         kind=planned.kind,

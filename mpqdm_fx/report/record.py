@@ -52,12 +52,13 @@ class Spread(Strict):
 class LayerNumbers(Strict):
     """One quantized layer, in running order.
 
-    `bits` counts channels by their width. `sqnr_db` is of the layer alone on held-out rows,
-    `base_sqnr_db` the same without error propagation, whose strength is `alpha` (of the residual
-    `beta`). `by_level` is the ratio of the layer's output in the running model at each of
-    `PartRecord.levels`. `kurtosis` is of the float weights of its channels, `sensitivity` the
-    squared error of the model's output per squared error of a channel's. Of a model that is told no
-    noise level `running_sqnr_db` is what `by_level` is of others.
+    `bits` counts channels by their width; those of an entropy-coded layer have none. `sqnr_db` is
+    of the layer alone on held-out rows, `base_sqnr_db` the same without error propagation, whose
+    strength is `alpha` (of the residual `beta`). `by_level` is the ratio of the layer's output in
+    the running model at each of `PartRecord.levels`. `kurtosis` is of the float weights of its
+    channels, `sensitivity` the squared error of the model's output per squared error of a
+    channel's. Of a model that is told no noise level `running_sqnr_db` is what `by_level` is of
+    others.
     """
 
     name: Name

@@ -13,6 +13,8 @@ from mpqdm_fx import MPQConfig, RunOptions, load, quantize, save
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.distillation import distill
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.report.gather import PartMeasurements, part_of
+from mpqdm_fx.report.page.details import layer_rows
 from mpqdm_fx.sweep.finish import finish
 from mpqdm_fx.sweep.start import start_sweep
 
@@ -84,6 +86,18 @@ def test_a_folder_has_the_bytes_that_the_plan_says_and_gives_the_same_model(quan
     assert "entropy-coded" in loaded.summary()
     call = unet_calls(1, seed=3)[0]
     assert torch.equal(loaded(**call).sample, quantized(**call).sample)
+
+
+def test_a_report_tells_no_width_where_there_is_none(quantized):
+    part = part_of(
+        "unet", "UNet", plan=quantized.plan, report=quantized.report, settings={},
+        measured=PartMeasurements(),
+    )  # fmt: skip
+    for row, planned in zip(layer_rows(part), quantized.plan.layers, strict=True):
+        coded = planned.coded is not None
+        assert row.layer.bits == ({} if coded else {"8": planned.shape[0]})
+        assert ("Entropy-coded: its channels have no fixed width." in row.missing) == coded
+        assert ("Channels by their bits" in dict(row.drawings)) != coded
 
 
 def test_training_is_refused(quantized):

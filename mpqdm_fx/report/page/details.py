@@ -58,8 +58,11 @@ def layer_rows(part: PartRecord) -> list[LayerRow]:
 
 
 def _row(part: PartRecord, index: int, layer: LayerNumbers) -> LayerRow:
-    drawings = [("Channels by their bits", _bits(layer))]
-    missing = []
+    drawings, missing = [], []
+    if layer.bits:
+        drawings.append(("Channels by their bits", _bits(layer)))
+    else:
+        missing.append("Entropy-coded: its channels have no fixed width.")
     if layer.kurtosis is not None:
         drawings.append(("Kurtosis of channels (3 is Gaussian)", _box(layer.kurtosis, "kurtosis")))
     elif "kurtosis" in part.missing:
