@@ -10,11 +10,11 @@
 namespace mpqdm {
 namespace {
 
-constexpr size_t kLaneCodes = 4096;    // a lane has at least
-constexpr size_t kMostCodes = 1 << 15; // that a byte can tell
+constexpr size_t kLaneCodes = 8192;     // a lane has at least
+constexpr size_t kMostCodes = 1 << 15;  // that a byte can tell
 constexpr size_t kRowBits = 6, kShiftBits = 4;
-constexpr int kNoShift = 8;            // as it is stored
-constexpr size_t kFewRows = 4;         // below which channels have no shifts
+constexpr int kNoShift = 8;             // as it is stored
+constexpr size_t kFewRows = 4;          // below which channels have no shifts
 
 static_assert(sizeof kLargestKept == kCodeClasses);
 

@@ -83,9 +83,9 @@ bool decode_vectors(CodeStream& stream, uint8_t* codes, size_t count) {
 
 bool decode_run_avx2(CodeStream& stream, size_t lanes, uint8_t* codes, size_t count) {
   switch (lanes) {
-    case 8: return decode_vectors<1>(stream, codes, count);
     case 16: return decode_vectors<2>(stream, codes, count);
     case 32: return decode_vectors<4>(stream, codes, count);
+    // a single vector would wait for itself
     default: return decode_run_scalar(stream, lanes, codes, count);
   }
 }

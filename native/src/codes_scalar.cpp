@@ -30,10 +30,10 @@ bool decode_lanes(CodeStream& stream, uint8_t* codes, size_t count) {
     for (size_t lane = 0; lane < kLanes; ++lane) {
       uint32_t state = states[lane];
       codes[lane] = pop_code(entries, codes[lane], state);
-      const bool is_low = state < kLeastState;
-      const uint32_t filled = state << 16 | read_word(words);
-      states[lane] = is_low ? filled : state;
-      words += is_low ? 2 : 0;
+      // Whether a word is taken is random: no branch would foresee it.
+      const uint32_t taken = state < kLeastState ? 1 : 0;
+      states[lane] = state << 16 * taken | (read_word(words) & (0 - taken));
+      words += 2 * taken;
     }
     codes += kLanes;
     count -= kLanes;

@@ -56,7 +56,7 @@ TOTAL = 2**_SLOT_BITS
 
 _RAW = CLASSES  # the class of bytes behind the codes
 _LEAST = 2**16  # of a state
-_MOST_LANES, _LANE_CODES = 32, 4096
+_MOST_LANES, _LANE_CODES = 32, 8192
 
 
 def lanes_of(count: int) -> int:
