@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 namespace mpqdm {
 
@@ -36,19 +35,6 @@ struct CodeStream {
   const uint8_t* end;  // an even number of bytes behind `words`
   uint32_t states[kMostLanes];
 };
-
-inline uint32_t read_word(const uint8_t* at) {
-  uint16_t word = 0;
-  std::memcpy(&word, at, sizeof word);
-  return word;
-}
-
-// The number of a state, and the state behind it before words are read.
-inline uint8_t pop_code(const uint32_t* entries, uint32_t code_class, uint32_t& state) {
-  const uint32_t entry = entries[(code_class << kSlotBits) + (state & (kSlots - 1))];
-  state = ((entry >> 8) & (kSlots - 1)) * (state >> kSlotBits) + (entry >> 20);
-  return static_cast<uint8_t>(entry);
-}
 
 // Decodes `count` codes with `lanes` states that take turns. `codes` holds their classes, all known
 // ones, and gets the codes. False if the words run out.

@@ -1,6 +1,7 @@
 #include "mpqdm/codes.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <vector>
 

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <bit>
+#include <cstring>
 
 #include "code_slots.h"
 

@@ -1,9 +1,23 @@
 #include <algorithm>
+#include <cstring>
 
 #include "code_slots.h"
 
 namespace mpqdm {
 namespace {
+
+uint32_t read_word(const uint8_t* at) {
+  uint16_t word = 0;
+  std::memcpy(&word, at, sizeof word);
+  return word;
+}
+
+// The number of a state, and the state behind it before words are read.
+uint8_t pop_code(const uint32_t* entries, uint32_t code_class, uint32_t& state) {
+  const uint32_t entry = entries[(code_class << kSlotBits) + (state & (kSlots - 1))];
+  state = ((entry >> 8) & (kSlots - 1)) * (state >> kSlotBits) + (entry >> 20);
+  return static_cast<uint8_t>(entry);
+}
 
 // One code after the other, as far as the words go.
 bool decode_slowly(CodeStream& stream, size_t lanes, uint8_t* codes, size_t count) {
