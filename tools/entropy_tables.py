@@ -52,7 +52,9 @@ def _cost(shares: list[float], table: list[int]) -> float:
     escape = TOTAL - table[0] - 2 * sum(table[1:])
     bits = [-math.log2(count / TOTAL) for count in table]
     bits += [ESCAPED_BITS - math.log2(escape / TOTAL)] * (len(shares) - len(table))
-    return shares[0] * bits[0] + 2 * math.fsum(s * b for s, b in zip(shares[1:], bits[1:]))
+    return shares[0] * bits[0] + 2 * math.fsum(
+        s * b for s, b in zip(shares[1:], bits[1:], strict=True)
+    )
 
 
 def header(tables: list[list[int]]) -> str:

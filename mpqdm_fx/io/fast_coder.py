@@ -1,5 +1,7 @@
-"""The entropy coder of the native library, where it is installed: the same bytes, hundreds of times
-as fast as `numerics.levels.rans`."""
+"""The entropy coder of the native library, where it is installed.
+
+It writes and reads the same bytes as `numerics.levels.rans`, a hundred times as fast.
+"""
 
 import importlib
 import logging
@@ -55,9 +57,7 @@ class FastCoder:
             ArtifactError: The bytes are not those of such a layer.
         """
         try:
-            codes = self._library.decode_codes(
-                _bytes(stream), shape[0], shape[1] // places, places
-            )
+            codes = self._library.decode_codes(_bytes(stream), shape[0], shape[1] // places, places)
         except ValueError as error:
             raise ArtifactError(f"codes: entropy-coded layer: {error}; corrupted") from None
         return _tensor(codes).view(torch.int8).reshape(shape)

@@ -77,7 +77,7 @@ def test_the_installed_library_codes_and_refuses(tmp_path):
         stream = encode(codes, 9, coder)
         assert torch.equal(stream, encode(codes, 9))
         assert torch.equal(decode(stream, (20, 270), 9, coder), codes)
-        with pytest.raises(ArtifactError, match="codes: entropy-coded layer: .*; corrupted"):
+        with pytest.raises(ArtifactError, match=r"codes: entropy-coded layer: .*; corrupted"):
             decode(stream[:-2], (20, 270), 9, coder)
     installed_coder.cache_clear()
     with kernels_missing():

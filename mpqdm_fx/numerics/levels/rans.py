@@ -17,6 +17,7 @@ second.
 """
 
 import json
+import struct
 from collections.abc import Iterator
 from functools import cache
 from importlib import resources
@@ -57,6 +58,7 @@ TOTAL = 2**_SLOT_BITS
 _RAW = CLASSES  # the class of bytes behind the codes
 _LEAST = 2**16  # of a state
 _MOST_LANES, _LANE_CODES = 32, 8192
+_CHUNK = 1 << 16
 
 
 def lanes_of(count: int) -> int:
@@ -120,22 +122,22 @@ def encode_run(codes: Tensor, classes: Tensor) -> Tensor:
     # what is decoded last is encoded first
     _push(raw, states, words)
     _push(torch.where(kept, at, classes.long() * 256), states, words)
-    halves = [half for state in states for half in (state & 0xFFFF, state >> 16)]
-    values = torch.tensor(halves + words[::-1], dtype=torch.int64)
-    return torch.stack([values & 255, values >> 8], dim=1).to(torch.uint8).flatten()
+    octets = struct.pack(f"<{lanes}I{len(words)}H", *states, *reversed(words))
+    return torch.frombuffer(bytearray(octets), dtype=torch.uint8)
 
 
 def _push(places: Tensor, states: list[int], words: list[int]) -> None:
     """Encode numbers, which are told by their places in the tables, from the last to the first."""
     frequencies, starts, _ = _slots()
     lane = len(places) % len(states)
-    for place in reversed(places.tolist()):
-        lane = (lane or len(states)) - 1
-        frequency, x = frequencies[place], states[lane]
-        if x >> 20 >= frequency:
-            words.append(x & 0xFFFF)
-            x >>= 16
-        states[lane] = (x // frequency << _SLOT_BITS) + x % frequency + starts[place]
+    for part in reversed(places.split(_CHUNK)):
+        for place in reversed(part.tolist()):
+            lane = (lane or len(states)) - 1
+            frequency, x = frequencies[place], states[lane]
+            if x >> 20 >= frequency:
+                words.append(x & 0xFFFF)
+                x >>= 16
+            states[lane] = (x // frequency << _SLOT_BITS) + x % frequency + starts[place]
 
 
 def decode_run(stream: Tensor, classes: Tensor) -> Tensor:
@@ -154,14 +156,13 @@ def decode_run(stream: Tensor, classes: Tensor) -> Tensor:
     lanes = lanes_of(len(classes))
     if len(stream) % 2 or len(stream) < 4 * lanes:
         raise ArtifactError("codes: the words of an entropy-coded layer are cut; corrupted")
-    octets = stream.cpu().long()
-    halves = (octets[::2] + 256 * octets[1::2]).tolist()
-    states = [low + (high << 16) for low, high in zip(halves[::2], halves[1 : 2 * lanes : 2])]
-    words = iter(halves[2 * lanes :])
+    octets = _bytes(stream)
+    states = list(struct.unpack_from(f"<{lanes}I", octets))
+    words = struct.iter_unpack("<H", octets[4 * lanes :])
     try:
-        codes = _pop(classes.tolist(), states, words)
+        codes = _pop(_bytes(classes), states, words)
         escaped = codes == ESCAPE
-        raw = _pop([_RAW] * int(escaped.sum()), states, words)
+        raw = _pop(bytes([_RAW]) * int(escaped.sum()), states, words)
     except StopIteration:
         raise ArtifactError("codes: an entropy-coded layer ends too early; corrupted") from None
     if next(words, None) is not None or states != [_LEAST] * lanes:
@@ -172,7 +173,11 @@ def decode_run(stream: Tensor, classes: Tensor) -> Tensor:
     return codes
 
 
-def _pop(classes: list[int], states: list[int], words: Iterator[int]) -> Tensor:
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.cpu().contiguous().numpy().tobytes())
+
+
+def _pop(classes: bytes, states: list[int], words: Iterator[tuple[int]]) -> Tensor:
     """Decode numbers, int8; StopIteration where the words run out."""
     entries = _slots()[2]
     numbers = bytearray(len(classes))
@@ -184,7 +189,7 @@ def _pop(classes: list[int], states: list[int], words: Iterator[int]) -> Tensor:
         numbers[i] = entry & 255
         x = (entry >> 8 & (TOTAL - 1)) * (x >> _SLOT_BITS) + (entry >> 8 + _SLOT_BITS)
         if x < _LEAST:
-            x = x << 16 | next(words)
+            x = x << 16 | next(words)[0]
         states[lane] = x
         lane = lane + 1 & lanes - 1
     octets = torch.frombuffer(numbers, dtype=torch.uint8) if numbers else torch.empty(0)

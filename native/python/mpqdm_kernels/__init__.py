@@ -110,7 +110,7 @@ def encode_codes(codes: bytes, classes: bytes) -> bytes:
     size = library.mpqdm_encode_codes(codes, classes, len(codes), stream)
     if not size:
         raise ValueError("a code is -128, or a class is above 39")
-    return stream[:size]
+    return bytes(memoryview(stream)[:size])
 
 
 @functools.cache
