@@ -130,7 +130,7 @@ def _push(places: Tensor, states: list[int], words: list[int]) -> None:
     """Encode numbers, which are told by their places in the tables, from the last to the first."""
     frequencies, starts, _ = _slots()
     lane = len(places) % len(states)
-    for part in reversed(places.split(_CHUNK)):
+    for part in reversed(torch.split(places, _CHUNK)):
         for place in reversed(part.tolist()):
             lane = (lane or len(states)) - 1
             frequency, x = frequencies[place], states[lane]
