@@ -70,19 +70,22 @@ struct Header {
   const uint8_t* rows;    // 6 bits each
   const uint8_t* shifts;  // 4 bits each: of channels if there are, then of places if there are
   bool has_channels, has_places;
-  size_t bytes;
 
+  // `stream` has `bytes_of(shape)`.
   Header(const uint8_t* stream, const CodesShape& shape)
-      : rows(stream), has_channels(shape.rows >= kFewRows), has_places(shape.places > 1) {
-    const size_t first = row_bytes(shape);
-    shifts = stream + first;
-    bytes = first + (shift_count(shape) * kShiftBits + 7) / 8;
+      : rows(stream),
+        shifts(stream + row_bytes(shape)),
+        has_channels(shape.rows >= kFewRows),
+        has_places(shape.places > 1) {}
+
+  static size_t bytes_of(const CodesShape& shape) {
+    return row_bytes(shape) + (shift_count(shape) * kShiftBits + 7) / 8;
   }
 
   static size_t row_bytes(const CodesShape& shape) { return (shape.rows * kRowBits + 7) / 8; }
 
-  size_t shift_count(const CodesShape& shape) const {
-    return (has_channels ? shape.channels : 0) + (has_places ? shape.places : 0);
+  static size_t shift_count(const CodesShape& shape) {
+    return (shape.rows >= kFewRows ? shape.channels : 0) + (shape.places > 1 ? shape.places : 0);
   }
 
   bool padded(const CodesShape& shape) const {
@@ -183,8 +186,9 @@ CodesError decode_codes(const KernelSet& kernels, const uint8_t* stream, size_t 
   if (!is_sensible(shape)) return CodesError::bad_sizes;
   const size_t columns = shape.channels * shape.places, count = shape.rows * columns;
   if (count > size * kMostCodes) return CodesError::bad_sizes;
+  const size_t head = Header::bytes_of(shape);
+  if (size < head) return CodesError::cut_classes;
   const Header header(stream, shape);
-  if (size < header.bytes) return CodesError::cut_classes;
   if (!header.padded(shape)) return CodesError::bad_class;
   const std::vector<int8_t> shifts = header.columns(shape);
   auto* bytes = reinterpret_cast<uint8_t*>(codes);
@@ -193,7 +197,7 @@ CodesError decode_codes(const KernelSet& kernels, const uint8_t* stream, size_t 
     if (of_row >= kCodeClasses) return CodesError::bad_class;
     write_classes(static_cast<int>(of_row), shifts, bytes + row * columns);
   }
-  return decode_words(kernels, stream + header.bytes, size - header.bytes, bytes, count);
+  return decode_words(kernels, stream + head, size - head, bytes, count);
 }
 
 }  // namespace mpqdm
