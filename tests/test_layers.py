@@ -158,8 +158,8 @@ def test_every_import_inside_a_function_has_its_reason_and_every_reason_its_impo
     assert set(LAZY) - set(found.values()) == set(), "reasons without an import"
 
 
-def test_numerics_import_only_torch_an_entropy_coder_and_the_standard_library():
-    allowed = {"torch", "constriction", *sys.stdlib_module_names}
+def test_numerics_import_only_torch_and_the_standard_library():
+    allowed = {"torch", *sys.stdlib_module_names}
     wrong = {
         (i.importer, i.imported)
         for i in imports()

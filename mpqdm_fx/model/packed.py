@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.parameters import first_names
+from mpqdm_fx.io.fast_coder import installed_coder
 from mpqdm_fx.io.schema import Name, Shape, Strict
 from mpqdm_fx.numerics.halves import fits_half
 from mpqdm_fx.numerics.levels.entropy_code import decode, encode
@@ -142,7 +143,7 @@ def _packed(codes: Tensor, planned: LayerPlan) -> PackedLayer:
     """The codes [O, K] of a layer as bytes."""
     if planned.coded is None:
         return pack_layer(codes, planned.bits_tensor(), planned.levels)
-    stream = encode(codes, planned.places)
+    stream = encode(codes, planned.places, installed_coder())
     if len(stream) != planned.coded:
         raise ArtifactError(
             f"{planned.name}: its codes take {len(stream)} bytes, and the plan says {planned.coded}"
@@ -237,7 +238,8 @@ def read_packed(path: Path, layout: Layout, *, name: object | None = None) -> Pa
         reader.check("codes", math.prod(shape) // 8 if entry.coded is None else entry.coded)
         bits, widths = _read_widths(reader, entry.bits, shape[0])
         if entry.coded is not None:
-            values = decode(reader.take("codes", entry.coded), rows, math.prod(shape[2:]))
+            stream, places = reader.take("codes", entry.coded), math.prod(shape[2:])
+            values = decode(stream, rows, places, installed_coder())
         else:
             size = storage_bits(rows, bits, entry.levels)
             packed = PackedLayer(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.layers import WeightLayer, weight_rows
+from mpqdm_fx.io.fast_coder import installed_coder
 from mpqdm_fx.numerics.levels.entropy_code import encode
 from mpqdm_fx.numerics.levels.grids import MAX_BITS
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
@@ -132,7 +133,7 @@ def _solved(
 def _counted(solution: LayerSolution) -> LayerSolution:
     """A solution whose plan has the bytes that its codes take."""
     plan = solution.plan
-    stream = encode(solution.codes.flatten(1), plan.places)
+    stream = encode(solution.codes.flatten(1), plan.places, installed_coder())
     return replace(solution, plan=replace(plan, coded=len(stream)))
 
 

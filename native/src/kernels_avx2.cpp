@@ -1,5 +1,6 @@
 // AVX2 without int8 dot products. vpmaddubsw multiplies uint8 inputs by int8 weights and adds pairs in
 // 16 bits; the fewer bits the weights have, the more such sums fit before they are widened to 32.
+#include "code_slots.h"
 #include "elementwise.h"
 #include "store.h"
 #include "unpack_avx2.h"
@@ -163,6 +164,6 @@ void multiply_avx2(const Inputs& inputs, const int8_t* first, const int8_t* seco
 
 const KernelSet kAvx2Kernels = {
     "avx2", true, kPixels, unpack_avx2, sum_avx2, multiply_avx2, store_rows,
-    extend_range, quantize_run, dequantize_run, add_moments, normalize};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_avx2};
 
 }  // namespace mpqdm

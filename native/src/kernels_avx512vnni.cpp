@@ -1,4 +1,5 @@
 // int8 dot products in 32 registers of 512 bits: a pair of blocks, 16 rows, in each.
+#include "code_slots.h"
 #include "elementwise.h"
 #include "store.h"
 #include "unpack_avx2.h"
@@ -48,6 +49,6 @@ void multiply_avx512(const Inputs& inputs, const int8_t* first, const int8_t* se
 
 const KernelSet kAvx512VnniKernels = {
     "avx512vnni", true, kPixels, unpack_avx2, sum_avx2, multiply_avx512, store_rows,
-    extend_range, quantize_run, dequantize_run, add_moments, normalize};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_avx2};
 
 }  // namespace mpqdm

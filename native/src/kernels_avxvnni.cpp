@@ -1,4 +1,5 @@
 // int8 dot products in 16 registers of 256 bits.
+#include "code_slots.h"
 #include "elementwise.h"
 #include "store.h"
 #include "unpack_avx2.h"
@@ -57,6 +58,6 @@ void multiply_avxvnni(const Inputs& inputs, const int8_t* first, const int8_t* s
 
 const KernelSet kAvxVnniKernels = {
     "avxvnni", true, kPixels, unpack_avx2, sum_avx2, multiply_avxvnni, store_rows,
-    extend_range, quantize_run, dequantize_run, add_moments, normalize};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_avx2};
 
 }  // namespace mpqdm

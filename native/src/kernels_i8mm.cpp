@@ -1,4 +1,5 @@
 // ARMv8.6 int8 matrix products: one instruction for 2 pixels x 2 rows x 8 inputs.
+#include "code_slots.h"
 #include "elementwise.h"
 #include "store.h"
 #include "unpack_neon.h"
@@ -114,6 +115,6 @@ void multiply_i8mm(const Inputs& inputs, const int8_t* first, const int8_t* seco
 
 const KernelSet kI8mmKernels = {
     "i8mm", false, kPixels, unpack_neon<kRun>, sum_unpacked<kRun>, multiply_i8mm, store_rows,
-    extend_range, quantize_run, dequantize_run, add_moments, normalize};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar};
 
 }  // namespace mpqdm

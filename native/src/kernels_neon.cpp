@@ -1,5 +1,6 @@
 // ARMv8.0 without int8 dot products: products of int8 summed in 16 bits as long as the widths allow,
 // then widened.
+#include "code_slots.h"
 #include "elementwise.h"
 #include "store.h"
 #include "unpack_neon.h"
@@ -66,6 +67,6 @@ void multiply_neon(const Inputs& inputs, const int8_t* first, const int8_t* seco
 
 const KernelSet kNeonKernels = {
     "neon", false, kPixels, unpack_neon<4>, sum_unpacked<4>, multiply_neon, store_rows,
-    extend_range, quantize_run, dequantize_run, add_moments, normalize};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar};
 
 }  // namespace mpqdm

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "mpqdm/codes.h"
 #include "mpqdm/layers.h"
 #include "mpqdm/operators.h"
 #include "thread_executor.h"
@@ -105,4 +106,21 @@ MPQDM_API int mpqdm_test_group_norm(const char* name, const float* x, const floa
   group_norm(*kernels, x, weight, bias, sizes, test::thread_executor(threads), out);
   return 0;
 }
+
+// shape: rows, channels, places. Returns what is wrong with the stream.
+MPQDM_API int mpqdm_test_decode_codes(const char* name, const uint8_t* stream, size_t size,
+                                      const size_t* shape, int8_t* codes) {
+  const KernelSet* kernels = find_kernels(name);
+  if (kernels == nullptr) return -1;
+  const CodesShape sizes{shape[0], shape[1], shape[2]};
+  return static_cast<int>(decode_codes(*kernels, stream, size, sizes, codes));
+}
+
+// Returns the number of bytes; `stream` has mpqdm_test_encoded_limit.
+MPQDM_API size_t mpqdm_test_encode_codes(const int8_t* codes, const uint8_t* classes, size_t count,
+                                         uint8_t* stream) {
+  return encode_codes(codes, classes, count, stream);
+}
+
+MPQDM_API size_t mpqdm_test_encoded_limit(size_t count) { return encoded_limit(count); }
 }

@@ -20,6 +20,12 @@ size_t check_unpacking(const KernelSet& kernels, uint64_t seed, size_t count);
 // Codes and ranges equal those of a plain loop; group norm is near that in double.
 size_t check_elementwise(const KernelSet& kernels, uint64_t seed, size_t count);
 
+// Entropy-coded layers: what is decoded is what was encoded.
+size_t check_codes(const KernelSet& kernels, uint64_t seed, size_t count);
+
+// Damaged ones: all kernel sets refuse each for the same reason, or decode the same codes.
+size_t check_damaged_codes(uint64_t seed, size_t count);
+
 // Changed blobs: each is refused, or was not changed, or (where its checksum was made anew) all kernel
 // sets give the same numbers for it.
 size_t check_mutations(uint64_t seed, size_t count);

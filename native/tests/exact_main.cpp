@@ -3,7 +3,7 @@
 //
 //   mpqdm_exact sets                    names of the kernel sets
 //   mpqdm_exact exact SEED COUNT        COUNT cases of each kind on each kernel set
-//   mpqdm_exact mutations SEED COUNT    COUNT changed blobs
+//   mpqdm_exact mutations SEED COUNT    COUNT changed blobs, and as many damaged streams of codes
 //
 // The last line says how many cases went wrong; the exit status is 1 if any did.
 #include <cstdio>
@@ -23,11 +23,16 @@ size_t check_exact(uint64_t seed, size_t count) {
   for (size_t i = 0; i < set_count; ++i) {
     const size_t of_set = mpqdm::test::check_convolutions(*sets[i], seed, count) +
                           mpqdm::test::check_unpacking(*sets[i], seed, count) +
-                          mpqdm::test::check_elementwise(*sets[i], seed, count);
-    std::printf("%s: %zu cases, %zu wrong\n", sets[i]->name, 3 * count, of_set);
+                          mpqdm::test::check_elementwise(*sets[i], seed, count) +
+                          mpqdm::test::check_codes(*sets[i], seed, count);
+    std::printf("%s: %zu cases, %zu wrong\n", sets[i]->name, 4 * count, of_set);
     wrong += of_set;
   }
   return wrong;
+}
+
+size_t check_changed(uint64_t seed, size_t count) {
+  return mpqdm::test::check_mutations(seed, count) + mpqdm::test::check_damaged_codes(seed, count);
 }
 
 void print_sets() {
@@ -50,7 +55,7 @@ int main(int argc, char** argv) {
   const uint64_t seed = std::strtoull(argv[2], nullptr, 10);
   const size_t count = std::strtoull(argv[3], nullptr, 10);
   const bool exact = std::strcmp(argv[1], "exact") == 0;
-  const size_t wrong = exact ? check_exact(seed, count) : mpqdm::test::check_mutations(seed, count);
+  const size_t wrong = exact ? check_exact(seed, count) : check_changed(seed, count);
   std::printf("wrong: %zu\n", wrong);
   return wrong == 0 ? 0 : 1;
 }

@@ -97,3 +97,29 @@ class NativeKernels:
         )
         assert done == 0
         return torch.from_numpy(out)
+
+    def codes_error(self, kernels, stream, shape, codes):
+        """Decodes a layer [rows, channels, places] into `codes`; number of what is wrong, or 0."""
+        data, sizes = stream.contiguous().numpy(), np.array(shape, np.uintp)
+        return self._library.mpqdm_test_decode_codes(
+            kernels.encode(), _at(data), _SIZE(len(data)), _at(sizes), _at(codes.numpy())
+        )
+
+    def decode_codes(self, kernels, stream, rows, channels, places):
+        """int8 [rows, channels * places]; None if the stream is refused."""
+        codes = torch.zeros(rows, channels * places, dtype=torch.int8)
+        error = self.codes_error(kernels, stream, (rows, channels, places), codes)
+        assert error >= 0
+        return None if error else codes
+
+    def encode_codes(self, codes, classes):
+        """uint8 [n]."""
+        numbers, places = codes.contiguous().numpy(), classes.contiguous().numpy()
+        for name in ("encoded_limit", "encode_codes"):
+            getattr(self._library, f"mpqdm_test_{name}").restype = _SIZE
+        limit = self._library.mpqdm_test_encoded_limit(_SIZE(numbers.size))
+        stream = np.zeros(limit, np.uint8)
+        size = self._library.mpqdm_test_encode_codes(
+            _at(numbers), _at(places), _SIZE(numbers.size), _at(stream)
+        )
+        return torch.from_numpy(stream[:size])

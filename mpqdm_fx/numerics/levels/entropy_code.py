@@ -1,52 +1,55 @@
 """Codes without a fixed width: whole numbers -127..127, stored by what they tell.
 
 Small numbers are frequent and take few bits. Each weight has one of 40 classes, a rounded Gaussian
-of some deviation, and an arithmetic coder (ANS, Duda 2013, by the library `constriction`) spends
--log2 of its frequency there. A weight's class is that of its row, shifted by its input channel and
-by its place in the kernel: six bits a row, four a channel, four a place, and no table in the file.
+of some deviation, and the entropy coder (`rans`) spends -log2 of its frequency there. A weight's
+class is that of its row, shifted by its input channel and by its place in the kernel: six bits a
+row, four a channel, four a place, and no table in the file.
 """
 
-import json
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import resources
-from typing import Any, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.numerics.levels.packing import pack_bits, unpack_bits
+from mpqdm_fx.numerics.levels.rans import (
+    CLASSES,
+    ESCAPED_BITS,
+    TOP,
+    TOTAL,
+    class_frequencies,
+    decode_run,
+    encode_run,
+)
 
-__all__ = ["CLASSES", "TOP", "TOTAL", "CodeClasses", "code_lengths", "decode", "encode"]
-
-CLASSES = 40
-"""Deviations, from a sixteenth of a step up, three an octave."""
-
-TOP = 127
-"""Largest code."""
-
-TOTAL = 2**24
-"""What the frequencies of a class sum to: the coder's precision, so nothing is rounded again."""
+__all__ = ["CodeClasses", "Coder", "code_lengths", "decode", "encode"]
 
 _ROW_BITS, _SHIFT_BITS = 6, 4
 _SHIFTS = 2**_SHIFT_BITS  # -8..7
 _FEW_ROWS = 4  # rows below which a shift of a channel costs more than it brings
+_MOST_CODES = 2**15  # that a byte can tell
 _NEAR = 6  # classes on both sides that a row is moved by at most, once it has one
 
 
-@cache
-def _frequencies() -> Tensor:
-    """Frequencies of all codes, int64 [CLASSES, 2 TOP + 1]."""
-    text = resources.files(__package__).joinpath("entropy_tables.json").read_text("utf-8")
-    half = torch.tensor(json.loads(text))
-    return torch.cat([half[:, 1:].flip(1), half], dim=1)
+class Coder(Protocol):
+    """What does the work of `rans` and `decode`, with the same bytes, but fast."""
+
+    def encode(self, codes: Tensor, classes: Tensor) -> Tensor:
+        """As `rans.encode_run`."""
+
+    def decode(self, stream: Tensor, shape: tuple[int, int], places: int) -> Tensor:
+        """As `decode`."""
 
 
 @cache
 def code_lengths() -> Tensor:
     """Bits of every code in every class, float32 [CLASSES, 2 TOP + 1]; code k is at k + TOP."""
-    return (-(_frequencies().double() / TOTAL).log2()).float()
+    bits = -(class_frequencies().double() / TOTAL).log2()
+    kept, escaped = bits[:, 1:], bits[:, :1] + ESCAPED_BITS
+    return torch.where(kept.isinf(), escaped, kept).float()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,67 +144,54 @@ def _lengths(classes: Tensor, codes: Tensor) -> Tensor:
     return code_lengths().flatten()[classes * (2 * TOP + 1) + codes.long() + TOP]
 
 
-def encode(codes: Tensor, places: int) -> Tensor:
+def encode(codes: Tensor, places: int, coder: Coder | None = None) -> Tensor:
     """Write the codes of a layer.
 
     Args:
         codes: int8 [O, I * T], -127..127.
         places: T, places of the kernel.
+        coder: A fast one; None for that of this package.
 
     Returns:
-        Bytes, uint8 [n]: the classes, then the coder's words.
+        Bytes, uint8 [n]: the classes, then the coder's.
 
     Raises:
-        ConfigError: A code is -128, or the library is missing.
+        ConfigError: A code is -128.
     """
     if bool((codes < -TOP).any()):
         raise ConfigError(f"an entropy-coded layer has codes {-TOP}..{TOP}, and one is -128")
-    classes = CodeClasses.of(codes.cpu(), places)
-    coder = _library().stream.stack.AnsCoder()
-    symbols = (codes.cpu().int() + TOP).flatten().numpy()
-    order = classes.of_weights().flatten().numpy()
-    for place in reversed(range(CLASSES)):
-        chosen = symbols[order == place]
-        if len(chosen):
-            coder.encode_reverse(chosen, _model(place))
-    words = torch.from_numpy(coder.get_compressed().astype("<u4").view("uint8").copy())
-    return torch.cat([_header(classes), words])
+    codes = codes.cpu()
+    classes = CodeClasses.of(codes, places)
+    write = encode_run if coder is None else coder.encode
+    each = classes.of_weights().flatten().to(torch.uint8)
+    return torch.cat([_header(classes), write(codes.flatten(), each)])
 
 
-def decode(stream: Tensor, shape: tuple[int, int], places: int) -> Tensor:
+def decode(
+    stream: Tensor, shape: tuple[int, int], places: int, coder: Coder | None = None
+) -> Tensor:
     """Inverse of `encode`.
 
     Args:
         stream: uint8 [n], all of a layer's bytes.
         shape: (O, I * T).
         places: T.
+        coder: As of `encode`.
 
     Returns:
         int8 [O, I * T].
 
     Raises:
         ArtifactError: The bytes are not those of such a layer.
-        ConfigError: The library is missing.
     """
+    # a code takes at least -log2(4095 / 4096) bits: nothing is made of a size that is not there
+    if shape[0] * shape[1] > len(stream) * _MOST_CODES:
+        raise ArtifactError("codes: an entropy-coded layer ends too early; corrupted")
+    if coder is not None:
+        return coder.decode(stream, shape, places)
     classes, used = _read_header(stream, shape, places)
-    words = stream[used:].numpy()
-    if len(words) % 4:
-        raise ArtifactError("codes: the words of an entropy-coded layer are cut; corrupted")
-    try:
-        coder = _library().stream.stack.AnsCoder(words.copy().view("<u4").astype("uint32"))
-    except ValueError as error:
-        raise ArtifactError(f"codes: no entropy-coded layer ({error}); corrupted") from None
-    order = classes.of_weights().flatten()
-    codes = torch.empty(order.numel(), dtype=torch.int8)
-    for place in range(CLASSES):
-        chosen = order == place
-        count = int(chosen.sum())
-        if count:
-            symbols = torch.from_numpy(coder.decode(_model(place), count))
-            codes[chosen] = (symbols - TOP).to(torch.int8)
-    if not coder.is_empty():
-        raise ArtifactError("codes: an entropy-coded layer has bytes left over; corrupted")
-    return codes.reshape(shape)
+    each = classes.of_weights().flatten().to(torch.uint8)
+    return decode_run(stream[used:], each).reshape(shape)
 
 
 def _header(classes: CodeClasses) -> Tensor:
@@ -233,20 +223,3 @@ def _read_header(stream: Tensor, shape: tuple[int, int], places: int) -> tuple[C
         places=by_place if counts[1] else none.new_zeros(places),
     )
     return classes, first + second
-
-
-def _library() -> Any:
-    try:
-        import constriction  # type: ignore[import-untyped]
-    except ImportError:
-        raise ConfigError(
-            "entropy-coded weights need the package constriction: pip install 'mpqdm-fx[entropy]'"
-        ) from None
-    return constriction
-
-
-@cache
-def _model(place: int) -> Any:
-    """The coder's model of one class; probabilities are exact, so it is the same everywhere."""
-    shares = (_frequencies()[place].double() / TOTAL).float().numpy()
-    return _library().stream.model.Categorical(shares, perfect=False)

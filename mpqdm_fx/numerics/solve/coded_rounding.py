@@ -20,8 +20,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mpqdm_fx.numerics.levels.entropy_code import TOP, CodeClasses
+from mpqdm_fx.numerics.levels.entropy_code import CodeClasses
 from mpqdm_fx.numerics.levels.grids import MAX_BITS, MIN_SCALE, round_scale
+from mpqdm_fx.numerics.levels.rans import TOP
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.numerics.solve.gptq import gptq
 from mpqdm_fx.numerics.solve.gram import Gram

@@ -8,6 +8,8 @@
 
 namespace mpqdm {
 
+struct CodeStream;
+
 // Where the inputs of some pixels lie. A pixel's inputs are `segments` runs of `groups` groups of 4
 // bytes; run s of pixel p begins at `pixels[p] + s * segment_stride`.
 struct Inputs {
@@ -61,6 +63,8 @@ struct KernelSet {
   // out = x * scale + offset by channel, and SiLU of it where asked for.
   void (*normalize)(const float* x, size_t pixels, size_t channels, const float* scale,
                     const float* offset, bool silu, float* out);
+  // Decodes entropy-coded weights whose states take turns; `code_slots.h` says more.
+  bool (*decode_run)(CodeStream& stream, size_t lanes, uint8_t* codes, size_t count);
 };
 
 // The kernels of this binary that this CPU runs, best first; the last is `scalar`.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #if defined(_WIN32)
 #define MPQDM_API
@@ -23,6 +24,20 @@ MPQDM_API const char* mpqdm_operator_name(size_t index);
 
 // Name of a kernel set that this CPU runs, best first; null behind the last.
 MPQDM_API const char* mpqdm_kernel_set_name(size_t index);
+
+// Decodes the `size` bytes of an entropy-coded layer (FORMAT.md, "Codes") into the
+// rows * channels * places numbers of `codes`; places is that of a kernel, 1 for linear layers.
+// Returns 0, or what is wrong with the bytes, which mpqdm_codes_error describes.
+MPQDM_API int mpqdm_decode_codes(const uint8_t* stream, size_t size, size_t rows, size_t channels,
+                                 size_t places, int8_t* codes);
+MPQDM_API const char* mpqdm_codes_error(int error);
+
+// Encodes `count` codes -127..127 of known classes 0..39 into at most mpqdm_encoded_limit(count)
+// bytes, without those that tell the classes. Returns their number, or 0 if a code or a class is
+// none.
+MPQDM_API size_t mpqdm_encode_codes(const int8_t* codes, const uint8_t* classes, size_t count,
+                                    uint8_t* stream);
+MPQDM_API size_t mpqdm_encoded_limit(size_t count);
 
 // Version of the library, "major.minor.patch".
 MPQDM_API const char* mpqdm_version(void);

@@ -17,7 +17,14 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-__all__ = ["__version__", "kernel_sets", "load", "operators"]
+__all__ = [
+    "__version__",
+    "decode_codes",
+    "encode_codes",
+    "kernel_sets",
+    "load",
+    "operators",
+]
 
 __version__ = version("mpqdm-kernels")
 
@@ -58,6 +65,54 @@ def kernel_sets() -> tuple[str, ...]:
     return _names(_library().mpqdm_kernel_set_name)
 
 
+def decode_codes(stream: bytes, rows: int, channels: int, places: int) -> bytearray:
+    """Decode the weights of an entropy-coded layer (FORMAT.md, "Codes").
+
+    Args:
+        stream: All bytes of the layer.
+        rows: Output channels.
+        channels: Input channels.
+        places: Places of the kernel, 9 for 3x3; 1 for linear layers.
+
+    Returns:
+        The codes as int8, [rows, channels, places].
+
+    Raises:
+        ValueError: The bytes are not those of such a layer; says why.
+        ImportError: As `load`.
+        OSError: As `load`.
+    """
+    library = _library()
+    codes = bytearray(rows * channels * places)
+    room = (ctypes.c_char * len(codes)).from_buffer(codes)
+    error = library.mpqdm_decode_codes(stream, len(stream), rows, channels, places, room)
+    if error:
+        raise ValueError(library.mpqdm_codes_error(error).decode())
+    return codes
+
+
+def encode_codes(codes: bytes, classes: bytes) -> bytes:
+    """Encode weights, each of a known class; what tells the classes is not in the result.
+
+    Args:
+        codes: int8, -127..127.
+        classes: As many, 0..39.
+
+    Raises:
+        ValueError: There are not as many, or one is out of its range.
+        ImportError: As `load`.
+        OSError: As `load`.
+    """
+    library = _library()
+    if len(codes) != len(classes):
+        raise ValueError(f"{len(codes)} codes have {len(classes)} classes")
+    stream = ctypes.create_string_buffer(library.mpqdm_encoded_limit(len(codes)))
+    size = library.mpqdm_encode_codes(codes, classes, len(codes), stream)
+    if not size:
+        raise ValueError("a code is -128, or a class is above 39")
+    return bytes(memoryview(stream)[:size])
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     # The runtime's libraries first, from their own folder: the operators name them without a path,
@@ -67,7 +122,18 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(Path(__file__).with_name(f"libmpqdm_kernels{_SUFFIX}")))
     for function in (library.mpqdm_operator_name, library.mpqdm_kernel_set_name):
         function.argtypes, function.restype = [ctypes.c_size_t], ctypes.c_char_p
+    _declare_codes(library)
     return library
+
+
+def _declare_codes(library: ctypes.CDLL) -> None:
+    size, data = ctypes.c_size_t, ctypes.c_char_p
+    room = ctypes.POINTER(ctypes.c_char)
+    library.mpqdm_decode_codes.argtypes = [data, size, size, size, size, room]
+    library.mpqdm_codes_error.argtypes, library.mpqdm_codes_error.restype = [ctypes.c_int], data
+    library.mpqdm_encode_codes.argtypes = [data, data, size, room]
+    library.mpqdm_encode_codes.restype = size
+    library.mpqdm_encoded_limit.argtypes, library.mpqdm_encoded_limit.restype = [size], size
 
 
 def _runtime_folder() -> Path:
