@@ -32,6 +32,8 @@ _SHIFTS = 2**_SHIFT_BITS  # -8..7
 _FEW_ROWS = 4  # rows below which a shift of a channel costs more than it brings
 _MOST_CODES = 2**15  # that a byte can tell
 _NEAR = 6  # classes on both sides that a row is moved by at most, once it has one
+_COUNTS = 1 << 22  # of codes by class and size, held at once
+_EXACT = 2**20  # parts of a bit: float64 sums of them are the same in any order
 
 
 class Coder(Protocol):
@@ -46,10 +48,13 @@ class Coder(Protocol):
 
 @cache
 def code_lengths() -> Tensor:
-    """Bits of every code in every class, float32 [CLASSES, 2 TOP + 1]; code k is at k + TOP."""
+    """Bits of every code in every class, float32 [CLASSES, 2 TOP + 1]; code k is at k + TOP.
+
+    In whole parts of 2^-20, which float64 adds up exactly: classes are the same on every machine.
+    """
     bits = -(class_frequencies().double() / TOTAL).log2()
     kept, escaped = bits[:, 1:], bits[:, :1] + ESCAPED_BITS
-    return torch.where(kept.isinf(), escaped, kept).float()
+    return ((torch.where(kept.isinf(), escaped, kept) * _EXACT).round() / _EXACT).float()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,31 +113,49 @@ class CodeClasses:
         return fitted
 
     def _best_rows(self, codes: Tensor) -> Tensor:
-        columns, at = self._columns(), torch.arange(-_NEAR, _NEAR + 1)
-        totals = []
-        for shift in at.tolist():
-            rows = (self.rows + shift).clamp(0, CLASSES - 1)
-            classes = (rows[:, None] + columns).clamp_(0, CLASSES - 1)
-            totals.append(_lengths(classes, codes).sum(dim=1, dtype=torch.float64))
-        # the nearest of equally good ones
-        order = at.abs().argsort(stable=True)
-        best = torch.stack(totals)[order].argmin(dim=0)
-        return (self.rows + at[order][best].to(self.rows)).clamp(0, CLASSES - 1)
+        at = _from_zero(torch.arange(-_NEAR, _NEAR + 1))
+        best = _bits_by_shift(codes, self.rows[:, None] + self._columns(), at).argmin(dim=1)
+        return (self.rows + at[best].to(self.rows)).clamp(0, CLASSES - 1)
 
     def _best_shifts(self, codes: Tensor, *, by_place: bool) -> Tensor:
-        shape = (len(self.rows), len(self.channels), len(self.places))
         kept = self.channels[:, None] if by_place else self.places[None]
-        base = self.rows[:, None, None] + kept
-        axes = (0, 1) if by_place else (0, 2)
-        at = torch.arange(-_SHIFTS // 2, _SHIFTS // 2)
-        totals = [
-            _lengths((base + shift).clamp(0, CLASSES - 1).expand(shape), codes.view(shape)).sum(
-                dim=axes, dtype=torch.float64
-            )
-            for shift in at.tolist()
-        ]
-        order = at.abs().argsort(stable=True)
-        return at[order][torch.stack(totals)[order].argmin(dim=0)]
+        shape = (len(self.rows), len(self.channels), len(self.places))
+        base = (self.rows[:, None, None] + kept).expand(shape)
+        axis = 2 if by_place else 1
+        groups = (values.view(shape).movedim(axis, 0).flatten(1) for values in (codes, base))
+        at = _from_zero(torch.arange(-_SHIFTS // 2, _SHIFTS // 2))
+        return at[_bits_by_shift(*groups, at).argmin(dim=1)]
+
+
+def _from_zero(shifts: Tensor) -> Tensor:
+    """The nearest of equally good ones comes first."""
+    return shifts[shifts.abs().argsort(stable=True)]
+
+
+def _bits_by_shift(codes: Tensor, classes: Tensor, shifts: Tensor) -> Tensor:
+    """Bits of groups of codes, were all their classes shifted.
+
+    A group's codes are counted once, by class and size, for all shifts.
+
+    Args:
+        codes: [G, N], codes of G groups.
+        classes: Their classes, [G, N]; may lie outside 0..CLASSES-1, whose ends stand for more.
+        shifts: [S].
+
+    Returns:
+        float64 [G, S].
+    """
+    lowest, sizes = int(classes.min()), int(codes.abs().max()) + 1
+    span = int(classes.max()) - lowest + 1
+    reached = torch.arange(lowest, lowest + span) + shifts[:, None]
+    lengths = code_lengths()[reached.clamp(0, CLASSES - 1), TOP : TOP + sizes].double().flatten(1)
+    totals, block = [], max(1, _COUNTS // (span * sizes))
+    for part, part_classes in zip(codes.split(block), classes.split(block), strict=True):
+        group = torch.arange(len(part))[:, None] * span
+        places = (group + (part_classes - lowest)) * sizes + part.abs().long()
+        counts = places.flatten().bincount(minlength=len(part) * span * sizes)
+        totals.append(counts.view(len(part), -1).double() @ lengths.T)
+    return torch.cat(totals)
 
 
 def _shifts_channels(rows: int) -> bool:
