@@ -122,9 +122,9 @@ class CodeClasses:
         shape = (len(self.rows), len(self.channels), len(self.places))
         base = (self.rows[:, None, None] + kept).expand(shape)
         axis = 2 if by_place else 1
-        groups = (values.view(shape).movedim(axis, 0).flatten(1) for values in (codes, base))
+        of_codes, of_rows = (v.view(shape).movedim(axis, 0).flatten(1) for v in (codes, base))
         at = _from_zero(torch.arange(-_SHIFTS // 2, _SHIFTS // 2))
-        return at[_bits_by_shift(*groups, at).argmin(dim=1)]
+        return at[_bits_by_shift(of_codes, of_rows, at).argmin(dim=1)]
 
 
 def _from_zero(shifts: Tensor) -> Tensor:
@@ -150,7 +150,9 @@ def _bits_by_shift(codes: Tensor, classes: Tensor, shifts: Tensor) -> Tensor:
     reached = torch.arange(lowest, lowest + span) + shifts[:, None]
     lengths = code_lengths()[reached.clamp(0, CLASSES - 1), TOP : TOP + sizes].double().flatten(1)
     totals, block = [], max(1, _COUNTS // (span * sizes))
-    for part, part_classes in zip(codes.split(block), classes.split(block), strict=True):
+    for part, part_classes in zip(
+        torch.split(codes, block), torch.split(classes, block), strict=True
+    ):
         group = torch.arange(len(part))[:, None] * span
         places = (group + (part_classes - lowest)) * sizes + part.abs().long()
         counts = places.flatten().bincount(minlength=len(part) * span * sizes)
