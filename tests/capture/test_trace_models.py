@@ -23,6 +23,7 @@ QUICK = (
 )
 FIXED_BATCH = {
     "ChromaTransformer2DModel",
+    "HiDreamImageTransformer2DModel",
     "LuminaNextDiT2DModel",
     "MochiTransformer3DModel",
     "TransformerTemporalModel",
