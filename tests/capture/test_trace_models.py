@@ -26,6 +26,8 @@ FIXED_BATCH = {
     "HiDreamImageTransformer2DModel",
     "LuminaNextDiT2DModel",
     "MochiTransformer3DModel",
+    "OmniGenTransformer2DModel",
+    "OmniGenTransformer2DModel/images",
     "TransformerTemporalModel",
     "ZImageTransformer2DModel",
 }

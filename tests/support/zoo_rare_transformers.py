@@ -14,6 +14,7 @@ from diffusers import (
     HunyuanImageTransformer2DModel,
     Kandinsky5Transformer3DModel,
     LongCatImageTransformer2DModel,
+    OmniGenTransformer2DModel,
     OvisImageTransformer2DModel,
     SanaControlNetModel,
     SanaVideoTransformer3DModel,
@@ -33,6 +34,8 @@ from zoo_transformer_parts import (
     FLUX_INPUTS,
     HEADS,
     HUNYUAN_DIT,
+    OMNIGEN,
+    OMNIGEN_INPUTS,
     SANA,
     WAN,
     case,
@@ -270,6 +273,17 @@ RARE_TRANSFORMERS = (
         axes_dims_rope=(8, 4, 4),
         max_resolution=(16, 16),
         llama_layers=(0, 1),
+    ),
+    case(OmniGenTransformer2DModel, OMNIGEN_INPUTS, **OMNIGEN),
+    case(
+        OmniGenTransformer2DModel,
+        OMNIGEN_INPUTS
+        | {
+            "input_img_latents": lambda b: [normal(1, 4, 4, 4, seed=i) for i in range(b)],
+            "input_image_sizes": lambda b: {i: [[1, 5]] for i in range(b)},
+        },
+        name="images",
+        **OMNIGEN,
     ),
     case(
         AutoencoderOobleck,
