@@ -49,8 +49,12 @@ class SubpixelConvolutions(GraphPass):
     def rewrite(self, graph_module: fx.GraphModule) -> bool:
         """Rewrite every such layer; False if there was none."""
         calls = _calls(graph_module)
+        weights: dict[object, nn.Parameter] = {}  # tied ones stay tied
         for conv, nodes in calls:
-            replace_module(graph_module, str(nodes[0].target), _subpixel(conv))
+            layer = _subpixel(conv)
+            key = (id(conv.weight), conv.stride)
+            layer.weight = weights.setdefault(key, layer.weight)  # type: ignore[arg-type]
+            replace_module(graph_module, str(nodes[0].target), layer)
             for node in nodes:
                 _rewrite_call(graph_module, node, conv)
         return bool(calls)

@@ -90,6 +90,15 @@ def test_a_layer_that_is_called_twice_stays_one_layer():
     assert not SubpixelConvolutions()(result.graph_module).modified
 
 
+def test_tied_weights_stay_tied():
+    net = nn.Sequential(*(nn.ConvTranspose1d(3, 3, 4, stride=2) for _ in range(2)))
+    net[1].weight = net[0].weight
+    _, result = rewritten(net, torch.ones(1, 3, 5))
+    first, second = weight_layers(result.graph_module).values()
+    assert first.module.weight is second.module.weight
+    assert first.module.bias is not second.module.bias
+
+
 def test_its_parameters_are_still_those_of_the_model():
     _, result = rewritten(nn.Sequential(nn.ConvTranspose1d(3, 2, 4, stride=2)), torch.ones(1, 3, 5))
     entries = {p.name: (p.numel, names) for p, names, _ in present_tensors(result.graph_module)}
