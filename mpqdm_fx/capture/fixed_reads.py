@@ -47,9 +47,15 @@ class FixedReads:
 
     def __str__(self) -> str:
         values = ", ".join(dict.fromkeys(str(answer) for _, answer in self.answers))
+        names = ", ".join(self.inputs)
+        if all(isinstance(answer, bool) for _, answer in self.answers):
+            return (
+                f"the graph holds for inputs whose {names} answers the model's comparisons as the "
+                f"example does ({values}), because the model branches on them"
+            )
         return (
-            f"the graph holds for inputs whose {', '.join(self.inputs)} has the lengths of the "
-            f"example ({values}), because the model cuts tensors by them"
+            f"the graph holds for inputs whose {names} has the lengths of the example ({values}), "
+            f"because the model cuts tensors by them"
         )
 
     def given(self) -> TorchFunctionMode:

@@ -96,7 +96,8 @@ def example_inputs(
     Args:
         signature: Signature of a traced graph.
         batch_size: Batch, by default the traced example's.
-        seed: Seed of the values. Integers are 0 or 1, which every embedding table has.
+        seed: Seed of the values. Integers are 0 or 1, which every embedding table has; so are the
+            numbers of an input called a mask, which models multiply by the largest number there is.
 
     Returns:
         Argument name to tensor or container, as the graph takes it: without constants, but for
@@ -133,7 +134,7 @@ def _example_containers(signature: Signature, batch_size: int | None, seed: int)
 
 def _example(spec: InputSpec, batch_size: int | None, generator: torch.Generator) -> Tensor:
     shape = spec.shape if batch_size is None else spec.shape_at(batch_size)
-    if spec.dtype.is_floating_point:
+    if spec.dtype.is_floating_point and not spec.name.endswith("mask"):
         return torch.randn(shape, generator=generator).to(spec.dtype)
     return torch.randint(2, shape, generator=generator).to(spec.dtype)
 

@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.graph.editing import copy_graph_module, eliminate_dead_code
+from mpqdm_fx.graph.nodes import replace_by_number
 from mpqdm_fx.graph.rebuild import infer_static_values
 
 __all__ = ["fixed_sizes"]
@@ -34,7 +35,7 @@ def fixed_sizes(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
     for node in list(result.graph.nodes):
         number = node.meta.get("val")
         if node.op == "call_function" and isinstance(number, bool | int | float):
-            _replace(node, number)
+            replace_by_number(node, number)
     eliminate_dead_code(result)
     result.graph.lint()
     result.recompile()
@@ -48,11 +49,3 @@ def _is_dynamic(node: fx.Node) -> bool:
         or (isinstance(leaf, Tensor) and not all(isinstance(n, int) for n in leaf.shape))
         for leaf in leaves
     )
-
-
-def _replace(node: fx.Node, number: bool | float) -> None:
-    for user in list(node.users):
-        args, kwargs = fx.node.map_arg(
-            (user.args, dict(user.kwargs)), lambda n: number if n is node else n
-        )
-        user.args, user.kwargs = args, kwargs

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-__all__ = ["argument", "broadcast_shape", "rank", "sizes", "static_shape"]
+__all__ = ["argument", "broadcast_shape", "rank", "replace_by_number", "sizes", "static_shape"]
 
 
 def argument(node: fx.Node, position: int, name: str, default: object) -> object:
@@ -35,3 +35,12 @@ def static_shape(node: object) -> tuple[int, ...] | None:
 def broadcast_shape(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The size that values of these static sizes have together; RuntimeError if they do not fit."""
     return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
+def replace_by_number(node: fx.Node, number: bool | float) -> None:
+    """Write a number wherever a node stands as an argument; the node has no users then."""
+    for user in list(node.users):
+        args, kwargs = fx.node.map_arg(
+            (user.args, dict(user.kwargs)), lambda n: number if n is node else n
+        )
+        user.args, user.kwargs = args, kwargs

@@ -1,11 +1,13 @@
-"""What the operator of a node is called, in whatever dialect a graph is written."""
+"""What the operator of a node is called in whatever dialect, and whether it is a function."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
-__all__ = ["operator_name", "plain_name"]
+__all__ = ["is_pure", "operator_name", "plain_name"]
 
 _NAMES: Mapping[str, str] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv2d_mixed"), "convolution"),
@@ -36,3 +38,11 @@ def plain_name(name: str) -> str:
     """
     name = name.rpartition("::")[2].removesuffix("_copy")
     return _NAMES.get(name, name)
+
+
+def is_pure(target: object) -> bool:
+    """Whether a call of an operator gives the same whenever it reads the same."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    drawn = torch.Tag.nondeterministic_seeded in target.tags
+    return target.namespace == "aten" and not target._schema.is_mutable and not drawn

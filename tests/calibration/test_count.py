@@ -79,8 +79,8 @@ class Tied(nn.Module):
         self.b = nn.Conv2d(12, 12, 1)
         self.b.weight = self.a.weight
         nn.init.zeros_(self.a.bias)  # stored in half precision until it is refitted
-        self.up = nn.ConvTranspose2d(12, 12, 1)
-        self.down = nn.ConvTranspose2d(12, 12, 1)
+        self.up = nn.ConvTranspose2d(12, 12, 1, dilation=2)
+        self.down = nn.ConvTranspose2d(12, 12, 1, dilation=2)
         self.down.weight = nn.Parameter(self.up.weight.data)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -57,6 +57,24 @@ def test_lengths_are_those_of_the_example_and_it_is_said(caplog):
     assert note in caplog.text
 
 
+class Branches(Lengths):
+    """Takes another table of frequencies for long prompts, as OmniGen does."""
+
+    def forward(self, sample, positions):
+        factor = 2.0 if positions.max() + 1 > 8 else 0.5
+        return self.linear(sample) * factor
+
+
+@pytest.mark.parametrize("length", [8, 9])
+def test_a_branch_is_that_of_the_example_and_it_is_said(length):
+    model, sample = Branches(), inputs()["sample"]
+    graph = trace(model, {"sample": sample, "positions": torch.arange(length).repeat(2, 1)})
+    other = {"sample": sample, "positions": torch.arange(length).flip(0).repeat(2, 1)}
+    assert torch.equal(graph(**other), model(**other))
+    note = graph.meta["signature"].note
+    assert f"positions answers the model's comparisons as the example does ({length > 8})" in note
+
+
 def test_what_an_image_says_is_not_fixed():
     with pytest.raises(TraceError, match="branches on a tensor's value"):
         trace(Routes(), inputs(), dynamic_batch=False)

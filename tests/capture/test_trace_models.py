@@ -23,8 +23,11 @@ QUICK = (
 )
 FIXED_BATCH = {
     "ChromaTransformer2DModel",
+    "HiDreamImageTransformer2DModel",
     "LuminaNextDiT2DModel",
     "MochiTransformer3DModel",
+    "OmniGenTransformer2DModel",
+    "OmniGenTransformer2DModel/images",
     "TransformerTemporalModel",
     "ZImageTransformer2DModel",
 }

@@ -37,6 +37,20 @@ def _signature(largest: int | None = 7) -> Signature:
     )
 
 
+def test_the_numbers_of_a_mask_are_zero_or_one():
+    mask = InputSpec(name="more.attention_mask", shape=(40, 3), dtype=torch.float32)
+    signature = Signature(
+        model_class="Net",
+        parameters=("more",),
+        arguments=("more",),
+        inputs=(mask,),
+        batch=1,
+    )
+    (values,) = example_inputs(signature)["more"].values()
+    assert values.dtype is torch.float32
+    assert set(values.unique().tolist()) == {0.0, 1.0}
+
+
 @given(st.sampled_from([None, 7, 63]))
 def test_a_signature_survives_json(largest):
     signature = _signature(largest)

@@ -166,6 +166,34 @@ HUNYUAN_DIT: dict[str, Any] = {
     "text_len_t5": 6,
 }
 
+OMNIGEN: dict[str, Any] = {
+    "in_channels": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "num_layers": 1,
+    "pad_token_id": 0,
+    "vocab_size": 40,
+    "rope_scaling": {
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0 + axis / 8 for axis in range(8)],
+    },
+    "pos_embed_max_size": 8,
+    "time_step_dim": 8,
+}
+
+#: Six tokens of the prompt, one of the timestep, sixteen of the image.
+OMNIGEN_INPUTS: dict[str, Any] = {
+    "hidden_states": (4, 8, 8),
+    "timestep": floats,
+    "input_ids": lambda batch: torch.arange(6 * batch).reshape(batch, 6),
+    "input_img_latents": lambda batch: [],
+    "input_image_sizes": lambda batch: {},
+    "attention_mask": lambda batch: torch.ones(23, 23).tril().repeat(batch, 1, 1),
+    "position_ids": lambda batch: torch.arange(23).repeat(batch, 1),
+}
+
 SANA: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,

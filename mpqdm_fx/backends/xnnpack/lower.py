@@ -49,7 +49,7 @@ def lower_xnnpack(
         rounded: Module-level graph after `RoundWeights`; it is not changed.
         ranges: Activation by layer name, static or dynamic, 8 bits. Layers without an entry stay
             in float with their rounded weights; so do, with a warning, dynamic layers that XNNPACK
-            has no dynamic kernel for (Conv1d, depthwise convolutions).
+            has no dynamic kernel for (depthwise convolutions).
         example_inputs: Inputs of `rounded`, by name or in order; also what the program is tried on.
         path: File to write. It appears only if the program ran with the right numbers.
         max_delegates: Refuse a program of more subgraphs; None takes any number.

@@ -1,7 +1,7 @@
 """Which activations XNNPACK runs as they are, which layers fall back to float, and what is refused.
 
 XNNPACK has static int8 kernels for every convolution and linear layer, but dynamic ones for linear
-layers and ordinary 2-D convolutions alone: none for Conv1d, and none for depthwise convolutions,
+layers and ordinary 2-D convolutions alone (`Conv1d` is written as one): none for depthwise ones,
 which in its terms are all with one input channel per group (also a plain one on a single channel).
 """
 

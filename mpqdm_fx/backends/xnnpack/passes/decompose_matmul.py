@@ -27,8 +27,9 @@ class DecomposeMatmul(GraphPass):
     1. Leading axes that are the same on both sides become one. Others are expanded to each other.
     2. With a matrix on the right, all rows on the left are one matrix.
     3. A vector is a matrix of one row or column.
-    4. Left alone: parameters and buffers, which layers multiply by; expansions and other axes of
-       dynamic size, but for one that both sides lead with; empty values.
+    4. A column times a row is a product number by number, also where one of them is a constant.
+    5. Left alone: other products with parameters and buffers, which layers multiply by; expansions
+       and other axes of dynamic size, but for one that both sides lead with; empty values.
     """
 
     tolerance: ClassVar[float] = 1e-5
@@ -37,11 +38,28 @@ class DecomposeMatmul(GraphPass):
         """Rewrite every product that the rules cover; False if there was none."""
         modified = False
         for node in list(graph_module.graph.nodes):
-            if _is_covered(node):
-                node.replace_all_uses_with(_batched(graph_module, node))
-                graph_module.graph.erase_node(node)
-                modified = True
+            if _is_outer(node):
+                product = insert_call(graph_module, _aten.mul.Tensor, node.args, anchor=node)
+            elif _is_covered(node):
+                product = _batched(graph_module, node)
+            else:
+                continue
+            node.replace_all_uses_with(product)
+            graph_module.graph.erase_node(node)
+            modified = True
         return modified
+
+
+def _is_outer(node: fx.Node) -> bool:
+    """Whether a node multiplies columns with rows: nothing is summed."""
+    if node.op != "call_function" or node.target not in _PRODUCTS or len(node.args) != 2:
+        return False
+    left, right = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in node.args)
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return False
+    if min(left.dim(), right.dim()) < 2:
+        return False
+    return left.is_floating_point() and left.dtype == right.dtype and left.shape[-1] == 1
 
 
 def _is_covered(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.graph.editing import add_tensor
+from mpqdm_fx.graph.operators import is_pure
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["FoldConstants"]
@@ -72,7 +73,7 @@ class FoldConstants(GraphPass):
 
 
 def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
-    if node.op != "call_function" or not _is_pure(node.target):
+    if node.op != "call_function" or not is_pure(node.target):
         return False
     parts = node.meta.get("val")
     parts = parts if isinstance(parts, list | tuple) else [parts]
@@ -83,14 +84,6 @@ def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     if node.target in _FILLED:
         return isinstance(node.args[0], fx.Node) and node.all_input_nodes == [node.args[0]]
     return all(source in values for source in node.all_input_nodes)
-
-
-def _is_pure(target: object) -> bool:
-    """Whether a call gives the same whenever it reads the same."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return target is operator.getitem
-    drawn = torch.Tag.nondeterministic_seeded in target.tags
-    return target.namespace == "aten" and not target._schema.is_mutable and not drawn
 
 
 def _compute(node: fx.Node, values: dict[fx.Node, Any]) -> Any:

@@ -2,7 +2,8 @@
 
 Keys that several heads share, prompts for several frames, rows of a rotary table: ExecuTorch
 (1.5.1) copies them on portable kernels (`expand`, `repeat`), which parts the program in two.
-XNNPACK repeats nothing, but its products broadcast.
+XNNPACK repeats nothing, but its products broadcast. Nor is a concatenation of one value with itself
+delegated, in which the partitioner counts different parts.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ class MultiplyRepeats(GraphPass):
     """Rewrite `expand`, `repeat` and `repeat_interleave` of float32 and float64 along static axes.
 
     Each axis along which numbers repeat is one product: x is viewed as [A, 1, B] and multiplied by
-    ones [1, times, 1]. What repeats nothing becomes a view.
+    ones [1, times, 1]. What repeats nothing becomes a view. A concatenation whose parts are all one
+    value repeats it.
 
     Left alone: values with a dynamic or an empty axis. Bit-equal but for the payload of NaN.
     """
@@ -49,9 +51,7 @@ class MultiplyRepeats(GraphPass):
 
 
 def _is_covered(node: fx.Node) -> bool:
-    if node.op != "call_function" or node.target not in _REPEATS:
-        return False
-    source = node.args[0]
+    source = _source(node)
     value = source.meta.get("val") if isinstance(source, fx.Node) else None
     result = node.meta.get("val")
     if not isinstance(value, Tensor) or not isinstance(result, Tensor) or not result.dim():
@@ -60,12 +60,25 @@ def _is_covered(node: fx.Node) -> bool:
     return static and value.dtype in (torch.float32, torch.float64)
 
 
+def _source(node: fx.Node) -> fx.Node | None:
+    """What a call repeats; None if it is no such call."""
+    if node.op != "call_function" or not node.args:
+        return None
+    source = node.args[0]
+    if node.target is _aten.cat.default and isinstance(source, list | tuple):
+        alone = len(source) > 1 and all(part is source[0] for part in source)
+        source = source[0] if alone else None
+    elif node.target not in _REPEATS:
+        return None
+    return source if isinstance(source, fx.Node) else None
+
+
 def _multiplied(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
     def emit(target: torch._ops.OpOverload, *args: object) -> fx.Node:
         return insert_call(graph_module, target, args, anchor=node)
 
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = _source(node)
+    assert x is not None
     shape, result = list(x.meta["val"].shape), list(node.meta["val"].shape)
     interleaved = node.target is _aten.repeat_interleave.self_int
     if interleaved and argument(node, 2, "dim", None) is None:

@@ -76,6 +76,20 @@ def test_an_expansion_that_gives_the_size_stays():
     assert not DropExpansions()(traced(function, x, dynamic_batch=False)).modified
 
 
+@given(shape=st.lists(st.integers(1, 3), min_size=1, max_size=4), times=st.integers(2, 3))
+def test_a_value_beside_itself_is_repeated(shape, times):
+    x = draw(*shape).float()
+    axis = len(shape) // 2
+    graph = rewritten(lambda m, x: torch.cat([-x] * times, axis), x, MultiplyRepeats())
+    assert aten.cat.default not in targets(graph)
+
+
+def test_a_value_beside_itself_and_another_is_joined():
+    x = draw(2, 3).float()
+    graph = traced(lambda m, x: torch.cat([x, -x, x], 1), x)
+    assert not MultiplyRepeats()(graph).modified
+
+
 @given(size=st.integers(1, 7), axis=st.integers(0, 2), data=st.data())
 def test_an_overwritten_slice_is_joined_to_the_rest(size, axis, data):
     start = data.draw(st.integers(0, size - 1))

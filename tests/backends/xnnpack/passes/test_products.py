@@ -47,6 +47,18 @@ def test_every_product_is_of_batches(left, right):
     assert aten.matmul.default not in targets(graph)
 
 
+@given(
+    left=st.sampled_from([(5, 1), (2, 5, 1), (1, 4, 5, 1)]),
+    right=st.sampled_from([(1, 3), (2, 1, 6), (4, 1, 6)]),
+)
+def test_a_column_times_a_row_is_a_product_number_by_number(left, right):
+    if (left[:-2], right[:-2]) == ((2,), (4,)) or (left[:-2], right[:-2]) == ((1, 4), (2,)):
+        return
+    column = draw(*left, seed=1).float()
+    graph = rewritten(DecomposeMatmul(), lambda m, x: m.y @ x, draw(*right).float(), y=column)
+    assert targets(graph) == {aten.mul.Tensor}
+
+
 def test_a_product_with_a_parameter_is_a_layer_and_stays():
     x = draw(5, 3).float()
     assert not DecomposeMatmul()(traced(lambda m, x: x @ m.w, x, w=draw(3, 4).float())).modified
