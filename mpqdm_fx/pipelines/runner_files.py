@@ -10,7 +10,7 @@ from mpqdm_fx import errors
 from mpqdm_fx.backends import kernel_library
 from mpqdm_fx.calibration import conventions, schedules
 from mpqdm_fx.io import classes, expansion, sealed
-from mpqdm_fx.pipelines import picture_files, program_files, runner
+from mpqdm_fx.pipelines import medium, picture_files, program_files, runner, sound_files
 from mpqdm_fx.pipelines.loops.loop import Loop
 
 __all__ = ["write_runner"]
@@ -19,7 +19,9 @@ __all__ = ["write_runner"]
 _FILES = {
     "run.py": runner,
     "program_files.py": program_files,
+    "medium.py": medium,
     "picture_files.py": picture_files,
+    "sound_files.py": sound_files,
     "conventions.py": conventions,
     "schedules.py": schedules,
     "sealed.py": sealed,
