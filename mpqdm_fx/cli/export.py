@@ -29,8 +29,7 @@ def export(
     size: Annotated[
         list[str] | None,
         typer.Option(
-            help="HEIGHTxWIDTH in pixels that can be drawn, or a sound's length in samples; repeat "
-            "it for more."
+            help="HEIGHTxWIDTH in pixels that can be drawn (a sound: its samples); repeat it for more."
         ),
     ] = None,
     prompts: opt.PromptsOption = None,
@@ -174,7 +173,6 @@ def _size_of(text: str) -> tuple[int, ...]:
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdigit() for side in sides):
         raise ConfigError(
-            f"--size {text!r}: write HEIGHTxWIDTH, for example 512x512, or a sound's length in "
-            f"samples"
+            f"--size {text!r}: write HEIGHTxWIDTH, for example 512x512, or the samples of a sound"
         )
     return tuple(map(int, sides))

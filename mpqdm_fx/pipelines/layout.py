@@ -22,15 +22,16 @@ from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.records.validation import Count, check_value
 from mpqdm_fx.sources.model_names import BUNDLED, unknown_model
 
-__all__ = ["SIDES", "Layout", "Size", "layout_of", "open_pipeline", "size_text"]
+__all__ = ["Layout", "Size", "layout_of", "open_pipeline", "size_text"]
 
 logger = logging.getLogger(__name__)
 
 Size = tuple[Count, ...]
 """Height and width of an image in pixels, or the length of a sound in samples of a channel."""
 
-#: What the numbers of a size are, by how many there are.
-SIDES = {1: ("length in samples",), 2: ("height", "width")}
+#: What a size is, and how it is written, by its numbers.
+_SIDES = {1: "its length", 2: "height and width"}
+_FORMS = {1: "the samples of a channel", 2: "HEIGHTxWIDTH in pixels"}
 
 # Components that a program has no use for; they need not be in the folder either.
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -92,15 +93,15 @@ class Layout:
         """
         check_value(sizes, Sequence[Size] | None, "sizes")
         chosen = tuple(sizes or (self.default_size,))
-        sides = " and ".join(SIDES[len(self.default_size)])
+        count = len(self.default_size)
         for size in chosen:
             text = size_text(size)
-            if len(size) != len(self.default_size):
-                raise ConfigError(f"size {text}: a size of a {self.class_name} is its {sides}")
+            if len(size) != count:
+                raise ConfigError(f"size {text}: a {self.class_name}'s size is {_FORMS[count]}")
             if any(side % self.multiple for side in size):
-                multiples = "multiples" if len(size) > 1 else "a multiple"
+                multiples = "multiples" if count > 1 else "a multiple"
                 raise ConfigError(
-                    f"size {text}: {sides} must be {multiples} of {self.multiple}, for the "
+                    f"size {text}: {_SIDES[count]} must be {multiples} of {self.multiple}, for the "
                     f"pipeline's decoder and denoiser"
                 )
         if len(set(chosen)) < len(chosen):

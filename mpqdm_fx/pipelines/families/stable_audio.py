@@ -125,12 +125,12 @@ class DurationEncoder(nn.Module):
         super().__init__()
         self.end = projection.end_number_conditioner
         with torch.no_grad():
-            start = projection.start_number_conditioner(torch.zeros(1))
+            start = projection.start_number_conditioner(torch.zeros(1, 1))
         self.start: Tensor
         self.register_buffer("start", start)
 
     def forward(self, seconds: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed seconds, float [B], to two tokens [B, 2, D], and both in one [B, 1, 2 D]."""
+        """Embed seconds, float [B, 1], to two tokens [B, 2, D], and both in one [B, 1, 2 D]."""
         end = self.end(seconds)
         start = self.start.expand(end.shape[0], -1, -1)
         return torch.cat([start, end], dim=1), torch.cat([start, end], dim=2)

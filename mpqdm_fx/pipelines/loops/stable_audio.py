@@ -44,7 +44,7 @@ class StableAudio(Prompted):
     def once_inputs(self, part: str, request: Request) -> Inputs:
         """What the text encoder gets of the prompt, and the duration's of the seconds."""
         if part == "duration_encoder":
-            return {"seconds": torch.tensor([self._seconds(request)])}
+            return {"seconds": torch.tensor([[self._seconds(request)]])}
         return super().once_inputs(part, request)
 
     def token_inputs(self, part: str, prompt: str) -> Inputs:
