@@ -29,7 +29,8 @@ def export(
     size: Annotated[
         list[str] | None,
         typer.Option(
-            help="HEIGHTxWIDTH in pixels that can be drawn (a sound: its samples); repeat it for more."
+            help="HEIGHTxWIDTH in pixels that can be drawn (a sound: its samples); repeat it for "
+            "more."
         ),
     ] = None,
     prompts: opt.PromptsOption = None,
