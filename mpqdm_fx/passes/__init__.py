@@ -7,6 +7,7 @@ from mpqdm_fx.passes.normalize.fold_batch_norm import FoldBatchNorm
 from mpqdm_fx.passes.normalize.normalize_padding import NormalizePadding
 from mpqdm_fx.passes.normalize.split_geglu import SplitGeglu
 from mpqdm_fx.passes.normalize.split_skip_concat import SplitSkipConcat
+from mpqdm_fx.passes.normalize.subpixel_convolutions import SubpixelConvolutions
 from mpqdm_fx.passes.pipelines import NORMALIZE, QUANTIZE
 from mpqdm_fx.passes.quantize.assign_qconfigs import AssignQConfigs
 from mpqdm_fx.passes.quantize.carry_error_lane import CarryErrorLane
@@ -30,6 +31,7 @@ __all__ = [
     "ScaleInputs",
     "SplitGeglu",
     "SplitSkipConcat",
+    "SubpixelConvolutions",
     "graph_pass",
     "known_passes",
     "name_of",

@@ -8,6 +8,7 @@ from mpqdm_fx.passes.normalize.fold_batch_norm import FoldBatchNorm
 from mpqdm_fx.passes.normalize.normalize_padding import NormalizePadding
 from mpqdm_fx.passes.normalize.split_geglu import SplitGeglu
 from mpqdm_fx.passes.normalize.split_skip_concat import SplitSkipConcat
+from mpqdm_fx.passes.normalize.subpixel_convolutions import SubpixelConvolutions
 from mpqdm_fx.passes.quantize.assign_qconfigs import AssignQConfigs
 from mpqdm_fx.passes.quantize.carry_error_lane import CarryErrorLane
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
@@ -22,6 +23,7 @@ NORMALIZE: tuple[GraphPass, ...] = (
     DropAssertions(),  # checks are extra users of what they look at
     DropNoopCasts(),  # casts stand between layers that belong together
     DropDropout(),  # so does dropout
+    SubpixelConvolutions(),  # transposed layers become such as all later passes and kernels know
     FoldBatchNorm(),  # before layers are split: it belongs to one of them
     SplitGeglu(),  # gate and value have ranges of their own
     SplitSkipConcat(),  # so do the halves of a skip

@@ -148,7 +148,32 @@ def choices(b: GraphBuilder, variant: int) -> None:
     b.set_image(b.call(_aten.add.Tensor, b.image, mean), channels)
 
 
+def sequences(b: GraphBuilder, variant: int) -> None:
+    """Emit pixels in one line, convolved and then upsampled: by a stride that divides the kernel.
+
+    With output padding (1), by a kernel with a rest (2), or as an image (3).
+    """
+    channels, height, width = b.shape
+    line = b.call(_aten.flatten.using_ints, b.image, 2)
+    conv = nn.Conv1d(channels, channels, 3, padding=1, device="meta")
+    line = b.call(b.module("line", conv), line)
+    if variant == 3:
+        image = b.call(_aten.reshape.default, line, [b.batch, channels, height, width])
+        up = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1, device="meta")
+        taller = b.call(b.module("up", up), image)
+        b.set_image(taller, channels, (2 * height, 2 * width))
+        return
+    kernel, padding, extra = ((4, 1, 0), (4, 2, 1), (3, 0, 0))[variant]
+    up_line = nn.ConvTranspose1d(
+        channels, channels, kernel, 2, padding, output_padding=extra, device="meta"
+    )
+    longer = b.call(b.module("up", up_line), line)
+    kept = b.call(_aten.slice.Tensor, longer, 2, 0, height * width)
+    image = b.call(_aten.reshape.default, kept, [b.batch, channels, height, width])
+    b.set_image(image, channels)
+
+
 #: Kind to emitter, each with four variants.
 TOKEN_EMITTERS: Mapping[str, Callable[[GraphBuilder, int], None]] = {
-    f.__name__: f for f in (repeats, fill, rotary, products, patches, choices)
+    f.__name__: f for f in (repeats, fill, rotary, products, patches, choices, sequences)
 }

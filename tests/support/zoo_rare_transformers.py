@@ -3,6 +3,7 @@
 import torch
 from diffusers import (
     AllegroTransformer3DModel,
+    AutoencoderOobleck,
     BriaFiboTransformer2DModel,
     BriaTransformer2DModel,
     ConsisIDTransformer3DModel,
@@ -247,5 +248,15 @@ RARE_TRANSFORMERS = (
         block_out_channels=(8, 16),
         norm_num_groups=4,
         num_vq_embeddings=12,
+    ),
+    case(
+        AutoencoderOobleck,
+        {"sample": (2, 64)},
+        encoder_hidden_size=8,
+        downsampling_ratios=[2, 4],
+        channel_multiples=[1, 2],
+        decoder_channels=8,
+        decoder_input_channels=4,
+        sampling_rate=100,
     ),
 )

@@ -33,6 +33,7 @@ from mpqdm_fx.backends.xnnpack.passes.unshare_dequantize import UnshareDequantiz
 from mpqdm_fx.backends.xnnpack.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
 from mpqdm_fx.backends.xnnpack.passes.view_means import ViewMeans
 from mpqdm_fx.backends.xnnpack.passes.view_strided_slices import ViewStridedSlices
+from mpqdm_fx.backends.xnnpack.passes.widen_sequences import WidenSequences
 from mpqdm_fx.passes.base import Pipeline
 from mpqdm_fx.passes.normalize.normalize_padding import NormalizePadding
 
@@ -55,6 +56,7 @@ DECOMPOSE = Pipeline(
         BlendBranches(),
         NormalizePadding(),
         LinearizePatches(),
+        WidenSequences(),
         DecomposeAttention(),
         DecomposeMatmul(),
         DecomposeGroupNorm(),

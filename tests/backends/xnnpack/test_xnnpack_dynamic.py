@@ -213,7 +213,7 @@ def test_weight_off_its_grid_is_refused(tmp_path):
 WITHOUT_KERNEL = {
     "depthwise": (conv(16, 16, groups=16), "depthwise Conv2d .16 input channels"),
     "one channel": (conv(1, 16), "depthwise Conv2d .1 input channels in 1 groups"),
-    "line": (nn.Conv1d(16, 16, 3), "for Conv1d, only for Conv2d and Linear"),
+    "line": (nn.Conv1d(16, 16, 3, groups=16), "depthwise Conv2d .16 input channels"),
 }
 
 
@@ -231,6 +231,22 @@ def test_layer_without_a_dynamic_kernel_stays_in_float_and_is_reported(name, tmp
     alone = Net(shape, lambda s, x: s.a(x), a=layer)
     with pytest.raises(LoweringError, match=rf'^a: .*{reason}.*activation_mode="static"'):
         lower(alone, tmp_path / "alone.pte")
+
+
+LINES = {
+    "strided": nn.Conv1d(16, 12, 5, stride=2, padding=2),
+    "dilated": nn.Conv1d(16, 12, 3, dilation=3, padding="same"),
+    "grouped": nn.Conv1d(16, 12, 3, groups=2, bias=False),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_layers_of_sequences_have_dynamic_kernels(name, tmp_path):
+    first, second = nn.Conv1d(16, 16, 1), LINES[name]
+    net = Net((2, 16, 24), lambda s, x: s.b(torch.sin(s.a(x))), a=first, b=second)
+    program = lower(net, tmp_path / "net.pte")
+    assert program.sqnr_db > EXACT_DB
+    assert (program.subgraphs, program.float_layers) == (1, {})
 
 
 def test_convolution_without_a_batch_axis_stays_in_float():

@@ -35,6 +35,7 @@ from mpqdm_fx.backends.xnnpack.passes.unshare_dequantize import UnshareDequantiz
 from mpqdm_fx.backends.xnnpack.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
 from mpqdm_fx.backends.xnnpack.passes.view_means import ViewMeans
 from mpqdm_fx.backends.xnnpack.passes.view_strided_slices import ViewStridedSlices
+from mpqdm_fx.backends.xnnpack.passes.widen_sequences import WidenSequences
 
 __all__ = [
     "AverageSums",
@@ -72,4 +73,5 @@ __all__ = [
     "UnshareDynamicQuantizers",
     "ViewMeans",
     "ViewStridedSlices",
+    "WidenSequences",
 ]
