@@ -288,7 +288,7 @@ def stable_audio(_: Path, *, scheduler: Any = None, width: int = 16) -> StableAu
         vae=vae,
         text_encoder=t5(),
         projection_model=StableAudioProjectionModel(
-            text_encoder_dim=T5_WIDTH, conditioning_dim=width, min_value=0, max_value=512
+            text_encoder_dim=T5_WIDTH, conditioning_dim=width, min_value=0, max_value=4
         ).eval(),
         tokenizer=t5_tokenizer(16),
         transformer=transformer,
