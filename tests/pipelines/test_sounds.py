@@ -20,6 +20,7 @@ from mpqdm_fx.pipelines.layout import layout_of
 from mpqdm_fx.pipelines.part_inputs import inputs_of
 from mpqdm_fx.pipelines.pictures import FLOAT, PROGRAMS, draw_pictures, write_samples
 from mpqdm_fx.pipelines.program_files import ProgramFiles
+from mpqdm_fx.pipelines.prompts import SOUND_PROMPTS
 from mpqdm_fx.pipelines.runner import RunnerError, main
 from mpqdm_fx.pipelines.spectrograms import spectrogram
 
@@ -170,6 +171,11 @@ def test_parts_are_calibrated_on_sounds_of_several_lengths(tmp_path):
     assert set(seconds.flatten().tolist()) == {0.5, 1.0, 1.5, 2.0}
     told = torch.cat([call["global_hidden_states"] for call in inputs.runs.calls("denoiser")])
     assert len(told.unique(dim=0)) == 4
+
+
+def test_prompts_of_sounds_are_plain_and_all_different():
+    assert len(set(SOUND_PROMPTS)) == len(SOUND_PROMPTS) == 32
+    assert all(prompt == prompt.strip() for prompt in SOUND_PROMPTS)
 
 
 # -- files ----------------------------------------------------------------------------------------
