@@ -41,7 +41,9 @@ ROWS: tuple[frozenset[str], ...] = tuple(
 COPIED = {
     "mpqdm_fx.pipelines.runner",
     "mpqdm_fx.pipelines.program_files",
+    "mpqdm_fx.pipelines.medium",
     "mpqdm_fx.pipelines.picture_files",
+    "mpqdm_fx.pipelines.sound_files",
     "mpqdm_fx.io.expansion",
     "mpqdm_fx.io.sealed",
     "mpqdm_fx.io.classes",

@@ -99,6 +99,8 @@ CONVENTIONS: Mapping[str, CallingConvention] = {
     "QwenImageTransformer2DModel": _PACKED,
     "SD3Transformer2DModel": dataclasses.replace(_PICTURES, max_shift=1.16),
     "SanaTransformer2DModel": _PICTURES,
+    "StableAudioDenoiser": _PICTURES,  # what `export_pipeline` makes of it
+    "StableAudioDiTModel": _PICTURES,  # sounds have an axis less
     "ZImageDenoiser": _Z_IMAGE,  # what `export_pipeline` makes of it
     # takes lists, so a module around it stacks them
     "ZImageTransformer2DModel": _Z_IMAGE,

@@ -28,7 +28,10 @@ def export(
     output: opt.OutputOption = Path("exported"),
     size: Annotated[
         list[str] | None,
-        typer.Option(help="HEIGHTxWIDTH in pixels that can be drawn; repeat it for more."),
+        typer.Option(
+            help="HEIGHTxWIDTH in pixels that can be drawn (a sound: its samples); repeat it for "
+            "more."
+        ),
     ] = None,
     prompts: opt.PromptsOption = None,
     guidance: opt.GuidanceOption = None,
@@ -166,9 +169,11 @@ def export(
     end_with_gates(verdicts, output)
 
 
-def _size_of(text: str) -> tuple[int, int]:
-    """Height and width of a text like `512x768`."""
-    height, cross, width = text.lower().partition("x")
-    if not (cross and height.isdigit() and width.isdigit()):
-        raise ConfigError(f"--size {text!r}: write HEIGHTxWIDTH, for example 512x512")
-    return int(height), int(width)
+def _size_of(text: str) -> tuple[int, ...]:
+    """Height and width of a text like `512x768`, or the length of a sound like `524288`."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdigit() for side in sides):
+        raise ConfigError(
+            f"--size {text!r}: write HEIGHTxWIDTH, for example 512x512, or the samples of a sound"
+        )
+    return tuple(map(int, sides))

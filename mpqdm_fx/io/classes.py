@@ -17,6 +17,8 @@ __all__ = ["Kind", "diffusers_class", "is_model_class"]
 Kind = Literal["model", "scheduler"]
 
 _BASES: dict[Kind, str] = {"model": "ModelMixin", "scheduler": "SchedulerMixin"}
+#: Models that diffusers keeps with the one pipeline that has them.
+_BESIDE = {"StableAudioProjectionModel": "diffusers.pipelines.stable_audio"}
 
 
 def diffusers_class(kind: Kind, name: Any, place: str = "") -> Any:
@@ -56,14 +58,18 @@ def _named(kind: Kind, name: Any) -> Any:
     """What the package of the kind calls so, whatever it is; None if nothing."""
     if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
         return None
-    return getattr(importlib.import_module(f"diffusers.{kind}s"), name, None)
+    place = _BESIDE.get(name, "diffusers.models") if kind == "model" else "diffusers.schedulers"
+    return getattr(importlib.import_module(place), name, None)
 
 
 def _proper(kind: Kind, member: Any) -> bool:
     """Whether it is a proper subclass of the kind's base that is defined in its package."""
     base = getattr(importlib.import_module("diffusers"), _BASES[kind])
     proper = isinstance(member, type) and issubclass(member, base) and member is not base
-    return proper and member.__module__.startswith(f"diffusers.{kind}s.")
+    if not proper:
+        return False
+    place = _BESIDE.get(member.__name__) if kind == "model" else None
+    return bool(member.__module__.startswith(f"{place or f'diffusers.{kind}s'}."))
 
 
 def _missing(member: Any) -> list[str]:

@@ -10,8 +10,8 @@ from mpqdm_fx.io.peak_memory import tells_peaks
 from mpqdm_fx.jobs.command_text import export_command
 from mpqdm_fx.pipelines.adapters import Lora
 from mpqdm_fx.pipelines.export import MINIMUM_SQNR_DB, ExportResult, export_pipeline
-from mpqdm_fx.pipelines.layout import Size
-from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS, read_prompts
+from mpqdm_fx.pipelines.layout import Size, size_text
+from mpqdm_fx.pipelines.prompts import read_prompts
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.report.export_metrics import expected_export, export_metrics
@@ -44,9 +44,9 @@ class ExportRuns:
     lora: Lora | None = None
 
     @property
-    def texts(self) -> Sequence[str]:
-        """The prompts themselves."""
-        return DEFAULT_PROMPTS if self.prompts is None else read_prompts(self.prompts)
+    def texts(self) -> Sequence[str] | None:
+        """The prompts themselves; None for the built-in ones."""
+        return None if self.prompts is None else read_prompts(self.prompts)
 
 
 def export_to_folder(
@@ -77,7 +77,7 @@ def export_to_folder(
         pipeline,
         config,
         {
-            "--size": [f"{height}x{width}" for height, width in runs.sizes or ()],
+            "--size": [size_text(size) for size in runs.sizes or ()],
             "--prompts": runs.prompts,
             "--guidance": runs.guidance,
             "--steps": runs.steps,

@@ -18,7 +18,6 @@ from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import side_settings
-from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.stored_encoders import is_held_as_stored
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.validation import Bytes, Count, NonNegative, Some, checked
@@ -115,7 +114,7 @@ def estimate_export(
     config: MPQConfig | None,
     *,
     sizes: Sequence[Size] | None = None,
-    prompts: Sequence[str] = DEFAULT_PROMPTS,
+    prompts: Sequence[str] | None = None,
     steps: Count = 20,
     guidance: NonNegative | None = None,
     trajectories: Count = 16,
@@ -138,7 +137,7 @@ def estimate_export(
     """
     check_export(config, prompts, four_bit, backend=backend, kernels=kernels, cpu=cpu)
     inputs, chosen = inputs_of(
-        pipeline, sizes, prompts=tuple(prompts), steps=steps, guidance=guidance,
+        pipeline, sizes, prompts=prompts, steps=steps, guidance=guidance,
         trajectories=trajectories, batch_size=batch_size, seed=0 if config is None else config.seed,
         stored=config is not None,
     )  # fmt: skip
@@ -215,7 +214,7 @@ def _calls(part: Part, inputs: PipelineInputs) -> tuple[int, int]:
     elif part.stepped:
         rows = inputs.trajectories * inputs.steps * inputs.calls_per_step
     else:
-        return inputs.picture_count(inputs.trajectories), 1
+        return inputs.vae_call_count(inputs.trajectories), 1
     batch = min(rows, inputs.batch_size)
     return math.ceil(rows / batch), batch
 

@@ -37,7 +37,6 @@ from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.part_numbers import kept_part
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import JudgedPart, SideBits, quantize_part, write_programs
-from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.pipelines.runner_files import write_runner
 from mpqdm_fx.pipelines.stored_encoders import is_held_as_stored
 from mpqdm_fx.pipelines.work_folder import WorkFolder
@@ -97,7 +96,7 @@ def export_pipeline(
     output: str | Path,
     *,
     sizes: Sequence[Size] | None = None,
-    prompts: Sequence[str] = DEFAULT_PROMPTS,
+    prompts: Sequence[str] | None = None,
     steps: Count = 20,
     guidance: NonNegative | None = None,
     trajectories: Count = 16,
@@ -138,8 +137,9 @@ def export_pipeline(
         config: Settings of the denoiser; None exports everything in float.
         output: Folder; it appears whole or not at all.
         sizes: Heights and widths in pixels that can be drawn; the first is the default and the one
-            calibrated at. Default: the one that the model was trained for.
-        prompts: Prompts to calibrate on.
+            calibrated at. Of sounds `(samples,)` in each channel. Default: the one that the model
+            was trained for.
+        prompts: Prompts to calibrate on. Default: captions of pictures, or of sounds.
         steps: Steps of the calibration runs, and the runner's default.
         guidance: Guidance scale of the calibration runs, and the runner's default; up to 1 none.
             Default: the pipeline's own.
@@ -192,7 +192,7 @@ def export_pipeline(
     inputs, chosen = inputs_of(
         pipeline,
         sizes,
-        prompts=tuple(prompts),
+        prompts=prompts,
         steps=steps,
         guidance=guidance,
         trajectories=trajectories,
@@ -218,7 +218,7 @@ def export_pipeline(
             "models": digests,
             "settings": None if config is None else config.to_dict(),
             "sizes": [list(size) for size in chosen],
-            "prompts": list(prompts) if layout.tokenizers else [],
+            "prompts": list(inputs.prompts) if layout.tokenizers else [],
             "numbers": [steps, guidance, trajectories, batch_size, minimum_sqnr_db],
             "timesteps": timesteps,
             "program form": [four_bit, external_weights, *own, *(["W4"] * (encoder_bits == 4))],
@@ -308,7 +308,7 @@ def _foretold(layout: Layout, *, samples: int, measure: bool) -> dict[str, float
 
 def check_export(
     config: MPQConfig | None,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | None,
     four_bit: FourBit,
     *,
     backend: ProgramBackend,
@@ -323,8 +323,8 @@ def check_export(
         ConfigError: There is no prompt, or programs do not run the settings.
     """
     check_kernel_options(backend, kernels, cpu)
-    check_value(prompts, Sequence[str], "prompts")
-    if not prompts:
+    check_value(prompts, Sequence[str] | None, "prompts")
+    if prompts is not None and not prompts:
         raise ConfigError("prompts: give a sequence of at least one prompt")
     check_four_bit(four_bit, "float" if config is None else config.activation_mode)
     if backend == "lowbit" and config is None:

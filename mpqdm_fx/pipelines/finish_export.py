@@ -17,9 +17,8 @@ from mpqdm_fx.pipelines.measure_parts import drop_expanded, measure_parts
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs
 from mpqdm_fx.pipelines.part_numbers import KeptPart
 from mpqdm_fx.pipelines.parts import Part
-from mpqdm_fx.pipelines.pictures import GRID, DrawnPictures, draw_pictures
+from mpqdm_fx.pipelines.pictures import DrawnPictures, draw_pictures, write_samples
 from mpqdm_fx.pipelines.report import write_export_report
-from mpqdm_fx.report.images import save_rows
 
 __all__ = ["finish"]
 
@@ -80,13 +79,13 @@ def finish(
 
 
 def _drawn(folder: Path, inputs: PipelineInputs, samples: int) -> tuple[DrawnPictures | None, str]:
-    """Pictures, which are also written to `samples.png`, or None and the reason."""
+    """Pictures or sounds, which are also written into the folder, or None and the reason."""
     try:
         drawn = draw_pictures(folder, samples, prompts=inputs.prompts, inputs=inputs)
     except ArtifactError as error:
         logger.warning("no samples are drawn: %s", error)
         return None, f"no samples are drawn: {error}"
-    save_rows(list(drawn.images.items()), folder / GRID)
+    write_samples(folder, drawn)
     return drawn, ""
 
 

@@ -31,6 +31,7 @@ __all__ = [
 
 INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers", "mpqdm_fx.component")
+_BESIDE = ("stable_audio",)  # pipelines that have a model of their own; an index names them so
 
 
 def read_index(root: Path) -> dict[str, Any]:
@@ -152,7 +153,10 @@ def _pipeline_class(index: Mapping[str, Any]) -> Any:
 def _check_component(root: Path, part: str, entry: list[Any]) -> None:
     """Refuse a component that is no model, scheduler or tokenizer, before diffusers imports it."""
     place = f"{root / INDEX}: {part[:80]}"
-    if len(entry) != 2 or entry[0] not in _LIBRARIES or not isinstance(entry[1], str):
+    known = len(entry) == 2 and isinstance(entry[1], str)
+    if not known or not (
+        entry[0] in _LIBRARIES or (entry[0] in _BESIDE and is_model_class(entry[1]))
+    ):
         raise ArtifactError(f"{place} is {str(entry)[:80]}; it must be one of diffusers' parts")
     if Path(part).name != part or not (root / part).is_dir():
         raise ArtifactError(
@@ -166,7 +170,7 @@ def _loaded(
     folder: Path, library: str, name: str, variant: str | None, *, stored: bool = False
 ) -> Any:
     """A component with weights, every one of them from its files; None for other components."""
-    if library == "diffusers" and is_model_class(name):
+    if library in ("diffusers", *_BESIDE) and is_model_class(name):
         return load_model(folder, variant)
     if library != "transformers":
         return None

@@ -22,15 +22,24 @@ from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.records.validation import Count, check_value
 from mpqdm_fx.sources.model_names import BUNDLED, unknown_model
 
-__all__ = ["Layout", "Size", "layout_of", "open_pipeline"]
+__all__ = ["Layout", "Size", "layout_of", "open_pipeline", "size_text"]
 
 logger = logging.getLogger(__name__)
 
-Size = tuple[Count, Count]
-"""Height and width of an image in pixels."""
+Size = tuple[Count, ...]
+"""Height and width of an image in pixels, or the length of a sound in samples of a channel."""
+
+#: What a size is, and how it is written, by its numbers.
+_SIDES = {1: "its length", 2: "height and width"}
+_FORMS = {1: "the samples of a channel", 2: "HEIGHTxWIDTH in pixels"}
 
 # Components that a program has no use for; they need not be in the folder either.
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def size_text(size: Size) -> str:
+    """A size as `--size` takes it, for example `512x768`."""
+    return "x".join(map(str, size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +53,8 @@ class Layout:
         parts: In the order in which they run.
         tokenizers: By the name of their folder.
         latent_channels: Channels of what the scheduler steps on.
-        scale: Pixels of an image for one of the latents, per side.
-        multiple: What heights and widths are multiples of.
+        scale: Pixels of an image, or samples of a sound, for one of the latents, per side.
+        multiple: What heights and widths, or lengths, are multiples of.
         default_size: Size that the denoiser was trained for.
         settings: What the family's loop must know of the models.
     """
@@ -84,11 +93,16 @@ class Layout:
         """
         check_value(sizes, Sequence[Size] | None, "sizes")
         chosen = tuple(sizes or (self.default_size,))
-        for height, width in chosen:
-            if height % self.multiple or width % self.multiple:
+        count = len(self.default_size)
+        for size in chosen:
+            text = size_text(size)
+            if len(size) != count:
+                raise ConfigError(f"size {text}: a {self.class_name}'s size is {_FORMS[count]}")
+            if any(side % self.multiple for side in size):
+                multiples = "multiples" if count > 1 else "a multiple"
                 raise ConfigError(
-                    f"size {height}x{width}: height and width must be multiples of "
-                    f"{self.multiple}, for the pipeline's decoder and denoiser"
+                    f"size {text}: {_SIDES[count]} must be {multiples} of {self.multiple}, for the "
+                    f"pipeline's decoder and denoiser"
                 )
         if len(set(chosen)) < len(chosen):
             raise ConfigError(f"sizes {list(chosen)}: each size once")
@@ -149,7 +163,6 @@ def layout_of(pipeline: Any) -> Layout:
     if getattr(pipeline, "safety_checker", None) is not None:
         _say_unchecked()
     latents = family.latents(pipeline)
-    height, width = latents.sides
     return Layout(
         pipeline=pipeline,
         class_name=name,
@@ -163,6 +176,6 @@ def layout_of(pipeline: Any) -> Layout:
         latent_channels=latents.channels,
         scale=latents.scale,
         multiple=latents.multiple,
-        default_size=(height * latents.scale, width * latents.scale),
+        default_size=tuple(side * latents.scale for side in latents.sides),
         settings=family.settings(pipeline),
     )

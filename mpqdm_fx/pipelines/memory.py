@@ -20,6 +20,11 @@ from mpqdm_fx.graph.nested import tensor_leaves
 from mpqdm_fx.io.peak_memory import measured_apart, peak_rise
 from mpqdm_fx.pipelines.families.controlnet import ControlResiduals
 from mpqdm_fx.pipelines.families.flux_2 import NormalizedDecoder
+from mpqdm_fx.pipelines.families.stable_audio import (
+    DurationEncoder,
+    SoundDecoder,
+    StableAudioDenoiser,
+)
 from mpqdm_fx.pipelines.families.z_image_denoiser import ZImageDenoiser
 from mpqdm_fx.pipelines.folder import load_part, part_class, read_index
 from mpqdm_fx.pipelines.parts import (
@@ -37,6 +42,7 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("text_encoder",),
     "text_encoder_2": ("text_encoder_2",),
     "text_encoder_3": ("text_encoder_3",),
+    "duration_encoder": ("projection_model",),
     "controlnet": ("controlnet",),
     "denoiser": ("unet", "transformer"),
     "vae_decoder": ("vae", "vqvae"),
@@ -44,12 +50,15 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
 }
 _WRAPPERS: Mapping[str, Callable[[Any], Any]] = {
     "controlnet": ControlResiduals,
+    "duration_encoder": DurationEncoder,
     "vae_decoder": ImageDecoder,
     "vae_encoder": ImageEncoder,
 }
 #: Of components of these classes, whatever the part.
 _OWN_WRAPPERS: Mapping[str, Callable[[Any], Any]] = {
     "AutoencoderKLFlux2": NormalizedDecoder,
+    "AutoencoderOobleck": SoundDecoder,
+    "StableAudioDiTModel": StableAudioDenoiser,
     "ZImageTransformer2DModel": ZImageDenoiser,
 }
 

@@ -4,6 +4,8 @@ Parts are calibrated on the float pipeline's own drawings, with its scheduler, p
 guidance; the decoder on what these end with; text encoders on the prompts.
 """
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +35,8 @@ __all__ = ["PipelineInputs", "inputs_of"]
 
 _RUN_SEEDS = 1 << 40  # far from those of pictures that are drawn for eyes
 _SEEDS = 1 << 20  # runs of one seed, at most
-_PIXELS, _PICTURES = 1 << 20, 4  # that show a part of the VAE its values' ranges, at least
+_VALUES, _RUNS = 1 << 20, 4  # pixels that show a part of the VAE its ranges; runs, at least
+_SHARES = (1.0, 0.5, 0.75, 0.25)  # of the programs' length, that sounds have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class PipelineInputs:
 
     Attributes:
         layout: The pipeline.
-        size: Image size to calibrate at.
+        size: Size to calibrate at.
         prompts: Prompts; runs take turns with them.
         steps: Steps of each run.
         guidance: Guidance scale of the runs, as the pipeline takes it.
@@ -102,7 +105,7 @@ class PipelineInputs:
         )
 
     def _request(self, index: int, size: Size) -> Request:
-        """What run number `index` draws."""
+        """What run number `index` draws, or plays."""
         pictures = {name: rows[index][None] for name, rows in self._pictures.items()}
         if size != self.size:
             pictures = {
@@ -113,6 +116,7 @@ class PipelineInputs:
             steps=self.steps,
             guidance=self.guidance,
             seed=_RUN_SEEDS + self.seed % _SEEDS * _SEEDS + index,
+            seconds=self._seconds(index, size),
             prompt=self.prompts[index % len(self.prompts)] if self.takes_text else None,
             image=pictures.get("image"),
             mask=pictures.get("mask"),
@@ -123,6 +127,8 @@ class PipelineInputs:
     def _pictures(self) -> dict[str, Tensor]:
         """What the pipeline is shown: smooth random images in 0..1, and random rectangles."""
         needs = self.layout.loop.needs
+        if not {"image", "mask"} & set(needs):
+            return {}
         generator = torch.Generator().manual_seed(self.seed)
         coarse = torch.randn(self.trajectories, 3, 4, 4, generator=generator)
         images = functional.interpolate(coarse, size=self.size, mode="bicubic").clamp(-1, 1)
@@ -148,7 +154,9 @@ class PipelineInputs:
             part: The part's name.
         """
         if not self.layout.parts[part].sized:
-            rows = [self._tokens(part, prompt) for prompt in ("", *self.prompts)]
+            rows = [
+                self._once(part, index, prompt) for index, prompt in enumerate(("", *self.prompts))
+            ]
             size = self.batch_size
             return [concatenate(rows[start : start + size]) for start in range(0, len(rows), size)]
         if part == "vae_decoder":
@@ -159,27 +167,34 @@ class PipelineInputs:
         calls = list(self.runs.calls(part, batch_size=1))  # large activations: one by one
         return [dict(calls[row]) for row in self._evenly(len(calls))]
 
-    def picture_count(self, available: int) -> int:
-        """Pictures that a part of the VAE is calibrated on and judged by.
+    def vae_call_count(self, available: int) -> int:
+        """Pictures or sounds that a part of the VAE is calibrated on and judged by.
 
         Their pixels are its rows: few large pictures show as many as many small ones, and each
         takes a decoder's whole run several times.
 
         Args:
-            available: Pictures that there are.
+            available: Runs that there are.
         """
-        height, width = self.size
-        return min(available, max(_PICTURES, _PIXELS // (height * width)))
+        return min(available, max(_RUNS, _VALUES // math.prod(self.size)))
 
     def _evenly(self, available: int) -> list[int]:
-        """Pictures of all runs alike, the last one among them."""
-        count = self.picture_count(available)
+        """Some of all runs alike, the last one among them."""
+        count = self.vae_call_count(available)
         return [(place + 1) * available // count - 1 for place in range(count)]
 
-    def _tokens(self, part: str, prompt: str) -> Call:
-        """What a text encoder gets of a prompt."""
+    def _once(self, part: str, index: int, prompt: str) -> Call:
+        """What a part that runs once, whatever the size, gets of a prompt."""
         loop: Any = self._loop
-        return dict(loop.token_inputs(part, prompt))
+        request = dataclasses.replace(self._request(index, self.size), prompt=prompt)
+        return dict(loop.once_inputs(part, request))
+
+    def _seconds(self, index: int, size: Size) -> float | None:
+        """Length of sound number `index`, from a quarter to all of the size; None of pictures."""
+        if len(size) > 1:
+            return None
+        share = _SHARES[index % len(_SHARES)]
+        return share * size[0] / float(self.layout.settings["sampling_rate"])
 
     @property
     def _loop(self) -> Loop:
@@ -190,10 +205,10 @@ class PipelineInputs:
 
         Args:
             part: The part's name.
-            size: Image size.
+            size: Size of what is drawn.
         """
         if not self.layout.parts[part].sized:
-            return self._tokens(part, self.prompts[0])
+            return self._once(part, 0, self.prompts[0])
         if part == "vae_decoder":
             request = self._request(0, size)
             generator = torch.Generator().manual_seed(self.seed)
@@ -211,6 +226,7 @@ def inputs_of(
     pipeline: Any,
     sizes: Sequence[Size] | None,
     *,
+    prompts: Sequence[str] | None,
     guidance: float | None,
     lora: Lora | None = None,
     stored: bool = False,
@@ -221,6 +237,7 @@ def inputs_of(
     Args:
         pipeline: As of `open_pipeline`.
         sizes: As of `Layout.check_sizes`.
+        prompts: Prompts; None takes the family's own.
         guidance: Guidance scale; None takes the pipeline's own.
         lora: A LoRA that is fused into a copy of the pipeline first.
         stored: As of `open_pipeline`; with a LoRA everything is loaded whole.
@@ -236,6 +253,9 @@ def inputs_of(
         guidance = 1.0
     elif guidance is None:
         guidance = default_guidance(type(layout.pipeline))
-    inputs = PipelineInputs(layout=layout, size=chosen[0], guidance=guidance, **settings)
+    texts = layout.family.prompts if prompts is None else tuple(prompts)
+    inputs = PipelineInputs(
+        layout=layout, size=chosen[0], prompts=texts, guidance=guidance, **settings
+    )
     inputs.scheduled()  # what has no such schedule is refused here
     return inputs, chosen

@@ -34,10 +34,11 @@ class Part:
     """One network of a pipeline.
 
     Attributes:
-        name: `text_encoder`, `text_encoder_2`, `denoiser`, `vae_decoder` or `vae_encoder`.
+        name: `text_encoder`, `text_encoder_2`, `duration_encoder`, `denoiser`, `vae_decoder` or
+            `vae_encoder`.
         module: Called with tensors by name; returns a tensor or a tuple of tensors.
         outputs: Names of what it returns, in order.
-        sized: Its shapes depend on the image size: one method per size.
+        sized: Its shapes depend on the size of the image or the sound: one method per size.
         stepped: Arguments that change from step to step of the denoising loop. What depends on all
             others alone is a method of its own. Empty for a part that runs once per image.
     """

@@ -82,7 +82,7 @@ _SHAPE: Mapping[str, Any] = {
     "expanded": dict,
     "files": dict,
 }
-LARGEST = 1 << 14  # pixels of a side, steps, channels
+LARGEST = 1 << 14  # pixels of a side, steps, channels, latents of a sound
 # c10::ScalarType, as the runtime reports it.
 _SCALAR_TYPES = {
     "uint8": 0,
@@ -178,18 +178,18 @@ class ProgramFiles:
                 pass
         return root
 
-    def has(self, part: str, size: tuple[int, int] | None = None) -> bool:
-        """Whether a part has a method for an image size; None: one for images of any size."""
+    def has(self, part: str, size: tuple[int, ...] | None = None) -> bool:
+        """Whether a part has a method for a size; None: one for any size."""
         return self._find(part, size) is not None
 
     def run(
-        self, part: str, size: tuple[int, int] | None, inputs: Mapping[str, Tensor]
+        self, part: str, size: tuple[int, ...] | None, inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Run one method.
 
         Args:
             part: The part of the pipeline.
-            size: Height and width of the image in pixels; None for a method that takes any.
+            size: Of the image or the sound; None for a method that takes any.
             inputs: Tensors by name; those that the method does not take are passed over.
 
         Returns:
@@ -217,7 +217,7 @@ class ProgramFiles:
         with refusals(f"{part}: its program does not run"):
             return _Outputs(zip(names, self._load(entry).execute(values), strict=True))
 
-    def _find(self, part: str, size: tuple[int, int] | None) -> Any:
+    def _find(self, part: str, size: tuple[int, ...] | None) -> Any:
         for entry in self.manifest["methods"]:
             if entry["part"] == part and entry["size"] == (list(size) if size else None):
                 return entry
@@ -344,7 +344,10 @@ def check_settings(settings: Mapping[str, Any], shape: Mapping[str, Any], folder
 def _in_range(manifest: Mapping[str, Any]) -> bool:
     """Whether the numbers are such that nothing huge is made of them."""
     sizes, latents = manifest["sizes"], manifest["latents"]
-    numbers = [side for size in sizes for side in size]
+    # a sound is as long as its latents are many, each of hundreds of samples
+    numbers = [side for size in sizes if len(size) > 1 for side in size]
+    scale = max(1, latents["scale"])
+    numbers += [length // scale for size in sizes if len(size) == 1 for length in size]
     numbers += [*latents.values(), manifest["defaults"]["steps"]]
     whole = [value for value in manifest["settings"].values() if type(value) is int]
     specs = [
@@ -352,7 +355,8 @@ def _in_range(manifest: Mapping[str, Any]) -> bool:
     ]
     return (
         bool(sizes)
-        and all(len(size) == 2 for size in sizes)
+        and len({len(size) for size in sizes}) == 1
+        and len(sizes[0]) in (1, 2)
         and all(1 <= number <= LARGEST for number in numbers)
         and latents["channels"] * max(math.prod(size) for size in sizes) <= LARGEST**2
         and all(abs(value) <= LARGEST for value in whole)

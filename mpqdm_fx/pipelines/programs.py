@@ -21,7 +21,7 @@ from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.model.stages import in_form_of, normalized
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.pipelines.encoder_memory import check_float_program
-from mpqdm_fx.pipelines.layout import Size
+from mpqdm_fx.pipelines.layout import Size, size_text
 from mpqdm_fx.pipelines.manifest import method_entry
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.records.config import MPQConfig
@@ -314,7 +314,7 @@ def part_methods(
 
 def method_name(base: str, size: Size | None, *, first: bool) -> str:
     """Name of a method for one image size; that of the first size has no suffix."""
-    return base if first or size is None else f"{base}_{size[0]}x{size[1]}"
+    return base if first or size is None else f"{base}_{size_text(size)}"
 
 
 def _graph(part: Part, quantized: QuantizedModel | None, example: Call) -> fx.GraphModule:

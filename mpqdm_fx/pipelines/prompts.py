@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mpqdm_fx.errors import ConfigError
 
-__all__ = ["DEFAULT_PROMPTS", "read_prompts"]
+__all__ = ["DEFAULT_PROMPTS", "SOUND_PROMPTS", "read_prompts"]
 
 #: Subjects, styles, light, numbers of words and of things are mixed, so that ranges of activations
 #: are those of everyday prompts. None of them is taken from a data set.
@@ -73,6 +73,42 @@ DEFAULT_PROMPTS: tuple[str, ...] = (
     "two cups, a spoon and a lemon on a checked tablecloth",
     "a futuristic city with hanging gardens and flying trams, wide angle",
     "a shop sign with the picture of a blue fish",
+)
+
+#: The same for what is heard: noises, instruments, music with its tempo, places.
+SOUND_PROMPTS: tuple[str, ...] = (
+    "a dog barking twice",
+    "128 BPM tech house drum loop with a deep bass and crisp hats",
+    "rain on a tin roof, distant thunder",
+    "a slow piano melody in a minor key, soft pedal, small room",
+    "footsteps on gravel, a gate creaks open",
+    "warm analogue synth pad, slowly opening filter",
+    "a crowd cheering in a stadium",
+    "acoustic guitar arpeggio, 90 BPM, recorded close",
+    "waves breaking on a pebble beach, gulls",
+    "a kick drum",
+    "heavy metal guitar riff with double bass drums, 180 BPM",
+    "an old car engine that starts on the third try",
+    "church bells across a valley in the morning",
+    "lo-fi hip hop beat with vinyl noise, 75 BPM, mellow electric piano",
+    "glass breaking on a stone floor",
+    "a string quartet, tense and fast, short bows",
+    "birdsong in a forest at dawn, a brook nearby",
+    "a deep male choir holding one chord, long reverberation",
+    "typing on a mechanical keyboard",
+    "funk bass line, slapped, 105 BPM, dry",
+    "a train passing at high speed, horn",
+    "ambient drone with bells and tape hiss, very slow",
+    "a hammer hitting a wooden board",
+    "trumpet solo over a walking bass and brushes, 140 BPM",
+    "wind in tall grass",
+    "an arcade game sound, short rising notes",
+    "trance arpeggio in the style of the nineties, 138 BPM, building up",
+    "water poured into a glass",
+    "reggae rhythm guitar and organ, off beat, 80 BPM",
+    "a clock ticking in an empty hall",
+    "an orchestra tuning before a concert",
+    "riser and impact, cinematic",
 )
 
 

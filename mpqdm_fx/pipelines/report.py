@@ -106,4 +106,6 @@ def with_pictures(
 
 def export_gallery(drawn: DrawnPictures | None) -> Gallery | None:
     """What the page shows of pictures; None where there are none."""
-    return None if drawn is None else gallery_of(drawn.images, labels=drawn.prompts, note="")
+    if drawn is None:
+        return None
+    return gallery_of(drawn.images, labels=drawn.prompts, note=drawn.note)

@@ -1,4 +1,4 @@
-"""Draw images with the programs of a folder that `mpqdm-fx export` wrote.
+"""Draw pictures or make sounds with the programs of a folder that `mpqdm-fx export` wrote.
 
 This file is copied into that folder as `run.py`, with what it imports of the package beside it.
 They need numpy, ExecuTorch's runtime, the scheduler (diffusers, with torch), the tokenizer
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,7 +25,8 @@ from mpqdm_fx.calibration.conventions import CallingConvention
 from mpqdm_fx.errors import ArtifactError, first_line
 from mpqdm_fx.io.classes import diffusers_class
 from mpqdm_fx.pipelines.loops.loop import Loop, Number, Parts, Request, Spec, loop_class
-from mpqdm_fx.pipelines.picture_files import check_output, read_picture, write_picture
+from mpqdm_fx.pipelines.medium import Medium
+from mpqdm_fx.pipelines.picture_files import Pictures, area_of, picture_of, read_picture
 from mpqdm_fx.pipelines.program_files import (
     LARGEST,
     SCHEDULER,
@@ -60,6 +60,10 @@ class PipelineRunner:
         #: How the folder draws.
         self.loop: type[Loop] = loop_class(self.manifest["kind"])
         check_settings(self.manifest["settings"], self.loop.settings, self.folder)
+        if len(self.sizes[0]) != len(self.loop.makes.measures):
+            raise ArtifactError(f"{self.folder} is damaged: its sizes are none of its kind")
+        #: What the folder makes.
+        self.medium: Medium = self.loop.makes(self.sizes, self.manifest["settings"])
         self._tokenizers: dict[str, Any] = {}
 
     @property
@@ -68,24 +72,28 @@ class PipelineRunner:
         return self.programs.manifest
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Heights and widths that there are programs for; the first is the default."""
-        return [(height, width) for height, width in self.manifest["sizes"]]
+    def sizes(self) -> list[tuple[int, ...]]:
+        """What there are programs for; the first is the default.
 
-    def __call__(self, prompt: str | None = None, **options: Any) -> NDArray[np.uint8]:
-        """Draw one image.
+        Heights and widths of pictures in pixels, lengths of sounds in samples of a channel.
+        """
+        return [tuple(size) for size in self.manifest["sizes"]]
+
+    def __call__(self, prompt: str | None = None, **options: Any) -> NDArray[Any]:
+        """Draw one image, or make one sound.
 
         Args:
             prompt: What to draw; None for an unconditional model.
             **options: As of `sample`.
 
         Returns:
-            uint8 [H, W, 3], or [H, W, 1] for a model of grey images.
+            uint8 [H, W, 3], or [H, W, 1] for a model of grey images; of a sound int16 [samples,
+            channels].
 
         Raises:
             RunnerError: As `sample`.
         """
-        return (self.sample(prompt, **options) * 255).round().astype(np.uint8)
+        return self.medium.codes(self.sample(prompt, **options))
 
     def sample(
         self,
@@ -95,7 +103,7 @@ class PipelineRunner:
         callback: Callable[[int, int], None] | None = None,
         **wanted: Any,
     ) -> NDArray[np.float32]:
-        """Draw one image as float numbers.
+        """Draw one image, or make one sound, as float numbers.
 
         Args:
             prompt: What to draw; None for an unconditional model.
@@ -105,7 +113,7 @@ class PipelineRunner:
             **wanted: As of `request`.
 
         Returns:
-            float32 [H, W, channels] in 0..1.
+            float32 [H, W, channels] in 0..1; of a sound [samples, channels], about -1 to 1.
 
         Raises:
             RunnerError: There is no program for the size, no row for a timestep, a condition is
@@ -125,6 +133,7 @@ class PipelineRunner:
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        seconds: float | None = None,
         image: Any = None,
         mask: Any = None,
         **numbers: float,
@@ -140,6 +149,8 @@ class PipelineRunner:
                 Z-Image up to 0, switches it off and saves its calls. Default: that of the export.
             height: Height in pixels; height and width must be a size of the export.
             width: Width in pixels.
+            seconds: Length of a sound, at most the longest of the export; that of the first size by
+                default.
             image: What a picture is drawn from or into, where the pipeline takes one: uint8
                 [H, W, 3] or float in 0..1.
             mask: For inpainting: [H, W], nonzero (uint8: from 128) where to draw.
@@ -150,7 +161,7 @@ class PipelineRunner:
             RunnerError: As `sample`.
         """
         defaults = self.manifest["defaults"]
-        size = self._size(height, width)
+        size = self.size({"height": height, "width": width, "seconds": seconds})
         self.check_conditions({"prompt": prompt, "image": image, "mask": mask})
         if negative is not None and not self.loop.negatives:
             raise RunnerError(f"this {self.manifest['pipeline']} takes no negative prompt")
@@ -158,11 +169,12 @@ class PipelineRunner:
             prompt=prompt,
             negative=negative,
             size=size,
+            seconds=seconds,
             seed=seed,
             steps=defaults["steps"] if steps is None else steps,
             guidance=defaults["guidance"] if guidance is None else guidance,
-            image=None if image is None else _picture(image, size),
-            mask=None if mask is None else _area(mask, size),
+            image=None if image is None else picture_of(image, size),
+            mask=None if mask is None else area_of(mask, size),
             numbers=self._numbers(numbers),
         )
         _check_numbers(request)
@@ -197,12 +209,13 @@ class PipelineRunner:
         return self._decoded(loop, latents, request)
 
     def _decoded(self, loop: Loop, latents: Tensor, request: Request) -> NDArray[np.float32]:
-        """What the scheduler ended with as a picture."""
-        picture = loop.decode(latents, request)
-        if bool(picture.isnan().any()):
-            raise RunnerError("the image is not a number (NaN); use less guidance or more steps")
-        result: NDArray[np.float32] = (picture / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
-        return result
+        """What the scheduler ended with as a picture or a sound."""
+        made = loop.decode(latents, request)
+        if bool(made.isnan().any()):
+            raise RunnerError(
+                f"the {self.medium.noun} is not a number (NaN); use less guidance or more steps"
+            )
+        return self.medium.values(made)
 
     def scheduler(self, chosen: Any = None) -> Any:
         """The folder's scheduler, or another one with its settings.
@@ -228,16 +241,20 @@ class PipelineRunner:
                 raise RunnerError(str(error)) from None
             return scheduler_class.from_config(config)
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        default = self.sizes[0]
-        size = (default[0] if height is None else height, default[1] if width is None else width)
-        if size not in self.sizes:
-            known = ", ".join(f"{h}x{w}" for h, w in self.sizes)
-            raise RunnerError(
-                f"there is no program for {size[0]}x{size[1]} pixels; sizes of this folder: "
-                f"{known}; export it with that size"
-            )
-        return size
+    def size(self, asked: Mapping[str, float | None]) -> tuple[int, ...]:
+        """The size of the programs that make what is asked for.
+
+        Args:
+            asked: Height, width and seconds, by name; None where nothing is asked for.
+
+        Raises:
+            RunnerError: There are no such programs, or the pipeline makes nothing of that measure.
+        """
+        given = {name: value for name, value in asked.items() if value is not None}
+        unknown = [name for name in given if name not in self.medium.measures]
+        if unknown:
+            raise RunnerError(f"this {self.manifest['pipeline']} takes no {unknown[0]}")
+        return self.medium.size(given)
 
     def check_conditions(self, conditions: Mapping[str, Any]) -> None:
         """Refuse a request without what the pipeline draws from, or with what it does not take.
@@ -279,23 +296,6 @@ class PipelineRunner:
         return self._tokenizers[name]
 
 
-def _picture(image: Any, size: tuple[int, int]) -> Tensor:
-    return _unit(image, (*size, 3), "image").permute(2, 0, 1)[None]
-
-
-def _area(mask: Any, size: tuple[int, int]) -> Tensor:
-    return (_unit(mask, size, "mask") >= 0.5).float()[None, None]
-
-
-def _unit(value: Any, shape: tuple[int, ...], name: str) -> Tensor:
-    """Numbers in 0..1 of an array, of bytes or already in that range."""
-    array = np.asarray(value)
-    if array.shape != shape:
-        raise RunnerError(f"{name} has shape {array.shape}, the program takes {shape}")
-    scale = 255.0 if array.dtype == np.uint8 else 1.0
-    return torch.from_numpy(array.astype(np.float32) / np.float32(scale))
-
-
 def _check_number(name: str, value: float, number: Number) -> None:
     if not number.least <= value <= number.most:
         raise RunnerError(
@@ -313,24 +313,25 @@ def _check_numbers(request: Request) -> None:
         raise RunnerError(f"seed is {seed}; give at least -2**63 and less than 2**64")
 
 
-def _parser(numbers: Mapping[str, Number]) -> argparse.ArgumentParser:
+def _parser(makes: type[Medium], numbers: Mapping[str, Number]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Draw an image with the programs beside this file", parents=[_folder_parser()]
+        description="Make an image or a sound with the programs beside this file",
+        parents=[_folder_parser()],
     )
-    parser.add_argument("prompt", nargs="?", help="what to draw")
+    parser.add_argument("prompt", nargs="?", help="what to draw, or what is to be heard")
     parser.add_argument("--negative", help="what not to draw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float, help="up to 1 (Z-Image: 0): off")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
+    for name, kind in makes.measures.items():
+        parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--image", type=Path, help="picture to start from or to paint into")
     parser.add_argument("--mask", type=Path, help="white where to paint")
     for name, number in numbers.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=float, default=argparse.SUPPRESS, help=number.text)
     parser.add_argument("--scheduler", help="class of diffusers in place of the folder's own")
-    parser.add_argument("--output", type=Path, default=Path("image.png"))
+    parser.add_argument("--output", type=Path, default=Path(makes.file))
     return parser
 
 
@@ -342,7 +343,7 @@ def _folder_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw an image from the command line; an error is one line on stderr and exit status 2.
+    """Draw or make a sound from the command line; an error is one line on stderr and exit status 2.
 
     Args:
         arguments: Words after the program's name; default: those that it was called with.
@@ -352,25 +353,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runner = PipelineRunner(folder)
     except ArtifactError as error:
-        _parser({}).parse_known_args(arguments)  # help is for everyone
+        _parser(Pictures, {}).parse_known_args(arguments)  # help is for everyone
         logger.error("error: %s", error)
         return 2
-    options = vars(_parser(runner.loop.numbers).parse_args(arguments))
+    options = vars(_parser(runner.loop.makes, runner.loop.numbers).parse_args(arguments))
     output = options.pop("output")
     del options["folder"]
     try:
-        check_output(output)
-        size = runner._size(options["height"], options["width"])
+        runner.medium.check_output(output)
+        size = runner.size({name: options[name] for name in runner.medium.measures})
         runner.check_conditions({name: options[name] for name in ("prompt", "image", "mask")})
         for name, mode in (("image", "RGB"), ("mask", "L")):
             if options[name] is not None:
                 options[name] = read_picture(options[name], mode, size)
-        pixels = runner(
+        made = runner(
             options.pop("prompt"),
             **options,
             callback=lambda step, count: logger.info("step %d of %d", step, count),
         )
-        write_picture(pixels, output)
+        runner.medium.write(made, output)
     except ArtifactError as error:
         logger.error("error: %s", error)
         return 2

@@ -10,7 +10,7 @@ from mpqdm_fx import errors
 from mpqdm_fx.backends import kernel_library
 from mpqdm_fx.calibration import conventions, schedules
 from mpqdm_fx.io import classes, expansion, sealed
-from mpqdm_fx.pipelines import picture_files, program_files, runner
+from mpqdm_fx.pipelines import medium, picture_files, program_files, runner
 from mpqdm_fx.pipelines.loops.loop import Loop
 
 __all__ = ["write_runner"]
@@ -19,6 +19,7 @@ __all__ = ["write_runner"]
 _FILES = {
     "run.py": runner,
     "program_files.py": program_files,
+    "medium.py": medium,
     "picture_files.py": picture_files,
     "conventions.py": conventions,
     "schedules.py": schedules,
@@ -37,7 +38,8 @@ def write_runner(folder: Path, loop: type[Loop]) -> None:
         folder: The folder.
         loop: How its pipeline draws.
     """
-    modules = [sys.modules[base.__module__] for base in loop.__mro__ if issubclass(base, Loop)]
+    bases = [base for base in loop.__mro__ if issubclass(base, Loop)]
+    modules = [sys.modules[base.__module__] for base in (*bases, loop.makes)]
     loops = {f"{module.__name__.rpartition('.')[2]}.py": module for module in modules}
     for file, module in {**_FILES, **loops}.items():
         (folder / file).write_text(_apart(module), encoding="utf-8")

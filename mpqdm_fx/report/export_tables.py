@@ -63,7 +63,8 @@ def pictures_line(summary: Mapping[str, Any]) -> str:
         for name, value in metrics.items()
         if value is not None
     ]
-    return f"{pictures['count']} pictures against float: {', '.join(phrases)}"
+    noun = "sounds" if len(summary["size"]) == 1 else "pictures"
+    return f"{pictures['count']} {noun} against float: {', '.join(phrases)}"
 
 
 def export_estimate_table(expected: Mapping[str, Any]) -> Table:

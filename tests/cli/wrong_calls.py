@@ -255,7 +255,7 @@ CALLS = (
     WrongCall(
         "A size of pictures that is none",
         "export pipeline --size big -o new",
-        "--size 'big': write HEIGHTxWIDTH, for example 512x512",
+        "--size 'big': write HEIGHTxWIDTH, for example 512x512, or the samples of a sound",
     ),
 )
 

@@ -21,11 +21,13 @@ class Kind:
         side: Of its pictures, where both sides have to be told; None for what the pipeline draws.
         options: What diffusers' pipeline has to be told, to draw as is documented.
         numbers: What both sides are told.
+        heard: Whether it makes sounds.
     """
 
     side: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
+    heard: bool = False
 
 
 _AS_ASKED = {"use_resolution_binning": False, "clean_caption": False}
@@ -48,6 +50,7 @@ KINDS: Mapping[str, Kind] = {
     "flux": Kind(side=16),
     "z_image": Kind(side=16),
     "shallow_flux_2_klein": Kind(side=16),
+    "stable_audio": Kind(heard=True),
 }
 
 
@@ -64,16 +67,24 @@ def options_of(kind: str) -> dict[str, Any]:
 
 
 def drawn_twice(kind: str, pipeline: Any, runner: Any) -> tuple[Tensor, Tensor]:
-    """The picture of diffusers' pipeline, and that of the exported folder, from one noise."""
+    """What diffusers' pipeline draws, and what the exported folder does, from one noise."""
     prompt = [] if runner.manifest["kind"] == "unconditional" else ["a cat"]
     guided = {"guidance_scale": 3.0} if prompt else {}
     asked, side, numbers = KINDS[kind].options, KINDS[kind].side, KINDS[kind].numbers
     size = {} if side is None else {"height": side, "width": side}
     ours, theirs = pixels(runner)
-    expected = diffusers_image(
+    drawn = diffusers_sound if KINDS[kind].heard else diffusers_image
+    expected = drawn(
         pipeline, *prompt, num_inference_steps=3, **guided, **size, **asked, **numbers, **theirs
     )
     return torch.from_numpy(expected), torch.from_numpy(runner.sample(*prompt, **numbers, **ours))
+
+
+def diffusers_sound(pipeline: Any, *arguments: Any, seed: int = 0, **options: Any) -> Any:
+    """What the pipeline makes, float [samples, channels]."""
+    generator = torch.Generator().manual_seed(seed)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(*arguments, generator=generator, output_type="np", **options).audios[0].T
 
 
 def pixels(runner: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -102,6 +102,7 @@ def test_the_folder_is_whole_and_nothing_else_is_left(exported):
         "expansion.py",
         "kernel_library.py",
         "loop.py",
+        "medium.py",
         "picture_files.py",
         "pipeline.json",
         "program_files.py",

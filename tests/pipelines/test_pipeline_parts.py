@@ -118,7 +118,7 @@ def test_few_large_pictures_show_the_decoder_as_much_as_many_small_ones(tmp_path
     vars(inputs)["runs"] = SimpleNamespace(final_samples=torch.arange(16.0).reshape(16, 1, 1, 1))
     shown = [int(call["latents"]) for call in inputs.calls("vae_decoder")]
     assert shown == list(rows or (3, 7, 11, 15))
-    assert inputs.picture_count(3) == 3
+    assert inputs.vae_call_count(3) == 3
 
 
 def test_half_precision_and_training_pipelines_are_copied_and_left_as_they_are(tmp_path):

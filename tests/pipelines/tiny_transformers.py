@@ -8,7 +8,9 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderOobleck,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -22,6 +24,9 @@ from diffusers import (
     SanaTransformer2DModel,
     SCMScheduler,
     SD3Transformer2DModel,
+    StableAudioDiTModel,
+    StableAudioPipeline,
+    StableAudioProjectionModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
@@ -262,3 +267,30 @@ def shallow_flux_2_klein(folder: Path) -> Any:
 
     kind = type("Flux2KleinPipeline", (Flux2KleinPipeline,), {"__call__": call})
     return flux_2_klein(folder, layers=4, kind=kind)
+
+
+def stable_audio(_: Path, *, scheduler: Any = None, width: int = 16) -> StableAudioPipeline:
+    """Sounds of 64 samples in two channels, 32 a second; the prompt's states are projected."""
+    torch.manual_seed(16)
+    vae = AutoencoderOobleck(
+        encoder_hidden_size=8, downsampling_ratios=[4], channel_multiples=[2],
+        decoder_channels=8, decoder_input_channels=4, audio_channels=2, sampling_rate=32,
+    ).eval()  # fmt: skip
+    for name, parameter in vae.named_parameters():
+        if name.endswith(("alpha", "beta")):  # of Snake, which all start at the same
+            torch.nn.init.normal_(parameter, std=0.5)
+    transformer = StableAudioDiTModel(
+        sample_size=16, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=16,
+        num_attention_heads=2, num_key_value_attention_heads=1, cross_attention_dim=16,
+        cross_attention_input_dim=width, global_states_input_dim=2 * width, time_proj_dim=16,
+    ).eval()  # fmt: skip
+    return StableAudioPipeline(
+        vae=vae,
+        text_encoder=t5(),
+        projection_model=StableAudioProjectionModel(
+            text_encoder_dim=T5_WIDTH, conditioning_dim=width, min_value=0, max_value=4
+        ).eval(),
+        tokenizer=t5_tokenizer(16),
+        transformer=transformer,
+        scheduler=EDMDPMSolverMultistepScheduler() if scheduler is None else scheduler,
+    )

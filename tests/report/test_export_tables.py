@@ -20,6 +20,7 @@ PART = {
 }
 SUMMARY = {
     "parts": {"text_encoder_2": PART, "denoiser": {**PART, "program_sqnr_db": 71.5}},
+    "size": [512, 512],
     "bytes": 7_511_982_080,
     "float32_bytes": 8_491_368_448,
     "milliseconds_per_step": {"program": 8802.46, "float": 30139.8},
@@ -58,6 +59,7 @@ def test_pictures_are_told_in_words_with_what_was_measured():
         "4 pictures against float: x0_sqnr 31.83 dB (the same pictures), "
         "ssim 0.9983 (the same pictures)"
     )
+    assert pictures_line({**SUMMARY, "size": [524_288]}).startswith("4 sounds against float: x0")
     assert pictures_line({**SUMMARY, "pictures": None}) == ""
 
 

@@ -19,6 +19,7 @@ from mpqdm_fx.capture.foreign_models import check_model
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.loops.loop import Loop, predicts_flow
 from mpqdm_fx.pipelines.parts import Part
+from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 
 __all__ = [
     "ONE_ENCODER",
@@ -55,15 +56,15 @@ class Latents:
 
     Attributes:
         channels: Their channels.
-        scale: Pixels for one of them, per side.
-        multiple: What heights and widths in pixels are multiples of.
-        sides: Height and width of those that the denoiser was trained on.
+        scale: Pixels for one of them, per side; of sounds samples in each channel.
+        multiple: What heights and widths in pixels, or lengths in samples, are multiples of.
+        sides: Height and width of those that the denoiser was trained on; of sounds the length.
     """
 
     channels: int
     scale: int
     multiple: int
-    sides: tuple[int, int]
+    sides: tuple[int, ...]
 
 
 class Family(ABC):
@@ -75,6 +76,8 @@ class Family(ABC):
     needed: ClassVar[tuple[str, ...]] = ("unet", "scheduler")
     #: Tokenizers, those of them that a pipeline has.
     tokenizers: ClassVar[tuple[str, ...]] = ()
+    #: Prompts to calibrate on where none are given.
+    prompts: ClassVar[tuple[str, ...]] = DEFAULT_PROMPTS
 
     @property
     def kind(self) -> str:

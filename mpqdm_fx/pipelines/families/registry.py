@@ -7,6 +7,7 @@ from mpqdm_fx.pipelines.families.flux import Flux
 from mpqdm_fx.pipelines.families.flux_2 import Flux2
 from mpqdm_fx.pipelines.families.pixart import PixArtAlpha, PixArtSigma
 from mpqdm_fx.pipelines.families.sana import Sana
+from mpqdm_fx.pipelines.families.stable_audio import StableAudio
 from mpqdm_fx.pipelines.families.stable_diffusion import (
     StableDiffusion,
     StableDiffusionImageToImage,
@@ -39,15 +40,10 @@ _FAMILIES: dict[str, Family] = {
     "FluxPipeline": Flux(),
     "Flux2KleinPipeline": Flux2(),
     "ZImagePipeline": ZImage(),
+    "StableAudioPipeline": StableAudio(),
     "DDPMPipeline": PixelDiffusion(),
     "DDIMPipeline": PixelDiffusion(),
     "LDMPipeline": LatentDiffusion(),
-}
-
-#: Classes without a family, and why they have none.
-_WITHOUT = {
-    "StableAudioPipeline": "it makes sound, and exported folders draw pictures: sizes, run.py "
-    "and the report know nothing else",
 }
 
 
@@ -65,11 +61,6 @@ def family_of(name: str) -> Family:
     Raises:
         ConfigError: It has none; says which have one, and what else can be done.
     """
-    if name not in _FAMILIES and name in _WITHOUT:
-        raise ConfigError(
-            f"{name} cannot be exported: {_WITHOUT[name]}. The denoiser alone can be quantized: "
-            f"mpqdm_fx.quantize"
-        )
     if name not in _FAMILIES:
         raise ConfigError(
             f"{name} cannot be exported; supported are {', '.join(_FAMILIES)}. The denoiser alone "

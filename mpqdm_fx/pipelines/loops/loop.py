@@ -20,6 +20,8 @@ from torch import Tensor
 
 from mpqdm_fx.calibration.conventions import CallingConvention
 from mpqdm_fx.calibration.schedules import Schedule, schedule_of, set_steps
+from mpqdm_fx.pipelines.medium import Medium
+from mpqdm_fx.pipelines.picture_files import Pictures
 from mpqdm_fx.pipelines.program_files import RunnerError, refusals
 
 __all__ = [
@@ -37,7 +39,8 @@ __all__ = [
 #: Condition that stands in further channels behind the latents in every call of the denoiser.
 EXTRA = "extra_channels"
 Inputs = dict[str, Tensor]
-Size = tuple[int, int]
+Size = tuple[int, ...]
+"""Height and width of a picture in pixels, or samples of a sound in each channel."""
 StepCallback = Callable[[int, int], None]
 
 
@@ -72,13 +75,14 @@ class Number:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One picture that is asked for.
+    """One picture or sound that is asked for.
 
     Attributes:
-        size: Height and width in pixels.
+        size: Of the programs that make it.
         steps: Steps of the scheduler.
         guidance: Weight of classifier-free guidance; up to 1: none.
         seed: Seed of all noise.
+        seconds: Length of a sound, no longer than its size; None is all of that.
         prompt: What to draw; None without text.
         negative: What not to draw.
         image: A picture to start from, float [1, 3, H, W] in 0..1.
@@ -90,6 +94,7 @@ class Request:
     steps: int
     guidance: float
     seed: int
+    seconds: float | None = None
     prompt: str | None = None
     negative: str | None = None
     image: Tensor | None = None
@@ -115,7 +120,7 @@ class Spec:
     Attributes:
         settings: What the loop must know of the models, as its `settings` lists it.
         channels: Channels of the latents.
-        scale: Pixels for one of the latents, per side.
+        scale: Pixels or samples for one of the latents, per side.
         convention: How the denoiser is called along a schedule.
         timesteps: Those that the denoiser has table rows for; None if it takes any.
         tokenizer: The tokenizer of a name.
@@ -137,6 +142,8 @@ class Loop(ABC):
         spec: What is known of them.
     """
 
+    #: What it makes.
+    makes: ClassVar[type[Medium]] = Pictures
     #: What a request must have, and what none else may: of `prompt`, `image` and `mask`.
     needs: ClassVar[tuple[str, ...]] = ()
     #: Whether a request may say what not to draw.
@@ -247,7 +254,10 @@ class Loop(ABC):
         return outputs[0]
 
     def decode(self, latents: Tensor, request: Request) -> Tensor:
-        """The picture of latents, float [1, channels, H, W] in -1..1, not clamped."""
+        """The picture of latents, float [1, channels, H, W] in -1..1, not clamped.
+
+        A sound's loop returns [1, channels, samples].
+        """
         if not self.parts.has("vae_decoder", request.size):
             return latents
         return self.parts.run("vae_decoder", request.size, {"latents": latents})["image"]
@@ -340,7 +350,7 @@ def loop_class(kind: str) -> type[Loop]:
                 loop: type[Loop] = value
                 return loop
     raise RunnerError(
-        f"nothing here draws pictures of the kind {kind[:80]!r}; draw with the folder's own "
+        f"nothing here draws the kind {kind[:80]!r}; draw with the folder's own "
         f"run.py, or register its loop"
     )
 

@@ -51,6 +51,16 @@ class Prompted(Loop):
         """
         return self.encode(negative or "")
 
+    def once_inputs(self, part: str, request: Request) -> Inputs:
+        """What a part gets that runs once, whatever the size: a text encoder tokens.
+
+        Args:
+            part: Its name.
+            request: What is asked for, with a prompt.
+        """
+        assert request.prompt is not None  # `needs`
+        return self.token_inputs(part, request.prompt)
+
     def token_inputs(self, part: str, prompt: str) -> Inputs:
         """What a text encoder gets of a prompt.
 
