@@ -51,13 +51,27 @@ class Part:
     @property
     def digest(self) -> str:
         """Of its modules' settings and tensors, 16 hexadecimal digits."""
+        digest = self._settings()
+        for tensor in self.module.state_dict().values():
+            hash_tensor(digest, tensor)
+        return str(digest.hexdigest()[:16])
+
+    @property
+    def settings_digest(self) -> str:
+        """Of its modules' settings alone, 16 hexadecimal digits."""
+        return str(self._settings().hexdigest()[:16])
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of every tensor of its state."""
+        return {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}
+
+    def _settings(self) -> Any:
+        """A hash object that has seen the settings of its modules."""
         settings = module_settings(self.module).items()
         # where a model was loaded from is no setting of it
         entries = {name: value for name, value in settings if not name.endswith("name_or_path")}
-        digest = hashlib.sha256(json.dumps(entries).encode())
-        for tensor in self.module.state_dict().values():
-            hash_tensor(digest, tensor)
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(json.dumps(entries).encode())
 
     @property
     def parameters(self) -> int:

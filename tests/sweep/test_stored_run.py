@@ -1,6 +1,5 @@
 """A run that starts from another one takes the layers of equal weights and solves the rest."""
 
-import copy
 import dataclasses
 import json
 import shutil
@@ -8,8 +7,9 @@ import shutil
 import pytest
 import torch
 from records import flip
-from small import tiny_unet, unet_calls
+from small import TinyDenoiser, denoiser_calls
 from sweeps import recorded, settings_of, traced
+from torch import nn
 
 from mpqdm_fx.bits.sensitivity_table import SensitivityTable
 from mpqdm_fx.errors import ArtifactError, ConfigError
@@ -19,22 +19,39 @@ from mpqdm_fx.sweep.finish import finish
 from mpqdm_fx.sweep.start import start_sweep
 from mpqdm_fx.sweep.stored_run import shares_a_layer
 
-TOUCHED = {"mid_block.attentions.0.to_q", "mid_block.attentions.0.to_v"}
+TOUCHED = {"mix", "table"}
 SETTINGS = settings_of(
-    allocation="measured", effective_bits=4.5, activation_mode="measured", slowdown=1.1
+    allocation="measured", effective_bits=4.5, activation_mode="measured", slowdown=2
 )
 
 
+class Model(TinyDenoiser):
+    """With a linear layer and a table in the middle, and channels of very different sizes."""
+
+    def __init__(self, rows=5):
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+        self.table = nn.Embedding(rows, 8)
+        self.register_buffer("gain", torch.logspace(-2, 2, 8))
+        self.conv_out.weight.data /= self.gain[:, None, None]
+
+    def forward(self, sample, timestep):
+        time = self.time(torch.sin(timestep[:, None] / 100 + torch.arange(4)))
+        hidden = self.act(self.conv_in(sample) + time[:, :, None, None]).movedim(1, -1)
+        hidden = self.mix(hidden) + self.table(timestep // 200)[:, None, None]
+        return self.conv_out((hidden * self.gain).movedim(-1, 1))
+
+
 def run_of(model, settings, **folders):
-    graph, calls = traced(model, unet_calls())
+    graph, calls = traced(model, denoiser_calls(6))
     return finish(start_sweep(graph, recorded(calls), settings, run=RunOptions(**folders)))
 
 
-def changed(seed=7, names=TOUCHED):
+def changed(names=TOUCHED):
     """The same model with a change of rank 2 on some layers."""
-    model = tiny_unet()
-    torch.manual_seed(seed)
-    for name in names:
+    model = Model()
+    torch.manual_seed(7)
+    for name in sorted(names):
         weight = model.get_submodule(name).weight
         rows, columns = weight.shape
         weight.data += 0.02 * torch.randn(rows, 2) @ torch.randn(2, columns)
@@ -44,7 +61,7 @@ def changed(seed=7, names=TOUCHED):
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stored") / "run"
-    return run_of(tiny_unet(), SETTINGS, directory=folder), folder
+    return run_of(Model(), SETTINGS, directory=folder), folder
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +94,18 @@ def test_what_was_decided_is_not_measured_again(stored, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("it was measured again")
 
-    for name in ("prepared_sweep",):
-        monkeypatch.setattr(f"mpqdm_fx.sweep.start.{name}", refuse)
-    graph, calls = traced(changed(), unet_calls())
+    monkeypatch.setattr("mpqdm_fx.sweep.start.prepared_sweep", refuse)
+    graph, calls = traced(changed(), denoiser_calls(6))
     sweep = start_sweep(graph, recorded(calls), SETTINGS, run=RunOptions(start_from=stored[1]))
     solved = []
     original = sweep._solve_with
     sweep._solve_with = lambda layer, data: solved.append(layer.name) or original(layer, data)
     finish(sweep)
-    assert set(solved) == TOUCHED
+    assert set(solved) == TOUCHED - {"table"}  # which is rounded without data
 
 
 def test_a_started_run_that_was_killed_goes_on_and_can_be_started_from(stored, started, tmp_path):
-    graph, calls = traced(changed(), unet_calls())
+    graph, calls = traced(changed(), denoiser_calls(6))
     run = RunOptions(start_from=stored[1], directory=tmp_path / "run")
     sweep = start_sweep(graph, recorded(calls), SETTINGS, run=run)
     for _ in sweep:
@@ -99,11 +115,10 @@ def test_a_started_run_that_was_killed_goes_on_and_can_be_started_from(stored, s
     resumed = dataclasses.replace(run, resume=True)
     result = finish(start_sweep(graph, recorded(calls), SETTINGS, run=resumed))
     assert all(_equal(result, started[0], layer.name) for layer in result.plan.layers)
+    other = dataclasses.replace(resumed, start_from=started[1])
     with pytest.raises(ConfigError, match="start was"):
-        graph, calls = traced(changed(), unet_calls())
-        other = dataclasses.replace(resumed, start_from=started[1])
         start_sweep(graph, recorded(calls), SETTINGS, run=other)
-    again = run_of(tiny_unet(), SETTINGS, start_from=tmp_path / "run")
+    again = run_of(Model(), SETTINGS, start_from=tmp_path / "run")
     assert len(again.taken) == len(again.plan.layers) - len(TOUCHED)
 
 
@@ -112,7 +127,7 @@ def test_a_run_without_measured_bits_is_started_from_too(tmp_path, rounding):
     settings = settings_of(
         allocation="omq" if rounding == "gptq" else "uniform", rounding=rounding, judge=True
     )
-    first = run_of(tiny_unet(), settings, directory=tmp_path / "run")
+    first = run_of(Model(), settings, directory=tmp_path / "run")
     second = run_of(changed(), settings, start_from=tmp_path / "run")
     assert second.plan == first.plan
     assert len(second.taken) in (len(first.plan.layers) - len(TOUCHED), 0)  # 0: plain rounding won
@@ -125,11 +140,11 @@ def test_entropy_coded_layers_share_what_the_others_left(tmp_path):
     settings = settings_of(
         allocation="measured", weight_storage="entropy", effective_bits=4.0, activation_mode="float"
     )
-    first = run_of(tiny_unet(), settings, directory=tmp_path / "run")
+    first = run_of(Model(), settings, directory=tmp_path / "run")
     second = run_of(changed(), settings, start_from=tmp_path / "run")
     assert len(second.taken) == len(first.plan.layers) - len(TOUCHED)
-    sizes = [sum(layer.storage.total for layer in r.plan.layers) for r in (first, second)]
-    assert sizes[1] <= sizes[0] * 1.005
+    for layer in first.plan.layers:
+        assert layer.name in TOUCHED or second.plan.layer(layer.name) == layer
     assert second.plan.effective_bits <= 4.0
 
 
@@ -137,7 +152,7 @@ def test_other_settings_models_and_folders_are_refused_by_name(stored, tmp_path)
     folder = stored[1]
     with pytest.raises(ConfigError, match=r"other settings: settings\.effective_bits was 4\.5"):
         run_of(changed(), dataclasses.replace(SETTINGS, effective_bits=5.0), start_from=folder)
-    strange = tiny_unet()
+    strange = Model()
     for parameter in strange.parameters():
         parameter.data += 0.01
     with pytest.raises(ConfigError, match="no layer has the weights that it had"):
@@ -146,10 +161,10 @@ def test_other_settings_models_and_folders_are_refused_by_name(stored, tmp_path)
     assert shares_a_layer(folder, changed())
     with pytest.raises(ArtifactError, match=r"holds no solved layers: sweep\.json is missing"):
         run_of(changed(), SETTINGS, start_from=tmp_path)
-    wider = copy.deepcopy(tiny_unet())
-    wider.class_embedding = torch.nn.Embedding(11, wider.class_embedding.embedding_dim)
-    with pytest.raises(ConfigError, match=r"class_embedding: its weight is \[11, .*and \[10"):
-        run_of(wider, SETTINGS, start_from=folder)
+    with pytest.raises(ConfigError, match=r"table: its weight is \[6, 8\], and \[5, 8\] in"):
+        run_of(Model(rows=6), SETTINGS, start_from=folder)
+    with pytest.raises(ConfigError, match="it has a layer mix, which is not here"):
+        run_of(TinyDenoiser(), SETTINGS, start_from=folder)
 
 
 def test_a_damaged_or_unfinished_run_is_refused_before_anything_is_solved(stored, tmp_path):
@@ -160,7 +175,7 @@ def test_a_damaged_or_unfinished_run_is_refused_before_anything_is_solved(stored
     with pytest.raises(ArtifactError, match="run anew what it is of"):
         run_of(changed(), SETTINGS, start_from=copied)
     one.unlink()
-    with pytest.raises(ConfigError, match="was not finished: .* was not solved"):
+    with pytest.raises(ConfigError, match=r"was not finished: .* was not solved"):
         run_of(changed(), SETTINGS, start_from=copied)
     (copied / "decisions.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"decisions\.safetensors is missing"):
@@ -177,7 +192,7 @@ def test_options_that_do_not_go_together_are_refused(tmp_path):
 def test_a_table_that_was_given_is_kept_with_the_run(tmp_path):
     file, folder = tmp_path / "table.safetensors", tmp_path / "run"
     settings = settings_of(allocation="measured", effective_bits=4.5)
-    graph, calls = traced(tiny_unet(), unet_calls())
+    graph, calls = traced(Model(), denoiser_calls(6))
     run = RunOptions(directory=folder, sensitivity=file)
     start_sweep(graph, recorded(calls), settings, run=run).walk.close()
     kept = SensitivityTable.load(folder / "sensitivity.safetensors")
