@@ -4,6 +4,7 @@ A part that is the same to the last bit is taken whole, its program too. Of a pa
 further training has changed, layers of equal weights are taken (`RunOptions.start_from`).
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,12 @@ def work_place(target: Path, run: RunOptions) -> Path:
     """
     place = checkpoint_of(target) if run.directory is None else Path(run.directory)
     folders = {"output": target, "directory": place, "start_from": run.start_from}
-    resolved = {name: Path(path).resolve() for name, path in folders.items() if path is not None}
-    for name, path in resolved.items():
-        for other, place_of_other in resolved.items():
-            if name != other and path.is_relative_to(place_of_other):
-                raise ConfigError(
-                    f"{name}={str(folders[name])!r}: it lies in {other}, {folders[other]}; give "
-                    f"another folder"
-                )
+    named = {name: Path(path) for name, path in folders.items() if path is not None}
+    for (name, path), (other, folder) in itertools.permutations(named.items(), 2):
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{name}={str(path)!r}: it lies in {other}={str(folder)!r}; give another folder"
+            )
     if run.start_from is not None:
         _check_finished(Path(run.start_from))
     return place
