@@ -75,7 +75,7 @@ class Part:
     def _settings(self) -> dict[str, Any]:
         settings = module_settings(self.module).items()
         # where a model was loaded from is no setting of it
-        return {name: value for name, value in settings if not name.endswith("name_or_path")}
+        return {n: _steady(value) for n, value in settings if not n.endswith("name_or_path")}
 
     @property
     def parameters(self) -> int:
@@ -83,6 +83,14 @@ class Part:
         unread = getattr(self.module, "unread", ())
         named = self.module.named_parameters()
         return sum(value.numel() for name, value in named if not name.startswith(unread))
+
+
+def _steady(setting: Any) -> Any:
+    """A setting as it is in every process: diffusers lists the fields left out in a set's order."""
+    for entry in setting.get("dict", ()) if isinstance(setting, dict) else ():
+        if entry[0] == "_use_default_values":
+            entry[1] = sorted(entry[1])
+    return setting
 
 
 def _hashed(settings: Mapping[str, Any]) -> Any:
