@@ -272,6 +272,8 @@ def export_pipeline(
                 },
             )
         records[part.name] = record
+    if run.directory is not None:
+        work.keep(layout.parts.values())
     with staged_directory(target, MANIFEST, overwrite=overwrite) as stage:
         expanded = {}
         for name in records:
@@ -302,8 +304,6 @@ def export_pipeline(
         manifest = write()  # which now lists summary, samples and report too
     if run.directory is None:
         work.remove()
-    else:
-        work.keep(layout.parts.values())
     return ExportResult(directory=target, quantized=quantized, manifest=manifest, summary=summary)
 
 

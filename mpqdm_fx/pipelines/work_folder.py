@@ -96,8 +96,8 @@ class WorkFolder:
     def __init__(self, directory: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
         if (directory / _FORMS).is_file() and not resume:
             raise ConfigError(
-                f"{directory} holds the run of an export that is through; give another folder, or "
-                f"delete it"
+                f"{directory} holds the run of an export whose parts are finished; give another "
+                f"folder, resume it, or delete it"
             )
         run = UnfinishedRun(directory, HEADER, identity, resume=resume)
         self.directory, self.run = run.directory, run.digest
@@ -216,7 +216,7 @@ class WorkFolder:
         return self.finish(program, record)
 
     def keep(self, parts: Iterable[Part]) -> None:
-        """Say that the export is through, so that others can start from it.
+        """Say that all parts are finished, so that others can start from them.
 
         Args:
             parts: The pipeline's parts.

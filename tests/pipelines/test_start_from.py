@@ -140,7 +140,13 @@ def test_folders_that_are_in_one_another_are_refused_and_a_kept_run_is_not_writt
     inside = RunOptions(directory=tmp_path / "out" / "run")
     _refused(base, tmp_path, ConfigError, "it lies in output", run=inside)
     there = RunOptions(directory=base.run.start_from)
-    _refused(base, tmp_path, ConfigError, "holds the run of an export that is through", run=there)
+    _refused(
+        base,
+        tmp_path,
+        ConfigError,
+        "holds the run of an export whose parts are finished",
+        run=there,
+    )
 
 
 @pytest.mark.matrix
