@@ -1,5 +1,6 @@
 """An export that starts from a kept run: what did not change is taken, the rest solved."""
 
+import copy
 import dataclasses
 import shutil
 from typing import NamedTuple
@@ -14,9 +15,11 @@ from mpqdm_fx import ArtifactError, ConfigError, MPQConfig, RunOptions, export_p
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.pipelines.adapters import Lora
 from mpqdm_fx.pipelines.export import ExportResult
+from mpqdm_fx.report.export_tables import layers_line
 
 OPTIONS = {"steps": 2, "trajectories": 2, "prompts": ["a cat", "a dog"], **UNMEASURED}
-CHEAP = tiny_pipelines.cheap_settings()
+CHEAP = tiny_pipelines.cheap_settings(slowdown=1)
+CHANGED = {"down_blocks.0.resnets.0.conv2", "up_blocks.1.resnets.0.conv1"}
 ATTENTION = ("to_q", "to_v")  # what the LoRA changes
 
 
@@ -43,21 +46,36 @@ def export(pipeline, output, config=CHEAP, *, dies_at=None, **options):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mpqdm_fx.pipelines.export.write_programs", die)
+        patch.setattr("mpqdm_fx.pipelines.report.can_render", lambda: False)  # its page takes long
         return export_pipeline(pipeline, config, output, **{**OPTIONS, **options})
+
+
+def changed(pipeline, names):
+    """A copy of a pipeline with other weights in some layers of its UNet."""
+    other = copy.deepcopy(pipeline)
+    for name, module in other.unet.named_modules():
+        if name in names:
+            module.weight.data = module.weight.data.flip(0)
+    return other
+
+
+def kept(pipeline, root, config=CHEAP, **options):
+    """An export whose run is kept."""
+    run = RunOptions(directory=root / "run")
+    result = export(pipeline, root / "out", config, run=run, **options)
+    return Kept(pipeline, result, RunOptions(start_from=root / "run"))
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     root = tmp_path_factory.mktemp("base")
-    pipeline = tiny_pipelines.stable_diffusion(root)
-    result = export(pipeline, root / "out", run=RunOptions(directory=root / "run"))
-    return Kept(pipeline, result, RunOptions(start_from=root / "run"))
+    return kept(tiny_pipelines.ddim(root), root)
 
 
 @pytest.fixture(scope="module")
-def started(base, lora, tmp_path_factory):
-    output = tmp_path_factory.mktemp("started") / "out"
-    return export(base.pipeline, output, lora=Lora(file=lora), run=base.run)
+def drawn_by_text(tmp_path_factory):
+    root = tmp_path_factory.mktemp("text")
+    return kept(tiny_pipelines.stable_diffusion(root), root)
 
 
 def codes(result):
@@ -66,30 +84,42 @@ def codes(result):
     return {name: layer.module.weight_codes for name, layer in layers.items()}
 
 
-def test_what_the_lora_left_alone_is_taken_and_the_rest_is_solved(base, started):
-    before, after = codes(base.result), codes(started)
-    assert before.keys() == after.keys()
-    touched = {name for name in before if name.endswith(ATTENTION)}
-    assert touched == {name for name in before if not torch.equal(before[name], after[name])}
-    assert all(before[name].shape == after[name].shape for name in touched)
-    assert started.quantized.keys() == {"denoiser"}
-    assert started.quantized["denoiser"].plan == base.result.quantized["denoiser"].plan
-    parts = started.summary["parts"]
-    assert parts["denoiser"]["layers_solved"] == len(touched)
-    assert parts["denoiser"]["layers_taken"] == len(before) - len(touched)
-    for name in ("text_encoder", "vae_decoder"):
-        assert (parts[name]["layers_solved"], parts[name]["layers_taken"] > 0) == (0, True)
-        assert parts[name]["bytes"] == base.result.summary["parts"][name]["bytes"]
-    assert (
-        0
-        < started.summary["seconds_to_quantize"]
-        == pytest.approx(started.quantized["denoiser"].report.seconds)
-    )
-    assert not started.directory.with_name("out.checkpoint").exists()
+def check_started(before, started, touched):
+    """Codes, plan, summary and report of an export that solved `touched` of its denoiser."""
+    old, new = codes(before.result), codes(started)
+    assert touched == {name for name in old if not torch.equal(old[name], new[name])}
+    assert all(old[name].shape == new[name].shape for name in old)
+    assert started.quantized.keys() == {"denoiser"}  # the others were taken whole
+    assert started.quantized["denoiser"].plan == before.result.quantized["denoiser"].plan
+    counts = [started.summary["parts"]["denoiser"][f"layers_{key}"] for key in ("taken", "solved")]
+    assert counts == [len(old) - len(touched), len(touched)]
     report = (started.directory / "report.json").read_text()
-    assert f"{len(touched)} of {len(before)} layers were solved" in report
-    assert "taken whole from an earlier export" in report
+    assert f"{len(touched)} of {len(old)} layers were solved" in report
+    assert not started.directory.with_name(f"{started.directory.name}.checkpoint").exists()
+
+
+def test_layers_of_other_weights_are_solved_and_the_rest_is_taken(base, tmp_path):
+    started = export(changed(base.pipeline, CHANGED), tmp_path / "out", run=base.run)
+    names = set(codes(started))
+    check_started(base, started, {n for n in names if n.partition("_part")[0] in CHANGED})
     assert "layers_taken" not in base.result.summary["parts"]["denoiser"]
+    assert layers_line(started.summary).startswith("layers: 2 solved, ")
+    assert layers_line(base.result.summary) == ""
+
+
+def test_a_part_that_did_not_change_is_taken_whole(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("mpqdm_fx.pipelines.export.quantize", None)  # nothing is quantized
+    started = export(base.pipeline, tmp_path / "out", run=base.run)
+    before, after = base.result, started
+    assert not after.quantized
+    assert after.summary["seconds_to_quantize"] == 0 < before.summary["seconds_to_quantize"]
+    assert after.summary["parts"]["denoiser"]["layers_solved"] == 0
+    assert after.summary["denoiser_sqnr_db"] == before.summary["denoiser_sqnr_db"]
+    programs = [
+        (folder / "denoiser.pte").read_bytes() for folder in (before.directory, after.directory)
+    ]
+    assert programs[0] == programs[1]
+    assert "taken whole from an earlier export" in (after.directory / "report.json").read_text()
 
 
 def _refused(base, tmp_path, error, message, pipeline=None, **options):
@@ -100,22 +130,24 @@ def _refused(base, tmp_path, error, message, pipeline=None, **options):
     assert not output.with_name("out.checkpoint").exists()
 
 
-def test_a_run_with_other_settings_or_of_another_model_is_refused_by_name(base, lora, tmp_path):
+def test_a_run_with_other_settings_or_of_another_model_is_refused_by_name(base, tmp_path):
     refused = (base, tmp_path, ConfigError)
     _refused(*refused, r"other settings: numbers\.steps was 2, is 3", steps=3)
     six = dataclasses.replace(CHEAP, weight_bits=6)
     _refused(*refused, r"settings\.weight_bits was 8, is 6", config=six)
     _refused(*refused, "program form was", external_weights=True)
-    other = tiny_pipelines.stable_diffusion(tmp_path)
+    other = copy.deepcopy(base.pipeline)
     for parameter in other.unet.parameters():
         parameter.data += 1
     _refused(*refused, "no layer of denoiser has the weights that it had", other)
-    wider = tiny_pipelines.stable_diffusion(tmp_path, block_out_channels=(24,))
-    shape = r"of denoiser the shape of conv_in\.bias was \[16\], is \[24\]"
-    _refused(*refused, shape, wider)
-    heads = tiny_pipelines.stable_diffusion(tmp_path)
-    heads.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.heads = 1
-    _refused(*refused, "same shapes and other settings", heads)
+    narrow = copy.deepcopy(base.pipeline)
+    narrow.unet.time_embedding.linear_1 = torch.nn.Linear(16, 32)
+    narrow.unet.time_embedding.linear_2 = torch.nn.Linear(32, 64)
+    shape = r"of denoiser the shape of time_embedding\.linear_1\.bias was \[64\], is \[32\]"
+    _refused(*refused, shape, narrow)
+    other = copy.deepcopy(base.pipeline)
+    other.unet.conv_norm_out.eps = 1e-3
+    _refused(*refused, "same shapes and other settings", other)
 
 
 def test_a_folder_that_is_no_finished_run_is_refused(base, tmp_path):
@@ -127,11 +159,10 @@ def test_a_folder_that_is_no_finished_run_is_refused(base, tmp_path):
     shutil.copytree(base.run.start_from, copied)
     run = RunOptions(start_from=copied)
     flip(copied / "denoiser" / "decisions.safetensors")
-    other = tiny_pipelines.stable_diffusion(tmp_path)
-    other.unet.conv_in.bias.data += 1
+    other = changed(base.pipeline, CHANGED)
     _refused(base, tmp_path, ArtifactError, r"decisions\.safetensors", other, run=run)
     (copied / "finished.json").unlink()
-    _refused(base, tmp_path, ArtifactError, "was not finished; go on|was not finished: ", run=run)
+    _refused(base, tmp_path, ArtifactError, "that was not finished", run=run)
 
 
 def test_folders_that_are_in_one_another_are_refused_and_a_kept_run_is_not_written_over(
@@ -150,20 +181,29 @@ def test_folders_that_are_in_one_another_are_refused_and_a_kept_run_is_not_writt
 
 
 @pytest.mark.matrix
-def test_a_started_export_that_was_killed_goes_on_and_can_be_started_from(base, lora, tmp_path):
+def test_what_a_lora_left_alone_is_taken_and_the_rest_is_solved(drawn_by_text, lora, tmp_path):
+    before = drawn_by_text
+    started = export(before.pipeline, tmp_path / "out", lora=Lora(file=lora), run=before.run)
+    check_started(before, started, {n for n in codes(started) if n.endswith(ATTENTION)})
+    for name in ("text_encoder", "vae_decoder"):
+        part, old = (r.summary["parts"][name] for r in (started, before.result))
+        assert part["layers_solved"] == 0 < part["layers_taken"]
+        assert part["quantized_sqnr_db"] == old["quantized_sqnr_db"]
+
+
+@pytest.mark.matrix
+def test_a_started_export_that_was_killed_goes_on_and_can_be_started_from(base, tmp_path):
+    other = changed(base.pipeline, CHANGED)
     run = dataclasses.replace(base.run, directory=tmp_path / "run")
-    options = {"lora": Lora(file=lora), "run": run}
     with pytest.raises(Killed):
-        export(base.pipeline, tmp_path / "out", dies_at="denoiser.pte", **options)
+        export(other, tmp_path / "out", dies_at="denoiser.pte", run=run)
     assert not (tmp_path / "out").exists()
-    options["run"] = dataclasses.replace(run, resume=True)
-    result = export(base.pipeline, tmp_path / "out", **options)
-    whole = export(base.pipeline, tmp_path / "whole", lora=Lora(file=lora), run=base.run)
-    first, second = codes(result), codes(whole)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    back = export(base.pipeline, tmp_path / "back", run=RunOptions(start_from=tmp_path / "run"))
-    before = codes(base.result)
-    assert all(torch.equal(value, before[name]) for name, value in codes(back).items())
+    result = export(other, tmp_path / "out", run=dataclasses.replace(run, resume=True))
+    whole = codes(export(other, tmp_path / "whole", run=base.run))
+    assert all(torch.equal(value, whole[name]) for name, value in codes(result).items())
+    further = RunOptions(start_from=tmp_path / "run")
+    back = codes(export(base.pipeline, tmp_path / "back", run=further))
+    assert all(torch.equal(value, back[name]) for name, value in codes(base.result).items())
 
 
 @pytest.mark.matrix
@@ -172,12 +212,11 @@ def test_a_started_export_is_about_as_good_as_one_from_nothing(lora, tmp_path, m
     pipeline = tiny_pipelines.stable_diffusion(tmp_path)
     config = MPQConfig(weight_bits=4, activation_mode=mode)
     options = {"trajectories": 8, "steps": 4}
-    export(pipeline, tmp_path / "base", config, run=RunOptions(directory=tmp_path / "r"), **options)
+    before = kept(pipeline, tmp_path, config, **options)
     options["lora"] = Lora(file=lora, scale=0.3)
-    run = RunOptions(start_from=tmp_path / "r")
-    started = export(pipeline, tmp_path / "started", config, run=run, **options)
+    started = export(pipeline, tmp_path / "started", config, run=before.run, **options)
     whole = export(pipeline, tmp_path / "whole", config, **options)
     ratios = [result.summary["denoiser_sqnr_db"] for result in (started, whole)]
-    assert ratios[0] >= ratios[1] - 1.0
+    assert ratios[0] >= ratios[1] - 1.5
     bits = [result.quantized["denoiser"].plan.effective_bits for result in (started, whole)]
     assert bits[0] == pytest.approx(bits[1], rel=0.01)

@@ -1,6 +1,7 @@
 """A run that starts from another one takes the layers of equal weights and solves the rest."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -42,8 +43,14 @@ class Model(TinyDenoiser):
         return self.conv_out((hidden * self.gain).movedim(-1, 1))
 
 
-def run_of(model, settings, **folders):
-    graph, calls = traced(model, denoiser_calls(6))
+@functools.cache
+def graph_of(kind):
+    """A model's graph, which no sweep changes, and calls."""
+    return traced(kind(), denoiser_calls(6))
+
+
+def run_of(kind, settings, **folders):
+    graph, calls = graph_of(kind)
     return finish(start_sweep(graph, recorded(calls), settings, run=RunOptions(**folders)))
 
 
@@ -61,13 +68,13 @@ def changed(names=TOUCHED):
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stored") / "run"
-    return run_of(Model(), SETTINGS, directory=folder), folder
+    return run_of(Model, SETTINGS, directory=folder), folder
 
 
 @pytest.fixture(scope="module")
 def started(stored, tmp_path_factory):
     folder = tmp_path_factory.mktemp("started") / "run"
-    return run_of(changed(), SETTINGS, start_from=stored[1], directory=folder), folder
+    return run_of(changed, SETTINGS, start_from=stored[1], directory=folder), folder
 
 
 def _equal(first, second, name):
@@ -95,7 +102,7 @@ def test_what_was_decided_is_not_measured_again(stored, monkeypatch):
         raise AssertionError("it was measured again")
 
     monkeypatch.setattr("mpqdm_fx.sweep.start.prepared_sweep", refuse)
-    graph, calls = traced(changed(), denoiser_calls(6))
+    graph, calls = graph_of(changed)
     sweep = start_sweep(graph, recorded(calls), SETTINGS, run=RunOptions(start_from=stored[1]))
     solved = []
     original = sweep._solve_with
@@ -105,7 +112,7 @@ def test_what_was_decided_is_not_measured_again(stored, monkeypatch):
 
 
 def test_a_started_run_that_was_killed_goes_on_and_can_be_started_from(stored, started, tmp_path):
-    graph, calls = traced(changed(), denoiser_calls(6))
+    graph, calls = graph_of(changed)
     run = RunOptions(start_from=stored[1], directory=tmp_path / "run")
     sweep = start_sweep(graph, recorded(calls), SETTINGS, run=run)
     for _ in sweep:
@@ -118,7 +125,7 @@ def test_a_started_run_that_was_killed_goes_on_and_can_be_started_from(stored, s
     other = dataclasses.replace(resumed, start_from=started[1])
     with pytest.raises(ConfigError, match="start was"):
         start_sweep(graph, recorded(calls), SETTINGS, run=other)
-    again = run_of(Model(), SETTINGS, start_from=tmp_path / "run")
+    again = run_of(Model, SETTINGS, start_from=tmp_path / "run")
     assert len(again.taken) == len(again.plan.layers) - len(TOUCHED)
 
 
@@ -127,8 +134,8 @@ def test_a_run_without_measured_bits_is_started_from_too(tmp_path, rounding):
     settings = settings_of(
         allocation="omq" if rounding == "gptq" else "uniform", rounding=rounding, judge=True
     )
-    first = run_of(Model(), settings, directory=tmp_path / "run")
-    second = run_of(changed(), settings, start_from=tmp_path / "run")
+    first = run_of(Model, settings, directory=tmp_path / "run")
+    second = run_of(changed, settings, start_from=tmp_path / "run")
     assert second.plan == first.plan
     assert len(second.taken) in (len(first.plan.layers) - len(TOUCHED), 0)  # 0: plain rounding won
     chosen = [judged.recipe for judged in second.judged if judged.chosen]
@@ -140,8 +147,8 @@ def test_entropy_coded_layers_share_what_the_others_left(tmp_path):
     settings = settings_of(
         allocation="measured", weight_storage="entropy", effective_bits=4.0, activation_mode="float"
     )
-    first = run_of(Model(), settings, directory=tmp_path / "run")
-    second = run_of(changed(), settings, start_from=tmp_path / "run")
+    first = run_of(Model, settings, directory=tmp_path / "run")
+    second = run_of(changed, settings, start_from=tmp_path / "run")
     assert len(second.taken) == len(first.plan.layers) - len(TOUCHED)
     for layer in first.plan.layers:
         assert layer.name in TOUCHED or second.plan.layer(layer.name) == layer
@@ -151,20 +158,24 @@ def test_entropy_coded_layers_share_what_the_others_left(tmp_path):
 def test_other_settings_models_and_folders_are_refused_by_name(stored, tmp_path):
     folder = stored[1]
     with pytest.raises(ConfigError, match=r"other settings: settings\.effective_bits was 4\.5"):
-        run_of(changed(), dataclasses.replace(SETTINGS, effective_bits=5.0), start_from=folder)
-    strange = Model()
-    for parameter in strange.parameters():
-        parameter.data += 0.01
+        run_of(changed, dataclasses.replace(SETTINGS, effective_bits=5.0), start_from=folder)
+
+    def strange():
+        model = Model()
+        for parameter in model.parameters():
+            parameter.data += 0.01
+        return model
+
     with pytest.raises(ConfigError, match="no layer has the weights that it had"):
         run_of(strange, SETTINGS, start_from=folder)
-    assert not shares_a_layer(folder, strange)
+    assert not shares_a_layer(folder, strange())
     assert shares_a_layer(folder, changed())
     with pytest.raises(ArtifactError, match=r"holds no solved layers: sweep\.json is missing"):
-        run_of(changed(), SETTINGS, start_from=tmp_path)
+        run_of(changed, SETTINGS, start_from=tmp_path)
     with pytest.raises(ConfigError, match=r"table: its weight is \[6, 8\], and \[5, 8\] in"):
-        run_of(Model(rows=6), SETTINGS, start_from=folder)
+        run_of(functools.partial(Model, rows=6), SETTINGS, start_from=folder)
     with pytest.raises(ConfigError, match="it has a layer mix, which is not here"):
-        run_of(TinyDenoiser(), SETTINGS, start_from=folder)
+        run_of(TinyDenoiser, SETTINGS, start_from=folder)
 
 
 def test_a_damaged_or_unfinished_run_is_refused_before_anything_is_solved(stored, tmp_path):
@@ -173,13 +184,13 @@ def test_a_damaged_or_unfinished_run_is_refused_before_anything_is_solved(stored
     one = sorted(copied.glob("layer-*"))[3]
     flip(one, one.stat().st_size - 9)
     with pytest.raises(ArtifactError, match="run anew what it is of"):
-        run_of(changed(), SETTINGS, start_from=copied)
+        run_of(changed, SETTINGS, start_from=copied)
     one.unlink()
     with pytest.raises(ConfigError, match=r"was not finished: .* was not solved"):
-        run_of(changed(), SETTINGS, start_from=copied)
+        run_of(changed, SETTINGS, start_from=copied)
     (copied / "decisions.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"decisions\.safetensors is missing"):
-        run_of(changed(), SETTINGS, start_from=copied)
+        run_of(changed, SETTINGS, start_from=copied)
 
 
 def test_options_that_do_not_go_together_are_refused(tmp_path):
@@ -192,7 +203,7 @@ def test_options_that_do_not_go_together_are_refused(tmp_path):
 def test_a_table_that_was_given_is_kept_with_the_run(tmp_path):
     file, folder = tmp_path / "table.safetensors", tmp_path / "run"
     settings = settings_of(allocation="measured", effective_bits=4.5)
-    graph, calls = traced(Model(), denoiser_calls(6))
+    graph, calls = graph_of(Model)
     run = RunOptions(directory=folder, sensitivity=file)
     start_sweep(graph, recorded(calls), settings, run=run).walk.close()
     kept = SensitivityTable.load(folder / "sensitivity.safetensors")
