@@ -266,7 +266,7 @@ CALLS = (
     WrongCall(
         "A run that is kept in what is replaced",
         "export pipeline --keep-run new/run -o new",
-        "--keep-run new/run: it lies in --output new; give another folder",
+        "--keep-run 'new/run': it lies in --output new; give another folder",
     ),
 )
 
