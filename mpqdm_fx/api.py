@@ -131,6 +131,7 @@ def convert(
         versions=versions(),
         activations=result.choices,
         judged=result.judged,
+        taken=len(result.taken),
     )
     quantization = Quantization(
         plan=result.plan,

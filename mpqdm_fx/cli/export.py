@@ -58,6 +58,22 @@ def export(
     max_memory: opt.MemoryOption = None,
     device: opt.DeviceOption = None,
     sensitivity: opt.SensitivityOption = None,
+    keep_run: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for solved layers and finished programs, which stays: --start-from takes "
+            "it.",
+            rich_help_panel=opt.RUN,
+        ),
+    ] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of --keep-run: layers whose weights are as they were have its codes, the "
+            "others are solved with its bits.",
+            rich_help_panel=opt.RUN,
+        ),
+    ] = None,
     backend: Annotated[
         ProgramBackend,
         typer.Option(
@@ -88,7 +104,11 @@ def export(
     memory = opt.memory_of(max_memory)
     gates = parse_gates(gate)
     sizes = [_size_of(text) for text in size] if size else None
-    checks.check_output_folder(output, model, prompts)
+    checks.check_output_folder(output, model, prompts, start_from)
+    if keep_run is not None:
+        checks.check_output_folder(
+            keep_run, model, prompts, output, start_from, option="--keep-run", resumable=False
+        )
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
     if fuse_lora is not None:
         checks.check_packages("peft", purpose="--fuse-lora")
@@ -108,7 +128,12 @@ def export(
     from mpqdm_fx.pipelines.adapters import Lora
     from mpqdm_fx.pipelines.estimate import estimate_export
     from mpqdm_fx.records.run_options import RunOptions
-    from mpqdm_fx.report.export_tables import export_estimate_table, export_table, pictures_line
+    from mpqdm_fx.report.export_tables import (
+        export_estimate_table,
+        export_table,
+        layers_line,
+        pictures_line,
+    )
     from mpqdm_fx.report.record import PAGE
 
     checks.check_device(device)
@@ -142,7 +167,12 @@ def export(
         runs,
         minimum_sqnr_db=minimum_sqnr,
         run=RunOptions(
-            resume=resume, activation_memory=memory, device=device, sensitivity=sensitivity
+            directory=keep_run,
+            resume=resume,
+            activation_memory=memory,
+            device=device,
+            sensitivity=sensitivity,
+            start_from=start_from,
         ),
         tabulate=tabulate,
         backend=backend,
@@ -159,8 +189,9 @@ def export(
         end_with_gates(verdicts, output)
         return
     console.print(export_table(result.summary))
-    if line := pictures_line(result.summary):
-        say(console, line)
+    for line in (layers_line(result.summary), pictures_line(result.summary)):
+        if line:
+            say(console, line)
     if (output / PAGE).is_file():
         say(console, f"report: {output / PAGE}")
     print_gates(console, verdicts)

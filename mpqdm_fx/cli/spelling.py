@@ -14,6 +14,7 @@ _OTHER_NAMES: Mapping[str, str] = {
     "num_samples": "num",
     "seconds": "budget",
     "activation_memory": "max_memory",
+    "directory": "keep_run",
     "minimum_sqnr_db": "minimum_sqnr",
     "guidance_scale": "guidance",
 }

@@ -84,6 +84,7 @@ def export_to_folder(
             "--trajectories": runs.trajectories,
             "--fuse-lora": None if runs.lora is None else runs.lora.file,
             "--lora-scale": None if runs.lora is None else runs.lora.scale,
+            "--start-from": run.start_from,
             "--tabulate": tabulate,
             "--minimum-sqnr": None if minimum_sqnr_db == MINIMUM_SQNR_DB else minimum_sqnr_db,
             "--backend": None if backend == "xnnpack" else backend,

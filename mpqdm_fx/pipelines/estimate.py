@@ -12,8 +12,8 @@ from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.model.stages import normalized
+from mpqdm_fx.pipelines.check_export import check_export
 from mpqdm_fx.pipelines.encoder_memory import encoder_peak, held_bytes
-from mpqdm_fx.pipelines.export import check_export
 from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.parts import Part

@@ -13,24 +13,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mpqdm_fx.api import quantize
-from mpqdm_fx.backends.check_settings import check_kernel_options, check_settings
 from mpqdm_fx.backends.kernel_library import require_kernels
 from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend, may_call_own_kernels
-from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
+from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.schedules import schedule_of
-from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io import progress
 from mpqdm_fx.io.allocator import large_blocks_returned
 from mpqdm_fx.io.ambient import plain_torch
-from mpqdm_fx.io.files import checkpoint_of
 from mpqdm_fx.io.folders import check_target, staged_directory
 from mpqdm_fx.io.versions import versions
 from mpqdm_fx.model.feasibility import check_feasible, weights_of
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.pipelines.adapters import Lora
+from mpqdm_fx.pipelines.check_export import check_export
 from mpqdm_fx.pipelines.encoder_memory import check_memory
 from mpqdm_fx.pipelines.finish_export import finish
+from mpqdm_fx.pipelines.kept_run import KeptRun, layer_counts, work_place
 from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manifest
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
@@ -54,7 +53,7 @@ from mpqdm_fx.records.validation import (
 from mpqdm_fx.report.comparison import compare
 from mpqdm_fx.report.page.packages import renders
 
-__all__ = ["MINIMUM_SQNR_DB", "ExportResult", "check_export", "export_pipeline"]
+__all__ = ["MINIMUM_SQNR_DB", "ExportResult", "export_pipeline"]
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +145,11 @@ def export_pipeline(
         trajectories: Denoising runs to calibrate on.
         batch_size: Rows in a calibration call.
         minimum_sqnr_db: A quantized text encoder or VAE below this stays in float.
-        run: How it runs; see `RunOptions`. Finished parts and solved layers lie beside `output`, in
-            a folder of that name and `.checkpoint`, until the run is through; the sensitivities are
-            the denoiser's.
+        run: How it runs; see `RunOptions`. Finished parts and solved layers lie in its `directory`,
+            which stays, else beside `output`, in a folder of that name and `.checkpoint`, until the
+            run is through; the sensitivities are the denoiser's. `start_from` is the `directory` of
+            another export: parts of equal weights are taken with their programs, of the others
+            layers of equal weights.
         tabulate: Replace the denoiser's time branch by tables for `steps` steps of the pipeline's
             scheduler. The folder then draws with that number of steps of that scheduler alone.
         backend: `"lowbit"` has own kernels beside XNNPACK's for quantized parts; what draws with
@@ -175,8 +176,9 @@ def export_pipeline(
     Raises:
         ConfigError: The pipeline's class is not supported, it carries a LoRA that is not to be
             fused, a setting has no program, or a text encoder does not fit in memory although it is
-            read layer by layer.
-        ArtifactError: The pipeline's folder is not whole, or `output` holds something else.
+            read layer by layer; or the run to start from has other settings or another model.
+        ArtifactError: The pipeline's folder is not whole, `output` holds something else, or the run
+            to start from is none that is finished.
         DialectError: There are to be tables, and the denoiser has no time branch of its own.
         LoweringError: ExecuTorch is missing, or the library of own kernels is.
         MPQError: A part cannot be traced, quantized or lowered; nothing is left at `output`.
@@ -188,7 +190,7 @@ def export_pipeline(
     if may_call_own_kernels(backend, kernels):
         require_kernels()
     target = check_target(output, MANIFEST, overwrite=overwrite)
-    run = run.inside(checkpoint_of(target))
+    place = work_place(target, run)
     inputs, chosen = inputs_of(
         pipeline,
         sizes,
@@ -211,28 +213,33 @@ def export_pipeline(
     check_memory(layout.parts.values())
     timesteps = _schedule(inputs) if tabulate else None
     digests = {name: part.digest for name, part in layout.parts.items()}
-    work = WorkFolder(
-        checkpoint_of(target),
-        {
-            "pipeline": layout.class_name,
-            "models": digests,
-            "settings": None if config is None else config.to_dict(),
-            "sizes": [list(size) for size in chosen],
-            "prompts": list(inputs.prompts) if layout.tokenizers else [],
-            "numbers": [steps, guidance, trajectories, batch_size, minimum_sqnr_db],
-            "timesteps": timesteps,
-            "program form": [four_bit, external_weights, *own, *(["W4"] * (encoder_bits == 4))],
-            "versions": versions(),
-        },
-        resume=run.resume,
-    )
+    identity: dict[str, Any] = {
+        "pipeline": layout.class_name,
+        "models": digests,
+        "settings": None if config is None else config.to_dict(),
+        "sizes": [list(size) for size in chosen],
+        "prompts": list(inputs.prompts) if layout.tokenizers else [],
+        "numbers": [steps, guidance, trajectories, batch_size, minimum_sqnr_db],
+        "timesteps": timesteps,
+        "program form": [four_bit, external_weights, *own, *(["W4"] * (encoder_bits == 4))],
+        "versions": versions(),
+    }
+    earlier = None
+    if run.start_from is not None:
+        earlier = KeptRun(Path(run.start_from), identity, layout.parts.values())
+        identity["start"] = earlier.work.run
+    work = WorkFolder(place, identity, resume=run.resume)
     quantized: dict[str, QuantizedModel] = {}
     records: dict[str, dict[str, Any]] = {}
-    progress.expect(lambda: _foretold(layout, samples=samples, measure=measure))
+    progress.expect(lambda: _foretold(layout, earlier, samples=samples, measure=measure))
     for part in progress.each(layout.parts.values(), lambda part: part.name):
         record = work.finished(part.name)
+        if record is None and earlier is not None and earlier.is_same(part.name):
+            logger.info("taking %s from %s", part.name, run.start_from)
+            record = earlier.give(part.name, work)
         if record is None:
-            solving = replace(run, directory=work.directory / part.name)
+            solved = None if earlier is None else earlier.layers(part.name)
+            solving = replace(run, directory=work.directory / part.name, start_from=solved)
             held = is_held_as_stored(part.module)
             wanted = chosen if part.sized else (None,)
             with large_blocks_returned(held):
@@ -260,11 +267,13 @@ def export_pipeline(
                 part.name,
                 {
                     "methods": [method.entry for method in written],
-                    "quality": _quality(judged),
+                    "quality": _quality(judged, started=earlier is not None),
                     "report": kept.to_dict(),
                 },
             )
         records[part.name] = record
+    if run.directory is not None:
+        work.keep(layout.parts.values())
     with staged_directory(target, MANIFEST, overwrite=overwrite) as stage:
         expanded = {}
         for name in records:
@@ -293,47 +302,24 @@ def export_pipeline(
             root=Path(pipeline) if isinstance(pipeline, (str, Path)) else None,
         )  # fmt: skip
         manifest = write()  # which now lists summary, samples and report too
-    work.remove()
+    if run.directory is None:
+        work.remove()
     return ExportResult(directory=target, quantized=quantized, manifest=manifest, summary=summary)
 
 
-def _foretold(layout: Layout, *, samples: int, measure: bool) -> dict[str, float]:
+def _foretold(
+    layout: Layout, earlier: KeptRun | None, *, samples: int, measure: bool
+) -> dict[str, float]:
     """Seconds by stage, in running order; what has passed corrects them (`progress.expect`)."""
-    parts = {p.name: _SECONDS_A_WEIGHT * weights_of(p.module) for p in layout.parts.values()}
+    parts = {
+        part.name: _SECONDS_A_WEIGHT * weights_of(part.module)
+        for part in layout.parts.values()
+        if earlier is None or not earlier.is_same(part.name)
+    }
     every = sum(parts.values())
     ends = {"drawing": samples > 0, "measuring": measure}
     seconds = parts | {name: _END_SHARE * every for name, does in ends.items() if does}
     return seconds | ({"report": _REPORT_SECONDS} if renders() else {})
-
-
-def check_export(
-    config: MPQConfig | None,
-    prompts: Sequence[str] | None,
-    four_bit: FourBit,
-    *,
-    backend: ProgramBackend,
-    kernels: Kernels,
-    cpu: Cpu,
-) -> None:
-    """Refuse settings that no export runs.
-
-    Args: as of `export_pipeline`.
-
-    Raises:
-        ConfigError: There is no prompt, or programs do not run the settings.
-    """
-    check_kernel_options(backend, kernels, cpu)
-    check_value(prompts, Sequence[str] | None, "prompts")
-    if prompts is not None and not prompts:
-        raise ConfigError("prompts: give a sequence of at least one prompt")
-    check_four_bit(four_bit, "float" if config is None else config.activation_mode)
-    if backend == "lowbit" and config is None:
-        raise ConfigError(
-            "float programs have no layers for own kernels, which run rounded weights; quantize, "
-            'or choose backend="xnnpack"'
-        )
-    if config is not None and (backend == "lowbit" or config.activation_mode != "float"):
-        check_settings(backend, config, alternatives=False)
 
 
 def _schedule(inputs: PipelineInputs) -> list[float]:
@@ -374,14 +360,18 @@ def _judge(
     )
 
 
-def _quality(judged: JudgedPart) -> dict[str, Any]:
+def _quality(judged: JudgedPart, *, started: bool) -> dict[str, Any]:
+    """Precision, bits and errors of a part; layers by origin if another export was started from."""
     if judged.quantized is None:
-        return {"precision": "float", "quantized_sqnr_db": judged.sqnr_db}
+        counts = layer_counts(0, solved=0) if started else {}
+        return {"precision": "float", "quantized_sqnr_db": judged.sqnr_db, **counts}
     plan, settings = judged.quantized.plan, judged.quantized.settings
+    solved = judged.quantized.report.solved
     return {
         "precision": "int8" if judged.quantized.ranges else "rounded",
         "quantized_sqnr_db": judged.sqnr_db,
         "activation_mode": settings.activation_mode,
         "mean_bits": plan.mean_bits,
         "effective_bits": plan.effective_bits,
+        **(layer_counts(len(plan.layers), solved=solved) if started else {}),
     }

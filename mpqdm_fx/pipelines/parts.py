@@ -7,7 +7,7 @@ denoiser is the pipeline's UNet itself: layer names in settings and reports are 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ __all__ = [
     "PooledText",
     "TextEncoder",
 ]
+
+# Attributes of a model of diffusers or transformers.
+_LEFT_BY_FUSING = ("_safe_fusing", "lora_scale", "peft_config", "_hf_peft_config_loaded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +55,28 @@ class Part:
     @property
     def digest(self) -> str:
         """Of its modules' settings and tensors, 16 hexadecimal digits."""
-        settings = module_settings(self.module).items()
-        # where a model was loaded from is no setting of it
-        entries = {name: value for name, value in settings if not name.endswith("name_or_path")}
-        digest = hashlib.sha256(json.dumps(entries).encode())
+        digest = _hashed(self._settings)
         for tensor in self.module.state_dict().values():
             hash_tensor(digest, tensor)
-        return digest.hexdigest()[:16]
+        return str(digest.hexdigest()[:16])
+
+    @property
+    def settings_digest(self) -> str:
+        """Of its modules' settings but for what fusing a LoRA leaves, 16 hexadecimal digits."""
+        settings = self._settings
+        kept = {name: settings[name] for name in settings if not name.endswith(_LEFT_BY_FUSING)}
+        return str(_hashed(kept).hexdigest()[:16])
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of every tensor of its state."""
+        return {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        settings = module_settings(self.module).items()
+        # where a model was loaded from is no setting of it
+        return {n: _steady(value) for n, value in settings if not n.endswith("name_or_path")}
 
     @property
     def parameters(self) -> int:
@@ -66,6 +84,19 @@ class Part:
         unread = getattr(self.module, "unread", ())
         named = self.module.named_parameters()
         return sum(value.numel() for name, value in named if not name.startswith(unread))
+
+
+def _steady(setting: Any) -> Any:
+    """A setting as it is in every process: diffusers lists the fields left out in a set's order."""
+    for entry in setting.get("dict", ()) if isinstance(setting, dict) else ():
+        if entry[0] == "_use_default_values":
+            entry[1] = sorted(entry[1])
+    return setting
+
+
+def _hashed(settings: Mapping[str, Any]) -> Any:
+    """A hash object that has seen settings."""
+    return hashlib.sha256(json.dumps(settings).encode())
 
 
 class TextEncoder(nn.Module):

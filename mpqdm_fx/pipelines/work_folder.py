@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -12,16 +12,20 @@ from pydantic import Field
 
 from mpqdm_fx.backends.xnnpack.compressed import SUFFIX, compress_program
 from mpqdm_fx.backends.xnnpack.runner import stored_files
-from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.io.exchange import remove_folder
 from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.schema import Format, Name, Strict, plain, read_as
 from mpqdm_fx.io.sealed import Entry, SealedFolder, seal
 from mpqdm_fx.io.unfinished import UnfinishedRun
+from mpqdm_fx.pipelines.parts import Part
 
-__all__ = ["WorkFolder"]
+__all__ = ["HEADER", "WorkFolder", "read_forms"]
 
-_HEADER = "export.json"
+HEADER = "export.json"
+"""File that says what a run is."""
+
+_FORMS = "finished.json"
 _FIX = "delete this file and resume"
 
 
@@ -38,13 +42,50 @@ class _Finished(Strict):
     files: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=2)]
 
 
+class _Form(Strict):
+    """What a part must be like to be started from; see `Part`."""
+
+    settings: str
+    shapes: dict[str, tuple[int, ...]]
+
+
+class _Forms(Strict):
+    """What a folder says of a run that is through."""
+
+    stored_as: ClassVar[Format] = Format(sealed_from=1)
+
+    parts: dict[Name, _Form]
+
+
+def read_forms(directory: Path) -> dict[str, Any]:
+    """Settings and shapes of the parts of a finished run, `WorkFolder.keep`.
+
+    Args:
+        directory: The run's folder.
+
+    Raises:
+        ArtifactError: The run was not finished, or the file is damaged.
+    """
+    if not (directory / _FORMS).is_file():
+        raise ArtifactError(
+            f"{directory} holds a run that was not finished: {_FORMS} is missing; go on with that "
+            f"run first"
+        )
+    forms = read_as(_Forms, directory / _FORMS, fix="run anew the export that it is of")
+    return {name: plain(form.model_dump()) for name, form in forms.parts.items()}
+
+
 class WorkFolder:
     """Finished programs of an export, and solved layers of the part that is being quantized.
 
     Args:
         directory: The folder; made if it is not there.
         identity: What the run is: models, settings, sizes, versions; plain JSON types.
-        resume: Go on with what is there. Otherwise a folder with an unfinished run is refused.
+        resume: Go on with what is there. Otherwise a folder with a run is refused.
+
+    Attributes:
+        directory: The folder.
+        run: SHA-256 of the identity, which every record of the run carries.
 
     Raises:
         ConfigError: The folder holds another run (the difference is named), or a run and `resume`
@@ -53,8 +94,13 @@ class WorkFolder:
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
-        run = UnfinishedRun(directory, _HEADER, identity, resume=resume)
-        self.directory, self._run = run.directory, run.digest
+        if (directory / _FORMS).is_file() and not resume:
+            raise ConfigError(
+                f"{directory} holds the run of an export whose parts are finished; give another "
+                f"folder, resume it, or delete it"
+            )
+        run = UnfinishedRun(directory, HEADER, identity, resume=resume)
+        self.directory, self.run = run.directory, run.digest
 
     def path(self, program: str) -> Path:
         """Where a program's file goes."""
@@ -71,9 +117,9 @@ class WorkFolder:
         if not path.is_file():
             return None
         record = read_as(_Finished, path, fix=_FIX)
-        if (record.run, record.program) != (self._run, program):
+        if (record.run, record.program) != (self.run, program):
             raise ArtifactError(
-                f"{path} is of {record.program} in another run than {_HEADER} beside it; {_FIX}"
+                f"{path} is of {record.program} in another run than {HEADER} beside it; {_FIX}"
             )
         with self._remedied(program):
             self._files(program, record.files).check()
@@ -92,7 +138,7 @@ class WorkFolder:
             The record as `finished` gives it.
         """
         files = {path.name: Entry.of(path).to_dict() for path in stored_files(self.path(program))}
-        content = {**plain(record), "run": self._run, "program": program, "files": files}
+        content = {**plain(record), "run": self.run, "program": program, "files": files}
         _write(self._record(program), seal(content))
         return {key: content[key] for key in ("methods", "quality", "report")}
 
@@ -133,14 +179,8 @@ class WorkFolder:
                         packed = compress_program(path, folder / f"{name}{SUFFIX}")
                         expanded[packed.name] = entry.to_dict()
                     else:
-                        self._link(name, path, folder)
+                        _link(self.directory / name, folder / name, opened=path)
         return expanded
-
-    def _link(self, name: str, opened: Path, folder: Path) -> None:
-        try:
-            os.link(self.directory / name, folder / name)
-        except OSError:
-            shutil.copyfile(opened, folder / name)
 
     @contextlib.contextmanager
     def _remedied(self, program: str) -> Iterator[None]:
@@ -152,9 +192,49 @@ class WorkFolder:
                 f"{error}; delete {self._record(program)} and resume, and it is made anew"
             ) from None
 
+    def take(self, other: "WorkFolder", program: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Take the files of a program that another run finished, and its solved layers.
+
+        Args:
+            other: The run that has it.
+            program: The program.
+            record: As of `finish`.
+
+        Returns:
+            As of `finish`.
+
+        Raises:
+            ArtifactError: A file is not what was written.
+        """
+        layers = self.directory / program
+        for path in stored_files(self.path(program)):  # of a run that was killed here
+            path.unlink()
+        remove_folder(layers)
+        other.place(program, self.directory)
+        if (other.directory / program).is_dir():
+            shutil.copytree(other.directory / program, layers, copy_function=_link)
+        return self.finish(program, record)
+
+    def keep(self, parts: Iterable[Part]) -> None:
+        """Say that all parts are finished, so that others can start from them.
+
+        Args:
+            parts: The pipeline's parts.
+        """
+        forms = {p.name: {"settings": p.settings_digest, "shapes": p.shapes} for p in parts}
+        _write(self.directory / _FORMS, seal({"parts": forms}))
+
     def remove(self) -> None:
         """Delete the folder: the export is through."""
         remove_folder(self.directory)
+
+
+def _link(source: str | Path, target: str | Path, *, opened: Path | None = None) -> None:
+    """Put a file at another place too: no second copy where the disk can do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(opened or source, target)
 
 
 def _write(path: Path, value: Any) -> None:

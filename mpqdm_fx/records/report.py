@@ -156,6 +156,8 @@ class QuantizationReport:
         activations: How the input of each layer is quantized, and what that costs, where it was
             measured.
         judged: What was chosen and plain rounding, compared at the model's output.
+        taken: Layers with the codes of the run that this one started from
+            (`RunOptions.start_from`).
     """
 
     layers: tuple[Annotated[LayerReport, Whole(lacking=("refitted",))], ...]
@@ -164,6 +166,12 @@ class QuantizationReport:
     versions: Mapping[str, str]
     activations: tuple[ActivationChoice, ...] = ()
     judged: tuple[Judgement, ...] = ()
+    taken: Count = 0
+
+    @property
+    def solved(self) -> int:
+        """Layers that were rounded in this run."""
+        return len(self.layers) - self.taken
 
     @property
     def input_bits(self) -> tuple[float, float] | None:
@@ -183,4 +191,7 @@ class QuantizationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as a field of a `Strict` record reads them."""
-        return asdict(self)
+        fields = asdict(self)
+        if not self.taken:  # older versions read what was made from nothing
+            del fields["taken"]
+        return fields

@@ -35,9 +35,12 @@ class RunOptions:
         device: Where to compute, for example `"cuda"`; by default where the model is.
         sensitivity: File of the sensitivities, for `allocation="measured"`: read if it is there,
             else written. Another budget then takes seconds to solve.
+        start_from: `directory` of a finished run with the same settings. Layers whose float weight
+            and bias are that run's, bit for bit, have its codes; the others are solved, each with
+            the bits that it had. Nothing is measured again but fixed ranges of activations.
 
     Raises:
-        ConfigError: A field has a value that it cannot have; it is named.
+        ConfigError: A field has a value that it cannot have, or two do not go together.
     """
 
     record_memory: Bytes = DEFAULT_RECORD_MEMORY
@@ -48,9 +51,22 @@ class RunOptions:
     half: bool = False
     device: torch.device | str | None = None
     sensitivity: str | Path | None = None
+    start_from: str | Path | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.start_from is None:
+            return
+        if self.sensitivity is not None:
+            raise ConfigError(
+                f"sensitivity={str(self.sensitivity)!r}: with start_from all bits are those of the "
+                f"run in {self.start_from}; leave `sensitivity` out"
+            )
+        if self.directory is not None and Path(self.directory) == Path(self.start_from):
+            raise ConfigError(
+                f"start_from={str(self.start_from)!r}: this is `directory` too, where solved "
+                f"layers are written; give another folder for these"
+            )
 
     def inside(self, directory: Path) -> Self:
         """The same with solved layers in a folder that the job chooses.

@@ -9,7 +9,7 @@ from rich.table import Table
 from mpqdm_fx.report.evaluation_tables import shown
 from mpqdm_fx.report.words import word_of
 
-__all__ = ["export_estimate_table", "export_table", "pictures_line"]
+__all__ = ["export_estimate_table", "export_table", "layers_line", "pictures_line"]
 
 
 def export_table(summary: Mapping[str, Any]) -> Table:
@@ -65,6 +65,21 @@ def pictures_line(summary: Mapping[str, Any]) -> str:
     ]
     noun = "sounds" if len(summary["size"]) == 1 else "pictures"
     return f"{pictures['count']} {noun} against float: {', '.join(phrases)}"
+
+
+def layers_line(summary: Mapping[str, Any]) -> str:
+    """How many layers were solved and taken, in words; empty of an export from nothing.
+
+    Args:
+        summary: Content of an exported folder's `summary.json`.
+    """
+    parts = summary["parts"].values()
+    if not any("layers_taken" in part for part in parts):
+        return ""
+    solved, taken = (
+        sum(part.get(key, 0) for part in parts) for key in ("layers_solved", "layers_taken")
+    )
+    return f"layers: {solved} solved, {taken} taken from the earlier export"
 
 
 def export_estimate_table(expected: Mapping[str, Any]) -> Table:

@@ -183,9 +183,17 @@ def part_of(
         ),
         program=None if program is None else program_of(program),
         trained=training_of(content.get("distilled")),
-        remarks=tuple(content.get("remarks", plan.remarks)),
+        remarks=(*content.get("remarks", plan.remarks), *_origin(report)),
         missing=missing,
     )
+
+
+def _origin(report: QuantizationReport) -> list[str]:
+    """Where codes are from, if not all of this run."""
+    if not report.taken:
+        return []
+    solved = f"{report.solved} of {len(report.layers)} layers were solved"
+    return [f"{solved}; the others, whose weights are as they were, have an earlier run's codes"]
 
 
 def _ratios(

@@ -13,7 +13,7 @@ from torch import Tensor
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.graph.layers import WeightLayer
 from mpqdm_fx.io.schema import Count, Ratio, Strict, Whole, plain, validated
-from mpqdm_fx.io.tensors import read_record, write_record
+from mpqdm_fx.io.tensors import Record, read_record, write_record
 from mpqdm_fx.io.unfinished import UnfinishedRun
 from mpqdm_fx.numerics.levels.grids import round_scale
 from mpqdm_fx.numerics.levels.packing import pack_layer
@@ -57,6 +57,7 @@ class Checkpoint:
         directory: The folder; made if it is not there.
         identity: What the run is: settings, model, calibration data, versions; plain JSON types.
         resume: Go on with what is there. Otherwise a folder with solved layers is refused.
+        fix: What to do about a damaged file of a layer; ends the message.
 
     Attributes:
         directory: The folder.
@@ -69,12 +70,18 @@ class Checkpoint:
     """
 
     def __init__(
-        self, directory: str | Path, identity: Mapping[str, Any], *, resume: bool = False
+        self,
+        directory: str | Path,
+        identity: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        fix: str = _FIX,
     ) -> None:
         run = UnfinishedRun(
             Path(directory), HEADER, identity, resume=resume, solved="layer-*.safetensors"
         )
         self.directory, self.run = run.directory, run.digest
+        self._fix = fix
 
     def load(self, layer: WeightLayer) -> LayerSolution | None:
         """The solution of a layer, or None if it was not solved yet.
@@ -88,15 +95,12 @@ class Checkpoint:
         path = self._path(layer.name)
         if not path.exists():
             return None
-        record = read_record(path, _KIND, _VERSION, fix=_FIX)
-        head = validated(_Head, record.head, path, fix=_FIX)
-        if head.run != self.run:
-            raise ArtifactError(f"{path} is of another run than {HEADER} beside it; {_FIX}")
+        head, record = self._read(path)
         try:
             _check_layer(head.plan, layer)
             _check_tensors(record.tensors, head.plan, layer)
         except ValueError as error:
-            raise ArtifactError(f"{path} does not fit {layer.name}: {error}; {_FIX}") from None
+            raise ArtifactError(f"{path} does not fit {layer.name}: {error}; {self._fix}") from None
         return LayerSolution(
             plan=head.plan,
             codes=record.tensors["codes"],
@@ -104,6 +108,26 @@ class Checkpoint:
             bias=record.tensors.get("bias"),
             **{name: getattr(head, name) for name in _NUMBERS},
         )
+
+    def plan(self, name: str) -> LayerPlan | None:
+        """The plan that a layer was solved with, or None if it was not solved yet.
+
+        Args:
+            name: The layer's name.
+
+        Raises:
+            ArtifactError: Its file is damaged, or of another run.
+        """
+        path = self._path(name)
+        return self._read(path)[0].plan if path.exists() else None
+
+    def _read(self, path: Path) -> tuple[_Head, Record]:
+        """A layer's file, whatever layer it is of."""
+        record = read_record(path, _KIND, _VERSION, fix=self._fix)
+        head = validated(_Head, record.head, path, fix=self._fix)
+        if head.run != self.run:
+            raise ArtifactError(f"{path} is of another run than {HEADER} beside it; {self._fix}")
+        return head, record
 
     def save(self, solution: LayerSolution) -> None:
         """Write a layer's solution, so that no half of it is ever seen.

@@ -46,6 +46,7 @@ class GraphQuantization:
         choices: How each input is quantized and what that costs, where it was measured.
         judged: The recipe and plain rounding at the model's output; empty if they were not
             compared.
+        taken: Layers with the codes of the run that this one started from.
     """
 
     rounded: fx.GraphModule
@@ -55,6 +56,7 @@ class GraphQuantization:
     layers: tuple[LayerReport, ...]
     choices: tuple[ActivationChoice, ...]
     judged: tuple[Judgement, ...] = ()
+    taken: frozenset[str] = frozenset()
 
 
 def finish(sweep: Sweep) -> GraphQuantization:
@@ -96,6 +98,7 @@ def _swept(sweep: Sweep) -> GraphQuantization:
         noise_levels=sweep.noise_levels,
         layers=tuple(_report(layer, sweep.solutions[layer.name]) for layer in plan.layers),
         choices=sweep.prepared.choices,
+        taken=sweep.taken,
     )
 
 

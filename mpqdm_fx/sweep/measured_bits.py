@@ -29,6 +29,7 @@ from mpqdm_fx.sweep.coded_budget import CodedBudget, coded_plan
 from mpqdm_fx.sweep.shards import Shards
 
 __all__ = [
+    "TABLE",
     "budget_bits",
     "check_budget",
     "coded_budget",
@@ -41,6 +42,7 @@ __all__ = [
 _MAX_ROWS = 4096
 
 TABLE = "sensitivity.safetensors"
+"""Where a run that can be resumed keeps its sensitivities."""
 
 
 def measured_table(

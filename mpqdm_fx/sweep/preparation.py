@@ -29,10 +29,17 @@ from mpqdm_fx.run.speed import InputOption
 from mpqdm_fx.sweep.build_lanes import range_groups
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.coded_budget import CodedBudget
-from mpqdm_fx.sweep.measured_bits import coded_budget, mean_bits, measured_table, solve_budget
+from mpqdm_fx.sweep.measured_bits import (
+    TABLE,
+    coded_budget,
+    mean_bits,
+    measured_table,
+    solve_budget,
+)
 from mpqdm_fx.sweep.shards import Shards
+from mpqdm_fx.sweep.stored_run import StoredRun
 
-__all__ = ["Preparation", "prepared_sweep"]
+__all__ = ["Preparation", "prepared_sweep", "started_sweep"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,7 @@ class Preparation:
         original: The float graph.
         graph_module: The graph that is quantized: the channels of inputs are scaled where that was
             chosen.
+        start: An earlier run, whose layers are taken where the weights are that run's; or None.
     """
 
     plans: Mapping[str, LayerPlan] | None
@@ -55,6 +63,7 @@ class Preparation:
     choices: tuple[ActivationChoice, ...]
     original: fx.GraphModule
     graph_module: fx.GraphModule
+    start: StoredRun | None = None
 
     @classmethod
     def nothing(cls, graph_module: fx.GraphModule) -> Self:
@@ -227,6 +236,9 @@ def prepared_sweep(
             plans, budget = coded_budget(scaled, table, settings, limits)
         else:
             plans = solve_budget(scaled, table, settings, limits)
+        if checkpoint is not None and run.sensitivity is not None:
+            # whoever goes on from this folder may not have that file
+            replace(table, run=checkpoint.run).save(checkpoint.directory / TABLE)
         if settings.row_weights == "output":
             groups = table.groups
             energies = {layer.name: layer.by_group for layer in table.layers}
@@ -239,4 +251,45 @@ def prepared_sweep(
         budget=budget,
         row_weights=RowWeights(groups=groups, energies=energies),
         choices=choices,
+    )
+
+
+def started_sweep(
+    graph_module: fx.GraphModule,
+    start: StoredRun,
+    settings: MPQConfig,
+    *,
+    limits: Limits,
+    checkpoint: Checkpoint | None,
+) -> Preparation:
+    """What an earlier run decided: nothing is measured.
+
+    Layers without fixed widths share what that run's layers of other weights took, and what it left
+    over.
+
+    Args:
+        graph_module: Normalized float graph; inputs are not scaled yet.
+        start: The earlier run.
+        settings: The run's settings.
+        limits: Layers off the budget.
+        checkpoint: The run's own folder, or None.
+    """
+    scaled = ScaleInputs(factors=start.factors)(graph_module).graph_module
+    budget: CodedBudget | None = None
+    if settings.allocation == "measured" and settings.weight_storage == "entropy":
+        table = start.table()
+        _, budget = coded_budget(scaled, table, settings, limits)
+        for name, plan in start.plans.items():
+            if name in start.same and plan.coded is not None:
+                budget.take(name, plan.storage.total)
+        if checkpoint is not None:
+            replace(table, run=checkpoint.run).save(checkpoint.directory / TABLE)
+    return Preparation(
+        original=graph_module,
+        graph_module=scaled,
+        plans=start.plans,
+        budget=budget,
+        row_weights=start.row_weights,
+        choices=start.choices,
+        start=start,
     )

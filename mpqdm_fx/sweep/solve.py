@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import weight_rows
 from mpqdm_fx.numerics.halves import fits_half
+from mpqdm_fx.numerics.lazy_tensor import row_blocks
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.numerics.solve.gptq import gptq
 from mpqdm_fx.numerics.solve.gram import Gram
@@ -28,6 +29,7 @@ from mpqdm_fx.sweep.problem import LayerData, Problem
 PAPER_STRENGTH = 0.5
 """Propagation strength of QEP's main results (arXiv 2504.09629)."""
 
+_TABLE_NUMBERS = 1 << 22  # of an embedding table, rounded at once
 _WIDE = 6  # bits from which rows rounded with feedback may do without clipping
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ __all__ = [
     "join_groups",
     "solve_group",
     "solve_layer",
+    "solve_table",
 ]
 
 
@@ -153,6 +156,24 @@ def solve_layer(
     ]
     solution = join_groups(module, plan, results, len(data.train))
     return replace(solution, seconds=time.perf_counter() - start)
+
+
+def solve_table(weight: Tensor, plan: LayerPlan) -> LayerSolution:
+    """Round an embedding table, which has no input rows to weigh its columns: nearest levels.
+
+    Args:
+        weight: Float table, [rows, columns]; read in blocks of rows.
+        plan: Bits and levels of its rows.
+    """
+    codes, scales, first, widths = [], [], 0, plan.bits_tensor()
+    for rows in row_blocks(weight.detach(), _TABLE_NUMBERS):  # a table can be a large model's
+        bits = widths[first : first + len(rows)]
+        levels = RowLevels.fit(rows.float(), bits, plan.levels)
+        codes.append(levels.snap(rows.float()).to(torch.int8))
+        scales.append(levels.scale)
+        first += len(rows)
+    whole = torch.cat(codes).reshape(plan.shape)
+    return LayerSolution(plan=plan, codes=whole, scale=torch.cat(scales), bias=None)
 
 
 def join_groups(

@@ -2,23 +2,27 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
 
 from torch import fx
 
-from mpqdm_fx.bits.allocate import few_levels, layer_limits
+from mpqdm_fx.bits.allocate import Limits, few_levels, layer_limits
 from mpqdm_fx.bits.noise_groups import NoiseGroups
 from mpqdm_fx.calibration.records import RecordedInputs
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.io.progress import expect
+from mpqdm_fx.passes.quantize.scale_inputs import factors_of
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.sweep.checkpoint import Checkpoint
 from mpqdm_fx.sweep.estimate import estimate, stage_seconds
 from mpqdm_fx.sweep.identity import run_identity
-from mpqdm_fx.sweep.preparation import prepared_sweep
+from mpqdm_fx.sweep.preparation import prepared_sweep, started_sweep
 from mpqdm_fx.sweep.shards import Shards
+from mpqdm_fx.sweep.stored_run import StoredRun, keep_decisions, layer_digests
 from mpqdm_fx.sweep.sweep import Sweep
 
 __all__ = ["start_sweep"]
@@ -61,22 +65,33 @@ def start_sweep(
             "propagation='auto' chooses strengths on held-out calls, and there is only one call: "
             "errors are not propagated; record more calls, or give a strength such as 0.5"
         )
-    expect(lambda: _foretold(graph_module, calls, settings, run.activation_memory))
-    checkpoint = None
-    if run.directory is not None and shards.rank == 0:
-        identity = run_identity(graph_module, calls, held_out, settings)
-        checkpoint = Checkpoint(run.directory, identity, resume=run.resume)
-    prepared = prepared_sweep(
-        graph_module,
-        calls,
-        settings,
-        limits=limits,
-        groups=groups,
-        checkpoint=checkpoint,
-        shards=shards,
-        measured=records.measured,
-        run=run,
-    )
+    expect(lambda: _foretold(graph_module, calls, settings, run))
+    kept = _Kept.of(graph_module, calls, held_out, settings, limits, shards, run)
+    checkpoint = kept.checkpoint
+    if kept.start is not None:
+        prepared = started_sweep(
+            graph_module, kept.start, settings, limits=limits, checkpoint=checkpoint
+        )
+    else:
+        prepared = prepared_sweep(
+            graph_module,
+            calls,
+            settings,
+            limits=limits,
+            groups=groups,
+            checkpoint=checkpoint,
+            shards=shards,
+            measured=records.measured,
+            run=run,
+        )
+    if checkpoint is not None:
+        keep_decisions(
+            checkpoint,
+            kept.digests,
+            choices=prepared.choices,
+            factors=factors_of(prepared.graph_module),
+            row_weights=prepared.row_weights,
+        )
     return Sweep(
         prepared.graph_module,
         [calls[index] for index in shards.indices],
@@ -93,11 +108,61 @@ def start_sweep(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """What lies in folders: the run that this one starts from, and this one's solved layers.
+
+    Attributes:
+        start: The earlier run, or None.
+        checkpoint: This run's folder; None without one, and in all processes but the first.
+        digests: Of the float layers; empty without folders.
+    """
+
+    start: StoredRun | None = None
+    checkpoint: Checkpoint | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        graph_module: fx.GraphModule,
+        calls: Sequence[Mapping[str, Any]],
+        held_out: Sequence[int],
+        settings: MPQConfig,
+        limits: Limits,
+        shards: Shards,
+        run: RunOptions,
+    ) -> Self:
+        """Open the folders of a run."""
+        if run.directory is None and run.start_from is None:
+            return cls()
+        layers = {
+            name: layer
+            for name, layer in weight_layers(graph_module, embeddings=True).items()
+            if name not in limits.skipped
+        }
+        digests = layer_digests(layers)
+        identity = run_identity(graph_module, calls, held_out, settings)
+        start, checkpoint = None, None
+        if run.start_from is not None:
+            folder = Path(run.start_from)
+            alike = {key: identity[key] for key in ("settings", "held_out", "versions")}
+            start = shards.once(lambda: StoredRun.open(folder, layers, digests, alike))
+            identity["start"] = start.checkpoint.run
+        if run.directory is not None and shards.rank == 0:
+            checkpoint = Checkpoint(run.directory, identity, resume=run.resume)
+        return cls(start=start, checkpoint=checkpoint, digests=digests)
+
+
 def _foretold(
     graph_module: fx.GraphModule,
     calls: Sequence[Mapping[str, Any]],
     settings: MPQConfig,
-    max_memory: int | None,
+    run: RunOptions,
 ) -> dict[str, float]:
-    """Seconds by stage, for progress."""
-    return stage_seconds(estimate(graph_module, calls, settings, max_memory=max_memory), settings)
+    """Seconds by stage, for progress; what an earlier run measured is not measured again."""
+    forecast = estimate(graph_module, calls, settings, max_memory=run.activation_memory)
+    seconds = stage_seconds(forecast, settings)
+    if run.start_from is None:
+        return seconds
+    return {name: seconds[name] for name in ("rounding", "judging")}

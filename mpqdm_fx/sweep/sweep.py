@@ -36,8 +36,6 @@ from mpqdm_fx.graph.quantizer_sites import (
     site_ranges,
 )
 from mpqdm_fx.io.ambient import plain_torch
-from mpqdm_fx.numerics.lazy_tensor import row_blocks
-from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.passes.quantize.round_weights import install_codes
 from mpqdm_fx.records.activations import Activation, ActivationRange
 from mpqdm_fx.records.config import MPQConfig
@@ -60,7 +58,7 @@ from mpqdm_fx.sweep.plain_rounding import Extremes, reads_extremes
 from mpqdm_fx.sweep.preparation import Preparation
 from mpqdm_fx.sweep.problem import LayerData
 from mpqdm_fx.sweep.shards import Shards
-from mpqdm_fx.sweep.solve import LayerSolution, solve_layer
+from mpqdm_fx.sweep.solve import LayerSolution, solve_layer, solve_table
 
 __all__ = ["Sweep", "install_solution"]
 
@@ -68,7 +66,6 @@ logger = logging.getLogger(__name__)
 
 _CACHED = 64 * 2**20  # bytes of rows kept for layers that read the same value later
 _DECISION_ROWS = 2048
-_TABLE_NUMBERS = 1 << 22  # of an embedding table, rounded at once
 
 
 def install_solution(module: nn.Module, solution: LayerSolution) -> nn.Module:
@@ -223,6 +220,11 @@ class Sweep:
         return self.walk.delta(node)
 
     @property
+    def taken(self) -> frozenset[str]:
+        """Layers that have the codes of the run that this one starts from."""
+        return frozenset() if self.prepared.start is None else self.prepared.start.same
+
+    @property
     def activations(self) -> dict[str, Activation]:
         """Activation by layer, once the sweep is over."""
         prefix = error_lane_name("")
@@ -280,19 +282,30 @@ class Sweep:
 
     def _solve(self, twin: fx.Node, pending: _Pending) -> None:
         """Quantize one layer and install it in the quantized lane."""
-        name, checkpoint = pending.layer.name, self._checkpoint
-        solution = self.shards.once(lambda: checkpoint.load(pending.layer) if checkpoint else None)
-        if solution is not None:
-            self._check_bits(solution)
-            if self.prepared.budget is not None and solution.plan.coded is not None:
-                self.prepared.budget.take(name, solution.plan.storage.total)
-        else:
+        layer, checkpoint, budget = pending.layer, self._checkpoint, self.prepared.budget
+        solution = self.shards.once(lambda: self._known(layer))
+        if solution is None:
             solution = self._solution(twin, pending)
             if checkpoint and self.shards.rank == 0:
                 checkpoint.save(solution)
-        self.solutions[name] = solution
+        else:
+            self._check_bits(solution)
+            # taken layers have been taken from the budget before the first one was solved
+            if budget is not None and solution.plan.coded and layer.name not in self.taken:
+                budget.take(layer.name, solution.plan.storage.total)
+        self.solutions[layer.name] = solution
         module = self.graph_module.get_submodule(str(twin.target))
-        install_in_lane(self.graph_module, name, install_solution(module, solution))
+        install_in_lane(self.graph_module, layer.name, install_solution(module, solution))
+
+    def _known(self, layer: WeightLayer) -> LayerSolution | None:
+        """What this run solved before it was killed, or the run that it starts from; else None."""
+        checkpoint, start = self._checkpoint, self.prepared.start
+        solution = checkpoint.load(layer) if checkpoint else None
+        if solution is None and start is not None and layer.name in start.same:
+            solution = start.load(layer)
+            if checkpoint:
+                checkpoint.save(solution)
+        return solution
 
     def _check_bits(self, solution: LayerSolution) -> None:
         """Refuse a kept layer of another allocation: together they would miss the budget."""
@@ -311,7 +324,7 @@ class Sweep:
             budget = self.prepared.budget
             if plan.coded is not None and budget is not None:
                 return self.shards.once(lambda: solve_coded_table(layer, plan, budget))
-            return _round_table(layer, plan)
+            return solve_table(layer.weight, plan)
         data = self._data(twin, pending)
         return self.shards.once(lambda: self._solve_with(layer, data))
 
@@ -382,16 +395,3 @@ class Sweep:
                 break
             sizes.pop(old)
             self._rows.pop(old)
-
-
-def _round_table(layer: WeightLayer, plan: LayerPlan) -> LayerSolution:
-    """An embedding table has no input rows to weigh its columns: nearest levels."""
-    codes, scales, first, widths = [], [], 0, plan.bits_tensor()
-    for rows in row_blocks(layer.weight.detach(), _TABLE_NUMBERS):  # a table can be a large model's
-        bits = widths[first : first + len(rows)]
-        levels = RowLevels.fit(rows.float(), bits, plan.levels)
-        codes.append(levels.snap(rows.float()).to(torch.int8))
-        scales.append(levels.scale)
-        first += len(rows)
-    whole = torch.cat(codes).reshape(plan.shape)
-    return LayerSolution(plan=plan, codes=whole, scale=torch.cat(scales), bias=None)

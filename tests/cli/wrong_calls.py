@@ -257,6 +257,17 @@ CALLS = (
         "export pipeline --size big -o new",
         "--size 'big': write HEIGHTxWIDTH, for example 512x512, or the samples of a sound",
     ),
+    WrongCall(
+        "An export that starts from what is no export's run",
+        "export pipeline --start-from out -o new",
+        "out holds no run of an export: export.json is missing; give the folder that an export "
+        "kept its run in",
+    ),
+    WrongCall(
+        "A run that is kept in what is replaced",
+        "export pipeline --keep-run new/run -o new",
+        "--keep-run 'new/run': it lies in --output new; give another folder",
+    ),
 )
 
 

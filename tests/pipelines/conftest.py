@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import tiny_pipelines
+import torch
 from conditioned import CHEAP, PROMPTS, RUNS, run, unmeasure
 from diffusers import StableDiffusionPipeline
 from typer.testing import CliRunner
@@ -33,6 +34,24 @@ def quantized(pipeline, tmp_path_factory):
         status, text = run("quantize", pipeline[1], *CHEAP, *RUNS, *words)
     assert status == 0, text
     return output
+
+
+@pytest.fixture(scope="session")
+def lora(tmp_path_factory):
+    """The file of a LoRA for the attention of the tiny UNet, with random weights."""
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    root = tmp_path_factory.mktemp("lora")
+    unet = tiny_pipelines.stable_diffusion(root).unet
+    torch.manual_seed(5)
+    settings = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    unet.add_adapter(settings)
+    StableDiffusionPipeline.save_lora_weights(
+        root, unet_lora_layers=get_peft_model_state_dict(unet), weight_name="style.safetensors"
+    )
+    return root / "style.safetensors"
 
 
 @pytest.fixture

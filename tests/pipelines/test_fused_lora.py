@@ -11,24 +11,6 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.adapters import Lora, adapter_layers, fused
 
 
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory):
-    """The file of a LoRA for the attention of the tiny UNet, with random weights."""
-    from diffusers import StableDiffusionPipeline
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    root = tmp_path_factory.mktemp("lora")
-    unet = tiny_pipelines.stable_diffusion(root).unet
-    torch.manual_seed(5)
-    settings = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
-    unet.add_adapter(settings)
-    StableDiffusionPipeline.save_lora_weights(
-        root, unet_lora_layers=get_peft_model_state_dict(unet), weight_name="style.safetensors"
-    )
-    return root / "style.safetensors"
-
-
 @pytest.mark.parametrize("scale", [0.5, 1.0])
 def test_what_is_drawn_is_what_diffusers_draws_with_the_lora(tmp_path, monkeypatch, lora, scale):
     pipeline = tiny_pipelines.stable_diffusion(tmp_path)

@@ -11,6 +11,7 @@ from mpqdm_fx import MPQConfig, RunOptions
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.pipelines.layout import layout_of
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs
+from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import quantize_part, side_settings
 
 PROMPTS = ("a cat", "a dog", "three pears on a table")
@@ -148,3 +149,14 @@ def test_a_part_is_kept_in_int8_only_above_the_bound(tmp_path, caplog):
 def test_text_encoders_and_vae_take_the_denoisers_activation_mode_and_eight_bits():
     settings = side_settings(MPQConfig(weight_bits=3, activation_mode="dynamic", seed=7))
     assert (settings.weight_bits, settings.activation_mode, settings.seed) == (8, "dynamic", 7)
+
+
+def test_a_part_is_known_again_in_whatever_order_a_set_gave_its_settings(tmp_path):
+    first, second = (tiny_pipelines.stable_diffusion(tmp_path).unet for _ in range(2))
+    unset = list(second.config["_use_default_values"])
+    assert len(unset) > 1
+    reversed_ = {**second.config, "_use_default_values": unset[::-1]}
+    second._internal_dict = type(second.config)(reversed_)
+    parts = [Part(name="denoiser", module=m, outputs=(), sized=True) for m in (first, second)]
+    assert parts[0].digest == parts[1].digest
+    assert parts[0].settings_digest == parts[1].settings_digest

@@ -169,8 +169,8 @@ def test_image_adapters_and_attention_masks_are_refused(pipeline, tmp_path):
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": "a cat"}, "sequence"),
         (
-            {"run": RunOptions(directory="a")},
-            "directory='a': .*leave `directory` out",
+            {"run": RunOptions(directory="a", start_from="a/b")},
+            "start_from='a/b': it lies in directory='a'; give another folder",
         ),
     ],
 )
