@@ -19,7 +19,7 @@ from mpqdm_fx.pipelines.stored_encoders import is_held_as_stored
 
 DYNAMIC = MPQConfig(activation_mode="dynamic")
 RUNS = {"steps": 2, "trajectories": 2, "prompts": ["a cat"]}
-WIDTH, HEADS, HEAD, FEED, LAYERS, WORDS = tiny_transformers.T5_WIDTH, 8, 64, 1024, 2, 32
+WIDTH, HEADS, HEAD, FEED, LAYERS, WORDS = tiny_transformers.T5_WIDTH, 8, 64, 1024, 1, 32
 GRAPH = 2800 * 7 * LAYERS  # bytes of nodes and names, of which a layer takes about 2,800
 
 
@@ -27,7 +27,7 @@ GRAPH = 2800 * 7 * LAYERS  # bytes of nodes and names, of which a layer takes ab
 def source(tmp_path_factory):
     """PixArt with a T5 of wide layers in several bfloat16 shards."""
     root = tmp_path_factory.mktemp("stored")
-    pipeline = tiny_transformers.pixart_sigma(root)
+    pipeline = tiny_transformers.pixart_sigma(root, alpha=True)
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=WORDS, d_model=WIDTH, d_kv=HEAD, d_ff=FEED, num_layers=LAYERS, num_heads=HEADS,
@@ -122,7 +122,7 @@ def test_a_dry_run_knows_bits_and_peak_of_an_encoder_that_stays_in_its_files(
     assert whole.held_bytes == whole.float_bytes == told.float_bytes
     assert whole.program_bytes - told.program_bytes == told.float_bytes - bytes_at_four()
     written = exported["stored"][0].manifest["files"]["text_encoder.pte"]["bytes"]
-    assert told.program_bytes == pytest.approx(written, rel=0.05)
+    assert told.program_bytes == pytest.approx(written, rel=0.1)
     assert 0 < written - bytes_at_four() < GRAPH
 
 
