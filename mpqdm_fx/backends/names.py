@@ -11,6 +11,7 @@ __all__ = [
     "FourBit",
     "Kernels",
     "ProgramBackend",
+    "SideBits",
     "may_call_own_kernels",
 ]
 
@@ -35,6 +36,9 @@ FourBit = Literal["never", "whole", "split"]
 Those of linear layers and 1x1 convolutions that fit as a whole, or also the channels that fit in
 layers of mixed widths, or none.
 """
+
+SideBits = Literal[4, 8]
+"""Bits of weights of what runs once per image."""
 
 
 def may_call_own_kernels(backend: Backend, kernels: Kernels) -> bool:

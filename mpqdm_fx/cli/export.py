@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mpqdm_fx.backends.names import ProgramBackend
+from mpqdm_fx.backends.names import ProgramBackend, SideBits
 from mpqdm_fx.cli import checks
 from mpqdm_fx.cli import options as opt
 from mpqdm_fx.cli.gates import GateOption, MetricsOption, end_with_gates, print_gates, with_gates
@@ -54,6 +54,14 @@ def export(
     minimum_sqnr: Annotated[
         float, typer.Option(help="Text encoder or VAE below this many dB stay in float.")
     ] = 30.0,
+    encoder_bits: Annotated[
+        SideBits,
+        typer.Option(
+            help="Bits of text encoders' weights; 4 needs a lower --minimum-sqnr, and dynamic "
+            "activations to be stored so.",
+            rich_help_panel=opt.BITS,
+        ),
+    ] = 8,
     resume: opt.ResumeOption = False,
     max_memory: opt.MemoryOption = None,
     device: opt.DeviceOption = None,
@@ -153,7 +161,7 @@ def export(
         forecast = estimate_export(
             model, settings, sizes=sizes, prompts=runs.texts, steps=steps, guidance=guidance,
             trajectories=trajectories, max_memory=memory, backend=backend, kernels=kernels,
-            cpu=cpu, four_bit=four_bit, samples=samples,
+            cpu=cpu, four_bit=four_bit, samples=samples, encoder_bits=encoder_bits,
         ).to_dict()  # fmt: skip
         if as_json:
             console.print_json(json.dumps(forecast))
@@ -181,6 +189,7 @@ def export(
         four_bit=four_bit,
         external_weights=external_weights,
         compress=compress,
+        encoder_bits=encoder_bits,
         overwrite=overwrite,
     )
     verdicts = judge_export(gates, result, expected)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend
+from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend, SideBits
 from mpqdm_fx.io.peak_memory import tells_peaks
 from mpqdm_fx.jobs.command_text import export_command
 from mpqdm_fx.pipelines.adapters import Lora
@@ -64,6 +64,7 @@ def export_to_folder(
     four_bit: FourBit = "whole",
     external_weights: bool = False,
     compress: bool = False,
+    encoder_bits: SideBits = 8,
     overwrite: bool = False,
 ) -> ExportResult:
     """Export a pipeline's folder; its report says how to do it again.
@@ -87,6 +88,7 @@ def export_to_folder(
             "--start-from": run.start_from,
             "--tabulate": tabulate,
             "--minimum-sqnr": None if minimum_sqnr_db == MINIMUM_SQNR_DB else minimum_sqnr_db,
+            "--encoder-bits": None if encoder_bits == 8 else encoder_bits,
             "--backend": None if backend == "xnnpack" else backend,
             "--kernels": kernels if backend == "lowbit" else None,
             "--cpu": None if cpu == "avx2" else cpu,
@@ -117,6 +119,7 @@ def export_to_folder(
         four_bit=four_bit,
         external_weights=external_weights,
         compress=compress,
+        encoder_bits=encoder_bits,
         overwrite=overwrite,
         command=command,
     )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mpqdm_fx.backends.check_settings import check_kernel_options, check_settings
-from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend
+from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend, SideBits
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.records.config import MPQConfig
@@ -17,6 +17,7 @@ def check_export(
     prompts: Sequence[str] | None,
     four_bit: FourBit,
     *,
+    encoder_bits: SideBits,
     backend: ProgramBackend,
     kernels: Kernels,
     cpu: Cpu,
@@ -33,6 +34,11 @@ def check_export(
     if prompts is not None and not prompts:
         raise ConfigError("prompts: give a sequence of at least one prompt")
     check_four_bit(four_bit, "float" if config is None else config.activation_mode)
+    if config is None and encoder_bits != 8:
+        raise ConfigError(
+            f"encoder_bits={encoder_bits}: all parts are to stay in float; quantize, or leave "
+            "encoder_bits out"
+        )
     if backend == "lowbit" and config is None:
         raise ConfigError(
             "float programs have no layers for own kernels, which run rounded weights; quantize, "

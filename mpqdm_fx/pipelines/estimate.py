@@ -7,10 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
-from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend
+from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend, SideBits
+from mpqdm_fx.backends.xnnpack.passes.gather_codes import GatherCodes
+from mpqdm_fx.bits.allocate import layer_limits
+from mpqdm_fx.bits.pinning import ends_in_float
 from mpqdm_fx.graph.calling import example_inputs
-from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.layers import EMBEDDINGS, WeightLayer, is_pointwise, weight_layers
 from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.pipelines.check_export import check_export
 from mpqdm_fx.pipelines.encoder_memory import encoder_peak, held_bytes
@@ -124,18 +128,22 @@ def estimate_export(
     kernels: Kernels = "auto",
     cpu: Cpu = "avx2",
     four_bit: FourBit = "whole",
+    encoder_bits: SideBits = 8,
     samples: Some = 4,
     measure: bool = True,
 ) -> ExportEstimate:
     """Estimate an export without running it: each part is traced, and called twice.
 
-    Args: as of `export_pipeline`. Weights count eight bits, of which `four_bit` may halve some, and
-    own kernels keep more.
+    Args: as of `export_pipeline`. Weights whose bits are to be searched count eight, of which the
+    program may store some at four; own kernels keep still fewer.
 
     Raises:
         MPQError: Settings have no program, the pipeline cannot be opened, or a part not traced.
     """
-    check_export(config, prompts, four_bit, backend=backend, kernels=kernels, cpu=cpu)
+    check_export(
+        config, prompts, four_bit, encoder_bits=encoder_bits,
+        backend=backend, kernels=kernels, cpu=cpu,
+    )  # fmt: skip
     inputs, chosen = inputs_of(
         pipeline, sizes, prompts=prompts, steps=steps, guidance=guidance,
         trajectories=trajectories, batch_size=batch_size, seed=0 if config is None else config.seed,
@@ -143,7 +151,8 @@ def estimate_export(
     )  # fmt: skip
     parts, solved = {}, 0
     for part in inputs.layout.parts.values():
-        estimated, disk = _part(part, inputs, config, chosen, measure, max_memory)
+        settings = None if config is None else _settings(part, config, encoder_bits)
+        estimated, disk = _part(part, inputs, settings, chosen, four_bit, measure, max_memory)
         parts[part.name] = estimated
         solved = max(solved, disk)
     # in float, by the programs, and by these again on the calls of the float runs
@@ -162,36 +171,33 @@ def _image_seconds(parts: Mapping[str, PartEstimate], inputs: PipelineInputs) ->
 def _part(
     part: Part,
     inputs: PipelineInputs,
-    config: MPQConfig | None,
+    settings: MPQConfig | None,
     sizes: Sequence[Size],
+    four_bit: FourBit,
     measure: bool,
     max_memory: int | None,
 ) -> tuple[PartEstimate, int]:
     """A part's numbers, and bytes on the disk while it is quantized."""
     example = inputs.example(part.name, inputs.size)
-    settings = MPQConfig() if config is None else config
-    settings = settings if part.stepped else side_settings(settings)
-    graph = normalized(part.module, dict(example), settings)
+    graph = normalized(part.module, dict(example), settings or MPQConfig())
     call_seconds = _call_seconds(part, example)
     calls, rows = _calls(part, inputs)
     layers = weight_layers(graph, embeddings=True)
     weights = sum(layer.weight.numel() for layer in layers.values())
-    tensors = [t for t in graph.state_dict().values() if t.is_floating_point()]
-    read = sum(tensor.numel() for tensor in tensors)  # a last layer may be there for nothing
-    quantize, peak, disk, stored = 0.0, 4 * read, 0, 4 * read
-    if config is not None:
+    quantize, disk = 0.0, 0
+    peak = 4 * _numbers(graph)
+    if settings is not None:
         batch = example_inputs(graph.meta["signature"], batch_size=rows)
         sweep = estimate(graph, [batch] * calls, settings, max_memory=max_memory)
         quantize = sweep.seconds + _JUDGED * call_seconds * calls * rows / 4
         peak, disk = sweep.peak_bytes, sweep.disk_bytes
-        channels = sum(layer.weight.shape[0] for layer in layers.values())
-        stored = weights + 4 * (read - weights) + _SCALES * channels
     if part.stepped:
-        quantize += call_seconds * calls * rows if config is not None else 0.0
+        quantize += call_seconds * calls * rows if settings is not None else 0.0
     held = 4 * part.parameters
     if is_held_as_stored(part.module):
         peak, held = encoder_peak(part.module), held_bytes(part.module)
     methods = len(sizes) if part.sized else 1
+    stored = _stored_bytes(graph, settings, four_bit)
     lower = methods * (len(layers) * _LOWER_LAYER + weights * _LOWER_WEIGHT)
     estimated = PartEstimate(
         parameters=part.parameters,
@@ -205,6 +211,43 @@ def _part(
         held_bytes=held,
     )
     return estimated, disk
+
+
+def _settings(part: Part, config: MPQConfig, encoder_bits: SideBits) -> MPQConfig:
+    """Settings that a part is quantized with."""
+    if part.stepped:
+        return config
+    return side_settings(config, encoder_bits if part.name.startswith("text_encoder") else 8)
+
+
+def _numbers(graph: fx.GraphModule) -> int:
+    """Floating-point numbers that a graph reads: a last layer may be there for nothing."""
+    return sum(t.numel() for t in graph.state_dict().values() if t.is_floating_point())
+
+
+def _stored_bytes(graph: fx.GraphModule, settings: MPQConfig | None, four_bit: FourBit) -> int:
+    """Bytes of a graph's numbers in its program."""
+    total = 4 * _numbers(graph)
+    if settings is None or settings.activation_mode == "float":
+        return total
+    limits = layer_limits(graph, settings)
+    in_float = {*ends_in_float(graph, settings.activation_mode), *limits.skipped}
+    for name, layer in weight_layers(graph, embeddings=True).items():
+        is_table = isinstance(layer.module, EMBEDDINGS)
+        if layer.weight.numel() < GatherCodes().least if is_table else name in in_float:
+            continue
+        fixed, _ = limits.fixed.get(name, (settings.weight_bits, ""))
+        narrow = fixed <= 4 and four_bit != "never" and _fits_four_bits(layer, settings)
+        numbers = layer.weight.numel()
+        total += numbers // (2 if narrow else 1) - 4 * numbers + _SCALES * layer.weight.shape[0]
+    return total
+
+
+def _fits_four_bits(layer: WeightLayer, settings: MPQConfig) -> bool:
+    """Whether a layer of at most four bits has the form that XNNPACK stores at four."""
+    known = settings.allocation == "uniform" and settings.levels == "int4"
+    rows = is_pointwise(layer.module) and layer.weight.shape[1] % 2 == 0
+    return known and rows and settings.activation_mode == "dynamic"
 
 
 def _calls(part: Part, inputs: PipelineInputs) -> tuple[int, int]:

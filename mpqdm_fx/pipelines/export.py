@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from mpqdm_fx.api import quantize
 from mpqdm_fx.backends.kernel_library import require_kernels
-from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend, may_call_own_kernels
+from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend, SideBits, may_call_own_kernels
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
 from mpqdm_fx.calibration.schedules import schedule_of
@@ -35,7 +35,7 @@ from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manife
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.part_numbers import kept_part
 from mpqdm_fx.pipelines.parts import Part
-from mpqdm_fx.pipelines.programs import JudgedPart, SideBits, quantize_part, write_programs
+from mpqdm_fx.pipelines.programs import JudgedPart, quantize_part, write_programs
 from mpqdm_fx.pipelines.runner_files import write_runner
 from mpqdm_fx.pipelines.stored_encoders import is_held_as_stored
 from mpqdm_fx.pipelines.work_folder import WorkFolder
@@ -167,8 +167,9 @@ def export_pipeline(
             the float parts only where `pipeline` is a folder.
         command: The command line that does the same, for the report.
         lora: A LoRA that is fused into a copy of the pipeline first.
-        encoder_bits: Bits of text encoders' weights; embedding tables have 8. Give a lower
-            `minimum_sqnr_db` with 4.
+        encoder_bits: Bits of text encoders' weights; embedding tables, and an encoder's first and
+            last layer, have 8. Give a lower `minimum_sqnr_db` with 4. Programs store four bits
+            with dynamic activations alone.
 
     Returns:
         What was made.
@@ -183,7 +184,10 @@ def export_pipeline(
         LoweringError: ExecuTorch is missing, or the library of own kernels is.
         MPQError: A part cannot be traced, quantized or lowered; nothing is left at `output`.
     """
-    check_export(config, prompts, four_bit, backend=backend, kernels=kernels, cpu=cpu)
+    check_export(
+        config, prompts, four_bit, encoder_bits=encoder_bits,
+        backend=backend, kernels=kernels, cpu=cpu,
+    )  # fmt: skip
     check_value(run, RunOptions, "run")
     require_executorch()
     own = [backend, kernels, cpu] if backend == "lowbit" else []

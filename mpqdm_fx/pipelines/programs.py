@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.api import quantize
-from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend
+from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend, SideBits
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.graph.layers import replace_module, weight_layers
 from mpqdm_fx.graph.noise_argument import find_noise_argument
@@ -35,7 +35,6 @@ __all__ = [
     "ENCODE_PROMPT",
     "JudgedPart",
     "PartMethod",
-    "SideBits",
     "WrittenMethod",
     "method_name",
     "part_methods",
@@ -48,8 +47,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Call = Mapping[str, Any]
-SideBits = Literal[4, 8]
-"""Bits of weights of what runs once per image."""
 Examples = Mapping[Size | None, Call]
 
 #: What the denoiser computes once per image, and once per step.

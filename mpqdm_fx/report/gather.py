@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from mpqdm_fx.bits.sensitivity_table import SensitivityTable
+from mpqdm_fx.numerics.lazy_tensor import row_blocks
 from mpqdm_fx.numerics.solve.outliers import kurtosis
 from mpqdm_fx.records.plan import BitPlan, LayerPlan
 from mpqdm_fx.records.report import LayerReport, QuantizationReport
@@ -37,6 +38,8 @@ __all__ = [
     "training_of",
     "with_command",
 ]
+
+_BLOCK = 1 << 20  # weights whose kurtosis is taken at once
 
 #: Numbers that programs of the backend `lowbit` have.
 _OWN = (
@@ -82,7 +85,9 @@ def kurtosis_of(floats: fx.GraphModule, plan: BitPlan) -> dict[str, Tensor]:
     kurtoses = {}
     for layer in plan.layers:
         weight = floats.get_parameter(f"{layer.name}.weight")
-        kurtoses[layer.name] = kurtosis(weight.flatten(1))
+        # block by block: a large table takes gigabytes in float64
+        blocks = row_blocks(weight.detach(), _BLOCK)
+        kurtoses[layer.name] = torch.cat([kurtosis(block.flatten(1)) for block in blocks])
     return kurtoses
 
 

@@ -94,6 +94,13 @@ def test_choices_are_listed_taken_in_any_case_and_refused_by_name(
     assert repr(word.lower()) in err
 
 
+def test_bits_that_encoders_have_are_listed_and_others_refused(monkeypatch, capsys):
+    assert parse(["mpqdm-fx", "export", "sd", "--encoder-bits", "4"])["encoder_bits"] == 4
+    status, _, err = typed(monkeypatch, capsys, "export", "sd", "--encoder-bits", "5")
+    assert status == 2
+    assert "error: --encoder-bits 5: choose one of '4', '8'" in err
+
+
 def test_the_words_of_options_are_those_of_the_library():
     from mpqdm_fx.cli.distill import Relation as TypedRelation
     from mpqdm_fx.cli.sample import Form

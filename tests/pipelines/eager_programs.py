@@ -97,11 +97,13 @@ class _EagerMethod:
 
 
 class EagerPrograms(ProgramFiles):
-    """The folder with graphs and parts in the programs' place."""
+    """The folder with graphs and parts in the place of programs, but of those that are lowered."""
 
     models: dict[str, Any]
 
     def _load(self, entry):
+        if entry["file"] not in self.models:
+            return super()._load(entry)
         names = [spec["name"] for spec in entry["inputs"]]
         return _EagerMethod(self.models[entry["file"]][entry["method"]], names)
 

@@ -91,7 +91,7 @@ def test_the_command_of_an_export_has_its_settings_and_runs(settings, tmp_path, 
         trajectories=5, samples=1,
     )  # fmt: skip
     form = {"minimum_sqnr_db": 12.5, "tabulate": True, "four_bit": "split"}
-    form |= {"external_weights": True, "compress": True}
+    form |= {"external_weights": True, "compress": True, "encoder_bits": 4}
     config = MPQConfig(**{"weight_bits": 8, **settings})  # unread where there is a budget
     name, parsed, output, parsed_runs, options = exported_with(
         monkeypatch, "my sd", config, Path("some where"), runs, **form
