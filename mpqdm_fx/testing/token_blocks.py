@@ -18,12 +18,14 @@ def repeats(b: GraphBuilder, variant: int) -> None:
     channels, height, width = b.shape
     size = [b.batch, channels, height, width]
     x = b.call(_aten.clone.default, b.image)
+    if variant == 1:
+        row = b.call(_aten.sum.dim_IntList, x, [2], True)
+        y = b.call(_aten.neg.default, b.call(_aten.expand.default, row, size))
+        b.set_image(b.call(_aten.add.Tensor, x, y), channels)
+        return
     mean = b.call(_aten.mean.dim, x, [2, 3], True)
     if variant == 0:
         y = b.call(_aten.expand.default, mean, size)
-    elif variant == 1:
-        row = b.call(_aten.sum.dim_IntList, x, [2], True)
-        y = b.call(_aten.neg.default, b.call(_aten.expand.default, row, size))
     elif variant == 2:
         y = b.call(_aten.repeat.default, mean, [1, 1, height, width])
     else:
