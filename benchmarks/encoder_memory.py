@@ -30,11 +30,12 @@ from mpqdm_fx import MPQConfig, RunOptions
 from mpqdm_fx.backends.xnnpack.lower import lower_methods
 from mpqdm_fx.io.allocator import large_blocks_returned
 from mpqdm_fx.pipelines import stored_encoders
+from mpqdm_fx.pipelines.encoder_memory import encoder_peak
 from mpqdm_fx.pipelines.folder import load_encoder
 from mpqdm_fx.pipelines.parts import MaskedTextEncoder, Part
 from mpqdm_fx.pipelines.programs import quantize_part, write_programs
 
-WIDTH, FEED_FORWARD, VOCABULARY, TOKENS = 1024, 2816, 32128, 32
+WIDTH, FEED_FORWARD, VOCABULARY = 1024, 2816, 32128
 FORMS = ("whole", "stored")
 _STATUS = Path("/proc/self/status")
 _IMPORTED = (XnnpackPartitioner, lower_methods)  # what is loaded before anything is measured
@@ -51,15 +52,15 @@ def write_encoder(folder: Path, layers: int) -> None:
     model.save_pretrained(folder, max_shard_size="20MB")
 
 
-def example(rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def example(rows: int, tokens: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Token numbers, half of them padding."""
-    ids = torch.randint(3, VOCABULARY, (rows, TOKENS), generator=generator)
-    mask = torch.ones(rows, TOKENS, dtype=torch.int64)
-    mask[:, TOKENS // 2 :] = 0
+    ids = torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
+    mask = torch.ones(rows, tokens, dtype=torch.int64)
+    mask[:, tokens // 2 :] = 0
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def export_encoder(folder: Path, form: str) -> dict[str, Any]:
+def export_encoder(folder: Path, form: str, rows: int, tokens: int) -> dict[str, Any]:
     """Load, quantize and lower; peaks of each stage."""
     torch.set_num_threads(1)
     before, stages = _bytes("VmRSS"), dict[str, Any]()
@@ -70,16 +71,17 @@ def export_encoder(folder: Path, form: str) -> dict[str, Any]:
             encoder = load_encoder(folder, "T5EncoderModel", None, stored=form == "stored")
         module = MaskedTextEncoder(encoder).eval()
         part = Part(name="text_encoder", module=module, outputs=("states",), sized=False)
-        calls = [example(2, generator), example(2, generator)]
+        calls = [example(rows, tokens, generator), example(1, tokens, generator)]
         config = MPQConfig(activation_mode="dynamic")
         with _peaks(stages, "quantize", before):
             judged = quantize_part(part, calls, config, bound=-300, run=RunOptions())
         program = folder / f"{form}.pte"
         with _peaks(stages, "lower", before):
-            write_programs(part, judged.quantized, {None: example(1, generator)}, program)
+            write_programs(part, judged.quantized, {None: example(1, tokens, generator)}, program)
     return {
         "parameters": part.parameters,
         "float32_bytes": 4 * part.parameters,
+        "foretold_bytes": encoder_peak(encoder, tokens) if form == "stored" else None,
         "program_bytes": program.stat().st_size,
         "program": hashlib.sha256(program.read_bytes()).hexdigest(),
         "sqnr_db": judged.sqnr_db,
@@ -122,15 +124,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=4, help="prompts to calibrate on")
+    parser.add_argument("--tokens", type=int, default=32, help="of a prompt")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.form:
-        print(json.dumps(export_encoder(options.directory, options.form)))
+        facts = export_encoder(options.directory, options.form, options.rows, options.tokens)
+        print(json.dumps(facts))
         return
     if not (options.directory / "config.json").is_file():
         write_encoder(options.directory, options.layers)
-    results = {form: _apart(options.directory, form) for form in options.forms}
+    results = {form: _apart(form) for form in options.forms}
     for form, result in results.items():
         whole = result["float32_bytes"]
         print(f"{form}: {result['parameters']:,} parameters, program {result['program_bytes']:,}")
@@ -145,8 +150,8 @@ def main() -> None:
     path.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
-def _apart(directory: Path, form: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--directory", str(directory), "--form", form]
+def _apart(form: str) -> dict[str, Any]:
+    command = [sys.executable, *sys.argv, "--form", form]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result

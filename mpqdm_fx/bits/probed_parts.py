@@ -14,9 +14,10 @@ from mpqdm_fx.graph.calling import split_batch
 from mpqdm_fx.graph.signature import Signature, tensor_leaves
 from mpqdm_fx.run.cost import bind_sizes, value_bytes
 
-__all__ = ["probed_parts"]
+__all__ = ["PROBED_BYTES", "probed_parts"]
 
-_MEMORY = 2**30  # bytes of activations kept for one backward pass; one sample may need more
+PROBED_BYTES = 2**30
+"""Of activations kept for one backward pass; one sample may need more."""
 
 
 def probed_parts(
@@ -47,7 +48,7 @@ def probed_parts(
     signature: Signature = graph_module.meta["signature"]
     parts: list[tuple[dict[str, Any], Tensor]] = []
     for index, call in enumerate(calls):
-        size = max(1, min(samples, _MEMORY // max(1, _sample_bytes(graph_module, call))))
+        size = max(1, min(samples, PROBED_BYTES // max(1, _sample_bytes(graph_module, call))))
         pieces = [dict(call)]
         if signature.batch_range is not None:
             low, high = signature.batch_range

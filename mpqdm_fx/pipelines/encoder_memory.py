@@ -1,10 +1,11 @@
 """What memory an encoder takes whose weights stay in its files, and whether it is there."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from mpqdm_fx.bits.probed_parts import PROBED_BYTES
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io.memory import available_memory
 from mpqdm_fx.numerics.lazy_tensor import StoredTensor
@@ -23,23 +24,26 @@ _JUDGED = 2  # a number, while it is judged: its integers, and those of plain ro
 _ROUNDED = 48  # a number of the layer that is rounded, as of `sweep.layer_work`
 _MOMENT = 16  # a product of two of its inputs: moments, and their factor
 _FLOAT = 12  # a number of a float program: weights, delegate, program
+_KEPT = (
+    6  # a number that a layer reads or writes, for its gradient: it, and half for what is between
+)
 
 
-def encoder_peak(module: nn.Module) -> int:
+def encoder_peak(module: nn.Module, tokens: int) -> int:
     """Bytes at most while an encoder that stays in its files is quantized to 8 bits and lowered.
 
     Pages of its files do not count, which the system takes back when it needs them.
 
     Args:
         module: One that `stored_encoders` loaded.
+        tokens: Of a prompt.
     """
-    layers = [
-        _ROUNDED * m.weight.numel() + _MOMENT * m.in_features**2
-        for m in module.modules()
-        if isinstance(m, nn.Linear)
-    ]
+    linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    layers = [_ROUNDED * m.weight.numel() + _MOMENT * m.in_features**2 for m in linear]
     stored = sum(p.numel() for p in module.parameters() if isinstance(p, StoredTensor))
-    work = max(_LOWERED * stored, _JUDGED * stored + max(layers, default=0))
+    one = _KEPT * tokens * sum(m.in_features + m.out_features for m in linear)
+    probed = max(PROBED_BYTES, one)  # what errors of inputs do to the output is measured backwards
+    work = max(_LOWERED * stored, _JUDGED * stored + max(layers, default=0), probed)
     return _OVERHEAD + held_bytes(module) + work
 
 
@@ -48,11 +52,12 @@ def held_bytes(module: nn.Module) -> int:
     return sum(p.nbytes for p in module.parameters() if not isinstance(p, StoredTensor))
 
 
-def check_memory(parts: Iterable[Part]) -> None:
+def check_memory(parts: Iterable[Part], tokens_of: Callable[[str], int]) -> None:
     """Say what each encoder that stays in its files will take, and refuse what does not fit.
 
     Args:
         parts: Of a pipeline.
+        tokens_of: Tokens of a prompt, by an encoder's name.
 
     Raises:
         ConfigError: Less memory is left than one of them takes.
@@ -61,7 +66,7 @@ def check_memory(parts: Iterable[Part]) -> None:
     for part in parts:
         if not is_held_as_stored(part.module):
             continue
-        peak = encoder_peak(part.module)
+        peak = encoder_peak(part.module, tokens_of(part.name))
         logger.info(
             "%s (%.1f GB in float32) stays in its files: quantizing and lowering it takes about "
             "%.1f GB at most", part.name, 4 * part.parameters / 1e9, peak / 1e9,

@@ -195,7 +195,8 @@ def _part(
         quantize += call_seconds * calls * rows if settings is not None else 0.0
     held = 4 * part.parameters
     if is_held_as_stored(part.module):
-        peak, held = encoder_peak(part.module), held_bytes(part.module)
+        peak = encoder_peak(part.module, inputs.tokens_of(part.name))
+        held = held_bytes(part.module)
     methods = len(sizes) if part.sized else 1
     stored = _stored_bytes(graph, settings, four_bit)
     lower = methods * (len(layers) * _LOWER_LAYER + weights * _LOWER_WEIGHT)

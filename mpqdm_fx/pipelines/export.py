@@ -214,7 +214,7 @@ def export_pipeline(
             sensitivity=run.sensitivity, max_memory=run.activation_memory,
             batch_size=min(batch_size, max(1, (trajectories - trajectories // 4) * steps)),
         )  # fmt: skip
-    check_memory(layout.parts.values())
+    check_memory(layout.parts.values(), inputs.tokens_of)
     timesteps = _schedule(inputs) if tabulate else None
     digests = {name: part.digest for name, part in layout.parts.items()}
     identity: dict[str, Any] = {

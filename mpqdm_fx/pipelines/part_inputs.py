@@ -183,6 +183,14 @@ class PipelineInputs:
         count = self.vae_call_count(available)
         return [(place + 1) * available // count - 1 for place in range(count)]
 
+    def tokens_of(self, part: str) -> int:
+        """Tokens of a prompt, as a text encoder gets it.
+
+        Args:
+            part: The encoder's name.
+        """
+        return int(self.example(part, self.size)["input_ids"].shape[-1])
+
     def _once(self, part: str, index: int, prompt: str) -> Call:
         """What a part that runs once, whatever the size, gets of a prompt."""
         loop: Any = self._loop

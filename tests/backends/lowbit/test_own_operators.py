@@ -54,7 +54,8 @@ MODELS = {
 }
 # Images that are not channels last by nature: what comes in and goes out, and what the first
 # convolution writes where it has one channel and stays with XNNPACK. A single channel moves freely.
-COPIES = {"plain": 1, "classes": 1, "condition": 2, "sdxl": 2, "digits": 1}
+# "plain" joins a value to itself, which for XNNPACK is a product with ones and two more.
+COPIES = {"plain": 3, "classes": 1, "condition": 2, "sdxl": 2, "digits": 1}
 
 
 def prepared(model, kernels, bits=4):
