@@ -87,6 +87,7 @@ def test_more_bits_give_a_better_model(model, tmp_path):
     assert found[0] + 6 < found[1] < found[2] - 6
 
 
+@pytest.mark.matrix
 def test_a_text_conditioned_unet_goes_the_same_road():
     model = tiny_condition_unet()
     config = MPQConfig(weight_bits=8, allocation="uniform", refinements=1)

@@ -67,7 +67,7 @@ def stopped_in(monkeypatch, capsys, file, number, *words):
         ("calibration/trajectories.py", signal.SIGINT),
         ("sweep/solve.py", signal.SIGTERM),
         pytest.param("jobs/result_folder.py", signal.SIGTERM, marks=pytest.mark.matrix),
-        ("parity/compare_forms.py", signal.SIGINT),
+        pytest.param("parity/compare_forms.py", signal.SIGINT, marks=pytest.mark.matrix),
     ],
 )
 def test_a_stopped_run_says_so_and_leaves_nothing_half_written(

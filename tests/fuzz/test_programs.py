@@ -126,6 +126,7 @@ def drawn(runner, folder, output):
     return output.read_bytes()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_an_exported_folder_whose_files_were_changed_is_refused(exported, tmp_path, amount):
     folder, runner = exported
@@ -144,6 +145,7 @@ def test_an_exported_folder_whose_files_were_changed_is_refused(exported, tmp_pa
         (copied / name).write_bytes(original)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_an_exported_manifest_that_was_sealed_again_ends_in_one_line(exported, tmp_path, amount):
     """Its digest is right: it draws a picture, or its schema and the programs have to tell."""
@@ -159,6 +161,7 @@ def test_an_exported_manifest_that_was_sealed_again_ends_in_one_line(exported, t
     check_forked(json_mutants(original, amount // 2, seed=4), read, True, refused=0.5)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_a_program_under_anothers_name_is_refused(exported, tmp_path, amount):
     """Its hash is right, so what it takes has to tell."""

@@ -122,6 +122,7 @@ def test_training_without_guidance_has_the_prompts_alone(quantized, tmp_path, mo
 # -- going on ------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_a_resumed_run_gives_the_same_bits_and_is_refused_other_prompts(
     pipeline, quantized, tmp_path, monkeypatch
 ):

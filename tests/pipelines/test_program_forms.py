@@ -78,6 +78,7 @@ def folder(exported, tmp_path):
     return shutil.copytree(exported[0], tmp_path / "out")
 
 
+@pytest.mark.matrix
 @pytest.mark.xnnpack
 def test_the_folder_and_its_manifest_name_both_files(exported):
     output, text = exported
@@ -95,6 +96,7 @@ def test_the_folder_and_its_manifest_name_both_files(exported):
     PipelineRunner(output, verify=True)
 
 
+@pytest.mark.matrix
 @pytest.mark.xnnpack
 def test_images_are_those_of_the_plain_files(folder, tmp_path):
     image = PipelineRunner(folder).sample(steps=2, seed=3)
@@ -123,6 +125,7 @@ def test_images_are_those_of_the_plain_files(folder, tmp_path):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.matrix
 @pytest.mark.xnnpack
 @pytest.mark.parametrize("name", ["denoiser.pte.xz", "denoiser.ptd.xz"])
 def test_a_damaged_compressed_file_is_refused_and_leaves_nothing_behind(folder, name):

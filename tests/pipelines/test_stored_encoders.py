@@ -108,6 +108,7 @@ def test_four_bits_are_stored_at_four(tmp_path):
     assert narrow <= set(method.program.four_bit_layers)
 
 
+@pytest.mark.matrix
 def test_it_lowers_in_float_where_it_is_not_good_enough(tmp_path):
     kind = written(tmp_path, "t5")
     part = part_of(tmp_path, kind, stored=True)

@@ -74,6 +74,7 @@ def exported(source, tmp_path_factory):
     return made
 
 
+@pytest.mark.matrix
 @pytest.mark.xnnpack
 def test_folder_program_and_picture_are_those_of_the_encoder_loaded_whole(exported):
     (stored, runner), (whole, other) = exported["stored"], exported["whole"]
@@ -109,6 +110,7 @@ def bytes_at_four() -> int:
     return narrow // 2 + wide + 4 * (rest + channels)
 
 
+@pytest.mark.matrix
 @pytest.mark.xnnpack
 def test_a_dry_run_knows_bits_and_peak_of_an_encoder_that_stays_in_its_files(
     source, exported, monkeypatch

@@ -48,7 +48,7 @@ def _assert_one_sweep_is_the_rerun(graph_module, calls, settings):
             torch.testing.assert_close(layer.module.bias, counterpart.bias)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["unet", pytest.param("condition", marks=pytest.mark.matrix)])
 def test_one_sweep_equals_rerunning_the_model_for_every_layer(kind):
     model, make_calls = MODELS[kind]
     graph_module, calls = traced(model(), make_calls())
