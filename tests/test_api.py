@@ -75,6 +75,7 @@ def test_the_callers_model_is_never_changed():
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
+@pytest.mark.matrix
 def test_more_bits_give_a_better_model(model, tmp_path):
     call = unet_calls(1, seed=3)[0]
     expected = model(**call).sample

@@ -120,7 +120,7 @@ def test_a_direction_covers_all_outputs_on_average():
 def test_splitting_calls_into_parts_changes_nothing(scalar_graph, monkeypatch):
     calls = scalar_calls(batches=(5,))
     whole = output_energies(scalar_graph, calls, probes=1).channels
-    monkeypatch.setattr(probed_parts, "_MEMORY", 1)
+    monkeypatch.setattr(probed_parts, "PROBED_BYTES", 1)
     parts = output_energies(scalar_graph, calls, probes=1)
     assert parts.samples == 5
     _assert_same(parts.channels, whole)
@@ -240,7 +240,7 @@ def test_energies_of_a_noise_level_are_those_of_its_samples_alone(scalar_graph, 
     expected = [_expected(_part(calls, group)) for group in (0, 1)]
     sums = {name: torch.stack([part[name].sum() for part in expected]) for name in expected[0]}
     _assert_same(energies.groups, sums)
-    monkeypatch.setattr(probed_parts, "_MEMORY", 1)  # sample by sample
+    monkeypatch.setattr(probed_parts, "PROBED_BYTES", 1)  # sample by sample
     alone = output_energies(scalar_graph, calls, probes=1, groups=_groups())
     _assert_same(alone.groups, sums)
 

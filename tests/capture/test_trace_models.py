@@ -116,6 +116,7 @@ def test_attention_processors_decide_the_operators(processor: object, operator: 
     assert_bit_equal(model, graph_module, case)
 
 
+@pytest.mark.matrix
 def test_custom_attention_with_keyword_arguments() -> None:
     base = by_name("UNet2DConditionModel")
     case = Case(
@@ -147,6 +148,7 @@ def test_fuse_qkv_projections_of_the_model() -> None:
     assert_bit_equal(model, graph_module, case)
 
 
+@pytest.mark.matrix
 def test_gradient_checkpointing_changes_nothing() -> None:
     case = by_name("UNet2DModel")
     model = case.model()

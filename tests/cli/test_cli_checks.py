@@ -30,7 +30,10 @@ def results(tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
     plain_unet().save_pretrained(root / "model")
     DDIMScheduler().save_pretrained(root / "model" / "scheduler")
-    settings = MPQConfig(weight_bits=2, allocation="uniform", refinements=0, propagation=0.0)
+    settings = MPQConfig(
+        weight_bits=2, allocation="uniform", rounding="nearest", propagation=0.0, slowdown=1,
+        row_weights="plain", judge=False,
+    )  # fmt: skip
     quantize_job.quantize_to_folder(
         load_source(str(root / "model")), settings, backend="packed", output=root / "out",
         trajectories=2, steps=2, samples=0,

@@ -122,6 +122,7 @@ def test_verify_holds_the_program_to_the_operators_in_python(folder):
     assert own <= inside
 
 
+@pytest.mark.matrix
 def test_the_doctor_judges_a_folder_as_it_was_made_or_is_asked(folder):
     told = json.loads((folder / "summary.json").read_text())["program"]
     with kernels_missing():  # nothing is run

@@ -26,6 +26,7 @@ def unet():
     return load_digits_unet()
 
 
+@pytest.mark.matrix
 def test_samples_show_the_class_asked_for_at_least_95_percent_of_the_time(unet):
     (share,) = sample_accuracies(
         unet, load_digits_scheduler(), load_digits_classifier(), seeds=(77,), count=256

@@ -142,7 +142,12 @@ def test_interrupted_run_equals_the_uninterrupted_one(quantized, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "settings", [{"recompute": 5}, {"mixed_precision": True}, {"noise_bias": (3.0, 1.0)}]
+    "settings",
+    [
+        pytest.param({"recompute": 5}, marks=pytest.mark.matrix),
+        {"mixed_precision": True},
+        {"noise_bias": (3.0, 1.0)},
+    ],
 )
 def test_options_train_too(quantized, plain, settings):
     result = distilled(quantized, **PLAIN, **settings)
@@ -276,6 +281,7 @@ def test_guided_runs_and_ancestral_schedulers_are_taken():
     assert result.after < result.before
 
 
+@pytest.mark.matrix
 def test_guidance_takes_twice_the_rows_of_a_batch_and_more_than_the_traced_range():
     quantized = mpqdm_fx.quantize(tiny_condition_unet(), SETTINGS, condition_calls())
     assert quantized.signature.batch_range[1] is not None

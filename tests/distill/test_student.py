@@ -64,7 +64,7 @@ def pair_of(name, model, calls):
     return quantized, teacher
 
 
-_RARE = ("narrow", "levels", "int4")
+_RARE = ("narrow", "levels", "int4", "static")
 """What the other cases hold in parts: of the long matrix."""
 
 
@@ -191,6 +191,7 @@ def test_biases_stored_in_half_precision_stay_there():
             assert torch.allclose(bias, layer.bias, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.matrix
 def test_text_conditioned_model_goes_the_same_road():
     calls = condition_calls()
     quantized, teacher = pair_of("static", tiny_condition_unet(), calls)

@@ -22,6 +22,7 @@ def test_loading_and_one_step_of_the_bundled_model_take_more_than_its_weights():
     assert size is None or 4 * 1_744_385 < size < 2**30
 
 
+@pytest.mark.matrix
 def test_imports_are_not_measured():
     done = subprocess.run([sys.executable, "-c", _LATE_IMPORTS], capture_output=True, text=True)
     assert done.stdout.split()[-1:] == ["0"], done.stderr[-2000:]

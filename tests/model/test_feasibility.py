@@ -33,6 +33,7 @@ def test_an_override_that_only_the_graph_knows_or_nobody_does():
         check(overrides=[{"pattern": "convin", "weight_bits": 4}])
 
 
+@pytest.mark.matrix
 def test_stored_sensitivities_are_taken_for_another_budget_and_for_no_other_model(tmp_path):
     stored = tmp_path / "sensitivities"
     settings = {"refinements": 0, "propagation": 0.0}

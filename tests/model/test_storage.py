@@ -126,6 +126,7 @@ def test_a_result_whose_manifest_is_damaged_is_not_replaced(quantized, tmp_path)
         save(quantized, folder, overwrite=True)
 
 
+@pytest.mark.matrix
 def test_a_model_whose_inputs_are_scaled_loads_by_itself_and_into_a_skeleton(tmp_path):
     model = tiny_unet()
     with torch.no_grad():  # a few channels of what most layers read are far larger

@@ -178,6 +178,7 @@ class _MixedNet(nn.Module):
         return self.last(torch.relu(self.mixed(torch.relu(self.first(x)))))
 
 
+@pytest.mark.matrix
 @pytest.mark.xnnpack
 def test_layers_that_were_split_for_the_program_are_split_again(tmp_path):
     generator = torch.Generator().manual_seed(1)

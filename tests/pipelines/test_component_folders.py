@@ -103,6 +103,7 @@ def test_training_has_the_prompts_and_the_guidance_of_the_calibration(
     assert origins[0] == origins[1]
 
 
+@pytest.mark.matrix
 def test_training_without_guidance_has_the_prompts_alone(quantized, tmp_path, monkeypatch):
     arguments = {}
 

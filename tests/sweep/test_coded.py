@@ -105,6 +105,7 @@ def test_training_is_refused(quantized):
         distill(quantized, tiny_unet(), DistillConfig(updates=1), scheduler=None)
 
 
+@pytest.mark.matrix
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(quantized, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     settings = dataclasses.replace(quantized.settings)
