@@ -74,7 +74,7 @@ class LazyTensor(Tensor):
     ) -> Any:
         """Products see plain tensors from the start, so that torch chooses the same kernels."""
         if func is functional.linear:
-            return func(*_plain_tree(args), **_plain_tree(dict(kwargs or {})))
+            return _product(func, args, dict(kwargs or {}))
         return torch._C._disabled_torch_function_impl(func, types, args, dict(kwargs or {}))
 
     @classmethod
@@ -173,6 +173,35 @@ def row_blocks(tensor: Tensor, numbers: int) -> Iterator[Tensor]:
     step = max(1, numbers // max(1, tensor[:1].numel()))
     for start in range(0, len(tensor), step):
         yield plain(tensor[start : start + step])
+
+
+def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A product whose backward pass makes the numbers again, where autograd would keep them all."""
+    lazy: dict[int, LazyTensor] = {}
+
+    def made(tensor: LazyTensor) -> Tensor:
+        numbers = tensor.plain()
+        lazy[numbers.untyped_storage().data_ptr()] = tensor
+        return numbers
+
+    def pack(saved: Tensor) -> Any:
+        tensor = lazy.get(saved.untyped_storage().data_ptr())
+        if tensor is None:
+            return saved
+        return tensor, saved.shape, saved.stride(), saved.storage_offset()
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        tensor, *view = kept
+        return torch.as_strided(tensor.plain(), *view)
+
+    inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    args, kwargs = pytree.tree_map_only(LazyTensor, made, (args, kwargs))
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
+        return func(*args, **kwargs)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return func(*args, **kwargs)
 
 
 def _plain_tree(values: Any) -> Any:

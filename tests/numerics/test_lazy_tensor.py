@@ -54,6 +54,26 @@ def test_layers_compute_as_with_the_whole_weight(lazy, whole):
 
 
 @pytest.mark.parametrize(("lazy", "whole"), LAZY)
+@pytest.mark.parametrize("shape", [(5, 4), (3, 5, 4)])
+def test_gradients_are_those_of_the_whole_weight_which_is_made_again(
+    lazy, whole, shape, monkeypatch
+):
+    made, own = [], type(lazy).plain
+    monkeypatch.setattr(type(lazy), "plain", lambda self: made.append(self) or own(self))
+    linear, gradients = nn.Linear(4, 6), []
+    for weight in (whole, lazy):
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        y = linear(x)
+        forward = len(made)
+        y.square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    # nothing was kept from the forward pass
+    assert (forward, len(made)) == (1, 2)
+
+
+@pytest.mark.parametrize(("lazy", "whole"), LAZY)
 def test_slices_of_rows_and_copies_stay_lazy(lazy, whole):
     assert isinstance(lazy[2:5], LazyTensor)
     assert torch.equal(plain(lazy[2:5]), whole[2:5])
