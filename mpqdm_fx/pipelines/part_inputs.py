@@ -106,7 +106,8 @@ class PipelineInputs:
 
     def _request(self, index: int, size: Size) -> Request:
         """What run number `index` draws, or plays."""
-        pictures = {name: rows[index][None] for name, rows in self._pictures.items()}
+        row = index % self.trajectories  # prompts may be more
+        pictures = {name: rows[row][None] for name, rows in self._pictures.items()}
         if size != self.size:
             pictures = {
                 name: functional.interpolate(rows, size=size) for name, rows in pictures.items()

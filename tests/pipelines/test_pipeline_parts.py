@@ -107,6 +107,11 @@ def test_inpainting_is_calibrated_on_nine_channels_with_masks_of_zeros_and_ones(
     assert {call["image"].shape for call in inputs.calls("vae_encoder")} == {(1, 3, 16, 16)}
 
 
+def test_there_may_be_more_prompts_than_runs_where_pictures_are_shown(tmp_path):
+    inputs = inputs_of(tiny_pipelines.inpainting(tmp_path), trajectories=2)
+    assert sum(len(call["input_ids"]) for call in inputs.calls("text_encoder")) == 1 + len(PROMPTS)
+
+
 def test_the_decoder_is_calibrated_on_what_the_runs_end_with(tmp_path):
     inputs = inputs_of(tiny_pipelines.stable_diffusion(tmp_path))
     latents = torch.cat([call["latents"] for call in inputs.calls("vae_decoder")])
