@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor, nn
 
 from mpqdm_fx.errors import ConfigError
@@ -27,8 +28,6 @@ __all__ = [
     "StableAudio",
     "StableAudioDenoiser",
 ]
-
-_BASE = 10000.0  # of the rotary embedding's frequencies, as the pipeline has it
 
 
 class StableAudio(Family):
@@ -154,15 +153,16 @@ class StableAudioDenoiser(nn.Module):
         self.dtype = torch.float32
         self.gradient_checkpointing = False
         self._forward = type(model).forward
-        width = int(model.config.attention_head_dim) // 2
-        frequencies = 1.0 / (_BASE ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
         # of one global token and all latents
-        angles = torch.outer(torch.arange(1 + int(model.config.sample_size)), frequencies)
-        angles = torch.cat([angles, angles], dim=1)
+        places = 1 + int(model.config.sample_size)
+        width = int(model.config.attention_head_dim) // 2
+        cosines, sines = get_1d_rotary_pos_embed(
+            width, places, use_real=True, repeat_interleave_real=False
+        )
         self.cosines: Tensor
         self.sines: Tensor
-        self.register_buffer("cosines", angles.cos(), persistent=False)
-        self.register_buffer("sines", angles.sin(), persistent=False)
+        self.register_buffer("cosines", cosines, persistent=False)
+        self.register_buffer("sines", sines, persistent=False)
 
     def forward(
         self,
