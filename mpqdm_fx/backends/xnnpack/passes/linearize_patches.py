@@ -13,12 +13,12 @@ from torch import fx, nn
 from mpqdm_fx.graph.editing import insert_call, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.graph.nodes import rank, sizes
+from mpqdm_fx.graph.reshaped_layers import ROUNDED_BUFFERS, with_numbers_of
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["LinearizePatches"]
 
 _aten = torch.ops.aten
-_BUFFERS = {"weight_codes", "weight_scale"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def _fits(layer: WeightLayer) -> bool:
         return False
     if conv.padding not in ((0, 0, 0), "valid") or conv.dilation != (1, 1, 1):
         return False
-    return set(conv._buffers) <= _BUFFERS and all(
+    return set(conv._buffers) <= ROUNDED_BUFFERS and all(
         node.target == layer.name and not node.kwargs and _has_patches(node, conv.kernel_size)
         for node in layer.nodes
     )
@@ -71,16 +71,8 @@ def _has_patches(node: fx.Node, kernel: tuple[int, ...]) -> bool:
 
 def _linear(conv: nn.Module) -> nn.Linear:
     assert isinstance(conv, nn.Conv3d)
-    old, bias = conv.weight, conv.bias
-    linear = nn.Linear(old[0].numel(), conv.out_channels, bias=False, device="meta")
-    linear.weight = nn.Parameter(old.detach().flatten(1), requires_grad=old.requires_grad)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
-    linear.train(conv.training)
-    for name, buffer in conv._buffers.items():
-        assert buffer is not None
-        linear.register_buffer(name, buffer.flatten(1) if name == "weight_codes" else buffer)
-    return linear
+    linear = nn.Linear(conv.weight[0].numel(), conv.out_channels, bias=False, device="meta")
+    return with_numbers_of(conv, linear, lambda weight: weight.flatten(1))
 
 
 def _rewrite_call(graph_module: fx.GraphModule, call: fx.Node, kernel: tuple[int, ...]) -> None:

@@ -13,6 +13,7 @@ from torch import fx, nn
 from mpqdm_fx.graph.editing import insert_call, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers
 from mpqdm_fx.graph.nodes import rank
+from mpqdm_fx.graph.reshaped_layers import ROUNDED_BUFFERS, with_numbers_of
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["LinearizePointwise"]
@@ -20,7 +21,6 @@ __all__ = ["LinearizePointwise"]
 _aten = torch.ops.aten
 _LAST = [0, 2, 3, 1]  # channels last
 _FIRST = [0, 3, 1, 2]  # and back
-_BUFFERS = {"weight_codes", "weight_scale"}
 _COPIES = frozenset({_aten.clone.default, _aten.contiguous.default})
 
 
@@ -59,7 +59,7 @@ def _fits(layer: WeightLayer) -> bool:
     module = layer.module
     if type(module) is not nn.Conv2d or not is_pointwise(module):
         return False
-    if not set(module._buffers) <= _BUFFERS:
+    if not set(module._buffers) <= ROUNDED_BUFFERS:
         return False
     return all(
         node.target == layer.name and len(node.args) == 1 and not node.kwargs and rank(node) == 4
@@ -69,17 +69,8 @@ def _fits(layer: WeightLayer) -> bool:
 
 def _linear(conv: nn.Module) -> nn.Linear:
     assert isinstance(conv, nn.Conv2d)
-    old = conv.weight
     linear = nn.Linear(conv.in_channels, conv.out_channels, bias=False, device="meta")
-    linear.weight = nn.Parameter(old.detach().flatten(1), requires_grad=old.requires_grad)
-    bias = conv.bias
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
-    linear.train(conv.training)
-    for name, buffer in conv._buffers.items():
-        assert buffer is not None
-        linear.register_buffer(name, buffer.flatten(1) if name == "weight_codes" else buffer)
-    return linear
+    return with_numbers_of(conv, linear, lambda weight: weight.flatten(1))
 
 
 def _rewrite_call(graph_module: fx.GraphModule, call: fx.Node) -> None:

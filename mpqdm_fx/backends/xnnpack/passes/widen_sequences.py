@@ -12,12 +12,12 @@ from torch import fx, nn
 from mpqdm_fx.graph.editing import insert_call, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.graph.nodes import sizes
+from mpqdm_fx.graph.reshaped_layers import ROUNDED_BUFFERS, with_numbers_of
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["WidenSequences"]
 
 _aten = torch.ops.aten
-_BUFFERS = {"weight_codes", "weight_scale"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def _fits(layer: WeightLayer) -> bool:
     conv = layer.module
     if type(conv) is not nn.Conv1d or conv.padding_mode != "zeros":
         return False
-    return set(conv._buffers) <= _BUFFERS and all(
+    return set(conv._buffers) <= ROUNDED_BUFFERS and all(
         node.target == layer.name and not node.kwargs and _has_sizes(node) for node in layer.nodes
     )
 
@@ -74,15 +74,7 @@ def _widened(conv: nn.Module) -> nn.Conv2d:
         bias=False,
         device="meta",
     )
-    old, bias = conv.weight, conv.bias
-    layer.weight = nn.Parameter(old.detach().unsqueeze(2), requires_grad=old.requires_grad)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
-    layer.train(conv.training)
-    for name, buffer in conv._buffers.items():
-        assert buffer is not None
-        layer.register_buffer(name, buffer.unsqueeze(2) if name == "weight_codes" else buffer)
-    return layer
+    return with_numbers_of(conv, layer, lambda weight: weight.unsqueeze(2))
 
 
 def _rewrite_call(graph_module: fx.GraphModule, call: fx.Node) -> None:
