@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mpqdm_fx.backends.lowbit.layers import module_refusal
 from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend, SideBits
 from mpqdm_fx.backends.xnnpack.passes.gather_codes import GatherCodes
 from mpqdm_fx.bits.allocate import layer_limits
@@ -112,6 +113,21 @@ class ExportEstimate:
         }
 
 
+@dataclass(frozen=True)
+class _Storage:
+    """How a program may store weights of few bits."""
+
+    four_bit: FourBit
+    own_kernels: bool
+
+    def bits(self, layer: WeightLayer, bits: float, settings: MPQConfig) -> float:
+        """That a weight takes in the program, of a layer quantized to `bits`."""
+        if self.own_kernels and module_refusal(layer.module) is None:
+            return bits
+        narrow = bits <= 4 and self.four_bit != "never" and _fits_four_bits(layer, settings)
+        return 4 if narrow else 8
+
+
 @checked
 def estimate_export(
     pipeline: Any,
@@ -135,7 +151,8 @@ def estimate_export(
     """Estimate an export without running it: each part is traced, and called twice.
 
     Args: as of `export_pipeline`. Weights whose bits are to be searched count eight, of which the
-    program may store some at four; own kernels keep still fewer.
+    program may store some at four; `kernels="auto"` may keep some at fewer, too. With
+    `kernels="memory"` the layers that own kernels have count the bits asked for.
 
     Raises:
         MPQError: Settings have no program, the pipeline cannot be opened, or a part not traced.
@@ -149,10 +166,11 @@ def estimate_export(
         trajectories=trajectories, batch_size=batch_size, seed=0 if config is None else config.seed,
         stored=config is not None,
     )  # fmt: skip
+    storage = _Storage(four_bit, own_kernels=backend == "lowbit" and kernels == "memory")
     parts, solved = {}, 0
     for part in inputs.layout.parts.values():
         settings = None if config is None else _settings(part, config, encoder_bits)
-        estimated, disk = _part(part, inputs, settings, chosen, four_bit, measure, max_memory)
+        estimated, disk = _part(part, inputs, settings, chosen, storage, measure, max_memory)
         parts[part.name] = estimated
         solved = max(solved, disk)
     # in float, by the programs, and by these again on the calls of the float runs
@@ -173,7 +191,7 @@ def _part(
     inputs: PipelineInputs,
     settings: MPQConfig | None,
     sizes: Sequence[Size],
-    four_bit: FourBit,
+    storage: _Storage,
     measure: bool,
     max_memory: int | None,
 ) -> tuple[PartEstimate, int]:
@@ -198,7 +216,7 @@ def _part(
         peak = encoder_peak(part.module, inputs.tokens_of(part.name))
         held = held_bytes(part.module)
     methods = len(sizes) if part.sized else 1
-    stored = _stored_bytes(graph, settings, four_bit)
+    stored = _stored_bytes(graph, settings, storage)
     lower = methods * (len(layers) * _LOWER_LAYER + weights * _LOWER_WEIGHT)
     estimated = PartEstimate(
         parameters=part.parameters,
@@ -226,7 +244,7 @@ def _numbers(graph: fx.GraphModule) -> int:
     return sum(t.numel() for t in graph.state_dict().values() if t.is_floating_point())
 
 
-def _stored_bytes(graph: fx.GraphModule, settings: MPQConfig | None, four_bit: FourBit) -> int:
+def _stored_bytes(graph: fx.GraphModule, settings: MPQConfig | None, storage: _Storage) -> int:
     """Bytes of a graph's numbers in its program."""
     total = 4 * _numbers(graph)
     if settings is None or settings.activation_mode == "float":
@@ -238,9 +256,9 @@ def _stored_bytes(graph: fx.GraphModule, settings: MPQConfig | None, four_bit: F
         if layer.weight.numel() < GatherCodes().least if is_table else name in in_float:
             continue
         fixed, _ = limits.fixed.get(name, (settings.weight_bits, ""))
-        narrow = fixed <= 4 and four_bit != "never" and _fits_four_bits(layer, settings)
         numbers = layer.weight.numel()
-        total += numbers // (2 if narrow else 1) - 4 * numbers + _SCALES * layer.weight.shape[0]
+        stored = math.ceil(numbers * storage.bits(layer, fixed, settings) / 8)
+        total += stored - 4 * numbers + _SCALES * layer.weight.shape[0]
     return total
 
 

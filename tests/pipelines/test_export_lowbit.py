@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny_pipelines
 from diffusers import DDPMPipeline, DDPMScheduler
 from kernel_package import kernels_installed, kernels_missing
 from small import plain_unet
+from torch import nn
 
 from mpqdm_fx import ConfigError, export_pipeline
 from mpqdm_fx.backends.kernel_library import calls_own_operators
 from mpqdm_fx.errors import LoweringError
+from mpqdm_fx.pipelines.estimate import estimate_export
 from mpqdm_fx.pipelines.runner import PipelineRunner, RunnerError
 
 SETTINGS = tiny_pipelines.cheap_settings(activation_mode="dynamic")
@@ -74,6 +77,25 @@ def test_the_denoiser_calls_own_kernels_and_its_report_says_so(exported):
     assert part["program"]["own_layers"]
     assert part["program"]["crossings"] > 0
     assert PipelineRunner(folder).sample(steps=2, seed=1).shape == (8, 8, 1)
+
+
+@pytest.mark.xnnpack
+def test_an_estimate_counts_the_bits_that_own_kernels_keep(exported, pipeline):
+    settings = replace(SETTINGS, weight_bits=2)
+    runs = {"steps": 2, "trajectories": 2, "measure": False}
+    wide, narrow = (
+        estimate_export(pipeline, settings, **runs, **options).parts["denoiser"].program_bytes
+        for options in ({}, {"backend": "lowbit", "kernels": "memory"})
+    )
+    report = json.loads((exported.directory / "report.json").read_text())
+    left = report["parts"][0]["program"]["left_layers"]
+    layers = (
+        module
+        for name, module in plain_unet().named_modules()
+        if name not in left and not name.startswith("time_embedding")  # which keeps eight bits
+    )
+    counts = [m.weight.numel() for m in layers if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert wide - narrow == sum(count * 6 // 8 for count in counts) > 0
 
 
 @pytest.mark.xnnpack

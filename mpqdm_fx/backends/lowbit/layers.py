@@ -16,7 +16,14 @@ from mpqdm_fx.graph.layers import WeightLayer, padding_sides, weight_layers
 from mpqdm_fx.graph.nodes import sizes
 from mpqdm_fx.records.activations import Activation, StaticActivation, TimestepActivation
 
-__all__ = ["Kernels", "LayerChoice", "call_refusal", "check_kernels", "choose_layers"]
+__all__ = [
+    "Kernels",
+    "LayerChoice",
+    "call_refusal",
+    "check_kernels",
+    "choose_layers",
+    "module_refusal",
+]
 
 _FEW_ROWS = 8  # for so few positions unpacking the weights takes most of the time
 _FASTER = 0.95  # handing values over between own kernels and XNNPACK takes up a smaller gain
@@ -80,6 +87,15 @@ def choose_layers(
     return LayerChoice(own=tuple(own), left=left)
 
 
+def module_refusal(module: nn.Module) -> str | None:
+    """Why own kernels have no layer like this, whatever it reads; None if they have one."""
+    if isinstance(module, nn.Conv2d):
+        return _convolution_refusal(module)
+    if isinstance(module, nn.Linear):
+        return WeightShape(module.out_features, module.in_features, 1).fault()
+    return f"own kernels have Conv2d and Linear, not {type(module).__name__}"
+
+
 def call_refusal(module: nn.Module, call: fx.Node) -> str | None:
     """Why own kernels have no form of a layer's call; None if they have one.
 
@@ -87,15 +103,9 @@ def call_refusal(module: nn.Module, call: fx.Node) -> str | None:
         module: The layer, with or without codes.
         call: A call of it.
     """
-    if isinstance(module, nn.Conv2d):
-        reason = _convolution_refusal(module)
-        ranks = (4, 4)
-    elif isinstance(module, nn.Linear):
-        reason, ranks = WeightShape(module.out_features, module.in_features, 1).fault(), (1, 4)
-    else:
-        return f"own kernels have Conv2d and Linear, not {type(module).__name__}"
-    if reason is not None:
+    if (reason := module_refusal(module)) is not None:
         return reason
+    ranks = (4, 4) if isinstance(module, nn.Conv2d) else (1, 4)
     source = call.args[0] if len(call.args) == 1 and not call.kwargs else None
     value = source.meta.get("val") if isinstance(source, fx.Node) else None
     if not isinstance(source, fx.Node) or not isinstance(value, Tensor):
