@@ -11,7 +11,7 @@ from mpqdm_fx.bits.noise_groups import NoiseGroups
 from mpqdm_fx.bits.pinning import EMBEDDING, pinned_layers
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers, weight_rows
-from mpqdm_fx.numerics.bits.allocation import PROMOTED_FRACTIONS, omq_search, output_errors
+from mpqdm_fx.numerics.bits.allocation import omq_search, output_errors
 from mpqdm_fx.numerics.lazy_tensor import row_blocks
 from mpqdm_fx.numerics.levels.codebook import quantize_codebook
 from mpqdm_fx.numerics.levels.grids import dequantize
@@ -159,22 +159,24 @@ def decide_layer(
         weight, importance, rows, quantized_rows, settings.weight_bits
     ):
         levels = "codebook"
-    choice = omq_search(
-        weight,
-        rows,
-        quantized_rows,
-        _outlier_score(layer, weight, rows),
-        settings.weight_bits,
-        partial(LEVEL_SETS[levels].quantize, importance=importance),
-        fractions=PROMOTED_FRACTIONS if settings.allocation == "omq" else (0.0,),
-    )
+    bits, fraction = [settings.weight_bits] * len(weight), 0.0
+    if settings.allocation == "omq":
+        choice = omq_search(
+            weight,
+            rows,
+            quantized_rows,
+            _outlier_score(layer, weight, rows),
+            settings.weight_bits,
+            partial(LEVEL_SETS[levels].quantize, importance=importance),
+        )
+        bits, fraction = choice.bits.tolist(), choice.fraction
     return LayerPlan(
         name=layer.name,
         kind=type(layer.module).__name__,
         shape=tuple(layer.weight.shape),
-        bits=tuple(choice.bits.tolist()),
+        bits=tuple(bits),
         levels=levels,
-        fraction=choice.fraction,
+        fraction=fraction,
     )
 
 

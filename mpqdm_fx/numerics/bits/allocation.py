@@ -163,14 +163,12 @@ def omq_search(
     score: Tensor,
     base_bits: int,
     quantize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = quantize_uniform,
-    *,
-    fractions: Sequence[float] = PROMOTED_FRACTIONS,
 ) -> OmqChoice:
     """Choose how many channels to promote and demote, by the layer's output error.
 
-    Minimises ``|X W^T - X_hat Q(W | bits)^T|^2`` over ``fractions`` (MPQ-DM's objective; its code
-    leaves the activations in float, we follow the paper). Only three quantizations are made, at
-    N - 1, N and N + 1 bits; every candidate mixes their rows.
+    Minimises ``|X W^T - X_hat Q(W | bits)^T|^2`` over `PROMOTED_FRACTIONS` (MPQ-DM's
+    objective; its code leaves the activations in float, we follow the paper). Only three
+    quantizations are made, at N - 1, N and N + 1 bits; every candidate mixes their rows.
 
     Args:
         W: Weight rows [O, K].
@@ -180,7 +178,6 @@ def omq_search(
         base_bits: Average width N, 1 to 8; at 1 and 8 the only candidate is fraction 0.
         quantize: ``(W, bits) -> (codes, scale)``, for instance `quantize_codebook`, or a lambda
             that passes an importance.
-        fractions: Candidates, ascending.
 
     Returns:
         Bits, fraction and the error of every candidate.
@@ -189,7 +186,7 @@ def omq_search(
         ConfigError: Shapes or ranges are wrong.
         CalibrationError: Weights, scores or activations are not finite.
     """
-    shares = tuple(fractions) if 1 < base_bits < MAX_BITS else (0.0,)
+    shares = PROMOTED_FRACTIONS if 1 < base_bits < MAX_BITS else (0.0,)
     candidates = [omq_bits(score, base_bits, share) for share in shares]
     widths = torch.tensor(sorted({width for bits in candidates for width in bits.tolist()}))
     errors = torch.stack(

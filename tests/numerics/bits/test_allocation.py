@@ -148,8 +148,8 @@ def test_the_search_quantizes_with_what_it_is_given(layer):
         seen.append(bits.unique().tolist())
         return quantize_codebook(weight, bits)
 
-    choice = omq_search(W, X, X_hat, score, 3, quantize, fractions=(0.0, 0.5))
-    assert len(choice.errors) == 2
+    choice = omq_search(W, X, X_hat, score, 3, quantize)
+    assert len(choice.errors) == len(PROMOTED_FRACTIONS)
     assert seen == ([[2], [3], [4]] if len(W) > 1 else [[3]])
     expected = output_errors(
         W, dequantize(*quantize_codebook(W, torch.full((len(W),), 3))), X, X_hat
