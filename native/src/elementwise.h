@@ -122,12 +122,13 @@ void apply_silu(float* x, size_t count) {
 }
 
 void normalize(const float* x, size_t pixels, size_t channels, const float* scale,
-               const float* offset, bool silu, float* out) {
+               const float* offset, const float* factor, bool silu, float* out) {
   for (size_t pixel = 0; pixel < pixels; ++pixel, x += channels, out += channels) {
     for (size_t channel = 0; channel < channels; ++channel) {
       out[channel] = x[channel] * scale[channel] + offset[channel];
     }
     if (silu) apply_silu(out, channels);
+    for (size_t channel = 0; channel < channels; ++channel) out[channel] *= factor[channel];
   }
 }
 

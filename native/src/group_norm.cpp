@@ -1,5 +1,7 @@
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "parallel.h"
@@ -76,58 +78,119 @@ Affine make_affine(const std::vector<double>& moments, const float* first_pixel,
   return affine;
 }
 
-// Calls `write(affine, first, pixels)` for runs of pixels of all samples; `first` counts numbers.
-template <class Write>
-void for_chunks(const KernelSet& kernels, const float* x, const float* weight, const float* bias,
-                const GroupNormShape& shape, const Executor& executor, const Write& write) {
-  const size_t step = chunk_pixels(shape), size = shape.pixels * shape.channels;
-  for (size_t sample = 0; sample < shape.batch; ++sample) {
-    const float* start = x + sample * size;
-    const std::vector<double> moments = find_moments(kernels, start, shape, executor);
-    const Affine affine = make_affine(moments, start, weight, bias, shape);
-    parallel(executor, (shape.pixels + step - 1) / step, [&](size_t chunk) {
-      const size_t first = chunk * step;
-      write(affine, sample * size + first * shape.channels, std::min(step, shape.pixels - first));
+// The norm of one sample, whose numbers are made as often as they are asked for.
+class Normalized {
+ public:
+  Normalized(const KernelSet& kernels, const float* x, const GroupNormParameters& parameters,
+             const GroupNormShape& shape, const Executor& executor)
+      : kernels_(kernels), x_(x), factor_(parameters.factor), shape_(shape), executor_(executor),
+        affine_(make_affine(find_moments(kernels, x, shape, executor), x, parameters.weight,
+                            parameters.bias, shape)) {}
+
+  void write(float* out) const {
+    for_chunks([&](size_t, size_t first, size_t pixels) {
+      normalize(first, pixels, out + first * shape_.channels);
     });
   }
+
+  // Calls `take(chunk, numbers, first, count)` for all numbers, piece by piece.
+  template <class Take>
+  void read(const Take& take) const {
+    const size_t step = std::max<size_t>(1, kPiece / shape_.channels);
+    for_chunks([&](size_t chunk, size_t first, size_t pixels) {
+      std::vector<float> piece(std::min(step, pixels) * shape_.channels);
+      for (size_t done = 0; done < pixels; done += step) {
+        const size_t count = std::min(step, pixels - done);
+        normalize(first + done, count, piece.data());
+        take(chunk, piece.data(), (first + done) * shape_.channels, count * shape_.channels);
+      }
+    });
+  }
+
+  size_t chunks() const {
+    return (shape_.pixels + chunk_pixels(shape_) - 1) / chunk_pixels(shape_);
+  }
+
+ private:
+  template <class Work>
+  void for_chunks(const Work& work) const {
+    const size_t step = chunk_pixels(shape_);
+    parallel(executor_, chunks(), [&](size_t chunk) {
+      const size_t first = chunk * step;
+      work(chunk, first, std::min(step, shape_.pixels - first));
+    });
+  }
+
+  void normalize(size_t first, size_t pixels, float* out) const {
+    kernels_.normalize(x_ + first * shape_.channels, pixels, shape_.channels, affine_.scale.data(),
+                       affine_.offset.data(), factor_, shape_.silu, out);
+  }
+
+  const KernelSet& kernels_;
+  const float* x_;
+  const float* factor_;
+  const GroupNormShape& shape_;
+  const Executor& executor_;
+  const Affine affine_;
+};
+
+// The range of a sample's numbers; false if one is NaN or infinite.
+bool find_range(const KernelSet& kernels, const Normalized& numbers, float* low, float* high) {
+  std::vector<float> lows(numbers.chunks(), 0.0f), highs(numbers.chunks(), 0.0f);
+  std::atomic<bool> finite = true;
+  numbers.read([&](size_t chunk, const float* piece, size_t, size_t count) {
+    if (!kernels.extend_range(piece, count, &lows[chunk], &highs[chunk])) finite = false;
+  });
+  *low = *std::min_element(lows.begin(), lows.end());
+  *high = *std::max_element(highs.begin(), highs.end());
+  return finite;
 }
 
 }  // namespace
 
-void group_norm(const KernelSet& kernels, const float* x, const float* weight, const float* bias,
+void group_norm(const KernelSet& kernels, const float* x, const GroupNormParameters& parameters,
                 const GroupNormShape& shape, const Executor& executor, float* out) {
-  for_chunks(kernels, x, weight, bias, shape, executor,
-             [&](const Affine& affine, size_t first, size_t pixels) {
-               kernels.normalize(x + first, pixels, shape.channels, affine.scale.data(),
-                                 affine.offset.data(), shape.silu, out + first);
-             });
+  const size_t size = shape.pixels * shape.channels;
+  for (size_t at = 0; at < shape.batch * size; at += size) {
+    Normalized(kernels, x + at, parameters, shape, executor).write(out + at);
+  }
 }
 
-void group_norm_quantize_static(const KernelSet& kernels, const float* x, const float* weight,
-                                const float* bias, const GroupNormShape& shape, FixedRange range,
-                                const Executor& executor, int8_t* codes) {
+void group_norm_quantize_static(const KernelSet& kernels, const float* x,
+                                const GroupNormParameters& parameters, const GroupNormShape& shape,
+                                FixedRange range, const Executor& executor, int8_t* codes) {
   const float inverse = inverse_of(range.scale), zero_point = static_cast<float>(range.zero_point);
-  const size_t step = std::max<size_t>(1, kPiece / shape.channels);
-  for_chunks(kernels, x, weight, bias, shape, executor,
-             [&](const Affine& affine, size_t first, size_t pixels) {
-               std::vector<float> piece(std::min(step, pixels) * shape.channels);
-               for (size_t done = 0; done < pixels; done += step) {
-                 const size_t count = std::min(step, pixels - done);
-                 const size_t at = first + done * shape.channels;
-                 kernels.normalize(x + at, count, shape.channels, affine.scale.data(),
-                                   affine.offset.data(), shape.silu, piece.data());
-                 kernels.quantize(piece.data(), count * shape.channels, inverse, zero_point,
-                                  codes + at);
-               }
-             });
+  const size_t size = shape.pixels * shape.channels;
+  for (size_t at = 0; at < shape.batch * size; at += size) {
+    const Normalized numbers(kernels, x + at, parameters, shape, executor);
+    numbers.read([&](size_t, const float* piece, size_t first, size_t count) {
+      kernels.quantize(piece, count, inverse, zero_point, codes + at + first);
+    });
+  }
 }
 
-void group_norm_quantize(const KernelSet& kernels, const float* x, const float* weight,
-                         const float* bias, const GroupNormShape& shape, const Executor& executor,
-                         float* scratch, int8_t* codes, float* scale, int32_t* zero_point) {
-  group_norm(kernels, x, weight, bias, shape, executor, scratch);
-  quantize(kernels, scratch, shape.batch * shape.pixels * shape.channels, shape.batch, executor,
-           codes, scale, zero_point);
+void group_norm_quantize(const KernelSet& kernels, const float* x,
+                         const GroupNormParameters& parameters, const GroupNormShape& shape,
+                         const Executor& executor, int8_t* codes, float* scale,
+                         int32_t* zero_point) {
+  const size_t size = shape.pixels * shape.channels;
+  for (size_t sample = 0; sample < shape.batch; ++sample) {
+    const Normalized numbers(kernels, x + sample * size, parameters, shape, executor);
+    int8_t* written = codes + sample * size;
+    float low, high;
+    if (!find_range(kernels, numbers, &low, &high)) {
+      std::memset(written, 0, size);
+      scale[sample] = kNan;
+      zero_point[sample] = 0;
+      continue;
+    }
+    const QuantizationParameters chosen = choose_parameters(low, high);
+    numbers.read([&](size_t, const float* piece, size_t first, size_t count) {
+      kernels.quantize(piece, count, chosen.inverse_scale, chosen.zero_point, written + first);
+    });
+    scale[sample] = chosen.scale;
+    zero_point[sample] = static_cast<int32_t>(chosen.zero_point);
+  }
 }
 
 }  // namespace mpqdm

@@ -146,24 +146,34 @@ struct GroupNormArguments {
   const Tensor* x;
   const Tensor* weight;
   const Tensor* bias;
+  const Tensor* factor;
   GroupNormShape shape;
+
+  GroupNormParameters parameters() const {
+    return {weight->const_data_ptr<float>(), bias->const_data_ptr<float>(),
+            factor->const_data_ptr<float>()};
+  }
 };
 
 GroupNormArguments read_group_norm(Call& call) {
   GroupNormArguments read{call.input(0, "x", ScalarType::Float),
                           call.input(1, "weight", ScalarType::Float),
                           call.input(2, "bias", ScalarType::Float),
+                          call.input(3, "factor", ScalarType::Float),
                           {}};
-  const int64_t groups = call.integer(3, "groups", 1, kMaxInt);
-  const double epsilon = call.number(4, "eps");
-  const bool silu = call.boolean(5, "silu");
+  const int64_t groups = call.integer(4, "groups", 1, kMaxInt);
+  const double epsilon = call.number(5, "eps");
+  const bool silu = call.boolean(6, "silu");
   call.require(std::isfinite(epsilon) && epsilon >= 0, "eps", "is negative or not finite");
   if (!call.ok() || !call.require(read.x->dim() == 4, "x", "is not [B, H, W, C]")) return read;
   const int64_t channels = read.x->size(3);
-  call.require(read.weight->dim() == 1 && read.weight->size(0) == channels, "weight",
-               "does not have one number a channel");
-  call.require(read.bias->dim() == 1 && read.bias->size(0) == channels, "bias",
-               "does not have one number a channel");
+  const auto require_channels = [&](const Tensor& tensor, const char* argument) {
+    call.require(tensor.dim() == 1 && tensor.size(0) == channels, argument,
+                 "does not have one number a channel");
+  };
+  require_channels(*read.weight, "weight");
+  require_channels(*read.bias, "bias");
+  require_channels(*read.factor, "factor");
   call.require(channels % groups == 0, "groups", "does not divide the channels");
   read.shape = GroupNormShape{size_of(*read.x, 0),
                               size_of(*read.x, 1) * size_of(*read.x, 2),
@@ -174,38 +184,35 @@ GroupNormArguments read_group_norm(Call& call) {
   return read;
 }
 
-// group_norm_mixed.out(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, *, out!)
+// group_norm_mixed.out(Tensor x, Tensor weight, Tensor bias, Tensor factor, int groups, float eps,
+// bool silu, *, out!)
 void group_norm_mixed(Call& call) {
   const GroupNormArguments in = read_group_norm(call);
-  Tensor* out = call.output(6, "out", ScalarType::Float);
+  Tensor* out = call.output(7, "out", ScalarType::Float);
   if (!call.ok() || !call.resize(*out, "out", in.x->sizes())) return;
-  group_norm(best_kernels(), in.x->const_data_ptr<float>(), in.weight->const_data_ptr<float>(),
-             in.bias->const_data_ptr<float>(), in.shape, thread_pool_executor(),
-             out->mutable_data_ptr<float>());
+  group_norm(best_kernels(), in.x->const_data_ptr<float>(), in.parameters(), in.shape,
+             thread_pool_executor(), out->mutable_data_ptr<float>());
 }
 
 // group_norm_quantize_mixed.out(..., *, codes!, scale!, zero_point!)
 void group_norm_quantize_mixed(Call& call) {
   const GroupNormArguments in = read_group_norm(call);
   if (!call.ok()) return;
-  const CodesOutputs out = write_codes(call, 6, *in.x, in.shape.batch);
-  const Scratch scratch(call, count_of(*in.x) * sizeof(float));
+  const CodesOutputs out = write_codes(call, 7, *in.x, in.shape.batch);
   if (!call.ok()) return;
-  group_norm_quantize(best_kernels(), in.x->const_data_ptr<float>(),
-                      in.weight->const_data_ptr<float>(), in.bias->const_data_ptr<float>(),
-                      in.shape, thread_pool_executor(), reinterpret_cast<float*>(scratch.data()),
-                      out.codes->mutable_data_ptr<int8_t>(), out.scale->mutable_data_ptr<float>(),
+  group_norm_quantize(best_kernels(), in.x->const_data_ptr<float>(), in.parameters(), in.shape,
+                      thread_pool_executor(), out.codes->mutable_data_ptr<int8_t>(),
+                      out.scale->mutable_data_ptr<float>(),
                       out.zero_point->mutable_data_ptr<int32_t>());
 }
 
 // group_norm_quantize_static_mixed.out(..., Tensor scale, Tensor zero_point, *, out!)
 void group_norm_quantize_static_mixed(Call& call) {
   const GroupNormArguments in = read_group_norm(call);
-  const FixedRange range = read_range(call, 6);
-  Tensor* out = call.output(8, "out", ScalarType::Char);
+  const FixedRange range = read_range(call, 7);
+  Tensor* out = call.output(9, "out", ScalarType::Char);
   if (!call.ok() || !call.resize(*out, "out", in.x->sizes())) return;
-  group_norm_quantize_static(best_kernels(), in.x->const_data_ptr<float>(),
-                             in.weight->const_data_ptr<float>(), in.bias->const_data_ptr<float>(),
+  group_norm_quantize_static(best_kernels(), in.x->const_data_ptr<float>(), in.parameters(),
                              in.shape, range, thread_pool_executor(),
                              out->mutable_data_ptr<int8_t>());
 }
@@ -309,12 +316,12 @@ using executorch::runtime::Kernel;
 
 constexpr std::array<Kernel, 8> kOperators{
     Kernel(kQuantize, run<kQuantize, quantize_mixed, 5, 3>),
-    Kernel(kGroupNorm, run<kGroupNorm, group_norm_mixed, 7, 1>),
-    Kernel(kGroupNormQuantize, run<kGroupNormQuantize, group_norm_quantize_mixed, 9, 3>),
+    Kernel(kGroupNorm, run<kGroupNorm, group_norm_mixed, 8, 1>),
+    Kernel(kGroupNormQuantize, run<kGroupNormQuantize, group_norm_quantize_mixed, 10, 3>),
     Kernel(kQuantizeStatic, run<kQuantizeStatic, quantize_static_mixed, 4, 1>),
     Kernel(kDequantize, run<kDequantize, dequantize_mixed, 4, 1>),
     Kernel(kGroupNormQuantizeStatic,
-           run<kGroupNormQuantizeStatic, group_norm_quantize_static_mixed, 9, 1>),
+           run<kGroupNormQuantizeStatic, group_norm_quantize_static_mixed, 10, 1>),
     Kernel(kConvolution, run<kConvolution, conv2d_mixed, 9, 1>),
     Kernel(kLinear, run<kLinear, linear_mixed, 6, 1>),
 };

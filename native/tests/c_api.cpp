@@ -98,12 +98,12 @@ MPQDM_API int mpqdm_test_quantize_static(const char* name, const float* x, size_
 
 // shape: batch, pixels, channels, groups.
 MPQDM_API int mpqdm_test_group_norm(const char* name, const float* x, const float* weight,
-                                    const float* bias, const size_t* shape, float epsilon, int silu,
-                                    size_t threads, float* out) {
+                                    const float* bias, const float* factor, const size_t* shape,
+                                    float epsilon, int silu, size_t threads, float* out) {
   const KernelSet* kernels = find_kernels(name);
   if (kernels == nullptr) return -1;
   const GroupNormShape sizes{shape[0], shape[1], shape[2], shape[3], epsilon, silu != 0};
-  group_norm(*kernels, x, weight, bias, sizes, test::thread_executor(threads), out);
+  group_norm(*kernels, x, {weight, bias, factor}, sizes, test::thread_executor(threads), out);
   return 0;
 }
 

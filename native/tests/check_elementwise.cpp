@@ -88,34 +88,36 @@ bool check_group_norm(const KernelSet& kernels, Random& random) {
                              random.chance(2) ? 1e-5f : 1e-2f, random.chance(2)};
   const float means[] = {0.0f, 3.0f, -1000.0f};
   const float mean = random.choice(means), width = random.number(0.5f, 20.0f);
-  std::vector<float> x(shape.batch * shape.pixels * shape.channels), weight, bias;
+  std::vector<float> x(shape.batch * shape.pixels * shape.channels), weight, bias, factor;
+  const bool scaled = random.chance(2);
   for (float& number : x) number = mean + random.number(-width, width);
   for (size_t i = 0; i < shape.channels; ++i) {
     weight.push_back(random.number(-2.0f, 2.0f));
     bias.push_back(random.number(-2.0f, 2.0f));
+    factor.push_back(scaled ? random.number(0.1f, 2.0f) : 1.0f);
   }
   std::vector<float> out(x.size(), -9.0f);
   const Executor executor = thread_executor(1 + shape.pixels % 3);
-  group_norm(kernels, x.data(), weight.data(), bias.data(), shape, executor, out.data());
-  const NormReference expected = group_norm_reference(x, weight, bias, shape);
+  const GroupNormParameters parameters{weight.data(), bias.data(), factor.data()};
+  group_norm(kernels, x.data(), parameters, shape, executor, out.data());
+  const NormReference expected = group_norm_reference(x, weight, bias, factor, shape);
   for (size_t i = 0; i < out.size(); ++i) {
     const double bound = kNormError * std::max(1.0, std::fabs(expected.values[i])) +
                          kProductError * expected.products[i];
     if (!(std::fabs(double{out[i]} - expected.values[i]) <= bound)) return false;
   }
-  std::vector<float> scratch(x.size()), scale(shape.batch), expected_scale(shape.batch);
+  std::vector<float> scale(shape.batch), expected_scale(shape.batch);
   std::vector<int8_t> codes(x.size()), expected_codes(x.size());
   std::vector<int32_t> zero_point(shape.batch), expected_zero_point(shape.batch);
-  group_norm_quantize(kernels, x.data(), weight.data(), bias.data(), shape, executor,
-                      scratch.data(), codes.data(), scale.data(), zero_point.data());
+  group_norm_quantize(kernels, x.data(), parameters, shape, executor, codes.data(), scale.data(),
+                      zero_point.data());
   quantize(kernels, out.data(), out.size(), shape.batch, executor,
            expected_codes.data(), expected_scale.data(), expected_zero_point.data());
   if (codes != expected_codes || scale != expected_scale || zero_point != expected_zero_point) {
     return false;
   }
   const FixedRange range{random.number(0.01f, 0.1f), static_cast<int32_t>(random.integer(-128, 127))};
-  group_norm_quantize_static(kernels, x.data(), weight.data(), bias.data(), shape, range, executor,
-                             codes.data());
+  group_norm_quantize_static(kernels, x.data(), parameters, shape, range, executor, codes.data());
   quantize_static(kernels, out.data(), out.size(), range, executor, expected_codes.data());
   return codes == expected_codes;
 }

@@ -58,9 +58,11 @@ void add_group_norm(OperatorCall& call, Random& random) {
   call.x = numbers(random, 2 * 5 * 4 * 12);
   call.weight = numbers(random, 12);
   call.bias = numbers(random, 12);
+  call.factor = numbers(random, 12);
   call.arguments.add(ScalarType::Float, {2, 5, 4, 12}, call.x);
   call.arguments.add(ScalarType::Float, {12}, call.weight);
   call.arguments.add(ScalarType::Float, {12}, call.bias);
+  call.arguments.add(ScalarType::Float, {12}, call.factor);
   call.arguments.add(EValue(int64_t{3}));
   call.arguments.add(EValue(1e-5));
   call.arguments.add(EValue(true));

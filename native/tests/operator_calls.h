@@ -70,7 +70,7 @@ struct OperatorCall {
   std::vector<int8_t> codes;
   std::vector<float> scale;
   std::vector<int32_t> zero_point;
-  std::vector<float> x, weight, bias;
+  std::vector<float> x, weight, bias, factor;
 
   // The range of a call on a known one.
   FixedRange range() const { return {scale[0], zero_point[0]}; }

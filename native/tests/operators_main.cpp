@@ -88,7 +88,7 @@ void check_static_results(Random& random) {
   OperatorCall norm = group_norm_call(random);
   expect(norm.arguments.run(norm.name) == Error::Ok, norm.name, "an error for a right call");
   OperatorCall fused = group_norm_quantize_static_call(random);
-  for (size_t i = 0; i < 3; ++i) fused.arguments.values()[i] = norm.arguments.values()[i];
+  for (size_t i = 0; i < 4; ++i) fused.arguments.values()[i] = norm.arguments.values()[i];
   expect(fused.arguments.run(fused.name) == Error::Ok, fused.name, "an error for a right call");
   expect_static_codes(fused, output<float>(norm, 0));
 }
@@ -111,15 +111,15 @@ void check_results(Random& random, bool temporary_memory) {
   OperatorCall norm = group_norm_call(random);
   run(norm);
   const std::vector<double> values =
-      group_norm_reference(norm.x, norm.weight, norm.bias, {2, 20, 12, 3, 1e-5f, true}).values;
+      group_norm_reference(norm.x, norm.weight, norm.bias, norm.factor,
+                           {2, 20, 12, 3, 1e-5f, true})
+          .values;
   for (size_t i = 0; i < values.size(); ++i) {
     expect(std::fabs(double{output<float>(norm, 0)[i]} - values[i]) < 1e-5, norm.name,
            "another result than in double");
   }
   OperatorCall fused = group_norm_quantize_call(random);
-  fused.arguments.values()[0] = norm.arguments.values()[0];
-  fused.arguments.values()[1] = norm.arguments.values()[1];
-  fused.arguments.values()[2] = norm.arguments.values()[2];
+  for (size_t i = 0; i < 4; ++i) fused.arguments.values()[i] = norm.arguments.values()[i];
   run(fused);
   expect_codes(fused, output<float>(norm, 0), 2);
 }
@@ -223,9 +223,9 @@ void check_wrong_numbers(Random& random) {
     expect(call.arguments.run(call.name) == Error::InvalidArgument, call.name, what);
   };
   refused(quantize_call, 1, EValue(int64_t{5}), "parts that do not divide");
-  refused(group_norm_call, 3, EValue(int64_t{5}), "groups that do not divide");
-  refused(group_norm_call, 4, EValue(std::nan("")), "eps NaN");
-  refused(group_norm_call, 4, EValue(-1.0), "eps below 0");
+  refused(group_norm_call, 4, EValue(int64_t{5}), "groups that do not divide");
+  refused(group_norm_call, 5, EValue(std::nan("")), "eps NaN");
+  refused(group_norm_call, 5, EValue(-1.0), "eps below 0");
   refused(convolution_call, 4, EValue(int64_t{12}), "more rows than the blob's");
   refused(convolution_call, 5, EValue(int64_t{1}), "another kernel than the blob's");
   refused(convolution_call, 7, EValue(int64_t{2}), "padding 2");

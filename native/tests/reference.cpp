@@ -70,7 +70,8 @@ void quantize_static_reference(const float* x, size_t size, FixedRange range, in
 }
 
 NormReference group_norm_reference(const std::vector<float>& x, const std::vector<float>& weight,
-                                   const std::vector<float>& bias, const GroupNormShape& shape) {
+                                   const std::vector<float>& bias, const std::vector<float>& factor,
+                                   const GroupNormShape& shape) {
   NormReference out{std::vector<double>(x.size()), std::vector<double>(x.size())};
   const size_t width = shape.channels / shape.groups, sample = shape.pixels * shape.channels;
   const auto count = static_cast<double>(shape.pixels * width);
@@ -86,8 +87,8 @@ NormReference group_norm_reference(const std::vector<float>& x, const std::vecto
       const size_t at = place(i), channel = at % shape.channels;
       const double scale = double{weight[channel]} / std::sqrt(variance + double{shape.epsilon});
       const double y = (double{x[at]} - mean) * scale + double{bias[channel]};
-      out.values[at] = shape.silu ? y / (1 + std::exp(-y)) : y;
-      out.products[at] = std::fabs(double{x[at]} * scale);
+      out.values[at] = (shape.silu ? y / (1 + std::exp(-y)) : y) * double{factor[channel]};
+      out.products[at] = std::fabs(double{x[at]} * scale * double{factor[channel]});
     }
   }
   return out;

@@ -24,11 +24,12 @@ void quantize_static_reference(const float* x, size_t size, FixedRange range, in
 
 struct NormReference {
   std::vector<double> values;
-  // What each value was multiplied out of, |x| * |weight| / deviation: roundings are relative to it.
+  // What each value was multiplied out of, |x| * |weight * factor| / deviation: roundings are relative to it.
   std::vector<double> products;
 };
 
 NormReference group_norm_reference(const std::vector<float>& x, const std::vector<float>& weight,
-                                   const std::vector<float>& bias, const GroupNormShape& shape);
+                                   const std::vector<float>& bias, const std::vector<float>& factor,
+                                   const GroupNormShape& shape);
 
 }  // namespace mpqdm::test

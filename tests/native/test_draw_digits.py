@@ -53,7 +53,7 @@ class Denoiser(nn.Module):
     def forward(self, sample, timestep, class_labels):
         condition = self.times(timestep[:, None] / 1000) + self.classes(class_labels)
         y = (self.entry(sample) + condition[:, :, None, None]).permute(0, 2, 3, 1).contiguous()
-        norm = (torch.ones(8), torch.zeros(8), 2, 1e-5, True)
+        norm = (torch.ones(8), torch.zeros(8), torch.ones(8), 2, 1e-5, True)
         codes = torch.ops.mpqdm.group_norm_quantize_mixed(y, *norm)
         y = torch.ops.mpqdm.conv2d_mixed(*codes, self.weight, 12, 3, 1, 1)
         return self.end(y.permute(0, 3, 1, 2))

@@ -83,12 +83,12 @@ def test_group_norm(native, shape, groups, width, silu, mean, threads, seed):
     source = torch.Generator().manual_seed(seed)
     channels = groups * width
     x = torch.randn(*shape, channels, generator=source) + mean
-    weight, bias = torch.randn(2, channels, generator=source)
-    expected = ops.group_norm_mixed(x, weight, bias, groups, 1e-2, silu)
+    weight, bias, factor = torch.randn(3, channels, generator=source)
+    expected = ops.group_norm_mixed(x, weight, bias, factor, groups, 1e-2, silu)
     # a mean far from 0 is subtracted from products of its size
-    bound = 4e-6 * expected.abs().clamp(min=1) + 2.5e-7 * (x * weight).abs() / 0.1
+    bound = 4e-6 * expected.abs().clamp(min=1) + 2.5e-7 * (x * weight * factor).abs() / 0.1
     for name in native.kernel_sets:
-        got = native.group_norm(name, x, weight, bias, groups, 1e-2, silu, threads)
+        got = native.group_norm(name, x, weight, bias, factor, groups, 1e-2, silu, threads)
         assert ((got - expected).abs() <= bound).all(), name
 
 
@@ -97,5 +97,7 @@ def test_the_number_of_threads_changes_no_bit(native):
     x = torch.randn(1, 64, 48, 32, generator=source)
     ones = torch.ones(32)
     for name in native.kernel_sets:
-        alone = native.group_norm(name, x, ones, ones, 4, 1e-5, True, 1)
-        assert torch.equal(native.group_norm(name, x, ones, ones, 4, 1e-5, True, 3), alone), name
+        alone = native.group_norm(name, x, ones, ones, ones, 4, 1e-5, True, 1)
+        assert torch.equal(native.group_norm(name, x, ones, ones, ones, 4, 1e-5, True, 3), alone), (
+            name
+        )

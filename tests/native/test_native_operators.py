@@ -45,7 +45,7 @@ class Norm(nn.Module):
         self.register_buffer("weight", torch.randn(12, generator=GENERATOR))
 
     def forward(self, x):
-        return self.operator(x, self.weight, self.weight, 3, 1e-5, True)
+        return self.operator(x, self.weight, self.weight, self.weight, 3, 1e-5, True)
 
 
 class Known(nn.Module):
@@ -75,7 +75,7 @@ class KnownNorm(Norm):
 
     def forward(self, x):
         known = self.known.scale, self.known.zero_point
-        return self.operator(x, self.weight, self.weight, 3, 1e-5, True, *known)
+        return self.operator(x, self.weight, self.weight, self.weight, 3, 1e-5, True, *known)
 
 
 class Block(nn.Module):

@@ -84,15 +84,15 @@ class NativeKernels:
         assert done == 0
         return torch.from_numpy(codes)
 
-    def group_norm(self, kernels, x, weight, bias, groups, eps, silu, threads=1):
+    def group_norm(self, kernels, x, weight, bias, factor, groups, eps, silu, threads=1):
         """float32 in the shape of x [B, H, W, C]."""
-        numbers, factors, offsets = (t.contiguous().numpy() for t in (x, weight, bias))
+        tensors = [t.contiguous().numpy() for t in (x, weight, bias, factor)]
         pixels = x.shape[1] * x.shape[2]
         shape = np.array([x.shape[0], pixels, x.shape[3], groups], np.uintp)
         out = np.zeros(x.shape, np.float32)
         done = self._library.mpqdm_test_group_norm(
             kernels.encode(),
-            *(_at(numbers), _at(factors), _at(offsets), _at(shape)),
+            *(*map(_at, tensors), _at(shape)),
             *(ctypes.c_float(eps), ctypes.c_int(silu), _SIZE(threads), _at(out)),
         )
         assert done == 0

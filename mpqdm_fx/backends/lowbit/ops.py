@@ -37,9 +37,9 @@ def _fake_codes(x: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_group_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, _: float, __: bool
+    x: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, groups: int, _: float, __: bool
 ) -> Tensor:
-    reference.check_group_norm(x, weight, bias, groups)
+    reference.check_group_norm(x, weight, bias, factor, groups)
     return x.new_empty(x.shape)
 
 
@@ -74,7 +74,7 @@ def _fake_linear(codes: Tensor, scale: Tensor, _: Tensor, __: Tensor, out_featur
 
 _CODES = ("codes", "scale", "zero_point")
 _INPUT = "Tensor codes, Tensor scale, Tensor zero_point, Tensor weight"
-_NORM = "Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu"
+_NORM = "Tensor x, Tensor weight, Tensor bias, Tensor factor, int groups, float eps, bool silu"
 _RANGE = "Tensor scale, Tensor zero_point"
 _OPERATORS = {
     "quantize_mixed": _Operator(

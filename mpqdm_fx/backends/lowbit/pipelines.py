@@ -7,6 +7,7 @@ from torch import Tensor
 from mpqdm_fx.backends.lowbit.passes.fuse_norm_quantize import FuseNormQuantize
 from mpqdm_fx.backends.lowbit.passes.move_layouts import MoveLayouts
 from mpqdm_fx.backends.lowbit.passes.reuse_codes import ReuseCodes
+from mpqdm_fx.backends.lowbit.passes.scale_mixed_norms import ScaleMixedNorms
 from mpqdm_fx.backends.lowbit.passes.use_mixed_layers import UseMixedLayers
 from mpqdm_fx.backends.lowbit.passes.use_mixed_norms import UseMixedNorms
 from mpqdm_fx.backends.xnnpack.passes.linearize_pointwise import LinearizePointwise
@@ -41,6 +42,7 @@ def own_operators(
             LinearizePointwise(layers=frozenset(left)),
             *DECOMPOSE.passes,
             MoveLayouts(),
+            ScaleMixedNorms(),
             ReuseCodes(),
             FuseNormQuantize(),
         )

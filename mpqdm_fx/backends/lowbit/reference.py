@@ -64,14 +64,15 @@ def quantize_mixed(x: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def group_norm_mixed(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, groups: int, eps: float, silu: bool
 ) -> Tensor:
-    """Group norm, with SiLU behind it where asked for, in float64 and rounded once.
+    """Group norm, SiLU behind it where asked for, in float64 and rounded once; then a factor.
 
     Args:
         x: float32 [B, H, W, C].
         weight: float32 [C].
         bias: float32 [C].
+        factor: float32 [C], that the rounded result is multiplied by.
         groups: Divides C.
         eps: Added to the variance; 0 or more.
         silu: Whether SiLU follows.
@@ -82,22 +83,22 @@ def group_norm_mixed(
     Raises:
         ConfigError: A dtype or a shape is wrong.
     """
-    check_group_norm(x, weight, bias, groups)
+    check_group_norm(x, weight, bias, factor, groups)
     grouped = x.to(torch.float64).reshape(len(x), -1, groups, x.shape[3] // groups)
     variance, mean = torch.var_mean(grouped, (1, 3), correction=0, keepdim=True)
     normal = ((grouped - mean) / (variance + eps).sqrt()).reshape(x.shape)
     result = normal * weight.to(torch.float64) + bias.to(torch.float64)
-    return (torch.nn.functional.silu(result) if silu else result).to(torch.float32)
+    return (torch.nn.functional.silu(result) if silu else result).to(torch.float32) * factor
 
 
 def group_norm_quantize_mixed(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`group_norm_mixed`, then `quantize_mixed` with a part a sample.
 
     Args and errors are those of `group_norm_mixed`; the results those of `quantize_mixed`.
     """
-    return quantize_mixed(group_norm_mixed(x, weight, bias, groups, eps, silu), len(x))
+    return quantize_mixed(group_norm_mixed(x, weight, bias, factor, groups, eps, silu), len(x))
 
 
 def conv2d_mixed(
@@ -173,16 +174,19 @@ def linear_mixed(
     return _scaled(sums, scale, content).reshape(shape)
 
 
-def check_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
+def check_group_norm(x: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, groups: int) -> None:
     """Refuse what `group_norm_mixed` refuses."""
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        check_dtype(name, tensor, torch.float32)
+    check_dtype("x", x, torch.float32)
     channels = x.shape[-1] if x.ndim == 4 else None
-    if channels is None or weight.shape != (channels,) or bias.shape != (channels,):
-        raise ConfigError(
-            f"group_norm_mixed: x [B, H, W, C], weight [C] and bias [C] expected, got "
-            f"{list(x.shape)}, {list(weight.shape)}, {list(bias.shape)}"
-        )
+    if channels is None:
+        raise ConfigError(f"group_norm_mixed: x [B, H, W, C] expected, got {list(x.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("factor", factor)):
+        check_dtype(name, tensor, torch.float32)
+        if tensor.shape != (channels,):
+            raise ConfigError(
+                f"group_norm_mixed: {name} [{channels}] expected for x {list(x.shape)}, got "
+                f"{list(tensor.shape)}"
+            )
     if groups < 1 or channels % groups:
         raise ConfigError(f"group_norm_mixed: {channels} channels have no {groups} equal groups")
 

@@ -62,6 +62,7 @@ def group_norm_quantize_static_mixed(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
+    factor: Tensor,
     groups: int,
     eps: float,
     silu: bool,
@@ -72,7 +73,7 @@ def group_norm_quantize_static_mixed(
 
     Args and errors are those of the two; the result is that of the second, int8 [B, H, W, C].
     """
-    normal = group_norm_mixed(x, weight, bias, groups, eps, silu)
+    normal = group_norm_mixed(x, weight, bias, factor, groups, eps, silu)
     return quantize_static_mixed(normal, scale, zero_point)
 
 

@@ -60,9 +60,9 @@ struct KernelSet {
   // Adds (x - shift) and its square to the sums of each of `channels`, over `pixels` of them.
   void (*add_moments)(const float* x, size_t pixels, size_t channels, const float* shift,
                       float* sums, float* squares);
-  // out = x * scale + offset by channel, and SiLU of it where asked for.
+  // out = x * scale + offset by channel, SiLU of it where asked for, times factor.
   void (*normalize)(const float* x, size_t pixels, size_t channels, const float* scale,
-                    const float* offset, bool silu, float* out);
+                    const float* offset, const float* factor, bool silu, float* out);
   // Decodes entropy-coded weights whose states take turns; `code_slots.h` says more.
   bool (*decode_run)(CodeStream& stream, size_t lanes, uint8_t* codes, size_t count);
 };

@@ -80,19 +80,26 @@ struct GroupNormShape {
   bool silu;
 };
 
-// Group norm, with SiLU behind it where asked for. `weight` and `bias` are [channels].
+struct GroupNormParameters {
+  const float *weight, *bias;  // [channels], of the norm
+  const float* factor;         // [channels], that the result is multiplied by
+};
+
+// Group norm, SiLU behind it where asked for, and a factor for each channel behind that.
 // Moments are summed about the first pixel, in double, so a mean far from 0 costs no precision.
-void group_norm(const KernelSet& kernels, const float* x, const float* weight, const float* bias,
+void group_norm(const KernelSet& kernels, const float* x, const GroupNormParameters& parameters,
                 const GroupNormShape& shape, const Executor& executor, float* out);
 
-// The same, quantized with one range a sample. `scratch` holds the batch * pixels * channels results.
-void group_norm_quantize(const KernelSet& kernels, const float* x, const float* weight,
-                         const float* bias, const GroupNormShape& shape, const Executor& executor,
-                         float* scratch, int8_t* codes, float* scale, int32_t* zero_point);
+// The same, quantized with one range a sample. The numbers are computed twice, for the range and for
+// the codes, and never stored: at large images they would take more memory than all else.
+void group_norm_quantize(const KernelSet& kernels, const float* x,
+                         const GroupNormParameters& parameters, const GroupNormShape& shape,
+                         const Executor& executor, int8_t* codes, float* scale,
+                         int32_t* zero_point);
 
-// The same on a known range. It needs no scratch: codes follow the norm piece by piece.
-void group_norm_quantize_static(const KernelSet& kernels, const float* x, const float* weight,
-                                const float* bias, const GroupNormShape& shape, FixedRange range,
-                                const Executor& executor, int8_t* codes);
+// The same on a known range.
+void group_norm_quantize_static(const KernelSet& kernels, const float* x,
+                                const GroupNormParameters& parameters, const GroupNormShape& shape,
+                                FixedRange range, const Executor& executor, int8_t* codes);
 
 }  // namespace mpqdm

@@ -170,7 +170,7 @@ def test_nan_and_infinity_come_out_as_nan_in_their_own_part(wrong):
     blob = pack_blob(torch.eye(4, dtype=torch.int8), torch.ones(4), torch.ones(4))
     convolved = ops.conv2d_mixed(codes, scale, zero_point, blob, 4, 1, 1, 0)
     linear = ops.linear_mixed(codes, scale, zero_point, blob, 4)
-    normal = ops.group_norm_mixed(x, torch.ones(4), torch.ones(4), 1, 1e-5, True)
+    normal = ops.group_norm_mixed(x, *[torch.ones(4)] * 3, 1, 1e-5, True)
     for result in (convolved, linear, normal):
         assert result[0].isfinite().all()
         assert result[1].isnan().all()
@@ -188,13 +188,14 @@ def test_nan_and_infinity_come_out_as_nan_in_their_own_part(wrong):
 def test_group_norm_is_torchs(batch, size, groups, width, silu, shift, seed):
     channels = groups * width
     x = drawn_numbers((batch, *size, channels), seed, shift=shift)
-    weight, bias = drawn_numbers((2, channels), seed + 1)
-    result = ops.group_norm_mixed(x, weight, bias, groups, 1e-5, silu)
+    weight, bias, factor = drawn_numbers((3, channels), seed + 1)
+    norm = (x, weight, bias, factor, groups, 1e-5, silu)
+    result = ops.group_norm_mixed(*norm)
     wide = x.double().permute(0, 3, 1, 2)
     exact = torch.nn.functional.group_norm(wide, groups, weight.double(), bias.double(), 1e-5)
-    exact = (torch.nn.functional.silu(exact) if silu else exact).permute(0, 2, 3, 1)
+    exact = (torch.nn.functional.silu(exact) if silu else exact).permute(0, 2, 3, 1) * factor
     torch.testing.assert_close(result, exact.float(), rtol=1e-6, atol=1e-9)
-    both = ops.group_norm_quantize_mixed(x, weight, bias, groups, 1e-5, silu)
+    both = ops.group_norm_quantize_mixed(*norm)
     for got, expected in zip(both, ops.quantize_mixed(result, batch), strict=True):
         assert torch.equal(got, expected)
 
@@ -257,9 +258,12 @@ def test_a_wrong_convolution_is_refused_by_name(changes, message):
         (lambda x: ops.quantize_mixed(x, 0), "into 0 equal parts"),
         (lambda x: ops.quantize_mixed(x, 7), "into 7 equal parts"),
         (lambda x: ops.quantize_mixed(x[:0], 1), r"\[0, 5, 4, 8\] cannot be cut"),
-        (lambda x: ops.group_norm_mixed(x, x[0, 0, 0], x[0, 0, 0], 3, 1e-5, False), "3 equal"),
-        (lambda x: ops.group_norm_mixed(x[0], x[0, 0, 0], x[0, 0, 0], 2, 1e-5, True), "B, H, W"),
-        (lambda x: ops.group_norm_mixed(x, x[0, 0], x[0, 0, 0], 2, 1e-5, True), "weight .C."),
+        (lambda x: ops.group_norm_mixed(x, *[x[0, 0, 0]] * 3, 3, 1e-5, False), "3 equal"),
+        (lambda x: ops.group_norm_mixed(x[0], *[x[0, 0, 0]] * 3, 2, 1e-5, True), "B, H, W"),
+        (
+            lambda x: ops.group_norm_mixed(x, x[0, 0], *[x[0, 0, 0]] * 2, 2, 1e-5, True),
+            r"weight \[8\] expected",
+        ),
         (lambda x: ops.linear_mixed(*drawn_codes((6, 8), 4, 0), _blob(), 12), "do not cut 6 rows"),
         (lambda x: ops.linear_mixed(*drawn_codes((), 1, 0), _blob(), 12), "a single number"),
         (lambda x: ops.linear_mixed(*drawn_codes((6, 4), 6, 0), _blob(), 12), "needs 12, 1 and 4"),

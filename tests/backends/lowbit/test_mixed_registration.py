@@ -24,7 +24,7 @@ def blob(rows, *shape):
 
 X = torch.randn(2, 5, 4, 8, generator=GENERATOR)
 CODES = ops.quantize_mixed(X, 2)
-NORM = (X, torch.ones(8), torch.zeros(8), 2, 1e-5, True)
+NORM = (X, torch.ones(8), torch.zeros(8), 2 * torch.ones(8), 2, 1e-5, True)
 RANGE = (torch.tensor([0.05]), torch.tensor([-3], dtype=torch.int32))
 CALLS = {
     "quantize_mixed": (X, 10),
@@ -82,7 +82,7 @@ def test_wrong_calls_are_refused_while_tracing():
         x = torch.empty(2, 4, 4, 8)
         for call in (
             lambda: ops.quantize_mixed(x.half(), 1),
-            lambda: ops.group_norm_mixed(x, x[0, 0, 0], x[0, 0, 0], 3, 1e-5, False),
+            lambda: ops.group_norm_mixed(x, x[0, 0, 0], x[0, 0, 0], x[0, 0, 0], 3, 1e-5, False),
             lambda: ops.linear_mixed(x, x[0], x[0], x[0], 4),
             lambda: ops.quantize_static_mixed(x, x[0], x[0]),
             lambda: ops.dequantize_mixed(x, x[0], x[0]),
@@ -123,11 +123,13 @@ class Block(nn.Module):
 
     def forward(self, x):
         y = self.entry(x).permute(0, 2, 3, 1).contiguous()
-        codes = ops.group_norm_quantize_mixed(y, self.norm.weight, self.norm.bias, 2, 1e-5, True)
+        norm = (self.norm.weight, self.norm.bias, self.norm.weight, 2, 1e-5)
+        codes = ops.group_norm_quantize_mixed(y, *norm, True)
         y = ops.conv2d_mixed(*codes, self.convolution, 16, 3, 1, 1)
         codes = ops.quantize_mixed(y, y.shape[0] * y.shape[1] * y.shape[2])
         y = ops.linear_mixed(*codes, self.linear, 12)
-        norm, known = (self.last.weight, self.last.bias, 3, 1e-5), (self.scale, self.zero_point)
+        norm = (self.last.weight, self.last.bias, self.last.weight, 3, 1e-5)
+        known = (self.scale, self.zero_point)
         codes = ops.group_norm_quantize_static_mixed(y, *norm, True, *known)
         y = ops.linear_mixed(codes, *known, self.square, 12)
         y = ops.dequantize_mixed(ops.quantize_static_mixed(y, *known), *known)

@@ -65,7 +65,7 @@ def test_borders_are_the_number_zero_whatever_its_code(zero_point, kernel, seed)
 
 def test_a_norm_and_its_codes():
     x, weight, bias = draw((2, 3, 4, 8), 0), draw(8, 1), draw(8, 2)
-    norm = (x, weight, bias, 2, 1e-5, True)
+    norm = (x, weight, bias, draw(8, 3), 2, 1e-5, True)
     fused = ops.group_norm_quantize_static_mixed(*norm, *known(0.02, -5))
     assert torch.equal(
         fused, ops.quantize_static_mixed(ops.group_norm_mixed(*norm), *known(0.02, -5))

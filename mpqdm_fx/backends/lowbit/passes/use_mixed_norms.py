@@ -101,7 +101,9 @@ def _rewrite(graph_module: fx.GraphModule, node: fx.Node, call: GroupNormCall) -
         last = insert_call(graph_module, _aten.reshape.default, (last, row), anchor=node)
     weight = _affine(graph_module, node, call, "weight")
     bias = _affine(graph_module, node, call, "bias")
-    args = (last, weight, bias, call.groups, call.eps, silu)
+    ones = torch.ones(shape[1])
+    factor = add_tensor(graph_module, f"{norm_name(node)}_factor", ones, anchor=node)
+    args = (last, weight, bias, factor, call.groups, call.eps, silu)
     result = insert_call(graph_module, _mpqdm.group_norm_mixed.default, args, anchor=node)
     if len(shape) == 3:
         tokens = [shape[0], shape[2], shape[1]]

@@ -21,7 +21,7 @@ class Quantized(nn.Module):
         self.register_buffer("bias", draw(8, seed=2).float())
 
     def forward(self, x):
-        y = mpqdm.group_norm_mixed(x, self.weight, self.bias, 2, 1e-5, True)
+        y = mpqdm.group_norm_mixed(x, self.weight, self.bias, self.weight, 2, 1e-5, True)
         values = [value for parts in self.parts for value in mpqdm.quantize_mixed(y, parts)]
         return (*values, *([y] if self.leaks else []))
 
@@ -37,7 +37,9 @@ class Known(nn.Module):
         self.register_buffer("zero_point", torch.tensor([-7], dtype=torch.int32))
 
     def forward(self, x):
-        y = mpqdm.group_norm_mixed(x, self.norm.weight, self.norm.bias, 2, 1e-5, True)
+        y = mpqdm.group_norm_mixed(
+            x, self.norm.weight, self.norm.bias, self.norm.weight, 2, 1e-5, True
+        )
         codes = [
             mpqdm.quantize_static_mixed(y, scale, self.zero_point)
             for scale in [getattr(self, name) for name in self.names] + [self.scale0]

@@ -41,7 +41,7 @@ def test_norm_of_an_image(then, silu, affine):
     graph = traced(Norm(nn.GroupNorm(4, 12, affine=affine), then), x, dynamic_batch=False)
     result = UseMixedNorms()(graph).graph_module
     (norm,) = result.graph.find_nodes(op="call_function", target=mpqdm.group_norm_mixed.default)
-    assert norm.args[3:] == (4, 1e-5, silu)
+    assert norm.args[4:] == (4, 1e-5, silu)
     assert count(result, nn.GroupNorm) == count(result, nn.SiLU) == 0
     # a code next to a tie may fall to the other side
     assert_close(outputs(result, x), outputs(graph, x), rtol=1e-2)
@@ -84,5 +84,5 @@ def test_what_computes_alike_in_both_layouts_may_stand_between(then):
     graph = traced(Norm(nn.GroupNorm(4, 12), then), x, dynamic_batch=False)
     result = UseMixedNorms()(graph).graph_module
     (norm,) = result.graph.find_nodes(op="call_function", target=mpqdm.group_norm_mixed.default)
-    assert norm.args[5] is False
+    assert norm.args[6] is False
     assert_close(outputs(result, x), outputs(graph, x), rtol=1e-2)
