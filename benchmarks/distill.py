@@ -35,9 +35,9 @@ _RTN = {
     "propagation": 0.0, "bias_correction": False, **_FULL,
 }  # fmt: skip
 _SHORTCUTS: Mapping[str, Any] = {"overrides": [SHORTCUTS], **_FULL}
-_WIDTHS: Mapping[str, Any] = {"activation_levels": "uniform"}
+_WIDTHS: Mapping[str, Any] = {"activation_allocation": "measured", "activation_levels": "uniform"}
 _LEVELS: Mapping[str, Any] = {"activation_allocation": "uniform"}
-_INPUTS: Mapping[str, Any] = {}  # a width and levels for each input
+_INPUTS: Mapping[str, Any] = {"activation_allocation": "measured"}  # a width and levels each
 #: Its trained parts at our rates: its own are made for a hundred times the updates.
 _EFFICIENTDM: Mapping[str, Any] = {
     "recipe": "efficientdm", "absolute_rates": False,

@@ -73,7 +73,8 @@ SETTINGS: Mapping[str, _Option] = {
             ActivationAllocation,
             typer.Option(
                 case_sensitive=False,
-                help="Below 8 bits: a width for each input by measured cost, or all alike.",
+                help="Below 8 bits: a width for each input by measured cost, all alike, or auto: "
+                "measured up to 4 bits.",
                 rich_help_panel=BITS,
             ),
         ],

@@ -34,13 +34,14 @@ Rounding = Literal["nearest", "gptq"]
 Levels = Literal["uniform", "codebook", "int4"]
 WeightStorage = Literal["fixed", "entropy"]
 RowWeighting = Literal["output", "plain"]
-ActivationAllocation = Literal["measured", "uniform"]
+ActivationAllocation = Literal["auto", "measured", "uniform"]
 ActivationLevels = Literal["codebook", "uniform"]
 ActivationMode = Literal["measured", "static", "timestep", "dynamic", "float"]
 
 MAX_TIMESTEP_GROUPS = 64
 """Most groups of noise levels; each has a table entry for every quantized value."""
 
+_WIDEST_MEASURED = 4  # average bits of inputs up to which widths of their own help samples
 _LEAST = "a weight takes one bit at least, and scales come on top"
 
 _WeightBits = Annotated[
@@ -166,7 +167,8 @@ class MPQConfig:
             XNNPACK runs too; `"float"`: weights alone are quantized.
         activation_allocation: `"measured"` gives each input a width of its own, so that the average
             over all elements that layers read is `activation_bits`, by what its rounding does to
-            the model's output; `"uniform"` gives all the same. Without effect at 8 bits.
+            the model's output; `"uniform"` gives all the same; `"auto"` measures up to 4 bits,
+            where samples gain too, and gives all the same above. Without effect at 8 bits.
         activation_levels: `"codebook"` fits 2^b int8 values for each input of at most 4 bits whose
             range is fixed; `"uniform"`: evenly spaced codes.
         timestep_groups: Groups of noise levels, 1..64, for `activation_mode="timestep"`.
@@ -199,7 +201,7 @@ class MPQConfig:
     split_skips: bool = True
     activation_mode: ActivationMode = "static"
     slowdown: Annotated[float, Between(1, 100)] = 1.1
-    activation_allocation: ActivationAllocation = "measured"
+    activation_allocation: ActivationAllocation = "auto"
     activation_levels: ActivationLevels = "codebook"
     timestep_groups: Annotated[int, Between(1, MAX_TIMESTEP_GROUPS)] = 5
     noise_argument: str | None = None
@@ -252,8 +254,8 @@ class MPQConfig:
     @property
     def measures_widths(self) -> bool:
         """Whether the width of each input is chosen by what its rounding costs."""
-        narrow = self.activation_bits < 8 and self.activation_mode != "float"
-        return narrow and self.activation_allocation == "measured"
+        widest = {"auto": _WIDEST_MEASURED, "measured": 7, "uniform": 0}[self.activation_allocation]
+        return self.activation_mode != "float" and self.activation_bits <= widest
 
     @property
     def fits_activation_levels(self) -> bool:

@@ -1,5 +1,7 @@
 """Which width every input gets below eight bits: the average is kept, and spent where it counts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_activation_choice import Outliers, SumOfLinears
@@ -19,7 +21,7 @@ def choices(model, shape, skipped=(), **settings):
     generator = torch.Generator().manual_seed(0)
     calls = [{"x": torch.randn(shape, generator=generator)} for _ in range(3)]
     graph = trace(model.eval(), calls[0])
-    config = MPQConfig(**{"activation_bits": 4, **settings})
+    config = MPQConfig(**{"activation_bits": 4, "activation_allocation": "measured", **settings})
     costs = ActivationCosts(graph, calls, config, width_options(config))
     energies = output_energies(graph, calls, watch=costs)
     sizes = bind_sizes(graph, calls[0])
@@ -77,9 +79,9 @@ def test_a_skipped_layer_gets_no_width_and_takes_none_of_the_others():
     assert chosen["uneven"].bits <= 4
 
 
-def test_widths_are_measured_below_eight_bits_alone():
-    narrow = MPQConfig(activation_bits=4)
-    assert narrow.measures_widths
-    for settings in ({"activation_bits": 8}, {"activation_mode": "float"}):
-        assert not MPQConfig(**{"activation_bits": 4, **settings}).measures_widths
-    assert not MPQConfig(activation_bits=4, activation_allocation="uniform").measures_widths
+@pytest.mark.parametrize(("allocation", "widest"), [("auto", 4), ("measured", 7), ("uniform", 0)])
+def test_widths_are_measured_up_to_so_many_bits(allocation, widest):
+    for bits in range(1, 9):
+        settings = MPQConfig(activation_bits=bits, activation_allocation=allocation)
+        assert settings.measures_widths == (bits <= widest)
+        assert not replace(settings, activation_mode="float").measures_widths
