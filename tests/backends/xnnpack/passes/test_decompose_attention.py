@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attention
@@ -95,6 +95,26 @@ def test_boolean_mask_removes_positions():
     assert torch.equal(result.graph_module(**changed)[0], result.graph_module(**inputs)[0]), (
         "what is masked out has no influence at all"
     )
+
+
+@settings(max_examples=20)
+@given(
+    length=st.integers(1, 9),
+    most=st.integers(1, 60),
+    mask=st.sampled_from([None, (1, 5), (0, 5), (2, 1, 0, 5), (2, 3, 0, 5), (2, 1, 1, 5)]),
+    seed=st.integers(0, 2**16),
+)
+def test_runs_of_queries_give_the_same_rows(length, most, mask, seed):
+    inputs = make_inputs((2, 3), length, 5, 4, 3, seed)
+    if mask is not None:
+        inputs["mask"] = torch.randn([size or length for size in mask])
+    graph = trace(Fused().eval(), inputs, dynamic_batch=False)
+    result = DecomposeAttention(most_scores=most)(graph)
+    assert_close(graph, result, inputs)
+    nodes = result.graph_module.graph.nodes
+    scores = [n.meta["val"].numel() for n in nodes if n.target is torch.ops.aten.softmax.int]
+    assert sum(scores) == 2 * 3 * length * 5
+    assert max(scores) <= max(most, 2 * 3 * 5)  # a run has one query at least
 
 
 def test_other_batch_sizes_run_too():
