@@ -163,8 +163,8 @@ class KeptRun:
         folder = self.layers(part.name)
         if folder is None and self._quantized:
             raise ArtifactError(
-                f"{directory} has no solved layers of {part.name}: its folder of that name is gone; "
-                f"{_FIX}"
+                f"{directory} has no solved layers of {part.name}: the folder of that name is "
+                f"gone; {_FIX}"
             )
         if folder is not None and not shares_a_layer(folder, part.module):
             raise ConfigError(
