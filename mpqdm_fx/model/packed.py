@@ -238,8 +238,7 @@ def read_packed(path: Path, layout: Layout, *, name: object | None = None) -> Pa
         reader.check("codes", math.prod(shape) // 8 if entry.coded is None else entry.coded)
         bits, widths = _read_widths(reader, entry.bits, shape[0])
         if entry.coded is not None:
-            stream, places = reader.take("codes", entry.coded), math.prod(shape[2:])
-            values = decode(stream, rows, places, installed_coder())
+            values = _decoded(reader, entry, rows)
         else:
             size = storage_bits(rows, bits, entry.levels)
             packed = PackedLayer(
@@ -267,6 +266,21 @@ def read_packed(path: Path, layout: Layout, *, name: object | None = None) -> Pa
         copies=layout.copies,
     )
     return PackedWeights(plan=plan, codes=codes, scales=scales, floats=floats, shared=layout.shared)
+
+
+def _decoded(reader: _Reader, entry: LayerLayout, rows: tuple[int, int]) -> Tensor:
+    """Codes [O, K] of an entropy-coded layer."""
+    assert entry.coded is not None
+    if (entry.bits, entry.levels) != (8, "uniform"):
+        raise ArtifactError(
+            f"{reader.name}: {entry.name} is entropy-coded, and its layout says {entry.bits} bits "
+            f"and {entry.levels} levels; corrupted"
+        )
+    stream, places = reader.take("codes", entry.coded), math.prod(entry.shape[2:])
+    try:
+        return decode(stream, rows, places, installed_coder())
+    except ArtifactError as error:
+        raise ArtifactError(f"{reader.name}: {entry.name}: {error}") from None
 
 
 def _float_tensor(entry: Sequence[Any], weights: Mapping[str, str]) -> FloatTensor:

@@ -24,6 +24,8 @@ __all__ = ["KeptRun", "layer_counts", "work_place"]
 _NUMBERS = ("steps", "guidance", "trajectories", "batch_size", "minimum_sqnr_db")
 _WHOLE = "taken whole from an earlier export, its program too"
 _OTHERS = ("models", "start")  # what two runs may differ in
+_REMEDY = "resume the export that keeps its run there"
+_FIX = "run anew the export that it is of"
 
 
 def work_place(target: Path, run: RunOptions) -> Path:
@@ -78,19 +80,26 @@ class KeptRun:
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], parts: Iterable[Part]) -> None:
         _check_finished(directory)
-        stored = dict(read_json(directory / HEADER))
+        stored = _identity_in(directory)
         if difference := first_difference(_named(stored), plain(_named(identity))):
             raise ConfigError(
                 f"{directory} is of an export with other settings: {difference}; ask for what it "
                 f"was made with, or start from another run"
             )
-        self.work = WorkFolder(directory, stored, resume=True)
+        self.work = WorkFolder(directory, stored, resume=True, remedy=_REMEDY)
+        self._quantized = stored["settings"] is not None
         self._same = {
             name for name, digest in identity["models"].items() if stored["models"][name] == digest
         }
         forms = read_forms(directory)
+        if set(forms) != set(stored["models"]):
+            raise ArtifactError(
+                f"{directory} is damaged: its files say different parts of a pipeline; {_FIX}"
+            )
         for part in parts:
-            if part.name not in self._same:
+            if part.name in self._same:
+                self._record(part.name)
+            else:
                 self._check(part, forms[part.name])
 
     def is_same(self, part: str) -> bool:
@@ -115,11 +124,7 @@ class KeptRun:
         Raises:
             ArtifactError: A file is missing, or not what was written.
         """
-        record = self.work.finished(part)
-        if record is None:
-            raise ArtifactError(
-                f"{self.work.directory} has no {part} that is finished; run anew what it is of"
-            )
+        record = self._record(part)
         report = {**record["report"], "seconds": 0.0}
         numbers = dict(report["numbers"])
         if "remarks" in numbers:
@@ -135,6 +140,13 @@ class KeptRun:
             },
         )
 
+    def _record(self, part: str) -> dict[str, Any]:
+        """What the run says of a part that is the same; its files are checked."""
+        record = self.work.finished(part)
+        if record is None:
+            raise ArtifactError(f"{self.work.directory} has no {part} that is finished; {_REMEDY}")
+        return record
+
     def _check(self, part: Part, form: Mapping[str, Any]) -> None:
         """Refuse a part of another model, before anything is calibrated."""
         directory, fix = self.work.directory, "start from a run of this model"
@@ -149,11 +161,29 @@ class KeptRun:
                 f"and other settings; {fix}"
             )
         folder = self.layers(part.name)
+        if folder is None and self._quantized:
+            raise ArtifactError(
+                f"{directory} has no solved layers of {part.name}: the folder of that name is "
+                f"gone; {_FIX}"
+            )
         if folder is not None and not shares_a_layer(folder, part.module):
             raise ConfigError(
                 f"{directory} is of another model: no layer of {part.name} has the weights that it "
                 f"had there, so that there is nothing to take; leave start_from out"
             )
+
+
+def _identity_in(directory: Path) -> dict[str, Any]:
+    """What a folder says of its run; what is compared by name is there."""
+    stored = dict(read_json(directory / HEADER, fix=_FIX))
+    numbers, models = stored.get("numbers"), stored.get("models")
+    whole = isinstance(models, dict) and "settings" in stored
+    if not whole or not isinstance(numbers, list) or len(numbers) != len(_NUMBERS):
+        raise ArtifactError(
+            f"{directory / HEADER} is damaged, or of another version: it does not say all of what "
+            f"the run is; {_FIX}"
+        )
+    return stored
 
 
 def _named(identity: Mapping[str, Any]) -> dict[str, Any]:

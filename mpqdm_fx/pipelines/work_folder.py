@@ -26,7 +26,6 @@ HEADER = "export.json"
 """File that says what a run is."""
 
 _FORMS = "finished.json"
-_FIX = "delete this file and resume"
 
 
 class _Finished(Strict):
@@ -82,6 +81,7 @@ class WorkFolder:
         directory: The folder; made if it is not there.
         identity: What the run is: models, settings, sizes, versions; plain JSON types.
         resume: Go on with what is there. Otherwise a folder with a run is refused.
+        remedy: What makes a program anew once its record is deleted; ends messages.
 
     Attributes:
         directory: The folder.
@@ -93,7 +93,14 @@ class WorkFolder:
         ArtifactError: The folder is damaged, or none of an export.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        identity: Mapping[str, Any],
+        *,
+        resume: bool,
+        remedy: str = "resume",
+    ) -> None:
         if (directory / _FORMS).is_file() and not resume:
             raise ConfigError(
                 f"{directory} holds the run of an export whose parts are finished; give another "
@@ -101,6 +108,7 @@ class WorkFolder:
             )
         run = UnfinishedRun(directory, HEADER, identity, resume=resume)
         self.directory, self.run = run.directory, run.digest
+        self._remedy = remedy
 
     def path(self, program: str) -> Path:
         """Where a program's file goes."""
@@ -116,10 +124,11 @@ class WorkFolder:
         path = self._record(program)
         if not path.is_file():
             return None
-        record = read_as(_Finished, path, fix=_FIX)
+        record = self._read(program)
         if (record.run, record.program) != (self.run, program):
             raise ArtifactError(
-                f"{path} is of {record.program} in another run than {HEADER} beside it; {_FIX}"
+                f"{path} is of {record.program} in another run than {HEADER} beside it; delete it "
+                f"and {self._remedy}"
             )
         with self._remedied(program):
             self._files(program, record.files).check()
@@ -145,6 +154,10 @@ class WorkFolder:
     def _record(self, program: str) -> Path:
         return self.path(program).with_suffix(".json")
 
+    def _read(self, program: str) -> _Finished:
+        fix = f"delete this file and {self._remedy}"
+        return read_as(_Finished, self._record(program), fix=fix)
+
     def _files(self, program: str, files: Mapping[str, Any]) -> SealedFolder:
         """The files of a program, as they were when it was finished."""
         path = self._record(program)
@@ -169,7 +182,7 @@ class WorkFolder:
         Returns:
             Size and hash of what each compressed file expands to.
         """
-        record = read_as(_Finished, self._record(program), fix=_FIX)
+        record = self._read(program)
         expanded = {}
         with self._remedied(program):
             sealed = self._files(program, record.files)
@@ -189,7 +202,7 @@ class WorkFolder:
             yield
         except ArtifactError as error:
             raise ArtifactError(
-                f"{error}; delete {self._record(program)} and resume, and it is made anew"
+                f"{error}; delete {self._record(program)} and {self._remedy}, and it is made anew"
             ) from None
 
     def take(self, other: "WorkFolder", program: str, record: Mapping[str, Any]) -> dict[str, Any]:

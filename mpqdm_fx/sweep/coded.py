@@ -24,7 +24,7 @@ from mpqdm_fx.numerics.solve.coded_rounding import (
 from mpqdm_fx.numerics.solve.propagation import Correction, choose_correction, fixed_correction
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.plan import LayerPlan
-from mpqdm_fx.sweep.coded_budget import CodedBudget
+from mpqdm_fx.sweep.coded_budget import COARSEST, CodedBudget
 from mpqdm_fx.sweep.problem import LayerData, Problem
 from mpqdm_fx.sweep.solve import Candidate, LayerSolution, join_groups, solve_group
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["solve_coded_layer", "solve_coded_table"]
 
-_COARSER, _TRIES = 1.4, 16
+_STRIDE = 0.5  # octaves of the pitch: about a quarter of a bit a weight
 
 
 def solve_coded_layer(
@@ -82,19 +82,34 @@ def solve_coded_table(layer: WeightLayer, plan: LayerPlan, budget: CodedBudget) 
 def _within(
     budget: CodedBudget, plan: LayerPlan, solve: Callable[[float], LayerSolution]
 ) -> LayerSolution:
-    """Solve at the budget's pitch, or at a coarser one where the others would not fit any more."""
-    pitch = budget.pitch()
-    for _ in range(_TRIES):
-        solution = solve(pitch)
-        bits = solution.plan.storage.total
-        if budget.allows(plan.name, bits):
-            budget.take(plan.name, bits)
-            return solution
-        pitch *= _COARSER
-    raise ConfigError(
-        f"{plan.name}: what is left of the budget does not hold its {plan.num_weights} weights at "
-        "any step; give more bits"
-    )
+    """Solve at the budget's pitch, or at a coarser one where the others would not fit any more.
+
+    Where forecasts are far off, so is that pitch: strides grow until the layer fits, and the last
+    one is halved down to the first.
+    """
+
+    def tried(octave: float) -> LayerSolution | None:
+        solution = solve(2.0**octave)
+        return solution if budget.allows(plan.name, solution.plan.storage.total) else None
+
+    octave = budget.octave()
+    refused, solution, stride = octave, tried(octave), _STRIDE
+    while solution is None and octave < COARSEST:
+        refused, octave = octave, octave + stride
+        solution, stride = tried(octave), 2 * stride
+    if solution is None:
+        raise ConfigError(
+            f"{plan.name}: what is left of the budget does not hold its {plan.num_weights} weights "
+            "at any step; give more bits, or leave start_from out if the run began with that"
+        )
+    while octave - refused > _STRIDE:
+        middle = (refused + octave) / 2
+        finer = tried(middle)
+        solution, octave, refused = (
+            (solution, octave, middle) if finer is None else (finer, middle, refused)
+        )
+    budget.take(plan.name, solution.plan.storage.total)
+    return solution
 
 
 def _solved(

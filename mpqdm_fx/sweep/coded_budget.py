@@ -19,7 +19,10 @@ from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.numerics.solve.coded_rounding import coded_size, first_steps
 from mpqdm_fx.records.plan import LayerPlan
 
-__all__ = ["CodedBudget", "coded_plan"]
+__all__ = ["COARSEST", "CodedBudget", "coded_plan"]
+
+COARSEST = 200.0
+"""Octave of a pitch that leaves each row the coarsest step that it can have."""
 
 _MARGIN = 0.002  # of what is left, for what the forecasts miss
 _PRIOR = 0.05  # of all bits: how much it counts beforehand that forecasts are right
@@ -27,6 +30,7 @@ _LEAST_SHARE = 0.3  # of its forecast, which a layer can be brought down to in n
 _WIDEST = 8
 _OFFSETS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0)  # octaves of the pitch: two are about a bit a weight
 _ROWS = 128  # of a layer, that a forecast looks at
+_UNTOLD_ENERGY = 1.0  # where no error told it: inputs never varied, or weights were zero until now
 
 
 def coded_plan(layer: WeightLayer) -> LayerPlan:
@@ -79,7 +83,8 @@ class CodedBudget:
 
     Attributes:
         sensitivity: What an error of each channel's output does to the model's output, by layer.
-        energy: Mean square of each layer's inputs, as its errors at eight bits tell it.
+        energy: Mean square of each layer's inputs, as its errors at eight bits tell it; 1 where
+            there were none.
     """
 
     def __init__(
@@ -102,25 +107,22 @@ class CodedBudget:
         self._bits, self._used = bits, 0.0
         self._foretold = self._taken = 0.0
 
-    def pitch(self) -> float:
-        """Of the next layer; see `coded_rounding`."""
-        return float(2.0 ** self._octave())
-
-    def _octave(self) -> float:
+    def octave(self) -> float:
+        """Binary logarithm of the next layer's pitch; see `coded_rounding`."""
         left = (self._bits - self._used) * (1 - _MARGIN) / self._ratio
         waiting = self._waiting.values()
         return _solved(lambda octave: sum(layer.bits(octave) for layer in waiting), left)
 
     def allows(self, name: str, bits: float) -> bool:
         """Whether the others can still be brought down to what is left if a layer takes so many."""
-        octave = self._octave()
+        octave = self.octave()
         others = [layer for other, layer in self._waiting.items() if other != name]
         least = sum(_LEAST_SHARE * layer.bits(octave) for layer in others)
         return self._used + bits + self._ratio * least <= self._bits
 
     def take(self, name: str, bits: float) -> None:
         """A layer took so many."""
-        foretold = self._waiting[name].bits(self._octave())
+        foretold = self._waiting[name].bits(self.octave())
         del self._waiting[name]
         self._used += bits
         self._foretold += foretold
@@ -161,11 +163,12 @@ class _Model:
         # nearest rounding errs by a twelfth of the squared step times the energy of the inputs
         step = rows.abs().amax(dim=1).double().clamp_min(1e-30) / 127
         noise = float((step.square() / 12).sum()) * rows.shape[1]
+        errors = float(measured.uniform[chosen, _WIDEST - 1].sum())
         return cls(
             rows=rows,
             sensitivity=measured.sensitivity[chosen],
             share=len(weight) / len(rows),
-            energy=float(measured.uniform[chosen, _WIDEST - 1].sum()) / noise,
+            energy=errors / noise if errors > 0 else _UNTOLD_ENERGY,
             places=math.prod(layer.weight.shape[2:]),
             overhead=SCALE_BITS * len(weight),
         )
@@ -190,7 +193,7 @@ class _Model:
 
 def _solved(size: Callable[[float], float], bits: float) -> float:
     """Octave at which a size that falls with it is so many bits."""
-    low, high = -200.0, 200.0
+    low, high = -COARSEST, COARSEST
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if size(middle) > bits else (low, middle)

@@ -69,6 +69,7 @@ def start_sweep(
     kept = _Kept.of(graph_module, calls, held_out, settings, limits, shards, run)
     checkpoint = kept.checkpoint
     if kept.start is not None:
+        limits = kept.start.limits(limits.skipped)
         prepared = started_sweep(
             graph_module, kept.start, settings, limits=limits, checkpoint=checkpoint
         )

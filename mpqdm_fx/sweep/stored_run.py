@@ -14,6 +14,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field
 from torch import Tensor, nn
 
+from mpqdm_fx.bits.allocate import Limits
 from mpqdm_fx.bits.noise_groups import NoiseGroups
 from mpqdm_fx.bits.row_weights import RowWeights
 from mpqdm_fx.bits.sensitivity_table import SensitivityTable
@@ -164,6 +165,16 @@ class StoredRun:
                 energies={name: tensors[f"energy.{i}"] for i, name in enumerate(head.weighed)},
             ),
         )
+
+    def limits(self, skipped: Mapping[str, str]) -> Limits:
+        """Layers that were off that run's budget, whatever the calls of this one say.
+
+        Args:
+            skipped: Layers left in float, which follow from the settings.
+        """
+        plans = self.plans.values()
+        fixed = {p.name: (p.bits[0], p.reason) for p in plans if p.reason is not None}
+        return Limits(fixed=fixed, skipped=skipped)
 
     def load(self, layer: WeightLayer) -> LayerSolution:
         """The solution that the run has for a layer.

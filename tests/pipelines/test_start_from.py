@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import shutil
 from typing import NamedTuple
 
@@ -161,6 +162,17 @@ def test_a_folder_that_is_no_finished_run_is_refused(base, tmp_path):
     flip(copied / "denoiser" / "decisions.safetensors")
     other = changed(base.pipeline, CHANGED)
     _refused(base, tmp_path, ArtifactError, r"decisions\.safetensors", other, run=run)
+    shutil.rmtree(copied / "denoiser")
+    _refused(base, tmp_path, ArtifactError, "has no solved layers of denoiser", other, run=run)
+    flip(copied / "denoiser.pte")
+    again = r"denoiser\.json and resume the export that keeps its run there"
+    _refused(base, tmp_path, ArtifactError, again, run=run)
+    (copied / "denoiser.json").unlink()
+    _refused(base, tmp_path, ArtifactError, "has no denoiser that is finished", run=run)
+    header = json.loads((copied / "export.json").read_text())
+    for cut in ({}, {**header, "numbers": header["numbers"][1:]}, {**header, "models": {}}):
+        (copied / "export.json").write_text(json.dumps(cut))
+        _refused(base, tmp_path, (ArtifactError, ConfigError), "run anew|other settings", run=run)
     (copied / "finished.json").unlink()
     _refused(base, tmp_path, ArtifactError, "that was not finished", run=run)
 

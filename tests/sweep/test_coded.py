@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from sweeps import recorded, settings_of, traced
 from mpqdm_fx import MPQConfig, RunOptions, load, quantize, save
 from mpqdm_fx.distill.config import DistillConfig
 from mpqdm_fx.distill.distillation import distill
-from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.errors import ArtifactError, ConfigError
+from mpqdm_fx.model.packed import Layout, read_packed, write_packed
 from mpqdm_fx.report.gather import PartMeasurements, part_of
 from mpqdm_fx.report.page.details import layer_rows
 from mpqdm_fx.sweep.finish import finish
@@ -86,6 +88,20 @@ def test_a_folder_has_the_bytes_that_the_plan_says_and_gives_the_same_model(quan
     assert "entropy-coded" in loaded.summary()
     call = unet_calls(1, seed=3)[0]
     assert torch.equal(loaded(**call).sample, quantized(**call).sample)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"coded": -2}, "conv_out: codes: .*corrupted"), ({"bits": -4}, "conv_out is entropy-coded")],
+)
+def test_a_layout_that_lies_is_refused_by_the_layers_name(quantized, tmp_path, change, message):
+    layout = write_packed(tmp_path / "weights", quantized.rounded, quantized.plan)
+    last = layout["layers"][-1]
+    assert last["name"] == "conv_out"
+    for key, difference in change.items():
+        last[key] += difference
+    with pytest.raises(ArtifactError, match=message):
+        read_packed(tmp_path / "weights", Layout.model_validate_json(json.dumps(layout)))
 
 
 def test_a_report_tells_no_width_where_there_is_none(quantized):

@@ -12,6 +12,7 @@ from small import TinyDenoiser, denoiser_calls
 from sweeps import recorded, settings_of, traced
 from torch import nn
 
+from mpqdm_fx.bits.allocate import Limits
 from mpqdm_fx.bits.sensitivity_table import SensitivityTable
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.layers import weight_layers
@@ -142,17 +143,54 @@ def test_a_run_without_measured_bits_is_started_from_too(tmp_path, rounding):
     assert bool(second.taken) == (chosen == ["the recipe"])
 
 
-def test_entropy_coded_layers_share_what_the_others_left(tmp_path):
-    pytest.importorskip("constriction")
-    settings = settings_of(
-        allocation="measured", weight_storage="entropy", effective_bits=4.0, activation_mode="float"
-    )
-    first = run_of(Model, settings, directory=tmp_path / "run")
-    second = run_of(changed, settings, start_from=tmp_path / "run")
+CODED = settings_of(
+    allocation="measured", weight_storage="entropy", effective_bits=4.0, activation_mode="float"
+)
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("coded") / "run"
+    return run_of(Model, CODED, directory=folder), folder
+
+
+def test_entropy_coded_layers_share_what_the_others_left(coded):
+    first, folder = coded
+    second = run_of(changed, CODED, start_from=folder)
     assert len(second.taken) == len(first.plan.layers) - len(TOUCHED)
     for layer in first.plan.layers:
         assert layer.name in TOUCHED or second.plan.layer(layer.name) == layer
     assert second.plan.effective_bits <= 4.0
+
+
+def test_layers_off_the_budget_are_those_of_the_earlier_run(coded, monkeypatch):
+    first, folder = coded
+    few = Limits(fixed={"time": (8, "calls of few noise levels")}, skipped={})
+    monkeypatch.setattr("mpqdm_fx.sweep.start.few_levels", lambda *_: few)
+    second = run_of(changed, CODED, start_from=folder)
+    assert second.plan.layer("time") == first.plan.layer("time")
+
+
+def test_a_layer_whose_pitch_is_far_too_fine_is_rounded_within_what_is_left():
+    def closed():
+        model = Model()
+        model.mix.weight.data.zero_()  # what layers before it do is nothing to the output
+        return model
+
+    result = run_of(closed, dataclasses.replace(CODED, effective_bits=5.0))
+    assert result.plan.effective_bits <= 5.0
+    assert result.plan.layer("conv_out").mean_bits > 5.0
+
+
+def test_a_layer_that_was_zero_has_codes_when_it_is_zero_no_more(tmp_path):
+    def without_table():
+        model = Model()
+        model.table.weight.data.zero_()
+        return model
+
+    run_of(without_table, CODED, directory=tmp_path / "run")
+    result = run_of(functools.partial(changed, ("mix",)), CODED, start_from=tmp_path / "run")
+    assert bool(result.rounded.get_submodule("table").weight_codes.any())
 
 
 def test_other_settings_models_and_folders_are_refused_by_name(stored, tmp_path):
