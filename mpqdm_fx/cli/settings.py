@@ -100,7 +100,7 @@ SETTINGS: Mapping[str, _Option] = {
             typer.Option(
                 case_sensitive=False,
                 help="Weights of fixed widths, or whole numbers that an entropy coder stores: far "
-                "better for their bytes on disk, int8 in memory.",
+                "better for their bytes on disk, wider in memory.",
                 rich_help_panel=BITS,
             ),
         ],
