@@ -38,7 +38,9 @@ def stable_diffusion(tmp_path_factory):
     return pipeline, runner
 
 
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler", "TCDScheduler"]
+)
 @pytest.mark.parametrize("steps", [2, 5])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_images_equal_the_pipelines_for_schedulers_steps_and_guidance(
