@@ -153,6 +153,16 @@ def test_inpainting_models_of_four_channels_are_refused(tmp_path):
     refused(ConfigError, "takes 4 channels", pipeline, tmp_path / "o")
 
 
+def test_decoders_that_take_more_than_latents_are_refused(pipeline, tmp_path):
+    from diffusers import AsymmetricAutoencoderKL, AutoencoderKLTemporalDecoder
+
+    other = tiny_pipelines.inpainting(tmp_path / "p", vae=AsymmetricAutoencoderKL())
+    message = "vae, of class AsymmetricAutoencoderKL, .*only AutoencoderKL and AutoencoderTiny"
+    refused(ConfigError, message, other, tmp_path / "o")  # it wants picture and mask
+    pipeline.vae = AutoencoderKLTemporalDecoder(block_out_channels=(32,))
+    refused(ConfigError, "vae, of class AutoencoderKLTemporal", pipeline, tmp_path / "o")
+
+
 def test_image_adapters_and_attention_masks_are_refused(pipeline, tmp_path):
     pipeline.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
     refused(ConfigError, "IP-Adapter.*unload_ip_adapter", pipeline, tmp_path / "o")

@@ -204,8 +204,9 @@ def test_tables_draw_with_the_timesteps_of_the_export_alone(tmp_path, monkeypatc
         runner.sample("a cat", steps=4)
 
 
-def test_inpainting_paints_where_the_mask_says_from_the_masked_image(tmp_path, monkeypatch):
-    pipeline = tiny_pipelines.inpainting(tmp_path)
+@pytest.mark.parametrize("vae", [tiny_pipelines.kl_vae, tiny_pipelines.tiny_vae])
+def test_inpainting_paints_where_the_mask_says_from_the_masked_image(tmp_path, monkeypatch, vae):
+    pipeline = tiny_pipelines.inpainting(tmp_path, vae=vae())
     _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch)
     generator = np.random.default_rng(0)
     image = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
