@@ -176,8 +176,9 @@ def export_pipeline(
 
     Raises:
         ConfigError: The pipeline's class is not supported, it carries a LoRA that is not to be
-            fused, a setting has no program, or a text encoder does not fit in memory although it is
-            read layer by layer; or the run to start from has other settings or another model.
+            fused, it draws nothing of a size, a setting has no program, or a text encoder does not
+            fit in memory although it is read layer by layer; or the run to start from has other
+            settings or another model.
         ArtifactError: The pipeline's folder is not whole, `output` holds something else, or the run
             to start from is none that is finished.
         DialectError: There are to be tables, and the denoiser has no time branch of its own.
@@ -292,7 +293,7 @@ def export_pipeline(
             stage,
             layout,
             sizes=chosen,
-            defaults={"steps": steps, "guidance": guidance, "numbers": inputs.numbers},
+            defaults={"steps": steps, "guidance": guidance, "numbers": inputs.default_numbers},
             methods=[compressed_entry(entry) for entry in methods] if compress else methods,
             parts={name: record["quality"] for name, record in records.items()},
             quantization=None if config is None else config.to_dict(),

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from mpqdm_fx.calibration.sampling import scheduled
+from mpqdm_fx.errors import ConfigError, MPQError, first_line
 from mpqdm_fx.graph.nested import concatenate
 from mpqdm_fx.pipelines.adapters import Lora, fused
-from mpqdm_fx.pipelines.conditions import Call, default_guidance
-from mpqdm_fx.pipelines.layout import Layout, Size, layout_of, open_pipeline
+from mpqdm_fx.pipelines.conditions import Call, default_guidance, default_number
+from mpqdm_fx.pipelines.layout import Layout, Size, layout_of, open_pipeline, size_text
 from mpqdm_fx.pipelines.loops.loop import Loop, Request
 from mpqdm_fx.pipelines.recorded import (
     ModuleParts,
@@ -78,8 +79,17 @@ class PipelineInputs:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """The loop's own numbers, by their defaults."""
+        """The loop's own numbers in calibration runs: more steps than some pipelines run."""
         return {name: number.default for name, number in self.layout.loop.numbers.items()}
+
+    @property
+    def default_numbers(self) -> dict[str, float]:
+        """The loop's own numbers where a request says none: those of the pipeline's class."""
+        drawing = type(self.layout.pipeline)
+        return {
+            name: default_number(drawing, number.argument, number.default)
+            for name, number in self.layout.loop.numbers.items()
+        }
 
     def scheduled(self) -> Any:
         """A copy of the pipeline's scheduler at the start of a run.
@@ -226,6 +236,27 @@ class PipelineInputs:
             self._first_calls[size] = first_calls(self.layout, self._request(0, size))
         return dict(self._first_calls[size][part])
 
+    def check_size(self, size: Size) -> None:
+        """Refuse a size that the denoiser cannot be called at, by running one step.
+
+        Its inputs are kept for `example`, so that nothing is run twice.
+
+        Args:
+            size: Size of what is drawn.
+
+        Raises:
+            ConfigError: A part fails; says what it says.
+        """
+        try:
+            self.example("denoiser", size)
+        except MPQError:
+            raise
+        except Exception as error:  # whatever torch and diffusers say to shapes
+            raise ConfigError(
+                f"size {size_text(size)}: this {self.layout.class_name} draws nothing of that "
+                f"size: {type(error).__name__}: {first_line(error)}; give another one"
+            ) from error
+
     @cached_property
     def _first_calls(self) -> dict[Size, dict[str, Call]]:
         return {}
@@ -247,12 +278,13 @@ def inputs_of(
         pipeline: As of `open_pipeline`.
         sizes: As of `Layout.check_sizes`.
         prompts: Prompts; None takes the family's own.
-        guidance: Guidance scale; None takes the pipeline's own.
+        guidance: Guidance scale; None takes the pipeline's own. None where nothing is prompted.
         lora: A LoRA that is fused into a copy of the pipeline first.
         stored: As of `open_pipeline`; with a LoRA everything is loaded whole.
         **settings: The other fields of `PipelineInputs`.
 
     Raises:
+        ConfigError: A part does not run at a size.
         MPQError: See `open_pipeline`, `layout_of` and `Layout.check_sizes`.
     """
     opened = open_pipeline(pipeline, stored=stored and lora is None)
@@ -267,4 +299,6 @@ def inputs_of(
         layout=layout, size=chosen[0], prompts=texts, guidance=guidance, **settings
     )
     inputs.scheduled()  # what has no such schedule is refused here
+    for size in chosen:
+        inputs.check_size(size)
     return inputs, chosen

@@ -64,12 +64,18 @@ def test_image_to_image_starts_where_the_strength_says(tmp_path, monkeypatch, kl
     assert np.abs(drawn - expected).max() <= TOLERANCE
 
 
-def test_image_to_image_of_xl_normalises_latents_both_ways(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {}),  # the pipeline's own strength and guidance
+        ({"strength": 0.7, "guidance": 4.0}, {"strength": 0.7, "guidance_scale": 4.0}),
+    ],
+)
+def test_image_to_image_of_xl_normalises_latents_both_ways(tmp_path, monkeypatch, ours, theirs):
     pipeline = tiny_pipelines.image_to_image_xl(tmp_path)
     expected, drawn = expected_and_drawn(
-        pipeline, tmp_path / "out", monkeypatch,
-        {"image": picture(), "strength": 0.7, "guidance": 4.0},
-        {"image": Image.fromarray(picture()), "strength": 0.7, "guidance_scale": 4.0},
+        pipeline, tmp_path / "out", monkeypatch, {"image": picture(), **ours},
+        {"image": Image.fromarray(picture()), **theirs}, steps=4,
     )  # fmt: skip
     assert np.abs(drawn - expected).max() <= 2 * TOLERANCE
 

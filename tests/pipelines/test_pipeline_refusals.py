@@ -188,6 +188,12 @@ def test_sizes_prompts_and_the_run_are_checked(pipeline, tmp_path, options, mess
     refused(ConfigError, message, pipeline, tmp_path / "o", **options)
 
 
+def test_sizes_that_the_denoiser_does_not_run_at_are_refused_before_any_work(tmp_path):
+    message = "size 9x9: this DDPMPipeline draws nothing of that size: RuntimeError: Sizes"
+    pipeline = tiny_pipelines.ddpm(tmp_path)
+    refused(ConfigError, message, pipeline, tmp_path / "o", sizes=[(8, 8), (9, 9)])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -216,6 +222,14 @@ def test_the_command_line_refuses_sizes_and_prompt_files_it_cannot_read(folder, 
         result = CliRunner().invoke(cli.app, ["export", str(folder), *words])
         assert isinstance(result.exception, MPQError)
         assert message in str(result.exception)
+
+
+@pytest.mark.parametrize("words", [["--guidance", "3"], ["--prompts", "file"]])
+def test_the_command_line_refuses_prompting_where_nothing_is_prompted(tmp_path, words):
+    tiny_pipelines.ddpm(tmp_path).save_pretrained(tmp_path / "ddpm")
+    result = CliRunner().invoke(cli.app, ["export", str(tmp_path / "ddpm"), *words])
+    assert isinstance(result.exception, ConfigError)
+    assert f"{words[0]}: {tmp_path / 'ddpm'} has no text encoder" in str(result.exception)
 
 
 def test_prompt_files_hold_one_prompt_a_line(tmp_path):

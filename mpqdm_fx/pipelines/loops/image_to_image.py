@@ -20,7 +20,11 @@ class ImageToImage(TextToImage):
     needs: ClassVar[tuple[str, ...]] = ("prompt", "image")
     numbers: ClassVar[Mapping[str, Number]] = {
         "strength": Number(
-            default=0.8, least=0.0, most=1.0, text="share of the steps that are run; 1 is all"
+            default=0.8,
+            least=0.0,
+            most=1.0,
+            text="share of the steps that are run; 1 is all",
+            argument="strength",
         )
     }
 
