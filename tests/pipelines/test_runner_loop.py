@@ -142,6 +142,16 @@ def test_models_that_predict_velocity_need_nothing_but_their_scheduler(tmp_path,
     assert result.manifest["settings"]["prediction_type"] == "v_prediction"
 
 
+def test_words_of_textual_inversions_have_all_their_vectors(tmp_path, monkeypatch):
+    pipeline = tiny_pipelines.stable_diffusion(tmp_path)
+    for token, vectors in (("<x>", 3), ("<y>", 1)):
+        pipeline.load_textual_inversion({token: 3 * torch.randn(vectors, 16)}, token=token)
+    _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch, steps=2, trajectories=2)
+    expected = diffusers_image(pipeline, "a <x> by <y>", num_inference_steps=2, guidance_scale=3.0)
+    actual = runner.sample("a <x> by <y>", guidance=3.0)
+    assert np.abs(actual - expected).max() <= TOLERANCE
+
+
 def test_distilled_guidance_is_an_input_and_one_call(tmp_path, monkeypatch):
     pipeline = tiny_pipelines.stable_diffusion(tmp_path, time_cond_proj_dim=32)
     _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch, split=True)
