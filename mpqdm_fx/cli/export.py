@@ -170,6 +170,7 @@ def export(
             model, settings, sizes=sizes, prompts=runs.texts, steps=steps, guidance=guidance,
             trajectories=trajectories, max_memory=memory, backend=backend, kernels=kernels,
             cpu=cpu, four_bit=four_bit, samples=samples, encoder_bits=encoder_bits,
+            tabulate=tabulate, lora=runs.lora,
         ).to_dict()  # fmt: skip
         if as_json:
             console.print_json(json.dumps(forecast))

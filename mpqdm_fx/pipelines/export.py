@@ -17,7 +17,6 @@ from mpqdm_fx.backends.kernel_library import require_kernels
 from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend, SideBits, may_call_own_kernels
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
-from mpqdm_fx.calibration.schedules import schedule_of
 from mpqdm_fx.io import progress
 from mpqdm_fx.io.allocator import large_blocks_returned
 from mpqdm_fx.io.ambient import plain_torch
@@ -216,7 +215,7 @@ def export_pipeline(
             batch_size=min(batch_size, max(1, (trajectories - trajectories // 4) * steps)),
         )  # fmt: skip
     check_memory(layout.parts.values(), inputs.tokens_of)
-    timesteps = _schedule(inputs) if tabulate else None
+    timesteps = inputs.told_times() if tabulate else None
     digests = {name: part.digest for name, part in layout.parts.items()}
     identity: dict[str, Any] = {
         "pipeline": layout.class_name,
@@ -325,13 +324,6 @@ def _foretold(
     ends = {"drawing": samples > 0, "measuring": measure}
     seconds = parts | {name: _END_SHARE * every for name, does in ends.items() if does}
     return seconds | ({"report": _REPORT_SECONDS} if renders() else {})
-
-
-def _schedule(inputs: PipelineInputs) -> list[float]:
-    """What the denoiser is told at each call; a time that comes twice needs one row."""
-    convention = inputs.layout.convention
-    times = schedule_of(inputs.scheduled(), convention).times
-    return list(dict.fromkeys(times.float().tolist()))
 
 
 def _judge(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mpqdm_fx.calibration.sampling import scheduled
+from mpqdm_fx.calibration.schedules import schedule_of
 from mpqdm_fx.errors import ConfigError, MPQError, first_line
 from mpqdm_fx.graph.nested import concatenate
 from mpqdm_fx.pipelines.adapters import Lora, fused
@@ -102,6 +103,11 @@ class PipelineInputs:
         return scheduled(
             layout.pipeline.scheduler, self.steps, convention=layout.convention, sample_shape=shape
         )
+
+    def told_times(self) -> list[float]:
+        """What the denoiser is told at each call; a time that comes twice needs one row."""
+        times = schedule_of(self.scheduled(), self.layout.convention).times
+        return list(dict.fromkeys(times.float().tolist()))
 
     @cached_property
     def runs(self) -> RecordedRuns:
