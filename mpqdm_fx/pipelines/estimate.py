@@ -178,6 +178,8 @@ def estimate_export(
         trajectories=trajectories, batch_size=batch_size, seed=0 if config is None else config.seed,
         stored=config is not None, lora=lora,
     )  # fmt: skip
+    if config is not None:
+        inputs.check_settings(config, max_memory=max_memory)
     storage = _Storage(
         four_bit,
         own_kernels=backend == "lowbit" and kernels == "memory",

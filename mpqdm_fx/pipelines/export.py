@@ -22,7 +22,7 @@ from mpqdm_fx.io.allocator import large_blocks_returned
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.folders import check_target, staged_directory
 from mpqdm_fx.io.versions import versions
-from mpqdm_fx.model.feasibility import check_feasible, weights_of
+from mpqdm_fx.model.feasibility import weights_of
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.pipelines.adapters import Lora
 from mpqdm_fx.pipelines.check_export import check_export
@@ -209,11 +209,7 @@ def export_pipeline(
     )
     layout, guidance = inputs.layout, inputs.guidance
     if config is not None:
-        check_feasible(
-            layout.denoiser, inputs.example("denoiser", chosen[0]), config,
-            sensitivity=run.sensitivity, max_memory=run.activation_memory,
-            batch_size=min(batch_size, max(1, (trajectories - trajectories // 4) * steps)),
-        )  # fmt: skip
+        inputs.check_settings(config, sensitivity=run.sensitivity, max_memory=run.activation_memory)
     check_memory(layout.parts.values(), inputs.tokens_of)
     timesteps = inputs.told_times() if tabulate else None
     digests = {name: part.digest for name, part in layout.parts.items()}

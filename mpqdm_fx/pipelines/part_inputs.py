@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from mpqdm_fx.calibration.sampling import scheduled
 from mpqdm_fx.calibration.schedules import schedule_of
 from mpqdm_fx.errors import ConfigError, MPQError, first_line
 from mpqdm_fx.graph.nested import concatenate
+from mpqdm_fx.model.feasibility import check_feasible
 from mpqdm_fx.pipelines.adapters import Lora, fused
 from mpqdm_fx.pipelines.conditions import Call, default_guidance, default_number
 from mpqdm_fx.pipelines.layout import Layout, Size, layout_of, open_pipeline, size_text
@@ -30,6 +32,7 @@ from mpqdm_fx.pipelines.recorded import (
     first_calls,
     float_loop,
 )
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.validation import Count, NonNegative, Seed, check_fields
 from mpqdm_fx.sources.extra_channels import random_masks
 
@@ -262,6 +265,30 @@ class PipelineInputs:
                 f"size {size_text(size)}: this {self.layout.class_name} draws nothing of that "
                 f"size: {type(error).__name__}: {first_line(error)}; give another one"
             ) from error
+
+    def check_settings(
+        self,
+        config: MPQConfig,
+        *,
+        sensitivity: str | Path | None = None,
+        max_memory: int | None = None,
+    ) -> None:
+        """Refuse settings of the denoiser that its calibration or solving would refuse.
+
+        Args:
+            config: The settings.
+            sensitivity: As of `check_feasible`.
+            max_memory: As of `check_feasible`.
+
+        Raises:
+            MPQError: As of `check_feasible`.
+        """
+        runs = self.trajectories - self.trajectories // 4
+        check_feasible(
+            self.layout.denoiser, self.example("denoiser", self.size), config,
+            sensitivity=sensitivity, max_memory=max_memory,
+            batch_size=min(self.batch_size, max(1, runs * self.steps)),
+        )  # fmt: skip
 
     @cached_property
     def _first_calls(self) -> dict[Size, dict[str, Call]]:

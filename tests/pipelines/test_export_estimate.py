@@ -10,6 +10,7 @@ from pipeline_kinds import pixels
 from test_runner_loop import diffusers_image
 from typer.testing import CliRunner
 
+from mpqdm_fx import MPQConfig
 from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines import estimate
@@ -111,6 +112,9 @@ def test_a_dry_run_refuses_what_the_export_refuses(tmp_path):
         estimated(pipeline, tiny_pipelines.cheap_settings(activation_bits=4))
     with pytest.raises(ConfigError, match="at least one prompt"):
         estimated(pipeline, prompts=[])
+    budget = MPQConfig(effective_bits=1.0, activation_mode="dynamic")
+    with pytest.raises(ConfigError, match="effective_bits"):
+        estimated(pipeline, budget)
 
 
 @pytest.mark.usefixtures("no_work")
