@@ -66,6 +66,8 @@ class Schedule:
         self.convention = convention
         accepted = inspect.signature(scheduler.step).parameters
         self._takes_generator = "generator" in accepted
+        # pipelines of diffusers say it whatever a scheduler's own default is (TCD's is not 0)
+        self._options: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}
 
     @property
     def timesteps(self) -> Tensor:
@@ -115,7 +117,7 @@ class Schedule:
     def _stepped(
         self, output: Tensor, call: int, sample: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, ...]:
-        options = {"generator": generator} if self._takes_generator else {}
+        options = {**self._options, **({"generator": generator} if self._takes_generator else {})}
         stepped: tuple[Tensor, ...] = self.scheduler.step(
             output, self.timesteps[call], sample, return_dict=False, **options
         )

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +49,9 @@ def export(
         Path | None,
         typer.Option(help="LoRA (.safetensors) that is fused into the weights first."),
     ] = None,
-    lora_scale: Annotated[float, typer.Option(help="Weight of the LoRA.")] = 1.0,
+    lora_scale: Annotated[
+        float | None, typer.Option(help="Weight of the LoRA. Default: 1.")
+    ] = None,
     in_float: Annotated[bool, typer.Option("--float", help="Export without quantizing.")] = False,
     config: MPQConfig = opt.DEFAULTS,
     minimum_sqnr: Annotated[
@@ -118,12 +121,16 @@ def export(
             keep_run, model, prompts, output, start_from, option="--keep-run", resumable=False
         )
     checks.check_output_file(sensitivity, "--sensitivity", reads=[model], replaced=output)
+    if fuse_lora is None and lora_scale is not None:
+        raise ConfigError("--lora-scale needs --fuse-lora: it is the weight of that file's LoRA")
     if fuse_lora is not None:
         checks.check_packages("peft", purpose="--fuse-lora")
     checks.check_packages("executorch", purpose="export")
     checks.check_backend(backend, kernels)
     if checks.has_text_encoder(model):
         checks.check_packages("transformers", purpose="a pipeline with a text encoder")
+    elif Path(model).is_dir():
+        _refuse_prompting(model, {"--prompts": prompts, "--guidance": guidance})
     form = "float" if in_float else bits_of(config)
     announce(f"exporting {model} to {output}: {form}")
     from mpqdm_fx.io.schema import plain
@@ -146,6 +153,7 @@ def export(
 
     checks.check_device(device)
     console = opt.console()
+    scale = 1.0 if lora_scale is None else lora_scale
     runs = ExportRuns(
         sizes=sizes,
         prompts=prompts,
@@ -153,7 +161,7 @@ def export(
         guidance=guidance,
         trajectories=trajectories,
         samples=samples,
-        lora=None if fuse_lora is None else Lora(file=fuse_lora, scale=lora_scale),
+        lora=None if fuse_lora is None else Lora(file=fuse_lora, scale=scale),
     )
     settings = None if in_float else config
     expected = check_export_gates(gates, settings, runs)
@@ -162,6 +170,7 @@ def export(
             model, settings, sizes=sizes, prompts=runs.texts, steps=steps, guidance=guidance,
             trajectories=trajectories, max_memory=memory, backend=backend, kernels=kernels,
             cpu=cpu, four_bit=four_bit, samples=samples, encoder_bits=encoder_bits,
+            tabulate=tabulate, lora=runs.lora,
         ).to_dict()  # fmt: skip
         if as_json:
             console.print_json(json.dumps(forecast))
@@ -209,10 +218,17 @@ def export(
     end_with_gates(verdicts, output)
 
 
+def _refuse_prompting(model: str, options: Mapping[str, object]) -> None:
+    """Refuse what only prompts have a use for."""
+    for option, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{option}: {model} has no text encoder; leave the option out")
+
+
 def _size_of(text: str) -> tuple[int, ...]:
     """Height and width of a text like `512x768`, or the length of a sound like `524288`."""
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise ConfigError(
             f"--size {text!r}: write HEIGHTxWIDTH, for example 512x512, or the samples of a sound"
         )

@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -264,6 +264,12 @@ def takes_settings(
         def run(context: typer.Context, **given: Any) -> None:
             preset, recipe = given.pop("preset"), given.pop("recipe")
             typed = {name for name in given if _is_typed(context, name)}
+            if given.get("in_float"):
+                named = {"preset": preset, "config": recipe}
+                _refuse_beside_float(
+                    [*(name for name in named if named[name] is not None)]
+                    + [name for name in options if name in typed]
+                )
             if preset is not None:
                 if recipe is not None:
                     raise ConfigError("--preset and --config: give one of the two")
@@ -305,6 +311,15 @@ def takes_settings(
         return run
 
     return decorate
+
+
+def _refuse_beside_float(names: Sequence[str]) -> None:
+    """Refuse settings of what is not to be quantized."""
+    if names:
+        option = names[0].replace("_", "-")
+        raise ConfigError(
+            f"--float and --{option}: nothing is quantized with --float; leave one of the two out"
+        )
 
 
 def _is_typed(context: typer.Context, name: str) -> bool:

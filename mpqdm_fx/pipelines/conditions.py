@@ -12,7 +12,7 @@ import torch
 
 from mpqdm_fx.pipelines.loops.text_to_image import guidance_embedding, time_ids
 
-__all__ = ["Call", "Halves", "default_guidance", "encode_prompts", "with_numbers"]
+__all__ = ["Call", "Halves", "default_guidance", "default_number", "encode_prompts", "with_numbers"]
 
 Call = dict[str, Any]
 Halves = tuple[Call, Call]
@@ -84,6 +84,17 @@ def default_guidance(pipeline_class: Any) -> float:
     Args:
         pipeline_class: A pipeline class of diffusers.
     """
-    parameter = inspect.signature(pipeline_class.__call__).parameters.get("guidance_scale")
+    return default_number(pipeline_class, "guidance_scale", 1.0)
+
+
+def default_number(pipeline_class: Any, argument: str | None, otherwise: float) -> float:
+    """The number that a pipeline's class draws with if it is told none.
+
+    Args:
+        pipeline_class: A pipeline class of diffusers.
+        argument: What its call has the number as.
+        otherwise: The number where the call has no such argument, or no number by default.
+    """
+    parameter = inspect.signature(pipeline_class.__call__).parameters.get(argument or "")
     default = None if parameter is None else parameter.default
-    return float(default) if isinstance(default, int | float) else 1.0
+    return float(default) if isinstance(default, int | float) else otherwise

@@ -17,6 +17,7 @@ from mpqdm_fx.bits.pinning import ends_in_float
 from mpqdm_fx.graph.calling import example_inputs
 from mpqdm_fx.graph.layers import EMBEDDINGS, WeightLayer, is_pointwise, weight_layers
 from mpqdm_fx.model.stages import normalized
+from mpqdm_fx.pipelines.adapters import Lora
 from mpqdm_fx.pipelines.check_export import check_export
 from mpqdm_fx.pipelines.encoder_memory import encoder_peak, held_bytes
 from mpqdm_fx.pipelines.layout import Size
@@ -26,6 +27,7 @@ from mpqdm_fx.pipelines.programs import side_settings
 from mpqdm_fx.pipelines.stored_encoders import is_held_as_stored
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.validation import Bytes, Count, NonNegative, Some, checked
+from mpqdm_fx.split.timestep_table import tabulate_timesteps
 from mpqdm_fx.sweep.estimate import estimate
 
 __all__ = ["ExportEstimate", "PartEstimate", "estimate_export"]
@@ -119,6 +121,13 @@ class _Storage:
 
     four_bit: FourBit
     own_kernels: bool
+    timesteps: Sequence[float] | None = None  # of tables
+
+    def graph(self, part: Part, traced: fx.GraphModule) -> fx.GraphModule:
+        """What is stored of a part: tables in the place of a denoiser's time branch."""
+        if self.timesteps is None or not part.stepped:
+            return traced
+        return tabulate_timesteps(traced, self.timesteps)
 
     def bits(self, layer: WeightLayer, bits: float, settings: MPQConfig) -> float:
         """That a weight takes in the program, of a layer quantized to `bits`."""
@@ -147,6 +156,8 @@ def estimate_export(
     encoder_bits: SideBits = 8,
     samples: Some = 4,
     measure: bool = True,
+    tabulate: bool = False,
+    lora: Lora | None = None,
 ) -> ExportEstimate:
     """Estimate an export without running it: each part is traced, and called twice.
 
@@ -155,7 +166,8 @@ def estimate_export(
     `kernels="memory"` the layers that own kernels have count the bits asked for.
 
     Raises:
-        MPQError: Settings have no program, the pipeline cannot be opened, or a part not traced.
+        MPQError: Settings have no program, the pipeline cannot be opened, or a part not traced, or
+            there are to be tables of what has no time branch.
     """
     check_export(
         config, prompts, four_bit, encoder_bits=encoder_bits,
@@ -164,9 +176,15 @@ def estimate_export(
     inputs, chosen = inputs_of(
         pipeline, sizes, prompts=prompts, steps=steps, guidance=guidance,
         trajectories=trajectories, batch_size=batch_size, seed=0 if config is None else config.seed,
-        stored=config is not None,
+        stored=config is not None, lora=lora,
     )  # fmt: skip
-    storage = _Storage(four_bit, own_kernels=backend == "lowbit" and kernels == "memory")
+    if config is not None:
+        inputs.check_settings(config, max_memory=max_memory)
+    storage = _Storage(
+        four_bit,
+        own_kernels=backend == "lowbit" and kernels == "memory",
+        timesteps=inputs.told_times() if tabulate else None,
+    )
     parts, solved = {}, 0
     for part in inputs.layout.parts.values():
         settings = None if config is None else _settings(part, config, encoder_bits)
@@ -200,8 +218,6 @@ def _part(
     graph = normalized(part.module, dict(example), settings or MPQConfig())
     call_seconds = _call_seconds(part, example)
     calls, rows = _calls(part, inputs)
-    layers = weight_layers(graph, embeddings=True)
-    weights = sum(layer.weight.numel() for layer in layers.values())
     quantize, disk = 0.0, 0
     peak = 4 * _numbers(graph)
     if settings is not None:
@@ -216,7 +232,10 @@ def _part(
         peak = encoder_peak(part.module, inputs.tokens_of(part.name))
         held = held_bytes(part.module)
     methods = len(sizes) if part.sized else 1
-    stored = _stored_bytes(graph, settings, storage)
+    program = storage.graph(part, graph)
+    stored = _stored_bytes(graph, program, settings, storage)
+    layers = weight_layers(program, embeddings=True)
+    weights = sum(layer.weight.numel() for layer in layers.values())
     lower = methods * (len(layers) * _LOWER_LAYER + weights * _LOWER_WEIGHT)
     estimated = PartEstimate(
         parameters=part.parameters,
@@ -244,14 +263,19 @@ def _numbers(graph: fx.GraphModule) -> int:
     return sum(t.numel() for t in graph.state_dict().values() if t.is_floating_point())
 
 
-def _stored_bytes(graph: fx.GraphModule, settings: MPQConfig | None, storage: _Storage) -> int:
-    """Bytes of a graph's numbers in its program."""
-    total = 4 * _numbers(graph)
+def _stored_bytes(
+    graph: fx.GraphModule,
+    program: fx.GraphModule,
+    settings: MPQConfig | None,
+    storage: _Storage,
+) -> int:
+    """Bytes of a graph's numbers in its program, whose graph may have fewer layers."""
+    total = 4 * _numbers(program)
     if settings is None or settings.activation_mode == "float":
         return total
     limits = layer_limits(graph, settings)
     in_float = {*ends_in_float(graph, settings.activation_mode), *limits.skipped}
-    for name, layer in weight_layers(graph, embeddings=True).items():
+    for name, layer in weight_layers(program, embeddings=True).items():
         is_table = isinstance(layer.module, EMBEDDINGS)
         if layer.weight.numel() < GatherCodes().least if is_table else name in in_float:
             continue

@@ -17,13 +17,12 @@ from mpqdm_fx.backends.kernel_library import require_kernels
 from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend, SideBits, may_call_own_kernels
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit
 from mpqdm_fx.backends.xnnpack.runner import require_executorch
-from mpqdm_fx.calibration.schedules import schedule_of
 from mpqdm_fx.io import progress
 from mpqdm_fx.io.allocator import large_blocks_returned
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.folders import check_target, staged_directory
 from mpqdm_fx.io.versions import versions
-from mpqdm_fx.model.feasibility import check_feasible, weights_of
+from mpqdm_fx.model.feasibility import weights_of
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.pipelines.adapters import Lora
 from mpqdm_fx.pipelines.check_export import check_export
@@ -176,8 +175,9 @@ def export_pipeline(
 
     Raises:
         ConfigError: The pipeline's class is not supported, it carries a LoRA that is not to be
-            fused, a setting has no program, or a text encoder does not fit in memory although it is
-            read layer by layer; or the run to start from has other settings or another model.
+            fused, it draws nothing of a size, a setting has no program, or a text encoder does not
+            fit in memory although it is read layer by layer; or the run to start from has other
+            settings or another model.
         ArtifactError: The pipeline's folder is not whole, `output` holds something else, or the run
             to start from is none that is finished.
         DialectError: There are to be tables, and the denoiser has no time branch of its own.
@@ -209,13 +209,9 @@ def export_pipeline(
     )
     layout, guidance = inputs.layout, inputs.guidance
     if config is not None:
-        check_feasible(
-            layout.denoiser, inputs.example("denoiser", chosen[0]), config,
-            sensitivity=run.sensitivity, max_memory=run.activation_memory,
-            batch_size=min(batch_size, max(1, (trajectories - trajectories // 4) * steps)),
-        )  # fmt: skip
+        inputs.check_settings(config, sensitivity=run.sensitivity, max_memory=run.activation_memory)
     check_memory(layout.parts.values(), inputs.tokens_of)
-    timesteps = _schedule(inputs) if tabulate else None
+    timesteps = inputs.told_times() if tabulate else None
     digests = {name: part.digest for name, part in layout.parts.items()}
     identity: dict[str, Any] = {
         "pipeline": layout.class_name,
@@ -292,7 +288,7 @@ def export_pipeline(
             stage,
             layout,
             sizes=chosen,
-            defaults={"steps": steps, "guidance": guidance, "numbers": inputs.numbers},
+            defaults={"steps": steps, "guidance": guidance, "numbers": inputs.default_numbers},
             methods=[compressed_entry(entry) for entry in methods] if compress else methods,
             parts={name: record["quality"] for name, record in records.items()},
             quantization=None if config is None else config.to_dict(),
@@ -324,13 +320,6 @@ def _foretold(
     ends = {"drawing": samples > 0, "measuring": measure}
     seconds = parts | {name: _END_SHARE * every for name, does in ends.items() if does}
     return seconds | ({"report": _REPORT_SECONDS} if renders() else {})
-
-
-def _schedule(inputs: PipelineInputs) -> list[float]:
-    """What the denoiser is told at each call; a time that comes twice needs one row."""
-    convention = inputs.layout.convention
-    times = schedule_of(inputs.scheduled(), convention).times
-    return list(dict.fromkeys(times.float().tolist()))
 
 
 def _judge(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from mpqdm_fx.calibration.sampling import scheduled
+from mpqdm_fx.calibration.schedules import schedule_of
+from mpqdm_fx.errors import ConfigError, MPQError, first_line
 from mpqdm_fx.graph.nested import concatenate
+from mpqdm_fx.model.feasibility import check_feasible
 from mpqdm_fx.pipelines.adapters import Lora, fused
-from mpqdm_fx.pipelines.conditions import Call, default_guidance
-from mpqdm_fx.pipelines.layout import Layout, Size, layout_of, open_pipeline
+from mpqdm_fx.pipelines.conditions import Call, default_guidance, default_number
+from mpqdm_fx.pipelines.layout import Layout, Size, layout_of, open_pipeline, size_text
 from mpqdm_fx.pipelines.loops.loop import Loop, Request
 from mpqdm_fx.pipelines.recorded import (
     ModuleParts,
@@ -28,6 +32,7 @@ from mpqdm_fx.pipelines.recorded import (
     first_calls,
     float_loop,
 )
+from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.validation import Count, NonNegative, Seed, check_fields
 from mpqdm_fx.sources.extra_channels import random_masks
 
@@ -78,8 +83,17 @@ class PipelineInputs:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """The loop's own numbers, by their defaults."""
+        """The loop's own numbers in calibration runs: more steps than some pipelines run."""
         return {name: number.default for name, number in self.layout.loop.numbers.items()}
+
+    @property
+    def default_numbers(self) -> dict[str, float]:
+        """The loop's own numbers where a request says none: those of the pipeline's class."""
+        drawing = type(self.layout.pipeline)
+        return {
+            name: default_number(drawing, number.argument, number.default)
+            for name, number in self.layout.loop.numbers.items()
+        }
 
     def scheduled(self) -> Any:
         """A copy of the pipeline's scheduler at the start of a run.
@@ -92,6 +106,11 @@ class PipelineInputs:
         return scheduled(
             layout.pipeline.scheduler, self.steps, convention=layout.convention, sample_shape=shape
         )
+
+    def told_times(self) -> list[float]:
+        """What the denoiser is told at each call; a time that comes twice needs one row."""
+        times = schedule_of(self.scheduled(), self.layout.convention).times
+        return list(dict.fromkeys(times.float().tolist()))
 
     @cached_property
     def runs(self) -> RecordedRuns:
@@ -226,6 +245,51 @@ class PipelineInputs:
             self._first_calls[size] = first_calls(self.layout, self._request(0, size))
         return dict(self._first_calls[size][part])
 
+    def check_size(self, size: Size) -> None:
+        """Refuse a size that the denoiser cannot be called at, by running one step.
+
+        Its inputs are kept for `example`, so that nothing is run twice.
+
+        Args:
+            size: Size of what is drawn.
+
+        Raises:
+            ConfigError: A part fails; says what it says.
+        """
+        try:
+            self.example("denoiser", size)
+        except MPQError:
+            raise
+        except Exception as error:  # whatever torch and diffusers say to shapes
+            raise ConfigError(
+                f"size {size_text(size)}: this {self.layout.class_name} draws nothing of that "
+                f"size: {type(error).__name__}: {first_line(error)}; give another one"
+            ) from error
+
+    def check_settings(
+        self,
+        config: MPQConfig,
+        *,
+        sensitivity: str | Path | None = None,
+        max_memory: int | None = None,
+    ) -> None:
+        """Refuse settings of the denoiser that its calibration or solving would refuse.
+
+        Args:
+            config: The settings.
+            sensitivity: As of `check_feasible`.
+            max_memory: As of `check_feasible`.
+
+        Raises:
+            MPQError: As of `check_feasible`.
+        """
+        runs = self.trajectories - self.trajectories // 4
+        check_feasible(
+            self.layout.denoiser, self.example("denoiser", self.size), config,
+            sensitivity=sensitivity, max_memory=max_memory,
+            batch_size=min(self.batch_size, max(1, runs * self.steps)),
+        )  # fmt: skip
+
     @cached_property
     def _first_calls(self) -> dict[Size, dict[str, Call]]:
         return {}
@@ -247,12 +311,13 @@ def inputs_of(
         pipeline: As of `open_pipeline`.
         sizes: As of `Layout.check_sizes`.
         prompts: Prompts; None takes the family's own.
-        guidance: Guidance scale; None takes the pipeline's own.
+        guidance: Guidance scale; None takes the pipeline's own. None where nothing is prompted.
         lora: A LoRA that is fused into a copy of the pipeline first.
         stored: As of `open_pipeline`; with a LoRA everything is loaded whole.
         **settings: The other fields of `PipelineInputs`.
 
     Raises:
+        ConfigError: A part does not run at a size.
         MPQError: See `open_pipeline`, `layout_of` and `Layout.check_sizes`.
     """
     opened = open_pipeline(pipeline, stored=stored and lora is None)
@@ -267,4 +332,6 @@ def inputs_of(
         layout=layout, size=chosen[0], prompts=texts, guidance=guidance, **settings
     )
     inputs.scheduled()  # what has no such schedule is refused here
+    for size in chosen:
+        inputs.check_size(size)
     return inputs, chosen

@@ -17,6 +17,8 @@ from mpqdm_fx.pipelines.program_files import RunnerError, refusals
 
 __all__ = ["Pictures", "area_of", "picture_of", "read_picture"]
 
+_SLACK = 1e-3  # of values in 0..1 that were computed
+
 
 class Pictures(Medium):
     """A size is height and width in pixels; values are 0..1, codes uint8."""
@@ -80,10 +82,12 @@ def read_picture(path: Path, mode: str, size: tuple[int, ...]) -> NDArray[np.uin
         RunnerError: It is no picture.
     """
     with refusals(f"{path} cannot be read as a picture"):
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         height, width = size
-        return np.asarray(Image.open(path).convert(mode).resize((width, height)))
+        # upright and by the filter, as diffusers reads and resizes pictures
+        upright = ImageOps.exif_transpose(Image.open(path)).convert(mode)
+        return np.asarray(upright.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def picture_of(image: Any, size: tuple[int, ...]) -> Tensor:
@@ -94,7 +98,7 @@ def picture_of(image: Any, size: tuple[int, ...]) -> Tensor:
         size: Height and width of the program.
 
     Raises:
-        RunnerError: It has another shape.
+        RunnerError: It has another shape, or values out of range.
     """
     return _unit(image, (*size, 3), "image").permute(2, 0, 1)[None]
 
@@ -103,11 +107,11 @@ def area_of(mask: Any, size: tuple[int, ...]) -> Tensor:
     """Where to draw, as a loop takes it: float [1, 1, H, W], zeros and ones.
 
     Args:
-        mask: [H, W], uint8 or float in 0..1.
+        mask: [H, W], uint8, bool, or float in 0..1; drawn is from the middle of the range on.
         size: Height and width of the program.
 
     Raises:
-        RunnerError: It has another shape.
+        RunnerError: It has another shape, or values out of range.
     """
     return (_unit(mask, size, "mask") >= 0.5).float()[None, None]
 
@@ -118,4 +122,10 @@ def _unit(value: Any, shape: tuple[int, ...], name: str) -> Tensor:
     if array.shape != shape:
         raise RunnerError(f"{name} has shape {array.shape}, the program takes {shape}")
     scale = 255.0 if array.dtype == np.uint8 else 1.0
-    return torch.from_numpy(array.astype(np.float32) / np.float32(scale))
+    values = array.astype(np.float32) / np.float32(scale)
+    if not ((values > -_SLACK) & (values < 1 + _SLACK)).all():  # NaN lies in no range
+        raise RunnerError(
+            f"{name} has values from {values.min():g} to {values.max():g}; give bytes (uint8) or "
+            f"numbers from 0 to 1"
+        )
+    return torch.from_numpy(values)

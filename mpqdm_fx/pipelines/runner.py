@@ -14,6 +14,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ class PipelineRunner:
                 default.
             image: What a picture is drawn from or into, where the pipeline takes one: uint8
                 [H, W, 3] or float in 0..1.
-            mask: For inpainting: [H, W], nonzero (uint8: from 128) where to draw.
+            mask: For inpainting: [H, W], from 0.5 on (uint8: from 128) where to draw.
             **numbers: What only this kind of pipeline takes; `loop.numbers` lists it, such as the
                 `strength` of image to image.
 
@@ -161,6 +162,8 @@ class PipelineRunner:
             RunnerError: As `sample`.
         """
         defaults = self.manifest["defaults"]
+        for name, text in (("prompt", prompt), ("negative", negative)):
+            _check_type(name, text, str | None, "one text")
         size = self.size({"height": height, "width": width, "seconds": seconds})
         self.check_conditions({"prompt": prompt, "image": image, "mask": mask})
         if negative is not None and not self.loop.negatives:
@@ -227,6 +230,8 @@ class PipelineRunner:
             RunnerError: diffusers has no such class, or it refuses the settings.
         """
         if chosen is not None and not isinstance(chosen, str):
+            if not hasattr(chosen, "set_timesteps"):
+                raise RunnerError(f"{chosen!r} is no scheduler; give one of diffusers, or its name")
             return copy.deepcopy(chosen)
         config = self.programs.files.read_json(SCHEDULER, finite=False)
         is_own = chosen is None
@@ -297,14 +302,23 @@ class PipelineRunner:
 
 
 def _check_number(name: str, value: float, number: Number) -> None:
+    _check_type(name, value, Real, "a number")
     if not number.least <= value <= number.most:
         raise RunnerError(
             f"{name} is {value}; give at least {number.least:g} and at most {number.most:g}"
         )
 
 
+def _check_type(name: str, value: object, kind: Any, noun: str) -> None:
+    if not isinstance(value, kind):
+        raise RunnerError(f"{name} is {value!r}; give {noun}")
+
+
 def _check_numbers(request: Request) -> None:
     steps, guidance, seed = request.steps, request.guidance, request.seed
+    _check_type("guidance", guidance, Real, "a number")
+    for name, value in (("steps", steps), ("seed", seed)):
+        _check_type(name, value, Integral, "a whole number")
     if not 1 <= steps <= LARGEST:
         raise RunnerError(f"steps is {steps}; give at least 1 and at most {LARGEST}")
     if not math.isfinite(guidance):

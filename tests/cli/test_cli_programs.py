@@ -148,6 +148,11 @@ def test_evaluate_inspect_and_doctor_take_the_folder(folder, monkeypatch):
         (["export", "nowhere", "--four-bit", "half"], "choose one of 'never', 'whole', 'split'"),
         (["export", "nowhere", "--four-bit", "split", "--activation-mode", "static"], "static"),
         (["export", "nowhere", "--four-bit", "split", "--float"], "these are float"),
+        (["export", "nowhere", "--float", "--weights", "4"], "--float and --weights: nothing is"),
+        (["export", "nowhere", "--float", "--preset", "quick"], "--float and --preset: nothing is"),
+        (["doctor", "digits", "--float", "--levels", "int4"], "--float and --levels: nothing is"),
+        (["export", "nowhere", "--lora-scale", "0.5"], "--lora-scale needs --fuse-lora"),
+        (["export", "nowhere", "--size", "\u00b2x8"], "write HEIGHTxWIDTH"),
     ],
 )
 def test_conflicts_are_said_before_any_work(arguments, message, tmp_path, monkeypatch):

@@ -10,8 +10,10 @@ from pipeline_kinds import pixels
 from test_runner_loop import diffusers_image
 from typer.testing import CliRunner
 
+from mpqdm_fx import MPQConfig
 from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.pipelines import estimate
 from mpqdm_fx.pipelines.estimate import estimate_export
 from mpqdm_fx.pipelines.layout import layout_of
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
@@ -110,6 +112,23 @@ def test_a_dry_run_refuses_what_the_export_refuses(tmp_path):
         estimated(pipeline, tiny_pipelines.cheap_settings(activation_bits=4))
     with pytest.raises(ConfigError, match="at least one prompt"):
         estimated(pipeline, prompts=[])
+    budget = MPQConfig(effective_bits=1.0, activation_mode="dynamic")
+    with pytest.raises(ConfigError, match="effective_bits"):
+        estimated(pipeline, budget)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_tables_take_the_place_of_the_time_branch(tmp_path):
+    pipeline = tiny_pipelines.ddpm(tmp_path)
+    options = {"prompts": None, "guidance": None, "measure": False}
+    told = estimated(pipeline, tabulate=True, steps=500, **options).parts["denoiser"]
+    unet = pipeline.unet
+    rows = sum(m.out_features for n, m in unet.named_modules() if n.endswith("time_emb_proj"))
+    numbers = sum(v.numel() for n, v in unet.named_parameters() if "time_emb" not in n)
+    layers = round(told.lower_seconds / estimate._LOWER_LAYER)
+    stored = 4 * (numbers + 500 * rows) + layers * estimate._LAYER_BYTES
+    assert told.program_bytes == pytest.approx(stored, rel=1e-3)
+    assert told.parameters == sum(v.numel() for v in unet.parameters())
 
 
 def test_a_half_of_a_vae_counts_its_own_parameters(tmp_path):

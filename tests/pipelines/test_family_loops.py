@@ -7,6 +7,8 @@ import pytest
 import tiny_pipelines
 import tiny_transformers
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import load_image
 from eager_programs import eager_export
 from PIL import Image
 from test_runner_loop import TOLERANCE, diffusers_image
@@ -19,6 +21,7 @@ from mpqdm_fx.pipelines.families import registry
 from mpqdm_fx.pipelines.families.stable_diffusion import StableDiffusion
 from mpqdm_fx.pipelines.loops.loop import loop_class
 from mpqdm_fx.pipelines.part_inputs import inputs_of
+from mpqdm_fx.pipelines.picture_files import picture_of, read_picture
 from mpqdm_fx.pipelines.runner import PipelineRunner, RunnerError
 
 SIDE = 16
@@ -64,12 +67,18 @@ def test_image_to_image_starts_where_the_strength_says(tmp_path, monkeypatch, kl
     assert np.abs(drawn - expected).max() <= TOLERANCE
 
 
-def test_image_to_image_of_xl_normalises_latents_both_ways(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {}),  # the pipeline's own strength and guidance
+        ({"strength": 0.7, "guidance": 4.0}, {"strength": 0.7, "guidance_scale": 4.0}),
+    ],
+)
+def test_image_to_image_of_xl_normalises_latents_both_ways(tmp_path, monkeypatch, ours, theirs):
     pipeline = tiny_pipelines.image_to_image_xl(tmp_path)
     expected, drawn = expected_and_drawn(
-        pipeline, tmp_path / "out", monkeypatch,
-        {"image": picture(), "strength": 0.7, "guidance": 4.0},
-        {"image": Image.fromarray(picture()), "strength": 0.7, "guidance_scale": 4.0},
+        pipeline, tmp_path / "out", monkeypatch, {"image": picture(), **ours},
+        {"image": Image.fromarray(picture()), **theirs}, steps=4,
     )  # fmt: skip
     assert np.abs(drawn - expected).max() <= 2 * TOLERANCE
 
@@ -102,6 +111,17 @@ def test_control_networks_add_their_residuals(tmp_path, monkeypatch, scale):
         },
     )  # fmt: skip
     assert np.abs(drawn - expected).max() <= TOLERANCE
+
+
+def test_a_file_is_read_upright_and_resized_as_diffusers_does(tmp_path):
+    sideways = Image.Exif()
+    sideways[0x0112] = 6  # of a phone that was held upright
+    large = np.random.default_rng(1).integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    Image.fromarray(large).save(tmp_path / "in.png", exif=sideways)
+    read = load_image(str(tmp_path / "in.png"))
+    expected = VaeImageProcessor(vae_scale_factor=2).preprocess(read, height=SIDE, width=SIDE)
+    actual = picture_of(read_picture(tmp_path / "in.png", "RGB", (SIDE, SIDE)), (SIDE, SIDE))
+    torch.testing.assert_close(actual * 2 - 1, expected)
 
 
 def test_a_control_picture_changes_what_is_drawn(tmp_path, monkeypatch):
@@ -156,12 +176,15 @@ def started_from_a_picture(tmp_path_factory):
         ({"image": 0, "mask": 0}, "takes no mask"),
         ({"image": 0, "strength": 1.5}, "strength is 1.5; give at least 0 and at most 1"),
         ({"image": 0, "strength": float("nan")}, "strength is nan"),
+        ({"image": 0, "strength": "much"}, "strength is 'much'; give a number"),
+        ({"image": picture().astype(np.float32)}, "image has values from 0 to 255; give bytes"),
+        ({"image": np.full((SIDE, SIDE, 3), np.nan)}, "image has values from nan"),
         ({"image": 0, "strength": 0.1}, "strength 0.1 of 3 steps is no step"),
         ({"image": 0, "image_guidance": 2.0}, "takes no image_guidance; it takes strength"),
     ],
 )
 def test_requests_that_do_not_fit_the_family_are_refused(started_from_a_picture, options, message):
-    given = {name: picture() if value == 0 else value for name, value in options.items()}
+    given = {name: picture() if type(value) is int else value for name, value in options.items()}
     with pytest.raises(RunnerError, match=message):
         started_from_a_picture.sample("a cat", **given)
 

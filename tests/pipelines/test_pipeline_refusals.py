@@ -153,6 +153,16 @@ def test_inpainting_models_of_four_channels_are_refused(tmp_path):
     refused(ConfigError, "takes 4 channels", pipeline, tmp_path / "o")
 
 
+def test_decoders_that_take_more_than_latents_are_refused(pipeline, tmp_path):
+    from diffusers import AsymmetricAutoencoderKL, AutoencoderKLTemporalDecoder
+
+    other = tiny_pipelines.inpainting(tmp_path / "p", vae=AsymmetricAutoencoderKL())
+    message = "vae, of class AsymmetricAutoencoderKL, .*only AutoencoderKL and AutoencoderTiny"
+    refused(ConfigError, message, other, tmp_path / "o")  # it wants picture and mask
+    pipeline.vae = AutoencoderKLTemporalDecoder(block_out_channels=(32,))
+    refused(ConfigError, "vae, of class AutoencoderKLTemporal", pipeline, tmp_path / "o")
+
+
 def test_image_adapters_and_attention_masks_are_refused(pipeline, tmp_path):
     pipeline.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
     refused(ConfigError, "IP-Adapter.*unload_ip_adapter", pipeline, tmp_path / "o")
@@ -176,6 +186,12 @@ def test_image_adapters_and_attention_masks_are_refused(pipeline, tmp_path):
 )
 def test_sizes_prompts_and_the_run_are_checked(pipeline, tmp_path, options, message):
     refused(ConfigError, message, pipeline, tmp_path / "o", **options)
+
+
+def test_sizes_that_the_denoiser_does_not_run_at_are_refused_before_any_work(tmp_path):
+    message = "size 9x9: this DDPMPipeline draws nothing of that size: RuntimeError: Sizes"
+    pipeline = tiny_pipelines.ddpm(tmp_path)
+    refused(ConfigError, message, pipeline, tmp_path / "o", sizes=[(8, 8), (9, 9)])
 
 
 @pytest.mark.parametrize(
@@ -206,6 +222,14 @@ def test_the_command_line_refuses_sizes_and_prompt_files_it_cannot_read(folder, 
         result = CliRunner().invoke(cli.app, ["export", str(folder), *words])
         assert isinstance(result.exception, MPQError)
         assert message in str(result.exception)
+
+
+@pytest.mark.parametrize("words", [["--guidance", "3"], ["--prompts", "file"]])
+def test_the_command_line_refuses_prompting_where_nothing_is_prompted(tmp_path, words):
+    tiny_pipelines.ddpm(tmp_path).save_pretrained(tmp_path / "ddpm")
+    result = CliRunner().invoke(cli.app, ["export", str(tmp_path / "ddpm"), *words])
+    assert isinstance(result.exception, ConfigError)
+    assert f"{words[0]}: {tmp_path / 'ddpm'} has no text encoder" in str(result.exception)
 
 
 def test_prompt_files_hold_one_prompt_a_line(tmp_path):

@@ -38,7 +38,9 @@ def stable_diffusion(tmp_path_factory):
     return pipeline, runner
 
 
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler", "TCDScheduler"]
+)
 @pytest.mark.parametrize("steps", [2, 5])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_images_equal_the_pipelines_for_schedulers_steps_and_guidance(
@@ -140,6 +142,16 @@ def test_models_that_predict_velocity_need_nothing_but_their_scheduler(tmp_path,
     assert result.manifest["settings"]["prediction_type"] == "v_prediction"
 
 
+def test_words_of_textual_inversions_have_all_their_vectors(tmp_path, monkeypatch):
+    pipeline = tiny_pipelines.stable_diffusion(tmp_path)
+    for token, vectors in (("<x>", 3), ("<y>", 1)):
+        pipeline.load_textual_inversion({token: 3 * torch.randn(vectors, 16)}, token=token)
+    _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch, steps=2, trajectories=2)
+    expected = diffusers_image(pipeline, "a <x> by <y>", num_inference_steps=2, guidance_scale=3.0)
+    actual = runner.sample("a <x> by <y>", guidance=3.0)
+    assert np.abs(actual - expected).max() <= TOLERANCE
+
+
 def test_distilled_guidance_is_an_input_and_one_call(tmp_path, monkeypatch):
     pipeline = tiny_pipelines.stable_diffusion(tmp_path, time_cond_proj_dim=32)
     _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch, split=True)
@@ -202,8 +214,9 @@ def test_tables_draw_with_the_timesteps_of_the_export_alone(tmp_path, monkeypatc
         runner.sample("a cat", steps=4)
 
 
-def test_inpainting_paints_where_the_mask_says_from_the_masked_image(tmp_path, monkeypatch):
-    pipeline = tiny_pipelines.inpainting(tmp_path)
+@pytest.mark.parametrize("vae", [tiny_pipelines.kl_vae, tiny_pipelines.tiny_vae])
+def test_inpainting_paints_where_the_mask_says_from_the_masked_image(tmp_path, monkeypatch, vae):
+    pipeline = tiny_pipelines.inpainting(tmp_path, vae=vae())
     _, runner = eager_export(pipeline, tmp_path / "out", monkeypatch)
     generator = np.random.default_rng(0)
     image = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)

@@ -78,6 +78,11 @@ def test_schedulers_of_flow_matching_are_refused_for_models_of_noise(runner):
         ({"height": 0}, "no program for 0x16 pixels"),
         ({"width": -16}, "no program for 16x-16 pixels"),
         ({"scheduler": ""}, "no scheduler class ''"),
+        ({"scheduler": 3}, "3 is no scheduler; give one of diffusers"),
+        ({"steps": 2.5}, "steps is 2.5; give a whole number"),
+        ({"seed": "1"}, "seed is '1'; give a whole number"),
+        ({"guidance": "3"}, "guidance is '3'; give a number"),
+        ({"negative": ["a", "dog"]}, r"negative is \['a', 'dog'\]; give one text"),
         ({"scheduler": "UNet2DConditionModel"}, "no scheduler class 'UNet2DConditionModel'"),
     ],
 )

@@ -100,7 +100,7 @@ def _scheduler(**options: Any) -> DDIMScheduler:
     )
 
 
-def _tiny_vae() -> AutoencoderTiny:
+def tiny_vae() -> AutoencoderTiny:
     return AutoencoderTiny(
         encoder_block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8),
@@ -132,7 +132,7 @@ def stable_diffusion(folder: Path, *, kl: bool = False, **unet: Any) -> StableDi
     tokens = tokenizer(folder / "tokens")
     prediction = {"prediction_type": unet.pop("prediction_type", "epsilon")}
     return StableDiffusionPipeline(
-        vae=kl_vae() if kl else _tiny_vae(),
+        vae=kl_vae() if kl else tiny_vae(),
         text_encoder=CLIPTextModel(clip_config(tokens)).eval(),
         tokenizer=tokens,
         unet=_unet(**unet),
@@ -165,12 +165,14 @@ def stable_diffusion_xl(folder: Path) -> StableDiffusionXLPipeline:
     )
 
 
-def inpainting(folder: Path, *, channels: int = 9) -> StableDiffusionInpaintPipeline:
+def inpainting(
+    folder: Path, *, channels: int = 9, vae: Any = None
+) -> StableDiffusionInpaintPipeline:
     """Nine channels into the UNet: latents, mask, masked image."""
     torch.manual_seed(2)
     tokens = tokenizer(folder / "tokens")
     return StableDiffusionInpaintPipeline(
-        vae=kl_vae(),
+        vae=vae or kl_vae(),
         text_encoder=CLIPTextModel(clip_config(tokens)).eval(),
         tokenizer=tokens,
         unet=_unet(channels),

@@ -23,6 +23,7 @@ from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 
 __all__ = [
     "ONE_ENCODER",
+    "PICTURE_DECODERS",
     "TWO_ENCODERS",
     "Family",
     "Latents",
@@ -36,6 +37,8 @@ __all__ = [
 _USUAL_SIDE = 64  # of latents, where a model does not say
 
 
+#: VAEs of pictures, full and tiny, whose decoders take latents and nothing more.
+PICTURE_DECODERS = ("AutoencoderKL", "AutoencoderTiny")
 #: Components of pipelines around a transformer that one text encoder conditions.
 ONE_ENCODER = ("transformer", "scheduler", "text_encoder", "tokenizer", "vae")
 #: Components of pipelines around a transformer that two text encoders condition.
@@ -74,6 +77,8 @@ class Family(ABC):
     loop: ClassVar[type[Loop]]
     #: Components that must be there.
     needed: ClassVar[tuple[str, ...]] = ("unet", "scheduler")
+    #: Classes of decoders that the parts are made of; empty: any that it may have.
+    decoders: ClassVar[tuple[str, ...]] = ()
     #: Tokenizers, those of them that a pipeline has.
     tokenizers: ClassVar[tuple[str, ...]] = ()
     #: Prompts to calibrate on where none are given.
@@ -97,6 +102,14 @@ class Family(ABC):
             if getattr(pipeline, component, None) is None:
                 raise ConfigError(
                     f"the {type(pipeline).__name__} has no {component}; load it with one"
+                )
+        for component in ("vae", "vqvae"):
+            decoder = getattr(pipeline, component, None)
+            names = {kind.__name__ for kind in type(decoder).__mro__}
+            if decoder is not None and self.decoders and not names.intersection(self.decoders):
+                raise ConfigError(
+                    f"{component}, of class {type(decoder).__name__}, decodes in a way of its "
+                    f"own; only {' and '.join(self.decoders)} are supported"
                 )
 
     @abstractmethod

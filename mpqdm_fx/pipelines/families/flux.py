@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from mpqdm_fx.pipelines.families.family import (
+    PICTURE_DECODERS,
     TWO_ENCODERS,
     Family,
     Latents,
@@ -25,6 +26,7 @@ class Flux(Family):
 
     loop: ClassVar[type[Loop]] = flux.Flux
     needed: ClassVar[tuple[str, ...]] = TWO_ENCODERS
+    decoders: ClassVar[tuple[str, ...]] = PICTURE_DECODERS
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
 
     def parts(self, pipeline: Any) -> Sequence[Part]:

@@ -32,6 +32,7 @@ class Flux2(Family):
 
     loop: ClassVar[type[Loop]] = flux_2.Flux2
     needed: ClassVar[tuple[str, ...]] = ONE_ENCODER
+    decoders: ClassVar[tuple[str, ...]] = ("AutoencoderKLFlux2",)
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
 
     def check(self, pipeline: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.families.family import (
     ONE_ENCODER,
+    PICTURE_DECODERS,
     Family,
     Latents,
     denoiser_part,
@@ -27,6 +28,7 @@ class PixArtSigma(Family):
 
     loop: ClassVar[type[Loop]] = PixArt
     needed: ClassVar[tuple[str, ...]] = ONE_ENCODER
+    decoders: ClassVar[tuple[str, ...]] = PICTURE_DECODERS
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     #: Tokens of a prompt, as the pipeline has them by default.
     tokens: ClassVar[int] = 300

@@ -16,6 +16,7 @@ class Sana(PixArtSigma):
     """PixArt's parts with a language model, whose prompt begins with an instruction."""
 
     loop: ClassVar[type[Loop]] = sana.Sana
+    decoders: ClassVar[tuple[str, ...]] = ("AutoencoderDC", "AutoencoderTiny")
 
     def latents(self, pipeline: Any) -> Latents:
         """As the deep-compression VAE has them."""

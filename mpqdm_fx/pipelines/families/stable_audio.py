@@ -35,6 +35,7 @@ class StableAudio(Family):
 
     loop: ClassVar[type[Loop]] = stable_audio.StableAudio
     needed: ClassVar[tuple[str, ...]] = (*ONE_ENCODER, "projection_model")
+    decoders: ClassVar[tuple[str, ...]] = ("AutoencoderOobleck",)
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     prompts: ClassVar[tuple[str, ...]] = SOUND_PROMPTS
 

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.families.family import (
+    PICTURE_DECODERS,
     Family,
     Latents,
     denoiser_part,
@@ -43,6 +44,7 @@ class StableDiffusion(Family):
 
     loop: ClassVar[type[Loop]] = TextToImage
     needed: ClassVar[tuple[str, ...]] = ("unet", "scheduler", "text_encoder", "tokenizer", "vae")
+    decoders: ClassVar[tuple[str, ...]] = PICTURE_DECODERS
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     #: Channels that the denoiser sees beside the latents, for one of the latents'.
     extra: ClassVar[str | None] = None

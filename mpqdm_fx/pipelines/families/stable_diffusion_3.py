@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from mpqdm_fx.pipelines.families.family import (
+    PICTURE_DECODERS,
     TWO_ENCODERS,
     Family,
     Latents,
@@ -27,6 +28,7 @@ class StableDiffusion3(Family):
 
     loop: ClassVar[type[Loop]] = stable_diffusion_3.StableDiffusion3
     needed: ClassVar[tuple[str, ...]] = TWO_ENCODERS
+    decoders: ClassVar[tuple[str, ...]] = PICTURE_DECODERS
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
     def parts(self, pipeline: Any) -> Sequence[Part]:

@@ -39,6 +39,7 @@ class LatentDiffusion(PixelDiffusion):
     """A UNet whose samples a vector quantizer's decoder makes pictures of."""
 
     needed: ClassVar[tuple[str, ...]] = ("unet", "scheduler", "vqvae")
+    decoders: ClassVar[tuple[str, ...]] = ("VQModel", "AutoencoderKL")
 
     def parts(self, pipeline: Any) -> Sequence[Part]:
         """Denoiser and decoder."""

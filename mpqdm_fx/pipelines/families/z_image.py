@@ -7,6 +7,7 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.pipelines.families.chat_template import around_prompts
 from mpqdm_fx.pipelines.families.family import (
     ONE_ENCODER,
+    PICTURE_DECODERS,
     Family,
     Latents,
     denoiser_part,
@@ -29,6 +30,7 @@ class ZImage(Family):
 
     loop: ClassVar[type[Loop]] = z_image.ZImage
     needed: ClassVar[tuple[str, ...]] = ONE_ENCODER
+    decoders: ClassVar[tuple[str, ...]] = PICTURE_DECODERS
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
 
     def check(self, pipeline: Any) -> None:

@@ -21,7 +21,11 @@ class ControlNet(TextToImage):
     stepped: ClassVar[tuple[str, ...]] = ("controlnet", "denoiser")
     numbers: ClassVar[Mapping[str, Number]] = {
         "conditioning_scale": Number(
-            default=1.0, least=0.0, most=10.0, text="weight of the control picture"
+            default=1.0,
+            least=0.0,
+            most=10.0,
+            text="weight of the control picture",
+            argument="controlnet_conditioning_scale",
         )
     }
 

@@ -20,7 +20,11 @@ class ImageToImage(TextToImage):
     needs: ClassVar[tuple[str, ...]] = ("prompt", "image")
     numbers: ClassVar[Mapping[str, Number]] = {
         "strength": Number(
-            default=0.8, least=0.0, most=1.0, text="share of the steps that are run; 1 is all"
+            default=0.8,
+            least=0.0,
+            most=1.0,
+            text="share of the steps that are run; 1 is all",
+            argument="strength",
         )
     }
 
@@ -41,10 +45,7 @@ class ImageToImage(TextToImage):
         self, request: Request, schedule: Schedule, first: int, generator: torch.Generator
     ) -> Tensor:
         """The picture's latents with noise of the first call's level."""
-        encoded = self.parts.run("vae_encoder", request.size, {"image": request.pixels})
-        latents = encoded["mean"]
-        if "std" in encoded:
-            latents = latents + encoded["std"] * torch.randn(latents.shape, generator=generator)
+        latents = self.encode_picture(request.pixels, request, generator)
         noise = torch.randn(latents.shape, generator=generator)
         scheduler, timestep = schedule.scheduler, schedule.timesteps[first : first + 1]
         with refusals(f"{type(scheduler).__name__} cannot add noise to a picture"):

@@ -19,11 +19,8 @@ class Inpainting(TextToImage):
     def conditions(self, request: Request, generator: torch.Generator) -> list[Inputs]:
         """As of text, with mask and masked picture in further channels."""
         assert request.mask is not None  # `needs`
-        encoded = self.parts.run(
-            "vae_encoder", request.size, {"image": request.pixels * (request.mask < 0.5)}
-        )
-        mean, std = encoded["mean"], encoded["std"]
-        latents = mean + std * torch.randn(mean.shape, generator=generator)
-        small = functional.interpolate(request.mask, size=mean.shape[-2:])
+        around = request.pixels * (request.mask < 0.5)
+        latents = self.encode_picture(around, request, generator)
+        small = functional.interpolate(request.mask, size=latents.shape[-2:])
         extra = {EXTRA: torch.cat([small, latents], dim=1)}
         return [{**run, **extra} for run in super().conditions(request, generator)]

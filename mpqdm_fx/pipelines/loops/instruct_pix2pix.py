@@ -18,7 +18,11 @@ class InstructPix2Pix(TextToImage):
     needs: ClassVar[tuple[str, ...]] = ("prompt", "image")
     numbers: ClassVar[Mapping[str, Number]] = {
         "image_guidance": Number(
-            default=1.5, least=1.0, most=1e3, text="weight of guidance by the picture"
+            default=1.5,
+            least=1.0,
+            most=1e3,
+            text="weight of guidance by the picture",
+            argument="image_guidance_scale",
         )
     }
 

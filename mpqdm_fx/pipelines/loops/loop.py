@@ -65,12 +65,14 @@ class Number:
         least: Smallest value.
         most: Largest value.
         text: What it does, for help texts.
+        argument: What diffusers' pipelines call it, whose own default goes before; None: nothing.
     """
 
     default: float
     least: float
     most: float
     text: str
+    argument: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 This file is copied into exported folders with the loops that are made from it.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -88,7 +89,7 @@ class Prompted(Loop):
         with refusals(f"the {name} cannot read the prompt"):
             tokenizer = self.spec.tokenizer(name)
             return tokenizer(
-                [prompt],
+                [_with_all_vectors(prompt, tokenizer)],
                 padding="max_length",
                 max_length=tokenizer.model_max_length if length is None else length,
                 truncation=True,
@@ -98,6 +99,25 @@ class Prompted(Loop):
     def combine(self, outputs: Sequence[Tensor], request: Request) -> Tensor:
         """Classifier-free guidance."""
         return guide(outputs, request.guidance)
+
+
+def _with_all_vectors(prompt: str, tokenizer: Any) -> str:
+    """A prompt in which the word of a textual inversion has all of its tokens.
+
+    Gal et al. 2022. As diffusers' pipelines have it: of a word with several vectors the first is
+    the token `<word>`, and behind it come `<word>_1`, `<word>_2` and so on.
+    """
+    known = tokenizer.added_tokens_encoder
+    several = [token for token in known if f"{token}_1" in known]
+    if not several:
+        return prompt
+    read = set(tokenizer.tokenize(prompt))
+    for token in several:
+        if token in read:
+            names = (f"{token}_{number}" for number in itertools.count(1))
+            further = itertools.takewhile(known.__contains__, names)
+            prompt = prompt.replace(token, " ".join([token, *further]))
+    return prompt
 
 
 def guide(outputs: Sequence[Tensor], guidance: float) -> Tensor:

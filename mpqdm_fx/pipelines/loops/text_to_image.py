@@ -72,6 +72,25 @@ class TextToImage(Prompted):
             return {name: torch.zeros_like(value) for name, value in prompted.items()}
         return super().negative(prompted, negative)
 
+    def encode_picture(
+        self, pixels: Tensor, request: Request, generator: torch.Generator
+    ) -> Tensor:
+        """Latents of a picture, drawn where the VAE has a deviation: a tiny one has none.
+
+        Args:
+            pixels: Float [1, 3, H, W] in -1..1.
+            request: What is asked for; says the size.
+            generator: For the draw.
+
+        Returns:
+            Float [1, C, h, w].
+        """
+        encoded = self.parts.run("vae_encoder", request.size, {"image": pixels})
+        mean: Tensor = encoded["mean"]
+        if "std" not in encoded:
+            return mean
+        return mean + encoded["std"] * torch.randn(mean.shape, generator=generator)
+
     def encode(self, prompt: str) -> Inputs:
         """Embeddings of a prompt; those of two encoders stand beside each other."""
         embeddings: dict[str, list[Tensor]] = {}
