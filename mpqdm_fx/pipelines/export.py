@@ -5,6 +5,7 @@ The road: take the pipeline apart -> for each part: calibrate, quantize, judge, 
 that a run that was killed goes on with them; the output appears whole.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -215,6 +216,7 @@ def export_pipeline(
     digests = {name: part.digest for name, part in layout.parts.items()}
     identity: dict[str, Any] = {
         "pipeline": layout.class_name,
+        "scheduler": json.loads(layout.pipeline.scheduler.to_json_string()),
         "models": digests,
         "settings": None if config is None else config.to_dict(),
         "sizes": [list(size) for size in chosen],

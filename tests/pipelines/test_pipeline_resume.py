@@ -109,6 +109,11 @@ def test_an_unfinished_run_is_neither_forgotten_nor_mixed_with_another(
         export(pipeline, output, monkeypatch)
     with pytest.raises(ConfigError, match="with other settings: numbers was"):
         export(pipeline, output, monkeypatch, run=RESUMING, steps=3)
+    before = pipeline.scheduler
+    pipeline.scheduler = before.from_config(before.config, beta_end=0.03)
+    with pytest.raises(ConfigError, match=r"with other settings: scheduler\.beta_end was"):
+        export(pipeline, output, monkeypatch, run=RESUMING)
+    pipeline.scheduler = before
     pipeline.unet.conv_in.weight.data += 1
     with pytest.raises(ConfigError, match=r"with other settings: models\.denoiser was"):
         export(pipeline, output, monkeypatch, run=RESUMING)
