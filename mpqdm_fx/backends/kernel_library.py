@@ -9,6 +9,7 @@ from mpqdm_fx.errors import LoweringError
 __all__ = ["calls_own_operators", "has_kernels", "require_kernels"]
 
 _MODULE = "mpqdm_kernels"
+_SERIES = "0.2"  # whose operators take the arguments that programs of this package have
 _MARK = b"mpqdm::"  # how a program's names of own operators begin
 
 
@@ -19,7 +20,8 @@ def require_kernels(operator: str = "mpqdm::conv2d_mixed") -> None:
         operator: An operator that is about to run, with its namespace; messages name it.
 
     Raises:
-        LoweringError: The library is not installed, or has no such operator; says how to install.
+        LoweringError: The library is not installed, has other operators, or has no such one; says
+            how to install.
     """
     remedy = 'in a checkout: pip install ./native; elsewhere: pip install "mpqdm-fx[kernels]"'
     try:
@@ -30,6 +32,11 @@ def require_kernels(operator: str = "mpqdm::conv2d_mixed") -> None:
             f"the program calls {operator}, whose kernels are in the library {_MODULE}, which "
             f"cannot be loaded ({error}); {remedy}"
         ) from error
+    if not library.__version__.startswith(f"{_SERIES}."):
+        raise LoweringError(
+            f"the program calls operators of {_MODULE} {_SERIES}, and {library.__version__} is "
+            f"installed; {remedy}"
+        )
     if operator not in library.operators():
         raise LoweringError(
             f"the library {_MODULE} is too old: it has no kernel of {operator}, which the program "

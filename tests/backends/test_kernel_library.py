@@ -29,7 +29,7 @@ def missing(monkeypatch):
 @pytest.fixture
 def installed(monkeypatch):
     """A library with one operator."""
-    library = types.SimpleNamespace(loads=0, operators=lambda: (NAME,))
+    library = types.SimpleNamespace(loads=0, operators=lambda: (NAME,), __version__="0.2.7")
 
     def load():
         library.loads += 1
@@ -67,6 +67,13 @@ def test_an_operator_that_the_library_lacks_is_named(installed):
     require_kernels(NAME)
     with pytest.raises(LoweringError, match="too old: it has no kernel of mpqdm::conv9d"):
         require_kernels("mpqdm::conv9d")
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "0.20.0", "1.0"])
+def test_a_library_with_other_operators_is_refused(installed, version):
+    installed.__version__ = version
+    with pytest.raises(LoweringError, match=rf"of mpqdm_kernels 0\.2, and {version} is installed"):
+        require_kernels(NAME)
 
 
 def test_a_library_that_does_not_load_is_none(monkeypatch, installed):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 
 import pytest
@@ -24,9 +25,12 @@ def kernels_installed(folder):
     source = NATIVE / "python" / _NAME / "__init__.py"
     (package / "__init__.py").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     (package / library.name).symlink_to(library)
-    about = folder / f"{_NAME}-0.dist-info"
+    version = re.search(rf"{_NAME} VERSION (\S+)", (NATIVE / "CMakeLists.txt").read_text())[1]
+    about = folder / f"{_NAME}-{version}.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mpqdm-kernels\nVersion: 0\n")
+    (about / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: mpqdm-kernels\nVersion: {version}\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(sys.modules, _NAME, raising=False)
         patch.syspath_prepend(folder)
