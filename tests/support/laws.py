@@ -29,6 +29,7 @@ from mpqdm_fx.graph.layers import EMBEDDINGS, weight_layers
 from mpqdm_fx.passes.base import GraphPass, PassResult, Pipeline
 from mpqdm_fx.passes.quantize.quantize_activations import QuantizeActivations
 from mpqdm_fx.passes.quantize.round_weights import install_codes
+from mpqdm_fx.passes.quantize.scale_inputs import ScaleInputs
 from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 from mpqdm_fx.testing import (
     KINDS,
@@ -129,10 +130,14 @@ def with_own_operators(case: RandomGraph) -> RandomGraph:
     """Return the case with its layers in own operators and permutations around them.
 
     If its seed is odd, with norms in own operators too, and permutations where they copy least.
-    Ranges are chosen at run time; those of every second pair of seeds are fixed.
+    Ranges are chosen at run time, and channels of every second input scaled; those of every second
+    pair of seeds are fixed, and none is scaled.
     """
     examples = UseMixedLayers.examples(case.graph_module)
     passes: tuple[GraphPass, ...] = (examples[case.spec.seed // 2 % len(examples)],)
+    if case.spec.seed % 4 < 2:
+        factors = ScaleInputs.examples(case.graph_module)[0].factors
+        passes = (ScaleInputs(factors=dict([*factors.items()][::2])), *passes)
     if case.spec.seed % 2:
         passes = (*passes, UseMixedNorms(), MoveLayouts())
     return replace(case, graph_module=Pipeline(passes=passes)(case.graph_module).graph_module)
