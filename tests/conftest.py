@@ -1,6 +1,6 @@
 """Hypothesis profiles and one torch thread for every test.
 
-HYPOTHESIS_PROFILE chooses the profile: dev (15 examples, default) and ci (100), the same ones every
+HYPOTHESIS_PROFILE chooses the profile: dev (12 examples, default) and ci (100), the same ones every
 time; nightly (1000, others every time), which belongs to the matrix.
 """
 
@@ -15,7 +15,7 @@ _SLOW_IS_FINE = (HealthCheck.too_slow, HealthCheck.data_too_large)
 
 settings.register_profile(
     "dev",
-    max_examples=15,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     print_blob=True,

@@ -21,7 +21,9 @@ SIDE = 16
 LONG = "a cat that sits on a mat and looks at a dog"
 
 
-@pytest.mark.parametrize(("guidance", "shifted"), [(0.0, False), (0.5, True)])
+@pytest.mark.parametrize(
+    ("guidance", "shifted"), [pytest.param(0.0, False, marks=pytest.mark.matrix), (0.5, True)]
+)
 def test_z_image_reads_prompts_of_any_length(tmp_path, monkeypatch, guidance, shifted):
     options = {"use_dynamic_shifting": True} if shifted else {}
     pipeline = tiny_transformers.z_image(tmp_path, **options)
