@@ -58,10 +58,8 @@ from mpqdm_fx.sources.denoisers import runner_denoiser
 STEPS, GUIDANCE = 10, 3.0
 SETTINGS = ("W2A6", "W2A4")
 DEFAULTS = ("W4A8", "W3A8", "W2A8")
-OURS = (
-    "efficientdm", "untrained", "untrained+levels", "untrained+widths", "untrained+inputs", "ours",
-    "ours+inputs",
-)  # fmt: skip
+INPUTS = ("untrained", "untrained+levels", "untrained+widths", "untrained+inputs")
+OURS = ("efficientdm", *INPUTS, "ours", "ours+inputs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
