@@ -22,8 +22,9 @@ _FACTOR = 3  # place of the factor among a norm's arguments
 class ScaleMixedNorms(GraphPass):
     """Give a `group_norm_mixed` the constants that its result is multiplied by.
 
-    1. A product alone reads the norm, and its other factor is a constant with one number for each
-       channel: channels that a layer wants scaled, whose SiLU keeps them out of the norm's weight.
+    1. A product alone reads the norm, which has no factor yet, and its other factor is a constant
+       with one number for each channel: channels that a layer wants scaled. A SiLU keeps them out
+       of the norm's weight. The product is the same to the last bit.
     2. It comes after `MoveLayouts`: a permutation between the two hides them from each other.
     3. Norm and quantizer meet then (`FuseNormQuantize`): no image between them is stored.
     """
@@ -50,13 +51,13 @@ def _channel_factor(graph_module: fx.GraphModule, norm: object, other: object) -
     while isinstance(other, fx.Node) and other.target is _aten.reshape.default:
         other = other.args[0]  # numbers keep their order
     value = constant(graph_module, other)
-    factor = constant(graph_module, norm.args[_FACTOR])
-    assert isinstance(factor, Tensor)
+    known = constant(graph_module, norm.args[_FACTOR])
+    assert isinstance(known, Tensor)
     if shape is None or not isinstance(value, Tensor) or value.dtype != torch.float32:
         return None
-    if shape[-1:] != factor.shape or value.numel() != len(factor):
+    if shape[-1:] != known.shape or value.numel() != len(known) or bool((known != 1).any()):
         return None
-    return value.detach().reshape(-1) * factor
+    return value.detach().reshape(-1)
 
 
 def _scale(graph_module: fx.GraphModule, norm: fx.Node, product: fx.Node, factor: Tensor) -> None:
