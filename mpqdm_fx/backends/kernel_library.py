@@ -2,14 +2,18 @@
 
 import importlib
 import mmap
+import os
 from pathlib import Path
+from types import ModuleType
 
-from mpqdm_fx.errors import LoweringError
+from mpqdm_fx.errors import ArtifactError, LoweringError
 
-__all__ = ["calls_own_operators", "has_kernels", "require_kernels"]
+__all__ = ["calls_own_operators", "has_kernels", "place_codes", "require_kernels"]
 
 _MODULE = "mpqdm_kernels"
-_SERIES = "0.2"  # whose operators take the arguments that programs of this package have
+_SERIES = "0.3"  # whose operators take the arguments that programs of this package have
+_REMEDY = 'in a checkout: pip install ./native; elsewhere: pip install "mpqdm-fx[kernels]"'
+_CODED = b"MPQC"  # ends a program that entropy-coded weights follow
 _MARK = b"mpqdm::"  # how a program's names of own operators begin
 
 
@@ -23,25 +27,55 @@ def require_kernels(operator: str = "mpqdm::conv2d_mixed") -> None:
         LoweringError: The library is not installed, has other operators, or has no such one; says
             how to install.
     """
-    remedy = 'in a checkout: pip install ./native; elsewhere: pip install "mpqdm-fx[kernels]"'
+    library = _library(f"the program calls {operator}, whose kernels are in")
+    if operator not in library.operators():
+        raise LoweringError(
+            f"the library {_MODULE} is too old: it has no kernel of {operator}, which the program "
+            f"calls; {_REMEDY}"
+        )
+
+
+def place_codes(path: Path, name: object) -> None:
+    """Put the weights that an entropy coder wrote behind a program into it (native/FORMAT.md).
+
+    Args:
+        path: An expanded program, which becomes the plain one; any other file stays as it is.
+        name: What messages call it.
+
+    Raises:
+        ArtifactError: What follows the program is damaged.
+        LoweringError: The library is not installed, or another one; says how to install.
+    """
+    with path.open("r+b") as file:
+        if file.seek(0, os.SEEK_END) < len(_CODED):
+            return
+        file.seek(-len(_CODED), os.SEEK_END)
+        if file.read() != _CODED:
+            return
+        library = _library(f"the weights of {name} are read by")
+        with mmap.mmap(file.fileno(), 0) as content:
+            try:
+                program_bytes = library.place_codes(content)
+            except ValueError as error:
+                raise ArtifactError(f"{name} is damaged: {error}; copy it again") from error
+        file.truncate(program_bytes)
+
+
+def _library(purpose: str) -> ModuleType:
+    """The library, its operators registered; `purpose` begins messages."""
     try:
         library = importlib.import_module(_MODULE)
         library.load()
     except (ImportError, OSError) as error:
         raise LoweringError(
-            f"the program calls {operator}, whose kernels are in the library {_MODULE}, which "
-            f"cannot be loaded ({error}); {remedy}"
+            f"{purpose} the library {_MODULE}, which cannot be loaded ({error}); {_REMEDY}"
         ) from error
     if not library.__version__.startswith(f"{_SERIES}."):
         raise LoweringError(
-            f"the program calls operators of {_MODULE} {_SERIES}, and {library.__version__} is "
-            f"installed; {remedy}"
+            f"{purpose} the library {_MODULE} {_SERIES}, and {library.__version__} is installed; "
+            f"{_REMEDY}"
         )
-    if operator not in library.operators():
-        raise LoweringError(
-            f"the library {_MODULE} is too old: it has no kernel of {operator}, which the program "
-            f"calls; {remedy}"
-        )
+    return library
 
 
 def has_kernels() -> bool:

@@ -7,6 +7,7 @@ This file is copied into exported folders, and imports nothing but the standard 
 import contextlib
 import lzma
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from mpqdm_fx.errors import ArtifactError
@@ -30,7 +31,14 @@ def expansion_path(packed: Path, sha256: str, folder: Path | None = None) -> Pat
     return (folder or packed.parent) / f".{packed.stem}.{sha256[:_DIGITS]}"
 
 
-def expand(packed: Path, target: Path, *, content: Entry | None, name: object) -> None:
+def expand(
+    packed: Path,
+    target: Path,
+    *,
+    content: Entry | None,
+    name: object,
+    complete: Callable[[Path, object], None],
+) -> None:
     """Expand a file, unless `target` holds its known content already.
 
     The file appears only when it is whole, and right where its content is known. Without known
@@ -41,6 +49,8 @@ def expand(packed: Path, target: Path, *, content: Entry | None, name: object) -
         target: The plain one.
         content: Size and hash of the plain one, if a manifest names them.
         name: What messages call the compressed one.
+        complete: Makes of the expanded file, before it has its name, what it is to be; takes it
+            and `name`.
 
     Raises:
         ArtifactError: The compressed file is damaged or holds something else, or `target` cannot
@@ -48,7 +58,9 @@ def expand(packed: Path, target: Path, *, content: Entry | None, name: object) -
     """
     if content is not None and _holds(target, content):
         return
-    most = packed.stat().st_size * _MOST_EXPANSION if content is None else content.bytes
+    size = packed.stat().st_size
+    # what follows a program is coded already, and takes as many bytes in the compressed file
+    most = size * _MOST_EXPANSION if content is None else content.bytes + 2 * size
     part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     try:
         # .xz alone: an older format, which lzma would take too, has no checksum
@@ -63,6 +75,7 @@ def expand(packed: Path, target: Path, *, content: Entry | None, name: object) -
                         f"or none of ours"
                     )
                 plain.write(chunk)
+        complete(part, name)
         if content is not None and Entry.of(part) != content:
             raise ArtifactError(f"{name} holds another file than its manifest says")
         part.replace(target)

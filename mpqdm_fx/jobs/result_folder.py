@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 
 from mpqdm_fx.backends.check_settings import check_kernel_options, check_settings
+from mpqdm_fx.backends.compressed import compress_program, drop_expansions
 from mpqdm_fx.backends.kernel_library import require_kernels
 from mpqdm_fx.backends.lower import lower_to_lowbit, lower_to_torch_ao, lower_to_xnnpack
 from mpqdm_fx.backends.names import (
@@ -19,7 +20,6 @@ from mpqdm_fx.backends.names import (
     Kernels,
     may_call_own_kernels,
 )
-from mpqdm_fx.backends.xnnpack.compressed import compress_program, drop_expansions
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.backends.xnnpack.program import XnnpackProgram
 from mpqdm_fx.backends.xnnpack.runner import require_executorch

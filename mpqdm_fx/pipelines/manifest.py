@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpqdm_fx.backends.xnnpack.compressed import SUFFIX
+from mpqdm_fx.backends.compressed import SUFFIX
 from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.folders import listed_files
 from mpqdm_fx.io.schema import plain

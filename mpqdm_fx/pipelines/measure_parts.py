@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mpqdm_fx.backends.xnnpack.compressed import drop_expansions
+from mpqdm_fx.backends.compressed import drop_expansions
 from mpqdm_fx.graph.nested import tensor_leaves
 from mpqdm_fx.io.memory import available_memory
 from mpqdm_fx.pipelines.memory import part_peak

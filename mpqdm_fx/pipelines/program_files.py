@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpqdm_fx.backends.kernel_library import calls_own_operators, require_kernels
+from mpqdm_fx.backends.kernel_library import calls_own_operators, place_codes, require_kernels
 from mpqdm_fx.errors import ArtifactError, LoweringError, first_line
 from mpqdm_fx.io.expansion import expand, expansion_path
 from mpqdm_fx.io.sealed import Entry, SealedFolder, hashed_file, read_json, verified
@@ -288,7 +288,7 @@ class ProgramFiles:
             content = self._content(file)
             named = self.folder / file
             target = expansion_path(named, self.files.entries[file].sha256)
-            expand(path, target, content=content, name=named)
+            expand(path, target, content=content, name=named, complete=place_codes)
         with hashed_file(target, content) as path:
             yield path
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from mpqdm_fx.backends.xnnpack.compressed import SUFFIX, compress_program
+from mpqdm_fx.backends.compressed import SUFFIX, compress_program
 from mpqdm_fx.backends.xnnpack.runner import stored_files
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.io.exchange import remove_folder

@@ -143,7 +143,7 @@ def program_files(folder: ModelFolder) -> Iterator[tuple[Path, Path | None]]:
     Raises:
         ArtifactError: There is no program, or a file is not what was written.
     """
-    from mpqdm_fx.backends.xnnpack.compressed import expand_program
+    from mpqdm_fx.backends.compressed import expand_program
 
     names = program_names(folder)
     if not names:

@@ -1,3 +1,4 @@
+#include "mpqdm/coded_program.h"
 #include "mpqdm/codes.h"
 #include "mpqdm/operators.h"
 
@@ -17,3 +18,7 @@ size_t mpqdm_encode_codes(const int8_t* codes, const uint8_t* classes, size_t co
 }
 
 size_t mpqdm_encoded_limit(size_t count) { return mpqdm::encoded_limit(count); }
+
+const char* mpqdm_place_codes(uint8_t* content, size_t size, size_t* program_bytes) {
+  return mpqdm::place_codes(mpqdm::best_kernels(), content, size, program_bytes);
+}

@@ -26,6 +26,12 @@ size_t check_codes(const KernelSet& kernels, uint64_t seed, size_t count);
 // Damaged ones: all kernel sets refuse each for the same reason, or decode the same codes.
 size_t check_damaged_codes(uint64_t seed, size_t count);
 
+// Coded programs: placing the codes gives the program's bytes back.
+size_t check_coded_programs(const KernelSet& kernels, uint64_t seed, size_t count);
+
+// Damaged ones: each is refused, or its blobs are whole.
+size_t check_damaged_programs(uint64_t seed, size_t count);
+
 // Changed blobs: each is refused, or was not changed, or (where its checksum was made anew) all kernel
 // sets give the same numbers for it.
 size_t check_mutations(uint64_t seed, size_t count);

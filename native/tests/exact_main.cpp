@@ -3,7 +3,7 @@
 //
 //   mpqdm_exact sets                    names of the kernel sets
 //   mpqdm_exact exact SEED COUNT        COUNT cases of each kind on each kernel set
-//   mpqdm_exact mutations SEED COUNT    COUNT changed blobs, and as many damaged streams of codes
+//   mpqdm_exact mutations SEED COUNT    COUNT changed blobs, damaged streams of codes, damaged coded programs
 //
 // The last line says how many cases went wrong; the exit status is 1 if any did.
 #include <cstdio>
@@ -24,15 +24,17 @@ size_t check_exact(uint64_t seed, size_t count) {
     const size_t of_set = mpqdm::test::check_convolutions(*sets[i], seed, count) +
                           mpqdm::test::check_unpacking(*sets[i], seed, count) +
                           mpqdm::test::check_elementwise(*sets[i], seed, count) +
-                          mpqdm::test::check_codes(*sets[i], seed, count);
-    std::printf("%s: %zu cases, %zu wrong\n", sets[i]->name, 4 * count, of_set);
+                          mpqdm::test::check_codes(*sets[i], seed, count) +
+                          mpqdm::test::check_coded_programs(*sets[i], seed, count);
+    std::printf("%s: %zu cases, %zu wrong\n", sets[i]->name, 5 * count, of_set);
     wrong += of_set;
   }
   return wrong;
 }
 
 size_t check_changed(uint64_t seed, size_t count) {
-  return mpqdm::test::check_mutations(seed, count) + mpqdm::test::check_damaged_codes(seed, count);
+  return mpqdm::test::check_mutations(seed, count) + mpqdm::test::check_damaged_codes(seed, count) +
+         mpqdm::test::check_damaged_programs(seed, count);
 }
 
 void print_sets() {

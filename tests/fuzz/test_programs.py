@@ -17,8 +17,8 @@ from small import TinyNet, net_calls, plain_unet
 from typer.testing import CliRunner
 
 from mpqdm_fx.api import quantize
+from mpqdm_fx.backends.compressed import compress_program, expand_program
 from mpqdm_fx.backends.lower import lower
-from mpqdm_fx.backends.xnnpack.compressed import compress_program, expand_program
 from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.folders import listed_files, seal_folder

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import mpqdm_fx.pipelines.export as export_module
 from mpqdm_fx import ConfigError
-from mpqdm_fx.backends.xnnpack.compressed import expand_program
+from mpqdm_fx.backends.compressed import expand_program
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import ArtifactError

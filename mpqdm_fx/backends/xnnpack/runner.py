@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mpqdm_fx.backends.compressed import SUFFIX, expand_program
 from mpqdm_fx.backends.kernel_library import calls_own_operators, require_kernels
-from mpqdm_fx.backends.xnnpack.compressed import SUFFIX, expand_program
 from mpqdm_fx.errors import ArtifactError, ConfigError, LoweringError
 
 __all__ = [

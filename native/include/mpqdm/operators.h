@@ -39,6 +39,11 @@ MPQDM_API size_t mpqdm_encode_codes(const int8_t* codes, const uint8_t* classes,
                                     uint8_t* stream);
 MPQDM_API size_t mpqdm_encoded_limit(size_t count);
 
+// Puts the codes that follow a program (FORMAT.md, "Coded programs") into its layers, in place, and
+// says how many of the bytes are then the program. Without such codes it does nothing, and that is all
+// of them. Returns null, or what is wrong.
+MPQDM_API const char* mpqdm_place_codes(uint8_t* content, size_t size, size_t* program_bytes);
+
 // Version of the library, "major.minor.patch".
 MPQDM_API const char* mpqdm_version(void);
 }

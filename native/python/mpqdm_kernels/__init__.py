@@ -12,6 +12,7 @@
 import ctypes
 import functools
 import importlib.util
+import mmap
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -24,6 +25,7 @@ __all__ = [
     "kernel_sets",
     "load",
     "operators",
+    "place_codes",
 ]
 
 __version__ = version("mpqdm-kernels")
@@ -113,6 +115,30 @@ def encode_codes(codes: bytes, classes: bytes) -> bytes:
     return bytes(memoryview(stream)[:size])
 
 
+def place_codes(content: bytearray | mmap.mmap) -> int:
+    """Put the codes that follow a program into its layers, in place (FORMAT.md, "Coded programs").
+
+    Args:
+        content: The program and what follows it, writable. Without codes behind it nothing changes.
+
+    Returns:
+        How many of the bytes are then the program.
+
+    Raises:
+        ValueError: The bytes are damaged; says why. Some layers may have their codes.
+        ImportError: As `load`.
+        OSError: As `load`.
+    """
+    library = _library()
+    program_bytes = ctypes.c_size_t()
+    room = (ctypes.c_char * len(content)).from_buffer(content)
+    wrong = library.mpqdm_place_codes(room, len(content), ctypes.byref(program_bytes))
+    del room  # which holds the buffer: a map could not be closed
+    if wrong:
+        raise ValueError(wrong.decode())
+    return program_bytes.value
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     # The runtime's libraries first, from their own folder: the operators name them without a path,
@@ -133,6 +159,8 @@ def _declare_codes(library: ctypes.CDLL) -> None:
     library.mpqdm_codes_error.argtypes, library.mpqdm_codes_error.restype = [ctypes.c_int], data
     library.mpqdm_encode_codes.argtypes = [data, data, size, room]
     library.mpqdm_encode_codes.restype = size
+    library.mpqdm_place_codes.argtypes = [room, size, ctypes.POINTER(size)]
+    library.mpqdm_place_codes.restype = data
     library.mpqdm_encoded_limit.argtypes, library.mpqdm_encoded_limit.restype = [size], size
 
 

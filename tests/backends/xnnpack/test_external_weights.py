@@ -5,7 +5,7 @@ import torch
 from rounded_nets import rounded
 from torch import nn
 
-from mpqdm_fx.backends.xnnpack.compressed import compress_program
+from mpqdm_fx.backends.compressed import compress_program
 from mpqdm_fx.backends.xnnpack.lower import lower_xnnpack
 from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.errors import ArtifactError, LoweringError

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import flip
 
-from mpqdm_fx.backends.xnnpack.compressed import (
+from mpqdm_fx.backends.compressed import (
     compress_program,
     drop_expansions,
     expand_program,
@@ -85,7 +85,8 @@ def test_a_file_expands_to_no_more_than_its_manifest_says(tmp_path):
     path.write_bytes(bytes(2**24))
     content = Entry.of(path)
     packed = compress_program(path, keep=False)
-    with pytest.raises(ArtifactError, match="more than the 1000 bytes"):
+    most = 1000 + 2 * packed.stat().st_size  # what may follow a program
+    with pytest.raises(ArtifactError, match=f"more than the {most} bytes"):
         expand_program(packed, content=Entry(bytes=1000, sha256=content.sha256))
     with pytest.raises(ArtifactError, match="more than the"):
         expand_program(packed)  # more than 256 times its size

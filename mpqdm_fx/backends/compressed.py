@@ -1,16 +1,21 @@
 """Programs and weight files as `.xz` on disk, expanded to what runs.
 
-Codes of few bits take a byte each in a program (four bits where XNNPACK has such a kernel), but
+Codes of few bits take a byte each in an XNNPACK program (four bits where it has such a kernel), but
 use few of its values; an entropy coder takes them down to about their own bits. XZ is in Python's
-standard library and on every platform, and its files hold a SHA-256 of their content.
+standard library and on every platform, and its files hold a SHA-256 of their content. In bit planes
+of own kernels XZ finds little: there the entropy coder of stored weights does the work
+(`lowbit.coded_program`).
 """
 
 import logging
 import lzma
 import re
-import shutil
 from pathlib import Path
 
+import numpy as np
+
+from mpqdm_fx.backends.kernel_library import place_codes
+from mpqdm_fx.backends.lowbit.coded_program import take_codes
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.expansion import expand, expansion_path
 from mpqdm_fx.io.files import replacing
@@ -64,10 +69,14 @@ def compress_program(
         raise ArtifactError(f"{source} does not exist")
     with (
         replacing(target) as part,
-        source.open("rb") as plain,
         lzma.open(part, "wb", check=lzma.CHECK_SHA256, filters=_FILTERS) as packed,
     ):
-        shutil.copyfileobj(plain, packed, _CHUNK)
+        if source.stat().st_size:
+            plain = np.memmap(source, mode="c")  # its changes stay in memory
+            codes = take_codes(plain)
+            for start in range(0, len(plain), _CHUNK):
+                packed.write(plain[start : start + _CHUNK].tobytes())
+            packed.write(codes)
     logger.info("%s: %d bytes, %d expanded", target, target.stat().st_size, source.stat().st_size)
     if not keep:
         source.unlink()
@@ -102,6 +111,7 @@ def expand_program(
     Raises:
         ArtifactError: `path` does not exist, is damaged, or holds something else, or the folder
             cannot be written.
+        LoweringError: Its weights are read by the library of own kernels, which is not there.
     """
     named = Path(path)
     read = source or named
@@ -110,7 +120,7 @@ def expand_program(
     home = named.parent if folder is None else Path(folder)
     target = expansion_path(named, sha256 or Entry.of(read).sha256, home)
     logger.info("%s: expanding to %s", named, target)
-    expand(read, target, content=content, name=named)
+    expand(read, target, content=content, name=named, complete=place_codes)
     drop_expansions(named, home, but=target)
     return target
 
