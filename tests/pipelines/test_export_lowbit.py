@@ -1,6 +1,7 @@
 """Pipelines exported for own kernels: programs, report, and a runner that asks for the library."""
 
 import json
+import lzma
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from small import plain_unet
 from torch import nn
 
 from mpqdm_fx import ConfigError, export_pipeline
+from mpqdm_fx.backends.compressed import drop_expansions, expand_program
 from mpqdm_fx.backends.kernel_library import calls_own_operators
 from mpqdm_fx.errors import LoweringError
 from mpqdm_fx.pipelines.estimate import estimate_export
@@ -39,7 +41,7 @@ def exported(installed, pipeline, tmp_path_factory):
     output = tmp_path_factory.mktemp("lowbit") / "out"
     return export_pipeline(
         pipeline, SETTINGS, output, steps=2, trajectories=2, samples=1, measure=False,
-        backend="lowbit", kernels="memory",
+        backend="lowbit", kernels="memory", compress=True,
     )  # fmt: skip
 
 
@@ -71,7 +73,9 @@ def test_without_the_library_nothing_is_begun(pipeline, tmp_path):
 @pytest.mark.xnnpack
 def test_the_denoiser_calls_own_kernels_and_its_report_says_so(exported):
     folder = exported.directory
-    assert calls_own_operators(folder / "denoiser.pte").startswith("mpqdm::")
+    packed = folder / "denoiser.pte.xz"
+    assert lzma.decompress(packed.read_bytes()).endswith(b"MPQC")  # its weights are coded
+    assert calls_own_operators(expand_program(packed)).startswith("mpqdm::")
     (part,) = json.loads((folder / "report.json").read_text())["parts"]
     assert part["backend"] == "lowbit"
     assert part["program"]["own_layers"]
@@ -100,8 +104,9 @@ def test_an_estimate_counts_the_bits_that_own_kernels_keep(exported, pipeline):
 
 @pytest.mark.xnnpack
 def test_the_runner_refuses_before_it_loads_where_the_library_is_missing(exported):
-    with kernels_missing(), pytest.raises(RunnerError, match=r"denoiser.pte: the program calls"):
+    with kernels_missing(), pytest.raises(RunnerError, match=r"the program calls|the weights of"):
         PipelineRunner(exported.directory).sample(steps=1)
+    drop_expansions(exported.directory / "denoiser.pte.xz")
     # the copy in the folder, which knows nothing of this package
     code = (
         "import sys, runpy; sys.modules.update(mpqdm_kernels=None, mpqdm_fx=None); "
@@ -113,6 +118,6 @@ def test_the_runner_refuses_before_it_loads_where_the_library_is_missing(exporte
         cwd=exported.directory, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode not in (0, None)
-    assert "calls mpqdm::" in done.stderr
+    assert "the weights of " in done.stderr
     assert 'pip install "mpqdm-fx[kernels]"' in done.stderr
     assert "Traceback" not in done.stderr
