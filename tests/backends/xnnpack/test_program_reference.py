@@ -1,0 +1,49 @@
+"""How near a program has to be to its graph, and which runs of the graph that takes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpqdm_fx.backends.xnnpack.reference import Reference
+from mpqdm_fx.errors import LoweringError
+
+PROGRAM = Path("net.pte")
+OUTPUT = torch.linspace(-1, 1, 100)
+APART = OUTPUT.flip(0)  # as far from it as can be
+
+
+def reference(*draws):
+    """A reference of 30 dB whose nudged runs give `draws`; and the seeds that were run."""
+    run = []
+
+    def nudged(seed):
+        run.append(seed)
+        return (draws[seed],)
+
+    return Reference(outputs=(OUTPUT,), bound_db=30.0, quality_db=30.0, nudged=nudged), run
+
+
+def test_a_program_that_is_near_the_graph_needs_no_nudged_run():
+    expected, run = reference()
+    assert expected.check(PROGRAM, [OUTPUT + 1e-4], None)[0] > 60
+    assert run == []
+
+
+def test_a_program_may_be_near_one_nudged_run_alone():
+    expected, run = reference(OUTPUT, OUTPUT, APART)
+    assert expected.check(PROGRAM, [APART], None)[0] < 0
+    assert run == [0, 1, 2]
+
+
+def test_a_program_near_none_of_them_is_refused():
+    expected, run = reference(*[OUTPUT] * 4)
+    with pytest.raises(LoweringError, match=r"expected at least 30\.0 dB; nothing was written"):
+        expected.check(PROGRAM, [APART], None)
+    assert run == [0, 1, 2, 3]
+
+
+def test_a_float_program_has_no_other_runs():
+    expected = Reference(outputs=(OUTPUT,), bound_db=60.0, quality_db=None)
+    with pytest.raises(LoweringError, match=r"expected at least 60\.0 dB"):
+        expected.check(PROGRAM, [APART], None)
