@@ -1,6 +1,6 @@
 // Convolutions as implicit matrix products: the inputs of a pixel are read where they lie, a run of
 // `kernel * channels` for each kernel row; nothing is gathered. What is copied is one image of int8
-// codes, for its border of zero points.
+// codes, for its border of zero points; there pixels are repeated where it is upsampled.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -201,27 +201,40 @@ void multiply_task(void* context, size_t index) {
 struct Copy {
   const int8_t* codes;
   uint8_t* image;
-  size_t height, width, channels, padding, pitch;
+  size_t height, width, channels, padding, upsampling, pitch;
   uint8_t border, flip;
 };
 
 void copy_row(void* context, size_t row) {
   const Copy& copy = *static_cast<const Copy*>(context);
   uint8_t* out = copy.image + row * copy.pitch;
-  if (row < copy.padding || row >= copy.padding + copy.height) {
+  if (row < copy.padding || row >= copy.padding + copy.height * copy.upsampling) {
     std::memset(out, copy.border, copy.pitch);
     return;
   }
   const size_t side = copy.padding * copy.channels, inner = copy.width * copy.channels;
-  const auto* in = reinterpret_cast<const uint8_t*>(copy.codes) + (row - copy.padding) * inner;
+  const auto* in = reinterpret_cast<const uint8_t*>(copy.codes) +
+                   (row - copy.padding) / copy.upsampling * inner;
   std::memset(out, copy.border, side);
-  for (size_t i = 0; i < inner; ++i) out[side + i] = in[i] ^ copy.flip;
-  std::memset(out + side + inner, copy.border, side);
+  std::memset(out + copy.pitch - side, copy.border, side);
+  out += side;
+  if (copy.upsampling == 1) {
+    for (size_t i = 0; i < inner; ++i) out[i] = in[i] ^ copy.flip;
+    return;
+  }
+  for (size_t at = 0; at < inner; at += copy.channels, in += copy.channels) {
+    for (size_t i = 0; i < copy.channels; ++i) out[i] = in[i] ^ copy.flip;
+    const uint8_t* const pixel = out;
+    out += copy.channels;
+    for (size_t more = 1; more < copy.upsampling; ++more, out += copy.channels) {
+      std::memcpy(out, pixel, copy.channels);
+    }
+  }
 }
 
 // Whether the kernels read the codes where they are.
 bool is_direct(const KernelSet& kernels, const ConvolutionShape& shape) {
-  return shape.padding == 0 && !kernels.offset_inputs;
+  return shape.padding == 0 && shape.upsampling == 1 && !kernels.offset_inputs;
 }
 
 Image make_image(const KernelSet& kernels, const Blob& blob, const Codes& codes,
@@ -235,13 +248,13 @@ Image make_image(const KernelSet& kernels, const Blob& blob, const Codes& codes,
   // With padding there is one part a sample, or one for all.
   const size_t part = sample * codes.parts / shape.batch;
   const uint8_t flip = kernels.offset_inputs ? 0x80 : 0;
-  const size_t pitch = (shape.width + 2 * shape.padding) * channels;
+  const size_t pitch = (shape.width * shape.upsampling + 2 * shape.padding) * channels;
   Copy copy = {from,   scratch,
                shape.height,  shape.width,
-               channels, shape.padding,
+               channels, shape.padding, shape.upsampling,
                pitch,  static_cast<uint8_t>(static_cast<uint8_t>(codes.zero_point[part]) ^ flip),
                flip};
-  executor.run(executor.self, shape.height + 2 * shape.padding, copy_row, &copy);
+  executor.run(executor.self, shape.height * shape.upsampling + 2 * shape.padding, copy_row, &copy);
   return {scratch, pitch};
 }
 
@@ -277,7 +290,8 @@ Executor serial_executor() {
 }
 
 size_t convolution_scratch(const Blob& blob, const ConvolutionShape& shape) {
-  const size_t height = shape.height + 2 * shape.padding, width = shape.width + 2 * shape.padding;
+  const size_t height = shape.height * shape.upsampling + 2 * shape.padding;
+  const size_t width = shape.width * shape.upsampling + 2 * shape.padding;
   return height * width * blob.channels();
 }
 

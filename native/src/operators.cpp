@@ -228,28 +228,31 @@ void convolve_into(Call& call, const Blob& blob, const Codes& codes, const Convo
 // Ranges of whole samples suit every convolution; of single pixels those alone that read one pixel
 // for each that they write.
 bool suit(const Codes& codes, const ConvolutionShape& shape, const Blob& blob) {
-  const bool is_pixelwise = blob.kernel() == 1 && shape.stride == 1;
+  const bool is_pixelwise = blob.kernel() == 1 && shape.stride == 1 && shape.upsampling == 1;
   const size_t pixels = shape.batch * shape.height * shape.width;
   return shape.batch % codes.parts == 0 || (is_pixelwise && pixels % codes.parts == 0);
 }
 
 // conv2d_mixed.out(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, int out_channels,
-//                  int kernel, int stride, int padding, *, out!)
+//                  int kernel, int stride, int padding, int upsampling, *, out!)
 void conv2d_mixed(Call& call) {
   const CodesArguments in = read_codes(call);
   const int64_t out_channels = call.integer(4, "out_channels", 1, kMaxRows);
   const int64_t kernel = call.integer(5, "kernel", 1, 3);
   const int64_t stride = call.integer(6, "stride", 1, 2);
   const int64_t padding = call.integer(7, "padding", 0, kernel / 2);
+  const int64_t upsampling = call.integer(8, "upsampling", 1, 2);
   const Blob blob = read_weight(call, 3, out_channels, kernel);
-  Tensor* out = call.output(8, "out", ScalarType::Float);
+  Tensor* out = call.output(9, "out", ScalarType::Float);
   if (!call.ok() || !call.require(in.codes->dim() == 4, "codes", "is not [B, H, W, C]")) return;
   const ConvolutionShape shape{size_of(*in.codes, 0), size_of(*in.codes, 1), size_of(*in.codes, 2),
-                               static_cast<size_t>(stride), static_cast<size_t>(padding)};
+                               static_cast<size_t>(stride), static_cast<size_t>(padding),
+                               static_cast<size_t>(upsampling)};
   const size_t least = blob.kernel() - 2 * shape.padding;
   call.require(size_of(*in.codes, 3) == blob.channels(), "codes",
                "has another number of channels than weight");
-  call.require(shape.height >= least && shape.width >= least, "codes", "is smaller than the kernel");
+  call.require(shape.height * shape.upsampling >= least && shape.width * shape.upsampling >= least,
+               "codes", "is smaller than the kernel");
   call.require(suit(in.view(), shape, blob), "scale",
                "does not cut the codes into samples, nor into pixels of a 1 x 1 kernel of stride 1");
   if (!call.ok()) return;
@@ -282,7 +285,7 @@ void linear_mixed(Call& call) {
   std::copy_n(in.codes->sizes().begin(), dimensions, sizes.begin());
   sizes[dimensions - 1] = static_cast<SizesType>(out_features);
   if (!call.resize(*out, "out", {sizes.data(), dimensions})) return;
-  convolve_into(call, blob, in.view(), ConvolutionShape{1, 1, rows, 1, 0}, *out);
+  convolve_into(call, blob, in.view(), ConvolutionShape{1, 1, rows, 1, 0, 1}, *out);
 }
 
 // One operator as ExecuTorch calls it. `arguments` are those of its schema, outputs last; what
@@ -322,7 +325,7 @@ constexpr std::array<Kernel, 8> kOperators{
     Kernel(kDequantize, run<kDequantize, dequantize_mixed, 4, 1>),
     Kernel(kGroupNormQuantizeStatic,
            run<kGroupNormQuantizeStatic, group_norm_quantize_static_mixed, 10, 1>),
-    Kernel(kConvolution, run<kConvolution, conv2d_mixed, 9, 1>),
+    Kernel(kConvolution, run<kConvolution, conv2d_mixed, 10, 1>),
     Kernel(kLinear, run<kLinear, linear_mixed, 6, 1>),
 };
 

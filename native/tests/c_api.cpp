@@ -69,7 +69,7 @@ MPQDM_API int mpqdm_test_convolve(const char* name, const uint8_t* data, size_t 
   const int error = read(data, size, &blob);
   if (error != 0) return error;
   const Codes codes{values, scale, zero_point, parts};
-  const ConvolutionShape sizes{shape[0], shape[1], shape[2], shape[3], shape[4]};
+  const ConvolutionShape sizes{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
   std::vector<uint8_t> scratch(convolution_scratch(blob, sizes) + 64, 0xa5);
   const auto start = reinterpret_cast<uintptr_t>(scratch.data());
   uint8_t* aligned = scratch.data() + (64 - start % 64) % 64;

@@ -33,7 +33,7 @@ uint32_t channel_count(Random& random) {
 
 // A divisor of the pixels where every pixel may have a range, else of the batch.
 size_t part_count(Random& random, const ConvolutionShape& shape, uint32_t kernel) {
-  const bool is_pixelwise = kernel == 1 && shape.stride == 1;
+  const bool is_pixelwise = kernel == 1 && shape.stride == 1 && shape.upsampling == 1;
   const size_t parts = shape.batch * (is_pixelwise ? shape.height * shape.width : 1);
   for (;;) {
     const auto divisor = static_cast<size_t>(random.integer(1, static_cast<int64_t>(parts)));
@@ -54,7 +54,8 @@ ConvolutionCase make_case(uint64_t seed) {
   const auto least = static_cast<int64_t>(kernel - 2 * padding);
   const auto side = [&] { return static_cast<size_t>(random.integer(least, 9)); };
   made.shape = {static_cast<size_t>(random.integer(1, 3)), side(), side(),
-                static_cast<size_t>(random.integer(1, 2)), padding};
+                static_cast<size_t>(random.integer(1, 2)), padding,
+                static_cast<size_t>(random.integer(1, 2))};
   const size_t parts = part_count(random, made.shape, kernel);
   made.codes.resize(made.shape.batch * made.shape.height * made.shape.width * made.layer.channels);
   const int8_t ends[] = {-128, 127};

@@ -33,7 +33,7 @@ void mutate(Random& random, std::vector<uint8_t>& bytes) {
 // Integers of one pixel, on every kernel set; empty if two of them differ.
 std::vector<int32_t> multiply(const Blob& blob, uint64_t seed) {
   Random random(seed);
-  const ConvolutionShape shape{1, blob.kernel(), blob.kernel(), 1, 0};
+  const ConvolutionShape shape{1, blob.kernel(), blob.kernel(), 1, 0, 1};
   std::vector<int8_t> values(blob.depth());
   for (int8_t& value : values) value = static_cast<int8_t>(random.integer(-128, 127));
   const float scale = 1.0f;

@@ -137,7 +137,7 @@ OperatorCall convolution_call(Random& random) {
   call.layer = make_layer(random, 11, 8, 3, false);
   add_codes(call, random, {2, 6, 5, 8}, 2);
   add_blob(call);
-  for (const int64_t value : {11, 3, 2, 1}) call.arguments.add(EValue(value));
+  for (const int64_t value : {11, 3, 2, 1, 1}) call.arguments.add(EValue(value));
   add_output(call, {2, 3, 3, 11}, 2 * 3 * 3 * 11);
   return call;
 }

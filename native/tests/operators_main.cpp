@@ -101,10 +101,10 @@ void check_results(Random& random, bool temporary_memory) {
   };
   OperatorCall convolution = convolution_call(random);
   run(convolution);
-  expect_convolution(convolution, {2, 6, 5, 2, 1}, 3, 3);
+  expect_convolution(convolution, {2, 6, 5, 2, 1, 1}, 3, 3);
   OperatorCall linear = linear_call(random);
   run(linear);
-  expect_convolution(linear, {1, 1, 6, 1, 0}, 1, 6);
+  expect_convolution(linear, {1, 1, 6, 1, 0, 1}, 1, 6);
   OperatorCall quantization = quantize_call(random);
   run(quantization);
   expect_codes(quantization, quantization.x.data(), 3);
@@ -144,7 +144,7 @@ void check_resizing(Random& random) {
   expect(call.arguments.run(call.name) == Error::Ok, call.name, "an output was not resized");
   const auto sizes = call.arguments.values()[call.inputs].toTensor().sizes();
   expect(sizes[0] == 2 && sizes[1] == 3 && sizes[2] == 9, call.name, "other sizes");
-  expect_convolution(call, {1, 1, 6, 1, 0}, 1, 6);
+  expect_convolution(call, {1, 1, 6, 1, 0, 1}, 1, 6);
 }
 
 using MakeCall = OperatorCall (*)(Random&);

@@ -13,6 +13,7 @@ std::vector<int64_t> convolve_reference(const std::vector<int8_t>& weights, uint
                                         size_t out_width) {
   std::vector<int64_t> sums;
   const size_t pixels_of_part = shape.batch * out_height * out_width / codes.parts;
+  const size_t times = shape.upsampling;
   for (size_t pixel = 0; pixel < shape.batch * out_height * out_width; ++pixel) {
     const size_t sample = pixel / (out_height * out_width);
     const size_t top = pixel / out_width % out_height * shape.stride;
@@ -24,8 +25,9 @@ std::vector<int64_t> convolve_reference(const std::vector<int8_t>& weights, uint
       for (uint32_t tap = 0; tap < kernel * kernel; ++tap, weight += channels) {
         // Unsigned: what lies above or left of the image is far behind its end.
         const size_t y = top + tap / kernel - shape.padding, x = left + tap % kernel - shape.padding;
-        if (y >= shape.height || x >= shape.width) continue;
-        const int8_t* in = codes.codes + ((sample * shape.height + y) * shape.width + x) * channels;
+        if (y >= shape.height * times || x >= shape.width * times) continue;
+        const size_t place = (sample * shape.height + y / times) * shape.width + x / times;
+        const int8_t* in = codes.codes + place * channels;
         for (uint32_t c = 0; c < channels; ++c) sum += (in[c] - zero_point) * weight[c];
       }
       sums.push_back(sum);

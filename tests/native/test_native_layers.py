@@ -42,17 +42,23 @@ def exact_sums(images, kernels, stride, padding):
     return sums
 
 
-def assert_exact(native, layer, images, stride=1, padding=0, threads=1):
+def repeated(images, times):
+    """Codes with each pixel `times` times in both directions, on their ranges."""
+    codes, *ranges = images
+    return codes.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2), *ranges
+
+
+def assert_exact(native, layer, images, stride=1, padding=0, upsampling=1, threads=1):
     """All kernel sets of this CPU give the integers, and the results of the reference."""
     codes, scale, bias = layer
     kernels = codes if codes.ndim == 4 else codes[:, :, None, None]
     blob = pack_blob(codes, scale, bias)
-    integers = exact_sums(images, kernels, stride, padding)
+    integers = exact_sums(repeated(images, upsampling), kernels, stride, padding)
     assert integers.abs().max() < 2**31
-    how = (len(kernels), kernels.shape[2], stride, padding)
-    results = ops.conv2d_mixed(*images, blob, *how)
+    how = (stride, padding, upsampling)
+    results = ops.conv2d_mixed(*images, blob, len(kernels), kernels.shape[2], *how)
     for name in native.kernel_sets:
-        got = native.convolve(name, blob, images, results.shape, stride, padding, threads)
+        got = native.convolve(name, blob, images, results.shape, *how, threads=threads)
         assert torch.equal(got[1].to(torch.int64), integers), f"integers of {name}"
         assert torch.equal(got[0], results), f"results of {name}"
 
@@ -64,15 +70,18 @@ def assert_exact(native, layer, images, stride=1, padding=0, threads=1):
     stride=st.sampled_from([1, 2]),
     padded=st.booleans(),
     one_range=st.booleans(),
+    upsampling=st.sampled_from([1, 2]),
     threads=st.integers(1, 3),
     seed=st.integers(0, 2**16),
 )
-def test_convolutions(native, layer, batch, size, stride, padded, one_range, threads, seed):
+def test_convolutions(
+    native, layer, batch, size, stride, padded, one_range, upsampling, threads, seed
+):
     codes = layer[0]
     kernel, channels = (codes.shape[2], codes.shape[1]) if codes.ndim == 4 else (1, codes.shape[1])
     padding = kernel // 2 if padded or min(size) < kernel else 0
     images = drawn_images((batch, *size, channels), 1 if one_range else batch, seed)
-    assert_exact(native, layer, images, stride, padding, threads)
+    assert_exact(native, layer, images, stride, padding, upsampling, threads)
 
 
 @given(

@@ -43,14 +43,16 @@ class NativeKernels:
         assert done == 0
         return torch.from_numpy(weights)
 
-    def convolve(self, kernels, blob, images, out_shape, stride=1, padding=0, threads=1):
+    def convolve(
+        self, kernels, blob, images, out_shape, stride=1, padding=0, upsampling=1, threads=1
+    ):
         """Results, float32, and their integers, int32, both of `out_shape` [B, H, W, rows].
 
         Images are codes [B, H, W, C], scale [R] and zero point [R].
         """
         codes, scale, zero_point = (tensor.contiguous().numpy() for tensor in images)
         data = blob.numpy()
-        shape = np.array([*codes.shape[:3], stride, padding], np.uintp)
+        shape = np.array([*codes.shape[:3], stride, padding, upsampling], np.uintp)
         results, integers = np.zeros(out_shape, np.float32), np.zeros(out_shape, np.int32)
         done = self._library.mpqdm_test_convolve(
             kernels.encode(),

@@ -100,7 +100,7 @@ _OPERATORS = {
         _fake_group_norm_quantize_static,
     ),
     "conv2d_mixed": _Operator(
-        f"{_INPUT}, int out_channels, int kernel, int stride, int padding",
+        f"{_INPUT}, int out_channels, int kernel, int stride, int padding, int upsampling=1",
         ("out",),
         reference.conv2d_mixed,
         _fake_conv2d,

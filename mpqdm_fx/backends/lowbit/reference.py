@@ -110,19 +110,21 @@ def conv2d_mixed(
     kernel: int,
     stride: int,
     padding: int,
+    upsampling: int = 1,
 ) -> Tensor:
     """Convolution of codes with the weights of a blob.
 
     Args:
         codes: int8 [B, H, W, C].
         scale: float32 [R], of R equal parts of the codes: whole samples, or with a 1x1 kernel of
-            stride 1 any pixels. NaN gives NaN.
+            stride 1, without upsampling, any pixels. NaN gives NaN.
         zero_point: int32 [R], -128 to 127.
         weight: Blob, uint8 [bytes].
         out_channels: Rows of the blob.
         kernel: Of the blob, 1 or 3.
         stride: 1 or 2.
         padding: 0 or ``kernel // 2``; with the number zero.
+        upsampling: 1 or 2, times that each pixel is there in both directions before it is read.
 
     Returns:
         float32 [B, Ho, Wo, out_channels].
@@ -131,17 +133,20 @@ def conv2d_mixed(
         ConfigError: A dtype, a shape or a number is wrong, or the blob is another layer's.
         ArtifactError: The blob is damaged.
     """
-    shape = conv2d_shape(codes, out_channels, kernel, stride, padding)
+    shape = conv2d_shape(codes, out_channels, kernel, stride, padding, upsampling)
     content = _content(weight, out_channels, kernel, codes.shape[-1])
     parts, batch = _check_ranges(scale, zero_point), len(codes)
     pixels = batch * shape[1] * shape[2]
-    if batch % parts and (kernel != 1 or stride != 1 or pixels % parts):
+    if batch % parts and ((kernel, stride, upsampling) != (1, 1, 1) or pixels % parts):
         raise ConfigError(
             f"conv2d_mixed: {parts} ranges for {batch} samples; use one for each sample, or a 1x1 "
             "kernel of stride 1"
         )
+    inputs = _centred(codes, zero_point)
+    for axis in (1, 2) if upsampling > 1 else ():
+        inputs = inputs.repeat_interleave(upsampling, dim=axis)
     weights = content.codes.to(torch.float32).reshape(out_channels, kernel, kernel, -1)
-    sums = exact_convolution(_centred(codes, zero_point), weights, stride, padding)
+    sums = exact_convolution(inputs, weights, stride, padding)
     return _scaled(sums, scale, content).reshape(shape)
 
 
@@ -192,7 +197,7 @@ def check_group_norm(x: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, gr
 
 
 def conv2d_shape(
-    codes: Tensor, out_channels: int, kernel: int, stride: int, padding: int
+    codes: Tensor, out_channels: int, kernel: int, stride: int, padding: int, upsampling: int = 1
 ) -> tuple[int, int, int, int]:
     """Shape of the result of `conv2d_mixed`; checks the numbers."""
     check_dtype("codes", codes, torch.int8)
@@ -203,7 +208,10 @@ def conv2d_shape(
             f"conv2d_mixed: kernel {kernel}, stride {stride}, padding {padding}; the kernel is 1 "
             "or 3, the stride 1 or 2, the padding 0 or half the kernel"
         )
-    batch, height, width, _ = codes.shape
+    if upsampling not in (1, 2):
+        raise ConfigError(f"conv2d_mixed: upsampling {upsampling}, not 1 or 2")
+    batch, *sides, _ = codes.shape
+    height, width = (upsampling * side for side in sides)
     if height + 2 * padding < kernel or width + 2 * padding < kernel:
         raise ConfigError(f"conv2d_mixed: {height}x{width} codes are smaller than the kernel")
     out_height = (height + 2 * padding - kernel) // stride + 1

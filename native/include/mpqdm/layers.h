@@ -30,12 +30,13 @@ struct Codes {
 struct ConvolutionShape {
   size_t batch, height, width;  // of the input; channels are the blob's
   size_t stride, padding;       // 1 or 2; 0 or kernel / 2
+  size_t upsampling;            // 1 or 2: times that each pixel is read in both directions
 
   size_t out_height(const Blob& blob) const {
-    return (height + 2 * padding - blob.kernel()) / stride + 1;
+    return (height * upsampling + 2 * padding - blob.kernel()) / stride + 1;
   }
   size_t out_width(const Blob& blob) const {
-    return (width + 2 * padding - blob.kernel()) / stride + 1;
+    return (width * upsampling + 2 * padding - blob.kernel()) / stride + 1;
   }
 };
 
@@ -44,7 +45,7 @@ size_t convolution_scratch(const Blob& blob, const ConvolutionShape& shape);
 
 // Convolution of [batch, height, width, channels] codes; out is [batch, out_height, out_width, rows].
 // `codes.parts` divides batch * height * width; more than one part a sample needs a 1x1 kernel of
-// stride 1 (a linear layer is one of batch 1, height 1, and its rows for the width).
+// stride 1 without upsampling (a linear layer is one of batch 1, height 1, and its rows for the width).
 // `scratch` has convolution_scratch() bytes, 64-byte aligned.
 void convolve(const KernelSet& kernels, const Blob& blob, const Codes& codes,
               const ConvolutionShape& shape, uint8_t* scratch, const Executor& executor, float* out);

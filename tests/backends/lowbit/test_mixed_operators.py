@@ -234,6 +234,7 @@ def convolved(settings=(12, 3, 1, 1), **changes):
         ({"settings": (12, 2, 1, 1)}, "kernel 2, stride 1, padding 1"),
         ({"settings": (12, 3, 3, 1)}, "kernel 3, stride 3"),
         ({"settings": (12, 3, 1, 2)}, "padding 2"),
+        ({"settings": (12, 3, 1, 1, 3)}, "upsampling 3, not 1 or 2"),
         ({"settings": (16, 3, 1, 1)}, "a blob of 12 rows"),
         ({"settings": (12, 1, 1, 0)}, "a blob of 12 rows, kernel 3"),
         ({"codes": torch.zeros(2, 2, 4, 8, dtype=torch.int8), "settings": (12, 3, 1, 0)}, "2x4"),

@@ -16,6 +16,7 @@ from mpqdm_fx.backends.lowbit.layers import call_refusal
 from mpqdm_fx.graph.editing import add_tensor, insert_call, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, padding_sides, weight_layers
 from mpqdm_fx.graph.nodes import sizes
+from mpqdm_fx.graph.upsampling import nearest_factors
 from mpqdm_fx.passes.base import GraphPass
 from mpqdm_fx.records.activations import ActivationRange, StaticActivation
 
@@ -29,7 +30,9 @@ class UseMixedLayers(GraphPass):
     """Turn rounded layers into a quantizer and `mpqdm::conv2d_mixed` or `linear_mixed`.
 
     1. A convolution reads a permutation [B, H, W, C] of its value and its users a permutation
-       [B, C, H, W] of what it gives; `MoveLayouts` takes away the pairs that cancel.
+       [B, C, H, W] of what it gives; `MoveLayouts` takes away the pairs that cancel. Where it reads
+       an image that was upsampled by two to the nearest pixel, it reads the image before, and
+       repeats the pixels itself: the range is the same, and there are a quarter of the numbers.
     2. Ranges are those of `QuantizeActivations`: one a sample for convolutions, one a row for
        linear layers, one a pixel for 1x1 convolutions, which are linear layers over the pixels
        (`mpqdm::quantize_mixed`). Layers that read one value with equal parts share its codes.
@@ -152,8 +155,8 @@ def _rewrite_call(
     values: _SharedValues,
     chosen: StaticActivation | None,
 ) -> None:
-    module, value, name = layer.module, call.args[0], layer.name
-    assert isinstance(value, fx.Node)
+    module, name = layer.module, layer.name
+    value, upsampling = _read(module, call)
     is_image = isinstance(module, nn.Conv2d)
     source = values.last(value, call) if is_image else value
     if chosen is None:
@@ -161,7 +164,8 @@ def _rewrite_call(
     else:
         codes = values.static_codes(source, chosen.input, name, call)
     target, settings = _operator(module)
-    args = (*codes, values.weights[name], *settings)
+    repeated = (upsampling,) if upsampling > 1 else ()
+    args = (*codes, values.weights[name], *settings, *repeated)
     result = insert_call(graph_module, target, args, anchor=call)
     if chosen is not None:
         result = values.rounded(result, chosen.output, name, call)
@@ -169,6 +173,16 @@ def _rewrite_call(
         result = permuted(graph_module, result, to_first(4), anchor=call)
     call.replace_all_uses_with(result)
     graph_module.graph.erase_node(call)
+
+
+def _read(module: nn.Module, call: fx.Node) -> tuple[fx.Node, int]:
+    """The value that a layer has to read, and how often each of its pixels."""
+    value = call.args[0]
+    assert isinstance(value, fx.Node)
+    if not isinstance(module, nn.Conv2d) or is_pointwise(module):
+        return value, 1
+    source = value.args[0] if nearest_factors(value) == [2, 2] else None
+    return (source, 2) if isinstance(source, fx.Node) else (value, 1)
 
 
 def _parts(module: nn.Module, source: fx.Node) -> int:

@@ -11,33 +11,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from mpqdm_fx.graph.editing import insert_call
+from mpqdm_fx.graph.upsampling import nearest_factors
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["DecomposeUpsample"]
 
 _aten = torch.ops.aten
-
-#: Ops that give an output size and one list of factors.
-_LISTED = frozenset(
-    {
-        _aten.upsample_nearest1d.vec,
-        _aten.upsample_nearest2d.vec,
-        _aten._upsample_nearest_exact1d.vec,
-        _aten._upsample_nearest_exact2d.vec,
-    }
-)
-#: Ops that give an output size and each factor as an argument of its own.
-_SEPARATE = frozenset(
-    {
-        _aten.upsample_nearest1d.default,
-        _aten.upsample_nearest2d.default,
-        _aten._upsample_nearest_exact1d.default,
-        _aten._upsample_nearest_exact2d.default,
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,44 +45,12 @@ class DecomposeUpsample(GraphPass):
         """Rewrite every call that the rules cover; False if there was none."""
         modified = False
         for node in list(graph_module.graph.nodes):
-            factors = _factors(node)
+            factors = nearest_factors(node)
             if factors is not None:
                 node.replace_all_uses_with(_joined(graph_module, node, factors))
                 graph_module.graph.erase_node(node)
                 modified = True
         return modified
-
-
-def _factors(node: fx.Node) -> list[int] | None:
-    """Integer factor of each spatial axis, or None if the rules do not cover the node."""
-    source = node.args[0] if node.args else None
-    if node.target not in _LISTED | _SEPARATE or not isinstance(source, fx.Node):
-        return None
-    image, result = source.meta.get("val"), node.meta.get("val")
-    if not isinstance(image, Tensor) or not isinstance(result, Tensor):
-        return None
-    before, after = list(image.shape[2:]), list(result.shape[2:])
-    if not all(isinstance(n, int) and n > 0 for n in (image.shape[1], *before, *after)):
-        return None
-    if any(new % old for old, new in zip(before, after, strict=True)):
-        return None
-    factors = [new // old for old, new in zip(before, after, strict=True)]
-    return factors if _agree(_given(node), factors) else None
-
-
-def _given(node: fx.Node) -> Sequence[object]:
-    """Factors that the call itself gives."""
-    if node.target in _SEPARATE:
-        named = [v for k, v in node.kwargs.items() if k.startswith("scales")]
-        return [*node.args[2:], *named]
-    listed = node.args[2] if len(node.args) > 2 else node.kwargs.get("scale_factors")
-    return listed if isinstance(listed, list | tuple) else []
-
-
-def _agree(given: Sequence[object], factors: Sequence[int]) -> bool:
-    if len(given) not in (0, len(factors)):
-        return False
-    return all(g is None or g == f for g, f in zip(given, factors, strict=False))
 
 
 def _joined(graph_module: fx.GraphModule, node: fx.Node, factors: Sequence[int]) -> fx.Node:

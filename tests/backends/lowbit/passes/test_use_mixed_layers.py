@@ -13,10 +13,12 @@ from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.rebuild import infer_static_values
 from mpqdm_fx.passes import QuantizeActivations
-from mpqdm_fx.records.activations import DynamicActivation, StaticActivation
+from mpqdm_fx.records.activations import ActivationRange, DynamicActivation, StaticActivation
 from mpqdm_fx.testing import count
 
 mpqdm = torch.ops.mpqdm
+
+GRID = ActivationRange(scale=1 / 16, zero_point=3)
 
 
 def rounded(net, inputs, bits=4):
@@ -73,6 +75,46 @@ def test_every_convolution(kernel, stride, padded, bias):
     # a range a sample; a pixel where XNNPACK has a linear layer over the pixels
     (quantize,) = own.graph.find_nodes(op="call_function", target=mpqdm.quantize_mixed.default)
     assert quantize.args[1] == (3 * 9 * 6 if pointwise else 3)
+
+
+class Upsampled(nn.Module):
+    """An image, larger, and a convolution."""
+
+    def __init__(self, mode="nearest", factor=2.0):
+        super().__init__()
+        self.mode, self.factor = mode, factor
+        self.layer = nn.Conv2d(8, 5, 3, padding=1)
+
+    def forward(self, x):
+        return self.layer(nn.functional.interpolate(x, scale_factor=self.factor, mode=self.mode))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_convolution_repeats_pixels_that_were_upsampled_in_front_of_it(mode, fixed):
+    inputs = {"x": torch.randn(3, 8, 5, 4, generator=torch.Generator().manual_seed(1))}
+    graph = rounded(Upsampled(mode), inputs)
+    if fixed:
+        pair = StaticActivation(input=GRID, output=GRID)
+        ranges, static = {"layer": pair}, {"layer": [pair]}
+    else:
+        ranges, static = {"layer": DynamicActivation()}, {}
+    own = UseMixedLayers(blobs=blobs(graph, ["layer"]), static=static)(graph).graph_module
+    assert_close(own, QuantizeActivations(ranges=ranges)(graph).graph_module, inputs)
+    assert not any("upsample" in str(node.target) for node in own.graph.nodes)
+    (call,) = own.graph.find_nodes(op="call_function", target=mpqdm.conv2d_mixed.default)
+    assert call.args[0].meta["val"].shape == (3, 5, 4, 8)  # codes of the small image
+
+
+@pytest.mark.parametrize(
+    ("mode", "factor"), [("nearest", 3.0), ("nearest", 1.5), ("bilinear", 2.0)]
+)
+def test_other_upsampling_stays_where_it_is(mode, factor):
+    inputs = {"x": torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(1))}
+    graph = rounded(Upsampled(mode, factor), inputs)
+    own, expected = taken(graph, ["layer"])
+    assert_close(own, expected, inputs)
+    assert sum("upsample" in str(node.target) for node in own.graph.nodes) == 1
 
 
 def test_the_blob_takes_the_place_of_the_weight():
