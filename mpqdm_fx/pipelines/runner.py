@@ -166,7 +166,7 @@ class PipelineRunner:
             _check_type(name, text, str | None, "one text")
         size = self.size({"height": height, "width": width, "seconds": seconds})
         self.check_conditions({"prompt": prompt, "image": image, "mask": mask})
-        if negative is not None and not self.loop.negatives:
+        if negative is not None and not self.loop.takes_negative(self.manifest["settings"]):
             raise RunnerError(f"this {self.manifest['pipeline']} takes no negative prompt")
         request = Request(
             prompt=prompt,
