@@ -26,7 +26,7 @@ from mpqdm_fx.io.versions import versions
 from mpqdm_fx.model.feasibility import weights_of
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.pipelines.adapters import Lora
-from mpqdm_fx.pipelines.check_export import check_export
+from mpqdm_fx.pipelines.check_export import MINIMUM_SQNR_DB, check_export, check_float_run
 from mpqdm_fx.pipelines.encoder_memory import check_memory
 from mpqdm_fx.pipelines.finish_export import finish
 from mpqdm_fx.pipelines.kept_run import KeptRun, layer_counts, work_place
@@ -56,9 +56,6 @@ from mpqdm_fx.report.page.packages import renders
 __all__ = ["MINIMUM_SQNR_DB", "ExportResult", "export_pipeline"]
 
 logger = logging.getLogger(__name__)
-
-#: Below this a quantized text encoder or VAE is not used: noise of a thousandth of the power.
-MINIMUM_SQNR_DB = 30.0
 
 _SECONDS_A_WEIGHT = 2e-4  # quantizing and lowering the bundled model
 _END_SHARE = 0.15  # drawing, and measuring, against all parts
@@ -190,6 +187,8 @@ def export_pipeline(
         backend=backend, kernels=kernels, cpu=cpu,
     )  # fmt: skip
     check_value(run, RunOptions, "run")
+    if config is None:
+        check_float_run(run, minimum_sqnr_db)
     require_executorch()
     own = [backend, kernels, cpu] if backend == "lowbit" else []
     if may_call_own_kernels(backend, kernels):
