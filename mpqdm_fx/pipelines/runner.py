@@ -216,7 +216,7 @@ class PipelineRunner:
         made = loop.decode(latents, request)
         if bool(made.isnan().any()):
             raise RunnerError(
-                f"the {self.medium.noun} is not a number (NaN); use less guidance or more steps"
+                f"the {self.medium.noun} is not a number (NaN); change guidance or the scheduler"
             )
         return self.medium.values(made)
 
