@@ -261,6 +261,15 @@ def test_a_disk_that_is_too_small_is_told_before(place, monkeypatch, capsys, wor
     assert re.search(r"--output \S+: .* MiB are needed there, .* and 1000 bytes\); free some", err)
 
 
+def test_a_dry_run_says_what_the_disk_lacks(place, monkeypatch, capsys):
+    used = shutil.disk_usage(place)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: used)
+    status, out, _ = typed(monkeypatch, capsys, "quantize", "model", *NEW, "--dry-run")
+    assert status == 0
+    assert "free on the disk of --output" in out
+    assert re.search(r"--output \S+: .* MiB are needed there, .* and 1000 bytes\); free some", out)
+
+
 def test_a_disk_that_may_do_is_not_refused(place, monkeypatch, capsys):
     """Hidden expansions, variants that are not loaded and layers that are solved cost nothing."""
     begun = []
