@@ -12,6 +12,7 @@ __all__ = [
     "Kernels",
     "ProgramBackend",
     "SideBits",
+    "fewest_program_bits",
     "may_call_own_kernels",
 ]
 
@@ -44,3 +45,17 @@ SideBits = Literal[4, 8]
 def may_call_own_kernels(backend: Backend, kernels: Kernels) -> bool:
     """Whether a program of these settings may need the library of own kernels where it runs."""
     return backend == "lowbit" and kernels != "xnnpack"
+
+
+def fewest_program_bits(backend: Backend, four_bit: FourBit, *, narrow: bool) -> int:
+    """The fewest bits that a weight of rounded layers has in a program.
+
+    Args:
+        backend: What the program is for.
+        four_bit: Which weights it may store at four bits.
+        narrow: Whether weights may have fewer than eight bits.
+    """
+    if not narrow:
+        return 8
+    own = backend == "lowbit"
+    return 1 if own else 8 if four_bit == "never" else 4

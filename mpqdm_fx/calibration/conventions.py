@@ -1,7 +1,7 @@
 """How diffusers' models are called along a schedule: what their pipelines know and they do not say.
 
 A pipeline names the noisy argument as the model does, scales the time to what the model was trained
-with, turns the sign of the answer, cuts samples into tokens, and shifts the schedule by their
+with, turns the sign of the answer, cuts samples into tokens, and may shift the schedule by their
 number (Esser et al. 2024, "Scaling Rectified Flow Transformers", section 5.3.2). A class that is
 not in the table is called as UNets are: `sample` and `timestep`, as the scheduler has them.
 
@@ -38,6 +38,10 @@ class CallingConvention:
             them by itself.
         patch: Side of the square that is one token; None if it is not known.
         packed: Whether samples are sequences [tokens, channels], and no pictures [C, H, W].
+        shifted: Whether a scheduler that shifts by the number of tokens (`use_dynamic_shifting`)
+            is told it. Some pipelines tell none.
+        eta: Share of noise that is told to schedulers that take it (DDIM, TCD); None tells nothing,
+            and theirs holds.
         max_shift: Largest shift by the number of tokens where the scheduler does not say it.
         steps_shift: Whether the shift is Flux.2's, by the numbers of tokens and steps, whatever the
             scheduler says.
@@ -52,6 +56,8 @@ class CallingConvention:
     even_sigmas: bool = False
     patch: int | None = None
     packed: bool = False
+    shifted: bool = True
+    eta: float | None = 0.0
     max_shift: float = 1.15
     steps_shift: bool = False
 
@@ -79,7 +85,8 @@ class CallingConvention:
 _FEW_STEPS, _MANY_STEPS = (8.73809524e-05, 1.89833333), (0.00016927, 0.45666666)
 _LARGE = 4300  # tokens
 
-_PICTURES = CallingConvention(sample="hidden_states")
+_PICTURES = CallingConvention(sample="hidden_states", shifted=False)
+_UNET = CallingConvention(shifted=False)
 _PACKED = CallingConvention(
     sample="hidden_states", time_divisor=1000.0, even_sigmas=True, packed=True
 )
@@ -97,10 +104,12 @@ CONVENTIONS: Mapping[str, CallingConvention] = {
     "FluxTransformer2DModel": _PACKED,
     "PixArtTransformer2DModel": _PICTURES,
     "QwenImageTransformer2DModel": _PACKED,
-    "SD3Transformer2DModel": dataclasses.replace(_PICTURES, max_shift=1.16),
+    "SD3Transformer2DModel": dataclasses.replace(_PICTURES, shifted=True, max_shift=1.16),
     "SanaTransformer2DModel": _PICTURES,
     "StableAudioDenoiser": _PICTURES,  # what `export_pipeline` makes of it
     "StableAudioDiTModel": _PICTURES,  # sounds have an axis less
+    "UNet2DConditionModel": _UNET,
+    "UNet2DModel": _UNET,
     "ZImageDenoiser": _Z_IMAGE,  # what `export_pipeline` makes of it
     # takes lists, so a module around it stacks them
     "ZImageTransformer2DModel": _Z_IMAGE,

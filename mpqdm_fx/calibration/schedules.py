@@ -5,17 +5,19 @@ Schedulers of noise prediction scale the first noise (`init_noise_sigma`) and th
 2024, "Simplifying, stabilizing and scaling continuous-time consistency models") speaks of angles
 where its models know flow matching, which SANA-Sprint translates (Chen et al. 2025, section 3.2).
 
-The file needs torch alone, so that it goes with an exported pipeline.
+The file needs torch and numpy alone, so that it goes with an exported pipeline.
 """
 
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpqdm_fx.calibration.conventions import CallingConvention, resolution_shift
+from mpqdm_fx.errors import CalibrationError
 
 __all__ = ["Schedule", "schedule_of", "set_steps"]
 
@@ -38,19 +40,49 @@ def set_steps(
         device: Where the timesteps are to be.
 
     Raises:
-        CalibrationError: The schedule depends on the number of tokens, and that is not known.
+        CalibrationError: The schedule depends on the number of tokens, and that is not known, or
+            the model's pipeline does not tell it; or the schedule holds what is no number.
     """
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     config = scheduler.config
     settings: dict[str, Any] = {"device": device}
-    if "mu" in accepted and config.get("use_dynamic_shifting"):
+    shifts = "mu" in accepted and bool(config.get("use_dynamic_shifting"))
+    if shifts and convention.shifted:
         settings["mu"] = resolution_shift(config, convention, sample_shape, steps)
     if convention.even_sigmas and "sigmas" in accepted and not config.get("use_flow_sigmas"):
         # in double precision, as diffusers has them
         settings["sigmas"] = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
     if "intermediate_timesteps" in accepted and steps != 2:
         settings["intermediate_timesteps"] = None  # its default is for two steps alone
-    scheduler.set_timesteps(steps, **settings)
+    try:
+        with np.errstate(divide="ignore", invalid="ignore"):  # refused below
+            scheduler.set_timesteps(steps, **settings)
+    except ValueError as error:
+        # others have a shift of their own beside it, which holds
+        if not shifts or convention.shifted:
+            raise
+        raise CalibrationError(
+            f"the schedule is shifted by the number of tokens (use_dynamic_shifting), which "
+            f"diffusers' pipelines of this model do not tell a {type(scheduler).__name__}; give "
+            f"one with use_dynamic_shifting=False and its shift"
+        ) from error
+    _check_numbers(scheduler, steps)
+
+
+def _check_numbers(scheduler: Any, steps: int) -> None:
+    """Refuse a schedule that some settings make of zeros divided by zeros."""
+    for name in ("timesteps", "sigmas"):
+        table = getattr(scheduler, name, None)
+        if not isinstance(table, Tensor) or not bool(table.isnan().any()):
+            continue
+        terminal = scheduler.config.get("shift_terminal")
+        reason = "check the scheduler's config, or give more steps"
+        if terminal:
+            reason = (
+                f"shift_terminal={terminal:g} stretches them from the first step to the last; give "
+                f"2 steps at least, or a {type(scheduler).__name__} without it"
+            )
+        raise CalibrationError(f"{name} of {steps} steps are not numbers (NaN): {reason}")
 
 
 class Schedule:
@@ -66,8 +98,9 @@ class Schedule:
         self.convention = convention
         accepted = inspect.signature(scheduler.step).parameters
         self._takes_generator = "generator" in accepted
-        # pipelines of diffusers say it whatever a scheduler's own default is (TCD's is not 0)
-        self._options: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}
+        # most pipelines say 0 whatever a scheduler's own default is (TCD's is not 0)
+        says = "eta" in accepted and convention.eta is not None
+        self._options: dict[str, Any] = {"eta": convention.eta} if says else {}
 
     @property
     def timesteps(self) -> Tensor:

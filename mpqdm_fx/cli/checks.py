@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from mpqdm_fx.backends.names import PROGRAMS, Backend, Kernels, may_call_own_ker
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io.files import checkpoint_of
 from mpqdm_fx.io.sealed import read_json
+from mpqdm_fx.io.space import existing_folder
 from mpqdm_fx.sources.model_names import BUNDLED, check_name
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "check_output_file",
     "check_output_folder",
     "check_packages",
-    "check_space",
     "check_writable",
     "has_program",
     "has_text_encoder",
@@ -151,7 +150,7 @@ def check_writable(folder: Path, typed: str, *, prefix: str = "mpqdm-fx") -> Non
     Raises:
         ConfigError: It is below a file, or the system refuses.
     """
-    parent = _existing(folder)
+    parent = existing_folder(folder)
     if not parent.is_dir():
         raise ConfigError(f"{typed}: {parent} is a file; give a path below a folder")
     try:
@@ -162,14 +161,6 @@ def check_writable(folder: Path, typed: str, *, prefix: str = "mpqdm-fx") -> Non
             f"{typed}: {parent} cannot be written: {error.strerror}; give another place, or change "
             f"its permissions"
         ) from None
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above that is there."""
-    folder = folder.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def check_packages(*packages: str, purpose: str) -> None:
@@ -260,23 +251,3 @@ def origin_of(folder: Path) -> str | None:
     """The float model's name that a folder of `quantize` holds; None if it holds none."""
     source = folder / "source.json"
     return str(read_json(source).get("model")) if source.is_file() else None
-
-
-def check_space(output: Path, needed: int) -> None:
-    """Refuse a disk that cannot hold what is known to be written.
-
-    Args:
-        output: Folder to appear.
-        needed: Bytes that are written at least, there or beside it.
-
-    Raises:
-        ConfigError: Less is free.
-    """
-    # of a link, the result appears where it leads to, and an unfinished run lies beside it
-    places = {_existing(path.parent) for path in (output, output.resolve())}
-    free = max(shutil.disk_usage(place).free for place in places)
-    if free < needed:
-        raise ConfigError(
-            f"--output {output}: {needed / 2**20:,.1f} MiB are written at least, and the disk has "
-            f"{free / 2**20:,.1f} MiB left; free some, or give another disk"
-        )

@@ -93,6 +93,7 @@ def distill(
     from mpqdm_fx.io.folders import WEIGHTS
     from mpqdm_fx.io.processes import joined
     from mpqdm_fx.io.schema import plain
+    from mpqdm_fx.io.space import check_space
     from mpqdm_fx.jobs.distill import distill_folder
     from mpqdm_fx.jobs.evaluate import check_gates, gate_stages, judge_result
     from mpqdm_fx.model.folder import open_folder
@@ -108,7 +109,7 @@ def distill(
         check_gates(gates, source, read_summary(opened)["backend"])
         then = gate_stages(gates, source, steps=steps)
     # the plan stays, so the packed weights of the result are of the same size
-    checks.check_space(output, opened.files.entries[WEIGHTS].bytes)
+    check_space(output, opened.files.entries[WEIGHTS].bytes)
     config = DistillConfig(
         seconds=seconds,
         updates=updates,

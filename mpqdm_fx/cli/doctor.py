@@ -15,6 +15,7 @@ __all__ = ["doctor"]
 
 
 @opt.takes_settings(
+    of_models=("in_float", "four_bit", "subfolder", "variant", "inputs"),
     without=(
         "slowdown", "effective_bits", "weight_bytes", "rounding", "refinements", "propagation",
         "noise_argument", "seed",

@@ -134,6 +134,7 @@ def export(
     form = "float" if in_float else bits_of(config)
     announce(f"exporting {model} to {output}: {form}")
     from mpqdm_fx.io.schema import plain
+    from mpqdm_fx.io.space import free_bytes, lack_of_space
     from mpqdm_fx.jobs.export import (
         ExportRuns,
         check_export_gates,
@@ -172,10 +173,14 @@ def export(
             cpu=cpu, four_bit=four_bit, samples=samples, encoder_bits=encoder_bits,
             tabulate=tabulate, lora=runs.lora,
         ).to_dict()  # fmt: skip
+        place = keep_run or output
+        forecast["free_bytes"] = free_bytes(place)
         if as_json:
             console.print_json(json.dumps(forecast))
-        else:
-            console.print(export_estimate_table(forecast))
+            return
+        console.print(export_estimate_table(forecast))
+        if lack := lack_of_space(place, forecast["disk_bytes"]):
+            say(console, f"{'--keep-run' if keep_run else '--output'} {place}: {lack}")
         return
     result = export_to_folder(
         model,

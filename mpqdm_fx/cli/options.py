@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mpqdm_fx.backends.names import Backend, Cpu, FourBit, Kernels
 from mpqdm_fx.cli import streams
+from mpqdm_fx.cli.checks import is_result
 from mpqdm_fx.cli.panels import BITS, CALIBRATION, MODEL, PROGRAM, RUN
 from mpqdm_fx.cli.recipes import PresetOption, RecipeOption, preset_values, with_typed
 from mpqdm_fx.cli.settings import SETTINGS, SeedOption
@@ -228,6 +229,10 @@ CompressOption = Annotated[
 ]
 
 _ENDLESS = 100_000  # columns
+#: Options beside the settings that tell how to quantize, or judge what was.
+_QUANTIZING = (
+    "sensitivity", "device", "max_memory", "trajectories", "minimum_sqnr", "encoder_bits",
+)  # fmt: skip
 
 
 def console() -> Console:
@@ -243,7 +248,7 @@ _Command = Callable[..., None]
 
 
 def takes_settings(
-    *, without: Collection[str] = (), **defaults: Any
+    *, without: Collection[str] = (), of_models: Collection[str] | None = None, **defaults: Any
 ) -> Callable[[_Command], _Command]:
     """Give a command the options of the settings, in the place of its argument `config`.
 
@@ -252,6 +257,8 @@ def takes_settings(
 
     Args:
         without: Options that the command does not have.
+        of_models: Options, beside the settings, that have no meaning where MODEL is a folder of
+            `quantize`; None where it cannot be one.
         **defaults: Defaults of options that differ from the usual ones.
 
     Raises:
@@ -264,12 +271,15 @@ def takes_settings(
         def run(context: typer.Context, **given: Any) -> None:
             preset, recipe = given.pop("preset"), given.pop("recipe")
             typed = {name for name in given if _is_typed(context, name)}
-            if given.get("in_float"):
-                named = {"preset": preset, "config": recipe}
-                _refuse_beside_float(
-                    [*(name for name in named if named[name] is not None)]
-                    + [name for name in options if name in typed]
+            recipes = {"preset": preset, "config": recipe}
+            settling = [name for name in recipes if recipes[name] is not None]
+            settling += [name for name in options if name in typed]
+            if of_models is not None and is_result(given["model"]):
+                _refuse_beside_result(
+                    given["model"], settling + [name for name in of_models if name in typed]
                 )
+            if given.get("in_float"):
+                _refuse_beside_float(settling + [name for name in _QUANTIZING if name in typed])
             if preset is not None:
                 if recipe is not None:
                     raise ConfigError("--preset and --config: give one of the two")
@@ -295,10 +305,9 @@ def takes_settings(
             if parameter.name != "config":
                 parameters.append(parameter)
                 continue
-            recipes = {"preset": PresetOption, "recipe": RecipeOption}
             parameters += [
                 inspect.Parameter(name, parameter.kind, default=None, annotation=kind)
-                for name, kind in recipes.items()
+                for name, kind in {"preset": PresetOption, "recipe": RecipeOption}.items()
             ]
             parameters += [
                 inspect.Parameter(
@@ -319,6 +328,16 @@ def _refuse_beside_float(names: Sequence[str]) -> None:
         option = names[0].replace("_", "-")
         raise ConfigError(
             f"--float and --{option}: nothing is quantized with --float; leave one of the two out"
+        )
+
+
+def _refuse_beside_result(folder: str, names: Sequence[str]) -> None:
+    """Refuse what chooses a float model, or settings, beside a folder that has its own."""
+    if names:
+        option = {"in_float": "float"}.get(names[0], names[0]).replace("_", "-")
+        raise ConfigError(
+            f"--{option}: {folder} was written by mpqdm-fx quantize, and its own program is "
+            f"judged; leave the option out, or give the float model"
         )
 
 

@@ -74,6 +74,7 @@ def pareto(
         checks.check_packages("torchmetrics", "sklearn", purpose="evaluating the bundled model")
     widths = ", ".join(f"{budget:g}" for budget in budgets)
     announce(f"quantizing {model} to {output}: {widths} bits a weight")
+    from mpqdm_fx.io.space import check_space
     from mpqdm_fx.jobs.calibration import open_source
     from mpqdm_fx.jobs.pareto import check_pareto, evaluation_of, pareto_to_folder
     from mpqdm_fx.jobs.result_folder import ProgramForm
@@ -92,7 +93,7 @@ def pareto(
         prompts=prompts, guidance=guidance,
     )  # fmt: skip
     if not resume:
-        checks.check_space(output, len(budgets) * weights_of(source.model))
+        check_space(output, len(budgets) * weights_of(source.model))
     curve = pareto_to_folder(
         source,
         config,

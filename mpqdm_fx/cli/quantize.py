@@ -70,11 +70,13 @@ def quantize(
     from mpqdm_fx.cli.screens.result import ResultScreen
     from mpqdm_fx.io.processes import joined
     from mpqdm_fx.io.schema import plain
+    from mpqdm_fx.io.space import check_space
     from mpqdm_fx.jobs.calibration import open_source, rows_of
+    from mpqdm_fx.jobs.disk_space import least_bytes
     from mpqdm_fx.jobs.evaluate import check_gates, gate_stages, judge_result
     from mpqdm_fx.jobs.quantize import check_start, quantize_to_folder
     from mpqdm_fx.jobs.result_folder import ProgramForm
-    from mpqdm_fx.model.feasibility import check_feasible, weights_of
+    from mpqdm_fx.model.feasibility import check_feasible
     from mpqdm_fx.records.run_options import RunOptions
 
     checks.check_device(device)
@@ -92,9 +94,8 @@ def quantize(
         prompts=prompts, guidance=guidance,
     )  # fmt: skip
     check_gates(gates, source, form.backend)
-    if not resume:  # who resumes has some of it on the disk already
-        # a byte each, until the run is through
-        checks.check_space(output, weights_of(source.model))
+    if not resume and not dry_run:  # who resumes has some of it on the disk already
+        check_space(output, least_bytes(source.model, config, form))
     check_feasible(
         source.model, source.example_inputs, config, sensitivity=sensitivity, max_memory=memory,
         batch_size=rows_of(source, trajectories, steps),
@@ -102,7 +103,7 @@ def quantize(
     if dry_run:
         _foretell(
             source, config, form, trajectories=trajectories, steps=steps, samples=samples,
-            memory=memory, as_json=as_json,
+            memory=memory, as_json=as_json, output=output,
         )  # fmt: skip
         return
     with joined():
@@ -191,8 +192,10 @@ def _foretell(
     samples: int,
     memory: int | None,
     as_json: bool,
+    output: Path | None = None,
 ) -> None:
-    """Print what a run will take."""
+    """Print what a run will take, and what the disk of its output has where one is known."""
+    from mpqdm_fx.io.space import free_bytes, lack_of_space
     from mpqdm_fx.jobs.estimate import estimate_run
     from mpqdm_fx.report.tables import estimate_table
 
@@ -201,7 +204,12 @@ def _foretell(
         max_memory=memory,
     ).to_dict()  # fmt: skip
     console = opt.console()
+    if output is not None:
+        forecast["free_bytes"] = free_bytes(output)
     if as_json:
         console.print_json(json.dumps(forecast))
-    else:
-        console.print(estimate_table(forecast))
+        return
+    console.print(estimate_table(forecast))
+    needed = sum(forecast[name] for name in ("disk_bytes", "weight_bytes", "program_bytes"))
+    if output is not None and (lack := lack_of_space(output, needed)):
+        say(console, f"--output {output}: {lack}")

@@ -10,6 +10,7 @@ from mpqdm_fx.backends.check_settings import check_kernel_options
 from mpqdm_fx.backends.lowbit.doctor import diagnose_lowbit
 from mpqdm_fx.backends.names import Cpu, FourBit, Kernels, ProgramBackend
 from mpqdm_fx.backends.xnnpack.doctor import Diagnosis, diagnose
+from mpqdm_fx.backends.xnnpack.four_bit import check_four_bit
 from mpqdm_fx.bits.allocate import even_levels, fixed_plan, layer_limits
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.calling import example_inputs
@@ -125,6 +126,7 @@ def _stored_form(
 
 
 def _refuse_float(form: ProgramForm) -> None:
+    check_four_bit(form.four_bit, "float")
     check_kernel_options(form.backend, form.kernels, form.cpu)
     if form.backend == "lowbit":
         raise ConfigError(

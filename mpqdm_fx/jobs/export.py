@@ -82,7 +82,7 @@ def export_to_folder(
             "--prompts": runs.prompts,
             "--guidance": runs.guidance,
             "--steps": runs.steps,
-            "--trajectories": runs.trajectories,
+            "--trajectories": None if config is None else runs.trajectories,
             "--fuse-lora": None if runs.lora is None else runs.lora.file,
             "--lora-scale": None if runs.lora is None else runs.lora.scale,
             "--start-from": run.start_from,

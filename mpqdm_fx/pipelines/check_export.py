@@ -7,9 +7,13 @@ from mpqdm_fx.backends.names import Cpu, Kernels, ProgramBackend, SideBits
 from mpqdm_fx.backends.xnnpack.four_bit import FourBit, check_four_bit
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.records.validation import check_value
 
-__all__ = ["check_export"]
+__all__ = ["MINIMUM_SQNR_DB", "check_export", "check_float_run"]
+
+MINIMUM_SQNR_DB = 30.0
+"""Below it a quantized text encoder or VAE is not used: noise of a thousandth of the power."""
 
 
 def check_export(
@@ -46,3 +50,25 @@ def check_export(
         )
     if config is not None and (backend == "lowbit" or config.activation_mode != "float"):
         check_settings(backend, config, alternatives=False)
+
+
+def check_float_run(run: RunOptions, minimum_sqnr_db: float) -> None:
+    """Refuse what has no meaning where all parts stay in float: nothing is solved or judged.
+
+    Args: as of `export_pipeline`.
+
+    Raises:
+        ConfigError: Names the first.
+    """
+    given = {
+        "sensitivity": run.sensitivity is not None,
+        "device": run.device is not None,
+        "activation_memory": run.activation_memory is not None,
+        "minimum_sqnr_db": minimum_sqnr_db != MINIMUM_SQNR_DB,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise ConfigError(
+                f"{name}: all parts are to stay in float, and nothing is solved or judged; "
+                f"quantize, or leave {name} out"
+            )

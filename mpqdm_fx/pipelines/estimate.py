@@ -185,16 +185,19 @@ def estimate_export(
         own_kernels=backend == "lowbit" and kernels == "memory",
         timesteps=inputs.told_times() if tabulate else None,
     )
-    parts, solved = {}, 0
+    parts, solved, moved = {}, 0, 0
     for part in inputs.layout.parts.values():
         settings = None if config is None else _settings(part, config, encoder_bits)
-        estimated, disk = _part(part, inputs, settings, chosen, storage, measure, max_memory)
+        estimated, layers, disk = _part(
+            part, inputs, settings, chosen, storage, measure, max_memory
+        )
         parts[part.name] = estimated
-        solved = max(solved, disk)
+        # layers stay until all parts are finished, activations until one is
+        solved, moved = solved + layers, max(moved, disk)
     # in float, by the programs, and by these again on the calls of the float runs
     drawing = samples * (1 + 2 * _PROGRAM) * _image_seconds(parts, inputs)
     total = sum(part.program_bytes for part in parts.values())
-    return ExportEstimate(parts=parts, draw_seconds=drawing, disk_bytes=total + solved)
+    return ExportEstimate(parts=parts, draw_seconds=drawing, disk_bytes=total + solved + moved)
 
 
 def _image_seconds(parts: Mapping[str, PartEstimate], inputs: PipelineInputs) -> float:
@@ -212,19 +215,19 @@ def _part(
     storage: _Storage,
     measure: bool,
     max_memory: int | None,
-) -> tuple[PartEstimate, int]:
-    """A part's numbers, and bytes on the disk while it is quantized."""
+) -> tuple[PartEstimate, int, int]:
+    """A part's numbers, bytes of its solved layers, and of activations while it is quantized."""
     example = inputs.example(part.name, inputs.size)
     graph = normalized(part.module, dict(example), settings or MPQConfig())
     call_seconds = _call_seconds(part, example)
     calls, rows = _calls(part, inputs)
-    quantize, disk = 0.0, 0
+    quantize, solved, disk = 0.0, 0, 0
     peak = 4 * _numbers(graph)
     if settings is not None:
         batch = example_inputs(graph.meta["signature"], batch_size=rows)
         sweep = estimate(graph, [batch] * calls, settings, max_memory=max_memory)
         quantize = sweep.seconds + _JUDGED * call_seconds * calls * rows / 4
-        peak, disk = sweep.peak_bytes, sweep.disk_bytes
+        peak, solved, disk = sweep.peak_bytes, sweep.weights, sweep.disk_bytes - sweep.weights
     if part.stepped:
         quantize += call_seconds * calls * rows if settings is not None else 0.0
     held = 4 * part.parameters
@@ -248,7 +251,7 @@ def _part(
         peak_bytes=peak,
         held_bytes=held,
     )
-    return estimated, disk
+    return estimated, solved, disk
 
 
 def _settings(part: Part, config: MPQConfig, encoder_bits: SideBits) -> MPQConfig:

@@ -22,11 +22,13 @@ from mpqdm_fx.io import progress
 from mpqdm_fx.io.allocator import large_blocks_returned
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.folders import check_target, staged_directory
+from mpqdm_fx.io.space import check_space
 from mpqdm_fx.io.versions import versions
 from mpqdm_fx.model.feasibility import weights_of
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.pipelines.adapters import Lora
-from mpqdm_fx.pipelines.check_export import check_export
+from mpqdm_fx.pipelines.check_export import MINIMUM_SQNR_DB, check_export, check_float_run
+from mpqdm_fx.pipelines.disk_space import least_bytes
 from mpqdm_fx.pipelines.encoder_memory import check_memory
 from mpqdm_fx.pipelines.finish_export import finish
 from mpqdm_fx.pipelines.kept_run import KeptRun, layer_counts, work_place
@@ -56,9 +58,6 @@ from mpqdm_fx.report.page.packages import renders
 __all__ = ["MINIMUM_SQNR_DB", "ExportResult", "export_pipeline"]
 
 logger = logging.getLogger(__name__)
-
-#: Below this a quantized text encoder or VAE is not used: noise of a thousandth of the power.
-MINIMUM_SQNR_DB = 30.0
 
 _SECONDS_A_WEIGHT = 2e-4  # quantizing and lowering the bundled model
 _END_SHARE = 0.15  # drawing, and measuring, against all parts
@@ -178,7 +177,7 @@ def export_pipeline(
         ConfigError: The pipeline's class is not supported, it carries a LoRA that is not to be
             fused, it draws nothing of a size, a setting has no program, or a text encoder does not
             fit in memory although it is read layer by layer; or the run to start from has other
-            settings or another model.
+            settings or another model, or the disk has less space than is written at least.
         ArtifactError: The pipeline's folder is not whole, `output` holds something else, or the run
             to start from is none that is finished.
         DialectError: There are to be tables, and the denoiser has no time branch of its own.
@@ -190,6 +189,8 @@ def export_pipeline(
         backend=backend, kernels=kernels, cpu=cpu,
     )  # fmt: skip
     check_value(run, RunOptions, "run")
+    if config is None:
+        check_float_run(run, minimum_sqnr_db)
     require_executorch()
     own = [backend, kernels, cpu] if backend == "lowbit" else []
     if may_call_own_kernels(backend, kernels):
@@ -230,6 +231,15 @@ def export_pipeline(
     if run.start_from is not None:
         earlier = KeptRun(Path(run.start_from), identity, layout.parts.values())
         identity["start"] = earlier.work.run
+    if not run.resume:  # who resumes has some of it on the disk already
+        taken = set() if earlier is None else set(filter(earlier.is_same, layout.parts))
+        made = [part for name, part in layout.parts.items() if name not in taken]
+        programs, layers = least_bytes(
+            made, config, backend=backend, four_bit=four_bit, encoder_bits=encoder_bits
+        )
+        if run.directory is not None:
+            check_space(place, programs + layers, "directory")
+        check_space(target, programs + layers * (run.directory is None))
     work = WorkFolder(place, identity, resume=run.resume)
     quantized: dict[str, QuantizedModel] = {}
     records: dict[str, dict[str, Any]] = {}

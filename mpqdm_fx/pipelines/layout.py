@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class Layout:
     @property
     def convention(self) -> CallingConvention:
         """How the denoiser is called along a schedule."""
-        return model_convention(self.denoiser)
+        return replace(model_convention(self.denoiser), eta=self.family.eta)
 
     @property
     def loop(self) -> type[Loop]:

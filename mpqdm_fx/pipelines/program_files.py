@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.backends.kernel_library import calls_own_operators, place_codes, require_kernels
-from mpqdm_fx.errors import ArtifactError, LoweringError, first_line
+from mpqdm_fx.errors import ArtifactError, LoweringError, MPQError, first_line
 from mpqdm_fx.io.expansion import expand, expansion_path
 from mpqdm_fx.io.sealed import Entry, SealedFolder, hashed_file, read_json, verified
 
@@ -32,8 +32,8 @@ __all__ = [
 MANIFEST = "pipeline.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 FORMAT = "mpqdm_fx.pipeline"
-#: Of the manifest. Since version 6 a convention says whose shift by tokens a schedule has.
-VERSION = 6
+#: Of the manifest. Since version 7 a convention says what a scheduler is told beside its steps.
+VERSION = 7
 
 _NUMBER = (int, float)
 _TENSOR = {"name": str, "shape": [int], "dtype": str}
@@ -56,6 +56,8 @@ _SHAPE: Mapping[str, Any] = {
         "even_sigmas": bool,
         "patch": (int, None),
         "packed": bool,
+        "shifted": bool,
+        "eta": (*_NUMBER, None),
         "max_shift": _NUMBER,
         "steps_shift": bool,
     },
@@ -116,12 +118,14 @@ def refusals(subject: str) -> Iterator[None]:
         subject: What did not work; begins the message.
 
     Raises:
-        RunnerError: The library raised whatever it was.
+        RunnerError: The library raised whatever it was, or what is asked of it has no meaning.
     """
     try:
         yield
     except ArtifactError:
         raise
+    except MPQError as error:
+        raise RunnerError(f"{subject}: {first_line(error)}") from error
     except ImportError as error:
         package = _PACKAGES.get((error.name or "").partition(".")[0])
         fix = f"; pip install --upgrade {package}" if package else ""

@@ -166,7 +166,7 @@ class PipelineRunner:
             _check_type(name, text, str | None, "one text")
         size = self.size({"height": height, "width": width, "seconds": seconds})
         self.check_conditions({"prompt": prompt, "image": image, "mask": mask})
-        if negative is not None and not self.loop.negatives:
+        if negative is not None and not self.loop.takes_negative(self.manifest["settings"]):
             raise RunnerError(f"this {self.manifest['pipeline']} takes no negative prompt")
         request = Request(
             prompt=prompt,
@@ -216,7 +216,7 @@ class PipelineRunner:
         made = loop.decode(latents, request)
         if bool(made.isnan().any()):
             raise RunnerError(
-                f"the {self.medium.noun} is not a number (NaN); use less guidance or more steps"
+                f"the {self.medium.noun} is not a number (NaN); change guidance or the scheduler"
             )
         return self.medium.values(made)
 

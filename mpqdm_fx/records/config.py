@@ -252,6 +252,13 @@ class MPQConfig:
         return None
 
     @property
+    def has_narrow_weights(self) -> bool:
+        """Whether weights may have fewer bits than eight."""
+        given = self.effective_bits is not None or self.weight_bytes is not None
+        ruled = any((rule.weight_bits or 8) < 8 for rule in self.rules)
+        return given or ruled or self.weight_bits < 8
+
+    @property
     def measures_widths(self) -> bool:
         """Whether the width of each input is chosen by what its rounding costs."""
         widest = {"auto": _WIDEST_MEASURED, "measured": 7, "uniform": 0}[self.activation_allocation]

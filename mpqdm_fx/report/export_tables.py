@@ -102,6 +102,8 @@ def export_estimate_table(expected: Mapping[str, Any]) -> Table:
         ("disk while it runs", f"{_mebibytes(expected['disk_bytes'])} MiB"),
     ):
         table.add_row(label, value)
+    if "free_bytes" in expected:
+        table.add_row("free there", f"{_mebibytes(expected['free_bytes'])} MiB")
     return table
 
 

@@ -29,7 +29,8 @@ def estimate_table(estimate: Mapping[str, Any]) -> Table:
         ("disk_bytes", "disk while it runs"),
         ("weight_bytes", "result: packed weights"),
         ("program_bytes", "result: program"),
+        ("free_bytes", "free on the disk of --output"),
     ):
-        if estimate[name]:
+        if estimate.get(name):
             table.add_row(label, f"{estimate[name] / 2**20:,.1f} MiB")
     return table

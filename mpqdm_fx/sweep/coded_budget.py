@@ -7,6 +7,7 @@ follows from what is left and from how the forecast did so far.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor
 
 from mpqdm_fx.bits.sensitivity_table import LayerSensitivity, SensitivityTable
 from mpqdm_fx.graph.layers import WeightLayer, weight_rows
+from mpqdm_fx.numerics.levels.entropy_code import CodeClasses, code_lengths
+from mpqdm_fx.numerics.levels.grids import MIN_SCALE
 from mpqdm_fx.numerics.levels.packing import SCALE_BITS
+from mpqdm_fx.numerics.levels.rans import TOP, lanes_of
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.numerics.solve.coded_rounding import coded_size, first_steps
 from mpqdm_fx.records.plan import LayerPlan
@@ -30,7 +34,7 @@ _LEAST_SHARE = 0.3  # of its forecast, which a layer can be brought down to in n
 _WIDEST = 8
 _OFFSETS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0)  # octaves of the pitch: two are about a bit a weight
 _ROWS = 128  # of a layer, that a forecast looks at
-_UNTOLD_ENERGY = 1.0  # where no error told it: inputs never varied, or weights were zero until now
+_UNTOLD_ENERGY = 1.0  # where no error told it: inputs never varied, or the weights are zero
 
 
 def coded_plan(layer: WeightLayer) -> LayerPlan:
@@ -53,11 +57,13 @@ class _Forecast:
         octaves: Binary logarithms of pitches, ascending.
         sizes: Bits at each, descending.
         weights: Weights of the layer.
+        least: Bits at the coarsest steps that it can have.
     """
 
     octaves: tuple[float, ...]
     sizes: tuple[float, ...]
     weights: int
+    least: float
 
     def bits(self, octave: float) -> float:
         """Between two pitches on the line; beyond, half a bit a weight less for each octave.
@@ -66,7 +72,7 @@ class _Forecast:
         """
         first, last = self.octaves[0], self.octaves[-1]
         if octave >= last:
-            return max(1.0, self.sizes[-1] - 0.5 * self.weights * (octave - last))
+            return max(self.least, self.sizes[-1] - 0.5 * self.weights * (octave - last))
         upper = next(i for i in range(1, len(self.octaves)) if octave < self.octaves[i])
         x, y = self.octaves[upper - 1 : upper + 1]
         low, high = self.sizes[upper - 1 : upper + 1]
@@ -80,6 +86,7 @@ class CodedBudget:
         layers: Layers without fixed widths, in running order.
         table: Sensitivities of all layers.
         bits: What these layers may take in all.
+        energies: Mean square of each layer's inputs, where the table was measured on other weights.
 
     Attributes:
         sensitivity: What an error of each channel's output does to the model's output, by layer.
@@ -88,11 +95,18 @@ class CodedBudget:
     """
 
     def __init__(
-        self, layers: Mapping[str, WeightLayer], table: SensitivityTable, bits: int
+        self,
+        layers: Mapping[str, WeightLayer],
+        table: SensitivityTable,
+        bits: int,
+        *,
+        energies: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         measured = {layer.name: layer for layer in table.layers}
         self.sensitivity = {name: measured[name].sensitivity for name in layers}
-        models = [_Model.of(layer, measured[name]) for name, layer in layers.items()]
+        models = [
+            _Model.of(layer, measured[name], energies.get(name)) for name, layer in layers.items()
+        ]
         self.energy = dict(zip(layers, (model.energy for model in models), strict=True))
         middle = _solved(lambda octave: sum(m.gaussian_bits(2.0**octave) for m in models), bits)
         octaves = tuple(middle + offset for offset in _OFFSETS)
@@ -101,6 +115,7 @@ class CodedBudget:
                 octaves=octaves,
                 sizes=tuple(model.nearest_bits(2.0**octave) for octave in octaves),
                 weights=layers[name].weight.numel(),
+                least=model.least_bits(),
             )
             for name, model in zip(layers, models, strict=True)
         }
@@ -117,8 +132,9 @@ class CodedBudget:
         """Whether the others can still be brought down to what is left if a layer takes so many."""
         octave = self.octave()
         others = [layer for other, layer in self._waiting.items() if other != name]
-        least = sum(_LEAST_SHARE * layer.bits(octave) for layer in others)
-        return self._used + bits + self._ratio * least <= self._bits
+        share = self._ratio * _LEAST_SHARE
+        least = sum(max(layer.least, share * layer.bits(octave)) for layer in others)
+        return self._used + bits + least <= self._bits
 
     def take(self, name: str, bits: float) -> None:
         """A layer took so many."""
@@ -156,19 +172,17 @@ class _Model:
     overhead: int
 
     @classmethod
-    def of(cls, layer: WeightLayer, measured: LayerSensitivity) -> Self:
+    def of(cls, layer: WeightLayer, measured: LayerSensitivity, energy: float | None) -> Self:
         weight = weight_rows(layer.module).detach().float().cpu()
         chosen = torch.arange(0, len(weight), -(-len(weight) // _ROWS))
         rows = weight[chosen]
-        # nearest rounding errs by a twelfth of the squared step times the energy of the inputs
-        step = rows.abs().amax(dim=1).double().clamp_min(1e-30) / 127
-        noise = float((step.square() / 12).sum()) * rows.shape[1]
-        errors = float(measured.uniform[chosen, _WIDEST - 1].sum())
+        if energy is None:
+            energy = _energy(rows, measured.uniform[chosen, _WIDEST - 1])
         return cls(
             rows=rows,
             sensitivity=measured.sensitivity[chosen],
             share=len(weight) / len(rows),
-            energy=errors / noise if errors > 0 else _UNTOLD_ENERGY,
+            energy=energy,
             places=math.prod(layer.weight.shape[2:]),
             overhead=SCALE_BITS * len(weight),
         )
@@ -189,6 +203,30 @@ class _Model:
         )
         codes = levels.snap(self.rows).to(torch.int8)
         return coded_size(codes, self.places) * self.share + self.overhead
+
+    def least_bits(self) -> float:
+        """Were all codes zero, as with the coarsest steps."""
+        rows, width = round(len(self.rows) * self.share), self.rows.shape[1]
+        zeros = torch.zeros(max(rows, width), dtype=torch.int64)
+        classes = CodeClasses(
+            rows=zeros[:rows], channels=zeros[: width // self.places], places=zeros[: self.places]
+        )
+        codes = float(code_lengths()[0, TOP]) * rows * width
+        return self.overhead + classes.header_bits + codes + 32 * lanes_of(rows * width)
+
+
+def _energy(rows: Tensor, errors: Tensor) -> float:
+    """Mean square of a layer's inputs, as errors at eight bits tell it.
+
+    Args:
+        rows: Weights that the errors are of, [n, K].
+        errors: Mean squared error of each output, float64 [n].
+    """
+    # nearest rounding errs by a twelfth of the squared step times the energy of the inputs
+    steps = rows.abs().amax(dim=1).double() / 127
+    tells = (steps > MIN_SCALE) & (errors > 0)  # below that, a row's weights are zero as a whole
+    noise = float(steps[tells].square().sum()) / 12 * rows.shape[1]
+    return float(errors[tells].sum()) / noise if noise > 0 else _UNTOLD_ENERGY
 
 
 def _solved(size: Callable[[float], float], bits: float) -> float:

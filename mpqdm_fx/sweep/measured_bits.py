@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -152,11 +153,16 @@ def solve_budget(
 
 
 def coded_budget(
-    graph_module: fx.GraphModule, table: SensitivityTable, settings: MPQConfig, limits: Limits
+    graph_module: fx.GraphModule,
+    table: SensitivityTable,
+    settings: MPQConfig,
+    limits: Limits,
+    *,
+    energies: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[dict[str, LayerPlan], CodedBudget]:
     """Layers without fixed widths, and what they may take together.
 
-    Args: as of `solve_budget`.
+    Args: as of `solve_budget`; `energies` as of `CodedBudget`.
     """
     left = budget_bits(graph_module, settings, limits)
     plans, coded = {}, {}
@@ -166,7 +172,7 @@ def coded_budget(
             left -= plans[name].storage.total
         elif name not in limits.skipped:
             plans[name], coded[name] = coded_plan(layer), layer
-    return plans, CodedBudget(coded, table, left)
+    return plans, CodedBudget(coded, table, left, energies=energies)
 
 
 def _levels(layer: WeightLayer, chosen: Levels, settings: MPQConfig) -> Levels:

@@ -273,12 +273,18 @@ def started_sweep(
         settings: The run's settings.
         limits: Layers off the budget.
         checkpoint: The run's own folder, or None.
+
+    Raises:
+        ConfigError: Bits were measured there, on weights that were next to nothing beside these.
     """
     scaled = ScaleInputs(factors=start.factors)(graph_module).graph_module
+    if settings.allocation == "measured":
+        start.check_sizes(weight_layers(scaled, embeddings=True))
     budget: CodedBudget | None = None
     if settings.allocation == "measured" and settings.weight_storage == "entropy":
         table = start.table()
-        _, budget = coded_budget(scaled, table, settings, limits)
+        # its errors are those of that run's weights, and tell nothing with others'
+        _, budget = coded_budget(scaled, table, settings, limits, energies=start.input_energies)
         for name, plan in start.plans.items():
             if name in start.same and plan.coded is not None:
                 budget.take(name, plan.storage.total)

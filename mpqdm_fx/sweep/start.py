@@ -92,6 +92,7 @@ def start_sweep(
             choices=prepared.choices,
             factors=factors_of(prepared.graph_module),
             row_weights=prepared.row_weights,
+            input_energies={} if prepared.budget is None else prepared.budget.energy,
         )
     return Sweep(
         prepared.graph_module,

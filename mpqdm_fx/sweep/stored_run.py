@@ -36,6 +36,7 @@ __all__ = ["StoredRun", "keep_decisions", "layer_digests", "shares_a_layer"]
 _DECISIONS = "decisions.safetensors"
 _KIND, _VERSION = "decisions of a run", 1
 _FIX = "run anew what it is of"
+_GROWN = 8.0  # far more than rounding, or a LoRA, changes the size of a layer's weights
 
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
@@ -50,6 +51,8 @@ class _Head(Strict):
     argument: Name | None
     scaled: tuple[Name, ...]
     weighed: tuple[Name, ...]
+    # since weights without widths; files of before tell none
+    inputs: dict[Name, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
 
 
 def layer_digests(layers: Mapping[str, WeightLayer]) -> dict[str, str]:
@@ -76,6 +79,7 @@ def keep_decisions(
     choices: Sequence[ActivationChoice],
     factors: Mapping[str, Tensor],
     row_weights: RowWeights,
+    input_energies: Mapping[str, float],
 ) -> None:
     """Write down what a run decided, for runs that start from it.
 
@@ -85,6 +89,7 @@ def keep_decisions(
         choices: How each input is quantized, where that was measured.
         factors: Factors of scaled inputs by layer, as of `ScaleInputs`.
         row_weights: How much the rows of each noise level count.
+        input_energies: As of `CodedBudget.energy`; empty where widths are fixed.
     """
     energies = row_weights.energies
     levels = row_weights.groups.levels
@@ -96,6 +101,7 @@ def keep_decisions(
         "argument": levels.argument,
         "scaled": list(factors),
         "weighed": list(energies),
+        "inputs": dict(input_energies),
     }
     tensors = {f"factor.{index}": factor for index, factor in enumerate(factors.values())}
     tensors |= {f"energy.{index}": energy for index, energy in enumerate(energies.values())}
@@ -113,6 +119,7 @@ class StoredRun:
         choices: How each input was quantized, where that was measured.
         factors: Factors of scaled inputs by layer.
         row_weights: How much the rows of each noise level counted.
+        input_energies: Mean square of the inputs of each layer without widths.
     """
 
     checkpoint: Checkpoint
@@ -121,6 +128,7 @@ class StoredRun:
     choices: tuple[ActivationChoice, ...]
     factors: Mapping[str, Tensor]
     row_weights: RowWeights
+    input_energies: Mapping[str, float]
 
     @classmethod
     def open(
@@ -164,6 +172,7 @@ class StoredRun:
                 ),
                 energies={name: tensors[f"energy.{i}"] for i, name in enumerate(head.weighed)},
             ),
+            input_energies=head.inputs or {},
         )
 
     def limits(self, skipped: Mapping[str, str]) -> Limits:
@@ -185,6 +194,35 @@ class StoredRun:
         solution = self.checkpoint.load(layer)
         assert solution is not None  # its plan was read
         return solution
+
+    def check_sizes(self, layers: Mapping[str, WeightLayer]) -> None:
+        """Refuse weights beside which those of the run were next to nothing.
+
+        What an error of such a layer does, and so its bits, was measured where it did nothing: of
+        layers that began at zero, for example.
+
+        Args:
+            layers: The layers now, inputs scaled as that run scaled them.
+
+        Raises:
+            ConfigError: A layer is so; names it.
+        """
+        for name, plan in self.plans.items():
+            if name in self.same or plan.reason is not None:
+                continue
+            solution = self.load(layers[name])
+            codes = solution.codes.flatten(1).float()
+            # where all codes are zero, weights were up to half a step
+            codes = codes if bool(codes.any()) else codes + 0.5
+            before = _size(codes * solution.scale.float()[:, None])
+            now = _size(layers[name].weight.detach())
+            if now > _GROWN * before:
+                raise ConfigError(
+                    f"{name}: its weights were next to nothing in the run of "
+                    f"{self.checkpoint.directory} (a size of {before:.0e}, and now {now:.0e}), and "
+                    f"what they do was measured there; leave start_from out, so that it is "
+                    f"measured anew"
+                )
 
     def table(self) -> SensitivityTable:
         """The sensitivities that the run measured, or was given.
@@ -212,6 +250,11 @@ def shares_a_layer(directory: Path, module: nn.Module) -> bool:
     head, _ = _decisions(directory, None)
     children = dict(module.named_modules())
     return any(name in children and _digest(children[name]) == d for name, d in head.layers.items())
+
+
+def _size(weights: Tensor) -> float:
+    """Root mean square."""
+    return float(weights.double().square().mean().sqrt())
 
 
 def _identity_in(directory: Path) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def test_a_convention_survives_json():
 @pytest.mark.parametrize(
     ("class_name", "config", "expected"),
     [
-        ("UNet2DModel", {"patch_size": None}, CallingConvention()),
+        ("OwnModel", {"patch_size": None}, CallingConvention()),
+        ("UNet2DModel", {"patch_size": None}, CallingConvention(shifted=False)),
         ("SD3Transformer2DModel", {"patch_size": 2}, {"patch": 2, "max_shift": 1.16}),
         ("SanaTransformer2DModel", {"timestep_scale": 0.5}, {"time_scale": 0.5}),
         ("FluxTransformer2DModel", {"patch_size": 1}, {"packed": True, "patch": None}),

@@ -258,6 +258,17 @@ CALLS = (
         "--size 'big': write HEIGHTxWIDTH, for example 512x512, or the samples of a sound",
     ),
     WrongCall(
+        "Where to solve, and nothing to be solved",
+        "export pipeline --float --device cuda -o new",
+        "--float and --device: nothing is quantized with --float; leave one of the two out",
+    ),
+    WrongCall(
+        "Settings for a folder that has its own",
+        "doctor out --weights 3",
+        "--weights: out was written by mpqdm-fx quantize, and its own program is judged; leave the "
+        "option out, or give the float model",
+    ),
+    WrongCall(
         "An export that starts from what is no export's run",
         "export pipeline --start-from out -o new",
         "out holds no run of an export: export.json is missing; give the folder that an export "

@@ -1,6 +1,7 @@
 """What an export takes is told before it, and what it is compared with is the pipeline itself."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,12 +14,15 @@ from typer.testing import CliRunner
 from mpqdm_fx import MPQConfig
 from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.model.feasibility import weights_of
 from mpqdm_fx.pipelines import estimate
 from mpqdm_fx.pipelines.estimate import estimate_export
+from mpqdm_fx.pipelines.export import export_pipeline
 from mpqdm_fx.pipelines.layout import layout_of
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.recorded import ModuleParts
 from mpqdm_fx.pipelines.runner import PipelineRunner
+from mpqdm_fx.records.run_options import RunOptions
 
 KINDS = [
     "stable_diffusion", "stable_diffusion_xl", "inpainting", "ddpm", "ddim", "latent_diffusion",
@@ -67,6 +71,7 @@ def test_a_dry_run_tells_every_part_and_writes_nothing(tmp_path):
     assert list(estimate["parts"]) == ["text_encoder", "denoiser", "vae_decoder"]
     unet = sum(value.numel() for value in pipeline.unet.parameters())
     assert estimate["parts"]["denoiser"]["parameters"] == unet
+    assert estimate["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.01)
     assert estimate["bytes"] == sum(part["program_bytes"] for part in estimate["parts"].values())
     works = ("quantize_seconds", "lower_seconds", "measure_seconds")
     spent = sum(part[work] for part in estimate["parts"].values() for work in works)
@@ -74,11 +79,41 @@ def test_a_dry_run_tells_every_part_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.usefixtures("no_work")
-def test_a_dry_run_prints_a_table_that_fits_eighty_columns(tmp_path):
+@pytest.mark.parametrize("in_float", [True, False])
+def test_a_disk_that_does_not_hold_the_export_is_refused_before_it(tmp_path, monkeypatch, in_float):
+    pipeline = tiny_pipelines.latent_diffusion(tmp_path)
+    settings = None if in_float else tiny_pipelines.cheap_settings()
+    told = estimated(pipeline, settings)
+    if not in_float:  # solved layers of all parts, of a VAE's half, lie there until the end
+        layers = weights_of(pipeline.unet) + weights_of(pipeline.vqvae)
+        layers -= weights_of(pipeline.vqvae.encoder) + weights_of(pipeline.vqvae.quant_conv)
+        assert told.disk_bytes == pytest.approx(told.bytes + layers, rel=1e-3)
+    free, output = told.disk_bytes // 4, tmp_path / "out"  # of which graphs, too, are a part
+    used = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: used._replace(free=free))
+    with pytest.raises(ConfigError, match=rf"output='{output}': .* and {free} bytes\)"):
+        export_pipeline(pipeline, settings, output, **RUNS)
+    kept = RunOptions(directory=tmp_path / "run")
+    with pytest.raises(ConfigError, match=rf"directory='{kept.directory}': .* needed there"):
+        export_pipeline(pipeline, settings, output, run=kept, **RUNS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_dry_run_prints_a_table_that_fits_eighty_columns_and_what_the_disk_lacks(
+    tmp_path, monkeypatch
+):
     tiny_pipelines.latent_diffusion(tmp_path).save_pretrained(tmp_path / "p")
-    lines = dry_run(tmp_path / "p", "--output", tmp_path / "out").stdout.splitlines()
+    used = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: used)
+    output = tmp_path / "out"
+    *lines, lack = dry_run(tmp_path / "p", "--output", output, "--float").stdout.splitlines()
+    assert lack.startswith(f"--output {output}: ")
+    assert "MiB are needed there" in lack
+    assert "and 1000 bytes); free some" in lack
     assert max(map(len, lines)) <= 80
-    for words in ("denoiser", "vae_decoder", "time in all", "peak memory", "disk while it runs"):
+    rows = ("time in all", "peak memory", "disk while it runs", "free there")
+    for words in ("denoiser", "vae_decoder", *rows):
         assert sum(words in line for line in lines) == 1
 
 

@@ -49,6 +49,21 @@ def refused(error, message, source, output, **options):
     assert not output.with_name(f"{output.name}.checkpoint").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"run": RunOptions(device="cpu")}, "device"),
+        ({"run": RunOptions(sensitivity="s")}, "sensitivity"),
+        ({"run": RunOptions(activation_memory=10**9)}, "activation_memory"),
+        ({"minimum_sqnr_db": 40.0}, "minimum_sqnr_db"),
+        ({"encoder_bits": 4}, "encoder_bits=4"),
+    ],
+)
+def test_what_has_no_meaning_in_float_is_refused_by_name(pipeline, tmp_path, options, name):
+    message = rf"^{name}: all parts are to stay in float.* quantize, or leave"
+    refused(ConfigError, message, pipeline, tmp_path / "o", **options)
+
+
 def test_a_lora_that_is_not_fused_is_refused_with_both_ways_out(pipeline, tmp_path):
     pipeline.unet.add_adapter(lora_config(), adapter_name="style")
     assert set(adapter_layers(pipeline.unet)) == {

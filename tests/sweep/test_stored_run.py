@@ -182,15 +182,46 @@ def test_a_layer_whose_pitch_is_far_too_fine_is_rounded_within_what_is_left():
     assert result.plan.layer("conv_out").mean_bits > 5.0
 
 
-def test_a_layer_that_was_zero_has_codes_when_it_is_zero_no_more(tmp_path):
-    def without_table():
-        model = Model()
-        model.table.weight.data.zero_()
-        return model
+def shrunk(names, factor, model=Model):
+    """A model with layers of which next to nothing is left."""
+    model = model()
+    for name in names:
+        model.get_submodule(name).weight.data *= factor
+    return model
 
-    run_of(without_table, CODED, directory=tmp_path / "run")
-    result = run_of(functools.partial(changed, ("mix",)), CODED, start_from=tmp_path / "run")
+
+@pytest.mark.parametrize("factor", [0.0, 1e-6])
+def test_what_a_layer_does_is_not_taken_from_where_it_did_nothing(tmp_path, factor):
+    nearly = functools.partial(shrunk, ("table",), factor)
+    run_of(nearly, CODED, directory=tmp_path / "run")
+    message = r"table: its weights were next to nothing .* leave start_from out"
+    with pytest.raises(ConfigError, match=message):
+        run_of(functools.partial(changed, ("mix",)), CODED, start_from=tmp_path / "run")
+    # where it stays so, it is taken
+    stays = functools.partial(shrunk, ("table",), factor, functools.partial(changed, ("mix",)))
+    assert "table" in run_of(stays, CODED, start_from=tmp_path / "run").taken
+
+
+def test_a_layer_that_was_zero_has_codes_when_nothing_was_measured_of_it(tmp_path):
+    settings = settings_of(allocation="uniform", activation_mode="float")
+    run_of(functools.partial(shrunk, ("table",), 0.0), settings, directory=tmp_path / "run")
+    result = run_of(functools.partial(changed, ("mix",)), settings, start_from=tmp_path / "run")
     assert bool(result.rounded.get_submodule("table").weight_codes.any())
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-20])
+def test_nothing_at_the_end_leaves_the_budget_to_the_others(factor):
+    result = run_of(functools.partial(shrunk, ("conv_out",), factor), CODED)
+    assert 3.8 <= result.plan.effective_bits <= 4.0
+
+
+def test_the_energies_of_inputs_are_those_of_the_earlier_run(coded):
+    graph, calls = graph_of(functools.partial(shrunk, ("mix",), 3.0))
+    options = RunOptions(start_from=coded[1])
+    second = start_sweep(graph, recorded(calls), CODED, run=options).prepared.budget.energy
+    graph, calls = graph_of(Model)
+    first = start_sweep(graph, recorded(calls), CODED).prepared.budget.energy
+    assert dict(second) == pytest.approx(dict(first))
 
 
 def test_other_settings_models_and_folders_are_refused_by_name(stored, tmp_path):

@@ -33,6 +33,7 @@ _FEW_ROWS = 4  # rows below which a shift of a channel costs more than it brings
 _MOST_CODES = 2**15  # that a byte can tell
 _NEAR = 6  # classes on both sides that a row is moved by at most, once it has one
 _COUNTS = 1 << 22  # of codes by class and size, held at once
+_LOOKED_UP = 8  # cells of counts that are filled in the time that looks one code up
 _EXACT = 2**20  # parts of a bit: float64 sums of them are the same in any order
 
 
@@ -135,7 +136,8 @@ def _from_zero(shifts: Tensor) -> Tensor:
 def _bits_by_shift(codes: Tensor, classes: Tensor, shifts: Tensor) -> Tensor:
     """Bits of groups of codes, were all their classes shifted.
 
-    A group's codes are counted once, by class and size, for all shifts.
+    A group's codes are counted once, by class and size, for all shifts; where a group has few, each
+    is looked up for each shift. Either way the sums are exact, and so the same.
 
     Args:
         codes: [G, N], codes of G groups.
@@ -149,6 +151,8 @@ def _bits_by_shift(codes: Tensor, classes: Tensor, shifts: Tensor) -> Tensor:
     span = int(classes.max()) - lowest + 1
     reached = torch.arange(lowest, lowest + span) + shifts[:, None]
     lengths = code_lengths()[reached.clamp(0, CLASSES - 1), TOP : TOP + sizes].double().flatten(1)
+    if codes.shape[1] * _LOOKED_UP < span * sizes:
+        return _looked_up(codes, classes - lowest, lengths.view(len(shifts), span, sizes))
     totals, block = [], max(1, _COUNTS // (span * sizes))
     for part, part_classes in zip(
         torch.split(codes, block), torch.split(classes, block), strict=True
@@ -158,6 +162,21 @@ def _bits_by_shift(codes: Tensor, classes: Tensor, shifts: Tensor) -> Tensor:
         counts = places.flatten().bincount(minlength=len(part) * span * sizes)
         totals.append(counts.view(len(part), -1).double() @ lengths.T)
     return torch.cat(totals)
+
+
+def _looked_up(codes: Tensor, classes: Tensor, lengths: Tensor) -> Tensor:
+    """Bits of groups of few codes, under each of the tables.
+
+    Args:
+        codes: [G, N].
+        classes: Rows of a table, [G, N].
+        lengths: Bits by shift, class and size, float64 [S, span, sizes].
+
+    Returns:
+        float64 [G, S].
+    """
+    places = classes * lengths.shape[2] + codes.abs().long()
+    return torch.stack([table.flatten()[places].sum(dim=1) for table in lengths], dim=1)
 
 
 def _shifts_channels(rows: int) -> bool:

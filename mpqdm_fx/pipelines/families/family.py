@@ -79,6 +79,8 @@ class Family(ABC):
     needed: ClassVar[tuple[str, ...]] = ("unet", "scheduler")
     #: Classes of decoders that the parts are made of; empty: any that it may have.
     decoders: ClassVar[tuple[str, ...]] = ()
+    #: What the pipeline tells schedulers that take an eta; None: nothing, and theirs holds.
+    eta: ClassVar[float | None] = 0.0
     #: Tokenizers, those of them that a pipeline has.
     tokenizers: ClassVar[tuple[str, ...]] = ()
     #: Prompts to calibrate on where none are given.

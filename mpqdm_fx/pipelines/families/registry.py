@@ -17,7 +17,11 @@ from mpqdm_fx.pipelines.families.stable_diffusion import (
     StableDiffusionXLImageToImage,
 )
 from mpqdm_fx.pipelines.families.stable_diffusion_3 import StableDiffusion3
-from mpqdm_fx.pipelines.families.unconditional import LatentDiffusion, PixelDiffusion
+from mpqdm_fx.pipelines.families.unconditional import (
+    AncestralPixelDiffusion,
+    LatentDiffusion,
+    PixelDiffusion,
+)
 from mpqdm_fx.pipelines.families.z_image import ZImage
 from mpqdm_fx.pipelines.loops.loop import register_loop
 
@@ -41,7 +45,7 @@ _FAMILIES: dict[str, Family] = {
     "Flux2KleinPipeline": Flux2(),
     "ZImagePipeline": ZImage(),
     "StableAudioPipeline": StableAudio(),
-    "DDPMPipeline": PixelDiffusion(),
+    "DDPMPipeline": AncestralPixelDiffusion(),
     "DDIMPipeline": PixelDiffusion(),
     "LDMPipeline": LatentDiffusion(),
 }

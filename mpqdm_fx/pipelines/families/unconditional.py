@@ -15,7 +15,7 @@ from mpqdm_fx.pipelines.loops.loop import Loop
 from mpqdm_fx.pipelines.loops.unconditional import Unconditional
 from mpqdm_fx.pipelines.parts import ImageDecoder, Part
 
-__all__ = ["LatentDiffusion", "PixelDiffusion"]
+__all__ = ["AncestralPixelDiffusion", "LatentDiffusion", "PixelDiffusion"]
 
 
 class PixelDiffusion(Family):
@@ -33,6 +33,12 @@ class PixelDiffusion(Family):
         return Latents(
             channels=int(config.in_channels), scale=1, multiple=1, sides=sides_of(config)
         )
+
+
+class AncestralPixelDiffusion(PixelDiffusion):
+    """DDPM, whose pipeline leaves the share of noise to the scheduler."""
+
+    eta: ClassVar[float | None] = None
 
 
 class LatentDiffusion(PixelDiffusion):

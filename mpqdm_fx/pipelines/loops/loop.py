@@ -7,6 +7,7 @@ a program meets at run time what its part was calibrated on.
 
 import importlib
 import inspect
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -148,7 +149,7 @@ class Loop(ABC):
     makes: ClassVar[type[Medium]] = Pictures
     #: What a request must have, and what none else may: of `prompt`, `image` and `mask`.
     needs: ClassVar[tuple[str, ...]] = ()
-    #: Whether a request may say what not to draw.
+    #: Whether guidance is away from a prompt that says what not to draw.
     negatives: ClassVar[bool] = False
     #: Numbers that a request may have beside steps and guidance.
     numbers: ClassVar[Mapping[str, Number]] = {}
@@ -174,6 +175,15 @@ class Loop(ABC):
             settings: As of `Spec`.
         """
         return 1
+
+    @classmethod
+    def takes_negative(cls, settings: Mapping[str, Any]) -> bool:
+        """Whether a request may say what not to draw: models with guidance inside read none.
+
+        Args:
+            settings: As of `Spec`.
+        """
+        return cls.negatives and cls.calls_per_step(math.inf, settings) > 1
 
     def draw(
         self, request: Request, scheduler: Any, callback: StepCallback | None = None
@@ -204,7 +214,13 @@ class Loop(ABC):
                 seen = schedule.model_input(latents, first + index)
             predicted = self.combine([self._called(r, seen, time, request) for r in runs], request)
             with refusals(drawing):
-                latents = schedule.step(predicted, first + index, latents, generator)
+                stepped = schedule.step(predicted, first + index, latents, generator)
+            if stepped.shape != latents.shape:
+                raise RunnerError(
+                    f"{drawing}: it makes latents of another size (scale_factors), for which there "
+                    f"is no program; give one without"
+                )
+            latents = stepped
             if callback is not None:
                 callback(index + 1, len(times))
         return schedule.last_sample(latents)
