@@ -15,6 +15,7 @@ from mpqdm_fx.capture.entry import unwrap
 from mpqdm_fx.capture.foreign_models import check_model
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.io.allocator import freed_memory_kept
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.progress import stage, tracked
 from mpqdm_fx.io.versions import versions
@@ -95,6 +96,7 @@ def prepare(
 
 @_solving_keywords
 @plain_torch()
+@freed_memory_kept()
 @checked
 def convert(
     prepared: PreparedModel,

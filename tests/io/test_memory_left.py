@@ -1,9 +1,12 @@
 """What is left of memory is told by the machine or by the container, whichever has less."""
 
-import pytest
+import resource
 
-from mpqdm_fx.io import memory
-from mpqdm_fx.io.allocator import large_blocks_returned
+import pytest
+import torch
+
+from mpqdm_fx.io import allocator, memory
+from mpqdm_fx.io.allocator import freed_memory_kept, large_blocks_returned
 from mpqdm_fx.io.memory import available_memory
 
 
@@ -40,3 +43,21 @@ def test_memory_is_usable_in_the_block_and_behind_it(wanted):
     block[-1] = 7
     assert len(block) == 3 << 20
     assert block[-1] == 7
+
+
+def _faults():
+    """Pages that the system gives while tensors of 16 MiB are made and dropped, eight at a time."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        tensors = [torch.ones(1 << 22) for _ in range(8)]
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(allocator._glibc() is None, reason="another C library")
+def test_freed_memory_is_kept_for_what_comes_next_unless_it_has_to_be_returned():
+    with freed_memory_kept():
+        kept = _faults()
+    with large_blocks_returned(), freed_memory_kept():
+        returned = _faults()
+    assert kept < returned / 4
