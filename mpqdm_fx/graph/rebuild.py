@@ -235,5 +235,28 @@ class _Values(fx.Interpreter):
             node.meta["val"] = value
         return value
 
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        if type(module) is nn.GroupNorm and len(args) == 1 and _fits(module, args[0]):
+            # torch takes a group norm apart, by symbol: half of the seconds of all nodes
+            return torch.empty(args[0].shape, dtype=args[0].dtype, device=args[0].device)
+        return super().call_module(target, args, kwargs)
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.mode.from_tensor(shell(self.fetch_attr(target)), static_shapes=True)
+
+
+def _fits(norm: nn.GroupNorm, x: Any) -> bool:
+    """Whether a group norm takes a value, without a word of torch's."""
+    channels = norm.num_channels
+    return (
+        isinstance(x, Tensor)
+        and x.dim() > 2
+        and x.shape[1] == channels
+        and channels % norm.num_groups == 0
+        and all(t is None or (t.shape == (channels,) and t.dtype == x.dtype) for t in _affine(norm))
+    )
+
+
+def _affine(norm: nn.GroupNorm) -> tuple[Tensor | None, Tensor | None]:
+    return norm.weight, norm.bias

@@ -238,3 +238,13 @@ def test_a_damaged_description_is_refused_and_nothing_in_it_runs(damage, capsys)
     with pytest.raises(ArtifactError, match="damaged"):
         rebuild(description, graph_module.meta["signature"])
     assert capsys.readouterr().out == ""
+
+
+def test_a_group_norm_that_does_not_fit_is_refused_where_shapes_are_found(graph):
+    description = json.loads(json.dumps(describe(graph)))
+    norms = [e for e in description["modules"].values() if e.get("class") == "GroupNorm"]
+    norms[0]["settings"]["num_groups"] = 7
+    again = rebuild(description, graph.meta["signature"])
+    again.load_state_dict(graph.state_dict(), assign=True)
+    with pytest.raises(ArtifactError, match="divisible"):
+        infer_values(again)
