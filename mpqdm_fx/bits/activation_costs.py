@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpqdm_fx.bits.channel_sizes import ChannelSizes
+from mpqdm_fx.bits.channel_sizes import ChannelSizes, SeenChannels
 from mpqdm_fx.calibration.ranges import RangeSamples
 from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
@@ -101,9 +101,18 @@ class ActivationCosts:
         self._group = torch.zeros(1, dtype=torch.int64)
         self._rounders: dict[tuple[str, str, InputOption], nn.Module] = {}
         with_memory = {"max_memory": max_memory, "half": half}
-        self.sizes = ChannelSizes.of(graph_module, calls, self.units, **with_memory)  # type: ignore[arg-type]
-        if any(option.is_fixed for option in options):
-            self._search_ranges(graph_module, calls, settings, **with_memory)  # type: ignore[arg-type]
+        is_fixed = any(option.is_fixed for option in options)
+        seen: SeenChannels | None = None
+        if is_fixed and self._settle_at_once():
+            # what scales an input is known where its ranges are searched: one walk does
+            seen = SeenChannels(graph_module, self.units)
+            self.sizes = ChannelSizes(largest=seen.largest, mean_square={})
+        else:
+            self.sizes = ChannelSizes.of(graph_module, calls, self.units, **with_memory)  # type: ignore[arg-type]
+        if is_fixed:
+            self._search_ranges(graph_module, calls, settings, seen, **with_memory)  # type: ignore[arg-type]
+        if seen is not None:
+            self.sizes = seen.sizes()
 
     def costs(self) -> dict[str, dict[InputOption, float]]:
         """Squared error of the model's output by unit and option, mean over samples and probes."""
@@ -171,6 +180,15 @@ class ActivationCosts:
         key = (unit, side or self._readers[call.name], option)
         self._now[key] = self._now[key] + changes if key in self._now else changes
 
+    def _settle_at_once(self) -> bool:
+        """Whether all that a unit reads is one value: seen once, its channels' sizes are known."""
+        values: dict[str, Hashable] = {}
+        return all(
+            values.setdefault(self._unit_of[self._layer_of[call].name], reader.values)
+            == reader.values
+            for call, reader in self._readers.items()
+        )
+
     @staticmethod
     def _width(reader: _InputKey, option: InputOption) -> int:
         width = reader.bits or option.bits
@@ -198,11 +216,12 @@ class ActivationCosts:
         graph_module: fx.GraphModule,
         calls: Sequence[Mapping[str, Any]],
         settings: MPQConfig,
+        seen: SeenChannels | None,
         *,
         max_memory: int | None,
         half: bool,
     ) -> None:
-        """Find the range of what each call reads and writes."""
+        """Find the range of what each call reads and writes; show what is read to `seen`."""
         walk = Walk(graph_module, calls, progress="ranges", max_memory=max_memory, half=half)
         fixed = [option for option in self._options if option.is_fixed]
         fitted = settings.fits_activation_levels
@@ -234,6 +253,8 @@ class ActivationCosts:
                 widths = {InputOption(kind=kind): OUTPUT_BITS for kind in kinds}
                 search(written, "output", written, widths)
             written = None
+            if seen is not None:
+                seen.see(walk, node)
             if node.name in self._readers:
                 source, reader = node.args[0], self._readers[node.name]
                 assert isinstance(source, fx.Node)

@@ -105,8 +105,9 @@ def _layer(entry: Mapping[str, Any]) -> nn.Module:
     stock = _CLASSES[entry["class"]]
     layer = object.__new__(stock)
     nn.Module.__init__(layer)
+    known = setting_names(stock)  # read off the class's code, which takes its time
     for name, value in entry["settings"].items():
-        if name not in setting_names(stock) or hasattr(stock, name):
+        if name not in known or hasattr(stock, name):
             raise ValueError(f"{name!r} is no setting of {stock.__name__}")
         setattr(layer, name, value_of(value, {}))
     for name, tensor in entry["tensors"].items():

@@ -79,13 +79,14 @@ def quantize_stages(
         samples: Images in the grid.
     """
     options = options_of(config)
+    fixed = any(option.is_fixed for option in options)
     measured = config.allocation == "measured"
     comes = {
         "float model's runs": source.calls is None,
         "tracing": True,
         "recording calls": True,
-        "channels": bool(options),
-        "ranges": any(option.is_fixed for option in options),
+        "channels": bool(options) and not fixed,  # else with the ranges
+        "ranges": fixed,
         "sensitivities": bool(options) or measured or config.row_weights == "output",
         "rounding errors": measured,
         "rounding": True,

@@ -128,8 +128,8 @@ def estimate(
     by_level = has_level and settings.row_weights == "output"
     if options or settings.allocation == "measured" or by_level:
         sensitivity += one_lane * PROBES * (1 + _BACKWARD)
-    if options:  # sizes of channels, and static ranges
-        sensitivity += one_lane * (2 if any(option.is_fixed for option in options) else 1)
+    if options:  # sizes of channels, with static ranges if they are wanted
+        sensitivity += one_lane
     if settings.judge:
         forward += one_lane * (_JUDGED + (settings.activation_mode == "static"))
     parameters = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())
@@ -165,8 +165,8 @@ def stage_seconds(forecast: Estimate, settings: MPQConfig) -> dict[str, float]:
     shares = {"channels": 2.0, "ranges": 6.0, "sensitivities": 11.0, "rounding errors": 19.0}
     if settings.allocation != "measured":
         del shares["rounding errors"]
-    if not any(option.is_fixed for option in options_of(settings)):
-        del shares["ranges"]
+    fixed = any(option.is_fixed for option in options_of(settings))
+    del shares["channels" if fixed else "ranges"]  # one walk finds both
     part = forecast.sensitivity_seconds / sum(shares.values())
     judging = 0.2 * forecast.forward_seconds if settings.judge else 0.0
     return {
