@@ -143,7 +143,8 @@ class ActivationCosts:
             else:
                 rounded = self._rounded(scaled, call, "input", option)
             error = rounded - scaled
-            self._add(call, option, error if factor is None else error * factor, gradient, samples)
+            error = error if factor is None else error * factor
+            self._add(call, option, _changes(error, gradient, samples))
 
     def outputs(self, call: fx.Node, y: Tensor, gradient: Tensor, samples: int) -> None:
         """Add what rounding an output does: static layers write integers."""
@@ -151,8 +152,9 @@ class ActivationCosts:
             options = [option for option in self._options if option.kind == kind]
             if options:
                 error = self._rounded(y, call, "output", InputOption(kind=kind)) - y
+                changes = _changes(error, gradient, samples)
                 for option in options:
-                    self._add(call, option, error, gradient, samples, side=call.name)
+                    self._add(call, option, changes, side=call.name)
 
     def finish(self, samples: int) -> None:
         """Square what one random direction brought together."""
@@ -165,17 +167,10 @@ class ActivationCosts:
         self,
         call: fx.Node,
         option: InputOption,
-        error: Tensor,
-        gradient: Tensor,
-        samples: int,
+        changes: Tensor,
         *,
         side: Hashable = None,
     ) -> None:
-        rows = samples if len(error) % samples == 0 else 1
-        product = (gradient * error).reshape(rows, -1)
-        changes = product.sum(dim=1, dtype=torch.float64).cpu()
-        if rows != samples:  # a value that all samples share
-            changes = torch.cat([changes, changes.new_zeros(samples - 1)])
         unit = self._unit_of[self._layer_of[call.name].name]
         key = (unit, side or self._readers[call.name], option)
         self._now[key] = self._now[key] + changes if key in self._now else changes
@@ -280,6 +275,16 @@ class ActivationCosts:
             return RangeSamples.of(values, seed, limit=limit)
         count = self._levels.count
         return RangeSamples.by_noise_level(values, groups, count, seed, limit=limit)
+
+
+def _changes(error: Tensor, gradient: Tensor, samples: int) -> Tensor:
+    """What the error of a value does to <v, f> of each sample, to first order, float64 [B]."""
+    rows = samples if len(error) % samples == 0 else 1
+    product = (gradient * error).reshape(rows, -1)
+    changes = product.sum(dim=1, dtype=torch.float64).cpu()
+    if rows != samples:  # a value that all samples share
+        changes = torch.cat([changes, changes.new_zeros(samples - 1)])
+    return changes
 
 
 def _units(

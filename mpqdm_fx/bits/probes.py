@@ -24,6 +24,7 @@ from mpqdm_fx.errors import CalibrationError
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
 from mpqdm_fx.graph.layers import EMBEDDINGS, WeightLayer, weight_layers, weight_rows
 from mpqdm_fx.io.progress import tracked
+from mpqdm_fx.numerics.finite import all_finite
 
 __all__ = ["PROBES", "SAMPLES", "GradientWatch", "OutputEnergies", "output_energies"]
 
@@ -294,7 +295,7 @@ class _Probe(fx.Interpreter):
         layer = self.layer_of.get(n)
         if layer is None:
             return result
-        if not bool(torch.isfinite(result).all()):
+        if not all_finite(result):
             raise CalibrationError(
                 f"{layer.name}: it writes NaN or infinity; check the calibration data and weights"
             )

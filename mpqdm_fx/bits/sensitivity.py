@@ -38,6 +38,7 @@ from mpqdm_fx.graph.layers import (
 )
 from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.io.ambient import plain_torch
+from mpqdm_fx.numerics.finite import all_finite
 from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS, MAX_BITS
 from mpqdm_fx.numerics.solve.gram import kept_rows
 from mpqdm_fx.numerics.solve.layer_rows import LayerRows
@@ -106,7 +107,7 @@ def measure_sensitivity(
     check_calls(calls)
     layers = weight_layers(graph_module, embeddings=True)
     for layer in layers.values():
-        if not bool(torch.isfinite(layer.weight).all()):
+        if not all_finite(layer.weight):
             raise CalibrationError(f"{layer.name}: its weight holds NaN or infinity")
     groups = groups or NoiseGroups.one()
     if energies is None:
@@ -176,7 +177,7 @@ def _rows(
             count = -(-quota // len(calls))
         positions = torch.randperm(total, generator=generator)[:count]
         sampled = sample_rows(layer.module, value, positions=positions)
-        if not bool(torch.isfinite(sampled).all()):
+        if not all_finite(sampled):
             raise CalibrationError(f"{layer.name}: it reads NaN or infinity")
         samples = row_weights.groups.of_samples(call)
         weights = row_weights.of_rows(layer.name, samples, positions, total)

@@ -325,7 +325,13 @@ def _corrections(plan: LayerPlan, problem: Problem, settings: MPQConfig) -> list
         try:
             regressions = SourceRegressions(W, train, gram)
             chosen = choose_correction(
-                W, train, gram, problem.judge, bits=plan.bits_tensor(), regressions=regressions
+                W,
+                train,
+                gram,
+                problem.judge,
+                bits=plan.bits_tensor(),
+                regressions=regressions,
+                targets=problem.targets,
             )
         except CalibrationError as error:
             logger.warning("%s: no correction, since %s", plan.name, error)

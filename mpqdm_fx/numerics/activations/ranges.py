@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
+from mpqdm_fx.numerics.finite import all_finite
 from mpqdm_fx.numerics.levels.grids import MAX_BITS
 from mpqdm_fx.numerics.solve.rows import SortedRows, running_sum
 
@@ -138,7 +139,7 @@ class RangeSearch:
         self._ends = minimum, maximum
         affine_qparams(minimum, maximum, MAX_BITS)  # refuses ends that are none
         self._values = samples.detach().flatten().to(torch.float32)
-        if not bool(torch.isfinite(self._values).all()):
+        if not all_finite(self._values):
             raise CalibrationError("activation samples hold NaN or infinity")
         self._low, self._high = min(minimum, 0.0), max(maximum, 0.0)
         self._unit = max(self._high, -self._low)  # sums hold squares of what may be any float32

@@ -141,6 +141,7 @@ def choose_correction(
     bits: Tensor | None = None,
     dampings: Sequence[float] = DAMPINGS,
     regressions: SourceRegressions | None = None,
+    targets: Sequence[Tensor] | None = None,
 ) -> Correction:
     """Choose (alpha, damping[, beta]) in closed form on held-out rows.
 
@@ -157,6 +158,7 @@ def choose_correction(
         bits: Width of each row, int64 [O]; None leaves the range unguarded.
         dampings: Candidates.
         regressions: Those of the training rows, where they are there already.
+        targets: `validation.targets(W)`, where they are there already.
 
     Returns:
         The correction; without weight if nothing helps on the validation rows.
@@ -167,7 +169,7 @@ def choose_correction(
     if (train.shift is None and train.residual is None) or not len(validation):
         return Correction()
     regressions = regressions or SourceRegressions(W, train, gram)
-    total = torch.stack(validation.targets(W)).sum(dim=0)
+    total = torch.stack([*(targets or validation.targets(W))]).sum(dim=0)
     energy = float(total.square().sum())
     best, best_gain = Correction(), 0.0
     for damping in dampings:
