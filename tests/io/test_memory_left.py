@@ -48,7 +48,7 @@ def test_memory_is_usable_in_the_block_and_behind_it(wanted):
 _FAULTS = """
 import resource
 import torch
-from mpqdm_fx.io.allocator import large_blocks_returned
+from mpqdm_fx.io.allocator import freed_memory_kept, large_blocks_returned
 
 def faults():  # while tensors of 16 MiB are made and dropped, eight at a time
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
