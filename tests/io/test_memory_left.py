@@ -46,29 +46,24 @@ def test_memory_is_usable_in_the_block_and_behind_it(wanted):
 
 
 _FAULTS = """
-import resource
+import resource, sys
 import torch
 from mpqdm_fx.io.allocator import freed_memory_kept, large_blocks_returned
 
-def faults():  # while tensors of 16 MiB are made and dropped, eight at a time
+with large_blocks_returned(sys.argv[1] == "returned"), freed_memory_kept():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
+    for _ in range(10):  # tensors of 16 MiB, made and dropped, eight at a time
         tensors = [torch.ones(1 << 22) for _ in range(8)]
         del tensors
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-with freed_memory_kept():
-    kept = faults()
-with large_blocks_returned(), freed_memory_kept():
-    returned = faults()
-print(kept, returned)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(allocator._glibc() is None, reason="another C library")
 def test_freed_memory_is_kept_for_what_comes_next_unless_it_has_to_be_returned():
-    # a process of its own: what tests before it left in the heap changes the counts
-    command = [sys.executable, "-c", _FAULTS]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    kept, returned = map(int, told.split())
+    # processes of their own: what was in a heap before changes the counts
+    kept, returned = (
+        int(subprocess.check_output([sys.executable, "-c", _FAULTS, how], text=True))
+        for how in ("kept", "returned")
+    )
     assert kept < returned / 4
