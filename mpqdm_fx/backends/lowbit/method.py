@@ -74,7 +74,9 @@ class LowbitMethod(Method):
             if name in static
         }
         dynamic = {name for name, a in left.items() if isinstance(a, DynamicActivation)}
-        pipeline = own_operators(_blobs(self.graph, own), of_calls, dynamic)
+        # a convolution of XNNPACK takes its image channels first, and copies it to channels last
+        floats = {name for name in weight_layers(self.graph) if name not in activations}
+        pipeline = own_operators(_blobs(self.graph, own), of_calls, dynamic | floats)
         graph = pipeline(self.graph).graph_module
         if of_calls:
             graph, left = _with_reads(graph, left, reads)

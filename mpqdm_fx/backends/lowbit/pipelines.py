@@ -33,7 +33,7 @@ def own_operators(
     Args:
         blobs: Weight blob by layer name.
         static: Of layers with fixed ranges, those of each call; all others are dynamic.
-        left: Names of layers that XNNPACK runs on ranges chosen at run time.
+        left: Names of layers that XNNPACK runs in float, or on ranges chosen at run time.
     """
     return Pipeline(
         passes=(

@@ -108,6 +108,15 @@ def test_crossings_and_copies_are_counted(written):
     assert written.subgraphs == 3
 
 
+def test_a_shortcut_in_float_reads_pixels_where_they_lie(block):
+    graph, activations, inputs = block
+    quantized = {name: a for name, a in activations.items() if name != "shortcut"}
+    method = LowbitMethod(graph, inputs, quantized, kernels="memory")
+    # as a convolution XNNPACK would copy its image to channels last, and the result back
+    assert count(method.lowered, torch.ops.aten.linear.default) == 1
+    assert count(method.lowered, torch.ops.aten.conv2d.default) == 2  # the first and the last
+
+
 def test_the_record_is_plain_json(written):
     record = json.loads(json.dumps(written.to_dict()))
     assert record["own_layers"] == list(written.own_layers)
