@@ -8,13 +8,15 @@ from types import ModuleType
 
 from mpqdm_fx.errors import ArtifactError, LoweringError
 
-__all__ = ["calls_own_operators", "has_kernels", "place_codes", "require_kernels"]
+__all__ = ["CODED_END", "calls_own_operators", "has_kernels", "place_codes", "require_kernels"]
 
 _MODULE = "mpqdm_kernels"
 _SERIES = "0.3"  # whose operators take the arguments that programs of this package have
 _REMEDY = 'in a checkout: pip install ./native; elsewhere: pip install "mpqdm-fx[kernels]"'
-_CODED = b"MPQC"  # ends a program that entropy-coded weights follow
 _MARK = b"mpqdm::"  # how a program's names of own operators begin
+
+CODED_END = b"MPQC"
+"""Ends a program that entropy-coded weights follow (native/FORMAT.md)."""
 
 
 def require_kernels(operator: str = "mpqdm::conv2d_mixed") -> None:
@@ -47,10 +49,10 @@ def place_codes(path: Path, name: object) -> None:
         LoweringError: The library is not installed, or another one; says how to install.
     """
     with path.open("r+b") as file:
-        if file.seek(0, os.SEEK_END) < len(_CODED):
+        if file.seek(0, os.SEEK_END) < len(CODED_END):
             return
-        file.seek(-len(_CODED), os.SEEK_END)
-        if file.read() != _CODED:
+        file.seek(-len(CODED_END), os.SEEK_END)
+        if file.read() != CODED_END:
             return
         library = _library(f"the weights of {name} are read by")
         with mmap.mmap(file.fileno(), 0) as content:

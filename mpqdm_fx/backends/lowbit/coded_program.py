@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpqdm_fx.backends.kernel_library import CODED_END
 from mpqdm_fx.backends.lowbit.checks import checked_entries, checked_header, checked_sections
 from mpqdm_fx.backends.lowbit.layout import HEADER_BYTES, MAGIC, Header
 from mpqdm_fx.backends.lowbit.tiles import TILE_DEPTH, tile_count, unpack_tiles
@@ -27,7 +28,6 @@ _BYTE_BITS = 8
 _LAYER = struct.Struct("<QQ")
 _FOOTER = struct.Struct("<QQIHHI4s")
 _VERSION = 1
-_END = b"MPQC"
 
 
 def take_codes(program: NDArray[np.uint8]) -> bytes:
@@ -41,8 +41,7 @@ def take_codes(program: NDArray[np.uint8]) -> bytes:
         as it was.
     """
     streams, layers = [], []
-    for at in _blobs(program):
-        header = Header.unpack(program[at : at + HEADER_BYTES].tobytes())
+    for at, header in _blobs(program):
         blob = program[at : at + header.blob_bytes]
         stream = _taken(blob, header)
         if stream is not None:
@@ -50,12 +49,12 @@ def take_codes(program: NDArray[np.uint8]) -> bytes:
             layers.append(_LAYER.pack(at, len(stream)))
     if not layers:
         return b""
-    footer = _FOOTER.pack(len(program), len(layers), 0, _FOOTER.size, _VERSION, 0, _END)
+    footer = _FOOTER.pack(len(program), len(layers), 0, _FOOTER.size, _VERSION, 0, CODED_END)
     return b"".join((*streams, *layers, footer))
 
 
-def _blobs(program: NDArray[np.uint8]) -> Iterator[int]:
-    """Where weight blobs begin."""
+def _blobs(program: NDArray[np.uint8]) -> Iterator[tuple[int, Header]]:
+    """Where weight blobs begin, and their headers."""
     whole = len(program) // _ALIGNMENT * _ALIGNMENT
     words = program[:whole].view("<u4")[:: _ALIGNMENT // 4]
     for index in np.flatnonzero(words == MAGIC):
@@ -68,7 +67,7 @@ def _blobs(program: NDArray[np.uint8]) -> Iterator[int]:
             checked_sections(header, checked_entries(program[at : at + size], header))
         except ArtifactError:
             continue  # other bytes that begin alike
-        yield at
+        yield at, header
 
 
 def _taken(blob: NDArray[np.uint8], header: Header) -> bytes | None:
