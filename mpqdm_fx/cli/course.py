@@ -27,6 +27,7 @@ class Course:
         self._expected: dict[str, float] = {}
         self._place = -1  # of the stage that runs or ran last, among those that are expected
         self._open: list[tuple[Stage, float]] = []
+        self._inner: Course | None = None  # of the stage that runs, if it expects stages inside
         self._measured = 0.0  # seconds of finished stages, and what they were expected to take
         self._foretold = 0.0
         self._done: set[str] = set()  # names of stages that were over once; they may go on
@@ -38,7 +39,12 @@ class Course:
 
         Args:
             seconds: By stage, in running order; a second time, of stages that are expected already.
+                Names that are not expected are those of stages inside the one that runs.
         """
+        if self._open and self._expected and self._expected.keys().isdisjoint(seconds):
+            self._inner = self._inner or Course(self._now)
+            self._inner.expect(seconds)
+            return
         if not self._expected:
             self._expected = dict(seconds)
             return
@@ -56,6 +62,8 @@ class Course:
         """
         self._open.append((stage, self._now()))
         outermost = len(self._open) == 1
+        if self._inner is not None:
+            self._inner.begin(stage)
         if outermost and stage.name in self._expected:
             self._place = list(self._expected).index(stage.name)
         return outermost and stage.name != self._last
@@ -65,6 +73,10 @@ class Course:
         started = next(begun for running, begun in self._open if running is stage)
         self._open = [entry for entry in self._open if entry[0] is not stage]
         self._last = stage.name if not self._open else self._last
+        if self._inner is not None and self._open:
+            self._inner.end(stage)
+        elif not self._open:
+            self._inner = None
         if not self._open and stage.name in self._expected:
             self._measured += self._now() - started
             self._foretold += self._expectation(stage)
@@ -102,6 +114,8 @@ class Course:
             return 0.0
         stage, begun = self._open[0]
         elapsed, expected = self._now() - begun, pace * self._expectation(stage)
+        if (left := self._left_inside()) is not None:
+            return left
         share = _share(stage)
         if share is None:
             return max(expected - elapsed, 0.1 * elapsed)
@@ -109,15 +123,22 @@ class Course:
         projection = elapsed / share if share else 0.0
         return (1 - share) * (trust * projection + (1 - trust) * expected)
 
+    def _left_inside(self) -> float | None:
+        """Seconds to the end of the stages inside the one that runs; None if nobody knows."""
+        total = None if self._inner is None else self._inner.total
+        return None if self._inner is None or total is None else total - self._inner.seconds
+
     def _passed(self) -> tuple[float, float]:
-        """Seconds that stages, and parts of the one that runs, were expected to take, and took."""
+        """Seconds that stages, and what is known of the one that runs, were to take, and took."""
         foretold, measured = self._foretold, self._measured
         if self._open:
             stage, begun = self._open[0]
-            share = _share(stage)
+            elapsed, share = self._now() - begun, _share(stage)
+            if (left := self._left_inside()) is not None:
+                elapsed, share = elapsed + left, 1.0  # what it will take is known better
             if share:
                 foretold += share * self._expectation(stage)
-                measured += self._now() - begun
+                measured += elapsed
         return foretold, measured
 
     def _pace(self) -> float:

@@ -22,6 +22,7 @@ from mpqdm_fx.pipelines.check_export import check_export
 from mpqdm_fx.pipelines.encoder_memory import encoder_peak, held_bytes
 from mpqdm_fx.pipelines.layout import Size
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
+from mpqdm_fx.pipelines.part_seconds import lower_seconds
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import side_settings
 from mpqdm_fx.pipelines.stored_encoders import is_held_as_stored
@@ -32,9 +33,6 @@ from mpqdm_fx.sweep.estimate import estimate
 
 __all__ = ["ExportEstimate", "PartEstimate", "estimate_export"]
 
-# Seconds of one core, measured on UNets of 0.1 and 860 M parameters: export, partitioning, writing.
-_LOWER_LAYER = 0.9  # norms and attention between two layers included
-_LOWER_WEIGHT = 3e-7
 _PROCESS = 6.0  # that measures one peak: mostly imports
 _TIMED = 6  # calls of a part, and as many of its program
 _JUDGED = 2  # a part's held-out calls, once in float and once quantized, which is as slow
@@ -239,7 +237,7 @@ def _part(
     stored = _stored_bytes(graph, program, settings, storage)
     layers = weight_layers(program, embeddings=True)
     weights = sum(layer.weight.numel() for layer in layers.values())
-    lower = methods * (len(layers) * _LOWER_LAYER + weights * _LOWER_WEIGHT)
+    lower = methods * lower_seconds(len(layers), weights)
     estimated = PartEstimate(
         parameters=part.parameters,
         float_bytes=4 * part.parameters,

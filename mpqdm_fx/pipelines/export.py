@@ -7,7 +7,7 @@ that a run that was killed goes on with them; the output appears whole.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.folders import check_target, staged_directory
 from mpqdm_fx.io.space import check_space
 from mpqdm_fx.io.versions import versions
-from mpqdm_fx.model.feasibility import weights_of
 from mpqdm_fx.model.quantized import QuantizedModel
 from mpqdm_fx.pipelines.adapters import Lora
 from mpqdm_fx.pipelines.check_export import MINIMUM_SQNR_DB, check_export, check_float_run
@@ -36,6 +35,7 @@ from mpqdm_fx.pipelines.layout import Layout, Size
 from mpqdm_fx.pipelines.manifest import MANIFEST, compressed_entry, write_manifest
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.part_numbers import kept_part
+from mpqdm_fx.pipelines.part_seconds import part_stages
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import JudgedPart, quantize_part, write_programs
 from mpqdm_fx.pipelines.runner_files import write_runner
@@ -59,7 +59,6 @@ __all__ = ["MINIMUM_SQNR_DB", "ExportResult", "export_pipeline"]
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_A_WEIGHT = 2e-4  # quantizing and lowering the bundled model
 _END_SHARE = 0.15  # drawing, and measuring, against all parts
 _REPORT_SECONDS = 5.0
 
@@ -243,7 +242,8 @@ def export_pipeline(
     work = WorkFolder(place, identity, resume=run.resume)
     quantized: dict[str, QuantizedModel] = {}
     records: dict[str, dict[str, Any]] = {}
-    progress.expect(lambda: _foretold(layout, earlier, samples=samples, measure=measure))
+    stages = partial(part_stages, sizes=len(chosen), is_quantized=config is not None)
+    progress.expect(lambda: _foretold(layout, earlier, stages, samples=samples, measure=measure))
     for part in progress.each(layout.parts.values(), lambda part: part.name):
         record = work.finished(part.name)
         if record is None and earlier is not None and earlier.is_same(part.name):
@@ -254,6 +254,7 @@ def export_pipeline(
             solving = replace(run, directory=work.directory / part.name, start_from=solved)
             held = is_held_as_stored(part.module)
             wanted = chosen if part.sized else (None,)
+            progress.expect(partial(stages, part))
             with large_blocks_returned(held):
                 judged = _judge(part, inputs, config, minimum_sqnr_db, solving, encoder_bits)
                 logger.info("lowering %s", part.name)
@@ -320,11 +321,16 @@ def export_pipeline(
 
 
 def _foretold(
-    layout: Layout, earlier: KeptRun | None, *, samples: int, measure: bool
+    layout: Layout,
+    earlier: KeptRun | None,
+    stages: Callable[[Part], Mapping[str, float]],
+    *,
+    samples: int,
+    measure: bool,
 ) -> dict[str, float]:
     """Seconds by stage, in running order; what has passed corrects them (`progress.expect`)."""
     parts = {
-        part.name: _SECONDS_A_WEIGHT * weights_of(part.module)
+        part.name: sum(stages(part).values())
         for part in layout.parts.values()
         if earlier is None or not earlier.is_same(part.name)
     }

@@ -155,3 +155,43 @@ def test_the_whole_is_never_less_than_what_has_passed_and_ends_as_it(expected, f
 )
 def test_times_have_seconds(seconds, text):
     assert clock(seconds) == text
+
+
+def test_stages_expected_inside_another_tell_when_that_one_ends(course, time):
+    course.expect({"unet": 10_000, "vae": 1000})
+    unet = begun(course, "unet")
+    time.passes(10)
+    course.expect({"tracing": 10, "rounding": 100, "lowering": 90})
+    tracing = begun(course, "tracing")
+    time.passes(10)
+    course.end(tracing)
+    # 210 for the UNet where 10,000 were expected: so much less for the VAE, where 1000 were
+    assert course.total == pytest.approx(10 + 200 + 50, rel=0.05)
+    rounding = begun(course, "rounding", total=10)
+    rounding(5)
+    time.passes(100)  # twice as slow
+    assert course.total == pytest.approx(120 + 100 + 180 + 70, rel=0.2)
+    course.end(rounding)
+    course.end(unet)
+    vae = begun(course, "vae")
+    course.expect({"rounding": 500.0, "lowering": 5.0})
+    course.expect({"rounding": 5.0})  # known better once it is traced
+    assert course.total == pytest.approx(120 + 10, rel=0.05)
+    course.end(vae)
+    assert course.total == pytest.approx(course.seconds)
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=12), st.floats(1, 1000))
+def test_whatever_is_expected_inside_nothing_ends_before_now(names, seconds):
+    time = Time()
+    course = Course(now=time)
+    course.expect({"a": 10, "b": seconds})
+    for name in names:
+        stage = begun(course, name)
+        course.expect({"c": seconds, "d": 1.0})
+        inner = begun(course, "c", total=3)
+        inner(1)
+        time.passes(seconds)
+        assert course.total is None or course.total >= course.seconds
+        course.end(inner)
+        course.end(stage)
