@@ -133,7 +133,7 @@ class CodedTensor(LazyTensor):
     """A rounded weight, `codes * scale` of its row.
 
     Args:
-        codes: int8 [O, K].
+        codes: int8 [O, ...].
         scale: float32 [O].
     """
 
@@ -147,7 +147,7 @@ class CodedTensor(LazyTensor):
 
     def plain(self) -> Tensor:
         """The numbers, float32; the product is exact."""
-        return self.codes.float() * self.scale[:, None]
+        return self.codes.float() * self.scale.reshape(-1, *[1] * (self.codes.dim() - 1))
 
     def rows(self, index: Any) -> Self:
         """Some of the rows."""

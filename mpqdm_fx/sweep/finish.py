@@ -126,7 +126,7 @@ def _judged(sweep: Sweep, result: GraphQuantization) -> GraphQuantization:
     quantized = quantize(graph_module).graph_module
     judged = [Judgement.of(RECIPE, sweep.output_powers(None))]
     for name, layers in candidates.items():
-        rounded = plain_weights(quantized, layers)
+        rounded = plain_weights(quantized, layers, lazy=True)
         judged.append(Judgement.of(name, sweep.output_powers(rounded)))
     best = min(range(len(judged)), key=lambda index: judged[index].error)
     judgements = tuple(replace(j, chosen=index == best) for index, j in enumerate(judged))

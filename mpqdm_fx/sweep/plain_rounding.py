@@ -36,7 +36,9 @@ __all__ = ["Extremes", "plain_activations", "plain_weights", "reads_extremes"]
 _NUMBERS = 1 << 22  # of a weight, rounded at once
 
 
-def plain_weights(graph_module: fx.GraphModule, plans: Iterable[LayerPlan]) -> fx.GraphModule:
+def plain_weights(
+    graph_module: fx.GraphModule, plans: Iterable[LayerPlan], *, lazy: bool = False
+) -> fx.GraphModule:
     """Round every weight to the nearest of the levels that reach to its row's largest.
 
     Levels are uniform, or -8..7 where a plan has `"int4"`, which decides how a program stores them.
@@ -44,6 +46,8 @@ def plain_weights(graph_module: fx.GraphModule, plans: Iterable[LayerPlan]) -> f
     Args:
         graph_module: Normalized float graph; it is not changed.
         plans: Bits of the layers; fitted levels become uniform ones.
+        lazy: Hold codes, and compute float32 weights when they are read: for a graph that is run
+            a few times beside others.
 
     Returns:
         The rounded graph.
@@ -53,7 +57,8 @@ def plain_weights(graph_module: fx.GraphModule, plans: Iterable[LayerPlan]) -> f
     for plan in plans:
         module = layers[plan.name].module
         codes, scale = _nearest(layers[plan.name].weight.detach(), plan)
-        replace_module(rounded, plan.name, install_codes(module, codes.reshape(plan.shape), scale))
+        layer = install_codes(module, codes.reshape(plan.shape), scale, lazy=lazy)
+        replace_module(rounded, plan.name, layer)
     return rounded
 
 

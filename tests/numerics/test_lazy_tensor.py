@@ -101,6 +101,29 @@ def test_a_rounded_copy_of_a_lazy_layer_is_lazy_too():
     assert isinstance(linear.weight, StoredTensor)
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(4, 6, 3), (2, 4, 5)),
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 5, 5)),
+        (nn.Conv3d(4, 6, 1), (2, 4, 3, 3, 3)),
+        (nn.Linear(4, 6), (2, 4)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+@torch.no_grad()
+def test_a_layer_that_holds_only_codes_computes_the_same_numbers(layer, shape):
+    codes = torch.randint(-128, 128, layer.weight.shape, dtype=torch.int8)
+    scale = torch.rand(len(codes)) + 0.1
+    lazy, whole = (install_codes(layer, codes, scale, lazy=lazy) for lazy in (True, False))
+    assert isinstance(lazy.weight, CodedTensor)
+    assert not isinstance(whole.weight, LazyTensor)
+    x = torch.randn(shape)
+    assert torch.equal(lazy(x), whole(x))
+    half = install_codes(layer.bfloat16(), codes, scale, lazy=True)
+    assert half.weight.dtype == torch.bfloat16  # which codes times scale are not
+
+
 def test_stand_ins_have_shapes_and_go_again():
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
     lazy = nn.Parameter(stored()[0], requires_grad=False)

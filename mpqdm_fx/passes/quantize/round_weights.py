@@ -106,24 +106,27 @@ class RoundWeights(GraphPass):
         return codes.reshape(planned.shape), scale
 
 
-def install_codes(module: nn.Module, codes: Tensor, scale: Tensor) -> nn.Module:
+def install_codes(
+    module: nn.Module, codes: Tensor, scale: Tensor, *, lazy: bool = False
+) -> nn.Module:
     """A copy of `module` whose weight is `codes * scale`, carrying both as buffers.
 
     Args:
         module: Convolution, linear or embedding layer; it is not changed.
         codes: int8, shape of the weight.
         scale: float32 [out_channels].
+        lazy: Compute a float32 weight whenever it is read, and hold only the codes.
 
     Returns:
         New module of the same class with buffers `weight_codes` and `weight_scale`. Its weight is
-        computed from them whenever it is read if that of `module` is computed too.
+        lazy also if that of `module` is.
     """
     old = module.weight
     assert isinstance(old, Tensor)
     # The copy gets a weight of its own below; copying the old one would double peak memory.
     rounded = copy.deepcopy(module, {id(old): old})
     weight: Tensor
-    if isinstance(old, LazyTensor):
+    if isinstance(old, LazyTensor) or (lazy and old.dtype == torch.float32):
         weight = CodedTensor(codes, scale)
     else:
         weight = dequantize(codes.flatten(1), scale).reshape(codes.shape).to(old.dtype)
