@@ -1,21 +1,13 @@
 """Training in less memory: hold the values at a few cuts of a graph, compute the rest again."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from mpqdm_fx.graph.parts import GraphPart
+
 __all__ = ["Recomputed"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """Neighbouring nodes, the earlier values that they read, and what later ones read of them."""
-
-    nodes: tuple[fx.Node, ...]
-    reads: tuple[fx.Node, ...]
-    gives: tuple[fx.Node, ...]
 
 
 class Recomputed(nn.Module):
@@ -38,7 +30,7 @@ class Recomputed(nn.Module):
         inner = [n for n in graph_module.graph.nodes if n.op not in ("placeholder", "output")]
         length = -(-len(inner) // parts)
         self._parts = [
-            _part(inner[start : start + length]) for start in range(0, len(inner), length)
+            GraphPart.of(inner[start : start + length]) for start in range(0, len(inner), length)
         ]
 
     def forward(self, **inputs: Any) -> Any:
@@ -56,16 +48,9 @@ class Recomputed(nn.Module):
             values.update(zip(part.gives, gives, strict=True))
         return fx.map_arg(self._output.args[0], values.__getitem__)
 
-    def _run(self, part: _Part, *values: Any) -> tuple[Any, ...]:
+    def _run(self, part: GraphPart, *values: Any) -> tuple[Any, ...]:
         interpreter = fx.Interpreter(self.graph_module, garbage_collect_values=False)
         interpreter.env = dict(zip(part.reads, values, strict=True))
         for node in part.nodes:
             interpreter.env[node] = interpreter.run_node(node)
         return tuple(interpreter.env[node] for node in part.gives)
-
-
-def _part(nodes: list[fx.Node]) -> _Part:
-    inner = set(nodes)
-    reads = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inner)
-    gives = (node for node in nodes if any(user not in inner for user in node.users))
-    return _Part(nodes=tuple(nodes), reads=tuple(reads), gives=tuple(gives))

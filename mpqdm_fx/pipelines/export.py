@@ -25,6 +25,7 @@ from mpqdm_fx.io.folders import check_target, staged_directory
 from mpqdm_fx.io.space import check_space
 from mpqdm_fx.io.versions import versions
 from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.passes.quantize.round_weights import hold_codes
 from mpqdm_fx.pipelines.adapters import Lora
 from mpqdm_fx.pipelines.check_export import MINIMUM_SQNR_DB, check_export, check_float_run
 from mpqdm_fx.pipelines.disk_space import least_bytes
@@ -39,7 +40,7 @@ from mpqdm_fx.pipelines.part_seconds import part_stages
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import JudgedPart, quantize_part, write_programs
 from mpqdm_fx.pipelines.runner_files import write_runner
-from mpqdm_fx.pipelines.stored_encoders import is_held_as_stored
+from mpqdm_fx.pipelines.stored_encoders import LARGE, is_held_as_stored
 from mpqdm_fx.pipelines.work_folder import WorkFolder
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.former_keywords import former_keywords
@@ -71,7 +72,8 @@ class ExportResult:
         directory: The folder.
         quantized: Quantized parts by name. A part that stayed in float, or whose programs a
             resumed run found finished, has none; nor has a text encoder that was read from its
-            files layer by layer, which would stay in memory.
+            files layer by layer, which would stay in memory. One of more than a GiB in float32
+            holds codes, and its weights are computed when they are read.
         manifest: The content of `pipeline.json`.
         summary: The content of `summary.json`: sizes, times, peaks of memory, quality.
     """
@@ -272,6 +274,8 @@ def export_pipeline(
                 )
             if judged.quantized is not None and not held:
                 quantized[part.name] = judged.quantized
+                if 4 * part.parameters > LARGE:  # others are made beside it
+                    hold_codes(judged.quantized, judged.quantized.rounded)
             kept = kept_part(
                 part, judged, written, config, bound=minimum_sqnr_db,
                 sensitivity=run.sensitivity, backend=backend,

@@ -11,6 +11,7 @@ from torch import fx
 
 from mpqdm_fx.bits.activation_choice import options_of
 from mpqdm_fx.bits.allocate import layer_limits
+from mpqdm_fx.bits.parted_probe import backward_bytes
 from mpqdm_fx.bits.probes import PROBES
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.noise_argument import find_noise_argument
@@ -49,7 +50,8 @@ class Estimate:
         sensitivity_seconds: Jacobian probes, error tables of `allocation="measured"`, and what is
             measured to choose how inputs are quantized.
         row_seconds: One row through the float model.
-        peak_bytes: Model, rounded copy, activations and the largest layer's statistics.
+        peak_bytes: Model, rounded copy, activations and the largest layer's statistics; or model
+            and what backward passes hold.
         activation_bytes: Of that, activations of all calls.
         smallest_limit: The smallest `max_memory` that activations can do with.
         disk_bytes: Solved layers of a resumable run, and activations beyond `max_memory`.
@@ -126,8 +128,10 @@ def estimate(
         sensitivity = one_lane + tables + gains
     options = options_of(settings)
     by_level = has_level and settings.row_weights == "output"
+    probed = 0
     if options or settings.allocation == "measured" or by_level:
         sensitivity += one_lane * PROBES * (1 + _BACKWARD)
+        probed = backward_bytes(graph_module, calls[0])
     if options:  # sizes of channels, with static ranges if they are wanted
         sensitivity += one_lane
     if settings.judge:
@@ -141,7 +145,7 @@ def estimate(
         solve_seconds=seconds,
         sensitivity_seconds=sensitivity,
         row_seconds=one_lane / len(calls) / batch_size_of(calls[0]),
-        peak_bytes=2 * parameters + weights + held + largest,
+        peak_bytes=parameters + max(parameters + weights + held + largest, probed),
         activation_bytes=held,
         smallest_limit=smallest,
         disk_bytes=weights + max(0, peak - held),

@@ -12,8 +12,9 @@ from mpqdm_fx.bits.activation_costs import ActivationCosts
 from mpqdm_fx.bits.activation_widths import choose_widths
 from mpqdm_fx.bits.allocate import Limits, layer_limits
 from mpqdm_fx.bits.noise_groups import NoiseGroups
+from mpqdm_fx.bits.probe import GradientWatch
 from mpqdm_fx.bits.probed_parts import probed_parts
-from mpqdm_fx.bits.probes import SAMPLES, GradientWatch, OutputEnergies, output_energies
+from mpqdm_fx.bits.probes import SAMPLES, OutputEnergies, output_energies
 from mpqdm_fx.bits.row_weights import RowWeights
 from mpqdm_fx.bits.weight_costs import weight_costs
 from mpqdm_fx.graph.fingerprint import graph_fingerprint

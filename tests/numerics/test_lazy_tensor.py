@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
+from small import tiny_unet, unet_calls
 from torch import nn
 
+from mpqdm_fx import MPQConfig, load, quantize, save
 from mpqdm_fx.graph.editing import infer_val
+from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.graph.stand_ins import stand_ins
 from mpqdm_fx.numerics.lazy_tensor import CodedTensor, LazyTensor, StoredTensor, plain, row_blocks
-from mpqdm_fx.passes.quantize.round_weights import install_codes
+from mpqdm_fx.passes.quantize.round_weights import hold_codes, install_codes
 
 
 def stored(shape=(6, 4), dtype=torch.bfloat16):
@@ -122,6 +125,23 @@ def test_a_layer_that_holds_only_codes_computes_the_same_numbers(layer, shape):
     assert torch.equal(lazy(x), whole(x))
     half = install_codes(layer.bfloat16(), codes, scale, lazy=True)
     assert half.weight.dtype == torch.bfloat16  # which codes times scale are not
+
+
+def test_a_quantized_model_that_holds_codes_is_the_same_model(tmp_path):
+    calls = unet_calls(2)
+    model = quantize(tiny_unet(), MPQConfig(activation_mode="dynamic", allocation="uniform"), calls)
+    expected, plan = model(**calls[0]).sample, model.plan
+    hold_codes(model, model.rounded)
+    kept = [m for m in model.modules() if isinstance(getattr(m, "weight", None), CodedTensor)]
+    assert len(kept) == len(plan.layers)
+    shared = {id(module.weight) for module in kept}
+    layers = weight_layers(model.rounded, embeddings=True)
+    assert {id(layers[planned.name].weight) for planned in plan.layers} == shared
+    assert torch.equal(model(**calls[0]).sample, expected)
+    save(model, tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved")(**calls[0]).sample, expected)
+    hold_codes(model)
+    assert torch.equal(copy.deepcopy(model)(**calls[0]).sample, expected)
 
 
 def test_stand_ins_have_shapes_and_go_again():

@@ -20,7 +20,7 @@ from mpqdm_fx.numerics.levels.level_sets import LEVEL_SETS
 from mpqdm_fx.passes.base import GraphPass
 from mpqdm_fx.records.plan import BitPlan, LayerPlan
 
-__all__ = ["RoundWeights", "install_codes"]
+__all__ = ["RoundWeights", "hold_codes", "install_codes"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -134,6 +134,26 @@ def install_codes(
     rounded.register_buffer("weight_codes", codes)
     rounded.register_buffer("weight_scale", scale)
     return rounded
+
+
+def hold_codes(*models: nn.Module) -> None:
+    """Let rounded layers hold only their codes, and compute float32 weights when they are read.
+
+    Args:
+        models: Changed in place; layers that share a weight go on sharing it.
+    """
+    lazy: dict[nn.Parameter, nn.Parameter] = {}
+    for module in (module for model in models for module in model.modules()):
+        codes, weight = getattr(module, "weight_codes", None), getattr(module, "weight", None)
+        if not isinstance(codes, Tensor) or isinstance(weight, LazyTensor):
+            continue
+        if not isinstance(weight, nn.Parameter) or weight.dtype != torch.float32:
+            continue
+        scale = module.weight_scale
+        assert isinstance(scale, Tensor)
+        if weight not in lazy:
+            lazy[weight] = nn.Parameter(CodedTensor(codes, scale), requires_grad=False)
+        module.weight = lazy[weight]
 
 
 def _is_rounded(module: nn.Module, planned: LayerPlan) -> bool:
