@@ -345,7 +345,7 @@ def _parser(makes: type[Medium], numbers: Mapping[str, Number]) -> argparse.Argu
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=float, default=argparse.SUPPRESS, help=number.text)
     parser.add_argument("--scheduler", help="class of diffusers in place of the folder's own")
-    parser.add_argument("--output", type=Path, default=Path(makes.file))
+    parser.add_argument("-o", "--output", type=Path, default=Path(makes.file))
     return parser
 
 

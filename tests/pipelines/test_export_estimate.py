@@ -20,6 +20,7 @@ from mpqdm_fx.pipelines.estimate import estimate_export
 from mpqdm_fx.pipelines.export import export_pipeline
 from mpqdm_fx.pipelines.layout import layout_of
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
+from mpqdm_fx.pipelines.part_seconds import lower_seconds
 from mpqdm_fx.pipelines.recorded import ModuleParts
 from mpqdm_fx.pipelines.runner import PipelineRunner
 from mpqdm_fx.records.run_options import RunOptions
@@ -160,7 +161,7 @@ def test_tables_take_the_place_of_the_time_branch(tmp_path):
     unet = pipeline.unet
     rows = sum(m.out_features for n, m in unet.named_modules() if n.endswith("time_emb_proj"))
     numbers = sum(v.numel() for n, v in unet.named_parameters() if "time_emb" not in n)
-    layers = round(told.lower_seconds / estimate._LOWER_LAYER)
+    layers = round(told.lower_seconds / lower_seconds(1, 0))
     stored = 4 * (numbers + 500 * rows) + layers * estimate._LAYER_BYTES
     assert told.program_bytes == pytest.approx(stored, rel=1e-3)
     assert told.parameters == sum(v.numel() for v in unet.parameters())
