@@ -9,13 +9,13 @@ backend matches the pair itself.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mpqdm_fx.errors import DialectError
 from mpqdm_fx.graph.editing import shallow_clone
 from mpqdm_fx.graph.layers import called_module, replace_module
+from mpqdm_fx.graph.nodes import rank
 from mpqdm_fx.graph.parameters import note_folded
 from mpqdm_fx.passes.base import GraphPass
 
@@ -29,9 +29,10 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class FoldBatchNorm(GraphPass):
     """Fold Conv + BatchNorm and Linear + BatchNorm1d in eval mode.
 
-    1. Conv1d/2d/3d whose only user is a batch norm in eval mode with running statistics.
-    2. Linear likewise, if its output is known to be [N, C] (on [N, C, L] a batch norm normalises
-       axis 1, which is not the linear layer's output).
+    1. Conv1d/2d/3d whose only user is a batch norm in eval mode with running statistics, if its
+       output is known to have a batch axis.
+    2. Linear likewise, if its output is known to be [N, C]. A batch norm normalises axis 1, which
+       is no layer's output on [N, C, L], nor a convolution's without a batch axis.
     3. A layer that is called more than once, or trained, is left alone: its other call has no
        batch norm after it.
 
@@ -84,14 +85,10 @@ def _pairs(graph_module: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
             continue
         frozen = not batch_norm.training and batch_norm.running_mean is not None
         alone = uses[id(conv_or_linear)] == 1 and list(layer.users) == [norm]
-        if frozen and alone and (isinstance(conv_or_linear, _CONVOLUTIONS) or _is_matrix(layer)):
+        axes = len(getattr(conv_or_linear, "kernel_size", ()))
+        if frozen and alone and rank(layer) == 2 + axes:
             pairs.append((layer, norm))
     return pairs
-
-
-def _is_matrix(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dim() == 2
 
 
 def _fold(layer: nn.Module, norm: nn.Module) -> nn.Module:

@@ -39,7 +39,8 @@ class SplitSkipConcat(GraphPass):
     1. The layer is an ungrouped convolution or a Linear, and reads an `aten.cat` of two or more
        parts along its own input channels (axis 1 of [N, C, *spatial], the last axis for a
        Linear) directly. Padding is per channel, so every padding mode splits.
-    2. Each part's number of channels is known and static (from `node.meta["val"]`).
+    2. Each part's number of channels is known and static (from `node.meta["val"]`), and all parts
+       have one dtype: a layer does not take the whole numbers that a concatenation converts.
     3. A layer called several times is split only if every call reads parts of the same sizes.
     4. At least one part comes out of a weight layer. The sine and cosine halves of a timestep
        embedding do not: they share one range, and splitting them would gain nothing.
@@ -119,6 +120,8 @@ def _part_sizes(module: nn.Module, call: fx.Node, learned: set[fx.Node]) -> tupl
     # spatial axes follow the channels, as many as the kernel has
     channels = rank - 1 - len(getattr(module, "kernel_size", ()))
     if axis not in (channels, channels - rank) or any(t.dim() != rank for t in tensors):
+        return None
+    if len({t.dtype for t in tensors}) > 1:
         return None
     sizes = [t.shape[channels] for t in tensors]
     if not all(type(size) is int and size > 0 for size in sizes):

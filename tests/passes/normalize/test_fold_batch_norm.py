@@ -56,6 +56,16 @@ def test_batch_norm_over_tokens_does_not_fold_into_a_linear_layer():
     assert not FoldBatchNorm()(graph_module).modified
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+def test_batch_norm_over_a_value_without_batch_axis_does_not_fold_into_a_convolution(rank):
+    # it takes the channels for the batch and normalises the axis behind them
+    conv = (nn.Conv1d, nn.Conv2d)[rank - 1](6, 6, 3, padding=1)
+    norm = nn.BatchNorm1d(6)
+    norm.running_mean.uniform_(-1, 1)
+    graph_module = trace(nn.Sequential(conv, norm).eval(), (torch.randn([6] * (rank + 1)),))
+    assert not FoldBatchNorm()(graph_module).modified
+
+
 class _TwoReaders(nn.Module):
     def __init__(self, shared: bool):
         super().__init__()

@@ -98,6 +98,17 @@ def test_negative_axis_and_dynamic_batch_split(layer, dim):
         assert_same_function(graph_module, result.graph_module, inputs, rtol=1e-5)
 
 
+class _Counted(_Concat):
+    def forward(self, x):
+        y = self.first(x)
+        return (self.layer(torch.cat([y.round().int(), y], dim=self.dim)),)
+
+
+def test_whole_numbers_stay_in_a_concatenation_that_converts_them():
+    graph_module = trace(_Counted(nn.Conv2d(8, 3, 1), 1).eval(), {"x": torch.randn(2, 4, 4, 4)})
+    assert not SplitSkipConcat()(graph_module).modified
+
+
 def test_taken_names_get_a_number():
     case = one_block("skip_concat")
     taken = nn.Conv2d(1, 1, 1)

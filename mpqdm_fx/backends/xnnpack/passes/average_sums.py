@@ -20,7 +20,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class AverageSums(GraphPass):
-    """Rewrite `sum.dim_IntList` of float32 and float64 over static axes that are named.
+    """Rewrite `sum.dim_IntList` of float32 and float64 over static axes that are named and there.
 
     The mean is rounded and the product once more.
     """
@@ -54,6 +54,8 @@ def _summed(node: fx.Node) -> int:
     axes: Any = argument(node, 1, "dim", None)
     value = source.meta.get("val") if isinstance(source, fx.Node) else None
     if not isinstance(source, fx.Node) or not isinstance(value, Tensor) or not axes:
+        return 0
+    if not value.dim():  # torch takes the axes 0 and -1 of a number
         return 0
     if value.dtype not in (torch.float32, torch.float64) or argument(node, 3, "dtype", None):
         return 0

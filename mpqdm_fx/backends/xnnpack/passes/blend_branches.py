@@ -6,10 +6,12 @@ has a portable kernel for it only, which parts the program in two.
 
 import operator
 from dataclasses import dataclass
+from math import isfinite
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from mpqdm_fx.graph.editing import insert_call
 from mpqdm_fx.passes.base import GraphPass
@@ -17,6 +19,44 @@ from mpqdm_fx.passes.base import GraphPass
 __all__ = ["BlendBranches"]
 
 _aten = torch.ops.aten
+#: Ops whose result is infinite where what they read is.
+_CARRIERS = frozenset(
+    {
+        _aten._to_copy.default,
+        _aten.add.Tensor,
+        _aten.alias.default,
+        _aten.cat.default,
+        _aten.clone.default,
+        _aten.contiguous.default,
+        _aten.detach.default,
+        _aten.expand.default,
+        _aten.expand_as.default,
+        _aten.flatten.using_ints,
+        _aten.index.Tensor,
+        _aten.masked_fill.Scalar,
+        _aten.masked_fill.Tensor,
+        _aten.mul.Tensor,
+        _aten.neg.default,
+        _aten.permute.default,
+        _aten.repeat.default,
+        _aten.repeat_interleave.self_int,
+        _aten.reshape.default,
+        _aten.select.int,
+        _aten.slice.Tensor,
+        _aten.slice_scatter.default,
+        _aten.squeeze.dim,
+        _aten.stack.default,
+        _aten.sub.Tensor,
+        _aten.to.dtype,
+        _aten.transpose.int,
+        _aten.tril.default,
+        _aten.triu.default,
+        _aten.unflatten.int,
+        _aten.unsqueeze.default,
+        _aten.view.default,
+        _aten.where.self,
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +64,8 @@ class BlendBranches(GraphPass):
     """Rewrite `where(c, a, b)` of float32 values as `a * c - b * (c - 1)`.
 
     With c one or zero this is a or b, if neither is infinite or NaN. Constants and parameters are
-    looked at, and such calls left alone; what is computed is taken to be finite.
+    looked at, also through what moves, joins, adds and multiplies them, and such calls left alone;
+    what else is computed is taken to be finite.
 
     Zeros may lose their sign.
     """
@@ -48,11 +89,23 @@ def _is_finite(graph_module: fx.GraphModule, branch: object) -> bool:
         return False
     if value.dtype is not torch.float32:
         return False
-    if branch.op == "get_attr":
-        return bool(operator.attrgetter(str(branch.target))(graph_module).isfinite().all())
-    if branch.target in (_aten.full.default, _aten.scalar_tensor.default):
-        return abs(float(branch.args[-1])) < float("inf")  # type: ignore[arg-type]
+    met, stack = set[fx.Node](), [branch]
+    while stack:
+        node = stack.pop()
+        if node.op == "get_attr":
+            if not operator.attrgetter(str(node.target))(graph_module).isfinite().all():
+                return False
+        elif any(isinstance(n, float) and not isfinite(n) for n in _numbers(node)):
+            return False
+        elif node.target in _CARRIERS and node not in met:
+            stack += node.all_input_nodes
+        met.add(node)
     return True
+
+
+def _numbers(node: fx.Node) -> list[object]:
+    """Arguments of a call, those in lists among them."""
+    return pytree.tree_leaves((node.args, dict(node.kwargs)))
 
 
 def _blended(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:

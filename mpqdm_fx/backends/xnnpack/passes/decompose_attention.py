@@ -28,8 +28,9 @@ class DecomposeAttention(GraphPass):
 
     1. query [*, L, D], key [*, S, D] and value [*, S, Dv] are viewed as three-axis tensors, so
        that the products are single `bmm` nodes; the result gets its axes back.
-    2. A boolean mask becomes the addition of 0 or of the smallest float32. A row that is masked
-       out entirely gives the mean of the values, where the fused op gives zeros.
+    2. A boolean mask becomes the addition of 0 or of half of the smallest number that the scores'
+       dtype has. A row that is masked out entirely gives the mean of the values (in float16 a
+       weighted one), where the fused op gives zeros.
     3. Queries are taken in runs, so that no more than `most_scores` numbers of scores are there at
        once (at 4,096 tokens and 8 heads all of them take 512 MiB); the runs are joined.
     4. Calls with dropout, `is_causal`, grouped queries, or leading axes that broadcast or of which
@@ -122,7 +123,8 @@ def _additive(graph_module: fx.GraphModule, mask: fx.Node, anchor: fx.Node) -> f
     """What a mask adds to the scores."""
     if mask.meta["val"].dtype != torch.bool:
         return mask
-    lowest = torch.finfo(torch.float32).min
-    indicator = insert_call(graph_module, _aten.to.dtype, (mask, torch.float32), anchor=anchor)
+    dtype = anchor.meta["val"].dtype
+    lowest = torch.finfo(dtype).min / 2  # a score is added; float16 has no room below its smallest
+    indicator = insert_call(graph_module, _aten.to.dtype, (mask, dtype), anchor=anchor)
     removed = insert_call(graph_module, _aten.sub.Tensor, (indicator, 1.0), anchor=anchor)
     return insert_call(graph_module, _aten.mul.Tensor, (removed, -lowest), anchor=anchor)

@@ -32,7 +32,8 @@ _BROADCASTS = {
 class DropExpansions(GraphPass):
     """Let an operator that broadcasts read x in the place of `aten.expand(x)`.
 
-    Only where its result keeps its shape, and with static sizes. Bit-equal.
+    Only where its result keeps its shape and dtype, and with static sizes: among values of several
+    dtypes, one without axes does not count. Bit-equal.
     """
 
     def rewrite(self, graph_module: fx.GraphModule) -> bool:
@@ -57,9 +58,14 @@ def _broadcasts(user: fx.Node, expansion: fx.Node) -> bool:
     if expansion not in operands:
         return False
     source = expansion.args[0]
+    assert isinstance(source, fx.Node)
     read = [source if n is expansion else n for n in operands if isinstance(n, fx.Node)]
     shapes = [static_shape(n) for n in read]
     result = static_shape(user)
     if result is None or any(shape is None for shape in shapes):
         return False
+    if static_shape(source) == ():
+        chosen = read[1:] if user.target is _aten.where.self else read  # what the result is of
+        if len({n.meta["val"].dtype for n in chosen}) > 1:
+            return False
     return broadcast_shape([shape for shape in shapes if shape is not None]) == result

@@ -24,7 +24,8 @@ class ForwardSlices(GraphPass):
     """Replace slices of a concatenation along its axis, within one part or of whole parts.
 
     They become that part, a slice of it, or the concatenation of those that are taken. Reshapes
-    that cancel between the two are passed. Static sizes alone. Numbers are only moved: bit-equal.
+    that cancel between the two are passed. Static sizes, parts of one rank and one dtype alone.
+    Numbers are only moved: bit-equal.
     """
 
     def rewrite(self, graph_module: fx.GraphModule) -> bool:
@@ -59,6 +60,9 @@ def _forwarded(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     parts: Any = source.args[0]
     joined = static_shape(source)
     if joined is None or any(static_shape(part) is None for part in parts):
+        return None
+    # a concatenation converts its parts to one dtype, and passes over an empty one of one axis
+    if len({(part.meta["val"].dtype, part.meta["val"].dim()) for part in parts}) > 1:
         return None
     axis %= len(shape)
     start, _, _ = slice(argument(node, 2, "start", None), None).indices(joined[axis])

@@ -21,7 +21,8 @@ _aten = torch.ops.aten
 class MultiplyPowers(GraphPass):
     """Rewrite `pow` of floating-point values by 2.0, 3 and 4, whole or as floats.
 
-    The same products, rounded once more.
+    Left alone: whole numbers, whose products are whole where their powers are not. The same
+    products, rounded once more.
     """
 
     tolerance: ClassVar[float] = 1e-6
@@ -33,7 +34,7 @@ class MultiplyPowers(GraphPass):
             op="call_function", target=_aten.pow.Tensor_Scalar
         ):
             x, power = node.args
-            value = node.meta.get("val")
+            value = x.meta.get("val") if isinstance(x, fx.Node) else None
             integer = type(power) is int and power == 2  # taken as it is
             if integer or power not in (2, 3, 4) or not isinstance(value, Tensor):
                 continue

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.graph.editing import add_tensor, insert_call
+from mpqdm_fx.graph.nodes import sizes
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["SplitComplex", "uncovered_complex"]
@@ -57,6 +58,16 @@ _MOVES = frozenset(
         _aten.view.default,
     }
 )
+#: Those of them whose first value alone says what dtype the result has.
+_ONE_DTYPE = frozenset(
+    {
+        _aten.pad_sequence.default,
+        _aten.select_scatter.default,
+        _aten.slice_scatter.default,
+    }
+)
+#: Those that convert real values which they join to complex ones.
+_JOINS = frozenset({_aten.cat.default, _aten.stack.default})
 _CASTS = frozenset({_aten.to.dtype, _aten.to.dtype_layout, _aten._to_copy.default})
 _SUMS = frozenset({_aten.add.Tensor, _aten.sub.Tensor})
 _CONJUGATES = frozenset({_aten._conj.default, _aten.conj.default, _aten.conj_physical.default})
@@ -69,9 +80,9 @@ class SplitComplex(GraphPass):
     """Replace every complex value by its real and its imaginary part.
 
     1. Complex values come from inputs, constants, `view_as_complex`, `complex` and `polar`, and go
-       into `view_as_real`, `real` and `imag`. In between they are moved, added, negated,
-       conjugated, taken to the power of e, and multiplied: (a + bi)(c + di) = (ac - bd) + (ad +
-       bc)i. They may be divided by real numbers.
+       into `view_as_real`, `real` and `imag`. In between they are moved, joined to real ones,
+       added, negated, conjugated, taken to the power of e, and multiplied: (a + bi)(c + di) =
+       (ac - bd) + (ad + bc)i. They may be divided by real numbers.
     2. An input stays complex and is split where it comes in.
     3. Where one operand has double precision and the other single, so have the results single: a
        rotary table is rounded before it is multiplied, and not the product after. What the graph
@@ -145,7 +156,7 @@ def _is_covered(node: fx.Node) -> bool:
     if node.target is _aten.index.Tensor:
         return isinstance(node.args[0], fx.Node) and _is_complex(node.args[0])
     unary = (_aten.exp.default, _aten.neg.default)
-    if node.target in (_aten.select_scatter.default, _aten.slice_scatter.default):
+    if node.target in _ONE_DTYPE:
         return all(_is_complex(source) for source in node.all_input_nodes)
     return node.target in {*_MOVES, *_CONJUGATES, *_SOURCES, *_RESULTS, *unary}
 
@@ -180,10 +191,7 @@ def _split(graph_module: fx.GraphModule, node: fx.Node, parts: dict[fx.Node, _Pa
     if node.target in _SOURCES:
         return _SOURCES[node.target](emit, node)
     if node.target in _MOVES:
-        return tuple(  # type: ignore[return-value]
-            emit(node.target, *_mapped(node.args, parts, i), **_mapped(node.kwargs, parts, i))
-            for i in (0, 1)
-        )
+        return _moved(emit, node, parts)
     first = _parts(node.args[0], parts)
     if node.target in _CASTS:
         double = node.meta["val"].dtype is torch.complex128
@@ -203,6 +211,20 @@ def _split(graph_module: fx.GraphModule, node: fx.Node, parts: dict[fx.Node, _Pa
     if node.target is _aten.div.Tensor:
         return tuple(emit(_aten.div.Tensor, part, second[0]) for part in first)  # type: ignore[return-value]
     return _product(emit, first, second)
+
+
+def _moved(emit: _Emit, node: fx.Node, parts: dict[fx.Node, _Pair]) -> _Pair:
+    """The same done to both parts."""
+    imaginary = dict(parts)
+    args = node.args
+    if node.target in _JOINS:
+        reals = [n for n in node.all_input_nodes if n not in parts]
+        zeros = {n: emit(_aten.zeros_like.default, n) for n in reals}
+        imaginary |= {n: (n, zero) for n, zero in zeros.items()}
+    if node.target is _aten.pad_sequence.default:
+        args = (*args[:2], *(0.0 for _ in args[2:3]), *args[3:])  # padding is a real number
+    real = emit(node.target, *_mapped(node.args, parts, 0), **_mapped(node.kwargs, parts, 0))
+    return real, emit(node.target, *_mapped(args, imaginary, 1), **_mapped(node.kwargs, parts, 1))
 
 
 def _parts(operand: Any, parts: dict[fx.Node, _Pair]) -> _Pair:
@@ -253,7 +275,17 @@ def _columns(emit: _Emit, node: fx.Node) -> _Pair:
 
 
 def _from_parts(emit: _Emit, node: fx.Node) -> _Pair:
-    return node.args[0], node.args[1]
+    real, imag = node.args
+    assert isinstance(real, fx.Node)
+    assert isinstance(imag, fx.Node)
+    if sizes(real) == sizes(imag):
+        return real, imag
+    # the op broadcasts: a product with ones has the size of both and the numbers of one
+    spread = [
+        emit(_aten.mul.Tensor, part, emit(_aten.ones_like.default, other))
+        for part, other in ((real, imag), (imag, real))
+    ]
+    return spread[0], spread[1]
 
 
 def _polar(emit: _Emit, radius: fx.Node, angle: fx.Node) -> _Pair:

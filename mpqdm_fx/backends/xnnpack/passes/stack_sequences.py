@@ -21,7 +21,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class StackSequences(GraphPass):
-    """Rewrite `pad_sequence` of static sizes, padded at the end, as `stack`.
+    """Rewrite `pad_sequence` of static sizes and one dtype, padded at the end, as `stack`.
 
     Shorter sequences are padded first. Numbers are only moved: bit-equal.
     """
@@ -39,8 +39,10 @@ class StackSequences(GraphPass):
 
 
 def _is_static(node: fx.Node) -> bool:
-    static = all(static_shape(source) is not None for source in node.all_input_nodes)
-    return static and argument(node, 3, "padding_side", "right") == "right"
+    if any(static_shape(source) is None for source in node.all_input_nodes):
+        return False
+    alike = len({source.meta["val"].dtype for source in node.all_input_nodes}) == 1
+    return alike and argument(node, 3, "padding_side", "right") == "right"
 
 
 def _stacked(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:

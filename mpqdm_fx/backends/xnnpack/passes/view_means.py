@@ -29,7 +29,8 @@ class ViewMeans(GraphPass):
     2. The value is viewed as [N, L, M, 1], with M their numbers; its mean over the last two axes is
        viewed as the size that the op gives.
     3. Left alone: means over the last two of four axes that keep them, over a dynamic axis, or with
-       more than one dynamic axis beside, of empty values, and with a dtype of their own.
+       more than one dynamic axis beside, of empty values and of numbers, and with a dtype of their
+       own.
 
     The same sums in another order.
     """
@@ -52,7 +53,7 @@ def _averaged(node: fx.Node) -> tuple[int, ...]:
     """Axes that a mean runs over, ascending; none if the rules do not cover the node."""
     source = node.args[0] if node.target is _aten.mean.dim else None
     value = source.meta.get("val") if isinstance(source, fx.Node) else None
-    if not isinstance(source, fx.Node) or not isinstance(value, Tensor):
+    if not isinstance(source, fx.Node) or not isinstance(value, Tensor) or not value.dim():
         return ()
     if value.dtype not in (torch.float32, torch.float64) or argument(node, 3, "dtype", None):
         return ()
