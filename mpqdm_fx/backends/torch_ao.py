@@ -19,7 +19,12 @@ from mpqdm_fx.backends.observers import (
 )
 from mpqdm_fx.errors import ConfigError, LoweringError
 from mpqdm_fx.graph.calling import TracedGraph
-from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
+from mpqdm_fx.graph.editing import (
+    copy_graph_module,
+    keep_fetched,
+    replace_module,
+    shallow_clone,
+)
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.records.activations import (
     Activation,
@@ -285,7 +290,9 @@ def _for_prepare(graph: fx.GraphModule, quantized: AbstractSet[str]) -> fx.Graph
         module = result.get_submodule(name)
         if module is graph.get_submodule(name):  # not replaced yet under another of its names
             clone = shallow_clone(module) if name in quantized else _Opaque(module)
+            keep_fetched(result, name)
             replace_module(result, name, clone)
+    result.recompile()
     return result.eval()
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "infer_val",
     "inherit_meta",
     "insert_call",
+    "keep_fetched",
     "prune",
     "replace_module",
     "shallow_clone",
@@ -146,10 +147,21 @@ def prune(graph_module: fx.GraphModule) -> None:
             if child is None or fqn not in paths:
                 del module._modules[name]
             else:
-                module._modules[name] = clone = shallow_clone(child)
+                module._modules[name] = clone = _holder(child)
                 visit(clone, fqn + ".")
 
     visit(graph_module, "")
+
+
+def _holder(module: nn.Module) -> nn.Module:
+    """A module to take tensors and children from; of a layer that is not called, a plain one."""
+    clone = shallow_clone(module)
+    if module._modules or type(module) is nn.Module:
+        return clone
+    holder = nn.Module().train(module.training)
+    for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        setattr(holder, registry, getattr(clone, registry))
+    return holder
 
 
 def _containers(graph_module: fx.GraphModule, fqn: str) -> Iterator[tuple[nn.Module, str]]:
@@ -183,6 +195,36 @@ def replace_module(graph_module: fx.GraphModule, fqn: str, module: nn.Module) ->
     names = [name for name, m in graph_module.named_modules(remove_duplicate=False) if m is old]
     for name in names:
         _install(graph_module, name, module)
+
+
+def keep_fetched(graph_module: fx.GraphModule, fqn: str) -> None:
+    """Let nodes that fetch a tensor of a module go on fetching it when another takes its place.
+
+    A model may read the weight of a layer beside calling it. Where a new layer computes the same
+    with other numbers, or with numbers in another shape, such readers still want the old ones.
+
+    Args:
+        graph_module: The copy to edit, in place. Tensors that are fetched get a name beside the
+            module, under which they are fetched from now on.
+        fqn: Fully qualified name of an existing module.
+
+    Raises:
+        AttributeError: There is no module at `fqn`.
+    """
+    module = graph_module.get_submodule(fqn)
+    modules = graph_module.named_modules(remove_duplicate=False)
+    owners = {name for name, other in modules if other is module}
+    kept: dict[str, str] = {}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        owner, _, field = str(node.target).rpartition(".")
+        if owner not in owners:
+            continue
+        if field not in kept:
+            kept[field] = free_name(graph_module, f"{owner}_{field}")
+            tensor = getattr(module, field)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            _install(graph_module, kept[field], tensor if is_parameter else nn.Buffer(tensor))
+        node.target = kept[field]
 
 
 def add_module(graph_module: fx.GraphModule, fqn: str, module: nn.Module) -> None:

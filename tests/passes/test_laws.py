@@ -59,6 +59,15 @@ def test_result_survives_export(pass_class: type[GraphPass], case):
 
 
 @pytest.mark.parametrize("pass_class", PASSES, ids=_ids)
+def test_pass_keeps_what_reads_the_weights_of_layers(pass_class: type[GraphPass]):
+    for case in laws.weight_fetching_zoo():
+        for graph_pass in pass_class.examples(case.graph_module):
+            trial = laws.try_pass(graph_pass, case)
+            for law in laws.LAWS:
+                law(trial)
+
+
+@pytest.mark.parametrize("pass_class", PASSES, ids=_ids)
 def test_pass_meets_graphs_that_it_changes(pass_class: type[GraphPass]):
     # else the laws above could all hold because the pass never did anything
     assert any(

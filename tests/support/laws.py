@@ -23,7 +23,12 @@ import mpqdm_fx.backends.xnnpack.passes
 import mpqdm_fx.passes
 from mpqdm_fx.backends.lowbit.passes import MoveLayouts, UseMixedLayers, UseMixedNorms
 from mpqdm_fx.graph.dynamic_chain import insert_dynamic_chain
-from mpqdm_fx.graph.editing import copy_graph_module, eliminate_dead_code, replace_module
+from mpqdm_fx.graph.editing import (
+    copy_graph_module,
+    eliminate_dead_code,
+    insert_call,
+    replace_module,
+)
 from mpqdm_fx.graph.lanes import has_lanes
 from mpqdm_fx.graph.layers import EMBEDDINGS, weight_layers
 from mpqdm_fx.passes.base import GraphPass, PassResult, Pipeline
@@ -43,6 +48,8 @@ from mpqdm_fx.testing import (
     digest,
     graphs,
 )
+
+aten = torch.ops.aten
 
 #: Packages that hold passes, and nothing else.
 FOLDERS = (
@@ -94,6 +101,36 @@ def with_rounded_tables(case: RandomGraph) -> RandomGraph:
     return replace(case, graph_module=graph)
 
 
+def with_fetched_weights(case: RandomGraph) -> RandomGraph:
+    """The same graph in which each layer's result is multiplied by one of its weights as well."""
+    graph = copy_graph_module(case.graph_module)
+    for name, layer in weight_layers(graph).items():
+        call = layer.nodes[0]
+        with graph.graph.inserting_before(call):
+            weight = graph.graph.get_attr(f"{name}.weight")
+        mode = call.meta["val"].fake_mode
+        weight.meta = {**call.meta, "val": mode.from_tensor(layer.weight, static_shapes=True)}
+        row = insert_call(graph, aten.flatten.using_ints, (weight,), anchor=call)
+        one = insert_call(graph, aten.select.int, (row, 0, 1), anchor=call)
+        product = insert_call(graph, aten.mul.Tensor, (call, one), anchor=call.next)
+        product.meta["nn_module_stack"] = call.meta["nn_module_stack"]
+        for user in [user for user in call.users if user is not product]:
+            user.replace_input_with(call, product)
+    graph.graph.lint()
+    graph.recompile()
+    return replace(case, graph_module=graph)
+
+
+@functools.cache
+def weight_fetching_zoo() -> tuple[RandomGraph, ...]:
+    """Return graphs that read the weights of their layers beside calling them."""
+    first = Block(kind="conv", channels=8, kernel=1)
+    return tuple(
+        with_fetched_weights(build_graph(GraphSpec(blocks=(first, Block(kind=kind, channels=8)))))
+        for kind in ("conv", "geglu", "skip_concat", "batch_norm", "patches", "sequences")
+    )
+
+
 def _plain_zoo(stride: int) -> Iterator[RandomGraph]:
     for index, kind in enumerate(KINDS):
         for variant in range(4):
@@ -109,6 +146,7 @@ def _plain_zoo(stride: int) -> Iterator[RandomGraph]:
     yield with_rounded_tables(
         build_graph(GraphSpec(blocks=(Block(kind="conv", channels=8), table)))
     )
+    yield from weight_fetching_zoo()[:1]
 
 
 def with_quantized_activations(case: RandomGraph) -> RandomGraph:

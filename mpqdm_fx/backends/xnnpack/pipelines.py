@@ -31,6 +31,7 @@ from mpqdm_fx.backends.xnnpack.passes.split_complex import SplitComplex
 from mpqdm_fx.backends.xnnpack.passes.stack_sequences import StackSequences
 from mpqdm_fx.backends.xnnpack.passes.unshare_dequantize import UnshareDequantize
 from mpqdm_fx.backends.xnnpack.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
+from mpqdm_fx.backends.xnnpack.passes.unshare_weights import UnshareWeights
 from mpqdm_fx.backends.xnnpack.passes.view_means import ViewMeans
 from mpqdm_fx.backends.xnnpack.passes.view_strided_slices import ViewStridedSlices
 from mpqdm_fx.backends.xnnpack.passes.widen_sequences import WidenSequences
@@ -44,7 +45,8 @@ __all__ = ["DECOMPOSE", "REMEDIES"]
 #: constants are split with all other complex values. Then single ops are written out; they meet no
 #: others' results but for attention, whose pieces stay, and products, which may expand. What moves
 #: axes comes last, because earlier passes leave such moves behind; and then, once more, constants,
-#: which by now have tables of rotary embeddings and masks among them.
+#: which by now have tables of rotary embeddings and masks among them. What still reads the weights
+#: of layers gets a copy.
 DECOMPOSE = Pipeline(
     passes=(
         DropUnitFactors(),
@@ -78,6 +80,7 @@ DECOMPOSE = Pipeline(
         NarrowPermutations(),
         MergeReshapes(),
         FoldConstants(),
+        UnshareWeights(),
     )
 )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.errors import DialectError
-from mpqdm_fx.graph.editing import insert_call, replace_module
+from mpqdm_fx.graph.editing import insert_call, keep_fetched, replace_module
 from mpqdm_fx.graph.nodes import sizes
 from mpqdm_fx.passes.base import GraphPass
 
@@ -54,6 +54,7 @@ class SubpixelConvolutions(GraphPass):
             layer = _subpixel(conv)
             key = (id(conv.weight), conv.stride)
             layer.weight = weights.setdefault(key, layer.weight)  # type: ignore[arg-type]
+            keep_fetched(graph_module, str(nodes[0].target))
             replace_module(graph_module, str(nodes[0].target), layer)
             for node in nodes:
                 _rewrite_call(graph_module, node, conv)

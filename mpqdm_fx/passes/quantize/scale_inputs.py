@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.errors import DialectError
-from mpqdm_fx.graph.editing import add_tensor, insert_call, replace_module, shallow_clone
+from mpqdm_fx.graph.editing import (
+    add_tensor,
+    insert_call,
+    keep_fetched,
+    replace_module,
+    shallow_clone,
+)
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.numerics.solve.outliers import power_of_two
 from mpqdm_fx.passes.base import GraphPass
@@ -103,6 +109,7 @@ class ScaleInputs(GraphPass):
                 products[key] = insert_call(graph_module, _aten.mul.Tensor, args, anchor=call)
             call.update_arg(0, products[key])
         for name, factor in factors.items():
+            keep_fetched(graph_module, name)
             replace_module(graph_module, name, _multiplied(layers[name], factor))
         return bool(factors)
 

@@ -13,7 +13,7 @@ import mpqdm_fx.backends.lowbit.ops  # noqa: F401 - registers the operators
 from mpqdm_fx.backends.lowbit.axes import permuted, to_first, to_last
 from mpqdm_fx.backends.lowbit.blob import pack_blob
 from mpqdm_fx.backends.lowbit.layers import call_refusal
-from mpqdm_fx.graph.editing import add_tensor, insert_call, replace_module
+from mpqdm_fx.graph.editing import add_tensor, insert_call, keep_fetched, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, padding_sides, weight_layers
 from mpqdm_fx.graph.nodes import sizes
 from mpqdm_fx.graph.upsampling import nearest_factors
@@ -73,6 +73,7 @@ class UseMixedLayers(GraphPass):
         for call in [node for node in graph_module.graph.nodes if node in calls]:
             layer = calls[call]
             if call is layer.nodes[0]:
+                keep_fetched(graph_module, layer.name)
                 replace_module(graph_module, layer.name, nn.Module())
                 blob = self.blobs[layer.name]
                 values.weights[layer.name] = add_tensor(

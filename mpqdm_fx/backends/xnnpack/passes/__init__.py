@@ -33,6 +33,7 @@ from mpqdm_fx.backends.xnnpack.passes.split_mixed_rows import SplitMixedRows
 from mpqdm_fx.backends.xnnpack.passes.stack_sequences import StackSequences
 from mpqdm_fx.backends.xnnpack.passes.unshare_dequantize import UnshareDequantize
 from mpqdm_fx.backends.xnnpack.passes.unshare_dynamic_quantizers import UnshareDynamicQuantizers
+from mpqdm_fx.backends.xnnpack.passes.unshare_weights import UnshareWeights
 from mpqdm_fx.backends.xnnpack.passes.view_means import ViewMeans
 from mpqdm_fx.backends.xnnpack.passes.view_strided_slices import ViewStridedSlices
 from mpqdm_fx.backends.xnnpack.passes.widen_sequences import WidenSequences
@@ -71,6 +72,7 @@ __all__ = [
     "StackSequences",
     "UnshareDequantize",
     "UnshareDynamicQuantizers",
+    "UnshareWeights",
     "ViewMeans",
     "ViewStridedSlices",
     "WidenSequences",

@@ -20,9 +20,9 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class AverageSums(GraphPass):
-    """Rewrite `sum.dim_IntList` of float32 and float64 over static axes that are named and there.
+    """Rewrite `sum.dim_IntList` of float32 and float64 over static axes that are named.
 
-    The mean is rounded and the product once more.
+    Sums of numbers without axes are left alone. The mean is rounded and the product once more.
     """
 
     tolerance: ClassVar[float] = 1e-6

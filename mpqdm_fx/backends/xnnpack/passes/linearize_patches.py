@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from mpqdm_fx.graph.editing import insert_call, replace_module
+from mpqdm_fx.graph.editing import insert_call, keep_fetched, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.graph.nodes import rank, sizes
 from mpqdm_fx.graph.reshaped_layers import ROUNDED_BUFFERS, with_numbers_of
@@ -40,6 +40,7 @@ class LinearizePatches(GraphPass):
         for name, layer in weight_layers(graph_module).items():
             if _fits(layer):
                 kernel = layer.module.kernel_size
+                keep_fetched(graph_module, name)
                 replace_module(graph_module, name, _linear(layer.module))
                 for call in layer.nodes:
                     _rewrite_call(graph_module, call, kernel)  # type: ignore[arg-type]

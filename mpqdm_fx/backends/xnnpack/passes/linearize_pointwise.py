@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from mpqdm_fx.graph.editing import insert_call, replace_module
+from mpqdm_fx.graph.editing import insert_call, keep_fetched, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, is_pointwise, weight_layers
 from mpqdm_fx.graph.nodes import rank
 from mpqdm_fx.graph.reshaped_layers import ROUNDED_BUFFERS, with_numbers_of
@@ -48,6 +48,7 @@ class LinearizePointwise(GraphPass):
         modified = False
         for name, layer in weight_layers(graph_module).items():
             if (self.layers is None or name in self.layers) and _fits(layer):
+                keep_fetched(graph_module, name)
                 replace_module(graph_module, name, _linear(layer.module))
                 for call in layer.nodes:
                     _rewrite_call(graph_module, call)

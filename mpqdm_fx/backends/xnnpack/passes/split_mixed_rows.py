@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpqdm_fx.graph.channel_groups import ChannelGroup, channel_group
-from mpqdm_fx.graph.editing import add_module, free_name, insert_call, replace_module
+from mpqdm_fx.graph.editing import (
+    add_module,
+    free_name,
+    insert_call,
+    keep_fetched,
+    replace_module,
+)
 from mpqdm_fx.graph.layers import WeightLayer, rebuild_layer, weight_layers
 from mpqdm_fx.passes.base import GraphPass
 
@@ -103,6 +109,7 @@ class SplitMixedRows(GraphPass):
         for node, column in zip(group.writers, columns, strict=True):
             _split(graph_module, layers[str(node.target)], order, [column[i] for i in order])
         for name in dict.fromkeys(str(node.target) for node in group.readers):
+            keep_fetched(graph_module, name)
             replace_module(graph_module, name, _columns(layers[name].module, order))
         return True
 
@@ -144,6 +151,7 @@ def _split(
 ) -> None:
     """Replace a layer's calls by those of one layer for each run of equal widths."""
     if len(set(widths)) == 1:
+        keep_fetched(graph_module, layer.name)
         replace_module(graph_module, layer.name, _rows(layer.module, order))
         return
     parts, start = [], 0

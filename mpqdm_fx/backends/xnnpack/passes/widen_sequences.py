@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from mpqdm_fx.graph.editing import insert_call, replace_module
+from mpqdm_fx.graph.editing import insert_call, keep_fetched, replace_module
 from mpqdm_fx.graph.layers import WeightLayer, weight_layers
 from mpqdm_fx.graph.nodes import sizes
 from mpqdm_fx.graph.reshaped_layers import ROUNDED_BUFFERS, with_numbers_of
@@ -37,6 +37,7 @@ class WidenSequences(GraphPass):
         modified = False
         for name, layer in weight_layers(graph_module).items():
             if _fits(layer):
+                keep_fetched(graph_module, name)
                 replace_module(graph_module, name, _widened(layer.module))
                 for call in layer.nodes:
                     _rewrite_call(graph_module, call)
