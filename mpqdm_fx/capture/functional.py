@@ -18,7 +18,7 @@ from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.nested import tensors_of
 from mpqdm_fx.numerics.lazy_tensor import LazyTensor
 
-__all__ = ["functionalized", "refuse_counters", "refuse_writes"]
+__all__ = ["functionalized", "refuse_autocast", "refuse_counters", "refuse_writes"]
 
 
 def functionalized(exported: ExportedProgram) -> ExportedProgram:
@@ -49,6 +49,28 @@ def _copy(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Te
 def _writes(node: fx.Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def refuse_autocast(graph: fx.Graph, model_class: str) -> None:
+    """Refuse a graph with parts in half precision, which no pass enters.
+
+    Args:
+        graph: An exported graph in which regions without autocast are inlined.
+        model_class: Name of the model's class.
+
+    Raises:
+        TraceError: Names the module that switches autocast on, and the dtype.
+    """
+    for node in graph.find_nodes(
+        op="call_function", target=torch.ops.higher_order.wrap_with_autocast
+    ):
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        where = stack[-1][0] if stack and stack[-1][0] else "forward"
+        raise TraceError(
+            f"{model_class}: {where} computes a part under autocast ({node.args[1]}), and a traced "
+            "graph computes in float32; leave autocast out of the model, and let the caller switch "
+            "it on"
+        )
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from mpqdm_fx.capture.functional import refuse_autocast
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.calling import TracedGraph
 from mpqdm_fx.graph.leaves import (
@@ -76,7 +77,8 @@ def raise_leaf_modules(
         The module-level graph; placeholders are the names in ``inputs`` that hold tensors.
 
     Raises:
-        TraceError: If the model returns something that is not a tensor, tuple, list or dict.
+        TraceError: If the model returns something that is not a tensor, tuple, list or dict, or
+            switches autocast on.
     """
     return _Raiser(exported, model, inputs, training or {}).run()
 
@@ -104,6 +106,7 @@ class _Raiser:
 
     def run(self) -> fx.GraphModule:
         _inline_regions(self.exported.graph_module)
+        refuse_autocast(self.exported.graph, type(self.model).__name__)
         self.bind_placeholders()
         calls = self.module_calls()
         for node in self.exported.graph.nodes:

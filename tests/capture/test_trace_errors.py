@@ -45,6 +45,25 @@ class Outer(nn.Module):
         return x
 
 
+class Low(nn.Module):
+    """Computes a part in half precision by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.linear(x)
+        return y.float() * 2
+
+
+def test_a_model_that_switches_autocast_on_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Low()).eval()
+    with pytest.raises(TraceError, match=r"Sequential: 1 computes a part under autocast \(torch.b"):
+        trace(model, (torch.randn(2, 4),))
+
+
 @pytest.mark.parametrize(
     ("way", "code", "suggestion"),
     [
