@@ -9,6 +9,11 @@ function(mpqdm_compile target)
     POSITION_INDEPENDENT_CODE ON)
   target_compile_options(${target} PRIVATE
     -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wnon-virtual-dtor
+    # What an app compiles everything with comes in front of these: rounding, NaN and infinities are not
+    # to be taken for something else, and a call without memory ends by an exception.
+    -fno-finite-math-only -fno-associative-math -fno-reciprocal-math -fsigned-zeros -fexceptions
+    # Clang takes this to ask for floating-point exceptions too, and has no more behind it than the above.
+    $<$<CXX_COMPILER_ID:GNU>:-fno-unsafe-math-optimizations>
     # The format says which results are rounded: products and sums are not to be fused.
     -ffp-contract=off
     # No floating-point exceptions and no errno are read: loops may be vectorized as if there were none.

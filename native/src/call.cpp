@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <new>
 
 namespace mpqdm {
@@ -14,17 +15,24 @@ namespace {
 
 constexpr size_t kScratchAlignment = 64;
 
-// Tasks that threads take one by one.
+// Tasks that threads take one by one. What a task throws stays here until all threads are done: the
+// pool's threads would stop the process, and the caller would leave while they read its memory.
 struct Queue {
-  std::atomic<size_t> next{0};
   size_t count;
   void (*task)(void* context, size_t index);
   void* context;
+  std::atomic<size_t> next{0};
+  std::atomic<bool> has_thrown{false};
+  std::exception_ptr thrown = nullptr;  // by the first task that did
 
-  void drain() {
-    for (size_t index = next.fetch_add(1, std::memory_order_relaxed); index < count;
+  void drain() noexcept {
+    for (size_t index = next.fetch_add(1, std::memory_order_relaxed); index < count && !has_thrown;
          index = next.fetch_add(1, std::memory_order_relaxed)) {
-      task(context, index);
+      try {
+        task(context, index);
+      } catch (...) {
+        if (!has_thrown.exchange(true)) thrown = std::current_exception();
+      }
     }
   }
 };
@@ -33,12 +41,13 @@ void run_on_thread_pool(void*, size_t count, void (*task)(void* context, size_t 
                         void* context) {
   const int64_t pool = executorch::extension::get_thread_count();
   const size_t threads = std::min(count, static_cast<size_t>(std::max<int64_t>(pool, 1)));
-  Queue queue{{}, count, task, context};
+  Queue queue{count, task, context};
   if (threads > 1) {
     executorch::extension::parallel_for(0, static_cast<int64_t>(threads), 1,
                                         [&](int64_t, int64_t) { queue.drain(); });
   }
   queue.drain();  // with one thread, and should the pool have refused
+  if (queue.thrown != nullptr) std::rethrow_exception(queue.thrown);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "mpqdm/coded_program.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <vector>
 
@@ -12,6 +13,7 @@ namespace {
 
 constexpr uint32_t kMagic = 0x4351504du;  // "MPQC"
 constexpr uint16_t kVersion = 1;
+constexpr uint64_t kMostCodes = 1 << 15;  // that a byte of a stream can tell
 
 // The last bytes of a coded program.
 struct Footer {
@@ -92,10 +94,12 @@ void pack_block(const uint8_t* rows, size_t stride, int bits, uint8_t* out) {
 const char* place_layer(const KernelSet& kernels, const uint8_t* stream, size_t size, uint8_t* bytes,
                         const Blob& blob) {
   const size_t places = size_t{blob.kernel()} * blob.kernel(), slots = size_t{blob.blocks()} * kBlockRows;
-  std::vector<int8_t> codes;
   // Nothing is made of a size that is not there; decode_codes says the same of fewer bytes.
-  if (slots * blob.depth() > size << 15) return describe(CodesError::bad_sizes);
-  codes.resize(slots * blob.depth());
+  const uint64_t count = uint64_t{slots} * blob.depth();
+  if ((count - 1) / kMostCodes >= size) return describe(CodesError::bad_sizes);
+  // A code takes a bit or more in its blob, where each block has bytes of its own.
+  if (count > std::min(8 * blob.bytes(), uint64_t{SIZE_MAX})) return "blocks lie on each other";
+  std::vector<int8_t> codes(static_cast<size_t>(count));
   const CodesError error =
       decode_codes(kernels, stream, size, {slots, blob.channels(), places}, codes.data());
   if (error != CodesError::none) return describe(error);

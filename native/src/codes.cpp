@@ -1,6 +1,7 @@
 #include "mpqdm/codes.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -146,9 +147,10 @@ CodesError decode_words(const KernelSet& kernels, const uint8_t* bytes, size_t s
   return at_start && stream.words == stream.end ? CodesError::none : CodesError::bad_end;
 }
 
-// Whether the codes are 1 to 2^44, so that nothing computed from it overflows.
+// Whether the codes are 1 to 2^44, and few enough for `size_t`, so that nothing computed from it
+// overflows.
 bool is_sensible(const CodesShape& shape) {
-  constexpr uint64_t kMost = uint64_t{1} << 44;
+  constexpr uint64_t kMost = std::min(uint64_t{1} << 44, uint64_t{SIZE_MAX} >> kRowBits);
   if (shape.rows == 0 || shape.channels == 0 || shape.places == 0) return false;
   return shape.rows <= kMost && shape.channels <= kMost / shape.rows &&
          shape.places <= kMost / (shape.rows * shape.channels);
@@ -177,6 +179,7 @@ const char* describe(CodesError error) {
     case CodesError::early_end: return "the stream ends before the last code";
     case CodesError::bad_end: return "the stream does not end where it is to";
     case CodesError::bad_code: return "a code is -128";
+    case CodesError::no_memory: return "no memory is left for the codes";
   }
   return "unknown";
 }
@@ -185,7 +188,7 @@ CodesError decode_codes(const KernelSet& kernels, const uint8_t* stream, size_t 
                         const CodesShape& shape, int8_t* codes) {
   if (!is_sensible(shape)) return CodesError::bad_sizes;
   const size_t columns = shape.channels * shape.places, count = shape.rows * columns;
-  if (count > size * kMostCodes) return CodesError::bad_sizes;
+  if ((count - 1) / kMostCodes >= size) return CodesError::bad_sizes;
   const size_t head = Header::bytes_of(shape);
   if (size < head) return CodesError::cut_classes;
   const Header header(stream, shape);

@@ -67,7 +67,7 @@ Affine make_affine(const std::vector<double>& moments, const float* first_pixel,
       const double distance = static_cast<double>(first_pixel[c]) - mean;
       variance += moments[channels + c] + distance * (2.0 * moments[c] + pixels * distance);
     }
-    variance = std::max(0.0, variance / count);
+    variance = std::max(variance / count, 0.0);  // in this order NaN, of an infinite number, stays
     const double inverse = 1.0 / std::sqrt(variance + static_cast<double>(shape.epsilon));
     for (size_t c = begin; c < begin + width; ++c) {
       const double scale = static_cast<double>(weight[c]) * inverse;

@@ -71,6 +71,15 @@ void add_group_norm(OperatorCall& call, Random& random) {
 }  // namespace
 
 Error Arguments::run(const char* name, size_t count, bool temporary_memory) {
+  return run(name, count, temporary_memory, [](bool) {});
+}
+
+Error Arguments::run_with(const char* name, const std::function<void(bool begins)>& around) {
+  return run(name, values_.size(), true, around);
+}
+
+Error Arguments::run(const char* name, size_t count, bool temporary_memory,
+                     const std::function<void(bool begins)>& around) {
   const auto function = executorch::runtime::get_op_function_from_registry(name);
   if (!function.ok()) return function.error();
   std::vector<EValue*> stack;
@@ -78,7 +87,9 @@ Error Arguments::run(const char* name, size_t count, bool temporary_memory) {
   executorch::extension::MallocMemoryAllocator allocator;
   executorch::runtime::KernelRuntimeContext context(nullptr,
                                                     temporary_memory ? &allocator : nullptr);
+  around(true);
   (*function)(context, {stack.data(), stack.size()});
+  around(false);
   return context.failure_state();
 }
 

@@ -7,6 +7,7 @@
 #include <executorch/runtime/kernel/operator_registry.h>
 
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -48,11 +49,16 @@ class Arguments {
 
   std::vector<EValue>& values() { return values_; }
 
+  // Runs the operator; `around` is told when its kernel begins (true) and when it has ended.
+  Error run_with(const char* name, const std::function<void(bool begins)>& around);
   // Runs the operator on the first `count` arguments.
   Error run(const char* name, size_t count, bool temporary_memory = true);
   Error run(const char* name) { return run(name, values_.size()); }
 
  private:
+  Error run(const char* name, size_t count, bool temporary_memory,
+            const std::function<void(bool begins)>& around);
+
   std::vector<EValue> values_;
   std::vector<TensorPtr> tensors_;
   std::vector<std::shared_ptr<std::vector<uint8_t>>> memory_;

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <limits>
 
+#include "failing_memory.h"
 #include "mpqdm/layers.h"
 #include "mpqdm/operators.h"
 #include "operator_calls.h"
@@ -294,6 +295,7 @@ int main(int argc, char** argv) {
   const uint64_t seed = std::strtoull(argv[1], nullptr, 10);
   Random random(seed);
   expect(mpqdm_register_operators() == 0, "registration", "operators were not there at load");
+  failed += check_failing_memory(random);
   check_results(random, true);
   check_results(random, false);
   check_static_results(random);

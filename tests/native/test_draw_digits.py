@@ -134,6 +134,8 @@ WRONG = {
     "steps": (lambda text: text.partition("step")[0], "has no steps"),
     "labels": (lambda text: text.replace("labels 3 7", "labels 3"), "have 1 labels"),
     "a number": (lambda text: text.rsplit(" ", 1)[0], "a step lacks a number"),
+    "a bound": (lambda text: text.replace("clip 1", "clip"), "clip lacks a number above 0"),
+    "an alpha": (lambda text: text.replace("step 749 ", "step 749 -"), "drew NaN"),
     "word": (lambda text: "seed 3\n" + text, "a line that begins with seed"),
 }
 

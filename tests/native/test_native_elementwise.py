@@ -101,3 +101,16 @@ def test_the_number_of_threads_changes_no_bit(native):
         assert torch.equal(native.group_norm(name, x, ones, ones, ones, 4, 1e-5, True, 3), alone), (
             name
         )
+
+
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("place", [0, 37, 199])
+def test_a_group_with_a_number_that_is_none_is_nan(native, place, number):
+    x = torch.randn(1, 5, 5, 8, generator=torch.Generator().manual_seed(0))
+    x.view(-1)[place] = number
+    ones = torch.ones(8)
+    expected = ops.group_norm_mixed(x, ones, ones, ones, 2, 1e-5, True)
+    assert expected.isnan().sum() == 100
+    for name in native.kernel_sets:
+        got = native.group_norm(name, x, ones, ones, ones, 2, 1e-5, True, 1)
+        assert torch.equal(got.isnan(), expected.isnan()), name

@@ -66,7 +66,7 @@ Inputs read_inputs(const std::string& path) {
     std::string word;
     line >> word;
     if (word == "clip") {
-      line >> inputs.bound;
+      if (!(line >> inputs.bound) || !(inputs.bound > 0)) fail("clip lacks a number above 0: " + text);
     } else if (word == "labels") {
       inputs.labels = numbers<int64_t>(line);
     } else if (word == "noise") {
@@ -168,6 +168,9 @@ int main(int argc, char** argv) {
   std::vector<float> sample = inputs.noise;
   for (const Step& step : inputs.steps) {
     step_back(step, inputs.bound, denoiser.predict(sample, step.timestep, inputs.labels), sample);
+  }
+  if (std::any_of(sample.begin(), sample.end(), [](float number) { return std::isnan(number); })) {
+    fail("the program drew NaN, or a step has alphas outside 0 to 1");
   }
   print(sample, denoiser.sizes());
   std::ofstream output(argv[3], std::ios::binary);

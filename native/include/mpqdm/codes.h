@@ -24,6 +24,7 @@ enum class CodesError {
   early_end,    // ends before the last code
   bad_end,      // bytes left over, or states that are not those of the start
   bad_code,     // -128
+  no_memory,    // of the functions in operators.h; those here throw std::bad_alloc
 };
 
 // One sentence without a full stop.

@@ -27,21 +27,22 @@ MPQDM_API const char* mpqdm_kernel_set_name(size_t index);
 
 // Decodes the `size` bytes of an entropy-coded layer (FORMAT.md, "Codes") into the
 // rows * channels * places numbers of `codes`; places is that of a kernel, 1 for linear layers.
-// Returns 0, or what is wrong with the bytes, which mpqdm_codes_error describes.
+// Returns 0, or what is wrong with the bytes, or that there is no memory, which mpqdm_codes_error
+// describes.
 MPQDM_API int mpqdm_decode_codes(const uint8_t* stream, size_t size, size_t rows, size_t channels,
                                  size_t places, int8_t* codes);
 MPQDM_API const char* mpqdm_codes_error(int error);
 
 // Encodes `count` codes -127..127 of known classes 0..39 into at most mpqdm_encoded_limit(count)
 // bytes, without those that tell the classes. Returns their number, or 0 if a code or a class is
-// none.
+// none, or there is no memory.
 MPQDM_API size_t mpqdm_encode_codes(const int8_t* codes, const uint8_t* classes, size_t count,
                                     uint8_t* stream);
 MPQDM_API size_t mpqdm_encoded_limit(size_t count);
 
 // Puts the codes that follow a program (FORMAT.md, "Coded programs") into its layers, in place, and
 // says how many of the bytes are then the program. Without such codes it does nothing, and that is all
-// of them. Returns null, or what is wrong.
+// of them. Returns null, or what is wrong, if only that there is no memory.
 MPQDM_API const char* mpqdm_place_codes(uint8_t* content, size_t size, size_t* program_bytes);
 
 // Version of the library, "major.minor.patch".

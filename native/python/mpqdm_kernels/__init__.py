@@ -32,6 +32,7 @@ __version__ = version("mpqdm-kernels")
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _OVERLOAD = ".out"
+_NO_MEMORY = 8  # CodesError of codes.h
 
 
 def load() -> None:
@@ -81,6 +82,7 @@ def decode_codes(stream: bytes, rows: int, channels: int, places: int) -> bytear
 
     Raises:
         ValueError: The bytes are not those of such a layer; says why.
+        MemoryError: No memory is left.
         ImportError: As `load`.
         OSError: As `load`.
     """
@@ -89,7 +91,7 @@ def decode_codes(stream: bytes, rows: int, channels: int, places: int) -> bytear
     room = (ctypes.c_char * len(codes)).from_buffer(codes)
     error = library.mpqdm_decode_codes(stream, len(stream), rows, channels, places, room)
     if error:
-        raise ValueError(library.mpqdm_codes_error(error).decode())
+        raise _refusal(library, library.mpqdm_codes_error(error))
     return codes
 
 
@@ -101,7 +103,7 @@ def encode_codes(codes: bytes, classes: bytes) -> bytes:
         classes: As many, 0..39.
 
     Raises:
-        ValueError: There are not as many, or one is out of its range.
+        ValueError: There are not as many, or one is out of its range; or no memory is left.
         ImportError: As `load`.
         OSError: As `load`.
     """
@@ -111,7 +113,7 @@ def encode_codes(codes: bytes, classes: bytes) -> bytes:
     stream = ctypes.create_string_buffer(library.mpqdm_encoded_limit(len(codes)))
     size = library.mpqdm_encode_codes(codes, classes, len(codes), stream)
     if not size:
-        raise ValueError("a code is -128, or a class is above 39")
+        raise ValueError("a code is -128, or a class is above 39, or no memory is left")
     return bytes(memoryview(stream)[:size])
 
 
@@ -126,6 +128,7 @@ def place_codes(content: bytearray | mmap.mmap) -> int:
 
     Raises:
         ValueError: The bytes are damaged; says why. Some layers may have their codes.
+        MemoryError: No memory is left. Some layers may have their codes.
         ImportError: As `load`.
         OSError: As `load`.
     """
@@ -135,8 +138,13 @@ def place_codes(content: bytearray | mmap.mmap) -> int:
     wrong = library.mpqdm_place_codes(room, len(content), ctypes.byref(program_bytes))
     del room  # which holds the buffer: a map could not be closed
     if wrong:
-        raise ValueError(wrong.decode())
+        raise _refusal(library, wrong)
     return program_bytes.value
+
+
+def _refusal(library: ctypes.CDLL, wrong: bytes) -> Exception:
+    kind = MemoryError if wrong == library.mpqdm_codes_error(_NO_MEMORY) else ValueError
+    return kind(wrong.decode())
 
 
 @functools.cache

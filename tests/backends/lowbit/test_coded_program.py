@@ -1,6 +1,7 @@
 """A compressed program of own kernels has its weights entropy-coded, and expands to its bytes."""
 
 import lzma
+import struct
 
 import numpy as np
 import pytest
@@ -13,6 +14,14 @@ from mpqdm_fx.backends.compressed import compress_program, expand_program
 from mpqdm_fx.backends.kernel_library import place_codes
 from mpqdm_fx.backends.lowbit.blob import pack_blob, unpack_blob
 from mpqdm_fx.backends.lowbit.coded_program import take_codes
+from mpqdm_fx.backends.lowbit.layout import (
+    ENTRY,
+    HEADER_BYTES,
+    MAGIC,
+    VERSION,
+    Header,
+    named_offsets,
+)
 from mpqdm_fx.errors import ArtifactError, LoweringError
 
 pytestmark = pytest.mark.xnnpack
@@ -117,3 +126,28 @@ def test_an_expanded_file_that_is_not_completed_is_no_program(library, tmp_path)
     blob = torch.frombuffer(content, dtype=torch.uint8)[: path.stat().st_size]
     with pytest.raises(ArtifactError, match="bad checksum"):
         unpack_blob(blob)
+
+
+def blob_of_one_block(rows, depth):
+    """A blob that says of all its blocks that their codes, of one bit, are the same bytes."""
+    named, codes_at = named_offsets(rows, bias=False)
+    blocks, size = rows // 8, codes_at + depth
+    entries = np.zeros(blocks, dtype=ENTRY)
+    entries["codes_at"], entries["kind"], entries["bits"], entries["largest"] = codes_at, 1, 1, 1
+    content = np.zeros(size, dtype=np.uint8)
+    order = np.arange(rows, dtype="<u4")
+    for at, values in (named.order_at, order), (named.block_at, entries):
+        content[at : at + values.nbytes] = values.view(np.uint8)
+    sizes = (rows, depth, depth, 1, blocks, 0)
+    header = Header(MAGIC, VERSION, HEADER_BYTES, size, 0, *sizes, *named)
+    content[:HEADER_BYTES] = np.frombuffer(header.pack(), dtype=np.uint8)
+    return content.tobytes()
+
+
+def test_a_small_file_asks_for_no_large_memory(library, tmp_path):
+    blob, stream = blob_of_one_block(4096, 4096), bytes(600)
+    footer = struct.pack("<QQIHHI4s", len(blob), 1, 0, FOOTER, 1, 0, b"MPQC")
+    path = tmp_path / "net.pte"
+    path.write_bytes(blob + stream + struct.pack("<QQ", 0, len(stream)) + footer)
+    with pytest.raises(ArtifactError, match="blocks lie on each other"):
+        place_codes(path, path.name)
