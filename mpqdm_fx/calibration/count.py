@@ -114,14 +114,22 @@ def _fates(
 
 
 def _copies(source: fx.GraphModule, stored: Sequence[str]) -> tuple[str, ...]:
-    """Stored weights that are the same tensor in the float graph as a stored weight before them."""
+    """Stored weights that are the same tensor in the float model as a stored weight before them.
+
+    In the graph they may be two: a pass that multiplies one of two tied weights parts them.
+    """
+    owners: dict[str, tuple[str, int, int]] = {}
+    for parameter, places, _ in present_tensors(source):
+        owner = parameter.shares or parameter.name
+        owners |= {place: (owner, index, len(places)) for index, place in enumerate(places)}
     first = first_names(source)
-    seen: set[str] = set()
+    seen: set[object] = set()
     copies = []
     for name in stored:
-        if first[name] in seen:
+        same = owners.get(name) or owners.get(first[name]) or first[name]
+        if same in seen:
             copies.append(name)
-        seen.add(first[name])
+        seen.add(same)
     return tuple(copies)
 
 

@@ -11,7 +11,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.capture.foreign_models import LOW_PRECISION, check_model, own_tensors
@@ -120,7 +120,10 @@ def enter(model: nn.Module) -> ModelEntry:
 
 
 def in_float32(denoiser: Any) -> Any:
-    """What is called to compute in float32: a model in half precision is copied for it.
+    """What is called to compute in float32, as in evaluation.
+
+    A model in half precision is copied for it. One in training mode is copied too, tensors shared:
+    its dropout would answer otherwise at every call, and its batch norms would learn from them.
 
     Args:
         denoiser: A module, or anything else that is called like one, which stays as it is.
@@ -131,7 +134,16 @@ def in_float32(denoiser: Any) -> Any:
     if not isinstance(denoiser, nn.Module):
         return denoiser
     floating = {p.dtype for p in denoiser.parameters() if p.is_floating_point()}
-    return denoiser if floating <= {torch.float32} else enter(denoiser).model.eval()
+    if not floating <= {torch.float32}:
+        return enter(denoiser).model.eval()
+    return _copied(unwrap(denoiser)).eval() if _trains(denoiser) else denoiser
+
+
+def _trains(model: nn.Module) -> bool:
+    """Whether some module is in training mode; those of a traced graph are in none."""
+    graphs = [m for m in model.modules() if isinstance(m, fx.GraphModule) and "signature" in m.meta]
+    traced = {id(module) for graph in graphs for module in graph.modules()}
+    return any(m.training for m in model.modules() if id(m) not in traced)
 
 
 def _check_arguments(model: nn.Module) -> None:
@@ -178,7 +190,8 @@ def _copied(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), which its "
-            "dtype or wrappers make necessary; give a float32 model without wrappers"
+            "dtype, wrappers or training mode make necessary; give a float32 model without "
+            "wrappers, after model.eval()"
         ) from error
     for module in copied.modules():
         original = _compiled_forward(module)

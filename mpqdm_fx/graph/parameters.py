@@ -32,7 +32,8 @@ class ModelParameter:
             names is the sum over `model.parameters()`.
         shares: First name of a parameter with the same storage, shape and strides; None if this is
             the first.
-        tensor: Name in the traced graph; None if the graph does not read it.
+        tensor: Name in the traced graph, its own where the graph has that; None if the graph does
+            not read it.
         folded_into: Name in the traced graph of the plain weight that it was one factor of.
     """
 
@@ -90,7 +91,8 @@ def model_parameters(model: nn.Module, traced: fx.GraphModule) -> tuple[ModelPar
     for name, parameter in model.named_parameters(remove_duplicate=False):
         identity = _identity(parameter)
         owner = first.setdefault(identity, name)
-        tensor, folded = places.get(identity), None
+        has_name = name in state and _identity(state[name]) == identity
+        tensor, folded = name if has_name else places.get(identity), None
         plain = computed.get(name)
         if tensor is None and plain in state:
             # of weight_norm's magnitude and direction, the direction has the weight's size

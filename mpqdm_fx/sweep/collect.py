@@ -129,7 +129,11 @@ def collect_rows(
         total = output_positions(module, x_hat)
         if draw is None:
             count = rows_of_all_calls(module, x_hat, batches, index, max_rows)
-            draw = RowDraw.of(weights, max(1, total // batches[index]), count)
+            shared = total % batches[index] != 0
+            # a call whose samples share a value is one sample
+            counted = [weight.mean(dim=0, keepdim=True) for weight in weights]
+            each = total if shared else total // batches[index]
+            draw = RowDraw.of(counted if shared else weights, each, count)
         generator = seeded(seed, float_input.name, index)
         positions = draw.positions(index, total, generator)
         inputs = sample_rows(module, x_hat, positions=positions).float()
@@ -161,7 +165,9 @@ def rows_of_all_calls(
         index: Which call `x` is of.
         max_rows: The most rows over all calls.
     """
-    available = output_positions(module, x) * sum(batches) // batches[index]
+    total = output_positions(module, x)
+    shared = total % batches[index] != 0  # by all samples of a call
+    available = total * len(batches) if shared else total // batches[index] * sum(batches)
     return kept_rows(_row_width(module), available, max_rows)
 
 

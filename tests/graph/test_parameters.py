@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from zoo_base import Case
 
-from mpqdm_fx.bits.allocate import fixed_plan
+from mpqdm_fx.bits.allocate import fixed_plan, layer_limits
 from mpqdm_fx.calibration.count import bit_plan
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.errors import TraceError
@@ -19,8 +19,10 @@ from mpqdm_fx.graph.parameters import first_names, model_parameters
 from mpqdm_fx.model.packed import write_packed
 from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.passes.quantize.round_weights import RoundWeights
+from mpqdm_fx.passes.quantize.scale_inputs import ScaleInputs
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.plan import BitPlan
+from mpqdm_fx.sweep.measured_bits import budget_bits
 
 QUICK = ("UNet2DModel", "UNet1DModel/diffuser", "DiTTransformer2DModel", "T5FilmDecoder")
 
@@ -127,6 +129,19 @@ def test_tied_layers_add_up_and_their_copy_is_named(tmp_path: Path) -> None:
     assert plan.count("unused") == 10
     assert set(plan.copies) == {"tied.weight", "same.weight"}
     assert plan.num_weights == 16 + 16  # `a` under all its names, and `turned`
+
+
+def test_weights_that_were_tied_count_once_though_one_input_is_scaled() -> None:
+    graph = normalized(Names(), (torch.ones(2, 4),), MPQConfig())
+    factors = {"tied": torch.tensor([0.5, 1.0, 2.0, 4.0])}
+    scaled = ScaleInputs(factors=factors)(graph).graph_module
+    planned = [fixed_plan(la, 4, None) for la in weight_layers(graph, embeddings=True).values()]
+    before, after = (bit_plan(part, part, planned, {}) for part in (graph, scaled))
+    assert after.copies == before.copies
+    assert after.num_weights == before.num_weights == 32
+    budget = MPQConfig(effective_bits=20)
+    limits = layer_limits(graph, budget)
+    assert budget_bits(scaled, budget, limits) == budget_bits(graph, budget, limits)
 
 
 class Reader(nn.Module):

@@ -138,8 +138,9 @@ class LayerRows:
                 parts = in_parts(rows)
                 shares = torch.split(share, len(parts[0]))
                 pairs = zip(shares, parts, strict=True)
-                sums = [some @ part.to(torch.float64) for some, part in pairs]
-                return torch.stack(sums).sum(dim=0)
+                # flat: those of a grouped layer are [N, G, K]
+                sums = [some @ part.to(torch.float64).flatten(1) for some, part in pairs]
+                return torch.stack(sums).sum(dim=0).reshape(rows.shape[1:])
 
         return RowMeans(
             inputs=mean(self.inputs),

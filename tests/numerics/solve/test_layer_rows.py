@@ -161,3 +161,17 @@ def test_groups_and_joins_keep_each_rows_weight():
         torch.equal(getattr(joined, name), getattr(rows, name)) for name in (*PARTS, "weights")
     )
     assert LayerRows.join([rows, with_weights(rows, None)]).weights is None
+
+
+@pytest.mark.parametrize("weights", [None, torch.arange(5) + 1.0])
+def test_means_of_grouped_rows_are_those_of_each_group(weights):
+    generator = torch.Generator().manual_seed(0)
+    inputs, shift = (torch.randn(5, 2, 3, generator=generator) for _ in range(2))
+    rows = LayerRows(inputs=inputs, shift=shift, weights=weights)
+    means = rows.means()
+    for group in range(2):
+        alone = rows.group(group, 1)
+        torch.testing.assert_close(means.inputs[group], alone.means().inputs)
+        torch.testing.assert_close(means.shift[group], alone.means().shift)
+        fitted = rows.fitted(means).group(group, 1)
+        torch.testing.assert_close(fitted.inputs, alone.fitted(alone.means()).inputs)
