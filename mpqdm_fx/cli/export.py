@@ -20,6 +20,8 @@ from mpqdm_fx.report.gates import parse_gates
 
 __all__ = ["export"]
 
+_LONGEST = 2**20  # as `Count` has it
+
 
 @opt.takes_settings(weights=8)
 def export(
@@ -115,6 +117,7 @@ def export(
     memory = opt.memory_of(max_memory)
     gates = parse_gates(gate)
     sizes = [_size_of(text) for text in size] if size else None
+    checks.check_name(model)
     checks.check_output_folder(output, model, prompts, start_from)
     if keep_run is not None:
         checks.check_output_folder(
@@ -237,4 +240,7 @@ def _size_of(text: str) -> tuple[int, ...]:
         raise ConfigError(
             f"--size {text!r}: write HEIGHTxWIDTH, for example 512x512, or the samples of a sound"
         )
-    return tuple(map(int, sides))
+    size = tuple(map(int, sides))
+    if not all(1 <= side <= _LONGEST for side in size):
+        raise ConfigError(f"--size {text}: give numbers from 1 to {_LONGEST}")
+    return size

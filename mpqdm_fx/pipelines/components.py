@@ -5,7 +5,6 @@ long as it is needed: the text encoders until the prompts are encoded, the VAE f
 """
 
 import importlib
-import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,10 +26,12 @@ from mpqdm_fx.pipelines.conditions import (
     Halves,
     default_guidance,
     encode_prompts,
+    encodes_alone,
     with_numbers,
 )
 from mpqdm_fx.pipelines.families.registry import is_supported
 from mpqdm_fx.pipelines.folder import INDEX, load_model, load_pipeline, read_index
+from mpqdm_fx.pipelines.latent_scaling import latent_scaling
 from mpqdm_fx.pipelines.parts import ImageDecoder
 from mpqdm_fx.pipelines.prompts import DEFAULT_PROMPTS
 from mpqdm_fx.sources.denoisers import SOURCE, origin_of
@@ -52,7 +53,6 @@ _DECODERS = ("vae", "vqvae")
 _DECODED = 4  # images at once: a decoder's activations are many times its latents
 _SIZES = 6  # original, crop and target of SDXL; its refiner has four and a score
 _NEGATIVE_SCORE = 2.5  # of the refiner's unconditional half, diffusers' default
-_ENCODING = ("prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance")
 
 
 class PipelineComponents:
@@ -156,7 +156,12 @@ class PipelineComponents:
         entry = self._decoder()
         if entry is None:
             return None
-        decoder = ImageDecoder(load_model(self._root / entry[0], self._variant)).eval()
+        scaling = latent_scaling(self._class())
+        decoder = ImageDecoder(
+            load_model(self._root / entry[0], self._variant),
+            shifted=scaling.shifted,
+            normalised=scaling.normalised,
+        ).eval()
         images = []
         with torch.no_grad(), stage("decoding", len(samples), unit="picture") as advance:
             for rows in torch.split(samples.float(), _DECODED):
@@ -175,9 +180,7 @@ class PipelineComponents:
         missing = [encoder for encoder in encoders if not (self._root / encoder).is_dir()]
         if missing:
             return f"the {name}'s folder lacks its {missing[0]}"
-        encode = getattr(self._class(), "encode_prompt", None)
-        parameters = inspect.signature(encode).parameters if callable(encode) else {}
-        if not set(_ENCODING) <= set(parameters):
+        if not encodes_alone(self._class()):
             return f"a {name} has a way of its own to encode prompts"
         try:
             self._encode(self.prompts[:1])
@@ -190,7 +193,8 @@ class PipelineComponents:
         if widths == expected:
             return None
         return (
-            f"the {name}'s prompts have embeddings of {widths} numbers, its UNet takes {expected}"
+            f"the {name}'s prompts have embeddings of {widths} numbers, the denoiser takes "
+            f"{expected}"
         )
 
     def _encode(self, prompts: Sequence[str]) -> None:

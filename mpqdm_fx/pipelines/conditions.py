@@ -12,7 +12,17 @@ import torch
 
 from mpqdm_fx.pipelines.loops.text_to_image import guidance_embedding, time_ids
 
-__all__ = ["Call", "Halves", "default_guidance", "default_number", "encode_prompts", "with_numbers"]
+__all__ = [
+    "Call",
+    "Halves",
+    "default_guidance",
+    "default_number",
+    "encode_prompts",
+    "encodes_alone",
+    "with_numbers",
+]
+
+_ENCODING = ("prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance")
 
 Call = dict[str, Any]
 Halves = tuple[Call, Call]
@@ -51,6 +61,29 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Halves:
         plain["added_cond_kwargs"] = {"text_embeds": pooled[0]}
         negative["added_cond_kwargs"] = {"text_embeds": pooled[1]}
     return plain, negative
+
+
+def encodes_alone(pipeline_class: Any) -> bool:
+    """Whether `encode_prompts` can call a class: a prompt gives embeddings, and nothing more.
+
+    Stable Diffusion 3 wants a prompt for each encoder; PixArt and SANA return masks too.
+
+    Args:
+        pipeline_class: A pipeline class of diffusers, or None.
+    """
+    encode = getattr(pipeline_class, "encode_prompt", None)
+    if not callable(encode):
+        return False
+    _, *parameters = inspect.signature(encode).parameters.values()  # the first one is `self`
+    names = {parameter.name for parameter in parameters}
+    wanted = {
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    has_mask = any("attention_mask" in name for name in names)
+    return wanted <= set(_ENCODING) <= names and not has_mask
 
 
 def with_numbers(

@@ -20,7 +20,7 @@ from mpqdm_fx.pipelines.folder import load_pipeline, read_index
 from mpqdm_fx.pipelines.loops.loop import Loop
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.records.validation import Count, check_value
-from mpqdm_fx.sources.model_names import BUNDLED, unknown_model
+from mpqdm_fx.sources.model_names import BUNDLED, is_folder, unknown_model
 
 __all__ = ["Layout", "Size", "layout_of", "open_pipeline", "size_text"]
 
@@ -125,7 +125,7 @@ def open_pipeline(source: Any, *, stored: bool = False) -> Any:
         family_of(type(source).__name__)
         return source
     root = Path(source)
-    if not root.is_dir() and str(source) != BUNDLED:
+    if not is_folder(str(source)) and str(source) != BUNDLED:
         raise unknown_model(str(source))
     refuse_other_results(root)
     index = read_index(root)

@@ -201,15 +201,16 @@ class ImageDecoder(nn.Module):
     """Latents as the scheduler leaves them to an image in -1..1.
 
     Args:
-        vae: `AutoencoderKL`, `AutoencoderTiny` or `VQModel`. Its `latents_mean` and `latents_std`
-            are used if it has both, as StableDiffusionXLPipeline does.
+        vae: `AutoencoderKL`, `AutoencoderTiny` or `VQModel`.
         shifted: Whether its `shift_factor` is used, as pipelines of flow matching do.
+        normalised: Whether its `latents_mean` and `latents_std` are used if it has both, as
+            StableDiffusionXLPipeline does. Other pipelines pass over what the VAE says of them.
     """
 
     #: Parameters of the other half.
     unread = ("vae.encoder.", "vae.quant_conv.")
 
-    def __init__(self, vae: Any, *, shifted: bool = False) -> None:
+    def __init__(self, vae: Any, *, shifted: bool = False, normalised: bool = False) -> None:
         super().__init__()
         self.vae = vae
         config = vae.config
@@ -218,7 +219,7 @@ class ImageDecoder(nn.Module):
         self.scale = float(config.get("scaling_factor") or 1.0)
         self.mean: Tensor | None
         self.std: Tensor | None
-        has_statistics = mean is not None and std is not None
+        has_statistics = normalised and mean is not None and std is not None
         self.register_buffer("mean", _channels(mean) if has_statistics else None)
         self.register_buffer("std", _channels(std) if has_statistics else None)
 
@@ -241,15 +242,16 @@ class ImageEncoder(nn.Module):
     tiny VAE's latents have no deviation.
 
     Args:
-        vae: `AutoencoderKL` or `AutoencoderTiny`. Its `latents_mean` and `latents_std` are used if
-            it has both, as StableDiffusionXLImg2ImgPipeline does.
+        vae: `AutoencoderKL` or `AutoencoderTiny`.
         scaled: Whether latents are scaled as the scheduler's are.
+        normalised: Whether its `latents_mean` and `latents_std` are used if it has both, as
+            StableDiffusionXLImg2ImgPipeline does. Other pipelines pass over them.
     """
 
     #: Parameters of the other half.
     unread = ("vae.decoder.", "vae.post_quant_conv.")
 
-    def __init__(self, vae: Any, *, scaled: bool = True) -> None:
+    def __init__(self, vae: Any, *, scaled: bool = True, normalised: bool = False) -> None:
         super().__init__()
         self.vae = vae
         config = vae.config
@@ -257,7 +259,7 @@ class ImageEncoder(nn.Module):
         mean, std = config.get("latents_mean"), config.get("latents_std")
         self.mean: Tensor | None
         self.std: Tensor | None
-        has_statistics = scaled and mean is not None and std is not None
+        has_statistics = normalised and scaled and mean is not None and std is not None
         self.register_buffer("mean", _channels(mean) if has_statistics else None)
         self.register_buffer("std", _channels(std) if has_statistics else None)
 

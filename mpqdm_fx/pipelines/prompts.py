@@ -113,15 +113,24 @@ SOUND_PROMPTS: tuple[str, ...] = (
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """Read prompts from a text file, one a line; empty lines are left out.
+    """Read prompts from a text file in UTF-8, one a line; empty lines are left out.
 
     Raises:
         ConfigError: The file cannot be read, or holds no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path}: {error}") from None
+        # editors on Windows put a mark in front, which is no part of the first prompt
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"--prompts {path}: this is no text in UTF-8; save it so, one prompt a line"
+        ) from None
+    except (OSError, ValueError) as error:  # a ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"--prompts {path}: it cannot be read: {reason}; give a text file with one prompt a "
+            f"line"
+        ) from None
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise ConfigError(f"--prompts {path}: the file is empty; write one prompt a line")

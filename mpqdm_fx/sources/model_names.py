@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mpqdm_fx.errors import ConfigError
 
-__all__ = ["BUNDLED", "check_name", "is_function", "unknown_model"]
+__all__ = ["BUNDLED", "check_name", "is_folder", "is_function", "unknown_model"]
 
 BUNDLED = "digits"
 """Name of the model that comes with this package."""
@@ -24,8 +24,13 @@ def check_name(name: str) -> None:
     Raises:
         ConfigError: It is neither the bundled model's, nor a folder's, nor a function's.
     """
-    if name != BUNDLED and not is_function(name) and not Path(name).is_dir():
+    if name != BUNDLED and not is_function(name) and not is_folder(name):
         raise unknown_model(name)
+
+
+def is_folder(name: str) -> bool:
+    """Whether a name is a folder's; an empty one, of a variable that is not set, is none."""
+    return bool(name) and Path(name).is_dir()
 
 
 def unknown_model(name: str) -> ConfigError:

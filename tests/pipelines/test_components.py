@@ -176,7 +176,7 @@ def test_an_encoder_of_another_width_is_told_and_not_used(pipeline, tmp_path):
     torch.manual_seed(0)
     tiny_pipelines._unet(cross_attention_dim=24).save_pretrained(tmp_path / "sd" / "unet")
     source = source_in(tmp_path / "sd")
-    assert "embeddings of [16] numbers, its UNet takes [24]" in source.remarks[0]
+    assert "embeddings of [16] numbers, the denoiser takes [24]" in source.remarks[0]
 
 
 def test_the_refiner_is_told_its_scores_beside_the_second_encoders_text(tmp_path):

@@ -251,9 +251,41 @@ def test_prompt_files_hold_one_prompt_a_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\n\n  a dog \n")
     assert read_prompts(path) == ("a cat", "a dog")
+    path.write_bytes(b"\xef\xbb\xbfa cat\r\na dog\r\n")  # as editors on Windows save it
+    assert read_prompts(path) == ("a cat", "a dog")
     path.write_text("\n")
     with pytest.raises(ConfigError, match="empty"):
         read_prompts(path)
+
+
+def test_a_file_that_holds_no_prompts_is_told_with_the_remedy(tmp_path):
+    (tmp_path / "wide.txt").write_bytes("a cat".encode("utf-16"))
+    remedies = {
+        "wide.txt": "no text in UTF-8; save it so",
+        "nowhere.txt": "No such file or directory; give a text file",
+        ".": "Is a directory; give a text file",
+    }
+    for name, remedy in remedies.items():
+        with pytest.raises(ConfigError, match=f"--prompts .*{remedy}") as raised:
+            read_prompts(tmp_path / name)
+        assert "Errno" not in str(raised.value)
+        assert "codec" not in str(raised.value)
+
+
+@pytest.mark.parametrize("size", ["0x512", "512x0", "0", f"16x{2**20 + 1}"])
+def test_a_side_of_no_pixels_or_too_many_is_told_as_it_was_typed(tmp_path, size):
+    tiny_pipelines.ddpm(tmp_path).save_pretrained(tmp_path / "ddpm")
+    words = ["export", str(tmp_path / "ddpm"), "--size", size]
+    result = CliRunner().invoke(cli.app, words)
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == f"--size {size}: give numbers from 1 to {2**20}"
+
+
+@pytest.mark.parametrize("words", [["export", ""], ["trace", ""], ["plan", ""]])
+def test_an_empty_name_is_not_the_current_folder(words):
+    result = CliRunner().invoke(cli.app, words)
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith("'' is neither a bundled model (digits) nor a folder")
 
 
 def test_there_are_32_different_default_prompts():

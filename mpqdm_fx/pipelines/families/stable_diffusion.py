@@ -48,6 +48,8 @@ class StableDiffusion(Family):
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     #: Channels that the denoiser sees beside the latents, for one of the latents'.
     extra: ClassVar[str | None] = None
+    #: Whether latents are normalised by the mean and deviation that the VAE's config has.
+    normalised: ClassVar[bool] = False
 
     def check(self, pipeline: Any) -> None:
         """Refuse denoisers of other columns, and text encoders that want a mask."""
@@ -74,14 +76,15 @@ class StableDiffusion(Family):
         """The encoder of a picture that is given, text encoders, denoiser, decoder."""
         vae = ready(pipeline.vae)
         parts = [*self.text_parts(pipeline), *self.stepped_parts(pipeline)]
-        parts.append(sized_part("vae_decoder", ImageDecoder(vae), ("image",)))
+        decoder = ImageDecoder(vae, normalised=self.normalised)
+        parts.append(sized_part("vae_decoder", decoder, ("image",)))
         if "image" in self.loop.needs:
             parts.insert(0, self.encoder(vae))
         return parts
 
     def encoder(self, vae: Any) -> Part:
         """The part that makes latents of a picture."""
-        return encoder_part(ImageEncoder(vae))
+        return encoder_part(ImageEncoder(vae, normalised=self.normalised))
 
     def text_parts(self, pipeline: Any) -> Sequence[Part]:
         """What makes embeddings of tokens."""
@@ -124,6 +127,7 @@ class StableDiffusionXL(StableDiffusion):
         "tokenizer_2",
     )
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    normalised: ClassVar[bool] = True
 
     def text_parts(self, pipeline: Any) -> Sequence[Part]:
         """Both encoders; the second one pools."""
