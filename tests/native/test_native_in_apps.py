@@ -67,7 +67,14 @@ def test_what_is_installed_is_enough_to_link(app, tmp_path):
     package = Path(importlib.util.find_spec("executorch").submodule_search_locations[0])
     runtime = package / "lib"
     run(
-        *("c++", "-std=c++20", app / "main.cpp", f"-I{tmp_path / 'include'}", "-o", tmp_path / "app"),
+        *(
+            "c++",
+            "-std=c++20",
+            app / "main.cpp",
+            f"-I{tmp_path / 'include'}",
+            "-o",
+            tmp_path / "app",
+        ),
         *(f"-L{tmp_path / 'lib'}", "-lmpqdm_kernels", "-lmpqdm_kernels_core"),
         *(f"-L{runtime}", f"-Wl,-rpath,{runtime}", "-lexecutorch", "-lexecutorch_threadpool"),
     )
