@@ -78,6 +78,19 @@ print(*sorted(name for name in names if name.startswith("mpqdm::")))
 
 
 @pytest.mark.xnnpack
+def test_an_editable_install_has_its_library_elsewhere(package, tmp_path):
+    """As scikit-build-core lays it out: sources in the checkout, what is built in site-packages."""
+    (library,) = (package / "mpqdm_kernels").glob("libmpqdm_kernels.*")
+    built = tmp_path / "built"
+    built.mkdir()
+    library.rename(built / library.name)
+    source = f"import mpqdm_kernels; mpqdm_kernels.__path__.insert(0, {str(built)!r})"
+    done = run(f"{source}; print(*mpqdm_kernels.operators())", [package])
+    assert done.returncode == 0, done.stderr
+    assert "mpqdm::conv2d_mixed" in done.stdout.split()
+
+
+@pytest.mark.xnnpack
 def test_its_operators_are_those_of_the_programs(package):
     source = """
 import mpqdm_kernels

@@ -153,11 +153,18 @@ def _library() -> ctypes.CDLL:
     # and so get those that ExecuTorch's Python module has loaded or will load, with one registry.
     for name in ("libexecutorch", "libexecutorch_threadpool"):
         ctypes.CDLL(str(_runtime_folder() / f"{name}{_SUFFIX}"))
-    library = ctypes.CDLL(str(Path(__file__).with_name(f"libmpqdm_kernels{_SUFFIX}")))
+    library = ctypes.CDLL(str(_built_library()))
     for function in (library.mpqdm_operator_name, library.mpqdm_kernel_set_name):
         function.argtypes, function.restype = [ctypes.c_size_t], ctypes.c_char_p
     _declare_codes(library)
     return library
+
+
+def _built_library() -> Path:
+    # An editable install has it in another folder than this file; both are the package's.
+    name = f"libmpqdm_kernels{_SUFFIX}"
+    places = (Path(place, name) for place in __path__)
+    return next((place for place in places if place.is_file()), Path(__file__).with_name(name))
 
 
 def _declare_codes(library: ctypes.CDLL) -> None:
