@@ -11,6 +11,7 @@ namespace mpqdm {
 namespace {
 
 constexpr size_t kFloatPixels = 64;        // summed in float before the sums go to double
+constexpr size_t kShiftPixels = 64;        // whose mean the moments are about
 constexpr size_t kChunk = size_t{1} << 15;  // numbers of a task
 constexpr size_t kPiece = size_t{1} << 12;  // numbers that stay in the cache until they are codes
 
@@ -23,7 +24,23 @@ size_t chunk_pixels(const GroupNormShape& shape) {
   return std::max<size_t>(1, kChunk / shape.channels);
 }
 
-// Sums of (x - first pixel) and of its square by channel over a run of pixels, [2][channels].
+// A number by channel that is near its mean: that of some pixels from all over the image. A single pixel
+// may be far from all others, and squares about it lose what the others differ by.
+std::vector<float> find_shift(const float* x, const GroupNormShape& shape) {
+  const size_t channels = shape.channels, count = std::min(kShiftPixels, shape.pixels);
+  std::vector<double> sums(channels, 0.0);
+  for (size_t i = 0; i < count; ++i) {
+    const float* pixel = x + i * shape.pixels / count * channels;
+    for (size_t c = 0; c < channels; ++c) sums[c] += static_cast<double>(pixel[c]);
+  }
+  std::vector<float> shift(channels);
+  for (size_t c = 0; c < channels; ++c) {
+    shift[c] = static_cast<float>(sums[c] / static_cast<double>(count));
+  }
+  return shift;
+}
+
+// Sums of (x - shift) and of its square by channel over a run of pixels, [2][channels].
 void add_chunk(const KernelSet& kernels, const float* x, size_t pixels, size_t channels,
                const float* shift, double* moments) {
   std::vector<float> sums(2 * channels);
@@ -35,14 +52,14 @@ void add_chunk(const KernelSet& kernels, const float* x, size_t pixels, size_t c
   }
 }
 
-std::vector<double> find_moments(const KernelSet& kernels, const float* x,
+std::vector<double> find_moments(const KernelSet& kernels, const float* x, const float* shift,
                                  const GroupNormShape& shape, const Executor& executor) {
   const size_t channels = shape.channels, step = chunk_pixels(shape);
   const size_t chunks = (shape.pixels + step - 1) / step;
   std::vector<double> parts(chunks * 2 * channels, 0.0);
   parallel(executor, chunks, [&](size_t chunk) {
     const size_t first = chunk * step;
-    add_chunk(kernels, x + first * channels, std::min(step, shape.pixels - first), channels, x,
+    add_chunk(kernels, x + first * channels, std::min(step, shape.pixels - first), channels, shift,
               parts.data() + chunk * 2 * channels);
   });
   std::vector<double> moments(parts.begin(), parts.begin() + static_cast<long>(2 * channels));
@@ -50,9 +67,11 @@ std::vector<double> find_moments(const KernelSet& kernels, const float* x,
   return moments;
 }
 
-// One sample. `first_pixel`: what its moments are about.
-Affine make_affine(const std::vector<double>& moments, const float* first_pixel,
-                   const float* weight, const float* bias, const GroupNormShape& shape) {
+// One sample.
+Affine make_affine(const KernelSet& kernels, const float* x, const float* weight, const float* bias,
+                   const GroupNormShape& shape, const Executor& executor) {
+  const std::vector<float> shift = find_shift(x, shape);
+  const std::vector<double> moments = find_moments(kernels, x, shift.data(), shape, executor);
   const size_t channels = shape.channels, width = channels / shape.groups;
   const auto pixels = static_cast<double>(shape.pixels);
   const double count = pixels * static_cast<double>(width);
@@ -60,11 +79,11 @@ Affine make_affine(const std::vector<double>& moments, const float* first_pixel,
   for (size_t begin = 0; begin < channels; begin += width) {
     double mean = 0.0, variance = 0.0;
     for (size_t c = begin; c < begin + width; ++c) {
-      mean += moments[c] + pixels * static_cast<double>(first_pixel[c]);
+      mean += moments[c] + pixels * static_cast<double>(shift[c]);
     }
     mean /= count;
     for (size_t c = begin; c < begin + width; ++c) {
-      const double distance = static_cast<double>(first_pixel[c]) - mean;
+      const double distance = static_cast<double>(shift[c]) - mean;
       variance += moments[channels + c] + distance * (2.0 * moments[c] + pixels * distance);
     }
     variance = std::max(variance / count, 0.0);  // in this order NaN, of an infinite number, stays
@@ -84,8 +103,7 @@ class Normalized {
   Normalized(const KernelSet& kernels, const float* x, const GroupNormParameters& parameters,
              const GroupNormShape& shape, const Executor& executor)
       : kernels_(kernels), x_(x), factor_(parameters.factor), shape_(shape), executor_(executor),
-        affine_(make_affine(find_moments(kernels, x, shape, executor), x, parameters.weight,
-                            parameters.bias, shape)) {}
+        affine_(make_affine(kernels, x, parameters.weight, parameters.bias, shape, executor)) {}
 
   void write(float* out) const {
     for_chunks([&](size_t, size_t first, size_t pixels) {

@@ -13,7 +13,7 @@ namespace {
 
 // Greatest distance of a result of group norm from its value in double: for results up to 1, above
 // that relative to them, and relative to the product that a mean far from 0 is subtracted from. The
-// product is off by what up to 64 squares lose in a float sum, about a pixel that may be the outermost.
+// product is off by what up to 64 squares lose in a float sum.
 constexpr double kNormError = 4e-6, kProductError = 1e-6;
 
 std::vector<float> make_numbers(Random& random, size_t count) {

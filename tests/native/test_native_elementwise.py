@@ -92,6 +92,18 @@ def test_group_norm(native, shape, groups, width, silu, mean, threads, seed):
         assert ((got - expected).abs() <= bound).all(), name
 
 
+@pytest.mark.parametrize("place", [0, 1234])
+def test_group_norm_of_a_spot_on_a_flat_image(native, place):
+    """The variance is that of one pixel, of which squares about it would lose much."""
+    x = torch.full((1, 64, 64, 4), 0.1)
+    x.view(-1, 4)[place] = 10.0
+    one, zero = torch.ones(4), torch.zeros(4)
+    expected = ops.group_norm_mixed(x, one, zero, one, 4, 1e-6, False)
+    for name in native.kernel_sets:
+        got = native.group_norm(name, x, one, zero, one, 4, 1e-6, False, 1)
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+
+
 def test_the_number_of_threads_changes_no_bit(native):
     source = torch.Generator().manual_seed(0)
     x = torch.randn(1, 64, 48, 32, generator=source)

@@ -87,7 +87,7 @@ struct GroupNormParameters {
 };
 
 // Group norm, SiLU behind it where asked for, and a factor for each channel behind that.
-// Moments are summed about the first pixel, in double, so a mean far from 0 costs no precision.
+// Moments are summed about the mean of some pixels, in double, so a mean far from 0 costs no precision.
 void group_norm(const KernelSet& kernels, const float* x, const GroupNormParameters& parameters,
                 const GroupNormShape& shape, const Executor& executor, float* out);
 
