@@ -48,6 +48,16 @@ __all__ = [
 ]
 
 _FOLDER = "activation_quantizers"
+_aten = torch.ops.aten
+_JOINS = frozenset({_aten.cat.default, _aten.stack.default})
+_RESHAPES = frozenset(
+    {
+        _aten.view.default, _aten.reshape.default, _aten._unsafe_view.default,
+        _aten.flatten.using_ints, _aten.unflatten.int, _aten.permute.default,
+        _aten.transpose.int,
+    }
+)  # fmt: skip
+"""What makes rows of other axes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,20 +244,61 @@ def _repeated(ranges: tuple[ActivationRange, ...], count: int) -> tuple[Activati
 
 
 def follows_batch(value: fx.Node, noise_level: fx.Node) -> bool:
-    """Whether a value's first axis is a whole multiple of the batch that the noise levels have.
+    """Whether a value has a whole number of rows for each sample that a noise level is told of.
 
-    Values without shape information are taken to.
+    A sample's rows have to follow one another. They do not where whole batches were put behind each
+    other (`torch.cat([x, x])`, as guidance inside a model does it) or where another axis was folded
+    in before the batch. Values without shape information are taken to follow.
 
     Args:
         value: What is to be quantized.
         noise_level: The placeholder that tells it.
     """
     levels = noise_level.meta.get("val")
-    tensor = value.meta.get("val")
-    if not isinstance(levels, torch.Tensor) or not isinstance(tensor, torch.Tensor):
+    if not isinstance(levels, torch.Tensor):
         return True
-    batch, first = (shape[0] if shape else 1 for shape in (levels.shape, tensor.shape))
-    return bool(statically_known_true(first % batch == 0))
+    batch = levels.shape[0] if levels.shape else 1
+
+    def has_rows(node: fx.Node) -> bool:
+        first = _first_size(node)
+        return first is None or bool(statically_known_true(first % batch == 0))
+
+    if not has_rows(value):
+        return False
+    waiting, seen = [value], {value}
+    while waiting:
+        node = waiting.pop()
+        first = _first_size(node)
+        one_each = batch == 1 or first is None or statically_known_true(first == batch)
+        if one_each or not has_rows(node):
+            continue
+        reshaped = node.target in _RESHAPES and not has_rows(node.all_input_nodes[0])
+        if reshaped or _puts_batches_behind(node):
+            return False
+        waiting += [source for source in node.all_input_nodes if source not in seen]
+        seen.update(node.all_input_nodes)
+    return True
+
+
+def _first_size(node: fx.Node) -> int | torch.SymInt | None:
+    """The length of a value's first axis; None for what is no tensor, 1 for one without axes."""
+    tensor = node.meta.get("val")
+    if not isinstance(tensor, torch.Tensor):
+        return None
+    return tensor.shape[0] if tensor.shape else 1
+
+
+def _puts_batches_behind(node: fx.Node) -> bool:
+    """Whether a node joins values along their first axis, or repeats one along it."""
+    if node.target in _JOINS:
+        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        assert isinstance(axis, int)
+        return bool(axis % node.meta["val"].dim() == 0)
+    if node.target is _aten.repeat.default:
+        times = node.args[1]
+        assert isinstance(times, Sequence)
+        return bool(times[0] != 1)
+    return False
 
 
 def row_axes(module: nn.Module) -> int | tuple[int, ...]:
