@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from mpqdm_fx.graph.nested import tensor_leaves
+from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
 
 __all__ = ["batch_size_of", "samples_listed"]
 
@@ -19,9 +20,15 @@ def samples_listed(call: Mapping[str, Any]) -> bool:
 def batch_size_of(call: Mapping[str, Any]) -> int:
     """Samples in a call.
 
-    The leading axis of its first tensor that has more than one axis; or the length of its first
-    argument, where that is a list of tensors.
+    The length of its first argument, where that is a list of tensors. Else the leading axis of its
+    first tensor that has more than one axis; or of a later one where that has as many entries as a
+    noise level is told for, and the first has not: positions and masks may have no batch.
     """
     if samples_listed(call):
         return len(next(value for value in call.values() if any(tensor_leaves({"": value}))))
-    return next((len(tensor) for _, tensor in tensor_leaves(call) if tensor.ndim > 1), 1)
+    sizes = [len(tensor) for _, tensor in tensor_leaves(call) if tensor.ndim > 1]
+    for name, value in call.items():
+        is_level = name in TIMESTEP_NAMES or name in NOISE_NAMES
+        if is_level and isinstance(value, Tensor) and value.ndim == 1 and len(value) > 1:
+            sizes.sort(key=len(value).__ne__)
+    return sizes[0] if sizes else 1

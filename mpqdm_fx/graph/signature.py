@@ -262,11 +262,11 @@ def bind_inputs(
         )
     if "return_dict" in parameters:
         values["return_dict"] = False
+    values = {name: values[name] for name in parameters if name in values}  # in forward's order
     batch = batch_size_of(values)
     call = {
-        name: _number_to_tensor(name, parameters[name], values[name], batch)
-        for name in parameters
-        if name in values
+        name: _number_to_tensor(name, parameters[name], value, batch)
+        for name, value in values.items()
     }
     leaves = list(tensor_leaves(call))
     baked, defaults = _constants(parameters, values, call)
