@@ -50,7 +50,6 @@ def raise_leaf_modules(
     exported: ExportedProgram,
     model: nn.Module,
     inputs: Mapping[str, Any],
-    training: Mapping[str, bool] | None = None,
 ) -> fx.GraphModule:
     """Rebuild ``exported`` as a module-level graph that shares ``model``'s modules and parameters.
 
@@ -63,15 +62,15 @@ def raise_leaf_modules(
          its projections) becomes a call of a layer with that node's settings; all else stays ATen;
       4. a parameter, buffer or lifted constant that is used outside leaf modules becomes
          ``get_attr``;
-      5. casts stay, also those that change nothing at the traced dtype: they are graph content.
+      5. casts stay, also those that change nothing at the traced dtype: they are graph content;
+      6. dropouts and norms that training mode changes are copies in evaluation mode (parameters
+         shared), whatever mode their owner puts the model's own into later.
 
     Args:
         exported: A program exported from ``model`` with exactly the keyword arguments ``inputs``.
         model: The module the program was exported from.
         inputs: The keyword arguments of the export, in call order; values are tensors, nested
             dicts, lists and tuples of tensors, or constants.
-        training: The training flag of each module name before tracing; a dropout or batch norm that
-            was in training mode is replaced by a copy in evaluation mode (parameters shared).
 
     Returns:
         The module-level graph; placeholders are the names in ``inputs`` that hold tensors.
@@ -80,7 +79,7 @@ def raise_leaf_modules(
         TraceError: If the model returns something that is not a tensor, tuple, list or dict, or
             switches autocast on.
     """
-    return _Raiser(exported, model, inputs, training or {}).run()
+    return _Raiser(exported, model, inputs).run()
 
 
 class _Raiser:
@@ -91,12 +90,10 @@ class _Raiser:
         exported: ExportedProgram,
         model: nn.Module,
         inputs: Mapping[str, Any],
-        training: Mapping[str, bool],
     ) -> None:
         self.exported = exported
         self.model = model
         self.inputs = inputs
-        self.training = training
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
@@ -228,9 +225,7 @@ class _Raiser:
         proven = proven_layer(module, nodes[0], self.lifted_of) if len(nodes) == 1 else None
         if proven is not None and not same_settings(proven, module):
             return {}  # its attributes were others during this call
-        if self.training.get(name, False):
-            layer = evaluation_copy(layer)
-        layer = out_of_place(layer)
+        layer = out_of_place(evaluation_copy(layer))
         # a shared module has one stand-in, so that it stays shared
         layer = self.copies.setdefault(id(module), layer)
         return {**dict.fromkeys(nodes), outputs[0]: (name, layer, sources[0])}

@@ -72,14 +72,14 @@ def trace(
 
     Placeholders are the model's own argument names. Every leaf module (convolution, linear,
     embedding, norm, activation, dropout) is one ``call_module`` node at its own name, holding the
-    model's own module object; a dropout or batch norm that is in training mode is replaced by a
-    copy in evaluation mode, and weights that are computed from parameters (weight norm, spectral
-    norm, pruning) are plain ones of the same bits. Everything else is ATen. ``node.meta["val"]``
-    and ``nn_module_stack`` are those of torch.export. Assertions are stripped; casts stay, also
-    those without effect at the traced dtype. The graph writes into no value: in-place code is
-    rewritten, and inputs that the model overwrites stay as they are. Nor does it depend on strides:
-    views are reshapes. A block that hands each token to some of its experts is traced as the sum
-    over all of them, with gates of zero, within 1e-4 of its own answers; a warning says the cost.
+    model's own module object; of a dropout or batch norm it is a copy in evaluation mode, and
+    weights that are computed from parameters (weight norm, spectral norm, pruning) are plain ones
+    of the same bits. Everything else is ATen. ``node.meta["val"]`` and ``nn_module_stack`` are
+    those of torch.export. Assertions are stripped; casts stay, also those without effect at the
+    traced dtype. The graph writes into no value: in-place code is rewritten, and inputs that the
+    model overwrites stay as they are. Nor does it depend on strides: views are reshapes. A block
+    that hands each token to some of its experts is traced as the sum over all of them, with gates
+    of zero, within 1e-4 of its own answers; a warning says the cost.
 
     The graph computes in float32. A model in half precision is traced as a float32 copy, and the
     signature remembers its dtype. Wrappers of torch.compile and of data parallelism are left out.
@@ -111,7 +111,6 @@ def trace(
     model = fold_parametrizations(entry.model)
     signature, call = bind_inputs(model, entry.take(example_inputs))
     signature = dataclasses.replace(signature, dtype=entry.dtype)
-    training = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
     routed = routed_blocks(model)
     with _unchanged(model), _evaluation(model), torch.no_grad(), contextlib.ExitStack() as stack:
         with checked_routing(model, routed) as chosen:
@@ -123,7 +122,7 @@ def trace(
             signature, call = _in_fractions(model, signature, call, expected)
         exported, signature, inputs = _export(model, call, signature, dynamic_batch)
         signature = _with_note(signature, routing_note(routed, chosen))
-        graph_module = raise_leaf_modules(exported, model, inputs, training)
+        graph_module = raise_leaf_modules(exported, model, inputs)
         if not signature.dynamic_batch:
             graph_module = fold_constant_reads(graph_module, inputs)
         graph_module.meta["signature"] = signature

@@ -73,3 +73,15 @@ def test_what_needs_no_copy_is_not_copied(model: Denoiser) -> None:
     example = {"sample": torch.randn(2, 3, 4, 4), "timestep": torch.tensor([1, 2])}
     prepared = prepare(model.train(), MPQConfig(), example)
     assert in_float32(prepared) is prepared
+
+
+def test_a_traced_model_stays_in_evaluation_when_its_owner_goes_on_to_train(
+    model: Denoiser,
+) -> None:
+    batch = {"sample": torch.randn(2, 3, 4, 4), "timestep": torch.tensor([1, 2])}
+    prepared = prepare(model.eval(), MPQConfig(), batch)
+    before, state = prepared(**batch), copy.deepcopy(model.state_dict())
+    model.train()
+    assert torch.equal(prepared(**batch), before)
+    assert same(model.state_dict(), state)
+    assert all(module.training for module in model.modules())

@@ -16,7 +16,9 @@ def test_leaf_modules_are_called_by_their_own_names_in_order() -> None:
     model = Block().eval()
     gm = trace(model, (randn(2, 3, 8, 8),))
     assert calls(gm) == ["conv", "norm", "act", "act", "drop", "out.0"]
-    assert all(gm.get_submodule(name) is model.get_submodule(name) for name in calls(gm))
+    # a dropout is a copy: the model's own may be put into training mode later
+    own = {name for name in calls(gm) if gm.get_submodule(name) is model.get_submodule(name)}
+    assert own == {"conv", "norm", "act", "out.0"}
     assert attributes(gm) == ["gain"]
     assert gm.gain is model.gain
     assert operators(gm) == ["aten.silu.default", "aten.mul.Tensor"]
