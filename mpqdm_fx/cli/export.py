@@ -117,7 +117,8 @@ def export(
     memory = opt.memory_of(max_memory)
     gates = parse_gates(gate)
     sizes = [_size_of(text) for text in size] if size else None
-    checks.check_name(model)
+    if not model:  # of a variable that is not set; other names are looked up behind all settings
+        checks.check_name(model)
     checks.check_output_folder(output, model, prompts, start_from)
     if keep_run is not None:
         checks.check_output_folder(
