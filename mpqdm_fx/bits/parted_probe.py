@@ -1,6 +1,6 @@
 """Backward passes that hold few values: a graph goes backwards part by part.
 
-A sample of a large picture has gigabytes of activations: 9 in the decoder of Stable Diffusion at
+A sample of a large picture has gigabytes of activations: 7 in the decoder of Stable Diffusion at
 512x512. Only the values that cross from part to part are held; those inside a part are computed
 again when its gradients are due (Chen et al., arXiv 1604.06174).
 """
@@ -21,8 +21,8 @@ from mpqdm_fx.run.cost import Sizes, bind_sizes, value_bytes
 
 __all__ = ["PartedProbe", "backward_bytes", "backward_parts"]
 
-# A byte of a part: values, gradients, and the errors that are tried; 5.0 GB were measured of a
-# decoder of 512x512 pixels, for 5.3 here, where one pass over the whole had 12.8.
+# A byte of a part: values, gradients, and the errors that are tried; 5.0 GiB were measured of
+# a decoder of 512x512 pixels, for 5.3 here, where one pass over the whole had 12.8.
 _WORK = 4
 
 
