@@ -14,49 +14,35 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mpqdm_fx.graph.editing import insert_call
+from mpqdm_fx.graph.moves import MOVES
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["BlendBranches"]
 
 _aten = torch.ops.aten
 #: Ops whose result is infinite where what they read is.
-_CARRIERS = frozenset(
-    {
-        _aten._to_copy.default,
-        _aten.add.Tensor,
-        _aten.alias.default,
-        _aten.cat.default,
-        _aten.clone.default,
-        _aten.contiguous.default,
-        _aten.detach.default,
-        _aten.expand.default,
-        _aten.expand_as.default,
-        _aten.flatten.using_ints,
-        _aten.index.Tensor,
-        _aten.masked_fill.Scalar,
-        _aten.masked_fill.Tensor,
-        _aten.mul.Tensor,
-        _aten.neg.default,
-        _aten.permute.default,
-        _aten.repeat.default,
-        _aten.repeat_interleave.self_int,
-        _aten.reshape.default,
-        _aten.select.int,
-        _aten.slice.Tensor,
-        _aten.slice_scatter.default,
-        _aten.squeeze.dim,
-        _aten.stack.default,
-        _aten.sub.Tensor,
-        _aten.to.dtype,
-        _aten.transpose.int,
-        _aten.tril.default,
-        _aten.triu.default,
-        _aten.unflatten.int,
-        _aten.unsqueeze.default,
-        _aten.view.default,
-        _aten.where.self,
-    }
-)
+_CARRIERS = MOVES | {
+    _aten._to_copy.default,
+    _aten.add.Tensor,
+    _aten.alias.default,
+    _aten.clone.default,
+    _aten.contiguous.default,
+    _aten.detach.default,
+    _aten.expand_as.default,
+    _aten.index.Tensor,
+    _aten.masked_fill.Scalar,
+    _aten.masked_fill.Tensor,
+    _aten.mul.Tensor,
+    _aten.neg.default,
+    _aten.slice_scatter.default,
+    _aten.stack.default,
+    _aten.sub.Tensor,
+    _aten.to.dtype,
+    _aten.tril.default,
+    _aten.triu.default,
+    _aten.unflatten.int,
+    _aten.where.self,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

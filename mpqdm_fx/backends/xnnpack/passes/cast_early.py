@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from mpqdm_fx.graph.editing import insert_call
+from mpqdm_fx.graph.moves import MOVES
 from mpqdm_fx.passes.base import GraphPass
 
 __all__ = ["CastEarly"]
@@ -19,24 +20,6 @@ __all__ = ["CastEarly"]
 _aten = torch.ops.aten
 _OTHER_CASTS = frozenset(
     {_aten.to.dtype_layout, _aten.to.other, _aten.type_as.default, _aten._to_copy.default}
-)
-#: Ops that move numbers about without looking at them.
-_MOVES = frozenset(
-    {
-        _aten.cat.default,
-        _aten.expand.default,
-        _aten.flatten.using_ints,
-        _aten.permute.default,
-        _aten.repeat.default,
-        _aten.repeat_interleave.self_int,
-        _aten.reshape.default,
-        _aten.select.int,
-        _aten.slice.Tensor,
-        _aten.squeeze.dim,
-        _aten.transpose.int,
-        _aten.unsqueeze.default,
-        _aten.view.default,
-    }
 )
 
 
@@ -100,7 +83,7 @@ def _drop_detours(graph_module: fx.GraphModule) -> bool:
 def _movable(cast: fx.Node) -> fx.Node | None:
     """The move that a cast can pass, or None."""
     move = cast.args[0] if _is_cast(cast) else None
-    if not isinstance(move, fx.Node) or move.target not in _MOVES:
+    if not isinstance(move, fx.Node) or move.target not in MOVES:
         return None
     dtype = _dtype(move)
     if dtype is None or dtype.is_complex or dtype is torch.float32:
