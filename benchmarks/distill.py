@@ -38,6 +38,7 @@ _SHORTCUTS: Mapping[str, Any] = {"overrides": [SHORTCUTS], **_FULL}
 _WIDTHS: Mapping[str, Any] = {"activation_allocation": "measured", "activation_levels": "uniform"}
 _LEVELS: Mapping[str, Any] = {"activation_allocation": "uniform"}
 _INPUTS: Mapping[str, Any] = {"activation_allocation": "measured"}  # a width and levels each
+_CODED: Mapping[str, Any] = {**_INPUTS, "weight_storage": "entropy"}
 #: Its trained parts at our rates: its own are made for a hundred times the updates.
 _EFFICIENTDM: Mapping[str, Any] = {
     "recipe": "efficientdm", "absolute_rates": False,
@@ -62,9 +63,11 @@ RECIPES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {
     "untrained+levels": (_LEVELS, None),
     "untrained+widths": (_WIDTHS, None),
     "untrained+inputs": (_INPUTS, None),
+    "untrained+coded": (_CODED, None),
     "ours+levels": (_LEVELS, {}),
     "ours+widths": (_WIDTHS, {}),
     "ours+inputs": (_INPUTS, {}),
+    "ours+coded": (_CODED, {}),
     "untrained+shortcuts": (_SHORTCUTS, None),
     "ours+shortcuts": (_SHORTCUTS, {}),
 }

@@ -105,13 +105,12 @@ def distill(
         The trained model and what training did; the model itself if that did not help it.
 
     Raises:
-        ConfigError: The weights are entropy-coded, `teacher` has not the graph of the model that
-            was quantized, the folder holds another run, features are named that the model does not
-            have, or the batch of its graph is fixed to another one; or a sampler is given guidance.
+        ConfigError: `teacher` has not the graph of the model that was quantized, the folder holds
+            another run, features are named that the model does not have, or the batch of its graph
+            is fixed to another one; or a sampler is given guidance.
         CalibrationError: A run or the loss leaves the finite numbers, or conditions do not fit.
     """
     start = _start(config, sample_shape or sample_shape_of(teacher), conditions, unconditional)
-    _check_storage(quantized)
     _check_batch(quantized.signature, config)
     teacher = unwrap(teacher)
     graph = _float_graph(quantized, teacher)
@@ -200,17 +199,6 @@ def _float_graph(quantized: QuantizedModel, teacher: nn.Module) -> fx.GraphModul
     if difference is not None:
         raise ConfigError(f"the float model is not the one that was quantized: {difference}")
     return graph
-
-
-def _check_storage(quantized: QuantizedModel) -> None:
-    """Refuse weights whose bytes training would change."""
-    coded = [layer.name for layer in quantized.plan.layers if layer.coded is not None]
-    if coded:
-        raise ConfigError(
-            f"{coded[0]} and {len(coded) - 1} more layers are entropy-coded: training moves codes "
-            "without a price for their bits, so the budget would not hold; quantize with "
-            "weight_storage='fixed' to train"
-        )
 
 
 def _check_batch(signature: Signature, config: DistillConfig) -> None:

@@ -85,6 +85,8 @@ def make_student(
 ) -> Student:
     """Put trainable roundings where a quantized model has fixed ones.
 
+    Entropy-coded layers train their steps and biases alone: their codes stay what they are.
+
     Args:
         quantized: The model to start from; it is not changed.
         teacher: The normalized float graph that it was quantized from: its weights.
@@ -106,12 +108,14 @@ def make_student(
                 f"the model that was quantized"
             )
         rounded = graph_module.get_submodule(planned.name)
-        base = _base(rounded, weight_rows(source.module), config.base, planned)
+        # entropy-coded weights keep their codes: others would take another number of bytes
+        kind = config.base if planned.coded is None else "codes"
+        base = _base(rounded, weight_rows(source.module), kind, planned)
         layers[planned.name] = TrainableLayer(
             rounded,
             planned,
             base,
-            rank=config.rank,
+            rank=config.rank if planned.coded is None else 0,
             train_levels=config.level_rate > 0,
             generator=generator,
         )
