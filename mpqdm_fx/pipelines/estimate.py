@@ -1,5 +1,6 @@
 """Time, memory, disk and size of an export, told before any of its work."""
 
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
 from mpqdm_fx.pipelines.part_seconds import lower_seconds
 from mpqdm_fx.pipelines.parts import Part
 from mpqdm_fx.pipelines.programs import side_settings
-from mpqdm_fx.pipelines.stored_encoders import is_held_as_stored
+from mpqdm_fx.pipelines.stored_encoders import LARGE, is_held_as_stored
 from mpqdm_fx.records.config import MPQConfig
 from mpqdm_fx.records.validation import Bytes, Count, NonNegative, Some, checked
 from mpqdm_fx.split.timestep_table import tabulate_timesteps
@@ -56,6 +57,7 @@ class PartEstimate:
         peak_bytes: While it is quantized; of an encoder that stays in its files, also while it is
             lowered.
         held_bytes: What it takes in float while others are exported; pages of files do not count.
+        kept_bytes: What its quantized form takes from when it is finished to the end.
     """
 
     parameters: int
@@ -67,6 +69,7 @@ class PartEstimate:
     measure_seconds: float
     peak_bytes: int
     held_bytes: int
+    kept_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +100,12 @@ class ExportEstimate:
 
     @property
     def peak_bytes(self) -> int:
-        """Of memory: all parts in float, and what the largest needs beside them."""
-        extra = max(part.peak_bytes - part.held_bytes for part in self.parts.values())
-        return sum(part.held_bytes for part in self.parts.values()) + max(0, extra)
+        """Of memory: all parts in float, those quantized before, and what one needs beside them."""
+        parts = self.parts.values()
+        before = [0, *itertools.accumulate(part.kept_bytes for part in parts)]
+        needed = [part.peak_bytes - part.held_bytes for part in parts]
+        beside = [kept + max(0, more) for kept, more in zip(before, [*needed, 0], strict=True)]
+        return sum(part.held_bytes for part in parts) + max(beside)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -229,7 +235,10 @@ def _part(
     if part.stepped:
         quantize += call_seconds * calls * rows if settings is not None else 0.0
     held = 4 * part.parameters
+    # large ones are kept as codes alone, others as rounded numbers too
+    kept = 0 if settings is None else part.parameters + (held if held <= LARGE else 0)
     if is_held_as_stored(part.module):
+        kept = 0
         peak = encoder_peak(part.module, inputs.tokens_of(part.name))
         held = held_bytes(part.module)
     methods = len(sizes) if part.sized else 1
@@ -248,6 +257,7 @@ def _part(
         measure_seconds=(2 * _PROCESS + 2 * _TIMED * call_seconds) if measure else 0.0,
         peak_bytes=peak,
         held_bytes=held,
+        kept_bytes=kept,
     )
     return estimated, solved, disk
 

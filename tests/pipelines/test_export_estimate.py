@@ -1,5 +1,6 @@
 """What an export takes is told before it, and what it is compared with is the pipeline itself."""
 
+import dataclasses
 import json
 import shutil
 
@@ -16,7 +17,7 @@ from mpqdm_fx.cli import app as cli
 from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.model.feasibility import weights_of
 from mpqdm_fx.pipelines import estimate
-from mpqdm_fx.pipelines.estimate import estimate_export
+from mpqdm_fx.pipelines.estimate import ExportEstimate, PartEstimate, estimate_export
 from mpqdm_fx.pipelines.export import export_pipeline
 from mpqdm_fx.pipelines.layout import layout_of
 from mpqdm_fx.pipelines.part_inputs import PipelineInputs, inputs_of
@@ -172,3 +173,31 @@ def test_a_half_of_a_vae_counts_its_own_parameters(tmp_path):
     parts = layout_of(pipeline).parts
     total = sum(value.numel() for value in pipeline.vae.parameters())
     assert parts["vae_encoder"].parameters + parts["vae_decoder"].parameters == total
+
+
+def part_of(**numbers):
+    names = [field.name for field in dataclasses.fields(PartEstimate)]
+    return PartEstimate(**{**dict.fromkeys(names, 0), **numbers})
+
+
+def test_the_peak_counts_what_earlier_parts_leave_behind():
+    encoder = part_of(held_bytes=10, peak_bytes=35, kept_bytes=3)
+    denoiser = part_of(held_bytes=20, peak_bytes=45, kept_bytes=7)
+
+    def peak(*parts):
+        named = {str(index): part for index, part in enumerate(parts)}
+        return ExportEstimate(parts=named, draw_seconds=0, disk_bytes=0).peak_bytes
+
+    assert peak(encoder, denoiser) == 30 + 3 + 25
+    assert peak(denoiser, encoder) == 30 + 7 + 25
+    small = part_of(held_bytes=10, peak_bytes=10, kept_bytes=10)
+    assert peak(small, small) == 40  # when all are made, before a picture is drawn
+
+
+@pytest.mark.xnnpack
+def test_what_a_finished_part_keeps_is_foretold(export_run):
+    told = estimate_export(export_run.pipeline, MPQConfig(weight_bits=4), measure=False, **RUNS)
+    for name, quantized in export_run.result.quantized.items():
+        tensors = quantized.rounded.state_dict().values()
+        kept = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        assert told.parts[name].kept_bytes == pytest.approx(kept, rel=0.1), name
