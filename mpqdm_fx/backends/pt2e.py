@@ -181,7 +181,8 @@ def to_quantizer(
         if not kinds:
             raise ConfigError(
                 "`ranges` is empty, and weights alone have no int8 form: quantize with "
-                'activation_mode="static" or "dynamic" (a model with "float" has no ranges)'
+                'activation_mode="static" or "dynamic" (a model with "float" has no ranges, nor '
+                "have its end layers, and any that `slowdown` leaves in float)"
             )
         check_names(kinds, grids)
         grids = {name: grid for name, grid in grids.items() if name in kinds}

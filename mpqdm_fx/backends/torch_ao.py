@@ -217,7 +217,8 @@ def check_ranges(
     if not ranges:
         raise ConfigError(
             f"{backend} got no activation ranges, and weights alone have no int8 form there: "
-            f'quantize with activation_mode="static" (a model with "float" has no ranges)'
+            f'quantize with activation_mode="static" (a model with "float" has no ranges, nor '
+            f"have its end layers, and any that `slowdown` leaves in float)"
         )
     static = static_ranges(ranges, backend)
     check_names(static, rounded)

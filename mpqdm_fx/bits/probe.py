@@ -117,8 +117,8 @@ class Probe(fx.Interpreter):
     def end(self, leaves: list[Tensor], inputs: Mapping[str, Any], importance: Tensor) -> None:
         """A part of a call is over, and had these outputs."""
         for leaf in leaves:
-            energy = leaf.detach().double().square().reshape(len(leaf), -1).sum(dim=1).cpu()
-            root = importance.repeat_interleave(max(1, len(leaf) // len(importance)))
+            root = _by_row(importance, leaf)
+            energy = leaf.detach().double().square().reshape(len(root), -1).sum(dim=1).cpu()
             self.output_energy += float(energy @ root.double())
         self.watched, self.read = [], {}
         self.samples += len(importance)
@@ -130,8 +130,8 @@ class Probe(fx.Interpreter):
         for leaf in leaves:
             draw = torch.randint(2, leaf.shape, generator=self.generator) * 2 - 1
             # The root of a sample's importance: squared, it weighs that sample's energies.
-            root = importance.sqrt().repeat_interleave(max(1, len(leaf) // len(importance)))
-            signs.append((draw * root.view(-1, *[1] * (leaf.dim() - 1))).to(leaf))
+            root = _by_row(importance, leaf).sqrt()
+            signs.append((draw.reshape(len(root), -1) * root[:, None]).to(leaf).view(leaf.shape))
         return signs
 
     def seen(self) -> list[Tensor]:
@@ -254,6 +254,17 @@ class _Read:
 
     call: fx.Node
     value: Tensor
+
+
+def _by_row(weights: Tensor, output: Tensor) -> Tensor:
+    """Weights [B] of the samples for the rows of an output; one for all where they share it.
+
+    A loss beside the image has no axis, or one that is no multiple of the samples.
+    """
+    rows = len(output) if output.dim() else 1
+    if not output.dim() or rows % len(weights):
+        return weights.mean().expand(rows)
+    return weights.repeat_interleave(rows // len(weights))
 
 
 def _by_sample(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:

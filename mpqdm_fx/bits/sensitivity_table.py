@@ -5,11 +5,12 @@ does to the model's output, and how large that error is at each width. Their pro
 that `numerics.bits.budget.allocate_budget` shares a budget by.
 """
 
+import hashlib
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field
@@ -19,7 +20,8 @@ from mpqdm_fx.bits.noise_groups import NoiseGroups
 from mpqdm_fx.errors import ArtifactError, ConfigError
 from mpqdm_fx.graph.fingerprint import graph_fingerprint
 from mpqdm_fx.io.schema import Count, Name, Shape, Strict, validated
-from mpqdm_fx.io.tensors import read_record, write_record
+from mpqdm_fx.io.sealed import digest_of
+from mpqdm_fx.io.tensors import hash_tensor, read_record, write_record
 from mpqdm_fx.numerics.bits.budget import LayerCosts
 from mpqdm_fx.numerics.levels.codebook import LevelKind
 from mpqdm_fx.numerics.levels.grids import CODEBOOK_MAX_BITS, MAX_BITS
@@ -240,9 +242,20 @@ class SensitivityTable:
             The path.
         """
         target = Path(path)
-        head = {
+        write_record(target, _KIND, _VERSION, {**self._head(), "run": self.run}, self._tensors())
+        return target
+
+    def digest(self) -> str:
+        """SHA-256 of what was measured, whatever run measured it; hexadecimal."""
+        digest = hashlib.sha256(digest_of(self._head()).encode())
+        for name, tensor in self._tensors().items():
+            digest.update(f"{name}\0".encode())
+            hash_tensor(digest, tensor)
+        return digest.hexdigest()
+
+    def _head(self) -> dict[str, Any]:
+        return {
             "fingerprint": self.fingerprint,
-            "run": self.run,
             "seed": self.seed,
             "probes": self.probes,
             "samples": self.samples,
@@ -250,14 +263,14 @@ class SensitivityTable:
             "argument": self.groups.levels.argument,
             "layers": [[layer.name, list(layer.shape)] for layer in self.layers],
         }
-        tensors = {
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
             f"{index}.{key}": getattr(layer, key)
             for index, layer in enumerate(self.layers)
             for key in _SHAPES
             if getattr(layer, key) is not None
         }
-        write_record(target, _KIND, _VERSION, head, tensors)
-        return target
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

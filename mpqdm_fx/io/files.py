@@ -153,11 +153,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """An empty file that takes the place of `path` when the block is through, else goes.
 
     Args:
-        path: Where the file is to be; its folder is made.
+        path: Where the file is to be, or a link to it; its folder is made.
 
     Yields:
         The file, of the same name in a hidden folder beside its place, to be filled.
+
+    Raises:
+        ArtifactError: A folder, a device or a pipe is there, which no file takes the place of.
     """
+    path = Path(os.path.realpath(path))  # of a link, the file it leads to is replaced
+    if path.exists() and not path.is_file():
+        raise ArtifactError(f"{path} is there and no regular file; give a file's name")
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name[:_LONGEST]
     sweep_abandoned(path.parent, name, "part")

@@ -230,7 +230,9 @@ def pareto_to_folder(
     data = calibration_of(source, trajectories=trajectories, steps=steps, seed=config.seed)
     prepared = prepare_on(source.model, config, data, run=run)
     calls = list(prepared.records)
-    identity = run_identity(prepared.graph_module, calls, prepared.records.held_out, config)
+    identity = run_identity(
+        prepared.graph_module, calls, prepared.records.held_out, config, half=run.half
+    )
     Checkpoint(root, {**identity, "evaluation": evaluation}, resume=run.resume)
     for index, (budget, settings) in enumerate(configs.items()):
         if not budgets.place(budget).is_dir():

@@ -30,6 +30,7 @@ from mpqdm_fx.graph.signature import Signature
 from mpqdm_fx.io.folders import OUTPUTS
 from mpqdm_fx.io.schema import Strict
 from mpqdm_fx.model.quantized import QuantizedModel
+from mpqdm_fx.numerics.metrics import float64_parts
 
 __all__ = ["KERNEL_TOLERANCE", "Environment", "check_outputs", "proof_inputs", "write_outputs"]
 
@@ -162,8 +163,8 @@ def check_outputs(path: Path, written_in: Environment, quantized: QuantizedModel
     changed = ", ".join(key for key, value in here if value != there[key])
     floats = _run(quantized.rounded, quantized, positive=stored.positive)
     stored_floats = stored.outputs("rounded", floats)
-    noise = _energy(_minus(expected, stored_floats)) + KERNEL_TOLERANCE**2 * _energy(expected)
-    far = _energy(_minus(floats, stored_floats)) > KERNEL_TOLERANCE**2 * _energy(stored_floats)
+    noise = _energy(_minus(expected, stored_floats)) + KERNEL_TOLERANCE**2 * _signal(expected)
+    far = _energy(_minus(floats, stored_floats)) > KERNEL_TOLERANCE**2 * _signal(stored_floats)
     far = far or math.isinf(noise)  # of such a model no bound tells anything
     if not changed or far or not _energy(_minus(outputs, expected)) <= 2 * noise:
         place = f"another {changed}" if changed else "same machine, same torch"
@@ -207,9 +208,14 @@ class _Stored:
 def _minus(ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
     """Differences; where both are NaN, or the same infinity, there is none."""
     return [
-        torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a.double() - b.double())
-        for a, b in zip(ours, theirs, strict=True)
+        torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b)
+        for a, b in zip(map(float64_parts, ours), map(float64_parts, theirs), strict=True)
     ]
+
+
+def _signal(values: list[Tensor]) -> float:
+    """Sum of squares of what is finite: infinities of a mask are no size."""
+    return _energy([value.masked_fill(value.isinf(), 0.0) for value in map(float64_parts, values)])
 
 
 def _energy(values: list[Tensor]) -> float:
@@ -220,7 +226,7 @@ def _energy(values: list[Tensor]) -> float:
 
 def _decibels(outputs: list[Tensor], expected: list[Tensor]) -> str:
     error = _energy(_minus(outputs, expected))
-    signal = _energy(expected)
+    signal = _signal(expected)
     if not 0 < error < math.inf or not signal:
         return "not one number alike" if error else "no difference"
     return f"{10 * math.log10(signal / error):.1f} dB"

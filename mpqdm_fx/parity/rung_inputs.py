@@ -145,7 +145,10 @@ def read_calls(
 
 
 def _checked(name: object, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> int:
-    """Number of calls; refuses tensors that are not a graph's inputs and finite outputs."""
+    """Number of calls; refuses tensors that are not a graph's inputs and what it returns.
+
+    Outputs may have any dtype, and infinities where a mask has them.
+    """
     outputs = {f"out.{index}" for index in range(len(tensors) - len(inputs))}
     if not outputs or set(tensors) != {*inputs, *outputs}:
         raise ArtifactError(
@@ -158,16 +161,15 @@ def _checked(name: object, tensors: Mapping[str, Tensor], inputs: Mapping[str, T
         fits = tensor.dim() > 0 and 0 < len(tensor) == count
         if like is not None:
             fits = fits and tensor.shape[1:] == like.shape and tensor.dtype == like.dtype
-        else:
-            fits = fits and tensor.is_floating_point()
         if not fits:
             expected = "" if like is None else f", wanted is {like.dtype} {list(like.shape)} a call"
             raise ArtifactError(
                 f"{name} is damaged or of another model: {key} is {tensor.dtype} "
                 f"{list(tensor.shape)}{expected}"
             )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ArtifactError(f"{name} is damaged: {key} holds NaN or infinity")
+        if bool((tensor.isnan() if like is None else ~tensor.isfinite()).any()):
+            what = "NaN" if like is None else "NaN or infinity"
+            raise ArtifactError(f"{name} is damaged: {key} holds {what}")
     return count
 
 

@@ -27,6 +27,7 @@ HEADER = "sweep.json"
 
 _KIND, _VERSION = "solved layer", 1
 _FIX = "delete this file and resume"
+_LAYERS = "layer-*.safetensors"
 _LONGEST = 80  # characters of a layer's name that its file's name repeats
 
 _Amount = Annotated[float, Field(ge=0)]
@@ -77,11 +78,13 @@ class Checkpoint:
         resume: bool = False,
         fix: str = _FIX,
     ) -> None:
-        run = UnfinishedRun(
-            Path(directory), HEADER, identity, resume=resume, solved="layer-*.safetensors"
-        )
+        run = UnfinishedRun(Path(directory), HEADER, identity, resume=resume, solved=_LAYERS)
         self.directory, self.run = run.directory, run.digest
         self._fix = fix
+
+    def holds_layers(self) -> bool:
+        """Whether a layer was solved already."""
+        return any(self.directory.glob(_LAYERS))
 
     def load(self, layer: WeightLayer) -> LayerSolution | None:
         """The solution of a layer, or None if it was not solved yet.

@@ -20,22 +20,37 @@ def run_identity(
     calls: Sequence[Mapping[str, Any]],
     held_out: Sequence[int],
     settings: MPQConfig,
+    *,
+    half: bool = False,
 ) -> dict[str, Any]:
-    """Plain JSON types that differ wherever two runs would give other numbers."""
-    return {
+    """Plain JSON types that differ wherever two runs would give other numbers.
+
+    Args:
+        graph_module: Normalized float graph.
+        calls: All calibration calls.
+        held_out: Indices of the calls that judge.
+        settings: The run's settings.
+        half: Whether activations are held as float16.
+    """
+    identity = {
         "settings": settings.to_dict(),
         "model": graph_fingerprint(graph_module)[:16],
         "calibration": calls_digest(calls),
         "held_out": list(held_out),
         "versions": versions(),
     }
+    # told where it is so alone: runs of before, which do not tell, were of full precision mostly
+    return {**identity, "half": True} if half else identity
 
 
 def calls_digest(calls: Sequence[Mapping[str, Any]]) -> str:
-    """Hash of recorded calls, 16 hexadecimal digits."""
+    """Hash of recorded calls, 16 hexadecimal digits: tensors, constants, and their places."""
     digest = hashlib.sha256()
     for call in calls:
-        for leaf in pytree.tree_leaves(dict(call)):
+        for place, leaf in pytree.tree_leaves_with_path(dict(call)):
+            digest.update(f"{pytree.keystr(place)}\0".encode())
             if isinstance(leaf, Tensor):
                 hash_tensor(digest, leaf)
+            else:
+                digest.update(f"{leaf!r}\0".encode())
     return digest.hexdigest()[:16]

@@ -78,6 +78,7 @@ def measured_table(
     Raises:
         CalibrationError: Gradients or rows are not finite.
         ArtifactError: The file is damaged, or of another model.
+        ConfigError: The run in the checkpoint's folder went by another table.
     """
     default = None if checkpoint is None else checkpoint.directory / TABLE
     path = path or default
@@ -90,6 +91,8 @@ def measured_table(
                 raise ArtifactError(
                     f"{path} is of another run than the folder it lies in; delete it and resume"
                 )
+            if checkpoint is not None and checkpoint.holds_layers() and path != default:
+                _check_kept(checkpoint, table, path)
             return table
         table = measure_sensitivity(
             scaled,
@@ -111,6 +114,16 @@ def measured_table(
     table = shards.once(make)
     table.check(graph_module)
     return table
+
+
+def _check_kept(checkpoint: Checkpoint, table: SensitivityTable, path: Path) -> None:
+    """Refuse other sensitivities than those by which a run in this folder shared its bits."""
+    kept = checkpoint.directory / TABLE
+    if kept.is_file() and SensitivityTable.load(kept).digest() != table.digest():
+        raise ConfigError(
+            f"{path} holds other sensitivities than this run began with; give the sensitivity file "
+            f"of the run that was killed, or start anew"
+        )
 
 
 def solve_budget(

@@ -144,7 +144,7 @@ class _Kept:
             if name not in limits.skipped
         }
         digests = layer_digests(layers)
-        identity = run_identity(graph_module, calls, held_out, settings)
+        identity = run_identity(graph_module, calls, held_out, settings, half=run.half)
         start, checkpoint = None, None
         if run.start_from is not None:
             folder = Path(run.start_from)

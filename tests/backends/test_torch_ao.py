@@ -245,3 +245,9 @@ def test_fbgemm_without_vnni_is_warned_of(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         to_qconfig_mapping(graph, "observe", engine="fbgemm")
     assert "saturate" in caplog.text
+
+
+def test_a_model_of_ends_alone_is_told_why_it_has_no_ranges():
+    graph, _, inputs = rounded(Residual())
+    with pytest.raises(ConfigError, match="nor have its end layers"):
+        lower_torch_ao(graph, {}, inputs)

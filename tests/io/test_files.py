@@ -65,6 +65,25 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_of_a_link_the_file_it_leads_to_is_written(tmp_path):
+    (tmp_path / "far").mkdir()
+    link = tmp_path / "page"
+    link.symlink_to("far/real")
+    for text in ("first", "second"):
+        write_text(link, text)
+        assert link.is_symlink()
+        assert (tmp_path / "far" / "real").read_text() == text
+
+
+def test_no_file_takes_the_place_of_a_pipe_or_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(ArtifactError, match=f"{name} is there and no regular file"):
+            write_text(tmp_path / name, "text")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_two_writers_of_one_file_are_not_in_each_others_way(tmp_path):
     target = tmp_path / "file"
     with replacing(target) as first, replacing(target) as second:

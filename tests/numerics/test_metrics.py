@@ -52,3 +52,9 @@ def test_nan_is_reported_as_nan(reference):
 def test_different_shapes_are_refused():
     with pytest.raises(ConfigError, match=r"\(3,\).*\(3, 1\)"):
         sqnr_db(torch.zeros(3), torch.zeros(3, 1))
+
+
+def test_both_parts_of_complex_numbers_count():
+    reference = torch.complex(torch.ones(8), torch.ones(8))
+    assert sqnr_db(reference, torch.complex(torch.ones(8), torch.zeros(8))) == pytest.approx(3.0103)
+    assert sqnr_db(reference, reference.conj().conj()) == math.inf

@@ -13,6 +13,7 @@ from mpqdm_fx.errors import ArtifactError, CalibrationError, ConfigError
 from mpqdm_fx.graph.layers import weight_layers
 from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.sweep.finish import finish
+from mpqdm_fx.sweep.identity import calls_digest
 from mpqdm_fx.sweep.start import start_sweep
 
 
@@ -68,7 +69,8 @@ def test_resuming_with_other_settings_is_refused_and_the_difference_is_named(une
         start_sweep(graph, recorded(calls[:2]), settings_of(weight_bits=4), run=run)
 
 
-def test_resuming_with_other_sensitivities_is_refused_before_the_budget_is_missed(unet, tmp_path):
+@pytest.mark.parametrize("skew", [1e4, 1 + 1e-9])
+def test_resuming_with_other_sensitivities_is_refused_whatever_bits_they_give(unet, tmp_path, skew):
     graph, calls = unet
     settings = settings_of(allocation="measured", effective_bits=4.5)
     path = tmp_path / "table.safetensors"
@@ -82,15 +84,40 @@ def test_resuming_with_other_sensitivities_is_refused_before_the_budget_is_misse
     skewed = dataclasses.replace(
         table,
         layers=tuple(
-            dataclasses.replace(layer, sensitivity=layer.sensitivity * 1e4 ** (index % 2))
+            dataclasses.replace(layer, sensitivity=layer.sensitivity * skew ** (index % 2))
             for index, layer in enumerate(table.layers)
         ),
     )
     skewed_file = skewed.save(tmp_path / "other.safetensors")
-    run = RunOptions(directory=tmp_path / "run", resume=True, sensitivity=skewed_file)
-    again = start_sweep(graph, recorded(calls), settings, run=run)
+    again = dataclasses.replace(run, resume=True)
+    other = dataclasses.replace(again, sensitivity=skewed_file)
     with pytest.raises(ConfigError, match="give the sensitivity file of the run that was killed"):
-        finish(again)
+        start_sweep(graph, recorded(calls), settings, run=other)
+    start_sweep(graph, recorded(calls), settings, run=again)
+    start_sweep(graph, recorded(calls), settings, run=dataclasses.replace(again, sensitivity=None))
+
+
+def test_resuming_with_activations_of_other_precision_is_refused(unet, tmp_path):
+    graph, calls = unet
+    whole = RunOptions(directory=tmp_path / "whole")
+    halved = RunOptions(directory=tmp_path / "half", half=True)
+    for run in (whole, halved):
+        start_sweep(graph, recorded(calls), settings_of(), run=run)
+        start_sweep(graph, recorded(calls), settings_of(), run=run)
+        other = dataclasses.replace(run, half=not run.half)
+        with pytest.raises(ConfigError, match="half was"):
+            start_sweep(graph, recorded(calls), settings_of(), run=other)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [({"x": 1.0}, {"x": 2.0}), ({"x": [None, 1]}, {"x": [1, None]}), ({"x": 1}, {"y": 1})],
+)
+def test_constants_and_names_of_inputs_tell_calls_apart(first, second):
+    """Tensors beside them are the same."""
+    image = torch.zeros(2, 3)
+    assert calls_digest([{**first, "image": image}]) != calls_digest([{**second, "image": image}])
+    assert calls_digest([{"first": image}]) != calls_digest([{"second": image}])
 
 
 @pytest.mark.parametrize("seed", [2**24, 20260101, 2**62 - 1])

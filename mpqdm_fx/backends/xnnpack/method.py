@@ -21,9 +21,10 @@ from mpqdm_fx.backends.xnnpack.reference import Reference
 from mpqdm_fx.backends.xnnpack.runnable_activations import runnable_activations
 from mpqdm_fx.backends.xnnpack.runner import flat_inputs, sorted_entries
 from mpqdm_fx.errors import ConfigError, LoweringError
-from mpqdm_fx.graph.editing import replace_module, shallow_clone
+from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
 from mpqdm_fx.graph.fixed_sizes import fixed_sizes
 from mpqdm_fx.graph.layers import weight_layers
+from mpqdm_fx.graph.nested import named_leaves
 from mpqdm_fx.graph.qdq import is_dequantize, qdq_parameters
 from mpqdm_fx.records.activations import Activation
 
@@ -66,7 +67,9 @@ class Method:
     ) -> None:
         self.inputs = positional(example_inputs)
         _refuse_unknown_sizes(graph)
-        self.graph = graph = fixed_sizes(graph, self.inputs)
+        graph = fixed_sizes(graph, self.inputs)
+        self._output_names = _output_names(graph)
+        self.graph = graph = _tensors_alone(graph)
         self.floats: dict[str, str] = {}
         self.quantized: fx.GraphModule | None = None
         self.prepared: fx.GraphModule | None = None
@@ -120,10 +123,11 @@ class Method:
 
     @property
     def named_outputs(self) -> dict[str, Tensor]:
-        """Outputs in the order in which the program returns them; numbered if they have no name."""
-        returned = self.graph.graph.output_node().args[0]
-        names = returned if isinstance(returned, dict) else range(len(self.expected.outputs))
-        return dict(zip(map(str, names), self.expected.outputs, strict=True))
+        """Outputs in the order in which the program returns them; numbered if they have no name.
+
+        Entries of containers have dotted names.
+        """
+        return dict(zip(self._output_names, self.expected.outputs, strict=True))
 
     @property
     def output_scale(self) -> float | None:
@@ -178,6 +182,41 @@ def positional(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, 
 def argument_names(graph: fx.GraphModule) -> list[str]:
     """Names of a graph's inputs, in order."""
     return [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]
+
+
+def _output_names(graph: fx.GraphModule) -> list[str]:
+    """Names of the tensors that a graph returns, or their numbers."""
+    returned = graph.graph.output_node().args[0]
+    names = [name for name, leaf in named_leaves(returned) if not _is_constant(leaf)]
+    return names if isinstance(returned, dict) else list(map(str, range(len(names))))
+
+
+def _tensors_alone(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph without the constants that it returns: a program's outputs are tensors."""
+    returned = graph.graph.output_node().args[0]
+    kept = _without_constants(returned)
+    if len(pytree.tree_leaves(kept)) == len(pytree.tree_leaves(returned)):
+        return graph
+    result = copy_graph_module(graph)
+    node = result.graph.output_node()
+    node.args = (_without_constants(node.args[0]),)
+    result.recompile()
+    return result
+
+
+def _without_constants(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_constants(v) for key, v in value.items() if not _is_constant(v)}
+    if isinstance(value, (list, tuple)):
+        return [_without_constants(entry) for entry in value if not _is_constant(entry)]
+    return value
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a graph returns no tensor here, nor a container."""
+    if isinstance(value, fx.Node):
+        return isinstance(value.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat))
+    return not isinstance(value, (Mapping, list, tuple))
 
 
 def _refuse_unknown_sizes(graph: fx.GraphModule) -> None:

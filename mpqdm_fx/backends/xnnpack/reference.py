@@ -165,9 +165,17 @@ def _finite(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _sqnr(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
-    result = sqnr_db(_joined(expected), _joined(actual))
+    """Of all outputs, each in units of its own size: a large one hides nothing in a small one."""
+    sizes = [_size(output) for output in expected] if len(expected) > 1 else [1.0]
+    result = sqnr_db(_joined(expected, sizes), _joined(actual, sizes))
     return -math.inf if math.isnan(result) else result
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().flatten().float() for t in tensors])
+def _size(output: Tensor) -> float:
+    """Root mean square; one if there is nothing but zeros."""
+    return float(output.double().square().mean().sqrt()) if bool(output.any()) else 1.0
+
+
+def _joined(tensors: Sequence[Tensor], sizes: Sequence[float]) -> Tensor:
+    parts = zip(tensors, sizes, strict=True)
+    return torch.cat([t.detach().flatten().float() / size for t, size in parts])

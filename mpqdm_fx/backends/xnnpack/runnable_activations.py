@@ -57,7 +57,8 @@ def runnable_activations(
         raise ConfigError(
             f"{_BACKEND} got no activation ranges, and weights alone have no int8 form there: "
             f'quantize with activation_mode="dynamic" or "static" (a model with "float" has no '
-            f"ranges), or lower the float form, `lower_xnnpack_float(quantized.rounded, ...)`"
+            f"ranges, nor have its end layers, and any that `slowdown` leaves in float), or lower "
+            f"the float form, `lower_xnnpack_float(quantized.rounded, ...)`"
         )
     static, dynamic = split_activations(kernel_activations(activations, _BACKEND))
     if static:

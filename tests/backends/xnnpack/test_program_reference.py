@@ -1,5 +1,6 @@
 """How near a program has to be to its graph, and which runs of the graph that takes."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,19 @@ def test_a_float_program_has_no_other_runs():
     expected = Reference(outputs=(OUTPUT,), bound_db=60.0, quality_db=None)
     with pytest.raises(LoweringError, match=r"expected at least 60\.0 dB"):
         expected.check(PROGRAM, [APART], None)
+
+
+@pytest.mark.parametrize("large", [1.0, 1e6])
+def test_a_large_output_hides_nothing_in_a_small_one(large):
+    outputs = (OUTPUT * large, OUTPUT)
+    expected = Reference(outputs=outputs, bound_db=30.0, quality_db=None)
+    near = expected.check(PROGRAM, [outputs[0], OUTPUT + 1e-4], None)[0]
+    assert near == pytest.approx(expected.check(PROGRAM, [OUTPUT * large, OUTPUT + 1e-4], None)[0])
+    with pytest.raises(LoweringError, match=r"3\.0 dB"):
+        expected.check(PROGRAM, [outputs[0], torch.zeros(100)], None)
+
+
+def test_outputs_of_zeros_have_no_size():
+    zeros = torch.zeros(100)
+    expected = Reference(outputs=(zeros, OUTPUT), bound_db=30.0, quality_db=None)
+    assert expected.check(PROGRAM, [zeros, OUTPUT], None)[0] == math.inf
