@@ -97,7 +97,9 @@ def evaluate_folder(
     if inputs is None and source.name != BUNDLED:
         source = as_recorded(source, folder, model=model)
     check_networks(networks, source, inputs=inputs)
-    names = ("epsilon_sqnr",) if inputs is not None else evaluated_metrics(source, networks)
+    names = (
+        ("epsilon_sqnr",) if inputs is not None else evaluated_metrics(source, networks, num=num)
+    )
     check_evaluated(gates, source, {*names, *numbers}, str(folder))
     expect(
         lambda: evaluate_stages(
