@@ -291,7 +291,7 @@ def _identity(
     digest, start, loop = hashlib.sha256(), runs.start, recorder.scheduler
     values: Any = (start.noise, start.conditions, start.unconditional)
     if is_sampler(loop):  # its settings are its own affair, but they show in what it does
-        schedule = {"sampler": f"{type(loop).__module__}.{type(loop).__qualname__}"}
+        schedule: dict[str, Any] = {"sampler": f"{type(loop).__module__}.{type(loop).__qualname__}"}
         values = (values, dict(runs.inputs))
     else:
         # the convention turns the scheduler's steps into what the model is told
