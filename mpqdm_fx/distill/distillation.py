@@ -209,11 +209,15 @@ def _check_batch(signature: Signature, config: DistillConfig) -> None:
     fits = config.batch_size * halves == signature.batch
     fits = fits and not any(count % config.batch_size for count in counts)
     if not signature.dynamic_batch and not fits:
+        remedy = (
+            f"give batch_size={signature.batch // halves}, and trajectories, effect_runs and "
+            f"held_out that are multiples of it"
+        )
+        if signature.batch % halves:
+            remedy = "which are no two halves: train without guidance"
         raise ConfigError(
             f"{signature.model_class} was traced for {signature.batch} rows a call alone "
-            f"({signature.note or 'its batch is fixed'}); give "
-            f"batch_size={signature.batch / halves:g}"
-            f", and trajectories, effect_runs and held_out that are multiples of it"
+            f"({signature.note or 'its batch is fixed'}); {remedy}"
         )
 
 
@@ -287,10 +291,12 @@ def _identity(
     digest, start, loop = hashlib.sha256(), runs.start, recorder.scheduler
     values: Any = (start.noise, start.conditions, start.unconditional)
     if is_sampler(loop):  # its settings are its own affair, but they show in what it does
-        schedule = {"sampler": f"{type(loop).__module__}.{type(loop).__qualname__}"}
+        schedule: dict[str, Any] = {"sampler": f"{type(loop).__module__}.{type(loop).__qualname__}"}
         values = (values, dict(runs.inputs))
     else:
-        schedule = json.loads(loop.to_json_string())
+        # the convention turns the scheduler's steps into what the model is told
+        called = dataclasses.asdict(recorder.convention)
+        schedule = {**json.loads(loop.to_json_string()), "convention": called}
     for value in pytree.tree_leaves(values):
         if isinstance(value, Tensor):
             hash_tensor(digest, value)

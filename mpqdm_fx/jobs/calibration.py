@@ -1,7 +1,7 @@
 """What a job calibrates on, and what it measures with: denoising runs, or the user's own calls."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.pipelines.components import in_pipeline
 from mpqdm_fx.pipelines.prompts import read_prompts
+from mpqdm_fx.report.reference_run import EVALUATION_SEED
 from mpqdm_fx.sources.functions import GivenCalls
 from mpqdm_fx.sources.source import Source
 from mpqdm_fx.sources.sources import load_with_calls
@@ -18,6 +19,7 @@ __all__ = [
     "BATCH",
     "HELD_OUT_RUNS",
     "calibration_of",
+    "check_unseen",
     "held_out_of",
     "open_source",
     "rows_of",
@@ -72,10 +74,12 @@ def calibration_of(
     Or the user's own calls, where there are some.
 
     Raises:
-        ConfigError: There are none, and no scheduler for runs.
+        ConfigError: There are none, and no scheduler for runs; or the seed is that of the runs that
+            judge.
     """
     if source.calls is not None:
         return source.calls
+    check_unseen(EVALUATION_SEED, [seed])
     warn_of(source)
     return _runs(source, trajectories=trajectories, steps=steps, seed=seed)
 
@@ -87,6 +91,25 @@ def held_out_of(
     if source.calls is not None:
         return source.calls.held_out
     return _runs(source, trajectories=HELD_OUT_RUNS, steps=steps, seed=seed, unseen=True)
+
+
+def check_unseen(judges: int, made: Iterable[int]) -> None:
+    """Refuse seeds that would judge a model by the very runs that it was made on.
+
+    Args:
+        judges: Seed of an evaluation: of its held-out runs, and the next one of its samples.
+        made: Seeds of the runs that the model was calibrated or trained on.
+
+    Raises:
+        ConfigError: They start from the same noise.
+    """
+    for seed in made:
+        if seed in (judges, judges + 1):
+            raise ConfigError(
+                f"seed {seed} is that of the runs that the model is made on, and evaluations with "
+                f"seed {judges} start from {judges} and {judges + 1}: they would judge by what "
+                f"calibration saw; give another --seed"
+            )
 
 
 def rows_of(source: Source, trajectories: int, steps: int) -> int:

@@ -16,7 +16,7 @@ from mpqdm_fx.io.folders import check_target
 from mpqdm_fx.io.processes import is_first
 from mpqdm_fx.io.progress import expect
 from mpqdm_fx.io.unfinished import refuse_foreign_folder
-from mpqdm_fx.jobs.calibration import warn_of
+from mpqdm_fx.jobs.calibration import check_unseen, warn_of
 from mpqdm_fx.jobs.command_text import distill_command
 from mpqdm_fx.jobs.copied_folder import copy_folder
 from mpqdm_fx.jobs.estimate import TrainingEstimate, estimate_training
@@ -32,6 +32,7 @@ from mpqdm_fx.model.storage import load
 from mpqdm_fx.model.summary import read_summary
 from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.records.validation import NonNegative, Some, checked
+from mpqdm_fx.report.reference_run import EVALUATION_SEED
 from mpqdm_fx.sources.denoisers import origin_of, source_of
 
 __all__ = ["distill_folder"]
@@ -83,6 +84,7 @@ def distill_folder(
     summary = read_summary(opened)
     form = ProgramForm.of(summary["backend"], opened.manifest.program)
     check_target(output, overwrite=overwrite)
+    check_unseen(EVALUATION_SEED, [config.seed])
     state = checkpoint_of(output)
     refuse_foreign_folder(state, state_path(state).name)
     if has_state(state) and not resume:

@@ -8,7 +8,7 @@ from typing import Any
 from mpqdm_fx.backends.names import PROGRAMS
 from mpqdm_fx.graph.noise_argument import find_noise_argument
 from mpqdm_fx.io.progress import expect, stage
-from mpqdm_fx.jobs.calibration import held_out_of
+from mpqdm_fx.jobs.calibration import check_unseen, held_out_of
 from mpqdm_fx.jobs.evaluation import (
     PICTURE_METRICS,
     Evaluation,
@@ -24,6 +24,7 @@ from mpqdm_fx.model.storage import load
 from mpqdm_fx.model.summary import SUMMARY, read_summary
 from mpqdm_fx.pipelines.components import as_recorded
 from mpqdm_fx.records.validation import Count, Seed, checked
+from mpqdm_fx.report.comparison import compare
 from mpqdm_fx.report.gates import (
     METRICS,
     Gate,
@@ -34,7 +35,6 @@ from mpqdm_fx.report.gates import (
 )
 from mpqdm_fx.report.metrics import EvaluationResult, epsilon_sqnr
 from mpqdm_fx.report.networks import Networks
-from mpqdm_fx.report.noise_levels import sqnr_by_noise_level
 from mpqdm_fx.report.reference_run import EVALUATION_SEED
 from mpqdm_fx.sources.denoisers import source_of
 from mpqdm_fx.sources.functions import calls_of
@@ -88,16 +88,23 @@ def evaluate_folder(
         classifier is bundled too.
 
     Raises:
-        ConfigError: A gate cannot be judged, a network has nothing to judge, or the float model
-            cannot be run.
+        ConfigError: A gate cannot be judged, a network has nothing to judge, the float model cannot
+            be run, or the folder was made on runs of this very seed.
     """
     opened = open_folder(folder)
-    numbers = summary_metrics(read_summary(opened)) if SUMMARY in opened.files else {}
+    summary = read_summary(opened) if SUMMARY in opened.files else None
+    numbers = {} if summary is None else summary_metrics(summary)
+    if inputs is None:
+        trained = (summary or {}).get("distilled")
+        seeds = [] if trained is None else [trained["settings"]["seed"]]
+        check_unseen(seed, [opened.manifest.settings.seed, *seeds])
     source = source_of(folder, model)
     if inputs is None and source.name != BUNDLED:
         source = as_recorded(source, folder, model=model)
     check_networks(networks, source, inputs=inputs)
-    names = ("epsilon_sqnr",) if inputs is not None else evaluated_metrics(source, networks)
+    names = (
+        ("epsilon_sqnr",) if inputs is not None else evaluated_metrics(source, networks, num=num)
+    )
     check_evaluated(gates, source, {*names, *numbers}, str(folder))
     expect(
         lambda: evaluate_stages(
@@ -199,9 +206,10 @@ def _compared(source: Source, quantized: QuantizedModel, inputs: str) -> dict[st
     """Outputs on the user's own calls, together and by noise level."""
     calls = calls_of(inputs, source.model, held_out=0).calls
     node = find_noise_argument(quantized.graph_module, quantized.settings.noise_argument)
-    levels: dict[str, float] = {}
-    if node is not None:
-        name = str(node.target)
-        ratios = sqnr_by_noise_level(source.model, quantized, calls, noise_argument=name)
-        levels = {f"epsilon_sqnr_at_{name}_{level:g}": ratio for level, ratio in ratios.items()}
-    return {"epsilon_sqnr": epsilon_sqnr(source.model, quantized, calls), **levels}
+    name = None if node is None else str(node.target)
+    comparison = compare(source.model, quantized, calls, noise_argument=name)
+    levels = {
+        f"epsilon_sqnr_at_{name}_{point.level:g}": point.sqnr_db
+        for point in (() if name is None else comparison.levels)
+    }
+    return {"epsilon_sqnr": comparison.sqnr_db, **levels}

@@ -14,7 +14,7 @@ from mpqdm_fx.report.gates import Gate, check_measured
 from mpqdm_fx.report.metrics import EvaluationResult, FeatureClassifier, evaluate_against
 from mpqdm_fx.report.networks import Networks
 from mpqdm_fx.report.reference_run import ReferenceRun, reference_run, run_reference, shows_pictures
-from mpqdm_fx.report.sample_metrics import measures_pictures
+from mpqdm_fx.report.sample_metrics import SMALLEST_SET, measures_pictures
 from mpqdm_fx.sources.model_names import BUNDLED
 from mpqdm_fx.sources.source import Source
 
@@ -119,12 +119,23 @@ def _no_pictures(_: Tensor) -> None:
     """Decode nothing."""
 
 
-def evaluated_metrics(source: Source, networks: Networks | None = None) -> tuple[str, ...]:
+_OF_SETS = (
+    "frechet_distance",
+    "kernel_distance",
+    "inception_distance",
+    "inception_kernel_distance",
+)
+
+
+def evaluated_metrics(
+    source: Source, networks: Networks | None = None, *, num: int = SMALLEST_SET
+) -> tuple[str, ...]:
     """Names of the metrics that the evaluation of a source gives, as in `METRICS`.
 
     Args:
         source: The float model, with the pipeline that it belongs to.
         networks: Further judges of pictures.
+        num: Samples that are drawn; a single one has no distance of sets.
     """
     if source.calls is not None or source.scheduler is None:
         return ("epsilon_sqnr",)
@@ -133,7 +144,7 @@ def evaluated_metrics(source: Source, networks: Networks | None = None) -> tuple
         names += [*PICTURE_METRICS, *(networks or Networks()).metrics]
     if source.name == BUNDLED:
         names += ["accuracy", "frechet_distance", "kernel_distance"]
-    return tuple(names)
+    return tuple(name for name in names if num >= SMALLEST_SET or name not in _OF_SETS)
 
 
 def check_evaluated(

@@ -143,15 +143,16 @@ def check_pareto(
     UnfinishedRun.check(checkpoint_of(output), HEADER, identity, resume=resume, solved="bits-*")
 
 
-def pick_metrics(source: Source, form: ProgramForm) -> tuple[str, ...]:
+def pick_metrics(source: Source, form: ProgramForm, num: int) -> tuple[str, ...]:
     """Names of the metrics that every budget is measured by, and that a pick may name.
 
     Args:
         source: The float model.
         form: Form of the folder that is picked.
+        num: Samples of the free-running metrics.
     """
     sizes = ("parameter_bytes", "effective_bits", "seconds")
-    return (*evaluated_metrics(source), *sizes, *(() if form.has_program else ("bytes",)))
+    return (*evaluated_metrics(source, num=num), *sizes, *(() if form.has_program else ("bytes",)))
 
 
 @checked
@@ -204,8 +205,9 @@ def pareto_to_folder(
         resume=run.resume, overwrite=overwrite,
     )  # fmt: skip
     check_evaluated(
-        pick or (), source, {*pick_metrics(source, form)}, f"budgets of {source.name}", "--pick"
-    )
+        pick or (), source, {*pick_metrics(source, form, num)}, f"budgets of {source.name}",
+        "--pick",
+    )  # fmt: skip
     configs = {budget: budget_settings(config, budget) for budget in sorted(bits)}
     for settings in configs.values():
         check_feasible(

@@ -200,7 +200,7 @@ def open_report(
     else:
         with stage("comparing outputs"):
             measured = _measured(quantized, source, inputs, sensitivity, why)
-        record = _record(folder, source, measured)
+        record = _record(folder, source, measured, own_calls=inputs is not None)
     if no_source:
         record = record.model_copy(update={"missing": {**record.missing, "float": no_source}})
     denoiser, saved = _runner(folder, quantized), None
@@ -314,11 +314,16 @@ def _measured(
     )
 
 
-def _record(folder: ModelFolder, source: Source | None, measured: PartMeasurements) -> ReportRecord:
+def _record(
+    folder: ModelFolder, source: Source | None, measured: PartMeasurements, *, own_calls: bool
+) -> ReportRecord:
     manifest = folder.manifest
     with folder.files.opened(WEIGHTS) as path:
         plan = read_packed(path, manifest.weights, name=folder.root / WEIGHTS).plan
     summary = read_summary(folder) if SUMMARY in folder.files else None
+    if summary is not None and own_calls:  # the summary's ratios are of other calls
+        ratios = ("epsilon_sqnr_db", "backend_epsilon_sqnr_db")
+        summary = {key: value for key, value in summary.items() if key not in ratios}
     part = part_of(
         "unet",
         manifest.signature.model_class,

@@ -23,8 +23,8 @@ from mpqdm_fx.pipelines.recorded import ModuleParts
 from mpqdm_fx.pipelines.runner import PipelineRunner
 from mpqdm_fx.pipelines.sound_files import Sounds
 from mpqdm_fx.pipelines.spectrograms import FLOOR_DB, spectrogram
-from mpqdm_fx.report.comparison import row_powers
 from mpqdm_fx.report.images import save_rows
+from mpqdm_fx.report.noise_levels import row_powers
 from mpqdm_fx.report.record import PictureNumbers
 from mpqdm_fx.report.reference_run import EVALUATION_SEED, shows_pictures
 from mpqdm_fx.report.sample_metrics import measures_pictures, psnr, ssim

@@ -16,10 +16,10 @@ from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.numerics.metrics import ratio_db
 from mpqdm_fx.records.activations import NoiseLevels
 from mpqdm_fx.records.validation import Count, checked
-from mpqdm_fx.report.noise_levels import noise_argument_of, told_levels
+from mpqdm_fx.report.noise_levels import noise_argument_of, row_powers, told_levels
 from mpqdm_fx.report.words import word_of_sqnr
 
-__all__ = ["Comparison", "LevelSqnr", "compare", "compare_all", "row_powers"]
+__all__ = ["Comparison", "LevelSqnr", "compare", "compare_all"]
 
 _MOST_LEVELS = 8
 
@@ -149,32 +149,6 @@ def compare_all(
             samples=sum(map(batch_size_of, batches)),
         )
     return result
-
-
-def row_powers(expected: Tensor, actual: Tensor, batch: int) -> Tensor:
-    """Energy of an output and of another one's difference from it, by sample.
-
-    Args:
-        expected: The float model's, any shape; a multiple of the batch in front, if it can be told
-            apart by sample.
-        actual: The other one's, same shape.
-        batch: Samples in the call.
-
-    Returns:
-        float64 [batch, 2], or [1, 2] where samples cannot be told apart.
-
-    Raises:
-        ConfigError: The shapes differ.
-    """
-    if expected.shape != actual.shape:
-        raise ConfigError(
-            f"the float model's output has shape {tuple(expected.shape)}, the other one's "
-            f"{tuple(actual.shape)}: they are not of one model"
-        )
-    exact = expected.detach().cpu().double()
-    squares = torch.stack([exact, exact - actual.detach().cpu().double()]).square()
-    rows = batch if exact.ndim and len(exact) and len(exact) % batch == 0 else 1
-    return squares.reshape(2, rows, -1).sum(dim=2).T
 
 
 def _counted(count: int, noun: str) -> str:

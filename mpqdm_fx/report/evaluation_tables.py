@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mpqdm_fx.report.gates import METRICS, Verdict
-from mpqdm_fx.report.words import word_of
+from mpqdm_fx.report.words import WORD_SCALES, word_of
 
 __all__ = ["evaluation_table", "gate_table", "shown"]
 
@@ -87,4 +87,7 @@ def _words(name: str, value: float, metrics: Mapping[str, Any]) -> str:
     floats = metrics.get(f"reference_{name}")
     if floats is not None:
         return f"float: {shown(name, floats)}"
+    scale, samples = WORD_SCALES.get(name), metrics.get("num_samples")
+    if scale is not None and samples is not None and samples < scale.samples:
+        return f"no word below {scale.samples} samples"
     return word_of(name, value)

@@ -112,8 +112,9 @@ def check_images(images: Tensor, caller: str) -> None:
 
 
 def pixels_of(images: Tensor) -> Tensor:
-    """Values in [-1, 1] as pixels, uint8 of the same shape; values outside are clipped."""
-    return ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    """Values in [-1, 1] as pixels, uint8 of the same shape; others are clipped, NaN is -1."""
+    values = images.detach().float().cpu().nan_to_num(nan=-1.0).clamp(-1, 1)
+    return ((values + 1) * 127.5).round().to(torch.uint8)
 
 
 def _zoom(shape: Sequence[int]) -> int:

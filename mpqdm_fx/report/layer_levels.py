@@ -11,8 +11,8 @@ from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.graph.signature import Signature, tensor_leaves
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.numerics.metrics import ratio_db
-from mpqdm_fx.report.comparison import LevelSqnr, row_powers
-from mpqdm_fx.report.noise_levels import noise_argument_of, told_levels
+from mpqdm_fx.report.comparison import LevelSqnr
+from mpqdm_fx.report.noise_levels import noise_argument_of, row_powers, told_levels
 
 __all__ = ["running_sqnr", "sqnr_by_layer"]
 

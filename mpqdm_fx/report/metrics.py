@@ -33,6 +33,7 @@ from mpqdm_fx.report.reference_run import (
     run_reference,
 )
 from mpqdm_fx.report.sample_metrics import (
+    SMALLEST_SET,
     class_accuracy,
     frechet_distance,
     kernel_distance,
@@ -105,9 +106,9 @@ class EvaluationResult:
     seed: int
 
     def to_dict(self) -> dict[str, float | int | str]:
-        """What was measured, for JSON; infinities become the strings "inf" and "-inf"."""
+        """What was measured, for JSON; no finite numbers become `"inf"`, `"-inf"` and `"nan"`."""
         return {
-            name: str(value) if isinstance(value, float) and math.isinf(value) else value
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in dataclasses.asdict(self).items()
             if value is not None
         }
@@ -156,7 +157,7 @@ def evaluate_against(
 
     Returns:
         What was measured; samples that are no pictures have no metrics of pictures, and none has
-        them where torchmetrics is not installed.
+        them where torchmetrics is not installed. A single sample has no distance of sets.
 
     Raises:
         CalibrationError: The model returns no tensor.
@@ -187,12 +188,17 @@ def _of_classes(
 ) -> dict[str, float]:
     """Metrics of samples that are to show classes."""
     labels = run.runs["conditions"]["class_labels"]
+    metrics = {
+        "accuracy": class_accuracy(classifier(images), labels),
+        "reference_accuracy": class_accuracy(classifier(run.images), labels),
+    }
+    if len(images) < SMALLEST_SET:
+        return metrics
     features = classifier.features(run.images), classifier.features(images)
     return {
         "frechet_distance": frechet_distance(*features),
         "kernel_distance": kernel_distance(*features),
-        "accuracy": class_accuracy(classifier(images), labels),
-        "reference_accuracy": class_accuracy(classifier(run.images), labels),
+        **metrics,
     }
 
 
@@ -219,7 +225,7 @@ def _of_pictures(
         return {}
     expected, pictures = shown
     metrics = {"psnr": psnr(expected, pictures), "ssim": ssim(expected, pictures)}
-    if "inception_distance" in networks.metrics:
+    if "inception_distance" in networks.metrics and len(pictures) >= SMALLEST_SET:
         features = tuple(networks.inception_features(images) for images in (expected, pictures))
         metrics["inception_distance"] = frechet_distance(*features)
         metrics["inception_kernel_distance"] = kernel_distance(*features)

@@ -5,6 +5,7 @@ The first two are the TorchScript files that came with StyleGAN2-ADA, `inception
 Nothing is downloaded.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,20 @@ class Networks:
 
     @torch.no_grad()
     def inception_features(self, images: Tensor) -> Tensor:
-        """Features [N, D] of pictures [N, 1 or 3, H, W] in [-1, 1].
+        """Features [N, D] of pictures [N, 1 or 3, H, W] in [-1, 1]; NaN of a picture that has NaN.
 
         Raises:
             ConfigError: The network is not there, or does not take the pictures.
         """
-        return _in_batches(
+        features = _in_batches(
             self._inception,
             _coloured(images).round().to(torch.uint8),
             "--inception",
             return_features=True,
         )
+        # a pixel of 8 bits cannot be NaN: it would look like any other
+        unsound = images.isnan().flatten(1).any(dim=1)
+        return features.masked_fill(unsound[:, None].to(features.device), math.nan)
 
     @torch.no_grad()
     def perceptual_distance(self, reference_images: Tensor, images: Tensor) -> float:
@@ -88,6 +92,8 @@ class Networks:
     def clip_score(self, images: Tensor, prompts: Sequence[str]) -> float:
         """CLIP score (Hessel et al. 2021) of pictures [N, 1 or 3, H, W] in [-1, 1], 0..100.
 
+        NaN where a picture has NaN.
+
         Args:
             images: The pictures.
             prompts: What each is to show.
@@ -102,6 +108,8 @@ class Networks:
                 f"clip_score: {len(images)} pictures and {len(prompts)} prompts; CLIP compares "
                 f"each picture with its own"
             )
+        if bool(images.isnan().any()):  # which pixels of 8 bits cannot hold
+            return math.nan
         return self._clip(_coloured(images).round().to(torch.uint8), prompts)
 
 

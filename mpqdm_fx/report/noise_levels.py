@@ -13,11 +13,11 @@ from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
 from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.io.ambient import plain_torch
-from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.numerics.metrics import ratio_db
 from mpqdm_fx.records.activations import NoiseLevels
 from mpqdm_fx.records.validation import Count, checked
 
-__all__ = ["noise_argument_of", "sqnr_by_noise_level", "told_levels"]
+__all__ = ["noise_argument_of", "row_powers", "sqnr_by_noise_level", "told_levels"]
 
 
 @plain_torch()
@@ -45,7 +45,7 @@ def sqnr_by_noise_level(
         Decibels by noise level (what the model is told), largest level first.
 
     Raises:
-        ConfigError: No argument tells noise levels.
+        ConfigError: No argument tells noise levels, or outputs cannot be told apart by sample.
         CalibrationError: There is no batch, or one cannot be used.
     """
     batches = list(inputs)
@@ -54,18 +54,54 @@ def sqnr_by_noise_level(
         raise CalibrationError("sqnr_by_noise_level got no batch of inputs; give at least one")
     name = _argument(batches[0], noise_argument)
     model = in_float32(reference)
-    expected, actual = (
-        torch.cat([first_tensor(denoiser(**batch)) for batch in batches])
-        for denoiser in (model, quantized)
+    # sums of rows: calls may have other shapes than their neighbours
+    powers = torch.cat(
+        [
+            row_powers(
+                first_tensor(model(**batch)), first_tensor(quantized(**batch)), batch_size_of(batch)
+            )
+            for batch in batches
+        ]
     )
     row_levels = told_levels(batches, name)
+    if len(row_levels) != len(powers):
+        raise ConfigError(
+            f"{name} tells {len(row_levels)} noise levels, and outputs are of {len(powers)} "
+            f"samples: they cannot be told apart by noise level"
+        )
     levels = NoiseLevels.of(row_levels, min(most, len(set(row_levels.tolist()))))
     groups = levels.group_of(row_levels)
     ratios = {}
     for group in reversed(range(levels.count)):
         rows = groups == group
-        ratios[float(row_levels[rows].mean())] = sqnr_db(expected[rows], actual[rows])
+        ratios[float(row_levels[rows].mean())] = ratio_db(*powers[rows].sum(dim=0).tolist())
     return ratios
+
+
+def row_powers(expected: Tensor, actual: Tensor, batch: int) -> Tensor:
+    """Energy of an output and of another one's difference from it, by sample.
+
+    Args:
+        expected: The float model's, any shape; a multiple of the batch in front, if it can be told
+            apart by sample.
+        actual: The other one's, same shape.
+        batch: Samples in the call.
+
+    Returns:
+        float64 [batch, 2], or [1, 2] where samples cannot be told apart.
+
+    Raises:
+        ConfigError: The shapes differ.
+    """
+    if expected.shape != actual.shape:
+        raise ConfigError(
+            f"the float model's output has shape {tuple(expected.shape)}, the other one's "
+            f"{tuple(actual.shape)}: they are not of one model"
+        )
+    exact = expected.detach().cpu().double()
+    squares = torch.stack([exact, exact - actual.detach().cpu().double()]).square()
+    rows = batch if exact.ndim and len(exact) and len(exact) % batch == 0 else 1
+    return squares.reshape(2, rows, -1).sum(dim=2).T
 
 
 def noise_argument_of(batch: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,7 @@
 """Numbers of two sets of samples, by torchmetrics: distances of features, likeness of pictures."""
 
 import importlib.util
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.numerics.metrics import sqnr_db
 
 __all__ = [
+    "SMALLEST_SET",
     "class_accuracy",
     "frechet_distance",
     "from_torchmetrics",
@@ -21,6 +23,9 @@ __all__ = [
     "x0_median_sqnr",
     "x0_sqnr",
 ]
+
+SMALLEST_SET = 2
+"""Samples of a set that has a covariance, and so a distance from another set."""
 
 _WINDOW = 11  # pixels of a side, and its Gaussian's deviation: Wang et al. 2004
 _DEVIATION = 1.5
@@ -60,7 +65,7 @@ def x0_median_sqnr(reference_images: Tensor, images: Tensor) -> float:
 
     Returns:
         Decibels, of an even number of samples the lower of the two in the middle; inf when
-        identical.
+        identical. A sample that holds NaN is worse than any other.
 
     Raises:
         ConfigError: The shapes differ.
@@ -71,7 +76,9 @@ def x0_median_sqnr(reference_images: Tensor, images: Tensor) -> float:
             "differ; give samples from the same noise"
         )
     ratios = [sqnr_db(one, other) for one, other in zip(reference_images, images, strict=True)]
-    return sorted(ratios)[(len(ratios) - 1) // 2]
+    # NaN compares with nothing: a plain sort would leave the others in no order
+    ordered = sorted(ratios, key=lambda ratio: (not math.isnan(ratio), ratio))
+    return ordered[(len(ratios) - 1) // 2]
 
 
 def frechet_distance(reference_features: Tensor, features: Tensor) -> float:
@@ -86,18 +93,21 @@ def frechet_distance(reference_features: Tensor, features: Tensor) -> float:
         features: Float [M, D], M at least 2.
 
     Returns:
-        The distance, in squared units of the features; rounding below zero is clipped.
+        The distance, in squared units of the features; rounding below zero is clipped; NaN where
+        a feature is no finite number.
 
     Raises:
         ConfigError: torchmetrics is missing, or the shapes do not fit.
     """
     _check_features("frechet_distance", reference_features, features)
+    if not _all_finite(reference_features, features):
+        return math.nan
     kind = from_torchmetrics("image.fid", "FrechetInceptionDistance")
     metric = kind(feature=_PassFeatures(reference_features.shape[1]), normalize=True)
     metric.set_dtype(torch.float64)
     metric.update(reference_features.detach().double(), real=True)
     metric.update(features.detach().double(), real=False)
-    return max(0.0, float(metric.compute()))
+    return _at_least_zero(float(metric.compute()))
 
 
 def kernel_distance(reference_features: Tensor, features: Tensor) -> float:
@@ -114,16 +124,19 @@ def kernel_distance(reference_features: Tensor, features: Tensor) -> float:
         features: Float [M, D], M at least 2.
 
     Returns:
-        The squared discrepancy; smaller is better, 0 is best; rounding below zero is clipped.
+        The squared discrepancy; smaller is better, 0 is best; rounding below zero is clipped; NaN
+        where a feature is no finite number.
 
     Raises:
         ConfigError: torchmetrics is missing, or the shapes do not fit.
     """
     _check_features("kernel_distance", reference_features, features)
+    if not _all_finite(reference_features, features):
+        return math.nan
     kernel = from_torchmetrics("image.kid", "poly_kernel")
     expected, actual = reference_features.detach().double(), features.detach().double()
     within = kernel(expected, expected).mean() + kernel(actual, actual).mean()
-    return max(0.0, float(within - 2 * kernel(expected, actual).mean()))
+    return _at_least_zero(float(within - 2 * kernel(expected, actual).mean()))
 
 
 def psnr(reference_images: Tensor, images: Tensor) -> float:
@@ -189,13 +202,17 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
         labels: Int64 [N].
 
     Returns:
-        A share in 0..1.
+        A share in 0..1; a row that holds NaN shows no class.
 
     Raises:
         ConfigError: torchmetrics is missing.
     """
     kind = from_torchmetrics("classification", "MulticlassAccuracy")
-    return float(kind(num_classes=logits.shape[1], average="micro")(logits, labels))
+    metric = kind(num_classes=logits.shape[1], average="micro")
+    sound = ~logits.isnan().any(dim=1)
+    if not sound.any():
+        return 0.0
+    return float(metric(logits[sound], labels[sound])) * (int(sound.sum()) / len(sound))
 
 
 class _PassFeatures(nn.Identity):
@@ -206,9 +223,22 @@ class _PassFeatures(nn.Identity):
         self.num_features = size  # torchmetrics asks for it
 
 
+def _all_finite(*tensors: Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _at_least_zero(distance: float) -> float:
+    # `max(0.0, nan)` is 0.0, the best distance there is
+    return distance if math.isnan(distance) else max(0.0, distance)
+
+
 def _check_features(name: str, reference_features: Tensor, features: Tensor) -> None:
     for side, matrix in (("reference_features", reference_features), ("features", features)):
-        if matrix.ndim != 2 or len(matrix) < 2 or matrix.shape[1] != reference_features.shape[-1]:
+        if (
+            matrix.ndim != 2
+            or len(matrix) < SMALLEST_SET
+            or matrix.shape[1] != reference_features.shape[-1]
+        ):
             raise ConfigError(
                 f"{name}: {side} has shape {tuple(matrix.shape)}; both sets must be "
                 "[at least 2, D] with one D"

@@ -20,11 +20,14 @@ class WordScale:
         steps: The worst value that still has each word.
         otherwise: The word of what is worse than all of them.
         higher_is_better: Whether larger values are better.
+        samples: Samples that the words were set by; what is biased by their number has no word of
+            fewer.
     """
 
     steps: tuple[tuple[float, str], ...]
     otherwise: str
     higher_is_better: bool
+    samples: int = 1
 
     def word(self, value: float) -> str:
         """The word of a value; that of NaN is `not a number`."""
@@ -76,11 +79,12 @@ WORD_SCALES: Mapping[str, WordScale] = {
         higher_is_better=True,
     ),
     # The bundled classifier's features: between two sets of 256 float samples of other noise the
-    # distance is 7.
+    # distance is 7. Of fewer it is larger, of the same model: 7 of 8 samples, 1 of 256.
     "frechet_distance": WordScale(
         steps=((0.5, "as float"), (2, "very close"), (7, "close"), (30, "another distribution")),
         otherwise="broken",
         higher_is_better=False,
+        samples=256,
     ),
 }
 """By metric, as `report.gates.METRICS` names them. Metrics without an entry have no word."""

@@ -350,15 +350,6 @@ def test_effects_do_not_depend_on_how_many_runs_go_at_once(quantized, parts):
     assert torch.allclose(large.moved, small.moved, rtol=1e-3)
 
 
-def test_a_fixed_batch_is_refused_before_anything_runs(quantized):
-    fixed = copy.copy(quantized)
-    fixed.signature = dataclasses.replace(
-        quantized.signature, batch_range=None, batch=2, note="why"
-    )
-    with pytest.raises(ConfigError, match=r"for 2 rows a call alone \(why\); give batch_size=2"):
-        distilled(fixed)
-
-
 def test_nothing_to_train_is_refused(quantized):
     rates = dict.fromkeys(["scale_rate", "range_rate", "bias_rate"], 0.0)
     with pytest.raises(ConfigError, match="nothing is trained"):

@@ -9,9 +9,9 @@ from small import SIGMAS, TinyDenoiser, TinyEDM, denoiser_calls, edm_calls
 import mpqdm_fx
 from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.numerics.metrics import sqnr_db
-from mpqdm_fx.report.comparison import compare, compare_all, row_powers
+from mpqdm_fx.report.comparison import compare, compare_all
 from mpqdm_fx.report.metrics import epsilon_sqnr
-from mpqdm_fx.report.noise_levels import sqnr_by_noise_level
+from mpqdm_fx.report.noise_levels import row_powers, sqnr_by_noise_level
 
 
 class Off:
@@ -97,3 +97,13 @@ def test_powers_of_samples_add_up_to_those_of_all(rows, width, seed, batch):
     assert powers.shape == (batch, 2)
     signal, noise = powers.sum(dim=0).tolist()
     assert 10 * math.log10(signal / noise) == pytest.approx(sqnr_db(expected, actual), abs=1e-9)
+
+
+def test_calls_of_several_sizes_are_told_apart_by_noise_level():
+    model, calls = TinyEDM(), edm_calls()
+    wide = [{**call, "noisy": call["noisy"].repeat(1, 1, 1, 2)} for call in edm_calls(seed=3)]
+    ratios = sqnr_by_noise_level(model, Off(model, 0.1), [*calls, *wide])
+    assert list(ratios) == pytest.approx(SIGMAS)
+    assert list(ratios.values()) == pytest.approx([20] * len(SIGMAS), abs=1e-3)
+    narrow = sqnr_by_noise_level(model, Off(model, 0.1), calls)
+    assert ratios == pytest.approx(narrow, abs=1e-3)

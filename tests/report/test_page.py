@@ -1,5 +1,7 @@
 """The page as a file: whole, self-contained, and with words for every drawing."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -7,9 +9,11 @@ import re
 import pytest
 import torch
 from pages import marks, read_page
+from PIL import Image
 
 from mpqdm_fx.io.schema import validated
 from mpqdm_fx.report.page.cards import cards_of
+from mpqdm_fx.report.page.details import layer_rows
 from mpqdm_fx.report.page.gallery import gallery_of
 from mpqdm_fx.report.page.render import render_report
 from mpqdm_fx.report.page.text import TIMES, bytes_text
@@ -303,3 +307,26 @@ def test_a_page_of_several_parts_has_all_of_each_and_no_name_twice(record):
     links = re.findall(r'<a href="#([^"]+)"', html)
     assert set(links) <= set(names)
     read_page(html)
+
+
+def test_pictures_of_nan_differ_from_all_others_in_the_gallery():
+    sound = torch.zeros(1, 1, 4, 4)
+    gallery = gallery_of({"float": sound, "quantized": sound * math.nan}, labels=(), note="")
+    difference = gallery.rows[-1].pictures[0].partition("base64,")[2]
+    shown = Image.open(io.BytesIO(base64.b64decode(difference)))
+    assert shown.getextrema() == (255, 255)  # black is no difference
+
+
+@pytest.mark.parametrize(
+    ("ratio", "word"), [(math.inf, "exact"), (-math.inf, "no number"), (math.nan, "no number")]
+)
+def test_only_an_infinite_ratio_is_exact(record, ratio, word):
+    part = record.parts[0]
+    layer = part.layers[0].model_copy(update={"by_level": (ratio,) * len(part.levels)})
+    (row,) = layer_rows(part.model_copy(update={"layers": (layer,)}))
+    drawings = dict(row.drawings)
+    assert f'aria-label="{word} at every noise level"' in drawings["SQNR by noise level, dB"]
+    quality = part.model_copy(update={"epsilon_sqnr_db": ratio, "backend_epsilon_sqnr_db": ratio})
+    card = next(card for card in cards_of(quality) if "SQNR" in card.name)
+    assert (card.unit == "") is (word == "exact")
+    assert card.good is (word == "exact")

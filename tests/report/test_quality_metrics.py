@@ -176,3 +176,27 @@ def test_evaluation_is_determined_by_its_seed():
     ]
     assert torch.equal(runs[0].images, runs[1].images)
     assert not torch.equal(runs[0].inputs[0]["sample"], runs[2].inputs[0]["sample"])
+
+
+def test_a_model_that_draws_nan_has_nothing_that_looks_good():
+    def broken(**inputs):
+        return (denoiser()(**inputs)[0] * math.nan,)
+
+    metrics = evaluate_denoiser(
+        denoiser(), broken, DDIMScheduler(), PixelClassifier(), **SETTINGS, sample_shape=(1, 4, 4)
+    )
+    record = json.loads(json.dumps(metrics.to_dict(), allow_nan=False))
+    assert (record.pop("accuracy"), record.pop("reference_accuracy")) == (0, 1)
+    del record["num_samples"], record["num_inference_steps"], record["seed"]
+    assert set(record.values()) == {"nan"}
+    assert {"frechet_distance", "kernel_distance"} <= record.keys()
+
+
+def test_a_single_sample_has_no_distance_of_sets_and_all_other_metrics():
+    settings = {**SETTINGS, "num_samples": 1, "sample_shape": (1, 4, 4)}
+    metrics = evaluate_denoiser(
+        denoiser(), denoiser(0.1), DDIMScheduler(), PixelClassifier(), **settings
+    )
+    assert (metrics.frechet_distance, metrics.kernel_distance) == (None, None)
+    assert metrics.accuracy == metrics.reference_accuracy == 1
+    assert math.isfinite(metrics.x0_sqnr)

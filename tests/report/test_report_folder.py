@@ -1,6 +1,7 @@
 """Reports of folders that exist: what they store, what is measured again, what cannot be."""
 
 import json
+import runpy
 import shutil
 
 import pytest
@@ -12,8 +13,11 @@ from mpqdm_fx.io.schema import plain
 from mpqdm_fx.jobs.compare import compare_folders
 from mpqdm_fx.jobs.report_folder import report_folder
 from mpqdm_fx.model.folder import open_folder, rewritten_folder
+from mpqdm_fx.model.storage import load
+from mpqdm_fx.report.comparison import compare
 from mpqdm_fx.report.page import packages
 from mpqdm_fx.report.page.packages import can_render, renders
+from mpqdm_fx.sources.sources import load_source
 
 
 def read(path):
@@ -53,6 +57,31 @@ def test_a_folder_without_a_record_is_measured_against_its_float_model(five_bits
     assert all(layer.kurtosis is not None for layer in part.layers)
     assert record.pictures.x0_sqnr_db > 0
     assert read(tmp_path / "page.json") == json.loads(json.dumps(plain(record.model_dump())))
+
+
+CALLS = """
+import torch
+
+def calls():
+    generator = torch.Generator().manual_seed(5)
+    sample = torch.randn(3, 1, 8, 8, generator=generator)
+    return [{"sample": sample, "timestep": torch.tensor([900, 500, 100])}]
+"""
+
+
+def test_all_numbers_of_a_report_on_own_calls_are_of_these(three_bits, model_folder, tmp_path):
+    file = tmp_path / "own_calls.py"
+    file.write_text(CALLS)
+    calls = runpy.run_path(file)["calls"]()
+    record = report_folder(three_bits, tmp_path / "page.html", inputs=f"{file}:calls", samples=0)
+    (part,) = record.parts
+    measured = compare(load_source(str(model_folder)).model, load(three_bits), calls)
+    assert part.epsilon_sqnr_db == pytest.approx(measured.sqnr_db, abs=1e-6)
+    assert part.epsilon_sqnr_db != read(three_bits / "summary.json")["epsilon_sqnr_db"]
+    assert part.backend_epsilon_sqnr_db is None
+    assert [point.sqnr_db for point in part.levels] == pytest.approx(
+        [point.sqnr_db for point in measured.levels], abs=1e-6
+    )
 
 
 def test_without_its_float_model_a_folder_is_told_and_what_is_missing_is_said(

@@ -1,3 +1,4 @@
+import math
 import sys
 
 import numpy as np
@@ -6,7 +7,16 @@ import torch
 from scipy import ndimage
 
 from mpqdm_fx.errors import ConfigError
-from mpqdm_fx.report.sample_metrics import kernel_distance, psnr, ssim, structural_window
+from mpqdm_fx.report.networks import Networks
+from mpqdm_fx.report.sample_metrics import (
+    class_accuracy,
+    frechet_distance,
+    kernel_distance,
+    psnr,
+    ssim,
+    structural_window,
+    x0_median_sqnr,
+)
 
 
 def images(count, side, seed, channels=1):
@@ -125,3 +135,46 @@ def test_missing_torchmetrics_says_what_to_install(monkeypatch):
             function(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16))
     with pytest.raises(ConfigError, match=r"mpqdm-fx\[report\]"):
         kernel_distance(torch.zeros(5, 4), torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+def test_features_that_are_no_numbers_have_no_distance_and_not_the_best_one(distance, broken):
+    first = images(8, 2, 0).flatten(1)
+    second = first.clone()
+    second[3, 1] = broken
+    assert math.isnan(distance(first, second))
+    assert math.isnan(distance(second, first))
+    assert distance(first, first) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_sample_of_nan_is_the_worst_in_the_median_wherever_it_stands():
+    expected = torch.ones(5, 1, 4, 4)
+    ratios = [10, 20, 30, 40]
+    off = torch.tensor([10 ** (-ratio / 20) for ratio in ratios])
+    for place in range(5):
+        errors = torch.cat([off[:place], torch.tensor([math.nan]), off[place:]])
+        actual = expected + errors.view(-1, 1, 1, 1)
+        assert x0_median_sqnr(expected, actual) == pytest.approx(20, abs=1e-3)
+    assert math.isnan(x0_median_sqnr(expected, expected * math.nan))
+
+
+def test_logits_of_nan_show_no_class():
+    logits = torch.eye(4)
+    labels = torch.arange(4)
+    logits[0] = math.nan  # of which the first is the largest
+    assert class_accuracy(logits, labels) == pytest.approx(0.75)
+    assert class_accuracy(logits * math.nan, labels) == 0
+
+
+def test_networks_that_take_pixels_of_eight_bits_do_not_hide_pictures_of_nan():
+    networks = Networks(
+        inception=lambda pixels, return_features: pixels.float().flatten(1),
+        clip=lambda pixels, texts: 50.0,
+    )
+    pictures = images(3, 4, 0)
+    pictures[1, 0, 2, 2] = math.nan
+    features = networks.inception_features(pictures)
+    assert features.isnan().any(dim=1).tolist() == [False, True, False]
+    assert math.isnan(networks.clip_score(pictures, ["a"] * 3))
+    assert networks.clip_score(pictures[:1], ["a"]) == 50

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpqdm_fx.report.evaluation_tables import evaluation_table
 from mpqdm_fx.report.words import WORD_SCALES, word_of, word_of_sqnr, word_of_x0
 
 
@@ -31,3 +32,11 @@ def test_a_better_value_never_has_a_worse_word(metric, value, gain):
 
 def test_a_metric_without_thresholds_has_no_word():
     assert word_of("ms", 3.0) == ""
+
+
+@pytest.mark.parametrize(("count", "word"), [(255, "no word below 256 samples"), (256, "as float")])
+def test_a_distance_that_few_samples_make_larger_has_no_word_of_few(count, word):
+    table = evaluation_table(
+        {"frechet_distance": 0.1, "num_samples": count, "num_inference_steps": 2, "seed": 0}
+    )
+    assert list(table.columns[2].cells) == [word]

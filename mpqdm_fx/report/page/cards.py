@@ -160,7 +160,7 @@ def _quality(part: PartRecord) -> Card:
     db = part.epsilon_sqnr_db if db is None else db
     if db is None:
         return Card(name=f"{output} SQNR", value=text.NONE, note="not measured")
-    exact = math.isinf(db)
+    exact = db == math.inf
     subject = "predicted noise" if part.calls_per_step else "its output"
     return Card(
         name=f"{output} SQNR",

@@ -167,7 +167,8 @@ def levels_chart(part: PartRecord) -> Chart | None:
         _room(axes)
 
     finite = [value for value in graph if _finite(value)]
-    span = f"{min(finite):.1f} to {max(finite):.1f} dB" if finite else "exact everywhere"
+    none = "exact everywhere" if set(graph) == {math.inf} else "no numbers"
+    span = f"{min(finite):.1f} to {max(finite):.1f} dB" if finite else none
     return chart(
         f"{part.name}-levels",
         "The error along a run",

@@ -146,7 +146,9 @@ def _line(values: Sequence[float], levels: Sequence[LevelNumbers]) -> str:
     """Decibels from the most noise on the left to the least on the right."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
-        return _drawing("exact at every noise level", [_text(_WIDTH / 2, 48, "exact")])
+        exact = all(value == math.inf for value in values)
+        word = "exact" if exact else "no number"
+        return _drawing(f"{word} at every noise level", [_text(_WIDTH / 2, 48, word)])
     low, span = min(finite), (max(finite) - min(finite)) or 1.0
     step = (_WIDTH - 40) / max(1, len(values) - 1)
     points = [

@@ -73,6 +73,7 @@ def gallery_of(images: Mapping[str, Tensor], *, labels: Sequence[str], note: str
         rows.append(_row(name, row))
         if row is not first:
             apart = (row.clamp(-1, 1) - first.clamp(-1, 1)).abs() / 2 * DIFFERENCE
+            apart = apart.nan_to_num(nan=1.0)  # black would say that there is no difference
             title = f"difference {TIMES}{DIFFERENCE}"
             if len(images) > 2:
                 title = f"{name}, {title}"
