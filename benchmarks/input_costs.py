@@ -132,12 +132,12 @@ def measure(rounds: int) -> dict[str, Any]:
 def table(rows: Mapping[str, Any]) -> str:
     """Markdown table."""
     lines = [
-        "| inputs | ms a call | over float (quartiles) | peak MiB | bytes stored | program |",
+        "| inputs | ms a call | over float (quartiles) | peak MiB | bytes stored | int8 program |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         low, middle, high = row["ratio"]
-        program = "int8" if row["refusal"] is None else "refused"
+        program = "runs" if row["refusal"] is None else "refused"
         lines.append(
             f"| {name} | {row['milliseconds']:.0f} | {middle:.2f} ({low:.2f} to {high:.2f}) "
             f"| {row['peak_bytes'] / 2**20:.0f} | {row['stored_bytes']:,} | {program} |"

@@ -14,6 +14,7 @@ from typing import Any
 
 import captions
 import distill
+import input_costs
 import quality
 import stranger
 import tiny_sd
@@ -21,7 +22,11 @@ from quality import read
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "training.md")
+PAGES = (
+    ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "training.md",
+    ROOT / "docs" / "decisions" / "45-few-bit-inputs.md",
+)
 SEEDS = [0, 1, 2]
 
 #: By file of rows, what makes the table of them.
@@ -35,6 +40,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "captions_defaults.json": lambda rows: captions.table(
         rows, SEEDS, captions.DEFAULTS, ("default",)
     ),
+    "input_costs.json": input_costs.table,
     "stranger.json": stranger.table,
     "tiny_sd.json": tiny_sd.table,
 }
