@@ -7,7 +7,8 @@ drawn as they are needed, with every tenth caption dropped, and kept in `--direc
 then quantized on guided runs, trained for the same number of updates on the float model's guided
 runs of its seed, and measured on held-out captions and paired noise. `--program` adds a row that
 has an XNNPACK program before and after training, on the first seed. `--defaults` quantizes with the
-package's default settings and dynamic activations of eight bits, without training.
+package's default settings and dynamic activations of eight bits, without training; `--weights` the
+weights alone, at fixed widths and entropy-coded.
 """
 
 import argparse
@@ -58,7 +59,11 @@ from mpqdm_fx.sources.denoisers import runner_denoiser
 STEPS, GUIDANCE = 10, 3.0
 SETTINGS = ("W2A6", "W2A4")
 DEFAULTS = ("W4A8", "W3A8", "W2A8")
-INPUTS = ("untrained", "untrained+levels", "untrained+widths", "untrained+inputs")
+INPUTS = (
+    "untrained", "untrained+levels", "untrained+widths", "untrained+inputs", "untrained+coded",
+)  # fmt: skip
+WEIGHTS = ("W2", "W3", "W4")
+STORAGES = ("fixed", "entropy")
 OURS = ("efficientdm", *INPUTS, "ours", "ours+inputs")
 
 
@@ -196,19 +201,32 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
         save_file(pictures, arguments.directory / f"{key}.safetensors")
 
 
-def measure_defaults(bench: Bench, arguments: argparse.Namespace) -> None:
-    """The default settings at each width."""
-    for setting in DEFAULTS:
-        key = f"{setting} default {bench.seed}"
-        if key in read(arguments.output):
+def measure_plain(bench: Bench, cells: Mapping[str, Mapping[str, Any]], output: Path) -> None:
+    """Cells of the default settings with some others, without training."""
+    for name, options in cells.items():
+        key = f"{name} {bench.seed}"
+        if key in read(output):
             continue
         bench.prepared.settings = MPQConfig(
-            weight_bits=int(setting[1]), activation_mode="dynamic", seed=bench.seed
+            weight_bits=int(name[1]), seed=bench.seed, **dict(options)
         )
         clock = time.process_time()
         quantized = convert(bench.prepared)
         row = {"seconds": time.process_time() - clock}
-        write_row(arguments.output, key, row | bench.measured(quantized)[0])
+        write_row(output, key, row | bench.measured(quantized)[0])
+
+
+def plain_cells(*, defaults: bool, weights: bool) -> dict[str, dict[str, Any]]:
+    """Settings by name of the cells that are asked for."""
+    cells: dict[str, dict[str, Any]] = {}
+    if defaults:
+        cells |= {f"{setting} default": {"activation_mode": "dynamic"} for setting in DEFAULTS}
+    if weights:
+        cells |= {
+            f"{setting} {storage}": {"activation_mode": "float", "weight_storage": storage}
+            for setting, storage in itertools.product(WEIGHTS, STORAGES)
+        }
+    return cells
 
 
 def program(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -287,6 +305,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=150)
     parser.add_argument("--program", action="store_true", help="also lower, on the first seed")
     parser.add_argument("--defaults", action="store_true", help="default settings, and no others")
+    parser.add_argument("--weights", action="store_true", help="weights alone, and no others")
     parser.add_argument("--output", type=Path, default=Path("captions.json"))
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
@@ -296,10 +315,11 @@ def main() -> None:
         parser.error(f"{arguments.output} exists: give --resume, or another file")
     if not (arguments.directory / "unet").exists():
         train(arguments.directory, arguments.train_steps)
+    plain = plain_cells(defaults=arguments.defaults, weights=arguments.weights)
     for seed in arguments.seeds:
         bench = Bench.of(arguments.directory, seed)
-        if arguments.defaults:
-            measure_defaults(bench, arguments)
+        if plain:
+            measure_plain(bench, plain, arguments.output)
             continue
         measure(bench, arguments)
         if arguments.program and seed == arguments.seeds[0]:
@@ -309,6 +329,7 @@ def main() -> None:
     rows = read(arguments.output)
     print(table(rows, arguments.seeds))
     print(table(rows, arguments.seeds, DEFAULTS, ("default",)))
+    print(table(rows, arguments.seeds, WEIGHTS, STORAGES))
     for key in (key for key in rows if " program " in key):
         print(f"\n{key}: {json.dumps(rows[key], indent=1)}")
 

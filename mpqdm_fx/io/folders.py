@@ -128,9 +128,14 @@ def check_target(output: str | Path, manifest: str = MANIFEST, *, overwrite: boo
 
     Raises:
         ArtifactError: `output` is a file, holds something that this package did not write, or is a
-            result and is not to be overwritten.
+            result and is not to be overwritten; or this process works in it.
     """
     target = Path(output)
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise ArtifactError(
+            f"{target} is the current folder, or holds it, and it is replaced as a whole; give "
+            f"another folder"
+        )
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"{target} is a file; give a folder")
     if not target.is_dir() or not any(target.iterdir()):

@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.folders import (
     MANIFEST,
     WEIGHTS,
+    check_target,
     seal_folder,
     staged_directory,
 )
@@ -335,3 +337,13 @@ def test_a_folder_with_somebody_elses_files_is_not_replaced(quantized, tmp_path)
     with pytest.raises(ArtifactError, match="other files"):
         save(quantized, tmp_path)
     assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("above", [".", ".."])
+def test_the_folder_that_the_process_works_in_is_not_replaced(tmp_path, monkeypatch, above):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    with pytest.raises(ArtifactError, match="is the current folder, or holds it"):
+        check_target(above, overwrite=True)
+    assert check_target("other") == Path("other")

@@ -85,7 +85,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "peak memory", f"{amount(peak)} to load and run a step{earlier}"
     decibels = summary["backend_epsilon_sqnr_db"]
     word = word_of_sqnr(decibels)
-    yield "noise SQNR", f"{decibels:.1f} dB, {word}: predicted noise of one call against float"
+    yield "noise SQNR", f"{decibels:.1f} dB, {word}: output of one call against float"
     if trained := summary.get("distilled"):
         yield "training", _training(trained)
     yield "whole program", _whole(program, backend)

@@ -161,7 +161,7 @@ def _quality(part: PartRecord) -> Card:
     if db is None:
         return Card(name=f"{output} SQNR", value=text.NONE, note="not measured")
     exact = db == math.inf
-    subject = "predicted noise" if part.calls_per_step else "its output"
+    subject = "output of one call" if part.calls_per_step else "its output"
     return Card(
         name=f"{output} SQNR",
         value=text.db_text(db),

@@ -172,7 +172,7 @@ def levels_chart(part: PartRecord) -> Chart | None:
     return chart(
         f"{part.name}-levels",
         "The error along a run",
-        f"Signal-to-noise ratio of the predicted noise at {len(levels)} noise levels on held-out "
+        f"Signal-to-noise ratio of the output at {len(levels)} noise levels on held-out "
         f"inputs: {span}.",
         draw,
         height=2.4,

@@ -189,7 +189,7 @@ def _levels(names: Sequence[str], parts: Sequence[PartRecord]) -> Chart | None:
     return chart(
         "levels",
         "The error along a run",
-        "Signal-to-noise ratio of the predicted noise by noise level, of every folder.",
+        "Signal-to-noise ratio of the output by noise level, of every folder.",
         draw,
         height=2.7,
         narrow_height=2.3 + 0.17 * len(known),

@@ -82,7 +82,7 @@ def test_a_result_is_a_dozen_lines_that_say_what_it_is(tmp_path):
     assert lines[0] == "size          weights 120 B, were 800 B (15.0%); unet.pte 2 MiB"
     assert "22.5 ms a step, was 55.0" in lines[1]
     assert "3 MiB to load and run a step, was 6 MiB" in lines[2]
-    assert "20.0 dB, close: predicted noise of one call against float" in lines[3]
+    assert "20.0 dB, close: output of one call against float" in lines[3]
     assert "yes, 1 delegate with 1,281 nodes; outside 1: embedding" in lines[4]
     worst = [line.split()[-5] for line in lines[5:]]
     assert worst == [f"blocks.{index}" for index in (8, 7, 6, 5, 4)]
