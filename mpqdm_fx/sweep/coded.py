@@ -1,5 +1,6 @@
 """Layers without fixed widths: rounded at a pitch, which is what is left of a budget."""
 
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from mpqdm_fx.numerics.levels.entropy_code import encode
 from mpqdm_fx.numerics.levels.grids import MAX_BITS
 from mpqdm_fx.numerics.levels.row_levels import RowLevels
 from mpqdm_fx.numerics.solve.coded_rounding import (
+    SHRINKAGES,
     bit_price,
     coded_size,
     first_steps,
@@ -171,9 +173,9 @@ class _Group:
 
     def rounded(self, problem: Problem) -> tuple[Candidate, Candidate]:
         """The rounding without correction, and the best one."""
-        gram = shrunk(problem.gram, problem.train.inputs)
+        grams = [shrunk(problem.gram, problem.train.inputs, by) for by in SHRINKAGES]
         candidates = []
-        for correction in self._corrections(problem):
+        for correction, gram in itertools.product(self._corrections(problem), grams):
             target = self.W if correction.weight is None else self.W + correction.weight
             steps = first_steps(target, self.sensitivity, self.energy, self.pitch)
             codes, levels = round_coded(target, steps, gram, passes=self.settings.refinements)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from small import condition_calls, tiny_condition_unet, tiny_unet, unet_calls
 from sweeps import recorded, settings_of, traced
@@ -116,9 +117,24 @@ def test_a_report_tells_no_width_where_there_is_none(quantized):
         assert ("Channels by their bits" in dict(row.drawings)) != coded
 
 
-def test_training_is_refused(quantized):
-    with pytest.raises(ConfigError, match="weight_storage='fixed'"):
-        distill(quantized, tiny_unet(), DistillConfig(updates=1), scheduler=None)
+def test_training_keeps_codes_and_bytes(quantized, tmp_path):
+    few = DistillConfig(
+        updates=2, trajectories=4, steps=3, batch_size=4, effect_runs=2, held_out=2,
+        keep_better=False, ema=0.0, scale_rate=0.05,
+    )  # fmt: skip
+    labels = {"class_labels": torch.arange(4)}
+    result = distill(quantized, tiny_unet(), few, scheduler=DDIMScheduler(), conditions=labels)
+    trained = result.quantized
+    assert trained.plan == quantized.plan
+    moved = []
+    for layer in trained.plan.layers:
+        assert torch.equal(trained.codes(layer.name), quantized.codes(layer.name))
+        before, after = (
+            model.rounded.get_submodule(layer.name).weight_scale for model in (quantized, trained)
+        )
+        moved.append(not torch.equal(before, after))
+    assert any(moved)
+    assert load(save(trained, tmp_path / "trained")).plan == quantized.plan
 
 
 @pytest.mark.matrix
