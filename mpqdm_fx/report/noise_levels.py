@@ -13,7 +13,7 @@ from mpqdm_fx.errors import CalibrationError, ConfigError
 from mpqdm_fx.graph.noise_names import NOISE_NAMES, TIMESTEP_NAMES
 from mpqdm_fx.graph.samples import batch_size_of
 from mpqdm_fx.io.ambient import plain_torch
-from mpqdm_fx.numerics.metrics import ratio_db
+from mpqdm_fx.numerics.metrics import float64_parts, ratio_db
 from mpqdm_fx.records.activations import NoiseLevels
 from mpqdm_fx.records.validation import Count, checked
 
@@ -98,9 +98,9 @@ def row_powers(expected: Tensor, actual: Tensor, batch: int) -> Tensor:
             f"the float model's output has shape {tuple(expected.shape)}, the other one's "
             f"{tuple(actual.shape)}: they are not of one model"
         )
-    exact = expected.detach().cpu().double()
-    squares = torch.stack([exact, exact - actual.detach().cpu().double()]).square()
-    rows = batch if exact.ndim and len(exact) and len(exact) % batch == 0 else 1
+    exact = float64_parts(expected.cpu())
+    squares = torch.stack([exact, exact - float64_parts(actual.cpu())]).square()
+    rows = batch if expected.ndim and len(expected) and len(expected) % batch == 0 else 1
     return squares.reshape(2, rows, -1).sum(dim=2).T
 
 

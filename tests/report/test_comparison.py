@@ -99,6 +99,12 @@ def test_powers_of_samples_add_up_to_those_of_all(rows, width, seed, batch):
     assert 10 * math.log10(signal / noise) == pytest.approx(sqnr_db(expected, actual), abs=1e-9)
 
 
+def test_another_imaginary_part_is_an_error_of_its_sample():
+    expected = torch.complex(torch.ones(3, 2), torch.zeros(3, 2))
+    actual = expected + torch.tensor([0.0, 1.0, 2.0])[:, None] * 1j
+    assert row_powers(expected, actual, 3).tolist() == [[2.0, 0.0], [2.0, 2.0], [2.0, 8.0]]
+
+
 def test_calls_of_several_sizes_are_told_apart_by_noise_level():
     model, calls = TinyEDM(), edm_calls()
     wide = [{**call, "noisy": call["noisy"].repeat(1, 1, 1, 2)} for call in edm_calls(seed=3)]
