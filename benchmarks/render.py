@@ -40,6 +40,9 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "captions_defaults.json": lambda rows: captions.table(
         rows, SEEDS, captions.DEFAULTS, ("default",)
     ),
+    "captions_weights.json": lambda rows: captions.table(
+        rows, SEEDS, captions.WEIGHTS, captions.STORAGES
+    ),
     "input_costs.json": input_costs.table,
     "stranger.json": stranger.table,
     "tiny_sd.json": tiny_sd.table,
