@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["solve_coded_layer", "solve_coded_table"]
 
-_STRIDE = 0.5  # octaves of the pitch: about a quarter of a bit a weight
+_STRIDE = 0.125  # octaves of the pitch: about a sixteenth of a bit a weight
 
 
 def solve_coded_layer(
@@ -84,33 +84,43 @@ def solve_coded_table(layer: WeightLayer, plan: LayerPlan, budget: CodedBudget) 
 def _within(
     budget: CodedBudget, plan: LayerPlan, solve: Callable[[float], LayerSolution]
 ) -> LayerSolution:
-    """Solve at the budget's pitch, or at a coarser one where the others would not fit any more.
+    """Solve at the budget's pitch, or at a coarser one where the others would not fit any more."""
+    for in_need in (False, True):
+        solution = _first_allowed(budget, plan.name, solve, in_need=in_need)
+        if solution is not None:
+            budget.take(plan.name, solution.plan.storage.total)
+            return solution
+    raise ConfigError(
+        f"{plan.name}: what is left of the budget does not hold its {plan.num_weights} weights "
+        "at any step; give more bits, or leave start_from out if the run began with that"
+    )
 
-    Where forecasts are far off, so is that pitch: strides grow until the layer fits, and the last
-    one is halved down to the first.
+
+def _first_allowed(
+    budget: CodedBudget, name: str, solve: Callable[[float], LayerSolution], *, in_need: bool
+) -> LayerSolution | None:
+    """The solution of the finest pitch that the budget allows; None if it allows none.
+
+    Where forecasts are far off, so is the budget's pitch: strides grow until the layer fits, and
+    the last one is halved down to the first.
     """
 
     def tried(octave: float) -> LayerSolution | None:
         solution = solve(2.0**octave)
-        return solution if budget.allows(plan.name, solution.plan.storage.total) else None
+        fits = budget.allows(name, solution.plan.storage.total, in_need=in_need)
+        return solution if fits else None
 
     octave = budget.octave()
     refused, solution, stride = octave, tried(octave), _STRIDE
     while solution is None and octave < COARSEST:
         refused, octave = octave, octave + stride
         solution, stride = tried(octave), 2 * stride
-    if solution is None:
-        raise ConfigError(
-            f"{plan.name}: what is left of the budget does not hold its {plan.num_weights} weights "
-            "at any step; give more bits, or leave start_from out if the run began with that"
-        )
-    while octave - refused > _STRIDE:
+    while solution is not None and octave - refused > _STRIDE:
         middle = (refused + octave) / 2
         finer = tried(middle)
         solution, octave, refused = (
             (solution, octave, middle) if finer is None else (finer, middle, refused)
         )
-    budget.take(plan.name, solution.plan.storage.total)
     return solution
 
 

@@ -31,6 +31,7 @@ COARSEST = 200.0
 _MARGIN = 0.002  # of what is left, for what the forecasts miss
 _PRIOR = 0.05  # of all bits: how much it counts beforehand that forecasts are right
 _LEAST_SHARE = 0.3  # of its forecast, which a layer can be brought down to in need
+_COARSENED = 1.0  # octaves of the pitch, by which what one layer takes may coarsen all others
 _WIDEST = 8
 _OFFSETS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0)  # octaves of the pitch: two are about a bit a weight
 _ROWS = 128  # of a layer, that a forecast looks at
@@ -128,17 +129,32 @@ class CodedBudget:
         waiting = self._waiting.values()
         return _solved(lambda octave: sum(layer.bits(octave) for layer in waiting), left)
 
-    def allows(self, name: str, bits: float) -> bool:
-        """Whether the others can still be brought down to what is left if a layer takes so many."""
-        octave = self.octave()
+    def foretold(self, name: str) -> float:
+        """Bits that a layer is expected to take at the next pitch."""
+        return self._waiting[name].bits(self.octave())
+
+    def allows(self, name: str, bits: float, *, in_need: bool = False) -> bool:
+        """Whether the others keep about their steps if a layer takes so many.
+
+        They may be few and small, as a last layer is, and then bear a forecast that was 1 % off.
+
+        Args:
+            name: The layer.
+            bits: What it would take.
+            in_need: Whether it is enough that the others can still be brought down to what is left.
+        """
+        octave, share = self.octave(), self._ratio
+        if in_need:
+            share *= _LEAST_SHARE
+        else:
+            octave += _COARSENED
         others = [layer for other, layer in self._waiting.items() if other != name]
-        share = self._ratio * _LEAST_SHARE
-        least = sum(max(layer.least, share * layer.bits(octave)) for layer in others)
-        return self._used + bits + least <= self._bits
+        kept = sum(max(layer.least, share * layer.bits(octave)) for layer in others)
+        return self._used + bits + kept <= self._bits
 
     def take(self, name: str, bits: float) -> None:
         """A layer took so many."""
-        foretold = self._waiting[name].bits(self.octave())
+        foretold = self.foretold(name)
         del self._waiting[name]
         self._used += bits
         self._foretold += foretold

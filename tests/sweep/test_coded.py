@@ -53,6 +53,21 @@ def test_more_bits_give_less_error(swept):
     assert many < 0.4 * few
 
 
+def test_a_small_last_layer_does_not_bear_what_a_large_one_takes_too_much():
+    graph_module, calls = traced(tiny_condition_unet(), condition_calls())
+    settings = settings_of(effective_bits=4.0, **CODED)
+    budget = start_sweep(graph_module, recorded(calls), settings).prepared.budget
+    names = list(budget.sensitivity)
+    *others, large, last = names
+    for name in others:
+        budget.take(name, budget.foretold(name))
+    fair = budget.foretold(last)
+    assert budget.allows(large, budget.foretold(large))
+    too_much = budget.foretold(large) + 0.5 * fair
+    assert not budget.allows(large, too_much)
+    assert budget.allows(large, too_much, in_need=True)
+
+
 def test_a_rule_for_a_layer_gives_it_a_fixed_width(swept):
     plan = swept(3.5, "conv_in").plan
     assert plan.layer("conv_in").coded is None
