@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import SHORTCUTS, Bench, columns, read, write_row
+from quality import SHORTCUTS, Bench, Change, columns, read, write_row
+from shifted_shortcuts import with_shifts
 from tqdm import tqdm
 
 from mpqdm_fx import MPQConfig, RunOptions, convert
@@ -68,6 +69,8 @@ RECIPES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {
     "ours+widths": (_WIDTHS, {}),
     "ours+inputs": (_INPUTS, {}),
     "ours+coded": (_CODED, {}),
+    "untrained+shift": (_INPUTS, None),
+    "ours+shift": (_INPUTS, {}),
     "untrained+shortcuts": (_SHORTCUTS, None),
     "ours+shortcuts": (_SHORTCUTS, {}),
 }
@@ -100,13 +103,19 @@ def measure(
     seed: int, settings: list[str], recipes: list[str], updates: int, samples: int, output: Path
 ) -> None:
     """Quantize, train and measure every cell of one seed that is missing; write after each."""
-    bench = Bench.of(seed, samples)
-    source = bench.source
+
+    @functools.cache
+    def bench_of(change: Change | None) -> Bench:
+        return Bench.of(seed, samples, change=change)
+
     cells = [(s, r) for s in settings for r in recipes]
     with tempfile.TemporaryDirectory() as folder:
-        quantize = functools.cache(
-            functools.partial(_start, bench, seed, Path(folder) / "sensitivity.safetensors")
-        )
+
+        @functools.cache
+        def quantize(change: Change | None, setting: str, options: str) -> QuantizedModel:
+            table = Path(folder) / f"sensitivity {change is None}.safetensors"
+            return _start(bench_of(change), seed, table, setting, options)
+
         for setting, recipe in tqdm(cells, desc=f"seed {seed}"):
             key = f"{setting} {recipe} {seed}"
             if (there := read(output).get(key)) is not None:
@@ -116,16 +125,17 @@ def measure(
                     )
                 continue
             start, trained = RECIPES[recipe]
-            quantized = quantize(setting, json.dumps(start))
+            change = with_shifts if recipe.endswith("+shift") else None
+            bench, quantized = bench_of(change), quantize(change, setting, json.dumps(start))
             row: dict[str, Any] = {"updates": 0}
             clock = time.perf_counter()
             if trained is not None:
                 result = distill(
                     quantized,
-                    source.model,
+                    bench.source.model,
                     training(trained, seed, updates),
-                    scheduler=source.scheduler,
-                    sample_shape=source.sample_shape,
+                    scheduler=bench.source.scheduler,
+                    sample_shape=bench.source.sample_shape,
                     conditions={"class_labels": torch.arange(64) % 10},
                 )
                 quantized = result.quantized

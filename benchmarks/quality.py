@@ -19,11 +19,12 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from mpqdm_fx import MPQConfig, RunOptions, convert, prepare
@@ -43,6 +44,8 @@ MODELS: Mapping[str, tuple[str, str | None]] = {
     "dit": (str(Path(__file__).parent / "models" / "digits_dit"), "transformer"),
 }
 """Name or folder, and subfolder."""
+
+Change = Callable[[nn.Module, Iterable[Mapping[str, Any]]], nn.Module]
 
 METRICS = ("epsilon_sqnr", "x0_sqnr", "frechet_distance", "accuracy")
 
@@ -108,8 +111,17 @@ class Bench:
     classifier: FeatureClassifier
 
     @classmethod
-    def of(cls, seed: int, samples: int, model: str = "unet") -> "Bench":
-        """Record the calibration runs of a seed, and run the float model on held-out ones."""
+    def of(
+        cls, seed: int, samples: int, model: str = "unet", change: Change | None = None
+    ) -> "Bench":
+        """Record the calibration runs of a seed, and run the float model on held-out ones.
+
+        Args:
+            seed: Of calibration and, moved far away, of evaluation.
+            samples: That are drawn.
+            model: One of `MODELS`.
+            change: Makes of the model, and its calibration calls, one that computes the same.
+        """
         source = load_source(*MODELS[model])
         classifier = load_digits_classifier()
         calibration = calibration_of(source, trajectories=16, steps=20, seed=seed)
@@ -120,6 +132,8 @@ class Bench:
             batch_size=32,
             seed=EVALUATION_SEED + 100 * seed,
         )
+        if change is not None:
+            source = dataclasses.replace(source, model=change(source.model, calibration))
         prepared = prepare(source.model, MPQConfig(), next(iter(calibration)))
         for index, inputs in enumerate(calibration):
             held_out = index in calibration.held_out_calls
