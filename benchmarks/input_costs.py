@@ -14,7 +14,6 @@ import json
 import logging
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from mpqdm_fx.io.allocator import large_blocks_returned
 from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.peak_memory import peak_rise
 from mpqdm_fx.jobs.calibration import calibration_of
+from mpqdm_fx.report.timing import milliseconds_by_round
 from mpqdm_fx.sources.sources import load_source
 
 ROWS = 32
@@ -82,18 +82,6 @@ def refusal(quantized: QuantizedModel, inputs: Mapping[str, torch.Tensor]) -> st
     return None
 
 
-def seconds_of(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, called in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def _peak_of(call: Callable[[], object]) -> int:
     """Bytes by which a call raises the peak, where nothing freed before is left to be used."""
     with large_blocks_returned():
@@ -110,17 +98,18 @@ def measure(rounds: int) -> dict[str, Any]:
         "timestep": torch.linspace(999, 0, ROWS).long(),
         "class_labels": torch.arange(ROWS) % 10,
     }
-    calls = {name: functools.partial(model, **inputs) for name, model in models.items()}
+    times = milliseconds_by_round(models, inputs, rounds=rounds)
     with torch.no_grad():
-        seconds = seconds_of(calls, rounds)
-        peaks = {name: _peak_of(call) for name, call in calls.items()}
+        peaks = {
+            name: _peak_of(functools.partial(model, **inputs)) for name, model in models.items()
+        }
     first = next(iter(INPUTS))
     sizes = {name: folder_bytes(model) for name, model in models.items()}
     rows: dict[str, Any] = {}
     for name, model in models.items():
-        ratios = [own / other for own, other in zip(seconds[name], seconds[first], strict=True)]
+        ratios = [own / other for own, other in zip(times[name], times[first], strict=True)]
         rows[name] = {
-            "milliseconds": 1e3 * statistics.median(seconds[name]),
+            "milliseconds": statistics.median(times[name]),
             "ratio": statistics.quantiles(ratios, n=4),
             "peak_bytes": peaks[name],
             "stored_bytes": sizes[name] - sizes[first],

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["time_per_step"]
+__all__ = ["milliseconds_by_round", "time_per_step"]
 
 
 def time_per_step(
@@ -20,6 +20,14 @@ def time_per_step(
         inputs: Keyword arguments of the call.
         rounds: Timed calls of each.
     """
+    times = milliseconds_by_round(models, inputs, rounds=rounds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def milliseconds_by_round(
+    models: Mapping[str, Callable[..., Any]], inputs: Mapping[str, Any], *, rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every timed call of each model, as `time_per_step` times them."""
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
         for index in range(rounds + 1):
@@ -28,4 +36,4 @@ def time_per_step(
                 model(**inputs)
                 if index:
                     times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
