@@ -40,8 +40,9 @@ from caption_model import (
 )
 from diffusers import UNet2DConditionModel
 from distill import RECIPES, training
-from quality import read, write_row
+from quality import Change, read, write_row
 from safetensors.torch import load_file, save_file
+from shifted_shortcuts import with_shifts
 from torch import Tensor
 from tqdm import tqdm
 
@@ -59,12 +60,11 @@ from mpqdm_fx.sources.denoisers import runner_denoiser
 STEPS, GUIDANCE = 10, 3.0
 SETTINGS = ("W2A6", "W2A4")
 DEFAULTS = ("W4A8", "W3A8", "W2A8")
-INPUTS = (
-    "untrained", "untrained+levels", "untrained+widths", "untrained+inputs", "untrained+coded",
-)  # fmt: skip
+FEW_BITS = ("", "+levels", "+widths", "+inputs", "+shift", "+coded")
+INPUTS = tuple(start + inputs for start in ("untrained", "ours") for inputs in FEW_BITS)
 WEIGHTS = ("W2", "W3", "W4")
 STORAGES = ("fixed", "entropy")
-OURS = ("efficientdm", *INPUTS, "ours", "ours+inputs")
+OURS = ("efficientdm", *INPUTS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,13 +90,21 @@ class Bench:
     words: Tensor
 
     @classmethod
-    def of(cls, directory: Path, seed: int) -> "Bench":
-        """Record the guided runs of a seed, and run the float model on held-out captions."""
+    def of(cls, directory: Path, seed: int, change: Change | None = None) -> "Bench":
+        """Record the guided runs of a seed, and run the float model on held-out captions.
+
+        Args:
+            directory: Of the trained model.
+            seed: Of calibration and, moved far away, of evaluation.
+            change: Makes of the model, and its calibration calls, one that computes the same.
+        """
         unet, encoder = load(directory)
         calibration = Trajectories(
             unet, scheduler(), num_trajectories=16, num_inference_steps=STEPS, batch_size=32,
             seed=seed, held_out=4, guidance_scale=GUIDANCE, **states(encoder, seen(seed, 16)),
         )  # fmt: skip
+        if change is not None:
+            unet = change(unet, calibration)
         prepared = prepare(unet, MPQConfig(), next(iter(calibration)))
         for index, inputs in enumerate(calibration):
             held_out = index in calibration.held_out_calls
@@ -171,16 +179,20 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
     """Quantize, train and measure every cell of one seed that is missing; write after each."""
 
     @functools.cache
-    def start(setting: str, options: str) -> QuantizedModel:
+    def bench_of(change: Change | None) -> Bench:
+        return bench if change is None else Bench.of(arguments.directory, bench.seed, change)
+
+    @functools.cache
+    def start(change: Change | None, setting: str, options: str) -> QuantizedModel:
+        bench = bench_of(change)
         weights, _, activations = setting[1:].partition("A")
         bench.prepared.settings = MPQConfig(
             weight_bits=int(weights), activation_bits=int(activations), seed=bench.seed,
             activation_mode="timestep", timestep_groups=5, row_weights="plain", judge=False,
             **json.loads(options),
         )  # fmt: skip
-        return convert(
-            bench.prepared, run=RunOptions(sensitivity=sensitivity_file(bench, arguments))
-        )
+        table = sensitivity_file(bench, arguments) if change is None else None
+        return convert(bench.prepared, run=RunOptions(sensitivity=table))
 
     cells = [(s, r) for s in arguments.settings for r in arguments.recipes]
     for setting, recipe in tqdm(cells, desc=f"seed {bench.seed}"):
@@ -188,14 +200,15 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
         if key in read(arguments.output):
             continue
         options, changes = RECIPES[recipe]
-        quantized, row = start(setting, json.dumps(options)), {}
+        change = with_shifts if recipe.endswith("+shift") else None
+        quantized, row = start(change, setting, json.dumps(options)), {}
         clock = time.perf_counter()
         if changes is not None:
-            result = bench.trained(quantized, changes, arguments.updates)
+            result = bench_of(change).trained(quantized, changes, arguments.updates)
             quantized = result.quantized
             row = {"updates": arguments.updates, "before": result.before, "after": result.after}
         row["seconds"] = time.perf_counter() - clock
-        measured, images = bench.measured(quantized)
+        measured, images = bench_of(change).measured(quantized)
         write_row(arguments.output, key, row | measured)
         pictures = {"float": bench.images[:16].contiguous(), "images": images[:16].contiguous()}
         save_file(pictures, arguments.directory / f"{key}.safetensors")
