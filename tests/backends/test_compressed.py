@@ -50,7 +50,7 @@ def test_a_file_whose_content_is_known_is_expanded_once_and_anew_when_it_changes
     packed = compress_program(tmp_path / "net.pte")
     first = expand_program(packed, content=content)
     with monkeypatch.context() as patch:
-        patch.setattr(expansion.lzma, "open", None)  # a second expansion would call it
+        patch.setattr(expansion.lzma, "LZMADecompressor", None)  # a second expansion would call it
         assert expand_program(packed, content=content) == first
     compress_program(program(tmp_path, seed=1))
     second = expand_program(packed)
@@ -120,7 +120,7 @@ def test_a_compressed_file_takes_the_place_of_the_plain_one_and_its_expansions_g
     assert stored_files(plain) == ()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "no xz", "zeros", "lzma"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "no xz", "zeros", "lzma", "joined", "padded"])
 def test_damage_is_found_and_leaves_nothing_behind(damage, tmp_path):
     packed = compress_program(program(tmp_path))
     content = packed.read_bytes()
@@ -132,6 +132,8 @@ def test_damage_is_found_and_leaves_nothing_behind(damage, tmp_path):
             "no xz": b"not compressed",
             "zeros": bytes(len(content)),
             "lzma": lzma.compress(b"program", format=lzma.FORMAT_ALONE),
+            "joined": content + content,
+            "padded": content + b"more",
         }
         packed.write_bytes(contents[damage])
     before = sorted(p.name for p in tmp_path.iterdir())
