@@ -2,13 +2,11 @@
 
 import errno
 import os
-import resource
-import signal
-from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from limits import small_files
 from small import TinyNet, net_calls
 
 from mpqdm_fx.api import quantize
@@ -25,19 +23,6 @@ from mpqdm_fx.records.run_options import RunOptions
 from mpqdm_fx.report.images import save_grid
 
 LONGEST = 228  # bytes of a folder's name: 27 are added while it is made
-
-
-@contextmanager
-def small_files(size=1000):
-    """Files can have so many bytes: real refusals, as of a full disk."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, before)
 
 
 def in_text(path):
