@@ -57,12 +57,14 @@ def check_output_folder(
         resumable: Whether an unfinished run is kept beside it.
 
     Raises:
-        ConfigError: It is the current folder or one above it, one that the command reads, or its
-            parent cannot be written.
+        ConfigError: It is a file, the current folder or one above it, one that the command reads,
+            or its parent cannot be written.
         ArtifactError: Its name is too long.
     """
-    check_name_length(output)
+    check_name_length(output, f"{option} {output}")
     target = output.resolve()
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{option} {output}: this is a file; give a folder's name")
     if Path.cwd().is_relative_to(target):
         raise ConfigError(
             f"{option} {output}: this is the current folder, or holds it, and it is replaced as a "

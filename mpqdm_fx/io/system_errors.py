@@ -81,11 +81,12 @@ def _refusal(path: Path, number: int, told: str | None) -> _WriteError:
     return _WriteError(message, number, told)
 
 
-def check_name_length(path: Path) -> None:
+def check_name_length(path: Path, typed: str | None = None) -> None:
     """Refuse a result's name that leaves no room for what its folder is called while it is made.
 
     Args:
         path: The folder to appear.
+        typed: What was typed, for the message; default the path.
 
     Raises:
         ArtifactError: It is too long.
@@ -93,6 +94,6 @@ def check_name_length(path: Path) -> None:
     length, longest = len(os.fsencode(path.name)), _LONGEST - _ADDED
     if length > longest:
         raise ArtifactError(
-            f"{path}: the name has {length} bytes, and the folder is made under a longer one "
+            f"{typed or path}: the name has {length} bytes, and the folder is made under a longer one "
             f"beside it; give a name of at most {longest} bytes"
         )
