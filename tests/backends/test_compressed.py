@@ -120,7 +120,9 @@ def test_a_compressed_file_takes_the_place_of_the_plain_one_and_its_expansions_g
     assert stored_files(plain) == ()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "no xz", "zeros", "lzma", "joined", "padded"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "truncated", "no xz", "zeros", "lzma", "joined", "padded"]
+)
 def test_damage_is_found_and_leaves_nothing_behind(damage, tmp_path):
     packed = compress_program(program(tmp_path))
     content = packed.read_bytes()

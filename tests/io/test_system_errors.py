@@ -60,7 +60,9 @@ def test_a_limit_is_told_with_path_and_remedy_and_nothing_is_left(write, tmp_pat
     path = tmp_path / "out"
     with (
         small_files(),
-        pytest.raises(ArtifactError, match=rf"^{path} cannot be written: File too .*; raise") as told,
+        pytest.raises(
+            ArtifactError, match=rf"^{path} cannot be written: File too .*; raise"
+        ) as told,
     ):
         write(path)
     assert ".stage" not in str(told.value).partition(" (")[0]
