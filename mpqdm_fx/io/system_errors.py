@@ -1,4 +1,4 @@
-"""What the system refuses a writer: a full disk, a limit, a name; told with the path and a remedy."""
+"""What the system refuses a writer, a full disk for instance, told with the path and a remedy."""
 
 import contextlib
 import errno
@@ -94,6 +94,6 @@ def check_name_length(path: Path, typed: str | None = None) -> None:
     length, longest = len(os.fsencode(path.name)), _LONGEST - _ADDED
     if length > longest:
         raise ArtifactError(
-            f"{typed or path}: the name has {length} bytes, and the folder is made under a longer one "
-            f"beside it; give a name of at most {longest} bytes"
+            f"{typed or path}: the name has {length} bytes, and the folder is made under a "
+            f"longer one beside it; give a name of at most {longest} bytes"
         )

@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from limits import small_files
+from safetensors.torch import save_file
 from small import TinyNet, net_calls
 
 from mpqdm_fx.api import quantize
