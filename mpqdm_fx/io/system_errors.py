@@ -67,7 +67,7 @@ def writing(path: Path) -> Iterator[None]:
         raise _refusal(path, error.number, error.told) from error.__cause__
     except (OSError, SafetensorError) as error:
         number = error_number(error)
-        if number not in REMEDIES:
+        if number is None or number not in REMEDIES:
             raise
         named = getattr(error, "filename", None)
         told = None if named is None else os.fsdecode(named)
