@@ -4,7 +4,7 @@ import lzma
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from records import flip
 
@@ -13,6 +13,7 @@ from mpqdm_fx.backends.compressed import (
     drop_expansions,
     expand_program,
 )
+from mpqdm_fx.backends.kernel_library import CODED_END
 from mpqdm_fx.backends.xnnpack.runner import stored_files
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io import expansion
@@ -21,6 +22,7 @@ from mpqdm_fx.io.sealed import Entry
 
 @given(content=st.binary(max_size=300), repeats=st.integers(1, 50))
 def test_expanded_bytes_are_those_compressed(tmp_path_factory, content, repeats):
+    assume(not (content * repeats).endswith(CODED_END))  # coded weights, which end so, go back
     folder = tmp_path_factory.mktemp("files")
     path = folder / "net.pte"
     path.write_bytes(content * repeats)
