@@ -5,6 +5,7 @@ one would change another's. What a forward writes into the model itself would be
 """
 
 import contextlib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,9 +35,54 @@ def functionalized(exported: ExportedProgram) -> ExportedProgram:
     graphs = [m for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
     if not any(_writes(node) for graph in graphs for node in graph.graph.nodes):
         return exported
+    for graph in graphs:
+        _share_dropped(graph)
     # the only decomposition: layers stay single operators, and `copy` has no derivative
     rewritten: ExportedProgram = exported.run_decompositions({torch.ops.aten.copy.default: _copy})
     return rewritten
+
+
+def _share_dropped(graph_module: fx.GraphModule) -> None:
+    """Take out, in place, what drops nothing and whose value is written into behind it.
+
+    In evaluation a dropout returns the very tensor that it is given, and what is written into one
+    is in both; to functionalization its result is a tensor of its own.
+    """
+    groups: dict[fx.Node, set[fx.Node]] = {}
+    last_write: dict[fx.Node, int] = {}
+    for index, node in enumerate(graph_module.graph.nodes):
+        groups[node] = {node}
+        for source in _sources(node):
+            joined = groups[source] | groups[node]
+            groups.update(dict.fromkeys(joined, joined))
+        if _writes(node):
+            last_write.update(dict.fromkeys(_sources(node), index))
+    for index, node in enumerate(list(graph_module.graph.nodes)):
+        if node.target is not _DROPOUT or not _drops_nothing(node):
+            continue
+        if any(last_write.get(other, -1) > index for other in groups[node]):
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+_DROPOUT = torch.ops.aten.dropout.default
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    return not node.args[2] or node.args[1] == 0
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory a node's result may be in, or that it writes into."""
+    if node.target is operator.getitem or (node.target is _DROPOUT and _drops_nothing(node)):
+        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    arguments = node.target._schema.arguments
+    values = dict(zip((a.name for a in arguments), node.args, strict=False)) | dict(node.kwargs)
+    shared = [values.get(a.name) for a in arguments if a.alias_info is not None]
+    return [value for value in shared if isinstance(value, fx.Node)]
 
 
 def _copy(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
