@@ -14,12 +14,37 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpqdm_fx.capture.diagnose import CaptureError, refuse
 from mpqdm_fx.capture.foreign_models import own_tensors
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.nested import tensors_of
 from mpqdm_fx.numerics.lazy_tensor import LazyTensor
 
-__all__ = ["functionalized", "refuse_autocast", "refuse_counters", "refuse_writes"]
+__all__ = [
+    "functionalized",
+    "refuse_autocast",
+    "refuse_counters",
+    "refuse_writes",
+]
+
+
+class InnerGraphError(Exception):
+    """A model calls an operator that holds graphs of its own, which no pass enters.
+
+    Attributes:
+        suggestion: What to write in its place.
+    """
+
+    def __init__(self, operator: str, values: Sequence[Any]) -> None:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors_of(list(values)))
+        super().__init__(
+            f"{operator} of tensors {shapes} runs graphs of its own, which stay untraced"
+        )
+        self.suggestion = "write it in plain operators"
+        if operator == "cond":
+            self.suggestion = (
+                "compute both branches and use torch.where, or choose in Python by a constant"
+            )
 
 
 def functionalized(exported: ExportedProgram) -> ExportedProgram:
@@ -124,15 +149,21 @@ def refuse_writes(model: nn.Module) -> Iterator[None]:
     """Refuse, before it happens, that an operator writes into a tensor of the model.
 
     Raises:
-        TraceError: Names the parameter, buffer or attribute.
+        TraceError: Names the parameter, buffer or attribute; or an operator that runs graphs of its
+            own, and the line that calls it.
     """
-    with _WriteGuard(model):
-        yield
+    try:
+        with _WriteGuard(model):
+            yield
+    except InnerGraphError as error:
+        refusal = refuse(model, error, error.suggestion)
+        raise CaptureError(type(model).__name__, "cannot be captured", refusal) from error
 
 
 class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.supports_higher_order_operators = True
         self._model_class = type(model).__name__
         self._names = {
             _storage(tensor): name
@@ -147,6 +178,8 @@ class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            raise InnerGraphError(func.name(), args)
         for tensor in _written(func, args, kwargs or {}):
             name = self._names.get(_storage(tensor))
             if name is not None:

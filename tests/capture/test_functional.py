@@ -283,3 +283,37 @@ def test_dropouts_that_nothing_is_written_into_stay():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Dropout(0.5)).eval()
     graph = trace(model, (torch.randn(3, 4),))
     assert [str(n.target) for n in graph.graph.find_nodes(op="call_module", target="2")] == ["2"]
+
+
+class _Chosen(nn.Module):
+    def __init__(self, choose) -> None:
+        super().__init__()
+        self.inner = _Choice(choose)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class _Choice(nn.Module):
+    def __init__(self, choose) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.choose = nn.Linear(4, 4), choose
+
+    def forward(self, x):
+        return torch.cond(self.choose(x), lambda z: self.layer(z), lambda z: 2 * z, (x,))
+
+
+def test_a_choice_by_a_value_is_refused_with_place_operator_shapes_and_remedy():
+    with pytest.raises(TraceError) as told:
+        trace(_Chosen(lambda x: x.sum() > 0).eval(), {"x": torch.ones(3, 4)})
+    text = str(told.value)
+    for part in ("_Chosen cannot be captured", "cond of tensors [], [3, 4]", "in inner at"):
+        assert part in text
+    assert text.endswith("use torch.where, or choose in Python by a constant")
+
+
+def test_a_choice_by_a_constant_is_made():
+    model = _Chosen(lambda x: x.shape[1] > 3).eval()
+    graph = trace(model, {"x": torch.ones(3, 4)})
+    assert same_bits(graph(x=torch.ones(2, 4)), model(torch.ones(2, 4)))
