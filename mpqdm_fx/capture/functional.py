@@ -95,7 +95,7 @@ _DROPOUT = torch.ops.aten.dropout.default
 
 
 def _drops_nothing(node: fx.Node) -> bool:
-    return not node.args[2] or node.args[1] == 0
+    return node.args[2] is False or node.args[1] == 0
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
@@ -179,7 +179,7 @@ class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if isinstance(func, torch._ops.HigherOrderOperator):
-            raise InnerGraphError(func.name(), args)
+            raise InnerGraphError(str(func), args)
         for tensor in _written(func, args, kwargs or {}):
             name = self._names.get(_storage(tensor))
             if name is not None:

@@ -70,8 +70,10 @@ def _single_times(
     signature: Signature, call: Mapping[str, Any], example_inputs: Mapping[str, Any] | Sequence[Any]
 ) -> dict[str, Tensor]:
     """The times that were spread over the batch, as they were given."""
-    named = isinstance(example_inputs, Mapping)
-    values = signature.bind((), example_inputs) if named else signature.bind(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        values = signature.bind((), example_inputs)
+    else:
+        values = signature.bind(example_inputs)
     times = {}
     for name in TIMESTEP_NAMES & values.keys():
         told = call[name]

@@ -44,7 +44,7 @@ def without_lent(graph_module: fx.GraphModule, lender: nn.Module) -> fx.GraphMod
         if name:
             module = shallow_clone(module)
             replace_module(result, name, module)
-        module._parameters, module._buffers = changed  # type: ignore[assignment]
+        module._parameters, module._buffers = changed
     return result
 
 

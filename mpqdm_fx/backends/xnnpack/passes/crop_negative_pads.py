@@ -60,7 +60,7 @@ def _cropped(graph_module: fx.GraphModule, node: fx.Node, sides: Sequence[int]) 
     positive = [max(0, side) for side in sides]
     if any(positive):
         fill = argument(node, 3 if node.target is _aten.pad.default else 2, "value", None)
-        args = (value, positive, 0.0 if fill is None else fill)
-        value = insert_call(graph_module, _aten.constant_pad_nd.default, args, anchor=node)
+        padding = (value, positive, 0.0 if fill is None else fill)
+        value = insert_call(graph_module, _aten.constant_pad_nd.default, padding, anchor=node)
     assert isinstance(value, fx.Node)
     return value
