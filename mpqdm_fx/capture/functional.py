@@ -95,7 +95,7 @@ _DROPOUT = torch.ops.aten.dropout.default
 
 
 def _drops_nothing(node: fx.Node) -> bool:
-    return node.args[2] is False or node.args[1] == 0
+    return node.args[2] is False or node.args[1] in (0, 0.0)
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
