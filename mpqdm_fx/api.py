@@ -19,6 +19,7 @@ from mpqdm_fx.io.allocator import freed_memory_kept
 from mpqdm_fx.io.ambient import plain_torch
 from mpqdm_fx.io.progress import stage, tracked
 from mpqdm_fx.io.versions import versions
+from mpqdm_fx.model.lent_tensors import without_lent
 from mpqdm_fx.model.quantized import PreparedModel, Quantization, QuantizedModel
 from mpqdm_fx.model.stages import normalized
 from mpqdm_fx.records.config import MPQConfig
@@ -143,7 +144,7 @@ def convert(
         report=report,
         config=prepared.config,
     )
-    return QuantizedModel(result.rounded, quantization)
+    return QuantizedModel(without_lent(result.rounded, prepared.graph_module), quantization)
 
 
 @_solving_keywords

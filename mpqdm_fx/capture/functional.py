@@ -5,6 +5,7 @@ one would change another's. What a forward writes into the model itself would be
 """
 
 import contextlib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,37 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpqdm_fx.capture.diagnose import CaptureError, refuse
 from mpqdm_fx.capture.foreign_models import own_tensors
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.nested import tensors_of
 from mpqdm_fx.numerics.lazy_tensor import LazyTensor
 
-__all__ = ["functionalized", "refuse_autocast", "refuse_counters", "refuse_writes"]
+__all__ = [
+    "functionalized",
+    "refuse_autocast",
+    "refuse_counters",
+    "refuse_writes",
+]
+
+
+class InnerGraphError(Exception):
+    """A model calls an operator that holds graphs of its own, which no pass enters.
+
+    Attributes:
+        suggestion: What to write in its place.
+    """
+
+    def __init__(self, operator: str, values: Sequence[Any]) -> None:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors_of(list(values)))
+        super().__init__(
+            f"{operator} of tensors {shapes} runs graphs of its own, which stay untraced"
+        )
+        self.suggestion = "write it in plain operators"
+        if operator == "cond":
+            self.suggestion = (
+                "compute both branches and use torch.where, or choose in Python by a constant"
+            )
 
 
 def functionalized(exported: ExportedProgram) -> ExportedProgram:
@@ -34,9 +60,54 @@ def functionalized(exported: ExportedProgram) -> ExportedProgram:
     graphs = [m for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
     if not any(_writes(node) for graph in graphs for node in graph.graph.nodes):
         return exported
+    for graph in graphs:
+        _share_dropped(graph)
     # the only decomposition: layers stay single operators, and `copy` has no derivative
     rewritten: ExportedProgram = exported.run_decompositions({torch.ops.aten.copy.default: _copy})
     return rewritten
+
+
+def _share_dropped(graph_module: fx.GraphModule) -> None:
+    """Take out, in place, what drops nothing and whose value is written into behind it.
+
+    In evaluation a dropout returns the very tensor that it is given, and what is written into one
+    is in both; to functionalization its result is a tensor of its own.
+    """
+    groups: dict[fx.Node, set[fx.Node]] = {}
+    last_write: dict[fx.Node, int] = {}
+    for index, node in enumerate(graph_module.graph.nodes):
+        groups[node] = {node}
+        for source in _sources(node):
+            joined = groups[source] | groups[node]
+            groups.update(dict.fromkeys(joined, joined))
+        if _writes(node):
+            last_write.update(dict.fromkeys(_sources(node), index))
+    for index, node in enumerate(list(graph_module.graph.nodes)):
+        if node.target is not _DROPOUT or not _drops_nothing(node):
+            continue
+        if any(last_write.get(other, -1) > index for other in groups[node]):
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+_DROPOUT = torch.ops.aten.dropout.default
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    return node.args[2] is False or node.args[1] in (0, 0.0)
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory a node's result may be in, or that it writes into."""
+    if node.target is operator.getitem or (node.target is _DROPOUT and _drops_nothing(node)):
+        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    arguments = node.target._schema.arguments
+    values = dict(zip((a.name for a in arguments), node.args, strict=False)) | dict(node.kwargs)
+    shared = [values.get(a.name) for a in arguments if a.alias_info is not None]
+    return [value for value in shared if isinstance(value, fx.Node)]
 
 
 def _copy(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -78,15 +149,21 @@ def refuse_writes(model: nn.Module) -> Iterator[None]:
     """Refuse, before it happens, that an operator writes into a tensor of the model.
 
     Raises:
-        TraceError: Names the parameter, buffer or attribute.
+        TraceError: Names the parameter, buffer or attribute; or an operator that runs graphs of its
+            own, and the line that calls it.
     """
-    with _WriteGuard(model):
-        yield
+    try:
+        with _WriteGuard(model):
+            yield
+    except InnerGraphError as error:
+        refusal = refuse(model, error, error.suggestion)
+        raise CaptureError(type(model).__name__, "cannot be captured", refusal) from error
 
 
 class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.supports_higher_order_operators = True
         self._model_class = type(model).__name__
         self._names = {
             _storage(tensor): name
@@ -101,6 +178,8 @@ class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            raise InnerGraphError(str(func), args)
         for tensor in _written(func, args, kwargs or {}):
             name = self._names.get(_storage(tensor))
             if name is not None:

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from mpqdm_fx.capture.entry import enter
 from mpqdm_fx.capture.fixed_reads import fixed_reads
 from mpqdm_fx.capture.functional import functionalized, refuse_counters, refuse_writes
 from mpqdm_fx.capture.raise_modules import raise_leaf_modules
+from mpqdm_fx.capture.single_times import run_example
 from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.difference import attention_kernels, first_difference, same_bits
 from mpqdm_fx.graph.fold_parametrizations import fold_parametrizations
@@ -88,8 +90,8 @@ def trace(
         model: Any module that torch.export takes. It is not changed: training flags, lazily filled
             caches and the global random state are as before, whatever happens.
         example_inputs: Keyword arguments, or a tuple of positional ones. Integer, float and 0-d
-            timesteps become tensors of shape [B]; None, booleans, strings and other numbers become
-            constants of the graph.
+            timesteps become tensors of shape [B] where the model answers to both alike, else 0-d
+            ones; None, booleans, strings and other numbers become constants of the graph.
         dynamic_batch: Let the leading axis of batched inputs vary. Where the model does not allow
             it, the batch is fixed, a warning is logged, and the signature's ``note`` says why.
         fractional_timesteps: Take timesteps in float32, so that schedulers with whole and with
@@ -109,15 +111,18 @@ def trace(
     check_modules(model)
     entry = enter(model)
     model = fold_parametrizations(entry.model)
-    signature, call = bind_inputs(model, entry.take(example_inputs))
+    given = entry.take(example_inputs)
+    signature, call = bind_inputs(model, given)
     signature = dataclasses.replace(signature, dtype=entry.dtype)
     routed = routed_blocks(model)
     with _unchanged(model), _evaluation(model), torch.no_grad(), contextlib.ExitStack() as stack:
         with checked_routing(model, routed) as chosen:
-            expected = _run_eagerly(model, call, signature)
+            signature, call, expected = run_example(
+                partial(_run_eagerly, model), signature, call, given
+            )
         if chosen:
             stack.enter_context(dense_routing(routed))
-            expected = _run_eagerly(model, call, signature)
+            expected = _run_eagerly(model, signature, call)
         if fractional_timesteps:
             signature, call = _in_fractions(model, signature, call, expected)
         exported, signature, inputs = _export(model, call, signature, dynamic_batch)
@@ -187,7 +192,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _run_eagerly(model: nn.Module, call: dict[str, Any], signature: Signature) -> Any:
+def _run_eagerly(model: nn.Module, signature: Signature, call: dict[str, Any]) -> Any:
     """Run the model on the example: it must accept it, and its caches fill with real tensors."""
     try:
         with refuse_writes(model):

@@ -7,7 +7,6 @@ defect of this package, with a log to report; 128 + N stopped by signal N.
 import errno
 import os
 import platform
-import re
 import shlex
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from mpqdm_fx.cli.spelling import as_typed
 from mpqdm_fx.cli.streams import OutputError, guarded_streams, say
 from mpqdm_fx.cli.usage import USAGE_ERROR, usage_line
 from mpqdm_fx.errors import MPQError
+from mpqdm_fx.io.system_errors import REMEDIES, error_number
 from mpqdm_fx.io.versions import versions
 
 __all__ = ["INTERNAL", "KINDS", "Ending", "Kind", "run", "tell"]
@@ -127,26 +127,15 @@ def _any_of(*classes: type[BaseException]) -> Callable[[BaseException], bool]:
     return lambda error: isinstance(error, classes)
 
 
-_RUST_ERRNO = re.compile(r"(?:os error |code: )(\d+)")
-
-
-def _errno(error: BaseException) -> int | None:
-    """The system's number of an error, which safetensors has in its text."""
-    if isinstance(error, OSError):
-        return error.errno
-    match = _RUST_ERRNO.search(str(error)) if isinstance(error, SafetensorError) else None
-    return int(match[1]) if match else None
-
-
 def _numbered(*numbers: int) -> Callable[[BaseException], bool]:
-    return lambda error: _errno(error) in numbers
+    return lambda error: error_number(error) in numbers
 
 
 _NO_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "out of memory", "Cannot allocate memory")
 
 
 def _is_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or _errno(error) == errno.ENOMEM:
+    if isinstance(error, MemoryError) or error_number(error) == errno.ENOMEM:
         return True
     # torch's allocators raise RuntimeErrors
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
@@ -190,7 +179,7 @@ def _flat(error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    number = _errno(error)
+    number = error_number(error)
     return _flat(error) if number is None else os.strerror(number)
 
 
@@ -223,10 +212,9 @@ KINDS: tuple[Kind, ...] = (
     Kind(_any_of(MPQError), lambda error, places: as_typed(str(error), places.get("options", {}))),
     Kind(_is_memory, _says_memory),
     Kind(
-        _numbered(errno.ENOSPC, errno.EDQUOT),
-        _says("free space there, or give another disk (TMPDIR moves temporary files)"),
+        _numbered(*REMEDIES),
+        lambda error, places: _says(REMEDIES[error_number(error) or 0])(error, places),
     ),
-    Kind(_numbered(errno.EFBIG), _says("raise the limit of file sizes (ulimit -f)")),
     Kind(
         _numbered(errno.EACCES, errno.EPERM, errno.EROFS),
         _says("change its permissions, or give another place"),

@@ -12,6 +12,7 @@ from mpqdm_fx.errors import ConfigError
 from mpqdm_fx.io.files import checkpoint_of
 from mpqdm_fx.io.sealed import read_json
 from mpqdm_fx.io.space import existing_folder
+from mpqdm_fx.io.system_errors import REMEDIES, check_name_length
 from mpqdm_fx.sources.model_names import BUNDLED, check_name
 
 __all__ = [
@@ -56,10 +57,14 @@ def check_output_folder(
         resumable: Whether an unfinished run is kept beside it.
 
     Raises:
-        ConfigError: It is the current folder or one above it, one that the command reads, or its
-            parent cannot be written.
+        ConfigError: It is a file, the current folder or one above it, one that the command reads,
+            or its parent cannot be written.
+        ArtifactError: Its name is too long.
     """
+    check_name_length(output, f"{option} {output}")
     target = output.resolve()
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{option} {output}: this is a file; give a folder's name")
     if Path.cwd().is_relative_to(target):
         raise ConfigError(
             f"{option} {output}: this is the current folder, or holds it, and it is replaced as a "
@@ -157,9 +162,9 @@ def check_writable(folder: Path, typed: str, *, prefix: str = "mpqdm-fx") -> Non
         with tempfile.TemporaryDirectory(prefix=f".{prefix}-", dir=parent):
             pass
     except OSError as error:
+        remedy = REMEDIES.get(error.errno or 0, "give another place, or change its permissions")
         raise ConfigError(
-            f"{typed}: {parent} cannot be written: {error.strerror}; give another place, or change "
-            f"its permissions"
+            f"{typed}: {parent} cannot be written: {error.strerror}; {remedy}"
         ) from None
 
 

@@ -90,7 +90,7 @@ def distill(
     announce(f"training {directory} to {output}: {budget or f'{updates} updates'}")
     from mpqdm_fx.cli.screens.result import ResultScreen
     from mpqdm_fx.distill.config import DistillConfig
-    from mpqdm_fx.io.folders import WEIGHTS
+    from mpqdm_fx.io.folders import WEIGHTS, check_target
     from mpqdm_fx.io.processes import joined
     from mpqdm_fx.io.schema import plain
     from mpqdm_fx.io.space import check_space
@@ -103,6 +103,7 @@ def distill(
 
     checks.check_device(device)
     opened = open_folder(directory)
+    check_target(output, overwrite=overwrite)
     then: dict[str, float] = {}
     if gates:
         source = as_recorded(source_of(directory, model), directory, model=model)

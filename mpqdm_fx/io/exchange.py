@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.files import hidden_folder, sweep_abandoned
+from mpqdm_fx.io.system_errors import check_name_length, writing
 
 __all__ = ["remove_folder", "replace_folder", "staged_folder", "sweep_leftovers"]
 
@@ -41,13 +42,19 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
     Yields:
         The folder, to be filled.
+
+    Raises:
+        ArtifactError: The system refuses, as of `system_errors.writing`, or the folder cannot be
+            replaced.
     """
-    target = Path(os.path.realpath(target))  # of a link, the folder it leads to is replaced
-    target.parent.mkdir(parents=True, exist_ok=True)
-    sweep_leftovers(target)
-    with hidden_folder(target.parent, target.name, _STAGE) as stage:
-        yield stage
-        replace_folder(stage, target)
+    check_name_length(target)
+    place = Path(os.path.realpath(target))  # of a link, the folder it leads to is replaced
+    with writing(target):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        sweep_leftovers(place)
+        with hidden_folder(place.parent, place.name, _STAGE) as stage:
+            yield stage
+            replace_folder(stage, place)
 
 
 def sweep_leftovers(target: Path) -> None:

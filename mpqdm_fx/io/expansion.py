@@ -7,8 +7,9 @@ This file is copied into exported folders, and imports nothing but the standard 
 import contextlib
 import lzma
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.sealed import Entry, hashed_file
@@ -63,12 +64,8 @@ def expand(
     most = size * _MOST_EXPANSION if content is None else content.bytes + 2 * size
     part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     try:
-        # .xz alone: an older format, which lzma would take too, has no checksum
-        with (
-            lzma.open(packed, format=lzma.FORMAT_XZ) as source,
-            part.open("xb") as plain,
-        ):
-            while chunk := source.read(_CHUNK):
+        with packed.open("rb") as source, part.open("xb") as plain:
+            for chunk in _plain_chunks(source):
                 if plain.tell() + len(chunk) > most:
                     raise ArtifactError(
                         f"{name} expands to more than the {most} bytes that it may; it is damaged, "
@@ -83,11 +80,30 @@ def expand(
         raise ArtifactError(f"{name} is damaged or truncated: {error}; copy it again") from error
     except OSError as error:
         raise ArtifactError(
-            f"{name} cannot be expanded into {target.parent}: {error}; the folder must be writable"
+            f"{name} cannot be expanded into {target.parent}: {error}; the folder must be "
+            f"writable, and its disk have room"
         ) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _plain_chunks(source: BinaryIO) -> Iterator[bytes]:
+    """The content of one stream, piece by piece; `lzma.open` joins streams and skips what follows.
+
+    Raises:
+        EOFError: The stream does not end.
+        LZMAError: It is none, or something follows it.
+    """
+    # .xz alone: an older format, which lzma would take too, has no checksum
+    stream = lzma.LZMADecompressor(format=lzma.FORMAT_XZ)
+    while not stream.eof:
+        data = source.read(_CHUNK) if stream.needs_input else b""
+        if stream.needs_input and not data:
+            raise EOFError("it ends before its content does")
+        yield stream.decompress(data, _CHUNK)
+    if stream.unused_data or source.read(1):
+        raise lzma.LZMAError("something follows its content")
 
 
 def _holds(path: Path, content: Entry) -> bool:

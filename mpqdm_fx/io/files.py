@@ -14,11 +14,12 @@ import re
 import reprlib
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.errors import ArtifactError
+from mpqdm_fx.io.system_errors import writing
 
 try:
     import fcntl
@@ -35,6 +36,7 @@ __all__ = [
     "replacing",
     "sweep_abandoned",
     "write_text",
+    "write_texts",
 ]
 
 logger = logging.getLogger(__name__)
@@ -159,8 +161,19 @@ def replacing(path: Path) -> Iterator[Path]:
         The file, of the same name in a hidden folder beside its place, to be filled.
 
     Raises:
-        ArtifactError: A folder, a device or a pipe is there, which no file takes the place of.
+        ArtifactError: A folder, a device or a pipe is there, which no file takes the place of; or
+            the system refuses, as of `system_errors.writing`.
     """
+    with writing(path), _hidden_file(path) as (part, place):
+        mode = part.stat().st_mode
+        yield part
+        part.chmod(mode)  # safetensors writes for the owner alone
+        part.replace(place)
+
+
+@contextlib.contextmanager
+def _hidden_file(path: Path) -> Iterator[tuple[Path, Path]]:
+    """An empty file in a hidden folder beside its place, and that place."""
     path = Path(os.path.realpath(path))  # of a link, the file it leads to is replaced
     if path.exists() and not path.is_file():
         raise ArtifactError(f"{path} is there and no regular file; give a file's name")
@@ -170,10 +183,7 @@ def replacing(path: Path) -> Iterator[Path]:
     with hidden_folder(path.parent, name, "part") as folder:
         part = folder / path.name
         part.touch(exist_ok=False)
-        mode = part.stat().st_mode
-        yield part
-        part.chmod(mode)  # safetensors writes for the owner alone
-        part.replace(path)
+        yield part, path
 
 
 def write_text(path: Path, text: str) -> None:
@@ -185,6 +195,49 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Write several files that appear all or none; older ones stay until all are whole.
+
+    Args:
+        texts: Contents, to be UTF-8, by where they are to be.
+
+    Raises:
+        ArtifactError: As of `replacing`.
+    """
+    with contextlib.ExitStack() as stack:
+        places = {}
+        for path, text in texts.items():
+            with writing(path):
+                part, place = stack.enter_context(_hidden_file(path))
+                part.write_text(text, encoding="utf-8")
+                if place.exists():
+                    shutil.copy2(place, _older(part))
+            places[part] = place
+        touched = []
+        try:
+            for part, place in places.items():
+                touched.append(part)
+                with writing(place):
+                    part.replace(place)
+        except BaseException:
+            for part in touched:
+                with contextlib.suppress(OSError):
+                    _put_back(_older(part), places[part])
+            raise
+
+
+def _older(part: Path) -> Path:
+    """Where the file whose place a new one takes is kept until all are there."""
+    return part.with_name(f".{part.name[:_LONGEST]}.older")
+
+
+def _put_back(older: Path, place: Path) -> None:
+    if older.exists():
+        older.replace(place)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def differences(value: Any, reference: Any) -> list[tuple[str, Any, Any]]:

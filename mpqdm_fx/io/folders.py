@@ -15,6 +15,7 @@ from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io.exchange import staged_folder
 from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.sealed import Entry, read_json, seal
+from mpqdm_fx.io.system_errors import check_name_length
 from mpqdm_fx.io.versions import FIRST_SEALED, FORMAT
 
 __all__ = [
@@ -128,9 +129,11 @@ def check_target(output: str | Path, manifest: str = MANIFEST, *, overwrite: boo
 
     Raises:
         ArtifactError: `output` is a file, holds something that this package did not write, or is a
-            result and is not to be overwritten; or this process works in it.
+            result and is not to be overwritten; or this process works in it, or its name is too
+            long.
     """
     target = Path(output)
+    check_name_length(target)
     if Path.cwd().is_relative_to(target.resolve()):
         raise ArtifactError(
             f"{target} is the current folder, or holds it, and it is replaced as a whole; give "

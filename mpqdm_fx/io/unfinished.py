@@ -10,6 +10,7 @@ from mpqdm_fx.io.exchange import sweep_leftovers
 from mpqdm_fx.io.files import first_difference, is_empty_but_for_hidden, write_text
 from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import digest_of, read_json
+from mpqdm_fx.io.system_errors import writing
 
 __all__ = ["UnfinishedRun", "refuse_another_run", "refuse_foreign_folder"]
 
@@ -49,10 +50,11 @@ class UnfinishedRun:
         self.digest = digest_of(content)
         if self.check(directory, header, content, resume=resume, solved=solved, whole=True):
             return
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(
-            directory / header, json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-        )
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            write_text(
+                directory / header, json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+            )
 
     @staticmethod
     def check(

@@ -20,7 +20,7 @@ from mpqdm_fx.report.metrics import epsilon_sqnr
 from mpqdm_fx.sources.denoisers import SOURCE, Origin, pictures
 from mpqdm_fx.sources.source import Source
 
-__all__ = ["STRIP", "BudgetJudge", "Point", "read_point", "smallest", "write_point"]
+__all__ = ["STRIP", "BudgetJudge", "Point", "read_point", "retell_point", "smallest", "write_point"]
 
 STRIP = "strip.png"
 _POINT = "point.json"
@@ -149,6 +149,18 @@ def smallest(points: Sequence[Point], pick: Sequence[Gate] | None) -> Point | No
         point for point in points if all(verdict.passed for verdict in judge(pick, point.metrics))
     ]
     return min(passing, key=lambda point: point.metrics["parameter_bytes"], default=None)
+
+
+def retell_point(place: Path, point: Point) -> None:
+    """Write what a budget's folder says anew, where it says something else.
+
+    Args:
+        place: The folder, a copy that is not read yet.
+        point: What it is to say.
+    """
+    if read_point(place) != point:
+        write_text(place / _POINT, json.dumps(plain(point.model_dump()), indent=1))
+        seal_folder(place)
 
 
 def read_point(place: Path) -> Point:

@@ -20,7 +20,15 @@ from mpqdm_fx.io.schema import plain
 from mpqdm_fx.io.sealed import seal
 from mpqdm_fx.io.unfinished import UnfinishedRun
 from mpqdm_fx.io.versions import versions
-from mpqdm_fx.jobs.budgets import STRIP, BudgetJudge, Point, read_point, smallest, write_point
+from mpqdm_fx.jobs.budgets import (
+    STRIP,
+    BudgetJudge,
+    Point,
+    read_point,
+    retell_point,
+    smallest,
+    write_point,
+)
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.evaluation import check_evaluated, evaluated_metrics
 from mpqdm_fx.jobs.foretold import pareto_stages
@@ -242,12 +250,17 @@ def pareto_to_folder(
             prepared.settings = settings
             with progress.stage(f"{budget:g} bits"):
                 budgets.solve(prepared, budget)
-    points = [read_point(budgets.place(budget)) for budget in configs]
+    # options that no budget depends on may be others than when it was solved
+    points = [
+        read_point(budgets.place(budget)).model_copy(update={"command": budgets.command(settings)})
+        for budget, settings in configs.items()
+    ]
     chosen = smallest(points, pick)
     picked = None
     with staged_directory(output, PARETO, overwrite=overwrite) as stage:
         for point in points:
             shutil.copytree(root / point.folder, stage / point.folder)
+            retell_point(stage / point.folder, point)
         if chosen is not None:
             result = budgets.write_picked(chosen, stage)
             picked = chosen, replace(result, directory=output / PICKED)
@@ -280,6 +293,14 @@ class _Budgets:
         """Folder of a budget."""
         return self.root / f"bits-{bits:g}"
 
+    def command(self, settings: MPQConfig) -> str | None:
+        """The command line that makes a result of one budget alone."""
+        return command_of(
+            self.source, settings, self.form, Path("out"),
+            trajectories=self.trajectories, steps=self.steps, samples=self.samples,
+            subfolder=self.subfolder,
+        )  # fmt: skip
+
     def solve(self, prepared: PreparedModel, bits: float) -> None:
         """Quantize to one budget and write its folder; layers that a killed run solved are kept."""
         place = self.place(bits)
@@ -287,11 +308,7 @@ class _Budgets:
         start = time.perf_counter()
         quantized = convert(prepared, run=replace(self.run, directory=solving))
         seconds = time.perf_counter() - start
-        command = command_of(
-            self.source, prepared.settings, self.form, Path("out"),
-            trajectories=self.trajectories, steps=self.steps, samples=self.samples,
-            subfolder=self.subfolder,
-        )  # fmt: skip
+        command = self.command(prepared.settings)
         write_point(place, quantized, self.judge_of, bits, seconds, command, self.subfolder)
         remove_folder(solving)
 

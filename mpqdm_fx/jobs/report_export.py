@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from mpqdm_fx.errors import ArtifactError, MPQError
-from mpqdm_fx.io.files import write_text
 from mpqdm_fx.io.schema import read_listed
 from mpqdm_fx.model.summary import SUMMARY
 from mpqdm_fx.pipelines.loops.loop import loop_class
@@ -14,7 +13,7 @@ from mpqdm_fx.pipelines.pictures import DrawnPictures, draw_pictures
 from mpqdm_fx.pipelines.program_files import ProgramFiles
 from mpqdm_fx.pipelines.report import export_gallery, with_pictures
 from mpqdm_fx.report.page.render import render_report
-from mpqdm_fx.report.record import RECORD, ReportRecord, write_record
+from mpqdm_fx.report.record import RECORD, ReportRecord, write_page
 
 __all__ = ["report_export"]
 
@@ -56,8 +55,7 @@ def report_export(
     if inputs is None:
         record = record.model_copy(update={"missing": {**record.missing, "float": without}})
     page = render_report(record, export_gallery(drawn))
-    write_record(record, output.with_suffix(".json"))
-    write_text(output, page)
+    write_page(record, page, output)
     return record
 
 

@@ -34,7 +34,7 @@ from mpqdm_fx.report.comparison import compare_all
 from mpqdm_fx.report.gather import PartMeasurements, part_of, training_of, with_command
 from mpqdm_fx.report.page.packages import can_render
 from mpqdm_fx.report.page.render import render_report
-from mpqdm_fx.report.record import PAGE, RECORD, ReportRecord, write_record
+from mpqdm_fx.report.record import PAGE, RECORD, ReportRecord, write_page, write_record
 from mpqdm_fx.report.reference_run import EVALUATION_SEED
 from mpqdm_fx.sources.denoisers import (
     SOURCE,
@@ -131,8 +131,7 @@ def report_folder(
     record = report.record.model_copy(update={"pictures": pictures, "missing": missing})
     with stage("page"):
         page = render_report(record, gallery_of_drawn(drawn))
-        write_record(record, output.with_suffix(".json"))
-        write_text(output, page)
+        write_page(record, page, output)
     return record
 
 

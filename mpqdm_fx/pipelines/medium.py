@@ -3,9 +3,11 @@
 This file is copied into exported folders, beside `run.py`.
 """
 
+import contextlib
 import os
+import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpqdm_fx.pipelines.program_files import RunnerError
+from mpqdm_fx.pipelines.program_files import RunnerError, refusals
 
-__all__ = ["Medium", "check_place"]
+__all__ = ["Medium", "check_place", "whole_file"]
 
 
 class Medium(ABC):
@@ -79,6 +81,29 @@ class Medium(ABC):
         Raises:
             RunnerError: It cannot be written.
         """
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name of the same ending, to be written to, that becomes `path` when the block ends well.
+
+    Args:
+        path: The file; an older one stays until then.
+
+    Raises:
+        RunnerError: It cannot be written, for instance to a full disk; nothing is left of it.
+    """
+    place = Path(os.path.realpath(path))  # of a link, the file it leads to
+    with refusals(f"{path} cannot be written"):
+        if place.exists() and not place.is_file():  # a device takes what is written to it
+            yield place
+            return
+        part = place.with_name(f".{secrets.token_hex(8)}{place.suffix}")
+        try:
+            yield part
+            part.replace(place)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def check_place(path: Path) -> None:

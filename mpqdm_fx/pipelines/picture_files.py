@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpqdm_fx.pipelines.medium import Medium, check_place
+from mpqdm_fx.pipelines.medium import Medium, check_place, whole_file
 from mpqdm_fx.pipelines.program_files import RunnerError, refusals
 
 __all__ = ["Pictures", "area_of", "picture_of", "read_picture"]
@@ -61,10 +61,10 @@ class Pictures(Medium):
 
     def write(self, codes: NDArray[Any], path: Path) -> None:
         """Write uint8 [H, W, 3], or [H, W, 1] for grey."""
-        with refusals(f"{path} cannot be written"):
+        with whole_file(path) as part:
             from PIL import Image
 
-            Image.fromarray(codes.squeeze(-1) if codes.shape[-1] == 1 else codes).save(path)
+            Image.fromarray(codes.squeeze(-1) if codes.shape[-1] == 1 else codes).save(part)
 
 
 def read_picture(path: Path, mode: str, size: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpqdm_fx.pipelines.medium import Medium, check_place
-from mpqdm_fx.pipelines.program_files import RunnerError, refusals
+from mpqdm_fx.pipelines.medium import Medium, check_place, whole_file
+from mpqdm_fx.pipelines.program_files import RunnerError
 
 __all__ = ["Sounds"]
 
@@ -62,7 +62,7 @@ class Sounds(Medium):
 
     def write(self, codes: NDArray[Any], path: Path) -> None:
         """Write int16 [samples, channels] as PCM of 16 bits."""
-        with refusals(f"{path} cannot be written"), wave.open(str(path), "wb") as file:
+        with whole_file(path) as part, wave.open(str(part), "wb") as file:
             file.setnchannels(codes.shape[1])
             file.setsampwidth(2)
             file.setframerate(round(self.settings["sampling_rate"]))

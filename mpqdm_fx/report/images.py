@@ -1,6 +1,5 @@
 """Pictures of samples."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.errors import ConfigError
+from mpqdm_fx.io.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -152,13 +152,8 @@ def _picture(canvas: Tensor) -> "Image":
 
 
 def _write(picture: "Image", path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        picture.save(temporary, format=_format_of(path), quality=95)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as part:
+        picture.save(part, format=_format_of(path), quality=95)
     return path
 
 

@@ -125,7 +125,7 @@ def _parts(
     alone = signature.batch_range is not None and signature.batch_range[0] == 1
     alone &= all(spec.batch_axis == 0 and spec.batch_multiple == 1 for spec in specs.values())
     batch = batch_size_of(inputs)
-    alone &= all(len(tensor) == batch for _, tensor in tensor_leaves(inputs))
+    alone &= all(tensor.shape[:1] == (batch,) for _, tensor in tensor_leaves(inputs))
     if not alone:
         return [(inputs, groups)]
     return [

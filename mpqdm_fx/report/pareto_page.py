@@ -122,6 +122,9 @@ def _chart(
         f"{point['bits']:g} bits {shown(name, value)} in {size:,.0f} kB"
         for point, size, value in zip(drawn, sizes, values, strict=True)
     )
+    if not drawn:
+        ratios = "; ".join(f"{p['bits']:g} bits {shown(name, p['metrics'][name])}" for p in points)
+        listing = f"none of them can be drawn ({ratios})"
     return chart(
         name,
         _CHARTS[name],

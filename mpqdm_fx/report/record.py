@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mpqdm_fx.io.files import write_text
+from mpqdm_fx.io.files import write_text, write_texts
 from mpqdm_fx.io.schema import Count, Name, Ratio, Strict, plain
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "ReportRecord",
     "Spread",
     "TrainingNumbers",
+    "write_page",
     "write_record",
 ]
 
@@ -298,4 +299,19 @@ def write_record(record: ReportRecord, path: Path) -> None:
         record: The numbers.
         path: The file; it appears whole.
     """
-    write_text(path, json.dumps(plain(record.model_dump()), indent=1, allow_nan=False))
+    write_text(path, _text_of(record))
+
+
+def write_page(record: ReportRecord, page: str, path: Path) -> None:
+    """Write a page with its numbers beside it: both appear, or none.
+
+    Args:
+        record: The numbers.
+        page: The page's text.
+        path: The page, `.html`; the numbers get its name with `.json`.
+    """
+    write_texts({path.with_suffix(".json"): _text_of(record), path: page})
+
+
+def _text_of(record: ReportRecord) -> str:
+    return json.dumps(plain(record.model_dump()), indent=1, allow_nan=False)

@@ -175,7 +175,35 @@ def sequences(b: GraphBuilder, variant: int) -> None:
     b.set_image(image, channels)
 
 
+def edges(b: GraphBuilder, variant: int) -> None:
+    """Emit what programs take in another form alone: pads that crop, PReLU of tokens and vectors.
+
+    Variant 2 adds attention without keys.
+    """
+    channels, height, width = b.shape
+    if min(height, width) > 1:
+        sides = [-1, 1, 1, -1] if variant % 2 else [0, 0, 1, -1]
+        if variant < 2:
+            image = b.call(_aten.pad.default, b.image, sides, "constant", 0.5)
+        else:
+            image = b.call(_aten.constant_pad_nd.default, b.image, sides)
+        b.set_image(image, channels)
+    if variant == 3:
+        vector = b.call(_aten.mean.dim, b.image, [2, 3])
+        slope = b.call(b.module("act", nn.PReLU(device="meta")), vector)
+        slope = b.call(_aten.reshape.default, slope, [b.batch, channels, 1, 1])
+        b.set_image(b.call(_aten.add.Tensor, b.image, slope), channels)
+        return
+    line = b.call(_aten.flatten.using_ints, b.image, 2)
+    line = b.call(b.module("act", nn.PReLU(channels, device="meta")), line)
+    if variant == 2:
+        none = b.call(_aten.slice.Tensor, line, 1, 0, 0)
+        seen = b.call(_aten.scaled_dot_product_attention.default, line, none, none)
+        line = b.call(_aten.add.Tensor, line, seen)
+    b.set_image(b.call(_aten.reshape.default, line, [b.batch, channels, height, width]), channels)
+
+
 #: Kind to emitter, each with four variants.
 TOKEN_EMITTERS: Mapping[str, Callable[[GraphBuilder, int], None]] = {
-    f.__name__: f for f in (repeats, fill, rotary, products, patches, choices, sequences)
+    f.__name__: f for f in (repeats, fill, rotary, products, patches, choices, sequences, edges)
 }

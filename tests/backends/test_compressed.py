@@ -4,7 +4,7 @@ import lzma
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from records import flip
 
@@ -13,6 +13,7 @@ from mpqdm_fx.backends.compressed import (
     drop_expansions,
     expand_program,
 )
+from mpqdm_fx.backends.kernel_library import CODED_END
 from mpqdm_fx.backends.xnnpack.runner import stored_files
 from mpqdm_fx.errors import ArtifactError
 from mpqdm_fx.io import expansion
@@ -21,6 +22,7 @@ from mpqdm_fx.io.sealed import Entry
 
 @given(content=st.binary(max_size=300), repeats=st.integers(1, 50))
 def test_expanded_bytes_are_those_compressed(tmp_path_factory, content, repeats):
+    assume(not (content * repeats).endswith(CODED_END))  # coded weights, which end so, go back
     folder = tmp_path_factory.mktemp("files")
     path = folder / "net.pte"
     path.write_bytes(content * repeats)
@@ -50,7 +52,7 @@ def test_a_file_whose_content_is_known_is_expanded_once_and_anew_when_it_changes
     packed = compress_program(tmp_path / "net.pte")
     first = expand_program(packed, content=content)
     with monkeypatch.context() as patch:
-        patch.setattr(expansion.lzma, "open", None)  # a second expansion would call it
+        patch.setattr(expansion.lzma, "LZMADecompressor", None)  # a second expansion would call it
         assert expand_program(packed, content=content) == first
     compress_program(program(tmp_path, seed=1))
     second = expand_program(packed)
@@ -120,7 +122,9 @@ def test_a_compressed_file_takes_the_place_of_the_plain_one_and_its_expansions_g
     assert stored_files(plain) == ()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "no xz", "zeros", "lzma"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "truncated", "no xz", "zeros", "lzma", "joined", "padded"]
+)
 def test_damage_is_found_and_leaves_nothing_behind(damage, tmp_path):
     packed = compress_program(program(tmp_path))
     content = packed.read_bytes()
@@ -132,6 +136,8 @@ def test_damage_is_found_and_leaves_nothing_behind(damage, tmp_path):
             "no xz": b"not compressed",
             "zeros": bytes(len(content)),
             "lzma": lzma.compress(b"program", format=lzma.FORMAT_ALONE),
+            "joined": content + content,
+            "padded": content + b"more",
         }
         packed.write_bytes(contents[damage])
     before = sorted(p.name for p in tmp_path.iterdir())

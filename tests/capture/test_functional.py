@@ -241,3 +241,79 @@ def test_caches_that_the_first_call_fills_are_no_state():
     graph_module = trace(model, (randn(2, 4),))
     assert torch.equal(graph_module(randn(3, 4)), randn(3, 4) * torch.arange(1.0, 5.0))
     assert (model.table, model.width) == (None, 0)
+
+
+class _Dropped(nn.Module):
+    """What is dropped is the tensor itself in evaluation: a write into either is in both."""
+
+    def __init__(self, drop, written) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.drop, self.written = nn.Linear(4, 4), drop, written
+
+    def forward(self, x):
+        before = self.layer(x)
+        after = self.drop(before)
+        if self.written == "after":
+            after += 1
+        elif self.written == "view":
+            after.view(-1)[:4].mul_(2)
+        else:
+            before[:, :2].add_(1)
+        return (after, before * after) if self.written == "returned" else before * after
+
+
+def _dropped(x):
+    return nn.functional.dropout(x, 0.5, training=False)
+
+
+@pytest.mark.parametrize("written", ["after", "view", "before", "returned"])
+@pytest.mark.parametrize(
+    "drop", [_dropped, nn.Dropout(0.5), nn.Dropout(0.0), nn.Dropout(0.5, inplace=True)], ids=str
+)
+def test_a_write_into_what_is_dropped_is_in_both(drop, written):
+    model = _Dropped(drop, written).eval()
+    example = {"x": torch.randn(3, 4, generator=torch.Generator().manual_seed(0))}
+    graph = trace(model, example)
+    other = {"x": torch.randn(3, 4, generator=torch.Generator().manual_seed(1))}
+    assert same_bits(graph(**other), model(**other))
+
+
+def test_dropouts_that_nothing_is_written_into_stay():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Dropout(0.5)).eval()
+    graph = trace(model, (torch.randn(3, 4),))
+    assert [str(n.target) for n in graph.graph.find_nodes(op="call_module", target="2")] == ["2"]
+
+
+class _Chosen(nn.Module):
+    def __init__(self, choose) -> None:
+        super().__init__()
+        self.inner = _Choice(choose)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class _Choice(nn.Module):
+    def __init__(self, choose) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.choose = nn.Linear(4, 4), choose
+
+    def forward(self, x):
+        return torch.cond(self.choose(x), lambda z: self.layer(z), lambda z: 2 * z, (x,))
+
+
+def test_a_choice_by_a_value_is_refused_with_place_operator_shapes_and_remedy():
+    with pytest.raises(TraceError) as told:
+        trace(_Chosen(lambda x: x.sum() > 0).eval(), {"x": torch.ones(3, 4)})
+    text = str(told.value)
+    for part in ("_Chosen cannot be captured", "cond of tensors [], [3, 4]", "in inner at"):
+        assert part in text
+    assert text.endswith("use torch.where, or choose in Python by a constant")
+
+
+def test_a_choice_by_a_constant_is_made():
+    model = _Chosen(lambda x: x.shape[1] > 3).eval()
+    graph = trace(model, {"x": torch.ones(3, 4)})
+    assert same_bits(graph(x=torch.ones(2, 4)), model(torch.ones(2, 4)))

@@ -115,7 +115,7 @@ CAUSES = {
     file_size_limit: ["File too large", "ulimit -f"],
     file_size_limit_for_tensors: ["File too large", "writing {folder}/out", "ulimit -f"],
     too_many_files: ["/dev/null", "Too many open files", "ulimit -n"],
-    long_name: ["{folder}/xxx", "File name too long", "check this path"],
+    long_name: ["{folder}/xxx", "File name too long", "give a shorter name"],
     missing_file: ["{folder}/nothing", "No such file"],
     no_memory: ["out of memory", "writing {folder}/out", "--max-memory"],
     no_memory_in_torch: ["out of memory", "writing {folder}/out", "--max-memory"],
@@ -159,7 +159,7 @@ def test_every_kind_of_the_table_has_a_cause(tmp_path):
             cause(folder)
         met.add(next(index for index, kind in enumerate(KINDS) if kind.holds(raised.value)))
     lost_peer = len(KINDS) - 1  # needs several processes
-    refused = 5 if os.geteuid() == 0 else None  # permissions do not bind root
+    refused = 4 if os.geteuid() == 0 else None  # permissions do not bind root
     assert set(range(len(KINDS))) - met <= {lost_peer, refused}
 
 

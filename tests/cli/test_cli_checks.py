@@ -74,7 +74,7 @@ OUTPUTS = {
     "in a folder of the system": ("/proc/new", "/proc cannot be written"),
     "the current folder": (".", "current folder"),
     "a folder that holds the current one": ("..", "current folder"),
-    "too long a name": ("x" * 250, "cannot be written: File name too long"),
+    "too long a name": ("x" * 250, "cannot be written: File name too long|give a name of at most"),
     "what is read": ("{read}", "which is read|what is read|is a folder|name that ends in"),
 }
 WRITERS = {

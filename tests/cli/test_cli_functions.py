@@ -1,6 +1,7 @@
 """`MODEL` and `--inputs` as functions: a stranger's model on the command line, from end to end."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,3 +137,34 @@ def test_held_out_calls_are_not_fitted_to(file):
     joined = source.with_calls(calls_of(f"{file}:calls", source.model, 3))
     assert joined.calls.held_out_calls == range(5, 8)
     assert joined.sample_shape == (2, 6, 10)
+
+
+ONE_TIME = """
+import torch
+from test_single_times import Waved, calls as timed_calls
+
+def model():
+    return Waved().eval()
+
+def calls():
+    return timed_calls(size=8, times=(0.1, 0.4, 0.9, 0.2))
+"""
+
+
+@pytest.mark.xnnpack
+def test_a_model_that_computes_with_one_time_goes_all_the_way(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "capture")
+    own = tmp_path / "one_time_functions.py"
+    own.write_text(ONE_TIME)
+    given = ["--inputs", f"{own}:calls"]
+    settings = ["--weights", 8, "--activation-mode", "static", "--held-out", 1]
+    status, text = run("quantize", f"{own}:model", *given, *settings, "--output", tmp_path / "out")
+    assert status == 0, text
+    (part,) = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]
+    assert [point["level"] for point in part["levels"]] == [0.2]
+    status, text = run("verify", tmp_path / "out", "--model", f"{own}:model")
+    assert status == 0, text
+    status, text = run("evaluate", tmp_path / "out", "--model", f"{own}:model", *given, "--json")
+    assert status == 0, text
+    levels = [name for name in json.loads(text) if "_at_t_" in name]
+    assert levels == [f"epsilon_sqnr_at_t_{time}" for time in (0.9, 0.4, 0.2, 0.1)]

@@ -1,6 +1,7 @@
 """`mpqdm-fx pareto` as typed: several budgets of one model in one run."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from mpqdm_fx.io.files import checkpoint_of
 from mpqdm_fx.io.folders import check_target
 from mpqdm_fx.io.sealed import read_json, verified
 from mpqdm_fx.jobs import pareto as job
+from mpqdm_fx.jobs.budgets import read_point
 from mpqdm_fx.jobs.calibration import calibration_of
 from mpqdm_fx.jobs.pareto import PARETO, budget_settings
 from mpqdm_fx.jobs.presets import read_recipe
+from mpqdm_fx.model.folder import open_folder
 from mpqdm_fx.records.config import MPQConfig
+from mpqdm_fx.report.pareto_page import render_pareto
 from mpqdm_fx.sources.sources import load_source
 from mpqdm_fx.sweep import measured_bits
 
@@ -61,8 +65,9 @@ def curve(model_folder, tmp_path_factory):
     measuring = Counted(measured_bits.measure_sensitivity, tables, module=measured_bits)
     with pytest.MonkeyPatch.context() as monkeypatch:
         Counted(job.convert, monkeypatch, most=1)
+        other = ["--backend", "torch_ao", "--samples", 1]  # of which no budget depends
         with pytest.raises(Killed):
-            run("pareto", model_folder, *QUICK, *ASKED, "--output", output)
+            run("pareto", model_folder, *QUICK, *ASKED, *other, "--output", output)
     assert not output.exists()
     outcome["left"] = {path.name for path in checkpoint_of(output).iterdir()}
     outcome["without"] = run("pareto", model_folder, *QUICK, *ASKED, "--output", output)
@@ -135,6 +140,27 @@ def test_what_was_picked_is_a_result_like_any_other(curve):
     assert read_recipe(output / "picked").weight_bits == 2
     status, text = run("evaluate", output / "bits-3", "--num", 4, "--steps", 2, "--json")
     assert (status, json.loads(text)["epsilon_sqnr"] > 1) == (0, True)
+
+
+def test_the_command_of_a_budget_is_that_of_the_run_that_made_the_folder(curve):
+    output, _ = curve
+    told = [point["command"] for point in read_json(output / PARETO)["points"]]
+    kept = [read_point(output / folder).command for folder in ("bits-2", "bits-3")]
+    assert told == kept
+    assert read_json(output / "picked" / "summary.json")["command"] == told[0]
+    for command in told:
+        assert "--backend packed" in command
+        assert "--samples 0" in command
+    assert open_folder(output / "bits-2").files.check() is None
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_chart_without_a_point_says_so(curve, value):
+    record = read_json(curve[0] / PARETO)
+    for point in record["points"]:
+        point["metrics"]["epsilon_sqnr"] = value
+    page = render_pareto(record, {})
+    assert f"none of them can be drawn (2 bits {value} dB; 3 bits {value} dB)." in page
 
 
 def test_the_page_holds_every_chart_and_a_row_of_pictures_for_each_budget(curve):

@@ -4,6 +4,21 @@ import json
 import subprocess
 import sys
 
+REFUSED = """
+import json, sys
+from mpqdm_fx.cli.boundary import tell
+from mpqdm_fx.cli.app import app
+
+said = []
+for words in json.loads(sys.argv[1]):
+    try:
+        app(words, standalone_mode=False)
+    except Exception as error:
+        said.append(tell(error, {}).line)
+assert "torch" not in sys.modules
+print(json.dumps(said))
+"""
+
 CODE = """
 import json, sys
 from importlib import import_module
@@ -40,6 +55,33 @@ WANTED = {
     "doctor digits": "asking XNNPACK what it takes of digits",
     "report folder --output x.html": "reporting on folder to x.html",
 }
+
+
+IN_THE_WAY = {
+    "quantize digits --output file": "this is a file; give a folder's name",
+    "distill folder --output file": "this is a file; give a folder's name",
+    "export folder --output file": "this is a file; give a folder's name",
+    "export folder --keep-run file": "this is a file; give a folder's name",
+    "pareto digits --output file": "this is a file; give a folder's name",
+    "sample digits --output file.png": "it is there",
+    "report folder --output file.html": "it is there",
+    "compare folder other --output file.html": "it is there",
+    "verify folder --output file": "it is there",
+}
+
+
+def test_what_is_in_the_way_is_refused_before_torch_is_loaded(tmp_path):
+    words = json.dumps([text.split() for text in IN_THE_WAY])
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "file.png", "file.html"):
+        (tmp_path / name).write_text("mine")
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, words], capture_output=True, text=True, cwd=tmp_path,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for text, said in zip(IN_THE_WAY, json.loads(done.stdout), strict=True):
+        assert IN_THE_WAY[text] in said, text
 
 
 def test_every_long_command_says_first_what_it_is_about_to_do(tmp_path):

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and what is wrong with one is said."""
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from mpqdm_fx.io.files import (
     hidden_folder,
     replacing,
     write_text,
+    write_texts,
 )
 from mpqdm_fx.io.sealed import Entry, read_json
 
@@ -82,6 +84,37 @@ def test_no_file_takes_the_place_of_a_pipe_or_a_folder(tmp_path):
         with pytest.raises(ArtifactError, match=f"{name} is there and no regular file"):
             write_text(tmp_path / name, "text")
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize("failing", ["first", "second", "rename"])
+def test_of_several_files_all_appear_or_none(tmp_path, monkeypatch, older, failing):
+    places = [tmp_path / "numbers", tmp_path / "page"]
+    if older:
+        for place in places:
+            place.write_text(f"old {place.name}")
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    texts = ["new", "new"]
+    if failing == "rename":  # of the second one, as of another user's file in a shared folder
+        rename = Path.replace
+
+        def refused(part, place):
+            if part.name == "page" and place == places[1]:
+                raise PermissionError(errno.EPERM, "Operation not permitted", str(place))
+            return rename(part, place)
+
+        monkeypatch.setattr(Path, "replace", refused)
+    else:
+        texts[failing == "second"] = "\udc80"  # which is no text
+    with pytest.raises((PermissionError, UnicodeError)):
+        write_texts(dict(zip(places, texts, strict=True)))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    write_texts(dict.fromkeys(places, "new"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "numbers": "new",
+        "page": "new",
+    }
 
 
 def test_two_writers_of_one_file_are_not_in_each_others_way(tmp_path):

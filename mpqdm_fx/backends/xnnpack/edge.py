@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpqdm_fx.errors import LoweringError
+from mpqdm_fx.backends.xnnpack.flat_json import flatc_files
+from mpqdm_fx.errors import LoweringError, MPQError
 
 __all__ = [
     "delegation",
@@ -44,13 +45,15 @@ def to_edge(
     # knows layout copies in their dimension-order form only, so that must not be skipped.
     config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=False)
     try:
-        with _rare_collections():
+        with _rare_collections(), flatc_files():
             return to_edge_transform_and_lower(
                 exported,
                 transform_passes=None if watch is None else [_watching_pass(watch)],
                 partitioner=[partitioner or XnnpackPartitioner()],
                 compile_config=config,
             )
+    except MPQError:
+        raise
     except Exception as error:
         message = str(error).strip().splitlines() or [""]
         raise LoweringError(
@@ -119,7 +122,10 @@ def to_program(edge: Any, *, external_weights: bool = False) -> Any:
 
     constants = (lambda node: _EXTERNAL) if external_weights else False
     try:
-        return edge.to_executorch(ExecutorchBackendConfig(external_constants=constants))
+        with flatc_files():
+            return edge.to_executorch(ExecutorchBackendConfig(external_constants=constants))
+    except MPQError:
+        raise
     except Exception as error:
         refused = {name for method in edge.methods for name in delegation(edge, method)["refusals"]}
         outside = sorted(name for name in refused if "quantize" in name)

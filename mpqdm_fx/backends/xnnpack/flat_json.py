@@ -4,17 +4,22 @@
 schema in which such a number is the whole number of its bits.
 """
 
+import contextlib
 import json
 import re
 import struct
+import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DELEGATE", "PROGRAM", "Schema", "double_of", "float_of"]
+from mpqdm_fx.errors import LoweringError
+from mpqdm_fx.io.system_errors import writing
+
+__all__ = ["DELEGATE", "PROGRAM", "Schema", "double_of", "flatc_files", "float_of"]
 
 _WHOLE = {"float": "uint", "double": "ulong"}
 
@@ -35,7 +40,7 @@ class Schema:
         """Read a flatbuffer; floating-point numbers are the integers of their bits."""
         from executorch.exir._serialize._flatbuffer import _flatc_decompile
 
-        with tempfile.TemporaryDirectory() as folder:
+        with flatc_files(), tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "data.bin"
             path.write_bytes(flatbuffer)
             _flatc_decompile(folder, self._written(folder), str(path), ["--raw-binary"])
@@ -46,7 +51,7 @@ class Schema:
         """Inverse of `to_json`."""
         from executorch.exir._serialize._flatbuffer import _flatc_compile
 
-        with tempfile.TemporaryDirectory() as folder:
+        with flatc_files(), tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "data.json"
             path.write_text(json.dumps(content), encoding="ascii")
             _flatc_compile(folder, self._written(folder), str(path))
@@ -62,6 +67,25 @@ class Schema:
 
 DELEGATE = Schema(package="executorch.backends.xnnpack.serialization", names=("schema.fbs",))
 PROGRAM = Schema(package="executorch.exir._serialize", names=("program.fbs", "scalar_type.fbs"))
+
+
+@contextlib.contextmanager
+def flatc_files() -> Iterator[None]:
+    """Tell what keeps `flatc`, a program apart, from its temporary files.
+
+    Raises:
+        LoweringError: It failed, and says the reason to the terminal alone.
+        ArtifactError: The system refuses, as of `system_errors.writing`.
+    """
+    place = Path(tempfile.gettempdir())
+    try:
+        with writing(place):
+            yield
+    except subprocess.CalledProcessError as error:
+        raise LoweringError(
+            f"flatc, which makes the files of ExecuTorch in {place}, ended with status "
+            f"{error.returncode}; see that this disk has room, or give another one (TMPDIR)"
+        ) from error
 
 
 def float_of(bits: int) -> float:

@@ -125,7 +125,8 @@ class InnerValues:
                     continue
                 for node, entry in zip(nodes, entries, strict=True):
                     value = graph.value(entry.value)
-                    if value is not None:
+                    # XNNPACK gives a number without axes to no tensor that it is to be shown in
+                    if value is not None and node.meta["val"].ndim:
                         held = HeldValue(clamped=entry.clamped, codes=value.codes)
                         result[node] = _Place(instruction=instruction, number=entry.value), held
         return result

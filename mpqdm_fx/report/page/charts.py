@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from mpqdm_fx.report.page.noise_axis import group_label, levels_label
 from mpqdm_fx.report.page.svg import (
     ACCENT,
     BAND,
@@ -105,10 +106,7 @@ def solve_chart(part: PartRecord) -> Chart | None:
         _room(top)
         edges = [index - 0.5 for index in range(len(layers) + 1)]
         bottom.stairs([la.alpha for la in layers], edges, fill=True, color=SECOND)
-        bottom.set_ylim(0, 1.05)
-        bottom.set_yticks([0, 1])
-        bottom.set_ylabel("strength")
-        bottom.set_xlabel(_ORDER)
+        bottom.set(ylim=(0, 1.05), yticks=[0, 1], ylabel="strength", xlabel=_ORDER)
         bottom.set_xlim(-0.8, len(layers) - 0.2)
 
     gains = [(layers[i].sqnr_db or 0) - (layers[i].base_sqnr_db or 0) for i in rows]
@@ -161,13 +159,13 @@ def levels_chart(part: PartRecord) -> Chart | None:
                     ha="center", color=INK,
                 )  # fmt: skip
         axes.set_xticks(range(len(levels)), [f"{level:.4g}" for level in levels])
-        axes.set_xlabel(f"{part.noise_argument}: from noise (left) to picture (right)")
+        axes.set_xlabel(levels_label(part))
         axes.set_ylabel("output SQNR, dB")
         axes.margins(x=0.04, y=0.2)
         _room(axes)
 
-    finite = [value for value in graph if _finite(value)]
     none = "exact everywhere" if set(graph) == {math.inf} else "no numbers"
+    finite = [value for value in graph if _finite(value)]
     span = f"{min(finite):.1f} to {max(finite):.1f} dB" if finite else none
     return chart(
         f"{part.name}-levels",
@@ -257,7 +255,7 @@ def judged_chart(part: PartRecord) -> Chart | None:
                 label=label,
             )  # fmt: skip
         axes.set_xticks(range(1, groups + 1))
-        axes.set_xlabel("group of noise levels, 1 has the least noise")
+        axes.set_xlabel(group_label(part))
         axes.set_ylabel("output SQNR, dB")
         axes.legend(
             loc="lower right" if wide else "upper left", bbox_to_anchor=None if wide else (0, -0.28)

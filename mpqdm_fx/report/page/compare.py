@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mpqdm_fx.report.page import text
 from mpqdm_fx.report.page.charts import band_places, finite_or_nan
 from mpqdm_fx.report.page.gallery import Gallery
+from mpqdm_fx.report.page.noise_axis import from_noise, levels_label, told_of
 from mpqdm_fx.report.page.render import page_environment, setting_text
 from mpqdm_fx.report.page.svg import INK, SERIES, Chart, Table, chart
 from mpqdm_fx.report.record import PartRecord, ReportRecord
@@ -137,7 +138,7 @@ def render_compare(
     Returns:
         HTML that loads nothing from elsewhere.
     """
-    parts = [record.parts[0] for record in records]
+    parts = [from_noise(record.parts[0]) for record in records]
     drawn = (_levels(names, parts), _trade(names, parts), _bits(names, parts))
     return (
         page_environment()
@@ -168,7 +169,7 @@ def _levels(names: Sequence[str], parts: Sequence[PartRecord]) -> Chart | None:
     known = [(name, part) for name, part in zip(names, parts, strict=True) if part.levels]
     if not known:
         return None
-    argument = known[0][1].noise_argument
+    first = known[0][1]
 
     def draw(figure: "Figure", wide: bool) -> None:
         axes = figure.subplots()
@@ -176,8 +177,9 @@ def _levels(names: Sequence[str], parts: Sequence[PartRecord]) -> Chart | None:
             levels = [point.level for point in part.levels]
             values = finite_or_nan([point.sqnr_db for point in part.levels])
             axes.plot(levels, values, "o-", color=colour, linewidth=1.6, markersize=4, label=name)
-        axes.invert_xaxis()
-        axes.set_xlabel(f"{argument}: from noise (left) to picture (right)")
+        if told_of(first) != "cleanness":
+            axes.invert_xaxis()
+        axes.set_xlabel(levels_label(first))
         axes.set_ylabel("output SQNR, dB")
         figure.legend(loc="outside upper left", ncols=4 if wide else 1)
 
@@ -193,7 +195,7 @@ def _levels(names: Sequence[str], parts: Sequence[PartRecord]) -> Chart | None:
         draw,
         height=2.7,
         narrow_height=2.3 + 0.17 * len(known),
-        table=Table(head=("folder", str(argument), "dB"), rows=tuple(rows)),
+        table=Table(head=("folder", str(first.noise_argument), "dB"), rows=tuple(rows)),
     )
 
 

@@ -143,7 +143,7 @@ def _box(spread: Spread, title: str) -> str:
 
 
 def _line(values: Sequence[float], levels: Sequence[LevelNumbers]) -> str:
-    """Decibels from the most noise on the left to the least on the right."""
+    """Decibels by level, in the order of the levels: from noise to picture where that is known."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         exact = all(value == math.inf for value in values)
@@ -164,10 +164,11 @@ def _line(values: Sequence[float], levels: Sequence[LevelNumbers]) -> str:
         if index in labels and not (index - 1 in labels and index not in (0, len(points) - 1)):
             body.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="2.5"/>')
             body.append(_text(x, y - 8, f"{value:.0f}"))
-    body.append(_text(2, 91, f"{levels[0].level:.4g}", "s"))
-    body.append(_text(_WIDTH - 2, 91, f"{levels[-1].level:.4g}", "e"))
+    first, last = (f"{levels[end].level:.4g}" for end in (0, -1))
+    body.append(_text(2, 91, first, "s"))
+    body.append(_text(_WIDTH - 2, 91, last, "e"))
     decibels = ", ".join(db_text(value) for value in values)
-    return _drawing(f"dB from most to least noise: {decibels}", body)
+    return _drawing(f"dB by noise level, {first} to {last}: {decibels}", body)
 
 
 def _number(value: float) -> str:

@@ -12,6 +12,7 @@ from mpqdm_fx.report.page import charts, text
 from mpqdm_fx.report.page.cards import Card, cards_of, whole_of
 from mpqdm_fx.report.page.details import BIT_AXIS, LayerRow, layer_rows
 from mpqdm_fx.report.page.gallery import Gallery
+from mpqdm_fx.report.page.noise_axis import from_noise
 from mpqdm_fx.report.page.svg import Chart
 from mpqdm_fx.report.record import ActivationNumbers, PartRecord, ReportRecord
 from mpqdm_fx.report.words import word_of, word_of_sqnr, word_of_x0
@@ -62,7 +63,7 @@ def render_report(record: ReportRecord, gallery: Gallery | None) -> str:
     return page.render(
         record=record,
         gallery=gallery,
-        parts=[_view(part) for part in record.parts],
+        parts=[_view(from_noise(part)) for part in record.parts],
         whole=whole_of(record),
         title=_title(record),
         verdict=_verdict(record),

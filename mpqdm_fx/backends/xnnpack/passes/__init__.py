@@ -3,10 +3,12 @@
 from mpqdm_fx.backends.xnnpack.passes.average_sums import AverageSums
 from mpqdm_fx.backends.xnnpack.passes.blend_branches import BlendBranches
 from mpqdm_fx.backends.xnnpack.passes.cast_early import CastEarly
+from mpqdm_fx.backends.xnnpack.passes.crop_negative_pads import CropNegativePads
 from mpqdm_fx.backends.xnnpack.passes.decompose_attention import DecomposeAttention
 from mpqdm_fx.backends.xnnpack.passes.decompose_group_norm import DecomposeGroupNorm
 from mpqdm_fx.backends.xnnpack.passes.decompose_layer_norm import DecomposeLayerNorm
 from mpqdm_fx.backends.xnnpack.passes.decompose_matmul import DecomposeMatmul
+from mpqdm_fx.backends.xnnpack.passes.decompose_prelu import DecomposePrelu
 from mpqdm_fx.backends.xnnpack.passes.decompose_upsample import DecomposeUpsample
 from mpqdm_fx.backends.xnnpack.passes.divide_reciprocals import DivideReciprocals
 from mpqdm_fx.backends.xnnpack.passes.drop_copies import DropCopies
@@ -42,10 +44,12 @@ __all__ = [
     "AverageSums",
     "BlendBranches",
     "CastEarly",
+    "CropNegativePads",
     "DecomposeAttention",
     "DecomposeGroupNorm",
     "DecomposeLayerNorm",
     "DecomposeMatmul",
+    "DecomposePrelu",
     "DecomposeUpsample",
     "DivideReciprocals",
     "DropCopies",

@@ -33,7 +33,8 @@ class DecomposeAttention(GraphPass):
        weighted one), where the fused op gives zeros.
     3. Queries are taken in runs, so that no more than `most_scores` numbers of scores are there at
        once (at 4,096 tokens and 8 heads all of them take 512 MiB); the runs are joined.
-    4. Calls with dropout, `is_causal`, grouped queries, or leading axes that broadcast or of which
+    4. Without keys the result is zeros, as that of the fused op.
+    5. Calls with dropout, `is_causal`, grouped queries, or leading axes that broadcast or of which
        more than one is dynamic are left alone.
     """
 
@@ -82,6 +83,8 @@ def _plain(graph_module: fx.GraphModule, node: fx.Node, most_scores: int) -> fx.
     scale = node.kwargs.get("scale")
     if scale is None:
         scale = 1.0 / math.sqrt(shape[-1])
+    if not sizes(key)[-2]:
+        return _zeros(graph_module, node, sizes(value)[-1])
     flat = [call(_aten.reshape.default, n, [-1, *sizes(n)[-2:]]) for n in (query, key, value)]
     keys = call(_aten.transpose.int, flat[1], 1, 2)
     # the scale goes to the queries: L * D numbers instead of L * S
@@ -105,6 +108,15 @@ def _plain(graph_module: fx.GraphModule, node: fx.Node, most_scores: int) -> fx.
         results.append(call(_aten.bmm.default, weights, flat[2]))
     result = results[0] if len(results) == 1 else call(_aten.cat.default, results, 1)
     return call(_aten.reshape.default, result, [*shape[:-1], sizes(value)[-1]])
+
+
+def _zeros(graph_module: fx.GraphModule, node: fx.Node, width: int) -> fx.Node:
+    """Zeros in the shape of the result; the query may have other widths, and a dynamic axis."""
+    args: tuple[object, ...] = (node.args[0], -1, 0, 1)
+    column = insert_call(graph_module, _aten.slice.Tensor, args, anchor=node)
+    zero = insert_call(graph_module, _aten.zeros_like.default, (column,), anchor=node)
+    repeats = [*[1] * (node.meta["val"].dim() - 1), width]
+    return insert_call(graph_module, _aten.repeat.default, (zero, repeats), anchor=node)
 
 
 def _runs(queries: list[int], keys: int, most_scores: int) -> list[range]:
