@@ -46,9 +46,8 @@ class Avx2Products<Codes, kPixels, false> {
     const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 8
     for (int p = 0; p < kPixels; ++p) {
-      int32_t four;
-      std::memcpy(&four, x_[p] + input + kGroupDepth * group, sizeof four);
-      const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(four));
+      const __m256i x = broadcast_four(x_[p] + input + kGroupDepth * group);
+      const __m256i pairs = _mm256_maddubs_epi16(codes, x);
       narrow_[p] = group % kSteps == 0 ? pairs : _mm256_add_epi16(narrow_[p], pairs);
       if constexpr (group % kSteps == kSteps - 1) {
         sums_[p] = _mm256_add_epi32(sums_[p], _mm256_madd_epi16(narrow_[p], ones));
@@ -94,10 +93,9 @@ class Avx2Products<Codes, kPixels, true> {
     const __m256i odd = _mm256_srai_epi16(weights, 8);
 #pragma GCC unroll 8
     for (int p = 0; p < kPixels; ++p) {
-      int32_t pairs[2];
-      std::memcpy(pairs, x_[p] + 2 * (input + kGroupDepth * group), sizeof pairs);
-      const __m256i evens = _mm256_madd_epi16(even, _mm256_set1_epi32(pairs[0]));
-      const __m256i odds = _mm256_madd_epi16(odd, _mm256_set1_epi32(pairs[1]));
+      const uint8_t* const x = x_[p] + 2 * (input + kGroupDepth * group);
+      const __m256i evens = _mm256_madd_epi16(even, broadcast_four(x));
+      const __m256i odds = _mm256_madd_epi16(odd, broadcast_four(x + 4));
       even_[p] = _mm256_add_epi32(even_[p], evens);
       odd_[p] = _mm256_add_epi32(odd_[p], odds);
     }

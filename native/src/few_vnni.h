@@ -24,25 +24,26 @@ class DotProducts {
       x_[p] = inputs.inputs + static_cast<size_t>(at) * inputs.pitch;
       for (int chain = 0; chain < kChains; ++chain) sums_[p][chain] = Isa::numbers(0);
     }
-    weights_ = Isa::numbers(0);
+    for (int chain = 0; chain < kWeightChains; ++chain) weights_[chain] = Isa::numbers(0);
   }
 
   template <int group>
   MPQDM_INLINE void add(Vector codes, size_t input) {
 #pragma GCC unroll 8
     for (int p = 0; p < kPixels; ++p) {
-      int32_t four;
-      std::memcpy(&four, x_[p] + input + kGroupDepth * group, sizeof four);
+      const Vector x = Isa::repeat(x_[p] + input + kGroupDepth * group);
       Vector& sum = sums_[p][group % kChains];
-      sum = Dot::add(sum, Isa::numbers(four), codes);
+      sum = Dot::add(sum, x, codes);
     }
     if constexpr (Codes::kSigned) {
-      weights_ = Dot::add(weights_, Isa::bytes(1), codes);
+      Vector& weights = weights_[group % kWeightChains];
+      weights = Dot::add(weights, Isa::bytes(1), codes);
     } else {
       constexpr int kTogether = bytes_together(Codes::kGreatest);
       together_ = group % kTogether == 0 ? codes : Dot::add_bytes(together_, codes);
       if constexpr (group % kTogether == kTogether - 1) {
-        weights_ = Dot::add(weights_, together_, Isa::bytes(1));
+        Vector& weights = weights_[group / kTogether % kWeightChains];
+        weights = Dot::add(weights, together_, Isa::bytes(1));
       }
     }
   }
@@ -51,14 +52,17 @@ class DotProducts {
   Vector sum(int p, int32_t zero_point) const {
     Vector all = sums_[p][0];
     for (int chain = 1; chain < kChains; ++chain) all = Isa::add(all, sums_[p][chain]);
-    return Isa::add(all, Isa::times(weights_, Isa::numbers(-zero_point)));
+    Vector weights = weights_[0];
+    for (int chain = 1; chain < kWeightChains; ++chain) weights = Isa::add(weights, weights_[chain]);
+    return Isa::add(all, Isa::times(weights, Isa::numbers(-zero_point)));
   }
 
  private:
-  static constexpr int kChains = kPixels >= 4 ? 1 : 4 / kPixels;
+  static constexpr int kChains = kPixels < Isa::kSums ? Isa::kSums / kPixels : 1;
+  static constexpr int kWeightChains = kPixels >= 4 || bytes_together(Codes::kGreatest) == 8 ? 1 : 4;
 
   const uint8_t* x_[kPixels];
-  Vector sums_[kPixels][kChains], weights_, together_;
+  Vector sums_[kPixels][kChains], weights_[kWeightChains], together_;
 };
 
 }  // namespace

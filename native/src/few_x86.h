@@ -202,10 +202,19 @@ void multiply_few(const FewInputs& inputs, const Block* const (&blocks)[Isa::kBl
 }
 
 // Where the vectors of one block lie.
+#ifndef AHEAD
+#define AHEAD 4096
+#endif
 struct OnePlace {
   const uint8_t* at;
   explicit OnePlace(const Block* const (&blocks)[1]) : at(blocks[0]->codes) {}
-  MPQDM_INLINE void step(size_t bytes) { at += bytes; }
+  MPQDM_INLINE void step(size_t bytes) {
+#pragma GCC unroll 4
+    for (size_t i = 0; i < bytes; i += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(at + AHEAD + i), _MM_HINT_T0);
+    }
+    at += bytes;
+  }
 };
 
 // Tables of one block.
@@ -214,10 +223,20 @@ struct OneLookup : Tables<kBits> {
   explicit OneLookup(const Block* const (&blocks)[1]) : Tables<kBits>(blocks[0]->tables) {}
 };
 
+// Four bytes, in all lanes. As a float, since for integers GCC takes a detour by way of a register.
+// They lie at a multiple of 4.
+MPQDM_INLINE __m128 load_four(const uint8_t* from) {
+  return _mm_load_ss(reinterpret_cast<const float*>(from));
+}
+
+MPQDM_INLINE __m256i broadcast_four(const uint8_t* from) {
+  return _mm256_castps_si256(_mm256_broadcastss_ps(load_four(from)));
+}
+
 // What sets with vectors of 256 bits have in common: one block in a vector.
 struct OneBlock {
   static constexpr int kBlocks = 1;
-  static constexpr int kMostPixels = 4;
+  static constexpr int kMostPixels = 4;  // that are multiplied together
   using Vector = __m256i;
   using Place = OnePlace;
   template <int kBits>
@@ -230,6 +249,7 @@ struct OneBlock {
   static MPQDM_INLINE Vector shifted(Vector x) {
     return mpqdm::shifted<shift>(x);
   }
+  static MPQDM_INLINE Vector repeat(const uint8_t* four) { return broadcast_four(four); }
   static MPQDM_INLINE Vector both(Vector x, Vector mask) { return _mm256_and_si256(x, mask); }
   static MPQDM_INLINE Vector add_bits(Vector x, Vector bits, Vector mask) {
     return _mm256_or_si256(x, _mm256_and_si256(bits, mask));

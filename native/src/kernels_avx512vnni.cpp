@@ -47,14 +47,23 @@ void multiply_avx512(const Inputs& inputs, const int8_t* first, const int8_t* se
 }
 
 // Two blocks of one encoding and width in a vector; one block alone is there twice.
+#ifndef HINT
+#define HINT _MM_HINT_T0
+#endif
 struct TwoPlaces {
   const uint8_t *first, *second;
   explicit TwoPlaces(const Block* const (&blocks)[2])
       : first(blocks[0]->codes), second(blocks[1]->codes) {}
   MPQDM_INLINE void step(size_t bytes) {
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 2 * bytes; i += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + i), HINT);
+    }
+    ahead += 2 * bytes;
     first += bytes;
     second += bytes;
   }
+  const uint8_t* ahead = first + (second - first) * 2;
 };
 
 __m512i join(__m256i low, __m256i high) {
@@ -96,6 +105,7 @@ struct Dot512 {
 struct TwoBlocks {
   static constexpr int kBlocks = 2;
   static constexpr int kMostPixels = 8;
+  static constexpr int kSums = 8;  // at least
   using Vector = __m512i;
   using Place = TwoPlaces;
   template <int kBits>
@@ -112,6 +122,9 @@ struct TwoBlocks {
   static MPQDM_INLINE Vector shifted(Vector x) {
     return shift >= 0 ? _mm512_slli_epi16(x, shift >= 0 ? shift : 0)
                       : _mm512_srli_epi16(x, shift >= 0 ? 0 : -shift);
+  }
+  static MPQDM_INLINE Vector repeat(const uint8_t* four) {
+    return _mm512_castps_si512(_mm512_broadcastss_ps(load_four(four)));
   }
   static MPQDM_INLINE Vector both(Vector x, Vector mask) { return _mm512_and_si512(x, mask); }
   static MPQDM_INLINE Vector add_bits(Vector x, Vector bits, Vector mask) {

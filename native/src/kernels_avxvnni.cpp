@@ -63,6 +63,8 @@ struct Dot256 {
 };
 
 struct VnniBlock : OneBlock {
+  static constexpr int kMostPixels = 8;
+  static constexpr int kSums = 4;  // at least; more would leave no registers
   template <class Codes, int kCount>
   using Products = DotProducts<VnniBlock, Dot256, Codes, kCount>;
 };
