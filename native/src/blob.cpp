@@ -116,7 +116,7 @@ BlobError check_block(const uint8_t* data, const BlockEntry& entry, uint64_t byt
 }
 
 bool is_order(const uint8_t* order, uint32_t rows, uint32_t blocks) {
-  std::vector<bool> seen(rows, false);
+  std::vector<uint8_t> seen(rows, 0);  // not bits: each would wait for the one stored before it
   const uint64_t slots = uint64_t{blocks} * kBlockRows;
   for (uint64_t slot = 0; slot < slots; ++slot) {
     const uint32_t row = load<uint32_t>(order + 4 * slot);
@@ -124,8 +124,8 @@ bool is_order(const uint8_t* order, uint32_t rows, uint32_t blocks) {
       if (row != kNoRow) return false;
       continue;
     }
-    if (row >= rows || seen[row]) return false;
-    seen[row] = true;
+    if (row >= rows || seen[row] != 0) return false;
+    seen[row] = 1;
   }
   return true;
 }

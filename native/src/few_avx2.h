@@ -25,6 +25,10 @@ int32_t prepare_avx2(const uint8_t* inputs, size_t count, int32_t zero_point, ui
   return sum_bytes(inputs, count);
 }
 
+// Keeps compilers from adding products up in another order, for which they would need more registers
+// than there are: they know that integer sums may be reordered, but not what that costs.
+void keep_order(__m256i& sum) { asm("" : "+x"(sum)); }
+
 template <class Codes, int kPixels, bool kSigned>
 class Avx2Products;
 
@@ -49,8 +53,10 @@ class Avx2Products<Codes, kPixels, false> {
       const __m256i x = broadcast_four(x_[p] + input + kGroupDepth * group);
       const __m256i pairs = _mm256_maddubs_epi16(codes, x);
       narrow_[p] = group % kSteps == 0 ? pairs : _mm256_add_epi16(narrow_[p], pairs);
+      keep_order(narrow_[p]);
       if constexpr (group % kSteps == kSteps - 1) {
         sums_[p] = _mm256_add_epi32(sums_[p], _mm256_madd_epi16(narrow_[p], ones));
+        keep_order(sums_[p]);
       }
     }
     constexpr int kTogether = bytes_together(Codes::kGreatest);
@@ -97,7 +103,9 @@ class Avx2Products<Codes, kPixels, true> {
       const __m256i evens = _mm256_madd_epi16(even, broadcast_four(x));
       const __m256i odds = _mm256_madd_epi16(odd, broadcast_four(x + 4));
       even_[p] = _mm256_add_epi32(even_[p], evens);
+      keep_order(even_[p]);
       odd_[p] = _mm256_add_epi32(odd_[p], odds);
+      keep_order(odd_[p]);
     }
   }
 

@@ -25,10 +25,6 @@ __m256i load_weights(const int8_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 
-// Keeps compilers from adding products up in another order, for which they would need more registers
-// than there are: they know that integer sums may be reordered, but not what that costs.
-void keep_order(__m256i& sum) { asm("" : "+x"(sum)); }
-
 template <int kBlocks>
 struct Sums {
   __m256i of[kPixels][kBlocks];
