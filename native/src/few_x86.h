@@ -157,7 +157,8 @@ void multiply_codes(const FewInputs& inputs, const Block* const (&blocks)[Isa::k
     if constexpr (Isa::kMostPixels >= 8) {
       if (left > 4) {
         multiply_pixels<Isa, Codes, 8>(inputs, pixel, blocks, sums);
-        return;
+        pixel += 8;
+        continue;
       }
     }
     if (left > 2) {

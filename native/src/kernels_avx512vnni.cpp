@@ -124,8 +124,11 @@ struct TwoBlocks {
   static MPQDM_INLINE Vector numbers(int value) { return _mm512_set1_epi32(value); }
   template <int shift>
   static MPQDM_INLINE Vector shifted(Vector x) {
-    return shift >= 0 ? _mm512_slli_epi16(x, shift >= 0 ? shift : 0)
-                      : _mm512_srli_epi16(x, shift >= 0 ? 0 : -shift);
+    if constexpr (shift >= 0) {
+      return _mm512_slli_epi16(x, static_cast<unsigned>(shift));
+    } else {
+      return _mm512_srli_epi16(x, static_cast<unsigned>(-shift));
+    }
   }
   static MPQDM_INLINE Vector repeat(const uint8_t* four) {
     return _mm512_castps_si512(_mm512_broadcastss_ps(load_four(four)));
@@ -159,6 +162,6 @@ void multiply_few_avx512(const FewInputs& inputs, const Block& first, const Bloc
 const KernelSet kAvx512VnniKernels = {
     "avx512vnni", true, kPixels, unpack_avx2, sum_avx2, multiply_avx512, store_rows,
     extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_avx2,
-    {8, 1, copy_inputs, multiply_few_avx512}};
+    {16, 1, copy_inputs, multiply_few_avx512}};
 
 }  // namespace mpqdm

@@ -51,7 +51,7 @@ struct FewKernels {
   void (*multiply)(const FewInputs& inputs, const Block& first, const Block* second, int32_t* sums);
 };
 
-constexpr int kMostFew = 8;  // at least every set's `FewKernels::pixels`
+constexpr int kMostFew = 16;  // at least every set's `FewKernels::pixels`
 
 // Functions of one instruction set.
 struct KernelSet {
