@@ -104,16 +104,19 @@ BlobError check_block(const uint8_t* data, const BlockEntry& entry, uint64_t byt
   const uint64_t at = uint64_t{entry.tables_at} * kAlignment;
   const size_t size = size_t{kBlockRows} << entry.bits;
   if (!is_section(at, size, bytes)) return BlobError::bad_offset;
-  int largest = 0;
+  // As unsigned bytes, of which all CPUs find the least and the greatest many at once.
+  uint8_t least = 128, greatest = 128;
   for (size_t i = 0; i < size; ++i) {
-    const int level = static_cast<int8_t>(data[at + i]);
-    largest = level < 0 ? (-level > largest ? -level : largest) : (level > largest ? level : largest);
+    const auto level = static_cast<uint8_t>(data[at + i] ^ 0x80);
+    least = level < least ? level : least;
+    greatest = level > greatest ? level : greatest;
   }
+  const int largest = greatest - 128 > 128 - least ? greatest - 128 : 128 - least;
   return entry.largest == largest ? BlobError::none : BlobError::bad_block;
 }
 
 bool is_order(const uint8_t* order, uint32_t rows, uint32_t blocks) {
-  std::vector<bool> seen(rows, false);
+  std::vector<uint8_t> seen(rows, 0);  // not bits: each would wait for the one stored before it
   const uint64_t slots = uint64_t{blocks} * kBlockRows;
   for (uint64_t slot = 0; slot < slots; ++slot) {
     const uint32_t row = load<uint32_t>(order + 4 * slot);
@@ -121,8 +124,8 @@ bool is_order(const uint8_t* order, uint32_t rows, uint32_t blocks) {
       if (row != kNoRow) return false;
       continue;
     }
-    if (row >= rows || seen[row]) return false;
-    seen[row] = true;
+    if (row >= rows || seen[row] != 0) return false;
+    seen[row] = 1;
   }
   return true;
 }
@@ -207,16 +210,6 @@ Block Blob::block(uint32_t index) const {
       entry.bits,
       encoding == Encoding::byte ? 128 : entry.largest,
   };
-}
-
-uint32_t Blob::channel(uint32_t block, int row) const {
-  return load<uint32_t>(order_ + 4 * (size_t{block} * kBlockRows + static_cast<size_t>(row)));
-}
-
-float Blob::scale(uint32_t channel) const { return load<float>(scales_ + 4 * size_t{channel}); }
-
-float Blob::bias(uint32_t channel) const {
-  return biases_ == nullptr ? 0.0f : load<float>(biases_ + 4 * size_t{channel});
 }
 
 uint64_t blob_checksum(const uint8_t* data, size_t size) {

@@ -16,6 +16,7 @@ constexpr size_t kAlignment = 64;
 // so that unpacking is spread, but not so many that their inputs leave the cache of a core.
 constexpr size_t kChunkBytes = size_t{1024} * 1024;
 constexpr size_t kLeastChunk = 64;
+static_assert(kMostFew <= kMaxPixels);
 // Tasks for each thread, so that a slow one does not keep the others waiting.
 constexpr size_t kTasksPerThread = 4;
 
@@ -32,7 +33,8 @@ struct Job {
   const ConvolutionShape& shape;
   Image image;
   size_t sample;
-  size_t pixels, chunk;  // of the output; of a task
+  size_t pixels;         // of the output
+  size_t chunk;          // of a task: pixels, or pairs of blocks where pixels are few
   float* floats;         // results, or
   int32_t* integers;     // their integers
 };
@@ -43,6 +45,7 @@ size_t divide_up(size_t value, size_t by) { return (value + by - 1) / by; }
 class Buffers {
  public:
   int8_t* weights(size_t bytes) { return aligned<int8_t>(weights_, bytes); }
+  uint8_t* inputs(size_t bytes) { return aligned<uint8_t>(weights_, bytes); }
   int32_t* sums(size_t count) { return aligned<int32_t>(sums_, count * sizeof(int32_t)); }
 
  private:
@@ -197,6 +200,50 @@ void multiply_task(void* context, size_t index) {
                  std::min(first + job.chunk, job.pixels));
 }
 
+// All pixels of a sample, if they are few, times the pairs of blocks from `first` to `end`.
+void multiply_few(const Job& job, size_t first, size_t end) {
+  thread_local Buffers buffers;
+  const FewKernels& few = job.kernels.few;
+  const uint32_t kernel = job.blob.kernel();
+  const size_t padded = static_cast<size_t>(job.blob.tiles()) * kTileDepth;
+  const size_t pitch = padded * static_cast<size_t>(few.input_bytes);
+  const size_t segment = kernel * job.blob.channels();
+  int32_t* sums = buffers.sums(size_t{kMostFew} * kPairRows);
+  uint8_t* prepared = buffers.inputs(job.pixels * pitch + padded);
+  uint8_t* gathered = prepared + job.pixels * pitch;
+  std::memset(gathered + kernel * segment, 0, padded - kernel * segment);
+  PixelWalk walk(job, 0);
+  PartWalk parts(job, 0);
+  parts.next(job.pixels);
+  int32_t input_sums[kMostFew];
+  for (size_t pixel = 0; pixel < job.pixels; ++pixel) {
+    const uint8_t* const inputs = walk.next();
+    for (size_t row = 0; row < kernel; ++row) {
+      std::memcpy(gathered + row * segment, inputs + row * job.image.pitch, segment);
+    }
+    const int32_t zero_point = parts.zero_points[pixel];
+    input_sums[pixel] = few.prepare(gathered, padded, zero_point, prepared + pixel * pitch) -
+                        zero_point * static_cast<int32_t>(job.blob.depth());
+  }
+  const FewInputs inputs = {prepared, pitch, static_cast<int>(job.pixels),
+                            static_cast<int>(job.blob.depth() / kGroupDepth), parts.zero_points,
+                            input_sums};
+  const int32_t no_sums[kPairRows] = {};  // zero points are subtracted from the inputs already
+  for (size_t pair = first; pair < end; ++pair) {
+    const auto block = static_cast<uint32_t>(2 * pair);
+    const bool paired = block + 1 < job.blob.blocks();
+    const Block one = job.blob.block(block), other = job.blob.block(paired ? block + 1 : block);
+    few.multiply(inputs, one, paired ? &other : nullptr, sums);
+    store(job, pair_rows(job, block, no_sums), 0, job.pixels, parts, sums);
+  }
+}
+
+void multiply_few_task(void* context, size_t index) {
+  const Job& job = *static_cast<const Job*>(context);
+  const size_t first = index * job.chunk;
+  multiply_few(job, first, std::min(first + job.chunk, divide_up(job.blob.blocks(), 2)));
+}
+
 // Copies a row of an image between its borders, moved to the kernels' range.
 struct Copy {
   const int8_t* codes;
@@ -273,6 +320,13 @@ void run(const KernelSet& kernels, const Blob& blob, const Codes& codes,
   const size_t pixels = shape.out_height(blob) * shape.out_width(blob);
   for (size_t sample = 0; sample < shape.batch; ++sample) {
     const Image image = make_image(kernels, blob, codes, shape, sample, scratch, executor);
+    if (pixels <= static_cast<size_t>(kernels.few.pixels)) {
+      const size_t pairs = divide_up(blob.blocks(), 2);
+      const size_t chunk = divide_up(pairs, executor.threads > 1 ? kTasksPerThread * executor.threads : 1);
+      Job job = {kernels, blob, codes, shape, image, sample, pixels, chunk, floats, integers};
+      executor.run(executor.self, divide_up(pairs, chunk), multiply_few_task, &job);
+      continue;
+    }
     const size_t chunk = chunk_pixels(kernels, blob, pixels, executor.threads);
     Job job = {kernels, blob, codes, shape, image, sample, pixels, chunk, floats, integers};
     const size_t tasks = divide_up(blob.blocks(), 2) * divide_up(pixels, chunk);

@@ -2,6 +2,7 @@
 // 16 bits; the fewer bits the weights have, the more such sums fit before they are widened to 32.
 #include "code_slots.h"
 #include "elementwise.h"
+#include "few_avx2.h"
 #include "store.h"
 #include "unpack_avx2.h"
 
@@ -23,10 +24,6 @@ __m256i broadcast(const uint8_t* from) {
 __m256i load_weights(const int8_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
-
-// Keeps compilers from adding products up in another order, for which they would need more registers
-// than there are: they know that integer sums may be reordered, but not what that costs.
-void keep_order(__m256i& sum) { asm("" : "+x"(sum)); }
 
 template <int kBlocks>
 struct Sums {
@@ -164,6 +161,7 @@ void multiply_avx2(const Inputs& inputs, const int8_t* first, const int8_t* seco
 
 const KernelSet kAvx2Kernels = {
     "avx2", true, kPixels, unpack_avx2, sum_avx2, multiply_avx2, store_rows,
-    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_avx2};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_avx2,
+    {8, 3, prepare_avx2, multiply_blocks_apart<Avx2Block>}};
 
 }  // namespace mpqdm

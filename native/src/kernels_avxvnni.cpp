@@ -1,6 +1,7 @@
 // int8 dot products in 16 registers of 256 bits.
 #include "code_slots.h"
 #include "elementwise.h"
+#include "few_vnni.h"
 #include "store.h"
 #include "unpack_avx2.h"
 
@@ -54,10 +55,25 @@ void multiply_avxvnni(const Inputs& inputs, const int8_t* first, const int8_t* s
   multiply_blocks<2>(inputs, {first, second}, sums);
 }
 
+struct Dot256 {
+  static MPQDM_INLINE __m256i add(__m256i sum, __m256i unsigned_bytes, __m256i signed_bytes) {
+    return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes);
+  }
+  static MPQDM_INLINE __m256i add_bytes(__m256i x, __m256i y) { return _mm256_add_epi8(x, y); }
+};
+
+struct VnniBlock : OneBlock {
+  static constexpr int kMostPixels = 8;
+  static constexpr int kSums = 4;  // at least; more would leave no registers
+  template <class Codes, int kCount>
+  using Products = DotProducts<VnniBlock, Dot256, Codes, kCount>;
+};
+
 }  // namespace
 
 const KernelSet kAvxVnniKernels = {
     "avxvnni", true, kPixels, unpack_avx2, sum_avx2, multiply_avxvnni, store_rows,
-    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_avx2};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_avx2,
+    {8, 1, copy_inputs, multiply_blocks_apart<VnniBlock>}};
 
 }  // namespace mpqdm

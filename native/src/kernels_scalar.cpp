@@ -77,6 +77,6 @@ void unpack_scalar(const Block& block, int tiles, int8_t* weights) {
 
 const KernelSet kScalarKernels = {
     "scalar", true, kPixels, unpack_scalar, sum_unpacked<kGroupDepth>, multiply_scalar, store_rows,
-    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar, {}};
 
 }  // namespace mpqdm

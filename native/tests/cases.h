@@ -14,6 +14,10 @@ namespace mpqdm::test {
 // FORMAT.md says, with one thread and with several, whatever the working memory held before.
 size_t check_convolutions(const KernelSet& kernels, uint64_t seed, size_t count);
 
+// The same with one pixel up to one more than `KernelSet::few` takes, rows that end anywhere within a
+// tile, and any codes behind their end.
+size_t check_few_pixels(const KernelSet& kernels, uint64_t seed, size_t count);
+
 // Unpacked weights are those of the scalar kernels, up to the order within 8 inputs.
 size_t check_unpacking(const KernelSet& kernels, uint64_t seed, size_t count);
 

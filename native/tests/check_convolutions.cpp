@@ -16,6 +16,7 @@ namespace {
 // One call of a convolution with all that it reads.
 struct ConvolutionCase {
   TestLayer layer;
+  std::vector<int8_t> weights;  // [rows][depth]
   std::vector<uint8_t> bytes;
   Blob blob;
   ConvolutionShape shape;
@@ -41,22 +42,9 @@ size_t part_count(Random& random, const ConvolutionShape& shape, uint32_t kernel
   }
 }
 
-ConvolutionCase make_case(uint64_t seed) {
-  Random random(seed);
-  ConvolutionCase made;
-  const bool extreme = random.chance(4);
-  const uint32_t kernels[] = {1, 3};
-  const uint32_t kernel = random.choice(kernels);
-  made.layer = make_layer(random, static_cast<uint32_t>(random.integer(1, 40)),
-                          channel_count(random), kernel, extreme);
-  made.bytes = pack(made.layer);
-  const auto padding = static_cast<size_t>(random.integer(0, kernel / 2));
-  const auto least = static_cast<int64_t>(kernel - 2 * padding);
-  const auto side = [&] { return static_cast<size_t>(random.integer(least, 9)); };
-  made.shape = {static_cast<size_t>(random.integer(1, 3)), side(), side(),
-                static_cast<size_t>(random.integer(1, 2)), padding,
-                static_cast<size_t>(random.integer(1, 2))};
-  const size_t parts = part_count(random, made.shape, kernel);
+// Codes and ranges for a case that has its layer and shape.
+void fill(ConvolutionCase& made, Random& random, bool extreme) {
+  const size_t parts = part_count(random, made.shape, made.layer.kernel);
   made.codes.resize(made.shape.batch * made.shape.height * made.shape.width * made.layer.channels);
   const int8_t ends[] = {-128, 127};
   const int8_t end = random.choice(ends);
@@ -69,6 +57,69 @@ ConvolutionCase make_case(uint64_t seed) {
     made.zero_point.push_back(
         static_cast<int32_t>(extreme ? random.choice(ends) : random.integer(-128, 127)));
   }
+}
+
+ConvolutionCase make_case(uint64_t seed) {
+  Random random(seed);
+  ConvolutionCase made;
+  const bool extreme = random.chance(4);
+  const uint32_t kernels[] = {1, 3};
+  const uint32_t kernel = random.choice(kernels);
+  made.layer = make_layer(random, static_cast<uint32_t>(random.integer(1, 40)),
+                          channel_count(random), kernel, extreme);
+  made.bytes = pack(made.layer);
+  made.weights = made.layer.weights();
+  const auto padding = static_cast<size_t>(random.integer(0, kernel / 2));
+  const auto least = static_cast<int64_t>(kernel - 2 * padding);
+  const auto side = [&] { return static_cast<size_t>(random.integer(least, 9)); };
+  made.shape = {static_cast<size_t>(random.integer(1, 3)), side(), side(),
+                static_cast<size_t>(random.integer(1, 2)), padding,
+                static_cast<size_t>(random.integer(1, 2))};
+  fill(made, random, extreme);
+  return made;
+}
+
+// Ends the rows of a 1x1 layer within their last tile, with any codes behind their end.
+void cut_depth(ConvolutionCase& made, Random& random) {
+  const uint32_t whole = made.layer.depth();
+  const auto cut = static_cast<uint32_t>(kGroupDepth * random.integer(1, kTileDepth / kGroupDepth));
+  const uint32_t depth = whole - kTileDepth + cut;
+  const uint32_t sizes[] = {depth, depth};  // and channels
+  std::memcpy(made.bytes.data() + 28, sizes, sizeof sizes);
+  sign(made.bytes);
+  std::vector<int8_t> weights;
+  for (size_t row = 0; row < made.layer.rows; ++row) {
+    const auto from = made.weights.begin() + static_cast<std::ptrdiff_t>(row * whole);
+    weights.insert(weights.end(), from, from + std::ptrdiff_t{depth});
+  }
+  made.weights = weights;
+  made.layer.channels = depth;
+}
+
+// Up to one pixel more than `KernelSet::few` takes: rows of a linear layer, or a small image.
+ConvolutionCase make_few_case(uint64_t seed) {
+  Random random(seed);
+  ConvolutionCase made;
+  const bool extreme = random.chance(4);
+  const bool is_image = random.chance(4);
+  const auto rows = static_cast<uint32_t>(random.integer(1, 72));
+  if (is_image) {
+    made.layer = make_layer(random, rows, channel_count(random), 3, extreme);
+  } else {
+    const auto tiles = static_cast<uint32_t>(random.integer(1, random.chance(4) ? 40 : 5));
+    made.layer = make_layer(random, rows, kTileDepth * tiles, 1, extreme);
+  }
+  made.bytes = pack(made.layer);
+  made.weights = made.layer.weights();
+  if (is_image) {
+    const auto side = [&] { return static_cast<size_t>(random.integer(1, 3)); };
+    made.shape = {side(), side(), side(), 1, 1, 1};
+  } else {
+    cut_depth(made, random);
+    made.shape = {static_cast<size_t>(random.integer(1, 2)), 1,
+                  static_cast<size_t>(random.integer(1, kMostFew + 1)), 1, 0, 1};
+  }
+  fill(made, random, extreme);
   return made;
 }
 
@@ -111,24 +162,36 @@ void Failures::add(uint64_t seed, const char* what) {
   }
 }
 
-size_t check_convolutions(const KernelSet& kernels, uint64_t seed, size_t count) {
-  Failures failures("convolution", kernels.name);
+namespace {
+
+size_t check_cases(const char* subject, ConvolutionCase (*make)(uint64_t seed),
+                   const KernelSet& kernels, uint64_t seed, size_t count) {
+  Failures failures(subject, kernels.name);
   for (uint64_t at = seed; at < seed + count; ++at) {
-    ConvolutionCase given = make_case(at);
+    ConvolutionCase given = make(at);
     const BlobError error = Blob::read(given.bytes.data(), given.bytes.size(), &given.blob);
     if (error != BlobError::none || given.blob.verify_checksum() != BlobError::none) {
       failures.add(at, error == BlobError::none ? "another checksum" : describe(error));
       continue;
     }
     const std::vector<int64_t> expected = convolve_reference(
-        given.layer.weights(), given.layer.rows, given.layer.channels, given.layer.kernel,
-        given.view(), given.shape, given.shape.out_height(given.blob),
-        given.shape.out_width(given.blob));
+        given.weights, given.layer.rows, given.layer.channels, given.layer.kernel, given.view(),
+        given.shape, given.shape.out_height(given.blob), given.shape.out_width(given.blob));
     const size_t threads = 1 + at % 3;
     if (!are_integers(given, kernels, threads, expected)) failures.add(at, "other integers");
     if (!are_results(given, kernels, threads, expected)) failures.add(at, "other results");
   }
   return failures.count();
+}
+
+}  // namespace
+
+size_t check_convolutions(const KernelSet& kernels, uint64_t seed, size_t count) {
+  return check_cases("convolution", make_case, kernels, seed, count);
+}
+
+size_t check_few_pixels(const KernelSet& kernels, uint64_t seed, size_t count) {
+  return check_cases("few pixels", make_few_case, kernels, seed, count);
 }
 
 size_t check_unpacking(const KernelSet& kernels, uint64_t seed, size_t count) {

@@ -22,11 +22,12 @@ size_t check_exact(uint64_t seed, size_t count) {
   size_t wrong = 0;
   for (size_t i = 0; i < set_count; ++i) {
     const size_t of_set = mpqdm::test::check_convolutions(*sets[i], seed, count) +
+                          mpqdm::test::check_few_pixels(*sets[i], seed, count) +
                           mpqdm::test::check_unpacking(*sets[i], seed, count) +
                           mpqdm::test::check_elementwise(*sets[i], seed, count) +
                           mpqdm::test::check_codes(*sets[i], seed, count) +
                           mpqdm::test::check_coded_programs(*sets[i], seed, count);
-    std::printf("%s: %zu cases, %zu wrong\n", sets[i]->name, 5 * count, of_set);
+    std::printf("%s: %zu cases, %zu wrong\n", sets[i]->name, 6 * count, of_set);
     wrong += of_set;
   }
   return wrong;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace mpqdm {
 
@@ -72,11 +73,24 @@ class Blob {
 
   Block block(uint32_t index) const;
   // Output channel of a row of a block, or kNoRow.
-  uint32_t channel(uint32_t block, int row) const;
-  float scale(uint32_t channel) const;
-  float bias(uint32_t channel) const;  // 0 without
+  uint32_t channel(uint32_t block, int row) const {
+    return number<uint32_t>(order_, size_t{block} * kBlockRows + static_cast<size_t>(row));
+  }
+  float scale(uint32_t channel) const { return number<float>(scales_, channel); }
+  // 0 without.
+  float bias(uint32_t channel) const {
+    return biases_ == nullptr ? 0.0f : number<float>(biases_, channel);
+  }
 
  private:
+  // Number `index` of a section, which no more than the program file aligns.
+  template <class T>
+  static T number(const uint8_t* section, size_t index) {
+    T value;
+    std::memcpy(&value, section + index * sizeof(T), sizeof(T));
+    return value;
+  }
+
   const uint8_t* data_ = nullptr;
   uint64_t bytes_ = 0, checksum_ = 0;
   uint32_t rows_ = 0, depth_ = 0, channels_ = 0, kernel_ = 0, blocks_ = 0;

@@ -29,6 +29,30 @@ struct PairRows {
   float bias[2 * kBlockRows];
 };
 
+// Inputs of a few pixels, each in one run, up to the end of the last tile.
+struct FewInputs {
+  const uint8_t* inputs;       // as `FewKernels::prepare` wrote them, pixel p at `p * pitch`
+  size_t pitch;
+  int pixels;                  // 1 .. FewKernels::pixels
+  int groups;                  // of 4 inputs that count; what lies behind them in the last tile does not
+  const int32_t* zero_points;  // [pixels], moved as the inputs are
+  const int32_t* input_sums;   // [pixels], of inputs less zero points
+};
+
+// Functions for so few pixels that unpacking a block would take longer than multiplying by it: packed
+// weights are read once, and unpacked in registers only.
+struct FewKernels {
+  int pixels;       // the most that `multiply` takes: up to here it is faster. 0: there are no such functions.
+  int input_bytes;  // bytes of a prepared input
+  // Brings a pixel's `count` inputs, those of whole tiles, into the order of `multiply`; their sum.
+  int32_t (*prepare)(const uint8_t* inputs, size_t count, int32_t zero_point, uint8_t* prepared);
+  // sums[p][r] = sum_k (inputs[p][k] - zero_points[p]) * weights[r][k], for one block (`second` is null)
+  // or two. sums is [kMostFew][16] int32; what it holds behind the last pixel is undefined.
+  void (*multiply)(const FewInputs& inputs, const Block& first, const Block* second, int32_t* sums);
+};
+
+constexpr int kMostFew = 16;  // at least every set's `FewKernels::pixels`
+
 // Functions of one instruction set.
 struct KernelSet {
   const char* name;
@@ -65,6 +89,7 @@ struct KernelSet {
                     const float* offset, const float* factor, bool silu, float* out);
   // Decodes entropy-coded weights whose states take turns; `code_slots.h` says more.
   bool (*decode_run)(CodeStream& stream, size_t lanes, uint8_t* codes, size_t count);
+  FewKernels few;
 };
 
 // The kernels of this binary that this CPU runs, best first; the last is `scalar`.
