@@ -36,7 +36,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "distill.json": lambda rows: distill.table(rows, SEEDS),
     "few_bits.json": lambda rows: distill.table(rows, SEEDS),
     "captions.json": lambda rows: captions.table(rows, SEEDS),
-    "captions_inputs.json": lambda rows: captions.table(rows, SEEDS, ("W2A4",), captions.INPUTS),
+    "captions_inputs.json": lambda rows: captions.table(rows, SEEDS, ("W2A4",)),
     "captions_defaults.json": lambda rows: captions.table(
         rows, SEEDS, captions.DEFAULTS, ("default",)
     ),
