@@ -108,10 +108,13 @@ struct Dot512 {
 
 struct TwoBlocks {
   static constexpr int kBlocks = 2;
+  template <class Codes>
   static constexpr int kMostPixels = 8;
   static constexpr int kSums = 8;  // at least
   using Vector = __m512i;
   using Place = TwoPlaces;
+  template <int kBits>
+  using Planes = MaskedPlanes<TwoBlocks, kBits>;
   template <int kBits>
   using Lookup = TwoLookups<kBits>;
   template <class Codes, int kCount>

@@ -1,6 +1,7 @@
 // ARMv8.2 int8 dot products: one instruction for 4 rows x 4 inputs of a pixel.
 #include "code_slots.h"
 #include "elementwise.h"
+#include "few_dot.h"
 #include "store.h"
 #include "unpack_neon.h"
 
@@ -71,6 +72,7 @@ void multiply_dot(const Inputs& inputs, const int8_t* first, const int8_t* secon
 
 const KernelSet kDotKernels = {
     "dotprod", false, kPixels, unpack_neon<4>, sum_unpacked<4>, multiply_dot, store_rows,
-    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar, {}};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar,
+    {8, 1, copy_inputs, multiply_blocks_apart<DotBlock>}};
 
 }  // namespace mpqdm

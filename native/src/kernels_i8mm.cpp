@@ -1,6 +1,7 @@
 // ARMv8.6 int8 matrix products: one instruction for 2 pixels x 2 rows x 8 inputs.
 #include "code_slots.h"
 #include "elementwise.h"
+#include "few_dot.h"
 #include "store.h"
 #include "unpack_neon.h"
 
@@ -115,6 +116,7 @@ void multiply_i8mm(const Inputs& inputs, const int8_t* first, const int8_t* seco
 
 const KernelSet kI8mmKernels = {
     "i8mm", false, kPixels, unpack_neon<kRun>, sum_unpacked<kRun>, multiply_i8mm, store_rows,
-    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar, {}};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar,
+    {8, 1, copy_inputs, multiply_blocks_apart<DotBlock>}};
 
 }  // namespace mpqdm

@@ -2,6 +2,7 @@
 // then widened.
 #include "code_slots.h"
 #include "elementwise.h"
+#include "few_widening.h"
 #include "store.h"
 #include "unpack_neon.h"
 
@@ -67,6 +68,7 @@ void multiply_neon(const Inputs& inputs, const int8_t* first, const int8_t* seco
 
 const KernelSet kNeonKernels = {
     "neon", false, kPixels, unpack_neon<4>, sum_unpacked<4>, multiply_neon, store_rows,
-    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar, {}};
+    extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar,
+    {8, 1, copy_inputs, multiply_blocks_apart<WideningBlock>}};
 
 }  // namespace mpqdm
