@@ -56,10 +56,10 @@ struct ByteCodes {
   }
 };
 
-// Entries of tables.
-template <class Isa, int kBits>
+// Entries of tables, whose absolute numbers are at most `kMost`.
+template <class Isa, int kBits, int kMost>
 struct TableCodes {
-  static constexpr int kGreatest = 128;
+  static constexpr int kGreatest = kMost;
   static constexpr bool kSigned = true;
   static constexpr size_t kTile = PlaneCodes<Isa, kBits>::kTile;
   static constexpr Moved moved{0, 1};
@@ -121,53 +121,49 @@ void multiply_pixels(const FewInputs& inputs, int pixel, const Block* const (&bl
   }
 }
 
+// Pixels from `pixel` on, `kPixels` together; a rest that fewer take by fewer.
+template <class Isa, class Codes, int kPixels>
+void multiply_rest(const FewInputs& inputs, int pixel, const Block* const (&blocks)[Isa::kBlocks],
+                   int32_t* sums) {
+  constexpr int kFewer = kPixels > Isa::kLeastPixels ? kPixels / 2 : 0;
+  for (; inputs.pixels - pixel > kFewer; pixel += kPixels) {
+    multiply_pixels<Isa, Codes, kPixels>(inputs, pixel, blocks, sums);
+  }
+  if constexpr (kFewer > 0) multiply_rest<Isa, Codes, kFewer>(inputs, pixel, blocks, sums);
+}
+
 template <class Isa, class Codes>
 void multiply_codes(const FewInputs& inputs, const Block* const (&blocks)[Isa::kBlocks],
                     int32_t* sums) {
-  constexpr int kMost = Isa::template kMostPixels<Codes>;
-  for (int pixel = 0; pixel < inputs.pixels;) {
-    const int left = inputs.pixels - pixel;
-    if constexpr (kMost >= 8) {
-      if (left > 4) {
-        multiply_pixels<Isa, Codes, 8>(inputs, pixel, blocks, sums);
-        pixel += 8;
-        continue;
-      }
-    }
-    if constexpr (kMost >= 4) {
-      if (left > 2) {
-        multiply_pixels<Isa, Codes, 4>(inputs, pixel, blocks, sums);
-        pixel += 4;
-        continue;
-      }
-    }
-    if (left >= 2) {
-      multiply_pixels<Isa, Codes, 2>(inputs, pixel, blocks, sums);
-      pixel += 2;
-    } else {
-      multiply_pixels<Isa, Codes, 1>(inputs, pixel, blocks, sums);
-      pixel += 1;
+  multiply_rest<Isa, Codes, Isa::kMostPixels>(inputs, 0, blocks, sums);
+}
+
+template <class Isa, int kBits>
+void multiply_encoded(const FewInputs& inputs, const Block* const (&blocks)[Isa::kBlocks],
+                      int32_t* sums) {
+  if (blocks[0]->encoding != Encoding::table) {
+    return multiply_codes<Isa, PlaneCodes<Isa, kBits>>(inputs, blocks, sums);
+  }
+  if constexpr (Isa::kGainsWithoutLeast) {
+    if (blocks[0]->largest < 128) {
+      return multiply_codes<Isa, TableCodes<Isa, kBits, 127>>(inputs, blocks, sums);
     }
   }
+  multiply_codes<Isa, TableCodes<Isa, kBits, 128>>(inputs, blocks, sums);
 }
 
 template <class Isa>
 void multiply_few(const FewInputs& inputs, const Block* const (&blocks)[Isa::kBlocks],
                   int32_t* sums) {
-  const bool table = blocks[0]->encoding == Encoding::table;
   switch (blocks[0]->bits) {
     case 1:
-      return table ? multiply_codes<Isa, TableCodes<Isa, 1>>(inputs, blocks, sums)
-                   : multiply_codes<Isa, PlaneCodes<Isa, 1>>(inputs, blocks, sums);
+      return multiply_encoded<Isa, 1>(inputs, blocks, sums);
     case 2:
-      return table ? multiply_codes<Isa, TableCodes<Isa, 2>>(inputs, blocks, sums)
-                   : multiply_codes<Isa, PlaneCodes<Isa, 2>>(inputs, blocks, sums);
+      return multiply_encoded<Isa, 2>(inputs, blocks, sums);
     case 3:
-      return table ? multiply_codes<Isa, TableCodes<Isa, 3>>(inputs, blocks, sums)
-                   : multiply_codes<Isa, PlaneCodes<Isa, 3>>(inputs, blocks, sums);
+      return multiply_encoded<Isa, 3>(inputs, blocks, sums);
     case 4:
-      return table ? multiply_codes<Isa, TableCodes<Isa, 4>>(inputs, blocks, sums)
-                   : multiply_codes<Isa, PlaneCodes<Isa, 4>>(inputs, blocks, sums);
+      return multiply_encoded<Isa, 4>(inputs, blocks, sums);
     case 5:
       return multiply_codes<Isa, PlaneCodes<Isa, 5>>(inputs, blocks, sums);
     case 6:

@@ -7,44 +7,42 @@ namespace mpqdm {
 namespace {
 
 // Several sums of a pixel, as an instruction that adds to one waits for the one before.
-template <class Codes, int kPixels>
+template <class Isa, class Codes, int kPixels>
 class DotProducts {
  public:
+  using Sums = typename Isa::Sums;
+  static constexpr int kHalves = Isa::kHalves;
+
   DotProducts(const FewInputs& inputs, int pixel) {
     for (int p = 0; p < kPixels; ++p) {
       const int at = pixel + p < inputs.pixels ? pixel + p : 0;
       x_[p] = inputs.inputs + static_cast<size_t>(at) * inputs.pitch;
-      for (int chain = 0; chain < kChains; ++chain) sums_[p][chain] = NeonBlock::numbers(0);
+      for (int chain = 0; chain < kChains; ++chain) sums_[p][chain] = Isa::numbers(0);
     }
-    weights_ = NeonBlock::numbers(0);
+    weights_ = Isa::numbers(0);
   }
 
   template <int group>
-  MPQDM_INLINE void add(const Bytes& codes, size_t input) {
+  MPQDM_INLINE void add(const Bytes<kHalves>& codes, size_t input) {
     constexpr int kLane = group % kInputGroups;
-    const int8x16_t low = vreinterpretq_s8_u8(codes.low), high = vreinterpretq_s8_u8(codes.high);
 #pragma GCC unroll 8
     for (int p = 0; p < kPixels; ++p) {
       if constexpr (kLane == 0) {
         four_[p] = vreinterpretq_s8_u8(vld1q_u8(x_[p] + input + kGroupDepth * group));
       }
-      Numbers& sum = sums_[p][group % kChains];
-      sum.low = vdotq_laneq_s32(sum.low, low, four_[p], kLane);
-      sum.high = vdotq_laneq_s32(sum.high, high, four_[p], kLane);
+      Sums& sum = sums_[p][group % kChains];
+      MPQDM_HALVES(h) {
+        sum.of[h] = vdotq_laneq_s32(sum.of[h], vreinterpretq_s8_u8(codes.of[h]), four_[p], kLane);
+      }
     }
-    if constexpr (Codes::kSigned) {
-      weights_.low = vdotq_s32(weights_.low, low, vdupq_n_s8(1));
-      weights_.high = vdotq_s32(weights_.high, high, vdupq_n_s8(1));
-    } else {
-      add_weights<group>(codes);
-    }
+    add_weights<group>(codes);
   }
 
   // Of inputs less zero points.
-  Numbers sum(int p, int32_t zero_point) const {
-    Numbers all = sums_[p][0];
-    for (int chain = 1; chain < kChains; ++chain) all = NeonBlock::add(all, sums_[p][chain]);
-    return NeonBlock::add(all, NeonBlock::times(weights_, NeonBlock::numbers(-zero_point)));
+  Sums sum(int p, int32_t zero_point) const {
+    Sums all = sums_[p][0];
+    for (int chain = 1; chain < kChains; ++chain) all = Isa::add(all, sums_[p][chain]);
+    return Isa::add(all, Isa::times(weights_, Isa::numbers(-zero_point)));
   }
 
  private:
@@ -52,36 +50,38 @@ class DotProducts {
 
   // Codes from 0 on are summed as bytes as long as they fit.
   template <int group>
-  MPQDM_INLINE void add_weights(const Bytes& codes) {
+  MPQDM_INLINE void add_weights(const Bytes<kHalves>& codes) {
     constexpr int kTogether = bytes_together(Codes::kGreatest);
-    if constexpr (group % kTogether == 0) {
-      together_ = codes;
-    } else {
-      together_.low = vaddq_u8(together_.low, codes.low);
-      together_.high = vaddq_u8(together_.high, codes.high);
+    MPQDM_HALVES(h) {
+      int32x4_t& sum = weights_.of[h];
+      if constexpr (Codes::kSigned) {
+        sum = vdotq_s32(sum, vreinterpretq_s8_u8(codes.of[h]), vdupq_n_s8(1));
+      } else {
+        uint8x16_t& together = together_.of[h];
+        together = group % kTogether == 0 ? codes.of[h] : vaddq_u8(together, codes.of[h]);
+        if constexpr (group % kTogether == kTogether - 1) {
+          const uint32x4_t more = vdotq_u32(vreinterpretq_u32_s32(sum), together, vdupq_n_u8(1));
+          sum = vreinterpretq_s32_u32(more);
+        }
+      }
     }
-    if constexpr (group % kTogether == kTogether - 1) {
-      weights_.low = add_four(weights_.low, together_.low);
-      weights_.high = add_four(weights_.high, together_.high);
-    }
-  }
-
-  static MPQDM_INLINE int32x4_t add_four(int32x4_t sum, uint8x16_t bytes) {
-    return vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(sum), bytes, vdupq_n_u8(1)));
   }
 
   const uint8_t* x_[kPixels];
   int8x16_t four_[kPixels];
-  Numbers sums_[kPixels][kChains], weights_;
-  Bytes together_;
+  Sums sums_[kPixels][kChains], weights_;
+  Bytes<kHalves> together_;
 };
 
-struct DotBlock : NeonBlock {
-  template <class Codes>
-  static constexpr int kMostPixels = 8;
+template <int kHalves>
+struct DotRows : NeonRows<kHalves> {
+  static constexpr int kMostPixels = 8 / kHalves;
+  static constexpr int kLeastPixels = kHalves == 2 ? 1 : kMostPixels;
   template <class Codes, int kPixels>
-  using Products = DotProducts<Codes, kPixels>;
+  using Products = DotProducts<DotRows, Codes, kPixels>;
 };
+
+constexpr FewKernels kFewDot = {8, 1, copy_inputs, multiply_few_neon<DotRows<2>, DotRows<1>>};
 
 }  // namespace
 }  // namespace mpqdm

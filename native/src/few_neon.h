@@ -1,5 +1,5 @@
 // What the sets of ARM have in common when they multiply a few pixels (see few.h): a group is two
-// registers, of 4 rows each.
+// registers of 4 rows each, and a vector both of them, or one where there are more pixels.
 #pragma once
 
 #include "few.h"
@@ -8,55 +8,60 @@
 namespace mpqdm {
 namespace {
 
+#define MPQDM_HALVES(h) _Pragma("GCC unroll 2") for (int h = 0; h < kHalves; ++h)
+
+template <int kHalves>
 struct Bytes {
-  uint8x16_t low, high;  // rows 0-3 and 4-7
+  uint8x16_t of[kHalves];
 };
 
+template <int kHalves>
 struct Numbers {
-  int32x4_t low, high;  // as above
+  int32x4_t of[kHalves];  // of a row each
 };
+
+constexpr int kHalfRows = kBlockRows / 2;
+constexpr int kInputGroups = 4;  // whose inputs a register holds
 
 // Codes from bit planes. A shift inserts a plane's bits above those that are there, and with them
 // others, which the next plane or a mask at the end replaces.
-template <int kBits>
+template <int kHalves, int kBits>
 struct InsertedPlanes {
+  using Vector = Bytes<kHalves>;
   static constexpr int kFirst = (kBits & 4) != 0 ? 4 : ((kBits & 2) != 0 ? 2 : 1);
   static constexpr int kLast = kBits & -kBits;
 
   // A plane's bits of a group at the low end of each byte, and those of later groups above them.
   template <int width, int group>
-  static MPQDM_INLINE Bytes plane(const uint8_t* at) {
+  static MPQDM_INLINE Vector plane(const uint8_t* at) {
     constexpr int kShift = width * (group / width);
-    at += kVectorBytes * (group % width);
-    const uint8x16_t low = vld1q_u8(at), high = vld1q_u8(at + kHalfBytes);
-    if constexpr (kShift == 0) {
-      return {low, high};
-    } else {
-      return {vshrq_n_u8(low, kShift), vshrq_n_u8(high, kShift)};
+    Vector bits;
+    MPQDM_HALVES(h) {
+      bits.of[h] = vld1q_u8(at + kVectorBytes * (group % width) + kHalfBytes * h);
+      if constexpr (kShift > 0) bits.of[h] = vshrq_n_u8(bits.of[h], kShift);
     }
+    return bits;
   }
 
   template <int from>
-  static MPQDM_INLINE Bytes insert(const Bytes& codes, const Bytes& bits) {
-    return {vsliq_n_u8(codes.low, bits.low, from), vsliq_n_u8(codes.high, bits.high, from)};
+  static MPQDM_INLINE void insert(Vector& codes, const Vector& bits) {
+    MPQDM_HALVES(h) codes.of[h] = vsliq_n_u8(codes.of[h], bits.of[h], from);
   }
 
   template <int group>
-  static MPQDM_INLINE Bytes read(const OnePlace& place) {
-    Bytes codes = plane<kFirst, group>(place.at);
+  static MPQDM_INLINE Vector read(const OnePlace& place) {
+    Vector codes = plane<kFirst, group>(place.at);
     if constexpr (kFirst == 4 && (kBits & 2) != 0) {
-      codes = insert<4>(codes, plane<2, group>(place.at + 4 * kVectorBytes));
+      insert<4>(codes, plane<2, group>(place.at + 4 * kVectorBytes));
     }
     if constexpr (kFirst > 1 && (kBits & 1) != 0) {
-      codes = insert<kBits & 6>(codes, plane<1, group>(place.at + (kBits & 6) * kVectorBytes));
+      insert<kBits & 6>(codes, plane<1, group>(place.at + (kBits & 6) * kVectorBytes));
     }
     // Of the group whose bits end a byte, the shift has left nothing above them.
-    if constexpr (group / kLast == 8 / kLast - 1) {
-      return codes;
-    } else {
-      const uint8x16_t mask = vdupq_n_u8((1 << kBits) - 1);
-      return {vandq_u8(codes.low, mask), vandq_u8(codes.high, mask)};
+    if constexpr (group / kLast < 8 / kLast - 1) {
+      MPQDM_HALVES(h) codes.of[h] = vandq_u8(codes.of[h], vdupq_n_u8((1 << kBits) - 1));
     }
+    return codes;
   }
 };
 
@@ -90,16 +95,16 @@ struct HalfTables<4> {
 template <int kBits>
 HalfTables<kBits> read_tables(const int8_t* tables) {
   uint8_t bytes[64] = {};
-  __builtin_memcpy(bytes, tables, size_t{4} << kBits);
+  __builtin_memcpy(bytes, tables, size_t{kHalfRows} << kBits);
   return HalfTables<kBits>(bytes);
 }
 
-template <int kBits>
+template <int kHalves, int kBits>
 class NeonLookup {
  public:
   explicit NeonLookup(const Block* const (&blocks)[1])
-      : low_(read_tables<kBits>(blocks[0]->tables)),
-        high_(read_tables<kBits>(blocks[0]->tables + (4 << kBits))) {
+      : first_(read_tables<kBits>(blocks[0]->tables)),
+        last_(read_tables<kBits>(blocks[0]->tables + ((kHalves - 1) * kHalfRows << kBits))) {
     uint8_t starts[kHalfBytes];
     for (int lane = 0; lane < kHalfBytes; ++lane) {
       starts[lane] = static_cast<uint8_t>((lane / kGroupDepth) << kBits);
@@ -107,49 +112,80 @@ class NeonLookup {
     row_start_ = vld1q_u8(starts);
   }
 
-  MPQDM_INLINE Bytes look_up(const Bytes& codes) const {
-    return {low_.look_up(vorrq_u8(codes.low, row_start_)),
-            high_.look_up(vorrq_u8(codes.high, row_start_))};
+  MPQDM_INLINE Bytes<kHalves> look_up(Bytes<kHalves> codes) const {
+    codes.of[0] = first_.look_up(vorrq_u8(codes.of[0], row_start_));
+    if constexpr (kHalves == 2) codes.of[1] = last_.look_up(vorrq_u8(codes.of[1], row_start_));
+    return codes;
   }
 
  private:
-  HalfTables<kBits> low_, high_;
+  HalfTables<kBits> first_, last_;
   uint8x16_t row_start_;  // where a row's table begins
 };
 
-struct NeonBlock {
+template <int kCount>
+struct NeonRows {
   static constexpr int kBlocks = 1;
-  using Vector = Bytes;
+  static constexpr int kHalves = kCount;
+  static constexpr bool kGainsWithoutLeast = false;
+  using Vector = Bytes<kHalves>;
+  using Sums = Numbers<kHalves>;
   using Place = OnePlace;
   template <int kBits>
-  using Planes = InsertedPlanes<kBits>;
+  using Planes = InsertedPlanes<kHalves, kBits>;
   template <int kBits>
-  using Lookup = NeonLookup<kBits>;
+  using Lookup = NeonLookup<kHalves, kBits>;
 
-  static MPQDM_INLINE Bytes load(const OnePlace& place, size_t at) {
-    return {vld1q_u8(place.at + at), vld1q_u8(place.at + at + kHalfBytes)};
+  static MPQDM_INLINE Vector load(const OnePlace& place, size_t at) {
+    Vector x;
+    MPQDM_HALVES(h) x.of[h] = vld1q_u8(place.at + at + kHalfBytes * h);
+    return x;
   }
-  static MPQDM_INLINE Bytes bytes(int value) {
-    const uint8x16_t all = vdupq_n_u8(static_cast<uint8_t>(value));
-    return {all, all};
+  static MPQDM_INLINE Vector bytes(int value) {
+    Vector x;
+    MPQDM_HALVES(h) x.of[h] = vdupq_n_u8(static_cast<uint8_t>(value));
+    return x;
   }
-  static MPQDM_INLINE Bytes both(const Bytes& x, const Bytes& mask) {
-    return {vandq_u8(x.low, mask.low), vandq_u8(x.high, mask.high)};
+  static MPQDM_INLINE Vector both(Vector x, const Vector& mask) {
+    MPQDM_HALVES(h) x.of[h] = vandq_u8(x.of[h], mask.of[h]);
+    return x;
   }
-  static MPQDM_INLINE Numbers numbers(int value) {
-    return {vdupq_n_s32(value), vdupq_n_s32(value)};
+  static MPQDM_INLINE Sums numbers(int value) {
+    Sums x;
+    MPQDM_HALVES(h) x.of[h] = vdupq_n_s32(value);
+    return x;
   }
-  static MPQDM_INLINE Numbers add(const Numbers& x, const Numbers& y) {
-    return {vaddq_s32(x.low, y.low), vaddq_s32(x.high, y.high)};
+  static MPQDM_INLINE Sums add(Sums x, const Sums& y) {
+    MPQDM_HALVES(h) x.of[h] = vaddq_s32(x.of[h], y.of[h]);
+    return x;
   }
-  static MPQDM_INLINE Numbers times(const Numbers& x, const Numbers& y) {
-    return {vmulq_s32(x.low, y.low), vmulq_s32(x.high, y.high)};
+  static MPQDM_INLINE Sums times(Sums x, const Sums& y) {
+    MPQDM_HALVES(h) x.of[h] = vmulq_s32(x.of[h], y.of[h]);
+    return x;
   }
-  static MPQDM_INLINE void store(int32_t* sums, const Numbers& x) {
-    vst1q_s32(sums, x.low);
-    vst1q_s32(sums + 4, x.high);
+  static MPQDM_INLINE void store(int32_t* sums, const Sums& x) {
+    MPQDM_HALVES(h) vst1q_s32(sums + kHalfRows * h, x.of[h]);
   }
 };
+
+// As `FewKernels::multiply`. With more pixels than `Whole` multiplies together, `Half` takes 4 rows at
+// a time, so that sums of twice as many pixels have registers, and none is unpacked twice.
+template <class Whole, class Half>
+void multiply_few_neon(const FewInputs& inputs, const Block& first, const Block* second,
+                       int32_t* sums) {
+  if (inputs.pixels <= Whole::kMostPixels) {
+    return multiply_blocks_apart<Whole>(inputs, first, second, sums);
+  }
+  for (const Block* block : {&first, second}) {
+    if (block == nullptr) break;
+    Block rows = *block;
+    for (int half = 0; half < 2; ++half, sums += kHalfRows) {
+      multiply_few<Half>(inputs, {&rows}, sums);
+      rows.codes += kHalfBytes;
+      if (rows.encoding == Encoding::table) rows.tables += kHalfRows << rows.bits;
+    }
+  }
+}
 
 // As `FewKernels::prepare`: inputs are int8 already.
 int32_t copy_inputs(const uint8_t* inputs, size_t count, int32_t, uint8_t* prepared) {
@@ -158,8 +194,6 @@ int32_t copy_inputs(const uint8_t* inputs, size_t count, int32_t, uint8_t* prepa
   for (size_t i = 0; i < count; ++i) sum += static_cast<int8_t>(inputs[i]);
   return sum;
 }
-
-constexpr int kInputGroups = 4;  // whose inputs a register holds
 
 }  // namespace
 }  // namespace mpqdm

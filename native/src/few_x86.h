@@ -64,8 +64,9 @@ MPQDM_INLINE __m256i broadcast_four(const uint8_t* from) {
 // What sets with vectors of 256 bits have in common: one block in a vector.
 struct OneBlock {
   static constexpr int kBlocks = 1;
-  template <class Codes>
+  static constexpr bool kGainsWithoutLeast = false;
   static constexpr int kMostPixels = 4;  // that are multiplied together
+  static constexpr int kLeastPixels = 1;
   using Vector = __m256i;
   using Place = OnePlace;
   template <int kBits>

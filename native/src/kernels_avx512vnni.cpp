@@ -108,8 +108,9 @@ struct Dot512 {
 
 struct TwoBlocks {
   static constexpr int kBlocks = 2;
-  template <class Codes>
+  static constexpr bool kGainsWithoutLeast = false;
   static constexpr int kMostPixels = 8;
+  static constexpr int kLeastPixels = 1;
   static constexpr int kSums = 8;  // at least
   using Vector = __m512i;
   using Place = TwoPlaces;

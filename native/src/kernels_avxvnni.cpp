@@ -63,7 +63,6 @@ struct Dot256 {
 };
 
 struct VnniBlock : OneBlock {
-  template <class Codes>
   static constexpr int kMostPixels = 8;
   static constexpr int kSums = 4;  // at least; more would leave no registers
   template <class Codes, int kCount>

@@ -117,6 +117,6 @@ void multiply_i8mm(const Inputs& inputs, const int8_t* first, const int8_t* seco
 const KernelSet kI8mmKernels = {
     "i8mm", false, kPixels, unpack_neon<kRun>, sum_unpacked<kRun>, multiply_i8mm, store_rows,
     extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar,
-    {8, 1, copy_inputs, multiply_blocks_apart<DotBlock>}};
+    kFewDot};
 
 }  // namespace mpqdm

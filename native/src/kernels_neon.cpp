@@ -69,6 +69,6 @@ void multiply_neon(const Inputs& inputs, const int8_t* first, const int8_t* seco
 const KernelSet kNeonKernels = {
     "neon", false, kPixels, unpack_neon<4>, sum_unpacked<4>, multiply_neon, store_rows,
     extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar,
-    {8, 1, copy_inputs, multiply_blocks_apart<WideningBlock>}};
+    kFewWidening};
 
 }  // namespace mpqdm
