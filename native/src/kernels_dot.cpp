@@ -71,7 +71,7 @@ void multiply_dot(const Inputs& inputs, const int8_t* first, const int8_t* secon
 }  // namespace
 
 const KernelSet kDotKernels = {
-    "dotprod", false, kPixels, unpack_neon<4>, sum_unpacked<4>, multiply_dot, store_rows,
+    "dotprod", false, kPixels, unpack_neon<4>, sum_neon<4>, multiply_dot, store_rows,
     extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar,
     kFewDot};
 

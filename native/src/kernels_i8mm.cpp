@@ -115,7 +115,7 @@ void multiply_i8mm(const Inputs& inputs, const int8_t* first, const int8_t* seco
 }  // namespace
 
 const KernelSet kI8mmKernels = {
-    "i8mm", false, kPixels, unpack_neon<kRun>, sum_unpacked<kRun>, multiply_i8mm, store_rows,
+    "i8mm", false, kPixels, unpack_neon<kRun>, sum_neon<kRun>, multiply_i8mm, store_rows,
     extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar,
     kFewDot};
 

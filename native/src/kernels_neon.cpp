@@ -67,7 +67,7 @@ void multiply_neon(const Inputs& inputs, const int8_t* first, const int8_t* seco
 }  // namespace
 
 const KernelSet kNeonKernels = {
-    "neon", false, kPixels, unpack_neon<4>, sum_unpacked<4>, multiply_neon, store_rows,
+    "neon", false, kPixels, unpack_neon<4>, sum_neon<4>, multiply_neon, store_rows,
     extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar,
     kFewWidening};
 

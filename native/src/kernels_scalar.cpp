@@ -52,6 +52,17 @@ void multiply_scalar(const Inputs& inputs, const int8_t* first, const int8_t* se
   }
 }
 
+void sum_scalar(const int8_t* weights, int groups, int32_t* sums) {
+  int32_t lanes[kGroupBytes] = {};
+  for (int group = 0; group < groups; ++group, weights += kGroupBytes) {
+    for (int lane = 0; lane < kGroupBytes; ++lane) lanes[lane] += weights[lane];
+  }
+  for (int row = 0; row < kBlockRows; ++row) {
+    sums[row] = 0;
+    for (int i = 0; i < kGroupDepth; ++i) sums[row] += lanes[kGroupDepth * row + i];
+  }
+}
+
 }  // namespace
 
 void unpack_scalar(const Block& block, int tiles, int8_t* weights) {
@@ -76,7 +87,7 @@ void unpack_scalar(const Block& block, int tiles, int8_t* weights) {
 }
 
 const KernelSet kScalarKernels = {
-    "scalar", true, kPixels, unpack_scalar, sum_unpacked<kGroupDepth>, multiply_scalar, store_rows,
+    "scalar", true, kPixels, unpack_scalar, sum_scalar, multiply_scalar, store_rows,
     extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_scalar, {}};
 
 }  // namespace mpqdm

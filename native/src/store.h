@@ -1,4 +1,4 @@
-// What is the same in all instruction sets, compiled for each of them: sums of weights, and results.
+// Results of pixels: the same in all instruction sets, and compiled for each of them.
 // Everything here has internal linkage: a definition that two files share would be compiled for one
 // instruction set, and run on CPUs that lack it.
 #pragma once
@@ -9,26 +9,6 @@
 
 namespace mpqdm {
 namespace {
-
-// `kRun`: inputs of a row that stand together in an unpacked block, 4 or 8.
-template <int kRun>
-void sum_unpacked(const int8_t* weights, int groups, int32_t* sums) {
-  constexpr int kChunk = kBlockRows * kRun;
-  int32_t lanes[kChunk] = {};
-  const int whole = groups * kGroupDepth / kRun;
-  for (int chunk = 0; chunk < whole; ++chunk, weights += kChunk) {
-    for (int lane = 0; lane < kChunk; ++lane) lanes[lane] += weights[lane];
-  }
-  if (groups * kGroupDepth % kRun != 0) {  // half a run of 8
-    for (int lane = 0; lane < kChunk; ++lane) {
-      if (lane % kRun < kGroupDepth) lanes[lane] += weights[lane];
-    }
-  }
-  for (int row = 0; row < kBlockRows; ++row) {
-    sums[row] = 0;
-    for (int i = 0; i < kRun; ++i) sums[row] += lanes[row * kRun + i];
-  }
-}
 
 void store_rows(const int32_t* sums, size_t count, const PairRows& rows,
                 const float* activation_scales, const int32_t* zero_points, size_t stride,

@@ -115,6 +115,39 @@ void unpack_bytes(const Block& block, int tiles, int8_t* weights) {
   }
 }
 
+// As `KernelSet::sum_weights`, of what `unpack_neon` wrote.
+template <int kRun>
+void sum_neon(const int8_t* weights, int groups, int32_t* sums) {
+  constexpr int kRegisters = kRun / 2;  // of the inputs that stand together
+  constexpr int kFit = 64;              // sums of so many pairs fit 16 bits
+  const int runs = groups * kGroupDepth / kRun;
+  int32x4_t rows[kRegisters] = {};
+  for (int run = 0; run < runs;) {
+    const int end = run + kFit < runs ? run + kFit : runs;
+    int16x8_t pairs[kRegisters] = {};
+    for (; run < end; ++run) {
+      for (int i = 0; i < kRegisters; ++i, weights += kHalfBytes) {
+        pairs[i] = vpadalq_s8(pairs[i], vld1q_s8(weights));
+      }
+    }
+    for (int i = 0; i < kRegisters; ++i) rows[i] = vpadalq_s16(rows[i], pairs[i]);
+  }
+  if constexpr (kRun == 4) {
+    vst1q_s32(sums, rows[0]);
+    vst1q_s32(sums + 4, rows[1]);
+  } else {
+    if (groups % 2 != 0) {  // half a run
+      const int8x16_t mask = vreinterpretq_s8_u64(vdupq_n_u64(0xffffffff));
+      for (int i = 0; i < kRegisters; ++i) {
+        const int8x16_t half = vandq_s8(vld1q_s8(weights + kHalfBytes * i), mask);
+        rows[i] = vpadalq_s16(rows[i], vpaddlq_s8(half));
+      }
+    }
+    vst1q_s32(sums, vpaddq_s32(rows[0], rows[1]));
+    vst1q_s32(sums + 4, vpaddq_s32(rows[2], rows[3]));
+  }
+}
+
 template <int kRun>
 void unpack_neon(const Block& block, int tiles, int8_t* weights) {
   if (block.encoding == Encoding::byte) return unpack_bytes<kRun>(block, tiles, weights);
