@@ -48,11 +48,13 @@ TestBlock make_block(Random& random, uint32_t depth, bool extreme) {
     }
   }
   if (block.encoding == Encoding::table) {
-    const int greatest = static_cast<int>(random.integer(0, 128));
+    // Kernels may tell tables with -128 from others.
+    const int64_t greatest = random.integer(extreme ? 127 : 0, 128);
     block.tables.resize(size_t{kBlockRows} << block.bits);
     for (int8_t& level : block.tables) {
-      level = static_cast<int8_t>(
-          std::clamp<int64_t>(random.integer(-greatest, greatest), -128, 127));
+      const int64_t inner = random.integer(-greatest, greatest);
+      const int64_t drawn = !extreme ? inner : (inner < 0 ? -greatest : greatest);
+      level = static_cast<int8_t>(std::min<int64_t>(drawn, 127));
     }
   }
   return block;
