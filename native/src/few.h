@@ -144,7 +144,7 @@ void multiply_encoded(const FewInputs& inputs, const Block* const (&blocks)[Isa:
   if (blocks[0]->encoding != Encoding::table) {
     return multiply_codes<Isa, PlaneCodes<Isa, kBits>>(inputs, blocks, sums);
   }
-  if constexpr (Isa::kGainsWithoutLeast) {
+  if constexpr (Isa::kGainsWithoutLeast) {  // by tables without -128
     if (blocks[0]->largest < 128) {
       return multiply_codes<Isa, TableCodes<Isa, kBits, 127>>(inputs, blocks, sums);
     }
