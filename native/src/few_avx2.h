@@ -1,4 +1,4 @@
-// Products of a few pixels with AVX2, without int8 dot products (see few_x86.h). Inputs are prepared
+// Products of a few pixels with AVX2, without int8 dot products (see few.h). Inputs are prepared
 // twice: as int8, by which vpmaddubsw multiplies codes from 0 on (so 127, the greatest of 7 bits, fits
 // 16 bits with its pair); and less their zero points in 16 bits, those at even and at odd places apart,
 // by which vpmaddwd multiplies any int8 weight.

@@ -1,4 +1,4 @@
-// Products of a few pixels with VNNI's int8 dot products (see few_x86.h).
+// Products of a few pixels with VNNI's int8 dot products (see few.h).
 #pragma once
 
 #include "few_x86.h"
