@@ -200,7 +200,11 @@ def geglu(b: GraphBuilder, block: Block) -> None:
     value, gate = b.call(operator.getitem, halves, 0), b.call(operator.getitem, halves, 1)
     if block.variant == 3:
         value, gate = gate, value
-    active = _silu(b, gate) if block.variant == 2 else b.call(_aten.gelu.default, gate)
+    if block.variant == 2:
+        active = _silu(b, gate)
+    else:
+        form = "tanh" if block.variant == 1 else "none"
+        active = b.call(_aten.gelu.default, gate, approximate=form)
     y = b.call(_aten.mul.Tensor, value, active)
     y = b.call(_linear(b, "out", inner, channels, block.bias), y)
     b.set_image(_image(b, y, channels), channels)

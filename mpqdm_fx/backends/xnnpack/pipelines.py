@@ -5,6 +5,7 @@ from mpqdm_fx.backends.xnnpack.passes.blend_branches import BlendBranches
 from mpqdm_fx.backends.xnnpack.passes.cast_early import CastEarly
 from mpqdm_fx.backends.xnnpack.passes.crop_negative_pads import CropNegativePads
 from mpqdm_fx.backends.xnnpack.passes.decompose_attention import DecomposeAttention
+from mpqdm_fx.backends.xnnpack.passes.decompose_gelu import DecomposeGelu
 from mpqdm_fx.backends.xnnpack.passes.decompose_group_norm import DecomposeGroupNorm
 from mpqdm_fx.backends.xnnpack.passes.decompose_layer_norm import DecomposeLayerNorm
 from mpqdm_fx.backends.xnnpack.passes.decompose_matmul import DecomposeMatmul
@@ -67,6 +68,7 @@ DECOMPOSE = Pipeline(
         DecomposeGroupNorm(),
         DecomposeLayerNorm(),
         DecomposePrelu(),
+        DecomposeGelu(),
         AverageSums(),
         ViewMeans(),
         DecomposeUpsample(),

@@ -24,13 +24,18 @@ _aten = torch.ops.aten
 MOVING_OPS = frozenset(
     {
         _aten.cat,
+        _aten.clamp,
+        _aten.clamp_max,
+        _aten.clamp_min,
         _aten.clone,
         _aten.contiguous,
         _aten.expand,
         _aten.flatten,
+        _aten.hardtanh,
         _aten.max_pool2d,
         _aten.permute,
         _aten.relu,
+        _aten.relu6,
         _aten.reshape,
         _aten.select,
         _aten.slice,
