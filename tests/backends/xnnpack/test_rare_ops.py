@@ -56,7 +56,14 @@ def attending_to_none(x):
 
 
 IMAGE, SEQUENCE, VECTOR = (1, 3, 8, 6), (1, 5, 8), (1, 8)
+def tanh_form(x):
+    return functional.gelu(3 * x, approximate="tanh")
+
+
 MODELS = {
+    "the tanh form of GELU": (Tokens(tanh_form), SEQUENCE),
+    "the tanh form of GELU as a module": (Image(nn.GELU(approximate="tanh")), IMAGE),
+    "the exact form of GELU": (Tokens(lambda x: functional.gelu(3 * x)), SEQUENCE),
     "crop": (Image(padded(-1, -2, 0, -1)), IMAGE),
     "crop and pad": (Image(padded(-1, 2, 1, -2, value=0.5)), IMAGE),
     "crop by a module": (Image(nn.ZeroPad2d((-1, 1, 0, -1))), IMAGE),

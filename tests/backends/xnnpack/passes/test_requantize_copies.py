@@ -22,6 +22,10 @@ MOVES = {
     "unsqueeze": lambda a, b: a.unsqueeze(1),
     "expand": lambda a, b: a[:, :1].expand(-1, 3, -1, -1),
     "relu": lambda a, b: torch.relu(a),
+    "relu6": lambda a, b: nn.functional.relu6(a),
+    "hardtanh": lambda a, b: nn.functional.hardtanh(a, -0.41, 0.33),
+    "clamp": lambda a, b: a.clamp(-0.2, 0.55),
+    "clamp_min": lambda a, b: a.clamp_min(-0.37),
     "max_pool2d": lambda a, b: nn.functional.max_pool2d(a, 2),
 }
 INPUTS = (torch.randn(2, 4, 6, 7), torch.randn(2, 4, 6, 7))
@@ -68,7 +72,7 @@ def test_inputs_get_the_parameters_of_the_quantize_node_behind(name):
 @given(
     scales=st.tuples(*[st.floats(2.0**-8, 2.0**-2, width=32)] * 3),
     zero_points=st.tuples(*[st.integers(-128, 127)] * 3),
-    name=st.sampled_from(["cat", "relu", "max_pool2d", "permute"]),
+    name=st.sampled_from(["cat", "clamp", "hardtanh", "relu", "max_pool2d", "permute"]),
 )
 def test_numbers_are_bit_equal_whatever_the_parameters(scales, zero_points, name):
     pairs = list(zip(scales, zero_points, strict=True))
