@@ -56,6 +56,8 @@ def attending_to_none(x):
 
 
 IMAGE, SEQUENCE, VECTOR = (1, 3, 8, 6), (1, 5, 8), (1, 8)
+
+
 def tanh_form(x):
     return functional.gelu(3 * x, approximate="tanh")
 
