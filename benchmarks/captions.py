@@ -55,6 +55,7 @@ from mpqdm_fx.model.quantized import PreparedModel, QuantizedModel
 from mpqdm_fx.numerics.metrics import sqnr_db
 from mpqdm_fx.report.images import save_grid
 from mpqdm_fx.report.reference_run import EVALUATION_SEED
+from mpqdm_fx.report.sample_metrics import x0_median_sqnr
 from mpqdm_fx.sources.denoisers import runner_denoiser
 
 STEPS, GUIDANCE = 10, 3.0
@@ -90,12 +91,13 @@ class Bench:
     words: Tensor
 
     @classmethod
-    def of(cls, directory: Path, seed: int, change: Change | None = None) -> "Bench":
+    def of(cls, directory: Path, seed: int, samples: int, change: Change | None = None) -> "Bench":
         """Record the guided runs of a seed, and run the float model on held-out captions.
 
         Args:
             directory: Of the trained model.
             seed: Of calibration and, moved far away, of evaluation.
+            samples: That are drawn, as often of each held-out caption.
             change: Makes of the model, and its calibration calls, one that computes the same.
         """
         unet, encoder = load(directory)
@@ -119,7 +121,7 @@ class Bench:
         )  # fmt: skip
         bench = cls(
             unet=unet, encoder=encoder, seed=seed, prepared=prepared, inputs=tuple(runs),
-            images=runs.final_samples, words=words.repeat(2, 1),
+            images=runs.final_samples, words=words.repeat(samples // len(words), 1),
         )  # fmt: skip
         return dataclasses.replace(bench, images=bench.draw(unet))
 
@@ -145,6 +147,7 @@ class Bench:
         row = {
             "epsilon_sqnr": sqnr_db(self.noise(self.unet), self.noise(quantized)),
             "x0_sqnr": sqnr_db(self.images, images),
+            "x0_median_sqnr": x0_median_sqnr(self.images, images),
             "followed": followed(images, self.words),
             "reference_followed": followed(self.images, self.words),
             "effective_bits": quantized.plan.effective_bits,
@@ -180,7 +183,9 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
 
     @functools.cache
     def bench_of(change: Change | None) -> Bench:
-        return bench if change is None else Bench.of(arguments.directory, bench.seed, change)
+        if change is None:
+            return bench
+        return Bench.of(arguments.directory, bench.seed, arguments.samples, change)
 
     @functools.cache
     def start(change: Change | None, setting: str, options: str) -> QuantizedModel:
@@ -278,7 +283,9 @@ def table(
 ) -> str:
     """Markdown table: mean and spread (largest minus smallest) over the seeds."""
     heads = "setting | recipe | eps-SQNR dB | x0-SQNR dB | followed | bits | seconds | seeds"
-    lines = [f"| {heads} |", "|---" * 8 + "|"]
+    has_median = all("x0_median_sqnr" in row for row in rows.values())
+    heads = f"{heads} | median x0 dB" if has_median else heads
+    lines = [f"| {heads} |", "|---" * len(heads.split("|")) + "|"]
     for setting, recipe in itertools.product(settings, recipes):
         runs = [rows[k] for s in seeds if (k := f"{setting} {recipe} {s}") in rows]
         if not runs:
@@ -290,6 +297,8 @@ def table(
         bits = statistics.mean(row["effective_bits"] for row in runs)
         seconds = statistics.mean(row["seconds"] for row in runs)
         cells += [f"{bits:.3f}", f"{seconds:.0f}", str(len(runs))]
+        if has_median:
+            cells.append(f"{statistics.mean(row['x0_median_sqnr'] for row in runs):.2f}")
         lines.append(f"| {setting} | {recipe} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -316,6 +325,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=list(OURS), choices=OURS)
     parser.add_argument("--train-steps", type=int, default=1500)
     parser.add_argument("--updates", type=int, default=150)
+    parser.add_argument("--samples", type=int, default=128, help="a multiple of 32")
     parser.add_argument("--program", action="store_true", help="also lower, on the first seed")
     parser.add_argument("--defaults", action="store_true", help="default settings, and no others")
     parser.add_argument("--weights", action="store_true", help="weights alone, and no others")
@@ -330,7 +340,7 @@ def main() -> None:
         train(arguments.directory, arguments.train_steps)
     plain = plain_cells(defaults=arguments.defaults, weights=arguments.weights)
     for seed in arguments.seeds:
-        bench = Bench.of(arguments.directory, seed)
+        bench = Bench.of(arguments.directory, seed, arguments.samples)
         if plain:
             measure_plain(bench, plain, arguments.output)
             continue

@@ -269,7 +269,9 @@ def _dropped(x):
 
 @pytest.mark.parametrize("written", ["after", "view", "before", "returned"])
 @pytest.mark.parametrize(
-    "drop", [_dropped, nn.Dropout(0.5), nn.Dropout(0.0), nn.Dropout(0.5, inplace=True)], ids=str
+    "drop",
+    [_dropped, nn.Dropout(0.5), nn.Dropout(0.0), nn.Dropout(0.5, inplace=True)],
+    ids=["function", "module", "of nothing", "in place"],
 )
 def test_a_write_into_what_is_dropped_is_in_both(drop, written):
     model = _Dropped(drop, written).eval()
