@@ -1,6 +1,7 @@
 """A quantized model of its own: what it has in float is no longer the caller's model's memory."""
 
-from torch import Tensor, fx, nn
+import torch
+from torch import Tensor, UntypedStorage, fx, nn
 
 from mpqdm_fx.graph.editing import copy_graph_module, replace_module, shallow_clone
 from mpqdm_fx.numerics.lazy_tensor import LazyTensor
@@ -12,7 +13,8 @@ def without_lent(graph_module: fx.GraphModule, lender: nn.Module) -> fx.GraphMod
     """A graph with copies of the tensors that it shares with another module.
 
     Rounded weights are its own already, and what is left are norms, biases and tables, a fraction
-    of a model. Weights that are mapped from a file cannot be written into, and stay.
+    of a model. Weights that are mapped from a file cannot be written into, and stay. Tensors that
+    are views of one memory are views of one copy of it: they are stored and counted once.
 
     Args:
         graph_module: The graph; it is not changed.
@@ -20,13 +22,21 @@ def without_lent(graph_module: fx.GraphModule, lender: nn.Module) -> fx.GraphMod
     """
     lent = {_place(tensor) for tensor in _tensors(lender)}
     result = copy_graph_module(graph_module)
+    memories: dict[int, UntypedStorage] = {}
     copies: dict[Tensor, Tensor] = {}
 
     def owned(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or isinstance(tensor, LazyTensor) or _place(tensor) not in lent:
             return tensor
         if tensor not in copies:
-            value = tensor.detach().clone()
+            place = _place(tensor)
+            if place not in memories:
+                whole = tensor.detach().new_empty(0, dtype=torch.uint8)
+                whole.set_(tensor.untyped_storage())
+                memories[place] = whole.clone().untyped_storage()
+            memory = memories[place]
+            value = tensor.detach().new_empty(0)
+            value.set_(memory, tensor.storage_offset(), tensor.size(), tensor.stride())
             if isinstance(tensor, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=tensor.requires_grad)
             copies[tensor] = value
