@@ -20,28 +20,23 @@ from mpqdm_fx.errors import TraceError
 from mpqdm_fx.graph.nested import tensors_of
 from mpqdm_fx.numerics.lazy_tensor import LazyTensor
 
-__all__ = [
-    "functionalized",
-    "refuse_autocast",
-    "refuse_counters",
-    "refuse_writes",
-]
+__all__ = ["functionalized", "refuse_autocast", "refuse_counters", "refuse_writes"]
 
 
-class InnerGraphError(Exception):
+class _InnerGraphError(Exception):
     """A model calls an operator that holds graphs of its own, which no pass enters.
 
     Attributes:
         suggestion: What to write in its place.
     """
 
-    def __init__(self, operator: str, values: Sequence[Any]) -> None:
+    def __init__(self, name: str, values: Sequence[Any]) -> None:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors_of(list(values)))
         super().__init__(
-            f"{operator} of tensors {shapes} runs graphs of its own, which stay untraced"
+            f"{name} of tensors {shapes} runs graphs of its own, which stay untraced"
         )
         self.suggestion = "write it in plain operators"
-        if operator == "cond":
+        if name == "cond":
             self.suggestion = (
                 "compute both branches and use torch.where, or choose in Python by a constant"
             )
@@ -155,7 +150,7 @@ def refuse_writes(model: nn.Module) -> Iterator[None]:
     try:
         with _WriteGuard(model):
             yield
-    except InnerGraphError as error:
+    except _InnerGraphError as error:
         refusal = refuse(model, error, error.suggestion)
         raise CaptureError(type(model).__name__, "cannot be captured", refusal) from error
 
@@ -179,7 +174,7 @@ class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if isinstance(func, torch._ops.HigherOrderOperator):
-            raise InnerGraphError(str(func), args)
+            raise _InnerGraphError(str(func), args)
         for tensor in _written(func, args, kwargs or {}):
             name = self._names.get(_storage(tensor))
             if name is not None:
