@@ -32,9 +32,7 @@ class _InnerGraphError(Exception):
 
     def __init__(self, name: str, values: Sequence[Any]) -> None:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors_of(list(values)))
-        super().__init__(
-            f"{name} of tensors {shapes} runs graphs of its own, which stay untraced"
-        )
+        super().__init__(f"{name} of tensors {shapes} runs graphs of its own, which stay untraced")
         self.suggestion = "write it in plain operators"
         if name == "cond":
             self.suggestion = (

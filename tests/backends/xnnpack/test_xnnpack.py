@@ -188,6 +188,13 @@ def test_moved_int8_value_needs_the_remedies(move, message, tmp_path):
     assert (program.subgraphs, program.undelegated) == (1, 0)
 
 
+def test_clamped_int8_value_has_the_codes_of_the_graph_with_the_remedies(tmp_path):
+    # without them the clamp moves codes of one grid into another, a step off here and there
+    path, net = tmp_path / "net.pte", MovedOutput("clamp")
+    assert lower_with((), net, path, ("after",)).sqnr_db < 60
+    assert lower_with(convert.REMEDIES.passes, net, path, ("after",)).max_lsb == 0
+
+
 @pytest.mark.parametrize("left_out", [DropNoopSlices, RequantizeCopies])
 def test_sliced_int8_value_stays_in_one_delegate_with_the_remedies(left_out, tmp_path):
     path, net = tmp_path / "net.pte", MovedOutput("slice")
