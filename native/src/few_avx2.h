@@ -38,8 +38,7 @@ class Avx2Products<Codes, kPixels, false> {
  public:
   Avx2Products(const FewInputs& inputs, int pixel) {
     for (int p = 0; p < kPixels; ++p) {
-      const int at = pixel + p < inputs.pixels ? pixel + p : 0;
-      x_[p] = inputs.inputs + static_cast<size_t>(at) * inputs.pitch;
+      x_[p] = inputs.of(pixel + p);
       sums_[p] = _mm256_setzero_si256();
     }
     weights_ = _mm256_setzero_si256();
@@ -87,8 +86,7 @@ class Avx2Products<Codes, kPixels, true> {
  public:
   Avx2Products(const FewInputs& inputs, int pixel) {
     for (int p = 0; p < kPixels; ++p) {
-      const int at = pixel + p < inputs.pixels ? pixel + p : 0;
-      x_[p] = inputs.inputs + static_cast<size_t>(at) * inputs.pitch + inputs.pitch / 3;
+      x_[p] = inputs.of(pixel + p) + inputs.pitch / 3;
       even_[p] = odd_[p] = _mm256_setzero_si256();
     }
   }

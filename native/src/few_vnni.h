@@ -20,8 +20,7 @@ class DotProducts {
 
   DotProducts(const FewInputs& inputs, int pixel) {
     for (int p = 0; p < kPixels; ++p) {
-      const int at = pixel + p < inputs.pixels ? pixel + p : 0;
-      x_[p] = inputs.inputs + static_cast<size_t>(at) * inputs.pitch;
+      x_[p] = inputs.of(pixel + p);
       for (int chain = 0; chain < kChains; ++chain) sums_[p][chain] = Isa::numbers(0);
     }
     for (int chain = 0; chain < kWeightChains; ++chain) weights_[chain] = Isa::numbers(0);

@@ -15,8 +15,7 @@ class WideningProducts {
 
   WideningProducts(const FewInputs& inputs, int pixel) {
     for (int p = 0; p < kPixels; ++p) {
-      const int at = pixel + p < inputs.pixels ? pixel + p : 0;
-      x_[p] = inputs.inputs + static_cast<size_t>(at) * inputs.pitch;
+      x_[p] = inputs.of(pixel + p);
       MPQDM_HALVES(h) sums_[p][h][0] = sums_[p][h][1] = vdupq_n_s32(0);
     }
     weights_ = Isa::numbers(0);

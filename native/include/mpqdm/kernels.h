@@ -37,6 +37,11 @@ struct FewInputs {
   int groups;                  // of 4 inputs that count; what lies behind them in the last tile does not
   const int32_t* zero_points;  // [pixels], moved as the inputs are
   const int32_t* input_sums;   // [pixels], of inputs less zero points
+
+  // Prepared inputs of a pixel; behind the last one those of the first, whose sums nobody reads.
+  const uint8_t* of(int pixel) const {
+    return inputs + static_cast<size_t>(pixel < pixels ? pixel : 0) * pitch;
+  }
 };
 
 // Functions for so few pixels that unpacking a block would take longer than multiplying by it: packed
