@@ -1,6 +1,6 @@
 """CPU seconds of quantizing a model, stage by stage; two checkouts side by side.
 
-    python benchmarks/compile_time.py digits captions unet
+    python benchmarks/compile_time.py digits captions unet terrain
     python benchmarks/compile_time.py digits --against ../before        # another checkout
     python benchmarks/compile_time.py --own terrain.py:terrain          # a model of one's own
 
@@ -33,6 +33,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import large_model
+import terrain_model
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
@@ -164,12 +166,22 @@ def captions() -> Case:
 
 def unet() -> Case:
     """Stable Diffusion 1.5's UNet, eight times narrower, on 8 inputs of 64x64."""
-    import large_unet  # an older checkout may lack what else it imports
-
-    return large_unet.model(8), large_unet.calls(), {}
+    return large_model.model(8), large_model.calls(), {}
 
 
-MODELS: Mapping[str, Callable[[], Case]] = {"digits": digits, "captions": captions, "unet": unet}
+def terrain() -> Case:
+    """The model that nobody here trained, on 20 calls of two rows, W4A8 dynamic."""
+    network = terrain_model.load_terrain()
+    settings = {"weight_bits": 4, "activation_mode": "dynamic"}
+    return network, terrain_model.calls_along(network, 4, 0), settings
+
+
+MODELS: Mapping[str, Callable[[], Case]] = {
+    "digits": digits,
+    "captions": captions,
+    "unet": unet,
+    "terrain": terrain,
+}
 
 
 def own_model(place: str) -> Case:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from large_unet import calls, model, peak_gib
+from large_model import calls, model, peak_gib
 from machine import anonymous_bytes
 
 from mpqdm_fx import MPQConfig, quantize

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as UNet
-from large_unet import peak_gib
+from large_model import peak_gib
 from machine import anonymous_bytes, hide_dot_products
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer

@@ -89,7 +89,8 @@ def test_frequencies_of_a_timestep_become_one_buffer():
     [
         lambda m, x: x + m.w.exp(),  # a parameter may be trained or quantized
         lambda m, x: x + torch.ones(x.shape[0], 1),  # depends on the batch
-        lambda m, x: x + torch.arange(70_000.0).sum() * 0,
+        lambda m, x: x.sum() + torch.arange(70_000.0),
+        lambda m, x: x.sum() + torch.arange(1_100_000),
     ],
 )
 def test_what_is_no_small_constant_is_not_folded_away(function):
@@ -99,6 +100,36 @@ def test_what_is_no_small_constant_is_not_folded_away(function):
     graph = traced(module, x)
     plain = FoldConstants()(graph).graph_module
     assert targets(plain) & {aten.exp.default, aten.ones.default, aten.arange.default}
+
+
+def buckets(m, x):
+    """T5's: bits of a logarithm decide the number of a bucket."""
+    distances = (torch.arange(300)[None, :] - torch.arange(300)[:, None]).abs()
+    far = 8 + (torch.log(distances.float() / 8) / math.log(16) * 8).long()
+    return x + m.table[torch.where(distances < 8, distances, far.clamp(max=15))]
+
+
+def test_integers_that_were_rounded_from_more_floats_than_are_stored_are_folded():
+    x, module = draw(3, 1, 1).float(), Call(buckets)
+    module.table = nn.Parameter(draw(16).float())
+    plain = changed(FoldConstants(), traced(module, x), x)
+    (name,) = dict(plain.named_buffers())
+    assert plain.get_buffer(name).shape == (300, 300)
+    assert plain.get_buffer(name).dtype == torch.int64
+    assert not targets(plain) & {aten.arange.default, aten.log.default, aten.where.self}
+    assert not FoldConstants()(plain).modified
+
+
+def test_floats_are_computed_from_the_last_constants_that_are_stored():
+    def function(m, x):
+        return x + (torch.arange(300.0)[None, :] * torch.arange(300.0)[:, None] / 7)
+
+    x = draw(3, 1, 1).float()
+    plain = changed(FoldConstants(), traced(function, x), x)
+    sizes = sorted(buffer.numel() for buffer in plain.buffers())
+    assert sizes[-1] == 300
+    assert {aten.mul.Tensor, aten.div.Tensor} <= targets(plain)
+    assert aten.arange.default not in targets(plain)
 
 
 def test_random_numbers_are_not_folded():

@@ -78,7 +78,7 @@ class Method:
         if activations is None:
             self.lowered = _without_codes(DECOMPOSE(graph).graph_module)
             _refuse_unknown(self.lowered)
-            self.expected = Reference.of_float(graph, self.inputs)
+            self.expected = Reference.of_float(graph, self.lowered, self.inputs)
             return
         written = DECOMPOSE(graph).graph_module
         runnable, self.floats = runnable_activations(written, activations)

@@ -7,6 +7,9 @@ then a value falls to the other side. In a shallow graph such steps are rare and
 one every later rounding spreads them, until the program's rounding errors are another draw of the
 same noise; two draws differ by 3 dB more than each from the truth. How far a given graph is on that
 way is found by running it some more times with every float value nudged by that unit.
+
+A float program has no codes: it is as near to its graph as a nudged run of it is, or an operator
+computes something else (XNNPACK's GELU for the tanh form, say: 80 to 104 dB).
 """
 
 import functools
@@ -25,8 +28,10 @@ from mpqdm_fx.numerics.metrics import sqnr_db
 
 __all__ = ["CLOSE_DB", "MARGIN_DB", "NUDGE", "Nudged", "Reference"]
 
-# What is always good enough; between float graphs only the order of sums differs.
+# What is always good enough for a program of integers, and the least for any float program.
 CLOSE_DB = 60.0
+# What is always good enough for a float program: only the order of sums differs.
+FLOAT_DB = 110.0
 # A draw of the same rounding noise is 3 dB from the reference's own quality; as much again is
 # left. A wrong layout or scale costs tens of dB.
 MARGIN_DB = 6.0
@@ -58,15 +63,20 @@ class Reference:
     nudged: Callable[[int], tuple[Tensor, ...]] | None = None
 
     @classmethod
-    def of_float(cls, graph: fx.GraphModule, inputs: Sequence[Any]) -> Self:
-        """The reference of a float program.
+    def of_float(
+        cls, graph: fx.GraphModule, lowered: fx.GraphModule, inputs: Sequence[Any]
+    ) -> Self:
+        """The reference of a float program: `FLOAT_DB`, or less where nudges spread.
 
         Args:
             graph: Float graph.
-            inputs: Its inputs, in order.
+            lowered: The same as it is lowered: nudged, for its constants are folded.
+            inputs: Inputs of both, in order.
         """
         outputs = _finite(tensors_of(graph(*inputs)))
-        return cls(outputs=outputs, bound_db=CLOSE_DB, quality_db=None)
+        stability = _sqnr(outputs, tensors_of(Nudged(lowered).run(*inputs)))
+        bound = min(FLOAT_DB, max(CLOSE_DB, stability - MARGIN_DB))
+        return cls(outputs=outputs, bound_db=bound, quality_db=None)
 
     @classmethod
     def of_quantized(

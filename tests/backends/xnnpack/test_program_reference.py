@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
+from torch.nn import functional
 
 from mpqdm_fx.backends.xnnpack.reference import Reference
 from mpqdm_fx.errors import LoweringError
@@ -64,3 +66,34 @@ def test_outputs_of_zeros_have_no_size():
     zeros = torch.zeros(100)
     expected = Reference(outputs=(zeros, OUTPUT), bound_db=30.0, quality_db=None)
     assert expected.check(PROGRAM, [zeros, OUTPUT], None)[0] == math.inf
+
+
+class Gelu(torch.nn.Module):
+    def forward(self, x):
+        return functional.gelu(x, approximate="tanh")
+
+
+def test_a_float_program_of_another_operator_is_refused():
+    """ExecuTorch lowers the tanh form of GELU as the exact one, 4.7e-4 off at most."""
+    inputs = [torch.randn(4, 64, generator=torch.Generator().manual_seed(0))]
+    graph = fx.symbolic_trace(Gelu())
+    expected = Reference.of_float(graph, graph, inputs)
+    double = functional.gelu(inputs[0].double(), approximate="tanh").float()
+    assert expected.check(PROGRAM, [double], None)[0] > 120
+    with pytest.raises(LoweringError, match=r"expected at least 110\.0 dB; nothing was written"):
+        expected.check(PROGRAM, [functional.gelu(inputs[0])], None)
+
+
+class Phase(torch.nn.Module):
+    def forward(self, x):
+        return torch.sin(x * 1e3)
+
+
+def test_a_float_program_may_be_as_far_as_its_graph_spreads_nudges():
+    inputs = [torch.linspace(-1, 1, 100)]
+    graph = fx.symbolic_trace(Phase())
+    expected = Reference.of_float(graph, graph, inputs)
+    assert 60 < expected.bound_db < 90
+    expected.check(PROGRAM, [torch.sin(inputs[0] * (1 + 1e-7) * 1e3)], None)
+    with pytest.raises(LoweringError):
+        expected.check(PROGRAM, [torch.sin(inputs[0] * (1 + 1e-5) * 1e3)], None)

@@ -2,6 +2,9 @@
 
 The frequencies of a timestep embedding are made of `arange` in every call. ExecuTorch (1.5.1) has a
 portable kernel for it only, and what follows cannot join the program's main delegate.
+
+T5 rounds logarithms of distances down to numbers of buckets: some are whole numbers but for the last
+bit, in which CPUs differ. Computed here, every CPU has the same buckets.
 """
 
 import operator
@@ -30,8 +33,9 @@ _FILLED = frozenset(
         _aten.zeros_like.default,
     }
 )
-#: Largest result that is worth storing, in numbers.
-_LARGEST = 1 << 16
+#: Most numbers that are worth storing: of floats; and of integers and truth values, which may have
+#: been rounded from floats. No more than that is computed here either.
+_MOST_FLOATS, _MOST = 1 << 16, 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,9 @@ class FoldConstants(GraphPass):
        nothing; what is not filled (`empty_like`) is zero.
     2. The last constants of a chain become buffers, named after the module they stand in; what is
        read by constants alone goes.
-    3. Tensors of more than 65536 numbers, and what depends on a dynamic size, are left alone.
+    3. Floats of more than 65536 numbers are computed for the integers that are made of them, and
+       not stored. Larger tensors of integers than 1048576, and what depends on a dynamic size, are
+       left alone.
 
     Computed here by the same ops: bit-equal.
     """
@@ -59,7 +65,7 @@ class FoldConstants(GraphPass):
                     values[node] = buffer
             elif _is_constant(node, values):
                 values[node] = _compute(node, values)
-        ends = [n for n, v in values.items() if _is_end(n, v, values)]
+        ends = [node for node in _read(values) if _is_stored(node, values[node])]
         for node in ends:
             stack = node.meta.get("nn_module_stack") or {}
             around = next((entry[0] for entry in reversed(stack.values())), "")
@@ -79,7 +85,7 @@ def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     parts = parts if isinstance(parts, list | tuple) else [parts]
     if not all(isinstance(p, Tensor) and all(isinstance(n, int) for n in p.shape) for p in parts):
         return False
-    if sum(part.numel() for part in parts) > _LARGEST:
+    if sum(part.numel() for part in parts) > _MOST:
         return False
     if node.target in _FILLED:
         return isinstance(node.args[0], fx.Node) and node.all_input_nodes == [node.args[0]]
@@ -103,7 +109,19 @@ def _compute(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     return result.clone(memory_format=torch.contiguous_format)
 
 
-def _is_end(node: fx.Node, value: object, values: dict[fx.Node, Any]) -> bool:
+def _read(values: dict[fx.Node, Any]) -> list[fx.Node]:
+    """Constants that something else reads, or a constant that is read and not stored."""
+    read: set[fx.Node] = set()
+    for node in reversed(values):
+        if any(u not in values or (u in read and not _is_stored(u, values[u])) for u in node.users):
+            read.add(node)
+    return [node for node in values if node in read and node.op != "get_attr"]
+
+
+def _is_stored(node: fx.Node, value: object) -> bool:
     if node.op == "get_attr":
+        return True
+    if not isinstance(value, Tensor):
         return False
-    return isinstance(value, Tensor) and any(user not in values for user in node.users)
+    rounded = value.dtype in (torch.bool, torch.int32, torch.int64)
+    return value.numel() <= (_MOST if rounded else _MOST_FLOATS)
