@@ -45,7 +45,7 @@ def to_edge(
     # knows layout copies in their dimension-order form only, so that must not be skipped.
     config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=False)
     try:
-        with _rare_collections(), flatc_files():
+        with _rare_collections(), _order_kept(), flatc_files():
             return to_edge_transform_and_lower(
                 exported,
                 transform_passes=None if watch is None else [_watching_pass(watch)],
@@ -167,6 +167,24 @@ def _rare_collections() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+@contextlib.contextmanager
+def _order_kept() -> Iterator[None]:
+    """Let ExecuTorch keep the order of nodes where it sorts a graph behind each delegate.
+
+    Its own sort is breadth first (docs/upstream.md): in all delegates but the first, independent
+    chains advance together, and all that they hold is there at once.
+    """
+    from executorch.exir import lowered_backend_module
+    from torch.fx.passes import tools_common
+
+    before = lowered_backend_module.legalize_graph
+    lowered_backend_module.legalize_graph = tools_common.stable_topological_sort
+    try:
+        yield
+    finally:
+        lowered_backend_module.legalize_graph = before
 
 
 @contextlib.contextmanager
