@@ -324,4 +324,4 @@ def test_a_reference_that_is_no_number_is_refused():
     call = {**edm_calls(1)[0], "sigma": torch.tensor([-1.0, 2.0])}
     inputs = tuple(call[str(node.target)] for node in graph.graph.find_nodes(op="placeholder"))
     with pytest.raises(LoweringError, match="returns NaN or infinity for the inputs"):
-        Reference.of_float(graph, inputs)
+        Reference.of_float(graph, graph, inputs)
