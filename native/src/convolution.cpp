@@ -19,6 +19,7 @@ constexpr size_t kLeastChunk = 64;
 static_assert(kMostFew <= kMaxPixels);
 // Tasks for each thread, so that a slow one does not keep the others waiting.
 constexpr size_t kTasksPerThread = 4;
+constexpr size_t kMostPairs = 2;  // of blocks that a task unpacks
 
 // A sample's codes as the kernels read them, with a border.
 struct Image {
@@ -157,27 +158,56 @@ void store(const Job& job, const PairRows& rows, size_t first, size_t count, con
   }
 }
 
-// One pair of blocks times one chunk of pixels.
+// Pairs of blocks that a task multiplies a pixel's inputs by.
+size_t pairs_together(const KernelSet& kernels) { return kernels.multiply_two == nullptr ? 1 : 2; }
+
+size_t tasks_of_blocks(const KernelSet& kernels, const Blob& blob) {
+  return divide_up(blob.blocks(), 2 * pairs_together(kernels));
+}
+
+// The pairs of blocks of one task, unpacked.
+struct UnpackedPairs {
+  const int8_t* blocks[2 * kMostPairs];  // the last one again where a pair has one alone
+  PairRows rows[kMostPairs];
+  size_t count;      // of pairs
+  bool single_last;  // whether the last pair has one block
+  int largest;       // bounds the absolute codes
+};
+
+UnpackedPairs unpack_pairs(const Job& job, uint32_t first_block, int8_t* weights) {
+  const KernelSet& kernels = job.kernels;
+  const auto tiles = static_cast<size_t>(job.blob.tiles());
+  const size_t blocks = std::min<size_t>(2 * pairs_together(kernels), job.blob.blocks() - first_block);
+  UnpackedPairs result = {{}, {}, divide_up(blocks, 2), blocks % 2 != 0, 0};
+  int32_t sums[kMostPairs * kPairRows] = {};
+  for (uint32_t i = 0; i < blocks; ++i) {
+    const Block block = job.blob.block(first_block + i);
+    int8_t* const unpacked = weights + i * tiles * kTileBytes;
+    kernels.unpack(block, static_cast<int>(tiles), unpacked);
+    kernels.sum_weights(unpacked, static_cast<int>(job.blob.depth() / kGroupDepth),
+                        sums + kBlockRows * i);
+    result.largest = std::max(result.largest, block.largest);
+    result.blocks[i] = unpacked;
+  }
+  if (result.single_last) result.blocks[blocks] = result.blocks[blocks - 1];
+  for (size_t pair = 0; pair < result.count; ++pair) {
+    result.rows[pair] = pair_rows(job, first_block + static_cast<uint32_t>(2 * pair),
+                                  sums + kPairRows * pair);
+  }
+  return result;
+}
+
+// Some pairs of blocks times one chunk of pixels.
 void multiply_chunk(const Job& job, uint32_t first_block, size_t first, size_t end) {
   thread_local Buffers buffers;
   const KernelSet& kernels = job.kernels;
-  const auto tiles = static_cast<size_t>(job.blob.tiles());
-  int8_t* weights = buffers.weights(2 * tiles * kTileBytes);
-  int32_t* sums = buffers.sums(static_cast<size_t>(kPairRows * kernels.pixels));
-  int32_t weight_sums[kPairRows] = {};
-  const bool paired = first_block + 1 < job.blob.blocks();
-  int largest = 0;
-  for (uint32_t i = 0; i < (paired ? 2u : 1u); ++i) {
-    const Block block = job.blob.block(first_block + i);
-    int8_t* unpacked = weights + i * tiles * kTileBytes;
-    kernels.unpack(block, static_cast<int>(tiles), unpacked);
-    kernels.sum_weights(unpacked, static_cast<int>(job.blob.depth() / kGroupDepth),
-                        weight_sums + kBlockRows * i);
-    largest = std::max(largest, block.largest);
-  }
-  const PairRows rows = pair_rows(job, first_block, weight_sums);
-  const uint8_t* pixels[kMaxPixels];
   const auto together = static_cast<size_t>(kernels.pixels);
+  const size_t pair_sums = kPairRows * together;
+  const size_t bytes = static_cast<size_t>(job.blob.tiles()) * kTileBytes;
+  int8_t* const weights = buffers.weights(2 * pairs_together(kernels) * bytes);
+  const UnpackedPairs pairs = unpack_pairs(job, first_block, weights);
+  int32_t* const sums = buffers.sums(kMostPairs * pair_sums);
+  const uint8_t* pixels[kMaxPixels];
   const uint32_t kernel = job.blob.kernel();
   const Inputs inputs = {pixels, job.image.pitch, static_cast<int>(kernel),
                          static_cast<int>(kernel * job.blob.channels() / kGroupDepth)};
@@ -186,18 +216,25 @@ void multiply_chunk(const Job& job, uint32_t first_block, size_t first, size_t e
   for (size_t pixel = first; pixel < end; pixel += together) {
     const size_t count = std::min(together, end - pixel);
     for (size_t i = 0; i < together; ++i) pixels[i] = i < count ? walk.next() : pixels[0];
-    kernels.multiply(inputs, weights, paired ? weights + tiles * kTileBytes : nullptr, largest, sums);
+    if (pairs.count == 2) {
+      kernels.multiply_two(inputs, pairs.blocks, sums);
+    } else {
+      kernels.multiply(inputs, pairs.blocks[0], pairs.single_last ? nullptr : pairs.blocks[1],
+                       pairs.largest, sums);
+    }
     parts.next(count);
-    store(job, rows, pixel, count, parts, sums);
+    for (size_t pair = 0; pair < pairs.count; ++pair) {
+      store(job, pairs.rows[pair], pixel, count, parts, sums + pair * pair_sums);
+    }
   }
 }
 
 void multiply_task(void* context, size_t index) {
   const Job& job = *static_cast<const Job*>(context);
-  const size_t pairs = divide_up(job.blob.blocks(), 2);
-  const size_t first = index / pairs * job.chunk;
-  multiply_chunk(job, static_cast<uint32_t>(2 * (index % pairs)), first,
-                 std::min(first + job.chunk, job.pixels));
+  const size_t tasks = tasks_of_blocks(job.kernels, job.blob);
+  const size_t first = index / tasks * job.chunk;
+  const auto block = static_cast<uint32_t>(index % tasks * 2 * pairs_together(job.kernels));
+  multiply_chunk(job, block, first, std::min(first + job.chunk, job.pixels));
 }
 
 // All pixels of a sample, if they are few, times the pairs of blocks from `first` to `end`.
@@ -307,9 +344,9 @@ Image make_image(const KernelSet& kernels, const Blob& blob, const Codes& codes,
 
 size_t chunk_pixels(const KernelSet& kernels, const Blob& blob, size_t pixels, size_t threads) {
   const auto step = static_cast<size_t>(kernels.pixels);
-  const size_t pairs = divide_up(blob.blocks(), 2);
   const size_t cached = std::max(kLeastChunk, kChunkBytes / (blob.channels() * blob.kernel()));
-  const size_t chunks = divide_up(threads > 1 ? kTasksPerThread * threads : 1, pairs);
+  const size_t tasks = tasks_of_blocks(kernels, blob);
+  const size_t chunks = divide_up(threads > 1 ? kTasksPerThread * threads : 1, tasks);
   const size_t wanted = std::min(cached, std::max(kLeastChunk, divide_up(pixels, chunks)));
   return divide_up(std::min(wanted, pixels), step) * step;
 }
@@ -329,7 +366,7 @@ void run(const KernelSet& kernels, const Blob& blob, const Codes& codes,
     }
     const size_t chunk = chunk_pixels(kernels, blob, pixels, executor.threads);
     Job job = {kernels, blob, codes, shape, image, sample, pixels, chunk, floats, integers};
-    const size_t tasks = divide_up(blob.blocks(), 2) * divide_up(pixels, chunk);
+    const size_t tasks = tasks_of_blocks(kernels, blob) * divide_up(pixels, chunk);
     executor.run(executor.self, tasks, multiply_task, &job);
   }
 }

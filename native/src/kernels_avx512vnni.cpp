@@ -13,6 +13,14 @@ static_assert(kPixels <= kMaxPixels);
 
 #define MPQDM_UNROLL _Pragma("GCC unroll 16")
 
+__m512i join(__m256i low, __m256i high) {
+  return _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(low), high, 1);
+}
+
+__m256i load_group(const int8_t* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+
 __m512i broadcast(const uint8_t* from) {
   int32_t four;
   std::memcpy(&four, from, sizeof four);
@@ -33,9 +41,7 @@ void multiply_avx512(const Inputs& inputs, const int8_t* first, const int8_t* se
       x[p] = inputs.pixels[p] + static_cast<size_t>(segment) * inputs.segment_stride;
     }
     for (size_t at = 0; at < depth; at += kGroupDepth, from += kGroupBytes) {
-      const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + from));
-      const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(other + from));
-      const __m512i weights = _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(low), high, 1);
+      const __m512i weights = join(load_group(first + from), load_group(other + from));
       MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
         sums[p] = _mm512_dpbusd_epi32(sums[p], broadcast(x[p] + at), weights);
       }
@@ -43,6 +49,37 @@ void multiply_avx512(const Inputs& inputs, const int8_t* first, const int8_t* se
   }
   MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
     _mm512_storeu_si512(out + kPairRows * p, sums[p]);
+  }
+}
+
+// A core loads two vectors while it multiplies two. Inputs that are loaded for two products leave it
+// time to load the weights.
+void multiply_two_avx512(const Inputs& inputs, const int8_t* const* blocks, int32_t* out) {
+  __m512i sums[2][kPixels];
+  MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
+    sums[0][p] = sums[1][p] = _mm512_setzero_si512();
+  }
+  const auto depth = static_cast<size_t>(kGroupDepth * inputs.groups);
+  size_t from = 0;
+  for (int segment = 0; segment < inputs.segments; ++segment) {
+    const uint8_t* x[kPixels];
+    for (int p = 0; p < kPixels; ++p) {
+      x[p] = inputs.pixels[p] + static_cast<size_t>(segment) * inputs.segment_stride;
+    }
+    for (size_t at = 0; at < depth; at += kGroupDepth, from += kGroupBytes) {
+      const __m512i one = join(load_group(blocks[0] + from), load_group(blocks[1] + from));
+      const __m512i two = join(load_group(blocks[2] + from), load_group(blocks[3] + from));
+      MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
+        const __m512i values = broadcast(x[p] + at);
+        sums[0][p] = _mm512_dpbusd_epi32(sums[0][p], values, one);
+        sums[1][p] = _mm512_dpbusd_epi32(sums[1][p], values, two);
+      }
+    }
+  }
+  for (int pair = 0; pair < 2; ++pair) {
+    MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
+      _mm512_storeu_si512(out + kPairRows * (kPixels * pair + p), sums[pair][p]);
+    }
   }
 }
 
@@ -69,10 +106,6 @@ class TwoPlaces {
   const uint8_t *first_, *second_;
   size_t ahead_;  // of `first_`
 };
-
-__m512i join(__m256i low, __m256i high) {
-  return _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(low), high, 1);
-}
 
 template <int kBits>
 class TwoLookups {
@@ -166,6 +199,6 @@ void multiply_few_avx512(const FewInputs& inputs, const Block& first, const Bloc
 const KernelSet kAvx512VnniKernels = {
     "avx512vnni", true, kPixels, unpack_avx2, sum_avx2, multiply_avx512, store_rows,
     extend_range, quantize_run, dequantize_run, add_moments, normalize, decode_run_avx2,
-    {16, 1, copy_inputs, multiply_few_avx512}};
+    {16, 1, copy_inputs, multiply_few_avx512}, multiply_two_avx512};
 
 }  // namespace mpqdm
