@@ -40,7 +40,7 @@ FORMS: Mapping[str, tuple[int, str, str, str] | None] = {
     "W8A8-dynamic": (8, "uniform", "dynamic", "xnnpack"),
     "W4A8-static": (4, "uniform", "static", "xnnpack"),
     "W4A8-dynamic": (4, "int4", "dynamic", "xnnpack"),
-    "W3A8-own": (3, "uniform", "dynamic", "lowbit"),
+    **{f"W{bits}A8-own": (bits, "uniform", "dynamic", "lowbit") for bits in (8, 4, 3, 2)},
 }
 
 

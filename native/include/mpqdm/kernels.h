@@ -96,7 +96,7 @@ struct KernelSet {
   bool (*decode_run)(CodeStream& stream, size_t lanes, uint8_t* codes, size_t count);
   FewKernels few;
   // As `multiply`, for four blocks, the last of which may be the same: sums is [2][pixels][16], of the
-  // first two and of the others. Null where two at a time load as little for each product.
+  // first two and of the others. Null where registers have no room for it, or loads are no limit.
   void (*multiply_two)(const Inputs& inputs, const int8_t* const* blocks, int32_t* sums) = nullptr;
 };
 
