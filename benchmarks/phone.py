@@ -38,12 +38,20 @@ from mpqdm_fx.backends.xnnpack.runner import XnnpackRunner
 from mpqdm_fx.capture.trace import trace
 from mpqdm_fx.io.peak_memory import peak_rise
 from mpqdm_fx.numerics.metrics import sqnr_db
+from mpqdm_fx.sources.sources import load_source
 
 Inputs = Mapping[str, Tensor]
 
+_DIGITS = [1, 16, 16]
+_SHAPE = [3, 32, 32]  # of a sample: says which network it is
+
 
 def model() -> UNet2DModel:
-    """The network, seeded."""
+    """The network, seeded; or `digits`."""
+    if _SHAPE == _DIGITS:
+        digits = load_source("digits").model
+        assert isinstance(digits, UNet2DModel)
+        return digits.eval()
     torch.manual_seed(0)
     return UNet2DModel(
         sample_size=32,
@@ -60,8 +68,9 @@ def model() -> UNet2DModel:
 def inputs(seed: int = 0) -> dict[str, Tensor]:
     """One call, batch 1."""
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.randn(1, 3, 32, 32, generator=generator)
-    return {"sample": sample, "timestep": torch.tensor([100 + 97 * seed % 900])}
+    sample = torch.randn(1, *_SHAPE, generator=generator)
+    call = {"sample": sample, "timestep": torch.tensor([100 + 97 * seed % 900])}
+    return call | ({"class_labels": torch.tensor([seed % 10])} if _SHAPE == _DIGITS else {})
 
 
 def stock_float(unet: UNet2DModel, path: Path) -> dict[str, Any]:
@@ -146,8 +155,8 @@ class _Plain(torch.nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        result: Tensor = self.unet(sample, timestep, return_dict=False)[0]
+    def forward(self, *values: Tensor) -> Tensor:
+        result: Tensor = self.unet(*values, return_dict=False)[0]
         return result
 
 
@@ -185,9 +194,9 @@ def times(forms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list
 
 def memory(path: str) -> tuple[float, float]:
     """Peak and anonymous mebibytes that a file and a step add to a fresh process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--memory", path], capture_output=True, text=True, check=True
-    )
+    network = ["--digits"] if _SHAPE == _DIGITS else []
+    command = [sys.executable, __file__, *network, "--memory", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, anonymous = done.stdout.split()[-2:]
     return float(peak), float(anonymous)
 
@@ -237,6 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, default=Path("phone"))
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--digits", action="store_true", help="the bundled network instead")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--compiled", action="store_true", help="torch.compile too")
@@ -244,6 +254,8 @@ def main() -> None:
     parser.add_argument("--instructions", choices=["avx2"], help="hide int8 dot products")
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.digits:
+        _SHAPE[:] = _DIGITS
     if arguments.memory:
         print_memory(arguments.memory)
         return

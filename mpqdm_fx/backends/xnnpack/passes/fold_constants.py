@@ -3,8 +3,8 @@
 The frequencies of a timestep embedding are made of `arange` in every call. ExecuTorch (1.5.1) has a
 portable kernel for it only, and what follows cannot join the program's main delegate.
 
-T5 rounds logarithms of distances down to numbers of buckets: some are whole numbers but for the last
-bit, in which CPUs differ. Computed here, every CPU has the same buckets.
+T5 rounds logarithms of distances down to numbers of buckets: some are whole numbers but for the
+last bit, in which CPUs differ. Computed here, every CPU has the same buckets.
 """
 
 import operator
