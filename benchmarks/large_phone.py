@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from large_model import calls, model, peak_gib
-from machine import anonymous_bytes
+from machine import anonymous_bytes, hide_dot_products
 
 from mpqdm_fx import MPQConfig, quantize
 from mpqdm_fx.backends.lowbit.lower import lower_lowbit
@@ -114,10 +114,13 @@ def main() -> None:
     parser.add_argument("--narrower", type=int, default=1, help="divide all widths, to try it out")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--instructions", choices=["avx2"], help="hide int8 dot products")
     parser.add_argument("--task", choices=["lower", "run"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     torch.set_num_threads(arguments.threads)
+    if arguments.instructions == "avx2":
+        hide_dot_products()
     arguments.directory.mkdir(parents=True, exist_ok=True)
     for form in arguments.forms:
         path = arguments.directory / f"{form}.pte"
