@@ -27,12 +27,14 @@ __m512i broadcast(const uint8_t* from) {
   return _mm512_set1_epi32(four);
 }
 
-void multiply_avx512(const Inputs& inputs, const int8_t* first, const int8_t* second, int,
-                     int32_t* out) {
-  // One block alone is multiplied twice: as many instructions, and its second result is not read.
-  const int8_t* const other = second == nullptr ? first : second;
-  __m512i sums[kPixels];
-  MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) sums[p] = _mm512_setzero_si512();
+// A core loads two vectors while it multiplies two. Inputs that are loaded for two pairs of blocks leave
+// it time to load the weights.
+template <int kPairs>
+MPQDM_INLINE void multiply_pairs(const Inputs& inputs, const int8_t* const* blocks, int32_t* out) {
+  __m512i sums[kPairs][kPixels];
+  for (int pair = 0; pair < kPairs; ++pair) {
+    MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) sums[pair][p] = _mm512_setzero_si512();
+  }
   const auto depth = static_cast<size_t>(kGroupDepth * inputs.groups);
   size_t from = 0;
   for (int segment = 0; segment < inputs.segments; ++segment) {
@@ -41,46 +43,34 @@ void multiply_avx512(const Inputs& inputs, const int8_t* first, const int8_t* se
       x[p] = inputs.pixels[p] + static_cast<size_t>(segment) * inputs.segment_stride;
     }
     for (size_t at = 0; at < depth; at += kGroupDepth, from += kGroupBytes) {
-      const __m512i weights = join(load_group(first + from), load_group(other + from));
-      MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
-        sums[p] = _mm512_dpbusd_epi32(sums[p], broadcast(x[p] + at), weights);
+      __m512i weights[kPairs];
+      MPQDM_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
+        weights[pair] = join(load_group(blocks[2 * pair] + from), load_group(blocks[2 * pair + 1] + from));
       }
-    }
-  }
-  MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
-    _mm512_storeu_si512(out + kPairRows * p, sums[p]);
-  }
-}
-
-// A core loads two vectors while it multiplies two. Inputs that are loaded for two products leave it
-// time to load the weights.
-void multiply_two_avx512(const Inputs& inputs, const int8_t* const* blocks, int32_t* out) {
-  __m512i sums[2][kPixels];
-  MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
-    sums[0][p] = sums[1][p] = _mm512_setzero_si512();
-  }
-  const auto depth = static_cast<size_t>(kGroupDepth * inputs.groups);
-  size_t from = 0;
-  for (int segment = 0; segment < inputs.segments; ++segment) {
-    const uint8_t* x[kPixels];
-    for (int p = 0; p < kPixels; ++p) {
-      x[p] = inputs.pixels[p] + static_cast<size_t>(segment) * inputs.segment_stride;
-    }
-    for (size_t at = 0; at < depth; at += kGroupDepth, from += kGroupBytes) {
-      const __m512i one = join(load_group(blocks[0] + from), load_group(blocks[1] + from));
-      const __m512i two = join(load_group(blocks[2] + from), load_group(blocks[3] + from));
       MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
         const __m512i values = broadcast(x[p] + at);
-        sums[0][p] = _mm512_dpbusd_epi32(sums[0][p], values, one);
-        sums[1][p] = _mm512_dpbusd_epi32(sums[1][p], values, two);
+        MPQDM_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
+          sums[pair][p] = _mm512_dpbusd_epi32(sums[pair][p], values, weights[pair]);
+        }
       }
     }
   }
-  for (int pair = 0; pair < 2; ++pair) {
+  for (int pair = 0; pair < kPairs; ++pair) {
     MPQDM_UNROLL for (int p = 0; p < kPixels; ++p) {
       _mm512_storeu_si512(out + kPairRows * (kPixels * pair + p), sums[pair][p]);
     }
   }
+}
+
+void multiply_avx512(const Inputs& inputs, const int8_t* first, const int8_t* second, int,
+                     int32_t* out) {
+  // One block alone is multiplied twice: as many instructions, and its second result is not read.
+  const int8_t* const blocks[] = {first, second == nullptr ? first : second};
+  multiply_pairs<1>(inputs, blocks, out);
+}
+
+void multiply_two_avx512(const Inputs& inputs, const int8_t* const* blocks, int32_t* out) {
+  multiply_pairs<2>(inputs, blocks, out);
 }
 
 // Two blocks of one encoding and width in a vector; one block alone is there twice. What is fetched
