@@ -191,10 +191,23 @@ def replace_module(graph_module: fx.GraphModule, fqn: str, module: nn.Module) ->
     Raises:
         AttributeError: there is no module at `fqn`.
     """
-    old = graph_module.get_submodule(fqn)
-    names = [name for name, m in graph_module.named_modules(remove_duplicate=False) if m is old]
-    for name in names:
+    for name in _names(graph_module, graph_module.get_submodule(fqn)):
         _install(graph_module, name, module)
+
+
+def _names(graph_module: fx.GraphModule, wanted: nn.Module) -> list[str]:
+    """All names of a module; what `named_modules` makes of every other one would take most time."""
+    names: list[str] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module._modules.items():
+            if child is wanted:
+                names.append(prefix + name)
+            if child is not None and child._modules:
+                visit(child, f"{prefix}{name}.")
+
+    visit(graph_module, "")
+    return names
 
 
 def keep_fetched(graph_module: fx.GraphModule, fqn: str) -> None:
@@ -212,8 +225,7 @@ def keep_fetched(graph_module: fx.GraphModule, fqn: str) -> None:
         AttributeError: There is no module at `fqn`.
     """
     module = graph_module.get_submodule(fqn)
-    modules = graph_module.named_modules(remove_duplicate=False)
-    owners = {name for name, other in modules if other is module}
+    owners = set(_names(graph_module, module))
     kept: dict[str, str] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         owner, _, field = str(node.target).rpartition(".")

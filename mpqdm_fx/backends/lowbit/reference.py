@@ -53,9 +53,8 @@ def quantize_mixed(x: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
     inverse, zero_point = dynamic_qparams(minimum, maximum, 8)
     finite = minimum.isfinite() & maximum.isfinite()
     zero_point = torch.where(finite, zero_point, 0.0)
-    shift = zero_point[:, None]
-    steps = (runs * inverse[:, None]).clamp(-128 - shift, 127 - shift).round()
-    codes = torch.where(finite[:, None], steps + shift, 0.0)
+    steps = (runs * inverse[:, None]).round() + zero_point[:, None]
+    codes = torch.where(finite[:, None], steps.clamp(-128, 127), 0.0)
     return (
         codes.to(torch.int8).reshape(x.shape),
         torch.where(finite, inverse.reciprocal(), math.nan),

@@ -65,7 +65,9 @@ def fake_quantize_dynamic(x: Tensor, bits: int, axes: int | tuple[int, ...]) -> 
     shared = tuple(range(-axes, 0)) if isinstance(axes, int) else axes
     minimum, maximum = values.amin(shared, keepdim=True), values.amax(shared, keepdim=True)
     inverse, zero_point = dynamic_qparams(minimum, maximum, bits)
-    # Clamped before rounding, as the kernels do; both bounds are whole, so the order is the same.
+    # The kernels clamp to these bounds less the zero point, then round. Zero points are whole, and
+    # so are steps of at most 2^8 once they are rounded: sums are exact and the order is the same,
+    # while bounds that are the same for all values are clamped to several times faster.
     quant_min, quant_max = -float(1 << (bits - 1)), float((1 << (bits - 1)) - 1)
-    steps = (values * inverse).clamp_(quant_min - zero_point, quant_max - zero_point).round_()
-    return steps.mul_(inverse.reciprocal()).to(x.dtype)
+    codes = (values * inverse).round_().add_(zero_point).clamp_(quant_min, quant_max)
+    return codes.sub_(zero_point).mul_(inverse.reciprocal()).to(x.dtype)

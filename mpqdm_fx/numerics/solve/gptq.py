@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mpqdm_fx.numerics.levels.row_levels import ColumnSnapper, RowLevels
-from mpqdm_fx.numerics.solve.gram import Gram, cholesky
+from mpqdm_fx.numerics.solve.gram import DOUBLE_WIDTH, Gram, cholesky, second_moments
 from mpqdm_fx.numerics.threads import one_thread
 
 __all__ = ["GPTQ_DAMPING", "gptq"]
@@ -23,6 +23,10 @@ GPTQ_DAMPING = 0.01
 """Ridge in units of the average diagonal, the usual one."""
 
 _BLOCK = 128
+
+_NARROW = 3
+"""N rows of at most so many times N numbers are rounded by their matrix: its one factor costs
+K^3 / 3, the factors and products of the dual form about 8 N^2 K."""
 
 
 def gptq(
@@ -61,17 +65,13 @@ def gptq(
     codes = torch.empty_like(target)
     feedback = _feedback(gram, order, damping, len(W))
     snapper = levels.snapper(target)
-    for block in _blocks(gram.width, block_size or _block_of(gram)):
+    for block in _blocks(gram.width, block_size or feedback.block_size):
         upper, shift = feedback.block(block)
         codes[:, block] = _round_block(target[:, block] + shift, snapper, upper)
         feedback.commit(block, target[:, block] - codes[:, block])
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result.to(torch.int8)
-
-
-def _block_of(gram: Gram) -> int:
-    return _BLOCK if gram.rows is None else max(_BLOCK, gram.count // 4)
 
 
 def _blocks(width: int, size: int) -> Iterator[slice]:
@@ -101,8 +101,10 @@ class _Feedback(Protocol):
 
     The shift is the block's conditional minimum given the errors before it, all later columns free;
     inside the block, errors count from there. `block` is called for one block after the other, each
-    followed by its `commit`.
+    followed by its `commit`. `block_size` is how many columns are best taken at once.
     """
+
+    block_size: int
 
     def block(self, columns: slice) -> tuple[Tensor, Tensor]:
         """Unit upper factor [b, b] of the columns, and their shift [O, b]."""
@@ -112,9 +114,13 @@ class _Feedback(Protocol):
 
 
 def _feedback(gram: Gram, order: Tensor, damping: float, rows: int) -> _Feedback:
-    if gram.rows is None:
-        return _PrimalFeedback(gram, order, damping, rows)
-    return _DualFeedback(gram, order, damping, rows)
+    matrix = gram.matrix
+    if matrix is None and gram.width <= min(_NARROW * gram.count, DOUBLE_WIDTH):
+        assert gram.rows is not None
+        matrix = second_moments(gram.rows)
+    if matrix is None:
+        return _DualFeedback(gram, order, damping, rows)
+    return _PrimalFeedback(matrix.to(gram.dtype), order, gram.ridge(damping), rows)
 
 
 def _unit_upper(matrix: Tensor, ridge: float) -> Tensor:
@@ -128,12 +134,12 @@ def _unit_upper(matrix: Tensor, ridge: float) -> Tensor:
 
 
 class _PrimalFeedback:
-    def __init__(self, gram: Gram, order: Tensor, damping: float, rows: int) -> None:
-        assert gram.matrix is not None
+    block_size = _BLOCK
+
+    def __init__(self, matrix: Tensor, order: Tensor, ridge: float, rows: int) -> None:
         # rows are gathered twice: a row lies together, a column does not
-        matrix = gram.matrix.to(gram.dtype)[order].T.contiguous()[order].T
-        self._upper = _unit_upper(matrix, gram.ridge(damping))
-        self._errors = self._upper.new_zeros(rows, gram.width)
+        self._upper = _unit_upper(matrix[order].T.contiguous()[order].T, ridge)
+        self._errors = self._upper.new_zeros(rows, len(order))
 
     def block(self, columns: slice) -> tuple[Tensor, Tensor]:
         before = slice(0, columns.start)
@@ -162,6 +168,7 @@ class _DualFeedback:
         self._ridge = gram.ridge(damping)
         self._dtype = gram.dtype
         self._count = gram.count
+        self.block_size = max(_BLOCK, gram.count // 4)
         kernel = self._kernel(slice(0, gram.width))
         self._factor, self._ridge = cholesky(kernel, self._ridge)
         self._remaining = kernel
@@ -185,8 +192,8 @@ class _DualFeedback:
         self._remaining = self._remaining - self._kernel(columns)
         self._factor, _ = cholesky(self._remaining, self._ridge)
         x = self._x[:, columns].to(self._dtype)
-        inner = x.T @ torch.cholesky_solve(x, self._factor) / self._count
-        schur = self._ridge * inner
+        half = torch.linalg.solve_triangular(self._factor, x, upper=False)
+        schur = self._ridge / self._count * (half.T @ half)
         return _unit_upper(schur, self._ridge)
 
     def commit(self, columns: slice, errors: Tensor) -> None:

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from mpqdm_fx.errors import CalibrationError, ConfigError
 
-__all__ = ["DUAL_ROWS", "Gram", "GramForm", "Regression", "cholesky", "kept_rows"]
+__all__ = [
+    "DOUBLE_WIDTH",
+    "DUAL_ROWS",
+    "Gram",
+    "GramForm",
+    "Regression",
+    "cholesky",
+    "kept_rows",
+    "second_moments",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +34,9 @@ GramForm = Literal["primal", "dual"]
 DUAL_ROWS = 2048
 """Most rows that the dual form takes: a factor of 2048 x 2048 for every block of columns."""
 
-_DOUBLE_WIDTH = 4096  # wider factors are float32, as in GPTQ; their ridge is at least 1e-3
+DOUBLE_WIDTH = 4096
+"""Widest factors in float64; wider ones are float32, as in GPTQ, and their ridge at least 1e-3."""
+
 _CHUNK = 1024  # rows per float32 product; the sum over chunks is float64
 _BLOCK = 192  # columns of a product
 _TRIES = 6  # ridges, each ten times the one before
@@ -115,7 +126,7 @@ class Gram:
         return cls(
             count=count,
             diagonal=diagonal,
-            matrix=None if dual else _second_moments(exact),
+            matrix=None if dual else second_moments(exact),
             rows=exact if dual else None,
         )
 
@@ -181,7 +192,7 @@ class Gram:
         wide = targets.to(torch.float64)
         if self.rows is not None:
             # X X^T / N: its chunks are columns of X
-            kernel = _second_moments(self.rows.T.contiguous()) * (self.width / self.count)
+            kernel = second_moments(self.rows.T.contiguous()) * (self.width / self.count)
             return Regression(gram=self, matrix=kernel.to(self.dtype), rhs=wide.to(self.dtype))
         assert self.matrix is not None
         cross = _cross(rows, wide).to(self.dtype)
@@ -219,7 +230,7 @@ class Regression:
 
 
 def _factor_dtype(size: int) -> torch.dtype:
-    return torch.float64 if size <= _DOUBLE_WIDTH else torch.float32
+    return torch.float64 if size <= DOUBLE_WIDTH else torch.float32
 
 
 def _mean_square(rows: Tensor) -> Tensor:
@@ -229,10 +240,13 @@ def _mean_square(rows: Tensor) -> Tensor:
     return total / len(rows)
 
 
-def _second_moments(rows: Tensor) -> Tensor:
-    """X^T X / N: float32 products of chunks of rows, summed in the factor's precision.
+def second_moments(rows: Tensor) -> Tensor:
+    """X^T X / N [K, K]: float32 products of chunks of rows, summed in the factor's precision.
 
     Blocks below the diagonal are those above it, transposed.
+
+    Args:
+        rows: X, float32 [N, K].
     """
     width = rows.shape[1]
     total = torch.zeros(width, width, dtype=_factor_dtype(width), device=rows.device)
