@@ -40,6 +40,8 @@ FORMS: Mapping[str, tuple[int, str, str, str] | None] = {
     "W8A8-dynamic": (8, "uniform", "dynamic", "xnnpack"),
     "W4A8-static": (4, "uniform", "static", "xnnpack"),
     "W4A8-dynamic": (4, "int4", "dynamic", "xnnpack"),
+    "W3A8-dynamic": (3, "uniform", "dynamic", "xnnpack"),
+    "W2A8-dynamic": (2, "uniform", "dynamic", "xnnpack"),
     **{f"W{bits}A8-own": (bits, "uniform", "dynamic", "lowbit") for bits in (8, 4, 3, 2)},
 }
 

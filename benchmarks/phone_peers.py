@@ -1,4 +1,4 @@
-"""OpenVINO and ONNX Runtime on the network of `phone.py`: made as their documentation has it.
+"""OpenVINO and ONNX Runtime on a network: made as their documentation has it.
 
 pip install openvino nncf onnxruntime onnx onnxscript
 """
@@ -14,10 +14,15 @@ Inputs = Mapping[str, Tensor]
 Run = Callable[[], Any]
 
 
+def _is_large(network: nn.Module) -> bool:
+    """Whether weights do not fit in a file of ONNX, of at most 2 GiB, and go to one beside it."""
+    return sum(p.numel() * p.element_size() for p in network.parameters()) > 2**30
+
+
 def _onnx(network: nn.Module, calls: list[Inputs], path: Path) -> None:
     torch.onnx.export(
         network, tuple(calls[0].values()), path, input_names=list(calls[0]), dynamo=True,
-        external_data=False,
+        external_data=_is_large(network),
     )  # fmt: skip
 
 
@@ -53,6 +58,7 @@ def onnxruntime_static(network: nn.Module, calls: list[Inputs], directory: Path)
             _onnx_float(network, calls, directory), path, _Reader(calls), per_channel=True,
             weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8,
             op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            use_external_data_format=_is_large(network),
         )  # fmt: skip
     return path
 
@@ -66,6 +72,7 @@ def onnxruntime_dynamic(network: nn.Module, calls: list[Inputs], directory: Path
         quantize_dynamic(
             _onnx_float(network, calls, directory), path, weight_type=QuantType.QUInt8,
             op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            use_external_data_format=_is_large(network),
         )  # fmt: skip
     return path
 
@@ -80,13 +87,14 @@ def _openvino(network: nn.Module, calls: list[Inputs], path: Path, change: Any) 
 
 
 def openvino_static(network: nn.Module, calls: list[Inputs], directory: Path) -> Path:
-    """NNCF, static int8, full bias correction."""
+    """NNCF, static int8, full bias correction; the fast one where full takes hours."""
     import nncf
 
     def quantized(model: Any) -> Any:
         data = nncf.Dataset([_arrays(call) for call in calls])
         preset = nncf.QuantizationPreset.MIXED
-        return nncf.quantize(model, data, preset=preset, fast_bias_correction=False)
+        fast = _is_large(network)
+        return nncf.quantize(model, data, preset=preset, fast_bias_correction=fast)
 
     return _openvino(network, calls, directory / "ov_static.xml", quantized)
 
@@ -135,5 +143,5 @@ def open_peer(path: Path, call: Inputs, threads: int) -> Run:
 
 def file_bytes(path: Path) -> int:
     """Size of a peer's file, with its weights."""
-    weights = path.with_suffix(".bin")
-    return path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
+    beside = (path.with_suffix(".bin"), path.with_name(f"{path.name}.data"))
+    return path.stat().st_size + sum(file.stat().st_size for file in beside if file.exists())
