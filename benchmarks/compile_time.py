@@ -1,6 +1,6 @@
 """CPU seconds of quantizing a model, stage by stage; two checkouts side by side.
 
-    python benchmarks/compile_time.py digits captions unet terrain
+    python benchmarks/compile_time.py digits captions unet unet4 terrain
     python benchmarks/compile_time.py digits --against ../before        # another checkout
     python benchmarks/compile_time.py --own terrain.py:terrain          # a model of one's own
 
@@ -169,6 +169,11 @@ def unet() -> Case:
     return large_model.model(8), large_model.calls(), {}
 
 
+def unet4() -> Case:
+    """The same, four times narrower: less of its time is attention, which has no weights."""
+    return large_model.model(4), large_model.calls(), {}
+
+
 def terrain() -> Case:
     """The model that nobody here trained, on 20 calls of two rows, W4A8 dynamic."""
     network = terrain_model.load_terrain()
@@ -180,6 +185,7 @@ MODELS: Mapping[str, Callable[[], Case]] = {
     "digits": digits,
     "captions": captions,
     "unet": unet,
+    "unet4": unet4,
     "terrain": terrain,
 }
 

@@ -6,7 +6,7 @@
 
 Stock ExecuTorch, ONNX Runtime, OpenVINO, eager and compiled torch. A peer is made in one process
 and run in another, so that every peak is its own; one that fails has its error in its row. What is
-in the directory is not made again. Numbers go to `<directory>/<peer>.json`.
+in the directory is not made again. Numbers go to `<directory>/<peer>.make.json` and `.run.json`.
 """
 
 import argparse
@@ -145,19 +145,16 @@ def run_peer(peer: str, path: Path | None, arguments: argparse.Namespace) -> dic
 
 
 def in_process(options: list[str], file: Path) -> dict[str, Any]:
-    """A task in a process of its own; its error if it fails."""
-    file.unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, *sys.argv, *options, "--result", str(file)], capture_output=True, text=True
-    )
-    if done.returncode == 0:
-        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        file.unlink()
-        return facts
-    if done.returncode < 0:
-        return {"error": f"killed by signal {-done.returncode}"}
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return {"error": lines[-1][:300] if lines else f"exit {done.returncode}"}
+    """What a task in a process of its own found, kept in a file; its error if it failed."""
+    if not file.exists():
+        options = [*options, "--result", str(file)]
+        done = subprocess.run([sys.executable, *sys.argv, *options], capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            error = lines[-1][:300] if lines and done.returncode > 0 else "killed by a signal"
+            file.write_text(json.dumps({"error": error}), encoding="utf-8")
+    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return facts
 
 
 def main() -> None:
@@ -168,6 +165,7 @@ def main() -> None:
     parser.add_argument("--narrower", type=int, default=1, help="divide all widths, to try it out")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--make-only", action="store_true", help="time nothing yet")
     parser.add_argument("--make", choices=list(FILES), help=argparse.SUPPRESS)
     parser.add_argument("--run", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
@@ -175,25 +173,23 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     torch.set_num_threads(arguments.threads)
-    if arguments.make:
-        facts = make_peer(arguments.make, arguments.directory, arguments.narrower)
-        arguments.result.write_text(json.dumps(facts), encoding="utf-8")
-        return
-    if arguments.run:
-        facts = run_peer(arguments.run, arguments.file, arguments)
-        arguments.result.write_text(json.dumps(facts), encoding="utf-8")
+    if arguments.make or arguments.run:
+        if arguments.make:
+            facts = make_peer(arguments.make, arguments.directory, arguments.narrower)
+        else:
+            facts = run_peer(arguments.run, arguments.file, arguments)
+        arguments.result.write_text(json.dumps(facts, indent=1), encoding="utf-8")
         return
     arguments.directory.mkdir(parents=True, exist_ok=True)
     for peer in arguments.peers:
-        kept = arguments.directory / f"{peer.replace(' ', '_')}.json"
-        if not kept.exists():
-            result = kept.with_suffix(".result")
-            facts = in_process(["--make", peer], result) if peer in FILES else {}
-            if "error" not in facts:
-                file = ["--file", facts["path"]] if "path" in facts else []
-                facts |= in_process(["--run", peer, *file], result)
-            kept.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        print_row(peer, json.loads(kept.read_text(encoding="utf-8")))
+        stem = arguments.directory / peer.replace(" ", "_")
+        facts = {}
+        if peer in FILES:
+            facts = in_process(["--make", peer], stem.with_suffix(".make.json"))
+        if "error" not in facts and not arguments.make_only:
+            file = ["--file", facts["path"]] if peer in FILES else []
+            facts |= in_process(["--run", peer, *file], stem.with_suffix(".run.json"))
+        print_row(peer, facts)
 
 
 def print_row(peer: str, facts: Mapping[str, Any]) -> None:
