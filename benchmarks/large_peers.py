@@ -151,7 +151,9 @@ def in_process(options: list[str], file: Path) -> dict[str, Any]:
         done = subprocess.run([sys.executable, *sys.argv, *options], capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
-            error = lines[-1][:300] if lines and done.returncode > 0 else "killed by a signal"
+            error = lines[-1][:300] if lines else f"exit status {done.returncode}"
+            if done.returncode < 0:
+                error = f"killed by signal {-done.returncode}"
             file.write_text(json.dumps({"error": error}), encoding="utf-8")
     facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return facts

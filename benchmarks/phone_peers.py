@@ -81,7 +81,7 @@ def _openvino(network: nn.Module, calls: list[Inputs], path: Path, change: Any) 
     import openvino
 
     if not path.exists():
-        model = openvino.convert_model(network, example_input=dict(calls[0]))
+        model = openvino.convert_model(network, example_input=tuple(calls[0].values()))
         openvino.save_model(change(model), path, compress_to_fp16=False)
     return path
 
@@ -91,7 +91,7 @@ def openvino_static(network: nn.Module, calls: list[Inputs], directory: Path) ->
     import nncf
 
     def quantized(model: Any) -> Any:
-        data = nncf.Dataset([_arrays(call) for call in calls])
+        data = nncf.Dataset([tuple(_arrays(call).values()) for call in calls])
         preset = nncf.QuantizationPreset.MIXED
         fast = _is_large(network)
         return nncf.quantize(model, data, preset=preset, fast_bias_correction=fast)
