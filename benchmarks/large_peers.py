@@ -10,6 +10,7 @@ in the directory is not made again. Numbers go to `<directory>/<peer>.make.json`
 """
 
 import argparse
+import importlib
 import json
 import logging
 import statistics
@@ -50,23 +51,13 @@ def _stock(name: str, quantized: bool) -> Make:
 
     def make(network: nn.Module, data: list[dict[str, Any]], directory: Path) -> Path:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-            XNNPACKQuantizer,
-            get_symmetric_quantization_config,
-        )
         from executorch.exir import to_edge_transform_and_lower
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
         path = directory / f"{name}.pte"
-        example = tuple(data[0].values())
-        exported = torch.export.export(network, example)
         if quantized:
-            config = get_symmetric_quantization_config(is_per_channel=True)
-            quantizer = XNNPACKQuantizer().set_global(config)
-            prepared = prepare_pt2e(exported.module(), quantizer)
-            for call in data[::2]:
-                prepared(*call.values())
-            exported = torch.export.export(convert_pt2e(prepared), example)
+            exported = phone_peers.stock_int8(network, data)
+        else:
+            exported = torch.export.export(network, tuple(data[0].values()))
         edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
         with path.open("wb") as file:
             edge.to_executorch().write_to_file(file)
@@ -120,7 +111,8 @@ def open_peer(peer: str, path: Path | None, narrower: int, threads: int) -> Run:
 def run_peer(peer: str, path: Path | None, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run steps; this process's peak is that of loading and running."""
     if path is not None:
-        __import__({".pte": "executorch", ".onnx": "onnxruntime", ".xml": "openvino"}[path.suffix])
+        libraries = {".pte": "executorch", ".onnx": "onnxruntime", ".xml": "openvino"}
+        importlib.import_module(libraries[path.suffix])
     idle, before = peak_gib(), anonymous_bytes()
     start = time.perf_counter()
     taken = []

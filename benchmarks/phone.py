@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import phone_peers
 import torch
 from diffusers import UNet2DModel
 from machine import anonymous_bytes, hide_dot_products
@@ -79,20 +80,8 @@ def stock_float(unet: UNet2DModel, path: Path) -> dict[str, Any]:
 
 
 def stock_int8(unet: UNet2DModel, path: Path) -> dict[str, Any]:
-    """ExecuTorch's own quantizer, all operators that it knows, static int8."""
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-        XNNPACKQuantizer,
-        get_symmetric_quantization_config,
-    )
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-    config = get_symmetric_quantization_config(is_per_channel=True)
-    quantizer = XNNPACKQuantizer().set_global(config)
-    exported = torch.export.export(_Plain(unet), tuple(inputs().values())).module()
-    prepared = prepare_pt2e(exported, quantizer)
-    for seed in range(4):
-        prepared(*inputs(seed).values())
-    return _stock(torch.export.export(convert_pt2e(prepared), tuple(inputs().values())), path)
+    """ExecuTorch's own quantizer, static int8."""
+    return _stock(phone_peers.stock_int8(_Plain(unet), [inputs(seed) for seed in range(4)]), path)
 
 
 def ours_float(unet: UNet2DModel, path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""OpenVINO and ONNX Runtime on a network: made as their documentation has it.
+"""Stock int8, OpenVINO and ONNX Runtime on a network: made as their documentation has it.
 
 pip install openvino nncf onnxruntime onnx onnxscript
 """
@@ -12,6 +12,23 @@ from torch import Tensor, nn
 
 Inputs = Mapping[str, Tensor]
 Run = Callable[[], Any]
+
+
+def stock_int8(network: nn.Module, calls: list[Inputs]) -> torch.export.ExportedProgram:
+    """ExecuTorch's own quantizer, all operators that it knows, static int8 a channel."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    config = get_symmetric_quantization_config(is_per_channel=True)
+    example = tuple(calls[0].values())
+    exported = torch.export.export(network, example).module()
+    prepared = prepare_pt2e(exported, XNNPACKQuantizer().set_global(config))
+    for call in calls:
+        prepared(*call.values())
+    return torch.export.export(convert_pt2e(prepared), example)
 
 
 def _is_large(network: nn.Module) -> bool:
